@@ -12,7 +12,8 @@ FeatureStoreError
 ├── SpecMismatchError       features of another network, dtype or width
 ├── AnotherStoreError       a store of the same kind, but not the one that something was made of
 ├── InvalidRowsError        rows that no store may hold (NaN, wrong shape)
-│   └── KeyCollisionError   two uris under one key
+│   ├── KeyCollisionError   two uris under one key
+│   └── KeyFileError        a file of keys or uris that has something else
 ├── MissingKeysError        keys without a feature
 ├── CommitConflictError     another writer was in the way: read again and retry
 ├── CorruptFileError        a file is not what was written
@@ -101,6 +102,12 @@ class InvalidRowsError(FeatureStoreError):
 
 class KeyCollisionError(InvalidRowsError):
     """Two different uris under one key."""
+
+
+class KeyFileError(InvalidRowsError):
+    """A file of keys or uris that cannot be read, is empty, or has something else."""
+
+    exit_code = USAGE
 
 
 class MissingKeysError(FeatureStoreError):

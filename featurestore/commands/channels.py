@@ -86,13 +86,13 @@ def channel(
     elif name is None:
         moves = read_channels(store.storage)
         if moves:
-            _print_moves(store, moves, ("channel", "snapshot", "moved", "commit", "rows", "why", "writer"))
+            _print_moves(store, moves, ("channel", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
         else:
             sys.stdout.write("no channel yet: set one with python -m featurestore channel URL NAME N\n")
     elif version is None:
         find_channel(store.storage, name)
         moves = read_moves(store.storage, name)[::-1]
-        _print_moves(store, moves, ("move", "snapshot", "moved", "commit", "rows", "why", "writer"))
+        _print_moves(store, moves, ("move", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
     else:
         made = move_channel(store, name, version)
         sys.stdout.write(f"{made.channel} points to snapshot {made.version}\n")
@@ -209,4 +209,4 @@ def _print_moves(store: "FeatureStore", moves: "list[ChannelMove]", names: tuple
             move.writer,
         ]
 
-    print_rows(names, map(row, moves), numbers=("move", "snapshot", "rows"))
+    print_rows(names, map(row, moves), numbers=("move", "snapshot", "rows in files"))

@@ -10,11 +10,13 @@ from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.errors import FAILED
-from featurestore.text.plain import count_text, ranges_text
+from featurestore.text.plain import count_text, printable, ranges_text
 
 if TYPE_CHECKING:
     from featurestore.upkeep.takedown.absence import AbsenceReport, Images
     from featurestore.upkeep.takedown.purge import PurgeReport
+
+_MOST_NAMED = 10
 
 app = CommandApp(stopped="stopped by Ctrl-C; run the same command again: what is done stays done")
 
@@ -89,6 +91,13 @@ def show_absence(report: "AbsenceReport", images: "Images", url: str) -> None:
 def _lines(report: "PurgeReport", images: "Images", dry_run: bool) -> list[str]:
     would = "would be " if dry_run else ""
     lines = [f"images       {images.told}; {count_text(report.num_rows, 'row')} in all files, old ones too"]
+    if report.without_rows:
+        named = ", ".join(printable(name) for name in report.without_rows[:_MOST_NAMED])
+        more = len(report.without_rows) - _MOST_NAMED
+        lines.append(
+            f"no row       {len(report.without_rows):,} of {images.told} had no row in any file: {named}"
+            f"{f' and {more:,} more' if more > 0 else ''}; check the spelling, if no earlier purge removed them"
+        )
     if report.version is not None:
         lines.append(f"snapshot     {report.version} has all other rows")
     if report.expired:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.errors import InvalidRowsError
+from featurestore.errors import KeyFileError
 from featurestore.keys import Int64Array, keys_of_uris
 from featurestore.storage.regular import read_regular, read_text
 
@@ -16,43 +16,43 @@ KEY, URI = "key", "uri"
 
 def read_keys(file: Path) -> Int64Array:
     """Read keys of images, ascending, each once: a whole number on each line, an int64 .npy, or the column `key` of a
-    .parquet. Raises InvalidRowsError where there is none, or something else."""
+    .parquet. Raises KeyFileError where there is none, or something else."""
     try:
         if file.suffix == ".npy":
             keys = np.load(file, allow_pickle=False)
         elif file.suffix == ".parquet":
             keys = _column(file, KEY).to_numpy(zero_copy_only=False)
         else:
-            keys = np.array([int(line) for line in _lines(file)], np.int64)
+            keys = np.array([*map(_key, _numbered_lines(file))], np.int64)
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise InvalidRowsError(f"{file} is no file of keys: {error}") from error
+        raise KeyFileError(f"{file} is no file of keys: {error}") from error
     if keys.dtype != np.int64 or keys.ndim != 1 or not len(keys):
-        raise InvalidRowsError(f"{file} has {keys.dtype} of shape {keys.shape}: keys are int64, one at least")
+        raise KeyFileError(f"{file} has {keys.dtype} of shape {keys.shape}: keys are int64, one at least")
     return np.unique(keys)
 
 
 def read_uris(file: Path) -> list[str]:
-    """Read uris of images, each once: one on each line, or the column `uri` of a .parquet. Raises InvalidRowsError."""
+    """Read uris of images, each once: one on each line, or the column `uri` of a .parquet. Raises KeyFileError."""
     try:
         uris: list[str | None] = _column(file, URI).to_pylist() if file.suffix == ".parquet" else [*_lines(file)]
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InvalidRowsError(f"{file} is no file of uris: {error}") from error
+        raise KeyFileError(f"{file} is no file of uris: {error}") from error
     named = [uri for uri in uris if uri]
     if not named or len(named) < len(uris):
-        raise InvalidRowsError(f"{file} has no uris, or an empty one")
+        raise KeyFileError(f"{file} has no uris, or an empty one")
     return list(dict.fromkeys(named))
 
 
 def read_names(file: Path) -> tuple[Int64Array, list[str]]:
     """Read a file of keys, or of uris: keys where it is a .npy, has a column `key`, or where each line is a whole
-    number. Returns the keys (N,), ascending, and the uris where it has those. Raises InvalidRowsError."""
+    number. Returns the keys (N,), ascending, and the uris where it has those. Raises KeyFileError."""
     try:
         if file.suffix == ".parquet":
             has_uris = KEY not in pq.read_schema(file).names
         else:
             has_uris = file.suffix != ".npy" and not all(_is_number(line) for line in _lines(file))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InvalidRowsError(f"{file} is no file of keys or uris: {error}") from error
+        raise KeyFileError(f"{file} is no file of keys or uris: {error}") from error
     if has_uris:
         uris = read_uris(file)
         return np.unique(keys_of_uris(uris)), uris
@@ -60,7 +60,18 @@ def read_names(file: Path) -> tuple[Int64Array, list[str]]:
 
 
 def _lines(file: Path) -> list[str]:
-    return [line for line in read_text(file).splitlines() if line.strip()]
+    return [line for _, line in _numbered_lines(file)]
+
+
+def _numbered_lines(file: Path) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(read_text(file).splitlines(), 1) if line.strip()]
+
+
+def _key(numbered: tuple[int, str]) -> int:
+    number, line = numbered
+    if not _is_number(line):
+        raise ValueError(f"line {number:,} is no whole number: {line[:80]!r}; if these are uris, give them by --uris")
+    return int(line)
 
 
 def _column(file: Path, name: str) -> Any:

@@ -81,6 +81,7 @@ class RefreshSummary:
         return {
             "new": self.num_new,
             "changed": self.num_changed,
+            "touched": self.num_touched,
             "unchanged": self.num_unchanged,
             "gone": self.num_gone,
             "quarantined": len(self.bad),

@@ -1,6 +1,6 @@
 """Traces of images in a store: every file that lies there is read, whether a snapshot names it or not."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.keys import Int64Array, keys_of_uris
+from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
@@ -63,6 +63,12 @@ class Images:
             found_N |= np.array([uri in self.uris for uri in uris.to_pylist()], np.bool_)
         return found_N
 
+    def without_rows(self, found: Collection[int | str]) -> list[str]:
+        """List those of which neither key nor uri was found, in ascending order."""
+        if self.uris:
+            return [uri for uri in sorted(self.uris) if uri not in found and key_of_uri(uri) not in found]
+        return [str(key) for key in self.keys_N.tolist() if key not in found]
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -82,6 +88,8 @@ class AbsenceReport:
     num_files: int = 0
     num_bytes: int = 0
     traces: list[Trace] = field(default_factory=list)
+    found: set[int | str] = field(default_factory=set)
+    """Keys and uris of the images' rows, each of a row that has it."""
 
     @property
     def is_absent(self) -> bool:
@@ -98,28 +106,30 @@ def find_traces(storage: Storage, images: Images, progress: Progress | None = No
     """
     entries, report = storage.entries(), AbsenceReport()
 
-    def look(entry: StorageEntry) -> Trace | None:
+    def look(entry: StorageEntry) -> tuple[Trace | None, set[int | str]]:
+        found: set[int | str] = set()
         try:
-            return _trace(storage, entry, images)
+            return _trace(storage, entry, images, found), found
         except FileNotFoundError:
-            return None
+            return None, set()
 
-    for entry, trace in zip(entries, in_threads(look, entries, _THREADS, progress), strict=True):
+    for entry, (trace, found) in zip(entries, in_threads(look, entries, _THREADS, progress), strict=True):
         report.num_files += 1
         report.num_bytes += entry.size_bytes
+        report.found |= found
         if trace is not None:
             report.traces.append(trace)
     return report
 
 
-def _trace(storage: Storage, entry: StorageEntry, images: Images) -> Trace | None:
+def _trace(storage: Storage, entry: StorageEntry, images: Images, found: set[int | str]) -> Trace | None:
     path = entry.path
     try:
         with storage.open_input(path) as source:
             is_parquet = source.read(len(_PARQUET)) == _PARQUET
             if is_parquet or path.endswith(".parquet"):
                 source.seek(0)
-                rows = sum(_rows(source, images))
+                rows = sum(_rows(source, images, found))
             else:
                 return _text_trace(storage, path, images)
     except (CorruptFileError, pa.ArrowException, OSError, KeyError) as error:
@@ -130,15 +140,20 @@ def _trace(storage: Storage, entry: StorageEntry, images: Images) -> Trace | Non
     return Trace("rows", path, rows, f"{storage.full(path)} has {rows:,} of their rows") if rows else None
 
 
-def _rows(source: Any, images: Images) -> Iterator[int]:
-    """Count the rows of the images in a Parquet file, block by block."""
+def _rows(source: Any, images: Images, found: set[int | str]) -> Iterator[int]:
+    """Count the rows of the images in a Parquet file, block by block, and add their keys and uris to `found`."""
     file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
     names = [name for name in (KEY, URI) if name in file.schema_arrow.names]
     if KEY not in names:
         raise KeyError(f"it has no column {KEY}, so it is no file of a store")
     for batch in file.iter_batches(_BLOCK_ROWS, columns=names, use_threads=False):
         keys_K = np.asarray(batch[KEY].to_numpy(zero_copy_only=False), np.int64)
-        yield int(images.are_in(keys_K, batch[URI] if URI in names else None).sum())
+        uris = batch[URI] if URI in names else None
+        theirs_K = images.are_in(keys_K, uris)
+        found.update(keys_K[theirs_K].tolist())
+        if uris is not None:
+            found.update(uri for uri in uris.filter(pa.array(theirs_K)).to_pylist() if uri is not None)
+        yield int(theirs_K.sum())
 
 
 def _text_trace(storage: Storage, path: str, images: Images) -> Trace | None:

@@ -41,6 +41,8 @@ class PurgeReport:
 
     num_rows: int = 0
     """In all files, tombstones and earlier versions of a row among them."""
+    without_rows: list[str] = field(default_factory=list)
+    """Keys or uris that no file had a row of: misspelt, or purged before."""
     version: int | None = None
     """The new snapshot; None where the newest one had no such row."""
     expired: tuple[int, ...] = ()
@@ -107,8 +109,12 @@ class _Purge:
         self.report = PurgeReport()
 
     def run(self, progress: Progress | None) -> PurgeReport:
+        found: set[int | str] = set()
         for _ in range(_ATTEMPTS):
-            traces = find_traces(self.storage, self.images, progress).traces
+            before = find_traces(self.storage, self.images, progress)
+            traces = before.traces
+            found |= before.found
+            self.report.without_rows = self.images.without_rows(found)
             self.report.num_rows = max(self.report.num_rows, sum(trace.rows for trace in traces))
             try:
                 if self._remove(traces):

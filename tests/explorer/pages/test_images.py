@@ -57,10 +57,12 @@ def test_browsing_leads_to_every_image(reader, shop):
 def test_a_hostile_name_is_found_by_itself_and_shown_as_text(reader, name):
     page = reader.read("/images", q=name.strip())
     assert name in page.uris()
+    assert "\u202e" not in page.text
     page = reader.read(f"/images/{key_of_uri(name)}")
     assert not {"b", "i"} & {*page.elements}
     assert page.elements.count("script") == 1
     assert page.uris()[0].rpartition("&")[0] == name or name in page.uris()[0]
+    assert "\u202e" not in page.text
 
 
 def test_a_part_of_a_uri_finds_images_and_an_older_snapshot_has_others(reader):

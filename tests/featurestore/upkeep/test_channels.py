@@ -271,7 +271,8 @@ class TestCommand:
         assert run("channel", nine.url, "stable", 4).output == "stable points to snapshot 4\n"
         assert run("channel", nine.url, "candidate", "stable").output == "candidate points to snapshot 4\n"
         assert run("channel", nine.url, "stable", 7).exit_code == 0
-        _, first, second = run("channel", nine.url).output.splitlines()
+        names, first, second = run("channel", nine.url).output.splitlines()
+        assert "rows in files" in names
         assert first.split()[:2] == ["candidate", "4"] and second.split()[:2] == ["stable", "7"]
         _, newest, oldest = run("channel", nine.url, "stable").output.splitlines()
         assert newest.split()[:2] == ["2", "7"] and oldest.split()[:2] == ["1", "4"]

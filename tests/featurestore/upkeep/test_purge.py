@@ -350,6 +350,34 @@ class TestProof:
         assert young.exit_code == 0
 
 
+def test_a_purge_names_what_had_no_row_in_any_file(filled: FeatureStore, tmp_path: Path) -> None:
+    file = tmp_path / "takedown.txt"
+    file.write_text("images/17.jpg\nnope.jpg\n")
+    sentence = "no row       1 of 2 uris had no row in any file: nope.jpg; check the spelling"
+    assert sentence in run("purge", filled.url, "--uris", file, "--dry-run").output
+    done = run("purge", filled.url, "--uris", file, "--writer-hours", 0)
+    assert done.exit_code == 0 and sentence in done.output
+    again = run("purge", filled.url, "--uris", file, "--writer-hours", 0)
+    assert again.exit_code == 0 and "2 of 2 uris had no row in any file: images/17.jpg, nope.jpg;" in again.output
+    file.write_text("".join(f"{number}\n" for number in range(1, 13)))  # 7 is in quarantine
+    many = run("purge", filled.url, "--keys", file, "--dry-run")
+    assert "11 of 12 keys had no row in any file: 1, 2, 3, 4, 5, 6, 8, 9, 10, 11 and 1 more;" in many.output
+    every = run("purge", filled.url, "--keys", _written(tmp_path, f"{key_of_uri('images/5.jpg')}"), "--dry-run")
+    assert every.exit_code == 0 and "no row" not in every.output
+
+
+def test_who_gives_uris_as_keys_is_told_which_option_takes_them(filled: FeatureStore, tmp_path: Path) -> None:
+    wrong = run("purge", filled.url, "--keys", _written(tmp_path, "\n5\nbag/1.jpg\n"))
+    assert wrong.exit_code == 2
+    assert "line 3 is no whole number: 'bag/1.jpg'; if these are uris, give them by --uris" in wrong.output
+
+
+def _written(folder: Path, text: str) -> Path:
+    file = folder / "names.txt"
+    file.write_text(text)
+    return file
+
+
 def test_a_file_that_vanishes_meanwhile_is_no_trace(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Storage.open_input
 
