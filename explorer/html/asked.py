@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from explorer.errors import ExplorerError
+from explorer.errors import ExplorerError, NotHereError
 from featurestore.published.channels import VersionName, version_name
 
 LARGEST = (1 << 63) - 1
@@ -40,6 +40,13 @@ def whole_in(text: str, name: str, *, least: int = 0) -> int:
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 19 and least <= int(text) <= LARGEST):
         raise ExplorerError(f"{name} {text[:40]!r} is no whole number from {least:,} on")
+    return int(text)
+
+
+def number_of(text: str, of: str) -> int:
+    """Read the number of a thing in an address, from 0 on; `of` names the thing, e.g. "ad". Raises NotHereError."""
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise NotHereError(f"there is no {of} {text[:40]!r}: {of}s are numbered from 0 on")
     return int(text)
 
 

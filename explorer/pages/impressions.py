@@ -26,9 +26,11 @@ from explorer.data.impressions.listed import CLICKED, ORDERS, Clicked, Order, sc
 from explorer.data.impressions.names import PictureNames
 from explorer.data.impressions.opened import AskableRun, At, OpenedRun
 from explorer.data.impressions.sent import check_sent, score_sent
+from explorer.data.impressions.typed import score_typed
 from explorer.data.impressions.words import name_of, percent, points, sentence, weighing
 from explorer.data.pictures import shrunk
 from explorer.errors import ExplorerError, NotHereError
+from explorer.html.asked import number_of
 from explorer.html.site import NavItem, Question, Site, pages_of
 from explorer.html.upload import read_upload
 from explorer.pages.kind import PageKind
@@ -151,7 +153,7 @@ class ImpressionPages(PageKind):
     async def sent(self, request: Request) -> Response:
         """Show what an ad would get with a picture that is sent; it is kept nowhere."""
         data, fields = await read_upload(request, "picture", MOST_BYTES)
-        return await run_in_threadpool(self._sent, request, data, _place(fields.get("ad")) or 0)
+        return await run_in_threadpool(self._sent, request, data, _place(fields.get("ad"), "ad") or 0)
 
     def _sent(self, request: Request, data: bytes, ad: int) -> Response:
         run, number = request.path_params["run"], self._number(request)
@@ -228,7 +230,7 @@ class ImpressionPages(PageKind):
             }
 
     def _explained(self, request: Request, run: str, number: int, at: At) -> dict[str, Any]:
-        ad = _place(request.query_params.get("ad"))
+        ad = _place(request.query_params.get("ad"), "ad")
         typed = request.query_params.get("picture", "").strip()[:_MOST_TYPED]
         alike = request.query_params.get("with") == "neighbours"
         with self.runs.use(run, at) as opened:
@@ -238,7 +240,8 @@ class ImpressionPages(PageKind):
             else:
                 with self.runs.use(ids) as ids_run:
                     explanation = explain(opened, number, ad, ids_run)
-            drawn, own = self._drawn(explanation, typed, opened, alike=alike)
+            drawn = self._drawn(explanation, alike=alike)
+            own, problem_of_own = self._own(explanation, typed, opened)
             pictures = [
                 *(name for each in _shown(explanation) for name in each.pictures[:1]),
                 *(name for each in explanation.behaviors for name in each.pictures[:1]),
@@ -260,6 +263,7 @@ class ImpressionPages(PageKind):
                 "opened": opened,
                 "stores": opened.trained.stores,
                 "own": own,
+                "problem_of_own": problem_of_own,
                 "typed": typed,
                 "alike": alike,
                 "best": best[:_SHOWN_BEST],
@@ -270,15 +274,21 @@ class ImpressionPages(PageKind):
                 "rank_of_own": 1 + sum(each.score.logit > explanation.chosen.score.logit for each in drawn),
             }
 
-    def _drawn(
-        self, explanation: Explanation, typed: str, opened: OpenedRun, *, alike: bool
-    ) -> tuple[list[OtherPicture], OtherPicture | None]:
-        """Score the ad with drawn pictures, or those that are `alike`, and with the one that was typed."""
-        group, ad = explanation.group, explanation.chosen.place
-        drawn = neighbours(self.site.places.store, explanation.chosen) if alike else other_pictures(group, _DRAWN)
-        asked = [*drawn, *([self._typed(group, typed, opened)] if typed else [])]
-        scored = with_other_pictures(group, ad, asked)
-        return scored[: len(drawn)], scored[-1] if typed else None
+    def _drawn(self, explanation: Explanation, *, alike: bool) -> list[OtherPicture]:
+        """Score the ad with drawn pictures, or with those that are `alike`."""
+        group, chosen = explanation.group, explanation.chosen
+        drawn = neighbours(self.site.places.store, chosen) if alike else other_pictures(group, _DRAWN)
+        return with_other_pictures(group, chosen.place, drawn)
+
+    def _own(self, explanation: Explanation, typed: str, opened: OpenedRun) -> tuple[OtherPicture | None, str]:
+        """Score the ad with the picture that was typed; where that cannot be, say why."""
+        if not typed or not explanation.chosen.pictures:
+            return None, ""
+        picture = self._typed(explanation.group, typed, opened)
+        try:
+            return score_typed(explanation.group, explanation.chosen.place, picture, self.site.places.store), ""
+        except UserError as error:
+            return None, one_line(error)
 
     def _typed(self, group: SampleGroup, typed: str, opened: OpenedRun) -> PictureName:
         """Read what a person typed: a key, or a uri."""
@@ -326,7 +336,7 @@ class ImpressionPages(PageKind):
 
     @staticmethod
     def _number(request: Request) -> int:
-        number = _place(request.path_params["number"])
+        number = _place(request.path_params["number"], "group")
         assert number is not None
         return number
 
@@ -363,10 +373,6 @@ def _snapshot(request: Request) -> At:
     return "newest" if request.query_params.get("snapshot") == "newest" else "trained"
 
 
-def _place(text: str | None) -> int | None:
-    """Read a number of a group or ad, from 0 on. Raises NotHereError."""
-    if text is None or text == "":
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise NotHereError(f"there is no number {text[:40]!r}")
-    return int(text)
+def _place(text: str | None, of: str) -> int | None:
+    """Read a number of a group or ad, from 0 on; `of` says which. Raises NotHereError."""
+    return None if text is None or text == "" else number_of(text, of)

@@ -15,7 +15,7 @@ from explorer.data.scorer.child import ChildScorer, ChildState
 from explorer.data.scorer.compared import TOLERANCE, compare, run_of
 from explorer.data.scorer.figures import read_figures
 from explorer.data.scorer.published import PublishedModel, read_model
-from explorer.errors import NotHereError
+from explorer.html.asked import number_of
 from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
@@ -160,8 +160,4 @@ class ScorerPages(PageKind):
 
 def _numbers(request: Request) -> tuple[int, int]:
     """Read group and ad out of an address. Raises NotHereError."""
-    texts = request.path_params["number"], request.query_params.get("ad") or "0"
-    for text in texts:
-        if not (text.isascii() and text.isdigit() and len(text) < 16):
-            raise NotHereError(f"there is no number {text[:40]!r}")
-    return int(texts[0]), int(texts[1])
+    return number_of(request.path_params["number"], "group"), number_of(request.query_params.get("ad") or "0", "ad")

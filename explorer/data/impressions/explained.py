@@ -97,7 +97,9 @@ class OtherPicture:
     look_alone: Score | None
     """With the look of the picture and the IDs of the ad as they are; None: the model sees no pictures of ads."""
     has_feature: bool
-    """Whether the run's snapshot has it; else it is a missing image."""
+    """Whether it was scored with one; else it is a missing image."""
+    newer: int | None = None
+    """The snapshot that the feature is of, where that of the run does not have the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ def with_other_pictures(group: SampleGroup, ad: int, pictures: Sequence[PictureN
     if looks:
         as_it_is = group.batch([group.with_pictures(row, [group.ad_pictures[ad][0]] * len(pictures))])
         look_K = opened.logits(with_looks(as_it_is, changed, looks)).tolist()
-    has_K = _has_feature(opened, looks, pictures)
+    has_K = has_feature(opened, looks, pictures)
     return [
         OtherPicture(
             picture=picture, score=Score(score), look_alone=None if look is None else Score(look), has_feature=has
@@ -297,7 +299,7 @@ def _channels(opened: OpenedRun) -> tuple[str, ...]:
     return tuple(CHANNELS[each] for each in model.asks_with)
 
 
-def _has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[PictureName]) -> list[bool]:
+def has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[PictureName]) -> list[bool]:
     """Tell which pictures the run's snapshot has."""
     fields = [field for field in opened.trained.engine.fields if field.name in looks]
     if not fields:

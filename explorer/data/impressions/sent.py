@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from explorer.data.images.network import feature_of_picture
 from explorer.data.impressions.explained import Score
-from explorer.data.impressions.groups import SampleGroup
+from explorer.data.impressions.groups import Row, SampleGroup
 from explorer.data.impressions.opened import Logits, OpenedRun
 from explorer.errors import ExplorerError
 from featurestore.store import FeatureStore
@@ -22,14 +22,11 @@ def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes)
     opened = group.columns.opened
     check_sent(opened, group.columns.looks_of_ads, store)
     feature_1K = feature_of_picture(store, picture)
-    logit_B = _with_look(opened, group, ad, feature_1K)
-    return Score(float(logit_B[0]))
+    return Score(float(with_look(group, group.of_ad(ad), feature_1K)[0]))
 
 
 def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
     """Raise ExplorerError where a picture cannot be sent to a run."""
-    from trainer.runs.stores import kind_of_features, recorded_kind
-
     config = opened.trained.config.model
     if not looks:
         raise ExplorerError(f"the run {opened.name} sees no pictures of ads")
@@ -38,14 +35,21 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
             f"the run {opened.name} also compares the ad's picture with those of the history, which takes one of the "
             "store: choose one by its key or uri"
         )
+    check_kind(opened, looks, store)
+
+
+def check_kind(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
+    """Raise ExplorerError where the store's features are of another kind than those that the run was trained on."""
+    from trainer.runs.stores import kind_of_features, recorded_kind
+
     names = {field.store_name for field in opened.trained.engine.fields if field.name in looks}
     for name in names:
         if recorded_kind(opened.trained.saved.state, name) != kind_of_features(store.info):
             raise ExplorerError(f"the run {opened.name} was trained on features of another kind than {store.url} has")
 
 
-def _with_look(opened: OpenedRun, group: SampleGroup, ad: int, feature_1K: npt.NDArray[Any]) -> Logits:
-    """Predict the ad alone, its visual vectors made of this feature as the store keeps it."""
+def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Logits:
+    """Predict the only ad of a row, (1,), its visual vectors made of this feature as the store keeps it."""
     import torch
     from torch import Tensor
 
@@ -53,7 +57,8 @@ def _with_look(opened: OpenedRun, group: SampleGroup, ad: int, feature_1K: npt.N
     from trainer.engine.wiring import model_name
     from trainer.exchange.exchange import FieldVectors
 
-    engine, config, looks = opened.trained.engine, opened.trained.config.model, group.columns.looks_of_ads
+    trained, looks = group.columns.opened.trained, group.columns.looks_of_ads
+    engine, config = trained.engine, trained.config.model
     visual = {
         field.name: engine.services[field.store_name].models[model_name(field, config)](as_tensor(feature_1K))
         for field in engine.fields
@@ -71,5 +76,5 @@ def _with_look(opened: OpenedRun, group: SampleGroup, ad: int, feature_1K: npt.N
         logit_B: Tensor = engine.model(changed, dense, group_of_sample_B)
         return logit_B
 
-    prepared = engine.prepare(group.batch([group.of_ad(ad)]), "eval")
+    prepared = engine.prepare(group.batch([row]), "eval")
     return engine.compute(prepared, network)

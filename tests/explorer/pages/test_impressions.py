@@ -103,12 +103,43 @@ def test_a_search_finds_users_ads_and_pictures(pages: TestClient, world: World) 
     assert "No impression is like that" in pages.get("/impressions/part?q=nobody%20at%20all").text
 
 
-@pytest.mark.parametrize("typed", [PLAIN[3], str(key_of_uri(PLAIN[3])), HOSTILE[0], UNKNOWN, "5", "../../etc/passwd"])
-def test_another_picture_is_typed(pages: TestClient, typed: str) -> None:
-    text = pages.get("/impressions/both/3", params={"picture": typed, "now": 1}).text
-    own = text.partition("Yours:")[2].partition("</li>")[0]
-    assert ("without a feature" in own) == (typed in (UNKNOWN, "5", "../../etc/passwd"))
+def own_of(page: str) -> str:
+    """Cut out what a page says of the ad with the picture that was typed; empty where it says nothing."""
+    return page.partition("Yours:")[2].partition("</li>")[0]
+
+
+@pytest.mark.parametrize("typed", [PLAIN[3], str(key_of_uri(PLAIN[3])), HOSTILE[0]])
+@pytest.mark.parametrize("run", ["both", "ids-only"])
+def test_another_picture_is_typed(pages: TestClient, run: str, typed: str) -> None:
+    text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "now": 1}).text
+    assert re.search(r"[\d.]+ %", own_of(text))
+    assert "missing image" not in own_of(text)
+    assert "newer than the training" not in own_of(text)
     assert "<script>alert" not in text
+
+
+@pytest.mark.parametrize("typed", [UNKNOWN, "5", "../../etc/passwd", "nope.jpg", "<script>alert(1)</script>"])
+@pytest.mark.parametrize("run", ["both", "ids-only"])
+def test_a_picture_that_is_nowhere_has_no_score(pages: TestClient, run: str, typed: str) -> None:
+    text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "now": 1}).text
+    assert "no image of that name in the store" in text
+    assert own_of(text) == ""
+    assert html.escape(typed) in text
+    assert "<script>alert" not in text
+
+
+def test_what_was_typed_is_answered_where_it_was_typed(pages: TestClient) -> None:
+    text = pages.get("/impressions/both/3?ad=1&now=1").text
+    assert '<h2 id="another-picture">' in text
+    assert '<form method="get" action="/impressions/both/3#another-picture">' in text
+    assert '/impressions/both/3?ad=1&amp;with=neighbours#another-picture"' in text
+
+
+def test_sentences(pages: TestClient) -> None:
+    assert "there is no ad 'abc': ads are" in html.unescape(pages.get("/impressions/both/3?ad=abc&now=1").text)
+    text = pages.get("/impressions/both/3?ad=1&now=1").text
+    assert "Effect of what is missing</th>" in text
+    assert re.search(r"without images [\d.]+ %, rank \d+ \(", text)
 
 
 def test_pictures_that_look_alike(pages: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,14 +169,14 @@ def test_a_picture_is_sent(pages: TestClient, world: World) -> None:
     uri = PLAIN[5]
     data = (world.images / uri).read_bytes()
     known = pages.get("/impressions/both/3", params={"picture": uri, "ad": 1, "now": 1}).text
-    own = known.partition("Yours:")[2].partition("</li>")[0]
-    expected = float(re.search(r"look alone ([\d.]+) %", own).group(1))  # type: ignore[union-attr]
+    expected = float(re.search(r"look alone ([\d.]+) %", own_of(known)).group(1))  # type: ignore[union-attr]
     assert 'action="/impressions/both/3/sent"' in known
     answer = pages.post("/impressions/both/3/sent", data={"ad": "1"}, files={"picture": ("x.jpg", data)})
     assert answer.status_code == 200
     found = float(re.search(r"With your picture the ad would get ([\d.]+) %", answer.text).group(1))  # type: ignore[union-attr]
     assert found == pytest.approx(expected, abs=0.02)
     assert "data:image/jpeg;base64," in answer.text
+    assert re.search(r"Yours:</b> look alone ([\d.]+) %", answer.text).group(1) == f"{found:.2f}"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +282,29 @@ def test_a_run_whose_snapshot_has_expired(own_run: SamplePlaces) -> None:
         assert "has expired" in client.get("/impressions/part").text
         newest = client.get("/impressions/one/0?snapshot=newest&now=1").text
         assert "which is the newest one and not that of the training" in newest
+
+
+def test_a_picture_newer_than_the_training_has_the_feature_of_the_newest_snapshot(own_run: SamplePlaces) -> None:
+    """A copy, made after the training, of a picture that it knew: the look of the two is the same."""
+    store = FeatureStore.open(own_run.folder / "features")
+    table = pq.read_table(own_run.folder / "samples" / "test" / "day=2026-01-01.parquet", partitioning=None)
+    known = table["ad_image"][2].as_py()[0]
+    with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
+
+        def look_of(picture: object, **asked: str) -> str:
+            page = client.get("/impressions/one/1", params={"picture": str(picture), "ad": 0, "now": 1, **asked}).text
+            own = own_of(page)
+            assert ("its feature is of snapshot 2, newer than the training" in own) == (
+                picture == "new.jpg" and not asked
+            )
+            assert "missing image" not in own
+            return own.partition("look alone")[2].partition("%")[0]
+
+        before = look_of(known)
+        feature_1D = store.snapshot().codec.decode(store.snapshot().get([known]))
+        store.put(FeatureRows.of(["new.jpg"], feature_1D, keys=np.array([key_of_uri("new.jpg")])))
+        assert look_of(known) == look_of("new.jpg") == before != ""
+        assert look_of("new.jpg", snapshot="newest") == before
 
 
 def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> None:
