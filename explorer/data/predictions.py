@@ -109,9 +109,9 @@ def _read(file: Path) -> "Predictions | None":
         with np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
         notes = tuple(json.loads(str(found.pop("notes"))))
-        logit_N = found.pop("logit_N")
+        logit_N, is_new_ad_N = found.pop("logit_N"), found.pop("is_new_ad_N")
         columns: dict[str, Any] = {each.name: found.get(each.name) for each in fields(Impressions)}
-        return Predictions(logit_N, Impressions(**columns), notes)
+        return Predictions(logit_N, Impressions(**columns), notes, is_new_ad_N)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
@@ -123,9 +123,11 @@ def _write(file: Path, found: "Predictions") -> None:
     from trainer.evaluation.impressions import Impressions
 
     columns = {each.name: getattr(found.impressions, each.name) for each in fields(Impressions)}
-    arrays = {name: values for name, values in columns.items() if values is not None}
+    arrays: dict[str, Any] = {name: values for name, values in columns.items() if values is not None}
     buffer = io.BytesIO()
-    np.savez(buffer, logit_N=found.logit_N, notes=np.array(json.dumps(found.notes)), **arrays)
+    assert found.is_new_ad_N is not None
+    arrays |= {"logit_N": found.logit_N, "is_new_ad_N": found.is_new_ad_N, "notes": np.array(json.dumps(found.notes))}
+    np.savez(buffer, **arrays)
     try:
         replace_file(file, buffer.getvalue())
     except OSError as error:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from explorer.data.background import Task
 from explorer.data.runs import settings
-from explorer.data.runs.comparing import COMPARED, TITLES, Comparison, compare_runs
+from explorer.data.runs.comparing import TITLES, Comparison, compare_runs
 from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
 from explorer.data.runs.evaluation import Evaluation, read_evaluation
 from explorer.data.runs.folders import METRICS, RunFacts, list_runs, open_run, read_facts, run_names
@@ -72,6 +72,7 @@ class RunPages(PageKind):
             Route("/worth", self.worth),
             Route("/runs/{name}", self.run),
             Route("/parts/runs/curves", self.curves_part),
+            Route("/parts/runs/verdicts", self.verdicts_part),
             Route("/parts/runs/differences", self.differences_part),
         ]
 
@@ -166,17 +167,23 @@ class RunPages(PageKind):
             request, "runs/curves.html", title="Curves", live=live, titles=TITLES, charts_of=runcharts, status=status
         )
 
+    def verdicts_part(self, request: Request) -> Response:
+        """Give what the differences say, or how far their computation is."""
+        return self._of_differences(request, "runs/verdicts.html")
+
     def differences_part(self, request: Request) -> Response:
-        """Give the differences, or how far their computation is."""
+        """Give the differences as charts and tables."""
+        return self._of_differences(request, "runs/differences.html")
+
+    def _of_differences(self, request: Request, template: str) -> Response:
         part = self._differences(self._names(request, least=2), wait=False)
         status = _STOP_POLLING if part.is_ended else 200
         return self.site.page(
             request,
-            "runs/differences.html",
+            template,
             title="Differences",
             part=part,
             titles=TITLES,
-            metrics=COMPARED,
             charts_of=runcharts,
             status=status,
         )

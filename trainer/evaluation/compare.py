@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from featurestore.console.files import write_json
@@ -97,8 +98,12 @@ def compare(
     metrics: Sequence[str] = ("gauc", "auc"),
     resamples: int = 1000,
     seed: int = 0,
+    only_N: NDArray[np.bool_] | None = None,
 ) -> dict[str, Difference]:
     """Measure the paired difference of each metric between runs `ours` and `baseline`, one or more on each side.
+
+    `only_N`: which impressions to measure, by default all; resamples are of all users either way, so those of a slice
+    are the ones of the whole.
 
     p = (1 + resamples whose difference lies as far from the one found as that does from 0) / (1 + resamples), the
     bootstrap test with the null put at the centre (Hall and Wilson, Biometrics 1991); so never below 1 / (1 + R).
@@ -109,7 +114,8 @@ def compare(
     _check_same_impressions([*ours, *baseline], [f"run {n}" for n in range(len(ours) + len(baseline))])
     users_U, user_N = np.unique(ours[0].impressions.user_N, return_inverse=True)
     label_N = ours[0].impressions.label_N.astype(np.float64)
-    sums = [MetricSums(each.logit_N, label_N, user_N) for each in (*ours, *baseline)]
+    chosen = slice(None) if only_N is None else only_N
+    sums = [MetricSums(each.logit_N[chosen], label_N[chosen], user_N[chosen]) for each in (*ours, *baseline)]
     replicates = bootstrap(sums, len(users_U), resamples, seed)
     value_TM = np.stack([each.value_M for each in replicates])
     draws_TRM = np.stack([each.draws_RM for each in replicates])

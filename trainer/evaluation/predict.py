@@ -31,6 +31,8 @@ class Predictions:
     impressions: Impressions
     notes: tuple[str, ...] = ()
     """What a reader of the figures should know."""
+    is_new_ad_N: NDArray[np.bool_] | None = None
+    """Whether the ad is in none of the run's training samples; None where that was not looked up."""
 
 
 def predict_run(
@@ -52,7 +54,8 @@ def predict_run(
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         logit_N = predict(opened)
         missing = opened.saved.notes_on_missing(opened.run.missing_lookups())
-        return Predictions(logit_N, impressions, (*opened.notes, *missing))
+        is_new_ad_N = ~places(opened.run.known_ads, impressions.ad_N)[1]
+        return Predictions(logit_N, impressions, (*opened.notes, *missing), is_new_ad_N)
 
 
 def predict(opened: Opened) -> Float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from explorer.data.background import Task
 from explorer.data.predictions import predictions_of
@@ -10,7 +10,13 @@ from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
 
+if TYPE_CHECKING:
+    from trainer.evaluation import compare as compared
+    from trainer.evaluation.predict import Predictions
+
 COMPARED = ("gauc", "auc", "logloss")
+NEW_ADS = "new_ad_auc"
+"""AUC of the impressions of ads that neither run was trained on."""
 TITLES = {
     "gauc": "GAUC",
     "auc": "AUC",
@@ -53,18 +59,18 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Say in one sentence what the figures tell."""
-        title = TITLES[self.metric]
+        title, run, against = TITLES[self.metric], quoted(self.run), quoted(self.against)
         if self.value is None:
-            return f"{title} is not defined for both of {self.run} and {self.against}."
+            return f"{title} is not defined for both of {run} and {against}."
         if self.low is None or self.high is None:
-            found = f"{self.run} and {self.against} differ in {title} by {self.value:+.4f}"
+            found = f"{run} and {against} differ in {title} by {self.value:+.4f}"
             return f"{found}; without an interval nobody knows whether that is chance."
         span = f"95 % interval {self.low:+.4f} to {self.high:+.4f}"
         if not self.is_clear:
-            found = f"No difference of {self.run} to {self.against} in {title} can be claimed"
+            found = f"No difference of {run} to {against} in {title} can be claimed"
             return f"{found}: {self.value:+.4f}, {span}, which spans 0."
         word = "better" if self.is_better else "worse"
-        return f"{self.run} is {word} than {self.against} in {title}: {self.value:+.4f}, {span}."
+        return f"{run} is {word} than {against} in {title}: {self.value:+.4f}, {span}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,8 @@ class Comparison:
     """Runs against the first of them. `problems`: of a run that could not be compared, why, by its name."""
 
     impressions: int
+    new_ad_impressions: int
+    """Those of ads that the first run was not trained on."""
     users: int
     baseline: str
     differences: tuple[Difference, ...]
@@ -82,6 +90,26 @@ class Comparison:
         """List the differences of a run."""
         return tuple(each for each in self.differences if each.run == run)
 
+    def in_metric(self, metric: str) -> tuple[Difference, ...]:
+        """List the differences in a metric."""
+        return tuple(each for each in self.differences if each.metric == metric)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """List the metrics that were compared."""
+        return tuple(dict.fromkeys(each.metric for each in self.differences))
+
+    @property
+    def verdicts(self) -> tuple[Difference, ...]:
+        """List the differences that say most: of each run that in GAUC, and that in AUC of new ads."""
+        shown = ("gauc", NEW_ADS)
+        return tuple(each for metric in shown for each in self.in_metric(metric))
+
+
+def quoted(name: str) -> str:
+    """Mark the name of a run in a sentence."""
+    return f"“{name}”"
+
 
 def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Comparison:
     """Predict with all runs and compare each with the first, on the same resamples of users.
@@ -90,25 +118,24 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
     with another one is among `problems`.
     """
     from trainer.errors import CheckpointNotFoundError
-    from trainer.evaluation.compare import compare
 
     baseline = predictions_of(places, names[0], task)
     count, users = len(baseline.logit_N), len(set(baseline.impressions.user_N.tolist()))
     resamples = max(200, min(RESAMPLES, _MOST_RESAMPLED // max(1, count)))
     found: list[Difference] = []
-    notes, problems = [f"{names[0]}: {each}" for each in baseline.notes], {}
+    notes, problems = [f"{quoted(names[0])}: {each}" for each in baseline.notes], {}
     for done, name in enumerate(names[1:], 1):
         try:
             ours = predictions_of(places, name, task)
-            task.tell(f"compares {name} with {names[0]}", done, len(names))
-            differences = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
+            task.tell(f"compares {quoted(name)} with {quoted(names[0])}", done, len(names))
+            differences = _differences(ours, baseline, resamples)
         except CheckpointNotFoundError:
             problems[name] = "it has no checkpoint yet"
             continue
         except UserError as error:
             problems[name] = one_line(error)
             continue
-        notes += [f"{name}: {each}" for each in ours.notes]
+        notes += [f"{quoted(name)}: {each}" for each in ours.notes]
         found += [
             Difference(
                 run=name,
@@ -124,9 +151,23 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
         ]
     return Comparison(
         impressions=count,
+        new_ad_impressions=0 if baseline.is_new_ad_N is None else int(baseline.is_new_ad_N.sum()),
         users=users,
         baseline=names[0],
         differences=tuple(found),
         notes=tuple(dict.fromkeys(notes)),
         problems=problems,
     )
+
+
+def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> "Mapping[str, compared.Difference]":
+    """Compare two runs in all that a page shows, the slice of new ads on the same resamples of users."""
+    from trainer.evaluation.compare import compare
+
+    found = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
+    if ours.is_new_ad_N is not None and baseline.is_new_ad_N is not None:
+        is_new_N = ours.is_new_ad_N & baseline.is_new_ad_N
+        if is_new_N.any():
+            of_new = compare([ours], [baseline], metrics=("auc",), resamples=resamples, only_N=is_new_N)
+            found[NEW_ADS] = of_new["auc"]
+    return found

@@ -99,7 +99,11 @@ def test_runs_side_by_side_with_verdicts(pages: TestClient, site: Site) -> None:
     answer = pages.get(unescape(part[1]))
     assert answer.status_code == 286  # htmx asks no more
     text = text_of(answer.text)
-    assert len(re.findall(r"is better than ids-only|is worse than ids-only|No difference of", text)) >= 6
+    assert (
+        len(re.findall(r"is better than “ids-only”|is worse than “ids-only”|No difference of", text)) == 6
+    )  # 2 runs, 3 metrics
+    verdicts = text_of(pages.get(unescape(part[1]).replace("differences", "verdicts")).text)
+    assert len(re.findall(r"in GAUC", verdicts)) == 2
     assert "hx-get" not in page(pages, address)  # it is there now
 
 
@@ -108,6 +112,7 @@ def test_what_images_are_worth_is_linked_from_the_first_page(pages: TestClient) 
     html = page(pages, "/worth")
     assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", html)
     assert "both-longer" not in html
+    assert html.index("/parts/runs/verdicts") < html.index("<h2>")  # what they are worth is told first
 
 
 def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, changing_world: World) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trainer.errors import DataError
-from trainer.evaluation.bootstrap import probability
+from trainer.evaluation.bootstrap import draws, probability
 from trainer.evaluation.compare import compare
 from trainer.evaluation.impressions import Impressions
 from trainer.evaluation.metrics import auc, grouped_auc
@@ -64,6 +64,24 @@ def test_pairing_makes_the_interval_narrow() -> None:
     ones = [compare([each], [dataclasses.replace(each, logit_N=np.zeros(USERS * EACH))])["auc"] for each in (one, two)]
     # Against a constant (AUC 0.5 in every resample) the width is that of one model's own AUC.
     assert paired.high - paired.low < 0.3 * min(each.high - each.low for each in ones)
+
+
+def test_a_slice_is_measured_on_the_resamples_of_all_users() -> None:
+    one, two = predictions(0, (1, 0.2), (2, 2.0))
+    only_N = one.impressions.ad_N < 5
+    found = compare([one], [two], metrics=("auc",), resamples=50, seed=3, only_N=only_N)["auc"]
+    label_N, user_N = one.impressions.label_N[only_N].astype(np.float64), one.impressions.user_N[only_N]
+    ours, baseline = (auc(each.logit_N[only_N], label_N) for each in (one, two))
+    assert (found.ours, found.baseline) == pytest.approx((ours, baseline))
+    drawn = []
+    for weight_BU in draws(USERS, 50, 3):
+        for weight_U in weight_BU:
+            at = np.repeat(np.flatnonzero(only_N), weight_U[user_N].astype(int))
+            label = one.impressions.label_N[at].astype(np.float64)
+            drawn.append(auc(one.logit_N[at], label) - auc(two.logit_N[at], label))
+    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    nothing = compare([one], [two], resamples=20, only_N=only_N & False)["auc"]
+    assert (nothing.value, nothing.low) == (None, None)
 
 
 @pytest.mark.long

@@ -189,6 +189,8 @@ def test_hidden_images_are_as_if_they_were_not_in_the_store(
     without = predict_run(run, store=str(tmp_path / "features"))
     assert hidden_N == pytest.approx(without.logit_N, abs=1e-5)
     assert (before_N == after_N).all()
+    assert without.is_new_ad_N is not None
+    assert without.is_new_ad_N.sum() == report_of(run)["metrics"]["new_ad_impressions"] > 0
     assert np.abs(hidden_N - before_N).max() > 1e-3
 
 

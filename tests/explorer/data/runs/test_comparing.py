@@ -1,19 +1,22 @@
 """Differences of runs: those of trainer.evaluate --against, and no claim where an interval spans 0."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from explorer.data import predictions
 from explorer.data.background import Task
 from explorer.data.predictions import TooMuchError, predictions_of
-from explorer.data.runs.comparing import Difference, compare_runs
+from explorer.data.runs import comparing
+from explorer.data.runs.comparing import COMPARED, NEW_ADS, Comparison, Difference, compare_runs
 from explorer.places import Places
 from tests.explorer.world import World
 from trainer.evaluation import predict
 from trainer.evaluation.compare import compare
-from trainer.evaluation.predict import predict_run
+from trainer.evaluation.predict import Predictions, predict_run
 
 
 @pytest.fixture
@@ -30,12 +33,36 @@ def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
     found = compare_runs(places, ["ids-only", "both", "both-longer"], Task())
     ours, baseline = (predict_run(world.runs / name) for name in ("both", "ids-only"))
     expected = compare([ours], [baseline], metrics=("gauc", "auc", "logloss"))
+    assert found.new_ad_impressions == 0
+    assert found.metrics == COMPARED
+    assert [(each.run, each.metric) for each in found.verdicts] == [("both", "gauc"), ("both-longer", "gauc")]
     for each in found.of("both"):
         other = expected[each.metric]
         assert (each.value, each.low, each.high) == pytest.approx((other.value, other.low, other.high), abs=1e-6)
     assert found.problems == {}
     assert found.impressions == len(ours.logit_N)
     assert {each.run for each in found.differences} == {"both", "both-longer"}
+
+
+def test_new_ads_are_judged_by_themselves_where_neither_run_was_trained_on_them(
+    places: Places, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: predict_run(world.runs / name) for name in ("ids-only", "both")}
+    new = np.unique(runs["both"].impressions.ad_N)[1:]
+
+    def newer(places: Places, name: str, task: Task[Comparison]) -> Predictions:
+        ads = new if name == "ids-only" else new[1:]
+        return replace(runs[name], is_new_ad_N=np.isin(runs[name].impressions.ad_N, ads))
+
+    monkeypatch.setattr(comparing, "predictions_of", newer)
+    found = compare_runs(places, ["ids-only", "both"], Task())
+    is_new_N = np.isin(runs["both"].impressions.ad_N, new[1:])
+    expected = compare([runs["both"]], [runs["ids-only"]], metrics=("auc",), only_N=is_new_N)["auc"]
+    (of_new,) = found.in_metric(NEW_ADS)
+    assert (of_new.value, of_new.low, of_new.high) == (expected.value, expected.low, expected.high)
+    assert of_new.low is not None
+    assert [each.metric for each in found.verdicts] == ["gauc", NEW_ADS]
+    assert "in AUC, new ads" in found.verdicts[1].verdict
 
 
 def test_predictions_are_kept_and_a_damaged_file_is_made_anew(
@@ -49,6 +76,7 @@ def test_predictions_are_kept_and_a_damaged_file_is_made_anew(
     assert again.logit_N.tolist() == first.logit_N.tolist()
     assert again.impressions.ad_N.tolist() == first.impressions.ad_N.tolist()
     assert again.notes == first.notes
+    assert again.is_new_ad_N is not None
     file.write_bytes(file.read_bytes()[:200])
     assert predictions_of(places, "both", Task()).logit_N.tolist() == pytest.approx(first.logit_N.tolist())
 
@@ -73,13 +101,14 @@ def test_too_many_impressions_or_images_are_left_to_a_command(places: Places, mo
 
 def test_a_difference_is_claimed_only_where_its_interval_does_not_span_0() -> None:
     clear, other = difference(0.1, 0.05, 0.15), difference(0.1, -0.01, 0.2)
-    assert clear.verdict == "new is better than old in GAUC: +0.1000, 95 % interval +0.0500 to +0.1500."
+    assert clear.verdict == "“new” is better than “old” in GAUC: +0.1000, 95 % interval +0.0500 to +0.1500."
     assert difference(-0.1, -0.2, -0.05).is_better is False
     assert difference(-0.1, -0.2, -0.05, "logloss").is_better is True
-    assert difference(0.1, 0.05, 0.2, "logloss").verdict.startswith("new is worse than old in log loss")
+    assert difference(0.1, 0.05, 0.2, "logloss").verdict.startswith("“new” is worse than “old” in log loss")
     assert other.is_better is None
     assert other.verdict == (
-        "No difference of new to old in GAUC can be claimed: +0.1000, 95 % interval -0.0100 to +0.2000, which spans 0."
+        "No difference of “new” to “old” in GAUC can be claimed: +0.1000, "
+        "95 % interval -0.0100 to +0.2000, which spans 0."
     )
     for edge in ((0.1, 0.0, 0.2), (-0.1, -0.2, 0.0)):
         assert "can be claimed" in difference(*edge).verdict
