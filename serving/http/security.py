@@ -117,6 +117,8 @@ def check_files(settings: AccessSettings) -> None:
         and not settings.record_file.absolute().parent.is_dir()
     ):
         raise ServerSettingsError(f"--record-file {settings.record_file}: its folder is not there; make it first")
+    if settings.host not in LOOPBACKS and settings.token_file is None:
+        logger.warning("no --token-file on %s: everybody who reaches this server may ask it", settings.host)
     if settings.host not in LOOPBACKS and settings.tls_cert is None:
         logger.warning("no TLS on %s: what users send can be read on the way", settings.host)
 

@@ -174,3 +174,13 @@ def test_a_token_file_that_everybody_can_read_warns(tmp_path: Path, caplog: pyte
 def test_listening_beyond_this_machine_without_tls_warns(caplog: pytest.LogCaptureFixture) -> None:
     check(host="0.0.0.0")
     assert "no TLS" in caplog.text
+    assert "no --token-file on 0.0.0.0: everybody who reaches this server may ask it" in caplog.text
+
+
+def test_tokens_or_loopback_are_no_reason_to_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("0123456789abcdef0123\n")
+    file.chmod(0o600)
+    check(host="0.0.0.0", token_file=file)
+    check(host="127.0.0.1")
+    assert "--token-file" not in caplog.text
