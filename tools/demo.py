@@ -110,9 +110,13 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
     return report
 
 
-def serve(place: Path) -> dict[str, float]:
-    """Publishes the run with both images, scores it over HTTP, and gives a new picture a score without a restart."""
-    python, model, store, pictures = sys.executable, place / "models/ctr", place / "features", place / "new-images"
+def serve(place: Path, images: Path | None) -> dict[str, float]:
+    """Publishes the run with both images, scores it over HTTP, and gives a new picture a score without a restart.
+
+    The picture is drawn among the drawn ones; a person's own `images` get none, it is then beside them.
+    """
+    python, model, store = sys.executable, place / "models/ctr", place / "features"
+    pictures = place / ("new-images" if images else "images")
     export: list[str | Path] = [python, ROOT / "jobs/export_model.py", "--run", place / "runs/both", "--out", model]
     run_step("The model as a bundle: network, ID rows, 12 numbers per image", export)
     console.print("\nScorer", style="bold")
@@ -125,7 +129,7 @@ def serve(place: Path) -> dict[str, float]:
         refresh: list[str | Path] = [
             ROOT / "jobs/refresh_features.py",
             "--images",
-            place / "new-images",
+            pictures,
             "--store",
             store,
         ]
@@ -196,7 +200,11 @@ def main(
     summary = summarise({variant: train(place, variant, seed, ranks) for variant in VARIANTS})
     show(summary)
     report = place / "report.json"
-    write_json(report, summary | {"serving": serve(place)})
+    write_json(report, summary | {"serving": serve(place, images)})
+    evaluate: list[str | Path] = [sys.executable, "-m", "trainer.evaluate", place / "runs/both", "--missing-curve"]
+    run_step(
+        "What the run is worth: intervals, slices, missing images", [*evaluate, "--html", place / "evaluation.html"]
+    )
     explorer = show_pages(place, images)
     console.print(
         f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all\n\n"

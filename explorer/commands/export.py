@@ -28,14 +28,17 @@ def export(
     from explorer.html.filters import size
     from explorer.places import Places
     from explorer.server.export import export as write
-    from featurestore.console.output import progress_bars
+    from featurestore.console.progress import progress_bar
 
     places = Places(store=store, runs=runs, samples=samples, images=images, model=model)
     places.check()
-    with progress_bars() as bars:
-        bar = bars.add_task("pages and pictures", total=None)
-        exported = write(places, out, most_files, lambda done, known: bars.update(bar, completed=done, total=known))
+    with progress_bar("pages and pictures") as bar:
+        exported = write(places, out, most_files, bar)
     typer.echo(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
+    if exported.num_left_out:
+        typer.echo(
+            f"{exported.num_left_out:,} addresses or more are left out: --most-files takes more than {most_files:,}"
+        )
     for problem in exported.errors:
         typer.echo(f"an error page: {problem}", err=True)
     if exported.errors:

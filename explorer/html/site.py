@@ -51,7 +51,9 @@ class Site:
     linked: list[str] = field(default_factory=lambda: ["/"])
     """Of a frozen site: the addresses that its pages have named so far, each once."""
     most_files: int | None = None
-    """Of a frozen site: so many addresses are exported; later ones lead to a page that says so."""
+    """Of a frozen site: so many files are exported; later addresses lead to a page that says so."""
+    left_out: set[str] = field(default_factory=set)
+    """Of a frozen site: the addresses for which there was no room."""
 
     @cached_property
     def _known(self) -> set[str]:
@@ -102,7 +104,8 @@ class Site:
             return wanted
         page = file_of(_asked.get())
         if wanted not in self._known:
-            if self.most_files is not None and len(self.linked) >= self.most_files:
+            if self.most_files is not None and len(self.linked) >= self.most_files - 1:  # one is the page that says so
+                self.left_out.add(wanted)
                 return relative(LEFT_OUT, page)
             self._known.add(wanted)
             self.linked.append(wanted)

@@ -19,11 +19,14 @@ _HOST = "http://localhost"
 
 
 class Exported(NamedTuple):
-    """What an export has written: files, bytes, and pages of errors among them, each with its address."""
+    """What an export has written: files, bytes, pages of errors among them, and how many addresses had no room."""
 
     num_files: int
     num_bytes: int
     errors: list[str]
+    """The address and status of each."""
+    num_left_out: int
+    """At least: those that pages name which were exported."""
 
 
 def export(places: Places, out: Path, most_files: int, tell: Callable[[int, int], None]) -> Exported:
@@ -66,7 +69,7 @@ async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) ->
             tell(done, len(site.linked))
     text = site.text("/", LEFT_OUT, title="Left out")
     num_bytes += _write(folder / LEFT_OUT, text.encode())
-    return Exported(done + 1, num_bytes, errors)
+    return Exported(done + 1, num_bytes, errors, len(site.left_out))
 
 
 def _write(file: Path, content: bytes) -> int:

@@ -32,7 +32,7 @@ def test_pages_of_a_list() -> None:
 
 
 def test_a_frozen_site_lists_each_address_once_and_no_more_than_its_limit() -> None:
-    site = Site(Places(images="x"), frozen=True, most_files=3)
+    site = Site(Places(images="x"), frozen=True, most_files=4)
     site.text("/", "home.html", title="x")
     assert site.linked == ["/", "/static/style.css"]
     site.nav = [NavItem("A", "/a"), NavItem("A again", "/a"), NavItem("B", "/b")]
