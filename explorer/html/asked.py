@@ -36,10 +36,14 @@ def whole(request: Request, name: str, default: int | None = None, *, least: int
 
 
 def whole_in(text: str, name: str, *, least: int = 0) -> int:
-    """Read a whole number out of a text. Raises ExplorerError."""
+    """Read a whole number out of a text. Raises ExplorerError; NotHereError for one that is larger than any."""
     digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 19 and least <= int(text) <= LARGEST):
+    if not (digits.isascii() and digits.isdigit()) or (text != digits and least == 0):
         raise ExplorerError(f"{name} {text[:40]!r} is no whole number from {least:,} on")
+    if len(digits) > 19 or not -LARGEST - 1 <= int(text) <= LARGEST:
+        raise NotHereError(f"there is no {name} {text[:40]}")
+    if int(text) < least:
+        raise ExplorerError(f"{name} {text} is no whole number from {least:,} on")
     return int(text)
 
 

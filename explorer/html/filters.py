@@ -7,7 +7,7 @@ from rich.filesize import decimal
 
 from featurestore.console.output import figure
 from featurestore.log import utc_text
-from featurestore.text.plain import printable
+from featurestore.text.plain import count_text, printable
 
 DASH = "–"
 
@@ -19,6 +19,11 @@ def number(value: float | int | None, digits: int | None = None) -> str:
     if digits is not None:
         return f"{value:,.{digits}f}"
     return f"{value:,}" if isinstance(value, int) else figure(value)
+
+
+def things(value: int | None, thing: str) -> str:
+    """Write a number of things, e.g. `1 row` or `2,000 rows`; a dash for a number that is not known."""
+    return f"{DASH} {thing}s" if value is None else count_text(value, thing)
 
 
 def signed(value: float | None, digits: int = 4) -> str:
@@ -48,4 +53,12 @@ def ago(value: float | None) -> str:
     return "just now"
 
 
-FILTERS = {"number": number, "signed": signed, "size": size, "time": time, "ago": ago, "plain": printable}
+FILTERS = {
+    "number": number,
+    "things": things,
+    "signed": signed,
+    "size": size,
+    "time": time,
+    "ago": ago,
+    "plain": printable,
+}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -31,7 +32,7 @@ from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from featurestore.text.plain import one_line
+from featurestore.text.plain import count_text, one_line
 
 PER_PAGE = 48
 NUM_NEIGHBOURS = 12
@@ -80,8 +81,15 @@ class ImagePages(PageKind):
         """List search, one image, and neighbours of a picture that is sent."""
         if self.site.places.store is None:
             return []
-        upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
+        upload = [Route("/images/like", self.like, methods=["POST"]), Route("/images/like", self.how_to_send)]
+        upload = [] if self.site.frozen else upload
         return [Route("/images", self.search), *upload, Route("/images/{key}", self.image)]
+
+    def how_to_send(self, request: Request) -> Response:
+        """Say how a picture is sent to who asks for the page of one."""
+        raise HTTPException(
+            405, "a picture has to be sent: choose one on the page Images, and press Find images like it"
+        )
 
     def search(self, request: Request) -> Response:
         """Show images by key, uri or a part of it; without a search those of a shard."""
@@ -98,6 +106,8 @@ class ImagePages(PageKind):
             )
         shards = sorted(snapshot.manifest.shards)
         shard = whole(request, "shard", shards[0] if shards else 0) or 0
+        if shard >= store.info.num_shards:
+            raise NotHereError(f"there is no shard {shard}: the store has {count_text(store.info.num_shards, 'shard')}")
         paging = Paging.of(request, sum(entry.rows for entry in snapshot.manifest.files(shard)), PER_PAGE)
         images, count = self._names.page(snapshot, shard, paging.first, PER_PAGE)
         paging = Paging.of(request, count, PER_PAGE)
@@ -116,7 +126,10 @@ class ImagePages(PageKind):
 
     def image(self, request: Request) -> Response:
         """Show one image: the picture, its rows over snapshots, and its neighbours."""
-        key = whole_in(request.path_params["key"], "key", least=_KEY_FROM)
+        try:
+            key = whole_in(request.path_params["key"], "key", least=_KEY_FROM)
+        except NotHereError as error:
+            raise NotHereError(f"no image has the key {request.path_params['key'][:40]}") from error
         store, snapshot = self._open(request)
         here = find_key(snapshot, key)
         spans, rows_problem = None, ""

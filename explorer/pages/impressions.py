@@ -29,6 +29,7 @@ from explorer.data.impressions.sent import check_sent, score_sent
 from explorer.data.impressions.typed import score_typed
 from explorer.data.impressions.words import name_of, percent, points, sentence, weighing
 from explorer.data.pictures import shrunk
+from explorer.data.runs.settings import shown_first
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.asked import number_of
 from explorer.html.site import NavItem, Question, Site, pages_of
@@ -365,8 +366,7 @@ def _shown(explanation: Explanation) -> list[Candidate]:
 
 def default_run(runs: Sequence[AskableRun]) -> str:
     """Choose the run that is shown first: one that sees all images, else some, else none."""
-    order = {"both": 0, "behavior": 1, "ad": 1, "none": 2}
-    return min(runs, key=lambda each: order[each.images]).name
+    return min(runs, key=lambda each: shown_first(each.name, each.images)).name
 
 
 def _snapshot(request: Request) -> At:

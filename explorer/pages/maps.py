@@ -16,6 +16,7 @@ from explorer.data.map.layout import COLOURS, COLUMNS, Cell, Colour, cells, draw
 from explorer.data.map.make import make_map
 from explorer.data.map.points import MapPoints
 from explorer.data.runs.folders import list_runs, open_run, read_facts
+from explorer.data.runs.settings import shown_first
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html import mapcharts
 from explorer.html.site import NavItem, Question
@@ -116,11 +117,12 @@ class MapPages(PageKind):
         return None if self.site.frozen or self.site.places.store is None else self.site.url(f"/images/{key}")
 
     def _runs(self) -> list[str]:
-        """Name the runs that see images and have a checkpoint, those first that changed last."""
+        """Name the runs that see images and have a checkpoint, the one first that is shown first."""
         if self.site.places.runs is None:
             return []
         runs, _ = list_runs(self.site.places, 1, _MOST_RUNS)
-        return [run.name for run in runs if run.checkpoints and run.images not in ("", "none")]
+        seeing = [run for run in runs if run.checkpoints and run.images not in ("", "none")]
+        return [run.name for run in sorted(seeing, key=lambda run: shown_first(run.name, run.images))]
 
     def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str | None, Colour]:
         """Read which run, None for the features of the store, and which colour are asked for."""

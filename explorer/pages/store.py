@@ -18,6 +18,7 @@ from explorer.data.store.opened import live_rows, name_of, open_snapshot, versio
 from explorer.data.store.shards import shard_lines
 from explorer.data.store.statistics import StoreNumbers, histogram, put_together, store_numbers
 from explorer.data.store.timeline import Timeline
+from explorer.errors import ExplorerError
 from explorer.html.asked import Paging, choice, day, whole, whole_in
 from explorer.html.asked import snapshot as asked_snapshot
 from explorer.html.site import NavItem, Question, Site
@@ -132,7 +133,10 @@ class StorePages(PageKind):
         known = log.versions(store.storage)
         difference = None
         if before is not None:
-            gap = f"The snapshots between {before} and {number} have expired: this is what all of them did together."
+            gap = (
+                f"The snapshots between {before} and {number} are gone: they expired or were purged. "
+                "This is what all of them did together."
+            )
             is_gap = request.query_params.get("against") is None and before < number - 1
             difference = Difference(open_snapshot(store, before), new, gap if is_gap else "")
         lines = self._timeline.lines(store, [number]) if number in known else []
@@ -153,11 +157,21 @@ class StorePages(PageKind):
         store, newest = self._open(request)
         since = day(request, "since") or datetime.datetime.fromisoformat(f"{_yesterday()}T00:00:00+00:00")
         until = day(request, "until")
+        if until is not None and until <= since:
+            raise ExplorerError(
+                f"until {_day_text(until)} is not later than since {_day_text(since)}; a day stands for its beginning, "
+                "00:00 UTC"
+            )
         start = newest_at(store, since.timestamp())
         new = newest
         if until is not None:
             new = open_snapshot(store, newest_at(store, until.timestamp()).version)
-        note = "" if start.is_exact else f"Snapshots from then have expired: this is what came since {start.version}."
+        note = (
+            ""
+            if start.is_exact
+            else "Snapshots from then are gone: they expired or were purged. "
+            f"This is what came since snapshot {start.version}."
+        )
         old = open_snapshot(store, min(start.version, new.version))
         params = {
             "since": _day_text(since),
@@ -169,8 +183,8 @@ class StorePages(PageKind):
             "arrived",
             f"Arrived since {_day_text(since)}",
             newest,
-            since=_day_text(since),
-            until=_day_text(until) if until else "",
+            since=_field_text(since),
+            until=_field_text(until) if until else "",
             **self._difference(request, Difference(old, new, note), params),
         )
 
@@ -368,6 +382,11 @@ def _day_text(time: datetime.datetime) -> str:
     """Write a day, with the time where it is not its beginning."""
     time = time.astimezone(datetime.UTC)
     return f"{time:%Y-%m-%d}" if (time.hour, time.minute, time.second) == (0, 0, 0) else f"{time:%Y-%m-%dT%H:%M:%S}"
+
+
+def _field_text(time: datetime.datetime) -> str:
+    """Write a time as a field of a form has it."""
+    return f"{time.astimezone(datetime.UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def _time_text(time_s: float) -> str:

@@ -12,6 +12,7 @@ from featurestore.console.commandline import CommandApp
 from featurestore.console.output import draw_counts, print_problem, print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.errors import UnsafeBackendError
+from featurestore.text.plain import count_text
 
 app = CommandApp()
 
@@ -72,8 +73,8 @@ def verify(
         print_problem(f"broken: {problem}")
     for problem in report.known:
         print_summary(f"known, in older snapshots alone: {problem.message}")
-    looked_at = f"{report.num_manifests:,} manifests, {report.num_files:,} files, {report.num_bytes:,} bytes"
-    print_summary(f"{len(report.problems)} problems in {looked_at}")
+    looked_at = f"{count_text(report.num_manifests, 'manifest')}, {count_text(report.num_files, 'file')}"
+    print_summary(f"{count_text(len(report.problems), 'problem')} in {looked_at}, {report.num_bytes:,} bytes")
     checked = {"manifests": report.num_manifests, "files": report.num_files, "problems": len(report.problems)}
     draw_counts("What was checked", checked)
     draw_counts("Problems by kind", Counter(problem.kind for problem in report.problems))
@@ -101,8 +102,8 @@ def _verify_cache(place: str | None) -> NoReturn:
     for problem in report.problems:
         print_problem(f"broken: {problem}")
     if report.num_shards or report.num_other:
-        looked_at = f"{report.num_shards:,} cached shards, {report.num_bytes:,} bytes of {folder}"
-        print_summary(f"{len(report.problems)} problems in {looked_at}")
+        looked_at = f"{count_text(report.num_shards, 'cached shard')}, {report.num_bytes:,} bytes of {folder}"
+        print_summary(f"{count_text(len(report.problems), 'problem')} in {looked_at}")
     else:
         print_summary(f"nothing to check: {folder} has no cached shards")
     if report.num_other:
@@ -131,7 +132,9 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
     if not report.actions and not report.left:
         sys.stdout.write("nothing to repair\n")
     elif report.version is not None:
-        sys.stdout.write(f"committed snapshot {report.version}; {report.num_quarantined:,} images put in quarantine\n")
+        sys.stdout.write(
+            f"committed snapshot {report.version}; {count_text(report.num_quarantined, 'image')} put in quarantine\n"
+        )
     raise typer.Exit(1 if report.left else 0)
 
 

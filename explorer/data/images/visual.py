@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from explorer.data.kept import Kept
+from explorer.data.runs.settings import shown_first
 from explorer.data.store.opened import name_of
 from explorer.data.vectors import VisualVectors, visual_vectors
 from explorer.places import Places
@@ -30,15 +31,17 @@ class ImageRuns:
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._have_images: Kept[bool] = Kept(1_000)
+        self._images: Kept[str] = Kept(1_000)
         self._vectors: Kept[VisualVectors] = Kept(8)
 
     def names(self) -> list[str]:
-        """Name the runs, at most MOST_RUNS of them, in the order of names. Reads a few small files of a new one."""
+        """Name the runs, at most MOST_RUNS of them, the one first that pages show first. Reads a few small files of a
+        new one."""
         if self._places.runs is None:
             return []
-        names = sorted(run.name for run in run_path(self._places.runs).iterdir())
-        return [name for name in names if self._has_images(name)][:MOST_RUNS]
+        images = {run.name: self._images_of(run.name) for run in run_path(self._places.runs).iterdir()}
+        seeing = [name for name, seen in images.items() if seen not in ("", "none")]
+        return sorted(seeing, key=lambda name: shown_first(name, images[name]))[:MOST_RUNS]
 
     def vectors(self, name: str, snapshot: Snapshot) -> VisualVectors:
         """Open the vectors of all images of a snapshot by a run's newest checkpoint, computed first where they never
@@ -50,12 +53,13 @@ class ImageRuns:
         mark = (name, _newest_checkpoint(run), name_of(snapshot))
         return self._vectors.get(mark, lambda: visual_vectors(run, store=places.store, store_version=snapshot.version))
 
-    def _has_images(self, name: str) -> bool:
+    def _images_of(self, name: str) -> str:
+        """Tell which images the model of a run sees; empty where it is none, or has no checkpoint."""
         try:
             run = self._places.run(name)
-            return _newest_checkpoint(run) is not None and self._have_images.get(name, lambda: _looks_at_images(run))
+            return "" if _newest_checkpoint(run) is None else self._images.get(name, lambda: _images_setting(run))
         except (UserError, OSError):  # no run, or one that has not saved anything yet
-            return False
+            return ""
 
 
 def _newest_checkpoint(run: RunPath) -> tuple[str, int] | None:
@@ -72,12 +76,12 @@ def _number(step: RunPath) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _looks_at_images(run: RunPath) -> bool:
+def _images_setting(run: RunPath) -> str:
     """Read the one setting that tells: to load the whole configuration would load what trains."""
     try:
-        return bool(parse_yaml(read_text(run / "config.yaml"))["model"]["images"] != "none")
+        return str(parse_yaml(read_text(run / "config.yaml"))["model"]["images"])
     except (ValueError, KeyError, TypeError):
-        return False
+        return ""
 
 
 def blocks_of(vectors: VisualVectors) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:

@@ -60,6 +60,10 @@ def of_run(places: Places, name: str, task: Task[Any]) -> MapVectors:
     task.tell(f"computes the visual vectors of {name}")
     saved = read_run(places.run(name), None, places.samples)
     networks = [":".join(each) for each in network_widths(saved)]
+    if not networks:
+        raise ExplorerError(
+            f"the run {name} has model.images=none: it has no E for images, so no map; choose another run"
+        )
     several = len(networks) > 1
     found = visual_vectors(
         places.run(name),

@@ -12,6 +12,11 @@ ORDER = ("none", "ad", "behavior", "both")
 _MISSING = object()
 
 
+def shown_first(name: str, images: str) -> tuple[int, str]:
+    """Give what sorts runs so that the one that pages show first leads: those that see most images, then by name."""
+    return -ORDER.index(images) if images in ORDER else 1, name
+
+
 @dataclass(frozen=True)
 class SettingRow:
     """A setting and its value in each run, as text; `is_figure`: whether it may change what is learned."""

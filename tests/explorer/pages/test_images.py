@@ -88,7 +88,9 @@ def test_an_image_that_is_gone_or_broken_has_a_page_and_one_of_no_snapshot_has_n
     assert "Nearest neighbours" not in broken.text
     assert "not in snapshot 1" in reader.read(f"/images/{key_of_uri(ADDED[0])}", version=1).text
     assert "no image has the key" in reader.read(f"/images/{key_of_uri(UNKNOWN)}", 404).text
-    for bad in ("x", "9" * 25, "1.5", "%20", "-"):
+    for large in ("9" * 25, f"-{'9' * 25}", "9" * 5_000):
+        assert f"no image has the key {large[:40]}" in reader.read(f"/images/{large}", 404).text
+    for bad in ("x", "1.5", "%20", "-"):
         assert "no whole number" in reader.read(f"/images/{bad}", 400).text
 
 
@@ -192,6 +194,16 @@ def test_what_is_no_picture_or_too_large_is_refused(reader, data, message):
     answer = send(reader, data)
     assert answer.status_code == 400
     assert message in Reading(answer.text).text
+
+
+def test_who_asks_for_the_page_of_a_picture_is_told_to_send_one(reader):
+    assert "a picture has to be sent: choose one on the page Images" in reader.read("/images/like", 405).text
+
+
+def test_a_shard_that_the_store_has_not_is_not_there(reader, shop):
+    shards = FeatureStore.open(shop.store).info.num_shards
+    reader.read("/images", shard=shards - 1)
+    assert f"there is no shard {shards}: the store has" in reader.read("/images", 404, shard=shards).text
 
 
 def test_a_form_of_another_kind_is_refused(reader):

@@ -89,9 +89,11 @@ def test_each_colour_is_drawn(pages: TestClient, go: threading.Event, colour: st
 
 def test_a_run_is_chosen_that_sees_images(pages: TestClient, go: threading.Event) -> None:
     html = pages.get("/map").text
-    assert 'aria-current="true">run both-longer</a>' in html
+    assert 'aria-current="true">run both</a>' in html
     assert "run=ids-only" not in html
-    assert "has no E for images" in pages.get("/map?run=ids-only&wait=1").text
+    blind = pages.get("/map?run=ids-only&wait=1").text
+    assert "has no E for images, so no map; choose another run" in blind
+    assert "--" not in blind.partition("<main")[2]
     go.set()
 
 

@@ -79,9 +79,33 @@ def test_broken_images_have_their_reason_size_and_first_bytes(reader, shop):
     assert "89 50 4e 47 0d 0a 1a 0a" in page.text
 
 
+def test_what_arrived_is_asked_for_by_time_and_the_form_keeps_it(reader):
+    html = reader.client.get("/store/arrived", params={"since": "2026-11-27T10:01", "until": "2999-11-28"}).text
+    assert 'type="datetime-local" step="1" value="2026-11-27T10:01:00"' in html
+    assert 'type="datetime-local" step="1" value="2999-11-28T00:00:00"' in html
+    for until in ("2026-11-01", "2026-11-27"):
+        page = reader.read("/store/arrived", 400, since="2026-11-27", until=until)
+        assert f"until {until} is not later than since 2026-11-27" in page.text
+
+
+def test_a_snapshot_of_any_number_is_not_there_and_one_row_is_one(reader, tmp_path):
+    assert f"there is no snapshot {'9' * 26}" in reader.read(f"/store/snapshots/{'9' * 26}", 404).text
+    assert "no whole number" in reader.read("/store/snapshots/-1", 400).text
+    store = make_store(tmp_path / "one")
+    store.put(rows(["a.jpg"], 1))
+    assert "1 row and 0 tombstones in new files" in Reader(store=store.url).read("/store/snapshots/1").text
+
+
+def test_since_a_time_whose_snapshots_are_gone(tmp_path):
+    store, reader = storied(tmp_path / "store"), Reader(store=tmp_path / "store")
+    expire(store, keep_last=1, keep_days=0, grace_days=0)
+    page = reader.read("/store/arrived", since="2020-01-01")
+    assert "Snapshots from then are gone: they expired or were purged. This is what came since snapshot 4." in page.text
+
+
 def test_copies_stand_together(reader):
     page = reader.read("/store/duplicates")
-    assert "1 images are copies of others" in page.text
+    assert "1 image is a copy of another one, byte by byte: 2 images in 1 group." in page.text
     assert {*page.uris()} == {COPIED, COPY}
 
 
@@ -135,7 +159,7 @@ def test_an_expired_snapshot_is_not_there_and_its_neighbours_say_what_is_missing
     expire(store, keep_last=1, keep_days=0, grace_days=0)
     assert "2 has expired" in reader.read("/store/snapshots/2", 404).text
     page = reader.read("/store/snapshots/4")
-    assert "The snapshots between 1 and 4 have expired" in page.text
+    assert "The snapshots between 1 and 4 are gone: they expired or were purged." in page.text
     assert "5 added" in page.text
     assert "kept" in reader.read("/store").text
 

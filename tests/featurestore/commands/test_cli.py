@@ -81,7 +81,7 @@ def test_verify_names_the_broken_file_and_exits_1(filled: FeatureStore) -> None:
     path.write_bytes(data)
     result = run("verify", filled.url)
     assert result.exit_code == 1
-    assert entry.path in result.stderr and "1 problems" in result.stdout
+    assert entry.path in result.stderr and "1 problem in 1 manifest, 8 files" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_it_runs_as_a_module(filled: FeatureStore) -> None:
         [sys.executable, "-m", "featurestore", "verify", filled.url], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("0 problems in 1 manifests")
+    assert done.stdout.startswith("0 problems in 1 manifest,")

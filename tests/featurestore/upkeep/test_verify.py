@@ -273,7 +273,7 @@ def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStor
     assert done.exit_code == 0 and "0 problems in 2 manifests" in done.output
     spoil(filled, entry_of(filled).path)
     done = runner.invoke(app, ["verify", filled.url])
-    assert done.exit_code == 1 and done.output.count("broken: ") == 1 and "1 problems in" in done.output
+    assert done.exit_code == 1 and done.output.count("broken: ") == 1 and "1 problem in" in done.output
     assert f"{entry_of(filled).path} is damaged" in done.output and f"repair {filled.url}`" in done.output
     (Path(filled.url) / "store.json").write_bytes(b"{}")
     done = runner.invoke(app, ["verify", filled.url])

@@ -34,6 +34,12 @@ def test_only_runs_with_images_and_a_checkpoint_are_named(world, places, tmp_pat
     (runs / "file").touch()
     shutil.copytree(world.runs / "both", runs / "good <b>")
     assert ImageRuns(Places(store=str(world.store), runs=str(runs))).names() == ["good <b>"]
+    config = (world.runs / "both" / "config.yaml").read_text()
+    for name, images in (("ad", "ad"), ("behavior", "behavior")):  # those that see most come first
+        shutil.copytree(world.runs / "both", runs / name)
+        assert "images: both" in config
+        (runs / name / "config.yaml").write_text(config.replace("images: both", f"images: {images}"))
+    assert ImageRuns(Places(store=str(world.store), runs=str(runs))).names() == ["good <b>", "behavior", "ad"]
 
 
 def test_the_vectors_are_what_e_makes_of_the_features(world, places):
