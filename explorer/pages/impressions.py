@@ -209,10 +209,16 @@ class ImpressionPages(PageKind):
         with self.runs.use(asked.run) as opened:
             scored = scored_of(opened)
             found = scored.chosen(asked.order, asked.clicked, asked.query)
-            elsewhere = False
+            elsewhere, part = False, None
             if not len(found) and asked.query and scored.num < scored.total:
-                scored, elsewhere = score_user(opened, asked.query), True
-                found = scored.chosen(asked.order, asked.clicked, "")
+                of_user = score_user(opened, asked.query)
+                if of_user.num:
+                    scored, elsewhere = of_user, True
+                    found = scored.chosen(asked.order, asked.clicked, "")
+            if not len(found) and asked.query and not elsewhere:
+                part = self.names.with_part(opened, asked.query)
+                keys = [image.key for image in part.images] if part else []
+                found = scored.chosen(asked.order, asked.clicked, "", keys)
             per_page = PER_FROZEN_PAGE if self.site.frozen else PER_PAGE
             numbers, num_pages = pages_of(found.tolist(), asked.page, per_page)
             rows = scored.rows(numbers)
@@ -223,6 +229,7 @@ class ImpressionPages(PageKind):
                 "found": len(found),
                 "scored": scored,
                 "elsewhere": elsewhere,
+                "part": part if len(found) else None,
                 "num_pages": 1 if self.site.frozen else num_pages,
                 "shown_page": min(max(asked.page, 1), num_pages),
                 "sees_images": opened.sees_images,

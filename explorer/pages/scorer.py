@@ -11,6 +11,7 @@ from starlette.routing import Route
 from explorer.data.impressions.groups import PictureName
 from explorer.data.impressions.names import PictureNames
 from explorer.data.impressions.words import name_of, percent
+from explorer.data.runs.comparing import TITLES
 from explorer.data.scorer.child import ChildScorer, ChildState
 from explorer.data.scorer.compared import TOLERANCE, compare, run_of
 from explorer.data.scorer.figures import read_figures
@@ -23,6 +24,7 @@ from featurestore.text.plain import one_line
 from serving.scoring.samples import RemoteScorer, trusted
 
 SCORER = "/scorer"
+_METRICS = ("auc", "gauc", "logloss", "new_ad_auc")
 
 
 class ScorerPages(PageKind):
@@ -72,6 +74,8 @@ class ScorerPages(PageKind):
         model = self._model()
         context: dict[str, Any] = {
             "model": model,
+            "metrics": _METRICS,
+            "titles": TITLES,
             "scorer": self.site.places.scorer,
             "now": "now" in request.query_params,
         }

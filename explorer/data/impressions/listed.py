@@ -76,13 +76,17 @@ class ScoredImpressions:
         """Impressions that are scored here."""
         return len(self.logit_N)
 
-    def chosen(self, order: Order, clicked: Clicked, query: str) -> NDArray[np.int64]:
+    def chosen(
+        self, order: Order, clicked: Clicked, query: str, pictures: Sequence[int] | None = None
+    ) -> NDArray[np.int64]:
         """Find the impressions asked for, best first: their numbers here. `query`: a user, an ad, a picture's key or
-        uri; empty: all."""
+        uri; empty: all. `pictures`: keys of pictures, in the place of the query."""
         wanted_N = np.ones(self.num, np.bool_)
         if clicked != "any":
             wanted_N &= self.label_N == (clicked == "yes")
-        if query:
+        if pictures is not None:
+            wanted_N &= False if self.picture_N is None else np.isin(self.picture_N, pictures)
+        elif query:
             wanted_N &= self._matching(query)
         found = np.flatnonzero(wanted_N)
         if order == "order":

@@ -6,6 +6,7 @@ from threading import Lock
 
 import numpy as np
 
+from explorer.data.images.finding import Found, find_part
 from explorer.data.impressions.groups import PictureName
 from explorer.data.impressions.opened import OpenedRun
 from featurestore.errors import FeatureStoreError
@@ -43,6 +44,17 @@ class PictureNames:
             if missing := wanted - found.keys():
                 found |= self._look_up(url, version, missing)
         return found
+
+    def with_part(self, opened: OpenedRun, part: str) -> Found | None:
+        """Find pictures whose uri has a part in it, in the run's snapshot, else in the newest of the shown store.
+
+        Bounded as a search of images is. None where the run has no store, and none is shown. Raises FeatureStoreError.
+        """
+        field = next(opened.schema.of_kind("content"), None)
+        record = opened.trained.stores.get(field.store_name) if field else None
+        if record is not None:
+            return find_part(FeatureStore.open(record.url).snapshot(record.version), part)
+        return find_part(FeatureStore.open(self._store).snapshot(), part) if self._store is not None else None
 
     def _look_up(self, url: str, version: int | None, keys: set[int]) -> dict[int, str]:
         with self._lock:

@@ -52,6 +52,8 @@ class ComparedAd:
     pictures: tuple[PictureName, ...]
     clicked: bool
     scores: Compared
+    rank: int
+    """Among the ads of the group over HTTP, from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ class ComparedGroup:
 
     group: SampleGroup
     ads: list[ComparedAd]
+    """Highest score first."""
     behaviors: list[ComparedBehavior]
     others: list[ComparedPicture]
     chosen: ComparedAd
@@ -152,12 +155,13 @@ def compare(
             pictures=pictures[place],
             clicked=label == 1,
             scores=Compared(by_http=Score(one), by_run=Score(other)),
+            rank=1 + sum(each > one for each in by_http),
         )
         for place, (name, label, one, other) in enumerate(zip(group.ads, group.labels, by_http, by_run, strict=True))
     ]
     return ComparedGroup(
         group=group,
-        ads=ads,
+        ads=sorted(ads, key=lambda each: each.rank),
         behaviors=behaviors,
         others=others,
         chosen=ads[chosen],

@@ -111,6 +111,13 @@ def test_neighbours_in_three_spaces(everything, world):
     assert COPY in codes
 
 
+def test_an_image_leads_to_its_impressions(everything, reader):
+    address = f"/images/{key_of_uri(COPIED)}"
+    links = Reading(everything.client.get(address).text).links
+    assert "/impressions?q=shoes%2Fshoe-03.jpg" in links
+    assert not [link for link in Reading(reader.client.get(address).text).links if "impressions" in link]
+
+
 def test_the_runs_differ_in_what_they_see(everything):
     key = key_of_uri(PLAIN[0])
     texts = {

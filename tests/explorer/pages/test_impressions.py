@@ -21,7 +21,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
-from tests.explorer.world import COPIED, COPY, HOSTILE, PLAIN, UNKNOWN, World
+from tests.explorer.world import ADDED, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN, World
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
@@ -83,6 +83,7 @@ def test_the_scores_shown_are_those_of_the_job(pages: TestClient, world: World, 
 def test_orders_and_filters(pages: TestClient, query: str) -> None:
     text = pages.get(f"/impressions/part?{query}").text
     assert "Why " in text
+    assert "This copy" not in text
     if "clicked=yes" in query:
         assert "not clicked" not in text
     if "clicked=no" in query:
@@ -100,6 +101,7 @@ def test_a_search_finds_users_ads_and_pictures(pages: TestClient, world: World) 
     for query in (PLAIN[0], str(key_of_uri(PLAIN[0]))):
         shown = pages.get("/impressions/part", params={"q": query}).text
         assert f"<p>{keys.count(key_of_uri(PLAIN[0]))} of" in shown
+        assert "have it in their" not in shown
     assert "No impression is like that" in pages.get("/impressions/part?q=nobody%20at%20all").text
 
 
@@ -260,6 +262,20 @@ def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
         assert "jobs/build_samples.py" in whole.text
 
 
+@pytest.mark.parametrize("run", ["both", "ids-only"])
+def test_a_part_of_a_uri_finds_pictures(pages: TestClient, world: World, run: str) -> None:
+    table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
+    boots = {key_of_uri(uri) for uri in ADDED}
+    expected = sum(key in boots for keys in table["ad_image"].to_pylist() for key in keys)
+    text = pages.get("/impressions/part", params={"q": "BOOT-", "run": run}).text
+    assert f"<p>{expected} of" in text
+    assert expected > 0
+    assert "pictures that have it in their" in text
+    hostile = pages.get("/impressions/part", params={"q": "<script>alert(1)", "run": run}).text
+    assert "<p>0 of" not in hostile
+    assert "<script>alert" not in hostile
+
+
 @pytest.fixture
 def own_run(tmp_path: Path) -> SamplePlaces:
     """A store, samples and a run that a test may damage."""
@@ -359,3 +375,7 @@ def test_an_export_has_the_groups_of_its_list(world: World, tmp_path: Path) -> N
         assert "Why this ad got this score" in text
         assert "<form" not in text
         assert "hx-" not in text
+    lists = [page.read_text() for page in (tmp_path / "pages" / "pages").glob("impressions-*.html")]
+    first = next(text for text in lists if "impressions scored by run" in text)
+    assert first.count("Why ") == 12
+    assert "This copy of the pages has the first 12;" in first

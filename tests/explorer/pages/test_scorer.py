@@ -41,6 +41,9 @@ def served(world: World) -> Iterator[TestClient]:
     with TestClient(application(Site(places_of(world)))) as client:
         assert "is started" in client.get("/scorer").text
         wait_ready(client)
+        unasked = client.get("/scorer/part").text
+        assert "No request to score has come" in unasked
+        assert "<table" not in unasked
         yield client
 
 
@@ -69,11 +72,13 @@ def test_what_is_published(served: TestClient) -> None:
     assert "Version 1 is in use" in text
     assert "step-00000012" in text
     assert '<b class="good">in use</b> since' in text
+    assert re.search(r"<td>AUC 0\.\d{4}; GAUC 0\.\d{4}; log loss \d\.\d{4}</td>", text)
+    assert "gauc_impressions" not in text
     assert "Scorer</a>" in served.get("/").text
 
 
 def test_a_group_over_http_has_the_scores_of_the_run(served: TestClient, world: World) -> None:
-    differences = 0
+    differences = most_ads = 0
     for number in range(4):
         answer = served.get(f"/scorer/impression/{number}?now=1")
         assert answer.status_code == 200
@@ -85,7 +90,16 @@ def test_a_group_over_http_has_the_scores_of_the_run(served: TestClient, world: 
         shown = set(re.findall(r"by the run ([\d.]+) %", answer.text))
         assert any(f"{each} %" in page for each in shown)
         assert "with another picture" in answer.text
+        ads = answer.text.partition("The ads of this group")[2].partition("</ul>")[0]
+        ranks = [int(each) for each in re.findall(r"<b>(\d+)\.</b>", ads)]
+        assert ranks == list(range(1, len(ranks) + 1))
+        scores = [float(each) for each in re.findall(r"over HTTP ([\d.]+) %", ads)]
+        assert scores == sorted(scores, reverse=True)
+        assert len(scores) == len(ranks)
+        most_ads = max(most_ads, len(ranks))
+        assert "Scores without images, and the attention of each behaviour, are not here" in answer.text
     assert differences > 4 * 12
+    assert most_ads > 1
     shell = served.get("/scorer/impression/0").text
     assert 'hx-get="/scorer/impression/0/part?ad=0"' in shell
     assert "Score this group over HTTP" in served.get("/impressions/both/0?now=1").text
@@ -100,6 +114,7 @@ def test_figures_count_what_was_asked(served: TestClient) -> None:
     before = answered()
     served.get("/scorer/impression/2/part")
     text = served.get("/scorer/part").text
+    assert "No request to score has come" not in text
     assert answered() in (before + 2, before + 3)  # the group, other pictures, and users without a behaviour, if any
     assert "Age of the vectors of images" in text
     for stage in ("read", "wait", "parse", "score", "encode"):
