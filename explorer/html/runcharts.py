@@ -11,6 +11,9 @@ Figure = dict[str, Any]
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """Lines of up to six runs, told apart without colours too."""
 
+_STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c6bb1")
+"""Told apart without seeing all colours: Okabe and Ito, "Color Universal Design", 2008; violet for their black."""
+
 
 def curves(by_name: Mapping[str, Curve], title: str) -> Figure:
     """Draw curves of one quantity over steps, one for each name."""
@@ -30,25 +33,42 @@ def curves(by_name: Mapping[str, Curve], title: str) -> Figure:
 
 
 def stages(times: Sequence[StageTime]) -> Figure:
-    """Draw the stages of a step as two stacked bars: the step, and what works ahead beside it."""
+    """Draw the stages of a step as two stacked bars: the step, and what works ahead beside it.
+
+    Those that take most have a colour and a pattern each; all others of a bar are one part of it.
+    """
+    largest = sorted(times, key=lambda each: -each.ms)[: len(_STAGE_COLOURS)]
+    shown = [each for each in times if each in largest]
+    others = {
+        is_ahead: sum(each.ms for each in times if each not in largest and each.is_ahead == is_ahead)
+        for is_ahead in (True, False)
+    }
     traces = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": each.name,
-            "y": ["ahead, beside it" if each.is_ahead else "the step"],
-            "x": [each.ms],
-            "hovertemplate": "%{x:.2f} ms",
-        }
-        for each in times
+        _stage(each.name, {each.is_ahead: each.ms}, {"color": colour, "pattern": {"shape": "/" if number % 2 else ""}})
+        for number, (each, colour) in enumerate(zip(shown, _STAGE_COLOURS, strict=False))
     ]
+    if len(shown) < len(times):
+        traces.append(_stage("other", {key: ms for key, ms in others.items() if ms}, {"color": "#8a8f96"}))
     layout = {
         "barmode": "stack",
         "xaxis": {"title": {"text": "ms"}},
-        "yaxis": {"autorange": "reversed"},
-        "legend": {"orientation": "h", "y": -0.3},
+        "yaxis": {"categoryorder": "array", "categoryarray": ["the step", "ahead, beside it"]},
+        "showlegend": True,
     }
     return {"data": traces, "layout": layout}
+
+
+def _stage(name: str, ms: Mapping[bool, float], marker: Figure) -> Figure:
+    """Make a part of the bars; `ms` by whether it is of the bar of what works ahead."""
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": plain(name),
+        "y": ["ahead, beside it" if is_ahead else "the step" for is_ahead in ms],
+        "x": list(ms.values()),
+        "marker": marker,
+        "hovertemplate": "%{x:.2f} ms",
+    }
 
 
 def slices(sliced: SlicedBy, whole: Estimate, metric: str) -> Figure:

@@ -14,8 +14,8 @@
         paper_bgcolor: "transparent",
         plot_bgcolor: "transparent",
         font: { color: style("--ink"), family: "system-ui, sans-serif" },
-        margin: { l: 48, r: 12, t: 12, b: 40 },
-        legend: { orientation: "h" },
+        margin: { l: 48, r: 12, t: 12, b: 48 },
+        legend: { orientation: "h", traceorder: "normal", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" },
         ...figure.layout,
       };
       for (const name of ["xaxis", "yaxis", "yaxis2"]) {

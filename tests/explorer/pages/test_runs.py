@@ -69,6 +69,7 @@ def test_the_list_has_every_run_with_settings_that_differ(pages: TestClient) -> 
         assert f'href="/runs/{name}"' in html
     assert '<th scope="col">model.images</th>' in html
     assert '<th scope="col">train.max_steps</th>' in html
+    assert html.index(">GAUC</th>") < html.index(">model.images</th>")  # a telephone shows the first columns alone
     assert 'href="/worth"' in html
 
 
