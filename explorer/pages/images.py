@@ -81,15 +81,8 @@ class ImagePages(PageKind):
         """List search, one image, and neighbours of a picture that is sent."""
         if self.site.places.store is None:
             return []
-        upload = [Route("/images/like", self.like, methods=["POST"]), Route("/images/like", self.how_to_send)]
-        upload = [] if self.site.frozen else upload
+        upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
         return [Route("/images", self.search), *upload, Route("/images/{key}", self.image)]
-
-    def how_to_send(self, request: Request) -> Response:
-        """Say how a picture is sent to who asks for the page of one."""
-        raise HTTPException(
-            405, "a picture has to be sent: choose one on the page Images, and press Find images like it"
-        )
 
     def search(self, request: Request) -> Response:
         """Show images by key, uri or a part of it; without a search those of a shard."""
@@ -126,6 +119,10 @@ class ImagePages(PageKind):
 
     def image(self, request: Request) -> Response:
         """Show one image: the picture, its rows over snapshots, and its neighbours."""
+        if request.path_params["key"] == "like":  # somebody opens the address of the form
+            raise HTTPException(
+                405, "a picture has to be sent: choose one on the page Images, and press Find images like it"
+            )
         try:
             key = whole_in(request.path_params["key"], "key", least=_KEY_FROM)
         except NotHereError as error:
