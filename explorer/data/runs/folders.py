@@ -13,7 +13,7 @@ from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import FarPath, RunPath, read_file, run_path
-from featurestore.text.parsing import parse_yaml
+from featurestore.text.parsing import parse_json, parse_yaml
 from featurestore.text.plain import one_line
 
 State = Literal["finished", "running", "unfinished", "unreadable"]
@@ -45,6 +45,8 @@ class RunFacts:
     has_evaluation: bool = False
     checkpoint: str = ""
     """Tells the newest checkpoint from others, also of a run that was made anew; empty where there is none."""
+    samples_digest: str = ""
+    """Of the training samples, as the newest checkpoint recorded it; empty where there is none."""
 
     @property
     def metrics(self) -> Mapping[str, float | int | None]:
@@ -123,6 +125,7 @@ def read_facts(folder: RunPath) -> RunFacts:
         checkpoints=checkpoints,
         has_evaluation=_read((folder / "evaluation" / "report.json").is_file, False, problems),
         checkpoint=_identity(folder, checkpoints),
+        samples_digest=_samples_digest(folder, checkpoints),
     )
 
 
@@ -158,6 +161,17 @@ def _identity(folder: RunPath, checkpoints: Sequence[str]) -> str:
     except OSError:
         written = 0
     return f"{checkpoints[-1]} {written}"
+
+
+def _samples_digest(folder: RunPath, checkpoints: Sequence[str]) -> str:
+    """Read which samples the newest checkpoint was trained on; empty where it does not say."""
+    if not checkpoints:
+        return ""
+    try:
+        state = parse_json(read_file(folder / "checkpoints" / checkpoints[-1] / "state.json"))
+        return str(state["origin"]["data"]["samples_digest"])
+    except (OSError, StorageError, UserError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _settings(file: RunPath) -> Mapping[str, Any]:

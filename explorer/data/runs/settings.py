@@ -7,6 +7,9 @@ from typing import Any
 from explorer.data.runs.folders import RunFacts
 
 IMAGES = "model.images"
+SAMPLES = "data.samples"
+_STORES = ("data.store", "data.stores", "data.store_version", "data.store_versions")
+"""Settings that say where images are looked up; a finished run that reads a store has recorded which it was."""
 ORDER = ("none", "ad", "behavior", "both")
 """Values of model.images, from the least to the most."""
 _MISSING = object()
@@ -35,22 +38,33 @@ def no_figure() -> frozenset[str]:
 
 
 def differing(runs: Sequence[RunFacts]) -> list[SettingRow]:
-    """List the settings in which the runs differ: those that change figures first, the images at the top."""
+    """List the settings in which the runs differ: those that change figures first, the images at the top.
+
+    Where samples and stores are changes none if the runs recorded what they read there: `snapshots` tells that.
+    """
     ignored = no_figure()
+    if all(run.samples_digest for run in runs):
+        ignored |= {SAMPLES}
+    if all(run.images == "none" or _recorded(run) for run in runs):
+        ignored |= set(_STORES)
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
         values = [run.settings.get(name, _MISSING) for run in runs]
         if any(value != values[0] for value in values):
-            rows.append(SettingRow(name, tuple(map(text_of, values)), name not in ignored))
+            rows.append(SettingRow(name, tuple(map(text_of, values)), not ignored & {name, _named(name)}))
     return sorted(rows, key=lambda row: (not row.is_figure, row.name != IMAGES))
 
 
 def snapshots(runs: Sequence[RunFacts]) -> list[SettingRow]:
-    """List the stores of which the runs were trained on different snapshots, those that read them."""
+    """List what the runs recorded of their samples and stores that differs, of the stores those that read them."""
     of_run = [run.report.get("stores") for run in runs]
     stores = [found if isinstance(found, dict) else {} for found in of_run]
     rows = []
+    digests = [run.samples_digest for run in runs]
+    if len(set(digests) - {""}) > 1:
+        told = tuple(digest.rpartition(":")[2][:8] or "–" for digest in digests)
+        rows.append(SettingRow("digest of the samples", told, True))
     for name in dict.fromkeys(name for found in stores for name in found):
         records = [found.get(name) for found in stores]
         values = [_snapshot(record) if isinstance(record, dict) else "–" for record in records]
@@ -80,16 +94,45 @@ def image_groups(runs: Sequence[RunFacts]) -> list[list[RunFacts]]:
     """Find groups of finished runs whose images differ while all else that changes figures is the same.
 
     Of several runs with the same images the first counts. Each group is in ORDER, the one with most runs first; groups
-    of one size are in the order of `runs`.
+    of one size are in the order of `runs`. Samples and snapshots count by what the runs recorded of them, else by
+    their addresses; a run without images reads no store, so it goes with runs of any.
     """
-    groups: dict[str, dict[str, RunFacts]] = {}
+    alike: dict[str, list[RunFacts]] = {}
     for run in runs:
         if run.state == "finished" and run.images in ORDER:
-            groups.setdefault(_rest(run.settings), {}).setdefault(run.images, run)
+            alike.setdefault(_rest(run), []).append(run)
+    groups: dict[tuple[str, str], dict[str, RunFacts]] = {}
+    for rest, several in alike.items():
+        for store in dict.fromkeys(_store(run) for run in several if run.images != "none"):
+            for run in several:
+                if run.images == "none" or _store(run) == store:
+                    groups.setdefault((rest, store), {}).setdefault(run.images, run)
     found = [[group[images] for images in ORDER if images in group] for group in groups.values()]
     return sorted((group for group in found if len(group) > 1), key=lambda group: -len(group))
 
 
-def _rest(settings: Mapping[str, Any]) -> str:
-    ignored = no_figure() | {IMAGES}
-    return repr(sorted((name, text_of(value)) for name, value in settings.items() if name not in ignored))
+def _rest(run: RunFacts) -> str:
+    """Write all that changes figures but the images, and where they are looked up."""
+    ignored = no_figure() | {IMAGES, SAMPLES, *_STORES}
+    kept = sorted((name, text_of(value)) for name, value in run.settings.items() if not ignored & {name, _named(name)})
+    return repr((run.samples_digest or text_of(run.settings.get(SAMPLES, _MISSING)), kept))
+
+
+def _store(run: RunFacts) -> str:
+    """Write where a run looked images up: the commits that it recorded, else the settings that say it."""
+    if recorded := _recorded(run):
+        return repr(recorded)
+    return repr(sorted((name, text_of(value)) for name, value in run.settings.items() if _named(name) in _STORES))
+
+
+def _recorded(run: RunFacts) -> list[tuple[str, str]]:
+    """List the stores that a run read, each with its commit; empty where it recorded none."""
+    stores = run.report.get("stores")
+    if not isinstance(stores, dict) or not all(isinstance(each, dict) for each in stores.values()):
+        return []
+    return sorted((name, str(each.get("commit_id"))) for name, each in stores.items())
+
+
+def _named(setting: str) -> str:
+    """Name the setting that a value is of: data.stores for data.stores.audio."""
+    return ".".join(setting.split(".")[:2])

@@ -35,6 +35,9 @@ def test_a_finished_run_has_its_metrics_settings_and_checkpoints(runs: Path) -> 
     assert found.settings["train.max_steps"] == 12
     assert found.settings["data.missing"] == "zeros"
     assert found.checkpoints == ("step-00000012",)
+    assert found.samples_digest == facts(runs, "ids-only").samples_digest != ""
+    (runs / "both" / "checkpoints" / "step-00000012" / "state.json").write_text('{"origin": ')
+    assert facts(runs).samples_digest == ""
     assert found.has_evaluation
     assert not facts(runs, "both-longer").has_evaluation
 

@@ -1,5 +1,6 @@
 """Settings that differ, those that change figures first; and the runs whose images alone differ."""
 
+from dataclasses import replace
 from typing import Any
 
 from explorer.data.runs.folders import RunFacts, State
@@ -43,6 +44,40 @@ def test_groups_differ_in_their_images_alone() -> None:
     ]
     assert [[each.name for each in group] for group in image_groups(runs)] == [["none", "ad", "both"], ["x", "other"]]
     assert image_groups(runs[:1]) == []
+
+
+def elsewhere(name: str, images: str, digest: str, commit: str | None) -> RunFacts:
+    """Make a run whose samples and store have an address of their own."""
+    places = {"data.samples": f"{name}/samples", "data.store": f"{name}/store", "data.stores.audio": f"{name}/audio"}
+    stores = {"images": {"version": 1, "commit_id": commit}} if commit else {}
+    made = run(name, images, **places)
+    return replace(made, report={"stores": stores}, samples_digest=digest)
+
+
+def test_what_runs_read_counts_and_not_where_it_was() -> None:
+    none, ad, both = (
+        elsewhere("n", "none", "d1", None),
+        elsewhere("a", "ad", "d1", "c1"),
+        elsewhere("b", "both", "d1", "c1"),
+    )
+    assert [[each.name for each in group] for group in image_groups([none, ad, both])] == [["n", "a", "b"]]
+    assert [row.name for row in differing([none, ad, both]) if row.is_figure] == ["model.images"]
+    assert snapshots([none, ad, both]) == []
+
+
+def test_other_samples_or_another_snapshot_are_no_difference_of_images() -> None:
+    none, ad = elsewhere("n", "none", "d1", None), elsewhere("a", "ad", "d1", "c1")
+    both, other = elsewhere("b", "both", "d1", "c2"), elsewhere("o", "behavior", "bytes:d2", "c1")
+    groups = image_groups([none, ad, both, other])
+    assert [[each.name for each in group] for group in groups] == [["n", "a"], ["n", "b"]]
+    assert [(row.name, row.values) for row in snapshots([none, other])] == [("digest of the samples", ("d1", "d2"))]
+
+
+def test_addresses_count_where_nothing_was_recorded() -> None:
+    runs = [elsewhere("n", "none", "", None), elsewhere("a", "ad", "", None), elsewhere("b", "both", "d1", "c1")]
+    assert image_groups(runs) == []
+    figures = {row.name for row in differing(runs) if row.is_figure}
+    assert figures == {"model.images", "data.samples", "data.store", "data.stores.audio"}
 
 
 def test_values_are_written_as_files_have_them() -> None:
