@@ -22,8 +22,7 @@ if [ -z "$program" ]; then
   echo "the package chromium of this machine's archive has no program: name one by CHROMIUM=/path/to/chromium" >&2
   exit 1
 fi
-libraries=$(cd "$folder/usr/lib" && find . -name '*.so*' -not -path './chromium/*' -printf '%h\n' | sort -u)
-libraries=$(sed "s|^\.|$folder/usr/lib|" <<<"$libraries" | paste -sd:)
+libraries=$(find "$folder/usr/lib" -name '*.so*' -not -path "$folder/usr/lib/chromium/*" -printf '%h\n' | sort -u | paste -sd:)
 cat >"$folder/fonts.conf" <<EOS
 <?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd">

@@ -65,7 +65,7 @@ if ! is_supported "$present" || [ "${asked:-$present}" != "$present" ]; then
 fi
 rm -f "$venv/.installed"
 pip=(-m pip install --quiet --disable-pip-version-check)
-"$venv/bin/python" "${pip[@]}" -e ".[dev,bench]"
+"$venv/bin/python" "${pip[@]}" -e ".[dev,bench,explorer]"
 "$venv/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-s3-server.txt
 "$venv/bin/python" "${pip[@]}" --require-hashes --no-deps -r tools/requirements-deploy.txt
 if [ ! -x "$venv/moto/bin/python" ]; then

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from explorer.commands.installed import check_installed
 from explorer.commands.options import Images, Model, Runs, Samples, Store
 from featurestore.console.commandline import CommandApp
 from featurestore.errors import FAILED
@@ -25,6 +26,7 @@ def export(
     ] = 2000,
 ) -> None:
     """Write the same pages into a folder: from the first page along all links. Forms and live parts are left out."""
+    check_installed()
     from explorer.html.filters import size
     from explorer.places import Places
     from explorer.server.export import export as write

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from explorer.commands.installed import check_installed
 from explorer.commands.options import Samples, Store
 from featurestore.console.commandline import CommandApp
 
@@ -26,6 +27,7 @@ def map(
     Columns: key, uri, x, y, ctr, category, error, impressions. `embedding-atlas OUT --x x --y y` opens it, and the page
     Map of the same run, store and samples has it at once.
     """
+    check_installed()
     from explorer.data.background import Task
     from explorer.data.map.make import make_map
     from explorer.data.map.points import MapPoints

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from explorer.commands.installed import check_installed
 from explorer.commands.options import Images, Model, Runs, Samples, Scorer, ScorerCa, ScorerTokenFile, Store
 from featurestore.console.commandline import CommandApp
 
@@ -37,6 +38,7 @@ def serve(
     ] = None,
 ) -> None:
     """Show pages of a store, its images, runs, impressions and a scorer, in a browser. Nothing is changed."""
+    check_installed()
     from explorer.places import Places
     from explorer.server.serve import serve as listen_and_answer
     from serving.http.settings import AccessSettings
