@@ -1,15 +1,11 @@
-"""The site as a reader sees it, opened as files: search finds pages, pictures are seen, nothing asks the network."""
+"""The site of docs/ as a reader sees it, opened as files: search finds pages, pictures are seen, nothing asks the network."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.explorer.browser.conftest import Watched, chromium, watch
+from tests.explorer.browser.conftest import Watched
 from tools import site
-
-__all__ = ["chromium", "watch"]  # fixtures
-
-pytestmark = [pytest.mark.browser, pytest.mark.services, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
