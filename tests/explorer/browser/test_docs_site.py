@@ -1,4 +1,4 @@
-"""The site of docs/ as a reader sees it, opened as files: search finds pages, pictures are seen, nothing asks the network."""
+"""The site of docs/ as a reader sees it, as files: search finds pages, pictures are seen, nothing asks the network."""
 
 from pathlib import Path
 
