@@ -16,7 +16,7 @@ def test_curves_are_drawn_anew_until_the_end(changing_world, watch):
         page.goto(f"{url}/runs/both")
         for step in (13, 14):
             file.add(step, {"train/loss": 0.25})
-            page.wait_for_selector(f"text=both is training: step {step}")
+            page.wait_for_selector(f"text=“both” is training: step {step}")
             page.wait_for_selector("#loss .main-svg")
             page.wait_for_timeout(300)  # what htmx does when it settles is done
             assert page.evaluate(DRAWN) == ["absolute"] * 3
