@@ -1,6 +1,5 @@
 """The server of the pages: one process, which ends quietly at a signal."""
 
-import logging.config
 import sys
 
 from explorer.html.site import Site
@@ -9,6 +8,7 @@ from explorer.server.app import application
 from explorer.server.login import HostGuard, LoginGuard, names_of
 from serving.http.limits import allow_connections
 from serving.http.listening import SecuredServer, listen, url_of, uvicorn_config
+from serving.http.logs import configure_logging
 from serving.http.security import Credentials, check_files
 from serving.http.settings import AccessSettings
 
@@ -18,7 +18,7 @@ def serve(settings: AccessSettings, places: Places) -> None:
 
     Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError where the port is taken.
     """
-    logging.config.dictConfig(_LOGGING)
+    configure_logging("explorer")
     check_files(settings)
     site = Site(places)
     app = application(site)
@@ -33,15 +33,3 @@ def serve(settings: AccessSettings, places: Places) -> None:
         sys.stderr.write(f"open {url_of(settings, listener)} (Ctrl-C ends)\n")
         config = uvicorn_config(settings, credentials, HostGuard(guarded, names_of(settings.host)))
         SecuredServer(config, credentials).run(sockets=[listener])
-
-
-_LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"()": "serving.http.logs.UtcFormatter"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "loggers": {
-        name: {"handlers": ["stderr"], "level": "WARNING", "propagate": False}
-        for name in ("explorer", "serving", "uvicorn")
-    },
-}

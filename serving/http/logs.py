@@ -13,8 +13,8 @@ STAGES = ("read", "wait", "parse", "score", "encode")
 logger = logging.getLogger("serving")
 
 
-def configure_logging() -> None:
-    """Send the server's log and uvicorn's warnings to stderr, with the time in UTC."""
+def configure_logging(*others: str) -> None:
+    """Send the server's log, those of `others` and uvicorn's warnings to stderr, with the time in UTC."""
     logging.config.dictConfig(
         {
             "version": 1,
@@ -22,7 +22,9 @@ def configure_logging() -> None:
             "formatters": {"line": {"()": "serving.http.logs.UtcFormatter"}},
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
             "loggers": {
-                "serving": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+                **{
+                    name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("serving", *others)
+                },
                 "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
             },
         }

@@ -294,6 +294,7 @@ def test_figures_count_requests_candidates_and_what_was_unknown(tmp_path: Path) 
 
 def test_what_users_send_is_logged_only_when_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="serving")  # whatever commands that ran in this process have set
     body = {"user": {"user": "secret-name"}, "candidates": {"ad_item": [1, 2]}}
 
     async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
