@@ -43,7 +43,7 @@ $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh t
               tools/requirements-s3-server.txt tools/requirements-moto-server.txt tools/requirements-deploy.txt tools/requirements-docs.txt
 	tools/install.sh $(VENV)
 
-demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
+demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, score, write the explorer's pages
 	$(ON_PATH) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
