@@ -110,10 +110,10 @@ def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) ->
     job = start(shop, run, pause_s=0.3)
     wait(job, run, lambda: "step-00000010" in host.run("ls", "/mnt/small/run/checkpoints", check=False).stdout)
     host.run("sh", "-c", "head -c 100M /dev/zero > /mnt/small/others", check=False)
-    wait(job, run, lambda: "No space left on device" in run.log.read_text())
+    # TensorBoard's scalars meet the full disk too, perhaps long before a checkpoint does: a warning, not the end.
+    wait(job, run, lambda: "ended with exit code 1 (error: " in run.log.read_text())
     host.run("rm", "/mnt/small/others")
-    said = said_at_the_end(job, run)
-    assert "ended with exit code 1 (error: " in said and "No space left on device" in said
+    assert "No space left on device" in said_at_the_end(job, run)
     legs = run.legs()
     assert len(legs) > 1
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
