@@ -38,6 +38,17 @@ class Difference(Estimate):
     p_value: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewAds:
+    """The part of the impressions whose ad no compared run was trained on, and its differences; none where it is empty.
+
+    An ad that one of the runs knows from training is left out: that run would win by having seen it.
+    """
+
+    impressions: int
+    differences: dict[str, Difference]
+
+
 def compare_runs(
     source: RunSource,
     against: RunPath,
@@ -50,9 +61,9 @@ def compare_runs(
 ) -> None:
     """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
 
-    The samples and the store that `source` names are those of both. They are written to comparison.json in `out`, by
-    default RUN/evaluation, and to `json_file`. Every rank calls it. Raises TrainerError, FeatureStoreError; DataError
-    where the test samples of the two differ.
+    All impressions together, and those of new ads by themselves. The samples and the store that `source` names are
+    those of both. They are written to comparison.json in `out`, by default RUN/evaluation, and to `json_file`. Every
+    rank calls it. Raises TrainerError, FeatureStoreError; DataError where the test samples of the two differ.
     """
     console, places = text_console(quiet=comm.rank != 0), source.places
     ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
@@ -61,16 +72,21 @@ def compare_runs(
     if comm.rank != 0:
         return
     found = compare([ours], [baseline], resamples=resamples, seed=seed)
+    new_ads = compare_new_ads([ours], [baseline], resamples=resamples, seed=seed)
+    titled = {METRIC_TITLES[name]: each for name, each in found.items()}
+    titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in new_ads.differences.items()}
     title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
     table = Table("", "run", "against", "difference", f"{LEVEL:.0%} interval", "p", title=title)
-    for name, each in found.items():
+    for name, each in titled.items():
         values = (number(value) for value in (each.ours, each.baseline, each.value))
         p_value = "-" if each.p_value is None else f"{each.p_value:.3g}"
-        table.add_row(METRIC_TITLES[name], *values, range_of(each), p_value)
+        table.add_row(name, *values, range_of(each), p_value)
     print_table(console, table)
     notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
+    count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
+    print_line(console, f"{count} of new ads, which neither run was trained on")
     if page := current_page():
-        page.add_plot(difference_plot(found))
+        page.add_plot(difference_plot(titled))
     for note in notes:
         print_line(console, f"note: {note}")
     written = {
@@ -79,6 +95,7 @@ def compare_runs(
         "impressions": len(ours.logit_N),
         "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
         "differences": {name: asdict(each) for name, each in found.items()},
+        "new_ads": asdict(new_ads),
         "notes": notes,
     }
     folder = out or source.folder / "evaluation"
@@ -129,6 +146,29 @@ def compare(
         values = value_2M[0, column], value_2M[1, column]
         found[name] = _difference(name, *values, draws_RM[:, column], sums[0].users_M[column])
     return found
+
+
+def compare_new_ads(
+    ours: Sequence[Predictions],
+    baseline: Sequence[Predictions],
+    *,
+    metrics: Sequence[str] = ("gauc", "auc"),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> NewAds:
+    """Compare as `compare` does, on the impressions of ads that no run of either side was trained on.
+
+    The resamples of users are those of `compare` with the same seed. Raises as that does; no impression is new where a
+    run's predictions do not tell (`is_new_ad_N` is None).
+    """
+    _check_same_impressions([*ours, *baseline], [f"run {n}" for n in range(len(ours) + len(baseline))])
+    is_new_N = np.ones(len(ours[0].logit_N), np.bool_)
+    for each in (*ours, *baseline):
+        is_new_N &= False if each.is_new_ad_N is None else each.is_new_ad_N
+    differences = {}
+    if is_new_N.any():
+        differences = compare(ours, baseline, metrics=metrics, resamples=resamples, seed=seed, only_N=is_new_N)
+    return NewAds(impressions=int(is_new_N.sum()), differences=differences)
 
 
 def _mean_of_drawn(draws_SRM: Float, random: np.random.Generator) -> Float:

@@ -45,8 +45,8 @@ def missing_images_curve(figures: Figures) -> Plot | None:
 
 
 def difference_plot(differences: Mapping[str, Estimate]) -> Plot | None:
-    """Draw the differences of two runs with their intervals; on the dashed line there is none."""
-    marks = [_mark(METRIC_TITLES[name], each, signed=True) for name, each in differences.items()]
+    """Draw the differences of two runs, by title, with their intervals; on the dashed line there is none."""
+    marks = [_mark(name, each, signed=True) for name, each in differences.items()]
     return intervals("Difference, with its interval; on the dashed line there is none", marks, line=0.0)
 
 

@@ -162,12 +162,8 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
 
 def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> "Mapping[str, compared.Difference]":
     """Compare two runs in all that a page shows, the slice of new ads on the same resamples of users."""
-    from trainer.evaluation.compare import compare
+    from trainer.evaluation.compare import compare, compare_new_ads
 
     found = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
-    if ours.is_new_ad_N is not None and baseline.is_new_ad_N is not None:
-        is_new_N = ours.is_new_ad_N & baseline.is_new_ad_N
-        if is_new_N.any():
-            of_new = compare([ours], [baseline], metrics=("auc",), resamples=resamples, only_N=is_new_N)
-            found[NEW_ADS] = of_new["auc"]
-    return found
+    new_ads = compare_new_ads([ours], [baseline], metrics=("auc",), resamples=resamples)
+    return found | ({NEW_ADS: new_ads.differences["auc"]} if new_ads.differences else {})

@@ -1,16 +1,25 @@
 """Two models on the same impressions: the difference, its interval, its p-value; and what cannot be compared."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from featurestore.console.page.page import ReportPage
+from featurestore.console.page.recording import recorded
+from tests.pages import check_page
+from trainer.comm import SoloComm
 from trainer.errors import DataError
+from trainer.evaluation import compare as comparing
 from trainer.evaluation.bootstrap import draws, probability
-from trainer.evaluation.compare import compare
+from trainer.evaluation.compare import compare, compare_new_ads, compare_runs
 from trainer.evaluation.impressions import Impressions
 from trainer.evaluation.metrics import auc, grouped_auc
 from trainer.evaluation.predict import Predictions
+from trainer.evaluation.report import number, range_of
+from trainer.runs.saved import RunSource
 
 USERS, EACH = 120, 8
 
@@ -82,6 +91,45 @@ def test_a_slice_is_measured_on_the_resamples_of_all_users() -> None:
     assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
     nothing = compare([one], [two], resamples=20, only_N=only_N & False)["auc"]
     assert (nothing.value, nothing.low) == (None, None)
+
+
+def new_from(each: Predictions, ad: int) -> Predictions:
+    """The same predictions of a run that was trained on the ads below `ad`."""
+    return dataclasses.replace(each, is_new_ad_N=each.impressions.ad_N >= ad)
+
+
+def test_an_ad_is_new_where_no_run_was_trained_on_it() -> None:
+    one, two = predictions(0, (1, 0.2), (2, 2.0))
+    found = compare_new_ads([new_from(one, 20)], [new_from(two, 30)], resamples=50, seed=3)
+    is_new_N = one.impressions.ad_N >= 30
+    assert found.impressions == is_new_N.sum() > 0
+    assert found.differences == compare([one], [two], resamples=50, seed=3, only_N=is_new_N)
+    for unknown in (two, new_from(two, 40)):  # nothing is known of its training, and it knows all
+        nothing = compare_new_ads([new_from(one, 20)], [unknown], resamples=50)
+        assert (nothing.impressions, nothing.differences) == (0, {})
+
+
+@pytest.mark.parametrize("first_new", [30, 40])
+def test_the_command_shows_new_ads_in_its_table_its_json_and_its_page(
+    first_new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = dict(zip("ab", (new_from(each, first_new) for each in predictions(0, (1, 0.2), (2, 2.0))), strict=True))
+    monkeypatch.setattr(comparing, "predict_run", lambda folder, comm, **places: runs[folder.name])
+    file = tmp_path / "figures.json"
+    with recorded(ReportPage(tmp_path / "page.html", "T", [])):
+        source = RunSource(tmp_path / "a", None)
+        compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, seed=0, out=tmp_path, json_file=file)
+    said, read = capsys.readouterr().out, check_page((tmp_path / "page.html").read_text())
+    expected = compare_new_ads([runs["a"]], [runs["b"]], resamples=50)
+    found = json.loads(file.read_text())["new_ads"]
+    assert found == dataclasses.asdict(expected)
+    assert f"{expected.impressions:,} impressions are of new ads" in said
+    assert len(found["differences"]) == (2 if first_new == 30 else 0) == said.count(", new ads ")
+    for title, each in zip(("GAUC", "AUC"), expected.differences.values(), strict=False):
+        value, span = number(each.value), range_of(each)
+        assert read.value(f"{title}, new ads")[2:4] == [value, span]
+        assert value in said and span in said
+        assert any(f"{title}, new ads: +{value}" in plot for plot in read.plots)
 
 
 @pytest.mark.long
