@@ -66,7 +66,11 @@ class Places:
             trusted(self.scorer_ca)
 
     def run(self, name: str) -> RunPath:
-        """Give the folder of a run by its name. Raises ExplorerError where the name is a path."""
-        if self.runs is None or not name or "/" in name or name in (".", ".."):
+        """Give the folder of a run by its name; NAME/DAY is a day of trainer.daily. Raises ExplorerError for a path."""
+        parts = name.split("/")
+        if self.runs is None or len(parts) > 2 or any(part in ("", ".", "..") for part in parts):
             raise ExplorerError(f"no run {name[:60]!r}")
-        return run_path(self.runs) / name
+        folder = run_path(self.runs)
+        for part in parts:
+            folder = folder / part
+        return folder

@@ -71,6 +71,7 @@ class RunPages(PageKind):
             Route("/runs/compare", self.compare),
             Route("/worth", self.worth),
             Route("/runs/{name}", self.run),
+            Route("/runs/{name}/{day}", self.run),
             Route("/parts/runs/curves", self.curves_part),
             Route("/parts/runs/verdicts", self.verdicts_part),
             Route("/parts/runs/differences", self.differences_part),
@@ -101,12 +102,12 @@ class RunPages(PageKind):
         )
 
     def run(self, request: Request) -> Response:
-        """Show one run."""
-        return self._one(request, request.path_params["name"])
+        """Show one run, or a day of trainer.daily."""
+        return self._one(request, "/".join(request.path_params.values()))
 
     def _one(self, request: Request, name: str) -> Response:
         folder = open_run(self.site.places, name)
-        facts = read_facts(folder)
+        facts = read_facts(folder, name)
         live = self._live([facts])
         evaluation, problem = _evaluation(folder)
         return self.site.page(
@@ -138,7 +139,7 @@ class RunPages(PageKind):
         return self._several(request, group, _WORTH, is_worth=True)
 
     def _several(self, request: Request, names: Sequence[str], title: str, *, is_worth: bool) -> Response:
-        runs = [read_facts(open_run(self.site.places, name)) for name in names]
+        runs = [read_facts(open_run(self.site.places, name), name) for name in names]
         rows = differing(runs)
         return self.site.page(
             request,
@@ -160,7 +161,7 @@ class RunPages(PageKind):
 
     def curves_part(self, request: Request) -> Response:
         """Give the curves as they are now; the last time where no run goes on."""
-        runs = [read_facts(open_run(self.site.places, name)) for name in self._names(request, least=1)]
+        runs = [read_facts(open_run(self.site.places, name), name) for name in self._names(request, least=1)]
         live = self._live(runs)
         status = 200 if live.is_running else _STOP_POLLING
         return self.site.page(

@@ -20,6 +20,7 @@ from featurestore.published.paths import RunPath, read_file, run_path, write_jso
 from featurestore.text.parsing import parse_json
 from trainer.config import legacy
 from trainer.config.config import Config, load_config, load_saved, save_config
+from trainer.daily import SHARED
 from trainer.daily import table as daytable
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.main import on_ranks, train, warm_settings
@@ -287,7 +288,7 @@ def _claim(folder: RunPath, base: Config, window_days: int) -> None:
             mode="json", exclude={"store_version", "store_versions", "cache_dir", "prefetch_batches"}
         ),
     }
-    file = folder / "daily.json"
+    file = folder / SHARED
     try:
         if file.is_file() and any(daytable.DAY.fullmatch(each.name) for each in folder.iterdir()):
             _check_same(mine, parse_json(read_file(file)), file)

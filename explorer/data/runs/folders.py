@@ -12,9 +12,10 @@ from typing import Any, Literal
 from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
-from featurestore.published.paths import FarPath, RunPath, read_file, run_path
+from featurestore.published.paths import RunPath, read_file, run_path
 from featurestore.text.parsing import parse_json, parse_yaml
 from featurestore.text.plain import one_line
+from trainer.daily import SHARED
 
 State = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -65,20 +66,32 @@ def list_runs(places: Places, page: int, per_page: int) -> tuple[list[RunFacts],
     names = run_names(places)
     shown = names[(page - 1) * per_page : page * per_page]
     with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(lambda name: read_facts(places.run(name)), shown)), len(names)
+        return list(threads.map(lambda name: read_facts(places.run(name), name), shown)), len(names)
 
 
 def run_names(places: Places) -> list[str]:
-    """List the runs: folders with a config.yaml, whose names are text. Those first that changed last."""
+    """List the runs: folders with a config.yaml, whose names are text. Those first that changed last.
+
+    The days of trainer.daily lie one folder deeper; they are named NAME/DAY.
+    """
     assert places.runs is not None
     root = run_path(places.runs)
-    if isinstance(root, FarPath):
-        below = root.iterdir()
-        with ThreadPoolExecutor(_THREADS) as threads:
-            is_run = list(threads.map(lambda each: (each / "config.yaml").is_file(), below))
-        return sorted(each.name for each, yes in zip(below, is_run, strict=True) if yes)
-    found = [(_changed_s(each) or 0.0, each.name) for each in root.iterdir() if (each / "config.yaml").is_file()]
-    return [name for _, name in sorted(found, key=lambda each: (-each[0], each[1])) if _is_text(name)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found, others = _with_file({each.name: each for each in root.iterdir()}, "config.yaml", threads)
+        series, _ = _with_file(others, SHARED, threads)
+        days = {f"{name}/{day.name}": day for name, folder in series.items() for day in folder.iterdir()}
+        found |= _with_file(days, "config.yaml", threads)[0]
+    names = sorted(name for name in found if _is_text(name))
+    return sorted(names, key=lambda name: -(_changed_s(found[name]) or 0.0))
+
+
+def _with_file(
+    folders: Mapping[str, RunPath], file: str, threads: ThreadPoolExecutor
+) -> tuple[dict[str, RunPath], dict[str, RunPath]]:
+    """Split folders into those that hold the file and the others."""
+    has = dict(zip(folders, threads.map(lambda each: (each / file).is_file(), folders.values()), strict=True))
+    with_it = {name: folder for name, folder in folders.items() if has[name]}
+    return with_it, {name: folder for name, folder in folders.items() if not has[name]}
 
 
 def _is_text(name: str) -> bool:
@@ -101,8 +114,11 @@ def open_run(places: Places, name: str) -> RunPath:
     return folder
 
 
-def read_facts(folder: RunPath) -> RunFacts:
-    """Read what a run's folder says now; a part that cannot be read is a problem of it."""
+def read_facts(folder: RunPath, name: str | None = None) -> RunFacts:
+    """Read what a run's folder says now; a part that cannot be read is a problem of it.
+
+    `name`: of the run, by default that of its folder.
+    """
     problems: list[str] = []
     settings = _read(lambda: _settings(folder / "config.yaml"), {}, problems)
     report = _read(lambda: _report(folder), {}, problems)
@@ -116,7 +132,7 @@ def read_facts(folder: RunPath) -> RunFacts:
         state = "running"
     checkpoints = tuple(_read(lambda: _checkpoints(folder), [], problems))
     return RunFacts(
-        name=folder.name,
+        name=name or folder.name,
         state=state,
         settings=settings,
         report=report,

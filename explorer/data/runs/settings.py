@@ -16,8 +16,11 @@ _MISSING = object()
 
 
 def shown_first(name: str, images: str) -> tuple[int, str]:
-    """Give what sorts runs so that the one that pages show first leads: those that see most images, then by name."""
-    return -ORDER.index(images) if images in ORDER else 1, name
+    """Give what sorts runs so that the one that pages show first leads: those that see most images, then by name.
+
+    The days of one trainer.daily are alike: they stay in the order that they had.
+    """
+    return -ORDER.index(images) if images in ORDER else 1, name.partition("/")[0]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -14,6 +15,7 @@ from explorer.places import Places
 from explorer.server.app import application
 from explorer.server.export import export
 from tests.explorer.world import World
+from trainer.daily import SHARED
 from trainer.loop.events import EventsFile
 
 HOSTILE = [
@@ -122,6 +124,26 @@ def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, c
     assert "/worth" not in page(changing, "/runs")
 
 
+def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClient, changing_world: World) -> None:
+    for name in ("both", "ids-only"):
+        shutil.copytree(changing_world.runs / name, changing_world.runs / "daily" / name)
+    (changing_world.runs / "daily" / SHARED).write_text("{}")
+    listed = page(changing, "/runs")
+    assert 'href="/runs/daily/both"' in listed
+    assert 'value="daily/both"' in listed
+    opened = page(changing, "/runs/daily/both")
+    assert "Run daily/both" in text_of(opened)
+    assert 'id="loss"' in opened
+    address = "/runs/compare?run=both-longer&run=daily%2Fboth"
+    compared = page(changing, address)
+    assert 'href="/runs/daily/both"' in compared
+    part = "/parts/runs/verdicts?run=both-longer&run=daily%2Fboth"
+    assert unescape(compared).count(part) == 1
+    while (answer := changing.get(part)).status_code != 286:
+        time.sleep(0.05)
+    assert "“daily/both” to “both-longer” in GAUC" in text_of(answer.text)
+
+
 def test_no_runs_at_all(tmp_path: Path) -> None:
     with TestClient(application(Site(Places(runs=str(tmp_path))))) as pages:
         assert "There are no runs" in page(pages, "/runs")
@@ -194,6 +216,7 @@ def test_hostile_names_are_only_text(changing: TestClient, changing_world: World
     [
         ("/runs/nothing", 404),
         ("/runs/..%2F..%2Fetc", 404),
+        ("/runs/both/nothing", 404),
         ("/runs/compare?run=both", 400),
         ("/runs/compare", 400),
         ("/runs/compare?run=both&run=nothing", 404),

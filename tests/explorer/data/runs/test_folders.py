@@ -11,6 +11,7 @@ from explorer.data.runs.folders import RunFacts, list_runs, open_run, read_facts
 from explorer.errors import NotHereError
 from explorer.places import Places
 from tests.explorer.world import World
+from trainer.daily import SHARED
 
 
 @pytest.fixture
@@ -81,11 +82,27 @@ def test_runs_are_listed_by_their_last_change_in_pages(runs: Path) -> None:
     assert ([run.name for run in (*first, *second)], count) == (["both-longer", "both", "ids-only"], 3)
 
 
+def test_days_of_trainer_daily_are_runs_of_two_names(runs: Path) -> None:
+    for name in ("daily/2026-01-02", "daily/2026-01-03", "other/both"):
+        shutil.copytree(runs / "both", runs / name)
+    (runs / "daily" / SHARED).write_text("{}")
+    (runs / "daily" / "2026-01-04").mkdir()  # not begun
+    places = Places(runs=str(runs))
+    for number, name in enumerate(("daily/2026-01-02", "both", "daily/2026-01-03", "both-longer", "ids-only")):
+        age(runs / name, 10_000 - 1000 * number)
+    assert run_names(places) == ["ids-only", "both-longer", "daily/2026-01-03", "both", "daily/2026-01-02"]
+    day = list_runs(places, 1, 10)[0][2]
+    assert (day.name, day.state) == ("daily/2026-01-03", "finished")
+    assert open_run(places, day.name) == runs / "daily" / "2026-01-03"
+
+
 def test_no_runs_are_an_empty_list(tmp_path: Path) -> None:
     assert list_runs(Places(runs=str(tmp_path)), 1, 10) == ([], 0)
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/etc", "nothing", "a\0b", "x" * 300, "../both"])
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "a/b", "/etc", "nothing", "a\0b", "x" * 300, "../both", "x/..", "/..", "../.", "a//b"]
+)
 def test_what_is_no_run_is_not_here(runs: Path, name: str) -> None:
     with pytest.raises(NotHereError):
         open_run(Places(runs=str(runs / "both")), name)
