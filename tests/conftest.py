@@ -13,7 +13,7 @@ import pytest
 from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.guard import Guard
 from tests.ranks import StandingRanks, TorchRanks, standing_ranks
-from tests.servers import environment_of, moto, new_bucket, seaweedfs
+from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -140,10 +140,19 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.kill()
 
 
+@pytest.fixture(scope="session")
+def s3_buckets(s3_endpoint: str) -> list[str]:
+    """Buckets of that server that no test has yet."""
+    return []
+
+
 @pytest.fixture
-def s3_url(s3_endpoint: str) -> str:
+def s3_url(s3_endpoint: str, s3_buckets: list[str]) -> str:
     """An empty bucket of its own, as s3://NAME."""
-    return new_bucket()
+    if not s3_buckets:
+        with environment_of(s3_endpoint):
+            s3_buckets += new_buckets(12)
+    return s3_buckets.pop()
 
 
 @pytest.fixture(scope="session")
