@@ -7,8 +7,6 @@ import pytest
 
 from explorer.data.vectors import explorer_cache
 from explorer.pages import images as pages
-from explorer.places import Places
-from explorer.server.export import export
 from featurestore import FeatureStore, key_of_uri
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.remake.reduce import reduce
@@ -286,12 +284,3 @@ def test_pages_follow_a_store_that_changes(tmp_path):
     store.delete([key])
     assert "not in snapshot 3" in reader.read(f"/images/{key}").text
     assert "1 to 2" in part(reader, f"/images/{key}", "rows").text
-
-
-def test_an_export_has_neighbours_and_no_forms(shop, tmp_path):
-    exported = export(Places(store=str(shop.store), images=str(shop.images)), tmp_path / "out", 900, lambda *_: None)
-    assert exported.errors == []
-    text = "".join(page.read_text() for page in (tmp_path / "out" / "pages").iterdir())
-    assert "exactly, among all 28 images" in text
-    assert "<form" not in text
-    assert "hx-" not in text

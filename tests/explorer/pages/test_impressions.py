@@ -16,7 +16,6 @@ from explorer.html.site import Site
 from explorer.pages import impressions
 from explorer.places import Places
 from explorer.server.app import application
-from explorer.server.export import export
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
@@ -363,19 +362,3 @@ def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
     shown = sum(len(labels[number]) for number in groups)
     assert f"{shown} of {shown} impressions" in found
     assert {int(n) for n in re.findall(r"/impressions/both/(\d+)\?", found)} <= {*groups}
-
-
-def test_an_export_has_the_groups_of_its_list(world: World, tmp_path: Path) -> None:
-    exported = export(places_of(world), tmp_path / "pages", 400, lambda done, known: None)
-    assert exported.errors == []
-    pages = list((tmp_path / "pages" / "pages").glob("impressions-both-*.html"))
-    assert len(pages) >= 12 - 6
-    for page in pages:
-        text = page.read_text()
-        assert "Why this ad got this score" in text
-        assert "<form" not in text
-        assert "hx-" not in text
-    lists = [page.read_text() for page in (tmp_path / "pages" / "pages").glob("impressions-*.html")]
-    first = next(text for text in lists if "impressions scored by run" in text)
-    assert first.count("Why ") == 12
-    assert "This copy of the pages has the first 12;" in first

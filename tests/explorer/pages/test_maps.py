@@ -17,7 +17,6 @@ from explorer.errors import ExplorerError
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server.app import application
-from explorer.server.export import export
 from tests.explorer.world import World
 
 
@@ -128,15 +127,3 @@ def test_runs_without_images_and_no_store(tmp_path: Path) -> None:
     with TestClient(application(Site(Places(runs=str(tmp_path))))) as pages:
         assert "nothing to lay out" in pages.get("/map").text
         assert pages.get("/parts/map").status_code == 404
-
-
-def test_the_export_has_the_grid(places: Places, tmp_path: Path, go: threading.Event) -> None:
-    exported = export(places, tmp_path / "out", 400, lambda done, known: None)
-    assert exported.errors == []
-    maps = [each for each in (tmp_path / "out" / "pages").iterdir() if each.name.startswith("map-")]
-    assert maps
-    for each in maps:
-        text = each.read_text()
-        assert "mapgrid" in text
-        assert "hx-" not in text
-        assert "parquet" not in text

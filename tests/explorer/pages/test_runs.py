@@ -13,7 +13,6 @@ from starlette.testclient import TestClient
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server.app import application
-from explorer.server.export import export
 from tests.explorer.world import World
 from trainer.daily import SHARED
 from trainer.loop.events import EventsFile
@@ -229,14 +228,3 @@ def test_hostile_names_are_only_text(changing: TestClient, changing_world: World
 )
 def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
     page(pages, address, status)
-
-
-def test_the_export_has_the_differences(world: World, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    exported = export(places_of(world), out, 200, lambda done, known: None)
-    assert exported.errors == []
-    (worth,) = (each for each in (out / "pages").iterdir() if each.name.startswith("worth-"))
-    text = worth.read_text()
-    assert "Measured now on" in text
-    assert "hx-" not in text
-    assert "<form" not in text

@@ -5,8 +5,6 @@ import re
 
 import pytest
 
-from explorer.places import Places
-from explorer.server.export import export
 from featurestore.keys import key_of_uri
 from featurestore.quarantine import QuarantineRow
 from featurestore.upkeep.expiry import expire
@@ -206,11 +204,3 @@ def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
     reader = Reader(store=store.url)
     for path in ("/store", "/store/duplicates", "/store/numbers", "/store/snapshots/2"):
         assert "bytes instead of" in reader.read(path).text
-
-
-def test_the_pages_are_exported(shop, tmp_path):
-    exported = export(Places(store=str(shop.store), images=str(shop.images)), tmp_path / "out", 500, lambda *_: None)
-    assert exported.errors == []
-    pages = [page.read_text() for page in (tmp_path / "out" / "pages").iterdir()]
-    assert any("28</a>" in page or "28 added" in page for page in pages)
-    assert not any("hx-get" in page or "<form" in page for page in pages)
