@@ -7,6 +7,7 @@ TrainerError
 │   └── DataNotFoundError        no such samples or table, or nothing in it
 ├── CheckpointError   a checkpoint is damaged, or of another run
 │   ├── CheckpointNotFoundError  no such checkpoint
+│   ├── DamagedCheckpointError   its files are not those that were written
 │   └── OtherRunError            a checkpoint of another run, or of other settings
 ├── PlanError         this machine could not be measured for a plan
 ├── AdIndexError      an index of ads was replaced meanwhile, or is of another checkpoint
@@ -53,6 +54,17 @@ class CheckpointNotFoundError(CheckpointError):
     """There is no such checkpoint."""
 
     exit_code = USAGE
+
+
+class DamagedCheckpointError(CheckpointError):
+    """The files of a checkpoint are not those that were written: `what` says which one, and why."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what}; resume from another checkpoint"
 
 
 class OtherRunError(CheckpointError):

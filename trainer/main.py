@@ -120,6 +120,7 @@ def train(config: Config, comm: "Comm") -> None:
     Of a run that is continued and finished already, nothing is written again.
     """
     from featurestore.console.output import text_console
+    from featurestore.published.paths import DAMAGED
     from trainer.loop import summary
     from trainer.loop.profiling import traces_text
     from trainer.loop.progress import ProgressLog
@@ -145,6 +146,11 @@ def train(config: Config, comm: "Comm") -> None:
                 f"{run.folder}: {readers}, {summary.hardware_text(hardware, comm.size)}, "
                 f"step {run.engine.num_steps} of {total_steps(run)}"
             )
+            for each in run.passed_over:
+                progress.say(
+                    f"warning: {each.path.name} is passed over, and kept as {DAMAGED}{each.path.name} in "
+                    f"{run.checkpoints}: {each.why}; going on from step {run.engine.num_steps}"
+                )
             if removed:
                 progress.say(f"removed by run.overwrite=true: {', '.join(path.name for path in removed)}")
             if run.warm_start:

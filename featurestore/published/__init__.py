@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         PublishedVersion,
         open_published,
     )
-    from featurestore.published.publishing import expire, publish, upload
+    from featurestore.published.publishing import expire, missing, publish, upload
 
 __all__ = [
     "FILES",
@@ -30,6 +30,7 @@ __all__ = [
     "PublishedFiles",
     "PublishedVersion",
     "expire",
+    "missing",
     "open_published",
     "publish",
     "upload",

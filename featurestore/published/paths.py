@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
 
 _ADDRESS = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*):/{1,2}([^/].*)")  # pathlib makes one slash of two
-_PUBLISHED = re.compile(r"(.*/checkpoints)(?:/(step-\d+(?:/.+)?))?")
+DAMAGED = "damaged-"
+"""Before the name of a checkpoint: a run has found it damaged and keeps it; no reader takes it for a checkpoint."""
+_PUBLISHED = re.compile(rf"(.*/checkpoints)(?:/((?:{DAMAGED})?step-\d+(?:/.+)?))?")
 
 
 @dataclass(frozen=True, order=True)

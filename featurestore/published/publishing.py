@@ -5,7 +5,7 @@ import itertools
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from featurestore.errors import CommitConflictError
@@ -83,9 +83,14 @@ def _paths(storage: Storage) -> set[str]:
     return {manifest_path(version, VERSIONS) for version in versions(storage, VERSIONS)}
 
 
-def _check_there(storage: Storage, files: Mapping[str, PublishedFile]) -> None:
-    places = {file.path for file in files.values()}
+def missing(storage: Storage, files: Iterable[PublishedFile]) -> list[str]:
+    """List the places of files that are not there, sorted. Raises StorageError."""
+    places = {file.path for file in files}
     folders = {place.rpartition("/")[0] for place in places}
     found = {each.path for folder in folders for each in storage.entries(folder, recursive=False)}
-    if gone := sorted(places - found):
+    return sorted(places - found)
+
+
+def _check_there(storage: Storage, files: Mapping[str, PublishedFile]) -> None:
+    if gone := missing(storage, files.values()):
         raise CommitConflictError(f"{storage.full(gone[0])} was removed before it was published; run it again")

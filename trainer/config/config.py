@@ -146,6 +146,8 @@ class RunConfig(Section):
     """Folder below run.dir; null: made from the time."""
     resume: Place | None = None
     """Continue from a checkpoint: latest, a step, or a path; auto: from the latest where there is one, else begin."""
+    skip_damaged: bool = True
+    """Where the newest checkpoint is damaged, latest and auto continue from the one before it; false: the run ends."""
     warm_start: Place | None = None
     """Begin with parameters of this run (its folder, or a checkpoint); optimisers and schedule start afresh."""
     warm_parts: list[WarmPart] = Field(default="partial", validate_default=True)

@@ -30,7 +30,7 @@ from featurestore.text.parsing import parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.validate import Section
-from trainer.errors import CheckpointError, OtherRunError
+from trainer.errors import CheckpointError, DamagedCheckpointError, OtherRunError
 from trainer.runs import accepted
 from trainer.runs.folder import unrelated
 from trainer.runs.saving.local import local_copy
@@ -204,26 +204,34 @@ def read_state(path: RunPath) -> CheckpointState:
 
 
 def read_recorded(path: RunPath) -> CheckpointState:
-    """Read state.json of the checkpoint at `path` and verify its digest. Raises CheckpointError."""
+    """Read state.json of the checkpoint at `path` and verify its digest. Raises CheckpointError, one that is damaged
+    DamagedCheckpointError."""
     file = path / STATE
     try:
-        values = parse_json(read_file(file))
+        content = read_file(file)
+    except FileNotFoundError as failure:
+        raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
+    except (OSError, StorageError) as failure:
+        raise CheckpointError(f"cannot read {file}: {failure}") from failure
+    try:
+        values = parse_json(content)
         digest = values.pop("digest")
         version = values["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{file} has format {version}, this code reads up to {FORMAT_VERSION}; update it")
         if digest != _json_digest(values):
-            raise CheckpointError(f"{file} is damaged: its digest does not fit; resume from another checkpoint")
+            raise DamagedCheckpointError(f"{file} is damaged: its digest does not fit")
         return CheckpointState.model_validate(values)
-    except (OSError, StorageError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as failure:
-        raise CheckpointError(f"{file} is damaged: {failure}; resume from another checkpoint") from failure
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as failure:
+        raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
 
 
 def load(comm: Comm, path: RunPath, state: CheckpointState, trained: Loadable, cache_dir: str | None = None) -> None:
     """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
 
     From an object store, a rank copies one file at a time to `cache_dir`, of those that have a shard of it. Raises
-    CheckpointError on all ranks, naming the file, where one is missing, damaged or does not fit.
+    CheckpointError on all ranks, naming the file, where one is missing, damaged (DamagedCheckpointError) or does not
+    fit.
     """
     if not isinstance(path, FarPath):  # of a far one, each copy is verified
         with agreed(comm, f"cannot read {path}"):
@@ -237,6 +245,8 @@ def load(comm: Comm, path: RunPath, state: CheckpointState, trained: Loadable, c
             if name != DENSE and (not isinstance(path, FarPath) or wanted & _names_in(path / name)):
                 with local_copy(path / name, state.files[name], cache_dir) as file:
                     found |= _read_named(file, wanted)
+        if isinstance(path, FarPath) and (lacking := sorted(wanted - found.keys())):  # a name in a header is another
+            raise DamagedCheckpointError(f"{path} is damaged: it lacks {lacking[0]} and {len(lacking) - 1} more")
         trained.load_shard_state(found)
 
 
@@ -326,18 +336,21 @@ def _verified(path: RunPath, digest: str, cache_dir: str | None) -> Iterator[Pat
 
 def _names_in(path: FarPath) -> set[str]:
     """The names of the tensors in a far file, from its header alone."""
-    with path.open_input() as file:
-        size_bytes = int.from_bytes(file.read(8), "little")
-        return set(parse_json(file.read(min(size_bytes, _MAX_HEADER_BYTES))))
+    try:
+        with path.open_input() as file:
+            size_bytes = int.from_bytes(file.read(8), "little")
+            return set(parse_json(file.read(min(size_bytes, _MAX_HEADER_BYTES))))
+    except FileNotFoundError as failure:
+        raise DamagedCheckpointError(f"{path} is missing") from failure
+    except (ValueError, TypeError) as failure:
+        raise DamagedCheckpointError(f"{path} is damaged: its header cannot be read") from failure
 
 
 def _verify(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; resume from another checkpoint")
+        raise DamagedCheckpointError(f"{path} is missing")
     if digest_of_file(path) != expected:
-        raise CheckpointError(
-            f"{path} is damaged: its digest is not the one in state.json; resume from another checkpoint"
-        )
+        raise DamagedCheckpointError(f"{path} is damaged: its digest is not the one in state.json")
 
 
 def _read_named(path: Path, wanted: set[str] | None) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ def claim_folder(run: Run) -> list[RunPath]:
 
     def claim() -> list[RunPath]:
         with naming_run_dir(run.config):
-            run.place.claim()
+            run.place.claim([each.path for each in run.passed_over])
             _check_still_free(run)
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)

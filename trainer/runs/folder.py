@@ -131,20 +131,25 @@ def remove(checkpoints: Sequence[Path]) -> None:
         shutil.rmtree(hidden)
 
 
-def in_the_way(run: RunPath, resumed: RunPath | None) -> list[RunPath]:
-    """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own."""
+def in_the_way(run: RunPath, resumed: RunPath | None, damaged: Sequence[RunPath] = ()) -> list[RunPath]:
+    """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own.
+
+    But for `damaged` ones, which it passed over."""
     checkpoints = run / "checkpoints"
-    return [*finished(checkpoints)] if resumed is None else unrelated(checkpoints, resumed)
+    found = [*finished(checkpoints)] if resumed is None else unrelated(checkpoints, resumed)
+    return [path for path in found if path.name not in {each.name for each in damaged}]
 
 
-def check_folder(config: Config, run: RunPath, resumed: RunPath | None) -> None:
-    """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
+def check_folder(config: Config, run: RunPath, resumed: RunPath | None, damaged: Sequence[RunPath] = ()) -> None:
+    """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run.
+
+    `damaged`: checkpoints that were passed over on the way to `resumed`."""
     resume = config.run.resume
     with naming_run_dir(config):
         if isinstance(run, FarPath):
             run.check_bucket()
         there, writable = (run, True) if isinstance(run, FarPath) else _writable(run)
-        others = in_the_way(run, resumed) if writable else []
+        others = in_the_way(run, resumed, damaged) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").exists())
     if not writable:
         raise TrainerError(

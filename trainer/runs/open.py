@@ -5,7 +5,7 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,8 +29,9 @@ from trainer.engine.precision import with_compute_dtype
 from trainer.errors import DataNotFoundError
 from trainer.runs import checkpoint, warmstart
 from trainer.runs.checkpoint import CheckpointState, Origin
-from trainer.runs.folder import check_folder, find_checkpoint, finished
+from trainer.runs.folder import check_folder
 from trainer.runs.known_statistics import with_statistics
+from trainer.runs.resuming import PassedOver, Resumed, continued
 from trainer.runs.samples_digest import SamplesDigest, samples_digest
 from trainer.runs.saving.local import local_folder, upload_new
 from trainer.runs.saving.places import CheckpointPlace, place_of
@@ -94,6 +95,8 @@ class Run(OpenRun):
     history: list[dict[str, Any]]
     resumed: RunPath | None
     """The checkpoint that the run continues from."""
+    passed_over: Sequence[PassedOver]
+    """Newer ones, newest first, which are damaged."""
     warm_start: WarmStart | None
     samples_changed: bool
     """Whether the training samples are not, or no longer, those of the checkpoint; only where the run is just read."""
@@ -127,21 +130,34 @@ class Run(OpenRun):
         return local_folder(self.folder, self.config.data.cache_dir)
 
 
-def open_run(
-    config: Config, comm: Comm, *, reading: bool = False, opened: tuple[RunPath, CheckpointState] | None = None
-) -> Run:
+def open_run(config: Config, comm: Comm, *, reading: bool = False, opened: Resumed | None = None) -> Run:
     """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
 
     `reading`: the run is evaluated and not trained further, so its folder may be read-only, and its training samples
     may have changed; the model and the kind of features still have to be the checkpoint's. `opened`: the checkpoint,
     where it was read before.
     """
+    folder = run_path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
+    if opened:
+        return _open_run(config, comm, folder, opened, [], reading=reading)
+    return continued(comm, config, folder, partial(_open_run, config, comm, folder, reading=reading), reading=reading)
+
+
+def _open_run(
+    config: Config,
+    comm: Comm,
+    folder: RunPath,
+    resumed: Resumed | None,
+    passed_over: Sequence[PassedOver],
+    *,
+    reading: bool,
+) -> Run:
+    """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
-    folder = run_path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    resumed = opened or _resumed(comm, config, folder)
     if not reading:
-        comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None))
+        damaged = [each.path for each in passed_over]
+        comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None, damaged))
     samples = comm.on_rank_0(lambda: _open_samples(config, places))
     recorded = resumed[1].origin if resumed else None
     warm = None if resumed else comm.on_all(lambda: _warm_start(config))
@@ -160,7 +176,8 @@ def open_run(
         _check_origin(origin, digest, *resumed, reading=reading)
     engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
     if resumed:
-        checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
+        with _closed_on_failure(partitions.values()):  # an earlier checkpoint may be tried
+            checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
     elif warm:
         warmstart.load(comm, warm, origin, engine, config.data.cache_dir)
     if not reading:
@@ -181,9 +198,20 @@ def open_run(
         position=resumed[1].position if resumed else BatchPosition(0, 0),
         history=resumed[1].history if resumed else [],
         resumed=resumed[0] if resumed else None,
+        passed_over=passed_over,
         warm_start=warm,
         samples_changed=recorded is not None and not digest.is_of(recorded),
     )
+
+
+@contextlib.contextmanager
+def _closed_on_failure(partitions: Iterable[FeaturePartition]) -> Iterator[None]:
+    """Close these partitions where the block raises."""
+    with contextlib.ExitStack() as opened:
+        for each in partitions:
+            opened.callback(each.close)
+        yield
+        opened.pop_all()
 
 
 def _check_origin(
@@ -286,21 +314,6 @@ def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
             problems.append("without images and logs of your own, draw some first with: python jobs/make_demo_data.py")
         raise DataNotFoundError("\n".join(problems))
     return samples
-
-
-def _resumed(comm: Comm, config: Config, folder: RunPath) -> tuple[RunPath, CheckpointState] | None:
-    """The checkpoint to continue from, the same on all ranks: on an object store another may become the newest."""
-
-    def find() -> RunPath | None:
-        resume = config.run.resume
-        if resume == "auto":
-            resume = "latest" if finished(folder / "checkpoints") else None
-        return None if resume is None else find_checkpoint(folder, resume, "run.resume=")
-
-    if config.run.resume is None:
-        return None
-    path = comm.on_rank_0(find) if isinstance(folder, FarPath) else comm.on_all(find)
-    return None if path is None else (path, comm.on_all(lambda: checkpoint.read_state(path)))
 
 
 def _warm_start(config: Config) -> WarmStart | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.comm import Comm, SoloComm
-from trainer.errors import CheckpointError, RemoteRankError
+from trainer.errors import CheckpointError, DamagedCheckpointError, RemoteRankError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
 from trainer.runs.folder import find_checkpoint, finished
@@ -220,7 +220,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, damage: str) -> None
         case "missing":
             file.unlink()
     raised = on_ranks(2, lambda comm: checkpoint.load(comm, path, checkpoint.read_state(path), Trained(comm.rank, 2)))
-    assert {type(each) for each in raised} == {CheckpointError, RemoteRankError}
+    assert {type(each) for each in raised} == {DamagedCheckpointError, RemoteRankError}
     assert all(str(file) in str(each) for each in raised)
 
 

@@ -125,6 +125,24 @@ def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) 
     assert "2 starts in a row came to no checkpoint after step 5; giving up" in said
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
+    """The file that rank 1 reads is cut, as by a host that lost its power."""
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10))
+    process = run.start(PAUSE_S="0.02")
+    run.wait_for_step(process, 20)
+    kill(psutil.Process(process.pid))
+    run.end(process, -signal.SIGKILL)
+    step = run.newest_step()
+    file = run.run / "checkpoints" / f"step-{step:08}" / "rows-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    said = " ".join(run.end(run.start()).split())
+    assert f"warning: step-{step:08} is passed over, and kept as damaged-step-{step:08} in " in said
+    assert f"{file} is damaged: its digest is not the one in state.json; going on from step {step - 10}" in said
+    legs = run.legs()
+    assert [leg.first_step for leg in legs] == [1, step - 10 + 1]
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_twenty_kills_at_any_moment(settings_of: Settings, tmp_path: Path) -> None:

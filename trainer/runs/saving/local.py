@@ -12,7 +12,7 @@ from featurestore.lookup.cache import RUNS, default_cache_dir, is_cache_file
 from featurestore.published.paths import FarPath, RunPath
 from featurestore.storage.private import claim
 from featurestore.storage.storage import Storage
-from trainer.errors import CheckpointError
+from trainer.errors import DamagedCheckpointError
 
 _BLOCK_BYTES = 8 << 20
 
@@ -44,23 +44,24 @@ def upload_new(folder: Path, names: tuple[str, ...], to: RunPath, known: dict[st
 def local_copy(path: RunPath, digest: str, cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """Give a file of this machine with the content of `path`: itself, or a copy in the cache folder for the block.
 
-    `digest`: the xxh3-128 that a copy has to have; a file of a disk is not looked at. Raises CheckpointError for
-    another one, OSError, StorageError.
+    `digest`: the xxh3-128 that a copy has to have; a file of a disk is not looked at. Raises DamagedCheckpointError for
+    another one, or where the file is gone, OSError, StorageError.
     """
     if not isinstance(path, FarPath):
         yield path
         return
     with tempfile.NamedTemporaryFile(dir=_cache(cache_dir), prefix=".tmp-", suffix=f"-{path.name}") as copy:
         found = xxhash.xxh3_128()
-        with path.open_input() as file:
-            while block := file.read(_BLOCK_BYTES):
-                found.update(block)
-                copy.write(block)
+        try:
+            with path.open_input() as file:
+                while block := file.read(_BLOCK_BYTES):
+                    found.update(block)
+                    copy.write(block)
+        except FileNotFoundError as failure:
+            raise DamagedCheckpointError(f"{path} is missing") from failure
         copy.flush()
         if found.hexdigest() != digest:
-            raise CheckpointError(
-                f"{path} is damaged: its digest is not the one in state.json; resume from another checkpoint"
-            )
+            raise DamagedCheckpointError(f"{path} is damaged: its digest is not the one in state.json")
         yield Path(copy.name)
 
 

@@ -15,6 +15,7 @@ other one is refused at its next checkpoint. What a version no longer names stay
 hold an earlier one.
 """
 
+import contextlib
 import shutil
 import time
 import uuid
@@ -31,8 +32,8 @@ from featurestore.console.files import replace_file
 from featurestore.errors import CommitConflictError
 from featurestore.log import writer_name
 from featurestore.lookup.cache import digest_of_file
-from featurestore.published import FILES, PublishedFile, PublishedFiles, expire, open_published, publish
-from featurestore.published.paths import FarPath, RunPath
+from featurestore.published import FILES, PublishedFile, PublishedFiles, expire, missing, open_published, publish
+from featurestore.published.paths import DAMAGED, FarPath, RunPath
 from featurestore.storage.local import sync
 from featurestore.storage.regular import read_regular
 from featurestore.storage.storage import Storage
@@ -91,8 +92,11 @@ class CheckpointPlace(ABC):
         """Remove checkpoints, given oldest first. Raises OSError, StorageError."""
 
     @abstractmethod
-    def claim(self) -> None:
-        """Become the one that writes here. Raises StorageError, CheckpointError."""
+    def claim(self, damaged: Sequence[RunPath] = ()) -> None:
+        """Become the one that writes here, and keep these damaged checkpoints, given newest first, under names that
+        nothing takes for a checkpoint (`DAMAGED` before theirs), in the place of those kept so before.
+
+        Raises OSError, StorageError, CheckpointError."""
 
 
 def place_of(folder: RunPath) -> CheckpointPlace:
@@ -138,10 +142,18 @@ class DiskPlace(CheckpointPlace):
     def remove(self, paths: Sequence[RunPath]) -> None:
         remove([path for path in paths if isinstance(path, Path)])
 
-    def claim(self) -> None:
+    def claim(self, damaged: Sequence[RunPath] = ()) -> None:
         self._mine = f"{writer_name()} {uuid.uuid4().hex}\n".encode()
         self._writer.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self._writer, self._mine)
+        if not damaged:
+            return
+        for kept in self.folder.glob(f"{DAMAGED}*"):
+            shutil.rmtree(kept)
+        for each in damaged:
+            with contextlib.suppress(FileNotFoundError):  # not damaged, but removed
+                (self.folder / each.name).rename(self.folder / f"{DAMAGED}{each.name}")
+            sync(self.folder)
 
     def _check_mine(self) -> None:
         if self._mine is None:
@@ -192,8 +204,10 @@ class FarPlace(CheckpointPlace):
         stem, published = place(self.folder, step).name, self._upload(STATE, state)
         added = {f"{stem}/{name}": part.file for name, part in parts.items() if part.file is not None}
         files = {**self._files, **added, f"{stem}/{STATE}": published}
-        steps = sorted({name.partition("/")[0] for name in files}, key=lambda name: int(name.removeprefix("step-")))
-        kept = {*steps[-keep:], *([] if best is None else [place(self.folder, best).name])}
+        stems = {name.partition("/")[0] for name in files}
+        damaged = {each for each in stems if each.startswith(DAMAGED)}
+        steps = sorted(stems - damaged, key=lambda name: int(name.removeprefix("step-")))
+        kept = {*steps[-keep:], *damaged, *([] if best is None else [place(self.folder, best).name])}
         self._publish({name: file for name, file in files.items() if name.partition("/")[0] in kept})
         if time.monotonic() >= self._next_expiry_s:
             expire(self._storage, KEEP_REMOVED_S)
@@ -211,9 +225,19 @@ class FarPlace(CheckpointPlace):
         gone = {path.name for path in paths}
         self._publish({name: file for name, file in self._files.items() if name.partition("/")[0] not in gone})
 
-    def claim(self) -> None:
+    def claim(self, damaged: Sequence[RunPath] = ()) -> None:
         self._look()
-        self._publish(self._files)
+        gone = set(missing(self._storage, self._files.values()))  # nothing could be published with them
+        stem_of = {name: name.partition("/")[0] for name in self._files}
+        aside = {each.name for each in damaged}
+        aside |= {stem_of[name] for name, file in self._files.items() if file.path in gone}
+        self._publish(
+            {
+                f"{DAMAGED}{name}" if stem_of[name] in aside else name: file
+                for name, file in self._files.items()
+                if file.path not in gone and not (aside and name.startswith(DAMAGED))
+            }
+        )
 
     def _look(self) -> None:
         """Take the newest version for the one to come after."""
