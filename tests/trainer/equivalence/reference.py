@@ -67,7 +67,8 @@ class Reference:
             name: {key: value.to(self.dtype) for key, value in values.items()}
             for name, values in {"images": images, "texts": all_texts}.items()
         }
-        self.touched: dict[str, set[int]] = {}
+        self.places: dict[tuple[str, int], int] = {}
+        self.touched: dict[str, dict[int, Tensor]] = {}
         self.running: dict[str, Tensor] = {}
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
         self.seen: dict[str, list[Tensor]] = {}
@@ -88,14 +89,20 @@ class Reference:
         return (of_embed if name.startswith("stores.") else optim.weight_decay) if parameter.ndim > 1 else 0.0
 
     def id_vector(self, table: str, value: int) -> Tensor:
-        """The row of one id."""
+        """The row of one id, taken out of its table once a step: each time makes a gradient of the whole table."""
+        place, rows = self.place_of(table, value), self.touched.setdefault(table, {})
+        if place not in rows:
+            rows[place] = self.tables[table][place]
+        return rows[place]
+
+    def place_of(self, table: str, value: int) -> int:
+        """The place of an id's row in the whole table."""
         if table in self.exact:
-            place = self.exact[table].place(value)
-        else:
+            return self.exact[table].place(value)
+        if (table, value) not in self.places:
             shard, row = self.shapes[table].place_of(np.array([value]))
-            place = int(shard[0]) * self.shapes[table].rows_per_shard + int(row[0])
-        self.touched.setdefault(table, set()).add(place)
-        return self.tables[table][place]
+            self.places[table, value] = int(shard[0]) * self.shapes[table].rows_per_shard + int(row[0])
+        return self.places[table, value]
 
     def pooled(self, table: str, values: tuple[int, ...], weights: tuple[float, ...] = ()) -> Tensor:
         """Mean or sum of the rows of a list of ids, each times its weight; a mean is over the absolute weights."""

@@ -289,21 +289,25 @@ SCENARIOS = {
 }
 
 
-ON_FOUR_RANKS = (
-    "both_attentive",
-    "two_widths_two_models",
-    "sum_rank_without_data",
-    "one_owner",
-    "adam_rank_without_data",
-    "exact_evicting",
-    "exact_evicting_rank_without_data",
-    "two_towers",
-    "batch_norm_rank_without_data",
+FEW = (
+    "both_attentive/float64",
+    "both_attentive/float32",
+    "two_widths_two_models/float64",
+    "sum_rank_without_data/float64",
+    "one_owner/float64",
+    "adam_rank_without_data/float64",
+    "exact_evicting/float64",
+    "exact_evicting_rank_without_data/float64",
+    "two_towers/float64",
+    "batch_norm_rank_without_data/float64",
+    "lr/float64",
+    "texts_missing/float64",
 )
-"""Scenarios that make test runs on four ranks too; make test-slow runs the others."""
+"""Runs that `make test` makes on four ranks and under torchrun too, NAME/DTYPE: each kind of collective, of splits and
+of state is in one of them. `make test-slow` makes the others there."""
 
 
-def scenarios_for(num_ranks: int, part: str) -> dict[str, Scenario]:
-    """Choose the scenarios of a job: of so many ranks, "all", "few" (those of ON_FOUR_RANKS) or "rest"."""
-    chosen = {"all": SCENARIOS, "few": ON_FOUR_RANKS, "rest": SCENARIOS.keys() - set(ON_FOUR_RANKS)}[part]
-    return {n: each for n, each in SCENARIOS.items() if n in chosen and num_ranks <= each.most_ranks}
+def runs_of(num_ranks: int, part: str) -> list[tuple[str, str]]:
+    """Choose the runs of a job, as name and dtype: of so many ranks, "all", "few" (`FEW`) or "rest"."""
+    runs = [(n, dtype) for n, each in SCENARIOS.items() if num_ranks <= each.most_ranks for dtype in each.dtypes]
+    return [run for run in runs if part == "all" or ("/".join(run) in FEW) == (part == "few")]

@@ -1,7 +1,9 @@
 """P ranks equal one process: the test that the exchange, the sharding and every reduction of a gradient rest on.
 
 The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All scenarios of
-equivalence/scenarios.py run in one job for each P, because ranks take seconds to start.
+equivalence/scenarios.py run in one job for each P, because ranks take seconds to start. `make test` makes all runs
+alone and on two ranks of horovodrun, and those of `FEW` on four ranks and on two of torchrun; `make test-slow` makes
+the others there, and all of them on eight ranks and on four of torchrun.
 """
 
 import os
@@ -10,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ranks import TorchRanks, command_of
-from tests.trainer.equivalence.scenarios import ON_FOUR_RANKS, SCENARIOS, STEPS, TOLERANCE
+from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, STEPS, TOLERANCE
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
 
@@ -101,31 +104,38 @@ NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_ra
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
 TORCH_2, TORCH_4 = TorchRanks(2), TorchRanks(4)
+IN_TWO_PARTS = (str(4), str(TORCH_2))  # as texts: as numbers, ranks of torchrun equal those of horovodrun
 RANKS = [1, 2, 4, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, TORCH_4))]
-RUNS_ON_RANKS = [
-    pytest.param(num_ranks, run, marks=pytest.mark.slow if is_rest or num_ranks in (8, TORCH_4) else ())
-    for num_ranks in (1, 2, 4, 8, TORCH_2, TORCH_4)
-    for run in RUNS
-    for is_rest in [num_ranks == 4 and run.partition("/")[0] not in ON_FOUR_RANKS]
-]
 
+
+def _on_ranks(num_ranks: int, runs: list[str]) -> list[Any]:
+    """Parameters of a test: each run on so many ranks, in `make test` or not."""
+    all_slow = str(num_ranks) in (str(8), str(TORCH_4))
+    few = str(num_ranks) in IN_TWO_PARTS
+    return [
+        pytest.param(num_ranks, run, marks=pytest.mark.slow if all_slow or (few and run not in FEW) else ())
+        for run in runs
+    ]
+
+
+RUNS_ON_RANKS = [each for num_ranks in (1, 2, 4, 8, TORCH_2, TORCH_4) for each in _on_ranks(num_ranks, RUNS)]
+MODEL_RUNS_ON_RANKS = [each for num_ranks in (1, 2, TORCH_2) for each in _on_ranks(num_ranks, MODEL_RUNS)]
 WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
 
 Results = Mapping[str, dict]
 
 
 class Job(dict[str, dict]):
-    """Results of the scenarios on P ranks; on four, the few and the rest are two jobs, run when they are asked for."""
+    """Results of the scenarios on P ranks; the few and the rest, where told apart, are two jobs, run when asked for."""
 
     def __init__(self, folder: Path, num_ranks: int) -> None:
         super().__init__()
         self._folder, self._num_ranks = folder, num_ranks
-        if num_ranks != 4:
+        if str(num_ranks) not in IN_TWO_PARTS:
             self._run("all")
 
     def __missing__(self, run: str) -> dict:
-        name, _, dtype = run.partition("/")
-        self._run("few" if name in ON_FOUR_RANKS or not dtype else "rest")
+        self._run("few" if run in FEW or "/" not in run else "rest")
         return {**self}[run]
 
     def _run(self, part: str) -> None:
@@ -216,8 +226,7 @@ class TestEquivalence(Equivalence):
     """The exchange, the sharding and the reductions, on any number of ranks."""
 
 
-@pytest.mark.parametrize("run", MODEL_RUNS)
-@pytest.mark.parametrize("num_ranks", [1, 2, TORCH_2])
+@pytest.mark.parametrize(("num_ranks", "run"), MODEL_RUNS_ON_RANKS)
 class TestModels(Equivalence):
     """Every aggregator, every base net, and two contents an item, each in a store of its own."""
 
@@ -225,8 +234,9 @@ class TestModels(Equivalence):
 @pytest.mark.parametrize(
     ("num_ranks", "run"),
     [
-        *((2, run) for run in (*RUNS, *MODEL_RUNS, "delayed", "reused", "rounded", "compared")),
-        *(pytest.param(4, run, marks=pytest.mark.slow) for run in RUNS if run.partition("/")[0] in ON_FOUR_RANKS),
+        *((2, run) for run in (*FEW, "delayed", "reused", "rounded", "compared")),
+        *(pytest.param(2, run, marks=pytest.mark.slow) for run in (*RUNS, *MODEL_RUNS) if run not in FEW),
+        *(pytest.param(4, run, marks=pytest.mark.slow) for run in RUNS if run in FEW),
     ],
 )
 def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: Callable[[int], Results]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SEED, Scenario, scenarios_for
+from scenarios import OPTIM, SCENARIOS, SEED, Scenario, runs_of
 from worlds import batch_of, batch_of_file, slice_of_rank, steps
 
 from featurestore import FeatureStore
@@ -234,9 +234,7 @@ def main(store_url: str, out: Path, part: str) -> None:
     count_collectives(comm)
     store = FeatureStore.open(store_url)
     results: dict[str, object] = {
-        f"{name}/{dtype}": run(comm, store, scenario, dtype)
-        for name, scenario in scenarios_for(comm.size, part).items()
-        for dtype in scenario.dtypes
+        f"{name}/{dtype}": run(comm, store, SCENARIOS[name], dtype) for name, dtype in runs_of(comm.size, part)
     }
     if part != "rest":
         results |= other_ways(comm, store)
