@@ -19,6 +19,9 @@ def map(
         str | None,
         typer.Option(help="Folder or address of a run.", show_default="features of the store are laid out"),
     ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Which E of the run, STORE:NAME.", show_default="the first of several")
+    ] = None,
     store: Store = None,
     samples: Samples = None,
 ) -> None:
@@ -53,7 +56,7 @@ def map(
                 super().tell(doing, done, total)
                 bars.update(bar, description=doing, completed=done, total=total or None)
 
-        found = make_map(places, None if folder is None else folder.name, Told())
+        found = make_map(places, None if folder is None else folder.name, Told(), network=network)
     try:
         replace_file(out, found.file.read_bytes())
     except OSError as error:

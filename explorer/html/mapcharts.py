@@ -16,8 +16,9 @@ _SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "pentago
 _AXIS = {"showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False}
 
 
-def map_figure(points: MapPoints, colour: Colour, link: Link) -> Figure:
-    """Draw points in the colours of a quantity; a click on one opens `link` of its key."""
+def map_figure(points: MapPoints, colour: Colour, link: Link | None) -> Figure:
+    """Draw points in the colours of a quantity; a click on one opens `link` of its key, if there is one."""
+    link = link or (lambda key: None)
     chosen = drawn(points)
     if colour in ("folder", "category"):
         names = points.category_N if colour == "category" else [folder_of(uri) or "no folder" for uri in points.uris_N]

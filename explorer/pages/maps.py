@@ -64,10 +64,10 @@ class MapPages(PageKind):
     def map(self, request: Request) -> Response:
         """Show the map of what is asked for; what is not made yet comes later, or is waited for (wait=1)."""
         runs = self._runs()
-        run, colour = self._asked(request, runs)
+        run, network, colour = self._asked(request, runs)
         if run is None and self.site.places.store is None:
             return self.site.page(request, "map/none.html", title="Map")
-        part = self._part(run, colour)
+        part = self._part(run, network, colour)
         waits_s = math.inf if self.site.frozen else _WAIT_S if request.query_params.get("wait") == "1" else 0.0
         begun_s = time.monotonic()
         while part.shown is None and not part.problem and time.monotonic() - begun_s < waits_s:
@@ -79,6 +79,7 @@ class MapPages(PageKind):
             part=part,
             runs=runs,
             run=run,
+            network=network,
             colour=colour,
             colours=COLOURS,
             maps=mapcharts,
@@ -87,8 +88,7 @@ class MapPages(PageKind):
 
     def part(self, request: Request) -> Response:
         """Give the map as far as it is; for the last time when it is whole."""
-        run, colour = self._asked(request, ())
-        part = self._part(run, colour)
+        part = self._part(*self._asked(request, ()))
         if not part.is_ended and part.shown is not None and request.query_params.get("shown") == part.shown.method:
             answer = self.site.page(request, "map/status.html", title="Map", part=part)
             answer.headers["HX-Retarget"] = "#map-status"  # the map that is shown stays as it is
@@ -105,11 +105,12 @@ class MapPages(PageKind):
 
     def points(self, request: Request) -> Response:
         """Give the points as Parquet."""
-        run, colour = self._asked(request, ())
-        shown = self._part(run, colour).shown
+        run, network, colour = self._asked(request, ())
+        shown = self._part(run, network, colour).shown
         if shown is None:
             raise NotHereError("the map is not made yet; look at its page first")
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{run or 'features'}-{shown.method}.parquet")
+        of = "-".join(filter(None, (run or "features", network)))
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{of}-{shown.method}.parquet")
         return FileResponse(shown.file, filename=name, media_type="application/vnd.apache.parquet")
 
     def _image_link(self, key: int) -> str | None:
@@ -124,8 +125,8 @@ class MapPages(PageKind):
         seeing = [run for run in runs if run.checkpoints and run.images not in ("", "none")]
         return [run.name for run in sorted(seeing, key=lambda run: shown_first(run.name, run.images))]
 
-    def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str | None, Colour]:
-        """Read which run, None for the features of the store, and which colour are asked for."""
+    def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str | None, str | None, Colour]:
+        """Read which run, None for the features of the store, which E of it, and which colour are asked for."""
         of, colour = request.query_params.get("run"), request.query_params.get("colour", "folder")
         if colour not in get_args(Colour):
             raise ExplorerError(f"colour={colour[:40]!r} is none of {', '.join(COLOURS)}")
@@ -136,26 +137,25 @@ class MapPages(PageKind):
             of = runs[0]
         if not of and request.url.path != "/map" and self.site.places.store is None:
             raise NotHereError("there is no --store whose features could be shown")
-        return of or None, named
+        network = request.query_params.get("network") or None
+        return of or None, network if of else None, named
 
-    def _part(self, run: str | None, colour: Colour) -> "MapPart":
+    def _part(self, run: str | None, network: str | None, colour: Colour) -> "MapPart":
         """Begin the map, or look how far it is."""
         places = self.site.places
-        if run is None:
+        identity, store_id = "", None
+        if run is not None:
+            identity = read_facts(open_run(places, run)).checkpoint
+        if places.store is not None:
             from featurestore.store import FeatureStore
 
-            assert places.store is not None
-            identity = str(FeatureStore.open(places.store).snapshot().version)
-        else:
-            identity = read_facts(open_run(places, run)).checkpoint
-            if places.store is not None:
-                from featurestore.store import FeatureStore
-
-                identity += f" {FeatureStore.open(places.store).snapshot().version}"
+            snapshot = FeatureStore.open(places.store).snapshot()
+            identity, store_id = f"{identity} {snapshot.version}", snapshot.info.store_id
         task: Task[MapPoints] = self.site.background.task(
-            repr(("map", run, identity)), lambda task: make_map(places, run, task, quick=self.site.frozen)
+            repr(("map", run, network, identity)),
+            lambda task: make_map(places, run, task, network=network, quick=self.site.frozen),
         )
-        return MapPart(run=run, colour=colour, task=task)
+        return MapPart(run=run, network=network, colour=colour, task=task, store_id=store_id)
 
 
 @dataclass(kw_only=True)
@@ -163,8 +163,12 @@ class MapPart:
     """A map as far as it is."""
 
     run: str | None
+    network: str | None
+    """Which E of the run is asked for; None: the first."""
     colour: Colour
     task: Task[MapPoints]
+    store_id: str | None
+    """Of the store whose images have pages; None where none was given."""
 
     @property
     def is_ended(self) -> bool:
@@ -183,6 +187,17 @@ class MapPart:
     def shown(self) -> MapPoints | None:
         """The best map that there is."""
         return self.task.result() if self.task.is_ended and self.task.error is None else self.task.early
+
+    @property
+    def networks(self) -> list[str]:
+        """The networks E to choose from; empty where there are not several."""
+        found: list[str] = [] if self.shown is None else self.shown.about["networks"]
+        return found if len(found) > 1 else []
+
+    @property
+    def has_pages(self) -> bool:
+        """Tell whether the images are those of the store, so that each has a page."""
+        return self.shown is not None and self.store_id == self.shown.about["store_id"]
 
     @property
     def cells(self) -> list[Cell]:

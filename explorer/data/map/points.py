@@ -48,7 +48,8 @@ class MapPoints:
     error_N: NDArray[np.float32]
     impressions_N: Int64Array
     about: dict[str, Any]
-    """method, run, num_images (of which the points are a sample), and notes, sentences for the page."""
+    """method, run, network and all networks of it, num_images (of which the points are a sample), the id of the store
+    that has the images, and notes, sentences for the page."""
     file: Path
     """The Parquet file of them."""
 
@@ -65,7 +66,8 @@ def make_points(places: Places, vectors: MapVectors, method: Method, task: Task[
     Raises ExplorerError where UMAP fails; what else is lacking (samples, predictions) is told in the notes.
     """
     folder = explorer_cache()
-    name = hashlib.sha256(json.dumps([vectors.digest, method, _identity(places, vectors)]).encode()).hexdigest()[:24]
+    made_of = [vectors.digest, method, _identity(places, vectors), list(vectors.networks)]
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
     file = folder / f"{_PREFIX}{name}.parquet"
     if (known := read_points(file)) is not None:
         return known
@@ -169,6 +171,7 @@ def _write(
             is_in_N = keys_I[at_N] == vectors.keys_N
             error_N[is_in_N] = loss_I[at_N[is_in_N]]
     about = {**vectors.about, "method": method, "run": run, "num_images": vectors.num_images, "notes": notes}
+    about["networks"] = list(vectors.networks)
     columns: dict[str, Any] = {
         "key": pa.array(vectors.keys_N),
         "uri": pa.array(vectors.uris_N, pa.string()),

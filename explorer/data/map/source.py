@@ -16,6 +16,7 @@ from explorer.data.background import Task
 from explorer.data.vectors import visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 
@@ -44,6 +45,8 @@ class MapVectors:
     samples: str | None
     test_days: Sequence[str] | None
     schema: "Callable[[], Schema]"
+    networks: Sequence[str] = field(default=())
+    """The networks E of the run, STORE:NAME, one of which made the vectors."""
     notes: Sequence[str] = field(default=())
 
     @property
@@ -52,8 +55,12 @@ class MapVectors:
         return len(self.keys_N)
 
 
-def of_run(places: Places, name: str, task: Task[Any]) -> MapVectors:
-    """Take the visual vectors of a run's newest checkpoint, every k-th image of the store. Raises as they do."""
+def of_run(places: Places, name: str, task: Task[Any], network: str | None = None) -> MapVectors:
+    """Take the visual vectors of a run's newest checkpoint, every k-th image of the store.
+
+    `network`: which E, STORE:NAME; None: the first one. Raises ExplorerError where the run has no such E, and as
+    visual vectors do.
+    """
     from trainer.runs.export import network_widths
     from trainer.runs.saved import read_run
 
@@ -64,11 +71,12 @@ def of_run(places: Places, name: str, task: Task[Any]) -> MapVectors:
         raise ExplorerError(
             f"the run {name} has model.images=none: it has no E for images, so no map; choose another run"
         )
-    several = len(networks) > 1
+    if network is not None and network not in networks:
+        raise ExplorerError(f"the run {name} has no content {network[:80]!r}; it has {', '.join(networks)}")
     found = visual_vectors(
         places.run(name),
         store=places.store,
-        network=networks[0] if several else None,
+        network=network or networks[0],
         progress=lambda done, total: task.tell(f"computes the visual vectors of {name}", done, total),
     )
     row_N = evenly(len(found.keys_N))
@@ -83,7 +91,7 @@ def of_run(places: Places, name: str, task: Task[Any]) -> MapVectors:
         samples=saved.config.data.samples,
         test_days=saved.config.data.test_days,
         schema=lambda: saved.schema,
-        notes=[f"These are vectors of the network {networks[0]}, of {', '.join(networks)}."] if several else [],
+        networks=networks,
     )
 
 
@@ -108,7 +116,7 @@ def of_features(places: Places, task: Task[Any]) -> MapVectors:
         digest=hashlib.sha256(json.dumps(["features", *commit]).encode()).hexdigest()[:24],
         run=None,
         num_images=snapshot.num_rows,
-        about={"of": f"features of snapshot {snapshot.version}", "snapshot": snapshot.version},
+        about={"of": f"features of snapshot {snapshot.version}", **SnapshotId.of(snapshot).named()},
         samples=None,
         test_days=None,
         schema=load_schema,

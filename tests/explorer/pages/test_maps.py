@@ -4,6 +4,7 @@ import io
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,22 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data.background import Task
 from explorer.data.map import projection
+from explorer.data.map.make import make_map
 from explorer.errors import ExplorerError
+from explorer.html import mapcharts
 from explorer.html.site import Site
+from explorer.pages.maps import MapPart
 from explorer.places import Places
 from explorer.server.app import application
 from tests.explorer.world import World
+from tests.trainer.conftest import Places as Settings
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.main import train
+from trainer.runs.export import network_widths
+from trainer.runs.saved import read_run
 
 
 @pytest.fixture
@@ -127,3 +138,60 @@ def test_runs_without_images_and_no_store(tmp_path: Path) -> None:
     with TestClient(application(Site(Places(runs=str(tmp_path))))) as pages:
         assert "nothing to lay out" in pages.get("/map").text
         assert pages.get("/parts/map").status_code == 404
+
+
+@pytest.fixture(scope="module")
+def several(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of which one has an E for the images of ads, and one for those of behaviours."""
+    runs = tmp_path_factory.mktemp("several")
+    two = {"model__shared_image_model": False, "train__max_steps": 1, "data__missing": "zeros"}
+    settings = Settings(world.folder).settings(run__name="two", run__dir=runs, **two)
+    train(load_config(settings=settings), SoloComm())
+    return runs
+
+
+def test_of_several_contents_each_has_its_map(places: Places, several: Path, go: threading.Event) -> None:
+    go.set()
+    places = replace(places, runs=str(several))
+    with TestClient(application(Site(places))) as pages:
+        html = pages.get("/map?run=two&wait=1").text
+        found = {
+            word: unescape(link) for link, word in re.findall(r'<a href="([^"]*network[^"]*)"[^>]*>(\S+:\S+)</a>', html)
+        }
+        assert sorted(found) == sorted(":".join(each) for each in network_widths(read_run(several / "two")))
+        assert len(found) == 2
+        assert html.count('aria-current="true">images:') == 1
+        spots = {}
+        for name, link in found.items():
+            html = pages.get(f"{link}&wait=1").text
+            assert f'aria-current="true">{name}</a>' in html
+            assert (
+                f"network={name.replace(':', '%3A')}&amp;run=two" in html.partition("Colour")[2].partition("</nav>")[0]
+            )
+            file = unescape(re.search(r'href="(/map/points.parquet[^"]*)"', html)[1])  # type: ignore[index]
+            spots[name] = pq.read_table(io.BytesIO(pages.get(file).content))["x"].to_pylist()
+        one, other = spots.values()
+        assert one != other
+        assert (
+            "has no content &#39;images:x&#39;; it has images:"
+            in pages.get("/map?run=two&network=images:x&wait=1").text
+        )
+    frozen = Site(places, frozen=True)
+    with TestClient(application(frozen)) as pages:
+        assert "hx-" not in pages.get("/map").text
+    assert [
+        name for name in spots if any(f"network={name.replace(':', '%3A')}&" in each for each in frozen.linked)
+    ] == [*spots]
+
+
+def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World, go: threading.Event) -> None:
+    go.set()
+    with TestClient(application(Site(places))) as pages:
+        assert 'href="/images/' in pages.get("/map?run=both&wait=1").text
+    site = Site(places)
+    shown = MapPart(run="both", network=None, colour="folder", task=Task(), store_id="another")
+    shown.task.early = make_map(places, "both", Task(), quick=True)
+    assert not shown.has_pages
+    text = site.text("/map", "map/part.html", part=shown, maps=mapcharts, image_link=lambda key: "/images/1")
+    assert "/images/" not in text
+    assert "mapgrid" in text
