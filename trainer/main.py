@@ -122,7 +122,7 @@ def train(config: Config, comm: "Comm") -> None:
     from featurestore.console.output import text_console
     from featurestore.published.paths import DAMAGED
     from trainer.loop import summary
-    from trainer.loop.profiling import traces_text
+    from trainer.loop.profiling import PLACE, traces_text
     from trainer.loop.progress import ProgressLog
     from trainer.loop.signals import StopSignals
     from trainer.loop.training import Training, total_steps
@@ -168,7 +168,7 @@ def train(config: Config, comm: "Comm") -> None:
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
-                if config.run.profile:
+                if config.run.profile and PLACE not in progress.warned:
                     progress.say(traces_text(run.local, run.folder))
             if copied:
                 run.drop_local()

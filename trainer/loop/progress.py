@@ -24,7 +24,8 @@ class ProgressLog:
         self.console = text_console(quiet=folder is None)
         self._total = total
         self._events = EventsFile(folder / TENSORBOARD, first_step) if folder else None
-        self._told: set[str] = set()
+        self.warned: set[str] = set()
+        """What a warning was printed about."""
         self._next_line_s = 0.0
         self._bar = progress_bars(
             text_column(),
@@ -67,7 +68,7 @@ class ProgressLog:
         """Write values for TensorBoard alone; one that is not defined is not drawn."""
         drawn = {name: value for name, value in values.items() if value is not None}
         if self._events and drawn and (failure := self._events.add(step, drawn)):
-            self._warn("events", f"figures for TensorBoard cannot be written: {failure}; the training goes on")
+            self.warn("events", f"figures for TensorBoard cannot be written: {failure}; the training goes on")
 
     @property
     def lost(self) -> int:
@@ -79,11 +80,11 @@ class ProgressLog:
         try:
             self.console.print(text)
         except OSError as failure:
-            self._warn("stdout", f"what a run prints cannot be written: {failure}; it goes on")
+            self.warn("stdout", f"what a run prints cannot be written: {failure}; it goes on")
 
-    def _warn(self, what: str, text: str) -> None:
+    def warn(self, what: str, text: str) -> None:
         """Print a warning on stderr, once for each thing that it is about."""
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self.warned:
+            self.warned.add(what)
             with contextlib.suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -50,7 +50,8 @@ class Training:
         try:
             if self._was_stopped_in_evaluation():
                 self._between_steps()
-            with tracing(folder, self._run.comm.rank) as trace_step, objects_frozen():
+            warn = partial(self._progress.warn, PLACE)
+            with tracing(folder, self._run.comm.rank, warn) as trace_step, objects_frozen():
                 for epoch in range(self._run.position.epoch, self._config.train.epochs):
                     self._epoch(epoch, trace_step)
             self.evaluate()
