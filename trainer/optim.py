@@ -1,17 +1,21 @@
 """Adam for the dense parameters, which every rank holds: gradients are summed over ranks during backward."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from trainer.averaging import StepAverage
 from trainer.comm import Comm
 from trainer.config.options import OptimConfig
 from trainer.errors import CheckpointError
 
 _IN_FRONT = 2
+TRAINED = "trained/"
+"""How names of what the last step left begin in a checkpoint, where those of the parameters have their averages."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class DenseOptimizer:
         # Matrices alone: biases, slopes of PReLU and the like have one dimension.
         self._decayed = list(_matrices_by_decay(self.parameters, config).items())
         self._reductions = _reductions(comm, self.parameters, self._flat)
+        self._average = StepAverage(config.average_share) if config.average_share else None
+        self._averages = {
+            name: value.detach().clone() for name, value in self.parameters.items() if self._average is not None
+        }
 
     def zero_grad(self) -> None:
         """Clear the gradients, before backward adds to them."""
@@ -83,8 +91,8 @@ class DenseOptimizer:
             each.finish()
 
     @torch.no_grad()
-    def step(self, rates: Rates) -> None:
-        """Move the parameters."""
+    def step(self, rates: Rates, number: int) -> None:
+        """Move the parameters in step `number`, the first of which is 1, and their averages after them."""
         for decay, matrices in self._decayed:
             torch._foreach_mul_(matrices, 1 - rates.lr * decay)
         values: list[Tensor] = list(self.parameters.values())
@@ -105,10 +113,36 @@ class DenseOptimizer:
             eps=config.eps,
             maximize=False,
         )
+        if self._average is not None:
+            torch._foreach_lerp_(list(self._averages.values()), values, self._average.weight_in(number))
+
+    @torch.no_grad()
+    def begin_averages(self) -> None:
+        """Make the averages equal to the parameters, which have got other values before the first step."""
+        for name, average in self._averages.items():
+            average.copy_(self.parameters[name])
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """Have averages in place of the parameters in the block, in which no step is done; without such, change
+        nothing."""
+        trained = {name: self.parameters[name].detach().clone() for name in self._averages}
+        try:
+            for name, average in self._averages.items():
+                self.parameters[name].copy_(average)
+            yield
+        finally:
+            for name, value in trained.items():
+                self.parameters[name].copy_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors, not copies."""
+        """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors, not copies.
+
+        Where averages are kept, these have the parameters' names, and the parameters are trained/<name>."""
         state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        if self._average is not None:
+            state = {f"{TRAINED}{name}": value for name, value in state.items()} | self._averages
         for name, moments in self._moments.items():
             state |= {f"adam/{name}/{part}": value for part, value in vars(moments).items()}
         return state

@@ -248,6 +248,9 @@ class OptimConfig(Section):
     """Adam: added to the root of the latter."""
     id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
+    average_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Evaluate, save and serve an average of all parameters over about this share of the steps so far, the last ones;
+    0: the parameters of the last step."""
     ftrl_beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """FTRL's beta; with 0, a weight without any gradient so far would be 0 / 0."""
     ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0

@@ -1,7 +1,7 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
@@ -19,11 +19,10 @@ from featurestore.lookup.partition import FeaturePartition
 from featurestore.lookup.signatures import Signatures
 from trainer.comm import Comm
 from trainer.config.options import ExchangeConfig, ModelConfig, OptimConfig
-from trainer.engine.machine import check_memory, holds_features
+from trainer.engine.machine import check_memory, check_same, holds_features
 from trainer.engine.precision import with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.engine.wiring import model_name, services_of, table_shapes
-from trainer.errors import ConfigError
 from trainer.exchange.content import ContentSource
 from trainer.exchange.exchange import Exchange, ExchangeSource, FieldVectors, HostLengths, Request
 from trainer.exchange.reuse import ReusingSource, VectorCache
@@ -35,7 +34,7 @@ from trainer.models.fields import nearest_of, tiers_of
 from trainer.models.id_dropout import IdDropout
 from trainer.models.layers import chosen_values
 from trainer.models.pooling.galleries import gallery_vectors
-from trainer.optim import DenseOptimizer, Rates, check_names, rates_at
+from trainer.optim import TRAINED, DenseOptimizer, Rates, check_names, rates_at
 from trainer.samples.batch import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
@@ -86,10 +85,13 @@ class Engine:
         reading: bool = False,
         features_on_device: Literal["auto"] | bool = "auto",
     ) -> None:
-        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
+        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out. Where it has
+        averages, these are the parameters then."""
         self.num_steps = 0
         self.stages = Stages()
-        self._comm, self._optim = comm, optim
+        if reading:
+            optim = optim.model_copy(update={"average_share": 0.0})
+        self._comm, self._optim, self._reading = comm, optim, reading
         self._device, self._dtype = torch.device(device), dtype
         model = with_compute_dtype(model, comm, self._device, None)
         with torch.random.fork_rng(devices=[]):
@@ -125,7 +127,7 @@ class Engine:
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         self._embedding_dropout, self._id_dropout = self._dropouts(schema, model, seed)
         self._exchange, self._comparison = self._exchange_of(model, exchange)
-        self._check_same_on_all_ranks()
+        check_same(comm, self.dense_state())
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -184,7 +186,7 @@ class Engine:
         with self.stages.timed("reduce gradients"):
             self._dense.finish_reduction()
         with self.stages.timed("update dense"):
-            self._dense.step(rates)
+            self._dense.step(rates, self.num_steps + 1)
         self._exchange.release(request)
         self.num_steps += 1
         return StepResult(
@@ -193,6 +195,17 @@ class Engine:
             num_references=request.num_references,
             learning_rate=rates.lr,
         )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Compute with averages in the block, where the run keeps such, as what reads its checkpoints does; no step is
+        done in it."""
+        self._rows.reads_average = True
+        try:
+            with self._dense.averaged():
+                yield
+        finally:
+            self._rows.reads_average = False
 
     def predict(self, prepared: PreparedBatch) -> NDArray[np.float64]:
         """Return logits (B,) in float64. All ranks call it equally often."""
@@ -215,8 +228,8 @@ class Engine:
         return self._dense.parameters
 
     def dense_state(self) -> dict[str, Tensor]:
-        """Return what is the same on every rank: parameters, standardisation, Adam's state, the number of steps, and
-        what the optimiser of ID rows knows beside them."""
+        """Return what is the same on every rank: parameters, or their averages and them, standardisation, Adam's state,
+        the number of steps, and what the optimiser of ID rows knows beside them."""
         state = self._dense.state()
         state.update(self._modules.named_buffers())
         state.update(self._rows.shared_state())
@@ -225,8 +238,9 @@ class Engine:
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
         """Undo `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
+        left_out = (SHARED_STATE, TRAINED) if self._reading else (SHARED_STATE,)
         mine, theirs = (
-            {name: value for name, value in each.items() if not name.startswith(SHARED_STATE)}
+            {name: value for name, value in each.items() if not name.startswith(left_out)}
             for each in (self.dense_state(), state)
         )
         check_names(mine, theirs)
@@ -252,6 +266,14 @@ class Engine:
     def warm_names(self) -> list[str]:
         """Return the names that `begin_with` reads on this rank."""
         return [name for table in self.tables.values() for name in table.warm_names()]
+
+    def begin_dense_with(self, values: Mapping[str, Tensor]) -> None:
+        """Take parameters and buffers by their names in `dense_state`, of the same shapes, before the first step."""
+        mine = {**self._dense.parameters, **dict(self._modules.named_buffers())}
+        with torch.no_grad():
+            for name, value in values.items():
+                mine[name].copy_(value)
+        self._dense.begin_averages()
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
         """Take the vectors of this rank's ids out of another run's `shard_state`, before the first step. Raises
@@ -370,15 +392,3 @@ class Engine:
         numbers = {name: source_of_field[name] for name in compared}
         signatures = {numbers[name]: made[service] for name, service in compared.items()}
         return ImageComparison(self._comm, model, pairs, numbers, signatures, self.stages)
-
-    def _check_same_on_all_ranks(self) -> None:
-        digest = hashlib.sha256()
-        for name, value in self.dense_state().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        digests = self._comm.allgather_object(digest.hexdigest(), name="digest")
-        if len(set(digests)) > 1:
-            raise ConfigError(
-                f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
-                "start all with one configuration, one seed and one version of the store"
-            )

@@ -1,14 +1,16 @@
-"""What a rank takes of its machine: threads for its share of the cores, and a GPU or the CPU."""
+"""What a rank takes of its machine: threads for its share of the cores, and a GPU or the CPU; is it as the others?"""
 
+import hashlib
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config.config import Config, Device
@@ -146,3 +148,17 @@ def holds_features(comm: Comm, wanted: Literal["auto"] | bool, needed_bytes: int
 def device_name(device: torch.device) -> str:
     """Name a device with its model, as "cpu" or "cuda:0 (NVIDIA H100)"."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def check_same(comm: Comm, state: Mapping[str, Tensor]) -> None:
+    """Compare what every rank has built. Raises ConfigError, on all ranks, where it is not the same on each."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    digests = comm.allgather_object(digest.hexdigest(), name="digest")
+    if len(set(digests)) > 1:
+        raise ConfigError(
+            f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
+            "start all with one configuration, one seed and one version of the store"
+        )

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trainer.averaging import StepAverage
 from trainer.config.options import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
@@ -23,28 +24,56 @@ SHARED_STATE = "ids/"
 """How names of what a checkpoint has of the optimiser beside the rows begin."""
 _STEPS = StatePart("steps", "count")
 _RATES = f"{SHARED_STATE}learning_rates"
+_AVERAGED_STEPS = f"{SHARED_STATE}averaged_steps"
+_LAG = StatePart("average_lag", "vector")
+"""Average minus weight, as the last step that touched the row left them: zero of rows that none has touched."""
+_AVERAGED_AT = StatePart("averaged_at", "count")
 
 
 class RowOptimizer:
     """Leaves rows as they are: what evaluation needs. One object serves all tables of a rank."""
 
     state: tuple[StatePart, ...] = ()
-    lags: ClassVar[bool] = False
-    """Whether weights in memory lag behind `current`."""
+    drifts: ClassVar[bool] = False
+    """Whether steps move rows that they do not touch."""
 
     def __init__(self, config: OptimConfig) -> None:
         self._config = config
         self.state = type(self).state_with(config)
+        self.average = StepAverage(config.average_share) if _LAG in self.state else None
+        self.reads_average = False
+        """Whether `read` gives averages."""
 
     @classmethod
     def state_with(cls, config: OptimConfig) -> tuple[StatePart, ...]:
-        """List what is kept of a row beside its weights; adaptive L2 needs the number of its steps."""
-        lacks = bool(config.id_l2 and cls.state) and _STEPS not in cls.state
-        return (*cls.state, _STEPS) if lacks else cls.state
+        """List what is kept of a row beside its weights; adaptive L2 needs the number of its steps, an average how far
+        it is away."""
+        if not cls.state:
+            return ()
+        counts = (_STEPS,) if config.id_l2 and _STEPS not in cls.state else ()
+        averages = (_LAG, _AVERAGED_AT) if config.average_share else ()
+        return (*cls.state, *counts, *averages)
+
+    @property
+    def lags(self) -> bool:
+        """Whether weights in memory may be others than `result`."""
+        return self.drifts or self.average is not None
 
     def current(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
         """Copy the weights (Q, V) of these rows as they are now."""
         return rows.weight.index_select(0, rows_Q)
+
+    def result(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
+        """Copy what these rows are worth outside of training (Q, V): their averages where they have such, else weights.
+
+        Where a row was last touched some steps ago, it counts in the average as it is now for all of these.
+        """
+        weight_QV = self.current(rows, rows_Q)
+        return weight_QV if self.average is None else self._averages(rows, rows_Q, weight_QV, self.average)
+
+    def read(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
+        """Copy what a batch is to see of these rows (Q, V)."""
+        return self.result(rows, rows_Q) if self.reads_average else self.current(rows, rows_Q)
 
     @torch.no_grad()
     def step(self, rows: IdRows, rows_Q: Tensor, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
@@ -58,6 +87,7 @@ class RowOptimizer:
         `ids_weight_decay` is decoupled, as in AdamW (Loshchilov and Hutter, arXiv 1711.05101).
         """
         touched = rows.take(rows_Q, [part.name for part in self.state])
+        average_QV = None if self.average is None else self._averages(rows, rows_Q, weight_QV, self.average)
         if _STEPS in self.state:
             touched.parts[_STEPS.name].add_(1)
         if self._config.id_l2:
@@ -66,20 +96,38 @@ class RowOptimizer:
         if self._config.ids_weight_decay:
             weight_QV = weight_QV * (1 - rates.ids_lr * self._config.ids_weight_decay)
         weight_QV = self._move(touched, weight_QV, gradient_QV, rates)
+        if self.average is not None and average_QV is not None:
+            number = self.average.num_steps + 1
+            touched.parts[_LAG.name].copy_((average_QV - weight_QV) * (1 - self.average.weight_in(number)))
+            touched.parts[_AVERAGED_AT.name].fill_(number)
         rows.put(rows_Q, IdRows({**touched.parts, WEIGHT: weight_QV}))
 
     def end_step(self, rates: Rates) -> None:
         """End the step, with or without rows; every rank calls it."""
+        if self.average is not None:
+            self.average.num_steps += 1
 
     def restart(self) -> None:
         """Begin all rows anew, with zero as their state."""
+        if self.average is not None:
+            self.average.num_steps = 0
 
     def shared_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs beside the rows: the same on every rank."""
-        return {}
+        return {} if self.average is None else {_AVERAGED_STEPS: torch.tensor(self.average.num_steps)}
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Take `shared_state` out of `state`. Raises CheckpointError where it is not there."""
+        if self.average is not None:
+            if _AVERAGED_STEPS not in state:
+                raise CheckpointError("the checkpoint has no averages of ID rows; set optim.average_share as it was")
+            self.average.num_steps = int(state[_AVERAGED_STEPS])
+
+    def _averages(self, rows: IdRows, rows_Q: Tensor, weight_QV: Tensor, average: StepAverage) -> Tensor:
+        """Compute the averages (Q, V) of these rows, whose weights now are `weight_QV`."""
+        found = rows.take(rows_Q, [WEIGHT, _LAG.name, _AVERAGED_AT.name]).parts
+        kept_Q = average.kept(found[_AVERAGED_AT.name]).to(weight_QV.dtype)
+        return weight_QV + (found[WEIGHT] + found[_LAG.name] - weight_QV) * kept_Q.unsqueeze(1)
 
     def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         """Change the state in `touched` in place; return the new weights."""
@@ -94,7 +142,7 @@ class Adam(RowOptimizer):
     """
 
     state = (StatePart("momentum", "vector"), StatePart("variance", "vector"), StatePart("last_step", "count"))
-    lags = True
+    drifts = True
 
     def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         """Raises ConfigError for betas that do not fit the type."""
@@ -117,15 +165,18 @@ class Adam(RowOptimizer):
         return torch.addcdiv(weight_QV, momentum_QV, deviation_QV, value=-rates.ids_lr / (1 - config.beta1**number))
 
     def end_step(self, rates: Rates) -> None:
+        super().end_step(rates)
         self._drift.add_step(rates.ids_lr)
 
     def restart(self) -> None:
+        super().restart()
         self._drift.restart()
 
     def shared_state(self) -> dict[str, Tensor]:
-        return {_RATES: torch.tensor(self._drift.rates, dtype=torch.float64)}
+        return super().shared_state() | {_RATES: torch.tensor(self._drift.rates, dtype=torch.float64)}
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_shared_state(state)
         if _RATES not in state:
             raise CheckpointError("the checkpoint has no learning rates of ID rows; set optim.ids as it was")
         self._drift.resume(state[_RATES].tolist())

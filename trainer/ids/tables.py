@@ -113,11 +113,11 @@ class SharedRows:
             self._read.pop(table, None)
 
     def read(self, table: str, rows_Q: Tensor) -> Tensor:
-        """Copy the weights (Q, V) as they are now; of rows that were expected, if any were."""
+        """Copy the weights (Q, V) as they are now, or averages; of rows that were expected, if any were."""
         if table not in self._expected and table not in self._read:
-            return self._optimizer.current(self.rows, rows_Q)
+            return self._optimizer.read(self.rows, rows_Q)
         if table in self._expected:
-            every = self._optimizer.current(self.rows, torch.cat(list(self._expected.values())))
+            every = self._optimizer.read(self.rows, torch.cat(list(self._expected.values())))
             counts = [len(each) for each in self._expected.values()]
             self._read |= dict(zip(self._expected, torch.split(every, counts), strict=True))
             self._expected = {}
@@ -212,17 +212,17 @@ class IdTable:
         return list(self._kept())
 
     def export_shards(self) -> dict[str, Tensor]:
-        """Return weights as they are now and state of the owned shards, <table>/<shard>/<part>.
+        """Return weights as they are now, or their averages, and state of the owned shards, <table>/<shard>/<part>.
 
-        They are to be written before the next step: views, but for weights that make up for steps that did not touch
-        them; then the others are there too, as part last_weight.
+        They are to be written before the next step: views, but for averages and for weights that make up for steps that
+        did not touch them; then what is in memory is there too, as part last_weight.
         """
         exported = self._kept()
         if self.optimizer.lags:
             for slot, shard in enumerate(self.shards):
                 rows = self._of_slot(slot)
                 rows_N = torch.arange(len(rows.weight), device=rows.weight.device)
-                exported[self._name(shard, WEIGHT)] = self.optimizer.current(rows, rows_N)
+                exported[self._name(shard, WEIGHT)] = self.optimizer.result(rows, rows_N)
         return exported
 
     def weights(self) -> dict[str, Tensor]:
@@ -246,7 +246,8 @@ class IdTable:
         """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
         for name, mine in self._kept().items():
             if name not in state:
-                settings = "model.table_shards" if name.endswith(WEIGHT) else "optim.ids, or without optim.id_l2"
+                of_rows = "optim.ids, or without optim.id_l2 or optim.average_share"
+                settings = "model.table_shards" if name.endswith(f"/{WEIGHT}") else of_rows
                 raise CheckpointError(f"{name} is not in the checkpoint; was it written with another {settings}?")
             theirs = state[name]
             if theirs.shape != mine.shape:

@@ -65,7 +65,7 @@ class Training:
         self._finish()
 
     def evaluate(self) -> None:
-        """Measure the parameters as they are, unless that was just done; without test samples, do nothing."""
+        """Measure the parameters, or their averages, unless that was just done; without test samples, do nothing."""
         run = self._run
         if self._is_evaluated():
             self.metrics = stopping.metrics_of(run.history, self._engine.num_steps)
@@ -76,7 +76,8 @@ class Training:
         count = run.test_reader.steps_per_epoch
         with self.totals.timed("evaluate"), self._prepared(run.test_reader.batches(), count, "eval") as coming:
             predicted = ((each.batch, self._engine.predict(each)) for each in coming)
-            self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
+            with self._engine.averaged():
+                self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
         run.history.append({"step": self._engine.num_steps, **self.metrics})
         self._progress.metrics(self._engine.num_steps, self.metrics)
 

@@ -341,9 +341,11 @@ def _origin(
 
 
 def _optim_of(optim: OptimConfig) -> dict[str, Any]:
-    """List what must stay the same for ID rows: Adam moves them by its betas between the steps that touch them."""
+    """List what must stay the same: Adam moves ID rows by its betas between the steps that touch them, and averages are
+    kept or not."""
     betas = {"beta1": optim.beta1, "beta2": optim.beta2, "eps": optim.eps} if optim.ids == "adam" else {}
-    return {"ids": optim.ids, **betas}
+    averages = {"average_share": optim.average_share} if optim.average_share else {}
+    return {"ids": optim.ids, **betas, **averages}
 
 
 def model_of(config: Config, schema: Schema) -> dict[str, Any]:

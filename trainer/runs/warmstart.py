@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from featurestore.published.paths import RunPath, run_path
@@ -29,9 +28,10 @@ _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
 
 
 class Warmable(Protocol):
-    """What of the engine a warm start needs; `dense_state` gives the tensors themselves."""
+    """What of the engine a warm start needs."""
 
     def dense_state(self) -> dict[str, Tensor]: ...
+    def begin_dense_with(self, values: Mapping[str, Tensor]) -> None: ...
     def warm_names(self) -> list[str]: ...
     def begin_with(self, state: Mapping[str, Tensor]) -> None: ...
 
@@ -85,10 +85,9 @@ class _Chosen:
                     {name: value for name, value in each.items() if name.startswith(prefix)}
                     for each in (self._dense, state)
                 )
-                with self._named(part), torch.no_grad():
+                with self._named(part):
                     check_names(mine, theirs)
-                    for name, value in mine.items():
-                        value.copy_(theirs[name])
+                    self._trained.begin_dense_with(theirs)
 
     def shard_names(self) -> list[str]:
         return self._trained.warm_names() if "ids" in self._warm.parts else []

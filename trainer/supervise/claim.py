@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import threading
@@ -63,7 +64,7 @@ def _lease(file: FarPath, lease_s: float) -> Iterator[None]:
         raise _held(file, f"{holder}, or was until less than {lease_s:g} s ago")
     _write(storage, name)
     time.sleep(_SETTLE_S)
-    if (other := _holder(storage, name, lease_s)) != _me():
+    if (other := _holder(storage, name, math.inf)) != _me():  # of any age: the store may be slow
         raise _held(file, other or "nobody any more")
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(storage, name, lease_s, ended), daemon=True)

@@ -12,6 +12,8 @@ class PlainRows:
     def __init__(self, weight: Tensor, optim: OptimConfig) -> None:
         self.weight, self.optim = weight, optim
         self.counts = torch.zeros(len(weight), dtype=torch.int32)
+        self.number, self.averaged_at = 0, torch.zeros(len(weight), dtype=torch.int32)
+        self.average, self.lag = weight.detach().clone(), torch.zeros_like(weight.detach())
         self.state = self.fresh()
         self.adam = self.dense_adam()
 
@@ -36,6 +38,8 @@ class PlainRows:
         """Other first values, and nothing touched."""
         self.weight.detach().copy_(weight)
         self.counts.zero_()
+        self.number, _ = 0, self.averaged_at.zero_()
+        self.lag.zero_()
         self.state, self.adam = self.fresh(), self.dense_adam()
 
     def move(self, row: int, to: int) -> None:
@@ -51,7 +55,15 @@ class PlainRows:
     def everything(self) -> list[Tensor]:
         """Weights, what is kept beside them, and the moments of torch's Adam, all by row."""
         of_adam = [value for value in self.adam.state[self.weight].values() if value.shape == self.weight.shape]
-        return [self.weight.detach(), self.counts, *self.state.values(), *of_adam]
+        return [
+            self.weight.detach(),
+            self.counts,
+            self.average,
+            self.averaged_at,
+            self.lag,
+            *self.state.values(),
+            *of_adam,
+        ]
 
     def step(self, touched: list[int], lr: float) -> Tensor:
         """Adds the adaptive L2 to the gradient in `weight.grad`, moves the rows, returns that gradient."""
@@ -60,6 +72,7 @@ class PlainRows:
             self.counts[row] += 1
             self.weight.grad[row] += self.optim.id_l2 / int(self.counts[row]) * self.weight.detach()[row]
         gradient = self.weight.grad.clone()
+        before, self.number = self.weight.detach().clone(), self.number + 1
         with torch.no_grad():
             for row in touched:
                 self.weight[row] *= 1 - lr * self.optim.ids_weight_decay
@@ -68,7 +81,20 @@ class PlainRows:
             for row in touched:
                 if self.optim.ids != "adam":
                     getattr(self, f"move_{self.optim.ids}")(row, gradient[row], lr)
+            for row in touched if self.optim.average_share else ():
+                self.average[row] = self.averaged(row, before[row], self.number - 1)
+                self.average[row] += step_share(self.optim, self.number) * (self.weight[row] - self.average[row])
+                self.lag[row] = self.average[row] - self.weight[row]
+                self.averaged_at[row] = self.number
         return gradient
+
+    def averaged(self, row: int, weight: Tensor, number: int) -> Tensor:
+        """The row's average after step `number`, since when nothing has touched it; it counts as it is now."""
+        last = int(self.averaged_at[row])
+        average = self.average[row].clone() if last else weight.clone()
+        for step in range(last + 1, number + 1):
+            average += step_share(self.optim, step) * (weight - average)
+        return average
 
     def step_adam(self, touched: list[int], lr: float) -> None:
         self.adam.param_groups[0]["lr"] = lr
@@ -108,4 +134,15 @@ class PlainRows:
     def parts(self) -> dict[str, Tensor]:
         """Weights and state, as a checkpoint has them."""
         counted = self.optim.ids == "rowwise_adam" or self.optim.id_l2 > 0
-        return {"weight": self.weight.detach(), **self.state, **({"steps": self.counts} if counted else {})}
+        steps = {"steps": self.counts} if counted else {}
+        if not self.optim.average_share:
+            return {"weight": self.weight.detach(), **self.state, **steps}
+        averages = [self.averaged(row, weight, self.number) for row, weight in enumerate(self.weight.detach())]
+        kept = {"last_weight": self.weight.detach(), "average_lag": self.lag, "averaged_at": self.averaged_at}
+        return {"weight": torch.stack(averages), **kept, **self.state, **steps}
+
+
+def step_share(optim: OptimConfig, number: int) -> float:
+    """How far an average goes in a step: by Shamir and Zhang's formula, of which average_share is 1 / (eta + 1)."""
+    eta = 1 / optim.average_share - 1
+    return 1 - (number - 1) / (number + eta)

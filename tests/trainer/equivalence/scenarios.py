@@ -173,6 +173,16 @@ SCENARIOS = {
         restart_at=8,
         most_ranks=2,
     ),
+    # Averages over the last half of all steps; rows that miss steps, in which Adam moves them; rows that begin anew.
+    "averages": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "average_share": 0.5}),
+    "exact_averages_rank_without_data": Scenario(
+        {"images": "ad"},
+        tables={"user": exact(16, 1), "item": exact(24, 2), "image": 200},
+        optimizers={"average_share": 0.2},
+        id_l2=0.3,
+        deal="starve",
+        restart_at=6,
+    ),
     # A row for each id that has come three times; the others share the cold row of their shard.
     "exact": Scenario(
         {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 40, "item": exact(96, 3), "image": 200}

@@ -48,6 +48,8 @@ RUNS = [
     "exact_rank_without_data/float64",
     "exact_evicting/float64",
     "exact_evicting_rank_without_data/float64",
+    "averages/float64",
+    "exact_averages_rank_without_data/float64",
     "embedding_dropout/float64",
     "image_holdout/float64",
     "missing_learned/float64",
@@ -195,7 +197,7 @@ class Equivalence:
     def test_parameters_and_optimisers_after_the_last_step(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
     ) -> None:
-        known = ("_D", "num_steps", "learning_rates", *OF_FILTERS)
+        known = ("_D", "num_steps", "averaged_steps", "learning_rates", *OF_FILTERS)
         trained = {n: v for n, v in results_of(num_ranks)[run]["trained"].items() if not n.endswith(known)}
         _assert_same(trained, reference[run]["trained"], _tolerance(run), of_attention=LEAST_OF_ATTENTION)
 
