@@ -4,6 +4,7 @@ docs/SECURITY.md has the same as a table. What takes longest runs with `make tes
 """
 
 import contextlib
+import importlib.util
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.trainer.conftest import Places
+from trainer.comm.connecting import launcher_of
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 BIN = Path(sys.executable).parent
@@ -110,6 +112,16 @@ def test_ranks_of_torchrun_on_one_machine(tmp_path: Path) -> None:
         ranks = [address for child in launcher.children() for address in listening(child)]
         assert set(ranks) <= set(LOOPBACK), ranks
         assert set(listening(launcher)) - set(LOOPBACK) == {"::"}
+
+
+def test_ranks_that_we_start_by_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the table says how a person does: nothing listens beyond loopback, the launcher neither."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where Horovod is not installed
+    words = [*launcher_of(2), ROOT / "tests" / "security" / "held.py", tmp_path]
+    monkeypatch.undo()
+    with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
+        found = listening(launcher)
+        assert found and set(found) <= set(LOOPBACK), found
 
 
 @pytest.mark.cluster

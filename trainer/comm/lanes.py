@@ -187,11 +187,19 @@ def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patien
 
 
 def listening_address(master: str, *, is_one_host: bool) -> str:
-    """Return the address where rank 0's store listens: loopback where other hosts cannot be meant, else all ("")."""
+    """Return the address where rank 0's store listens: loopback where other hosts cannot be meant; else `master`.
+
+    All addresses ("") where that is a name, which may mean another address elsewhere, or is of no interface here.
+    """
     with contextlib.suppress(ValueError):
         if ipaddress.IPv4Address(master).is_loopback:
             return master
-    return "127.0.0.1" if is_one_host or master == "localhost" else ""
+    if is_one_host or master == "localhost":
+        return "127.0.0.1"
+    with contextlib.suppress(ValueError, OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bound:
+        bound.bind((str(ipaddress.IPv4Address(master)), 0))
+        return master
+    return ""
 
 
 def _wait_for(reach: Callable[[float], object], patience_s: float) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from socket import AF_INET
 
 import psutil
 import pytest
@@ -50,6 +51,7 @@ class TestMeeting:
 
 
 class TestAddress:
+    @pytest.mark.services
     def test_the_store_listens_on_loopback_where_nobody_else_can_be_meant(self) -> None:
         """As where trainer.supervise has all ranks on this machine, under several names."""
         assert listening_address("127.0.0.1", is_one_host=False) == "127.0.0.1"
@@ -57,6 +59,11 @@ class TestAddress:
         assert listening_address("localhost", is_one_host=False) == "127.0.0.1"
         assert listening_address("node-1", is_one_host=True) == "127.0.0.1"
         assert listening_address("10.0.0.1", is_one_host=False) == listening_address("node-1", is_one_host=False) == ""
+
+    @pytest.mark.services
+    def test_the_store_of_several_hosts_listens_where_their_master_is(self) -> None:
+        here = [each.address for found in psutil.net_if_addrs().values() for each in found if each.family == AF_INET]
+        assert here and [listening_address(each, is_one_host=False) for each in here] == here
 
     def test_is_that_of_the_way_to_the_others(self) -> None:
         assert own_address("127.0.0.1", is_one_host=False) == "127.0.0.1"
