@@ -1,12 +1,15 @@
 """Command serve: answer requests over HTTP with the version of a model that is in use."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.console.commandline import CommandApp
 from serving.http.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from serving.http.live.model import ModelSource
 
 app = CommandApp()
 
@@ -82,7 +85,6 @@ def serve(
 
     read_version(Storage(model))  # a wrong folder is told at once, before Torch is loaded and the port is taken
 
-    from serving.http.live.source import BundleSource
     from serving.http.workers import serve as listen_and_answer
 
     settings = ServerSettings(
@@ -106,4 +108,11 @@ def serve(
         log_requests=log_requests,
         cache_dir=cache_dir,
     )
-    raise typer.Exit(listen_and_answer(settings, BundleSource))
+    raise typer.Exit(listen_and_answer(settings, _published))
+
+
+def _published(settings: ServerSettings) -> "ModelSource":
+    """Find the model of a bundle. Torch is loaded here: not for a wrong file, and not by the parent of workers."""
+    from serving.http.live.source import BundleSource
+
+    return BundleSource(settings)

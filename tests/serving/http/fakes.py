@@ -31,6 +31,8 @@ class FakeModel:
 
     identity: FakeIdentity
     score_s: float = 0.0
+    slow_item: int | None = None
+    """Where it is given, requests with this item alone take `score_s`: not those that warm the model up."""
     closed: bool = False
 
     @cached_property
@@ -48,7 +50,8 @@ class FakeModel:
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         assert not self.closed
-        time.sleep(self.score_s)
+        if self.slow_item is None or any(self.slow_item in each.candidates["ad_item"] for each in requests):
+            time.sleep(self.score_s)
         return [self._score(request) for request in requests]
 
     def score_table(self, table: pa.Table) -> list[Scored]:
@@ -76,7 +79,8 @@ class FakeModel:
 
 @dataclass
 class FakeSource:
-    """Reads which version is in use from a file that tests write: {"version", "vectors", "broken", "score_s"}."""
+    """Reads which version is in use from a file that tests write: {"version", "vectors", "broken", "score_s",
+    "slow_item"}."""
 
     file: Path
     opened: list[FakeModel] = field(default_factory=list)
@@ -90,7 +94,7 @@ class FakeSource:
         if value.get("broken"):
             raise BrokenBundleError(f"bundle {identity.version}: network.pt2 is not what was published")
         time.sleep(value.get("open_s", 0))
-        self.opened.append(FakeModel(identity, value.get("score_s", 0)))
+        self.opened.append(FakeModel(identity, value.get("score_s", 0), value.get("slow_item")))
         return self.opened[-1]
 
 

@@ -58,9 +58,10 @@ def workers_of(server: ServerProcess) -> list[psutil.Process]:
 
 
 def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
-    with fake_server(write_state(tmp_path, version=3, score_s=0.5), tmp_path) as server:
+    slow = {"candidates": {"ad_item": [987]}}
+    with fake_server(write_state(tmp_path, version=3, score_s=0.5, slow_item=987), tmp_path) as server:
         answers: list[httpx2.Response] = []
-        ask = lambda: answers.append(httpx2.post(f"{server.url}/v1/score", json=ONE, timeout=30))  # noqa: E731
+        ask = lambda: answers.append(httpx2.post(f"{server.url}/v1/score", json=slow, timeout=30))  # noqa: E731
         asking = threading.Thread(target=ask)
         asking.start()
         time.sleep(0.25)
