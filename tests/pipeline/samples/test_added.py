@@ -1,6 +1,7 @@
 """Days added to samples: the bytes of samples made anew, whatever crosses midnight, and other files as they were."""
 
 import dataclasses
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -45,9 +46,14 @@ def write_until(folder: Path, rng: random.Random, impressions: list[Row], behavi
     write(folder, *(in_pieces(rng, rows) for rows in known))
 
 
+SOME = [(seed, 2 * (seed % 2)) for seed in range(8)]
+REST = [case for case in itertools.product(range(12), (0, 2)) if case not in SOME]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("test_days", [0, 2])
+@pytest.mark.parametrize(
+    ("seed", "test_days"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
 def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     options: SampleOptions,
     client: Client,
@@ -56,7 +62,7 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     seed: int,
     test_days: int,
 ) -> None:
-    """Sessions go on over midnights, some for days; at the end, late rows of one day."""
+    """Sessions go on over midnights, some for days; at the end, late rows of one day. Eight of the 24 are not slow."""
     rng = random.Random(seed)
     monkeypatch.setattr("pipeline.samples.added.num_threads", lambda client: rng.choice([1, 3]))
     monkeypatch.setattr("pipeline.samples.files.ROW_GROUP_SIZE", 2)  # so that a file has several
