@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 from trainer.launch.variables import By
 from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
-from trainer.supervise.hosts import check_ssh, hosts_of
+from trainer.supervise.hosts import LOOK_BY_SCRIPT_S, LOOK_S, check_ssh, hosts_of
 from trainer.supervise.report import Printer
 from trainer.supervise.supervisor import Options, Supervisor
 
@@ -100,6 +100,7 @@ def main(
         wait_for_hosts_s=wait_for_hosts,
         stop_grace_s=stop_grace,
         lease_s=lease,
+        look_s=LOOK_S if script is None else LOOK_BY_SCRIPT_S,
     )
     train = parse_command(command)
     with claimed(train.folder), contextlib.closing(Printer()) as printer:

@@ -17,6 +17,8 @@ from trainer.supervise.policy import Slots
 
 AGENT = Path(__file__).with_name("agent.py")
 CONNECT_S = 10
+LOOK_S, LOOK_BY_SCRIPT_S = 1.0, 10.0
+"""Between two readings of the hosts; a script may ask something that is slow."""
 _SCRIPT_S = 60
 _HOST = re.compile(r"(?P<name>[\w.@-]+)(?::(?P<count>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?")
 

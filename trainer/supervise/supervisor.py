@@ -20,8 +20,6 @@ from trainer.supervise.link import Link, News
 from trainer.supervise.policy import Past, Slots
 from trainer.supervise.report import Printer, past_text, start_text
 
-_LOOK_S = 10.0
-"""Between two readings of the hosts' file or script."""
 _SETTLE_S = 3.0
 """After enough hosts are there, for the others to come too."""
 
@@ -41,6 +39,8 @@ class Options:
     wait_for_hosts_s: float
     stop_grace_s: float
     lease_s: float
+    look_s: float
+    """Between two readings of the hosts."""
 
 
 @dataclass
@@ -192,7 +192,7 @@ class Supervisor:
     async def _look_for_hosts(self) -> None:
         """Read the hosts again and again; where that fails once, those known before remain."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(self.options.look_s)
             with contextlib.suppress(UserError):
                 self._wanted = await asyncio.to_thread(self.read_hosts)
                 self._keep_links()

@@ -22,6 +22,8 @@ TWO_HOSTS = ("--hosts", "localhost:1,127.0.0.1:1")
 QUICK = ("--backoff-s", "0.1", "--lease-s", "60")
 KINDS = {"rank": WORKER, "agent": AGENT}
 TIMEOUT_S = 240.0
+LOOK_S, LOOK_AT_PROCESSES_S = 0.02, 0.2
+"""Between two looks while a test waits; to find processes is many times the work."""
 
 
 @dataclass
@@ -95,19 +97,25 @@ class Supervised:
         """Wait for processes of a kind: rank, agent or supervisor."""
         if kind == "supervisor":
             return [psutil.Process(process.pid)]
-        self.wait(process, lambda: bool(self.processes(process, KINDS[kind])))
-        return self.processes(process, KINDS[kind])
+        end_s = time.monotonic() + TIMEOUT_S
+        while not (found := self.processes(process, KINDS[kind])):
+            assert process.poll() is None and time.monotonic() < end_s, self.log.read_text()
+            time.sleep(LOOK_AT_PROCESSES_S)
+        return found
 
     def newest_step(self) -> int:
         return max((int(path.name[5:]) for path in (self.run / "checkpoints").glob("step-*")), default=0)
 
     def wait(self, process: "subprocess.Popen[bytes]", until: Callable[[], bool]) -> None:
         """Wait until something is so, while the supervisor lives."""
-        end = time.monotonic() + TIMEOUT_S
+        start_s = looked_s = time.monotonic()
         while not until():
-            assert process.poll() is None and time.monotonic() < end, self.log.read_text()
-            self.ranks(process)
-            time.sleep(0.02)
+            now_s = time.monotonic()
+            assert process.poll() is None and now_s < start_s + TIMEOUT_S, self.log.read_text()
+            if now_s > looked_s + LOOK_AT_PROCESSES_S:
+                looked_s = now_s
+                self.ranks(process)
+            time.sleep(LOOK_S)
 
     def wait_for_step(self, process: "subprocess.Popen[bytes]", step: int) -> None:
         """Wait until ranks have taken a step, and there is a checkpoint if there has to be one by then."""
