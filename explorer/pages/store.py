@@ -13,6 +13,7 @@ from explorer.data.kept import Kept
 from explorer.data.store.broken import look_at
 from explorer.data.store.changes import KINDS, Changes, newest_at
 from explorer.data.store.channels import channel_histories
+from explorer.data.store.commits import CommitsBetween, commits_between
 from explorer.data.store.duplicates import MOST_GROUPS, Duplicates, find_duplicates, named
 from explorer.data.store.opened import live_rows, name_of, open_snapshot, version_before
 from explorer.data.store.shards import shard_lines
@@ -149,7 +150,7 @@ class StorePages(PageKind):
             before=before,
             earlier=next((each for each in reversed(known) if each < number), None),
             later=next((each for each in known if each > number), None),
-            **self._difference(request, difference, {"against": whole(request, "against")}),
+            **self._difference(request, store, difference, {"against": whole(request, "against")}),
         )
 
     def arrived(self, request: Request) -> Response:
@@ -185,7 +186,7 @@ class StorePages(PageKind):
             newest,
             since=_field_text(since),
             until=_field_text(until) if until else "",
-            **self._difference(request, Difference(old, new, note), params),
+            **self._difference(request, store, Difference(old, new, note), params),
         )
 
     def channels(self, request: Request) -> Response:
@@ -286,7 +287,9 @@ class StorePages(PageKind):
         """Tell whether a part is to be computed before the page is sent."""
         return self.site.frozen or request.query_params.get("wait") == part
 
-    def _difference(self, request: Request, difference: Difference | None, params: dict[str, Any]) -> dict[str, Any]:
+    def _difference(
+        self, request: Request, store: FeatureStore, difference: Difference | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
         """Give what the template of differences shows: counts, and images of one kind; no counts: not yet."""
         kind: Any = choice(request, "kind", KINDS)
         shown: dict[str, Any] = {
@@ -297,6 +300,7 @@ class StorePages(PageKind):
             "params": params,
             "counts": None,
             "images": [],
+            "commits": CommitsBetween(),
             "paging": Paging.of(request, 0, PER_PAGE),
             "problem": "",
         }
@@ -313,6 +317,7 @@ class StorePages(PageKind):
                 paging = Paging.of(request, counts.total(kind), PER_PAGE)
                 images = self._changes.page(old, new, kind, paging.first, PER_PAGE)
                 shown |= {"counts": counts, "kind": kind, "paging": paging, "images": images}
+                shown["commits"] = commits_between(store, self._timeline, self._changes, old, new, images)
         except UserError as error:
             shown["problem"] = one_line(error)
         return shown

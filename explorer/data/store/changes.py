@@ -71,7 +71,7 @@ class Changes:
 
     def count(self, old: Snapshot, new: Snapshot) -> ChangeCounts:
         """Count what differs. Reads names of the shards whose files differ. Raises CorruptFileError."""
-        return self._counts.get((name_of(old), name_of(new)), lambda: _count(old, new, self._diff))
+        return self._counts.get((name_of(old), name_of(new)), lambda: _count(old, new, self.shard))
 
     def page(self, old: Snapshot, new: Snapshot, kind: ChangeKind, first: int, most: int) -> list[NamedImage]:
         """Name the images of one kind from number `first` on, at most `most`, by shard and hash of the key."""
@@ -81,12 +81,13 @@ class Changes:
         for shard, start, number in zip(counts.shards, start_S.tolist(), counts.of(kind).tolist(), strict=True):
             if number == 0 or start + number <= first or start >= first + most:
                 continue
-            rows = getattr(self._diff(old, new, shard), kind)
+            rows = getattr(self.shard(old, new, shard), kind)
             chosen = slice(max(0, first - start), first + most - start)
             found += map(NamedImage, rows.keys_N[chosen].tolist(), rows.uris[chosen])
         return found
 
-    def _diff(self, old: Snapshot, new: Snapshot, shard: int) -> SnapshotDiff:
+    def shard(self, old: Snapshot, new: Snapshot, shard: int) -> SnapshotDiff:
+        """Give all changes of a shard. Reads its names in both snapshots. Raises CorruptFileError."""
         return self._diffs.get((name_of(old), name_of(new), shard), lambda: diff_shard(old, new, shard))
 
 

@@ -3,6 +3,7 @@
 import datetime
 import re
 
+import numpy as np
 import pytest
 
 from featurestore.keys import key_of_uri
@@ -12,6 +13,8 @@ from featurestore.upkeep.pins import pin
 from featurestore.upkeep.promotion.gates import GateLimits
 from featurestore.upkeep.promotion.moving import move_channel
 from featurestore.upkeep.promotion.promote import promote
+from featurestore.upkeep.takedown.absence import Images
+from featurestore.upkeep.takedown.purge import purge
 from tests.explorer.pages.reading import Reader
 from tests.explorer.stores import int8_copy, make_store, rows, storied
 from tests.explorer.world import (
@@ -204,3 +207,16 @@ def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
     reader = Reader(store=store.url)
     for path in ("/store", "/store/duplicates", "/store/numbers", "/store/snapshots/2"):
         assert "bytes instead of" in reader.read(path).text
+
+
+def test_what_came_names_its_commit_and_a_purge_too(tmp_path):
+    store, reader = storied(tmp_path / "store"), Reader(store=tmp_path / "store")
+    page = reader.read("/store/arrived", since="2020-01-01")
+    lines = {each.version: each for each in (store.snapshot(version).manifest for version in range(1, 5))}
+    assert page.text.count(f"by extract of {lines[1].writer}, ") == 35
+    assert page.text.count(f"by refresh of {lines[2].writer}, ") == 9
+    assert f"Snapshot 3 : delete by {lines[3].writer}, " in page.text
+    purge(store, Images.of_keys(np.array([key_of_uri("b/1.jpg")])), writer_hours=0)
+    purged = reader.read("/store/snapshots/5")
+    assert f"Snapshot 5 : purge by {store.snapshot().manifest.writer}, " in purged.text
+    assert f"at the latest by purge of {store.snapshot().manifest.writer}, " in purged.text
