@@ -132,13 +132,18 @@ def plan(days: Sequence[str], window_days: int, folder: RunPath) -> list[Day]:
     ]
 
 
+def folder_of(base: Config) -> RunPath:
+    """Give the folder that has the days' runs and their table."""
+    return run_path(base.run.dir) / (base.run.name or "daily")
+
+
 def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None = None, last: str | None = None) -> None:
     """Train all days that are not done yet, one after the other, and write the table. Every rank calls it.
 
     Raises TrainerError and FeatureStoreError, on all ranks together.
     """
 
-    folder = run_path(base.run.dir) / (base.run.name or "daily")
+    folder = folder_of(base)
 
     def opened() -> list[Day]:
         _check_base(base)

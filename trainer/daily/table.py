@@ -23,8 +23,13 @@ _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc"
 
 def runs(folder: RunPath) -> list[RunPath]:
     """List the folders of the days that were trained to the end, oldest first."""
-    below: list[RunPath] = sorted(folder.iterdir(), key=str)
-    return [each for each in below if DAY.fullmatch(each.name) and report_of(each) is not None]
+    return [each for each in days(folder) if report_of(each) is not None]
+
+
+def days(folder: RunPath) -> list[RunPath]:
+    """List the folders of the days that have begun, oldest first; none where there is no such folder."""
+    below: list[RunPath] = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
+    return [each for each in below if DAY.fullmatch(each.name)]
 
 
 def rows(folder: RunPath) -> list[dict[str, Any]]:

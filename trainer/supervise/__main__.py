@@ -26,6 +26,8 @@ Examples:
 
     python -m trainer.supervise --hosts-file hosts.txt --ssh 'ssh -p 2222' -- python -m trainer.main --set run.name=a
 
+    python -m trainer.supervise --max-np 2 -- python -m trainer.daily --samples-of-days data/samples
+
 Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
 host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
 there are slots. When more hosts answer, the run writes a checkpoint and goes on with all of them. All steps, samples
@@ -40,7 +42,8 @@ app = CommandApp(rich_markup_mode="markdown")
 @app.command(epilog=EXAMPLES)
 def main(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND", help="python -m trainer.main with its arguments.")
+        list[str],
+        typer.Argument(metavar="-- COMMAND", help="python -m trainer.main, or trainer.daily, with its arguments."),
     ],
     hosts: Annotated[
         str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")

@@ -110,6 +110,18 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
     assert other.start()[:2] == ["/opt/python", "own.py"]
 
 
+def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None:
+    words = ["python", "-m", "trainer.daily", "--samples-of-days", "s", "--warm-parts", "full"]
+    train = parse_command([*words, f"run.dir={tmp_path}"])
+    assert train.folder == tmp_path / "daily" and train.name_was_given and train.newest_step() == 0
+    assert train.start() == [sys.executable, *words[1:], f"run.dir={tmp_path}"]
+    seen = []
+    for day, step in (("2026-01-01", 7), ("2026-01-02", 3), ("2026-01-02", 5), ("other", 99), ("2026-01-03", 1)):
+        (train.folder / day / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+        seen.append(train.newest_step())
+    assert seen == [7, 10, 12, 12, 13]
+
+
 def test_a_run_without_a_name_gets_one_that_stays(tmp_path: Path) -> None:
     train = parse_command([*TRAIN, f"run.dir={tmp_path}"])
     assert train.folder.parent == tmp_path and train.folder.name.startswith("run-2") and not train.name_was_given
@@ -124,7 +136,10 @@ def test_a_run_without_a_name_gets_one_that_stays(tmp_path: Path) -> None:
         ([*TRAIN, "run.name=a", "run.resume=1000"], "run.resume=1000: a supervised run goes on"),
         ([*TRAIN, "run.name=a", "run.overwrite=true"], "run.overwrite=true would remove"),
         (["horovodrun", "-np", "2", *TRAIN], "horovodrun is not needed: trainer.supervise starts the ranks"),
-        (["python", "-m", "trainer.daily"], "-m trainer.daily: what is supervised is trainer.main"),
+        (
+            ["python", "-m", "trainer.evaluate"],
+            "-m trainer.evaluate: what is supervised is trainer.main or trainer.daily",
+        ),
         (["sleep", "5"], "'sleep 5' trains no run"),
     ],
 )
