@@ -126,7 +126,7 @@ def _make_places() -> Callable[[Path], Places]:
 
 @pytest.fixture(scope="session")
 def alone(places: Places) -> Path:
-    """60 steps of one rank."""
+    """30 steps of one rank, into the second epoch."""
     from tests.trainer.whole_runs import SHARED, run_alone  # torch: not for tests that need none
 
-    return run_alone(places, run__name="alone", train__max_steps=60, **SHARED)
+    return run_alone(places, run__name="alone", train__max_steps=30, **SHARED)

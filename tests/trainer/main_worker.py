@@ -26,12 +26,12 @@ def main() -> None:
             return comm.allgather_object(f"{type(failure).__name__}: {failure}")
         return comm.allgather_object("done")
 
-    seen = {"full": outcome("run.name=full", "train.max_steps=60")}
+    seen = {"full": outcome("run.name=full", "train.max_steps=30")}
     train_step = Engine.train_step
     for name, ahead in (("stopped", 0), ("stopped-ahead", 2)):
-        stopped = (f"run.name={name}", "train.max_steps=60", f"data.prefetch_batches={ahead}")
+        stopped = (f"run.name={name}", "train.max_steps=30", f"data.prefetch_batches={ahead}")
         if comm.rank == 1:
-            Engine.train_step = signalling(train_step, at=50)  # type: ignore[method-assign]
+            Engine.train_step = signalling(train_step, at=25)  # type: ignore[method-assign]
         seen[name] = outcome(*stopped)
         Engine.train_step = train_step  # type: ignore[method-assign]
         seen[f"after {name}"] = outcome(*stopped, "run.resume=latest")

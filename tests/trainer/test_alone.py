@@ -37,8 +37,8 @@ class TestAlone:
     def test_report(self, alone: Path, places: Places) -> None:
         report = report_of(alone)
         assert (report["global_step"], report["steps"], report["num_ranks"], report["store_version"]) == (
-            60,
-            60,
+            30,
+            30,
             1,
             1,
         )
@@ -52,7 +52,7 @@ class TestAlone:
         assert 0 < report["unique_ratio"] < 1
         assert report["bytes_sent_per_step"] == 0
         assert report["samples_per_s"] > 0
-        assert report["history"][-1] == {"step": 60, **metrics}
+        assert report["history"][-1] == {"step": 30, **metrics}
         assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
         assert set(report["stages"]) == set(Stage.__args__) - {"exchange signatures", "compare images"}
         assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
@@ -60,16 +60,16 @@ class TestAlone:
         assert sum(of_steps) == pytest.approx(1)
         assert (report["owner_skew"], report["reused_vectors"]) == (1.0, 0.0)
         assert 0 < report["unique_ratio_by_field"]["behavior_image"] < 1
-        met = set(train_ads.tolist())  # in 60 steps, all of them
+        met = set(train_ads.tolist())  # in 30 steps, all of them
         items = report["tables"]["item"]
         assert items["is_exact"] and len(met) <= items["ids"] < 4096
         assert items["used_rows"] <= items["ids"] <= items["used_rows"] * (1 + items["share"])
 
     def test_files(self, alone: Path, places: Places) -> None:
-        changes = {"run__name": "alone", "train__max_steps": 60, **SHARED}
+        changes = {"run__name": "alone", "train__max_steps": 30, **SHARED}
         assert load_config(alone / "config.yaml") == load_config(settings=places.settings(**changes))
         assert list((alone / "tensorboard").glob("events*"))
-        assert [path.name for path in (alone / "checkpoints").iterdir()] == ["step-00000060"]
+        assert [path.name for path in (alone / "checkpoints").iterdir()] == ["step-00000030"]
 
     def test_a_profiled_run_has_a_trace_that_names_the_stages(self, places: Places) -> None:
         run = run_alone(places, run__name="traced", run__profile=True, train__max_steps=12)
@@ -99,11 +99,11 @@ class TestAlone:
 
     def test_resumption_is_exact(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone-halves", **SHARED}
-        run_alone(places, train__max_steps=50, **changes)
-        run = run_alone(places, train__max_steps=60, run__resume="latest", train__eval_every=18, **changes)
+        run_alone(places, train__max_steps=25, **changes)
+        run = run_alone(places, train__max_steps=30, run__resume="latest", train__eval_every=9, **changes)
         assert_same(run, alone)
-        assert [entry["step"] for entry in report_of(run)["history"]] == [50, 54, 60]
-        assert report_of(run)["steps"] == 10
+        assert [entry["step"] for entry in report_of(run)["history"]] == [25, 27, 30]
+        assert report_of(run)["steps"] == 5
 
     def test_checkpoints_on_the_way(self, places: Places) -> None:
         run = run_alone(
@@ -151,7 +151,7 @@ class TestRefusals:
         changes = {"run__name": "alone", "run__resume": "latest", "data__global_batch_size": 8, "model__mlp": [9]}
         with pytest.raises(CheckpointError) as caught:
             run_alone(places, **changes)
-        assert "data.global_batch_size is 8 here, 16 in the checkpoint" in str(caught.value)
+        assert "data.global_batch_size is 8 here, 32 in the checkpoint" in str(caught.value)
         assert "model.mlp is [9] here, [8, 4] in the checkpoint" in str(caught.value)
 
     def test_store_of_another_network(self, alone: Path, places: Places, tmp_path: Path) -> None:

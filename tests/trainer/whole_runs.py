@@ -13,7 +13,7 @@ from trainer.main import train
 from trainer.runs.folder import find_checkpoint
 
 # Of the runs of one rank and of two; their numbers are compared, so the type of the products is not the machine's.
-SHARED = {"data__global_batch_size": 16, "train__epochs": 3, "model__compute_dtype": "float64"}
+SHARED = {"data__global_batch_size": 32, "train__epochs": 3, "model__compute_dtype": "float64"}
 Places = Any
 
 

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -62,14 +64,83 @@ def ranks_of_horovod() -> Iterator[list[Variables]]:
         yield [horovod_variables(Place([2], 0, local), "localhost", "127.0.0.1", port, "lo") for local in (0, 1)]
 
 
-def test_horovod_a_rank_that_hangs_before_they_connect_is_named() -> None:
-    """Gloo would end this one after 30 s by SIGABRT, with a stack of C++."""
+def horovod_hangs() -> str:
     with ranks_of_horovod() as (first, second), started({**first, "STOPS": "1"}, "-c", CONNECTS):
-        said = said_by(second, "-c", CONNECTS, code=7)
+        return said_by(second, "-c", CONNECTS, code=7)
+
+
+def horovod_nobody() -> str:
+    nobody = horovod_variables(Place([2], 0, 1), "localhost", "127.0.0.1", free_port(), "lo")
+    said = said_by(nobody, *TRAIN, code=1)
+    return said.replace(nobody["HOROVOD_GLOO_RENDEZVOUS_PORT"], "PORT")
+
+
+def torch_nobody(local: int, address: str) -> str:
+    port, start_s = free_port(), time.monotonic()
+    said = said_by(torch_variables(Place([1, 1], local, 0), address, port, None), *TRAIN, code=1)
+    assert time.monotonic() - start_s > 3
+    return said.replace(str(port), "PORT")
+
+
+def torch_waits() -> str:
+    return said_by(torch_variables(Place([2], 0, 0), "127.0.0.1", free_port(), None), *TRAIN, code=1)
+
+
+WAITS: dict[str, Callable[[], str]] = {
+    "horovod hangs": horovod_hangs,
+    "horovod nobody": horovod_nobody,
+    "torch refused": partial(torch_nobody, 1, "127.0.0.1"),
+    "torch unknown": partial(torch_nobody, 0, "no-such-host.invalid"),
+    "torch waits": torch_waits,
+}
+
+
+@pytest.fixture(scope="module")
+def said_after_waiting() -> Iterator[Callable[[str], str]]:
+    """What a rank of `WAITS` says at its end; all of them wait at once."""
+    with ThreadPoolExecutor(len(WAITS)) as threads:
+        saying = {name: threads.submit(wait) for name, wait in WAITS.items()}
+        yield lambda name: saying[name].result()
+
+
+def test_horovod_a_rank_that_hangs_before_they_connect_is_named(said_after_waiting: Callable[[str], str]) -> None:
+    """Gloo would end this one after 30 s by SIGABRT, with a stack of C++."""
     wanted = (
         "LateRankError rank 1 has waited more than run.deadline_s=3 for the others to start; not there: rank 0. See"
     )
-    assert said.startswith(wanted)
+    assert said_after_waiting("horovod hangs").startswith(wanted)
+
+
+def test_horovod_nobody_at_the_rendezvous_is_one_line(said_after_waiting: Callable[[str], str]) -> None:
+    said = said_after_waiting("horovod nobody")
+    assert said.startswith(
+        "error: rank 1 did not reach the process that started the ranks within run.deadline_s=3, at HOROVOD_GLOO_REND"
+    )
+    assert "=127.0.0.1:PORT: " in said and said.endswith("Connection refused>")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "address", "trouble"),
+    [
+        ("torch refused", 1, "127.0.0.1", "Connection refused"),
+        ("torch unknown", 0, "no-such-host.invalid", " service not known"),
+    ],
+)
+def test_torch_nobody_at_the_masters_address_is_one_line(
+    name: str, rank: int, address: str, trouble: str, said_after_waiting: Callable[[str], str]
+) -> None:
+    """It takes the deadline of the settings: the name of a host, as its rank, may come later."""
+    said = said_after_waiting(name)
+    assert said.startswith(
+        f"error: rank {rank} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={address}:PORT within "
+        "run.deadline_s=3: "
+    )
+    assert said.endswith(trouble)
+
+
+def test_torch_ranks_that_do_not_come_are_named(said_after_waiting: Callable[[str], str]) -> None:
+    said = said_after_waiting("torch waits")
+    assert "has taken more than run.deadline_s=3 on rank 0; not there: rank 1. See" in said
 
 
 def test_horovod_a_rank_that_dies_after_they_connected_is_one_line() -> None:
@@ -85,37 +156,8 @@ def test_horovod_a_rank_that_dies_after_they_connected_is_one_line() -> None:
     assert said.startswith("LostRankError rank 1 lost another rank in the middle of collective agree")
 
 
-def test_horovod_nobody_at_the_rendezvous_is_one_line() -> None:
-    nobody = horovod_variables(Place([2], 0, 1), "localhost", "127.0.0.1", free_port(), "lo")
-    said = said_by(nobody, *TRAIN, code=1)
-    assert said.startswith(
-        "error: rank 1 did not reach the process that started the ranks within run.deadline_s=3, at HOROVOD_GLOO_REND"
-    )
-    assert f"=127.0.0.1:{nobody['HOROVOD_GLOO_RENDEZVOUS_PORT']}: " in said and said.endswith("Connection refused>")
-
-
 def test_horovod_half_an_environment_is_one_line() -> None:
     half = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}
     assert said_by(half, *TRAIN, code=2).startswith(
         "error: HOROVOD_RANK, HOROVOD_SIZE is set, but not HOROVOD_LOCAL_RA"
     )
-
-
-@pytest.mark.parametrize(
-    ("local", "address", "trouble"),
-    [(1, "127.0.0.1", "Connection refused"), (0, "no-such-host.invalid", " service not known")],
-)
-def test_torch_nobody_at_the_masters_address_is_one_line(local: int, address: str, trouble: str) -> None:
-    """It takes the deadline of the settings: the name of a host, as its rank, may come later."""
-    port, start_s = free_port(), time.monotonic()
-    said = said_by(torch_variables(Place([1, 1], local, 0), address, port, None), *TRAIN, code=1)
-    assert said.startswith(
-        f"error: rank {local} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={address}:{port} within "
-        "run.deadline_s=3: "
-    )
-    assert said.endswith(trouble) and time.monotonic() - start_s > 3
-
-
-def test_torch_ranks_that_do_not_come_are_named() -> None:
-    said = said_by(torch_variables(Place([2], 0, 0), "127.0.0.1", free_port(), None), *TRAIN, code=1)
-    assert "has taken more than run.deadline_s=3 on rank 0; not there: rank 1. See" in said
