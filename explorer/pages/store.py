@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class StorePages(PageKind):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._timeline, self._changes = Timeline(), Changes()
+        self._commits: Kept[CommitsBetween] = Kept(200)
         self._rows: Kept[int] = Kept(100)
         self._numbers: Kept[StoreNumbers] = Kept(20)
         self._duplicates: Kept[Duplicates] = Kept(20)
@@ -270,12 +272,9 @@ class StorePages(PageKind):
         """Show the images that the store could not take, the newest first."""
         store, snapshot = self._open(request)
         rows = store.quarantine_rows()[::-1]
-        reasons: dict[str, int] = {}
-        for row in rows:
-            reasons[row.reason] = reasons.get(row.reason, 0) + 1
         paging = Paging.of(request, len(rows), PER_PAGE)
         images = look_at(rows[paging.first : paging.first + PER_PAGE], self.site.pictures)
-        common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:10]
+        common = sorted(Counter(row.reason for row in rows).items(), key=lambda item: (-item[1], item[0]))[:10]
         return self._page(request, "broken", "Broken images", snapshot, images=images, paging=paging, reasons=common)
 
     def _open(self, request: Request, version: int | None = None) -> tuple[FeatureStore, Snapshot]:
@@ -317,7 +316,10 @@ class StorePages(PageKind):
                 paging = Paging.of(request, counts.total(kind), PER_PAGE)
                 images = self._changes.page(old, new, kind, paging.first, PER_PAGE)
                 shown |= {"counts": counts, "kind": kind, "paging": paging, "images": images}
-                shown["commits"] = commits_between(store, self._timeline, self._changes, old, new, images)
+                asked = name_of(old), name_of(new), tuple(log.versions(store.storage)), kind, paging.first
+                shown["commits"] = self._commits.get(
+                    asked, lambda: commits_between(store, self._timeline, self._changes, old, new, images)
+                )
         except UserError as error:
             shown["problem"] = one_line(error)
         return shown
