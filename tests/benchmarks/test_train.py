@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from benchmarks.train.sections import FUXICTR, VARIANTS, fuxictr_python
 from benchmarks.train.traffic import traffic_section
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
+from tests.cluster.hosts import lacking
 from trainer.schema import load_schema
 
 TINY = ["--images", "200", "--dim", "16", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
@@ -121,25 +121,30 @@ def test_table_of_the_paper() -> None:
     assert figures["mb_20_ranks_ours_all"] == pytest.approx(sum(figures[f"mb_20_ranks_ours_{part}"] for part in parts))
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("tc") is None, reason="needs root and iproute2")
-def test_namespaces_are_joined_and_gone(tmp_path: Path) -> None:
+@pytest.mark.skipif(lacking() is not None, reason=f"needs {lacking()}")
+def test_two_hosts_are_joined_and_gone(tmp_path: Path) -> None:
     with link(tmp_path) as over:
-        inside = over.prefix[: over.prefix.index("exec") + 2]
-        beyond = [*inside, "ssh", "-o", "StrictHostKeyChecking=no", "10.198.51.2", "-p", "22"]
+        at = over.prefix.index(next(word for word in over.prefix if word.endswith("/horovodrun")))
+        here, address = over.prefix[:at], "10.77.0.11"
+        beyond = [*here, "ssh", "-o", "StrictHostKeyChecking=no", address, "-p", "22"]
 
         def said(*command: str) -> str:
             return subprocess.run(command, env=over.environment, capture_output=True, text=True, check=True).stdout
 
         seen = said(*beyond, "ip", "-br", "address")
-        assert "10.198.51.2/24" in seen and "10.198.51.1/24" not in seen
+        assert f"{address}/24" in seen and "10.77.0.10/24" not in seen
+        assert "10.77.0.10/24" in said(*here, "ip", "-br", "address")
+        assert (
+            said(*beyond, "hostname").split() == ["b"]
+            and said(*here, "getent", "hosts", "a").split()[0] == "10.77.0.10"
+        )
         cores = sorted(os.sched_getaffinity(0))
         ask = ["python3", "-c", "'import os; print(*os.sched_getaffinity(0))'"]
-        assert said(*beyond, *ask).split() == [str(cores[-1])]
-        assert said(*inside, "sh", "-c", " ".join(ask)).split() == [str(cores[0])]
-        namespace = inside[-1]
-        assert namespace in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-    assert namespace not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-    assert not (tmp_path / "ssh").exists()
+        assert said(*beyond, *ask).split() == [str(cores[1 % len(cores)])]
+        assert said(*here, "sh", "-c", " ".join(ask)).split() == [str(cores[0])]
+    assert subprocess.run([*here, "true"], capture_output=True, check=False).returncode != 0
+    with link(tmp_path):
+        assert len(list(tmp_path.iterdir())) == 1, "a second section, and nothing is left of the first"
 
 
 def test_an_unknown_name_is_one_message() -> None:

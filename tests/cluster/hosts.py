@@ -113,6 +113,15 @@ class Host:
         enter = ["nsenter", f"--target={self.pid}", *NAMESPACES, f"--wdns={ROOT}", "setpriv", "--pdeathsig", "KILL"]
         return ["taskset", "--cpu-list", str(self.core), *enter, "--", *map(str, words)]
 
+    def command_here(self, *words: object) -> list[str]:
+        """The command line that runs `words` in this host's network alone, by its name and /etc/hosts.
+
+        They are processes of the machine, and so can enter another host in the same way; they do not end with this one.
+        """
+        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "unshare", "--mount", "sh", "-c"]
+        with_names = ['mount --bind "$0" /etc/hosts && exec "$@"', str(self.folder / "hosts")]
+        return ["taskset", "--cpu-list", str(self.core), *enter, *with_names, *map(str, words)]
+
     def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
         """The variables of a command on this host: this process's own, root's home on the host, and `env`.
 
