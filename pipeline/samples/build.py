@@ -24,16 +24,17 @@ from pipeline.options import SampleOptions
 from pipeline.samples.files import FilePlan, GroupedBucket, WrittenFile, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
-from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, LogPiece, WantedRows, find_pieces
+from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.publish import MARK, replaced_files
 from pipeline.samples.schema import write_suggested
-from pipeline.samples.shuffle import ShuffledPiece, shuffle_piece, write_quarantine
+from pipeline.samples.shuffle import ShuffledPiece, shuffle_pieces, write_quarantine
 from pipeline.samples.summary import summarise
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
 LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files cost more than its rows
 FEW_BUCKETS = 64  # which cost nothing worth to speak of
+TASKS_PER_THREAD = 2  # that read logs: few, but one slow file keeps nobody waiting for long
 SHUFFLE_FOLDER = "shuffle"
 QUARANTINE_FILE = "quarantine.parquet"
 FEWER_ROWS = "raise --partitions, or give workers more memory"
@@ -140,10 +141,27 @@ def shuffle(
     """Write the rows of a log by bucket of users into `scratch`; `first` is how many pieces are there already."""
     latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
     folder = str(scratch.absolute())
-    tasks = [
-        (piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(pieces, first)
-    ]
-    return run_all(client, f"read {pieces[0].log}", shuffle_piece, tasks, FEWER_ROWS)
+    tasks = []
+    for together in _tasks_of(pieces, num_threads(client)):
+        tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s))
+        first += len(together)
+    done = run_all(client, f"read {pieces[0].log}", shuffle_pieces, tasks, FEWER_ROWS)
+    return [each for of_task in done for each in of_task]
+
+
+def _tasks_of(pieces: Sequence[LogPiece], threads: int) -> list[list[LogPiece]]:
+    """Put neighbouring small pieces together, up to PIECE_ROWS: a task costs what tens of thousands of rows do. Every
+    thread gets `TASKS_PER_THREAD` or so, if there are as many pieces."""
+    most = min(PIECE_ROWS, sum(piece.num_rows for piece in pieces) // (TASKS_PER_THREAD * threads))
+    tasks: list[list[LogPiece]] = []
+    room = 0
+    for piece in pieces:
+        if not tasks or piece.num_rows > room:
+            tasks.append([])
+            room = most
+        tasks[-1].append(piece)
+        room -= piece.num_rows
+    return tasks
 
 
 def group(

@@ -38,6 +38,16 @@ class ShuffledPiece:
     quarantine_path: str | None
 
 
+def shuffle_pieces(
+    pieces: Sequence[LogPiece], first: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
+) -> list[ShuffledPiece]:
+    """Shuffle pieces one after the other, the first of which has number `first`. Raises SampleError."""
+    return [
+        shuffle_piece(piece, index, folder, num_buckets, min_dwell_s, latest_s)
+        for index, piece in enumerate(pieces, first)
+    ]
+
+
 def shuffle_piece(
     piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
 ) -> ShuffledPiece:
