@@ -24,6 +24,10 @@ def export(
     most_files: Annotated[
         int, typer.Option(min=10, help="Pages and pictures at most; links beyond lead to a page that says so.")
     ] = 2000,
+    map_minutes: Annotated[
+        float,
+        typer.Option(min=0, help="For so long UMAP may lay out maps, all together, that it did not lay out before."),
+    ] = 5,
 ) -> None:
     """Write the same pages into a folder: from the first page along all links. Forms and live parts are left out."""
     check_installed()
@@ -35,11 +39,16 @@ def export(
     places = Places(store=store, runs=runs, samples=samples, images=images, model=model)
     places.check()
     with progress_bar("pages and pictures") as bar:
-        exported = write(places, out, most_files, bar)
+        exported = write(places, out, most_files, bar, umap_s=60 * map_minutes, doing=bar.doing)
     typer.echo(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
     if exported.num_left_out:
         typer.echo(
             f"{exported.num_left_out:,} addresses or more are left out: --most-files takes more than {most_files:,}"
+        )
+    if exported.quick_maps:
+        typer.echo(
+            f"maps by principal components alone: {', '.join(exported.quick_maps)}; UMAP needs more than --map-minutes "
+            f"{map_minutes:g}, or python -m explorer map beforehand"
         )
     for problem in exported.errors:
         typer.echo(f"an error page: {problem}", err=True)

@@ -1,7 +1,7 @@
 """The site that all pages share: its places, pictures and templates; a page is a template and what it shows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,6 +54,12 @@ class Site:
     """Of a frozen site: so many files are exported; later addresses lead to a page that says so."""
     left_out: set[str] = field(default_factory=set)
     """Of a frozen site: the addresses for which there was no room."""
+    umap_s: float = 0.0
+    """Of a frozen site: so long UMAP may take from now on, for all maps together."""
+    quick_maps: list[str] = field(default_factory=list)
+    """Of a frozen site: what the maps are of that UMAP did not lay out."""
+    doing: Callable[[str], None] = lambda doing: None
+    """Of a frozen site: gets what a page waits for."""
 
     @cached_property
     def _known(self) -> set[str]:

@@ -15,6 +15,7 @@ from explorer.data.background import Task
 from explorer.data.map.layout import COLOURS, COLUMNS, Cell, Colour, cells, drawn, has
 from explorer.data.map.make import make_map
 from explorer.data.map.points import MapPoints
+from explorer.data.map.projection import LEAST_FOR_UMAP
 from explorer.data.runs.folders import list_runs, open_run, read_facts
 from explorer.data.runs.settings import shown_first
 from explorer.errors import ExplorerError, NotHereError
@@ -68,8 +69,10 @@ class MapPages(PageKind):
         if run is None and self.site.places.store is None:
             return self.site.page(request, "map/none.html", title="Map")
         part = self._part(run, network, colour)
-        waits_s = math.inf if self.site.frozen else _WAIT_S if request.query_params.get("wait") == "1" else 0.0
         begun_s = time.monotonic()
+        if self.site.frozen:
+            self._finish(part)
+        waits_s = _WAIT_S if request.query_params.get("wait") == "1" else 0.0
         while part.shown is None and not part.problem and time.monotonic() - begun_s < waits_s:
             time.sleep(_LOOK_S)
         return self.site.page(
@@ -85,6 +88,19 @@ class MapPages(PageKind):
             maps=mapcharts,
             image_link=self._image_link,
         )
+
+    def _finish(self, part: "MapPart") -> None:
+        """Wait for the map of an export; note where UMAP has not laid it out."""
+        begun_s, site = time.monotonic(), self.site
+        while not part.task.is_ended:
+            site.doing(f"map: {part.task.doing}")
+            time.sleep(_LOOK_S)
+        site.umap_s = max(0.0, site.umap_s - (time.monotonic() - begun_s))
+        name = " ".join(filter(None, (part.run, part.network))) or "the features of the store"
+        shown = part.shown
+        is_quick = shown is not None and shown.method == "pca" and len(shown.keys_N) >= LEAST_FOR_UMAP
+        if is_quick and name not in site.quick_maps:
+            site.quick_maps.append(name)
 
     def part(self, request: Request) -> Response:
         """Give the map as far as it is; for the last time when it is whole."""
@@ -142,7 +158,7 @@ class MapPages(PageKind):
 
     def _part(self, run: str | None, network: str | None, colour: Colour) -> "MapPart":
         """Begin the map, or look how far it is."""
-        places = self.site.places
+        places, umap_s = self.site.places, self.site.umap_s if self.site.frozen else math.inf
         identity, store_id = "", None
         if run is not None:
             identity = read_facts(open_run(places, run)).checkpoint
@@ -153,7 +169,7 @@ class MapPages(PageKind):
             identity, store_id = f"{identity} {snapshot.version}", snapshot.info.store_id
         task: Task[MapPoints] = self.site.background.task(
             repr(("map", run, network, identity)),
-            lambda task: make_map(places, run, task, network=network, quick=self.site.frozen),
+            lambda task: make_map(places, run, task, network=network, umap_s=umap_s),
         )
         return MapPart(run=run, network=network, colour=colour, task=task, store_id=store_id)
 

@@ -27,11 +27,23 @@ class Exported(NamedTuple):
     """The address and status of each."""
     num_left_out: int
     """At least: those that pages name which were exported."""
+    quick_maps: list[str]
+    """What the maps are of that were laid out by principal components alone, as UMAP had no time."""
 
 
-def export(places: Places, out: Path, most_files: int, tell: Callable[[int, int], None]) -> Exported:
+def export(
+    places: Places,
+    out: Path,
+    most_files: int,
+    tell: Callable[[int, int], None],
+    *,
+    umap_s: float = 0.0,
+    doing: Callable[[str], None] = lambda doing: None,
+) -> Exported:
     """Write the pages of `places` into the folder `out`, whole or not at all; `tell` gets done and known files.
 
+    `umap_s`: for so long UMAP may lay out maps, all together, that it did not lay out before; `doing` gets how far it
+    is.
     An earlier export in `out` is replaced. Raises ExplorerError where `out` holds something else or
     cannot be written.
     """
@@ -43,7 +55,8 @@ def export(places: Places, out: Path, most_files: int, tell: Callable[[int, int]
     except OSError as failure:
         raise ExplorerError(f"cannot write {out}: {failure.strerror}") from failure
     try:
-        exported = asyncio.run(_export(Site(places, frozen=True, most_files=most_files), folder, tell))
+        site = Site(places, frozen=True, most_files=most_files, umap_s=umap_s, doing=doing)
+        exported = asyncio.run(_export(site, folder, tell))
         folder.chmod(0o755)
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
@@ -69,7 +82,7 @@ async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) ->
             tell(done, len(site.linked))
     text = site.text("/", LEFT_OUT, title="Left out")
     num_bytes += _write(folder / LEFT_OUT, text.encode())
-    return Exported(done + 1, num_bytes, errors, len(site.left_out))
+    return Exported(done + 1, num_bytes, errors, len(site.left_out), site.quick_maps)
 
 
 def _write(file: Path, content: bytes) -> int:

@@ -31,8 +31,17 @@ class ProgressBar:
         elif self._task is None:
             self._task = self._bars.add_task(self._title, total=total, completed=done)
         else:
-            self._bars.update(self._task, completed=done, total=total)
+            self._bars.update(self._task, description=self._title, completed=done, total=total)
         self._done, self._total = done, total
+
+    def doing(self, what: str) -> None:
+        """Show what is being done, in the place of the title until the next number; in a log every 10 s."""
+        if not self._bars.disable:
+            if self._task is not None:
+                self._bars.update(self._task, description=what)
+        elif time.monotonic() - self._shown_s >= LINE_EVERY_S:
+            self._shown_s = time.monotonic()
+            print(f"{self._title}: {what}", file=sys.stderr, flush=True)
 
     def _print_line(self, done: int, total: int) -> None:
         now_s = time.monotonic()

@@ -190,7 +190,7 @@ def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World
         assert 'href="/images/' in pages.get("/map?run=both&wait=1").text
     site = Site(places)
     shown = MapPart(run="both", network=None, colour="folder", task=Task(), store_id="another")
-    shown.task.early = make_map(places, "both", Task(), quick=True)
+    shown.task.early = make_map(places, "both", Task(), umap_s=0)
     assert not shown.has_pages
     text = site.text("/map", "map/part.html", part=shown, maps=mapcharts, image_link=lambda key: "/images/1")
     assert "/images/" not in text

@@ -43,3 +43,20 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys
         bar(4, 4)
     shown = capsys.readouterr().err
     assert "reading" in shown and "4/4" in shown and shown.endswith("\x1b[2K")
+
+
+def test_what_goes_on_is_told_beside_the_numbers(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar("pages") as bar:
+        bar(1, 9)
+        for _ in range(3):
+            clock[0] += 6
+            bar.doing(f"map, {clock[0]:.0f} s")
+    assert capsys.readouterr().err == "pages: map, 112 s\n"
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar("pages") as bar:
+        bar(1, 9)
+        bar.doing("lays out a map")
+    assert "lays out a map" in capsys.readouterr().err
