@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,8 @@ from trainer.errors import ConfigError
 
 PRESETS = Path(__file__).parents[1] / "presets"
 DEFAULT_PRESET = PRESETS / "dicm.yaml"
+_KEPT = 64
+"""Saved files of which the checked configuration is kept: a page of the explorer asks for that of a run many times."""
 
 Device = Literal["auto", "cpu", "cuda"]
 WarmPart = Literal["images", "model", "ids"]
@@ -239,7 +242,20 @@ def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Co
 
 def load_saved(file: RunPath, settings: Sequence[str] = ()) -> Config:
     """Do as `load_config`, with a `file` that an earlier version of the project may have saved. Raises ConfigError."""
-    return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_read(file)))), str(file))], settings)
+    text = _text(file)
+    if settings or "${" in text:  # of the environment, which may be another one the next time
+        return _saved(text, file, settings)
+    return _saved_as_it_is(text, file)
+
+
+@lru_cache(_KEPT)
+def _saved_as_it_is(text: str, file: RunPath) -> Config:
+    return _saved(text, file, ())
+
+
+def _saved(text: str, file: RunPath, settings: Sequence[str]) -> Config:
+    """Parse and check the text of a saved file: some 30 ms."""
+    return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_parsed(text, file)))), str(file))], settings)
 
 
 def _checked(files: Sequence[tuple[DictConfig, str]], settings: Sequence[str]) -> Config:
@@ -267,16 +283,31 @@ def config_digest(values: dict[str, Any]) -> str:
 
 
 def _read(path: RunPath) -> DictConfig:
+    return _parsed(_text(path), path)
+
+
+def _text(path: RunPath) -> str:
     try:
-        loaded = OmegaConf.load(io.StringIO(read_text(path)))
+        return read_text(path)
     except FileNotFoundError as failure:
         raise ConfigError(f"--config {path}: there is no such file") from failure
-    except (OSError, StorageError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as failure:
-        raise ConfigError(f"{path} is not a readable YAML file: {one_line(failure)}") from failure
+    except (OSError, StorageError, UnicodeDecodeError) as failure:
+        raise _unreadable(path, failure) from failure
+
+
+def _parsed(text: str, path: RunPath) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(io.StringIO(text))
+    except (OSError, YAMLError, OmegaConfBaseException, RecursionError) as failure:
+        raise _unreadable(path, failure) from failure
     if not isinstance(loaded, DictConfig):
         sections = ", ".join(Config.model_fields)
         raise ConfigError(f"{path} has to be a mapping of sections ({sections}), found a list")
     return loaded
+
+
+def _unreadable(path: RunPath, failure: Exception) -> ConfigError:
+    return ConfigError(f"{path} is not a readable YAML file: {one_line(failure)}")
 
 
 def _plain(values: DictConfig) -> dict[str, Any]:

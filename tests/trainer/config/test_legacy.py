@@ -70,6 +70,18 @@ def test_a_configuration_of_today_is_left_alone(tmp_path: Path) -> None:
     assert load_saved(tmp_path / "config.yaml") == load_config(settings=["optim.lr=0.5"])
 
 
+def test_a_saved_file_that_changes_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file said the last time is kept only for the same text, and not where it names the environment."""
+    file = tmp_path / "config.yaml"
+    for lr in (0.5, 0.25):
+        save_config(load_config(settings=[f"optim.lr={lr}"]), file)
+        assert load_saved(file).optim.lr == load_saved(file).optim.lr == lr
+    file.write_text("optim: {lr: '${oc.decode:${oc.env:OWN_LR}}'}")
+    for lr in ("0.5", "0.25"):
+        monkeypatch.setenv("OWN_LR", lr)
+        assert load_saved(file).optim.lr == float(lr)
+
+
 def test_a_run_of_the_time_before_image_products_has_none(tmp_path: Path) -> None:
     values = yaml.safe_load(saved_by_an_earlier_version(tmp_path / "config.yaml").read_text())
     del values["model"]["image_products"]
