@@ -1,6 +1,5 @@
 """Settings and fixtures that all tests share: the type of the matrix products, ranks and S3 servers."""
 
-import gc
 import os
 import signal
 from collections import Counter
@@ -14,6 +13,7 @@ from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.guard import Guard
 from tests.ranks import StandingRanks, TorchRanks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
+from trainer.engine.memory import freeze_for_good
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -82,8 +82,7 @@ def _begin_with_the_longest(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what tests and libraries hold: to look at it takes a third of a second."""
-    gc.collect()
-    gc.freeze()
+    freeze_for_good()
 
 
 @pytest.fixture(scope="session")

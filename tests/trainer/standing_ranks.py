@@ -5,7 +5,6 @@ with the ranks of the first one, and writes FOLDER/<number>.<rank>.json: exit co
 """
 
 import contextlib
-import gc
 import io
 import itertools
 import json
@@ -19,6 +18,7 @@ from unittest import mock
 
 from trainer import comm as comm_module
 from trainer.comm import connect
+from trainer.engine.memory import freeze_for_good
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
     comm = connect()
     kind = type(comm)
-    gc.freeze()  # what is imported lives as long as the process
+    freeze_for_good()  # what is imported lives as long as the process
     with mock.patch.object(kind, "close"), mock.patch.object(comm_module, "connect", kind):
         for number in itertools.count():
             asked = folder / f"{number}.json"

@@ -2,17 +2,20 @@
 
 import gc
 import resource
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from trainer.engine.memory import keep_freed_memory, objects_frozen
+from trainer.engine import memory
+from trainer.engine.memory import freeze_for_good, keep_freed_memory, objects_frozen
 
 
 @pytest.fixture
-def nothing_frozen() -> Iterator[None]:
+def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let go of what tests/conftest.py has frozen for all tests."""
+    monkeypatch.setattr(memory, "_frozen_for_good", threading.Event())
     gc.unfreeze()
     yield
     gc.freeze()
@@ -32,6 +35,16 @@ def test_what_was_frozen_before_stays_frozen() -> None:
     with objects_frozen():
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() > 0  # no fixed number: another thread may let go of frozen objects in between
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_what_is_frozen_for_good_is_neither_counted_nor_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    freeze_for_good()
+    with monkeypatch.context() as patch:
+        patch.delattr(gc, "get_freeze_count")
+        with objects_frozen():
+            pass
+    assert gc.get_freeze_count() > 0
 
 
 def test_freed_blocks_are_used_again() -> None:
