@@ -268,15 +268,15 @@ def _grouped(
     buckets = num_buckets(options.partitions, impressions, client)
     if options.partitions is None:  # few of the behaviours are of these users, but all may be
         buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * BUCKET_ROWS))
-    shown = shuffle(client, impressions, scratch, buckets, options)
+    shown = shuffle(client, impressions, scratch, buckets, options)[IMPRESSIONS]
     rows = [read_bucket(str(scratch), IMPRESSIONS, len(shown), bucket) for bucket in range(buckets)]
     users = _save_users(scratch / "users.npy", [each["user"] for each in rows])
     early = [each["user"][each["timestamp"] < first * DAY + pause_us] for each in rows]
     wanted = WantedRows(low * DAY - pause_us, first * DAY, _save_users(scratch / EARLY_USERS, early))
-    if any(len(each) for each in early) and (pieces := tables.pieces(IMPRESSIONS, wanted)):
-        shown += shuffle(client, pieces, scratch, buckets, options, len(shown))
+    before = tables.pieces(IMPRESSIONS, wanted) if any(len(each) for each in early) else []
     behaviors = [dataclasses.replace(piece, wanted=history.of_users(users)) for piece in behaviors]
-    done = shuffle(client, behaviors, scratch, buckets, options)
+    read = shuffle(client, [*before, *behaviors], scratch, buckets, options, {IMPRESSIONS: len(shown)})
+    shown, done = shown + read.get(IMPRESSIONS, []), read[BEHAVIORS]
     grouped = group(client, (len(shown), len(done)), scratch, buckets, options, impressions[0].layout)
     return grouped, [*shown, *done]
 

@@ -61,8 +61,8 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         folder, scratch = new.folder, new.folder / SHUFFLE_FOLDER
         for made in (scratch, folder / "train", folder / "test"):
             made.mkdir()
-        shown = shuffle(client, impressions, scratch, buckets, options)
-        done = shuffle(client, behaviors, scratch, buckets, options)
+        read = shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
+        shown, done = read[IMPRESSIONS], read[BEHAVIORS]
         write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
         _check_rows_left(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)
@@ -136,17 +136,30 @@ def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -
 
 
 def shuffle(
-    client: Client, pieces: Sequence[LogPiece], scratch: Path, num_buckets: int, options: SampleOptions, first: int = 0
-) -> list[ShuffledPiece]:
-    """Write the rows of a log by bucket of users into `scratch`; `first` is how many pieces are there already."""
+    client: Client,
+    pieces: Sequence[LogPiece],
+    scratch: Path,
+    num_buckets: int,
+    options: SampleOptions,
+    there: Mapping[str, int] | None = None,
+) -> dict[str, list[ShuffledPiece]]:
+    """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order.
+
+    `there`: how many pieces of a log are in `scratch` already.
+    """
     latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
-    folder = str(scratch.absolute())
-    tasks = []
-    for together in _tasks_of(pieces, num_threads(client)):
-        tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s))
-        first += len(together)
-    done = run_all(client, f"read {pieces[0].log}", shuffle_pieces, tasks, FEWER_ROWS)
-    return [each for of_task in done for each in of_task]
+    folder, threads = str(scratch.absolute()), num_threads(client)
+    logs, tasks = [], []
+    for log in dict.fromkeys(piece.log for piece in pieces):
+        first = (there or {}).get(log, 0)
+        for together in _tasks_of([piece for piece in pieces if piece.log == log], threads):
+            logs.append(log)
+            tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s))
+            first += len(together)
+    shuffled: dict[str, list[ShuffledPiece]] = {}
+    for log, done in zip(logs, run_all(client, "read logs", shuffle_pieces, tasks, FEWER_ROWS), strict=True):
+        shuffled.setdefault(log, []).extend(done)
+    return shuffled
 
 
 def _tasks_of(pieces: Sequence[LogPiece], threads: int) -> list[list[LogPiece]]:
