@@ -86,7 +86,7 @@ class Model:
         self.run.engine.move_rows(rates)
         self._dense.finish_reduction()
         self._steps += 1
-        self._dense.step(rates)
+        self._dense.step(rates, self._steps)
         return loss
 
 
