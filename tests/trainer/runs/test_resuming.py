@@ -88,7 +88,8 @@ def test_a_run_goes_on_from_the_newest_whole_one(
 def test_so_does_a_run_on_s3(places: Places, s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def trained(folder: object, **changes: Any) -> RunPath:
         steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "train__keep_checkpoints": 5}
-        train(load_config(settings=places.settings(run__dir=folder, run__name="a", **steps, **changes)), SoloComm())
+        settings = places.settings(run__dir=folder, run__name="a", **{**steps, **changes})
+        train(load_config(settings=settings), SoloComm())
         return run_path(str(folder)) / "a"
 
     expected, run = trained(tmp_path), trained(s3_url)
@@ -105,6 +106,9 @@ def test_so_does_a_run_on_s3(places: Places, s3_url: str, tmp_path: Path, capsys
     assert [path.name for path in finished(checkpoints)] == steps_of(2, 4, 6)
     assert (checkpoints / "damaged-step-00000004" / ROWS).is_file()
     assert {path.name for path in (checkpoints / "damaged-step-00000006").iterdir()} == {ROWS, "state.json"}
+    damage_far(checkpoints, 2, ROWS, "missing")
+    trained(s3_url, run__resume="auto", train__max_steps=7)
+    assert [path.name for path in finished(checkpoints)] == steps_of(4, 6, 7), "nothing could be published beside it"
 
 
 @pytest.mark.parametrize("place_for", ["disk", "s3"])
