@@ -44,7 +44,7 @@ def step(
     optimizer.start_reduction()
     summed, _ = optimizer.outcome()
     optimizer.finish_reduction()
-    optimizer.step(rates_at(config or OptimConfig(lr=0.1), number))
+    optimizer.step(rates_at(config or OptimConfig(lr=0.1), number), number + 1)
     return summed
 
 
@@ -161,6 +161,6 @@ def test_matrices_of_e_decay_by_their_own_rate(
     optimizer.note(torch.zeros(()))
     optimizer.start_reduction()
     optimizer.finish_reduction()
-    optimizer.step(rates_at(config, 0))
+    optimizer.step(rates_at(config, 0), 1)
     found = [float(value.detach().flatten()[0]) for value in values.values()]
     assert found == pytest.approx([1 - 0.1 * expected[0], 1 - 0.1 * expected[1], 1.0])
