@@ -46,6 +46,10 @@ class Task(Generic[T]):
         """Tell whether `result` returns at once."""
         return self._ended.is_set()
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end, at most so long; tell whether it has come."""
+        return self._ended.wait(timeout_s)
+
     def result(self) -> T:
         """Wait for the end and return the result. Raises what the computation raised."""
         self._ended.wait()
@@ -70,17 +74,18 @@ class Task(Generic[T]):
 
 
 class Background:
-    """All computations of a server by name, two at a time."""
+    """All computations of a server by name, two at a time; beside them, one at a time, those that are to be alone."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(2, "explorer-background")
+        self._alone = ThreadPoolExecutor(1, "explorer-alone")
         self._tasks: OrderedDict[str, Task[object]] = OrderedDict()
         self._lock = Lock()
 
-    def task(self, name: str, work: Callable[[Task[T]], T]) -> Task[T]:
+    def task(self, name: str, work: Callable[[Task[T]], T], *, alone: bool = False) -> Task[T]:
         """Give the computation of this name, which is begun now if it is not known; a failed one again after a minute.
 
-        `name` has to say all that the result depends on.
+        `name` has to say all that the result depends on. `alone`: it runs beside no other one that is alone too.
         """
         with self._lock:
             known = self._tasks.get(name)
@@ -92,7 +97,7 @@ class Background:
             ended = [each for each, other in self._tasks.items() if other.is_ended]
             for each in ended[: max(0, len(self._tasks) - KEPT)]:
                 del self._tasks[each]
-        self._threads.submit(task._run, work)
+        (self._alone if alone else self._threads).submit(task._run, work)
         return task
 
     def close(self) -> None:
@@ -101,3 +106,4 @@ class Background:
             for task in self._tasks.values():
                 task.is_cancelled = True
         self._threads.shutdown(wait=True)
+        self._alone.shutdown(wait=True)

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from explorer.data.background import Background
+from explorer.data.background import Background, Task
 from explorer.data.impressions.opened import TrainedRuns
 from explorer.data.pictures import Pictures
 from explorer.html.filters import FILTERS
@@ -21,6 +21,7 @@ from explorer.places import Places
 
 THUMBNAIL = 160
 """Pixels of the longer side of a picture in a list."""
+_LOOK_S = 0.1
 _asked: ContextVar[str] = ContextVar("address of the page that is being written")
 
 
@@ -102,6 +103,12 @@ class Site:
             site=self, url=self.url, picture=self.picture, script_json=script_json, frozen=self.frozen
         )
         return environment
+
+    def finish(self, task: Task[Any]) -> None:
+        """Wait for the end of a computation, for an export; tell meanwhile how far it is."""
+        while not task.wait(_LOOK_S):
+            of = f" ({task.done:,} of {task.total:,})" if task.total else ""
+            self.doing(f"{task.doing}{of}")
 
     def url(self, path: str, **params: Param | Sequence[str]) -> str:
         """Write a link to a page of ours; every link of every template is made here."""

@@ -40,6 +40,10 @@ LARGE = 800
 _KEY_FROM = -(1 << 63)
 _FROZEN_BYTES = 64 << 20
 """Features of a store whose neighbours are exported with each page; of a larger one that would take hours."""
+_STOP_POLLING = 286
+_LOOK_S, _PATIENCE_S = 0.2, 10.0
+"""So long a page waits for visual vectors before it shows how far they are: of an image of the store, which can ask
+again by itself, and of a picture that would have to be sent again."""
 _TITLES = {"features": "Features", "visual": "Visual vectors", "codes": "Semantic IDs"}
 
 
@@ -82,7 +86,12 @@ class ImagePages(PageKind):
         if self.site.places.store is None:
             return []
         upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
-        return [Route("/images", self.search), *upload, Route("/images/{key}", self.image)]
+        return [
+            Route("/images", self.search),
+            *upload,
+            Route("/images/{key}", self.image),
+            Route("/parts/images/vectors", self.vectors_part),
+        ]
 
     def search(self, request: Request) -> Response:
         """Show images by key, uri or a part of it; without a search those of a shard."""
@@ -171,6 +180,17 @@ class ImagePages(PageKind):
             **_compared(spaces),
         )
 
+    def vectors_part(self, request: Request) -> Response:
+        """Tell how far the visual vectors of a run are; at their end, load the neighbours of the image."""
+        _, snapshot = self._open(request)
+        run = self._run(request.query_params.get("run"), self._runs.names())
+        if run is None:
+            raise NotHereError("no run with images is there")
+        task = self._runs.begin(run, snapshot, self.site.background)
+        status = _STOP_POLLING if task.is_ended else 200
+        key = whole(request, "key", least=_KEY_FROM)
+        return self._page(request, "vectors", _TITLES["visual"], snapshot, task=task, run=run, key=key, status=status)
+
     async def like(self, request: Request) -> Response:
         """Show the neighbours of a picture that is sent; it is kept nowhere."""
         data, fields = await read_upload(request, "picture", MOST_BYTES)
@@ -197,7 +217,7 @@ class ImagePages(PageKind):
             self._network.release()
         picture = base64.b64encode(shrunk(data, LARGE).jpeg).decode()
         return self._page(
-            request, "like", "Images like yours", snapshot, picture_jpeg=picture, run=run, **_compared(spaces)
+            request, "like", "Images like yours", snapshot, picture_jpeg=picture, key=None, run=run, **_compared(spaces)
         )
 
     def _spaces(self, snapshot: Snapshot, asked: Asked) -> list[Space]:
@@ -232,7 +252,12 @@ class ImagePages(PageKind):
         if asked.run is None:
             problem = "No run with images is there: name the folder of runs by --runs."
             return Space(name="visual", title=title, problem=problem)
-        vectors = self._runs.vectors(asked.run, snapshot)
+        task = self._runs.begin(asked.run, snapshot, self.site.background)
+        if self.site.frozen:
+            self.site.finish(task)
+        elif not task.wait(_LOOK_S if asked.key is not None else _PATIENCE_S):
+            return Space(name="visual", title=title, task=task)
+        vectors = task.result()
         if asked.key is None:
             query_V = embed(self.site.places, asked.run, snapshot, asked.feature_1D)[0]
         else:

@@ -92,9 +92,7 @@ class MapPages(PageKind):
     def _finish(self, part: "MapPart") -> None:
         """Wait for the map of an export; note where UMAP has not laid it out."""
         begun_s, site = time.monotonic(), self.site
-        while not part.task.is_ended:
-            site.doing(f"map: {part.task.doing}")
-            time.sleep(_LOOK_S)
+        site.finish(part.task)
         site.umap_s = max(0.0, site.umap_s - (time.monotonic() - begun_s))
         name = " ".join(filter(None, (part.run, part.network))) or "the features of the store"
         shown = part.shown

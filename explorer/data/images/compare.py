@@ -1,13 +1,15 @@
 """The neighbours of one image in several spaces, side by side: which of them each space alone has."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from explorer.data.background import Task
 from explorer.data.images.neighbours import Neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The neighbours in one space, or a sentence that says why there are none."""
+    """The neighbours in one space, or a sentence that says why there are none, or how far they are."""
 
     name: str
     """features, visual, or codes."""
@@ -16,6 +18,8 @@ class Space:
     how: str = ""
     """How they were found, in a sentence."""
     problem: str = ""
+    task: Task[Any] | None = None
+    """What computes that which they are found by, while it is not there yet."""
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,18 @@ Letters of shapes: N images, K of them in a block, D feature width, V visual wid
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from explorer.data.background import Background, Task
 from explorer.data.kept import Kept
 from explorer.data.runs.settings import shown_first
 from explorer.data.store.opened import name_of
-from explorer.data.vectors import VisualVectors, visual_vectors
+from explorer.data.vectors import Progress, VisualVectors, visual_vectors
 from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
@@ -43,15 +44,34 @@ class ImageRuns:
         seeing = [name for name, seen in images.items() if seen not in ("", "none")]
         return sorted(seeing, key=lambda name: shown_first(name, images[name]))[:MOST_RUNS]
 
-    def vectors(self, name: str, snapshot: Snapshot) -> VisualVectors:
+    def begin(self, name: str, snapshot: Snapshot, background: Background) -> Task[VisualVectors]:
+        """Begin `vectors` beside the pages, one run at a time, unless that has begun; what the task tells is how far
+        they are. Raises as `vectors` where there is no such run.
+        """
+        mark = self._mark(name, snapshot)
+
+        def work(task: Task[VisualVectors]) -> VisualVectors:
+            doing = f"computes what {name} sees in each image"
+            task.tell(f"opens the run {name}")
+            return self.vectors(name, snapshot, lambda done, total: task.tell(doing, done, total))
+
+        return background.task(repr(("vectors", mark)), work, alone=True)
+
+    def vectors(self, name: str, snapshot: Snapshot, progress: Progress = lambda done, total: None) -> VisualVectors:
         """Open the vectors of all images of a snapshot by a run's newest checkpoint, computed first where they never
         were. Which checkpoint that is is looked up each time; the rest of the run is read once for each.
 
         Raises ExplorerError, TrainerError, FeatureStoreError.
         """
-        run, places = self._places.run(name), self._places
-        mark = (name, _newest_checkpoint(run), name_of(snapshot))
-        return self._vectors.get(mark, lambda: visual_vectors(run, store=places.store, store_version=snapshot.version))
+        run, store = self._places.run(name), self._places.store
+        return self._vectors.get(
+            self._mark(name, snapshot),
+            lambda: visual_vectors(run, store=store, store_version=snapshot.version, progress=progress),
+        )
+
+    def _mark(self, name: str, snapshot: Snapshot) -> Hashable:
+        """Say what the vectors depend on."""
+        return name, _newest_checkpoint(self._places.run(name)), name_of(snapshot)
 
     def _images_of(self, name: str) -> str:
         """Tell which images the model of a run sees; empty where it is none, or has no checkpoint."""

@@ -79,3 +79,20 @@ def test_closing_ends_what_looks_at_it() -> None:
     assert isinstance(task.error, Exception)
     assert not isinstance(task.error, CancelledError)
     assert waiting.is_ended
+
+
+def test_what_is_to_be_alone_runs_one_at_a_time_and_holds_up_nothing_else() -> None:
+    work, go, at_once = Background(), threading.Event(), []
+
+    def alone(task: Task[int]) -> int:
+        at_once.append(1)
+        assert go.wait(10)
+        return at_once.pop()
+
+    several = [work.task(f"alone {number}", alone, alone=True) for number in range(3)]
+    assert not several[0].wait(0.05)
+    assert len(at_once) == 1
+    assert work.task("other", lambda task: 7).result() == 7
+    go.set()
+    assert [each.result() for each in several] == [1, 1, 1]
+    work.close()

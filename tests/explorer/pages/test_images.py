@@ -1,12 +1,19 @@
 """The images' pages: search, browsing, an image over time, its neighbours, and a picture that is sent."""
 
+import re
 import threading
+from html import unescape
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
+from explorer.data.images import visual
 from explorer.data.vectors import explorer_cache
+from explorer.html.site import Site
 from explorer.pages import images as pages
+from explorer.places import Places
+from explorer.server.app import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.remake.reduce import reduce
@@ -32,10 +39,13 @@ def everything(world):
 
 
 def part(reader, path, name, **params):
-    """Read one of the parts that a page asks for by itself."""
-    answer = reader.client.get(path, params={"wait": name, **params})
-    assert answer.status_code == 200
-    return Reading(answer.text)
+    """Read one of the parts that a page asks for by itself, until it is whole."""
+    while True:
+        answer = reader.client.get(path, params={"wait": name, **params})
+        assert answer.status_code == 200
+        found = Reading(answer.text)
+        if not [each for each in found.live if each.startswith("/parts/images/vectors")]:
+            return found
 
 
 def of_space(page_text, title, following):
@@ -135,6 +145,66 @@ def test_without_runs_and_samples_the_spaces_say_what_is_missing(reader):
     assert "name the folder of runs by --runs" in page.text
     assert "no semantic IDs" in page.text
     assert "only here" not in page.text
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Visual vectors wait after 3 of 28 images; which runs they were asked of, and what lets them go."""
+    real, asked, go = visual.visual_vectors, [], threading.Event()
+
+    def compute(run, *, progress, **places):
+        asked.append(run.name)
+        progress(3, 28)
+        assert go.wait(60)
+        return real(run, progress=progress, **places)
+
+    monkeypatch.setattr(visual, "visual_vectors", compute)
+    yield asked, go
+    go.set()
+
+
+def test_visual_vectors_are_computed_beside_the_page_one_run_at_a_time(everything, slow, monkeypatch, world):
+    asked, go = slow
+    path = f"/images/{key_of_uri(COPIED)}"
+    answer = everything.client.get(path, params={"wait": "spaces", "run": "both"})  # it comes while they are computed
+    page = Reading(answer.text)
+    assert "computes what both sees in each image (3 of 28)" in page.text
+    assert "exactly, among all 28 images." in page.text  # neighbours by features are there
+    (part_of,) = [each for each in page.live if "vectors" in each]
+    other = everything.client.get(path, params={"wait": "spaces", "run": "both-longer"})
+    assert "waits for other work to end" in Reading(other.text).text
+    assert asked == ["both"]
+    still = everything.client.get(part_of)
+    assert still.status_code == 200
+    assert "(3 of 28)" in still.text
+    monkeypatch.setattr(pages, "_PATIENCE_S", 0.05)
+    sent = Reading(send(everything, (world.images / PLAIN[5]).read_bytes(), run="both").text)
+    assert "computes what both sees in each image (3 of 28)" in sent.text
+    go.set()
+    while (ended := everything.client.get(part_of)).status_code != 286:
+        assert ended.status_code == 200
+    assert 'hx-target="#spaces"' in ended.text
+    assert 'hx-select="#spaces"' in ended.text
+    assert 'id="spaces"' in answer.text
+    spaces = unescape(re.search(r'hx-get="([^"]*)"', ended.text)[1])
+    whole = Reading(everything.client.get(spaces).text)
+    assert "the run both" in whole.text
+    assert not [each for each in whole.live if "vectors" in each]
+    assert "send the picture again" in everything.client.get(sent.live[0]).text
+
+
+def test_an_export_waits_for_visual_vectors(world, slow):
+    told = []
+
+    def doing(text):
+        told.append(text)
+        slow[1].set()
+
+    places = Places(store=str(world.store), runs=str(world.runs), images=str(world.images))
+    with TestClient(application(Site(places, frozen=True, doing=doing))) as client:
+        text = Reading(client.get(f"/images/{key_of_uri(COPIED)}").text).text
+    assert "the run both" in text
+    assert "computes what both sees in each image (3 of 28)" in told
 
 
 def test_visual_vectors_are_computed_once(everything):
