@@ -79,7 +79,9 @@ def print_table(console: Console, table: Table) -> None:
     A terminal that is too narrow gets other texts folded between words, and where that does not suffice one block of
     lines for each row. Where there is no terminal, the table is as wide as it is.
     """
-    if (page := current_page()) and not console.quiet:
+    if console.quiet:
+        return
+    if page := current_page():
         _put_on_page(page, table)
     if table.title:
         console.print(table.title, style=table.title_style or "bold")

@@ -48,6 +48,23 @@ def test_set_wins_over_file_and_file_over_preset(tmp_path: Path) -> None:
     assert config.data == load_config().data
 
 
+@pytest.mark.parametrize(
+    ("settings", "added"),
+    [
+        (["model.tables={a: 1}", "model.tables.a=2"], {"item": 65_536, "a": 2}),
+        (["model.tables.a=2", "model.tables={a: 1}"], {"item": 65_536, "a": 1}),
+        (["model.tables.a=1", "model.tables.a=2"], {"item": 65_536, "a": 2}),
+        (["model.tables={a: 1}", "model.tables=null", "model.tables={b: 2}"], {"b": 2}),
+        (["model.tables.a=1", "optim.lr=0.5", "model.tables.b=2"], {"item": 65_536, "a": 1, "b": 2}),
+    ],
+)
+def test_the_last_setting_wins(settings: list[str], added: dict[str, int]) -> None:
+    """Settings that do not touch each other are merged at once, the others in their order."""
+    tables = load_config(settings=settings).model.tables
+    assert {name: tables.get(name) for name in ("item", "a", "b")} == {"item": None, "a": None, "b": None} | added
+    assert load_config() == Config(), "the preset is as it was"
+
+
 def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
     config = load_config(settings=["model.embed_hidden=[8,4]", "run.name=x", "data.missing=learned"])
     save_config(config, tmp_path / "config.yaml")
