@@ -3,6 +3,7 @@
 `horovodrun -np P python -m trainer.evaluate RUN` does it on P ranks, whatever number the run was trained on.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from featurestore.commands.common import WHICH, read_version_name
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import check_place
 from trainer.cli import WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ def main(
         raise typer.BadParameter("it is of the store that --store names", param_hint="--store-version")
 
     def work(comm: "Comm") -> None:
+        if json_file is not None:  # before the work, which may take hours
+            comm.on_rank_0(partial(check_place, json_file, "--json"))
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import run_path
         from trainer.evaluation.compare import compare_runs

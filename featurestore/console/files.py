@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import UserError
+from featurestore.errors import OutputPlaceError, UserError
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -14,6 +15,22 @@ def replace_file(path: Path, content: str | bytes) -> None:
     part = path.with_name(f".{path.name}")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise OutputPlaceError where no file can be written at the path of an option; for before work that takes long."""
+    if path.is_dir():
+        raise OutputPlaceError(f"cannot write {option} {path}: it is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise OutputPlaceError(f"cannot write {option} {path}: it is no file; name another")
+    if not path.parent.is_dir():
+        raise OutputPlaceError(f"cannot write {option} {path}: there is no folder {path.parent}; make it first")
+    part = path.with_name(f".{path.name}")  # as replace_file does
+    try:
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        part.unlink()
+    except OSError as error:
+        raise OutputPlaceError(f"cannot write {option} {path}: {error}") from error
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,6 +1,5 @@
 """One report page: what a command printed, in that order, collected as plain texts and written as one HTML file."""
 
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,9 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from featurestore.console.files import replace_file
+from featurestore.console.files import check_place, replace_file
 from featurestore.console.page.plots import Plot
-from featurestore.errors import OutputPlaceError, UserError
+from featurestore.errors import UserError
 from featurestore.text.plain import printable, without_passwords
 
 MOST_BYTES = 300_000
@@ -93,19 +92,7 @@ class ReportPage:
 
     def check_place(self) -> None:
         """Raise OutputPlaceError where the file cannot be written; called before the work, which may take hours."""
-        path = self._path
-        if path.is_dir():
-            raise OutputPlaceError(f"cannot write --html {path}: it is a folder; name a file in it")
-        if path.exists() and not path.is_file():
-            raise OutputPlaceError(f"cannot write --html {path}: it is no file; name another")
-        if not path.parent.is_dir():
-            raise OutputPlaceError(f"cannot write --html {path}: there is no folder {path.parent}; make it first")
-        part = path.with_name(f".{path.name}")  # as replace_file does
-        try:
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
-            part.unlink()
-        except OSError as error:
-            raise OutputPlaceError(f"cannot write --html {path}: {error}") from error
+        check_place(self._path, "--html")
 
     def leave_out(self) -> None:
         """Write nothing at the end: another process of the same command writes the page."""
