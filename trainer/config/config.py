@@ -231,7 +231,7 @@ CHANGES_NO_FIGURE = {
         "checkpoint_failures",
         "keep_checkpoints",
     },
-    "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
+    "run": {"dir", "name", "resume", "skip_damaged", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
 }
 """Settings that say nothing of what is learned. The seed changes figures by chance alone; the fields of the schema, and
 the run that one begins with, are compared by themselves."""
