@@ -1,6 +1,7 @@
 """Fields of a sample and the roles of a few columns, checked, from a YAML file."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
@@ -213,7 +214,16 @@ class Schema(BaseModel):
 
 def load_schema(path: Path | str | None = None) -> Schema:
     """Read the schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
-    path = path or DEFAULT_SCHEMA
+    return _read(path) if path else _packaged(DEFAULT_SCHEMA)
+
+
+@lru_cache(1)
+def _packaged(path: Path) -> Schema:
+    """Read the packaged schema, once."""
+    return _read(path)
+
+
+def _read(path: Path | str) -> Schema:
     values = read_mapping(path, "data.schema_file=", SchemaError, "a mapping with the name fields")
     schema = validated(Schema, values, str(path), SchemaError)
     ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]

@@ -76,7 +76,7 @@ def torch_adam(table: Table) -> Callable[[], None]:
 
 class TestAdam:
     @pytest.mark.long
-    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(
         "settings",
         [
@@ -91,6 +91,7 @@ class TestAdam:
     def test_every_row_after_every_step_is_that_of_torch_on_the_whole_table(
         self, seed: int, settings: dict[str, float]
     ) -> None:
+        """All settings on one drawing of steps in `make test`, on another one in `make test-slow`."""
         table = Table(ids="adam", **settings)
         dense_step = torch_adam(table)
         for rows_Q, gradient_QV in drawn_steps(seed):
