@@ -94,3 +94,24 @@ def test_a_host_that_loses_its_power_ends_the_run_by_its_deadline_and_it_is_resu
 
 def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
+
+
+LISTENING = """
+import psutil
+from trainer.comm import connect
+comm = connect(30)
+comm.allgather_object("here", name="ranks")
+found = (each.laddr.ip for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN")
+print(*sorted(set(found)))
+comm.close()
+"""
+
+
+def test_ranks_of_two_hosts_and_their_store_listen_at_their_own_addresses(net: Network, tmp_path: Path) -> None:
+    """As trainer.supervise and trainer.slurm start them with --by torch; docs/SECURITY.md says so."""
+    a, b = net["a"], net["b"]
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": a.address}
+    env, log = place | {"MASTER_PORT": "29511"}, tmp_path / "b.txt"
+    other = b.start(*python_words("-c", LISTENING), log=log, env=env | {"RANK": "1"})
+    assert a.run(*python_words("-c", LISTENING), env=env | {"RANK": "0"}).stdout.split() == [a.address]
+    assert other.wait(60) == 0 and log.read_text().split() == [b.address]
