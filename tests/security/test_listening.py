@@ -119,6 +119,7 @@ def test_ranks_that_we_start_by_torchrun(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where Horovod is not installed
     words = [*launcher_of(2), ROOT / "tests" / "security" / "held.py", tmp_path]
     monkeypatch.undo()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves the file by which it found itself
     with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
         found = listening(launcher)
         assert found and set(found) <= set(LOOPBACK), found
