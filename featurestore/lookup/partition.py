@@ -84,7 +84,7 @@ class FeaturePartition:
         self._touch_first = True
         if size_bytes <= _MEMORY_SHARE * physical_memory_bytes():
             list(self._pool.map(populate, [self._matrix[first:end] for first, end in self._spans]))
-            self._touch_first = 2 * huge_page_bytes(self._matrix) < size_bytes
+            self._touch_first = 2 * huge_page_bytes(self._matrix, size_bytes) < size_bytes
 
     @classmethod
     def load(

@@ -16,7 +16,7 @@ from featurestore.errors import (
 )
 from featurestore.keys import sampled, splitmix64
 from featurestore.lookup import partition
-from featurestore.lookup.mmap import sum_huge_pages
+from featurestore.lookup.mmap import huge_page_bytes, sum_huge_pages
 
 
 @pytest.mark.long
@@ -73,6 +73,14 @@ FilePmdMapped:      2048 kB
 """
 
 
+def test_the_system_is_asked_of_a_huge_page_and_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = np.zeros(1)
+    (tmp_path / "smaps").touch()
+    monkeypatch.setattr("featurestore.lookup.mmap._SMAPS", tmp_path / "smaps")
+    monkeypatch.setattr("featurestore.lookup.mmap.sum_huge_pages", lambda *_: 2 << 20)
+    assert [huge_page_bytes(matrix, size) for size in (0, (2 << 20) - 1, 2 << 20)] == [0, 0, 2 << 20]
+
+
 def test_huge_pages_are_counted_of_the_rows_alone() -> None:
     assert sum_huge_pages(SMAPS.splitlines(), 0x7F0000000000, 0x7F0000A00000) == 6 << 20
     assert sum_huge_pages([], 0, 1) == 0
@@ -92,7 +100,7 @@ def test_rows_are_the_same_by_small_pages_and_by_huge_ones(
         touched.append(touch_and_take(*arguments))
 
     monkeypatch.setattr(partition, "_touch_and_take", watch)
-    monkeypatch.setattr(partition, "huge_page_bytes", lambda _: int(share * 300 * store.info.row_bytes))
+    monkeypatch.setattr(partition, "huge_page_bytes", lambda *_: int(share * 300 * store.info.row_bytes))
     opened = FeaturePartition.load(store, cache_dir=cache)
     assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
     assert bool(touched) == (share < 0.5)
