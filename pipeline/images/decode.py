@@ -15,13 +15,16 @@ import functools
 import io
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
-from torchvision.transforms import InterpolationMode, functional
 
 from pipeline.errors import BadImageError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import InterpolationMode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 8192 * 8192  # every baseline JPEG, up to 65,535 x 65,535, is below this at 1/8
@@ -42,7 +45,7 @@ class Preset:
     crop: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: InterpolationMode
+    interpolation: "InterpolationMode"
     antialias: bool
 
     @property
@@ -86,6 +89,8 @@ def prepare(data: bytes, preset: Preset) -> Pixels:
 
     Raises BadImageError with the reason. The decoders run without the GIL, so threads share the work.
     """
+    from torchvision.transforms import functional  # loads Torch, which who only decodes, as the explorer, does without
+
     image, (width, height) = decode(data, preset.scaled_side)
     resized = functional.resize(
         _middle(image), list(preset.resize), interpolation=preset.interpolation, antialias=preset.antialias
