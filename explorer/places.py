@@ -61,7 +61,7 @@ class Places:
 
             read_tokens(self.scorer_token_file)
         if self.scorer_ca is not None:
-            from serving.scoring.samples import trusted
+            from serving.scoring.remote import trusted
 
             trusted(self.scorer_ca)
 

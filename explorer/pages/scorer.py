@@ -21,7 +21,7 @@ from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
-from serving.scoring.samples import RemoteScorer, trusted
+from serving.scoring.remote import RemoteScorer, trusted
 
 SCORER = "/scorer"
 _METRICS = ("auc", "gauc", "logloss", "new_ad_auc")

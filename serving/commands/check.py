@@ -51,7 +51,8 @@ def check(
     from serving.bundle.version import ModelVersion
     from serving.errors import ServingError
     from serving.scoring.check import compare
-    from serving.scoring.samples import RemoteScorer, in_process, trusted
+    from serving.scoring.remote import RemoteScorer, trusted
+    from serving.scoring.samples import in_process
     from serving.scoring.scorer import Scorer
 
     opened = ModelVersion.open(model, version, verify=url is None)

@@ -15,7 +15,7 @@ from threading import Event, Lock, Thread
 from typing import Literal, NamedTuple
 
 from featurestore.text.plain import one_line
-from serving.scoring.samples import RemoteScorer
+from serving.scoring.remote import RemoteScorer
 
 Phase = Literal["starting", "ready", "ended"]
 _ADDRESS = re.compile(r"listening on (http://\S+) for model")

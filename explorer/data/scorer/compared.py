@@ -18,7 +18,7 @@ from explorer.data.scorer.published import PublishedModel
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.published.paths import run_path
-from serving.scoring.samples import RemoteScorer
+from serving.scoring.remote import RemoteScorer
 
 TOLERANCE = 1e-5
 """Of a logit, as `python -m serving check` has it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from serving.scoring.samples import RemoteScorer
+from serving.scoring.remote import RemoteScorer
 
 STAGES = ("read", "wait", "parse", "score", "encode")
 _LINE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)")

@@ -12,7 +12,7 @@ import pytest
 
 from explorer.data.scorer.child import ChildScorer
 from serving.errors import ServingError
-from serving.scoring.samples import RemoteScorer
+from serving.scoring.remote import RemoteScorer
 from tests.explorer.world import World
 
 pytestmark = pytest.mark.timeout(300)

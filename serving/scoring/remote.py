@@ -1,0 +1,77 @@
+"""A running server as a scorer, asked over HTTP with Arrow bodies; without Torch."""
+
+import ssl
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from featurestore.text.plain import one_line
+from serving.errors import ServerSettingsError, ServingError
+
+_ARROW = "application/vnd.apache.arrow.stream"
+_TIMEOUT_S = 60
+
+
+@dataclass
+class RemoteScorer:
+    """A running server, asked over HTTP with Arrow bodies."""
+
+    url: str
+    token: str | None = None
+    context: ssl.SSLContext | None = None
+    """What the server's certificate is checked by; None: what the system trusts."""
+    version: int | None = None
+    """Of the model that answered last."""
+
+    def score(self, table: pa.Table) -> list[NDArray[np.float32]]:
+        """Return the logits of each row of a table. Raises ServingError where the server does not answer."""
+        logits: Any = self.ask(table)["logit"].combine_chunks()
+        return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
+
+    def ask(self, table: pa.Table) -> pa.Table:
+        """Return the whole answer, a row for each row of a table: score, logit, and what was unknown and missing.
+
+        Raises ServingError where the server does not answer."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        answer = pa.ipc.open_stream(self.read("/v1/score", sink.getvalue().to_pybytes())).read_all()
+        self.version = int((answer.schema.metadata or {})[b"version"])
+        return answer
+
+    def read(self, path: str, body: bytes | None = None, timeout_s: float = _TIMEOUT_S) -> bytes:
+        """Return the answer of an address of the server, to an Arrow body where there is one. Raises ServingError."""
+        headers = ({"Content-Type": _ARROW} if body is not None else {}) | (
+            {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        )
+        try:
+            request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", body, headers)
+            with urllib.request.urlopen(request, timeout=timeout_s, context=self.context) as response:
+                answer: bytes = response.read()
+                return answer
+        except urllib.error.HTTPError as failure:
+            said = failure.read(2_000).decode(errors="replace")
+            raise ServingError(f"{self.url} answers {failure.code}: {one_line(said)}") from None
+        except (OSError, ValueError) as failure:
+            if isinstance(why := getattr(failure, "reason", None), ssl.SSLCertVerificationError):
+                raise ServingError(
+                    f"{self.url}: its certificate is refused, {why.verify_message}; name those to trust by --ca"
+                ) from None
+            raise ServingError(
+                f"{self.url} does not answer: {one_line(failure)}; is that the server's --url?"
+            ) from None
+
+
+def trusted(file: Path) -> ssl.SSLContext:
+    """Trust the certificates in a PEM file. Raises ServerSettingsError."""
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as failure:  # of TLS too
+        why = "it has no certificate in PEM" if isinstance(failure, ssl.SSLError) else failure.strerror
+        raise ServerSettingsError(f"--ca {file}: {why}") from None
