@@ -1,5 +1,7 @@
 """Tests of the application: errors as pages, and the headers of every answer."""
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from explorer.pages.kind import PageKind
 from explorer.places import Places
 from explorer.server import app as app_module
 from explorer.server.app import application
+from tests.serving.http.processes import ROOT
 
 ERRORS: dict[str, tuple[Exception, int]] = {
     "nothere": (NotHereError("no image 5 in snapshot 3"), 404),
@@ -87,3 +90,9 @@ def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPat
     with TestClient(application(Site(Places(images=str(tmp_path))))):
         assert FailingPages.closed == before
     assert FailingPages.closed == before + 1
+
+
+def test_servers_start_without_torch() -> None:
+    """It takes seconds and 200 MB, which the first page or the first model that needs it may wait for."""
+    words = "import sys, explorer.server.serve, serving.http.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
