@@ -150,9 +150,7 @@ class Job(dict[str, dict]):
 def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
     """Results of P ranks; each job runs once."""
     folder = tmp_path_factory.mktemp("equivalence")
-    script = "import worlds, pathlib, sys; worlds.make_store(pathlib.Path(sys.argv[1]))"
-    _run([sys.executable, "-c", script, str(folder / "store")])
-    done: dict[str, Job] = {}
+    done = {str(1): Job(folder, 1)}  # which makes the stores
 
     def results(num_ranks: int) -> Results:
         if str(num_ranks) not in done:

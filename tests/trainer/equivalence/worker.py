@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scenarios import OPTIM, SCENARIOS, SEED, Scenario, runs_of
-from worlds import batch_of, batch_of_file, slice_of_rank, steps
+from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
 from featurestore.lookup.partition import FeaturePartition
@@ -229,9 +229,14 @@ def delays(rank: int) -> Iterator[None]:
 
 
 def main(store_url: str, out: Path, part: str) -> None:
-    """Run the scenarios of a part, one after the other, in one job: ranks take seconds to start."""
+    """Run the scenarios of a part, one after the other, in one job: ranks take seconds to start.
+
+    One rank makes the stores before, so it has to run first.
+    """
     comm = connect()
     count_collectives(comm)
+    if comm.size == 1:
+        make_store(Path(store_url))
     store = FeatureStore.open(store_url)
     results: dict[str, object] = {
         f"{name}/{dtype}": run(comm, store, SCENARIOS[name], dtype) for name, dtype in runs_of(comm.size, part)
