@@ -34,7 +34,7 @@ def run(bare: dict[str, str], ranks: int, *arguments: object) -> str:
 
 
 def test_training_and_evaluation(places: Places, alone: Path, tmp_path: Path, bare: dict[str, str]) -> None:
-    settings = places.settings(run__dir=tmp_path, run__name="two", train__max_steps=60, **SHARED)
+    settings = places.settings(run__dir=tmp_path, run__name="two", train__max_steps=30, **SHARED)
     said = run(bare, TorchRanks(2), "-m", "trainer.main", "--set", *settings)
     assert "2 ranks on cpu, collectives: Gloo by torch.distributed" in said
     two, one = (report_of(run_folder)["metrics"]["gauc"] for run_folder in (tmp_path / "two", alone))
