@@ -4,7 +4,8 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import get_args
 
 from starlette.requests import Request
@@ -75,6 +76,7 @@ class MapPages(PageKind):
         waits_s = _WAIT_S if request.query_params.get("wait") == "1" else 0.0
         while part.shown is None and not part.problem and time.monotonic() - begun_s < waits_s:
             time.sleep(_LOOK_S)
+            part = replace(part)
         return self.site.page(
             request,
             "map/map.html",
@@ -174,7 +176,7 @@ class MapPages(PageKind):
 
 @dataclass(kw_only=True)
 class MapPart:
-    """A map as far as it is."""
+    """A map as far as it is when it is first looked at: one answer shows one state of it."""
 
     run: str | None
     network: str | None
@@ -184,7 +186,7 @@ class MapPart:
     store_id: str | None
     """Of the store whose images have pages; None where none was given."""
 
-    @property
+    @cached_property
     def is_ended(self) -> bool:
         """Tell whether nothing more comes."""
         return self.task.is_ended
@@ -192,15 +194,15 @@ class MapPart:
     @property
     def problem(self) -> str:
         """Why there is no map, or none by UMAP."""
-        error = self.task.error if self.task.is_ended else None
+        error = self.task.error if self.is_ended else None
         if error is None or isinstance(error, UserError):
             return "" if error is None else one_line(error)
         raise error
 
-    @property
+    @cached_property
     def shown(self) -> MapPoints | None:
         """The best map that there is."""
-        return self.task.result() if self.task.is_ended and self.task.error is None else self.task.early
+        return self.task.result() if self.is_ended and self.task.error is None else self.task.early
 
     @property
     def networks(self) -> list[str]:

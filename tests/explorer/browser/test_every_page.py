@@ -1,9 +1,13 @@
 """Every page of the whole shop: all links, both widths, light and dark, axe-core, charts and the keyboard."""
 
+import shutil
+
 import pytest
 
 from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations, watched
 from tests.explorer.browser.crawl import Site, crawl, routes, settle
+from tests.explorer.serving import serving
+from trainer.daily import SHARED
 
 BY_FORMS = ("/runs/compare?run=both&run=ids-only",)
 """Pages that only a form leads to."""
@@ -21,6 +25,17 @@ FOCUSED = """() => {
     };
 }"""
 MOST_TABS = 400
+
+
+@pytest.fixture(scope="module")
+def explorer(world, tmp_path_factory):
+    """The whole shop, and one day of trainer.daily."""
+    folder = tmp_path_factory.mktemp("days")
+    own = world.copy(folder / "world")
+    shutil.copytree(own.runs / "ids-only", own.runs / "days" / "2026-03-19")
+    (own.runs / "days" / SHARED).write_text("{}")
+    with serving(folder, *own.options(model=True)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -195,3 +195,16 @@ def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World
     text = site.text("/map", "map/part.html", part=shown, maps=mapcharts, image_link=lambda key: "/images/1")
     assert "/images/" not in text
     assert "mapgrid" in text
+
+
+def test_an_answer_shows_one_state_of_a_map_that_ends_meanwhile(world: World) -> None:
+    """A page that asks for more has what it asks with."""
+    task: Task[Any] = Task()
+    part = MapPart(run="both", network=None, colour="folder", task=task, store_id=None)
+    assert (part.is_ended, part.shown) == (False, None)
+    points = make_map(Places(store=str(world.store), runs=str(world.runs)), "both", Task(), umap_s=0)
+    task._run(lambda _: points)
+    assert (part.is_ended, part.shown) == (False, None)
+    now = replace(part)
+    assert now.is_ended
+    assert now.shown is points
