@@ -29,6 +29,8 @@ from trainer.evaluation.scores import score_run
 from trainer.main import train
 from trainer.runs.saved import RunSource
 
+pytestmark = pytest.mark.long
+
 
 def places_of(world: World) -> Places:
     return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))

@@ -29,6 +29,8 @@ from featurestore.upkeep.promotion.moving import move_channel, remove_channel
 from featurestore.upkeep.verify import verify
 from tests.featurestore.faulty import faulty, made_but_lost, preceded_by
 
+pytestmark = pytest.mark.long
+
 FORK = multiprocessing.get_context("fork")
 
 

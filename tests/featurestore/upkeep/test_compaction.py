@@ -19,6 +19,8 @@ from featurestore.upkeep.history import restore
 from tests.featurestore.faulty import fails, faulty
 from tests.metadata import metadata_of
 
+pytestmark = pytest.mark.long
+
 
 def fill(store: FeatureStore, make_rows) -> FeatureRows:
     """A base, two deltas over it, and tombstones: 68 of 80 rows live."""

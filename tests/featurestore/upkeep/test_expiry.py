@@ -22,6 +22,8 @@ from featurestore.upkeep.pins import pin, unpin
 from featurestore.upkeep.repair import repair
 from tests.featurestore.faulty import faulty
 
+pytestmark = pytest.mark.long
+
 DAY_S = 86_400.0
 
 

@@ -24,6 +24,8 @@ from featurestore.upkeep.takedown.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
 from tests.featurestore.faulty import FaultyStorage
 
+pytestmark = pytest.mark.long
+
 GONE = ["images/3.jpg", "images/17.jpg"]
 IMAGES = Images.of_uris(GONE)
 Contents = dict[str, bytes]

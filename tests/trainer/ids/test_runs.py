@@ -23,8 +23,9 @@ from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
 
+pytestmark = pytest.mark.long
+
 Places = Any
-LONG = pytest.mark.long
 Train = Callable[..., Path]
 
 
@@ -42,7 +43,7 @@ def trained(places: Places, tmp_path: Path) -> Train:
 
 @pytest.mark.parametrize(
     "ids",
-    ["rowwise_adam", *(pytest.param(name, marks=LONG) for name in ("adam", "adagrad", "rowwise_adagrad", "ftrl"))],
+    ["rowwise_adam", "adam", "adagrad", "rowwise_adagrad", "ftrl"],
 )
 def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     settings = {"optim__ids": ids, "optim__ids_restart": True, "optim__id_l2": 0.01, "optim__warmup_steps": 15}
@@ -57,7 +58,6 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: T
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
-@pytest.mark.long
 def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:
     """Those that the last epoch has not touched are where that epoch began; the others' counts are its own."""
     settings = {"optim__ids": "adam", "optim__id_l2": 1e-6}  # which counts a row's steps
@@ -80,7 +80,6 @@ def whole(tensors: dict[str, Tensor], table: str, part: str) -> np.ndarray:
     return torch.cat([tensors[name] for name in names]).numpy()
 
 
-@pytest.mark.long
 def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places: Places) -> None:
     """Also of rows that make up for steps which did not touch them; who only reads keeps no optimiser's state."""
     run = trained("a", optim__ids="adam", optim__ids_lr=0.05)
@@ -106,7 +105,6 @@ def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places:
     reader.close()
 
 
-@pytest.mark.long
 def test_a_warm_start_takes_the_weights_whatever_moved_them(trained: Train, places: Places, tmp_path: Path) -> None:
     before = trained("before", optim__ids="adam", optim__ids_lr=0.05)
     settings = places.settings(

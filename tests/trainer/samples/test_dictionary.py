@@ -28,6 +28,8 @@ from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 from trainer.schema.__main__ import app
 
+pytestmark = pytest.mark.long
+
 COLUMNS = ("user", "ad_item", "behavior_item", "ad_scene")
 CROSSED = "  - {name: pair, side: ad, kind: id, table: item, columns: [ad_item, ad_category]}\n"
 Places = Any

@@ -31,6 +31,8 @@ from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import DEFAULT_SCHEMA, Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 
+pytestmark = pytest.mark.long
+
 IMAGES = ("ad_image", "behavior_image")
 Places = Any
 

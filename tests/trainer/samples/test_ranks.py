@@ -12,6 +12,8 @@ import pytest
 from tests.trainer.samples.reading import reader_of, rows_of, serials_of
 from trainer.samples.batch import Batch
 
+pytestmark = pytest.mark.long
+
 Write = Callable[..., list[pa.Table]]
 
 

@@ -29,6 +29,8 @@ from trainer.main import train
 from trainer.runs.saved import RunSource, open_source
 from trainer.schema import DEFAULT_SCHEMA
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 2e-5
 KINDS = ["lr", "mlp_concat", "mlp_transformer", "din_inputs", "dcn_learned", "finalmlp", "two_tower", "contents"]
 KINDS += ["similar", "gallery_mean", "gallery_max", "exact", "images_none", "images_ad", "images_behavior", "error"]

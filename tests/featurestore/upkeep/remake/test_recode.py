@@ -29,6 +29,8 @@ from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
 
+pytestmark = pytest.mark.long
+
 DIM = 32
 
 
