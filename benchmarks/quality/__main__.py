@@ -80,7 +80,10 @@ def main(
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of our runs.")
     ] = None,
 ) -> None:
-    """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs."""
+    """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs.
+
+    Our runs with images have model.pooling=transformer and optim.average_share=0.5, where --set says nothing else.
+    """
     from benchmarks.quality.cold import cold_section
     from benchmarks.quality.compare import Bench, ids_section, images_section
     from benchmarks.quality.runs import QualityRunError, fuxictr_python

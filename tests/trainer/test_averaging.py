@@ -8,7 +8,7 @@ import torch
 from trainer.averaging import StepAverage
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.01])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.01, 0.001])
 def test_what_is_left_is_the_product_of_the_steps(share: float) -> None:
     average = StepAverage(share)
     left = [math.nan, *(1 - average.weight_in(step) for step in range(1, 301))]

@@ -216,6 +216,10 @@ class ExchangeConfig(Section):
     """An owner may answer with a visual vector that is up to this many steps old; 0: never, which is exact."""
 
 
+_LEAST_SHARE = 0.001
+"""Of steps that are averaged: for less, logarithms of Gamma functions would be too large for their differences."""
+
+
 class OptimConfig(Section):
     """Adam for dense parameters, `ids` for the rows of ID tables; every `lr_every` steps rates shrink by `lr_gamma`."""
 
@@ -250,7 +254,7 @@ class OptimConfig(Section):
     """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
     average_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Evaluate, save and serve an average of all parameters over about this share of the steps so far, the last ones;
-    0: the parameters of the last step."""
+    0: the parameters of the last step. At least 0.001, below which rows would not be averaged exactly."""
     ftrl_beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """FTRL's beta; with 0, a weight without any gradient so far would be 0 / 0."""
     ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0
@@ -267,4 +271,10 @@ class OptimConfig(Section):
     def _decay_fits(self) -> "OptimConfig":
         if self.ids == "ftrl" and self.ids_weight_decay:
             raise ValueError("optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead")
+        return self
+
+    @model_validator(mode="after")
+    def _average_fits(self) -> "OptimConfig":
+        if 0 < self.average_share < _LEAST_SHARE:
+            raise ValueError(f"optim.average_share={self.average_share}: it should be 0, or at least {_LEAST_SHARE}")
         return self

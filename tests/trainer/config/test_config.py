@@ -110,6 +110,7 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
         ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
+        ("optim.average_share=1e-12", "optim.average_share=1e-12: it should be 0, or at least 0.001"),
         ("optim.id_l2=-1", "optim.id_l2=-1: it should be greater than or equal to 0"),
         ("run.warm_parts=half", "run.warm_parts='half': it should be none, partial, full, or a list of images, model"),
     ],
