@@ -47,10 +47,10 @@ demo: $(INSTALLED) ## Draw images, extract, build samples, train four models und
 	$(ON_PATH) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
-	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser" $(TEST_ARGS)
+	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)
 
 test: $(INSTALLED) ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"
-	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster and not browser" $(TEST_ARGS)
+	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster and not browser and not pages" $(TEST_ARGS)
 
 test-slow: $(INSTALLED) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
 	$(ON_PATH) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
@@ -85,8 +85,9 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## Build the pages of docs/ as a site with search, in data/docs-site, and check every link in it
+docs: $(INSTALLED) ## Build docs/ as a site with search, in data/docs-site, check its links, and run the tutorial and the notebook
 	$(BIN)/python tools/site.py --out $(DOCS_DIR)
+	$(ON_PATH) $(IN_PARALLEL) -m pages tests/docs tests/tools/test_tutorial.py
 
 tree: ## Print every file with the line that says what it is for
 	@python3 tools/tree.py

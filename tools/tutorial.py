@@ -32,7 +32,7 @@ from trainer.launch.rendezvous import free_port
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "TUTORIAL.md"
 PLACE = Path("data/tutorial")
-QUICK = {"--small": "--items 200 --users 150 --days 4", "random:0": "random:0 --backbone resnet18:avgpool"}
+QUICK = {"--small": "--items 200 --users 150 --days 4", "random:0": "random:0 --backbone mobilenet_v3_small:avgpool"}
 """What is written in place of what, for few clicks, and features of a small network."""
 SERVERS = re.compile(r"python -m (serving data|explorer)")
 WIDTH, MOST_LINES = 100, 20

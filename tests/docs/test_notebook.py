@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "notebooks" / "pictures_to_score.py"
 
 
+@pytest.mark.pages
 @pytest.mark.long
 def test_marimo_finds_nothing_wrong() -> None:
     done = subprocess.run(
@@ -22,6 +23,7 @@ def test_marimo_finds_nothing_wrong() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.pages
 @pytest.mark.services
 @pytest.mark.timeout(600)
 def test_from_pictures_to_a_scored_request(tmp_path: Path) -> None:

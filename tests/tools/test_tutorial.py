@@ -12,6 +12,7 @@ PICTURES = tutorial.ROOT / "docs" / "pictures"
 PAGE = tutorial.PAGE.read_text()
 
 
+@pytest.mark.pages
 @pytest.mark.services
 @pytest.mark.timeout(900)
 def test_every_command_works(tmp_path: Path) -> None:
