@@ -9,6 +9,7 @@ import pytest
 from tests.explorer.serving import serving
 from tests.explorer.world import World, complete, make_shop
 from tests.serving.http.processes import ServerProcess
+from tests.shared import made_once, shared_folder
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def shop(client: "Client", tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Pictures and a store, for tests that only read them and need no runs. Takes a second, once."""
-    return make_shop(tmp_path_factory.mktemp("shop"), client)
+    """Pictures and a store, for tests that only read them and need no runs. Takes a second, once a test run."""
+    folder = shared_folder(tmp_path_factory, "shop")
+    made_once(folder, "shop", lambda: make_shop(folder, client))
+    return World(folder)
 
 
 @pytest.fixture(scope="session")
 def world(shop: World) -> World:
-    """The same with samples, runs and a bundle, for tests that only read them. Takes about ten seconds, once."""
-    return complete(shop)
+    """The same with samples, runs and a bundle, for tests that only read them. Takes ten seconds, once a test run."""
+    made_once(shop.folder, "world", lambda: complete(shop))
+    return shop
 
 
 @pytest.fixture

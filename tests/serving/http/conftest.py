@@ -8,6 +8,7 @@ import pytest
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
+from tests.shared import made_once, shared_folder
 from tests.trainer.conftest import make_places
 
 NEW_IMAGE = 1_050
@@ -53,20 +54,25 @@ class Published:
 
 @pytest.fixture(scope="session")
 def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train two runs and publish both."""
+    """Train two runs and publish both, once a test run."""
+    folder = shared_folder(tmp_path_factory, "published")
+    made_once(folder, "published", lambda: _publish(folder))
+    return folder
+
+
+def _publish(folder: Path) -> None:
     from serving.bundle.export import ExportOptions, export_model, write_network
     from trainer.comm import SoloComm
     from trainer.config.config import load_config
     from trainer.main import train
 
-    places = make_places(tmp_path_factory.mktemp("published"))
+    places = make_places(folder)
     for number in (1, 2):
         changes = {"train__seed": number, "train__max_steps": 20, "train__epochs": 1, "data__missing": "zeros"}
         config = load_config(settings=places.settings(run__name=f"run{number}", **changes))
         train(config, SoloComm())
         options = ExportOptions(run=Path(config.run.dir) / f"run{number}", use=number == 1)
         export_model(str(places.folder / "models" / "ctr"), options, network=write_network, measure=lambda *_: None)
-    return places.folder
 
 
 @pytest.fixture(scope="session")

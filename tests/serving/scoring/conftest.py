@@ -5,11 +5,11 @@ from functools import cache
 
 import pytest
 
-from tests.serving.scoring.variants import Exported, exported, placed
+from tests.serving.scoring.variants import Exported, exported, shared_places
 
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """Gives a variant by its name; tests only read it."""
-    places = placed(tmp_path_factory.mktemp("variants"))
+    places = shared_places(tmp_path_factory)
     return cache(lambda name: exported(places, name))

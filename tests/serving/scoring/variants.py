@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from serving.bundle.export import ExportOptions, export_model, write_network
+from tests.shared import made_once, shared_folder
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.wordy import rewrite
 from trainer.comm import SoloComm
@@ -163,9 +165,21 @@ def export(run: Path, url: str, **options: Any) -> None:
     export_model(url, ExportOptions(run=run, **options), network=partial(write_network), measure=lambda *_: None)
 
 
+def shared_places(factory: pytest.TempPathFactory) -> Places:
+    """The samples and stores that all variants of this test run are trained on, in whichever process."""
+    folder = shared_folder(factory, "variants")
+    made_once(folder, "places", lambda: placed(folder))
+    return Places(folder)
+
+
+def trained(places: Places, name: str) -> Path:
+    """Train a variant, unless another process of this test run has; gives its folder."""
+    made_once(places.folder, f"run-{name}", lambda: train_run(places, name, **VARIANTS[name]))
+    return places.folder / "runs" / name
+
+
 def exported(places: Places, name: str) -> Exported:
-    """Train and export a variant."""
-    run = train_run(places, name, **VARIANTS[name])
-    url = str(places.folder / "models" / name)
-    export(run, url)
+    """Train and export a variant, unless another process of this test run has."""
+    run, url = trained(places, name), str(places.folder / "models" / name)
+    made_once(places.folder, f"model-{name}", lambda: export(run, url))
     return Exported(run, url, places)

@@ -8,20 +8,21 @@ import pytest
 
 from explorer.data.impressions.opened import TrainedRuns
 from explorer.places import Places
-from tests.serving.scoring.variants import VARIANTS, placed, train_run
+from tests.serving.scoring.variants import shared_places
+from tests.serving.scoring.variants import trained as trained_variant
 from tests.trainer.conftest import Places as SamplePlaces
 
 
 @pytest.fixture(scope="session")
 def sample_places(tmp_path_factory: pytest.TempPathFactory) -> SamplePlaces:
     """Samples with a column of every kind, and two feature stores."""
-    return placed(tmp_path_factory.mktemp("explained"))
+    return shared_places(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def trained(sample_places: SamplePlaces) -> Callable[[str], Path]:
     """Trains a run of tests/serving/scoring/variants.py when it is first asked for; gives its folder."""
-    return cache(lambda name: train_run(sample_places, name, **VARIANTS[name]))
+    return cache(lambda name: trained_variant(sample_places, name))
 
 
 @pytest.fixture
