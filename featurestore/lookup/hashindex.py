@@ -26,6 +26,7 @@ class HashIndex:
         most = max((len(each) for each in hashes), default=0)
         self._bits = max(1, (most - 1).bit_length())  # of the hash, after those that tell the shard
         self._shard_bits = num_shards.bit_length() - 1
+        self._is_whole = len(shards) == num_shards
         self._first_bucket_S = np.zeros(num_shards, np.int64)
         self._first_bucket_S[list(shards)] = np.arange(len(shards)) << self._bits
         self._begin = np.empty(max(1, len(shards)) << self._bits, np.int32 if len(self.hash_M) < 2**31 else np.int64)
@@ -40,13 +41,19 @@ class HashIndex:
 
     def places(self, hash_U: UInt64Array, shard_U: Int64Array) -> Int64Array:
         """Return the only place where each hash may be, (U,) inside [0, M); M is not 0. `shard_U` are held shards."""
-        place_U: Int64Array = self._begin[self._first_bucket_S[shard_U] + self._bucket(hash_U)].astype(np.int64)
-        behind = np.flatnonzero(self._walked[place_U] < hash_U)
+        place_U: Int64Array = self._begin.take(self._numbers(hash_U, shard_U)).astype(np.int64)
+        behind = (self._walked.take(place_U) < hash_U).nonzero()[0]
         while len(behind):
             place_U[behind] += 1
-            behind = behind[self._walked[place_U[behind]] < hash_U[behind]]
+            behind = behind[self._walked.take(place_U.take(behind)) < hash_U.take(behind)]
         np.minimum(place_U, len(self) - 1, out=place_U)
         return place_U
+
+    def _numbers(self, hash_U: UInt64Array, shard_U: Int64Array) -> Int64Array:
+        """Return the number of the bucket of each hash: of a whole index its top bits, which tell the shard first."""
+        if self._is_whole:
+            return (hash_U >> np.uint64(64 - self._shard_bits - self._bits)).view(np.int64)
+        return self._first_bucket_S[shard_U] + self._bucket(hash_U)
 
     def _bucket(self, hash_N: UInt64Array) -> Int64Array:
         """Return the bucket within the shard."""

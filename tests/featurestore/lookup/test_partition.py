@@ -100,10 +100,16 @@ def test_rows_are_the_same_by_small_pages_and_by_huge_ones(
         touched.append(touch_and_take(*arguments))
 
     monkeypatch.setattr(partition, "_touch_and_take", watch)
+    monkeypatch.setattr(partition, "_TOUCHED_BYTES", narrowest := store.info.row_bytes)
     monkeypatch.setattr(partition, "huge_page_bytes", lambda *_: int(share * 300 * store.info.row_bytes))
     opened = FeaturePartition.load(store, cache_dir=cache)
     assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
     assert bool(touched) == (share < 0.5)
+    touched.clear()
+    monkeypatch.setattr(partition, "_TOUCHED_BYTES", narrowest + 1)
+    opened = FeaturePartition.load(store, cache_dir=cache)
+    assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
+    assert not touched, "narrow rows are copied faster as they are"
 
 
 def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, make_rows) -> None:
