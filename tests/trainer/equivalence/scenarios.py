@@ -6,7 +6,9 @@ from typing import Literal
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
-DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 12, 7
+DIM, NUM_SHARDS, SEED = 16, 8, 7
+STEPS, MANY_STEPS = 8, 12
+"""Of a scenario, and of one whose rows make room or begin anew."""
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 """Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
@@ -102,6 +104,12 @@ class Scenario:
         if self.numbers:
             fields = [*(field.model_copy(update=SCALES.get(field.name)) for field in fields), *BUCKETS]
         return schema.model_copy(update={"fields": tuple(fields)})
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        has_exact = any(isinstance(table, ExactTableConfig) for table in self.tables.values())
+        return MANY_STEPS if has_exact or self.restart_at is not None else STEPS
 
     @property
     def optim(self) -> OptimConfig:
@@ -315,6 +323,11 @@ FEW = (
 )
 """Runs that `make test` makes on four ranks and under torchrun too, NAME/DTYPE: each kind of collective, of splits and
 of state is in one of them. `make test-slow` makes the others there."""
+
+
+def has_other_ways(num_ranks: int, part: str) -> bool:
+    """Whether a part of the runs has the other ways of the first scenario, too: of four ranks, the rest."""
+    return part == "all" or (part == "few") == (num_ranks < 4)
 
 
 def runs_of(num_ranks: int, part: str) -> list[tuple[str, str]]:

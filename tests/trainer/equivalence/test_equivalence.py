@@ -3,7 +3,7 @@
 The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All scenarios of
 equivalence/scenarios.py run in one job for each P, because ranks take seconds to start. `make test` makes all runs
 alone and on two ranks of horovodrun, and those of `FEW` on four ranks and on two of torchrun; `make test-slow` makes
-the others there, and all of them on eight ranks and on four of torchrun.
+the others there, on four ranks also the other ways, and all of them on eight ranks and on four of torchrun.
 """
 
 import os
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.ranks import TorchRanks, command_of
-from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, STEPS, TOLERANCE
+from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, STEPS, TOLERANCE, has_other_ways
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
 
@@ -108,6 +108,7 @@ OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 TORCH_2, TORCH_4 = TorchRanks(2), TorchRanks(4)
 IN_TWO_PARTS = (str(4), str(TORCH_2))  # as texts: as numbers, ranks of torchrun equal those of horovodrun
 RANKS = [1, 2, 4, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, TORCH_4))]
+OTHER_WAYS_RANKS = [1, 2, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 8, TORCH_4))]
 
 
 def _on_ranks(num_ranks: int, runs: list[str]) -> list[Any]:
@@ -137,7 +138,8 @@ class Job(dict[str, dict]):
             self._run("all")
 
     def __missing__(self, run: str) -> dict:
-        self._run("few" if run in FEW or "/" not in run else "rest")
+        is_few = run in FEW if "/" in run else run == "endings" or has_other_ways(self._num_ranks, "few")
+        self._run("few" if is_few else "rest")
         return {**self}[run]
 
     def _run(self, part: str) -> None:
@@ -179,7 +181,7 @@ def test_every_scenario_is_checked(reference: Results) -> None:
 class Equivalence:
     def test_losses(self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
         losses_P = torch.tensor(results_of(num_ranks)[run]["losses_P"], dtype=torch.float64)
-        assert losses_P.shape == (num_ranks, STEPS)
+        assert losses_P.shape == (num_ranks, SCENARIOS[run.partition("/")[0]].steps)
         assert (losses_P == losses_P[0]).all()
         expected = torch.tensor(reference[run]["losses"], dtype=torch.float64)
         torch.testing.assert_close(losses_P[0], expected, rtol=_tolerance(run), atol=0)
@@ -218,7 +220,7 @@ class Equivalence:
         names += [f"dense.{part}" for part in dense]
         norms = [f"norm.{number + 1}" for number in range(NORMS.get(name, 0))]
         names += [*norms, *(f"{norm}.gradients" for norm in norms)]
-        assert results_of(num_ranks)[run]["calls"] == {f"step.{name}": STEPS for name in names}
+        assert results_of(num_ranks)[run]["calls"] == {f"step.{each}": SCENARIOS[name].steps for each in names}
 
 
 @pytest.mark.parametrize(("num_ranks", "run"), RUNS_ON_RANKS)
@@ -259,7 +261,7 @@ def test_rows_make_room_many_times(num_ranks: int, results_of: Callable[[int], R
         assert all(found[table] >= 15 for table in tables), found
 
 
-@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("num_ranks", OTHER_WAYS_RANKS)
 class TestOverlap:
     """Of the first scenario, other ways to get through its steps."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SEED, Scenario, runs_of
+from scenarios import OPTIM, SCENARIOS, SEED, Scenario, has_other_ways, runs_of
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
@@ -241,8 +241,10 @@ def main(store_url: str, out: Path, part: str) -> None:
     results: dict[str, object] = {
         f"{name}/{dtype}": run(comm, store, SCENARIOS[name], dtype) for name, dtype in runs_of(comm.size, part)
     }
-    if part != "rest":
+    if has_other_ways(comm.size, part):
         results |= other_ways(comm, store)
+    if part != "rest":
+        results["endings"] = endings(comm, store)
     if comm.rank == 0:
         torch.save(results, out)
     comm.close()
@@ -250,7 +252,7 @@ def main(store_url: str, out: Path, part: str) -> None:
 
 
 def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
-    """Run the usual scenario late, with reused, rounded and compared vectors, and to its failures."""
+    """Run the usual scenario late, with reused, rounded and compared vectors, and with features held in memory."""
     results: dict[str, object] = {}
     usual = SCENARIOS["both_attentive"]
     with delays(comm.rank):
@@ -264,7 +266,7 @@ def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
     results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
     for name in ("both_attentive", "sum_rank_without_data"):
         results[f"{name} held"] = {**run(comm, store, SCENARIOS[name], "float64", held=True), "initial": None}
-    return {**results, "endings": endings(comm, store)}
+    return results
 
 
 if __name__ == "__main__":

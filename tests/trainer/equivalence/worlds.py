@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import xxhash
-from scenarios import DIM, NUM_SHARDS, SEED, STEPS, TEXT_DIM, Scenario
+from scenarios import DIM, NUM_SHARDS, SEED, TEXT_DIM, Scenario
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
@@ -107,7 +107,7 @@ def steps(scenario: Scenario) -> list[list[Sample]]:
     if scenario.lacking:
         images = [*images[:20], 11, 12, 13, 14]  # keys without a feature
     session, result = 0, []
-    for _ in range(STEPS):
+    for _ in range(scenario.steps):
         samples: list[Sample] = []
         size = int(draw.integers(3, 12))
         while len(samples) < size:
