@@ -14,7 +14,6 @@ from safetensors.torch import load
 from featurestore.published.paths import FarPath, RunPath, run_path
 from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
-from tests.trainer.runs.legs import TOLERANCE, Killed, assert_no_step_or_sample_is_lost
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
@@ -63,28 +62,6 @@ def test_a_run_on_s3_is_that_of_a_disk(run_on: Callable[..., RunPath], s3_url: s
     events = (far / "tensorboard").iterdir()
     assert len(events) == 1 and len(events[0].read_bytes()) > 500
     assert not list(tmp_path.glob("**/s3*"))
-
-
-def test_two_ranks_die_and_one_goes_on_elsewhere(
-    settings_of: Callable[..., list[str]], s3_url: str, tmp_path: Path
-) -> None:
-    """From S3 alone: the second start has an empty cache, as another machine would. Checkpoints are written beside."""
-    steps = 40
-
-    def legs_of(runs: object, name: str, **changes: Any) -> Killed:
-        return Killed(tmp_path / name, settings_of(runs, steps, 5, **changes))
-
-    whole = legs_of(tmp_path / "disk", "disk").leg(0, ranks=1)
-    beside = {"train__checkpoint_beside": True, "train__checkpoint_every_s": 1}
-    there, elsewhere = (
-        legs_of(f"{s3_url}/runs", "far", data__cache_dir=tmp_path / cache, **beside) for cache in ("there", "elsewhere")
-    )
-    first, second = there.leg(0, ranks=2, die_at=33), elsewhere.leg(1, ranks=1)
-    assert first.first_step == 1 < second.first_step <= 33
-    assert_no_step_or_sample_is_lost([first, second], whole, steps)
-    far, near = tensors(run_path(f"{s3_url}/runs/run")), tensors(tmp_path / "disk" / "run")
-    assert far.keys() == near.keys()
-    assert max(float((far[name].double() - near[name].double()).abs().max()) for name in far) < TOLERANCE
 
 
 @pytest.fixture(scope="module")

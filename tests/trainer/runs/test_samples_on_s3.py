@@ -1,4 +1,4 @@
-"""Training on samples that lie on S3, where connections are cut while it reads."""
+"""Training on samples that lie on S3, where connections are cut while it reads, and ranks die."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from featurestore.published import FILES, PublishedFile, publish, upload
+from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Request, proxy_before
 from tests.servers import environment_of
-from tests.trainer.runs.legs import Killed, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.legs import TOLERANCE, Killed, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.test_runs_on_s3 import tensors
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.runs import open as open_module
@@ -25,13 +27,16 @@ def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
     return {str(file.relative_to(samples)): upload(storage, file, file.name) for file in samples.glob("*/*.parquet")}
 
 
-def test_cut_connections_lose_and_repeat_no_sample(
+def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
     places: Places, settings_of: Callable[..., list[str]], s3_endpoint: str, s3_url: str, tmp_path: Path
 ) -> None:
-    """Two ranks on samples published on S3 take those, step by step, of one rank on a disk, and have its losses."""
+    """Two ranks take samples published on S3, and one goes on when they have died, from S3 alone: its cache is empty,
+    as another machine's would be. Step by step they take those of one rank on a disk, have its losses, and end with its
+    numbers. Checkpoints are written beside."""
     steps = 40  # most of two epochs
     publish(Storage(s3_url), uploaded(places.folder / "samples", Storage(s3_url)))
-    on_disk = Killed(tmp_path / "disk", settings_of(tmp_path / "disk", steps, 1000)).leg(0, ranks=1)
+    on_disk = Killed(tmp_path / "disk", settings_of(tmp_path / "disk", steps, 1000))
+    whole = on_disk.leg(0, ranks=1)
     reads = 0
 
     def cut(request: Request) -> Fault | None:
@@ -41,12 +46,22 @@ def test_cut_connections_lose_and_repeat_no_sample(
         reads += 1
         return {3: Fault.CUT, 6: Fault.CUT_ANSWER}.get(reads % 8)
 
+    def started_at(place: str) -> Killed:
+        changes = {"data__samples": s3_url, "data__cache_dir": tmp_path / place, "train__checkpoint_beside": True}
+        changes |= {"train__checkpoint_every_s": 1}
+        return Killed(tmp_path / "far", settings_of(f"{s3_url}/runs", steps, 5, **changes))
+
     with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
-        far = Killed(tmp_path / "s3", settings_of(tmp_path / "s3", steps, 1000, data__samples=s3_url))
         proxy.rule = cut
-        on_s3 = far.leg(0, ranks=2)
-    assert_no_step_or_sample_is_lost([on_s3], on_disk, steps)
+        first = started_at("there").leg(0, ranks=2, die_at=33)
+        second = started_at("elsewhere").leg(1, ranks=1)
+        far = tensors(run_path(f"{s3_url}/runs/run"))
+    assert first.first_step == 1 < second.first_step <= 33
+    assert_no_step_or_sample_is_lost([first, second], whole, steps)
     assert min(proxy.faults.count(fault) for fault in (Fault.CUT, Fault.CUT_ANSWER)) > 5
+    near = tensors(on_disk.run)
+    assert far.keys() == near.keys()
+    assert max(float((far[name].double() - near[name].double()).abs().max()) for name in far) < TOLERANCE
 
 
 def test_a_run_has_the_files_of_one_version(
