@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,12 +75,13 @@ class StandingRanks:
     Between two lines they are stopped: Horovod's threads meet a thousand times a second, also when there is no work.
     """
 
-    def __init__(self, folder: Path, num_ranks: int = 2) -> None:
+    def __init__(self, folder: Path, num_ranks: int = 2, variables: Mapping[str, str] | None = None) -> None:
         self._folder, self._numbers = folder, itertools.count()
         patient = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "86400"}  # the time that they are stopped counts too
         with (folder / "log.txt").open("wb") as log:
             command = command_of(num_ranks, STANDING, folder)
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment() | patient)
+            variables = {**environment(), **patient, **(variables or {})}
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
 
     def run(self, *arguments: object) -> str:
         """Run `python ARGUMENTS`, which has to end with exit code 0 on both ranks; return what rank 0 prints."""
@@ -123,8 +124,10 @@ class StandingRanks:
 
 
 @contextmanager
-def standing_ranks(folder: Path, num_ranks: int = 2) -> Iterator[StandingRanks]:
-    ranks = StandingRanks(folder, num_ranks)
+def standing_ranks(
+    folder: Path, num_ranks: int = 2, variables: Mapping[str, str] | None = None
+) -> Iterator[StandingRanks]:
+    ranks = StandingRanks(folder, num_ranks, variables)
     try:
         yield ranks
     finally:

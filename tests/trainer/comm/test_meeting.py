@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.ranks import environment
 from trainer.launch.rendezvous import free_port, horovod_rendezvous
 from trainer.launch.variables import Place, Variables, horovod_variables, torch_variables
+from trainer.main import app
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(200)]
 
@@ -156,8 +158,10 @@ def test_horovod_a_rank_that_dies_after_they_connected_is_one_line() -> None:
     assert said.startswith("LostRankError rank 1 lost another rank in the middle of collective agree")
 
 
-def test_horovod_half_an_environment_is_one_line() -> None:
-    half = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}
-    assert said_by(half, *TRAIN, code=2).startswith(
-        "error: HOROVOD_RANK, HOROVOD_SIZE is set, but not HOROVOD_LOCAL_RA"
-    )
+def test_horovod_half_an_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, TRAIN[2:])
+    (said,) = done.output.splitlines()
+    assert done.exit_code == 2 and done.stdout == ""
+    assert said.startswith("error: HOROVOD_RANK, HOROVOD_SIZE is set, but not HOROVOD_LOCAL_RA")
