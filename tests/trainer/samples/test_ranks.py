@@ -52,10 +52,12 @@ def _rows_by_place(parts: Iterable[Batch]) -> list[tuple[Any, ...]]:
     return [row for _, row in sorted(placed)]
 
 
-@pytest.mark.parametrize("row_group", [1, 10, 1_000])
-def test_ranks_decode_their_own_streams_alone(tmp_path: Path, write_samples: Write, row_group: int) -> None:
+@pytest.mark.parametrize(("row_group", "groups"), [(1, 100), (10, 300), (1_000, 300)])
+def test_ranks_decode_their_own_streams_alone(
+    tmp_path: Path, write_samples: Write, row_group: int, groups: int
+) -> None:
     """But for a stream that two of them share, or a single row group."""
-    write_samples(tmp_path / "train", [300, 1, 150], row_group=row_group)
+    write_samples(tmp_path / "train", [groups, 1, groups // 2], row_group=row_group)
     (_, *readers) = [
         reader_of(tmp_path, rank, ranks, streams=8, batch_size=128, window_groups=8)
         for ranks in (1, 4)
