@@ -32,8 +32,12 @@ def key_of_bytes(name: bytes) -> int:
 
 def keys_of_uris(uris: Sequence[str]) -> Int64Array:
     """Return the keys of `uris`, (N,) int64, in their order. Takes .15 us a uri."""
-    digest = xxhash.xxh3_64_intdigest
-    return np.fromiter([digest(uri.encode()) for uri in uris], dtype=np.uint64, count=len(uris)).view(np.int64)
+    return keys_of_bytes([uri.encode() for uri in uris])
+
+
+def keys_of_bytes(names: Sequence[bytes]) -> Int64Array:
+    """Return the keys of uris that are in UTF-8 already, (N,) int64, in half of the time."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, names), dtype=np.uint64, count=len(names)).view(np.int64)
 
 
 def id_of_text(text: str) -> int:

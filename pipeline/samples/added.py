@@ -8,6 +8,7 @@ Each file of a day is, byte for byte, what building all samples anew would write
 
 import contextlib
 import dataclasses
+import functools
 import re
 import shutil
 import time
@@ -40,36 +41,53 @@ from pipeline.samples.build import (
     LogTables,
     check_train,
     group,
+    latest_of,
     num_buckets,
     open_tables,
+    rules_of,
     shuffle,
     write,
 )
-from pipeline.samples.files import HOURS_PER_DAY, FilePlan, GroupedBucket, name_of_day, plan_files, take_groups
+from pipeline.samples.files import (
+    HOURS_PER_DAY,
+    FilePlan,
+    GroupedBucket,
+    columns_of_groups,
+    name_of_day,
+    plan_files,
+    take_groups,
+)
 from pipeline.samples.groups import DAY
+from pipeline.samples.logs import users_of
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows
 from pipeline.samples.publish import MARK, NewFiles, replaced_files
-from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, read_bucket, write_quarantine
+from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, write_quarantine
 
 SPLITS = ("train", "test")
 _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
 _FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
 """Options that may differ from those of the samples."""
 _FOREVER = 1 << 62
-EARLY_USERS = "early.npy"
 
 
 @dataclasses.dataclass(frozen=True)
 class DayGroups:
     """Groups of some days and of those around them; `days` are to be written.
 
-    Of the days in `partial` they are those of the users in EARLY_USERS alone; the others' are as they were.
+    Of days before the first that is asked for, groups of users who have none of that day are as they were.
     """
 
     grouped: list[GroupedBucket]
     shuffled: list[ShuffledPiece]
     days: set[int]
-    partial: set[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """The samples that are there: their place, and the files of each day."""
+
+    storage: Storage
+    files_of_day: Mapping[int, Sequence[str]]
 
 
 class _NothingMissingError(Exception):
@@ -104,9 +122,11 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         folder, scratch = new.folder, new.folder / SHUFFLE_FOLDER
         is_since = isinstance(asked, int)
         wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
-        if not wanted or not (made := _made_groups(client, tables, scratch, wanted, there, is_since)).days:
+        if (
+            not wanted
+            or not (made := _made_groups(client, tables, scratch, wanted, _Samples(before, there), is_since)).days
+        ):
             raise _NothingMissingError
-        made.grouped.extend(_groups_of_others(client, before, there, made, scratch))
         groups_of_hour: Counter[int] = Counter()
         for part in made.grouped:
             groups_of_hour.update({h: n for h, n in part.groups_of_hour.items() if h // HOURS_PER_DAY in made.days})
@@ -217,19 +237,20 @@ def _missing_days(tables: LogTables, since: int, known: Iterable[int]) -> set[in
 
 
 def _made_groups(
-    client: Client, tables: LogTables, scratch: Path, asked: set[int], there: Iterable[int], may_lack: bool
+    client: Client, tables: LogTables, scratch: Path, asked: set[int], samples: _Samples, may_lack: bool
 ) -> DayGroups:
     """Make the groups of all days that have to be written, from as little of the logs as will do.
 
-    From the first of the days on they are those of all users; before it, those of users whose groups may go on into it.
+    From the first of the days on they are those of all users; before it, those of users whose groups may go on into it
+    are made, and the others taken from the samples.
     """
-    known, first = set(there), min(asked)
+    known, first = set(samples.files_of_day), min(asked)
     low, high = first - 1, max(asked) + 2  # groups may go on over midnight
     pause_us = tables.options.midnight_pause_s * MICROSECONDS
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        grouped, shuffled = _grouped(client, tables, scratch, (low, first, high))
+        grouped, taken, shuffled = _grouped(client, tables, scratch, (low, first, high), samples)
         latest: dict[int, int] = {}
         for part in grouped:
             for day, moment in part.latest_of_day.items():
@@ -249,51 +270,56 @@ def _made_groups(
         elif min(lengthened, default=low) < low:
             low -= 1
         else:
-            return DayGroups(grouped, shuffled, days, {day for day in days if day < first})
+            return DayGroups([*grouped, *taken], shuffled, days)
 
 
 def _grouped(
-    client: Client, tables: LogTables, scratch: Path, span: tuple[int, int, int]
-) -> tuple[list[GroupedBucket], list[ShuffledPiece]]:
+    client: Client, tables: LogTables, scratch: Path, span: tuple[int, int, int], samples: _Samples
+) -> tuple[list[GroupedBucket], list[GroupedBucket], list[ShuffledPiece]]:
     """Make the groups of the impressions from day `first` to before day `high` of a span (low, first, high), and, of
-    users that have impressions within a pause of day `first`, those from a pause before day `low` on."""
+    users that have impressions within a pause of day `first`, those from a pause before day `low` on.
+
+    Return them, the groups that the samples have of the other users on days from `low` to before `first`, and what
+    became of the logs."""
     options, (low, first, high) = tables.options, span
-    pause_us = options.midnight_pause_s * MICROSECONDS
+    rules = rules_of(options)
+    pause_us = rules.midnight_pause_s * MICROSECONDS
     impressions = tables.pieces(IMPRESSIONS, WantedRows(first * DAY, high * DAY))
     if not impressions:
-        return [], []
-    window_us = round(options.window_days * DAY) + pause_us
-    history = WantedRows(low * DAY - window_us, high * DAY)
+        return [], [], []
+    history = WantedRows(low * DAY - rules.window_s * MICROSECONDS, high * DAY)  # groups before `low` are not written
     behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
     buckets = num_buckets(options.partitions, impressions, client)
     if options.partitions is None:  # few of the behaviours are of these users, but all may be
         buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * BUCKET_ROWS))
-    shown = shuffle(client, impressions, scratch, buckets, options)[IMPRESSIONS]
-    rows = [read_bucket(str(scratch), IMPRESSIONS, len(shown), bucket) for bucket in range(buckets)]
-    users = _save_users(scratch / "users.npy", [each["user"] for each in rows])
-    early = [each["user"][each["timestamp"] < first * DAY + pause_us] for each in rows]
-    wanted = WantedRows(low * DAY - pause_us, first * DAY, _save_users(scratch / EARLY_USERS, early))
-    before = tables.pieces(IMPRESSIONS, wanted) if any(len(each) for each in early) else []
+    early_us = first * DAY + pause_us
+    calls = [(piece, early_us, latest_of(options)) for piece in impressions]
+    if sum(piece.num_rows for piece in impressions) <= BUCKET_ROWS:  # here, before the cluster has heard of it
+        found = [users_of(*call) for call in calls]
+    else:
+        found = run_all(client, "find users", users_of, calls, FEWER_ROWS)
+    users = _save_users(scratch / "users.npy", [each for each, _ in found])
+    early_users = _save_users(scratch / "early.npy", [early for _, early in found])
+    is_early = any(len(early) for _, early in found)
+    wanted = WantedRows(low * DAY - pause_us, first * DAY, early_users)
+    before = tables.pieces(IMPRESSIONS, wanted) if is_early else []
     behaviors = [dataclasses.replace(piece, wanted=history.of_users(users)) for piece in behaviors]
-    read = shuffle(client, [*before, *behaviors], scratch, buckets, options, {IMPRESSIONS: len(shown)})
-    shown, done = shown + read.get(IMPRESSIONS, []), read[BEHAVIORS]
-    grouped = group(client, (len(shown), len(done)), scratch, buckets, options, impressions[0].layout)
-    return grouped, [*shown, *done]
-
-
-def _groups_of_others(
-    client: Client, before: Storage, there: Mapping[int, Sequence[str]], made: DayGroups, scratch: Path
-) -> list[GroupedBucket]:
-    """Take the groups of users that are not among the EARLY_USERS from the samples of days that are made in part."""
-    like, users, folder = made.grouped[0].path, str((scratch / EARLY_USERS).absolute()), str(scratch.absolute())
+    read = shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options)
+    shown, done = read[IMPRESSIONS], read[BEHAVIORS]
+    layout = impressions[0].layout
+    schema = columns_of_groups(layout, rules)
     parts = num_threads(client)
-    tasks = [
-        (before, each, (part, parts), users, like, folder)
-        for day in sorted(made.partial)
-        for each in there[day]
+    others = [
+        functools.partial(
+            take_groups, samples.storage, file, (part, parts), early_users, schema, str(scratch.absolute())
+        )
+        for day in range(low, first)
+        if before
+        for file in samples.files_of_day.get(day, [])
         for part in range(parts)
     ]
-    return run_all(client, "take over groups", take_groups, tasks, FEWER_ROWS)
+    grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout, others)
+    return grouped[:buckets], grouped[buckets:], [*shown, *done]
 
 
 def _save_users(path: Path, users: Sequence[npt.NDArray[np.int64]]) -> str:
@@ -319,9 +345,14 @@ def _check_same_columns(new: NewFiles, plans: Sequence[FilePlan]) -> None:
 
 def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
     """Take over what else lies in the samples, bad rows too; those of the new days join them."""
+    rewritten = {MARK}
+    if any(part.quarantine_path is not None for part in shuffled):
+        rewritten.add(QUARANTINE_FILE)
     for file in new.before.entries(recursive=False):
-        if file.path not in (MARK, QUARANTINE_FILE) and not file.path.startswith("."):
+        if file.path not in rewritten and not file.path.startswith("."):
             new.keep(file.path, file.path)
+    if QUARANTINE_FILE in new.kept:
+        return
     path = new.folder / QUARANTINE_FILE
     write_quarantine(path, shuffled)
     with contextlib.suppress(FileNotFoundError):

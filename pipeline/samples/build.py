@@ -6,11 +6,12 @@ next to the samples, which takes their place in the end (publish).
 """
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from featurestore.console.files import write_json
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
-from pipeline.samples.files import FilePlan, GroupedBucket, WrittenFile, group_bucket, plan_files, write_file
+from pipeline.samples.files import (
+    FilePlan,
+    GroupedBucket,
+    WrittenFile,
+    get_groups,
+    group_bucket,
+    plan_files,
+    write_file,
+)
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
@@ -141,17 +150,12 @@ def shuffle(
     scratch: Path,
     num_buckets: int,
     options: SampleOptions,
-    there: Mapping[str, int] | None = None,
 ) -> dict[str, list[ShuffledPiece]]:
-    """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order.
-
-    `there`: how many pieces of a log are in `scratch` already.
-    """
-    latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
-    folder, threads = str(scratch.absolute()), num_threads(client)
+    """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
+    folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)
     logs, tasks = [], []
     for log in dict.fromkeys(piece.log for piece in pieces):
-        first = (there or {}).get(log, 0)
+        first = 0
         for together in _tasks_of([piece for piece in pieces if piece.log == log], threads):
             logs.append(log)
             tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s))
@@ -160,6 +164,11 @@ def shuffle(
     for log, done in zip(logs, run_all(client, "read logs", shuffle_pieces, tasks, FEWER_ROWS), strict=True):
         shuffled.setdefault(log, []).extend(done)
     return shuffled
+
+
+def latest_of(options: SampleOptions) -> int:
+    """Say from when on rows are in the future, in seconds since 1970."""
+    return int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
 
 
 def _tasks_of(pieces: Sequence[LogPiece], threads: int) -> list[list[LogPiece]]:
@@ -184,16 +193,22 @@ def group(
     num_buckets: int,
     options: SampleOptions,
     layout: TableLayout,
+    others: Sequence[Callable[[], GroupedBucket]] = (),
 ) -> list[GroupedBucket]:
-    """Make the groups of every bucket."""
-    rules = GroupRules(
+    """Make the groups of every bucket, and get the `others` meanwhile, which come last."""
+    folder, rules = str(scratch.absolute()), rules_of(options)
+    mine = [
+        functools.partial(group_bucket, bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns)
+        for bucket in range(num_buckets)
+    ]
+    return run_all(client, "make groups", get_groups, [(each,) for each in (*mine, *others)], FEWER_ROWS)
+
+
+def rules_of(options: SampleOptions) -> GroupRules:
+    """Say what belongs into a group."""
+    return GroupRules(
         round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s, options.behavior_age
     )
-    folder = str(scratch.absolute())
-    tasks = [
-        (bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns) for bucket in range(num_buckets)
-    ]
-    return run_all(client, "make groups", group_bucket, tasks, FEWER_ROWS)
 
 
 def check_train(plans: Sequence[FilePlan], test_days: int) -> None:

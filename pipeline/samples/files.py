@@ -1,6 +1,6 @@
 """Sample groups as Parquet: groups of a bucket of users by hour, then all groups of some hours in one sorted file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
-from pipeline.samples.groups import DAY, GroupRules, LogGroups, make_groups
+from pipeline.samples.groups import BEHAVIOR_ORDER, DAY, GroupRules, LogGroups, make_groups
+from pipeline.samples.mapping import TableLayout
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS
 from pipeline.samples.shuffle import read_batch, read_bucket, write_batches
 
@@ -46,6 +47,11 @@ class GroupedBucket:
     num_over_limit: int  # behaviours that did not fit into their group
     num_without: int  # groups without behaviours
     latest_of_day: dict[int, int]  # by day since 1970: the last impression (µs) of groups that begin then
+
+
+def get_groups(get: Callable[[], GroupedBucket]) -> GroupedBucket:
+    """Run one of the functions below, whose arguments are bound, so that both kinds are tasks of one stage."""
+    return get()
 
 
 def group_bucket(
@@ -81,20 +87,29 @@ def group_bucket(
     )
 
 
+def columns_of_groups(layout: TableLayout, rules: GroupRules) -> pa.Schema:
+    """Describe what `group_bucket` writes of impressions that are read so."""
+    nobody = {name: np.empty(0, np.float32 if kind == "dense" else np.int64) for name, kind in layout.kinds.items()}
+    nobody |= {name: np.empty(0, np.int64) for name in layout.constants}
+    nothing = {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
+    schema: pa.Schema = _table(make_groups(nobody, nothing, rules), layout.user_columns, layout.ad_columns).schema
+    return schema
+
+
 def take_groups(
-    before: Storage, name: str, share: tuple[int, int], users_path: str, like: str, folder: str
+    before: Storage, name: str, share: tuple[int, int], users_path: str, schema: pa.Schema, folder: str
 ) -> GroupedBucket:
     """Write the groups of one file of samples to `folder` by hour, but those of the users in a .npy file.
 
-    `share`: which of how many parts of its row groups. `like`: a file of `group_bucket`, whose columns they have to
+    `share`: which of how many parts of its row groups. `schema`: the columns of `group_bucket`, which they have to
     have. Raises SampleError.
     """
     part, parts = share
-    schema = read_batch(like, 0).schema
     try:
         with pq.ParquetFile(before.open_input(name), page_checksum_verification=True) as file:
             count = file.num_row_groups
-            table = file.read_row_groups(list(range(part * count // parts, (part + 1) * count // parts)))
+            mine = range(part * count // parts, (part + 1) * count // parts)
+            table = file.read_row_groups(list(mine), use_threads=False)
         table = table.replace_schema_metadata(None).select(schema.names).cast(schema)
     except (pa.ArrowException, KeyError, OSError, StorageError) as error:
         raise SampleError(

@@ -3,7 +3,7 @@
 Letters of shapes: N rows of a piece of a log.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.keys import keys_of_uris
+from featurestore.keys import keys_of_bytes
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.samples.mapping import TableLayout, TimeUnit
@@ -46,7 +46,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     else:
         with open_parquet(storage, piece.path, encoded=[layout.names["image"]]) as file:
             try:
-                table = file.read_row_groups(list(piece.row_groups), columns=names)
+                table = file.read_row_groups(list(piece.row_groups), columns=names, use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
     row_N = np.arange(table.num_rows + len(torn))  # in the file
@@ -75,6 +75,13 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         piece.first_row + np.array([row for row, _ in bad], np.int64),
         [reason for _, reason in bad],
     )
+
+
+def users_of(piece: LogPiece, early_us: int, latest_s: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Read only the users of a piece; return the distinct ones, sorted, and those who have rows before `early_us`."""
+    kinds = {name: piece.layout.kinds[name] for name in ("timestamp", "user")}
+    good = read_piece(replace(piece, layout=replace(piece.layout, kinds=kinds)), latest_s).good
+    return np.unique(good["user"]), np.unique(good["user"][good["timestamp"] < early_us])
 
 
 def _column(table: pa.Table, name: str, layout: TableLayout, latest_s: int) -> tuple[npt.NDArray[Any], "Faults"]:
@@ -120,10 +127,12 @@ def _encoded_images(column: Any) -> tuple[npt.NDArray[Any], "Faults"]:
     uris = encoded.dictionary
     null_N = column.is_null().to_numpy()
     place_N = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-    used_U = np.unique(place_N[~null_N])
+    is_used_M = np.zeros(len(uris), np.bool_)
+    is_used_M[place_N[~null_N]] = True
+    used_U = np.flatnonzero(is_used_M)
     keys_M, is_empty_M = np.zeros(max(1, len(uris)), np.int64), np.zeros(max(1, len(uris)), np.bool_)
     texts = uris.take(pa.array(used_U))
-    keys_M[used_U] = keys_of_uris(texts.to_pylist())
+    keys_M[used_U] = _keys_of(texts)
     is_empty_M[used_U] = pc.binary_length(texts).to_numpy(zero_copy_only=False) == 0
     return keys_M[place_N], {"is null": null_N, "is empty": is_empty_M[place_N] & ~null_N}
 
@@ -171,6 +180,12 @@ def _times(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64
 def _keys(column: Any) -> npt.NDArray[np.int64]:
     """Hash the key of each uri; equal ones are hashed once."""
     encoded = column.combine_chunks().dictionary_encode()
-    keys_U = keys_of_uris(encoded.dictionary.to_pylist())
-    keys_N: npt.NDArray[np.int64] = keys_U[encoded.indices.to_numpy()]
+    keys_N: npt.NDArray[np.int64] = _keys_of(encoded.dictionary)[encoded.indices.to_numpy()]
     return keys_N
+
+
+def _keys_of(uris: Any) -> npt.NDArray[np.int64]:
+    """Hash each uri of an Arrow array, as it lies there."""
+    return keys_of_bytes(
+        uris.cast(pa.large_binary() if pa.types.is_large_string(uris.type) else pa.binary()).to_pylist()
+    )

@@ -110,7 +110,7 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     iterator = iter(batches)
     first = next(iterator)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, first.schema, options=options) as writer:
         writer.write_batch(first)
         for batch in iterator:
@@ -121,4 +121,4 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
 def read_batch(path: str, index: int) -> pa.RecordBatch:
     """Read batch `index` of a file of write_batches, without reading the others."""
     with pa.memory_map(path) as file:
-        return pa.ipc.open_file(file).get_batch(index)
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False)).get_batch(index)

@@ -19,6 +19,9 @@ def test_results_come_in_the_order_of_the_calls(client):
         2**number for number in range(40)
     ]
     assert dict(run_tasks(client, pow, [(3, 1), (3, 2)], in_flight=1)) == {0: 3, 1: 9}
+    assert dict(run_tasks(client, pow, [(2, number) for number in range(40)], in_flight=36)) == {
+        number: 2**number for number in range(40)
+    }
 
 
 @pytest.mark.parametrize(("kind", "attempts"), [(SampleError, 1), (KeyCollisionError, 1), (OSError, 2)])

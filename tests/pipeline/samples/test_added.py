@@ -19,12 +19,13 @@ from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
 from pipeline.samples.files import take_groups
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS
-from pipeline.samples.shuffle import read_batch, write_batches
+from pipeline.samples.shuffle import read_batch
 from tests.pipeline.samples.rows import (
     DAY_S,
     START_S,
     Row,
     all_bytes,
+    behavior_items,
     day_of,
     done,
     in_pieces,
@@ -157,6 +158,19 @@ class TestAddDays:
         assert read == {IMPRESSIONS: {first + 2, first + 3}, BEHAVIORS: {first}}
         assert users == {IMPRESSIONS: {1, 3}, BEHAVIORS: {1}}
 
+    def test_a_group_of_the_day_before_has_all_of_its_window(
+        self, options: SampleOptions, client: Client, tmp_path: Path
+    ) -> None:
+        """It begins at that day's midnight and goes on into the new day; its window is no whole number of seconds."""
+        options = dataclasses.replace(options, window_days=0.33333, test_days=0)
+        earlier = [shown(at_s) for at_s in (DAY_S, 2 * DAY_S, 3 * DAY_S - 600)]
+        behaviors = [done(2 * DAY_S - 28_800, item=8), done(2 * DAY_S - 28_801, item=9)]
+        write(tmp_path / "logs", [table(earlier)], [table(behaviors)])
+        build_samples(options, client)
+        write(tmp_path / "logs", [table([*earlier, shown(3 * DAY_S + 300), shown(3 * DAY_S, user=2)])], [])
+        assert add_days(SampleOptions(samples=options.samples, days="2026-01-04"), client)["groups"] == 2
+        assert behavior_items(read(options.samples)) == [[], [8], []]
+
     def test_who_reads_finds_every_other_day_at_any_time(self, made: SampleOptions, client: Client) -> None:
         file, ended, reads = Path(made.samples, "train", "day=2026-01-02-000.parquet"), threading.Event(), []
         failures: list[OSError] = []
@@ -218,13 +232,11 @@ def test_groups_that_stay_are_taken_once_in_any_number_of_parts(
     build_samples(dataclasses.replace(made, test_days=0), client)
     rows = [{**row} for row in read(made.samples) if row["user"] not in (4, 17)]
     np.save(tmp_path / "users.npy", np.array([4, 17]))
-    like = tmp_path / "like.arrow"
     file = "train/day=2026-01-01-000.parquet"
-    table_ = pq.read_table(Path(made.samples, file)).replace_schema_metadata(None)
-    write_batches(like, table_.to_batches()[:1])
+    schema = pq.read_schema(Path(made.samples, file)).remove_metadata()
     taken = []
     for part in range(parts):
-        place = (str(tmp_path / "users.npy"), str(like), str(tmp_path))
+        place = (str(tmp_path / "users.npy"), schema, str(tmp_path))
         bucket = take_groups(Storage(made.samples), file, (part, parts), *place)
         for hour, batch in bucket.batch_of_hour.items():
             found = read_batch(bucket.path, batch).to_pylist()
