@@ -51,6 +51,7 @@ def test_local_cluster_has_the_size_asked_for_and_leaves_no_process():
         assert {worker["memory_limit"] for worker in info} == {1_000_000_000}
         assert client.scheduler.address.startswith("tcp://127.0.0.1:")
         assert client.dashboard_link.startswith("http://127.0.0.1:")
+        assert client.scheduler_comm.interval < 0.01  # by default tasks wait for 10 ms
         assert client.submit(sum, [1, 2]).result() == 3
         pids = worker_pids(client)
         assert len(set(pids)) == 2
@@ -62,6 +63,7 @@ def test_workers_of_a_local_cluster_do_not_profile_themselves():
     with connect() as client:
         callbacks = client.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
         assert all("profile" not in names and "heartbeat" in names for names in callbacks.values())
+        assert set(client.run(os.environ.get, "MALLOC_TRIM_THRESHOLD_").values()) == {str(64 << 20)}
 
 
 def test_local_cluster_is_closed_when_the_job_fails():
