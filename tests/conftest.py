@@ -1,5 +1,6 @@
 """Settings and fixtures that all tests share: the type of the matrix products, ranks and S3 servers."""
 
+import gc
 import os
 import signal
 from collections import Counter
@@ -56,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Guard())
+    gc.disable()  # until all is imported, of which nothing goes
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -83,6 +85,7 @@ def _begin_with_the_longest(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what tests and libraries hold: to look at it takes a third of a second."""
     freeze_for_good()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

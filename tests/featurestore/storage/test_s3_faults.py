@@ -23,6 +23,12 @@ PASSING = [Fault.CUT, Fault.CUT_ANSWER, Fault.LOSE_ANSWER, Fault.SLOW_DOWN, Faul
 PASSING += [Fault.SERVER_ERROR_AFTER_WORK]
 
 
+@pytest.fixture
+def info(info: StoreInfo) -> StoreInfo:
+    """Fewer shards: each is a file of each commit."""
+    return info.model_copy(update={"num_shards": 4})
+
+
 @pytest.fixture(scope="module")
 def module_proxy(s3_endpoint: str) -> Iterator[Proxy]:
     with proxy_before(s3_endpoint) as proxy:

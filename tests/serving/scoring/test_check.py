@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from typer.testing import CliRunner, Result
 from featurestore import FeatureStore
 from jobs.score import app as score_app
 from serving.__main__ import app
+from serving.http.app import Scoring
+from serving.http.live.source import BundleSource
+from serving.http.settings import ServerSettings
+from tests.explorer.serving import in_thread
 from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import Exported
 from trainer.evaluation.predict import predict_run
@@ -89,12 +94,15 @@ def test_options_that_do_not_go_together(model: Exported) -> None:
 
 @pytest.mark.services
 def test_a_server_equals_the_run(model: Exported, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "serving", model.url, "--port", "0"]
-    with ended(ServerProcess(command, tmp_path)) as server:
-        server.wait_until_ready()
-        found = check(model.url, "--url", server.url)
-        assert found.exit_code == 0 and f"answers by {server.url}" in found.stdout, found.output
-    gone = check(model.url, "--url", server.url)
+    """By HTTP, from a thread of this process; the next test has a server of its own."""
+    settings = ServerSettings(model=model.url, name="ctr", cache_dir=tmp_path / "cache")
+    scoring = Scoring(settings, BundleSource(settings), pytest.fail)
+    with in_thread(scoring.app()) as url:
+        while not scoring.live.is_ready:
+            time.sleep(0.01)
+        found = check(model.url, "--url", url)
+        assert found.exit_code == 0 and f"answers by {url}" in found.stdout, found.output
+    gone = check(model.url, "--url", url)
     assert gone.exit_code == 1 and "does not answer" in gone.stderr
 
 

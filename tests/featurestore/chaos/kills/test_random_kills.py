@@ -59,11 +59,11 @@ def kill_at_random(arena, seed: int, num_kills: int, pause_s: float, min_deleted
 
 
 def test_a_kill_of_each_on_disk(make_arena) -> None:
-    kill_at_random(make_arena(), 0, len(CREW), 0.2, 0)
+    kill_at_random(make_arena(), 0, len(CREW), 0.1, 0)
 
 
 def test_a_kill_of_each_on_s3(s3_url: str, make_arena) -> None:
-    kill_at_random(make_arena(f"{s3_url}/store"), 0, len(CREW), 0.5, 0)
+    kill_at_random(make_arena(f"{s3_url}/store"), 0, len(CREW), 0.25, 0)
 
 
 @pytest.mark.slow
