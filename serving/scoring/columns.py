@@ -1,7 +1,6 @@
 """Which columns a request has, on which side, and what each has to be: those of the fields that the model uses."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from serving.errors import RequestError
 from serving.scoring.request import Request
@@ -44,12 +43,12 @@ class RequestColumns:
         self._check_known(candidates, "candidates", "ad", where)
         if context and (twice := context.keys() & candidates.keys() - self._ignored):
             raise RequestError(f"{where}column {min(twice)} is in context and in candidates; leave one out")
-        count = self._count(candidates, where)
+        count = self._count(request, where)
         absent = self._of_side["user"].difference(user)
         if count:
             absent |= self._of_side["ad"].difference(candidates, context)
         if absent:
-            raise RequestError(where + self._missing(absent))
+            raise RequestError(where + (self._missing_inputs if request.as_tensors else self._missing)(absent))
         return count
 
     def check_table(self, names: Collection[str]) -> None:
@@ -82,7 +81,14 @@ class RequestColumns:
         told = [f"{names}: {_WAYS_OUT[side].replace(' it ', ' each ')}" for side, names in of_side.items() if names]
         return f"{len(absent)} columns are missing. {'. '.join(told)}"
 
-    def _count(self, candidates: Mapping[str, Sequence[Any]], where: str) -> int:
+    def _missing_inputs(self, absent: Collection[str]) -> str:
+        if len(absent) == 1:
+            (name,) = absent
+            return f"input {name} is missing, expected {expected(self.sources[name])}; send a tensor of this name"
+        return f"{len(absent)} inputs are missing: {', '.join(sorted(absent))}; send a tensor for each"
+
+    def _count(self, request: Request, where: str) -> int:
+        candidates = request.candidates
         if set(map(type, candidates.values())) <= {list}:
             lengths = set(map(len, candidates.values()))
             if len(lengths) < 2:
@@ -91,9 +97,10 @@ class RequestColumns:
         first, count = next(iter(counts.items()))
         for other, other_count in counts.items():
             if other_count != count:
+                one, two = (request.name_of("candidates", column) for column in (first, other))
                 raise RequestError(
-                    f"{where}candidates.{first} has {count} entries and candidates.{other} has {other_count}; each "
-                    "candidate needs one entry in every column"
+                    f"{where}{one} has {count} entries and {two} has {other_count}; each candidate needs one entry in "
+                    "every column"
                 )
         return count
 

@@ -242,7 +242,8 @@ class _Reader:
             part = "context"
         if part == "candidates":
             places.insert(0, place)
-        return f"{_where(request, self._requests)}{part}.{column}" + "".join(f"[{each}]" for each in places)
+        name = self._requests[request].name_of(part, column)
+        return _where(request, self._requests) + name + "".join(f"[{each}]" for each in places)
 
 
 def _images_of(levels: Sequence[Index]) -> Index:

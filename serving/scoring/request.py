@@ -22,6 +22,12 @@ class Request:
     user: Mapping[str, Any]
     candidates: Mapping[str, Sequence[Any]]
     context: Mapping[str, Any] = field(default_factory=dict)
+    as_tensors: bool = False
+    """Whether its columns came as tensors of the Open Inference Protocol, which have no parts."""
+
+    def name_of(self, part: str, column: str) -> str:
+        """Name a column in a message as the client sent it: `candidates.ad_item`, or `input ad_item` of a tensor."""
+        return f"input {column}" if self.as_tensors else f"{part}.{column}"
 
 
 @dataclass(frozen=True, kw_only=True)

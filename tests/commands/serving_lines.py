@@ -52,6 +52,8 @@ SERVING = [
     ("serving serve {model} --tls-key {empty}", 2, "--tls-cert"),
     ("serving serve {model} --token-file {missing}", 2, "{missing}"),
     ("serving {model} --token-file {empty}", 2, "{empty} has no token"),
+    ("serving --token-file {empty} {model}", 2, "{empty} has no token"),
+    ("serving --port 65536 {model}", 2, "--port"),
     ("serving serve {model} --token-file {emptydir}", 2, "{emptydir}"),
     ("serving use {model}", 2, "Missing argument"),
     ("serving use {missing} 1", 2, "no published model"),

@@ -42,6 +42,7 @@ def request_of(tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Re
         user={name: value for name, value in found.items() if columns[name].side == "user"},
         context=context,
         candidates={name: value for name, value in ads.items() if name not in context},
+        as_tensors=True,
     )
 
 

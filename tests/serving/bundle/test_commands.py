@@ -144,3 +144,12 @@ def test_a_mistyped_command_is_not_taken_for_a_model(
         with pytest.raises(SystemExit):
             main()
         assert "has no published model" in capsys.readouterr().err
+
+
+def test_options_of_the_server_may_come_before_its_model(tmp_path: Path) -> None:
+    for words in (["--port", 8080, tmp_path / "x"], ["--port=8080", tmp_path / "x"], [tmp_path / "x", "--port", 8080]):
+        code, _, said = refused(*words)
+        assert (code, f"error: {tmp_path}/x has no published model" in said) == (2, True), said
+    assert "No such option" in refused("--prot", 8080, tmp_path / "x")[2]
+    assert "Missing argument 'MODEL'" in refused("--port", 8080)[2]
+    assert "Commands" in refused("--help")[1]
