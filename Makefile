@@ -87,7 +87,7 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 
 docs: $(INSTALLED) ## Build docs/ as a site with search, in data/docs-site, check its links, and run the tutorial and the notebook
 	$(BIN)/python tools/site.py --out $(DOCS_DIR)
-	$(ON_PATH) $(IN_PARALLEL) -m pages tests/docs tests/tools/test_tutorial.py
+	$(ON_PATH) $(IN_PARALLEL) -m pages tests/docs tests/tools
 
 tree: ## Print every file with the line that says what it is for
 	@python3 tools/tree.py

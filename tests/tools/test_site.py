@@ -11,7 +11,7 @@ import pytest
 
 from tools import site
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.pages]
 
 ROOT = Path(__file__).parents[2]
 COUNTED = {"li", "table", "tr", "pre", "h1", "h2", "h3", "h4", "blockquote", "img", "strong", "em"}

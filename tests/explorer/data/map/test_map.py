@@ -150,7 +150,8 @@ def test_principal_components_of_little(shape: tuple[int, int]) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)  # its compiler takes half a minute of a free core
-def test_umap_keeps_clusters_apart() -> None:
+def test_umap_keeps_clusters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_OPT", "0")  # the same code, compiled in less time
     random = np.random.default_rng(0)
     vectors_NV = np.concatenate([random.normal(size=(40, 8)), 30 + random.normal(size=(40, 8))]).astype(np.float32)
     told: list[str] = []
