@@ -15,6 +15,7 @@ import psutil
 HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
 TIMEOUT_S = 200
 ROOT = Path(__file__).parent.parent
+QUICK_HOROVODRUN = ROOT / "tests" / "horovodrun.py"
 STANDING = ROOT / "tests" / "trainer" / "standing_ranks.py"
 
 
@@ -28,13 +29,13 @@ class TorchRanks(int):
 def command_of(num_ranks: int, *arguments: object) -> list[str]:
     """The command line that runs `python ARGUMENTS` on ranks of their own; without a launcher where it is one.
 
-    --gloo: else horovodrun starts one more process that imports torch, to ask whether there is MPI. --standalone:
-    jobs beside each other take ports of their own.
+    --gloo: else horovodrun starts one more process that imports torch, to ask whether there is MPI; QUICK_HOROVODRUN
+    leaves out that for Gloo, too. --standalone: jobs beside each other take ports of their own.
     """
     words = list(map(str, arguments))
     if isinstance(num_ranks, TorchRanks):
         return [TORCHRUN, "--standalone", "--nproc-per-node", f"{int(num_ranks)}", *words]
-    launcher = [HOROVODRUN, "--gloo", "-np", str(num_ranks)] if num_ranks > 1 else []
+    launcher = [sys.executable, str(QUICK_HOROVODRUN), "--gloo", "-np", str(num_ranks)] if num_ranks > 1 else []
     return [*launcher, sys.executable, *words]
 
 
