@@ -1,8 +1,10 @@
 """The listening socket of a server, and uvicorn as we run it: quiet at a signal, with renewed certificates."""
 
 import contextlib
+import ctypes
 import signal
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,15 @@ KEEP_ALIVE_S = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _TICKS_TO_REFRESH = 20
 """Ten are a second."""
+_SO_ATTACH_FILTER = 26
+_DROP_SYN = (
+    (0x30, 0, 0, 13),  # load the byte of flags of the TCP header
+    (0x54, 0, 0, 0x12),  # of these SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone begins a connection:
+    (0x06, 0, 0, 0),  # drop it
+    (0x06, 0, 0, 0xFFFFFFFF),  # let all else through
+)
+"""A program of the kernel's packet filter (bpf(4)), an instruction a line."""
 
 
 def listen(settings: AccessSettings) -> socket.socket:
@@ -38,6 +49,19 @@ def listen(settings: AccessSettings) -> socket.socket:
             "end what listens there"
         ) from None
     return listener
+
+
+def stop_connecting(listener: socket.socket) -> None:
+    """Let the kernel begin no more connections to this socket; those that it has begun can still be accepted.
+
+    To close the socket instead would reset the connections that wait to be accepted, and lose their requests. A client
+    whose SYN is dropped sends it again after a second. Does nothing where the system has no such filters.
+    """
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in _DROP_SYN))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_DROP_SYN), ctypes.addressof(program))
+        )
 
 
 def url_of(settings: AccessSettings, listener: socket.socket) -> str:

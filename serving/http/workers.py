@@ -11,6 +11,7 @@ dies before it is ready. SIGTERM and SIGINT drain; a second signal ends at once.
 
 import multiprocessing
 import os
+import select
 import shutil
 import signal
 import socket
@@ -18,12 +19,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -31,7 +33,7 @@ from featurestore.console.commandline import STOPPED, say_error
 from featurestore.errors import FAILED, UserError
 from serving.http.app import Scoring
 from serving.http.limits import allow_connections
-from serving.http.listening import SIGNALS, SecuredServer, listen, url_of, uvicorn_config
+from serving.http.listening import SIGNALS, SecuredServer, listen, stop_connecting, url_of, uvicorn_config
 from serving.http.live.model import ModelSource
 from serving.http.logs import configure_logging, logger
 from serving.http.metrics import FOLDER_VARIABLE
@@ -43,6 +45,10 @@ MakeSource = Callable[[ServerSettings], ModelSource]
 _MAX_PAUSE_S = 30.0
 _TICKS_TO_STOP = 5
 """Ten are a second."""
+_TICKS_OF_BACKLOG = 2
+"""The last ones of these, in which no connection begins any more."""
+_TICKS_OF_PATIENCE = 10
+"""The most that follow where a connection has begun and its first request has not come."""
 
 
 def serve(settings: ServerSettings, make_source: MakeSource) -> int:
@@ -71,7 +77,8 @@ def run_worker(
     allow_connections()
     credentials, failures = Credentials(settings), list[Exception]()
     scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
-    server = DrainingServer(uvicorn_config(settings, credentials, scoring.app()), scoring, credentials, failures)
+    config = uvicorn_config(settings, credentials, scoring.app())
+    server = DrainingServer(config, scoring, credentials, failures, listener)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -86,10 +93,15 @@ class DrainingServer(SecuredServer):
     """
 
     def __init__(
-        self, config: uvicorn.Config, scoring: Scoring, credentials: Credentials, failures: list[Exception]
+        self,
+        config: uvicorn.Config,
+        scoring: Scoring,
+        credentials: Credentials,
+        failures: list[Exception],
+        listener: socket.socket,
     ) -> None:
         super().__init__(config, credentials)
-        self._scoring, self._failures = scoring, failures
+        self._scoring, self._failures, self._listener = scoring, failures, listener
         self._ticks_left = _TICKS_TO_STOP
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -102,12 +114,23 @@ class DrainingServer(SecuredServer):
         """Stop also where the first model could not be loaded.
 
         After a signal a few ticks pass first, in which every answer closes its connection: a request that is on its way
-        while a connection is closed would be lost.
+        while a connection is closed would be lost. Towards their end no connection begins any more, and those that have
+        begun get their answer.
         """
         if self._scoring.stopping:
             self._ticks_left -= 1
-            self.should_exit = self.should_exit or self._ticks_left <= 0
+            if self._ticks_left == _TICKS_OF_BACKLOG and self._scoring.on_ready is None:
+                stop_connecting(self._listener)  # of several workers the supervisor does it: the socket is theirs too
+            is_patient = self._ticks_left > -_TICKS_OF_PATIENCE and self._has_new_connections()
+            self.should_exit = self.should_exit or (self._ticks_left <= 0 and not is_patient)
         return await super().on_tick(counter) or bool(self._failures)
+
+    def _has_new_connections(self) -> bool:
+        """Tell whether a connection waits to be accepted, or has been and has not sent a request."""
+        waiting = select.poll()
+        waiting.register(self._listener, select.POLLIN)
+        connections: Iterable[Any] = self.server_state.connections
+        return bool(waiting.poll(0)) or any(each.cycle is None for each in connections)
 
 
 @dataclass
@@ -159,7 +182,9 @@ class Supervisor:
             ever_ready = ever_ready or any(worker.ready.is_set() for worker in self._workers)
             dead = [worker for worker in self._workers if worker.process.exitcode is not None]
             if self._signals:
-                self.listener.close()
+                if self.listener.fileno() >= 0:
+                    stop_connecting(self.listener)
+                    self.listener.close()
                 if len(dead) == len(self._workers):
                     return 0 if self._signals == 1 else STOPPED
                 continue

@@ -1,5 +1,6 @@
 """Processes and signals: draining, a second signal, several workers, one that is killed, and starts that fail."""
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from tests.serving.http.processes import ServerProcess, fake_server, post_head
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
 ONE = {"candidates": {"ad_item": [1, 2]}}
+BODY = json.dumps(ONE).encode()
 
 
 class Load:
@@ -83,6 +85,58 @@ def test_connections_are_closed_by_answers_before_the_server_ends(tmp_path: Path
             assert answer.headers["connection"] == "close"
         assert ready.status_code == 503
         assert server.process.wait(20) == 0
+
+
+def connect_again_and_again(server: ServerProcess, answers: list[bytes], lost: list[OSError]) -> None:
+    """Send each request over a connection of its own, until none can be made; keep what became of those that were."""
+    while True:
+        try:
+            connection = server.connect()
+        except OSError:
+            return
+        with connection:
+            try:
+                connection.sendall(post_head(len(BODY)) + BODY)
+                answers.append(connection.recv(1 << 16)[:12])
+            except OSError as error:
+                lost.append(error)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_request_of_a_client_that_reconnects_is_lost(tmp_path: Path, workers: int) -> None:
+    """A connection that the kernel has begun gets its answer, also in the last moment; later ones are refused."""
+    with fake_server(write_state(tmp_path, version=3), tmp_path, workers=workers) as server:
+        answers, lost = list[bytes](), list[OSError]()
+        clients = [
+            threading.Thread(target=connect_again_and_again, args=(server, answers, lost), daemon=True)
+            for _ in range(8)
+        ]
+        for client in clients:
+            client.start()
+        time.sleep(0.3)
+        assert server.stop(signal.SIGTERM) == 0
+        for client in clients:
+            client.join(30)
+            assert not client.is_alive()
+        assert set(answers) == {b"HTTP/1.1 200"}
+        assert not lost
+
+
+def test_a_connection_that_has_begun_may_still_send_its_request(tmp_path: Path) -> None:
+    with fake_server(write_state(tmp_path, version=3), tmp_path) as server, server.connect() as connection:
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(1)
+        connection.sendall(post_head(len(BODY)) + BODY)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert server.process.wait(20) == 0
+
+
+def test_a_connection_that_sends_nothing_does_not_keep_the_server(tmp_path: Path) -> None:
+    with fake_server(write_state(tmp_path, version=3), tmp_path, drain_s=60) as server, server.connect() as connection:
+        start_s = time.monotonic()
+        assert server.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - start_s < 10
+        assert connection.recv(1) == b""
 
 
 @pytest.mark.parametrize("workers", [1, 2])
