@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.guard import service_of
-from tests.ranks import ROOT
+from tests.ranks import ROOT, command_of
 
 CONFTEST = """
 from tests.guard import Guard
@@ -51,6 +51,7 @@ def test_starts_without_the_mark_fail(tmp_path: Path) -> None:
     ("command", "service"),
     [
         (["/venv/bin/python", "/venv/bin/horovodrun", "-np", "2"], "horovodrun"),
+        (command_of(2, "-m", "trainer.main"), "horovodrun.py"),
         ([b"/venv/bin/dask-submit", "-n", "1"], "dask-submit"),
         ([Path("/venv/bin/weed"), "mini"], "weed"),
         (["python", "jobs/import_xdl.py", "samples"], "import_xdl.py"),
