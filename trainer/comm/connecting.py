@@ -48,8 +48,9 @@ def connect(deadline_s: float = DEADLINE_S) -> Comm:
 def launcher_of(ranks: int) -> list[str]:
     """Return the words before `-m MODULE` or a script that start ranks on this machine.
 
-    By horovodrun where that and Horovod are installed, else by torchrun, so that its ranks meet at rank 0's own store:
-    that of the launcher, which we leave out, listens on all addresses.
+    By horovodrun where that and Horovod are installed: without --gloo it loads torch once more, to ask for MPI. Else by
+    torchrun, so that its ranks meet at rank 0's own store: that of the launcher, which we leave out, listens on all
+    addresses.
     """
     beside = Path(sys.executable).with_name("horovodrun")
     horovodrun = str(beside) if beside.exists() else shutil.which("horovodrun")
@@ -57,7 +58,7 @@ def launcher_of(ranks: int) -> list[str]:
         meeting = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"]
         torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", sys.executable, "-m", "torch.distributed.run"]
         return [*torchrun, *meeting, "--nproc-per-node", str(ranks)]
-    return [horovodrun, "-np", str(ranks), sys.executable]
+    return [horovodrun, "--gloo", "-np", str(ranks), sys.executable]
 
 
 def _complete(names: tuple[str, ...], signs: tuple[str, ...]) -> bool:

@@ -71,7 +71,8 @@ class TestConnect:
 
 class TestLauncher:
     def test_horovodrun_where_it_is_installed(self) -> None:
-        assert launcher_of(2) == [str(Path(sys.executable).with_name("horovodrun")), "-np", "2", sys.executable]
+        horovodrun = str(Path(sys.executable).with_name("horovodrun"))
+        assert launcher_of(2) == [horovodrun, "--gloo", "-np", "2", sys.executable]
 
     def test_torchrun_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "horovod", None)
