@@ -7,8 +7,8 @@ from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, SEED = 16, 8, 7
-STEPS, MANY_STEPS = 8, 12
-"""Of a scenario, and of one whose rows make room or begin anew."""
+STEPS, MANY_STEPS = 6, 12
+"""Of a scenario, whose learning rate falls before the last one; and of one whose rows make room or begin anew."""
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 """Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
