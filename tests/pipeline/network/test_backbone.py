@@ -34,6 +34,13 @@ def state():
         return load_weights(vgg16(), "random:0")
 
 
+@pytest.fixture(scope="module")
+def default():
+    """The default network with random:0 in float32, drawn once: it has 117 million weights."""
+    with pytest.warns(UserWarning, match="random:0 are NOT pretrained"):
+        return Backbone(DEFAULT_BACKBONE, "random:0", "float32")
+
+
 @torch.inference_mode()
 def torchvision_features(model, state, layers, images, **arguments):
     """torchvision's own model and transform; what lies behind `layers` is never used."""
@@ -74,9 +81,9 @@ def class_token(network, pixels_BCHW):
         ("inception_v3:fc", whole, {"transform_input": True, "init_weights": False}),
     ],
 )
-def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos):
+def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos, default):
     paths = sorted(photos.iterdir())[:2]
-    single = Backbone(name, "random:0", "float32")
+    single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
     filled = {key.removeprefix("extractor."): value for key, value in single.network.state_dict().items()}
     images = [Image.open(path).convert("RGB") for path in paths]
     expected_BD = torchvision_features(name.partition(":")[0], filled, layers, images, **arguments)
@@ -90,20 +97,19 @@ def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments,
 
 @pytest.mark.filterwarnings("ignore:weights random")
 @pytest.mark.long
-def test_bfloat16_is_close(draw):
+def test_bfloat16_is_close(draw, default):
     pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
     for name in (DEFAULT_BACKBONE, "resnet18:avgpool"):
-        single_BD, half_BD = (
-            Backbone(name, "random:0", kind).features(pixels_BHWC) for kind in ("float32", "bfloat16")
-        )
+        single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
+        half = Backbone(name, "random:0", "bfloat16")
+        single_BD, half_BD = (network.features(pixels_BHWC) for network in (single, half))
         norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
         assert ((half_BD * single_BD).sum(1) / norms_B).min() > 0.999
 
 
-@pytest.mark.filterwarnings("ignore:weights random")
-def test_the_default_is_what_it_always_was():
+def test_the_default_is_what_it_always_was(default):
     """Stores hold features of it: another digest would make their owners compute all of them again."""
-    spec = Backbone(DEFAULT_BACKBONE, "random:0", "float32").spec
+    spec = default.spec
     assert (spec.backbone, spec.layer) == ("torchvision vgg16", "classifier.1")
     assert spec.weights_digest == "xxh3-128:ba98d63ee5e296794092e487cff71e88"
     assert spec.preprocessing == (
