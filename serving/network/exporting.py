@@ -67,8 +67,7 @@ class OneUser(nn.Module):
             if (name, "nearest_N") in given:
                 places_N, lengths_B = given[name, "nearest_N"], given[name, "lengths_B"]
                 vectors[nearest_of(name)] = chosen_values(vectors[name], places_N, lengths_B)
-        if self.model.new_ads is not None:
-            vectors = self.model.new_ads(vectors)
+        vectors = self.model.with_pictures_of_ads(vectors)
         logits_B: Tensor = self.model(vectors, dense, torch.zeros(num_candidates, dtype=torch.int64))
         return logits_B
 

@@ -126,6 +126,9 @@ class ModelConfig(Section):
     """Share of the units of an MLP's hidden layers that a training sample goes without."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
+    id_proxy: bool = False
+    """Add to the vectors of the ad's own IDs what a small net makes of its visual vectors, so that a new ad has some
+    (docs/NEW_ADS.md)."""
     feature_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
     """Share of an image's features that E takes for their mean in a training step; rounded to a 256th."""
     embed_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0

@@ -330,9 +330,7 @@ class Engine:
             if self._modules.training:
                 self.model.place.step, self.model.place.place_B = self.num_steps, batch.places
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
-            if self.model.new_ads is not None:
-                vectors = self.model.new_ads(vectors)
-            return network(vectors, dense, group_of_sample_B)
+            return network(self.model.with_pictures_of_ads(vectors), dense, group_of_sample_B)
 
     def _nearest(self, field: FieldVectors, similar: Similarity) -> FieldVectors:
         """Return for each sample, instead of each group, the behaviours nearest to its ad."""

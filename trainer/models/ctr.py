@@ -15,7 +15,7 @@ from trainer.exchange.sums import take_rows
 from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
 from trainer.models.hidden import HiddenLayers, StepPlace
 from trainer.models.layers import value_rows
-from trainer.models.newads import build_new_ads
+from trainer.models.newads import build_id_proxy, build_new_ads
 from trainer.models.pooling.aggregators import build_aggregator, mean_pool, sum_pool
 from trainer.samples.batch import Batch
 from trainer.schema import Field, Schema, Side
@@ -66,7 +66,7 @@ class CtrModel(nn.Module):
             else {}
         )
         self.new_ads = build_new_ads(schema, self.fields, config)
-        """What the engine sends the fields through before `forward`."""
+        self.id_proxy = build_id_proxy(schema, self.fields, config)
         self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
         taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
@@ -76,6 +76,13 @@ class CtrModel(nn.Module):
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Return logits (B,). `fields`: id, multi_id, content; `dense`: (M, width) each; M = G or B by side."""
         raise NotImplementedError
+
+    def with_pictures_of_ads(self, fields: Fields) -> dict[str, FieldVectors]:
+        """Make what `forward` gets of what was looked up: where asked for, ads' pictures speak for new IDs."""
+        result = dict(fields)
+        for part in (self.new_ads, self.id_proxy):
+            result = result if part is None else part(result)
+        return result
 
     def check(self, batch: Batch) -> None:
         """Raise DataError where a batch does not fit this model; called before its keys are exchanged."""

@@ -18,6 +18,7 @@ from trainer.exchange.exchange import FieldVectors
 from trainer.exchange.sums import take_rows
 from trainer.models.fields import width_of
 from trainer.models.id_dropout import own_ids_of_ads
+from trainer.models.idproxy import IdProxy
 from trainer.models.layers import segment_max
 from trainer.schema import Field, Schema
 
@@ -65,13 +66,26 @@ def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) 
     """Make `NewAds`; None where no image is held out, or the model sees no picture of the ad, or the ad has no own ID.
     An ID crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank). Raises
     ConfigError where an ID table would hide all new ads."""
-    images = [field for field in fields if field.kind == "content" and field.side == "ad"]
-    of_context = {field.name for field in fields if field.context}
-    own_ids = [name for name in own_ids_of_ads(schema) if name not in of_context]
+    images, own_ids = _images_and_ids(schema, fields)
     if not (config.image_holdout and images and own_ids):
         return None
-    _check_tables([field.table_name for field in fields if field.name in own_ids], config)
-    return NewAds(images, own_ids, config)
+    _check_tables([field.table_name for field in own_ids], config)
+    return NewAds(images, [field.name for field in own_ids], config)
+
+
+def build_id_proxy(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> IdProxy | None:
+    """Make `IdProxy`; None where it is not asked for, or there is nothing for it, as for `build_new_ads`."""
+    images, own_ids = _images_and_ids(schema, fields)
+    return IdProxy(images, own_ids, config) if config.id_proxy and images and own_ids else None
+
+
+def _images_and_ids(schema: Schema, fields: Sequence[Field]) -> tuple[list[Field], list[Field]]:
+    """Return the ad's content fields, and its own ID fields."""
+    of_ads = own_ids_of_ads(schema)
+    return (
+        [field for field in fields if field.kind == "content" and field.side == "ad"],
+        [field for field in fields if field.name in of_ads and not field.context],
+    )
 
 
 def _check_tables(own_tables: Sequence[str], config: ModelConfig) -> None:

@@ -139,6 +139,8 @@ def _meaning(model: Mapping[str, Any]) -> set[str]:
         names.add("cross_structure")
     if model["base"] == "finalmlp":
         names.add("feature_gates")
+    if model["images"] in ("ad", "both"):
+        names.add("id_proxy")
     if model["images"] in ("behavior", "both") and model["base"] != "two_tower":
         names |= {"pooling", "similarity_top_k"}
         if model["base"] != "lr":

@@ -146,6 +146,4 @@ def trainers_logits(model: CtrModel, inputs: NetworkInputs) -> np.ndarray:
         dense[tiers_of(name)] = torch.from_numpy(similar.tiers_BT)
         places_N, lengths_B = torch.from_numpy(similar.nearest_N), torch.from_numpy(similar.lengths_B)
         vectors[nearest_of(name)] = chosen_values(vectors[name], places_N, lengths_B)
-    if model.new_ads is not None:
-        vectors = model.new_ads(vectors)
-    return model(vectors, dense, torch.from_numpy(inputs.group_of_sample_B)).numpy()
+    return model(model.with_pictures_of_ads(vectors), dense, torch.from_numpy(inputs.group_of_sample_B)).numpy()

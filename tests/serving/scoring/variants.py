@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gallery_max": {"schema": "max", "model__base": "dcn", "model__pooling": "transformer"},
     "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"},
     "new_ads": {"model__image_holdout": 0.3, "model__id_dropout": 0.3},
+    "id_proxy": {"model__id_proxy": "true", "model__id_dropout": 0.3},
     "images_none": {"model__images": "none"},
     "images_ad": {"model__images": "ad", "model__pooling": "sum"},
     "images_behavior": {"model__images": "behavior"},

@@ -127,9 +127,20 @@ def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     ids = [known * times * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image)]
     if r.scenario.words:
         ids.append(known * r.id_vector("item", pair_of(s)))
+    if r.config.id_proxy:
+        for place, name in enumerate(["ad_item", "ad_image_id", "ad_pair"][: 3 if r.scenario.words else 2]):
+            ids[place] = _proxy(r, s, name, new_ad) + ids[place]
     if r.scenario.numbers:
         ids.append(r.id_vector("ad_price_bucket", sum(s.ad_price[0] >= start for start in (-0.5, 0.0, 0.5))))
     return ids
+
+
+def _proxy(r: "Reference", s: Sample, field: str, new_ad: bool) -> Tensor:
+    """What the ad's visual vectors say about one of its own IDs."""
+    contents = ["image", *(["text"] if r.scenario.texts else [])]
+    net, visual = f"model.id_proxy.nets.{field}", torch.cat([_of_ad(r, s, each, new_ad) for each in contents])
+    hidden = torch.relu(r.dense[f"{net}.0.weight"] @ visual + r.dense[f"{net}.0.bias"])
+    return r.dense[f"{net}.2.weight"] @ hidden + r.dense[f"{net}.2.bias"]
 
 
 def _number(r: "Reference", *values: float) -> Tensor:

@@ -232,6 +232,11 @@ SCENARIOS = {
         standardized=True,
         deal="starve",
     ),
+    "id_proxy": Scenario({"images": "both", "id_proxy": True, "id_dropout": 0.4}, words=True, deal="starve"),
+    "id_proxy_new_ads_texts": Scenario(
+        {"id_proxy": True, "image_holdout": 0.4, "id_init_std": 1e-4}, texts=True, most_ranks=2
+    ),
+    "id_proxy_two_towers": Scenario({"base": "two_tower", "id_proxy": True, "id_dropout": 0.4}, most_ranks=2),
     "image_holdout_texts": Scenario({"image_holdout": 0.4, "id_init_std": 0.0}, texts=True, most_ranks=2),
     "image_holdout_two_towers": Scenario(
         {"base": "two_tower", "image_holdout": 0.4, "id_init_std": 1e-4}, most_ranks=2
