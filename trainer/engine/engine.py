@@ -168,7 +168,7 @@ class Engine:
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
         self._dense.zero_grad()
-        logit_B = self._outputs(prepared, self.model)
+        logit_B = self._outputs(prepared, self.model, {})
         label_B = self._on_device(batch.label_B, self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
         self._dense.note(loss, request.failures)
@@ -212,11 +212,13 @@ class Engine:
         return self.compute(prepared, self.model)
 
     @torch.no_grad()
-    def compute(self, prepared: PreparedBatch, network: NetworkPart) -> NDArray[np.float64]:
-        """Return what `network`, as a part of the model, makes of a batch, in float64. All ranks call it equally
-        often."""
+    def compute(
+        self, prepared: PreparedBatch, network: NetworkPart, given: Mapping[str, FieldVectors] | None = None
+    ) -> NDArray[np.float64]:
+        """Return what `network`, as a part of the model, makes of a batch, in float64; `given`: vectors of fields in
+        place of those that are looked up. All ranks call it equally often."""
         self._modules.eval()
-        values = self._outputs(prepared, network).double().cpu().numpy()
+        values = self._outputs(prepared, network, given or {}).double().cpu().numpy()
         failures = prepared.request.failures
         self._exchange.check(prepared.request, 0 if failures is None else int(failures))
         self._exchange.release(prepared.request)
@@ -299,7 +301,7 @@ class Engine:
         for table in self.tables.values():
             table.restart(epoch)
 
-    def _outputs(self, prepared: PreparedBatch, network: NetworkPart) -> Tensor:
+    def _outputs(self, prepared: PreparedBatch, network: NetworkPart, given: Mapping[str, FieldVectors]) -> Tensor:
         batch = prepared.batch
         dense = {
             field.name: self._on_device(batch.dense[field.name], self._dtype)
@@ -330,7 +332,7 @@ class Engine:
             if self._modules.training:
                 self.model.place.step, self.model.place.place_B = self.num_steps, batch.places
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
-            return network(self.model.with_pictures_of_ads(vectors), dense, group_of_sample_B)
+            return network(self.model.with_pictures_of_ads({**vectors, **given}), dense, group_of_sample_B)
 
     def _nearest(self, field: FieldVectors, similar: Similarity) -> FieldVectors:
         """Return for each sample, instead of each group, the behaviours nearest to its ad."""

@@ -1,6 +1,5 @@
 """A picture that somebody sends, in the place of an ad's: through the store's network and the run's E, kept nowhere."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
@@ -51,7 +50,6 @@ def check_kind(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
 def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Logits:
     """Predict the only ad of a row, (1,), its visual vectors made of this feature as the store keeps it."""
     import torch
-    from torch import Tensor
 
     from featurestore.lookup.embedding import as_tensor
     from trainer.engine.wiring import model_name
@@ -59,22 +57,13 @@ def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Log
 
     trained, looks = group.columns.opened.trained, group.columns.looks_of_ads
     engine, config = trained.engine, trained.config.model
+    zero_1, one_1 = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
     visual = {
-        field.name: engine.services[field.store_name].models[model_name(field, config)](as_tensor(feature_1K))
+        field.name: FieldVectors(
+            engine.services[field.store_name].models[model_name(field, config)](as_tensor(feature_1K)), zero_1, one_1
+        )
         for field in engine.fields
         if field.name in looks
     }
-
-    def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], group_of_sample_B: Tensor) -> Tensor:
-        ones_B = torch.ones_like(group_of_sample_B)
-        changed = dict(fields)
-        for name, visual_1V in visual.items():
-            changed[name] = FieldVectors(visual_1V, torch.zeros_like(group_of_sample_B), ones_B)
-        if (new_ads := engine.model.new_ads) is not None:  # others have been through it
-            through = new_ads(changed)
-            changed |= {name: through[name] for name in visual if name in new_ads.images}
-        logit_B: Tensor = engine.model(changed, dense, group_of_sample_B)
-        return logit_B
-
     prepared = engine.prepare(group.batch([row]), "eval")
-    return engine.compute(prepared, network)
+    return engine.compute(prepared, engine.model, visual)

@@ -68,7 +68,7 @@ def test_a_rank_without_samples() -> None:
 
 @pytest.mark.parametrize("values", [{"images": "none"}, {"images": "behavior"}, {"id_proxy": False}])
 def test_there_is_none_without_pictures_of_ads_or_unasked(values: dict[str, object]) -> None:
-    images = Field(name="behavior_image", side="user", kind="content")
+    images = Field(name="behavior_image", side="user", kind="content", width=3)
     schema = Schema(fields=(*SCHEMA.fields, images))
     assert build_model(schema, _config(pooling="mean", **values)).id_proxy is None
 

@@ -152,6 +152,7 @@ ONE_POOLING = {"model__pooling": "sum", "model__image_products": False}
         (ONE_POOLING, {**ONE_POOLING, "model__similarity_top_k": 2}, "model.similarity_top_k=0, this run"),
         ({**ONE_POOLING, "model__images": "ad"}, {**ONE_POOLING, "model__images": "behavior"}, "model.images=ad"),
         ({}, {"model__image_holdout": 0.1}, "model.image_holdout=0.0, this run has model.image_holdout=0.1"),
+        ({}, {"model__id_proxy": True}, "model.id_proxy=False, this run has model.id_proxy=True"),
         ({}, {"model__base": "dcn", "model__pooling": "sum"}, "model.base=mlp, model.pooling=attentive, this run has"),
         (
             {"model__pooling": "transformer", "model__transformer_heads": 4},

@@ -269,7 +269,7 @@ def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRun
         assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
 
 
-@pytest.mark.parametrize("kind", ["lr", "dcn_learned", "gallery_max", "new_ads", "images_ad"])
+@pytest.mark.parametrize("kind", ["lr", "dcn_learned", "gallery_max", "new_ads", "id_proxy", "images_ad"])
 def test_a_picture_that_is_sent_has_the_score_of_its_feature(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
