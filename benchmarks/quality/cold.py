@@ -1,13 +1,13 @@
-"""Items that training has never seen: what images bring there, and what features that say nothing take away."""
+"""Items that training has never or seldom seen: what images bring there, what features that say nothing take away."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet
-from benchmarks.quality.heldout import hold_out, make_noise
+from benchmarks.quality.heldout import hold_out, make_noise, make_rare
 from benchmarks.quality.runs import Spec, curve_of
 from benchmarks.report import Figure, Section
 from trainer.comm import SoloComm
@@ -15,52 +15,67 @@ from trainer.experiments.tables import seed_mean
 from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 
-SHARE, EPOCHS = 0.2, 2
+SHARE, EPOCHS, RARE = 0.2, 2, 10
+METRICS = {"cold": "new_ad_auc", "rare": "auc"}
+"""Of the items held out, and of those with 1 to RARE training impressions."""
 _DIGITS = 16
 
 
 def cold_section(bench: Bench) -> list[Section]:
-    """AUC of held-out items, with images, with features that are drawn, and with IDs alone; ours, Embedding&MLP."""
+    """AUC of items held out, with images, with features that are drawn, and with IDs alone; of seldom seen items, with
+    images and with IDs alone. Ours, Embedding&MLP.
+    """
     data = [each for each in bench.data if each.store]
-    task = bench.progress.add_task("held-out items", total=3 * len(data) * len(bench.seeds))
+    task = bench.progress.add_task("items held out", total=5 * len(data) * len(bench.seeds))
     figures: dict[str, Figure] = {}
     grid: dict[str, dict[str, Figure]] = {}
-    gains: dict[str, list[float]] = {"images": [], "noise": []}
+    gains: dict[str, list[float]] = {}
     for each in data:
-        aucs: dict[str, list[float]] = {}
-        for name, spec in specs(bench, each).items():
+        aucs: dict[tuple[str, str], list[float]] = {}
+        for (case, name), spec in specs(bench, each).items():
             for seed in bench.seeds:
-                bench.progress.update(task, description=f"{each.name}, held-out items, {name}")
+                bench.progress.update(task, description=f"{each.name}, {case} items, {name}")
                 last = curve_of(replace(spec, seed=seed), bench.folder)[-1]
-                aucs.setdefault(name, []).append(float(last["new_ad_auc"]))
+                aucs.setdefault((case, name), []).append(float(last[METRICS[case]]))
                 bench.progress.advance(task)
-        grid[each.name] = {name: seed_mean(values).mean for name, values in aucs.items()}
-        for name, found in gains.items():
-            gain = seed_mean([a - b for a, b in zip(aucs[name], aucs["ids"], strict=True)])
-            found.append(gain.mean)
-            figures[f"cold_auc_{name}_minus_ids_{each.name}"] = gain.mean
-            figures[f"cold_auc_{name}_minus_ids_{each.name}_half_width"] = gain.half_width
-    worst: dict[str, Figure] = {f"cold_auc_{name}_minus_ids": min(found, default=None) for name, found in gains.items()}
-    return [Section("held-out items: AUC with images minus IDs only", worst | figures, grid, "cold_auc_")]
+        for (case, name), found in aucs.items():
+            grid.setdefault(f"{case}_auc_{each.name}", {})[name] = seed_mean(found).mean
+            if name != "ids":
+                gain = seed_mean([a - b for a, b in zip(found, aucs[case, "ids"], strict=True)])
+                key = f"{case}_auc_{name}_minus_ids"
+                gains.setdefault(key, []).append(gain.mean)
+                figures |= {f"{key}_{each.name}": gain.mean, f"{key}_{each.name}_half_width": gain.half_width}
+    worst: dict[str, Figure] = {key: min(found) for key, found in gains.items()}
+    return [Section("items held out, or seldom seen: AUC with images minus IDs only", worst | figures, grid)]
 
 
-def specs(bench: Bench, data: DataSet) -> Mapping[str, Spec]:
-    """The runs of a data set by name; makes its held-out samples and its store of noise unless they are there."""
+def specs(bench: Bench, data: DataSet) -> Mapping[tuple[str, str], Spec]:
+    """The runs of a data set by case and name; makes their samples and the store of noise unless they are there."""
     index = open_index(SoloComm(), data.samples, "train", load_schema())  # other samples may have had this name
     folder = bench.folder / "heldout" / f"{data.name}-{index.layout_digest[:_DIGITS]}"
-    samples, noise = _made(Path(data.samples), folder)
-    held_out = replace(data, samples=str(samples))
-    spec = replace(bench.spec(held_out, "ours", "dnn", images=False), epochs=EPOCHS)
-    stores = {"ids": None, "images": data.store, "noise": str(noise)}
-    return {name: replace(spec, store=store) for name, store in stores.items()}
+    made = _made(Path(data.samples), folder)
+    spec = replace(bench.spec(data, "ours", "dnn", images=False), epochs=EPOCHS)
+    cold, rare = (replace(spec, samples=str(made[case])) for case in METRICS)
+    return {
+        ("cold", "ids"): cold,
+        ("cold", "images"): replace(cold, store=data.store),
+        ("cold", "noise"): replace(cold, store=str(made["noise"])),
+        ("rare", "ids"): rare,
+        ("rare", "images"): replace(rare, store=data.store),
+    }
 
 
-def _made(samples: Path, folder: Path) -> tuple[Path, Path]:
-    """Both are written under another name first: what is there is whole."""
-    if not folder.exists():
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        hold_out(samples, part / "samples", SHARE)
-        make_noise(samples, part / "noise")
-        part.rename(folder)
-    return folder / "samples", folder / "noise"
+def _made(samples: Path, folder: Path) -> Mapping[str, Path]:
+    """Each is written under another name first: what is there is whole."""
+    makers: Mapping[str, Callable[[Path], None]] = {
+        "cold": lambda out: hold_out(samples, out, SHARE),
+        "noise": lambda out: make_noise(samples, out),
+        "rare": lambda out: make_rare(samples, out, SHARE, RARE),
+    }
+    for name, make in makers.items():
+        if not (folder / name).exists():
+            part = folder / f"{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            make(part)
+            part.rename(folder / name)
+    return {name: folder / name for name in makers}

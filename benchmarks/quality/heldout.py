@@ -1,7 +1,7 @@
-"""Samples in which training has never seen a share of the items, and features that say nothing: images' hard case.
+"""Samples in which training has never or seldom seen a share of the items, and features that say nothing.
 
-The test split stays as it is: there the held-out items are shown, and stand in histories, as new items do in life. Of
-the metrics of a run, `new_ad_auc` is then theirs.
+Where items are held out the test split stays as it is: there they are shown, and stand in histories, as new items do in
+life. Of the metrics of a run, `new_ad_auc` is then theirs.
 """
 
 import shutil
@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import sampled
 
+Kept = NDArray[np.bool_]
 NOISE_DIM = 512
 _BEHAVIORS = ("behavior_item", "behavior_image", "behavior_category")
 _IMPRESSIONS = ("ad_item", "ad_image", "ad_category", "ad_scene", "label")
@@ -29,16 +31,30 @@ def hold_out(samples: Path, out: Path, share: float, seed: int = 0) -> None:
     """Writes `samples`, of the preset's schema, to `out` with `share` of all items, chosen by `seed`, not in train/;
     test/ is copied. Groups that lose all of their impressions are left out.
     """
-    (out / "train").mkdir(parents=True)
     shutil.copytree(samples / "test", out / "test")
-    for file in sorted((samples / "train").glob("*.parquet")):
-        source = pq.ParquetFile(file)
-        with pq.ParquetWriter(out / "train" / file.name, source.schema_arrow) as writer:
-            for number in range(source.num_row_groups):
-                table = _without(source.read_row_group(number), _BEHAVIORS, share, seed)
-                table = _without(table, _IMPRESSIONS, share, seed)
-                has_any: Any = pc.list_value_length(table["label"]).to_numpy() > 0
-                writer.write_table(table.filter(pa.array(has_any)))
+    for file in _files(samples, "train"):
+        is_known_N = ~sampled(_items(file, "ad_item"), share, seed)
+        _write(file, out / "train", is_known_N, ~sampled(_items(file, "behavior_item"), share, seed))
+
+
+def make_rare(samples: Path, out: Path, share: float, most: int, seed: int = 0) -> None:
+    """As `hold_out`, but of each item chosen 1 to `most` training impressions stay, drawn by `seed`; in test/ are
+    no other impressions than theirs.
+    """
+    random = np.random.default_rng(seed)
+    files = _files(samples, "train")
+    shown = [_items(file, "ad_item") for file in files]
+    item_N = np.concatenate(shown)
+    is_kept_N = ~sampled(item_N, share, seed)
+    rare = np.unique(item_N[~is_kept_N])
+    for item in rare:
+        is_kept_N[random.permutation(np.flatnonzero(item_N == item))[: random.integers(1, most + 1)]] = True
+    ends = np.cumsum([len(each) for each in shown])
+    for file, kept_N in zip(files, np.split(is_kept_N, ends[:-1]), strict=True):
+        _write(file, out / "train", kept_N, ~sampled(_items(file, "behavior_item"), share, seed))
+    for file in _files(samples, "test"):
+        seen_N = _items(file, "behavior_item")
+        _write(file, out / "test", np.isin(_items(file, "ad_item"), rare), np.ones(len(seen_N), bool))
 
 
 def make_noise(samples: Path, store: Path, seed: int = 0) -> None:
@@ -51,17 +67,41 @@ def make_noise(samples: Path, store: Path, seed: int = 0) -> None:
     made.put(FeatureRows.of([str(key) for key in keys], features, keys=keys))
 
 
-def _without(table: pa.Table, columns: Sequence[str], share: float, seed: int) -> pa.Table:
-    """The table without the held-out items in these lists, which lie side by side; the first one has the items."""
-    items: Any = table[columns[0]].combine_chunks()
-    is_kept_N = ~sampled(items.flatten().to_numpy(zero_copy_only=False), share, seed)
-    kept_before = np.r_[0, np.cumsum(is_kept_N)]
-    ends = np.cumsum(pc.list_value_length(items).to_numpy(zero_copy_only=False))
-    offsets = pa.array(kept_before[np.r_[0, ends]], pa.int32())
+def _files(samples: Path, split: str) -> list[Path]:
+    return sorted((samples / split).glob("*.parquet"))
+
+
+def _items(file: Path, column: str) -> NDArray[np.int64]:
+    """All values of a column of lists, one behind the other."""
+    lists: Any = pq.read_table(file, columns=[column])[column].combine_chunks()
+    found: NDArray[np.int64] = lists.flatten().to_numpy(zero_copy_only=False)
+    return found
+
+
+def _write(file: Path, folder: Path, shown_N: Kept, seen_N: Kept) -> None:
+    """Copies a file with these of its impressions and behaviours, by row group; drops groups without impressions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = pq.ParquetFile(file)
+    shown, seen = 0, 0
+    with pq.ParquetWriter(folder / file.name, source.schema_arrow) as writer:
+        for number in range(source.num_row_groups):
+            table = source.read_row_group(number)
+            table, shown = _with(table, _IMPRESSIONS, shown_N, shown)
+            table, seen = _with(table, _BEHAVIORS, seen_N, seen)
+            has_any: Any = pc.list_value_length(table["label"]).to_numpy() > 0
+            writer.write_table(table.filter(pa.array(has_any)))
+
+
+def _with(table: pa.Table, columns: Sequence[str], is_kept_N: Kept, first: int) -> tuple[pa.Table, int]:
+    """The table with the values kept in these lists, which lie side by side and begin at `first`; and their end."""
+    sizes: Any = pc.list_value_length(table[columns[0]].combine_chunks())
+    ends = np.cumsum(sizes.to_numpy(zero_copy_only=False))
+    own_N = is_kept_N[first : first + ends[-1]]
+    offsets = pa.array(np.r_[0, np.cumsum(own_N)][np.r_[0, ends]], pa.int32())
     for name in columns:
         kept: Any = table[name].combine_chunks()
         column = pa.ListArray.from_arrays(
-            offsets, kept.flatten().filter(pa.array(is_kept_N)), type=table.schema.field(name).type
+            offsets, kept.flatten().filter(pa.array(own_N)), type=table.schema.field(name).type
         )
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
-    return table
+    return table, first + int(ends[-1])

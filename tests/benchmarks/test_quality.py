@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from benchmarks.quality import cold, compare
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
-from benchmarks.quality.heldout import hold_out
+from benchmarks.quality.heldout import hold_out, make_rare
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
 from featurestore.format.rows import FeatureRows
@@ -30,6 +31,7 @@ from trainer.samples.batch import Jagged
 from trainer.schema import load_schema
 
 ITEMS, USERS = 30, 40
+AD_LISTS = ("ad_item", "ad_image", "ad_category", "ad_scene")
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
 needs_fuxictr = pytest.mark.skipif(not fuxictr_python().exists(), reason="FuxiCTR is not installed here")
 
@@ -221,6 +223,25 @@ def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> 
     assert gone & set(test["ad_item"].combine_chunks().flatten().to_pylist())
 
 
+def _values(folder: Path, column: str) -> list[int]:
+    return [value for row in pq.read_table(folder, columns=[column]).to_pylist() for value in row[column]]
+
+
+def test_rare_items_keep_a_few_impressions_and_are_alone_in_the_test(place: Path, tmp_path: Path) -> None:
+    make_rare(place / "samples", tmp_path / "out", 0.3, most=3)
+    rare = set(np.arange(ITEMS)[sampled(np.arange(ITEMS), 0.3, 0)].tolist())
+    kept, before = (Counter(_values(at / "train", "ad_item")) for at in (tmp_path / "out", place / "samples"))
+    assert set(kept) == set(before) and len({kept[item] for item in rare}) > 1
+    assert all(1 <= kept[item] <= 3 if item in rare else kept[item] == before[item] for item in before)
+    assert set(_values(tmp_path / "out/train", "behavior_item")) & rare == set()
+    expected = [
+        ({**row, **{name: [row[name][n] for n in chosen] for name in (*AD_LISTS, "label")}})
+        for row in pq.read_table(place / "samples/test").to_pylist()
+        if (chosen := [n for n, item in enumerate(row["ad_item"]) if item in rare])
+    ]
+    assert pq.read_table(tmp_path / "out/test").to_pylist() == expected
+
+
 @pytest.mark.slow
 def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
     arguments = ["--data", f"small={place}/samples:{place}/features", "--only", "cold", "--seeds", "2"]
@@ -232,7 +253,10 @@ def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
         assert found[f"cold_auc_{name}_minus_ids"] == pytest.approx(
             found[f"cold_auc_small_{name}"] - found["cold_auc_small_ids"]
         )
-    assert len(list((tmp_path / "kept/figures").iterdir())) == 6
+    assert found["rare_auc_images_minus_ids"] == pytest.approx(
+        found["rare_auc_small_images"] - found["rare_auc_small_ids"]
+    )
+    assert len(list((tmp_path / "kept/figures").iterdir())) == 10
 
 
 def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path: Path) -> None:
@@ -241,7 +265,7 @@ def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path:
     next(iter(sorted((shorter / "train").iterdir()))).unlink()
     bench = Bench([], tmp_path / "kept", ["dnn"], range(1), 1, False, Progress())
     made = [
-        cold.specs(bench, DataSet("small", str(samples), None, 64))["ids"].samples
+        cold.specs(bench, DataSet("small", str(samples), None, 64))["cold", "ids"].samples
         for samples in (place / "samples", shorter, place / "samples")
     ]
     assert made[0] == made[2] != made[1]
