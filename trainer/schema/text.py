@@ -11,7 +11,7 @@ SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 """Beside samples, for trainer.main --config SAMPLES/settings.yaml."""
 
 SMALLEST_TABLE = 256
-ROWS_PER_ID = 4  # at least: IDs are hashed to rows, and of n IDs in 4 n rows a fifth share theirs with another
+ROWS_PER_ID = 4  # at least: IDs are hashed to rows, and of n IDs in 4 n rows 22 % share theirs with another
 _ENDLESS = 1 << 30  # a field stays on its line
 
 

@@ -11,6 +11,7 @@ from trainer.ids.figures import gather_figures
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.tables import TableShape, build_tables
 from trainer.schema.distinct import DistinctCount
+from trainer.schema.text import table_rows
 
 READER = RowOptimizer(OptimConfig())
 IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)
@@ -76,6 +77,15 @@ def test_no_warning_where_few_ids_meet() -> None:
     assert collisions_of(shape_of(1_000_000), DistinctCount().with_values(IDS)).warning("item") is None
     none = collisions_of(shape_of(10), DistinctCount())
     assert (none.ids, none.share, none.warning("item")) == (0, None, None)
+
+
+@pytest.mark.parametrize("num_ids", [4095, 65_536])
+def test_no_warning_at_the_rows_that_we_suggest(num_ids: int) -> None:
+    """At the numbers of ids that get four rows each and no more."""
+    rows = table_rows(num_ids)
+    found = collisions_of(shape_of(rows), DistinctCount().with_values(IDS[:num_ids]))
+    assert rows / num_ids == pytest.approx(4, abs=0.01) and found.share == pytest.approx(0.22, abs=0.02)
+    assert found.warning("item") is None
 
 
 @pytest.mark.parametrize("num_ids", [3000, 100_000])
