@@ -19,6 +19,7 @@ from trainer.evaluation.measure import Figures, Measured, SlicedBy
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.tables import rows_of, show
 from trainer.ids.collisions import Collisions
+from trainer.ids.figures import ExactFigures
 from trainer.loop import summary
 
 LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90
@@ -36,13 +37,16 @@ def show_run(unique_ratio_by_field: dict[str, float]) -> None:
     figures |= {"samples_per_s": 1234567.8, "bytes_sent_per_step": 98765432, "bytes_by_collective_per_step": {}}
     figures |= {"name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040, "metrics": {"gauc": 0.654321}}
     figures |= {"missing_lookups": 7, "missing_by_store": {}, "seconds": {"wait": 12.5}, "stages": stages}
-    figures["tables"] = {"item": Collisions(123456, 7654321, 120000, 0.5678, False).as_report()}
+    exact = ExactFigures(1255, True, 1221, 9876543, served=5000, cold=720, refused=0, evicted=0, expired=0)
+    hashed = Collisions(123456, 7654321, 120000, 0.5678, False)
+    figures["tables"] = {"item": hashed.as_report(), "user": exact.as_report()}
     summary.show(text_console(), {**figures, "unique_ratio_by_field": unique_ratio_by_field})
 
 
 def of_training(_: Path) -> list[str]:
     show_run({"ad_image": 0.456789})
-    return ["1,234,568", "98,765,432", "0.6543", "123456.7", "0.4568", "25%", "about 123,456", "56.8%", LONG]
+    shown = ["1,234,568", "98,765,432", "0.6543", "123456.7", "0.4568", "25%", "about 123,456", "56.8%", LONG]
+    return [*shown, "14.4%", "lookups", "cold"]  # the last three of the exact table
 
 
 def of_evaluation(folder: Path) -> list[str]:

@@ -320,7 +320,8 @@ def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, row in tables.items():
         about = "" if row["is_exact"] else "about "
         rows = f"{row['rows']:,}" + (f" of {row['max_rows']:,}" if row["kind"] == "exact" else "")
-        share = "-" if row["share"] is None else f"{row['share']:.1%}"
+        of_lookups = " of lookups got the cold row" if row["kind"] == "exact" else ""
+        share = "-" if row["share"] is None else f"{row['share']:.1%}{of_lookups}"
         shown.add_row(name, f"{about}{row['ids']:,}", rows, share)
     return shown
 
