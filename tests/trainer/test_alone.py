@@ -16,7 +16,7 @@ from featurestore.errors import MissingKeysError
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
-from tests.trainer.whole_runs import SHARED, Places, assert_same, report_of, run_alone
+from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
@@ -64,6 +64,10 @@ class TestAlone:
         items = report["tables"]["item"]
         assert items["is_exact"] and len(met) <= items["ids"] < 4096
         assert items["used_rows"] <= items["ids"] <= items["used_rows"] * (1 + items["share"])
+        curves = drawn_scalars(alone / "tensorboard")
+        for name in ("user", "item", "image"):
+            step, share = curves[f"tables/{name}/collisions"][-1]
+            assert (step, share) == (30, pytest.approx(report["tables"][name]["share"], rel=1e-6))
 
     def test_files(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone", "train__max_steps": 30, **SHARED}

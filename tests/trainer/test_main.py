@@ -70,7 +70,11 @@ class TestCommandLine:
         result = CliRunner().invoke(app, ["--set", *places.settings(run__name="cli", train__max_steps=1)])
         assert result.exit_code == 0, result.output
         assert "step 1/1" in result.stdout
-        assert report_of(places.folder / "runs" / "cli")["steps"] == 1
+        report = report_of(places.folder / "runs" / "cli")
+        assert report["steps"] == 1
+        items = report["tables"]["item"]  # 40 at most, in 64 rows
+        warning = f"warning: table item: {items['share']:.0%} of {items['ids']} different ids share one of its 64 rows "
+        assert items["share"] > 0.25 and " ".join(result.stdout.split()).count(warning) == 1
 
     def test_help_has_examples_and_loads_no_torch(self) -> None:
         code = "import sys, trainer.main; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"

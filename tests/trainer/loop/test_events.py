@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands.calls import call
+from tests.trainer.whole_runs import drawn_scalars
 from trainer.loop.events import EventsFile
 from trainer.loop.progress import TENSORBOARD, ProgressLog
 
@@ -27,17 +27,11 @@ def _full_from(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def _drawn(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a folder."""
-    found = EventAccumulator(str(folder)).Reload()
-    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
-
-
 def test_figures_are_those_that_tensorboard_shows(tmp_path: Path) -> None:
     file = EventsFile(tmp_path / "made", 1)
     assert file.add(1, {"train/loss": 0.5, "images/owner skew": 2}) is None
     assert file.add(2, {"train/loss": 0.25}) is None
-    assert _drawn(tmp_path / "made") == {"train/loss": [(1, 0.5), (2, 0.25)], "images/owner skew": [(1, 2.0)]}
+    assert drawn_scalars(tmp_path / "made") == {"train/loss": [(1, 0.5), (2, 0.25)], "images/owner skew": [(1, 2.0)]}
 
 
 def test_a_run_that_is_continued_hides_what_an_earlier_start_wrote_after_its_checkpoint(tmp_path: Path) -> None:
@@ -47,7 +41,7 @@ def test_a_run_that_is_continued_hides_what_an_earlier_start_wrote_after_its_che
     later = EventsFile(tmp_path, 2)
     later._path = later._path.with_name(f"{earlier._path.name}1")
     later.add(2, {"loss": 20})
-    assert _drawn(tmp_path) == {"loss": [(1, 1.0), (2, 20.0)]}
+    assert drawn_scalars(tmp_path) == {"loss": [(1, 1.0), (2, 20.0)]}
 
 
 def test_what_a_full_disk_cuts_is_counted_and_what_comes_after_it_is_read(tmp_path: Path) -> None:
@@ -58,7 +52,7 @@ def test_what_a_full_disk_cuts_is_counted_and_what_comes_after_it_is_read(tmp_pa
         failure = file.add(2, {"loss": 2.0, "auc": 0.5})
         assert isinstance(failure, OSError) and "File too large" in str(failure) and file.lost == 2
     assert file.add(3, {"loss": 3.0}) is None and file.lost == 2
-    assert _drawn(tmp_path) == {"loss": [(1, 1.0), (3, 3.0)]}
+    assert drawn_scalars(tmp_path) == {"loss": [(1, 1.0), (3, 3.0)]}
 
 
 def test_one_warning_for_all_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
