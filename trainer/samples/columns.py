@@ -108,9 +108,11 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
     for column, rule, owner in wanted:
         found = rules.setdefault(column, rule)
         if found != rule:
+            only_fill = found == replace(rule, may_miss=found.may_miss)
+            way_out = "give both fields a fill, or neither (weights have none)" if only_fill else "change one of them"
             raise SchemaError(
                 f"column {column}: {owner} reads it as {rule} of side {rule.side}, but {owners[column]} "
-                f"as {found} of side {found.side}; change one of them in the schema"
+                f"as {found} of side {found.side}; {way_out} in the schema"
             )
         owners.setdefault(column, owner)
         lengths_of = tuple(dict.fromkeys((*found.lengths_of, *rule.lengths_of)))
@@ -295,9 +297,7 @@ def _fits(found: pa.DataType, rule: Rule) -> bool:
     if kind is None:
         return False
     integer = pa.types.is_integer(kind) and kind != pa.uint64()
-    return (
-        integer or (rule.number == "real" and pa.types.is_floating(kind)) or (rule.text is not None and is_text(kind))
-    )
+    return integer or (rule.is_real and pa.types.is_floating(kind)) or (rule.text is not None and is_text(kind))
 
 
 def _element(found: pa.DataType, depth: int) -> pa.DataType | None:

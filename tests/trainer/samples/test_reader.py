@@ -282,8 +282,20 @@ def test_days_are_found_in_either_split(tmp_path: Path, write_samples: Write) ->
 
 def test_one_column_read_two_ways_is_refused() -> None:
     clash = Schema(fields=(*SCHEMA.fields, Field(name="items", side="user", kind="id", column="ad_item")))
-    with pytest.raises(SchemaError, match="column ad_item: field items reads it as integer of side user"):
+    message = r"column ad_item: field items reads it as integer of side user, .*; change one of them in the schema"
+    with pytest.raises(SchemaError, match=message):
         rules_of(clash)
+
+
+def test_fields_of_one_column_of_numbers_have_all_a_fill_or_none() -> None:
+    buckets = Field(name="bucket", side="ad", kind="id", column="price", buckets=8)
+    scaled = Field(name="price", side="ad", kind="dense", transform="log_standardize")
+    filled = (buckets.model_copy(update={"fill": "bucket"}), scaled.model_copy(update={"fill": "mean"}))
+    for fields in ((buckets, scaled), filled):
+        assert rules_of(Schema(fields=(*SCHEMA.fields, *fields)))["price"].may_miss == (fields is filled)
+    for fields in ((buckets, filled[1]), (filled[0], scaled)):
+        with pytest.raises(SchemaError, match=r"column price: .*list<real or null> .*; give both fields a fill, or"):
+            rules_of(Schema(fields=(*SCHEMA.fields, *fields)))
 
 
 def test_known_ads(samples: tuple[Path, list[pa.Table]]) -> None:

@@ -23,6 +23,7 @@ from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.known_statistics import FILE, write_statistics
 from trainer.runs.saved import open_trained
+from trainer.samples.columns import rules_of
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 from trainer.schema.text import schema_text
@@ -193,3 +194,5 @@ def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
         "ad_rate": (None, "mean"),
     }
     assert fields["ad_item"].weights is None
+    bucket = Field(name="bucket", side="ad", kind="id", column="ad_price", buckets=16, fill="bucket")  # docs/INPUTS.md
+    assert rules_of(Schema(fields=(*fields.values(), bucket)))["ad_price"].may_miss
