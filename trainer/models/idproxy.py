@@ -2,8 +2,8 @@
 
 A new ad has a picture and no trained ID, so its ID vectors are near zero, where the networks hardly ever see them in
 training. Here the vector of each of its own IDs is p(v) + row: p a small net of the ad's visual vectors v, learned from
-clicks with all else, as in IDProxy (arXiv 2603.01590). The row learns what the picture does not say of this ad; an
-ad without a row has p(v) alone.
+clicks with all else, as in IDProxy (arXiv 2603.01590). The row learns what the picture does not say of this ad; a new
+ad has p(v) and a row near zero, or in an exact table the trained row that ids without their own share.
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,7 +22,8 @@ class PlainIds:
         self.times = Counter[int]()
         self.used = [0] * shape.num_shards
         self.last_step: dict[int, int] = {}
-        self.num_steps = self.evicted = 0
+        self.last_day: dict[int, int] = {}
+        self.num_steps = self.day = self.day_of_halving = self.evicted = self.expired = 0
 
     def place(self, each: int) -> int:
         """Its own, or that of its shard's cold row."""
@@ -37,8 +38,9 @@ class PlainIds:
         has room; before, rows longest unused make room in the shards that lack some."""
         ids = sorted(set(ids))
         self.num_steps += 1
-        self.times.update(ids)
+        self.times.update(e for e in ids if e not in self.place_of)
         self.last_step |= dict.fromkeys(ids, self.num_steps)
+        self.last_day |= dict.fromkeys(ids, self.day)
         new = [e for e in ids if e not in self.place_of and self.times[e] >= self.shape.rules.admit_after]
         if self.shape.rules.when_full == "evict":
             for shard, count in Counter(map(self.shard, new)).items():
@@ -51,9 +53,20 @@ class PlainIds:
             self.place_of[each] = shard * self.shape.rows_per_shard + self.used[shard]
             rows.weight.detach()[self.place_of[each]] = self.first(each, 0).to(rows.weight.dtype)
 
+    def begin_day(self, day: int, rows: PlainRows) -> None:
+        """Rows last used more than `expire_days` before go; as often, counts of ids without a row are halved."""
+        self.day, days = day, self.shape.rules.expire_days
+        if days is None:
+            return
+        for shard in range(self.shape.num_shards):
+            gone = [each for each in self.place_of if self.shard(each) == shard and self.last_day[each] < day - days]
+            self.expired += len(gone)
+            self.let_go(shard, gone, rows)
+        if day - self.day_of_halving >= days:
+            self.day_of_halving, self.times = day, Counter({each: n // 2 for each, n in self.times.items()})
+
     def make_room(self, shard: int, count: int, rows: PlainRows) -> None:
-        """For so many: at least a sixteenth of the rows goes at once, none that this step uses; the last rows take the
-        places of those that go."""
+        """For so many: at least a sixteenth of the rows goes at once, none that this step uses."""
         room = self.shape.rows_per_shard - 1
         lacking = self.used[shard] + count - room
         if lacking <= 0:
@@ -61,8 +74,12 @@ class PlainIds:
         mine = [each for each in self.place_of if self.shard(each) == shard]
         unused = sorted((self.last_step[each], each) for each in mine if self.last_step[each] < self.num_steps)
         gone = [each for _, each in unused[: max(lacking, -(-room // 16))]]
-        holes = sorted(self.place_of.pop(each) for each in gone)
         self.evicted += len(gone)
+        self.let_go(shard, gone, rows)
+
+    def let_go(self, shard: int, gone: list[int], rows: PlainRows) -> None:
+        """These ids of a shard have no row any more; the last rows take the places of those that go."""
+        holes = sorted(self.place_of.pop(each) for each in gone)
         self.used[shard] -= len(gone)
         end = shard * self.shape.rows_per_shard + self.used[shard]
         moving = sorted((place, each) for each, place in self.place_of.items() if self.shard(each) == shard)

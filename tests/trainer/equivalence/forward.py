@@ -113,12 +113,25 @@ def _user(r: "Reference", s: Sample, summed: bool) -> list[Tensor]:
 
 
 def _age(r: "Reference", s: Sample) -> Tensor:
-    return _number(r, (float(np.float32(s.age)) - 0.4) / 0.3 if r.scenario.numbers else s.age)
+    if not r.scenario.numbers:
+        return _number(r, s.age)
+    mean, std = r.learned["income"]
+    income = 0.0 if math.isnan(s.income) else (math.log1p(np.float32(s.income)) - mean) / std
+    return _number(r, (float(np.float32(s.age)) - 0.4) / 0.3, income)
 
 
 def _price(r: "Reference", s: Sample) -> Tensor:
     values = [float(np.float32(each)) for each in s.ad_price]
-    return _number(r, *(math.copysign(math.log1p(abs(x)), x) if r.scenario.numbers else x for x in values))
+    if not r.scenario.numbers:
+        return _number(r, *values)
+    mean, std = r.learned["ad_rate"]
+    rate = (filled(s.ad_rate) - mean) / std
+    return _number(r, *(math.copysign(math.log1p(abs(x)), x) for x in values), rate)
+
+
+def filled(rate: float) -> float:
+    """An ad's rate; one half if it is missing."""
+    return 0.5 if math.isnan(rate) else float(np.float32(rate))
 
 
 def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:

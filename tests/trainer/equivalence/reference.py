@@ -9,7 +9,9 @@ and what the codes of an int8 store stand for), the place of an id's row, and th
 
 import functools
 import io
+import math
 import os
+import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from exact import PlainIds, ids_in
-from forward import logit
+from forward import filled, logit
 from rows import PlainRows, step_share
 from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Scenario
 from torch import Tensor
@@ -68,6 +70,7 @@ class Reference:
             name: {key: value.to(self.dtype) for key, value in values.items()}
             for name, values in {"images": images, "texts": all_texts}.items()
         }
+        self.learned = mean_and_std(scenario) if scenario.numbers else {}
         self.places: dict[tuple[str, int], int] = {}
         self.touched: dict[str, dict[int, Tensor]] = {}
         self.running: dict[str, Tensor] = {}
@@ -241,6 +244,8 @@ class Reference:
             for name, rows in self.rows.items():
                 rows.restart(self.first_rows(name, 1))
         for name, exact in self.exact.items():
+            if self.scenario.steps_of_day and number % self.scenario.steps_of_day == 0:
+                exact.begin_day(number // self.scenario.steps_of_day, self.rows[name])
             exact.admit(ids_in(samples, name), self.rows[name])
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)
@@ -288,6 +293,14 @@ class Reference:
         return state
 
 
+def mean_and_std(scenario: Scenario) -> dict[str, tuple[float, float]]:
+    """Of the logarithm of incomes, once a session, missing ones left out; and of rates, missing ones filled."""
+    samples = [sample for batch in steps(scenario) for sample in batch]
+    known = {s.session: math.log1p(np.float32(s.income)) for s in samples if not math.isnan(s.income)}
+    numbers = {"income": list(known.values()), "ad_rate": [filled(s.ad_rate) for s in samples]}
+    return {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in numbers.items()}
+
+
 @functools.cache
 def known_of(initial: Path) -> dict[str, dict[str, Any]]:
     """What worker.py wrote, read once in each process."""
@@ -305,6 +318,7 @@ def outcome_of(initial: Path, run: str) -> bytes:
         "gradients": outcomes[0][1],
         "trained": model.trained(),
         "evicted": {table: exact.evicted for table, exact in model.exact.items()},
+        "expired": {table: exact.expired for table, exact in model.exact.items()},
     }
     file = io.BytesIO()
     torch.save(result, file)

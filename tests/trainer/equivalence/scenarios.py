@@ -1,9 +1,10 @@
 """Small worlds on which a run of P ranks has to equal one process: fields and settings. Their data is in worlds.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
+from trainer.samples.statistics import fill_in
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, SEED = 16, 8, 7
@@ -35,6 +36,13 @@ BUCKETS = (
     Field(name="ad_price_bucket", side="ad", kind="id", boundaries=(-0.5, 0.0, 0.5), column="ad_price"),
 )
 
+# Numbers of which some are missing, scaled by what the ranks together learn from the samples.
+LEARNED = (
+    Field(name="income", side="user", kind="dense", transform="log_standardize", fill="mean"),
+    Field(name="ad_rate", side="ad", kind="dense", transform="standardize", fill=0.5),
+)
+SCHEMA_OF_LEARNED = Schema(fields=(Field(name="ad_item", side="ad", kind="id", table="item"), *LEARNED))
+
 TRANSFORMER: dict[str, object] = {"pooling": "transformer", "transformer_length": 4, "transformer_width": 6}
 
 
@@ -64,7 +72,8 @@ class Scenario:
     """`deal`: how samples are dealt to ranks: "even" slices, in "streams" that lie scattered over the batch, or, to
     "starve" the others, in turn all to the last or to the first rank.
     `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `restart_at`: the
-    step before which all ID rows begin anew. `most_ranks`: it is not run on more, to save time."""
+    step before which all ID rows begin anew. `steps_of_day`: after so many steps there is another day. `statistics`:
+    what ranks found out about the numbers of `LEARNED`. `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
@@ -77,11 +86,13 @@ class Scenario:
     id_l2: float = 0.0
     optimizers: dict[str, object] = field(default_factory=dict)
     restart_at: int | None = None
+    steps_of_day: int | None = None
     texts: bool = False
     words: bool = False
     gallery: Literal["mean", "max"] | None = None
     weighted: bool = False
     numbers: bool = False
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
     most_ranks: int = 8
     dtypes: tuple[str, ...] = ("float64",)
     tables: dict[str, int | ExactTableConfig] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
@@ -102,8 +113,8 @@ class Scenario:
         weights = {"behavior_item": "item_weight", "ad_item": "ad_weight"} if self.weighted else {}
         fields = [field.model_copy(update={"weights": weights.get(field.name)}) for field in schema.fields]
         if self.numbers:
-            fields = [*(field.model_copy(update=SCALES.get(field.name)) for field in fields), *BUCKETS]
-        return schema.model_copy(update={"fields": tuple(fields)})
+            fields = [*(field.model_copy(update=SCALES.get(field.name)) for field in fields), *BUCKETS, *LEARNED]
+        return fill_in(schema.model_copy(update={"fields": tuple(fields)}), self.statistics)
 
     @property
     def steps(self) -> int:
@@ -126,9 +137,13 @@ class Scenario:
         )
 
 
-def exact(max_rows: int, admit_after: int, when_full: Literal["evict", "refuse"] = "evict") -> ExactTableConfig:
+def exact(
+    max_rows: int, admit_after: int, when_full: Literal["evict", "refuse"] = "evict", expire_days: int | None = None
+) -> ExactTableConfig:
     """Settings of a table with a row for each id."""
-    return ExactTableConfig(kind="exact", max_rows=max_rows, admit_after=admit_after, when_full=when_full)
+    return ExactTableConfig(
+        kind="exact", max_rows=max_rows, admit_after=admit_after, when_full=when_full, expire_days=expire_days
+    )
 
 
 SCENARIOS = {
@@ -191,9 +206,13 @@ SCENARIOS = {
         deal="starve",
         restart_at=6,
     ),
-    # A row for each id that has come three times; the others share the cold row of their shard.
+    # A row for each user, and for items that have come three times; the others share the cold row of their shard. Rows
+    # that a whole day, of two steps, has not used are gone after it, and counts are halved.
     "exact": Scenario(
-        {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 40, "item": exact(96, 3), "image": 200}
+        {"images": "both", "id_dropout": 0.4},
+        id_l2=0.3,
+        tables={"user": exact(64, 1, expire_days=1), "item": exact(96, 3, expire_days=1), "image": 200},
+        steps_of_day=2,
     ),
     # Shards of two rows that are soon full, and ids of images that hardly ever come twice.
     "exact_rank_without_data": Scenario(
@@ -236,7 +255,12 @@ SCENARIOS = {
     "id_proxy_new_ads_texts": Scenario(
         {"id_proxy": True, "image_holdout": 0.4, "id_init_std": 1e-4}, texts=True, most_ranks=2
     ),
-    "id_proxy_two_towers": Scenario({"base": "two_tower", "id_proxy": True, "id_dropout": 0.4}, most_ranks=2),
+    # Ads without a row of their own: p(v) is added to the cold row of their shard, which they train together.
+    "exact_id_proxy_two_towers": Scenario(
+        {"base": "two_tower", "id_proxy": True, "id_dropout": 0.4},
+        tables={"user": 40, "item": exact(96, 3), "image": 200},
+        most_ranks=2,
+    ),
     "image_holdout_texts": Scenario({"image_holdout": 0.4, "id_init_std": 0.0}, texts=True, most_ranks=2),
     "image_holdout_two_towers": Scenario(
         {"base": "two_tower", "image_holdout": 0.4, "id_init_std": 1e-4}, most_ranks=2

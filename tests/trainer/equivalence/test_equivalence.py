@@ -77,7 +77,7 @@ MODEL_RUNS = [
     "ftrl/float64",
     "image_holdout_texts/float64",
     "id_proxy_new_ads_texts/float64",
-    "id_proxy_two_towers/float64",
+    "exact_id_proxy_two_towers/float64",
     "image_holdout_two_towers/float64",
     "concat/float64",
     "max/float64",
@@ -211,6 +211,13 @@ class Equivalence:
         names = [name for name in alone if name.endswith(OF_FILTERS)]
         assert all(torch.equal(mine[name], alone[name]) for name in names)
         assert bool(names) == run.startswith("exact")
+
+    def test_rows_expire_as_in_the_reference(
+        self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
+    ) -> None:
+        found, expected = (each[run]["expired"] for each in (results_of(num_ranks), reference))
+        assert found == expected
+        assert (min(found.values(), default=0) >= 2) == (run == "exact/float64"), found
 
     def test_two_collectives_forward_and_one_backward(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results]

@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SEED, Scenario, has_other_ways, runs_of
+from scenarios import OPTIM, SCENARIOS, SCHEMA_OF_LEARNED, SEED, Scenario, has_other_ways, runs_of
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
@@ -26,6 +27,8 @@ from trainer.engine.engine import Engine
 from trainer.errors import DataError
 from trainer.samples.batch import Batch
 from trainer.samples.prefetch import prepare_ahead
+from trainer.samples.reader import open_index
+from trainer.samples.statistics import measure
 from trainer.stages import Stages
 
 
@@ -81,6 +84,9 @@ def run(
     held: bool = False,
 ) -> dict[str, object]:
     """All steps; each one is prepared in a thread beside the one before, as in a real run."""
+    if scenario.numbers:
+        index = open_index(comm, f"{store.url}-samples", "train", SCHEMA_OF_LEARNED)
+        scenario = replace(scenario, statistics=measure(comm, index, SCHEMA_OF_LEARNED))
     engine = engine_of(comm, store, scenario, dtype, exchange, device, held=held)
     initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
     batches = []
@@ -89,22 +95,22 @@ def run(
         batches.append(
             batch_of_file(mine, samples, scenario.schema) if scenario.words else batch_of(mine, samples, scenario)
         )
-    losses, gradients, coming = [], {}, iter(batches)
+    losses, gradients, coming, steps_of_day = [], {}, iter(batches), scenario.steps_of_day or len(batches)
     CALLS.clear()
-    with contextlib.closing(prepare_ahead(len(batches), lambda: engine.prepare(next(coming)))) as prepared:
-        for number, result in enumerate(prepared):
-            if number == scenario.restart_at:
-                engine.restart_rows(1)
-            losses.append(engine.train_step(result()).loss)
-            if number == 0:
-                gradients = first_gradients(comm, engine)
+    for first in range(0, len(batches), steps_of_day):
+        if scenario.steps_of_day:
+            engine.begin_day(date(2026, 1, 1 + first // steps_of_day))
+        with contextlib.closing(prepare_ahead(steps_of_day, lambda: engine.prepare(next(coming)))) as prepared:
+            for number, result in enumerate(prepared, first):
+                if number == scenario.restart_at:
+                    engine.restart_rows(1)
+                losses.append(engine.train_step(result()).loss)
+                if number == 0:
+                    gradients = first_gradients(comm, engine)
     calls = {name: count for name, count in Counter(CALLS).items() if name.startswith("step.")}
     trained = dict(engine.dense_state())
     for shards in comm.allgather_object(engine.shard_state()):
         trained |= shards
-    evicted = Counter[str]()
-    for each in comm.allgather_object({name: table.tally().get("evicted") for name, table in engine.tables.items()}):
-        evicted.update({name: count for name, count in each.items() if count is not None})
     return {
         "initial": initial,
         "mean_and_std": {name: mean_and_std(each) for name, each in stores_of(store, scenario).items()},
@@ -113,8 +119,18 @@ def run(
         "calls": calls,
         "gradients": gradients,
         "trained": trained,
-        "evicted": dict(evicted),
+        "evicted": tallied(comm, engine, "evicted"),
+        "expired": tallied(comm, engine, "expired"),
     }
+
+
+def tallied(comm: Comm, engine: Engine, what: str) -> dict[str, int]:
+    """A count of all ranks, by exact table."""
+    own = {name: table.tally() for name, table in engine.tables.items()}
+    counts = Counter[str]()
+    for each in comm.allgather_object({name: tally[what] for name, tally in own.items() if what in tally}):
+        counts.update(each)
+    return dict(counts)
 
 
 def mean_and_std(store: FeatureStore) -> list[torch.Tensor]:

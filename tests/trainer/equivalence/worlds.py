@@ -1,12 +1,15 @@
 """The data of the scenarios: feature stores, samples, who gets which of them, and batches."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 from scenarios import DIM, NUM_SHARDS, SEED, TEXT_DIM, Scenario
 
@@ -56,6 +59,16 @@ class Sample:
         return tuple((item + 15) ** 3.4 / 3 + place for place, item in enumerate(self.behavior_item))
 
     @property
+    def income(self) -> float:
+        """Of the user, one for each session; every fourth is missing."""
+        return 30 * 1.7 ** (self.session % 9) if self.session % 4 else math.nan
+
+    @property
+    def ad_rate(self) -> float:
+        """Of the ad, missing for a fifth of the items."""
+        return 3 * self.ad_price[1] + 7 if self.ad_item % 5 else math.nan
+
+    @property
     def ad_weight(self) -> float:
         """Of the ad's item."""
         return 0.25 + self.ad_item % 3
@@ -82,11 +95,23 @@ def keys_in_one_shard() -> list[int]:
 
 
 def make_store(path: Path) -> None:
-    """A store of `features`, and beside it one of their codes, one of their components, and one of `texts`."""
+    """A store of `features`, and beside it one of their codes, one of their components, one of `texts`, and samples."""
     images = _make(str(path), "images", features())
     recode(images, f"{path}-int8", "int8")
     reduce(images, f"{path}-compact", 6, "int8")
     _make(f"{path}-texts", "texts", texts())
+    _write_samples(Path(f"{path}-samples"))
+
+
+def _write_samples(folder: Path) -> None:
+    """The columns of `SCHEMA_OF_LEARNED`, of all steps of scenarios with numbers, in row groups of three sessions."""
+    samples = [sample for batch in steps(Scenario({}, numbers=True)) for sample in batch]
+    groups = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.session)]
+    columns: dict[str, list[Any]] = {name: [getattr(group[0], name) for group in groups] for name in ("user", "income")}
+    for name in ("label", "ad_item", "ad_rate"):
+        columns[name] = [[getattr(sample, name) for sample in group] for group in groups]
+    (folder / "train").mkdir(parents=True)
+    pq.write_table(pa.table(columns), folder / "train/samples.parquet", row_group_size=3)
 
 
 def _make(url: str, name: str, table: dict[int, np.ndarray]) -> FeatureStore:
@@ -167,7 +192,7 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
     sessions = list(dict.fromkeys(s.session for s in samples))
     groups = [next(s for s in samples if s.session == session) for session in sessions]
     age, price = np.array([g.age for g in groups], np.float32), np.array([s.ad_price for s in samples], np.float32)
-    buckets = {}
+    buckets, learned = {}, {}
     if scenario is not None and scenario.numbers:
         known = {field.name: field for field in scenario.schema.fields}
         ages = np.array([age for g in groups for age in g.behavior_age], np.float32)
@@ -179,6 +204,8 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
             bucket_ids(known["ad_price_bucket"], first_price), np.ones(len(samples), np.int32)
         )
         age, price = dense_values(known["age"], age), dense_values(known["ad_price"], price)
+        learned = {"income": [g.income for g in groups], "ad_rate": [s.ad_rate for s in samples]}
+        learned = {name: dense_values(known[name], np.array(each, np.float32)) for name, each in learned.items()}
     return Batch(
         fields=buckets
         | {
@@ -195,7 +222,8 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
         dense={
             "age": age.reshape(-1, 1),
             "ad_price": price.reshape(-1, 2),
-        },
+        }
+        | learned,
         group_of_sample_B=np.array([sessions.index(s.session) for s in samples], np.int64),
         label_B=np.array([s.label for s in samples], np.float32),
         group_id_B=np.array([s.user for s in samples], np.int64),
