@@ -25,6 +25,7 @@ EXAMPLES = """Examples:
 \b
 python -m benchmarks.quality --small --json data/bench/quality.json
 python -m benchmarks.quality --photos PHOTOS --labels PHOTOS.csv
+python -m benchmarks.quality --users 8000 --only images --net dnn
 python -m benchmarks.quality --data ml=data/ml/samples --batch-size 512 --only ids --net dnn
 python -m benchmarks.quality --data photos=photos/samples:photos/features --only images --seeds 1 --no-tune
 python -m benchmarks.quality --only ids --set model.multi_hot=sum
@@ -68,6 +69,7 @@ def main(
         typer.Option(metavar="NAME=SAMPLES[:STORE]", help="Your own samples in place of simulated ones; repeat it."),
     ] = None,
     small: Annotated[bool, typer.Option("--small", help=f"Simulate {SMALL_USERS:,} people, not {USERS:,}.")] = False,
+    users: Annotated[int | None, typer.Option(help="Simulate so many people instead.", min=100)] = None,
     photos: Annotated[Path | None, typer.Option(help="Folder of photographs, for a second simulated data set.")] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV with their labels, for jobs/make_demo_data.py.")] = None,
     only: Annotated[list[Name] | None, typer.Option(help="Sections; repeat it. Default: all.")] = None,
@@ -96,7 +98,7 @@ def main(
         )
     given = settings_of(settings or [])
     try:
-        sets = data_sets(folder, data or [], SMALL_USERS if small else USERS, (photos, labels), batch_size)
+        sets = data_sets(folder, data or [], users or (SMALL_USERS if small else USERS), (photos, labels), batch_size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
     except subprocess.CalledProcessError as error:
