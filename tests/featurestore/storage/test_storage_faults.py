@@ -150,7 +150,7 @@ def test_there_are_three_ways_to_say_that_another_was_first(memory_url: str, err
 def test_at_the_end_of_patience_the_error_says_how_often_it_was_tried(
     memory_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.5)
     monkeypatch.setattr(remote, "_WARN_AFTER_S", 0.01)
     storage, client = failing(memory_url, *[answer("SlowDown", 503)] * 100_000)
     with pytest.raises(StorageError, match=r"cannot read memory://.*/a: .*SlowDown.*\(tried \d+ times\)"):
