@@ -235,7 +235,7 @@ def test_rare_items_keep_a_few_impressions_and_are_alone_in_the_test(place: Path
     assert all(1 <= kept[item] <= 3 if item in rare else kept[item] == before[item] for item in before)
     assert set(_values(tmp_path / "out/train", "behavior_item")) & rare == set()
     expected = [
-        ({**row, **{name: [row[name][n] for n in chosen] for name in (*AD_LISTS, "label")}})
+        {**row, **{name: [row[name][n] for n in chosen] for name in (*AD_LISTS, "label")}}
         for row in pq.read_table(place / "samples/test").to_pylist()
         if (chosen := [n for n, item in enumerate(row["ad_item"]) if item in rare])
     ]

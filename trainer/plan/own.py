@@ -49,7 +49,7 @@ def plan_own(config: Config, question: PlanQuestion, say: Say) -> TrainingPlan:
         base_ranks=1,
         widths=widths(config, sampled),
         machines=machines,
-        stored=_stored(config, sampled),
+        stored=stored_bytes(config, sampled),
         samples_per_day=samples_per_day(question, sampled)[0],
         assumptions=assumptions(question, sampled, machines, config.exchange.reuse_steps),
         warnings=busy,
@@ -77,7 +77,8 @@ def widths(config: Config, sampled: SampledKeys) -> Widths:
     )
 
 
-def _stored(config: Config, sampled: SampledKeys) -> StoredBytes:
+def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:
+    """Tell what is held: the store's rows, all ID tables with their optimiser's state, and in how much memory."""
     info, shapes = sampled.snapshot.info, table_shapes(used_fields(sampled.schema, config.model), config.model)
     state = state_of(config.optim)
     return StoredBytes(

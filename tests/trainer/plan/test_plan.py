@@ -24,7 +24,7 @@ from trainer.plan.build import RankPlan, StoredBytes, advise, build
 from trainer.plan.calibrate import TimedSteps, interference, line, timed
 from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, StageRate, StepCost
 from trainer.plan.inputs import PAPER, bytes_per_s, load_input, plan_input
-from trainer.plan.own import _stored, busy_machine
+from trainer.plan.own import busy_machine, stored_bytes
 from trainer.plan.sample import PlanQuestion, sample
 from trainer.samples.days import newest_day
 from trainer.samples.reader import open_index
@@ -239,7 +239,7 @@ class TestMeasuring:
         assert newest_day(group.file for group in index.row_groups) == date(2026, 1, 3)
         exact = config.model.tables | {"item": ExactTableConfig(kind="exact", max_rows=400, admit_after=2)}
         changed = config.model_copy(update={"model": config.model.model_copy(update={"tables": exact})})
-        hashed_bytes, exact_bytes = (_stored(each, sampled).table_bytes for each in (config, changed))
+        hashed_bytes, exact_bytes = (stored_bytes(each, sampled).table_bytes for each in (config, changed))
         a_row = hashed_bytes / (3 * 64 + 2 * 16)
         # 100 rows and a cold one in each shard, id, day and step of each; 256 entries of the map and 1,024 counters.
         of_items = 4 * (101 * (a_row + 8 + 4 + 4) + 256 * 4 + 1024)
