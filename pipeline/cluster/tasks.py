@@ -1,12 +1,14 @@
 """Many equal tasks on a Dask cluster: a bounded number at once, and lost workers distinguished from bad input."""
 
+import asyncio
+import contextlib
 import itertools
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from dask.typing import Key
-from distributed import Client, Future, KilledWorker, as_completed
+from distributed import Client, Future, KilledWorker, Scheduler, Worker, as_completed
 
 from featurestore.console.progress import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
@@ -14,6 +16,7 @@ from pipeline.errors import SCHEDULER_LOST, ClusterError, PipelineError
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 SENT_TOGETHER = 16  # in one message of the client, whose size is that of their arguments
+END_S = 60.0  # that `run_all` waits at most for tasks that are running when one has failed; each takes seconds
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
 MISTAKES = (PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
 
@@ -23,13 +26,18 @@ class Killed:
 
 
 def run_tasks(
-    client: Client, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], in_flight: int | None = None
-) -> Iterator[tuple[int, Any]]:
+    client: Client,
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    in_flight: int | None = None,
+    end_s: float = 0,
+) -> Generator[tuple[int, Any], None, None]:
     """Run `function(*call)` for each call on the cluster; yield (place of the call, result or Killed) as they finish.
 
     At most `in_flight` are taken from `calls` and with the scheduler at once (default: 3 per thread of the cluster);
     the first ones go there together, which takes half of the time that one after the other does. The error of a task
-    is raised here and the others are cancelled. A task that was running on a lost worker starts again on another one.
+    is raised here and the others are cancelled; those that are running have `end_s` seconds to end before. A task
+    that was running on a lost worker starts again on another one.
     """
     waiting = iter(enumerate(calls))
     running: dict[Key, tuple[int, Future[Any]]] = {}
@@ -51,8 +59,13 @@ def run_tasks(
             result = _result(future)
             start(1)
             yield index, result
+    except (KeyboardInterrupt, SystemExit):
+        end_s = 0
+        raise
     finally:
         client.cancel([future for _, future in running.values()])
+        if running and end_s and client.status == "running":
+            _wait_for_end(client, set(running), end_s)
 
 
 def run_all(
@@ -60,11 +73,13 @@ def run_all(
 ) -> list[Any]:
     """Return `function(*call)` of each call, in their order, with a bar called `title`.
 
+    When one fails, nothing of the others runs any more once the error is here: a folder that they write to can go.
     Raises as `run_tasks`; ClusterError with `advice` where workers die again and again.
     """
     results: list[Any] = [None] * len(calls)
-    with progress_bar(title, len(calls)) as bar:
-        for place, result in run_tasks(client, function, calls):
+    finished = run_tasks(client, function, calls, end_s=END_S)
+    with progress_bar(title, len(calls)) as bar, contextlib.closing(finished):
+        for place, result in finished:
             if isinstance(result, Killed):
                 raise ClusterError(
                     f"{title}: task {place + 1} of {len(calls)} brings the workers down, most likely for lack of"
@@ -83,6 +98,28 @@ def run_alone(client: Client, function: Callable[..., Any], *call: Any) -> Any:
 def num_threads(client: Client) -> int:
     """Count the threads of all workers, at least 1."""
     return max(1, sum(int(count) for count in client.nthreads().values()))
+
+
+def _wait_for_end(client: Client, keys: Set[Key], end_s: float) -> None:
+    """Return when cancelled tasks neither run nor wait on any worker, or after `end_s`; a lost scheduler has none."""
+    with contextlib.suppress(OSError):
+        client.run_on_scheduler(_forgotten, keys, end_s)  # it sends none of them to a worker after that
+        client.run(_ended, keys, end_s, on_error="ignore")
+
+
+async def _forgotten(keys: Set[Key], end_s: float, dask_scheduler: Scheduler) -> None:
+    await _gone(keys, dask_scheduler.tasks, end_s)
+
+
+async def _ended(keys: Set[Key], end_s: float, dask_worker: Worker) -> None:
+    await _gone(keys, dask_worker.state.tasks, end_s)
+
+
+async def _gone(keys: Set[Key], tasks: Mapping[Key, object], end_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(end_s):
+            while not keys.isdisjoint(tasks):
+                await asyncio.sleep(0.01)
 
 
 def _attempt(function: Callable[..., Any], *call: Any) -> Any:
