@@ -304,7 +304,8 @@ def _grouped(
     wanted = WantedRows(low * DAY - pause_us, first * DAY, early_users)
     before = tables.pieces(IMPRESSIONS, wanted) if is_early else []
     behaviors = [dataclasses.replace(piece, wanted=history.of_users(users)) for piece in behaviors]
-    read = shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options)
+    # Of a day, and of its users alone, scratch is small: it is quicker as it is.
+    read = shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options, compress=False)
     shown, done = read[IMPRESSIONS], read[BEHAVIORS]
     layout = impressions[0].layout
     schema = columns_of_groups(layout, rules)
@@ -318,7 +319,7 @@ def _grouped(
         for file in samples.files_of_day.get(day, [])
         for part in range(parts)
     ]
-    grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout, others)
+    grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout, others, compress=False)
     return grouped[:buckets], grouped[buckets:], [*shown, *done]
 
 

@@ -150,6 +150,7 @@ def shuffle(
     scratch: Path,
     num_buckets: int,
     options: SampleOptions,
+    compress: bool = True,
 ) -> dict[str, list[ShuffledPiece]]:
     """Write the rows of logs by bucket of users into `scratch`; return each log's pieces, in their order."""
     folder, threads, latest_s = str(scratch.absolute()), num_threads(client), latest_of(options)
@@ -158,7 +159,7 @@ def shuffle(
         first = 0
         for together in _tasks_of([piece for piece in pieces if piece.log == log], threads):
             logs.append(log)
-            tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s))
+            tasks.append((together, first, folder, num_buckets, options.min_dwell_s, latest_s, compress))
             first += len(together)
     shuffled: dict[str, list[ShuffledPiece]] = {}
     for log, done in zip(logs, run_all(client, "read logs", shuffle_pieces, tasks, FEWER_ROWS), strict=True):
@@ -194,11 +195,14 @@ def group(
     options: SampleOptions,
     layout: TableLayout,
     others: Sequence[Callable[[], GroupedBucket]] = (),
+    compress: bool = True,
 ) -> list[GroupedBucket]:
     """Make the groups of every bucket, and get the `others` meanwhile, which come last."""
     folder, rules = str(scratch.absolute()), rules_of(options)
     mine = [
-        functools.partial(group_bucket, bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns)
+        functools.partial(
+            group_bucket, bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns, compress
+        )
         for bucket in range(num_buckets)
     ]
     return run_all(client, "make groups", get_groups, [(each,) for each in (*mine, *others)], FEWER_ROWS)

@@ -61,6 +61,7 @@ def group_bucket(
     rules: GroupRules,
     user_columns: Sequence[str],
     ad_columns: Sequence[str] = (),
+    compress: bool = True,
 ) -> GroupedBucket:
     """Make the groups of one bucket of users from the shuffled logs in `folder`, and write them there by hour.
 
@@ -71,7 +72,7 @@ def group_bucket(
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
     table = _table(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
-    batch_of_hour, groups_of_hour = _write_hours(path, table)
+    batch_of_hour, groups_of_hour = _write_hours(path, table, compress)
     return GroupedBucket(
         str(path),
         batch_of_hour,
@@ -118,11 +119,11 @@ def take_groups(
         ) from error
     is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
     path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
-    batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)))
+    batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)), compress=False)
     return GroupedBucket(str(path), batch_of_hour, groups_of_hour, 0, 0, 0, 0, 0, 0, 0, {})
 
 
-def _write_hours(path: Path, table: pa.Table) -> tuple[dict[int, int], dict[int, int]]:
+def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int, int], dict[int, int]]:
     """Write sorted groups with a batch for each hour; return the place and the size of each hour's batch."""
     hour_G = table.column("timestamp").to_numpy() // HOUR_S
     hours, starts = np.unique(hour_G, return_index=True)
@@ -130,7 +131,7 @@ def _write_hours(path: Path, table: pa.Table) -> tuple[dict[int, int], dict[int,
     batches = [
         table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
     ]
-    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
+    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)], compress)
     return {int(h): n for n, h in enumerate(hours)}, {int(h): int(n) for h, n in zip(hours, sizes, strict=True)}
 
 
