@@ -39,8 +39,8 @@ def main(
     folder: Annotated[Path, typer.Option("--dir", help="Where logs and samples are made.")] = DEFAULT_FOLDER,
     json_file: JsonPath = None,
     days: Annotated[int, typer.Option(help="With impressions.", min=3)] = 20,
-    sessions: Annotated[int, typer.Option(help="Of five impressions, on each day.", min=10)] = 10_000,
-    users: Annotated[int, typer.Option(min=10)] = 50_000,
+    sessions: Annotated[int, typer.Option(help="Of five impressions, on each day.", min=10)] = 50_000,
+    users: Annotated[int, typer.Option(min=10)] = 250_000,
     rounds: Annotated[int, typer.Option(help="Of both; medians count.", min=1)] = 3,
 ) -> None:
     """Build all days, then add the last one to the others; prints the figures."""
