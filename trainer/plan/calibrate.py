@@ -23,6 +23,7 @@ from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
 from featurestore.lookup.mmap import physical_memory_bytes
 from trainer.comm.connecting import launcher_of
 from trainer.config.config import Config, save_config
+from trainer.config.options import TableConfig
 from trainer.engine.machine import check_threads
 from trainer.errors import PlanError
 from trainer.exchange.routing import Int64
@@ -202,14 +203,19 @@ def _config_of_runs(config: Config, sampled: SampledKeys, folder: Path) -> Confi
         make_standin(folder / "features", sampled.snapshot.info, sampled.image_keys_U)
         data |= {"store": str(folder / "features"), "store_version": None, "missing": "zeros"}
         data |= {"cache_dir": str(folder / "cache")}
-    rows = config.model.tables.items()
-    tables = {name: min(each, _MOST_TABLE_ROWS) if isinstance(each, int) else each for name, each in rows}
+    tables = {name: _as_small(each) for name, each in config.model.tables.items()}
     never = {"eval_every": None, "early_stopping": None, "checkpoint_every": None}
     train = {"epochs": _STEPS, "max_steps": _STEPS, **never}
     run = {"resume": None, "warm_start": None, "overwrite": False, "profile": False}
     changes = {"data": data, "model": {"tables": tables}, "train": train, "run": run}
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     return config.model_copy(update=sections)
+
+
+def _as_small(table: TableConfig) -> TableConfig:
+    if isinstance(table, int):
+        return min(table, _MOST_TABLE_ROWS)
+    return table.model_copy(update={"max_rows": min(table.max_rows, _MOST_TABLE_ROWS)})
 
 
 def _copy_samples(sampled: SampledKeys, folder: Path, num_samples: int) -> None:

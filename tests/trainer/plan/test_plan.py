@@ -237,8 +237,11 @@ class TestMeasuring:
         index = open_index(SoloComm(), runs.data.samples, "train", sampled.schema)
         assert index.num_samples == sampled.index.num_samples
         assert newest_day(group.file for group in index.row_groups) == date(2026, 1, 3)
-        exact = config.model.tables | {"item": ExactTableConfig(kind="exact", max_rows=400, admit_after=2)}
+        exact_item = ExactTableConfig(kind="exact", max_rows=400, admit_after=2)
+        exact = config.model.tables | {"item": exact_item}
         changed = config.model_copy(update={"model": config.model.model_copy(update={"tables": exact})})
+        of_exact = calibrate._config_of_runs(changed, sampled, tmp_path / "exact")
+        assert of_exact.model.tables["item"] == exact_item.model_copy(update={"max_rows": 16})
         hashed_bytes, exact_bytes = (stored_bytes(each, sampled).table_bytes for each in (config, changed))
         a_row = hashed_bytes / (3 * 64 + 2 * 16)
         # 100 rows and a cold one in each shard, id, day and step of each; 256 entries of the map and 1,024 counters.
