@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import itertools
+import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
 from typing import Any
 
 from dask.typing import Key
-from distributed import Client, Future, KilledWorker, Scheduler, Worker, as_completed
+from distributed import Client, Future, KilledWorker, Worker, as_completed
 
 from featurestore.console.progress import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
@@ -102,23 +103,18 @@ def num_threads(client: Client) -> int:
 
 def _wait_for_end(client: Client, keys: Set[Key], end_s: float) -> None:
     """Return when cancelled tasks neither run nor wait on any worker, or after `end_s`; a lost scheduler has none."""
+    last_s = time.monotonic() + end_s
     with contextlib.suppress(OSError):
-        client.run_on_scheduler(_forgotten, keys, end_s)  # it sends none of them to a worker after that
+        while not keys.isdisjoint(itertools.chain(*client.processing().values())) and time.monotonic() < last_s:
+            time.sleep(0.01)  # the scheduler has not heard of it yet; then it sends none of them to a worker any more
         client.run(_ended, keys, end_s, on_error="ignore")
 
 
-async def _forgotten(keys: Set[Key], end_s: float, dask_scheduler: Scheduler) -> None:
-    await _gone(keys, dask_scheduler.tasks, end_s)
-
-
 async def _ended(keys: Set[Key], end_s: float, dask_worker: Worker) -> None:
-    await _gone(keys, dask_worker.state.tasks, end_s)
-
-
-async def _gone(keys: Set[Key], tasks: Mapping[Key, object], end_s: float) -> None:
+    """Return when this worker has none of the tasks any more, or after `end_s`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(end_s):
-            while not keys.isdisjoint(tasks):
+            while not keys.isdisjoint(dask_worker.state.tasks):
                 await asyncio.sleep(0.01)
 
 
