@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.runs.checkpoint import Origin
+from trainer.samples.days import SPLITS, in_either_split
 from trainer.samples.reader import SampleIndex
 
 _NAME = "samples_digest"  # in the origin of a checkpoint
@@ -80,7 +82,7 @@ def _digests(storage: Storage, files: Sequence[str]) -> dict[str, str]:
 
 def _digest(storage: Storage, file: str) -> str:
     try:
-        return digest_of(storage, file)
+        return in_either_split(partial(digest_of, storage), file)
     except (OSError, StorageError) as failure:
         raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
 
@@ -98,7 +100,7 @@ class _Memory:
 
     def split(self, files: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
         """Digests of the files that are known, and sizes in bytes of the others."""
-        listed = [each for split in ("train", "test") for each in self._storage.entries(split, recursive=False)]
+        listed = [each for split in SPLITS for each in self._storage.entries(split, recursive=False)]
         self._entries = {each.path: each for each in listed}
         kept, settled = self._read(), settled_tags(listed)
         known: dict[str, str] = {}

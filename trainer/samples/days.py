@@ -1,12 +1,16 @@
 """Samples by day: the days that the files' names tell, whichever split the files are in."""
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
+from typing import TypeVar
 
 from featurestore.storage.storage import Storage
 from trainer.errors import DataNotFoundError
 
+SPLITS = ("train", "test")
+ResultT = TypeVar("ResultT")
 _NAME = re.compile(r"day=(\d{4}-\d{2}-\d{2})(?!\d)")
 
 
@@ -18,7 +22,7 @@ def sample_files(storage: Storage, split: str) -> list[str]:
 def files_by_day(storage: Storage) -> dict[str, list[str]]:
     """List the files of each day, written 2026-01-31, by the beginning of their names, day=; days ascending."""
     found: dict[str, list[str]] = {}
-    for file in [each for split in ("train", "test") for each in sample_files(storage, split)]:
+    for file in [each for split in SPLITS for each in sample_files(storage, split)]:
         if match := _NAME.match(name_of(file)):
             found.setdefault(match[1], []).append(file)
     return dict(sorted(found.items()))
@@ -46,3 +50,18 @@ def newest_day(files: Iterable[str]) -> date | None:
 def name_of(file: str) -> str:
     """Drop the split from a file's name: files move from test/ to train/ as days go by, and stay the same."""
     return file.partition("/")[2]
+
+
+def in_either_split(read: Callable[[str], ResultT], file: str) -> ResultT:
+    """Call `read` with a file's place, or where it is gone, with its place in the other split.
+
+    A day that is added to a folder while a run reads it moves an earlier one from test/ to train/, bytes and all.
+    Raises what `read` does.
+    """
+    try:
+        return read(file)
+    except FileNotFoundError:
+        for split in SPLITS:
+            with contextlib.suppress(FileNotFoundError):
+                return read(f"{split}/{name_of(file)}")
+        raise

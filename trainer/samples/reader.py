@@ -38,7 +38,7 @@ from trainer.samples.columns import (
     text_columns,
     values_of,
 )
-from trainer.samples.days import files_of, name_of, sample_files
+from trainer.samples.days import files_of, in_either_split, name_of, sample_files
 from trainer.samples.order import batch_parts, deal, decode_shares, shares_by_rank, windows_of
 from trainer.samples.stream import Piece, Stream
 from trainer.samples.transform import bucket_ids, dense_values
@@ -331,7 +331,7 @@ def _places(spans: Sequence[Span]) -> Index:
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(storage.open_input(file), page_checksum_verification=True)
+        return pq.ParquetFile(in_either_split(storage.open_input, file), page_checksum_verification=True)
     except FileNotFoundError as failure:
         raise DataError(f"{storage.full(file)} is gone; it was there when the run began") from failure
     except (pa.ArrowException, OSError) as failure:

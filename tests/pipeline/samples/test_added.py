@@ -35,6 +35,11 @@ from tests.pipeline.samples.rows import (
     table,
     write,
 )
+from trainer.comm import SoloComm
+from trainer.errors import DataError
+from trainer.runs.samples_digest import samples_digest
+from trainer.samples.reader import SampleIndex, SampleReader, open_index
+from trainer.schema import Schema, load_schema
 
 FIRST = "2026-01-"
 
@@ -105,6 +110,11 @@ def made(options: SampleOptions, client: Client, tmp_path: Path) -> SampleOption
     write(tmp_path / "logs", [table(impressions)], [table(behaviors)])
     build_samples(dataclasses.replace(options, test_days=1), client)
     return options
+
+
+def labels_of(index: SampleIndex, schema: Schema) -> list[list[float]]:
+    """Read the labels of all batches, as an evaluation does."""
+    return [each.label_B.tolist() for each in SampleReader(index, schema, batch_size=4, by_part=True).batches()]
 
 
 class TestAddDays:
@@ -191,6 +201,23 @@ class TestAddDays:
             ended.set()
             reader.join()
         assert failures == [] and len(reads) > 100 and len(set(reads)) == 1
+
+    def test_a_run_finds_its_test_day_where_that_is_for_training_by_now(
+        self, made: SampleOptions, client: Client, tmp_path: Path
+    ) -> None:
+        """It opened the day in test/, and reads it when another day has taken its place there."""
+        schema, comm = load_schema(), SoloComm()
+        index = open_index(comm, made.samples, "test", schema)
+        expected = (samples_digest(comm, index, tmp_path / "cache"), labels_of(index, schema))
+        later = [table([shown(day * DAY_S + 9_000, user=day) for day in (4, 5)])]
+        write(tmp_path / "logs", later, [table([done(0)])])
+        add_days(SampleOptions(samples=made.samples, days="2026-01-05,2026-01-06"), client)
+        assert index.row_groups[0].file == "test/day=2026-01-04-000.parquet"
+        assert not Path(made.samples, index.row_groups[0].file).exists()
+        assert (samples_digest(comm, index, tmp_path / "other"), labels_of(index, schema)) == expected
+        Path(made.samples, "train", "day=2026-01-04-000.parquet").unlink()
+        with pytest.raises(DataError, match=r"test/day=2026-01-04-000\.parquet is gone"):
+            labels_of(index, schema)
 
     def test_nothing_is_missing(self, made: SampleOptions, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         """Which the footers of the logs tell."""
