@@ -144,11 +144,15 @@ def test_a_file_that_is_too_large_is_not_read(folder, monkeypatch):
 
 def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkeypatch):
     at_once, most, lock, real = [], [], threading.Lock(), module._made
+    full = threading.Event()
 
     def made(*args):
         with lock:
             at_once.append(1)
             most.append(len(at_once))
+            if len(at_once) == module._AT_ONCE:
+                full.set()
+        assert full.wait(60)
         time.sleep(0.01)
         with lock:
             at_once.pop()

@@ -1,5 +1,6 @@
 """What goes wrong between a client and a server: each is a clear error in time, and the server answers others."""
 
+import os
 import signal
 import socket
 import threading
@@ -40,17 +41,23 @@ KEYS = keys_of_uris([f"images/{i}.jpg" for i in range(64)])
 
 @contextmanager
 def stuck_reader(address: str) -> Iterator[flight.FlightStreamReader]:
-    """A client that asks for 100 MB, and does not read them."""
+    """A client that asks for 100 MB in 12,000 rows, and does not read them."""
     client = flight.FlightClient(address)
     writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(b"{}"))
     writer.begin(KEYS_SCHEMA)
     for _ in range(4):
         writer.write_batch(keys_batch(np.resize(KEYS, 3_000)))
+    writer.done_writing()
     try:
         yield reader
     finally:
         reader.cancel()
         client.close()
+
+
+def wait_until_stopped(server: ServerProcess) -> None:
+    """Wait until no thread of a server goes on: SIGSTOP takes its time on a busy machine."""
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)
 
 
 def wait_until_refused(address: str, timeout_s: float = 10) -> None:
@@ -173,11 +180,12 @@ def test_one_of_two_servers_dies(serve: Serve, wide: FeatureStore) -> None:
 @pytest.mark.long
 def test_a_server_that_does_not_answer_in_time(serve: Serve, wide: FeatureStore) -> None:
     server = serve(wide)
-    with connect(server.address, timeout_s=1) as client:
+    with connect(server.address, timeout_s=2) as client:
         client.lookup(KEYS)
         server.process.send_signal(signal.SIGSTOP)
+        wait_until_stopped(server)
         begun = time.monotonic()
-        with pytest.raises(DeadlineError, match="timeout_s=1"):
+        with pytest.raises(DeadlineError, match="timeout_s=2"):
             client.lookup(KEYS)
         assert time.monotonic() - begun < 5
         server.process.send_signal(signal.SIGCONT)
@@ -203,8 +211,8 @@ def test_sigterm_lets_calls_end_but_not_for_ever(serve: Serve, wide: FeatureStor
         begun = time.monotonic()
         assert quick.end() == 0 and time.monotonic() - begun < 10
     server = serve(wide, "--drain-s", "1")
-    with stuck_reader(server.address):
-        time.sleep(0.5)
+    with stuck_reader(server.address) as reader:
+        reader.read_chunk()
         begun = time.monotonic()
         assert server.end() == 0
         assert 0.9 < time.monotonic() - begun < 15
@@ -215,15 +223,14 @@ def test_sigterm_lets_calls_end_but_not_for_ever(serve: Serve, wide: FeatureStor
 @pytest.mark.long
 def test_sigterm_waits_for_a_lookup_and_refuses_new_ones(serve: Serve, wide: FeatureStore) -> None:
     server = serve(wide, "--drain-s", "30")
-    with connect(server.address) as client:
-        found: list[object] = []
-        slow = threading.Thread(target=lambda: found.append(client.lookup(np.resize(KEYS, 30_000))))
-        slow.start()
-        time.sleep(0.05)
+    with stuck_reader(server.address) as reader:
+        rows = reader.read_chunk().data.num_rows
         server.process.send_signal(signal.SIGTERM)
-        slow.join()
-        assert server.process.wait(timeout=30) == 0
-    assert len(found) == 1
+        wait_until_refused(server.address)
+        assert server.process.poll() is None
+        rows += sum(chunk.data.num_rows for chunk in reader)
+    assert server.process.wait(timeout=30) == 0
+    assert rows == 12_000
 
 
 @pytest.mark.long
@@ -233,6 +240,7 @@ def test_a_newest_snapshot_that_is_damaged_is_not_offered(
     server = serve(wide, "--poll-s", "0.1")
     before = set((tmp_path / "wide" / "data").rglob("*.parquet"))
     server.process.send_signal(signal.SIGSTOP)  # so that it sees the commit only when its files are damaged
+    wait_until_stopped(server)
     wide.put(make_rows(64, wide.info, seed=3))
     for path in set((tmp_path / "wide" / "data").rglob("*.parquet")) - before:
         data = bytearray(path.read_bytes())

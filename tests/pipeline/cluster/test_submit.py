@@ -51,7 +51,7 @@ def script(tmp_path: Path):
     return write
 
 
-def is_free_of(pids: list[int], patience_s: float = 3.0) -> bool:
+def is_free_of(pids: list[int], patience_s: float = 10.0) -> bool:
     """Whether all processes are gone; a killed one may need a moment."""
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=patience_s)
     return not alive

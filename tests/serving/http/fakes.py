@@ -16,6 +16,8 @@ from serving.scoring.request import Request, Scored
 from trainer.samples.columns import Rule, rules_of
 from trainer.schema import Field, load_schema
 
+SLOW = ("score_s", "slow_item", "begun")
+
 
 @dataclass(frozen=True)
 class FakeIdentity:
@@ -33,6 +35,8 @@ class FakeModel:
     score_s: float = 0.0
     slow_item: int | None = None
     """Where it is given, requests with this item alone take `score_s`: not those that warm the model up."""
+    begun: str | None = None
+    """A file that is made when the first of those that take `score_s` begins."""
     closed: bool = False
 
     @cached_property
@@ -51,6 +55,8 @@ class FakeModel:
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         assert not self.closed
         if self.slow_item is None or any(self.slow_item in each.candidates["ad_item"] for each in requests):
+            if self.begun is not None:
+                Path(self.begun).touch()
             time.sleep(self.score_s)
         return [self._score(request) for request in requests]
 
@@ -93,8 +99,7 @@ class FakeSource:
         value = json.loads(self.file.read_text())
         if value.get("broken"):
             raise BrokenBundleError(f"bundle {identity.version}: network.pt2 is not what was published")
-        time.sleep(value.get("open_s", 0))
-        self.opened.append(FakeModel(identity, value.get("score_s", 0), value.get("slow_item")))
+        self.opened.append(FakeModel(identity, **{key: value[key] for key in SLOW if key in value}))
         return self.opened[-1]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from serving.http.app import Scoring
 from serving.http.codec import ARROW
-from tests.serving.http.fakes import FakeSource, write_state
+from tests.serving.http.fakes import FakeIdentity, FakeModel, FakeSource, write_state
 from tests.serving.http.in_process import client_of, run_with, scoring_of
 
 TOKEN = "0123456789abcdef0123"
@@ -250,10 +251,15 @@ def test_one_wrong_body_does_not_spoil_those_that_are_scored_with_it(tmp_path: P
 
 
 def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: Path) -> None:
-    state = write_state(tmp_path, version=3, open_s=0.3)
+    go = threading.Event()
+
+    class HeldUp(FakeSource):
+        def open(self, identity: FakeIdentity, current: object) -> FakeModel:
+            assert go.wait(60)
+            return super().open(identity, current)
 
     async def run() -> None:
-        scoring = scoring_of(FakeSource(state))
+        scoring = scoring_of(HeldUp(write_state(tmp_path, version=3)))
         async with client_of(scoring, wait=False) as client:
             assert (await client.get("/v2/health/live")).status_code == 200
             assert (await client.get("/v2/health/ready")).status_code == 503
@@ -262,6 +268,7 @@ def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: P
             answer = await client.post("/v1/score", json=ONE)
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "1"
+            go.set()
             while (await client.get("/v2/health/ready")).status_code != 200:
                 await asyncio.sleep(0.02)
             assert (await client.post("/v1/score", json=ONE)).status_code == 200

@@ -56,9 +56,14 @@ def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_cl
 
 
 def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=time.perf_counter)
+    monkeypatch.setattr("serving.http.live.switch.time", clock)
+
     async def run() -> None:
+        nonlocal now_s
         live = live_of(tmp_path, version=1)
         await live.start()
         write_state(tmp_path, version=2, broken=True)
@@ -67,7 +72,7 @@ def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
         assert live.model.identity.version == 1
         assert value_of(live.metrics, 'serving_switches_total{result="refused"}') == 1
         write_state(tmp_path, version=2)
-        await asyncio.sleep(0.03)
+        now_s = live.poll_s
         await live.look()
         assert live.model.identity.version == 2
 
@@ -215,7 +220,7 @@ def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_p
                 nonlocal switched
                 for switched in range(1, 31):
                     write_state(tmp_path, version=1 + switched)
-                    while scoring.live.model.identity.version != 1 + switched:
+                    while scoring.live.model.identity.version != 1 + switched or answered < 4 * switched:
                         await asyncio.sleep(0.005)
 
             await asyncio.gather(switch(), *(ask() for _ in range(8)))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -55,18 +56,27 @@ class Load:
                     self.failures.append(answer.text)
 
 
+def wait_until(what: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def workers_of(server: ServerProcess) -> list[psutil.Process]:
     return [each for each in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(each.cmdline())]
 
 
 def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
-    slow = {"candidates": {"ad_item": [987]}}
-    with fake_server(write_state(tmp_path, version=3, score_s=0.5, slow_item=987), tmp_path) as server:
+    slow, begun = {"candidates": {"ad_item": [987]}}, tmp_path / "begun"
+    state = write_state(tmp_path, version=3, score_s=0.5, slow_item=987, begun=str(begun))
+    with fake_server(state, tmp_path) as server:
         answers: list[httpx2.Response] = []
         ask = lambda: answers.append(httpx2.post(f"{server.url}/v1/score", json=slow, timeout=30))  # noqa: E731
         asking = threading.Thread(target=ask)
         asking.start()
-        time.sleep(0.25)
+        wait_until(begun.exists)
         assert server.stop(signal.SIGTERM) == 0
         asking.join()
         assert answers[0].status_code == 200
@@ -113,7 +123,7 @@ def test_no_request_of_a_client_that_reconnects_is_lost(tmp_path: Path, workers:
         ]
         for client in clients:
             client.start()
-        time.sleep(0.3)
+        wait_until(lambda: len(answers) >= len(clients))
         assert server.stop(signal.SIGTERM) == 0
         for client in clients:
             client.join(30)

@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,7 @@ def main() -> None:
     say(f"rank {comm.rank} of {comm.size} is done")
     come_in_any_order(comm)
     say(f"rank {comm.rank} met the others {MEETINGS} times")
-    miss_rank_1(comm)
+    miss_rank_1(comm, Path(sys.argv[1]))
 
 
 def check(comm: Comm) -> None:
@@ -130,18 +131,21 @@ def check_exchange(comm: Comm, name: str, round_: int) -> None:
     assert got.tolist() == [[round_] * 4] * (comm.rank * comm.size)
 
 
-def miss_rank_1(comm: Comm) -> None:
-    """Wait for rank 1 in two collectives at once, beyond the deadline, and end."""
+def miss_rank_1(comm: Comm, folder: Path) -> None:
+    """Wait for rank 1 in two collectives at once, beyond the deadline, and end when both others have said so."""
     comm.deadline_s = 1.0
     if comm.rank == 1:
-        time.sleep(60)
+        time.sleep(100)
     ahead = threading.Thread(target=exchange, args=(comm, "step.keys"))
     ahead.start()
     exchange(comm, "step.vectors")
     ahead.join()
     assert comm.is_stuck
     comm.close()
-    time.sleep(1)  # the other one has to be given the time to say so too
+    (folder / str(comm.rank)).touch()
+    until_s = time.monotonic() + 30
+    while len(list(folder.iterdir())) < comm.size - 1 and time.monotonic() < until_s:
+        time.sleep(0.02)  # the end of this one ends the other one too
     os._exit(7)
 
 

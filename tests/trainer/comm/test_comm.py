@@ -15,9 +15,12 @@ from trainer.errors import DataError, RemoteRankError
 
 
 @pytest.fixture(scope="module", params=[3, TorchRanks(3)], ids=str)
-def three_ranks(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
+def three_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> subprocess.CompletedProcess[str]:
     """What collectives.py did on three ranks of horovodrun, or of torchrun."""
-    return run_ranks(request.param, Path(__file__).with_name("collectives.py"))
+    folder = tmp_path_factory.mktemp("said")
+    return run_ranks(request.param, Path(__file__).with_name("collectives.py"), folder)
 
 
 @pytest.mark.services

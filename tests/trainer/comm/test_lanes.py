@@ -92,8 +92,8 @@ import os, signal
 from trainer.comm import connect
 from trainer.errors import LateRankError
 comm = connect()
-comm.deadline_s = 1.0
 comm.agree(None)
+comm.deadline_s = 1.0
 print(os.getpid(), flush=True)
 if comm.rank == 0:
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -18,6 +18,7 @@ from trainer.main import app
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(200)]
 
+IMPATIENT, PATIENT = {"PATIENCE_S": "3"}, {"PATIENCE_S": "60"}
 TRAIN = ["-m", "trainer.main", "--set", "run.deadline_s=3"]
 CONNECTS = """
 import os, signal, time
@@ -26,7 +27,7 @@ from trainer.comm import connect
 if os.environ["HOROVOD_RANK"] == "0" and "STOPS" in os.environ:
     os.kill(os.getpid(), signal.SIGSTOP)
 try:
-    comm = connect(3.0)
+    comm = connect(float(os.environ["PATIENCE_S"]))
     if comm.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(2)
@@ -67,8 +68,8 @@ def ranks_of_horovod() -> Iterator[list[Variables]]:
 
 
 def horovod_hangs() -> str:
-    with ranks_of_horovod() as (first, second), started({**first, "STOPS": "1"}, "-c", CONNECTS):
-        return said_by(second, "-c", CONNECTS, code=7)
+    with ranks_of_horovod() as (first, second), started({**first, **IMPATIENT, "STOPS": "1"}, "-c", CONNECTS):
+        return said_by({**second, **IMPATIENT}, "-c", CONNECTS, code=7)
 
 
 def horovod_nobody() -> str:
@@ -149,8 +150,8 @@ def test_horovod_a_rank_that_dies_after_they_connected_is_one_line() -> None:
     """Collectives cannot even begin then."""
     with (
         ranks_of_horovod() as (first, second),
-        started(first, "-c", CONNECTS),
-        started(second, "-c", CONNECTS) as rank,
+        started({**first, **PATIENT}, "-c", CONNECTS),
+        started({**second, **PATIENT}, "-c", CONNECTS) as rank,
     ):
         out, _ = rank.communicate(timeout=100)
     (said,) = [line for line in out.splitlines() if "LostRankError" in line]

@@ -134,7 +134,7 @@ def test_a_second_generation_does_not_begin_beside_the_first(agent: Agent) -> No
 
 
 def test_without_beats_it_ends_after_its_lease() -> None:
-    agent = Agent(lease_s=1)
+    agent = Agent(lease_s=2)
     try:
         ranks = agent.start(LONG)
         end = time.monotonic() + 3

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,10 +71,10 @@ def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
 ) -> None:
     """Else asyncio logs `Unknown child process pid`, and says exit code 255 of what ended otherwise."""
 
-    wait = os.waitpid
+    wait, dropped = os.waitpid, threading.Event()
 
     def wait_later(process: int, options: int) -> tuple[int, int]:
-        time.sleep(0.5)
+        assert dropped.wait(60)
         return wait(process, options)
 
     monkeypatch.setattr(os, "waitpid", wait_later)  # of asyncio's thread; subprocess has its own name for it
@@ -81,8 +82,9 @@ def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
     async def drop_what_has_ended() -> int:
         link = Link(HOST, ssh("exit 7"), 30, asyncio.Queue())
         link._process = process = await asyncio.create_subprocess_exec(*link._command)
-        time.sleep(0.2)  # it has ended, and asyncio has not looked
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and asyncio has not looked
         link.drop("late")
+        dropped.set()
         return await process.wait()
 
     assert asyncio.run(drop_what_has_ended()) == 7
