@@ -5,11 +5,12 @@ from pathlib import Path
 
 from tests.featurestore.flight.conftest import ROOT
 
-PACKAGES = ("featurestore", "pipeline", "trainer", "serving", "jobs", "benchmarks")
+PACKAGES = ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks")
 
 
 def imports_flight(path: Path) -> bool:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)) if "flight" in text else ():
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom) and node.module == "pyarrow" and "flight" in names:
             return True

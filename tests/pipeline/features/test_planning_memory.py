@@ -82,6 +82,7 @@ def store(request, tmp_path):
     return store
 
 
+@pytest.mark.long
 def test_no_object_is_held_for_an_image(store, monkeypatch):
     monkeypatch.setattr("pipeline.images.source._client", lambda protocol: Drawn())
     monkeypatch.setattr(staged_run, "run_tasks", answers)

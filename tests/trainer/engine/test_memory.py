@@ -11,6 +11,8 @@ import torch
 from trainer.engine import memory
 from trainer.engine.memory import freeze_for_good, keep_freed_memory, objects_frozen
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.long
 SCRIPT = Path(__file__).with_name("on_device.py")
 OTHERWISE = """
 import sys; sys.path.insert(0, {folder!r})

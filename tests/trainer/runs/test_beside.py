@@ -185,6 +185,7 @@ def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     assert not saves.is_writing and (loaded(tmp_path, 50).dense["layer.weight"] == 1.0).all()
 
 
+@pytest.mark.long
 def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(tmp_path: Path) -> None:
     """On a disk; in the midst of what is written too. On S3: test_far_places.py."""
     folder = tmp_path / "checkpoints"
