@@ -103,25 +103,6 @@ def visual_vectors(
     return opened
 
 
-def find_vectors(
-    run: RunPath,
-    *,
-    store: str | None = None,
-    which: str | None = None,
-    store_version: int | None = None,
-    cache: Path | None = None,
-) -> VisualVectors | None:
-    """Open the vectors of a snapshot, by default the newest, if they were computed before; None where `visual_vectors`
-    would compute.
-
-    Raises as `visual_vectors`.
-    """
-    from trainer.runs.export import find_network
-
-    digest = digest_of(find_network(run, which=which, store_version=store_version, store=store))
-    return _opened((cache or explorer_cache()) / f"{_PREFIX}{digest}", digest)
-
-
 def digest_of(found: "FoundNetwork") -> str:
     """Name what vectors depend on: the checkpoint, the network and the commit of the snapshot."""
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from explorer.data import vectors
-from explorer.data.vectors import VisualVectors, find_vectors, visual_vectors
+from explorer.data.vectors import VisualVectors, visual_vectors
 from featurestore import FeatureRows, FeatureStore
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
@@ -40,7 +40,6 @@ def test_they_are_what_the_export_has_and_are_computed_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    assert find_vectors(run, cache=tmp_path) is None
     found = visual_vectors(run, cache=tmp_path, progress=lambda done, total: seen.append((done, total)))
     expected, uris = {}, {}
     for table in open_network(run).tables():
@@ -55,9 +54,8 @@ def test_they_are_what_the_export_has_and_are_computed_once(
     assert isinstance(found.vectors_NV, np.memmap)
 
     monkeypatch.setattr(export.ImageNetwork, "tables", None)  # nothing is computed again
-    assert by_key(visual_vectors(run, cache=tmp_path)) == expected
-    again = find_vectors(run, cache=tmp_path)
-    assert again is not None
+    again = visual_vectors(run, cache=tmp_path)
+    assert by_key(again) == expected
     assert again.about == found.about
 
 
@@ -68,7 +66,6 @@ def test_another_snapshot_or_store_has_its_own(places: Places, run: Path, tmp_pa
     store = FeatureStore.open(moved)
     dim = store.snapshot().info.dim
     store.put(FeatureRows.of(["new"], np.ones((1, dim), np.float32), keys=np.array([77])))
-    assert find_vectors(run, store=str(moved), cache=tmp_path) is None
     after = visual_vectors(run, store=str(moved), cache=tmp_path)
     assert set(by_key(after)) == {*by_key(before), 77}
     assert after.digest != before.digest
