@@ -59,11 +59,11 @@ class Places:
         if self.scorer_token_file is not None:
             from featurestore.console.tokens import read_tokens
 
-            read_tokens(self.scorer_token_file)
+            read_tokens(self.scorer_token_file, "--scorer-token-file")
         if self.scorer_ca is not None:
             from serving.scoring.remote import trusted
 
-            trusted(self.scorer_ca)
+            trusted(self.scorer_ca, "--scorer-ca")
 
     def run(self, name: str) -> RunPath:
         """Give the folder of a run by its name; NAME/DAY is a day of trainer.daily. Raises ExplorerError for a path."""

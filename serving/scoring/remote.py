@@ -68,10 +68,10 @@ class RemoteScorer:
             ) from None
 
 
-def trusted(file: Path) -> ssl.SSLContext:
-    """Trust the certificates in a PEM file. Raises ServerSettingsError."""
+def trusted(file: Path, option: str = "--ca") -> ssl.SSLContext:
+    """Trust the certificates in a PEM file, which `option` names. Raises ServerSettingsError."""
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as failure:  # of TLS too
-        why = "it has no certificate in PEM" if isinstance(failure, ssl.SSLError) else failure.strerror
-        raise ServerSettingsError(f"--ca {file}: {why}") from None
+        why = "it has no certificate" if isinstance(failure, ssl.SSLError) else failure.strerror
+        raise ServerSettingsError(f"{option} {file}: {why}; name a PEM file of certificates") from None

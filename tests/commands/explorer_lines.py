@@ -1,5 +1,6 @@
 """Wrong command lines of the explorer: the same three as in lines.py."""
 
+SCORER = "--model {model} --scorer http"
 EXPLORER = [
     ("explorer look", 2, "No such command 'look'"),
     ("explorer serve", 2, "nothing to show"),
@@ -13,6 +14,19 @@ EXPLORER = [
     ("explorer --images {emptydir} --host nosuch.invalid", 1, "cannot listen on --host nosuch.invalid"),
     ("explorer --images {emptydir} --tls-cert {missing}", 2, "{missing}"),
     ("explorer --images {emptydir} --token-file {empty}", 2, "{empty} has no token"),
+    ("explorer serve --images {emptydir} --token-file {garbage}", 2, "--token-file {garbage} is no ASCII text"),
+    ("explorer serve --images {emptydir} --tls-cert {garbage} --tls-key {garbage}", 2, "{garbage} has no certificate"),
+    (
+        f"explorer serve {SCORER}://127.0.0.1:1 --scorer-token-file {{garbage}}",
+        2,
+        "--scorer-token-file {garbage}",
+    ),
+    (
+        f"explorer serve {SCORER}s://127.0.0.1:1 --scorer-ca {{garbage}}",
+        2,
+        "--scorer-ca {garbage}: it has",
+    ),
+    (f"explorer serve {SCORER}s://127.0.0.1:1 --scorer-ca {{missing}}", 2, "--scorer-ca {missing}: No such file"),
     ("explorer map", 2, "Missing argument"),
     ("explorer map out.parquet", 2, "name a --run or a --store"),
     ("explorer map out.csv --store {missing}", 2, "has to end with .parquet"),

@@ -5,6 +5,7 @@ Either way they become sample groups with one ad each and nothing else, so the e
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,8 @@ def _files(address: str) -> tuple[Storage, list[str]]:
     """The folder and the names in it of a Parquet file, or of all of them in a folder."""
     if not address.endswith(".parquet"):
         storage = Storage(address)
+        if storage.is_local and Path(storage.url).is_file():
+            raise DataNotFoundError(f"--ads {address} is no *.parquet file, and no folder of them; give a table of ads")
         return storage, [each for each in storage.list() if each.endswith(".parquet")]
     storage, name = file_at(address)
     return storage, [each for each in storage.list() if each == name]
