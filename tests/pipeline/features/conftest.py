@@ -35,10 +35,9 @@ def make(client, tmp_path):
     """Extracts the images into a new store."""
 
     def make(images, store="features", **options):
-        settings = {"backbone": NETWORK, "dtype": "float32", "compute_dtype": "float32", "num_shards": 4} | options
-        return extract(
-            ExtractOptions(images=str(images), store=str(tmp_path / store), weights="random:0", **settings), client
-        )
+        settings = {"backbone": NETWORK, "dtype": "float32", "compute_dtype": "float32", "num_shards": 4}
+        settings |= {"weights": "random:0"} | options
+        return extract(ExtractOptions(images=str(images), store=str(tmp_path / store), **settings), client)
 
     return make
 

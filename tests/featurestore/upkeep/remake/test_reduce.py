@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
@@ -111,6 +113,46 @@ def test_the_same_bits_at_any_number_of_threads_and_after_a_compaction(source: F
     compact(source, force=True)
     after = principal_components(source.snapshot(), 12)
     assert np.array_equal(before.components_KD, after.components_KD) and np.array_equal(before.mean_D, after.mean_D)
+
+
+@pytest.fixture
+def wide(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+    """40,000 rows of 320 numbers in four shards; such products BLAS would divide among threads."""
+    kind = {"dim": 320, "dtype": "float32", "num_shards": 4}
+    store = FeatureStore.create(tmp_path / "wide", info.model_copy(update=kind))
+    values = np.random.default_rng(5).standard_normal((40_000, 320), np.float32)
+    store.put(FeatureRows.of([f"{i}" for i in range(len(values))], values))
+    return store
+
+
+def test_threads_of_blas_change_no_bit(wide: FeatureStore) -> None:
+    with threadpool_limits(1, "blas"):
+        alone = principal_components(wide.snapshot(), 12, threads=1)
+    with threadpool_limits(2, "blas"):
+        shared = principal_components(wide.snapshot(), 12, threads=2)
+    assert alone.to_bytes() == shared.to_bytes()
+
+
+def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held is the matrix, the keys and some blocks of 64 rows: not the 51 MB that all rows are."""
+    for module in ("upkeep.compaction", "format.shard_writer"):
+        monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 64)
+    compact(wide, force=True)
+    snapshot, add, in_arrow = wide.snapshot(), CoMoments.add, [pa.total_allocated_bytes()]
+
+    def noted(moments: CoMoments, values_ND: np.ndarray) -> None:
+        in_arrow.append(pa.total_allocated_bytes())
+        add(moments, values_ND)
+
+    monkeypatch.setattr(CoMoments, "add", noted)
+    tracemalloc.start()
+    try:
+        principal_components(snapshot, 12, threads=2)
+        _, in_numpy = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(in_arrow) > 150
+    assert in_numpy + max(in_arrow) - in_arrow[0] < 32e6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
