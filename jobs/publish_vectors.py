@@ -38,7 +38,7 @@ def main(
     version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="the one in use")] = None,
     eps: Annotated[
         float,
-        typer.Option(min=0, help="Vectors stay of which no number moved as far as this; 0: those that are the same."),
+        typer.Option(min=0, help="Keep a vector if each of its numbers moved by less than this; 0: if it is the same."),
     ] = EPS,
     store: Annotated[
         list[str] | None,

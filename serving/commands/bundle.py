@@ -39,9 +39,9 @@ def info(
     version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Show what a version holds: of which run it is, its ID rows, and of which snapshots its vectors are now.
+    """Show what a version holds: the run that it was made of, its ID rows, and the snapshots of its vectors.
 
-    Exit code 1 where a file of it is missing or of another size.
+    Exit code 1 if one of its files is missing or has another size.
     """
     from featurestore.log import utc_text
     from featurestore.storage.storage import Storage

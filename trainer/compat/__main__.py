@@ -51,9 +51,9 @@ def main(
 ) -> None:
     """Compare a store with the one that a run was trained on: network, identity, rows, features and scores.
 
-    A store that was deleted and computed anew is refused by all that was trained on the old one, though it may be as
-    good: this compares them, and --accept lets RUN use it, unless something speaks against that. Where the old
-    snapshot cannot be read any more, all test impressions are scored and compared with the run's own log loss.
+    A store that was deleted and computed again may be as good as before, but runs that were trained on the old one
+    refuse it. This compares the two. With --accept, RUN may use the new one, if nothing speaks against it. If the old
+    snapshot cannot be read any more, all test impressions are scored, and compared with the run's own log loss.
     """
     codes: list[int] = []
 

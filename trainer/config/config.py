@@ -105,8 +105,8 @@ class DataConfig(Section):
     shuffle_window_groups: Count = 128
     """Row groups of the files (of 2,048 sample groups) that all ranks together mix, and hold; fewer save memory."""
     shuffle_streams: Count | None = None
-    """Streams of samples that every batch is made of; a rank reads its own ones, so take a multiple of the ranks;
-    null: one for 64 samples of a batch, and no more than shuffle_window_groups."""
+    """Streams that every batch takes its samples from. Each rank reads some of them: choose a multiple of the ranks.
+    null: one for each 64 samples of a batch, at most shuffle_window_groups."""
     prefetch_batches: Annotated[int, Field(ge=0, le=16)] = 2
     """Batches read ahead by a thread; 0: none."""
     missing: MissingPolicy = "error"
