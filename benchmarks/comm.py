@@ -33,7 +33,7 @@ _LARGE_BYTES = 8 << 20
 
 
 def launchers(ranks: int) -> dict[str, list[str]]:
-    """The words before a program that start it on ranks, by launcher."""
+    """Return the words before a program that start it on ranks, by launcher."""
     horovodrun, torchrun = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
     return {
         "horovodrun": [horovodrun, "-np", str(ranks)],

@@ -67,7 +67,7 @@ def draw_images(folder: Path, count: int) -> None:
 
 
 def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str, Figure]:
-    """The figures of both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
+    """Measure both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
     from pipeline.cluster.connect import connect
     from pipeline.cluster.tasks import run_alone
     from pipeline.network.backbone import describe_network

@@ -78,7 +78,7 @@ def compare(workload: Workload, ranks: tuple[int, ...]) -> dict[str, Figure]:
 
 
 def run(workload: Workload, ranks: int) -> dict[str, Any]:
-    """The report of a few steps of the trainer on `ranks` ranks of this machine. Raises PlanError where it fails."""
+    """Run a few steps of the trainer on `ranks` ranks of this machine; return their report. Raises PlanError."""
     with tempfile.TemporaryDirectory(prefix="plan-runs-") as runs:
         changes = {"run.dir": runs, "run.name": "run", "train.max_steps": STEPS, "train.epochs": STEPS}
         settings = [f"{name}={value}" for name, value in changes.items()] + workload.settings(ranks)

@@ -51,7 +51,7 @@ def main(
 
 
 def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
-    """The figures, of `limit` images in a store below `folder`. Raises PipelineError, FeatureStoreError."""
+    """Measure the figures of `limit` images in a store below `folder`. Raises PipelineError, FeatureStoreError."""
 
     from benchmarks.written import count_writes
     from pipeline.cluster.connect import connect

@@ -35,7 +35,7 @@ class Section:
     prefix: str = ""
 
     def flat(self) -> dict[str, Figure]:
-        """All figures by their names in the JSON."""
+        """Return all figures by their names in the JSON."""
         cells = {
             f"{self.prefix}{row}_{column}": value for row, cells in self.grid.items() for column, value in cells.items()
         }
@@ -57,7 +57,7 @@ class Section:
         return [plot for plot in found if plot]
 
     def tables(self) -> list[Table]:
-        """What there is to show."""
+        """Return the tables of the figures."""
         shown = []
         if self.figures:
             table = Table("figure", title=self.title)

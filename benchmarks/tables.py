@@ -36,7 +36,7 @@ app = CommandApp(report=True)
 
 
 def batch_of(number: int, samples: int, ids: int, behaviors: int) -> Batch:
-    """The batch of a step, of single samples with so many behaviours each."""
+    """Draw the batch of a step: single samples with so many behaviours each."""
     draw = np.random.default_rng(number)
     one = np.ones(samples, np.int32)
     return Batch(

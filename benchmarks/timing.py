@@ -23,19 +23,19 @@ class Timings:
     seconds: Mapping[str, list[float]]
 
     def median(self, name: str) -> float:
-        """Of the rounds of one variant."""
+        """Return the median of the rounds of one variant."""
         return statistics.median(self.seconds[name])
 
     def fastest(self, name: str) -> float:
-        """Of the rounds of one variant."""
+        """Return the fastest round of one variant."""
         return min(self.seconds[name])
 
     def speedup(self, name: str, over: str) -> float:
-        """How many times as fast `name` is as `over`, by medians."""
+        """Compute how many times as fast `name` is as `over`, by medians."""
         return self.median(over) / self.median(name)
 
     def fastest_speedup(self, name: str, over: str) -> float:
-        """How many times as fast `name` is as `over`, by fastest rounds."""
+        """Compute how many times as fast `name` is as `over`, by fastest rounds."""
         return self.fastest(over) / self.fastest(name)
 
 

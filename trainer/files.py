@@ -14,7 +14,7 @@ from trainer.errors import TrainerError
 def read_mapping(
     path: Path | str, setting: str, error: type[TrainerError], wanted: str = "a mapping"
 ) -> dict[str, Any]:
-    """What a YAML file says, which `setting`, an option with its = or its space, names. Raises `error`.
+    """Read a YAML file, which `setting`, an option with its = or its space, names. Raises `error`.
 
     The file may be at an address, as s3://shop/samples/schema.yaml.
     """

@@ -42,7 +42,7 @@ app = CommandApp(report=True, failures=(OSError,), rich_markup_mode="rich")
 def data_sets(
     folder: Path, texts: list[str], users: int, pictures: tuple[Path | None, Path | None], size: int
 ) -> list[DataSet]:
-    """A person's own, or the simulated ones: drawn clothes and, where photographs are given, photographs."""
+    """List a person's own data sets, or the simulated ones: drawn clothes and, if they are given, photographs."""
     if texts:
         return [parse(text, size) for text in texts]
     place = folder / f"{users}-users"

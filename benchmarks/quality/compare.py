@@ -46,7 +46,7 @@ class Bench:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def spec(self, data: DataSet, side: Side, net: str, images: bool) -> Spec:
-        """The run of the first seed on all training rows, with settings as they come."""
+        """Describe the run of the first seed on all training rows, with the settings as they come."""
         return Spec(
             side=side,
             net=net,
@@ -64,14 +64,14 @@ Curves = Mapping[tuple[str, str, Side], Sequence[Sequence[Epoch]]]
 
 
 def grid_of(side: Side) -> list[dict[str, Any]]:
-    """All combinations of a side's grid."""
+    """List all combinations of a side's grid."""
     return [
         {name: value for part in point for name, value in part.items()} for point in itertools.product(*GRIDS[side])
     ]
 
 
 def curves(bench: Bench, images: bool) -> Curves:
-    """Of all data sets, nets and sides, each with the settings that were best on the last training days."""
+    """Return the curves of all data sets, nets and sides, each with the settings that tuning found best."""
     data = [each for each in bench.data if each.store or not images]
     cells = [(each, net, side) for each in data for net in bench.nets for side in SIDES]
     runs = len(bench.seeds) + (max(len(grid_of(side)) for side in SIDES) if bench.tune else 0)
@@ -92,7 +92,7 @@ def curves(bench: Bench, images: bool) -> Curves:
 
 
 def tuned(bench: Bench, data: DataSet, spec: Spec) -> Spec:
-    """The run with the settings of the grid whose best epoch has the highest GAUC on the last training days."""
+    """Find the run with the settings of the grid whose best epoch has the highest GAUC on the last training days."""
     train_days, test_days = data.tuning_days()
     held_out = replace(spec, train_days=train_days, test_days=test_days)
     tried = [{**spec.settings, **point} for point in grid_of(spec.side)]
@@ -101,7 +101,7 @@ def tuned(bench: Bench, data: DataSet, spec: Spec) -> Spec:
 
 
 def check_same_rows(found: Curves) -> None:
-    """All runs on a data set have measured the same impressions and clicks."""
+    """Check that all runs on a data set have measured the same impressions and clicks."""
     for name in {name for name, _, _ in found}:
         counted = {
             (epoch["impressions"], epoch["clicks"], epoch["gauc_impressions"])
@@ -124,7 +124,7 @@ def of_goal(curve: Sequence[Epoch], goal: str) -> float:
 
 
 def differences(found: Curves, data: str, goal: str) -> list[float]:
-    """Of each seed: the mean over nets of ours minus theirs."""
+    """Compute for each seed the mean over nets of ours minus theirs."""
     nets = [net for name, net, side in found if name == data and side == "ours"]
     ours, theirs = (
         np.array([[of_goal(curve, goal) for curve in found[data, net, side]] for net in nets]) for side in SIDES
@@ -167,7 +167,7 @@ def ids_section(bench: Bench) -> list[Section]:
 
 
 def images_section(bench: Bench) -> list[Section]:
-    """With the images of ads and behaviours: ours trains E, FuxiCTR projects pretrained embeddings."""
+    """Compare with the images of ads and behaviours: ours trains E, FuxiCTR projects pretrained embeddings."""
     found = curves(replace(bench, settings={**WITH_IMAGES, **bench.settings}), images=True)
     figures = headline(found, "gauc_images_vs_fuxictr", list(GOALS))
     figures = {"gauc_images_vs_fuxictr": figures["gauc_images_vs_fuxictr_best"], **figures}

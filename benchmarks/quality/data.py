@@ -24,7 +24,7 @@ class DataSet:
     batch_size: int
 
     def tuning_days(self) -> tuple[list[str], list[str]]:
-        """The first nine tenths of the training days, and the rest, on which settings are chosen. Raises DataError."""
+        """Cut the training days into nine tenths, and a rest on which settings are chosen. Raises DataError."""
         by_day = files_by_day(open_published(self.samples))
         days = [day for day, files in by_day.items() if files[0].startswith("train/")]
         if len(days) < 2:
@@ -36,7 +36,7 @@ class DataSet:
 
 
 def parse(text: str, batch_size: int) -> DataSet:
-    """Of NAME=SAMPLES or NAME=SAMPLES:STORE. Raises ValueError."""
+    """Parse NAME=SAMPLES or NAME=SAMPLES:STORE. Raises ValueError."""
     name, equals, places = text.partition("=")
     samples, _, store = places.partition(":")
     if not equals or not name.isidentifier() or not samples:

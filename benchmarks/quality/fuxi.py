@@ -96,7 +96,7 @@ def model_of(spec: Spec, features: FeatureMap, folder: Path) -> tuple[type, dict
 
 
 def watched(base: type, test: Rows) -> type:
-    """The class, which keeps the metrics of the test rows after each epoch, and the seconds of its training."""
+    """Make a subclass that keeps the metrics of the test rows after each epoch, and the seconds of its training."""
 
     class Watched(base):  # type: ignore[misc]
         curve: list[dict[str, Any]]
@@ -119,7 +119,7 @@ def watched(base: type, test: Rows) -> type:
 
 
 def feature_map(layout: Layout, known: Mapping[str, Vocabulary], rows: Rows, folder: Path, width: int) -> FeatureMap:
-    """What FuxiCTR is told of the fields; those of one table share its embedding."""
+    """Describe the fields for FuxiCTR; those of one table share its embedding."""
     features = FeatureMap("quality", str(folder))
     specs: dict[str, dict[str, Any]] = OrderedDict()
     first: dict[str, str] = {}
@@ -159,7 +159,7 @@ def _pretrained(known: Vocabulary, folder: Path) -> dict[str, Any]:
 
 
 def write_features(store: str, name: str, folder: Path) -> Vocabulary:
-    """All features of a store, standardised, in the files that FuxiCTR reads pretrained embeddings from."""
+    """Write all features of a store, standardised, into the files that FuxiCTR reads pretrained embeddings from."""
     snapshot = FeatureStore.open(store).snapshot()
     keys_N = snapshot.keys()
     values_ND = snapshot.codec.decode(snapshot.get(keys_N)).astype(np.float32)

@@ -38,8 +38,9 @@ def hold_out(samples: Path, out: Path, share: float, seed: int = 0) -> None:
 
 
 def make_rare(samples: Path, out: Path, share: float, most: int, seed: int = 0) -> None:
-    """As `hold_out`, but of each item chosen 1 to `most` training impressions stay, drawn by `seed`; in test/ are
-    no other impressions than theirs.
+    """Hold out as `hold_out` does, but keep 1 to `most` training impressions of each chosen item, drawn by `seed`.
+
+    test/ has impressions of these items alone.
     """
     random = np.random.default_rng(seed)
     files = _files(samples, "train")
@@ -58,7 +59,7 @@ def make_rare(samples: Path, out: Path, share: float, most: int, seed: int = 0) 
 
 
 def make_noise(samples: Path, store: Path, seed: int = 0) -> None:
-    """A store with drawn features, independent of everything, for every image of `samples`."""
+    """Make a store with drawn features, independent of everything, for every image of `samples`."""
     tables = [pq.read_table(file, columns=["ad_image", "behavior_image"]) for file in samples.glob("*/*.parquet")]
     lists: list[Any] = [column.combine_chunks() for table in tables for column in table.columns]
     keys = np.unique(np.concatenate([np.asarray(each.flatten()) for each in lists]))

@@ -33,7 +33,7 @@ class Layout:
 
     @classmethod
     def of(cls, schema: Schema) -> "Layout":
-        """Of a schema whose behaviours are described by the fields of its ads. Raises SchemaError."""
+        """Take the columns of a schema whose behaviours are described by the fields of its ads. Raises SchemaError."""
         items = tuple(paired_fields(schema.fields))
         content = {field.side: field for field in schema.of_kind("content")}
         images = ((content["user"], content["ad"]),) if len(content) == 2 else ()
@@ -53,7 +53,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, values: Sequence[Int]) -> "Vocabulary":
-        """Of these values."""
+        """Make a vocabulary of these values."""
         return cls(np.unique(np.concatenate(values)))
 
     @property
@@ -62,19 +62,19 @@ class Vocabulary:
         return len(self.known_V) + 2
 
     def numbers(self, values_N: Int) -> Int:
-        """The number of each value."""
+        """Return the number of each value."""
         place_N = np.minimum(np.searchsorted(self.known_V, values_N), len(self.known_V) - 1)
         return np.where(self.known_V[place_N] == values_N, place_N + 1, len(self.known_V) + 1)
 
 
 def read(samples: str, split: str, schema: Schema, days: Sequence[str] | None) -> Batch:
-    """All samples of a split, or of some days, in the order of the files. Raises DataError, SchemaError."""
+    """Read all samples of a split, or of some days, in the order of the files. Raises DataError, SchemaError."""
     index = open_index(SoloComm(), samples, split, schema, days)
     return next(SampleReader(index, schema, batch_size=index.num_samples).batches())
 
 
 def vocabularies(batch: Batch, fields: Sequence[Field]) -> dict[str, Vocabulary]:
-    """One for each table of the fields."""
+    """Make a vocabulary for each table of the fields."""
     values: dict[str, list[Int]] = {}
     for field in fields:
         values.setdefault(field.table_name, []).append(batch.fields[field.name].values_N)
@@ -103,7 +103,7 @@ class Rows:
 
     @classmethod
     def of(cls, batch: Batch, layout: Layout, known: Mapping[str, Vocabulary]) -> "Rows":
-        """The rows of a batch; fields of several values are padded. Content fields have a vocabulary by their store."""
+        """Make the rows of a batch; fields of several values are padded, content fields numbered by their store."""
 
         def numbered(field: Field) -> Int:
             jagged = batch.fields[field.name]

@@ -81,14 +81,14 @@ def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
 
 
 def fuxictr_python() -> Path:
-    """The Python of FuxiCTR's environment, which tools/install.sh makes where FuxiCTR can be had."""
+    """Find the Python of FuxiCTR's environment, which tools/install.sh makes where FuxiCTR can be had."""
     from benchmarks.train.sections import fuxictr_python as found
 
     return found()
 
 
 def ours_settings(spec: Spec) -> dict[str, Any]:
-    """All settings of a run of ours, over the preset."""
+    """List all settings of a run of ours, over the preset."""
     schema = load_schema(spec.schema)
     index = open_index(SoloComm(), spec.samples, "train", schema, spec.train_days)
     days = {name: getattr(spec, name) for name in ("train_days", "test_days")}

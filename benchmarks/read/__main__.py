@@ -138,7 +138,7 @@ def decoded(source: Source, num_ranks: int, *, every: bool) -> dict[str, Figure]
 
 
 def mixing_figures(source: Source) -> dict[str, Figure]:
-    """How well an epoch is mixed, new and old, over a full shuffle of the same sample groups."""
+    """Measure how well an epoch is mixed, new and old, over a full shuffle of the same sample groups."""
     index = source.index()
     file_B = np.repeat(
         np.unique([r.file for r in index.row_groups], return_inverse=True)[1], [r.num_samples for r in index.row_groups]

@@ -71,7 +71,7 @@ def main(
 
 
 def compare(runs: "Runs") -> dict[str, Mapping[str, Figure]]:
-    """How far each run ends from the undisturbed one of one rank, or of two where it says so."""
+    """Measure how far each run ends from the undisturbed one of one rank, or of two where it says so."""
     from benchmarks.resume.runs import CHANGING
 
     kills = kills_of(runs.steps)
@@ -96,7 +96,7 @@ def kills_of(steps: int) -> list[int]:
 
 
 def differences(found: "End", expected: "End") -> dict[str, Figure]:
-    """How far two runs ended apart."""
+    """Measure how far apart two runs have ended."""
     apart_N = np.abs(found.logit_N - expected.logit_N)
     return {
         "dense": largest(found.dense, expected.dense),
@@ -108,7 +108,7 @@ def differences(found: "End", expected: "End") -> dict[str, Figure]:
 
 
 def largest(found: Mapping[str, "Float"], expected: Mapping[str, "Float"]) -> float:
-    """The largest difference of any number; both have the same names."""
+    """Return the largest difference of any number; both have the same names."""
     assert found.keys() == expected.keys()
     return max(float(np.abs(found[name] - expected[name]).max()) for name in expected)
 

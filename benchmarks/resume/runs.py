@@ -52,7 +52,7 @@ class Runs:
     steps: int
 
     def alone(self, *settings: str, nudged: bool = False) -> End:
-        """One rank, in this process."""
+        """Train on one rank, in this process."""
         train(load_config(self.workload.config, self._settings(*settings)), SoloComm(), nudged=nudged)
         return _end(self._folder)
 

@@ -40,7 +40,7 @@ def main(
 
 
 def train(config: Config, comm: Comm, *, die_at: int | None = None, nudged: bool = False) -> None:
-    """One run, without a report. `nudged`: one weight of E has another last bit of the type of E's products."""
+    """Train one run, without a report. `nudged`: one weight of E has another last bit of the type of E's products."""
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
         claim_folder(run)
         if nudged:

@@ -51,7 +51,7 @@ class Part(StrEnum):
 def measure(
     bench: "Bench", depths: Sequence[int], limit_mb: int, parts: Collection[Part] = tuple(Part)
 ) -> list[Section]:
-    """The sections of these parts, the headline first. int8: the lookups once more, on codes."""
+    """Measure the sections of these parts, the headline first. int8: the lookups once more, on codes."""
     from benchmarks.store.builds import cache_figures, write_figures
     from benchmarks.store.cold import cold_figures
     from benchmarks.store.depth import depth_figures
@@ -98,7 +98,7 @@ def ascending(text: str) -> list[int]:
 
 @contextmanager
 def working_folder(parent: Path | None) -> Iterator[Path]:
-    """A folder that is gone afterwards."""
+    """Make a folder that is gone afterwards."""
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="store-bench-", dir=parent) as name:

@@ -115,7 +115,7 @@ def write_figures(bench: Bench, held: Held) -> Section:
 
 
 def write_plain_file(path: Path, rows: FeatureRows, kind: str) -> None:
-    """What pyarrow's user would write: keys, and features in a column of one of `_TYPES`."""
+    """Write what a user of pyarrow would: keys, and features in a column of one of `_TYPES`."""
     features = np.ascontiguousarray(rows.features_ND)
     feature: Any
     if kind == "binary":
@@ -135,7 +135,7 @@ def write_plain_file(path: Path, rows: FeatureRows, kind: str) -> None:
 
 
 def cache_from_plain(source: Path, target: Path, num_shards: int, threads: int) -> None:
-    """What `FeaturePartition.load` builds, from the files of `write_plain_file`."""
+    """Build what `FeaturePartition.load` builds, from the files of `write_plain_file`."""
     target.mkdir(exist_ok=True)
 
     def build(shard: int) -> None:

@@ -76,7 +76,7 @@ def drop_page_cache(folder: Path) -> float:
 
 
 def resident_pages(path: Path) -> tuple[int, int]:
-    """How many pages of a file are in memory, and how many it has."""
+    """Count the pages of a file, and those of them that are in memory."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         count = -(-len(mapped) // mmap.PAGESIZE)
         flags = np.zeros(count, np.uint8)

@@ -94,7 +94,7 @@ class Bench:
         return version
 
     def recode(self, held: Held) -> Held:
-        """The same rows as int8 codes, in a store of their own."""
+        """Write the same rows as int8 codes into a store of their own."""
         target = self.folder / "store-int8"
         task = self.progress.add_task("recode to int8", total=None)
         recode(held.store, target, "int8", version=held.version, sample_rows=2000)
@@ -109,16 +109,16 @@ class Bench:
 
 
 def uris_of(rows: Any) -> list[str]:
-    """Of rows by number."""
+    """Name rows by their numbers."""
     return [f"{row}.jpg" for row in rows]
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def check_equal(found: Matrix, expected: Matrix, who: str) -> None:
-    """A fast wrong answer is no figure."""
+    """Check that two answers are equal: a fast wrong answer is no figure."""
     if not np.array_equal(found, expected):
         raise AssertionError(f"{who} gave other rows than the matrix")

@@ -75,7 +75,7 @@ def large_keys(num_rows: int) -> Int64Array:
 
 
 def features_of(keys_U: Int64Array) -> Matrix:
-    """The rows of keys: one of some patterns, the key itself in its first numbers, (U, D) bits of bfloat16."""
+    """Make the rows of keys: one of some patterns, the key itself in its first numbers, (U, D) bits of bfloat16."""
     features_UD = _patterns()[keys_U % _PATTERNS]
     for place in range(5):  # 14 bits each: finite whatever they are
         features_UD[:, place] = (keys_U.view(np.uint64) >> np.uint64(14 * place)) & np.uint64(0x3FFF)
@@ -142,7 +142,7 @@ def draw_keys(num_rows: int) -> Iterator[Int64Array]:
 
 @contextmanager
 def peak_of_data() -> Iterator[list[int]]:
-    """The most private memory in the block beyond what there was before, bytes, looked at every millisecond."""
+    """Measure the most private memory in the block beyond what there was before, bytes, looked at every millisecond."""
     before, peak, ended = data_bytes(), [0], threading.Event()
 
     def watch() -> None:

@@ -31,7 +31,7 @@ _SHOWN = {  # rows of the table, and what the JSON calls them
 
 
 def warm_figures(bench: Bench, held: Held, peers: Mapping[str, Peer]) -> Section:
-    """All ways, in 1 and in 2 threads, on rows of one dtype, which stands in the names unless it is bfloat16."""
+    """Measure all ways, in 1 and in 2 threads, on rows of one dtype; the names have it unless it is bfloat16."""
     dtype = held.store.info.dtype
     suffix = "" if dtype == "bfloat16" else f"_{dtype}"
     one, two = (_timings(bench, held, peers, threads) for threads in (1, 2))
@@ -48,7 +48,7 @@ def warm_figures(bench: Bench, held: Held, peers: Mapping[str, Peer]) -> Section
 
 
 def delta_figures(bench: Bench, held: Held, newest: Held, cache: Path) -> Section:
-    """The snapshot with deltas over the same rows: what a partition of it serves, and what that is checked against."""
+    """Measure the snapshot with deltas over the same rows, and check what a partition of it serves."""
     peer = StorePeer(newest, cache)
     peer.open(threads=1)
     index_U, out_UD = np.empty(bench.num_keys, np.int64), _buffer(bench, held)

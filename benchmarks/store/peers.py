@@ -62,7 +62,7 @@ class StorePeer:
         )
 
     def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
-        """By key."""
+        """Look up by key."""
         self.partition.lookup(self._held.keys_N[index_U], out=out_UD)
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class NumpyPeer:
         self._split = Split(threads)
 
     def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
-        """By row number."""
+        """Look up by row number."""
         self._split(lambda index, out: np.take(self._matrix, index, axis=0, out=out, mode="clip"), index_U, out_UD)
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class LmdbPeer:
         self._split = Split(threads)
 
     def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
-        """One transaction in each thread."""
+        """Look up in one transaction of each thread."""
         self._split(self._get, index_U, out_UD)
 
     def _get(self, index_U: Indices, out_UD: Matrix) -> None:
@@ -203,13 +203,13 @@ class LancePeer:
         self._one_core = threads == 1
 
     def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
-        """By row number."""
+        """Look up by row number."""
         with on_one_core(self._one_core):
             table = self._dataset.take(pa.array(index_U), columns=["feature"])
         out_UD[:] = _matrix_of(table["feature"], out_UD)
 
     def lookup_by_key(self, index_U: Indices, out_UD: Matrix) -> None:
-        """A filter with all keys; rows come in any order, each once."""
+        """Look up by a filter with all keys; rows come in any order, each once."""
         keys_U = self._keys_N[index_U]
         with on_one_core(self._one_core):
             wanted = f"key IN ({', '.join(map(str, keys_U.tolist()))})"
@@ -259,7 +259,7 @@ def on_one_core(wanted: bool) -> Iterator[None]:
 
 
 def fill_peers(held: Held, folder: Path, progress: Progress) -> Mapping[str, Peer]:
-    """All peers, filled with the rows of `held`, below `folder`."""
+    """Make all peers, filled with the rows of `held`, below `folder`."""
     folder.mkdir()
     return {
         "store": StorePeer(held, folder / "cache"),
@@ -271,7 +271,7 @@ def fill_peers(held: Held, folder: Path, progress: Progress) -> Mapping[str, Pee
 
 
 def key_bytes(held: Held) -> list[bytes]:
-    """The key of each row as eight bytes, in the order of unsigned numbers."""
+    """Write the key of each row as eight bytes, in the order of unsigned numbers."""
     data = held.keys_N.view(np.uint64).astype(">u8").tobytes()
     return [data[start : start + 8] for start in range(0, len(data), 8)]
 

@@ -57,7 +57,7 @@ def alternatives(texts: list[str]) -> dict[str, list[str]]:
 
 
 def spread(sections: list[Section]) -> float:
-    """The fastest over the slowest round of the variant in which they differ most."""
+    """Compute the fastest over the slowest round of the variant in which they differ most."""
     cells = [each for section in sections for each in section.grid.values() if "slowest" in each]
     return max((float(each["fastest"] or 0) / float(each["slowest"] or 1) for each in cells), default=1.0)
 

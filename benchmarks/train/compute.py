@@ -31,7 +31,7 @@ class Compute:
         self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
 
     def prepare(self) -> Batch:
-        """The trainer's next batch."""
+        """Prepare the trainer's next batch."""
         return next(self._batches)
 
     def step(self, batch: Batch) -> tuple[float, float]:

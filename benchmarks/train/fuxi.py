@@ -37,7 +37,7 @@ class FuxiCtr:
         self._batches = self.model.batches()
 
     def prepare(self) -> tuple[Batch, Request]:
-        """The next batch, places in the layer instead of image keys, and the exchange of its ID keys."""
+        """Prepare the next batch, with places in the layer instead of image keys, and exchange its ID keys."""
         batch = next(self._batches)
         fields = dict(batch.fields)
         for name in (field.name for field in self.model.content):

@@ -45,7 +45,7 @@ class Launcher:
         return Outcome(report["samples_per_s"], losses, report, resident)
 
     def peer(self, variant: str, steps: int, settings: Sequence[str] = (), python: str | None = None) -> Outcome:
-        """A variant of benchmarks.train.peer, with the same settings."""
+        """Run a variant of benchmarks.train.peer, with the same settings."""
         out = self.scratch / f"{variant}.json"
         command = ["-m", "benchmarks.train.peer", variant, "--config", str(self.workload.config)]
         extra = ["--steps", str(steps), "--json", str(out), *self._set(settings)]

@@ -46,7 +46,7 @@ class Link:
 
 @contextlib.contextmanager
 def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
-    """The link, gone behind the block, or with this process. `rate`: as tc writes it.
+    """Make the link; it is gone after the block, or with this process. `rate`: as tc writes it.
 
     Raises LinkError where the machine has no namespaces.
     """

@@ -45,14 +45,14 @@ class Model:
         self._steps = 0
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches, epoch after epoch without end, read ahead: those of the trainer."""
+        """Yield this rank's batches as the trainer has them, read ahead, epoch after epoch without end."""
         for epoch in itertools.count():
             batches, depth = self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches
             with closing(ReadAhead(batches, depth)) as ahead:
                 yield from ahead
 
     def loss(self, batch: Batch, vectors: Images) -> Tensor:
-        """This rank's part of the mean loss over the global batch."""
+        """Compute this rank's part of the mean loss over the global batch."""
         logit_B = self.net(vectors, {}, torch.from_numpy(batch.group_of_sample_B))
         label_B = torch.from_numpy(batch.label_B)
         return functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
@@ -102,7 +102,7 @@ class StoredFeatures:
         return self._service.embed(network, Gathered(self.numbers(network, features_UD, place), None))
 
     def numbers(self, network: str, features_UD: Tensor, place: str) -> Tensor:
-        """What the network's first product takes: the features themselves where they are of its type."""
+        """Return what the network's first product takes: the features themselves where they are of its type."""
         model = self._service.models[network]
         assert isinstance(model, EmbeddingModel)
         if features_UD.dtype == model.compute_dtype:
@@ -115,7 +115,7 @@ class StoredFeatures:
 
 
 def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:
-    """The same samples, each with a user side of its own (G = B), as where samples do not come in groups."""
+    """Return the same samples, each with a user side of its own (G = B), as where samples do not come in groups."""
     widened = dict(batch.fields)
     for field in fields:
         if field.side == "user" and field.name in widened:
@@ -128,5 +128,5 @@ def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:
 
 
 def occurrences(vectors_NV: Tensor, lengths_M: NDArray[np.int32]) -> FieldVectors:
-    """A field whose N values have a vector each, whatever of them are the same image."""
+    """Make a field whose N values have a vector each, whatever of them are the same image."""
     return FieldVectors(vectors_NV, torch.arange(len(vectors_NV)), torch.from_numpy(lengths_M.astype(np.int64)))

@@ -31,7 +31,7 @@ class Variant(Protocol):
     """Whether `prepare` runs in a thread beside the step before."""
 
     def prepare(self) -> Any:
-        """The next batch, and everything of it that needs no weights. Every rank calls it equally often."""
+        """Prepare the next batch, and everything of it that needs no weights. Every rank calls it equally often."""
 
     def step(self, prepared: Any) -> tuple[float, float | None]:
         """Trains on one. The loss, and the seconds to count where they are not those of the whole step."""
@@ -60,7 +60,7 @@ Name = Literal[
 
 
 def variant_of(name: Name, run: Run, folder: Path) -> Variant:
-    """The variant of this name, which may keep files in `folder`; each imports what it alone needs."""
+    """Make the variant of this name, which may keep files in `folder`; each imports what it alone needs."""
     match name:
         case "compute" | "compute_from_numbers":
             from benchmarks.train.compute import Compute
@@ -81,7 +81,7 @@ def variant_of(name: Name, run: Run, folder: Path) -> Variant:
 
 
 def train(variant: Variant, steps: int, run: Run) -> Seen:
-    """All steps of one variant on this rank."""
+    """Train all steps of one variant on this rank."""
     seen, started, sent = Seen(), 0.0, 0
     for number, item in enumerate(_prepared(variant, steps)):
         if number == 1:

@@ -34,7 +34,7 @@ class Rounds:
         return statistics.median(each.samples_per_s for each in self.outcomes[name])
 
     def ratio(self, name: str, over: str) -> float | None:
-        """How many times as fast `name` is as `over`; None where one of them was not run."""
+        """Compute how many times as fast `name` is as `over`; None where one of them was not run."""
         return self.speed(name) / self.speed(over) if name in self and over in self else None
 
     def grid(self) -> dict[str, dict[str, Figure]]:
@@ -63,7 +63,7 @@ def interleaved(variants: Mapping[str, Run], rounds: int, progress: Progress, ti
 
 
 def check_losses(outcomes: Mapping[str, Sequence[Outcome]], same: Sequence[str]) -> None:
-    """The variants `same`, those that ran, had the same first losses in every round. Raises DifferentLossesError.
+    """Check that the variants `same`, if they ran, had the same first losses. Raises DifferentLossesError.
 
     They differ by bfloat16's rounding and by the order of sums alone; Adam makes that a little larger with each step.
     """

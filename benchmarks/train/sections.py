@@ -50,7 +50,7 @@ class Bench:
         return max(3, self.steps // 2)
 
     def variants(self) -> dict[str, Run]:
-        """All that take part in the rounds, by name."""
+        """Return all variants that take part in the rounds, by name."""
         one, two, few = self.launcher(1), self.launcher(2), max(3, self.steps // 3)
         large = [*self.workload.settings(2), *self.settings]
         runs: dict[str, Run] = {
@@ -72,12 +72,12 @@ class Bench:
 
 
 def fuxictr_python() -> Path:
-    """The interpreter of the environment that tools/install.sh makes for FuxiCTR."""
+    """Find the interpreter of the environment that tools/install.sh makes for FuxiCTR."""
     return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 
 def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequence[str]]) -> list[Section]:
-    """All sections, or those of `only`, the headline first. Raises RunFailedError, DifferentLossesError."""
+    """Measure all sections, or those of `only`, the headline first. Raises RunFailedError, DifferentLossesError."""
     chosen = {name: run for name, run in bench.variants().items() if not only or name in only}
     checked = _checked(bench, chosen)
     rounds = interleaved(chosen, bench.rounds, bench.progress, "rounds")
@@ -100,7 +100,7 @@ def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequen
 
 
 def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
-    """The figures that have a target. "Store in server" is the fastest of its forms."""
+    """Return the figures that have a target. "Store in server" is the fastest of its forms."""
     servers = [ratio for name in _SERVERS if (ratio := rounds.ratio("ours_2_ranks", name))]
     return {
         "step_vs_compute": rounds.ratio("compute", "ours"),
@@ -116,7 +116,7 @@ def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
 
 
 def beside(rounds: Rounds) -> dict[str, Figure]:
-    """What to read beside the headline: the same ratios under conditions that are less kind to us."""
+    """Return what to read beside the headline: the same ratios under conditions that are less kind to us."""
     figures = {
         "step_vs_compute_from_numbers": rounds.ratio("compute_from_numbers", "ours"),
         "two_ranks_vs_one_of_the_same_batch": rounds.ratio("ours_2_ranks", "ours_large_batch"),

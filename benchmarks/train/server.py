@@ -52,7 +52,7 @@ class StoreInServer:
         self._memory = [torch.empty(0, self._partition.dim, dtype=network.compute_dtype) for _ in range(2)]
 
     def prepare(self) -> Fetched:
-        """The trainer's next batch, the exchange of its ID keys, and its features."""
+        """Prepare the trainer's next batch: exchange its ID keys, and look up its features."""
         batch = next(self._batches)
         return Fetched(batch, self.model.request(batch), *self._fetch(batch))
 

@@ -16,7 +16,7 @@ _PARTS = ("step.keys", "step.vectors", "step.gradients", "step.dense")
 
 
 def traffic_section(both: Mapping[str, Any], none: Mapping[str, Any], dim: int) -> Section:
-    """The table of one global batch of 20 ranks. `both`, `none`: reports of runs with images, and of IDs alone.
+    """Make the table of one global batch of 20 ranks. `both`, `none`: reports of runs with images, and of IDs alone.
 
     An image that a rank asks of another costs our exchange a key, a vector and a gradient. The paper counts keys with
     the IDs, so `image_bytes_reduction` leaves them out on both sides; `..._with_keys` has them on both. Dense gradients

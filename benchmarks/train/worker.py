@@ -92,7 +92,7 @@ class StoreInWorker:
         self._loaded = iter(loader)
 
     def prepare(self) -> tuple[FullBatch, Request]:
-        """The next batch, and the exchange of its ID keys."""
+        """Prepare the next batch, and exchange its ID keys."""
         full = next(self._loaded)
         return full, self.model.request(full.batch)
 

@@ -19,7 +19,7 @@ class HomePages(PageKind):
         return None
 
     def routes(self) -> Sequence[Route]:
-        """One page."""
+        """Return the route of the one page."""
         return [Route("/", self.home)]
 
     def home(self, request: Request) -> Response:

@@ -54,7 +54,7 @@ class MapPages(PageKind):
         ]
 
     def routes(self) -> Sequence[Route]:
-        """The page, its part, its file."""
+        """Return the routes of the page, of its part and of its file."""
         if self.nav is None:
             return []
         return [

@@ -23,7 +23,7 @@ class PicturePages(PageKind):
         return None
 
     def routes(self) -> Sequence[Route]:
-        """One route, also without a place of images: pages then show grey squares."""
+        """Return the one route, also without a place of images: pages then show grey squares."""
         return [Route(PICTURE, self.picture)]
 
     def picture(self, request: Request) -> Response:

@@ -249,7 +249,7 @@ class Live:
         return {name: each.loss for name, each in self.curves.items() if each.loss.steps}
 
     def test(self, metric: str) -> Mapping[str, Any]:
-        """A metric of the test samples, of each run that was evaluated."""
+        """Return the curves of a metric of the test samples, one for each run that was evaluated."""
         return {name: each.test(metric) for name, each in self.curves.items() if each.test(metric).steps}
 
     @property

@@ -43,7 +43,7 @@ class ScorerPages(PageKind):
         return NavItem("Scorer", SCORER) if self.site.places.model is not None else None
 
     def routes(self) -> Sequence[Route]:
-        """The scorer, and an impression; each with the part of it that asks the server."""
+        """Return the routes of the scorer and of an impression, each with the part of it that asks the server."""
         if self.nav is None:
             return []
         return [

@@ -107,7 +107,7 @@ class ScoreFile:
         group_B = np.repeat(np.arange(len(counts_G)), counts_G)
 
         def written(column: str) -> Any:
-            """The values as the samples have them; a group's own value once, an ad's in each place."""
+            """Give the values as the samples have them: a group's own value once, an ad's in each place."""
             if column not in self._index.text_columns:
                 return pa.array(groups.columns[column].values)
             encoded = texts_of(table, column, self._rules[column], full, row_group.first_row)

@@ -150,7 +150,7 @@ class _Powers:
         return weight_W, c_W
 
     def centre(self, step: int) -> float:
-        """The c of a step: the harmonic mean of all c_s that follow, each as heavy as its term."""
+        """Compute the c of a step: the harmonic mean of all c_s that follow, each as heavy as its term."""
         weight_W, c_W = self.coming(step)
         total = float(weight_W.sum())
         return total / float((weight_W / c_W).sum()) if total else 1.0

@@ -121,9 +121,11 @@ class CtrModel(nn.Module):
         return [dense[field.name] for field in self._of(side, "dense")]
 
     def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
-        """The ad's visual vectors, and the aggregated ones of the behaviours, (B, W) for each content field; then,
-        where they are asked for, the products of their means with the ad, and the tiers of similarity, (B, T) for each
-        behaviour field. `ad`: its `of_side`."""
+        """Collect what the images say: the ad's visual vectors and the behaviours' aggregated ones, (B, W) a field.
+
+        Then, if they are asked for, the products of their means with the ad, and the tiers of similarity, (B, T) for
+        each behaviour field. `ad`: its `of_side`.
+        """
         visual = [one_each(fields[field.name]) for field in self._of("ad", "content")]
         asking = (visual if self._asks_with_images else []), (ad if self._asks_with_ids else [])
         queries = [torch.cat(each, dim=1) for each in asking if each]

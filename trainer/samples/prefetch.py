@@ -107,7 +107,7 @@ class _Lateness:
         self._times_late = 0
 
     def timed(self, result: Callable[[], Result]) -> Result:
-        """The result, once it is there."""
+        """Wait for the result and return it."""
         start_s = time.perf_counter()
         value = result()
         if self._asked_s is not None:
@@ -117,7 +117,7 @@ class _Lateness:
         return value
 
     def is_habit(self) -> bool:
-        """Whether the last results were all late."""
+        """Tell whether the last results were all late."""
         return self._times_late >= _TIMES
 
 

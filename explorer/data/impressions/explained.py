@@ -115,13 +115,13 @@ class Explanation:
     """What weighs the behaviours, one a column of weights."""
 
     def effect(self, behavior: Behavior) -> float | None:
-        """What the picture of a behaviour adds to the ad's click probability."""
+        """Return what the picture of a behaviour adds to the ad's click probability."""
         if behavior.without_picture is None:
             return None
         return self.chosen.score.probability - behavior.without_picture.probability
 
     def effect_of_all(self, behavior: Behavior) -> float:
-        """What the whole behaviour adds to it."""
+        """Return what the whole behaviour adds to the ad's click probability."""
         return self.chosen.score.probability - behavior.without_it.probability
 
     @property

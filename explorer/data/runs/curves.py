@@ -55,7 +55,7 @@ class Curves:
         return self.by_tag.get(_LOSS, _EMPTY)
 
     def test(self, metric: str) -> Curve:
-        """A metric of the test samples."""
+        """Return the curve of a metric of the test samples."""
         return self.by_tag.get(_TEST + metric, _EMPTY)
 
     @property
