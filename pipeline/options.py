@@ -345,7 +345,9 @@ class XdlOptions:
     add: Annotated[
         bool,
         typer.Option(
-            "--add", help="Keep the samples of files that were imported, and import the others; options as then."
+            "--add",
+            help="Keep the samples of files that were imported, and import those that are new or have changed; options "
+            "as then.",
         ),
     ] = False
     scratch: ScratchOption = None

@@ -1,11 +1,13 @@
-"""The files of an import of text samples: what is there of an earlier one, and which files are new."""
+"""The files of an import of text samples: what is there of an earlier one, and which files are new or have changed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
@@ -20,6 +22,10 @@ from pipeline.xdl.fields import SeenFields, XdlField, seen_of_table
 
 SPLITS = ("train", "test")
 SEEN_FILE = "fields.parquet"
+SEEN_FOLDER = "seen"
+"""Of each file what SEEN_FILE has of all together, under its number."""
+QUARANTINE_FILE = "quarantine.parquet"
+Place = tuple[bool, str, str]
 _FREE = ("source", "samples", "test_source", "add", "scratch", "keep_days")
 """Options that may differ from those of the samples that files are added to."""
 
@@ -47,9 +53,11 @@ class ImportedFile:
     path: str
     tag: str
     digest: str
+    counts: dict[str, Any] | None = None
+    """Of its lines, as `total` sums them up; None where an earlier version imported it."""
 
     @property
-    def place(self) -> tuple[bool, str, str]:
+    def place(self) -> Place:
         """What files are sorted by: those of test samples last, then by name."""
         return self.split == "test", self.url, self.path
 
@@ -66,6 +74,19 @@ class EarlierImport:
     def files(self) -> list[ImportedFile]:
         """List what was imported."""
         return [ImportedFile(**each) for each in self.summary["sources"]]
+
+
+@dataclass(frozen=True)
+class KeptImport:
+    """What stays of an earlier import when some of its files have changed since, or when none has."""
+
+    storage: Storage
+    files: dict[int, ImportedFile]
+    """By their numbers."""
+    counts: dict[str, Any]
+    seen: dict[Place | None, SeenFields]
+    """Of each file; where none has changed, of all together, under None."""
+    bad: pa.Table
 
 
 def earlier_import(options: XdlOptions) -> EarlierImport:
@@ -103,8 +124,8 @@ def as_made(options: XdlOptions, recorded: Mapping[str, Any]) -> XdlOptions:
 
 
 def new_files_of(files: Sequence[TextFile], imported: Sequence[ImportedFile]) -> list[ImportedFile]:
-    """List the files that are not imported yet. Raises SampleError for one that was, with another content."""
-    known, digests = {each.place: each for each in imported}, {each.digest for each in imported}
+    """List the files that are not imported yet, or were with another content."""
+    known = {each.place: each for each in imported}
     tags: dict[str, dict[str, str]] = {}
     found = []
     for file in files:
@@ -113,16 +134,56 @@ def new_files_of(files: Sequence[TextFile], imported: Sequence[ImportedFile]) ->
             tags[file.url] = settled_tags([storage.entry(each.path) for each in files if each.url == file.url])
         tag = tags[file.url].get(file.path, "")
         before = known.get(ImportedFile(file.split, file.url, file.path, "", "").place)
-        if before is not None and before.tag == tag != "":
-            continue
-        digest = digest_of(storage, file.path)
-        if before is not None and before.digest != digest:
-            raise SampleError(
-                f"{storage.full(file.path)} has changed since it was imported; import all files anew, without --add"
-            )
-        if digest not in digests:  # the same file of a folder that was moved is there already
-            found.append(ImportedFile(file.split, file.url, file.path, tag, digest))
-    return found
+        if before is None or not before.tag == tag != "":
+            found.append(ImportedFile(file.split, file.url, file.path, tag, digest_of(storage, file.path)))
+    changed = {each.place for each in found if each.place in known and known[each.place].digest != each.digest}
+    # The same file of a folder that was moved is there already.
+    digests = {each.digest for each in imported if each.place not in changed}
+    return [each for each in found if each.place in changed or each.digest not in digests]
+
+
+def kept_import(earlier: EarlierImport, new_files: Sequence[ImportedFile]) -> KeptImport:
+    """Take what stays of an earlier import where `new_files` are imported, some of them perhaps again.
+
+    Raises SampleError where one has changed, and what was counted of each file is not there, or does not tell apart
+    which bad lines were its own.
+    """
+    storage, imported = earlier.storage, dict(enumerate(earlier.files))
+    places, bad = {each.place for each in new_files}, read_table(storage, QUARANTINE_FILE)
+    changed = [each for each in imported.values() if each.place in places]
+    if not changed:
+        return KeptImport(storage, imported, total([earlier.summary]), {None: earlier.seen}, bad)
+    count_of_path = Counter(each.path for each in imported.values())
+    if any(each.counts is None for each in imported.values()) or any(count_of_path[each.path] > 1 for each in changed):
+        raise SampleError(
+            f"{Storage(changed[0].url).full(changed[0].path)} has changed since it was imported; "
+            "import all files anew, without --add"
+        )
+    kept = {number: each for number, each in imported.items() if each.place not in places}
+    seen: dict[Place | None, SeenFields] = {
+        each.place: seen_of_table(read_table(storage, f"{SEEN_FOLDER}/{part_name(number)}"))
+        for number, each in kept.items()
+    }
+    paths = pa.array([each.path for each in changed], pa.string())
+    bad = bad.filter(pc.invert(pc.is_in(bad["file"], paths)))
+    return KeptImport(storage, kept, total(each.counts or {} for each in kept.values()), seen, bad)
+
+
+def total(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up the counts of lines, of good ones, of bad ones by reason, and of groups, samples and clicks by split."""
+    lines, nested = Counter[str](), {name: Counter[str]() for name in ("quarantined", *SPLITS)}
+    for part in parts:
+        lines.update({name: part[name] for name in ("lines", "good_lines")})
+        for name, counts in nested.items():
+            counts.update(part[name])
+    return {**dict.fromkeys(("lines", "good_lines"), 0), **lines, **{name: dict(each) for name, each in nested.items()}}
+
+
+def in_order_of_files(bad: pa.Table, files: Collection[ImportedFile]) -> pa.Table:
+    """Sort bad lines as importing all files at once has them."""
+    number = {each.path: number for number, each in reversed(list(enumerate(files)))}
+    order = pa.array([number[str(path)] for path in bad["file"].to_pylist()], pa.int64())
+    return bad.take(pc.array_sort_indices(order)) if len(bad) else bad
 
 
 def check_fields(options: XdlOptions, fields: Sequence[XdlField], recorded: Sequence[Mapping[str, Any]]) -> None:
@@ -144,13 +205,13 @@ def _shown(field: Mapping[str, Any]) -> str:
     return f"{field['part']} {field['name']}{column} ({field['kind']}{width}{weighted})"
 
 
-def keep_parts(new: NewFiles, imported: Sequence[ImportedFile], numbers: Mapping[tuple[bool, str, str], int]) -> None:
+def keep_parts(new: NewFiles, imported: Mapping[int, ImportedFile], numbers: Mapping[Place, int]) -> None:
     """Keep the samples of files that were imported, under the numbers that these have now."""
-    for split in SPLITS:
-        names = set(new.before.list(split))
-        for number, each in enumerate(imported):
+    for folder in (*SPLITS, SEEN_FOLDER):
+        names = set(new.before.list(folder))
+        for number, each in imported.items():
             if (name := part_name(number)) in names:
-                new.keep(f"{split}/{part_name(numbers[each.place])}", f"{split}/{name}")
+                new.keep(f"{folder}/{part_name(numbers[each.place])}", f"{folder}/{name}")
 
 
 def read_table(storage: Storage, name: str) -> pa.Table:

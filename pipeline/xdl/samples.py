@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,24 @@ from pipeline.vectors.source import find_files
 from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan, seen_table
 from pipeline.xdl.groups import ReadRules, XdlGroup, group_samples, read_sample, schema_of, table_of
 from pipeline.xdl.imported import (
+    QUARANTINE_FILE,
     SEEN_FILE,
+    SEEN_FOLDER,
     SPLITS,
     TextFile,
     as_made,
     check_fields,
     earlier_import,
+    in_order_of_files,
     keep_parts,
+    kept_import,
     new_files_of,
     part_name,
-    read_table,
+    total,
 )
 from pipeline.xdl.line import BadLineError, XdlLine, parse_line
 from pipeline.xdl.schema import write_field_schema
 
-QUARANTINE_FILE = "quarantine.parquet"
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "file": pa.string(),
     "line": pa.int64(),  # in the file, the first is 1
@@ -71,35 +74,37 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
 
     A row is a group: neighbouring lines of one file with equal group key and equal user part. Bad lines are counted and
     kept, text and all, in quarantine.parquet. Every line is read twice. With `options.add`, files that were imported
-    are kept as they are, and the others are added: what importing all of them would make, where new ones come last by
-    name. Raises SampleError where there is nothing to train on, for a file that has changed, and where the fields of
-    all files would be others than before.
+    are kept as they are, the others are added, and those that have changed take the place of their samples: what
+    importing all of them would make, where new ones come last by name. Raises SampleError where there is nothing to
+    train on, where the fields of all files would be others than before, and for changed files of an earlier version.
     """
     earlier = earlier_import(options) if options.add else None
     options = as_made(options, earlier.summary["options"]) if earlier else options
-    imported = earlier.files if earlier else []
-    new_files = new_files_of(_files(options), imported)
+    new_files = new_files_of(_files(options), earlier.files if earlier else [])
     if earlier and not new_files:
         return earlier.summary | {"added": 0, "options": earlier.summary["options"] | {"add": True}}
+    kept = kept_import(earlier, new_files) if earlier else None
     with replaced_files(
         options.samples,
         before=earlier.storage if earlier else None,
         scratch=options.scratch,
         keep_days=options.keep_days,
     ) as new:
-        for split in SPLITS:
-            (new.folder / split).mkdir()
+        for name in (*SPLITS, SEEN_FOLDER):
+            (new.folder / name).mkdir()
         text_files = [TextFile(each.url, each.path, each.split) for each in new_files]
         scanned = run_all(client, "looking through lines", scan_file, [(file,) for file in text_files], SMALLER)
-        seen = merged([*([earlier.seen] if earlier else []), *(each for _, each in scanned)])
-        num_good = sum(count for count, _ in scanned) + (earlier.summary["good_lines"] if earlier else 0)
+        seen_of_new = {each.place: seen for each, (_, seen) in zip(new_files, scanned, strict=True)}
+        files = sorted([*(kept.files.values() if kept else []), *new_files], key=lambda each: each.place)
+        seen_of_file = (kept.seen if kept else {}) | seen_of_new
+        seen = merged(seen_of_file[place] for place in (None, *(each.place for each in files)) if place in seen_of_file)
+        num_good = sum(count for count, _ in scanned) + (kept.counts["good_lines"] if kept else 0)
         if not num_good:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
         names = _images(options, seen), names_in(options.sparse), names_in(options.dense)
         fields = decide(seen, num_good, *names)
         if earlier:
             check_fields(options, fields, earlier.summary["fields"])
-        files = sorted([*imported, *new_files], key=lambda each: each.place)
         numbers = {each.place: number for number, each in enumerate(files)}
         rules = ReadRules(
             tuple(fields), options.weights, options.label_threshold, options.label_index, options.fill_dense
@@ -109,15 +114,22 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             (file, numbers[each.place], rules, share, folder) for file, each in zip(text_files, new_files, strict=True)
         ]
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
-        summary = _summary(options, fields, written, earlier.summary if earlier else None)
-        summary |= {"good_lines": num_good, "sources": [asdict(each) for each in files], "added": len(new_files)}
+        counts_of_new = {
+            each.place: _counts(count, groups)
+            for each, (count, _), groups in zip(new_files, scanned, written, strict=True)
+        }
+        summary = _summary(options, fields, [*([kept.counts] if kept else []), *counts_of_new.values()])
+        sources = [replace(each, counts=counts_of_new.get(each.place, each.counts)) for each in files]
+        summary |= {"sources": [asdict(each) for each in sources], "added": len(new_files)}
         _check(options, summary)
         bad = pa.Table.from_pylist([row for each in written for row in each.bad], schema=QUARANTINE)
-        if earlier:
-            bad = pa.concat_tables([read_table(earlier.storage, QUARANTINE_FILE), bad])
-            keep_parts(new, imported, numbers)
+        if kept:
+            bad = in_order_of_files(pa.concat_tables([kept.bad, bad]), files)
+            keep_parts(new, kept.files, numbers)
         pq.write_table(bad, new.folder / QUARANTINE_FILE)
         pq.write_table(seen_table(seen), new.folder / SEEN_FILE)
+        for place, each in seen_of_new.items():
+            pq.write_table(seen_table(each), new.folder / SEEN_FOLDER / part_name(numbers[place]))
         write_field_schema(new.folder, options.samples, fields, options.weights == "keep")
         write_json(new.folder / MARK, summary)
     return summary
@@ -213,29 +225,27 @@ def _write(
     result.clicks[split] += sum(labels)
 
 
+def _counts(num_good: int, written: WrittenGroups) -> dict[str, Any]:
+    """Count what one file has, as `total` sums it up."""
+    by_split = {"groups": written.groups, "samples": written.samples, "clicks": written.clicks}
+    return {
+        "lines": written.num_lines,
+        "good_lines": num_good,
+        "quarantined": dict(Counter(row["reason"] for row in written.bad)),
+        **{split: {name: counts[split] for name, counts in by_split.items()} for split in SPLITS},
+    }
+
+
 def _summary(
-    options: XdlOptions,
-    fields: Sequence[XdlField],
-    written: Sequence[WrittenGroups],
-    earlier: Mapping[str, Any] | None,
+    options: XdlOptions, fields: Sequence[XdlField], counts_of_files: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Count what was written, and what is there already."""
-    reasons = Counter(row["reason"] for each in written for row in each.bad)
-    counts = {
-        name: sum((getattr(each, name) for each in written), Counter[str]()) for name in ("groups", "samples", "clicks")
-    }
-    lines = sum(each.num_lines for each in written)
-    if earlier is not None:
-        lines += earlier["lines"]
-        reasons.update(earlier["quarantined"])
-        for name, by_split in counts.items():
-            by_split.update({split: earlier[split][name] for split in SPLITS})
+    counts = total(counts_of_files)
     return {
         "format": FORMAT,
         "options": asdict(options) | {name: names_in(getattr(options, name)) for name in ("images", "sparse", "dense")},
-        "lines": lines,
-        "quarantined": dict(sorted(reasons.items())),
-        **{split: {name: counts[name][split] for name in counts} for split in SPLITS},
+        **counts,
+        "quarantined": dict(sorted(counts["quarantined"].items())),
         "fields": [asdict(each) for each in fields],
     }
 

@@ -1,12 +1,14 @@
 """Imports of XDL's text samples to which files are added: the bytes of an import of all files, or a clear refusal."""
 
 import contextlib
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from featurestore.published import open_published
+from featurestore.text.parsing import parse_json
 from jobs import import_xdl
 
 FIRST = [
@@ -141,13 +143,56 @@ def test_other_options_are_refused(job, logs, tmp_path, args, code, message):
     assert message in text and "was made with" in text
 
 
-def test_a_file_that_has_changed_is_refused(job, logs, tmp_path):
+def test_late_lines_write_the_samples_of_their_file_anew(job, logs, place, tmp_path):
+    """Bad lines, counts and the parts of the other files as well as an import of all files has them."""
+    folder, write = logs
+    write("day3.txt", THIRD)
+    job("--from", folder, "--samples", place, "--test-share", 0.3)
+    kept = {each.path: each.mtime_s for each in open_published(place).entries() if "part-00000" in each.path}
+    write("day2.txt", [*SECOND, "another line that is none", *THIRD[:1]])
+    write("day4.txt", SECOND)  # new, with the bytes that day2 had
+    late = "--from", folder, "--samples", place, "--add"
+    assert "added 2 of 4 files lines 10 quarantined 3" in job(*late)
+    assert "added 0 of 4 files" in job(*late)
+    job("--from", folder, "--samples", tmp_path / "anew", "--test-share", 0.3)
+    found, expected = content(place), content(str(tmp_path / "anew"))
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    after = {each.path: each.mtime_s for each in open_published(place).entries()}
+    assert kept and {path: after[path] for path in kept} == kept  # not written again
+    summaries = [
+        parse_json(open_published(str(each)).read_bytes("summary.json")) for each in (place, tmp_path / "anew")
+    ]
+    same = ("lines", "good_lines", "quarantined", "train", "test", "fields")
+    assert [summaries[0][name] for name in same] == [summaries[1][name] for name in same]
+    assert [each["counts"] for each in summaries[0]["sources"]] == [each["counts"] for each in summaries[1]["sources"]]
+
+
+def test_a_file_that_has_changed_since_an_earlier_version_imported_it_is_refused(job, logs, tmp_path):
+    """That counted nothing of each file."""
     folder, write = logs
     job("--from", folder, "--samples", tmp_path / "s")
-    write("day2.txt", THIRD)
-    assert "day2.txt has changed since it was imported" in job(
-        "--from", folder, "--samples", tmp_path / "s", "--add", code=1
-    )
+    mark = tmp_path / "s" / "summary.json"
+    summary = parse_json(mark.read_bytes())
+    for each in summary["sources"]:
+        del each["counts"]
+    mark.write_text(json.dumps(summary))
+    write("day3.txt", THIRD)
+    assert "added 1 of 3 files lines 7" in job("--from", folder, "--samples", tmp_path / "s", "--add")
+    write("day2.txt", FIRST)
+    text = job("--from", folder, "--samples", tmp_path / "s", "--add", code=1)
+    assert "day2.txt has changed since it was imported; import all files anew" in text
+
+
+def test_a_changed_file_whose_bad_lines_cannot_be_told_apart_is_refused(job, logs, tmp_path):
+    """Training and test samples have a file of its name each."""
+    folder, write = logs
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "day2.txt").write_text(f"{THIRD[0]}\n")
+    places = "--from", folder, "--test-from", tmp_path / "test", "--samples", tmp_path / "s"
+    job(*places)
+    write("day2.txt", FIRST)
+    assert "day2.txt has changed since it was imported" in job(*places, "--add", code=1)
 
 
 def test_there_is_nothing_to_add_to(job, logs, tmp_path):
