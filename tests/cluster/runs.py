@@ -8,7 +8,7 @@ from tests.cluster import buckets
 from tests.cluster.hosts import Network, python_words
 from tests.ranks import HOROVODRUN
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.runs.legs import WORKER, Killed, Leg, comparable_settings, write_schema_with_serials
+from tests.trainer.runs.resumed.legs import WORKER, Killed, Leg, comparable_settings, write_schema_with_serials
 
 STEPS, CHECKPOINT_EVERY = 40, 10
 BUCKET = "s3://shop"

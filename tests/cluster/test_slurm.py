@@ -15,7 +15,7 @@ from tests.cluster.runs import BUCKET, RUNS, STEPS, Shop, open_shop
 from tests.cluster.slurm import Slurm
 from tests.pipeline.conftest import draw_photo, encode_image
 from tests.pipeline.samples.rows import all_bytes, random_logs, table, write
-from tests.trainer.runs.legs import Killed, Leg, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 
 SCRIPTS = ROOT / "deploy" / "slurm"
 

@@ -8,7 +8,7 @@ import pytest
 from tests.cluster.hosts import Network, python_words
 from tests.cluster.runs import RUNS, STEPS, Shop, open_shop, start_over_ssh
 from tests.servers import SECRET_KEY
-from tests.trainer.runs.legs import WORKER, Killed, Leg, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.resumed.legs import WORKER, Killed, Leg, assert_no_step_or_sample_is_lost
 
 DEADLINE_S = 15
 

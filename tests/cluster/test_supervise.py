@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.hosts import Network
 from tests.cluster.runs import BUCKET, STEPS, Shop, open_shop
-from tests.trainer.runs.legs import Leg, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.resumed.legs import Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.noting import PAUSE_S
 from tests.trainer.supervise.supervised import WORKER, Supervised
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.runs.legs import comparable_settings, write_schema_with_serials
+from tests.trainer.runs.resumed.legs import comparable_settings, write_schema_with_serials
 
 Places = Any
 

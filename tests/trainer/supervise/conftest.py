@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.trainer.runs.conftest import settings_of
-from tests.trainer.runs.legs import Killed, Leg
+from tests.trainer.runs.resumed.legs import Killed, Leg
 
 __all__ = ["settings_of", "whole"]
 

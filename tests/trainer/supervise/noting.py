@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from featurestore.console.commandline import run_app
-from tests.trainer.runs.notes import note_steps
+from tests.trainer.runs.resumed.notes import note_steps
 from trainer.main import app
 from trainer.supervise.generation import NUMBER
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.ranks import ROOT, environment
-from tests.trainer.runs.legs import Leg, read_leg
+from tests.trainer.runs.resumed.legs import Leg, read_leg
 from tests.trainer.supervise.noting import NOTES
 from trainer.supervise.hosts import AGENT
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.trainer.runs.legs import Killed, Leg, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.conftest import STEPS
 from tests.trainer.supervise.supervised import TIMEOUT_S, TWO_HOSTS, Supervised, kill
 

@@ -10,7 +10,7 @@ import torch
 
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake.recode import recode
-from tests.trainer.runs.short import Places, dense, train_on
+from tests.trainer.runs.stores.short import Places, dense, train_on
 from trainer.errors import CheckpointError
 
 pytestmark = pytest.mark.long  # they train whole runs

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import TorchRanks, ranks_of
-from tests.trainer.runs.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.resumed.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
 from trainer.evaluation.predict import predict_run
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint

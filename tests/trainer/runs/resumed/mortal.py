@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.trainer.runs.notes import note_steps
+from tests.trainer.runs.resumed.notes import note_steps
 from trainer.config.config import load_config
 from trainer.main import on_ranks, train
 

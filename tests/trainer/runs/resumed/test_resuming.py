@@ -10,8 +10,8 @@ import pytest
 from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.storage.storage import Storage
 from tests.trainer.runs.test_checkpoint import Trained, _flip, _state, on_ranks
-from tests.trainer.runs.test_resume import Runs, assert_same, content, names, steps_of
-from tests.trainer.runs.test_runs_on_s3 import assert_same as assert_same_far
+from tests.trainer.runs.resumed.test_resume import Runs, assert_same, content, names, steps_of
+from tests.trainer.runs.resumed.test_runs_on_s3 import assert_same as assert_same_far
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DamagedCheckpointError, RemoteRankError

@@ -12,7 +12,7 @@ import torch
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake.reduce import reduce
-from tests.trainer.runs.short import Places, dense, train_on
+from tests.trainer.runs.stores.short import Places, dense, train_on
 from trainer.errors import CheckpointError
 
 DIMS = 6

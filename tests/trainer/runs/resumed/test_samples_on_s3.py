@@ -11,8 +11,8 @@ from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Request, proxy_before
 from tests.servers import environment_of
-from tests.trainer.runs.legs import TOLERANCE, Killed, assert_no_step_or_sample_is_lost
-from tests.trainer.runs.test_runs_on_s3 import tensors
+from tests.trainer.runs.resumed.legs import TOLERANCE, Killed, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.resumed.test_runs_on_s3 import tensors
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.runs import open as open_module
