@@ -2,29 +2,16 @@
 
 import io
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.commands.calls import call
+from tests.trainer.loop.full_disk import full_from
 from tests.trainer.whole_runs import drawn_scalars
 from trainer.loop.events import EventsFile
 from trainer.loop.progress import TENSORBOARD, ProgressLog
-
-
-@contextmanager
-def _full_from(size_bytes: int) -> Iterator[None]:
-    """Let no file get longer; what is written beyond that is cut, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_figures_are_those_that_tensorboard_shows(tmp_path: Path) -> None:
@@ -48,7 +35,7 @@ def test_what_a_full_disk_cuts_is_counted_and_what_comes_after_it_is_read(tmp_pa
     file = EventsFile(tmp_path, 0)
     file.add(1, {"loss": 1.0})
     (written,) = tmp_path.iterdir()
-    with _full_from(written.stat().st_size + 10):
+    with full_from(written.stat().st_size + 10):
         failure = file.add(2, {"loss": 2.0, "auc": 0.5})
         assert isinstance(failure, OSError) and "File too large" in str(failure) and file.lost == 2
     assert file.add(3, {"loss": 3.0}) is None and file.lost == 2

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.commands.calls import call
-from tests.trainer.loop.test_events import _full_from
+from tests.trainer.loop.full_disk import full_from
 from trainer.loop.profiling import PLACE, SKIPPED_STEPS, TRACED_STEPS, tracing
 
 
 def _traced(folder: Path, most_bytes: int) -> list[str]:
     """Trace some steps on a disk with so much room; return the warnings."""
     warnings: list[str] = []
-    with _full_from(most_bytes), tracing(folder, 1, warnings.append) as after_step:
+    with full_from(most_bytes), tracing(folder, 1, warnings.append) as after_step:
         for _ in range(1 + SKIPPED_STEPS + TRACED_STEPS):
             torch.ones(3, 3) @ torch.ones(3, 3)
             after_step()

@@ -1,122 +1,23 @@
 """Checkpoints: whole or absent, readable at another number of ranks, refused when damaged or of another run."""
 
-import copy
 import json
 import resource
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.trainer.runs.saved import SHARDS, Trained, flip_bit, on_ranks, origin_of, state_at
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, DamagedCheckpointError, RemoteRankError
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, Origin
 from trainer.runs.folder import find_checkpoint, finished
-
-SHARDS = 8
-
-
-class Meeting:
-    """Where the ranks of a `ThreadComm` put what they say."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=10)
-        self.said: list[Any] = [None] * size
-
-
-class ThreadComm(SoloComm):
-    """Ranks as threads of one process; only what checkpoints ask for."""
-
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        super().__init__()
-        self.rank, self.size, self._meeting = rank, len(meeting.said), meeting
-
-    def allgather_object(self, value: Any, name: str = "objects") -> list[Any]:
-        self._meeting.said[self.rank] = copy.deepcopy(value)  # as other ranks get it: what becomes of it is not seen
-        self._meeting.barrier.wait()
-        said = list(self._meeting.said)
-        self._meeting.barrier.wait()
-        return said
-
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        return self.allgather_object(value)[root]
-
-
-def on_ranks(size: int, work: Callable[[Comm], Any]) -> list[Any]:
-    """What `work` returns or raises on each of `size` ranks."""
-
-    def caught(comm: Comm) -> Any:
-        try:
-            return work(comm)
-        except Exception as failure:
-            return failure
-
-    meeting = Meeting(size)
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(caught, [ThreadComm(rank, meeting) for rank in range(size)]))
-
-
-class Trained:
-    """A dense part and one table with a number in each shard; shard s is on rank s mod P."""
-
-    def __init__(self, rank: int = 0, size: int = 1, value: float = 0.0, fail: bool = False) -> None:
-        self.dense = {"layer.weight": torch.full((3, 2), value)}
-        self.rows = {f"item/{s:04}/weight": torch.full((2,), value + s) for s in range(rank, SHARDS, size)}
-        self._fail = fail
-
-    def dense_state(self) -> dict[str, Tensor]:
-        return self.dense
-
-    def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
-        self.dense = dict(state)
-
-    def shard_state(self) -> dict[str, Tensor]:
-        if self._fail:
-            raise OSError(28, "No space left on device")
-        return self.rows
-
-    def shard_names(self) -> list[str]:
-        return list(self.rows)
-
-    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
-        self.rows = {name: state[name] for name in self.rows}
-
-
-def _origin(**changes: Any) -> Origin:
-    values: dict[str, Any] = {
-        "data": {"global_batch_size": 16},
-        "train": {"seed": 0},
-        "model": {"mlp": [200, 80], "fields": {"user": {"kind": "id"}}},
-        "store": {"dim": 8, "extractor": {"backbone": "vgg16", "weights_digest": "abc"}},
-    }
-    return Origin(**{name: {**value, **changes.get(name, {})} for name, value in values.items()})
-
-
-def _state(step: int) -> CheckpointState:
-    return CheckpointState(
-        format_version=checkpoint.FORMAT_VERSION,
-        step=step,
-        epoch=1,
-        step_in_epoch=step - 40,
-        num_ranks=1,
-        origin=_origin(),
-        store_url="features",
-        store_version=3,
-        config_digest="0",
-        history=[{"step": 4, "auc": None, "logloss": 0.25}],
-        files={},
-    )
 
 
 def _save(folder: Path, step: int = 50, value: float = 1.0, size: int = 1, keep: int = 3) -> Path:
     (path, *others) = on_ranks(
-        size, lambda comm: checkpoint.save(comm, folder, Trained(comm.rank, size, value), _state(step), keep)
+        size, lambda comm: checkpoint.save(comm, folder, Trained(comm.rank, size, value), state_at(step), keep)
     )
     assert isinstance(path, Path), path
     assert {path, *others} == {folder / f"step-{step:08}"}
@@ -132,7 +33,7 @@ def test_layout(tmp_path: Path) -> None:
         "state.json",
     ]
     state = checkpoint.read_state(path)
-    assert state.model_dump(exclude={"files"}) == _state(50).model_dump(exclude={"files"})
+    assert state.model_dump(exclude={"files"}) == state_at(50).model_dump(exclude={"files"})
     assert (state.position.epoch, state.position.step) == (1, 10)
     assert set(state.files) == {each.name for each in path.iterdir()} - {"state.json"}
 
@@ -157,7 +58,7 @@ def test_loads_at_any_number_of_ranks(tmp_path: Path, written: int, read: int) -
 def test_failed_save_leaves_no_checkpoint_and_all_ranks_raise(tmp_path: Path) -> None:
     _save(tmp_path, step=40, size=2)
     raised = on_ranks(
-        2, lambda comm: checkpoint.save(comm, tmp_path, Trained(comm.rank, 2, fail=comm.rank == 1), _state(50), 3)
+        2, lambda comm: checkpoint.save(comm, tmp_path, Trained(comm.rank, 2, fail=comm.rank == 1), state_at(50), 3)
     )
     assert isinstance(raised[0], RemoteRankError)
     assert "No space left" in str(raised[0])
@@ -175,7 +76,7 @@ def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"cannot write .*step-00000050: .*File too large"):
-            checkpoint.save(SoloComm(), tmp_path, trained, _state(50), 3)
+            checkpoint.save(SoloComm(), tmp_path, trained, state_at(50), 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert finished(tmp_path) == []
@@ -197,12 +98,6 @@ def test_same_step_is_written_once(tmp_path: Path) -> None:
     assert trained.dense["layer.weight"][0, 0] == 1.0
 
 
-def _flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 4
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     "name", ["dense.safetensors", "rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors"]
 )
@@ -212,9 +107,9 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, damage: str) -> None
     file = path / name
     match damage:
         case "first":
-            _flip(file, 3)
+            flip_bit(file, 3)
         case "last":
-            _flip(file, -1)
+            flip_bit(file, -1)
         case "truncated":
             file.write_bytes(file.read_bytes()[:-5])
         case "missing":
@@ -272,7 +167,7 @@ def test_what_a_name_means(tmp_path: Path) -> None:
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     state = checkpoint.read_state(_save(tmp_path))
-    _origin().check_same(state.origin, tmp_path)
+    origin_of().check_same(state.origin, tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        _origin(**changes).check_same(state.origin, tmp_path)
+        origin_of(**changes).check_same(state.origin, tmp_path)
     assert message in str(caught.value)

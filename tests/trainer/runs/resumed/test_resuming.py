@@ -9,9 +9,9 @@ import pytest
 
 from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.storage.storage import Storage
-from tests.trainer.runs.test_checkpoint import Trained, _flip, _state, on_ranks
 from tests.trainer.runs.resumed.test_resume import Runs, assert_same, content, names, steps_of
 from tests.trainer.runs.resumed.test_runs_on_s3 import assert_same as assert_same_far
+from tests.trainer.runs.saved import Trained, flip_bit, on_ranks, state_at
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DamagedCheckpointError, RemoteRankError
@@ -53,7 +53,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(
     runs = Runs(places, tmp_path)
     expected = runs.train("a")
     run = Path(shutil.copytree(expected, tmp_path / "b"))
-    _flip(runs.step("b", 6) / ROWS, -1)
+    flip_bit(runs.step("b", 6) / ROWS, -1)
     (runs.step("b", 4) / "state.json").unlink()
     before = content(run)
     for resume in ({"run__resume": 6}, {"run__resume": "latest", "run__skip_damaged": False}):
@@ -128,7 +128,7 @@ def test_all_ranks_take_the_same_one(place_for: str, tmp_path: Path, request: py
     ]
     steps = range(50, 51 + len(damages))
     for step in steps:
-        on_ranks(2, lambda comm, step=step: checkpoint.save(comm, checkpoints, _of(comm, step), _state(step), 99))
+        on_ranks(2, lambda comm, step=step: checkpoint.save(comm, checkpoints, _of(comm, step), state_at(step), 99))
     damage_of = _damage_of(checkpoints)
     for step, (name, how) in zip(steps[1:], damages, strict=True):
         damage_of(step, name, how)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from tests.fuse import FORK, Fuse
-from tests.trainer.runs.test_checkpoint import Trained, _state, on_ranks
+from tests.trainer.runs.saved import Trained, on_ranks, state_at
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
@@ -57,7 +57,7 @@ def test_it_is_the_state_at_the_step_that_began_it(tmp_path: Path, size: int) ->
 
     def work(comm: Comm) -> float:
         trained, saves = Trained(comm.rank, comm.size, 1.0), SavesBeside(comm, place, None, nothing)
-        assert saves.begin(trained, _state(50), 3, None) is None
+        assert saves.begin(trained, state_at(50), 3, None) is None
         assert saves.is_writing and saves.looks_after(51)
         trained.dense["layer.weight"] += 1  # the next step
         for name in trained.rows:
@@ -90,7 +90,7 @@ def test_what_failed_is_told_and_the_next_is_written(tmp_path: Path) -> None:
     def work(comm: Comm) -> list[Outcome]:
         saves, outcomes = SavesBeside(comm, Full(tmp_path), None, nothing), []
         for step in (50, 60):
-            saves.begin(Trained(comm.rank, comm.size, float(step)), _state(step), 3, None)
+            saves.begin(Trained(comm.rank, comm.size, float(step)), state_at(step), 3, None)
             outcomes.append(until_the_end(saves))
         return outcomes
 
@@ -105,11 +105,11 @@ def test_a_file_that_gets_no_longer_fails_one_checkpoint(tmp_path: Path) -> None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        saves.begin(trained, _state(50), 3, None)
+        saves.begin(trained, state_at(50), 3, None)
         assert "File too large" in until_the_end(saves).error
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    saves.begin(trained, _state(60), 3, None)
+    saves.begin(trained, state_at(60), 3, None)
     assert until_the_end(saves).error == ""
     assert [path.name for path in finished(tmp_path)] == ["step-00000060"]
 
@@ -122,7 +122,7 @@ def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind:
 
     def work(comm: Comm) -> Outcome | None:
         saves = SavesBeside(comm, DiskPlace(tmp_path), None, nothing)
-        return saves.begin((Broken if comm.rank == 1 else Trained)(comm.rank, 2), _state(50), 3, None)
+        return saves.begin((Broken if comm.rank == 1 else Trained)(comm.rank, 2), state_at(50), 3, None)
 
     for outcome in on_ranks(2, work):
         assert outcome.step == 50 and "no state" in outcome.error
@@ -136,7 +136,7 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
 
     def work(comm: Comm) -> None:
         saves = SavesBeside(comm, Taken(tmp_path), None, nothing)
-        saves.begin(Trained(comm.rank, comm.size), _state(50), 3, None)
+        saves.begin(Trained(comm.rank, comm.size), state_at(50), 3, None)
         saves.wait()
 
     raised = on_ranks(2, work)
@@ -153,7 +153,7 @@ def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -
         for step, claims in ((50, first), (60, second)):
             comm.on_rank_0(claims.claim)
             try:
-                mine.begin(Trained(comm.rank, size), _state(step), 3, None)
+                mine.begin(Trained(comm.rank, size), state_at(step), 3, None)
                 seen.append(str(mine.wait()))
             except CheckpointError as failure:
                 seen.append(str(failure))
@@ -162,9 +162,9 @@ def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -
     for published, refused in on_ranks(size, work):
         assert published == str(Outcome(50, ""))
         assert "is written to by another start of this run, " in refused
-    on_ranks(1, lambda comm: checkpoint.save(comm, second, Trained(), _state(70), 3))
+    on_ranks(1, lambda comm: checkpoint.save(comm, second, Trained(), state_at(70), 3))
     with pytest.raises(CheckpointError, match="another start of this run"):
-        checkpoint.save(SoloComm(), first, Trained(), _state(80), 3)
+        checkpoint.save(SoloComm(), first, Trained(), state_at(80), 3)
     assert [path.name for path in finished(tmp_path / "checkpoints")] == ["step-00000050", "step-00000070"]
 
 
@@ -172,16 +172,16 @@ def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeyp
     monkeypatch.setattr("trainer.runs.saving.beside.free_bytes", lambda: 100)
     saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
     monkeypatch.setattr(PackedTensors, "pack", None)
-    saves.begin(Trained(), _state(50), 3, None)
+    saves.begin(Trained(), state_at(50), 3, None)
     assert (tmp_path / ".step-00000050" / "dense.safetensors").exists()
     assert until_the_end(saves) == Outcome(50, "")
     assert (loaded(tmp_path, 50).dense["layer.weight"] == 0).all()
 
 
 def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
-    checkpoint.save(SoloComm(), tmp_path, Trained(value=1.0), _state(50), 3)
+    checkpoint.save(SoloComm(), tmp_path, Trained(value=1.0), state_at(50), 3)
     saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
-    assert saves.begin(Trained(value=2.0), _state(50), 3, None) is None
+    assert saves.begin(Trained(value=2.0), state_at(50), 3, None) is None
     assert not saves.is_writing and (loaded(tmp_path, 50).dense["layer.weight"] == 1.0).all()
 
 
@@ -189,7 +189,7 @@ def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
 def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(tmp_path: Path) -> None:
     """On a disk; in the midst of what is written too. On S3: test_far_places.py."""
     folder = tmp_path / "checkpoints"
-    checkpoint.save(SoloComm(), folder, Trained(value=1.0), _state(1), 2)
+    checkpoint.save(SoloComm(), folder, Trained(value=1.0), state_at(1), 2)
     expected, at, killed = [1], 1, 0
     while True:
         step, fuse = expected[-1] + 1, Fuse(at, tmp_path / "trace")
@@ -198,7 +198,7 @@ def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(
             torch.set_num_threads(1)
             fuse.watch_disk(str(folder))
             saves = SavesBeside(SoloComm(), DiskPlace(folder), None, nothing)
-            saves.begin(Trained(value=float(step)), _state(step), 2, None)
+            saves.begin(Trained(value=float(step)), state_at(step), 2, None)
             assert until_the_end(saves).error == ""
 
         process = FORK.Process(target=writer)
@@ -220,7 +220,7 @@ def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(
 def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path) -> None:
     place = Held(tmp_path)
     saves = SavesBeside(SoloComm(), place, None, nothing)
-    saves.begin(Trained(), _state(50), 3, None)
+    saves.begin(Trained(), state_at(50), 3, None)
     threading.Timer(0.2, place.free.set).start()
     saves.close()
     assert [path.name for path in finished(tmp_path)] == ["step-00000050"]
@@ -249,7 +249,7 @@ def test_one_is_due_by_the_clock_and_few_steps_look(
             looks += 1
             if saves.look(step)[1]:
                 begun_s.append(clock.now_s)
-                saves.begin(Trained(), _state(step), 3, None)
+                saves.begin(Trained(), state_at(step), 3, None)
                 saves._cost_s = 0.0
                 until_the_end(saves)
                 saves._cost_s = 0.0  # of a disk that another program may keep busy
