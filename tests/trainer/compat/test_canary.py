@@ -21,7 +21,7 @@ from trainer.compat.promote import app
 from trainer.config.config import load_config
 from trainer.errors import ConfigError
 from trainer.evaluation.compare import compare
-from trainer.evaluation.predict import predict_run
+from trainer.evaluation.predict import Predictions, predict_run
 from trainer.main import train
 
 pytestmark = pytest.mark.long  # they train a whole run
@@ -70,14 +70,26 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def test_the_difference_is_that_of_two_evaluations(places: Places, store: FeatureStore) -> None:
+def test_the_difference_is_that_of_two_evaluations(
+    places: Places, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are compared, which are continuous: a GAUC moves by a whole pair where two of them change places."""
+    scored: list[Predictions] = []
+
+    def noted(ours: list[Predictions], baseline: list[Predictions], **options: Any) -> Any:
+        scored.extend([*ours, *baseline])
+        return compare(ours, baseline, **options)
+
+    monkeypatch.setattr("trainer.compat.canary.compare", noted)
     folder, first = places.folder / "runs/a", store.snapshot("stable").version
     newest = store.snapshot(first + 2)
     found = Canary(folder, store.url, resamples=200).compare(newest, store.snapshot("stable"))
     whole = [predict_run(folder, store=store.url, store_version=version) for version in (newest.version, "stable")]
-    expected = compare(whole[:1], whole[1:], metrics=("gauc",), resamples=200)["gauc"]
-    assert found.gauc.value == pytest.approx(expected.value, abs=1e-6)
-    assert found.gauc.low == pytest.approx(expected.low, abs=1e-6)
+    for mine, expected in zip(scored, whole, strict=True):
+        np.testing.assert_allclose(mine.logit_N, expected.logit_N, atol=1e-5)
+        assert (mine.impressions.label_N == expected.impressions.label_N).all()
+        assert (mine.impressions.user_N == expected.impressions.user_N).all()
+    assert found.gauc == compare(scored[:1], scored[1:], metrics=("gauc",), resamples=200)["gauc"]
     assert found.gauc.value != 0 and (found.missing_stable, found.missing_candidate) == (0, 0)
 
 
