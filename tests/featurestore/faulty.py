@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from threading import Event
 from typing import Any
 
 from featurestore import FeatureStore
@@ -32,6 +33,15 @@ def fails(message: str) -> Fault:
         raise StorageError(message)
 
     return fault
+
+
+def while_set(on: Event, fault: Fault) -> Fault:
+    """Plan a fault for as long as an event is set."""
+
+    def planned(call: Fault, *arguments: Any) -> Any:
+        return fault(call, *arguments) if on.is_set() else call(*arguments)
+
+    return planned
 
 
 def preceded_by(work: Callable[[], object]) -> Fault:

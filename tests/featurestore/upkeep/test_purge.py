@@ -13,7 +13,6 @@ from typer.testing import CliRunner, Result
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
 from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, read_pins
@@ -22,7 +21,7 @@ from featurestore.upkeep.takedown.absence import Images, find_traces
 from featurestore.upkeep.takedown.purge import PurgeReport
 from featurestore.upkeep.takedown.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
-from tests.featurestore.faulty import FaultyStorage
+from tests.featurestore.faulty import Fault, FaultyStorage
 
 pytestmark = pytest.mark.long
 
@@ -388,13 +387,11 @@ def _written(folder: Path, text: str) -> Path:
     return file
 
 
-def test_a_file_that_vanishes_meanwhile_is_no_trace(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Storage.open_input
-
-    def vanished(self: Storage, path: str) -> Any:
+def test_a_file_that_vanishes_meanwhile_is_no_trace(filled: FeatureStore) -> None:
+    def vanished(open_input: Fault, path: str) -> Any:
         if path.startswith("staging/"):
             raise FileNotFoundError(path)
-        return opened(self, path)
+        return open_input(path)
 
-    monkeypatch.setattr(Storage, "open_input", vanished)
-    assert not any(trace.path.startswith("staging/") for trace in find_traces(filled.storage, IMAGES).traces)
+    storage = FaultyStorage(filled.storage, {"open_input": vanished})
+    assert not any(trace.path.startswith("staging/") for trace in find_traces(storage, IMAGES).traces)

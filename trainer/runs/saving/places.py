@@ -175,11 +175,11 @@ def _taken_over(folder: RunPath, writer: str) -> CheckpointError:
 
 
 class FarPlace(CheckpointPlace):
-    """The published address of checkpoints on an object store."""
+    """The published address of checkpoints on an object store; `storage` has its files, if it is given."""
 
-    def __init__(self, folder: FarPath) -> None:
+    def __init__(self, folder: FarPath, storage: Storage | None = None) -> None:
         self.folder: FarPath = folder
-        self._storage = Storage(folder.url)
+        self._storage = storage or Storage(folder.url)
         self._version: int | None = None
         self._files: dict[str, PublishedFile] = {}
         self._next_expiry_s = 0.0

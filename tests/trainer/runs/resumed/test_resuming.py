@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from featurestore.published import PublishedFiles, open_published
 from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.storage.storage import Storage
 from tests.trainer.runs.resumed.test_resume import Runs, assert_same, content, names, steps_of
@@ -19,7 +20,7 @@ from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished, place
 from trainer.runs.resuming import PassedOver, Resumed, continued
-from trainer.runs.saving.places import FarPlace, place_of
+from trainer.runs.saving.places import place_of
 
 Places = Any
 ROWS = "rows-00000-of-00001.safetensors"
@@ -32,9 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def damage_far(checkpoints: FarPath, step: int, name: str, how: str) -> None:
     """Damage a file of a checkpoint where it lies in the bucket."""
-    looked = FarPlace(checkpoints)
-    looked._look()
-    storage, file = Storage(checkpoints.url), looked._files[f"step-{step:08}/{name}"].path
+    newest = open_published(checkpoints.url)
+    assert isinstance(newest, PublishedFiles)
+    storage, file = Storage(checkpoints.url), newest.published.files[f"step-{step:08}/{name}"].path
     data = storage.read_bytes(file)
     if how == "missing":
         storage.delete_files([file])

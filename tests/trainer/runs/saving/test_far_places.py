@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from featurestore.errors import StorageError
 from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
-from tests.featurestore.faulty import FaultyStorage, fails, made_but_lost
+from tests.featurestore.faulty import FaultyStorage, fails, made_but_lost, while_set
 from tests.fuse import FORK, Fuse
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, state_at
 from trainer.comm import Comm, SoloComm
@@ -128,32 +129,32 @@ class TestTwoWriters:
     def test_of_two_that_begin_at_once_one_is_refused(self, folder: FarPath) -> None:
         first, second = FarPlace(folder), FarPlace(folder)
         for place in (first, second):
-            place._look()
-        first._publish({})
+            assert not place.has(50)
+        first.remove([first.path(50)])
         with pytest.raises(CheckpointError, match="another start"):
-            second._publish({})
+            second.remove([second.path(50)])
 
 
 class TestLostAnswers:
     def test_one_that_was_made_counts_as_made(self, folder: FarPath) -> None:
-        place = FarPlace(folder)
+        lost = Event()
+        place = FarPlace(folder, FaultyStorage(Storage(folder.url), {"create_or_read": while_set(lost, made_but_lost)}))
         save(place, 50, 1.0)
-        honest = place._storage
-        place._storage = FaultyStorage(honest, {"create_or_read": made_but_lost})
+        lost.set()
         with pytest.raises(CheckpointError, match="connection reset"):
             save(place, 60, 2.0)
-        place._storage = honest
+        lost.clear()
         assert steps(folder) == [50, 60], "nobody said so"
         save(place, 70, 3.0)
         assert values(finished(folder)[-1]) == {3.0}
 
     def test_but_not_where_another_start_came_after_it(self, folder: FarPath) -> None:
-        place = FarPlace(folder)
-        honest = place._storage
-        place._storage = FaultyStorage(honest, {"create_or_read": made_but_lost})
+        lost = Event()
+        lost.set()
+        place = FarPlace(folder, FaultyStorage(Storage(folder.url), {"create_or_read": while_set(lost, made_but_lost)}))
         with pytest.raises(CheckpointError, match="connection reset"):
             save(place, 60, 2.0)
-        place._storage = honest
+        lost.clear()
         FarPlace(folder).claim()
         with pytest.raises(CheckpointError, match="another start"):
             save(place, 70, 3.0)
@@ -161,14 +162,14 @@ class TestLostAnswers:
 
 @pytest.mark.parametrize("call", ["write_bytes", "create_or_read"])
 def test_what_cannot_be_written_leaves_no_checkpoint(folder: FarPath, call: str) -> None:
-    place = FarPlace(folder)
+    away = Event()
+    place = FarPlace(folder, FaultyStorage(Storage(folder.url), {call: while_set(away, fails("S3 is away"))}))
     save(place, 50)
-    honest = place._storage
-    place._storage = FaultyStorage(honest, {call: fails("S3 is away")})
+    away.set()
     with pytest.raises(CheckpointError, match=r"cannot write s3://.*step-00000060: S3 is away"):
         save(place, 60)
     assert steps(folder) == [50]
-    place._storage = honest
+    away.clear()
     save(place, 70)
     assert steps(folder) == [50, 70]
 
