@@ -150,9 +150,10 @@ def test_late_lines_write_the_samples_of_their_file_anew(job, logs, place, tmp_p
     job("--from", folder, "--samples", place, "--test-share", 0.3)
     kept = {each.path: each.mtime_s for each in open_published(place).entries() if "part-00000" in each.path}
     write("day2.txt", [*SECOND, "another line that is none", *THIRD[:1]])
+    write("day3.txt", [THIRD[0], *SECOND])  # its bad line is gone
     write("day4.txt", SECOND)  # new, with the bytes that day2 had
     late = "--from", folder, "--samples", place, "--add"
-    assert "added 2 of 4 files lines 10 quarantined 3" in job(*late)
+    assert "added 3 of 4 files lines 10 quarantined 2" in job(*late)
     assert "added 0 of 4 files" in job(*late)
     job("--from", folder, "--samples", tmp_path / "anew", "--test-share", 0.3)
     found, expected = content(place), content(str(tmp_path / "anew"))
