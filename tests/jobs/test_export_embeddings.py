@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore
 from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake.reduce import reduce
 from jobs import build_semantic_ids
 from jobs.export_embeddings import app
 from tests.trainer.conftest import Places, make_places
@@ -144,6 +145,15 @@ def test_codes_of_an_int8_store_are_decoded(places: Places, tmp_path: Path) -> N
     run = train_run(Places(tmp_path), "int8", data__samples=places.folder / "samples")
     done("--run", run, "--out", tmp_path / "v.parquet")
     assert_same(read(tmp_path / "v.parquet"), expected(run, Places(tmp_path)))
+
+
+def test_components_of_a_compact_store_are_taken_as_the_run_took_them(places: Places, tmp_path: Path) -> None:
+    reduce(FeatureStore.open(places.folder / "features"), tmp_path / "features", 6, "int8")
+    run = train_run(Places(tmp_path), "compact", data__samples=places.folder / "samples")
+    done("--run", run, "--out", tmp_path / "v.parquet")
+    found = read(tmp_path / "v.parquet")
+    assert_same(found, expected(run, Places(tmp_path)))
+    assert len(found) == 49 and len({tuple(vector) for vector in found.values()}) == 49
 
 
 def test_npy_has_its_keys_beside_it(run: Path, places: Places, tmp_path: Path) -> None:

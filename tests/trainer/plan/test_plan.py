@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
+from featurestore.upkeep.remake.reduce import reduce
 from tests.trainer.plan.machine import MACHINE, NETWORK, RATES, WIDTHS
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -247,6 +248,21 @@ class TestMeasuring:
         # 100 rows and a cold one in each shard, id, day and step of each; 256 entries of the map and 1,024 counters.
         of_items = 4 * (101 * (a_row + 8 + 4 + 4) + 256 * 4 + 1024)
         assert exact_bytes - hashed_bytes == of_items - 64 * a_row
+
+
+def test_a_compact_store_is_planned_with_by_its_own_width(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is what stands in for one that is too large."""
+    reduce(FeatureStore.open(places.folder / "features"), tmp_path / "compact", 6, "int8")
+    config = load_config(settings=places.settings(data__store=tmp_path / "compact"))
+    sampled = sample(config, PlanQuestion((1,), 64, False, 1, 1e9, 0.0))
+    stored = stored_bytes(config, sampled)
+    assert (stored.dim, stored.dtype, stored.feature_bytes("int8", 1)) == (6, "int8", 50 * 6)
+    assert calibrate._config_of_runs(config, sampled, tmp_path / "small").data.store == config.data.store
+    monkeypatch.setattr(calibrate, "is_large", lambda *_: True)
+    runs = calibrate._config_of_runs(config, sampled, tmp_path / "large")
+    assert FeatureStore.open(runs.data.store).info.dim == 6
 
 
 @pytest.mark.services  # horovodrun, for what a collective costs
