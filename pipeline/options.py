@@ -301,10 +301,10 @@ class SemanticOptions:
         ),
     ] = None
     codebook: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Of an earlier run, so that codes keep their meaning; nothing is fitted. Where it is OUT's own, files "
-            "of samples that would get the same bytes are kept."
+            help="File or address, of an earlier run, so that codes keep their meaning; nothing is fitted. Where it is "
+            "OUT's own, files of samples that would get the same bytes are kept."
         ),
     ] = None
     accept_store: Annotated[

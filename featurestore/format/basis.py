@@ -103,7 +103,7 @@ class Basis:
         try:
             arrays = tensors.load(data)
             mean_D, components_KD, spectrum_K = (arrays[name] for name in ("mean", "components", "spectrum"))
-            origin = BasisOrigin.model_validate_json(_metadata(data)[_ABOUT])
+            origin = BasisOrigin.model_validate_json(file_metadata(data)[_ABOUT])
         except (SafetensorError, KeyError, ValueError) as error:
             why = first_mistake(error) if isinstance(error, ValidationError) else error
             raise CorruptFileError(f"{path} is no basis of a compact store: {why}") from error
@@ -157,7 +157,7 @@ def write_basis(storage: Storage, basis: Basis) -> ReductionSpec:
     return spec
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def file_metadata(data: bytes) -> dict[str, str]:
     """Return the texts in the header of a safetensors file, which `tensors.load` leaves out."""
     length = int.from_bytes(data[:8], "little")
     found: dict[str, str] = parse_json(data[8 : 8 + length])["__metadata__"]

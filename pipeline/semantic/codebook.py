@@ -5,18 +5,20 @@ Letters of shapes: N rows, D feature width, L levels, C codes of each.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors import numpy as tensors
 
+from featurestore.errors import StorageError
+from featurestore.format.basis import file_metadata
 from featurestore.identity import SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
-from featurestore.storage.regular import check_regular
+from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError
 
@@ -52,7 +54,17 @@ class Codebook:
     def to_bytes(self) -> bytes:
         """Write the file's content; equal codebooks give equal bytes."""
         arrays = {"codebooks": self.codebooks_LCD, "mean": self.mean_D, "std": self.std_D}
-        return bytes(save(arrays, {"source": json.dumps(self.source, sort_keys=True)}))
+        return bytes(tensors.save(arrays, {"source": json.dumps(self.source, sort_keys=True)}))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, place: str) -> "Codebook":
+        """Read what `to_bytes` wrote. Raises SampleError, which names the place."""
+        try:
+            arrays = tensors.load(data)
+            source = parse_json(file_metadata(data)["source"])
+            return cls(arrays["codebooks"], arrays["mean"], arrays["std"], source)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise SampleError(f"{place} is no codebook of this job: {error}") from error
 
     def standardize(self, vectors_ND: Float32Array) -> Float32Array:
         """Move vectors to the space in which codes are nearest neighbours."""
@@ -91,7 +103,7 @@ def fit(
     return Codebook(codebooks_LCD, mean_D, std_D, source)
 
 
-def check_source(fitted: dict[str, Any], found: dict[str, Any], path: Path, accept_store: bool) -> None:
+def check_source(fitted: dict[str, Any], found: dict[str, Any], path: str, accept_store: bool) -> None:
     """Refuse vectors among which the codes of a codebook do not mean what they meant where it was fitted.
 
     `fitted` and `found`: what the vectors of then and of now say of themselves. Features have to be of one network,
@@ -115,13 +127,12 @@ def check_source(fitted: dict[str, Any], found: dict[str, Any], path: Path, acce
         )
 
 
-def load(path: Path) -> Codebook:
-    """Load the codebook of an earlier run. Raises SampleError."""
+def load(address: str | os.PathLike[str]) -> Codebook:
+    """Load the codebook of an earlier run, from a file or an address. Raises SampleError."""
+    address = os.fspath(address)
+    folder, slash, name = address.rpartition("/")
     try:
-        check_regular(path)
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in ("codebooks", "mean", "std")}
-            source = parse_json((file.metadata() or {})["source"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SampleError(f"{path} is no codebook of this job: {error}") from error
-    return Codebook(arrays["codebooks"], arrays["mean"], arrays["std"], source)
+        data = Storage(folder or slash or ".").read_bytes(name)
+    except (OSError, StorageError) as error:
+        raise SampleError(f"{address} is no codebook of this job: {error}") from error
+    return Codebook.from_bytes(data, address)

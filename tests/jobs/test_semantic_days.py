@@ -111,3 +111,21 @@ class TestFilesThatStay:
         run(place, *with_samples(place), "--seed", 5, out="first")
         shutil.copy(place / "first" / "codebook.safetensors", place / "codebook.safetensors")
         self.check(rewrite, place, 2)
+
+
+def test_the_codebook_of_an_address_is_read_there(place, s3_url):
+    """As the line for cron has it, where places are on S3."""
+    out = f"{s3_url}/sid"
+
+    def written(*args, code=0):
+        options = ["--out", out, "--levels", str(LEVELS), "--codes", str(CODES), *map(str, with_samples(place))]
+        result = CliRunner().invoke(app, [*options, *args])
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.split())
+
+    assert "2 of 2 files written" in written()
+    book = open_published(out).read_bytes("codebook.safetensors")
+    assert "0 of 2 files written" in written("--codebook", f"{out}/codebook.safetensors")
+    assert open_published(out).read_bytes("codebook.safetensors") == book
+    nowhere = f"{s3_url}/none/codebook.safetensors"
+    assert f"{nowhere} is no codebook of this job" in written("--codebook", nowhere, code=1)

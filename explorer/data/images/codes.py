@@ -4,8 +4,6 @@ Letters of shapes: M images with codes, D width of what the codes are of.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,7 +117,5 @@ def encode(ids: SemanticIds, vector_D: npt.NDArray[np.float32]) -> list[int] | N
 def _codebook(address: str) -> "Codebook":
     from pipeline.semantic import codebook as books
 
-    with TemporaryDirectory() as folder:  # safetensors maps files of this machine alone
-        file = Path(folder) / books.FILE
-        file.write_bytes(open_published(address).read_bytes(books.FILE))
-        return books.load(file)
+    place = open_published(address)
+    return books.Codebook.from_bytes(place.read_bytes(books.FILE), place.full(books.FILE))
