@@ -122,8 +122,8 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
                 return found
         if parent.version == MAX_VERSION:
             raise CorruptFileError(
-                f"{storage.full(manifest_path(MAX_VERSION))} has the last number that there can be, which no store gets"
-                f" to by its commits: move it out of {LOG}/, if it is not yours"
+                f"{storage.full(manifest_path(MAX_VERSION))} has the last number that there can be; no store"
+                f" reaches it by commits: somebody else put it there, so move it out of {LOG}/"
             )
         manifest = commit.manifest_after(parent)
         try:

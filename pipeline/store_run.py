@@ -76,8 +76,8 @@ def open_or_make(url: str, asked: Mapping[str, Any], reduction: Reduction | None
     elif store is not None and store.info.reduction is not None:
         if given["dim"] != store.info.full_dim:
             raise SpecMismatchError(
-                f"the store at {store.url} is compact and takes rows of {store.info.full_dim:,} numbers, of which it"
-                f" keeps {store.info.dim:,} components: those here have {given['dim']:,}"
+                f"the store at {store.url} is compact: it takes rows of {store.info.full_dim:,} numbers and keeps"
+                f" {store.info.dim:,} components of each; these rows have {given['dim']:,} numbers"
             )
         given["dim"] = store.info.dim
     if store is None:
@@ -107,8 +107,8 @@ def _check_basis(basis: Basis, given: Mapping[str, Any]) -> None:
         differing = [name for name in type(made).model_fields if getattr(made, name) != getattr(wanted, name)]
         of = "; ".join(f"{name} {getattr(made, name)!r}, here {getattr(wanted, name)!r}" for name in differing)
         raise SpecMismatchError(
-            f"the basis is of {basis.full_dim:,} numbers of another network than the {given['dim']:,} here"
-            f"{': ' + of if of else ''}; reduce a store of this one"
+            f"the basis was made of {basis.full_dim:,} numbers of another network; these rows have {given['dim']:,}"
+            f"{': ' + of if of else ''}; reduce a store of the same network"
         )
 
 

@@ -36,9 +36,9 @@ def claim(folder: Path, is_ours: Callable[[str], bool]) -> None:
         raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
     if mode & _OTHERS_WRITE:
         raise StorageError(
-            f"other users can write into the cache folder {folder} (mode {stat.S_IMODE(mode):04o}): rows in it could be"
-            " anybody's. It is not closed to them by itself where it holds other things, is shared as /tmp is, or its"
-            f" disk has no permissions. Choose another data.cache_dir, as a new folder for it, or chmod 700 {folder}"
+            f"other users can write into the cache folder {folder} (mode {stat.S_IMODE(mode):04o}): they could put any"
+            " rows into it. It is not closed to them by itself if it holds other things, is shared as /tmp is, or its"
+            f" disk has no permissions. Choose a new folder for data.cache_dir, or chmod 700 {folder}"
         )
 
 

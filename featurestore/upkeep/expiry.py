@@ -205,8 +205,8 @@ class _Expiry:
         manifest = log.find(self.storage, version, folders)
         if manifest is None:
             raise StorageError(
-                f"the manifest of snapshot {version} of {self.store.url} went away just now, and with it the knowledge"
-                " of its files: run expire again when no repair or other expire is at work"
+                f"the manifest of snapshot {version} of {self.store.url} was removed just now, so nobody knows its"
+                " files any more: run expire again when no repair and no other expire runs"
             )
         statistics = {e.statistics_path: 0 for e in manifest.entries if e.statistics_path is not None}
         return {entry.path: entry.bytes for entry in manifest.entries} | statistics

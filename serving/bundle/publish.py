@@ -216,8 +216,8 @@ def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
     )
     if newest.info.digest != of.features:
         raise SpecMismatchError(
-            f"{newest.storage.url} has features of another kind than those that the model's networks were trained on; "
-            "name a store of the former by --store"
+            f"{newest.storage.url} has features of another kind than the model's networks were trained on; "
+            "name by --store one with features of that kind"
         )
 
 

@@ -55,7 +55,7 @@ class Canary:
         self._saved = read_run(folder, checkpoint, samples)
         places = {place.name: place for place in self._saved.places}
         if not places:
-            raise ConfigError(f"{folder} has model.images=none: it scores without a store, so it tells nothing of one")
+            raise ConfigError(f"{folder} has model.images=none: it needs no store, so it cannot test one")
         if name is not None and name not in places:
             raise ConfigError(f"--name {name}: the content fields of {folder} name {', '.join(places)}")
         self._place = replace(places[name] if name is not None else next(iter(places.values())), url=store)

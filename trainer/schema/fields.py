@@ -198,8 +198,8 @@ class Schema(BaseModel):
         lists = [each.name for each in self.of_kind("multi_id", side="user") if each.beside is None]
         if (field.kind, field.side) != ("multi_id", "user") or field.beside not in lists:
             raise ValueError(
-                f"field {field.name}: beside={field.beside} is for fields of side user and kind multi_id, the other "
-                f"one without beside; there are {', '.join(lists) or 'none'}"
+                f"field {field.name}: beside={field.beside} is for fields of side user and kind multi_id, and "
+                f"names another such field without beside; there are {', '.join(lists) or 'none'}"
             )
 
     @property

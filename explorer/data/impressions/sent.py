@@ -31,8 +31,8 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
         raise ExplorerError(f"the run {opened.name} sees no pictures of ads")
     if config.similarity_tiers or config.similarity_top_k:
         raise ExplorerError(
-            f"the run {opened.name} also compares the ad's picture with those of the history, which takes one of the "
-            "store: choose one by its key or uri"
+            f"the run {opened.name} also compares the ad's picture with those of the history, which needs a picture "
+            "that the store has: choose one by its key or uri"
         )
     check_kind(opened, looks, store)
 
