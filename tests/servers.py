@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -135,15 +136,17 @@ def new_buckets(count: int) -> list[str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, and so does their gRPC twin 10,000 higher, which SeaweedFS takes too."""
+    """Ports that nobody listens on, and so do their gRPC twins 10,000 higher, which SeaweedFS takes too.
+
+    They are lower than those that the kernel gives to connections. One of these could take a port while its server
+    starts again, and who tries to reach a server that is away could even be connected with himself.
+    """
     found: list[int] = []
     while len(found) < count:
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port = low.getsockname()[1]
-            try:
-                high.bind(("127.0.0.1", port + 10_000))
-            except (OSError, OverflowError):
-                continue
-            found.append(port)
+        port = random.SystemRandom().randrange(11_000, 21_000)
+        with socket.socket() as low, socket.socket() as high, contextlib.suppress(OSError):
+            low.bind(("127.0.0.1", port))
+            high.bind(("127.0.0.1", port + 10_000))
+            if port not in found:
+                found.append(port)
     return found
