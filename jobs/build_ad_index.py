@@ -15,7 +15,7 @@ from trainer.prerank import INDEX, MAX_GONE, MIN_RECALL
 
 if TYPE_CHECKING:
     from trainer.prerank.ads import Ads
-    from trainer.prerank.artifact import AdIndex, Changes, Vectors
+    from trainer.prerank.artifact import AdChanges, AdIndex, Vectors
     from trainer.runs.saved import TrainedRun
 
 EXAMPLES = """Examples:
@@ -85,7 +85,7 @@ def main(
     """
     from trainer.comm import SoloComm
     from trainer.prerank.ads import keys_to_remove
-    from trainer.prerank.artifact import AdIndex, Changes
+    from trainer.prerank.artifact import AdChanges, AdIndex
     from trainer.prerank.vectors import ad_vectors, origin_of
     from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
@@ -124,7 +124,7 @@ def main(
                 index, changes = known.add(chosen.keys_N, vectors_NW, origin_of(trained))
             else:
                 index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
-                changes = Changes(num_new=len(chosen.keys_N))
+                changes = AdChanges(num_new=len(chosen.keys_N))
     print_summary("\n".join([*lines[:2], *describe(index, changes, out, time.monotonic() - start), *lines[2:]]))
     ads_by_change = {
         "new": changes.num_new,
@@ -150,7 +150,7 @@ def describe_run(trained: "TrainedRun") -> list[str]:
     ]
 
 
-def describe(index: "AdIndex", changes: "Changes", out: str, seconds: float) -> list[str]:
+def describe(index: "AdIndex", changes: "AdChanges", out: str, seconds: float) -> list[str]:
     """Write what the job prints of the index."""
     state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
     ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"

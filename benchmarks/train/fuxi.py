@@ -17,7 +17,7 @@ from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmb
 from benchmarks.train.model import Images, Model, occurrences, per_sample
 from featurestore import FeatureStore, to_float32
 from featurestore.lookup.partition import FeaturePartition
-from trainer.exchange.exchange import Request
+from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.routing import Int64
 from trainer.runs.open import Run
 from trainer.samples.batch import Batch
@@ -36,7 +36,7 @@ class FuxiCtr:
         self.model = Model(run, self._layer)
         self._batches = self.model.batches()
 
-    def prepare(self) -> tuple[Batch, Request]:
+    def prepare(self) -> tuple[Batch, KeyRequest]:
         """Prepare the next batch, with places in the layer instead of image keys, and exchange its ID keys."""
         batch = next(self._batches)
         fields = dict(batch.fields)
@@ -48,7 +48,7 @@ class FuxiCtr:
             batch = per_sample(batch, self._fields)
         return batch, self.model.request(batch)
 
-    def step(self, prepared: tuple[Batch, Request]) -> tuple[float, None]:
+    def step(self, prepared: tuple[Batch, KeyRequest]) -> tuple[float, None]:
         """Trains on one batch."""
         batch, request = prepared
         return self.model.train_step(batch, request, self._images), None

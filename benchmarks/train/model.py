@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, Gathered
-from trainer.exchange.exchange import Exchange, FieldVectors, Request
+from trainer.exchange.exchange import Exchange, FieldVectors, KeyRequest
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.runs.open import Run
 from trainer.samples.batch import Batch, Jagged
@@ -57,11 +57,11 @@ class Model:
         label_B = torch.from_numpy(batch.label_B)
         return functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
 
-    def request(self, batch: Batch) -> Request:
+    def request(self, batch: Batch) -> KeyRequest:
         """Exchanges the keys of the ID fields; needs no weights, so it may run a step ahead in a thread."""
         return self.ids.request(batch.fields, "step")
 
-    def train_step(self, batch: Batch, request: Request, image_path: ImagePath) -> float:
+    def train_step(self, batch: Batch, request: KeyRequest, image_path: ImagePath) -> float:
         """Forward, backward and update; the loss over the global batch."""
         self.zero_grad()
         loss = self.loss(batch, {**self.ids.vectors(request), **image_path(batch)})

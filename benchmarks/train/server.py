@@ -15,7 +15,7 @@ from featurestore.keys import owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
 from trainer.engine.wiring import model_name
-from trainer.exchange.exchange import FieldVectors, Request
+from trainer.exchange.exchange import FieldVectors, KeyRequest
 from trainer.exchange.routing import Int64, bucketize_by_owner, unique
 from trainer.runs.open import Run
 from trainer.samples.batch import Batch
@@ -26,7 +26,7 @@ class Fetched:
     """A batch and what E takes of its images: value n of its content fields, side by side, is row `index_N[n]`."""
 
     batch: Batch
-    request: Request
+    request: KeyRequest
     numbers_UD: Tensor
     index_N: Tensor
 

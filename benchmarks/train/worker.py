@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.train.model import Images, Model, StoredFeatures, occurrences, per_sample
 from featurestore.lookup.partition import FeaturePartition
 from trainer.engine.wiring import model_name
-from trainer.exchange.exchange import Request
+from trainer.exchange.exchange import KeyRequest
 from trainer.runs.open import Run
 from trainer.samples.batch import Batch, Jagged
 
@@ -91,12 +91,12 @@ class StoreInWorker:
         )
         self._loaded = iter(loader)
 
-    def prepare(self) -> tuple[FullBatch, Request]:
+    def prepare(self) -> tuple[FullBatch, KeyRequest]:
         """Prepare the next batch, and exchange its ID keys."""
         full = next(self._loaded)
         return full, self.model.request(full.batch)
 
-    def step(self, prepared: tuple[FullBatch, Request]) -> tuple[float, None]:
+    def step(self, prepared: tuple[FullBatch, KeyRequest]) -> tuple[float, None]:
         """Trains on one batch."""
         full, request = prepared
         return self.model.train_step(full.batch, request, lambda _: self._images(full)), None

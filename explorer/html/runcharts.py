@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from explorer.data.runs.comparing import TITLES, Difference
+from explorer.data.runs.comparing import TITLES, RunDifference
 from explorer.data.runs.curves import Curve, StageTime
 from explorer.data.runs.evaluation import Estimate, Evaluation, SlicedBy
 
@@ -113,7 +113,7 @@ def reliability(evaluation: Evaluation) -> Figure:
     return {"data": [points, right], "layout": {**axes, "showlegend": False}}
 
 
-def differences(found: Sequence[Difference]) -> Figure:
+def differences(found: Sequence[RunDifference]) -> Figure:
     """Draw differences with their intervals, one row for each run; what spans the line at 0 may be chance."""
     estimates = [Estimate(value=each.value, low=each.low, high=each.high) for each in found]
     figure = _forest([each.run for each in found], estimates, f"difference in {TITLES[found[0].metric]}")

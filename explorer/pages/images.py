@@ -47,7 +47,7 @@ again by itself, and of a picture that would have to be sent again."""
 _TITLES = {"features": "Features", "visual": "Visual vectors", "codes": "Semantic IDs"}
 
 
-class Asked(NamedTuple):
+class SoughtFeature(NamedTuple):
     """What neighbours are looked for of: a feature as the store keeps it, (1, D), and its key where it is in there."""
 
     feature_1D: npt.NDArray[Any]
@@ -159,7 +159,7 @@ class ImagePages(PageKind):
         spaces = None
         if here is not None and self._wants_spaces(request, snapshot):
             try:
-                spaces = self._spaces(snapshot, Asked(snapshot.get([key]), key, run))
+                spaces = self._spaces(snapshot, SoughtFeature(snapshot.get([key]), key, run))
             except UserError as error:  # the image's own feature cannot be read
                 spaces = [Space(name="features", title=_TITLES["features"], problem=one_line(error))]
         return self._page(
@@ -212,7 +212,7 @@ class ImagePages(PageKind):
             feature_1D = feature_of_picture(store, data)
             runs = self._runs.names()
             run = self._run(asked_run, runs)
-            spaces = self._spaces(snapshot, Asked(feature_1D, None, run))
+            spaces = self._spaces(snapshot, SoughtFeature(feature_1D, None, run))
         finally:
             self._network.release()
         picture = base64.b64encode(shrunk(data, LARGE).jpeg).decode()
@@ -220,7 +220,7 @@ class ImagePages(PageKind):
             request, "like", "Images like yours", snapshot, picture_jpeg=picture, key=None, run=run, **_compared(spaces)
         )
 
-    def _spaces(self, snapshot: Snapshot, asked: Asked) -> list[Space]:
+    def _spaces(self, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
         """Find the neighbours in each of the three spaces; an error of one is its sentence."""
         made: list[tuple[str, Callable[[], Space]]] = [
             ("features", lambda: self._in_features(snapshot, asked)),
@@ -235,7 +235,7 @@ class ImagePages(PageKind):
                 spaces.append(Space(name=name, title=_TITLES[name], problem=one_line(error)))
         return spaces
 
-    def _in_features(self, snapshot: Snapshot, asked: Asked) -> Space:
+    def _in_features(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         query_D = snapshot.codec.decode(asked.feature_1D)[0]
         name = (name_of(snapshot), query_D.tobytes())
         found = self._features.get(name, lambda: nearest_features(snapshot, query_D, NUM_NEIGHBOURS + 1, None))
@@ -247,7 +247,7 @@ class ImagePages(PageKind):
             how += f"among {found.num_searched:,} of {found.num_rows:,} images, drawn at random: all would take long."
         return Space(name="features", title=_TITLES["features"], found=found, how=how)
 
-    def _in_visual(self, snapshot: Snapshot, asked: Asked) -> Space:
+    def _in_visual(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         title = _TITLES["visual"]
         if asked.run is None:
             problem = "No run with images is there: name the folder of runs by --runs."
@@ -272,7 +272,7 @@ class ImagePages(PageKind):
         )
         return Space(name="visual", title=title, found=found, how=how)
 
-    def _in_codes(self, snapshot: Snapshot, asked: Asked) -> Space:
+    def _in_codes(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         title, ids = _TITLES["codes"], self._semantic_ids(asked.run)
         if ids is None:
             problem = "The samples have no semantic IDs: python jobs/build_semantic_ids.py makes them."
@@ -284,7 +284,7 @@ class ImagePages(PageKind):
         how = f"The longest prefix in common with the codes {', '.join(map(str, codes))}, made of {ids.told}."
         return Space(name="codes", title=title, found=found, how=how)
 
-    def _codes_of_picture(self, snapshot: Snapshot, ids: SemanticIds, asked: Asked) -> list[int] | None:
+    def _codes_of_picture(self, snapshot: Snapshot, ids: SemanticIds, asked: SoughtFeature) -> list[int] | None:
         """Compute codes of a picture's feature where they are of features; of visual vectors nobody knows whose E."""
         if "of" in ids.source or "store" not in ids.source:
             raise ExplorerError(f"the codes are of {ids.told}: a new picture has none of these here")

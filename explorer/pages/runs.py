@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from explorer.data.background import Task
 from explorer.data.runs import settings
-from explorer.data.runs.comparing import TITLES, Comparison, compare_runs
+from explorer.data.runs.comparing import TITLES, RunsCompared, compare_runs
 from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
 from explorer.data.runs.evaluation import Evaluation, read_evaluation
 from explorer.data.runs.folders import METRICS, RunFacts, list_runs, open_run, read_facts, run_names
@@ -213,7 +213,7 @@ class RunPages(PageKind):
             for folder in folders[1:]
         ]
         state = [read_facts(folder).checkpoint for folder in folders]
-        task: Task[Comparison] = self.site.background.task(
+        task: Task[RunsCompared] = self.site.background.task(
             repr(("differences", list(names), state)), lambda task: compare_runs(places, names, task)
         )
         part = DifferencesPart(names=list(names), commands=commands, task=task)
@@ -273,8 +273,8 @@ class DifferencesPart:
 
     names: Sequence[str]
     commands: Sequence[str]
-    task: Task[Comparison]
-    comparison: Comparison | None = field(default=None)
+    task: Task[RunsCompared]
+    comparison: RunsCompared | None = field(default=None)
     problem: str = ""
 
     @property

@@ -37,7 +37,7 @@ _SHOWN_OF_GROUP = 12
 _DAY_S = 86_400
 
 
-class Difference(NamedTuple):
+class SnapshotsCompared(NamedTuple):
     """Two snapshots that a page compares, the older one first, and in words what that tells."""
 
     old: Snapshot
@@ -141,7 +141,7 @@ class StorePages(PageKind):
                 "This is what all of them did together."
             )
             is_gap = request.query_params.get("against") is None and before < number - 1
-            difference = Difference(open_snapshot(store, before), new, gap if is_gap else "")
+            difference = SnapshotsCompared(open_snapshot(store, before), new, gap if is_gap else "")
         lines = self._timeline.lines(store, [number]) if number in known else []
         return self._page(
             request,
@@ -188,7 +188,7 @@ class StorePages(PageKind):
             newest,
             since=_field_text(since),
             until=_field_text(until) if until else "",
-            **self._difference(request, store, Difference(old, new, note), params),
+            **self._difference(request, store, SnapshotsCompared(old, new, note), params),
         )
 
     def channels(self, request: Request) -> Response:
@@ -287,7 +287,7 @@ class StorePages(PageKind):
         return self.site.frozen or request.query_params.get("wait") == part
 
     def _difference(
-        self, request: Request, store: FeatureStore, difference: Difference | None, params: dict[str, Any]
+        self, request: Request, store: FeatureStore, difference: SnapshotsCompared | None, params: dict[str, Any]
     ) -> dict[str, Any]:
         """Give what the template of differences shows: counts, and images of one kind; no counts: not yet."""
         kind: Any = choice(request, "kind", KINDS)

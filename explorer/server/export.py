@@ -18,7 +18,7 @@ from explorer.server.app import application
 _HOST = "http://localhost"
 
 
-class Exported(NamedTuple):
+class ExportedPages(NamedTuple):
     """What an export has written: files, bytes, pages of errors among them, and how many addresses had no room."""
 
     num_files: int
@@ -39,7 +39,7 @@ def export(
     *,
     umap_s: float = 0.0,
     doing: Callable[[str], None] = lambda doing: None,
-) -> Exported:
+) -> ExportedPages:
     """Write the pages of `places` into the folder `out`, whole or not at all; `tell` gets done and known files.
 
     `umap_s`: for so long UMAP may lay out maps, all together, that it did not lay out before; `doing` gets how far it
@@ -67,7 +67,7 @@ def export(
     return exported
 
 
-async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) -> Exported:
+async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) -> ExportedPages:
     app = application(site)
     done, num_bytes, errors = 0, 0, []
     transport = httpx2.ASGITransport(app)
@@ -82,7 +82,7 @@ async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) ->
             tell(done, len(site.linked))
     text = site.text("/", LEFT_OUT, title="Left out")
     num_bytes += _write(folder / LEFT_OUT, text.encode())
-    return Exported(done + 1, num_bytes, errors, len(site.left_out), site.quick_maps)
+    return ExportedPages(done + 1, num_bytes, errors, len(site.left_out), site.quick_maps)
 
 
 def _write(file: Path, content: bytes) -> int:

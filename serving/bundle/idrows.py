@@ -21,7 +21,7 @@ _SCALE_BYTES = 4
 LARGEST_CODE = 127
 
 
-class IdRows:
+class BundleIdRows:
     """The ID rows of all tables of a bundle. Ids are found and rows gathered in any number of threads at once."""
 
     def __init__(
@@ -78,7 +78,7 @@ class ManyTables:
         first_bit_T: Int64Array,
         known: Callable[[Int64Array], Bool],
     ) -> None:
-        """Use `IdRows.many`."""
+        """Use `BundleIdRows.many`."""
         self._finders, self._first_bit_T, self._is_known = finders, first_bit_T, known
         hashed = [each.table for each in finders if isinstance(each, _HashedTable)]
         shards = {table.num_shards for table in hashed}
@@ -88,7 +88,7 @@ class ManyTables:
         self._rows_per_shard_T = np.array([table.rows_per_shard for table in hashed], np.uint32)
 
     def find(self, ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
-        """Do what `IdRows.find` does, the first `lengths_T[0]` ids being of the first table, and so on."""
+        """Do what `BundleIdRows.find` does, the first `lengths_T[0]` ids being of the first table, and so on."""
         if self._num_shards is not None:
             hash_N = splitmix64(ids_N)
             shard_N = shard_of_hash(hash_N, self._num_shards)

@@ -10,7 +10,7 @@ from typing import Self
 from featurestore.errors import FeatureStoreError, StorageError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from serving.bundle.idrows import IdRows
+from serving.bundle.idrows import BundleIdRows
 from serving.bundle.log import read_version
 from serving.bundle.manifest import TRAINED, BundleManifest
 from serving.bundle.vectors import VectorTable
@@ -121,8 +121,10 @@ class Bundle(ModelVersion):
         for table in self.vectors.values():
             table.close()
 
-    def _ids(self) -> IdRows:
+    def _ids(self) -> BundleIdRows:
         names = {each.name for each in self.manifest.rows}
         names |= {each.hashes for each in self.manifest.tables if each.hashes is not None}
         paths = {name: self.files.path(name) for name in names}
-        return IdRows(self.manifest.tables, self.manifest.rows, self.manifest.id_dtype, paths, self.files.path(TRAINED))
+        return BundleIdRows(
+            self.manifest.tables, self.manifest.rows, self.manifest.id_dtype, paths, self.files.path(TRAINED)
+        )

@@ -32,7 +32,7 @@ from serving.http.live.model import ModelSource, Scores
 from serving.http.live.switch import LiveModel
 from serving.http.live.warmup import Recorder
 from serving.http.logs import log_slow, logger
-from serving.http.metrics import Metrics
+from serving.http.metrics import ServingMetrics
 from serving.http.queue import ScoringQueue
 from serving.http.security import TokenGuard
 from serving.http.settings import ServerSettings
@@ -53,7 +53,7 @@ class Scoring:
     on_ready: Callable[[], None] | None = None
     """Of one of several workers: called when it can answer. It listens only then, as others can answer meanwhile."""
     tokens: list[str] | None = None
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: ServingMetrics = field(default_factory=ServingMetrics)
 
     def __post_init__(self) -> None:
         settings = self.settings

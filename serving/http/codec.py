@@ -27,7 +27,7 @@ _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader in Arrow's
 
 
 @dataclass(frozen=True)
-class Answer:
+class WrittenAnswer:
     """A written answer."""
 
     body: bytes
@@ -42,7 +42,7 @@ class Body(Protocol):
         """Decode it to requests or a table. Raises RequestError."""
         ...
 
-    def answer(self, scores: Scores) -> Answer:
+    def answer(self, scores: Scores) -> WrittenAnswer:
         """Write the scores in the same form."""
         ...
 
@@ -60,12 +60,12 @@ class JsonBody:
         requests, self._alone = requests_of(parse_json(self.body))
         return requests
 
-    def answer(self, scores: Scores) -> Answer:
+    def answer(self, scores: Scores) -> WrittenAnswer:
         """Write one object, or one with `answers` for several requests."""
         answers = [_answer(each, self.logits) for each in scores.scored]
         told = {"version": scores.identity.version, "vectors": dict(scores.identity.vectors)}
         answer = answers[0] if self._alone else {"answers": answers}
-        return Answer(orjson.dumps(answer | told, option=_OPTIONS), JSON)
+        return WrittenAnswer(orjson.dumps(answer | told, option=_OPTIONS), JSON)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class ArrowBody:
         """Read the table, see `arrow_table`."""
         return arrow_table(self.body)
 
-    def answer(self, scores: Scores) -> Answer:
+    def answer(self, scores: Scores) -> WrittenAnswer:
         """Write a row for each request, version and snapshots in the schema's metadata."""
-        return Answer(arrow_answer(scores.identity, scores.scored), ARROW)
+        return WrittenAnswer(arrow_answer(scores.identity, scores.scored), ARROW)
 
 
 def parse_json(body: bytes) -> Any:

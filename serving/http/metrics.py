@@ -37,7 +37,7 @@ _FLUSH_S = 0.5
 _SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
-class Metrics:
+class ServingMetrics:
     """All figures of a worker, with names as /metrics gives them."""
 
     def __init__(self) -> None:

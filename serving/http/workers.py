@@ -64,7 +64,7 @@ def serve(settings: ServerSettings, make_source: MakeSource) -> int:
     with listener:
         if settings.workers == 1:
             return run_worker(settings, listener, make_source)
-        return Supervisor(settings, listener, make_source).run()
+        return WorkerSupervisor(settings, listener, make_source).run()
 
 
 def run_worker(
@@ -141,7 +141,7 @@ class _Worker:
 
 
 @dataclass
-class Supervisor:
+class WorkerSupervisor:
     """Starts the workers, starts those again that died, and ends them all."""
 
     settings: ServerSettings

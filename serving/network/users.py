@@ -14,7 +14,7 @@ def user_blocks(inputs: NetworkInputs, of_user: Collection[str], at_most: int) -
 
     `of_user`: the fields of side user.
     """
-    fields = {name: _Rows.of(field) for name, field in inputs.fields.items()}
+    fields = {name: _FieldRows.of(field) for name, field in inputs.fields.items()}
     ends_similar = {name: _ends(each.lengths_B) for name, each in inputs.similar.items()}
     for user, start, end in _blocks(inputs, at_most):
         at = {True: (user, user + 1), False: (start, end)}
@@ -39,7 +39,7 @@ def _blocks(inputs: NetworkInputs, at_most: int) -> Iterator[tuple[int, int, int
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _FieldRows:
     """A field, and where the values of each row, and the images of each gallery, begin and end."""
 
     field: FieldRows
@@ -48,7 +48,7 @@ class _Rows:
     ends_K: Int64 | None
 
     @classmethod
-    def of(cls, field: FieldRows) -> "_Rows":
+    def of(cls, field: FieldRows) -> "_FieldRows":
         return cls(field, _ends(field.lengths_M), None if field.sizes_K is None else _ends(field.sizes_K))
 
     def cut(self, start: int, end: int) -> FieldRows:

@@ -12,7 +12,7 @@ from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from serving.bundle import SAMPLE_GROUPS
-from serving.bundle.idrows import Float32, IdRows
+from serving.bundle.idrows import BundleIdRows, Float32
 from serving.bundle.manifest import SAMPLE, BundleManifest, ScoreError
 from serving.bundle.open import Bundle
 from serving.bundle.publish import PublishReport
@@ -59,10 +59,10 @@ def change_of_scores(bundle: Bundle, reports: Sequence[PublishReport]) -> ScoreE
     return _error(_logits(before, sample), _logits(after, sample))
 
 
-class _NotedRows(IdRows):
+class _NotedRows(BundleIdRows):
     """The same rows; what is gathered is noted, by width."""
 
-    def __init__(self, rows: IdRows) -> None:
+    def __init__(self, rows: BundleIdRows) -> None:
         self.__dict__.update(rows.__dict__)
         self.asked: dict[int, list[Int64Array]] = {}
 
@@ -71,10 +71,10 @@ class _NotedRows(IdRows):
         return super().gather(width, rows_N)
 
 
-class _GivenRows(IdRows):
+class _GivenRows(BundleIdRows):
     """Found in the same places, and given values: of places (U,), ascending, by width."""
 
-    def __init__(self, rows: IdRows, places: dict[int, Int64Array], values: dict[int, Float32]) -> None:
+    def __init__(self, rows: BundleIdRows, places: dict[int, Int64Array], values: dict[int, Float32]) -> None:
         self.__dict__.update(rows.__dict__)
         self._places, self._values = places, values
 

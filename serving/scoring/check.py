@@ -17,7 +17,7 @@ from trainer.samples.reader import SampleIndex, SampleReader
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitsCompared:
     """How far the logits of a bundle are from those of its run."""
 
     impressions: int
@@ -36,7 +36,7 @@ def compare(
     run: RunPath | None = None,
     samples: str | None = None,
     impressions: int | None = None,
-) -> Comparison:
+) -> LogitsCompared:
     """Score test impressions by `score`, which has the bundle `model`, and by the engine of its run.
 
     `run`: where the run is now, by default where it was exported from. `samples`: others than the run's own.
@@ -71,7 +71,9 @@ def compare(
         )
     apart_N = np.abs(online_N - offline_N)
     worst = int(apart_N.argmax())
-    return Comparison(len(apart_N), float(apart_N[worst]), float(apart_N.mean()), _place(index, worst), tuple(notes))
+    return LogitsCompared(
+        len(apart_N), float(apart_N[worst]), float(apart_N.mean()), _place(index, worst), tuple(notes)
+    )
 
 
 def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

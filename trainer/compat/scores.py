@@ -36,7 +36,7 @@ _SHARDS, _ROWS_A_PUT = 8, 8_192
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredImpressions:
     """Logits and labels of N impressions, in the order of the batches; of the images that these name, how many have no
     feature."""
 
@@ -62,7 +62,9 @@ def drawn_batches(saved: SavedRun, index: SampleIndex, count: int | None) -> lis
     return [next(batches) for _ in range(steps)]
 
 
-def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[Batch], comm: Comm) -> Scored:
+def score(
+    saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[Batch], comm: Comm
+) -> ScoredImpressions:
     """Score the impressions of `batches` by the run's checkpoint, each store's features from the snapshot of its name.
 
     For one rank. Raises TrainerError where a logit is not finite, and FeatureStoreError.
@@ -85,7 +87,7 @@ def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[
     if not np.isfinite(logit_N).all():
         raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
     labels: list[Any] = [np.empty(0), *(batch.label_B for batch in batches)]
-    return Scored(logit_N, np.concatenate(labels).astype(np.float64), images, missing)
+    return ScoredImpressions(logit_N, np.concatenate(labels).astype(np.float64), images, missing)
 
 
 def keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:

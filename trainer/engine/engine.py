@@ -24,7 +24,7 @@ from trainer.engine.precision import with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.engine.wiring import model_name, services_of, table_shapes
 from trainer.exchange.content import ContentSource
-from trainer.exchange.exchange import Exchange, ExchangeSource, FieldVectors, HostLengths, Request
+from trainer.exchange.exchange import Exchange, ExchangeSource, FieldVectors, HostLengths, KeyRequest
 from trainer.exchange.reuse import ReusingSource, VectorCache
 from trainer.ids.exact import ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
@@ -48,7 +48,7 @@ class PreparedBatch:
     """A batch whose keys have been exchanged, and how similar the images of each behaviour field are to the ads'."""
 
     batch: Batch
-    request: Request
+    request: KeyRequest
     similarity: Mapping[str, Similarity]
 
 

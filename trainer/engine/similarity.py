@@ -19,7 +19,7 @@ from featurestore.lookup.signatures import WORDS, Signatures, Words, cosines
 from trainer.comm import Comm
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import Request, splits_of
+from trainer.exchange.exchange import KeyRequest, splits_of
 from trainer.samples.batch import Batch
 from trainer.samples.columns import ranges
 from trainer.schema import Field
@@ -122,7 +122,7 @@ class ImageComparison:
         self._pairs, self._source_of_field = pairs, source_of_field
         self._signatures = dict(sorted(signatures_of_source.items()))
 
-    def similarities(self, batch: Batch, request: Request) -> dict[str, Similarity]:
+    def similarities(self, batch: Batch, request: KeyRequest) -> dict[str, Similarity]:
         """Compare every behaviour field. All ranks call it; what goes wrong is kept in the request."""
         with self._stages.timed("exchange signatures", request.kind):
             words_of_source = {number: self._words(number, request) for number in self._signatures}
@@ -137,7 +137,7 @@ class ImageComparison:
                 for behaviors, ad in self._pairs.items()
             }
 
-    def _words(self, number: int, request: Request) -> Words:
+    def _words(self, number: int, request: KeyRequest) -> Words:
         """Return signatures (U, W) of the keys that this rank asked of a source, by one alltoall."""
         keys_R = request.received.keys_SR[number]
         reply_RW = np.zeros((len(keys_R), WORDS), np.uint64)

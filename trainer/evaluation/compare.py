@@ -39,7 +39,7 @@ class Difference(Estimate):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewAds:
+class NewAdsCompared:
     """The part of the impressions whose ad no compared run was trained on, and its differences; none where it is empty.
 
     An ad that one of the runs knows from training is left out: that run would win by having seen it.
@@ -155,7 +155,7 @@ def compare_new_ads(
     metrics: Sequence[str] = ("gauc", "auc"),
     resamples: int = 1000,
     seed: int = 0,
-) -> NewAds:
+) -> NewAdsCompared:
     """Compare as `compare` does, on the impressions of ads that no run of either side was trained on.
 
     The resamples of users are those of `compare` with the same seed. Raises as that does; no impression is new where a
@@ -168,7 +168,7 @@ def compare_new_ads(
     differences = {}
     if is_new_N.any():
         differences = compare(ours, baseline, metrics=metrics, resamples=resamples, seed=seed, only_N=is_new_N)
-    return NewAds(impressions=int(is_new_N.sum()), differences=differences)
+    return NewAdsCompared(impressions=int(is_new_N.sum()), differences=differences)
 
 
 def _mean_of_drawn(draws_SRM: Float, random: np.random.Generator) -> Float:

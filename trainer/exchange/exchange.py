@@ -122,7 +122,7 @@ class WidthPlan:
 
 
 @dataclass
-class Request:
+class KeyRequest:
     """Keys asked and received for one batch."""
 
     asked_S: list[Bucketized]
@@ -179,7 +179,7 @@ class Exchange:
         self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in sources]
         self._widths = sorted({source.width for source in self._sources})
 
-    def request(self, fields: Mapping[str, Jagged], kind: Kind) -> Request:
+    def request(self, fields: Mapping[str, Jagged], kind: Kind) -> KeyRequest:
         """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
 
         Raises RemoteRankError where another rank refuses. What goes wrong while an owner serves (a missing key) is kept
@@ -199,7 +199,7 @@ class Exchange:
             error = failure
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
         places, index, lengths = self._fields_of(asked_S, fields)
-        return Request(asked_S, blocks, served_S, plans, places, index, lengths, kind, error)
+        return KeyRequest(asked_S, blocks, served_S, plans, places, index, lengths, kind, error)
 
     def refuse(self, error: Exception, kind: Kind) -> NoReturn:
         """Stand in for `request` on a rank that has no batch; raises `error`, on the other ranks RemoteRankError."""
@@ -207,7 +207,7 @@ class Exchange:
         self._comm.agree(error, name=f"{kind}.keys.agree")
         raise error
 
-    def vectors(self, request: Request) -> dict[str, FieldVectors]:
+    def vectors(self, request: KeyRequest) -> dict[str, FieldVectors]:
         """Return the vectors of every field, with autograd attached: by one alltoall per width, as in backward.
 
         If one rank runs backward, all have to. Where a rank has an error they are zeros, and worth nothing: `check`
@@ -231,7 +231,7 @@ class Exchange:
             for name in names
         }
 
-    def check(self, request: Request, num_failures: int) -> None:
+    def check(self, request: KeyRequest, num_failures: int) -> None:
         """Raise this rank's error, or RemoteRankError, on all ranks where one had an error in `request` or `vectors`.
 
         `num_failures`: `request.failures`, which the caller has fetched from the device, along with other numbers.
@@ -248,7 +248,7 @@ class Exchange:
         received, _ = self._comm.alltoall(bits_NV, splits_P, name=name)
         return received.view(torch.bfloat16).to(rows_NV.dtype)
 
-    def release(self, request: Request) -> None:
+    def release(self, request: KeyRequest) -> None:
         """End a step: the sources may use the request's memory again."""
         for source, served in zip(self._sources, request.served_S, strict=False):
             source.release(served)
@@ -321,7 +321,7 @@ class _Answers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, request: Request, *unique_S: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, exchange: Exchange, request: KeyRequest, *unique_S: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.request = exchange, request
         failed = request.error is not None
         ctx.failed = failed

@@ -19,7 +19,7 @@ from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
 from trainer.errors import TrainerError
 from trainer.exchange.content import ContentRequest
-from trainer.exchange.exchange import Request
+from trainer.exchange.exchange import KeyRequest
 from trainer.stages import AHEAD, WAIT, Stages
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
@@ -120,7 +120,7 @@ class CheckpointCounts:
         return self.failed_in_a_row
 
 
-def count_images(request: Request) -> ImageCounts:
+def count_images(request: KeyRequest) -> ImageCounts:
     """Count the images of this rank's batch, and those that this rank serves and computes for all; before its step."""
     pairs = zip(request.asked_S, request.served_S, strict=False)  # fewer are served where one went wrong
     content = [(asked, served) for asked, served in pairs if isinstance(served, ContentRequest)]

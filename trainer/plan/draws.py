@@ -8,7 +8,7 @@ import numpy as np
 from featurestore.keys import owner_of, shard_of, splitmix64
 from trainer.exchange.routing import Int64
 from trainer.plan.cost import KeyCounts, owner_skew
-from trainer.plan.growth import Curve, Point, fit
+from trainer.plan.growth import GrowthCurve, GrowthPoint, fit
 from trainer.samples.batch import Batch
 
 _SPANS = 8
@@ -82,7 +82,7 @@ class KeyPopulation:
     """Keys of one kind, in any number of samples and ranks: drawn where there is so much data, else by the curve."""
 
     references: float
-    curve: Curve
+    curve: GrowthCurve
     num_shards: int
     drawn: DrawnSamples | None = None
 
@@ -109,7 +109,7 @@ def population(drawn: DrawnSamples, sizes: Sequence[int], most: float) -> KeyPop
     while size >= _SMALLEST:
         wanted.add(size)
         size //= 2
-    points = [Point(size, drawn.unique(size)) for size in sorted(wanted)]
+    points = [GrowthPoint(size, drawn.unique(size)) for size in sorted(wanted)]
     return KeyPopulation(drawn.references(), fit(points, drawn.draws(), most), drawn.num_shards, drawn)
 
 

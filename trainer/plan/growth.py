@@ -15,7 +15,7 @@ _MOST_KEYS = 1e13
 _HEAD = 512
 
 
-class Point(NamedTuple):
+class GrowthPoint(NamedTuple):
     """The mean number of different keys among those of `samples` samples that follow each other in an epoch."""
 
     samples: int
@@ -41,14 +41,14 @@ class Zipf:
 
 
 @dataclass(frozen=True)
-class Curve:
+class GrowthCurve:
     """Different keys against samples: measured points, a straight line of logarithms between them, a law beyond them.
 
     `most`: keys that there are at all, as the rows of the store; no figure goes beyond it. `error`: what the law, when
     fitted to the points up to half of the samples, got wrong at the last point, relative; None with too few points.
     """
 
-    points: tuple[Point, ...]
+    points: tuple[GrowthPoint, ...]
     beyond: Zipf | None = None
     most: float = math.inf
     error: float | None = None
@@ -69,7 +69,7 @@ class Curve:
         return samples > self.points[-1].samples
 
 
-def power_law(points: Sequence[Point], samples: float) -> float:
+def power_law(points: Sequence[GrowthPoint], samples: float) -> float:
     """Return Heaps' law through the first and the last of `points`: unique = k samples ** b."""
     low, high = points[0], points[-1]
     if high.samples == low.samples or low.unique <= 0:
@@ -98,7 +98,7 @@ def _ranks(keys: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.concatenate([head_R, rank_T]), np.concatenate([np.ones_like(head_R), count_T])
 
 
-def fit(points: Sequence[Point], draws: float, most: float = math.inf) -> Curve:
+def fit(points: Sequence[GrowthPoint], draws: float, most: float = math.inf) -> GrowthCurve:
     """Fit the curve through `points`, ascending; beyond them by a Zipf law, from three points and any repeated key.
 
     `draws`: keys of a sample, those that repeat within a group left out. For each exponent the number of keys is the
@@ -107,25 +107,25 @@ def fit(points: Sequence[Point], draws: float, most: float = math.inf) -> Curve:
     points = tuple(points)
     law = _fit_law(points, draws, most)
     if law is None:
-        return Curve(points, None, most)
+        return GrowthCurve(points, None, most)
     half = [point for point in points if point.samples <= points[-1].samples / 2]
     earlier = _fit_law(half, draws, most)
     error = abs(earlier.unique(points[-1].samples) / points[-1].unique - 1) if earlier else None
-    return Curve(points, law, most, error)
+    return GrowthCurve(points, law, most, error)
 
 
-def _fit_law(points: Sequence[Point], draws: float, most: float) -> Zipf | None:
+def _fit_law(points: Sequence[GrowthPoint], draws: float, most: float) -> Zipf | None:
     if len(points) < 3 or points[-1].unique < 2:
         return None
     laws = [law for exponent in _EXPONENTS if (law := _through(points[-1], float(exponent), draws, most)) is not None]
     return min(laws, key=lambda law: _misfit(law, points), default=None)
 
 
-def _misfit(law: Zipf, points: Sequence[Point]) -> float:
+def _misfit(law: Zipf, points: Sequence[GrowthPoint]) -> float:
     return sum(math.log(law.unique(point.samples) / point.unique) ** 2 for point in points if point.unique > 0)
 
 
-def _through(last: Point, exponent: float, draws: float, most: float) -> Zipf | None:
+def _through(last: GrowthPoint, exponent: float, draws: float, most: float) -> Zipf | None:
     """Find the law of this exponent that gives the last point; None where no number of keys does."""
 
     def excess(log_keys: float) -> float:

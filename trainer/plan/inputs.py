@@ -15,7 +15,7 @@ from trainer.files import read_mapping
 from trainer.plan.build import FEATURE_ITEM_BYTES, StoredBytes, TrainingPlan, build
 from trainer.plan.cost import BatchCounts, Machine, NetworkSpeed, StageRate, StageRates, Widths, step_cost
 from trainer.plan.draws import KeyPopulation
-from trainer.plan.growth import Curve, Point
+from trainer.plan.growth import GrowthCurve, GrowthPoint
 
 PAPER = Path(__file__).parent.parent / "presets" / "plan-paper.yaml"
 
@@ -36,8 +36,8 @@ class KeysInput(Section):
 
     def population(self) -> KeyPopulation:
         """Return the same, as the plan takes it."""
-        points = tuple(Point(samples, unique) for samples, unique in sorted(self.unique_of_samples.items()))
-        return KeyPopulation(self.references_per_sample, Curve(points), self.num_shards)
+        points = tuple(GrowthPoint(samples, unique) for samples, unique in sorted(self.unique_of_samples.items()))
+        return KeyPopulation(self.references_per_sample, GrowthCurve(points), self.num_shards)
 
 
 class ReferenceInput(Section):

@@ -105,7 +105,7 @@ class IndexState(_Frozen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Changes:
+class AdChanges:
     """What a new version did: ads that were not there, that got another vector, that had the same one already, that
     are gone, and that were to be removed and were not there. `is_rebuilt`: the structure was built anew for it."""
 
@@ -199,7 +199,7 @@ class AdIndex:
         files = self.state.vectors
         return merge([from_parquet(_read(self._storage, each), self.state.dim, each.path) for each in files])
 
-    def add(self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin) -> tuple["AdIndex", Changes]:
+    def add(self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin) -> tuple["AdIndex", AdChanges]:
         """Write the next version, with these ads too; only vectors that are new or differ are appended.
 
         Nothing is built anew, unless recall would be below the limit, or more than a quarter of the vectors unused.
@@ -208,13 +208,13 @@ class AdIndex:
         self.check_origin(origin)
         return self._change(keys_N, vectors_NW, _NONE, origin)
 
-    def remove(self, keys_R: Keys) -> tuple["AdIndex", Changes]:
+    def remove(self, keys_R: Keys) -> tuple["AdIndex", AdChanges]:
         """Write the next version, without these ads; those that are not there are counted. Otherwise as `add`."""
         return self._change(_NONE, np.empty((0, self.state.dim), np.float32), keys_R, self.state.origin)
 
     def sync(
         self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float = MAX_GONE
-    ) -> tuple["AdIndex", Changes]:
+    ) -> tuple["AdIndex", AdChanges]:
         """Write the next version, with these ads alone. Otherwise as `add`.
 
         Raises AdIndexError too where more than a share of `max_gone` of the ads would go: a table may be cut short.
@@ -231,7 +231,7 @@ class AdIndex:
 
     def _change(
         self, keys_N: Keys, vectors_NW: Vectors, removed_R: Keys, origin: IndexOrigin
-    ) -> tuple["AdIndex", Changes]:
+    ) -> tuple["AdIndex", AdChanges]:
         known_K, old_KW = self.vectors()
         place_N = np.searchsorted(known_K, keys_N).clip(max=len(known_K) - 1)
         is_known_N = known_K[place_N] == keys_N
@@ -242,7 +242,7 @@ class AdIndex:
         new_N, new_NW = keys_N[~same_N], vectors_NW[~same_N]
         removed_R = np.unique(removed_R)
         gone_R = removed_R[np.isin(removed_R, known_K)]
-        changes = Changes(
+        changes = AdChanges(
             num_new=int((~is_known_N).sum()),
             num_replaced=int((is_known_N & ~same_N).sum()),
             num_unchanged=int(same_N.sum()),
@@ -258,8 +258,8 @@ class AdIndex:
         return self._next(ads, to_parquet(new_N, new_NW, gone_R), changes, origin)
 
     def _next(
-        self, ads: tuple[Keys, Vectors], part: bytes, changes: Changes, origin: IndexOrigin
-    ) -> tuple["AdIndex", Changes]:
+        self, ads: tuple[Keys, Vectors], part: bytes, changes: AdChanges, origin: IndexOrigin
+    ) -> tuple["AdIndex", AdChanges]:
         """Publishes this object's structure, which has `ads` now, `part` being what is new; or another, built anew."""
         state, index, recall = self.state, self.index, 1.0
         version, earlier = state.version + 1, state.vectors

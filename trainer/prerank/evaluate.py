@@ -54,7 +54,7 @@ class SearchFigures:
 
 
 @dataclass(frozen=True)
-class Score:
+class TowerScore:
     """Metrics of a run on test impressions, the vectors of all test groups, (K, W), and what a reader should know."""
 
     metrics: Metrics
@@ -68,7 +68,7 @@ def reader_of_tests(trained: TrainedRun, samples: str | None) -> SampleReader:
     return test_reader(trained.config, trained.comm, index, trained.schema)
 
 
-def score(trained: TrainedRun, samples: str | None) -> Score:
+def score(trained: TrainedRun, samples: str | None) -> TowerScore:
     """Measure the run on the test impressions of `samples`, else on its own; the same on every rank.
 
     An ad is new where the run's training samples do not have it. Every rank calls it. Raises DataError, SchemaError,
@@ -94,7 +94,7 @@ def score(trained: TrainedRun, samples: str | None) -> Score:
     users_KW = finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
     notes = trained.saved.notes_on_missing(trained.missing_lookups())
     changed = not samples_digest(comm, train, data.cache_dir).is_of(trained.saved.state.origin)
-    return Score(metrics, users_KW, [*trained.saved.notes_on_samples(changed), *notes])
+    return TowerScore(metrics, users_KW, [*trained.saved.notes_on_samples(changed), *notes])
 
 
 def search_figures(
@@ -118,7 +118,7 @@ def search_figures(
     )
 
 
-def report_of(trained: TrainedRun, ads: AdIndex, scored: Score, figures: SearchFigures) -> dict[str, Any]:
+def report_of(trained: TrainedRun, ads: AdIndex, scored: TowerScore, figures: SearchFigures) -> dict[str, Any]:
     """Return everything, ready for JSON."""
     state = ads.state
     return {

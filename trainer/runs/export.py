@@ -90,7 +90,7 @@ class ImageNetwork:
 
         Raises TrainerError for a number that is not finite.
         """
-        waiting: list[_Rows] = []
+        waiting: list[_ImageRows] = []
         for rows in self._rows():
             waiting.append(rows)
             if sum(len(each.keys_K) for each in waiting) >= _BATCH_ROWS:
@@ -99,14 +99,14 @@ class ImageNetwork:
         if waiting:
             yield self._table(waiting)
 
-    def _rows(self) -> "Iterator[_Rows]":
+    def _rows(self) -> "Iterator[_ImageRows]":
         for shard in sorted(self.snapshot.manifest.shards):
             reader = self.snapshot.shard_reader(shard)
             uris = reader.read([URI])[URI]
             for block in reader.verified_blocks():
-                yield _Rows(block.keys_K, uris.take(block.place_K).to_pylist(), block.features_KD.copy())
+                yield _ImageRows(block.keys_K, uris.take(block.place_K).to_pylist(), block.features_KD.copy())
 
-    def _table(self, parts: "list[_Rows]") -> pa.Table:
+    def _table(self, parts: "list[_ImageRows]") -> pa.Table:
         features_KD = as_tensor(np.concatenate([part.features_KD for part in parts]))
         with torch.inference_mode():
             visual_KV = finite(self.model(features_KD.to(self.model.mean_D.device)).float().cpu().numpy())
@@ -118,7 +118,7 @@ class ImageNetwork:
         return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
 
 
-class _Rows(NamedTuple):
+class _ImageRows(NamedTuple):
     """Images as the store has them; features in its dtype, (K, D)."""
 
     keys_K: Int64Array

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trainer.launch.rendezvous import free_port, horovod_rendezvous
 from trainer.launch.variables import By, Place, Variables, horovod_variables, torch_variables
-from trainer.supervise.policy import Slots
+from trainer.supervise.policy import HostSlots
 
 LOOPBACK = "127.0.0.1"
 
@@ -33,7 +33,7 @@ def reach_of(ssh_connection: str | None, interfaces: Mapping[str, str], head: st
 
 
 @contextmanager
-def environments(by: By, hosts: Sequence[Slots], reach: Mapping[str, Reach]) -> Iterator[list[Variables]]:
+def environments(by: By, hosts: Sequence[HostSlots], reach: Mapping[str, Reach]) -> Iterator[list[Variables]]:
     """Yield the variables of each rank; what they meet at is there until the block ends. One rank alone needs none."""
     counts = [each.count for each in hosts]
     places = [Place(counts, node, local) for node, count in enumerate(counts) for local in range(count)]

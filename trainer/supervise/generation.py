@@ -13,7 +13,7 @@ from typing import Any
 from featurestore.console.commandline import OK, STOPPED
 from trainer.launch.variables import Variables
 from trainer.supervise.link import Link, News
-from trainer.supervise.policy import RankEnd, Slots
+from trainer.supervise.policy import HostSlots, RankEnd
 from trainer.supervise.report import LastWords, Printer
 
 DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
@@ -29,7 +29,7 @@ class Generation:
     """Ranks of one start. `ends`: how they ended, in that order."""
 
     def __init__(
-        self, hosts: Sequence[Slots], links: Mapping[str, Link], news: "asyncio.Queue[News]", printer: Printer
+        self, hosts: Sequence[HostSlots], links: Mapping[str, Link], news: "asyncio.Queue[News]", printer: Printer
     ) -> None:
         names = [each.host for each in hosts for _ in range(each.count)]
         self._host_of = dict(enumerate(names))

@@ -13,7 +13,7 @@ from pathlib import Path
 from featurestore.storage.regular import read_text
 from featurestore.text.plain import one_line
 from trainer.errors import ConfigError
-from trainer.supervise.policy import Slots
+from trainer.supervise.policy import HostSlots
 
 AGENT = Path(__file__).with_name("agent.py")
 CONNECT_S = 10
@@ -23,9 +23,9 @@ _SCRIPT_S = 60
 _HOST = re.compile(r"(?P<name>[\w.@-]+)(?::(?P<count>\d+)|\s+slots\s*=\s*(?P<slots>\d+))?")
 
 
-def parse_hosts(lines: Sequence[str], source: str) -> list[Slots]:
+def parse_hosts(lines: Sequence[str], source: str) -> list[HostSlots]:
     """Read lines `host`, `host:4` or `host slots=4`; empty ones and comments are left out. Raises ConfigError."""
-    found: dict[str, Slots] = {}
+    found: dict[str, HostSlots] = {}
     for line in lines:
         text = line.partition("#")[0].strip()
         if not text:
@@ -36,13 +36,15 @@ def parse_hosts(lines: Sequence[str], source: str) -> list[Slots]:
             raise ConfigError(f"{source}: '{text}' is no host; write it as name:slots, as a:4")
         if match["name"] in found:
             raise ConfigError(f"{source}: host {match['name']} is there twice; add its slots")
-        found[match["name"]] = Slots(match["name"], count)
+        found[match["name"]] = HostSlots(match["name"], count)
     if not found:
         raise ConfigError(f"{source} names no host; write them as a:4,b:4")
     return list(found.values())
 
 
-def hosts_of(hosts: str | None, file: Path | None, script: Path | None, ranks: int | None) -> Callable[[], list[Slots]]:
+def hosts_of(
+    hosts: str | None, file: Path | None, script: Path | None, ranks: int | None
+) -> Callable[[], list[HostSlots]]:
     """Return the function that reads the hosts anew, from the one source that is given, or from none: this machine."""
     if sum(each is not None for each in (hosts, file, script)) > 1:
         raise ConfigError("give one of --hosts, --hosts-file and --host-discovery-script")
@@ -90,7 +92,7 @@ def is_here(host: str) -> bool:
     return False
 
 
-def check_ssh(ssh: Sequence[str], hosts: Sequence[Slots]) -> None:
+def check_ssh(ssh: Sequence[str], hosts: Sequence[HostSlots]) -> None:
     """Raise ConfigError where hosts are elsewhere, and the command that reaches them does not exist."""
     away = next((each.host for each in hosts if not is_here(each.host)), None)
     if away is not None and not (ssh and shutil.which(ssh[0])):

@@ -15,7 +15,7 @@ SUSPICIOUS = 2
 
 
 @dataclass(frozen=True)
-class Slots:
+class HostSlots:
     """A host that answers, and how many ranks it may have."""
 
     host: str
@@ -49,7 +49,7 @@ class RankEnd:
 class Past:
     """One generation that is over."""
 
-    hosts: tuple[Slots, ...]
+    hosts: tuple[HostSlots, ...]
     """With the number of ranks of each."""
     step_before: int
     step_after: int
@@ -80,21 +80,21 @@ class Past:
         return end.host if end and (end.was_killed or not end.gave_up) else None
 
 
-def place(available: Sequence[Slots], min_ranks: int, max_ranks: int) -> tuple[Slots, ...] | None:
+def place(available: Sequence[HostSlots], min_ranks: int, max_ranks: int) -> tuple[HostSlots, ...] | None:
     """Fill the hosts in their order, each up to its slots; None where they have fewer than `min_ranks`.
 
     Nothing of a run has to be divisible by the number of ranks.
     """
-    chosen: list[Slots] = []
+    chosen: list[HostSlots] = []
     left = max_ranks
     for each in available:
         if take := min(each.count, left):
-            chosen.append(Slots(each.host, take))
+            chosen.append(HostSlots(each.host, take))
             left -= take
     return tuple(chosen) if max_ranks - left >= min_ranks else None
 
 
-def trusted(available: Sequence[Slots], past: Sequence[Past], min_ranks: int) -> list[Slots]:
+def trusted(available: Sequence[HostSlots], past: Sequence[Past], min_ranks: int) -> list[HostSlots]:
     """Leave out hosts that ended the last generations again and again before a checkpoint, if the others suffice."""
     blamed = [each.suspect for each in fruitless(past)]
     suspects = {host for host in blamed if blamed.count(host) >= SUSPICIOUS}

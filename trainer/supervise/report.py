@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from featurestore.text.plain import printable
-from trainer.supervise.policy import Past, RankEnd, Slots
+from trainer.supervise.policy import HostSlots, Past, RankEnd
 
 _LAST_LINES_S = 10.0
 _ERROR, _LONG = "error: ", 500
@@ -90,7 +90,7 @@ def past_text(past: Past) -> str:
     return "; ".join(map(end_text, ends))
 
 
-def start_text(step: int, hosts: Sequence[Slots], slots_left: int, slots: int) -> str:
+def start_text(step: int, hosts: Sequence[HostSlots], slots_left: int, slots: int) -> str:
     """Say with what the next generation begins."""
     ranks = sum(each.count for each in hosts)
     where = ", ".join(f"{each.host}:{each.count}" for each in hosts)

@@ -17,7 +17,7 @@ from trainer.supervise.command import TrainCommand
 from trainer.supervise.environments import environments, reach_of
 from trainer.supervise.generation import Generation
 from trainer.supervise.link import Link, News
-from trainer.supervise.policy import Past, Slots
+from trainer.supervise.policy import HostSlots, Past
 from trainer.supervise.report import Printer, past_text, start_text
 
 _SETTLE_S = 3.0
@@ -48,7 +48,7 @@ class Supervisor:
     """All state of a supervision: the hosts' links and the generations that are over."""
 
     command: TrainCommand
-    read_hosts: Callable[[], list[Slots]]
+    read_hosts: Callable[[], list[HostSlots]]
     options: Options
     printer: Printer
     past: list[Past] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Supervisor:
                 self.printer.say(f"starting again in {pause_s:.0f} s")
             await self._pause(pause_s)
 
-    async def _generation(self, hosts: Sequence[Slots], step: int) -> tuple[list[policy.RankEnd], bool]:
+    async def _generation(self, hosts: Sequence[HostSlots], step: int) -> tuple[list[policy.RankEnd], bool]:
         """Run one generation to its end; returns how its ranks ended, and whether it ended to take more hosts."""
         chosen = {each.host: self._links[each.host] for each in hosts}
         hellos = {host: link.hello or {} for host, link in chosen.items()}
@@ -127,7 +127,7 @@ class Supervisor:
                     generation.stop(0)
         return generation.ends, asked
 
-    def _may_grow(self, hosts: Sequence[Slots], started_s: float) -> bool:
+    def _may_grow(self, hosts: Sequence[HostSlots], started_s: float) -> bool:
         """Return whether more ranks could run than do, and the last start was long enough ago."""
         if time.monotonic() - started_s < self.options.rejoin_after_s:
             return False
@@ -137,7 +137,7 @@ class Supervisor:
             self.printer.say(f"{count} slots are there and {now} in use: a checkpoint, and on with all of them")
         return count > now
 
-    async def _hosts(self) -> tuple[Slots, ...] | None:
+    async def _hosts(self) -> tuple[HostSlots, ...] | None:
         """Wait until enough hosts are there; None where a person stopped that, or it took too long."""
         end_s = time.monotonic() + self.options.wait_for_hosts_s
         settled_s: float | None = None
@@ -168,7 +168,7 @@ class Supervisor:
         )
         return FAILED
 
-    def _available(self) -> list[Slots]:
+    def _available(self) -> list[HostSlots]:
         up = [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
         return policy.trusted(up, self.past, self.options.min_ranks)
 

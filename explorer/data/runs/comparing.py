@@ -32,7 +32,7 @@ _MOST_RESAMPLED = 300_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class RunDifference:
     """A metric of a run minus that of the run it is compared with; None where it is not defined."""
 
     run: str
@@ -74,7 +74,7 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class RunsCompared:
     """Runs against the first of them. `problems`: of a run that could not be compared, why, by its name."""
 
     impressions: int
@@ -82,15 +82,15 @@ class Comparison:
     """Those of ads that the first run was not trained on."""
     users: int
     baseline: str
-    differences: tuple[Difference, ...]
+    differences: tuple[RunDifference, ...]
     notes: tuple[str, ...]
     problems: Mapping[str, str]
 
-    def of(self, run: str) -> tuple[Difference, ...]:
+    def of(self, run: str) -> tuple[RunDifference, ...]:
         """List the differences of a run."""
         return tuple(each for each in self.differences if each.run == run)
 
-    def in_metric(self, metric: str) -> tuple[Difference, ...]:
+    def in_metric(self, metric: str) -> tuple[RunDifference, ...]:
         """List the differences in a metric."""
         return tuple(each for each in self.differences if each.metric == metric)
 
@@ -100,7 +100,7 @@ class Comparison:
         return tuple(dict.fromkeys(each.metric for each in self.differences))
 
     @property
-    def verdicts(self) -> tuple[Difference, ...]:
+    def verdicts(self) -> tuple[RunDifference, ...]:
         """List the differences that say most: of each run that in GAUC, and that in AUC of new ads."""
         shown = ("gauc", NEW_ADS)
         return tuple(each for metric in shown for each in self.in_metric(metric))
@@ -111,7 +111,7 @@ def quoted(name: str) -> str:
     return f"“{name}”"
 
 
-def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Comparison:
+def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsCompared:
     """Predict with all runs and compare each with the first, on the same resamples of users.
 
     Raises TrainerError, FeatureStoreError, TooMuchError where the first one cannot be predicted with; what is wrong
@@ -122,7 +122,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
     baseline = predictions_of(places, names[0], task)
     count, users = len(baseline.logit_N), len(set(baseline.impressions.user_N.tolist()))
     resamples = max(200, min(RESAMPLES, _MOST_RESAMPLED // max(1, count)))
-    found: list[Difference] = []
+    found: list[RunDifference] = []
     notes, problems = [f"{quoted(names[0])}: {each}" for each in baseline.notes], {}
     for done, name in enumerate(names[1:], 1):
         try:
@@ -137,7 +137,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
             continue
         notes += [f"{quoted(name)}: {each}" for each in ours.notes]
         found += [
-            Difference(
+            RunDifference(
                 run=name,
                 against=names[0],
                 metric=metric,
@@ -149,7 +149,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
             )
             for metric, each in differences.items()
         ]
-    return Comparison(
+    return RunsCompared(
         impressions=count,
         new_ad_impressions=0 if baseline.is_new_ad_N is None else int(baseline.is_new_ad_N.sum()),
         users=users,

@@ -28,7 +28,7 @@ class PublishedVectors:
 
 
 @dataclass(frozen=True)
-class PublishedVersion:
+class ListedVersion:
     """A version of the model; `manifest` is None where it is damaged."""
 
     version: int
@@ -43,7 +43,7 @@ class PublishedModel:
     """A model's versions, the newest first, and the vectors of the one in use."""
 
     url: str
-    versions: tuple[PublishedVersion, ...]
+    versions: tuple[ListedVersion, ...]
     num_versions: int
     in_use: BundleManifest
     vectors: tuple[PublishedVectors, ...]
@@ -55,7 +55,7 @@ def read_model(url: str) -> PublishedModel:
     known, chosen, in_use = known_versions(storage), choices(storage), version_in_use(storage)
     manifest = read_version(storage)
     versions = tuple(
-        PublishedVersion(
+        ListedVersion(
             version,
             _readable(storage, version),
             version == in_use,

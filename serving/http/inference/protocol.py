@@ -13,7 +13,7 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import RequestError
-from serving.http.codec import JSON, Answer
+from serving.http.codec import JSON, WrittenAnswer
 from serving.http.inference.columns import metadata, request_of
 from serving.http.inference.tensors import HEADER, encode, split_body, tensors_of
 from serving.http.live.model import Decoded, Model, Scores
@@ -58,7 +58,7 @@ class TensorBody:
         self._fields_of_ads = frozenset(each.name for each in model.fields if each.side == "ad")
         return [request_of(tensors, model.columns)]
 
-    def answer(self, scores: Scores) -> Answer:
+    def answer(self, scores: Scores) -> WrittenAnswer:
         """Write the outputs that were asked for."""
         outputs = self._outputs(scores.scored[0])
         identity = scores.identity
@@ -68,8 +68,8 @@ class TensorBody:
         parts, answer = encode([(name, outputs[name], binary) for name, binary in self._asked.items()], told)
         head = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
         if not parts:
-            return Answer(head, JSON)
-        return Answer(b"".join([head, *parts]), BINARY, {HEADER: str(len(head))})
+            return WrittenAnswer(head, JSON)
+        return WrittenAnswer(b"".join([head, *parts]), BINARY, {HEADER: str(len(head))})
 
     def _outputs(self, scored: Scored) -> dict[str, NDArray[Any]]:
         return {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from serving.http.live.model import Identity, Model, ModelSource
 from serving.http.live.warmup import Recorder, warm_up
-from serving.http.metrics import Metrics
+from serving.http.metrics import ServingMetrics
 
 logger = logging.getLogger("serving")
 
@@ -32,7 +32,7 @@ class LiveModel:
 
     source: ModelSource
     recorder: Recorder
-    metrics: Metrics
+    metrics: ServingMetrics
     poll_s: float
     _model: Model | None = None
     _refused: Identity | None = None

@@ -10,7 +10,7 @@ import pytest
 from explorer.errors import ExplorerError
 from explorer.html.links import LEFT_OUT
 from explorer.places import Places
-from explorer.server.export import Exported, export
+from explorer.server.export import ExportedPages, export
 from tests.explorer.world import World
 
 _LINK = re.compile(r'(?:href|src|action)="([^"]*)"')
@@ -39,7 +39,7 @@ def _silent(done: int, known: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, Path]:
+def exported_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedPages, Path]:
     """The whole shop with its runs, up to a limit: what was done, and the folder. Made once, in ten seconds."""
     folder = tmp_path_factory.mktemp("world") / "pages"
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def exported_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.fixture(scope="module")
-def exported_shop(shop: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, Path]:
+def exported_shop(shop: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedPages, Path]:
     """All pages of pictures and a store, without runs."""
     folder = tmp_path_factory.mktemp("shop") / "pages"
     return export(Places(store=str(shop.store), images=str(shop.images)), folder, 900, _silent), folder
@@ -59,7 +59,7 @@ def _pages_of(folder: Path, kind: str = "") -> list[str]:
     return [page.read_text() for page in (folder / "pages").glob(f"{kind}*.html")]
 
 
-def test_every_link_leads_to_a_file(exported_world: tuple[Exported, Path]) -> None:
+def test_every_link_leads_to_a_file(exported_world: tuple[ExportedPages, Path]) -> None:
     exported, folder = exported_world
     assert exported.errors == []
     assert (folder / "index.html").is_file()
@@ -78,24 +78,26 @@ def test_beyond_the_limit_links_lead_to_a_page_that_says_so(world: World, tmp_pa
     assert "at most 10 files" in (tmp_path / "pages" / LEFT_OUT).read_text()
 
 
-def test_nothing_asks_a_server(exported_world: tuple[Exported, Path], exported_shop: tuple[Exported, Path]) -> None:
+def test_nothing_asks_a_server(
+    exported_world: tuple[ExportedPages, Path], exported_shop: tuple[ExportedPages, Path]
+) -> None:
     for _, folder in (exported_world, exported_shop):
         for page in folder.rglob("*.html"):
             text = page.read_text()
             assert "<form" not in text and "hx-" not in text and "htmx" not in text, page
 
 
-def test_pictures_have_their_neighbours(exported_shop: tuple[Exported, Path]) -> None:
+def test_pictures_have_their_neighbours(exported_shop: tuple[ExportedPages, Path]) -> None:
     exported, folder = exported_shop
     assert exported.errors == []
     assert "exactly, among all 28 images" in "".join(_pages_of(folder))
 
 
-def test_pictures_are_found_by_when_they_came(exported_shop: tuple[Exported, Path]) -> None:
+def test_pictures_are_found_by_when_they_came(exported_shop: tuple[ExportedPages, Path]) -> None:
     assert any("28</a>" in page or "28 added" in page for page in _pages_of(exported_shop[1]))
 
 
-def test_groups_are_those_of_the_list(exported_world: tuple[Exported, Path]) -> None:
+def test_groups_are_those_of_the_list(exported_world: tuple[ExportedPages, Path]) -> None:
     groups = _pages_of(exported_world[1], "impressions-both-")
     assert len(groups) >= 12 - 6
     assert all("Why this ad got this score" in text for text in groups)
@@ -105,7 +107,7 @@ def test_groups_are_those_of_the_list(exported_world: tuple[Exported, Path]) -> 
     assert "This copy of the pages has the first 12;" in first
 
 
-def test_maps_have_the_grid(exported_world: tuple[Exported, Path]) -> None:
+def test_maps_have_the_grid(exported_world: tuple[ExportedPages, Path]) -> None:
     """Not what only a server has: the file of the map."""
     maps = _pages_of(exported_world[1], "map-")
     assert maps
@@ -114,7 +116,7 @@ def test_maps_have_the_grid(exported_world: tuple[Exported, Path]) -> None:
         assert "parquet" not in text
 
 
-def test_what_images_are_worth_is_measured(exported_world: tuple[Exported, Path]) -> None:
+def test_what_images_are_worth_is_measured(exported_world: tuple[ExportedPages, Path]) -> None:
     (worth,) = _pages_of(exported_world[1], "worth-")
     assert "Measured now on" in worth
 

@@ -11,20 +11,20 @@ import pytest
 from serving.errors import BrokenBundleError, RequestError
 from serving.http.live.switch import LiveModel, NotReadyError
 from serving.http.live.warmup import ROUNDS, Recorder, made_up, warm_up
-from serving.http.metrics import Metrics
+from serving.http.metrics import ServingMetrics
 from serving.scoring.request import Request, Scored
 from tests.serving.http.fakes import FakeIdentity, FakeModel, FakeSource, write_state
 from tests.serving.http.in_process import client_of, scoring_of
 from trainer.samples.columns import Rule
 
 
-def value_of(metrics: Metrics, line: str) -> float:
+def value_of(metrics: ServingMetrics, line: str) -> float:
     found = [text for text in metrics.text().decode().splitlines() if text.startswith(f"{line} ")]
     return float(found[0].rpartition(" ")[2]) if found else 0.0
 
 
 def live_of(folder: Path, **state: object) -> LiveModel:
-    return LiveModel(FakeSource(write_state(folder, **state)), Recorder(4), Metrics(), poll_s=0.01)
+    return LiveModel(FakeSource(write_state(folder, **state)), Recorder(4), ServingMetrics(), poll_s=0.01)
 
 
 def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_closed(tmp_path: Path) -> None:

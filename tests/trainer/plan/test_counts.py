@@ -9,7 +9,7 @@ import pytest
 from featurestore.keys import owner_of, shard_of
 from trainer.config.config import load_config
 from trainer.plan.draws import DrawnSamples, drawn_keys, population
-from trainer.plan.growth import Curve, Point, expected_unique, fit
+from trainer.plan.growth import GrowthCurve, GrowthPoint, expected_unique, fit
 from trainer.plan.sample import PlanQuestion, sample
 from trainer.runs.open import train_reader
 from trainer.samples.batch import Batch, Jagged
@@ -24,12 +24,12 @@ class TestGrowth:
         """Ten times the data: within 5 %, where a power law through the last two points is further off."""
         popularity = np.arange(1, keys + 1.0) ** -exponent
         draws = np.random.default_rng(2).choice(keys, size=400_000, p=popularity / popularity.sum())
-        points = [Point(n, len(np.unique(draws[: 20 * n]))) for n in (64, 125, 250, 500, 1_000, 2_000)]
+        points = [GrowthPoint(n, len(np.unique(draws[: 20 * n]))) for n in (64, 125, 250, 500, 1_000, 2_000)]
         truth = len(np.unique(draws))
         curve = fit(points, draws=20)
         assert curve.unique(20_000) == pytest.approx(truth, rel=0.05)
         assert curve.error is not None and curve.error < 0.05
-        by_power = Curve(tuple(points)).unique(20_000)
+        by_power = GrowthCurve(tuple(points)).unique(20_000)
         assert abs(by_power / truth - 1) > abs(curve.unique(20_000) / truth - 1)
 
     def test_expected_unique_is_the_sum_over_keys(self) -> None:
@@ -38,7 +38,7 @@ class TestGrowth:
         assert expected_unique(0.7, 5_000, 9_000) == pytest.approx(exact, rel=1e-3)
 
     def test_measured_points_are_kept_and_limits_hold(self) -> None:
-        points = [Point(100, 900.0), Point(200, 1_500.0), Point(400, 2_400.0)]
+        points = [GrowthPoint(100, 900.0), GrowthPoint(200, 1_500.0), GrowthPoint(400, 2_400.0)]
         curve = fit(points, draws=12, most=3_000)
         assert [curve.unique(point.samples) for point in points] == pytest.approx([900, 1_500, 2_400])
         assert 1_500 < curve.unique(300) < 2_400
@@ -46,8 +46,8 @@ class TestGrowth:
         assert (curve.is_extrapolated(400), curve.is_extrapolated(401)) == (False, True)
 
     def test_few_points_or_no_keys(self) -> None:
-        assert fit([Point(10, 0.0)], draws=0).unique(1_000) == 0
-        linear = fit([Point(10, 50.0)], draws=5)
+        assert fit([GrowthPoint(10, 0.0)], draws=0).unique(1_000) == 0
+        linear = fit([GrowthPoint(10, 50.0)], draws=5)
         assert linear.beyond is None and linear.unique(100) == 500
 
 

@@ -22,7 +22,7 @@ from trainer.supervise.command import parse_command
 from trainer.supervise.environments import Reach, environments, reach_of
 from trainer.supervise.generation import inherited
 from trainer.supervise.hosts import AGENT, agent_command, check_ssh, hosts_of, parse_hosts
-from trainer.supervise.policy import Slots
+from trainer.supervise.policy import HostSlots
 from trainer.supervise.supervisor import Supervisor
 
 TRAIN = ["python", "-m", "trainer.main"]
@@ -51,17 +51,17 @@ def test_hosts_that_are_none(lines: list[str], message: str) -> None:
 
 
 def test_where_hosts_come_from(tmp_path: Path) -> None:
-    assert hosts_of(None, None, None, 3)() == [Slots("localhost", 3)]
-    assert hosts_of("a:1,b:2", None, None, None)() == [Slots("a", 1), Slots("b", 2)]
+    assert hosts_of(None, None, None, 3)() == [HostSlots("localhost", 3)]
+    assert hosts_of("a:1,b:2", None, None, None)() == [HostSlots("a", 1), HostSlots("b", 2)]
     file, script = tmp_path / "hosts", tmp_path / "discover"
     file.write_text("a:1\n")
     read = hosts_of(None, file, None, None)
-    assert read() == [Slots("a", 1)]
+    assert read() == [HostSlots("a", 1)]
     file.write_text("a:1\nb:1\n")
     assert len(read()) == 2, "it is read again"
     script.write_text("#!/bin/sh\necho c:5\n")
     script.chmod(0o755)
-    assert hosts_of(None, None, script, None)() == [Slots("c", 5)]
+    assert hosts_of(None, None, script, None)() == [HostSlots("c", 5)]
     script.write_text("#!/bin/sh\necho first >&2\necho 'no route to the list' >&2\nexit 3\n")
     with pytest.raises(
         ConfigError, match=r"^--host-discovery-script .*/discover ended with exit code 3: no route to th"
@@ -87,7 +87,7 @@ def test_the_agent_of_another_host_is_started_by_ssh() -> None:
 
 @pytest.mark.services  # whether a host is here: a socket says it
 def test_an_ssh_that_is_no_command_is_told_where_it_is_needed() -> None:
-    here, away = Slots("localhost", 1), Slots("far.invalid", 1)
+    here, away = HostSlots("localhost", 1), HostSlots("far.invalid", 1)
     check_ssh(["nossh"], [here])
     check_ssh(["sh", "-p", "2222"], [here, away])
     for ssh, words in ((["nossh", "-v"], "nossh -v"), ([], "")):
@@ -203,7 +203,7 @@ def test_addresses_by_which_hosts_reach_each_other() -> None:
 
 @pytest.mark.services  # the rendezvous is a server
 def test_variables_of_ranks() -> None:
-    hosts = [Slots("a", 2), Slots("b", 1)]
+    hosts = [HostSlots("a", 2), HostSlots("b", 1)]
     reach = {"a": Reach("127.0.0.1", "127.0.0.1", "eth0"), "b": Reach("127.0.0.2", "127.0.0.1", "eth1")}
     with environments(By.HOROVOD, hosts, reach) as ranks:
         port = int(ranks[0]["HOROVOD_GLOO_RENDEZVOUS_PORT"])
@@ -218,7 +218,7 @@ def test_variables_of_ranks() -> None:
         places = [(each["RANK"], each["LOCAL_RANK"], each["LOCAL_WORLD_SIZE"], each["GROUP_RANK"]) for each in ranks]
         assert places == [("0", "0", "2", "0"), ("1", "1", "2", "0"), ("2", "0", "1", "1")]
         assert {each["MASTER_ADDR"] for each in ranks} == {"127.0.0.1"}
-    with environments(By.TORCH, [Slots("b", 1)], reach) as ranks:
+    with environments(By.TORCH, [HostSlots("b", 1)], reach) as ranks:
         assert ranks == [{}], "one rank alone needs no other"
 
 

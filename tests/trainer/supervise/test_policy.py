@@ -2,10 +2,10 @@
 
 import pytest
 
-from trainer.supervise.policy import Past, RankEnd, Slots, exit_code, fruitless, is_over, pause_s, place, trusted
+from trainer.supervise.policy import HostSlots, Past, RankEnd, exit_code, fruitless, is_over, pause_s, place, trusted
 from trainer.supervise.report import LastWords, past_text, start_text
 
-A, B, C = Slots("a", 4), Slots("b", 4), Slots("c", 2)
+A, B, C = HostSlots("a", 4), HostSlots("b", 4), HostSlots("c", 2)
 
 
 def end(rank: int = 3, host: str = "b", code: int | None = -9, **more: object) -> RankEnd:
@@ -29,7 +29,7 @@ def past(*ends: RankEnd, before: int = 0, after: int = 0, asked: bool = False) -
     ],
 )
 def test_hosts_are_filled_in_their_order(
-    available: list[Slots], least: int, most: int, placed: list[tuple[str, int]] | None
+    available: list[HostSlots], least: int, most: int, placed: list[tuple[str, int]] | None
 ) -> None:
     found = place(available, least, most)
     assert (found and [(each.host, each.count) for each in found]) == placed
@@ -111,7 +111,7 @@ def test_what_happened_is_said_in_one_line() -> None:
     )
     assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to go on with more hosts"
     assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
-    assert start_text(0, [Slots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
+    assert start_text(0, [HostSlots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
 
 
 @pytest.mark.parametrize(

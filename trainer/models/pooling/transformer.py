@@ -22,7 +22,7 @@ _POSITION_SCALE = 0.02
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPlaces:
     """Places of tokens in the padded (B, L) of their samples."""
 
     place_N: Tensor
@@ -78,7 +78,7 @@ class TransformerPooling(nn.Module):
 
     def _tokens(
         self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]
-    ) -> tuple[Tensor, Places, Tensor]:
+    ) -> tuple[Tensor, TokenPlaces, Tensor]:
         """Return the tokens before the first layer (N, H), their places, and tokens a sample."""
         value_N, lengths_B = pairs(behaviors, group_of_sample_B, self.length)
         places = _places(lengths_B, value_N, self.length)
@@ -100,7 +100,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden))
         self.norm_attended, self.norm_fed = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
 
-    def forward(self, token_NH: Tensor, places: Places) -> Tensor:
+    def forward(self, token_NH: Tensor, places: TokenPlaces) -> Tensor:
         """(N, H)."""
         token_NH = self.norm_attended(token_NH + self.attention(token_NH, places))
         result_NH: Tensor = self.norm_fed(token_NH + self.feed_forward(token_NH))
@@ -116,7 +116,7 @@ class TokenAttention(nn.Module):
         self.of_tokens = nn.Linear(hidden, 3 * hidden)
         self.of_heads = nn.Linear(hidden, hidden)
 
-    def forward(self, token_NH: Tensor, places: Places) -> Tensor:
+    def forward(self, token_NH: Tensor, places: TokenPlaces) -> Tensor:
         """(N, H). A place without a token has no weight."""
         query, key, value, mask = self._asked(token_NH, places)
         with _kernels(query.device.type):
@@ -125,7 +125,7 @@ class TokenAttention(nn.Module):
         result_NH: Tensor = self.of_heads(attended_NH)
         return result_NH
 
-    def looked_at(self, token_NH: Tensor, places: Places) -> Tensor:
+    def looked_at(self, token_NH: Tensor, places: TokenPlaces) -> Tensor:
         """Return the weight that each token has for the tokens of its sample, (N,): their mean, over the heads too."""
         query, key, _, mask = self._asked(token_NH, places)
         scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
@@ -134,7 +134,7 @@ class TokenAttention(nn.Module):
         weight_BL: Tensor = weight_BHLL.mean(1).sum(1) / num_tokens_B1
         return weight_BL.flatten().index_select(0, places.cell_N)
 
-    def _asked(self, token_NH: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _asked(self, token_NH: Tensor, places: TokenPlaces) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, heads, L, width) each, and which places have a token, (B, 1, 1, L)."""
         num_samples, length = places.is_token_BL.shape
         asked_N3H = self.of_tokens(token_NH)
@@ -155,7 +155,7 @@ def _kernels(device_type: str) -> AbstractContextManager[object]:
     return kernels
 
 
-def _places(lengths_B: Tensor, value_N: Tensor, length: int) -> Places:
+def _places(lengths_B: Tensor, value_N: Tensor, length: int) -> TokenPlaces:
     """`lengths_B`, `value_N`: the pairs of each sample."""
     place_L = torch.arange(length, device=lengths_B.device)
     start_B = lengths_B.cumsum(0) - lengths_B
@@ -164,4 +164,4 @@ def _places(lengths_B: Tensor, value_N: Tensor, length: int) -> Places:
     place_N = torch.arange(value_N.shape[0], device=lengths_B.device) - start_B.index_select(0, sample_N)
     # The first place of a sample without behaviours counts as a token: softmax over none is no number.
     is_token_BL = place_L < lengths_B.clamp_min(1).unsqueeze(1)
-    return Places(place_N, sample_N * length + place_N, is_token_BL)
+    return TokenPlaces(place_N, sample_N * length + place_N, is_token_BL)

@@ -11,7 +11,7 @@ from explorer.data import predictions
 from explorer.data.background import Task
 from explorer.data.predictions import TooMuchError, predictions_of
 from explorer.data.runs import comparing
-from explorer.data.runs.comparing import COMPARED, NEW_ADS, Comparison, Difference, compare_runs
+from explorer.data.runs.comparing import COMPARED, NEW_ADS, RunDifference, RunsCompared, compare_runs
 from explorer.places import Places
 from tests.explorer.world import World
 from trainer.evaluation import predict
@@ -25,8 +25,10 @@ def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
     return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples))
 
 
-def difference(value: float | None, low: float | None, high: float | None, metric: str = "gauc") -> Difference:
-    return Difference(run="new", against="old", metric=metric, ours=0.7, baseline=0.6, value=value, low=low, high=high)
+def difference(value: float | None, low: float | None, high: float | None, metric: str = "gauc") -> RunDifference:
+    return RunDifference(
+        run="new", against="old", metric=metric, ours=0.7, baseline=0.6, value=value, low=low, high=high
+    )
 
 
 def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
@@ -50,7 +52,7 @@ def test_new_ads_are_judged_by_themselves_where_neither_run_was_trained_on_them(
     runs = {name: predict_run(world.runs / name) for name in ("ids-only", "both")}
     new = np.unique(runs["both"].impressions.ad_N)[1:]
 
-    def newer(places: Places, name: str, task: Task[Comparison]) -> Predictions:
+    def newer(places: Places, name: str, task: Task[RunsCompared]) -> Predictions:
         ads = new if name == "ids-only" else new[1:]
         return replace(runs[name], is_new_ad_N=np.isin(runs[name].impressions.ad_N, ads))
 
