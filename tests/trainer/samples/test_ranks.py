@@ -11,6 +11,7 @@ import pytest
 
 from tests.trainer.samples.reading import reader_of, rows_of, serials_of
 from trainer.samples.batch import Batch
+from trainer.samples.order import batch_parts, deal, windows_of
 
 pytestmark = pytest.mark.long
 
@@ -86,6 +87,37 @@ def test_one_stream_is_the_order_of_the_time_before_streams(samples: tuple[Path,
         shuffled = np.random.default_rng([3, 2, 1 + window // 2]).permutation(len(held))
         expected += [serial for place in shuffled for serial in held[place]]
     assert [serial for batch in reader_of(folder).batches(epoch=2) for serial in serials_of(batch)] == expected
+
+
+def test_every_stream_is_mixed_in_windows_of_its_own(samples: tuple[Path, list[pa.Table]]) -> None:
+    """The order of three streams, written out: no window is mixed as another one, and none as in another epoch."""
+    folder, tables = samples
+    groups = [row["ad_serial"] for table in tables for row in table.to_pylist()]
+    starts = [start + at for start, table in ((0, 30), (30, 1), (31, 22)) for at in range(0, table, 7)]
+    row_groups = [groups[low:high] for low, high in itertools.pairwise([*starts, 53])]
+    sizes = [sum(map(len, each)) for each in row_groups]
+    for epoch in (0, 2):
+        order = np.random.default_rng([3, epoch]).permutation(len(row_groups)).tolist()
+        first, serials = 1, []
+        for stream, members in enumerate(deal(sizes, order, 3)):
+            mixed: list[int] = []
+            for window in windows_of(members, stream, 3, 6):
+                held = [group for each in window for group in row_groups[each]]
+                shuffled = np.random.default_rng([3, epoch, first]).permutation(len(held))
+                mixed += [serial for place in shuffled for serial in held[place]]
+                first += 1
+            serials.append(mixed)
+        parts = batch_parts([len(each) for each in serials], 16)
+        expected = [
+            [
+                serial
+                for each, at, count in zip(serials, begin_S, count_S, strict=True)
+                for serial in each[at : at + count]
+            ]
+            for begin_S, count_S in parts
+        ]
+        reader = reader_of(folder, streams=3, window_groups=6, batch_size=16)
+        assert [serials_of(batch) for batch in reader.batches(epoch)] == expected
 
 
 @pytest.mark.parametrize("streams", [1, 5])
