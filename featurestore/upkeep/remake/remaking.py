@@ -78,9 +78,11 @@ class Remake:
         """Tell whether a store can be made here; False where one is there already. Before anything is written: the new
         store itself comes after codec, basis and plan.
 
-        Raises StoreExistsError where the place is that of the source itself, UnsafeBackendError."""
+        Raises StoreExistsError where the place is that of the source itself, or inside it, UnsafeBackendError."""
         if self.storage.url == self.source.url:
             raise StoreExistsError(f"{self.storage.url} is the source itself: name another place for the new store")
+        if self.storage.url.startswith(f"{self.source.url.rstrip('/')}/"):  # what cleans the source up would find it
+            raise StoreExistsError(f"{self.storage.url} is inside the source: name another place for the new store")
         with contextlib.suppress(StoreNotFoundError):
             FeatureStore.open(self.storage.url)
             return False

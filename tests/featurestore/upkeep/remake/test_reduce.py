@@ -219,6 +219,7 @@ def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInf
 
     refused("dims=41: .*source has rows of 40 numbers; choose 1 to 40", dims=41)
     refused("the source itself", place="source")
+    refused("source/data/small is inside the source", place="source/data/small")
     empty = FeatureStore.create(tmp_path / "empty", source.info.model_copy(update={"store_id": ""}))
     refused("has 0 rows", empty)
     empty.put(rows_of(0, 6))
