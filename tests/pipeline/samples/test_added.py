@@ -243,6 +243,18 @@ class TestAddDays:
             add_days(SampleOptions(samples=made.samples, **changes), client)
         assert all_bytes(made.samples) == before
 
+    def test_days_with_other_columns_than_those_that_stay_are_refused(
+        self, made: SampleOptions, client: Client
+    ) -> None:
+        """As samples of another version may have them, or own tables whose types have changed."""
+        file = Path(made.samples, "train", "day=2026-01-01-000.parquet")
+        rows = pq.read_table(file, partitioning=None)
+        pq.write_table(rows.append_column("more", rows["user"]).drop_columns("day"), file)
+        before = all_bytes(made.samples)
+        with pytest.raises(SampleError, match=r"\(user, .* day, .*\) are not those of .*2026-01-01.* \(.*, more\)"):
+            add_days(SampleOptions(samples=made.samples, days="2026-01-04"), client)
+        assert all_bytes(made.samples) == before
+
     def test_samples_of_others_are_refused(self, client: Client, tmp_path: Path) -> None:
         with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
             add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
