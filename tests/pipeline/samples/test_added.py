@@ -255,6 +255,29 @@ class TestAddDays:
             add_days(SampleOptions(samples=made.samples, days="2026-01-04"), client)
         assert all_bytes(made.samples) == before
 
+    def test_bad_rows_of_a_day_join_those_that_are_there(
+        self, options: SampleOptions, client: Client, tmp_path: Path
+    ) -> None:
+        """Once, however often the day is made; without bad rows the file stays."""
+        days = [table([shown(day * DAY_S + 9_000), shown(day * DAY_S + 9_001, label=day + 2)]) for day in range(2)]
+        days.append(table([shown(2 * DAY_S + 9_000)]))
+
+        def reasons() -> list[tuple[str, str]]:
+            rows = pq.read_table(Path(options.samples, "quarantine.parquet")).to_pylist()
+            return [(Path(row["file"]).name, row["reason"]) for row in rows]
+
+        write(tmp_path / "logs", days[:1], [table([done(0)])])
+        build_samples(options, client)
+        first = reasons()
+        write(tmp_path / "logs", days[:2], [])
+        for _ in range(2):
+            add_days(SampleOptions(samples=options.samples, days="2026-01-02"), client)
+            both = reasons()
+            assert both[:1] == first and [name for name, _ in both] == ["day=00.parquet", "day=01.parquet"]
+        write(tmp_path / "logs", days, [])
+        add_days(SampleOptions(samples=options.samples, days="2026-01-03"), client)
+        assert reasons() == both
+
     def test_samples_of_others_are_refused(self, client: Client, tmp_path: Path) -> None:
         with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
             add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
