@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 TAG = "torch2.13.0-cp311-x86_64"
 FAKE_PYTHON = """\
