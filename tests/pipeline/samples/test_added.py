@@ -226,6 +226,14 @@ class TestAddDays:
         assert add_days(SampleOptions(samples=made.samples, since="2026-01-02"), client)["days"] == []
         assert all_bytes(made.samples) == before
 
+    def test_missing_days_are_found_in_logs_whose_footers_tell_no_times(
+        self, made: SampleOptions, client: Client, tmp_path: Path
+    ) -> None:
+        rows = table([shown(day * DAY_S + 9_000) for day in range(7) if day != 5])
+        pq.write_table(rows, tmp_path / "logs" / "impressions" / "day=00.parquet", write_statistics=False)
+        made_days = add_days(SampleOptions(samples=made.samples, since="2026-01-02"), client)["days"]
+        assert made_days == ["2026-01-05", "2026-01-07"]
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
