@@ -317,7 +317,7 @@ class SemanticOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class XdlOptions:
-    """Which of XDL's text samples to import, and how."""
+    """Options of an import of XDL's text samples: which ones, and how."""
 
     source: Annotated[str, typer.Option("--from", help="File or folder of lines skey|gkey|user part|ad part|label|ts.")]
     samples: Annotated[

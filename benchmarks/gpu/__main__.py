@@ -24,7 +24,7 @@ app = CommandApp(report=True, failures=(OSError,))
 
 
 class On(Enum):
-    """What is measured."""
+    """The device that is measured."""
 
     CUDA = "cuda"
     CPU = "cpu"

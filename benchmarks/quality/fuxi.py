@@ -99,6 +99,8 @@ def watched(base: type, test: Rows) -> type:
     """Make a subclass that keeps the metrics of the test rows after each epoch, and the seconds of its training."""
 
     class Watched(base):  # type: ignore[misc]
+        """A model of FuxiCTR that notes the metrics of the test rows after each epoch."""
+
         curve: list[dict[str, Any]]
 
         def train_epoch(self, data_generator: Loader) -> None:

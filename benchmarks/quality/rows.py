@@ -22,7 +22,7 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """Which field is what. `items`: of the ad and of each behaviour; `rest`: all others.
+    """The part that each field plays. `items`: of the ad and of each behaviour; `rest`: all others.
 
     `items` and `images` are pairs, (behaviour field, ad field).
     """

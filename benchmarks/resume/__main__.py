@@ -33,7 +33,7 @@ MOST_KILLS = 5
 
 
 class DType(StrEnum):
-    """Of E's products; float64: of all else too."""
+    """The type of E's products; float64 is that of all else too."""
 
     FLOAT64 = "float64"
     FLOAT32 = "float32"

@@ -26,7 +26,7 @@ _BLOCK_ROWS = 50_000
 
 @dataclass(frozen=True)
 class Shop:
-    """What is drawn."""
+    """A shop that is drawn: its impressions, and the width of its image vectors."""
 
     impressions: int
     dims: int

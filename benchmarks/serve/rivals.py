@@ -127,6 +127,8 @@ def _fastapi_app(model: EagerModel) -> "FastAPI":
     from pydantic import BaseModel
 
     class ScoreRequest(BaseModel):
+        """The body of a request: a user, and the columns of the candidates."""
+
         user: dict[str, int | list[int]]
         candidates: dict[str, list[int]]
 

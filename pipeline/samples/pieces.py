@@ -69,7 +69,7 @@ PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
 
 @dataclass(frozen=True)
 class WantedRows:
-    """Which rows of a log are read: of a time, and of some users where `users_path` names a file (.npy)."""
+    """The rows of a log that are read: of a time, and of some users where `users_path` names a file (.npy)."""
 
     low_us: int
     high_us: int

@@ -23,7 +23,7 @@ from serving.network.served import ServedNetwork
 
 @dataclass(frozen=True)
 class BundleIdentity:
-    """Which model answers: the version, and the snapshot of each vectors store by the name of its feature store."""
+    """The model that answers: the version, and the snapshot of each vectors store by the name of its feature store."""
 
     version: int
     vectors: Mapping[str, int]

@@ -28,7 +28,7 @@ _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader in Arrow's
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """A written answer."""
+    """An answer as it is sent: bytes, their media type, and headers."""
 
     body: bytes
     media_type: str

@@ -30,7 +30,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Similarity:
-    """For each sample the histogram of one behaviour field, and its nearest behaviours."""
+    """The similarity of one behaviour field to the ad: a histogram for each sample, and its nearest behaviours."""
 
     tiers_BT: NDArray[np.float32]
     """log(1 + behaviours) whose cosine with the ad image lies in each T-th of [-1, 1], the lowest first."""

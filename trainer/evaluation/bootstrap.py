@@ -172,7 +172,7 @@ class _WeightedAuc:
 
 
 class ReliabilitySums:
-    """For each bin of equally many impressions: its mean prediction, and its click rate."""
+    """The mean prediction and the click rate of each bin; all bins have equally many impressions."""
 
     def __init__(self, logit_N: Float, label_N: Float, user_N: Int, num_users: int) -> None:
         probability_N = probability(logit_N)

@@ -42,8 +42,11 @@ class Impressions:
 
 @dataclass(frozen=True)
 class SeenInTraining:
-    """Of each of `ad_A`: its training impressions, and the time of the first (NEVER where there is none, or no time);
-    of each of `image_I`: whether training met it, shown or in a history."""
+    """What training has seen of each of `ad_A` and `image_I`.
+
+    Of an ad: its impressions, and the time of the first (NEVER where there is none, or no time). Of an image: whether
+    training met it, shown or in a history.
+    """
 
     ad_A: Index
     impressions_A: Index

@@ -21,7 +21,7 @@ _NEVER = -(2**31)
 
 @dataclass
 class ReusePlan:
-    """Which of Q keys are computed now (rows `fresh_F`), and which come from the cache (`stale_C`, at `place_C`)."""
+    """A split of Q keys: those to compute now (rows `fresh_F`), and those in the cache (`stale_C`, at `place_C`)."""
 
     fresh_F: Tensor
     known_K: Tensor

@@ -83,7 +83,7 @@ class QueryFile(_Frozen):
 
 
 class IndexState(_Frozen):
-    """index-N.json."""
+    """The content of index-N.json, which describes a version of an index of ads."""
 
     format_version: int = FORMAT_VERSION
     layout: Literal[2] = 2

@@ -112,7 +112,7 @@ class Origin(Section):
 
 
 class CheckpointState(Section):
-    """state.json."""
+    """The content of state.json, which describes a checkpoint."""
 
     format_version: int
     step: int

@@ -53,7 +53,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """From numbers to percent: `low` to `high` becomes `left` to `right`."""
+    """A scale from numbers to percent: `low` to `high` becomes `left` to `right`."""
 
     low: float
     high: float

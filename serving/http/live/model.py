@@ -15,7 +15,7 @@ Decoded = Sequence[Request] | pa.Table
 
 
 class Identity(Protocol):
-    """Which model answers; compared as a whole, so two equal ones are the same model."""
+    """The model that answers; compared as a whole, so two equal ones are the same model."""
 
     @property
     def version(self) -> int:
