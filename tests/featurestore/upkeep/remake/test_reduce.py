@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -327,6 +328,27 @@ def test_a_reduction_that_was_cut_off_goes_on(source: FeatureStore, tmp_path: Pa
     new = FeatureStore.open(tmp_path / "new")
     assert new.basis is not None and np.array_equal(new.basis.components_KD, expected.components_KD)
     assert new.storage.list("staging/reduce") == [] and verify(new).problems == []
+
+
+def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
+    """It has a snapshot of the number, and other rows: half of the new store would be of those."""
+
+    def fails(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remaking, "write_shard_file", fails)
+        with pytest.raises(StorageError, match="full"):
+            reduce(source, tmp_path / "new", 8, threads=1)
+    shutil.rmtree(tmp_path / "source")
+    anew = FeatureStore.create(tmp_path / "source", source.info.model_copy(update={"store_id": ""}))
+    for seed in range(3):
+        anew.put(rows_of(0, ROWS, seed=seed))
+    assert anew.snapshot().version == 3
+    with pytest.raises(
+        StoreExistsError, match=r"becoming a store of snapshot 3 .* go on with that, name another place"
+    ):
+        reduce(anew, tmp_path / "new", 8)
 
 
 @pytest.mark.long
