@@ -59,9 +59,9 @@ def test_a_basis_file_serves_as_well_and_bad_ones_are_named(make, folder, full, 
     ):
         with pytest.raises(error, match=match):
             make(folder, "more", reduce=wrong)
-    with pytest.raises(SpecMismatchError, match=r"of another network than the 512 here: backbone .*mobilenet"):
+    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 512: backbone .*mobilenet"):
         make(folder, "more", reduce=file, backbone="resnet18:avgpool")
-    with pytest.raises(SpecMismatchError, match=r"of another network than the 576 here: weights_digest "):
+    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 576: weights_digest "):
         make(folder, "more", reduce=file, weights="random:1")
     assert not (tmp_path / "more").exists()
 

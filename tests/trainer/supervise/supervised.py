@@ -127,8 +127,9 @@ class Supervised:
         for start in range(1, self.starts + 1):
             notes = self.folder / f"notes-{start}"
             for folder in sorted(notes.glob("*"), key=lambda path: int(path.name)):
-                (size,) = {int(path.stem.rpartition("-")[2]) for path in folder.iterdir()}
-                if len(list(folder.iterdir())) == size and (leg := read_leg(folder, size)).samples:
+                sizes = [int(path.stem.rpartition("-")[2]) for path in folder.iterdir()]  # none yet at the very start
+                assert len(set(sizes)) <= 1
+                if sizes and len(sizes) == sizes[0] and (leg := read_leg(folder, sizes[0])).samples:
                     found.append(leg)
         return found
 
