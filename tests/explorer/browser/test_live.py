@@ -18,9 +18,10 @@ def test_curves_are_drawn_anew_until_the_end(changing_world, watch):
     (run / "report.json").unlink()
     file = EventsFile(run / "tensorboard", 12)
     file._path = file._path.with_name("events.out.tfevents.9999999999.x")
+    file.add(13, {"train/loss": 0.25})  # a run that has written nothing for ten minutes does not train any more
     with pages_of(runs=changing_world.runs) as url, watch(url) as page:
         page.goto(f"{url}/runs/both")
-        for step in (13, 14):
+        for step in (14, 15):
             file.add(step, {"train/loss": 0.25})
             page.wait_for_selector(f"text=“both” is training: step {step}")
             page.wait_for_selector("#loss .main-svg")
