@@ -107,7 +107,7 @@ def _wait_for_end(client: Client, keys: Set[Key], end_s: float) -> None:
     with contextlib.suppress(OSError):
         while not keys.isdisjoint(itertools.chain(*client.processing().values())) and time.monotonic() < last_s:
             time.sleep(0.01)  # the scheduler has not heard of it yet; then it sends none of them to a worker any more
-        client.run(_ended, keys, end_s, on_error="ignore")
+        client.run(_ended, keys, max(0.0, last_s - time.monotonic()), on_error="ignore")
 
 
 async def _ended(keys: Set[Key], end_s: float, dask_worker: Worker) -> None:
