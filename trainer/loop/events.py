@@ -5,6 +5,7 @@ record too, behind which TensorBoard reads nothing.
 """
 
 import io
+import itertools
 import os
 import socket
 import time
@@ -15,16 +16,19 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
+_numbers = itertools.count()
+
 
 class EventsFile:
-    """One file of scalars in a folder, which is made with the first of them.
+    """One file of scalars in a folder, which is made with the first of them; by name it comes after earlier ones.
 
     TensorBoard hides what earlier files have of `first_step` and later ones. `lost`: figures that are not in it.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         now_s = time.time()
-        self._path = folder / f"events.out.tfevents.{now_s:010.0f}.{socket.gethostname()}.{os.getpid()}.0"
+        of_process = f"{os.getpid()}.{next(_numbers):06}"  # a process may begin two within a second
+        self._path = folder / f"events.out.tfevents.{now_s:010.0f}.{socket.gethostname()}.{of_process}"
         start = SessionLog(status=SessionLog.START)
         self._head = [
             Event(wall_time=now_s, file_version="brain.Event:2"),

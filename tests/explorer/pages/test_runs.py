@@ -159,7 +159,6 @@ def test_a_run_that_trains_is_live_until_it_ends(changing: TestClient, changing_
     assert f'hx-get="{part}"' in html
     assert "is training: step 12" in text_of(html)
     file = EventsFile(run / "tensorboard", 12)
-    file._path = file._path.with_name("events.out.tfevents.9999999999.x")
     file.add(13, {"train/loss": 0.25})
     assert "is training: step 13, loss 0.2500" in text_of(page(changing, part))
     (run / "report.json").write_bytes(report[:100])
