@@ -57,7 +57,8 @@ class Task(Generic[T]):
             raise self.error
         return self._results[0]
 
-    def _run(self, work: "Callable[[Task[T]], T]") -> None:
+    def run(self, work: "Callable[[Task[T]], T]") -> None:
+        """Do the work in this thread; what it returns or raises is the result."""
         try:
             self._results.append(work(self))
         except CancelledError:
@@ -97,7 +98,7 @@ class Background:
             ended = [each for each, other in self._tasks.items() if other.is_ended]
             for each in ended[: max(0, len(self._tasks) - KEPT)]:
                 del self._tasks[each]
-        (self._alone if alone else self._threads).submit(task._run, work)
+        (self._alone if alone else self._threads).submit(task.run, work)
         return task
 
     def close(self) -> None:

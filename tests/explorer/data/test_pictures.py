@@ -1,6 +1,7 @@
 """Small pictures: never from outside their place, within their memory, anew when the file is, grey where one lacks."""
 
 import io
+import itertools
 import os
 import threading
 import time
@@ -127,12 +128,15 @@ def test_memory_has_a_limit_and_what_was_used_last_stays(folder, monkeypatch):
     for number in range(40):
         draw(folder, f"{number}.jpg", number)
     pictures = Pictures(str(folder))
-    often = pictures.get("0.jpg", 96).jpeg
+    given = []
     for number in range(40):
-        pictures.get(f"{number}.jpg", 96)
-        assert pictures.get("0.jpg", 96).jpeg is often
-        assert pictures._kept_bytes == sum(len(each.jpeg) for each in pictures._kept.values()) <= 20_000
-    assert 1 < len(pictures._kept) < 40
+        given.append(pictures.get(f"{number}.jpg", 96).jpeg)
+        assert pictures.get("0.jpg", 96).jpeg is given[0]
+    used_last = [0, *range(39, 0, -1)]
+    kept = list(itertools.takewhile(lambda n: pictures.get(f"{n}.jpg", 96).jpeg is given[n], used_last))
+    sizes = [len(given[number]) for number in used_last]
+    assert 1 < len(kept) < 40
+    assert sum(sizes[: len(kept)]) <= 20_000 < sum(sizes[: len(kept) + 1])
 
 
 def test_a_file_that_is_too_large_is_not_read(folder, monkeypatch):
@@ -143,7 +147,7 @@ def test_a_file_that_is_too_large_is_not_read(folder, monkeypatch):
 
 
 def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkeypatch):
-    at_once, most, lock, real = [], [], threading.Lock(), module._made
+    at_once, most, lock, real = [], [], threading.Lock(), module.shrunk
     full = threading.Event()
 
     def made(*args):
@@ -158,7 +162,7 @@ def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkey
             at_once.pop()
         return real(*args)
 
-    monkeypatch.setattr(module, "_made", made)
+    monkeypatch.setattr(module, "shrunk", made)
     for number in range(12):
         draw(folder, f"{number}.jpg", number)
     pictures = Pictures(str(folder))

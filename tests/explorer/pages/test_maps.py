@@ -203,7 +203,7 @@ def test_an_answer_shows_one_state_of_a_map_that_ends_meanwhile(world: World) ->
     part = MapPart(run="both", network=None, colour="folder", task=task, store_id=None)
     assert (part.is_ended, part.shown) == (False, None)
     points = make_map(Places(store=str(world.store), runs=str(world.runs)), "both", Task(), umap_s=0)
-    task._run(lambda _: points)
+    task.run(lambda _: points)
     assert (part.is_ended, part.shown) == (False, None)
     now = replace(part)
     assert now.is_ended

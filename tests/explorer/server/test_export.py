@@ -12,6 +12,7 @@ from explorer.html.links import LEFT_OUT
 from explorer.places import Places
 from explorer.server.export import ExportedPages, export
 from tests.explorer.world import World
+from tests.trainer.loop.full_disk import full_from
 
 _LINK = re.compile(r'(?:href|src|action)="([^"]*)"')
 
@@ -137,18 +138,11 @@ def test_an_export_replaces_an_export_and_nothing_else(shop: World, tmp_path: Pa
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
 
 
-def test_an_export_that_fails_leaves_the_earlier_one(
-    shop: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_fails_leaves_the_earlier_one(shop: World, tmp_path: Path) -> None:
     out = tmp_path / "pages"
     export(Places(images=str(shop.images)), out, 10, _silent)
     before = (out / "index.html").read_text()
-
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("explorer.server.export._write", full)
-    with pytest.raises(ExplorerError, match="No space left"):
+    with full_from(1_000), pytest.raises(ExplorerError, match="File too large"):
         export(Places(images=str(shop.images)), out, 10, _silent)
     assert (out / "index.html").read_text() == before
     assert [each.name for each in tmp_path.iterdir()] == ["pages"]

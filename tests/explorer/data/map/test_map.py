@@ -17,7 +17,8 @@ from explorer.data.map.points import MapPoints
 from explorer.data.map.source import evenly, of_features, of_run
 from explorer.errors import ExplorerError
 from explorer.places import Places
-from featurestore import FeatureStore
+from featurestore import FeatureRows, FeatureStore, StoreInfo
+from tests.explorer.stores import EXTRACTOR
 from tests.explorer.world import World
 from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict_run
@@ -106,11 +107,15 @@ def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypat
     assert "Of 4 shards 2 were read" in fewer.notes[0]
 
 
-def test_wide_features_become_narrow_and_keep_their_distances() -> None:
+def test_wide_features_become_narrow_and_keep_their_distances(tmp_path: Path) -> None:
+    info = StoreInfo(num_shards=2, dim=4096, dtype="float32", extractor=EXTRACTOR)
     features_ND = np.random.default_rng(0).normal(size=(50, 4096)).astype(np.float32)
-    narrow_NV = source._narrower(4096)(features_ND)
-    assert narrow_NV.shape == (50, 128)
-    wide, small = (np.linalg.norm(each[1:] - each[0], axis=1) for each in (features_ND, narrow_NV))
+    rows = FeatureRows.of([f"{number}.jpg" for number in range(50)], features_ND)
+    FeatureStore.create(tmp_path / "wide", info).put(rows)
+    found = of_features(Places(store=str(tmp_path / "wide")), Task())
+    assert found.vectors_NV.shape == (50, 128)
+    as_put_N = np.argsort([int(uri.removesuffix(".jpg")) for uri in found.uris_N])
+    wide, small = (np.linalg.norm(each[1:] - each[0], axis=1) for each in (features_ND, found.vectors_NV[as_put_N]))
     assert np.abs(small / wide - 1).max() < 0.3
 
 
