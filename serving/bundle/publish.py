@@ -141,7 +141,7 @@ class _Delta:
         reader = self._now.shard_reader(shard)
         known = reader.keys()
         old_KV, is_known_K = reader.features(keys_K)
-        distance_K = _distances(old_KV, new_KV, SIGNATURE_COLUMNS if self._of.signatures else 0)
+        distance_K = row_distances(old_KV, new_KV, SIGNATURE_COLUMNS if self._of.signatures else 0)
         is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
         place_M = np.flatnonzero(~is_known_K | is_far_K)
         gone = known[~np.isin(known, keys_K)] if gone is None else gone[reader.contains(gone)]
@@ -233,8 +233,11 @@ def _mirrored(source: FeatureStore, now: Snapshot) -> Snapshot | None:
     return found if found.manifest.commit_id == mirrors.commit_id else None
 
 
-def _distances(old_KV: Float32, new_KV: Float32, signature_columns: int) -> NDArray[np.float32]:
-    """How far rows have moved, (K,): the farthest number, or the share of a signature's bits that are others."""
+def row_distances(old_KV: Float32, new_KV: Float32, signature_columns: int) -> NDArray[np.float32]:
+    """Return how far rows have moved, (K,): the farthest number, or the share of a signature's bits that are others.
+
+    The last `signature_columns` of the V numbers are a signature, 16 bits in each.
+    """
     end = old_KV.shape[1] - signature_columns
     distance_K: NDArray[np.float32] = np.abs(new_KV[:, :end] - old_KV[:, :end]).max(axis=1, initial=0)
     if signature_columns:

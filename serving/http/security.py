@@ -34,7 +34,7 @@ class TokenGuard:
 
     def __init__(self, app: ASGIApp, tokens: list[str], on_refusal: Callable[[], None]) -> None:
         """`tokens` may change later."""
-        self._app, self._tokens, self._on_refusal = app, tokens, on_refusal
+        self.app, self._tokens, self._on_refusal = app, tokens, on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(scope):
@@ -43,7 +43,7 @@ class TokenGuard:
             response = error_response(401, message, {"WWW-Authenticate": "Bearer", "Connection": "close"})
             await response(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")

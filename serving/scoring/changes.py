@@ -35,7 +35,7 @@ def error_of_rows(saved: SavedRun, draft: BundleManifest, storage: Storage) -> S
     Reads the run's ID tables once. Raises BrokenBundleError, CheckpointError, TrainerError."""
     bundle = _with_vectors(Bundle(storage, draft, None, verify=False), {})
     has_sample = draft.file(SAMPLE) is not None
-    sample = _sample_of(bundle) if has_sample else _drawn(Scorer(bundle).columns)
+    sample = _sample_of(bundle) if has_sample else drawn_requests(Scorer(bundle).columns)
     asking = _NotedRows(bundle.ids)
     bundle.ids = asking
     as_written = _logits(bundle, sample)
@@ -98,8 +98,11 @@ def _sample_of(bundle: Bundle) -> pa.Table:
     return pq.read_table(bundle.files.path(SAMPLE))
 
 
-def _drawn(columns: Mapping[str, Rule]) -> list[Request]:
-    """Draw requests with these columns: ids whose hashes are anywhere, numbers around zero."""
+def drawn_requests(columns: Mapping[str, Rule]) -> list[Request]:
+    """Draw SAMPLE_GROUPS requests with these columns, 8 candidates and behaviours each.
+
+    Hashes of the ids are anywhere, numbers around zero; the same ones every time.
+    """
     random = np.random.default_rng(0)
 
     def values(rule: Rule, *shape: int) -> Any:

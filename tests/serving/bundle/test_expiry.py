@@ -14,7 +14,6 @@ from serving.__main__ import app
 from serving.bundle import log
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
-from serving.bundle.upkeep import expiry
 from serving.bundle.upkeep.expiry import ExpireReport, expire
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.serving.bundle.conftest import Exported, export
@@ -149,15 +148,15 @@ def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatc
 def test_an_expiry_puts_back_what_was_chosen_after_it_looked(
     versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = expiry._remove
+    real = log.choices
 
-    def overtaken(storage: Storage, manifest: object, seen: int) -> bool:
-        if not raced:
-            raced.append(log.use(storage, 1))
-        return real(storage, manifest, seen)  # type: ignore[arg-type]
+    def overtaken(storage: Storage, after: int = 0) -> list[log.Choice]:
+        found = real(storage, after)
+        monkeypatch.setattr(log, "choices", real)
+        log.use(storage, 1)
+        return found
 
-    raced: list[object] = []
-    monkeypatch.setattr(expiry, "_remove", overtaken)
+    monkeypatch.setattr(log, "choices", overtaken)
     assert versions.expire().expired == (2, 3)
     assert versions.there == [1, 4]
     assert log.version_in_use(versions.storage) == 1

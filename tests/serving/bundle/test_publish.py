@@ -16,10 +16,9 @@ from featurestore.lookup.signatures import Signatures
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from serving.bundle import publish as publish_module
 from serving.bundle.images import ChangedImages, StoreNetworks, networks_for
 from serving.bundle.open import Bundle
-from serving.bundle.publish import PublishReport, publish
+from serving.bundle.publish import PublishReport, publish, row_distances
 from serving.bundle.vectors import SIGNATURE_COLUMNS
 from tests.serving.bundle.conftest import Exported
 from trainer.comm import SoloComm
@@ -295,7 +294,7 @@ def test_bits_of_signatures_count_by_their_share() -> None:
     new[1, 3] = -0.25
     new[2, 12], new[2, -1] = 0b101, 0x8000
     new[3, 0], new[3, 20] = 0.001, 0xFFFF
-    distances = publish_module._distances(old, new, SIGNATURE_COLUMNS)
+    distances = row_distances(old, new, SIGNATURE_COLUMNS)
     np.testing.assert_allclose(distances, [0, 0.25, 3 / 512, 16 / 512])
 
 

@@ -1,6 +1,7 @@
 """Versions and the choice among them: numbered, immutable, two writers at once; what is damaged is refused by name."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -263,11 +264,12 @@ def test_a_run_is_no_model(made: Exported) -> None:
         log.read_version(Storage(made.run))
 
 
-def test_metrics_that_are_no_numbers_are_published_once(
-    url: str, made: Exported, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serving.bundle.export._metrics", lambda saved: {"auc": float("nan")})
-    assert export(url, made.run).version == 2
+def test_metrics_that_are_no_numbers_are_published_once(url: str, made: Exported, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made.run, run)
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"metrics": {"auc": float("nan")}}))
+    assert export(url, run).version == 2
     assert log.known_versions(Storage(url)) == [1, 2]
     assert log.read_version(Storage(url), 2).metrics == {"auc": None}
 

@@ -29,7 +29,7 @@ def scoring_of(source: ModelSource, tokens: list[str] | None = None, **settings:
 async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of the running application, by default once its model is loaded."""
     app = scoring.app()
-    starlette = app if isinstance(app, Starlette) else app._app
+    starlette = app if isinstance(app, Starlette) else app.app
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with starlette.router.lifespan_context(starlette), httpx2.AsyncClient(transport=transport) as client:
         client.base_url = BASE

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from serving.scoring.changes import _drawn
+from serving.scoring.changes import drawn_requests
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import decode_requests
 from tests.trainer.equivalence.scenarios import BUCKETS, SCHEMA, Scenario
@@ -27,7 +27,7 @@ NUMBERS = Schema(fields=(*(field for field in SCHEMA.fields if field.name != "ad
 )
 def test_drawn_requests_are_decoded(schema: Schema) -> None:
     columns = RequestColumns(schema, schema.fields)
-    requests = _drawn(columns.sources)
+    requests = drawn_requests(columns.sources)
     batch = decode_requests(columns, requests).batch
     assert batch.num_samples == 8 * len(requests) == 512
     for field in schema.of_kind("id", "multi_id"):
