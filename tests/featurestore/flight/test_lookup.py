@@ -25,7 +25,6 @@ from featurestore.errors import (
     SnapshotNotFoundError,
     UnavailableError,
 )
-from featurestore.flight.client import _keys
 from featurestore.format.codec import write_codec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
@@ -71,16 +70,19 @@ def assert_same(client: FeatureClient, store: FeatureStore, folder: Path, keys_U
 
 
 @pytest.mark.long
-def test_keys_that_are_no_whole_numbers_are_refused() -> None:
-    for keys_U in ([1.5], [2.0**60]):
-        with pytest.raises(TypeError, match="keys are float64, and have to be whole numbers"):
-            _keys(keys_U)
-    with pytest.raises(TypeError, match="keys are texts"):
-        _keys(["shoe/1.jpg"])
-    with pytest.raises(ValueError, match=r"keys have shape \(1, 2\), and have to be one list"):
-        _keys([[1, 2]])
-    assert _keys([]).shape == (0,)
-    assert _keys(7).tolist() == [7]
+def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    server = serve(make_store(tmp_path / "store", info))
+    with connect(server.address, missing="zeros") as client:
+        for ask in (client.lookup, client.contains):
+            for keys_U in ([1.5], [2.0**60]):
+                with pytest.raises(TypeError, match="keys are float64, and have to be whole numbers"):
+                    ask(keys_U)
+            with pytest.raises(TypeError, match="keys are texts"):
+                ask(["shoe/1.jpg"])
+            with pytest.raises(ValueError, match=r"keys have shape \(1, 2\), and have to be one list"):
+                ask([[1, 2]])
+        assert client.lookup([]).features_UD.shape == (0, info.dim)
+        assert client.lookup(7).features_UD.shape == (1, info.dim)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])

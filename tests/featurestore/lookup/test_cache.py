@@ -14,7 +14,7 @@ import pytest
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.buffers import FileMemory
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.datafile import DataFile
 from featurestore.lookup.cache import default_cache_dir, open_or_build, prune
 
 DAY_S = 24 * 3600
@@ -75,13 +75,13 @@ def test_keys_that_change_between_the_two_readings_are_found(
     """Which row wins is decided before the digest of a file is known."""
     store.put(make_rows(200, store.info))
     store.put(make_rows(100, store.info, seed=1))
-    concatenated = ShardReader._concatenated
+    read = DataFile.read
 
-    def other_keys(reader: ShardReader, columns: list[str]) -> object:
-        table = concatenated(reader, columns)
+    def other_keys(file: DataFile, columns: list[str]) -> object:
+        table = read(file, columns)
         return table.take([1, 0, *range(2, len(table))])
 
-    monkeypatch.setattr(ShardReader, "_concatenated", other_keys)
+    monkeypatch.setattr(DataFile, "read", other_keys)
     with pytest.raises(CorruptFileError, match="changed while it was read"):
         FeaturePartition.load(store, cache_dir=cache)
     assert names(cache) == set()
@@ -205,7 +205,10 @@ def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("featurestore.lookup.cache.FileMemory", make_memory)
-    monkeypatch.setattr(f"featurestore.lookup.cache.{'append_rows' if plain else '_write_at'}", full)
+    if plain:
+        monkeypatch.setattr("featurestore.lookup.cache.append_rows", full)
+    else:
+        monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StorageError, match="No space left") as caught:
         open_or_build([store.snapshot().shard_reader(3)], cache, threads=1)
     assert caught.value.__cause__ is not None  # as in a thread whose error waits to be raised

@@ -1,7 +1,6 @@
 """SQL sees what a plain model of the store says: after any commits, the newest row of each key and no removed one."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, ke
 from featurestore.errors import CorruptFileError, FeatureStoreError, QueryError
 from featurestore.format.shard_reader import ShardReader
 from featurestore.sql import query
-from featurestore.sql.query import _batches, sql_reader
+from featurestore.sql.query import sql_reader
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.pins import pin
@@ -207,11 +206,11 @@ def test_memory_is_bounded(
     assert count == 4_000 and most < 4_000 * wide.info.dim * 4 / 2
 
 
-def test_an_error_of_a_scan_that_comes_as_one_of_a_file_is_the_querys() -> None:
-    def fails() -> Iterator[pa.RecordBatch]:
-        yield pa.record_batch({"x": [1]})
-        raise OSError("Invalid Input Error: at the end")
-
-    reader = pa.RecordBatchReader.from_batches(pa.schema({"x": pa.int64()}), fails())
-    with pytest.raises(pa.ArrowInvalid, match="at the end"):
-        list(_batches(reader))
+def test_an_error_that_comes_after_rows_is_the_querys_and_none_of_a_file(store: FeatureStore) -> None:
+    late = "select if(x = 900_000, error('at the end'), x) from range(1_000_000) as numbers(x)"
+    with (
+        pytest.raises(QueryError, match=r"^Invalid Input Error: at the end$"),
+        sql_reader(store, store.snapshot(), late) as reader,
+    ):
+        assert len(reader.read_next_batch()) > 0
+        reader.read_all()

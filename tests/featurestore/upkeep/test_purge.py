@@ -12,11 +12,13 @@ from typer.testing import CliRunner, Result
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
 from featurestore.__main__ import app
+from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, read_pins
 from featurestore.upkeep.promotion.moving import move_channel
+from featurestore.upkeep.takedown import purge as purge_module
 from featurestore.upkeep.takedown.absence import Images, find_traces
 from featurestore.upkeep.takedown.purge import PurgeReport
 from featurestore.upkeep.takedown.purge import purge as purge_store
@@ -193,20 +195,14 @@ class TestCutOff:
         self, filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, make_rows: Callable[..., FeatureRows]
     ) -> None:
         """One that brings the rows back while the first snapshot is made, and one that restores an old snapshot."""
-        commit, others = (
-            purge_store.__globals__["_Purge"]._commit_again,
-            [
-                lambda: filled.put(make_rows(20, filled.info, seed=11)),
-                lambda: restore(filled, 2),
-            ],
-        )
+        others = [lambda: filled.put(make_rows(20, filled.info, seed=11)), lambda: restore(filled, 2)]
 
-        def disturbed(self: Any, newest: Any, bad: set[str]) -> Any:
+        def disturbed(**fields: Any) -> Commit:
             if others:
                 others.pop()()
-            return commit(self, newest, bad)
+            return Commit(**fields)
 
-        monkeypatch.setattr(purge_store.__globals__["_Purge"], "_commit_again", disturbed)
+        monkeypatch.setattr(purge_module, "Commit", disturbed)
         report = purge(filled)
         assert report.is_complete and others == []
         assert set(contents(filled)).isdisjoint(GONE) and verify(filled).problems == []

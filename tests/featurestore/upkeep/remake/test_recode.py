@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,12 @@ from featurestore.errors import (
     StoreExistsError,
     UnsafeBackendError,
 )
-from featurestore.snapshot import Snapshot
-from featurestore.spec import DType
+from featurestore.spec import DType, FileEntry
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.remake import recode as recode_module
 from featurestore.upkeep.remake import remaking
 from featurestore.upkeep.remake.recode import read_report, recode
-from featurestore.upkeep.remake.remaking import Remake, Transform, sample
+from featurestore.upkeep.remake.remaking import sample
 from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
@@ -218,14 +218,14 @@ def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureSt
 def test_rows_put_before_the_end_are_not_overwritten(
     source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_shard = Remake._make_shard
+    write = remaking.write_shard_file
 
-    def others_put(self: Remake, snapshot: Snapshot, target: FeatureStore, transform: Transform, shard: int) -> object:
+    def others_put(storage: Storage, info: StoreInfo, shard: int, *arguments: Any) -> FileEntry:
         if shard == 7:
-            target.put(rows_of(0, 5, seed=9))
-        return make_shard(self, snapshot, target, transform, shard)
+            FeatureStore.open(storage.url).put(rows_of(0, 5, seed=9))
+        return write(storage, info, shard, *arguments)
 
-    monkeypatch.setattr(Remake, "_make_shard", others_put)
+    monkeypatch.setattr(remaking, "write_shard_file", others_put)
     with pytest.raises(CommitConflictError, match="other rows before its recode was done"):
         recode(source, tmp_path / "new", "bfloat16")
     new = FeatureStore.open(tmp_path / "new")
