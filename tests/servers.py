@@ -1,6 +1,7 @@
 """Real S3 servers on loopback, for tests: SeaweedFS, and moto as a second one."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from featurestore.storage.storage import Storage
@@ -115,10 +117,16 @@ def environment_of(endpoint: str) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def client_of(endpoint: str) -> fsspec.AbstractFileSystem:
+    """A client of its own, which is no store's."""
+    return fsspec.filesystem("s3", endpoint_url=endpoint, skip_instance_cache=True)
+
+
 def new_bucket() -> str:
     """An empty bucket of its own on the server of the environment, as s3://NAME."""
     bucket = f"test-{uuid.uuid4().hex[:12]}"
-    Storage(f"s3://{bucket}")._remote.client.call_s3("create_bucket", Bucket=bucket)
+    client_of(os.environ["AWS_ENDPOINT_URL"]).call_s3("create_bucket", Bucket=bucket)
     return f"s3://{bucket}"
 
 

@@ -4,12 +4,13 @@ As a program, on a host: `python tests/cluster/buckets.py upload FOLDER s3://BUC
 the files of the folder into it; `list URL` prints the names of the files below it, `read URL NAME` one of them.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
 
 from tests.cluster.hosts import READY_S, Host, Network, python_words
-from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, free_ports, weed_command
+from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, client_of, free_ports, weed_command
 
 CREDENTIALS = f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
 LISTENING = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=1)"
@@ -63,7 +64,7 @@ def main() -> None:
         print(storage.read_bytes(arguments[1]).decode(), end="")
     else:
         bucket = arguments[1].removeprefix("s3://").partition("/")[0]
-        client = storage._remote.client
+        client = client_of(os.environ["AWS_ENDPOINT_URL"])
         if bucket not in {each["Name"] for each in client.call_s3("list_buckets")["Buckets"]}:
             client.call_s3("create_bucket", Bucket=bucket)
         for file in sorted(path for path in Path(arguments[0]).rglob("*") if path.is_file()):

@@ -11,12 +11,15 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
 from featurestore.errors import AddressError, CorruptFileError, StorageError
 from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
+from tests.servers import client_of
 
 
 def read_into(storage: Storage, path: str, size: int) -> bytes:
@@ -146,14 +149,12 @@ class TestSeaweedFS(StorageContract):
     def url(self, s3_url: str) -> str:
         return f"{s3_url}/store"
 
-    def test_what_another_client_does_is_seen_at_once(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_another_client_does_is_seen_at_once(self, storage: Storage) -> None:
         storage.write_bytes("log/1", b"one")
         assert storage.list("log") == ["1"] and len(storage.entries()) == 1
-        monkeypatch.setattr("featurestore.storage.remote._clients", {})
-        other = Storage(storage.url)
-        other.write_bytes("log/2", b"2")
-        other.write_bytes("log/1", b"other")
-        assert other._remote.client is not storage._remote.client
+        other = client_of(os.environ["AWS_ENDPOINT_URL"])
+        other.pipe_file(storage.full("log/2"), b"2")
+        other.pipe_file(storage.full("log/1"), b"other")
         assert storage.list("log") == ["1", "2"] and len(storage.entries()) == 2
         assert storage.size("log/1") == 5 and storage.read_bytes("log/1") == b"other"
 
@@ -251,17 +252,24 @@ def test_an_unknown_protocol_is_named() -> None:
         Storage("nonsense://x").read_bytes("a")
 
 
-def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str) -> None:
-    import featurestore.storage.remote as module
+def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, children = fsspec.filesystem, list[int]()
 
-    with module._clients_lock:
-        child = os.fork()
-        if child == 0:
-            Storage(memory_url).write_bytes("a", b"1")
-            os._exit(0)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            time.sleep(0.01)
+    def make_and_fork(protocol: str, **options: Any) -> Any:
+        if not children:
+            children.append(os.fork())
+            if children == [0]:
+                Storage(memory_url).write_bytes("a", b"1")
+                os._exit(0)
+        return make(protocol, **options)
+
+    monkeypatch.setattr(fsspec, "filesystem", make_and_fork)
+    monkeypatch.setenv("AWS_SDK_UA_APP_ID", memory_url)  # another environment, another client
+    Storage(memory_url).list()
+    (child,) = children
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        time.sleep(0.01)
     if ended == (0, 0):
         os.kill(child, 9)
         os.waitpid(child, 0)

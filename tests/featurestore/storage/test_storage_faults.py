@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import botocore.exceptions
+import fsspec
 import numpy as np
 import pytest
 from fsspec.exceptions import FSTimeoutError
@@ -19,6 +20,7 @@ from s3fs.errors import translate_boto_error
 from featurestore import FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import StorageError
 from featurestore.storage import remote
+from featurestore.storage.remote import RemoteFiles
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.verify import verify
 
@@ -80,11 +82,19 @@ class Failing:
         return call
 
 
-def failing(url: str, *errors: Exception) -> tuple[Storage, Failing]:
-    storage = Storage(url)
-    client = Failing(storage._remote.client, list(errors))
-    storage._remote._client = os.getpid(), client
-    return storage, client
+FailingStorage = Callable[..., tuple[Storage, Failing]]
+
+
+@pytest.fixture
+def failing(memory_url: str, monkeypatch: pytest.MonkeyPatch) -> FailingStorage:
+    """Makes all storages fail with these errors from now on, and gives one."""
+
+    def make(*errors: Exception) -> tuple[Storage, Failing]:
+        client = Failing(fsspec.filesystem("memory"), list(errors))
+        monkeypatch.setattr(RemoteFiles, "client", client)
+        return Storage(memory_url), client
+
+    return make
 
 
 DOINGS: dict[str, Callable[[Storage], object]] = {
@@ -106,33 +116,33 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("doing", DOINGS)
-def test_everything_but_the_bare_create_is_tried_again(memory_url: str, doing: str) -> None:
+def test_everything_but_the_bare_create_is_tried_again(memory_url: str, failing: FailingStorage, doing: str) -> None:
     Storage(memory_url).write_bytes("a", b"1")
     for error in PASSING:
-        storage, client = failing(memory_url, error, error)
+        storage, client = failing(error, error)
         DOINGS[doing](storage)
         assert client.errors == [] and client.calls >= 3
         storage.write_bytes("a", b"1")
 
 
 @pytest.mark.parametrize("error", LASTING, ids=lambda error: type(error).__name__)
-def test_what_will_not_pass_is_told_at_once(memory_url: str, error: Exception) -> None:
+def test_what_will_not_pass_is_told_at_once(memory_url: str, failing: FailingStorage, error: Exception) -> None:
     Storage(memory_url).write_bytes("a", b"1")
     for do in DOINGS.values():
-        storage, client = failing(memory_url, error)
+        storage, client = failing(error)
         with pytest.raises(StorageError, match=memory_url) as caught:
             do(storage)
         assert caught.value.__cause__ is error
         assert client.calls == (2 if do is DOINGS["settle"] else 1)  # that looks at what is there
 
 
-def test_a_bare_create_is_tried_again_only_where_nothing_was_done(memory_url: str) -> None:
+def test_a_bare_create_is_tried_again_only_where_nothing_was_done(failing: FailingStorage) -> None:
     for number, error in enumerate([*THROTTLED, answer("ConditionalRequestConflict", 409), answer("409", 409)]):
-        storage, client = failing(memory_url, error, error)
+        storage, client = failing(error, error)
         assert storage.create_exclusive(f"log/{number}", b"1")
         assert client.calls == 3
     for error in (answer("InternalError", 500), ConnectionResetError(errno.ECONNRESET, "reset")):
-        storage, client = failing(memory_url, error)
+        storage, client = failing(error)
         with pytest.raises(StorageError):
             storage.create_exclusive("log/x", b"1")
         assert client.calls == 1
@@ -141,28 +151,29 @@ def test_a_bare_create_is_tried_again_only_where_nothing_was_done(memory_url: st
 @pytest.mark.parametrize(
     "error", [answer("PreconditionFailed", 412), answer("412", 412), FileExistsError("log/1")], ids=str
 )
-def test_there_are_three_ways_to_say_that_another_was_first(memory_url: str, error: Exception) -> None:
-    storage, client = failing(memory_url, error)
+def test_there_are_three_ways_to_say_that_another_was_first(failing: FailingStorage, error: Exception) -> None:
+    storage, client = failing(error)
     assert not storage.create_exclusive("log/1", b"x")
     assert client.calls == 1
 
 
 def test_at_the_end_of_patience_the_error_says_how_often_it_was_tried(
-    memory_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failing: FailingStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(remote, "PATIENCE_S", 0.5)
     monkeypatch.setattr(remote, "_WARN_AFTER_S", 0.01)
-    storage, client = failing(memory_url, *[answer("SlowDown", 503)] * 100_000)
+    storage, client = failing(*[answer("SlowDown", 503)] * 100_000)
     with pytest.raises(StorageError, match=r"cannot read memory://.*/a: .*SlowDown.*\(tried \d+ times\)"):
         storage.read_bytes("a")
     assert client.calls > 2
     assert caplog.text.count("SlowDown; trying again") == 1
 
 
-def test_a_store_lives_through_errors_at_the_door(memory_url: str, info: StoreInfo, make_rows) -> None:
+def test_a_store_lives_through_errors_at_the_door(
+    memory_url: str, failing: FailingStorage, info: StoreInfo, make_rows
+) -> None:
     store = FeatureStore.create(memory_url, info)
-    client = Failing(store.storage._remote.client, [])
-    store.storage._remote._client = os.getpid(), client
+    _, client = failing()
     for number in range(len(PASSING)):
         client.errors = PASSING[number:][:3]
         assert store.put(make_rows(2, info, seed=number), "put").version == number + 1
