@@ -148,7 +148,7 @@ def bring_up_to_date(
     comparison = compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
     _check_gone(options, len(gone), comparison, f"are not in {options.images}")
-    plan = _make_plan(client, images, comparison, snapshot)
+    plan = make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store)
     run = ImageRun(client, store, settings, snapshot, quarantined, options.part_size, options.dry_run)
     reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: _check_network(client, store, settings))
@@ -220,7 +220,7 @@ def _summarise(
     )
 
 
-def _make_plan(client: Client, images: ImageTable, comparison: Comparison, snapshot: Snapshot) -> ListingPlan:
+def make_plan(client: Client, images: ImageTable, comparison: Comparison, snapshot: Snapshot) -> ListingPlan:
     """Plan the run. In an empty store an image is read for its digest only if it may have an equal in the listing;
     else each that is new, or may have changed, is."""
     pending_P = pending_images(images, comparison)

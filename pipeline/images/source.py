@@ -116,20 +116,21 @@ def _read(location: str, most_bytes: int | None) -> bytes:
 
 
 def _open_fs(address: str) -> tuple[Any, str]:
-    """Give fsspec's file system (one client per process and protocol, it caches them) and the path in it."""
+    """Give fsspec's file system and the path in it."""
     check_password(address)
     protocol, path = split_protocol(address)
     if protocol is None:
-        return _client("file"), str(_client("file")._strip_protocol(path))
+        return file_system("file"), str(file_system("file")._strip_protocol(path))
     if "::" in protocol:
         fs, chained = url_to_fs(address)
         return fs, str(chained)
-    client = _client(protocol)
+    client = file_system(protocol)
     return client, str(client._strip_protocol(address))
 
 
 @functools.lru_cache(maxsize=8)
-def _client(protocol: str) -> Any:
+def file_system(protocol: str) -> Any:
+    """Give fsspec's file system for a protocol, one for each process. Raises PasswordError, and what fsspec raises."""
     if protocol in S3_PROTOCOLS:
         check_endpoint()
     options = {"use_listings_cache": False} if protocol in S3_PROTOCOLS else {}

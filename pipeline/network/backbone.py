@@ -93,11 +93,11 @@ def fastest_dtype() -> ComputeDType:
     capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
     if not any(capabilities.get(name) for name in CPU_BFLOAT16):
         return "float32"
-    return "bfloat16" if _convolution_s("bfloat16") <= _convolution_s("float32") else "float32"
+    return "bfloat16" if convolution_s("bfloat16") <= convolution_s("float32") else "float32"
 
 
 @torch.inference_mode()
-def _convolution_s(dtype: ComputeDType) -> float:
+def convolution_s(dtype: ComputeDType) -> float:
     """Time a convolution as large as a middle one of VGG16, the fastest of four, in seconds."""
     kind = getattr(torch, dtype)
     pixels_BCHW = torch.ones(2, 256, 28, 28, dtype=kind).to(memory_format=torch.channels_last)

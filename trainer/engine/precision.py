@@ -35,11 +35,11 @@ def faster_dtype(device: torch.device) -> AutoDType:
     float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if _product_s(torch.bfloat16) <= _product_s(torch.float32) else "float32"
+    return "bfloat16" if product_s(torch.bfloat16) <= product_s(torch.float32) else "float32"
 
 
 @torch.inference_mode()
-def _product_s(dtype: torch.dtype) -> float:
+def product_s(dtype: torch.dtype) -> float:
     """Time the first product of E, forward and as in backward; the fastest of some turns."""
     stored_QD = torch.ones(_ROWS, _FEATURE, dtype=torch.bfloat16)
     rows_QD, weight_HD = torch.empty_like(stored_QD, dtype=dtype), torch.ones(_HIDDEN, _FEATURE, dtype=dtype)

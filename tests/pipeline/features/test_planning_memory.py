@@ -84,7 +84,7 @@ def store(request, tmp_path):
 
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(store, monkeypatch):
-    monkeypatch.setattr("pipeline.images.source._client", lambda protocol: Drawn())
+    monkeypatch.setattr("pipeline.images.source.file_system", lambda protocol: Drawn())
     monkeypatch.setattr(staged_run, "run_tasks", answers)
     settings = PartSettings(store.url, "run", "", "", "", "float32", "float32", 1)
     snapshot = store.snapshot()
@@ -92,7 +92,7 @@ def test_no_object_is_held_for_an_image(store, monkeypatch):
     tracemalloc.start()
     try:
         images = list_images("s3://photos/in").images
-        plan = refresh._make_plan(None, images, refresh.compare(images, snapshot), snapshot)
+        plan = refresh.make_plan(None, images, refresh.compare(images, snapshot), snapshot)
         run = staged_run.ImageRun(None, store, settings, snapshot, [], 64, False)
         reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: None)
         run.copy(images, plan.copies)

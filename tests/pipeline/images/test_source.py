@@ -12,7 +12,7 @@ from fsspec.asyn import AsyncFileSystem
 from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri
 from pipeline.errors import BadImageError, SourceError
-from pipeline.images.source import _client, list_images, read_image
+from pipeline.images.source import file_system, list_images, read_image
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_no_file_system_that_is_walked_folder_by_folder_hides_one(monkeypatch):
             return Remote().info(path)
 
     for kind in (Remote, AsyncRemote):
-        monkeypatch.setattr("pipeline.images.source._client", lambda protocol, kind=kind: kind())
+        monkeypatch.setattr("pipeline.images.source.file_system", lambda protocol, kind=kind: kind())
         with pytest.raises(SourceError, match=r"cannot list remote://images: .*Permission denied"):
             list_images("remote://images")
 
@@ -273,7 +273,7 @@ def test_on_s3_the_right_to_list_is_enough(s3_endpoint, monkeypatch):
     def refused(path, **kwargs):
         raise PermissionError(path)
 
-    monkeypatch.setattr(_client("s3"), "info", refused)
+    monkeypatch.setattr(file_system("s3"), "info", refused)
     for address in ("s3://listed/in", "s3://listed"):
         assert [ref.location for ref in list_images(address).images] == ["s3://listed/in/a.jpg"]
     with pytest.raises(SourceError, match="no images in s3://empty"):
@@ -288,7 +288,7 @@ def no_credentials(s3_endpoint, monkeypatch):
     """An S3 client that is made anew and finds no credentials; the others' are as before afterwards."""
 
     def forget_clients():
-        _client.cache_clear()
+        file_system.cache_clear()
         fsspec.get_filesystem_class("s3").clear_instance_cache()
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

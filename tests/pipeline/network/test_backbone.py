@@ -299,7 +299,7 @@ def test_bfloat16_only_where_the_processor_has_it_and_is_quicker_at_it(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     seconds = {"bfloat16": 1.0, "float32": 2.0}
-    monkeypatch.setattr(backbone, "_convolution_s", seconds.__getitem__)
+    monkeypatch.setattr(backbone, "convolution_s", seconds.__getitem__)
     assert fastest_dtype() == "bfloat16"
     seconds["bfloat16"] = 3.0
     assert fastest_dtype() == "float32"

@@ -196,7 +196,7 @@ def test_building_leaves_the_random_state_alone(partition: FeaturePartition) -> 
 
 def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
-    monkeypatch.setattr(precision, "_product_s", seconds.__getitem__)
+    monkeypatch.setattr(precision, "product_s", seconds.__getitem__)
     monkeypatch.delenv(VARIABLE)
 
     def dtype_of_auto() -> torch.dtype:
