@@ -40,7 +40,8 @@ class RowMap:
         self._first_S = np.arange(num_slots, dtype=np.int64) * self._span
         self._mask_S = np.full(num_slots, min(self._span, _FIRST_ENTRIES) - 1, np.int64)
         self._entries_a_row_S = _ENTRIES_A_ROW * 2.0 ** (np.arange(num_slots) / max(num_slots, 1))
-        self._row_of_entry: NDArray[np.int32] = np.zeros(num_slots * self._span, np.int32)  # 0: empty
+        self.row_of_entry: NDArray[np.int32] = np.zeros(num_slots * self._span, np.int32)
+        """The row that each entry of the open addressing leads to; 0: empty."""
 
     def places(self, slot_N: Int64, hash_N: UInt64Array, ids_N: Int64) -> Int64:
         """Find the place slot x rows_per_shard + row of each id, (N,); row 0 of its shard where it has none.
@@ -50,12 +51,12 @@ class RowMap:
         first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
         base_N: Int64 = slot_N * self.rows_per_shard
         at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
-        row_N = self._row_of_entry[first_N + at_N].astype(np.int64)
+        row_N = self.row_of_entry[first_N + at_N].astype(np.int64)
         found_N: Int64 = base_N + row_N
         open_N = np.flatnonzero((row_N != 0) & (self.id_of_place[found_N] != ids_N))
         while len(open_N):  # the entry is another id's: the next one
             at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
-            row_M = self._row_of_entry[first_N[open_N] + at_N[open_N]]
+            row_M = self.row_of_entry[first_N[open_N] + at_N[open_N]]
             place_M = base_N[open_N] + row_M
             found_N[open_N] = place_M
             open_N = open_N[(row_M != 0) & (self.id_of_place[place_M] != ids_N[open_N])]
@@ -133,7 +134,7 @@ class RowMap:
         """Empties the shards' parts of the map and enters all their rows."""
         for slot in slots:
             start = self._first_S[slot]
-            self._row_of_entry[start : start + self._mask_S[slot] + 1] = 0
+            self.row_of_entry[start : start + self._mask_S[slot] + 1] = 0
             ids_N = self.ids_of(int(slot))
             if not len(ids_N):
                 continue
@@ -145,7 +146,7 @@ class RowMap:
         written gets it, and the others look further; a row that is in already stays."""
         first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
         at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
-        entries, open_N = self._row_of_entry, np.arange(len(row_N))
+        entries, open_N = self.row_of_entry, np.arange(len(row_N))
         while len(open_N):
             entry_M = first_N[open_N] + at_N[open_N]
             row_M = row_N[open_N]

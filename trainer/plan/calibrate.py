@@ -70,7 +70,7 @@ class Calibration:
 
     def __init__(self, config: Config, question: PlanQuestion, sampled: SampledKeys, folder: Path) -> None:
         self._question, self._sampled, self._folder = question, sampled, folder
-        self._config = _config_of_runs(config, sampled, folder)
+        self._config = config_of_runs(config, sampled, folder)
         self._measured = cache(self._measure)
 
     def machine(self, local_ranks: int) -> Machine:
@@ -114,7 +114,7 @@ class Calibration:
         save_config(config, folder / "config.yaml")
         command = [sys.executable, "-m", "trainer.main", "--config", str(folder / "config.yaml")]
         names = [f"rank-{number}" for number in range(processes)]
-        _run([[*command, f"run.name={name}"] for name in names])
+        run_together([[*command, f"run.name={name}"] for name in names])
         reports = [json.loads((folder / name / "report.json").read_text()) for name in names]
         counts = self._sampled.counts(size, 1)
         units = {"read": counts.decoded, "route": size, "worker": size}
@@ -163,7 +163,7 @@ def interference(measured: TimedSteps, machine: Machine) -> float:
 
 def measure_collectives(ranks: int) -> dict[str, float]:
     """Run `trainer.plan.collectives` with these ranks on this machine; return its figures."""
-    (output,) = _run([[*launcher_of(ranks), "-m", "trainer.plan.collectives"]])
+    (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.plan.collectives"]])
     found: dict[str, float] = json.loads(output[output.index("{") :].splitlines()[0])
     return found
 
@@ -191,7 +191,7 @@ def make_standin(folder: Path, info: StoreInfo, keys_U: Int64) -> FeatureStore:
     return store
 
 
-def _config_of_runs(config: Config, sampled: SampledKeys, folder: Path) -> Config:
+def config_of_runs(config: Config, sampled: SampledKeys, folder: Path) -> Config:
     """Make the configuration of a few steps on a part of the samples, which write as little as they can.
 
     In the place of a large store comes a small one; images that are not in it are zeros, which cost the same. ID tables
@@ -232,7 +232,7 @@ def _copy_samples(sampled: SampledKeys, folder: Path, num_samples: int) -> None:
             break
 
 
-def _run(commands: Sequence[Sequence[str]]) -> list[str]:
+def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
     """Run programs at the same time; return what they print. Raises PlanError with the error of one that fails."""
     # A stage ends when its kernels do.
     environment = {"CUDA_LAUNCH_BLOCKING": "1", **os.environ}

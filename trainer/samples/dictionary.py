@@ -62,7 +62,7 @@ def write_dictionary(
     with comm.agreed():
         collected = _collected(index, index.row_groups[comm.rank :: comm.size], wanted)
         for number, held in enumerate(collected):
-            _write_part(scratch / f"{comm.rank:05}-{number:05}.parquet", held)
+            write_part(scratch / f"{comm.rank:05}-{number:05}.parquet", held)
     comm.on_rank_0(lambda: _publish(_sorted(scratch.iterdir()) + earlier_parts, scratch, folder / FILE))
     return True
 
@@ -132,7 +132,9 @@ def _buckets(ids_N: Int64) -> Int64:
     return (ids_N >> (64 - _BUCKET_BITS)) + (1 << (_BUCKET_BITS - 1))
 
 
-def _write_part(path: RunPath, held: Mapping[int, str]) -> None:
+def write_part(path: RunPath, held: Mapping[int, str]) -> None:
+    """Write the texts of some IDs as a file of its own, in the form of ids.parquet; within a row group in the order of
+    `held`. Raises OSError, StorageError."""
     ids_N = np.fromiter(held.keys(), np.int64, len(held))
     columns: list[Any] = [pa.array(ids_N), pa.array(list(held.values()), pa.string())]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)

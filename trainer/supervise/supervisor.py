@@ -43,6 +43,27 @@ class Options:
     """Between two readings of the hosts."""
 
 
+class StopRequest:
+    """What signals ask for: the first one that the training stops, a second one that it does so at once."""
+
+    def __init__(self, say: Callable[[str], None], grace_s: float) -> None:
+        """`say` gets a line for each of the two; `grace_s`: what the ranks have for a checkpoint."""
+        self.asked, self.at_once = asyncio.Event(), False
+        self._say, self._grace_s = say, grace_s
+
+    def on_signal(self) -> None:
+        """Take one more signal."""
+        if not self.asked.is_set():
+            self._say(
+                f"stopping: the ranks may write a checkpoint, for {self._grace_s:g} s (--stop-grace-s); "
+                "a second signal ends them at once"
+            )
+        elif not self.at_once:
+            self._say("stopping at once")
+        self.at_once = self.asked.is_set()
+        self.asked.set()
+
+
 @dataclass
 class Supervisor:
     """All state of a supervision: the hosts' links and the generations that are over."""
@@ -58,11 +79,11 @@ class Supervisor:
         self._news: asyncio.Queue[News] = asyncio.Queue()
         self._links: dict[str, Link] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._stop, self._hurry = asyncio.Event(), False
+        self._stop = StopRequest(self.printer.say, self.options.stop_grace_s)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.on_signal)
         self._wanted = self.read_hosts()
         self._keep_links()
         looking = asyncio.create_task(self._look_for_hosts())
@@ -87,7 +108,7 @@ class Supervisor:
             ends, asked = await self._generation(hosts, step)
             after = await self._newest_step()
             self.past.append(Past(hosts=hosts, step_before=step, step_after=after, ends=tuple(ends), asked=asked))
-            code = policy.exit_code(self.past[-1], self._stop.is_set())
+            code = policy.exit_code(self.past[-1], self._stop.asked.is_set())
             if code is not None:
                 self.printer.say(self._last_words(code))
                 return code
@@ -119,10 +140,10 @@ class Supervisor:
             generation.start(self.command.start(), variables, len(self.past))
             while not generation.is_over:
                 await generation.next_news(1.0)
-                if not stopping and (self._stop.is_set() or self._may_grow(hosts, generation.started_s)):
-                    asked, stopping = not self._stop.is_set(), True
+                if not stopping and (self._stop.asked.is_set() or self._may_grow(hosts, generation.started_s)):
+                    asked, stopping = not self._stop.asked.is_set(), True
                     generation.stop(self.options.stop_grace_s)
-                if self._hurry and not hurrying:
+                if self._stop.at_once and not hurrying:
                     hurrying = True
                     generation.stop(0)
         return generation.ends, asked
@@ -142,7 +163,7 @@ class Supervisor:
         end_s = time.monotonic() + self.options.wait_for_hosts_s
         settled_s: float | None = None
         told = False
-        while time.monotonic() < end_s and not self._stop.is_set():
+        while time.monotonic() < end_s and not self._stop.asked.is_set():
             self._drain()
             if not any(link.may_have_ranks for link in self._links.values()):
                 chosen = policy.place(self._available(), self.options.min_ranks, self.options.max_ranks)
@@ -159,7 +180,7 @@ class Supervisor:
         return None
 
     def _without_hosts(self) -> int:
-        if self._stop.is_set():
+        if self._stop.asked.is_set():
             self.printer.say("stopped; the same command goes on")
             return STOPPED
         self.printer.say(
@@ -217,25 +238,14 @@ class Supervisor:
                 return await asyncio.to_thread(self.command.newest_step)
             except (UserError, OSError) as failure:
                 typed = getattr(failure, "exit_code", FAILED) == USAGE
-                if typed or time.monotonic() > end_s or self._stop.is_set():
+                if typed or time.monotonic() > end_s or self._stop.asked.is_set():
                     raise
                 self.printer.say(f"the checkpoints cannot be looked at: {failure}; trying again")
                 await self._pause(self.options.backoff_s)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), seconds)
-
-    def _on_signal(self) -> None:
-        if not self._stop.is_set():
-            self.printer.say(
-                f"stopping: the ranks may write a checkpoint, for {self.options.stop_grace_s:g} s (--stop-grace-s); "
-                "a second signal ends them at once"
-            )
-        elif not self._hurry:
-            self.printer.say("stopping at once")
-        self._hurry = self._stop.is_set()
-        self._stop.set()
+            await asyncio.wait_for(self._stop.asked.wait(), seconds)
 
     def _last_words(self, code: int) -> str:
         """Say how the supervision ends."""

@@ -133,7 +133,7 @@ class TestRows:
         for rank in range(3):
             table = table_of(shape, rank, 3)
             assert table.filter is not None
-            index = [table.map.id_of_place, table.map._row_of_entry]
+            index = [table.map.id_of_place, table.map.row_of_entry]
             arrays = [*index, table.last_use, table.used_at, table.filter.counts_SC]
             rows = sum(part.nbytes for part in table.rows.parts.values())
             assert owned_bytes(shape, rank, 3, table.optimizer.state, torch.float64) == rows + sum(

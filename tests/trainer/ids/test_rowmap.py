@@ -154,4 +154,4 @@ def test_a_thread_finds_the_right_row_or_none_while_ids_come() -> None:
 def test_bytes_are_those_of_the_arrays() -> None:
     for rows in (2, 3, 100, 1025):
         of_map = RowMap(1, rows)
-        assert map_bytes(rows) == of_map.id_of_place.nbytes + of_map._row_of_entry.nbytes
+        assert map_bytes(rows) == of_map.id_of_place.nbytes + of_map.row_of_entry.nbytes

@@ -177,8 +177,8 @@ def test_attention_on_a_gpu_is_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> 
         pooled.square().sum().backward()
         return [pooled, *(parameter.grad for parameter in pool.parameters())]
 
-    usual, kernels, taken = run(), transformer._kernels, []
-    monkeypatch.setattr(transformer, "_kernels", lambda device: taken.append(device) or kernels("cuda"))
+    usual, kernels, taken = run(), transformer.attention_kernels, []
+    monkeypatch.setattr(transformer, "attention_kernels", lambda device: taken.append(device) or kernels("cuda"))
     plainly = run()
     assert set(taken) == {"cpu"}
     for one, other in zip(usual, plainly, strict=True):

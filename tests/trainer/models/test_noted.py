@@ -18,9 +18,9 @@ from tests.trainer.models.test_aggregators import (
     score,
     values,
 )
-from trainer.models.pooling import transformer
 from trainer.models.pooling.attention import PairWeights
 from trainer.models.pooling.noted import noted_weights
+from trainer.models.pooling.transformer import TokenPlaces
 
 SAMPLES = torch.tensor(GROUP_OF_SAMPLE)
 WEIGHED = ["attentive", "multi_query", "transformer"]
@@ -88,9 +88,10 @@ def test_a_transformer_looks_at_what_its_last_layer_looks_at() -> None:
                 for k, row in enumerate(rows)
             ]
         )
-        one = torch.tensor([len(rows)])
+        place_N = torch.arange(len(rows))
+        places = TokenPlaces(place_N, place_N, torch.arange(LENGTH).unsqueeze(0) < len(rows))
         first, last = pool.layers
-        tokens = first(tokens, transformer._places(one, torch.arange(len(rows)), LENGTH))
+        tokens = first(tokens, places)
         attention = last.attention
         query, key, _ = (tokens @ attention.of_tokens.weight.T + attention.of_tokens.bias).chunk(3, dim=1)
         expected = [0.0] * len(rows)

@@ -213,7 +213,7 @@ class TestMeasuring:
     @pytest.mark.long
     def test_failed_run_is_one_message(self) -> None:
         with pytest.raises(PlanError, match=r"measuring this machine failed \(2 processes\): --config .*nowhere\.yaml"):
-            calibrate._run([[sys.executable, "-m", "trainer.main", "--config", "/nowhere.yaml"], ["true"]])
+            calibrate.run_together([[sys.executable, "-m", "trainer.main", "--config", "/nowhere.yaml"], ["true"]])
 
     def test_standin(self, tmp_path: Path) -> None:
         extractor = ExtractorSpec(
@@ -232,7 +232,7 @@ class TestMeasuring:
         config = load_config(settings=places.settings(train__early_stopping=1, train__eval_every=1))
         question = PlanQuestion((1,), 64, False, 1, 1e9, 0.0)
         sampled = sample(config, question)
-        runs = calibrate._config_of_runs(config, sampled, tmp_path)
+        runs = calibrate.config_of_runs(config, sampled, tmp_path)
         assert runs.data.store == str(tmp_path / "features") and runs.data.missing == "zeros"
         assert set(runs.model.tables.values()) == {16} and runs.train.early_stopping is None
         index = open_index(SoloComm(), runs.data.samples, "train", sampled.schema)
@@ -241,7 +241,7 @@ class TestMeasuring:
         exact_item = ExactTableConfig(kind="exact", max_rows=400, admit_after=2)
         exact = config.model.tables | {"item": exact_item}
         changed = config.model_copy(update={"model": config.model.model_copy(update={"tables": exact})})
-        of_exact = calibrate._config_of_runs(changed, sampled, tmp_path / "exact")
+        of_exact = calibrate.config_of_runs(changed, sampled, tmp_path / "exact")
         assert of_exact.model.tables["item"] == exact_item.model_copy(update={"max_rows": 16})
         hashed_bytes, exact_bytes = (stored_bytes(each, sampled).table_bytes for each in (config, changed))
         a_row = hashed_bytes / (3 * 64 + 2 * 16)
@@ -259,9 +259,9 @@ def test_a_compact_store_is_planned_with_by_its_own_width(
     sampled = sample(config, PlanQuestion((1,), 64, False, 1, 1e9, 0.0))
     stored = stored_bytes(config, sampled)
     assert (stored.dim, stored.dtype, stored.feature_bytes("int8", 1)) == (6, "int8", 50 * 6)
-    assert calibrate._config_of_runs(config, sampled, tmp_path / "small").data.store == config.data.store
+    assert calibrate.config_of_runs(config, sampled, tmp_path / "small").data.store == config.data.store
     monkeypatch.setattr(calibrate, "is_large", lambda *_: True)
-    runs = calibrate._config_of_runs(config, sampled, tmp_path / "large")
+    runs = calibrate.config_of_runs(config, sampled, tmp_path / "large")
     assert FeatureStore.open(runs.data.store).info.dim == 6
 
 

@@ -113,13 +113,13 @@ class TestMemory:
     def read(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """The files that were read, in order."""
         files: list[str] = []
-        work = content._digest
+        work = content.digest_of
 
         def noted(storage: Storage, file: str) -> str:
             files.append(file)
             return work(storage, file)
 
-        monkeypatch.setattr(content, "_digest", noted)
+        monkeypatch.setattr(content, "digest_of", noted)
         return files
 
     def test_known_files_are_not_read_again(self, samples: Path, read: list[str], tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def test_little_memory_writes_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(dictionary, "HELD", 20)
     parts = []
-    write_part = dictionary._write_part
-    monkeypatch.setattr(dictionary, "_write_part", lambda path, held: parts.append(len(held)) or write_part(path, held))
+    write_part = dictionary.write_part
+    monkeypatch.setattr(dictionary, "write_part", lambda path, held: parts.append(len(held)) or write_part(path, held))
     assert written_to(tmp_path, wordy)
     assert (tmp_path / FILE).read_bytes() == (run / FILE).read_bytes()
     assert len(parts) > 10
@@ -171,11 +171,11 @@ def test_a_run_that_takes_id_rows_takes_their_texts(run: Path, wordy: Places, tm
     earlier = tmp_path / "earlier"
     earlier.mkdir()
     held = {hashed("gone"): "gone", hashed(written("item", 3)): written("item", 3)}
-    dictionary._write_part(earlier / FILE, held)
+    dictionary.write_part(earlier / FILE, held)
     assert written_to(tmp_path, wordy, earlier / FILE)
     assert entries(tmp_path) == {**expected(wordy), hashed("gone"): "gone"}
     shutil.copytree(run, wordy.folder / "runs" / "first")
-    dictionary._write_part(wordy.folder / "runs" / "first" / FILE, held)
+    dictionary.write_part(wordy.folder / "runs" / "first" / FILE, held)
     for parts, has in (("full", True), ("partial", False)):
         warm = settings(wordy, run__name=parts, run__warm_start=wordy.folder / "runs" / "first", run__warm_parts=parts)
         train(load_config(settings=warm), SoloComm())
@@ -187,10 +187,10 @@ def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy
     first = run.parent / "with-rows-of-before"
     shutil.copytree(run, first)
     gone = {hashed("gone"): "gone"}
-    dictionary._write_part(first / FILE, gone | expected(wordy))
+    dictionary.write_part(first / FILE, gone | expected(wordy))
     second = run.parent / "second"
     shutil.copytree(run, second)
-    dictionary._write_part(second / FILE, {hashed("of a third run"): "of a third run"})
+    dictionary.write_part(second / FILE, {hashed("of a third run"): "of a third run"})
     checkpoint = min((first / "checkpoints").iterdir())
     resumed = settings(wordy, run__name="second", run__resume=checkpoint, run__overwrite=True)
     train(load_config(settings=[*resumed, "train.max_steps=4"]), SoloComm())

@@ -1,6 +1,5 @@
 """What a person gives to trainer.supervise: hosts, and a command whose run can be found and gone on with"""
 
-import asyncio
 import json
 import os
 import signal
@@ -8,7 +7,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -23,7 +21,7 @@ from trainer.supervise.environments import Reach, environments, reach_of
 from trainer.supervise.generation import inherited
 from trainer.supervise.hosts import AGENT, agent_command, check_ssh, hosts_of, parse_hosts
 from trainer.supervise.policy import HostSlots
-from trainer.supervise.supervisor import Supervisor
+from trainer.supervise.supervisor import StopRequest
 
 TRAIN = ["python", "-m", "trainer.main"]
 
@@ -222,18 +220,16 @@ def test_variables_of_ranks() -> None:
         assert ranks == [{}], "one rank alone needs no other"
 
 
-def test_a_stop_is_announced_and_a_second_one_is_at_once(tmp_path: Path) -> None:
+def test_a_stop_is_announced_and_a_second_one_is_at_once() -> None:
     said: list[str] = []
-    options, printer = mock.Mock(stop_grace_s=300), mock.Mock(say=said.append)
-    supervisor = Supervisor(parse_command([*TRAIN, f"run.dir={tmp_path}"]), list, options, printer)
-    supervisor._stop, supervisor._hurry = asyncio.Event(), False
-    supervisor._on_signal()
+    stop = StopRequest(said.append, 300)
+    stop.on_signal()
     (first,) = said
     assert "write a checkpoint, for 300 s (--stop-grace-s); a second signal ends them at once" in first
-    assert supervisor._stop.is_set() and not supervisor._hurry
-    supervisor._on_signal()
-    supervisor._on_signal()
-    assert said == [first, "stopping at once"] and supervisor._hurry
+    assert stop.asked.is_set() and not stop.at_once
+    stop.on_signal()
+    stop.on_signal()
+    assert said == [first, "stopping at once"] and stop.at_once
 
 
 def test_what_hosts_have_of_their_own_is_not_sent_to_them() -> None:

@@ -67,11 +67,14 @@ def test_why_a_host_cannot_be_reached(ssh: Callable[[str], list[str]]) -> None:
 
 
 def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
-    ssh: Callable[[str], list[str]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ssh: Callable[[str], list[str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else asyncio logs `Unknown child process pid`, and says exit code 255 of what ended otherwise."""
 
-    wait, dropped = os.waitpid, threading.Event()
+    wait, dropped, number = os.waitpid, threading.Event(), tmp_path / "number"
 
     def wait_later(process: int, options: int) -> tuple[int, int]:
         assert dropped.wait(60)
@@ -79,15 +82,22 @@ def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
 
     monkeypatch.setattr(os, "waitpid", wait_later)  # of asyncio's thread; subprocess has its own name for it
 
-    async def drop_what_has_ended() -> int:
-        link = Link(HOST, ssh("exit 7"), 30, asyncio.Queue())
-        link._process = process = await asyncio.create_subprocess_exec(*link._command)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and asyncio has not looked
-        link.drop("late")
+    async def drop_what_has_ended() -> str:
+        says = f"""echo $$ > {number}; echo '{{"is": "here"}}'; read -r line; exit 7"""
+        link = Link(HOST, ssh(says), 30, asyncio.Queue())
+        keeper = asyncio.create_task(link.keep())
+        while link.hello is None:
+            await asyncio.sleep(0.02)
+        link.send({})
+        os.waitid(os.P_PID, int(number.read_text()), os.WEXITED | os.WNOWAIT)  # and asyncio has not looked
+        link.drop("")
         dropped.set()
-        return await process.wait()
+        while not link.trouble:
+            await asyncio.sleep(0.02)
+        keeper.cancel()
+        return link.trouble
 
-    assert asyncio.run(drop_what_has_ended()) == 7
+    assert asyncio.run(drop_what_has_ended()) == "its agent ended (7)"
     assert caplog.messages == []
 
 

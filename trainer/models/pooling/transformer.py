@@ -119,7 +119,7 @@ class TokenAttention(nn.Module):
     def forward(self, token_NH: Tensor, places: TokenPlaces) -> Tensor:
         """(N, H). A place without a token has no weight."""
         query, key, value, mask = self._asked(token_NH, places)
-        with _kernels(query.device.type):
+        with attention_kernels(query.device.type):
             heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended_NH = heads.transpose(1, 2).reshape(-1, token_NH.shape[1]).index_select(0, places.cell_N)
         result_NH: Tensor = self.of_heads(attended_NH)
@@ -144,9 +144,12 @@ class TokenAttention(nn.Module):
         return query, key, value, places.is_token_BL.view(num_samples, 1, 1, length)
 
 
-def _kernels(device_type: str) -> AbstractContextManager[object]:
-    """Choose what computes attention: on a GPU the plain products. Backward of the fused kernels that take a mask adds
-    by atomics, in another order in each run; these sequences are too short for them to be worth that."""
+def attention_kernels(device_type: str) -> AbstractContextManager[object]:
+    """Choose what computes attention inside the block: on a GPU the plain products.
+
+    Backward of the fused kernels that take a mask adds by atomics, in another order in each run; these sequences are
+    too short for them to be worth that.
+    """
     if device_type == "cpu":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
