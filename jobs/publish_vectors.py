@@ -66,7 +66,7 @@ def main(
     from serving.scoring.changes import change_of_scores
 
     opened = ModelVersion.open(model, version)
-    places = _places(store or [], [of.store for of in opened.manifest.vectors])
+    places = store_places(store or [], [of.store for of in opened.manifest.vectors])
     figures: list[dict[str, Any]] = []
     reports, start = [], time.monotonic()
     if not opened.manifest.vectors:
@@ -127,8 +127,11 @@ def describe_change(change: "ScoreError | None") -> str:
     return f"scores       {change.worst:.2g} of a logit at worst, {change.mean:.2g} on average of {change.num_scores:,}"
 
 
-def _places(given: list[str], names: list[str]) -> dict[str, str]:
-    """Read the options --store: an address alone is of the only store."""
+def store_places(given: list[str], names: list[str]) -> dict[str, str]:
+    """Read the options --store: the place of each named store. An address alone is of the only one.
+
+    Raises BadParameter where a name is none of `names`, or has to be given.
+    """
     places: dict[str, str] = {}
     for each in given:
         name, _, url = each.partition("=")

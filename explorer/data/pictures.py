@@ -24,7 +24,7 @@ CACHE_BYTES = 64_000_000
 MAX_FILE_BYTES = 100_000_000
 FIRST_BYTES = 32
 _MISSING, _BROKEN, _REFUSED = "no picture", "broken", "refused"
-_AT_ONCE = max(2, min(4, len(os.sched_getaffinity(0))))
+AT_ONCE = max(2, min(4, len(os.sched_getaffinity(0))))
 """Pictures that are decoded at the same time: one may take 200 MB for a moment, and more at once are no quicker."""
 _FAR_HOLDS_S = 60
 """Seconds for which a picture of an object store is kept: nobody says when it is replaced."""
@@ -50,7 +50,7 @@ class Pictures:
     def __init__(self, place: str | None) -> None:
         """`place`: folder or address of the images, None where there are none."""
         self.place = place
-        self._lock, self._decoders = Lock(), BoundedSemaphore(_AT_ONCE)
+        self._lock, self._decoders = Lock(), BoundedSemaphore(AT_ONCE)
         self._kept: OrderedDict[tuple[str, int, object], Picture] = OrderedDict()
         self._kept_bytes = 0
 

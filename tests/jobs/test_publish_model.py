@@ -180,11 +180,11 @@ def test_a_model_without_images(places: Places, tmp_path: Path) -> None:
 
 
 def test_places_of_stores_are_told_apart() -> None:
-    assert publish_vectors._places(["s3://a/b=c"], ["images"]) == {"images": "s3://a/b=c"}
-    assert publish_vectors._places(["images=x", "texts=y"], ["images", "texts"]) == {"images": "x", "texts": "y"}
+    assert publish_vectors.store_places(["s3://a/b=c"], ["images"]) == {"images": "s3://a/b=c"}
+    assert publish_vectors.store_places(["images=x", "texts=y"], ["images", "texts"]) == {"images": "x", "texts": "y"}
     with pytest.raises(typer.BadParameter, match="write NAME=URL"):
-        publish_vectors._places(["x"], ["images", "texts"])
+        publish_vectors.store_places(["x"], ["images", "texts"])
     with pytest.raises(typer.BadParameter, match="other=x: the model has vectors of images"):
-        publish_vectors._places(["other=x"], ["images"])
+        publish_vectors.store_places(["other=x"], ["images"])
     with pytest.raises(typer.BadParameter, match="vectors of no store"):
-        publish_vectors._places(["x"], [])
+        publish_vectors.store_places(["x"], [])

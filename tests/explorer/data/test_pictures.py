@@ -154,7 +154,7 @@ def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkey
         with lock:
             at_once.append(1)
             most.append(len(at_once))
-            if len(at_once) == module._AT_ONCE:
+            if len(at_once) == module.AT_ONCE:
                 full.set()
         assert full.wait(60)
         time.sleep(0.01)
@@ -171,8 +171,8 @@ def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkey
         thread.start()
     for thread in threads:
         thread.join()
-    assert max(most) == module._AT_ONCE
-    assert 12 <= len(most) <= 12 * module._AT_ONCE
+    assert max(most) == module.AT_ONCE
+    assert 12 <= len(most) <= 12 * module.AT_ONCE
 
 
 def test_without_a_place_every_picture_is_grey():
