@@ -14,10 +14,13 @@ from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.guard import Guard
 from tests.ranks import StandingRanks, TorchRanks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
+from tests.spared import check_each_kind_once, spare_the_disk
 from trainer.engine.memory import freeze_for_good
 
 if TYPE_CHECKING:
     from distributed import Client
+
+check_each_kind_once()  # here: the conftest of a folder may import what takes the check from its module
 
 SERVICES = {
     "two_ranks",
@@ -57,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Guard())
+    spare_the_disk()
     gc.disable()  # until all is imported, of which nothing goes
 
 

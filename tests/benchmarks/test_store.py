@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from benchmarks.store import limit
 from benchmarks.store.__main__ import app
 from benchmarks.store.cold import drop_page_cache, resident_pages
+from tests.spared import REAL_FSYNC
 
 HEADLINE = [
     "lookup_vs_numpy_take",
@@ -47,7 +48,8 @@ def test_depths_that_do_not_ascend_are_one_message():
     assert "--depths" in result.output and "10,1" in result.output
 
 
-def test_dropped_pages_are_gone(tmp_path):
+def test_dropped_pages_are_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", REAL_FSYNC)
     probe, path = tmp_path / "probe.bin", tmp_path / "folder" / "rows.bin"
     path.parent.mkdir()
     for each in (probe, path):

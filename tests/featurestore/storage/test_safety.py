@@ -17,11 +17,17 @@ from featurestore.__main__ import app
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
+from tests import spared
 from tests.proxy import Fault, Proxy, proxy_before
 from tests.servers import environment_of, new_bucket
 
 IGNORED = "the condition (If-None-Match) is ignored"
 SEVERAL = "writers were told that they won"
+
+
+@pytest.fixture(autouse=True)
+def no_known_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spared, "KNOWN_KINDS", set())
 
 
 @pytest.fixture(params=["disk", "memory", "seaweedfs", "moto"])

@@ -1,0 +1,41 @@
+"""What the processes of tests are spared: waits for a disk, and a race at every place for a store."""
+
+import os
+import sys
+
+from featurestore.storage import safety
+from featurestore.storage.storage import Storage
+
+REAL_FSYNC = os.fsync
+KNOWN_KINDS: set[str] = set()
+"""Kinds of places where the short check has found nothing: the disk, and each server."""
+
+
+def spare_the_disk() -> None:
+    """Let `os.fsync` return at once: no test cuts the power, and those that watch what is synced set their own.
+
+    A sync takes most of the time of a small file. In processes that tests start, all is as ever.
+    """
+
+    def synced(descriptor: int) -> None:
+        os.fstat(descriptor)  # it has to be open all the same
+
+    os.fsync = synced
+
+
+def check_each_kind_once() -> None:
+    """Let the short check before the first write pass a place like one that it has passed in this process.
+
+    Before a module takes it from `safety`. Storages that tests make unfit are of classes of their own: checked always.
+    """
+    check = safety.refuse_unsafe
+
+    def refuse_unsafe(storage: Storage) -> None:
+        kind = "disk" if storage.is_local else f"{storage.url.partition(':')[0]} {os.environ.get('AWS_ENDPOINT_URL')}"
+        if type(storage) is not Storage or kind not in KNOWN_KINDS:
+            check(storage)
+        if type(storage) is Storage:
+            KNOWN_KINDS.add(kind)
+
+    assert "featurestore.store" not in sys.modules
+    safety.refuse_unsafe = refuse_unsafe
