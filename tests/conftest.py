@@ -38,6 +38,12 @@ SERVICES = {
 """Fixtures that start ranks, a Dask cluster, a server or writers to be killed: their tests are marked `services`."""
 SERVERS = {"s3", "seaweedfs", "moto", "s3_url", "moto_url"}
 """Parameters of tests and fixtures that ask for a server."""
+SELDOM = {
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "60s",
+    "distributed.worker.memory.monitor-interval": "60s",
+}
+"""What a Dask cluster does to watch itself, for one that is idle most of the time."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -118,6 +124,8 @@ def client() -> Iterator["Client"]:
     """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses.
 
     However long a test keeps the worker from saying that it is there, the scheduler waits for it: there is no other.
+    It lives as long as the tests of this process, and looks at its clocks and its memory more seldom than Dask would:
+    fifty times a second, a fiftieth of a processor all the time.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -126,7 +134,7 @@ def client() -> Iterator["Client"]:
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        dask.config.set({**WORKER_CONFIG, "distributed.scheduler.worker-ttl": None}),
+        dask.config.set({**WORKER_CONFIG, **SELDOM, "distributed.scheduler.worker-ttl": None}),
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):

@@ -1,5 +1,6 @@
 """Real ranks for tests: starts of horovodrun and torchrun, and two ranks that stay for many command lines."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -78,6 +79,7 @@ class StandingRanks:
 
     def __init__(self, folder: Path, num_ranks: int = 2, variables: Mapping[str, str] | None = None) -> None:
         self._folder, self._numbers = folder, itertools.count()
+        self._ranks: list[psutil.Process] = []
         patient = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "86400"}  # the time that they are stopped counts too
         with (folder / "log.txt").open("wb") as log:
             command = command_of(num_ranks, STANDING, folder)
@@ -98,7 +100,9 @@ class StandingRanks:
         asked.rename(asked.with_suffix(".json"))
         self._resume()
         results = [self._result(f"{number}.{rank}.json") for rank in range(2)]
-        for rank in ranks_of(self._process, str(STANDING)):
+        # Looked for once: they stay, and to find them all processes of the machine are read.
+        self._ranks = self._ranks or ranks_of(self._process, str(STANDING))
+        for rank in self._ranks:
             rank.suspend()
         return results
 
@@ -112,8 +116,9 @@ class StandingRanks:
             self._process.wait()
 
     def _resume(self) -> None:
-        for rank in ranks_of(self._process, str(STANDING)):
-            rank.resume()
+        for rank in self._ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a call, or the end, says what became of it
+                rank.resume()
 
     def _result(self, name: str) -> tuple[int, str]:
         end = time.monotonic() + TIMEOUT_S
