@@ -142,7 +142,10 @@ class ExactTable(IdTable):
         In a training step, ids are counted and admitted before: one that has occurred in `admit_after` steps, this one
         included, gets a row of its own."""
         assert isinstance(request, ExactRequest)
-        settled, request.settled = request.settled or self._settle(request), None
+        if request.settled is None:
+            self.expect(request)
+        settled, request.settled = request.settled, None
+        assert settled is not None
         rows_UV = super().vectors(settled)
         if settled.num_unique == request.num_unique:
             return rows_UV

@@ -15,7 +15,7 @@ from trainer.averaging import StepAverage
 from trainer.config.options import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
-from trainer.ids.rows import WEIGHT, IdRows, StatePart
+from trainer.ids.rows import IdRows, StatePart
 from trainer.optim import Rates
 
 LAST_WEIGHT = "last_weight"
@@ -59,25 +59,25 @@ class RowOptimizer:
         """Whether weights in memory may be others than `result`."""
         return self.drifts or self.average is not None
 
-    def current(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
-        """Copy the weights (Q, V) of these rows as they are now."""
-        return rows.weight.index_select(0, rows_Q)
+    def current(self, rows: IdRows) -> Tensor:
+        """Return the weights (Q, V) of these rows as they are now; a view where no step moves rows beside its own."""
+        return rows.weight
 
-    def result(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
-        """Copy what these rows are worth outside of training (Q, V): their averages where they have such, else weights.
+    def result(self, rows: IdRows) -> Tensor:
+        """Return what these rows are worth outside of training (Q, V): averages where they have such, else weights.
 
         Where a row was last touched some steps ago, it counts in the average as it is now for all of these.
         """
-        weight_QV = self.current(rows, rows_Q)
-        return weight_QV if self.average is None else self._averages(rows, rows_Q, weight_QV, self.average)
+        weight_QV = self.current(rows)
+        return weight_QV if self.average is None else self._averages(rows, weight_QV, self.average)
 
-    def read(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
-        """Copy what a batch is to see of these rows (Q, V)."""
-        return self.result(rows, rows_Q) if self.reads_average else self.current(rows, rows_Q)
+    def read(self, rows: IdRows) -> Tensor:
+        """Return what a batch is to see of these rows (Q, V)."""
+        return self.result(rows) if self.reads_average else self.current(rows)
 
     @torch.no_grad()
-    def step(self, rows: IdRows, rows_Q: Tensor, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
-        """Move these rows, whose weights now are `weight_QV`, and their state.
+    def step(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
+        """Move copies of the rows that the step touches, whose weights now are `weight_QV`, and their state.
 
         With `id_l2`, the adaptive L2 of DIN (Zhou et al., arXiv 1706.06978, section 5.1): id_l2 / n x the row is added
         to its gradient, in steps that touch the row alone. n is the number of steps that touched it so far, this one
@@ -86,21 +86,20 @@ class RowOptimizer:
         are approximated, and a row's owner has the number at hand, the same for any number of ranks.
         `ids_weight_decay` is decoupled, as in AdamW (Loshchilov and Hutter, arXiv 1711.05101).
         """
-        touched = rows.take(rows_Q, [part.name for part in self.state])
-        average_QV = None if self.average is None else self._averages(rows, rows_Q, weight_QV, self.average)
+        average_QV = None if self.average is None else self._averages(rows, weight_QV, self.average)
         if _STEPS in self.state:
-            touched.parts[_STEPS.name].add_(1)
+            rows.parts[_STEPS.name].add_(1)
         if self._config.id_l2:
-            share_Q = self._config.id_l2 / touched.parts[_STEPS.name].to(weight_QV.dtype)
+            share_Q = self._config.id_l2 / rows.parts[_STEPS.name].to(weight_QV.dtype)
             gradient_QV = gradient_QV + weight_QV * share_Q.unsqueeze(1)
         if self._config.ids_weight_decay:
             weight_QV = weight_QV * (1 - rates.ids_lr * self._config.ids_weight_decay)
-        weight_QV = self._move(touched, weight_QV, gradient_QV, rates)
+        weight_QV = self._move(rows, weight_QV, gradient_QV, rates)
         if self.average is not None and average_QV is not None:
             number = self.average.num_steps + 1
-            touched.parts[_LAG.name].copy_((average_QV - weight_QV) * (1 - self.average.weight_in(number)))
-            touched.parts[_AVERAGED_AT.name].fill_(number)
-        rows.put(rows_Q, IdRows({**touched.parts, WEIGHT: weight_QV}))
+            rows.parts[_LAG.name].copy_((average_QV - weight_QV) * (1 - self.average.weight_in(number)))
+            rows.parts[_AVERAGED_AT.name].fill_(number)
+        rows.weight.copy_(weight_QV)
 
     def end_step(self, rates: Rates) -> None:
         """End the step, with or without rows; every rank calls it."""
@@ -123,14 +122,13 @@ class RowOptimizer:
                 raise CheckpointError("the checkpoint has no averages of ID rows; set optim.average_share as it was")
             self.average.num_steps = int(state[_AVERAGED_STEPS])
 
-    def _averages(self, rows: IdRows, rows_Q: Tensor, weight_QV: Tensor, average: StepAverage) -> Tensor:
+    def _averages(self, rows: IdRows, weight_QV: Tensor, average: StepAverage) -> Tensor:
         """Compute the averages (Q, V) of these rows, whose weights now are `weight_QV`."""
-        found = rows.take(rows_Q, [WEIGHT, _LAG.name, _AVERAGED_AT.name]).parts
-        kept_Q = average.kept(found[_AVERAGED_AT.name]).to(weight_QV.dtype)
-        return weight_QV + (found[WEIGHT] + found[_LAG.name] - weight_QV) * kept_Q.unsqueeze(1)
+        kept_Q = average.kept(rows.parts[_AVERAGED_AT.name]).to(weight_QV.dtype)
+        return weight_QV + (rows.weight + rows.parts[_LAG.name] - weight_QV) * kept_Q.unsqueeze(1)
 
-    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        """Change the state in `touched` in place; return the new weights."""
+    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        """Change the state of these rows in place; return the new weights."""
         raise AssertionError("these rows are read and not trained")
 
 
@@ -149,12 +147,12 @@ class Adam(RowOptimizer):
         super().__init__(config)
         self._drift = Drift(config.beta1, config.beta2, config.eps, dtype, device)
 
-    def current(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
-        found = rows.take(rows_Q, [WEIGHT, "momentum", "variance", "last_step"]).parts
-        return self._drift.moved(found[WEIGHT], found["momentum"], found["variance"], found["last_step"])
+    def current(self, rows: IdRows) -> Tensor:
+        parts = rows.parts
+        return self._drift.moved(rows.weight, parts["momentum"], parts["variance"], parts["last_step"])
 
-    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        config, number, parts = self._config, self._drift.num_steps + 1, touched.parts
+    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        config, number, parts = self._config, self._drift.num_steps + 1, rows.parts
         steps_Q = (number - parts["last_step"]).double()
         momentum_QV = parts["momentum"].mul_(_power(config.beta1, steps_Q, weight_QV.dtype))
         momentum_QV.add_(gradient_QV, alpha=1 - config.beta1)
@@ -188,8 +186,8 @@ class RowwiseAdam(RowOptimizer):
 
     state = (StatePart("momentum", "vector"), StatePart("variance", "number"), _STEPS)
 
-    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        config, parts = self._config, touched.parts
+    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        config, parts = self._config, rows.parts
         momentum_QV = parts["momentum"].lerp_(gradient_QV, 1 - config.beta1)
         variance_Q = parts["variance"].lerp_(gradient_QV.square().mean(1), 1 - config.beta2)
         count_Q = parts["steps"].to(variance_Q.dtype)
@@ -203,8 +201,8 @@ class Adagrad(RowOptimizer):
 
     state = (StatePart("sum", "vector"),)
 
-    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        sum_QV = touched.parts["sum"].addcmul_(gradient_QV, gradient_QV)
+    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        sum_QV = rows.parts["sum"].addcmul_(gradient_QV, gradient_QV)
         return torch.addcdiv(weight_QV, gradient_QV, sum_QV.sqrt().add_(self._config.eps), value=-rates.ids_lr)
 
 
@@ -213,8 +211,8 @@ class RowwiseAdagrad(RowOptimizer):
 
     state = (StatePart("sum", "number"),)
 
-    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        sum_Q = touched.parts["sum"].add_(gradient_QV.square().mean(1))
+    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        sum_Q = rows.parts["sum"].add_(gradient_QV.square().mean(1))
         step_Q = rates.ids_lr / sum_Q.sqrt().add_(self._config.eps)
         return weight_QV - gradient_QV * step_Q.unsqueeze(1)
 
@@ -228,8 +226,8 @@ class Ftrl(RowOptimizer):
 
     state = (StatePart("linear", "vector"), StatePart("sum", "vector"))
 
-    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        config, linear_QV, sum_QV = self._config, touched.parts["linear"], touched.parts["sum"]
+    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        config, linear_QV, sum_QV = self._config, rows.parts["linear"], rows.parts["sum"]
         alpha, beta, l1, l2 = config.alpha, config.ftrl_beta, config.ftrl_l1, config.ftrl_l2
         started_QV = weight_QV * -(beta / alpha + l2) - weight_QV.sign() * l1
         is_new_Q = ~(sum_QV.any(1) | linear_QV.any(1))

@@ -29,6 +29,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique_below
 from trainer.ids.optimizers import LAST_WEIGHT, RowOptimizer
 from trainer.ids.rows import WEIGHT, IdRows, StatePart, row_bytes
+from trainer.ids.shared import SharedRows
 from trainer.optim import Rates, check_names
 from trainer.schema.distinct import DistinctCount
 
@@ -97,33 +98,6 @@ class RowRequest:
     num_unique: int
 
 
-class SharedRows:
-    """Rows of all tables of one width. What several of them expect to read is read at once: a few operations on all
-    rows instead of as many for each table."""
-
-    def __init__(self, rows: IdRows, optimizer: RowOptimizer) -> None:
-        self.rows, self._optimizer = rows, optimizer
-        self._expected: dict[str, Tensor] = {}
-        self._read: dict[str, Tensor] = {}
-
-    def expect(self, table: str, rows_Q: Tensor) -> None:
-        """Prepare for `read`, which comes next, for the same rows, before any of them changes."""
-        if self._optimizer.lags:
-            self._expected[table] = rows_Q
-            self._read.pop(table, None)
-
-    def read(self, table: str, rows_Q: Tensor) -> Tensor:
-        """Copy the weights (Q, V) as they are now, or averages; of rows that were expected, if any were."""
-        if table not in self._expected and table not in self._read:
-            return self._optimizer.read(self.rows, rows_Q)
-        if table in self._expected:
-            every = self._optimizer.read(self.rows, torch.cat(list(self._expected.values())))
-            counts = [len(each) for each in self._expected.values()]
-            self._read |= dict(zip(self._expected, torch.split(every, counts), strict=True))
-            self._expected = {}
-        return self._read.pop(table)
-
-
 class IdTable:
     """The shards of one table that this rank owns; a rank beyond the number of shards owns none."""
 
@@ -136,7 +110,7 @@ class IdTable:
         seed: int,
         scale: float,
         optimizer: RowOptimizer,
-        shared: "SharedRows",
+        shared: SharedRows,
         first_row: int,
     ) -> None:
         """Use `build_tables`. `shared` has room for this table from `first_row` on."""
@@ -149,7 +123,8 @@ class IdTable:
         self.shared, self._first_row = shared, first_row
         self.rows = shared.rows.narrow(first_row, owned_rows(shape, rank, num_ranks))
         """This table's rows in `shared`."""
-        self._touched: tuple[Tensor, Tensor] | None = None
+        self._leaf_QV: Tensor | None = None
+        """What `vectors` has last returned in training."""
         self._fill(0)
         self.seen = DistinctCount()
         """Different ids that this rank has served in training."""
@@ -178,10 +153,11 @@ class IdTable:
 
     def vectors(self, request: RowRequest) -> Tensor:
         """Return the rows (Q, V) as an autograd leaf; `take_gradients` hands out what has gathered in its `.grad`."""
-        rows_QV = self.shared.read(self.shape.name, request.rows_Q + self._first_row)
+        if not self.shared.expects(self.shape.name):
+            self.expect(request)
+        rows_QV = self.shared.read(self.shape.name)
         if torch.is_grad_enabled():
-            rows_QV.requires_grad_()
-            self._touched = (request.rows_Q, rows_QV)
+            self._leaf_QV = rows_QV.requires_grad_()
         return rows_QV
 
     def release(self, request: RowRequest) -> None:
@@ -191,15 +167,12 @@ class IdTable:
         """Return what is counted on this rank beside `seen`, to be summed over ranks."""
         return {}
 
-    def take_gradients(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Give once the rows of the last `vectors` (Q,), by place in `shared`, their values and gradients (Q, V)."""
-        touched, self._touched = self._touched, None
-        if touched is None:
+    def take_gradients(self) -> tuple[Tensor, Tensor] | None:
+        """Give once what the last `vectors` returned in training and its gradients (Q, V), if there are any."""
+        leaf_QV, self._leaf_QV = self._leaf_QV, None
+        if leaf_QV is None or leaf_QV.grad is None or len(leaf_QV) == 0:
             return None
-        rows_Q, leaf_QV = touched
-        if leaf_QV.grad is None or len(rows_Q) == 0:
-            return None
-        return rows_Q + self._first_row, leaf_QV.detach(), leaf_QV.grad
+        return leaf_QV.detach(), leaf_QV.grad
 
     def restart(self, epoch: int) -> None:
         """Begin all rows anew for this epoch, with other values than before, and with zero as their state."""
@@ -220,9 +193,7 @@ class IdTable:
         exported = self._kept()
         if self.optimizer.lags:
             for slot, shard in enumerate(self.shards):
-                rows = self._of_slot(slot)
-                rows_N = torch.arange(len(rows.weight), device=rows.weight.device)
-                exported[self._name(shard, WEIGHT)] = self.optimizer.result(rows, rows_N)
+                exported[self._name(shard, WEIGHT)] = self.optimizer.result(self._of_slot(slot))
         return exported
 
     def weights(self) -> dict[str, Tensor]:
@@ -354,13 +325,14 @@ def _memory_of(
 
 def apply_gradients(tables: Iterable[IdTable], optimizer: RowOptimizer, rates: Rates) -> None:
     """Step the optimiser on the rows of every table's last `vectors`, and on no others. Every rank calls it."""
-    of_memory: dict[int, tuple[SharedRows, list[tuple[Tensor, Tensor, Tensor]]]] = {}
+    weights: dict[SharedRows, dict[str, Tensor]] = {}
+    gradients: dict[SharedRows, dict[str, Tensor]] = {}
     for table in tables:
-        if (taken := table.take_gradients()) is not None:
-            of_memory.setdefault(id(table.shared), (table.shared, []))[1].append(taken)
-    for shared, parts in of_memory.values():
-        rows_Q, weight_QV, gradient_QV = (torch.cat(each) for each in zip(*parts, strict=True))
-        optimizer.step(shared.rows, rows_Q, weight_QV, gradient_QV, rates)
+        if (moved := table.take_gradients()) is not None:
+            for found, values_QV in zip((weights, gradients), moved, strict=True):
+                found.setdefault(table.shared, {})[table.shape.name] = values_QV
+    for shared, weights_of in weights.items():
+        shared.move(weights_of, gradients[shared], rates)
     optimizer.end_step(rates)
 
 

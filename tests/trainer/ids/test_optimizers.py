@@ -33,7 +33,7 @@ class Table:
 
     def now(self) -> Tensor:
         """All rows as a reader would get them."""
-        return self.optimizer.current(self.rows, torch.arange(ROWS))
+        return self.optimizer.current(self.rows).clone()
 
     def step(self, rows_Q: Tensor, gradient_QV: Tensor) -> None:
         """One step with these gradients; those of all other rows are zero."""
@@ -41,8 +41,9 @@ class Table:
         self.dense.grad = torch.zeros_like(self.dense)
         self.dense.grad[rows_Q] = gradient_QV.to(dtype)
         if len(rows_Q):
-            weight_QV = self.optimizer.current(self.rows, rows_Q)
-            self.optimizer.step(self.rows, rows_Q, weight_QV, gradient_QV.to(dtype), rates)
+            taken = self.rows.take(rows_Q)
+            self.optimizer.step(taken, self.optimizer.current(taken).clone(), gradient_QV.to(dtype), rates)
+            self.rows.put(rows_Q, taken)
         self.optimizer.end_step(rates)
         self.num_steps += 1
 

@@ -83,8 +83,8 @@ class TestMemory:
 
     def test_bytes_are_those_of_the_tensors(self) -> None:
         for rank in range(3):
-            rows = table_of(rank, 3).export_shards().values()
-            assert owned_bytes(SHAPE, rank, 3, optimizer().state, torch.float64) == sum(each.nbytes for each in rows)
+            rows = table_of(rank, 3).rows.block_NW
+            assert owned_bytes(SHAPE, rank, 3, optimizer().state, torch.float64) == rows.nbytes
 
 
 class TestTraining:
