@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scenarios import OPTIM, SCENARIOS, SCHEMA_OF_LEARNED, SEED, Scenario, has_other_ways, runs_of
+from torch import Tensor
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
@@ -109,7 +110,7 @@ def run(
                     gradients = first_gradients(comm, engine)
     calls = {name: count for name, count in Counter(CALLS).items() if name.startswith("step.")}
     trained = dict(engine.dense_state())
-    for shards in comm.allgather_object(engine.shard_state()):
+    for shards in comm.allgather_object(copies(engine.shard_state())):
         trained |= shards
     return {
         "initial": initial,
@@ -153,7 +154,7 @@ def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
     gradients = {name: p.grad.clone() for name, p in engine.dense_parameters().items()}
     for name, table in engine.tables.items():
         shards = {}
-        for part in comm.allgather_object(table.export_shards()):
+        for part in comm.allgather_object(copies(table.export_shards())):
             shards |= {n: v / (1 - OPTIM.beta1) for n, v in part.items() if n.endswith("/momentum")}
         if shards:
             gradients[name] = torch.cat([shards[n] for n in sorted(shards)])
@@ -242,6 +243,11 @@ def delays(rank: int) -> Iterator[None]:
         yield
     finally:
         Stages.timed = timed
+
+
+def copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of their own: of views a pickle would hold the memory behind them."""
+    return {name: value.clone() for name, value in state.items()}
 
 
 def main(store_url: str, out: Path, part: str) -> None:

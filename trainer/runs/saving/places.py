@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
-from safetensors.torch import save_file
 from torch import Tensor
 
 from featurestore.console.files import replace_file
@@ -39,7 +38,7 @@ from featurestore.storage.regular import read_regular
 from featurestore.storage.storage import Storage
 from trainer.errors import CheckpointError
 from trainer.runs.folder import finished, place, remove
-from trainer.runs.saving.packed import PackedTensors
+from trainer.runs.saving.packed import PackedTensors, write_tensors
 
 STATE = "state.json"
 KEEP_REMOVED_S = 600.0
@@ -120,11 +119,11 @@ class DiskPlace(CheckpointPlace):
 
     def write(self, step: int, name: str, content: Content) -> WrittenPart:
         path = self._hidden(step) / name
-        if isinstance(content, PackedTensors):
-            with path.open("wb") as file:
+        with path.open("wb") as file:
+            if isinstance(content, PackedTensors):
                 file.write(content.data)
-        else:
-            save_file({each: tensor.detach().contiguous() for each, tensor in content.items()}, path)
+            else:
+                write_tensors(file, content)
         sync(path)
         return WrittenPart(digest_of_file(path))  # of what the disk gives back
 

@@ -1,5 +1,6 @@
 """Checkpoints written beside the training: what is published is the state at the step that began it, or nothing."""
 
+import io
 import itertools
 import resource
 import signal
@@ -18,7 +19,7 @@ from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.saving.beside import Outcome, SavesBeside
-from trainer.runs.saving.packed import PackedTensors
+from trainer.runs.saving.packed import PackedTensors, write_tensors
 from trainer.runs.saving.places import DiskPlace, WrittenPart
 
 
@@ -289,7 +290,9 @@ def test_packed_tensors_are_a_safetensors_file() -> None:
     packed, tensors = PackedTensors(), dict[str, torch.Tensor]()
     for dtype in (torch.float64, torch.int64, torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool):
         tensors[f"some.{dtype}"] = torch.arange(15).reshape(3, 5).to(dtype)
-    tensors |= {"none": torch.zeros(0, 12), "one": torch.tensor(7), "turned": torch.arange(6.0).reshape(2, 3).T}
+    block = torch.arange(12.0).reshape(3, 4)
+    tensors |= {"none": torch.zeros(0, 12), "one": torch.tensor(7), "turned": block.T}
+    tensors |= {"columns": block[:, :2], "counts": block[:, 3:].view(torch.int32)[:, 0]}  # as ID rows have them
     for _ in range(2):  # the second time into the same memory
         before = packed.data
         found = load(bytes(packed.pack(tensors).data))
@@ -298,3 +301,5 @@ def test_packed_tensors_are_a_safetensors_file() -> None:
         assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
         assert [name for name in theirs if found[name].dtype != theirs[name].dtype] == []
     assert packed.data is before
+    write_tensors(written := io.BytesIO(), tensors)
+    assert written.getvalue() == packed.data
