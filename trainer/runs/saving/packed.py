@@ -60,7 +60,8 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     file.write(beginning)
     for tensor in ordered:
         if tensor.numel():
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+            file.write(copied.view(-1).view(torch.uint8).numpy().data)
 
 
 def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:

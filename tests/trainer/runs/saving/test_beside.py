@@ -292,7 +292,8 @@ def test_packed_tensors_are_a_safetensors_file() -> None:
         tensors[f"some.{dtype}"] = torch.arange(15).reshape(3, 5).to(dtype)
     block = torch.arange(12.0).reshape(3, 4)
     tensors |= {"none": torch.zeros(0, 12), "one": torch.tensor(7), "turned": block.T}
-    tensors |= {"columns": block[:, :2], "counts": block[:, 3:].view(torch.int32)[:, 0]}  # as ID rows have them
+    counts = block[:, 3:].view(torch.int32)[:, 0]  # as ID rows have them
+    tensors |= {"columns": block[:, :2], "counts": counts, "count": counts[:1]}
     for _ in range(2):  # the second time into the same memory
         before = packed.data
         found = load(bytes(packed.pack(tensors).data))
