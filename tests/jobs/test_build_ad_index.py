@@ -204,7 +204,7 @@ def samples_with_tastes(path: Path, groups: int, seed: int) -> None:
 def run_on_tastes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its vectors share a direction and nearly all of its logits are negative, yet users have best ads of their own."""
     folder = make_places(tmp_path_factory.mktemp("tastes") / "small").folder.parent
-    for split, groups in (("train", 6_000), ("test", 200)):
+    for split, groups in (("train", 4_000), ("test", 200)):
         samples_with_tastes(folder / "samples" / split / "day=2026-01-01.parquet", groups, seed=groups)
     store = FeatureStore.create(folder / "features", FeatureStore.open(folder / "small" / "features").info.kind)
     draw, category = np.random.default_rng(0), np.arange(5_000) % 10
@@ -218,7 +218,7 @@ def run_on_tastes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model__compute_dtype="float32",
         data__global_batch_size=256,
         run__name="tastes",
-        train__epochs=5,
+        train__epochs=3,
     )
     train(load_config(settings=settings), SoloComm())
     return folder / "runs" / "tastes"

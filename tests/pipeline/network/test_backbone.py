@@ -30,8 +30,9 @@ def vgg16():
 
 @pytest.fixture(scope="module")
 def state():
+    """Weights of a network of 2.5 million; what reads files is the same for all."""
     with pytest.warns(UserWarning, match="random:0 are NOT pretrained"):
-        return load_weights(vgg16(), "random:0")
+        return load_weights(network_of(SMALL, "random:0"), "random:0")
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +204,14 @@ def test_the_digest_is_of_names_and_values():
     assert weights_digest(first) != weights_digest({"a": torch.ones(2), "b": torch.zeros(1, 2)})
 
 
-def test_a_file_with_the_whole_vgg16_is_accepted(state, tmp_path):
-    behind = {"classifier.3.weight": torch.zeros(4096, 2), "classifier.6.bias": torch.zeros(1000)}
-    half = {name: tensor.bfloat16() for name, tensor in state.items()}
-    torch.save(half | behind, tmp_path / "vgg16.pth")
-    check_network(DEFAULT_BACKBONE, str(tmp_path / "vgg16.pth"))
-    loaded = load_weights(vgg16(), str(tmp_path / "vgg16.pth"))
+def test_a_file_with_the_whole_network_is_accepted(state, tmp_path):
+    behind = {"classifier.0.weight": torch.zeros(1024, 576), "classifier.3.bias": torch.zeros(1000)}
+    half = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    torch.save(half | behind, tmp_path / "whole.pth")
+    check_network(SMALL, str(tmp_path / "whole.pth"))
+    loaded = load_weights(network_of(SMALL, "random:0"), str(tmp_path / "whole.pth"))
     assert list(loaded) == list(state)
-    assert all(torch.equal(loaded[name], half[name].float()) for name in half)
+    assert all(torch.equal(loaded[name], half[name].to(state[name].dtype)) for name in half)
 
 
 def test_names_of_old_densenet_files_are_understood(tmp_path):
@@ -223,35 +224,36 @@ def test_names_of_old_densenet_files_are_understood(tmp_path):
 
 
 def test_files_that_do_not_fit_are_refused(state, tmp_path):
+    network = network_of(SMALL, "random:0")
     small = {name: torch.zeros(tensor.shape if tensor.ndim == 1 else 1) for name, tensor in state.items()}
     files = {
-        r"features.0.weight has shape \(1,\), not \(64, 3, 3, 3\)": small,
-        "without features.0.weight, features.0.bias": {"conv1.weight": torch.zeros(2)},
+        r"features.0.0.weight has shape \(1,\), not \(16, 3, 3, 3\)": small,
+        "without features.0.0.weight, features.0.1.weight": {"conv1.weight": torch.zeros(2)},
         "not a state dict, which maps names to tensors": [torch.zeros(2)],
     }
     for message, content in files.items():
         torch.save(content, tmp_path / "weights.pth")
         with pytest.raises(WeightsError, match=message):
-            load_weights(vgg16(), str(tmp_path / "weights.pth"))
+            load_weights(network, str(tmp_path / "weights.pth"))
         with pytest.raises(WeightsError, match=message):
-            check_network(DEFAULT_BACKBONE, str(tmp_path / "weights.pth"))
+            check_network(SMALL, str(tmp_path / "weights.pth"))
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "empty.pth").touch()
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
     for name, kind in (("text.pth", "UnpicklingError"), ("empty.pth", "EOFError"), ("torn.pth", "RuntimeError")):
         message = rf"not a state dict that torch can load safely \({kind}\); one is written by torch.save\(model.sta"
         with pytest.raises(WeightsError, match=message):
-            load_weights(vgg16(), str(tmp_path / name))
+            load_weights(network, str(tmp_path / name))
         with pytest.raises(WeightsError, match=message):
-            check_network(DEFAULT_BACKBONE, str(tmp_path / name))
+            check_network(SMALL, str(tmp_path / name))
 
 
 def test_weights_with_nan_are_refused(state, monkeypatch):
     monkeypatch.setattr(
-        weights_module, "_from_file", lambda path: state | {"features.0.bias": torch.full((64,), torch.nan)}
+        weights_module, "_from_file", lambda path: state | {"features.0.1.bias": torch.full((16,), torch.nan)}
     )
-    with pytest.raises(WeightsError, match=r"features.0.bias holds NaN"):
-        load_weights(vgg16(), "file.pth")
+    with pytest.raises(WeightsError, match=r"features.0.1.bias holds NaN"):
+        load_weights(network_of(SMALL, "random:0"), "file.pth")
 
 
 class Payload:
