@@ -336,7 +336,8 @@ class _Answers(torch.autograd.Function):
             answers = exchange.send(table.index_select(0, rows), plan.reply_splits_P, name)
             failures += (answers[plan.status_rows_P, 0] != OK).sum()
             for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
-                vectors_S[source] = torch.cat([answers[rows] for rows in slices_P])
+                pieces_P = [answers[rows] for rows in slices_P]
+                vectors_S[source] = torch.cat(pieces_P) if len(pieces_P) > 1 else pieces_P[0]  # of one rank, no copy
         ctx.mark_non_differentiable(failures)
         return (*vectors_S, failures)
 
@@ -348,7 +349,8 @@ class _Answers(torch.autograd.Function):
             stages.switch("exchange gradients")
         for plan in ctx.request.plans:
             like = gradient_S[plan.sources[0]]
-            answers = like.new_zeros(int(plan.answer_splits_P.numpy().sum()), plan.width)
+            answers = like.new_empty(int(plan.answer_splits_P.numpy().sum()), plan.width)
+            answers[plan.status_rows_P] = 0
             for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
                 start = 0
                 for rows in slices_P:
