@@ -192,7 +192,7 @@ def test_switches_under_load_fail_no_request_and_mix_no_versions(server: ServerP
 
     def ask() -> None:
         with httpx2.Client(base_url=server.url, timeout=60) as client:
-            while not over.is_set():
+            while not over.wait(0.005):
                 answer = client.post("/v1/score?logits=true", json=requests)
                 if answer.status_code != 200:
                     failures.append(answer.text)
