@@ -214,6 +214,21 @@ def test_a_file_with_the_whole_network_is_accepted(state, tmp_path):
     assert all(torch.equal(loaded[name], half[name].to(state[name].dtype)) for name in half)
 
 
+def test_a_file_with_the_whole_vgg16_is_accepted(tmp_path):
+    with torch.device("meta"):
+        whole = {name: tensor.shape for name, tensor in models.vgg16().state_dict().items()}
+    state = {name: torch.full(shape, float(n), dtype=torch.bfloat16) for n, (name, shape) in enumerate(whole.items())}
+    torch.save(state, tmp_path / "vgg16.pth")
+    check_network(DEFAULT_BACKBONE, str(tmp_path / "vgg16.pth"))
+    loaded = load_weights(vgg16(), str(tmp_path / "vgg16.pth"))
+    behind = "classifier.3", "classifier.6"
+    assert {name: tensor.shape for name, tensor in loaded.items()} == {
+        name: shape for name, shape in whole.items() if not name.startswith(behind)
+    }
+    assert all((tensor == n).all() for n, tensor in enumerate(loaded.values()))  # of the file, in float32
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+
+
 def test_names_of_old_densenet_files_are_understood(tmp_path):
     network = network_of("densenet121:flatten", "random:0")
     state = load_weights(network, "random:0", warn=False)
