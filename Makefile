@@ -5,7 +5,8 @@ INSTALLED := $(VENV)/.installed
 DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
-TEST_WORKERS ?= 2
+# One more than two cores: a test that waits leaves its core to another.
+TEST_WORKERS ?= 3
 # All tests of a file run in one process, which makes what they share once; in the order of tests/conftest.py.
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 BENCH_DIR ?= data/bench
