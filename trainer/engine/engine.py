@@ -309,8 +309,6 @@ class Engine:
             if field.kind == "dense"
         }
         group_of_sample_B = self._on_device(batch.group_of_sample_B)
-        for table, served in zip(self.tables.values(), prepared.request.served_S, strict=False):  # tables come first
-            table.expect(served)
         self._embedding_dropout.step = self.num_steps
         vectors = self._exchange.vectors(prepared.request)
         for field in self.fields:

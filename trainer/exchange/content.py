@@ -43,6 +43,9 @@ class ContentSource:
         keys_Q, inverse_R = unique(keys_R)
         return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
 
+    def expect(self, served: ContentRequest) -> None:
+        """Do nothing: the features are gathered already."""
+
     def vectors(self, served: ContentRequest) -> Tensor:
         return self._service.embed(self._model, served.gathered)
 

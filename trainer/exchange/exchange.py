@@ -53,6 +53,9 @@ class ExchangeSource(Protocol):
     def serve(self, keys_R: Int64, kind: Kind) -> Any:
         """Return a `ServedKeys` for keys that this rank owns; the same key may come several times."""
 
+    def expect(self, served: Any) -> None:
+        """Prepare for `vectors` of this request, which comes next; all sources are told before the first is asked."""
+
     def vectors(self, served: Any) -> Tensor:
         """Return the vectors (Q, V) of the unique keys, with autograd attached."""
 
@@ -217,6 +220,8 @@ class Exchange:
         try:
             if request.error is None:
                 with self._stages.timed("embed images", request.kind):
+                    for source, served in zip(self._sources, request.served_S, strict=True):
+                        source.expect(served)
                     unique_S = [s.vectors(served) for s, served in zip(self._sources, request.served_S, strict=True)]
         except Exception as failure:  # as above
             request.error = failure

@@ -93,7 +93,8 @@ class ReusingSource:
 
     def __init__(self, source: ContentSource, cache: VectorCache) -> None:
         self._source, self._cache = source, cache
-        self.width, self.owner_of, self.release = source.width, source.owner_of, source.release
+        self.width, self.owner_of = source.width, source.owner_of
+        self.expect, self.release = source.expect, source.release
 
     def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
         if kind != "step":
