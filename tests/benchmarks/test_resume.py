@@ -52,7 +52,7 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     assert figures["float64_10_steps_killed_and_changed_dense"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_stall_of_a_checkpoint(tmp_path: Path) -> None:
     words = ["--dir", tmp_path / "workload", "--json", tmp_path / "out.json", "--rounds", 1, "--checkpoints", 1]
     small = ["--images", 200, "--dim", 8, "--samples", 16]

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
+from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm, connect
 from trainer.config.options import ExchangeConfig
@@ -33,11 +35,23 @@ from trainer.samples.statistics import measure
 from trainer.stages import Stages
 
 
-def stores_of(store: FeatureStore, scenario: Scenario) -> dict[str, FeatureStore]:
-    """The stores of a scenario by name."""
+def urls_of(store: FeatureStore, scenario: Scenario) -> dict[str, str]:
+    """Where the stores of a scenario are, by name."""
     made = "-int8" if scenario.int8 else "-compact" if scenario.compact else ""
-    images = FeatureStore.open(f"{store.url}{made}")
-    return {"images": images, **({"texts": FeatureStore.open(f"{store.url}-texts")} if scenario.texts else {})}
+    return {"images": f"{store.url}{made}", **({"texts": f"{store.url}-texts"} if scenario.texts else {})}
+
+
+@cache
+def statistics_of(url: str) -> FeatureStatistics:
+    return FeatureStore.open(url).snapshot().statistics()
+
+
+@cache
+def partition_of(url: str, rank: int, num_ranks: int, missing: str) -> FeaturePartition:
+    """Read once for all scenarios: no run changes it."""
+    return FeaturePartition.load(
+        FeatureStore.open(url), rank, num_ranks, cache_dir=f"{url}-cache-{num_ranks}", missing=missing
+    )
 
 
 def engine_of(
@@ -51,14 +65,9 @@ def engine_of(
     held: bool = False,
 ) -> Engine:
     """An engine over this rank's part of the stores."""
-    stores = stores_of(store, scenario)
-    partitions = {
-        name: FeaturePartition.load(
-            each, comm.rank, comm.size, cache_dir=f"{each.url}-cache-{comm.size}", missing=scenario.missing
-        )
-        for name, each in stores.items()
-    }
-    statistics = {name: each.snapshot().statistics() for name, each in stores.items()}
+    urls = urls_of(store, scenario)
+    partitions = {name: partition_of(url, comm.rank, comm.size, scenario.missing) for name, url in urls.items()}
+    statistics = {name: statistics_of(url) for name, url in urls.items()}
     return Engine(
         comm,
         scenario.schema,
@@ -114,8 +123,8 @@ def run(
         trained |= shards
     return {
         "initial": initial,
-        "mean_and_std": {name: mean_and_std(each) for name, each in stores_of(store, scenario).items()},
-        "decoded": decoded(stores_of(store, scenario)["images"]) if scenario.int8 or scenario.compact else None,
+        "mean_and_std": {name: mean_and_std(url) for name, url in urls_of(store, scenario).items()},
+        "decoded": decoded(urls_of(store, scenario)["images"]) if scenario.int8 or scenario.compact else None,
         "losses_P": comm.allgather_object(losses),
         "calls": calls,
         "gradients": gradients,
@@ -134,14 +143,15 @@ def tallied(comm: Comm, engine: Engine, what: str) -> dict[str, int]:
     return dict(counts)
 
 
-def mean_and_std(store: FeatureStore) -> list[torch.Tensor]:
+def mean_and_std(url: str) -> list[torch.Tensor]:
     """Of each dimension of a store's features."""
-    statistics = store.snapshot().statistics()
+    statistics = statistics_of(url)
     return [torch.from_numpy(np.array(values)) for values in (statistics.mean_D, statistics.std_D)]
 
 
-def decoded(store: FeatureStore) -> dict[int, torch.Tensor]:
+def decoded(url: str) -> dict[int, torch.Tensor]:
     """Key -> what its codes stand for, in float64."""
+    store = FeatureStore.open(url)
     snapshot, codec = store.snapshot(), store.codec
     keys = snapshot.keys()
     values = codec.offset_D + codec.step_D.astype(np.float64) * snapshot.get(keys)
