@@ -66,7 +66,7 @@ def test_a_bundle_of_other_vectors_does_not(model: Exported, tmp_path: Path) -> 
 
 
 def test_another_checkpoint_is_refused(model: Exported, variants: Variants) -> None:
-    found = check(model.url, "--run", variants("mlp").run)
+    found = check(model.url, "--run", variants("mlp_concat").run)
     assert found.exit_code == 1 and "is not the checkpoint that version 1 was made of" in found.stderr
 
 

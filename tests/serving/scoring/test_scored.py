@@ -100,7 +100,7 @@ def test_null_images_score_as_images_without_a_vector(variants: Variants) -> Non
         assert np.isfinite(scorer.score([changed(requests[0], ad_image=nobody)])[0].logits_C).all()
 
 
-@pytest.mark.parametrize("name", ["contents", "similar", "din_inputs", "gallery_mean", "exact", "mlp_transformer"])
+@pytest.mark.parametrize("name", ["contents", "similar", "din_inputs", "gallery_mean", "exact", "gallery_max"])
 def test_nothing_known_and_nothing_in_it(variants: Variants, name: str) -> None:
     with opened(variants(name)) as (scorer, requests):
         rules, request = scorer.columns, requests[0]
@@ -140,7 +140,7 @@ def test_probabilities() -> None:
 def test_the_comparison_notices_another_hash(variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
     right = idrows.splitmix64
     monkeypatch.setattr(idrows, "splitmix64", lambda keys_N: right(np.asarray(keys_N) + 1))
-    assert worst_difference(variants("mlp")) > 1e-3
+    assert worst_difference(variants("mlp_concat")) > 1e-3
 
 
 def test_the_comparison_notices_another_policy(variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_the_comparison_notices_another_policy(variants: Variants, monkeypatch: 
 def test_the_comparison_notices_another_pooling(
     variants: Variants, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = variants("mlp")
+    model = variants("mlp_concat")
     with monkeypatch.context() as patch:
         patch.setattr(
             exporting,

@@ -26,28 +26,29 @@ EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
 TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16, shop: 32, both: 64, scene_item: 64, tags: 32"
 VARIANTS: dict[str, dict[str, Any]] = {
     "lr": {"model__base": "lr", "model__pooling": "sum"},
-    "mlp": {"model__image_products": "false", "model__multi_hot": "sum"},
-    "mlp_concat": {"model__pooling": "concat", "model__concat_length": 3},
-    "mlp_transformer": {"model__pooling": "transformer"},
+    "mlp_concat": {"model__pooling": "concat", "model__concat_length": 3}
+    | {"model__image_products": "false", "model__multi_hot": "sum"},
     "din_inputs": {"schema": "inputs", "model__base": "din", "model__pooling": "mean"},
-    "dcn_learned": {"model__base": "dcn", "model__pooling": "max", "data__missing": "learned"},
-    "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query"},
-    "two_tower": {"model__base": "two_tower", "model__pooling": "sum"},
-    "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"},
+    "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query", "model__similarity_tiers": 5},
+    "two_tower": {"model__base": "two_tower", "model__pooling": "sum"}
+    | {"model__image_holdout": 0.3, "model__id_dropout": 0.3},
+    "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"}
+    | {"model__base": "dcn", "model__pooling": "max"},
     "similar": {"schema": "contents", "model__similarity_tiers": 4, "model__similarity_top_k": 2},
-    "tiers": {"model__similarity_tiers": 5, "model__pooling": "multi_query"},
     "nearest": {"model__similarity_top_k": 1, "model__pooling": "mean"},
     "gallery_mean": {"schema": "mean", "data__missing": "learned"},
-    "gallery_max": {"schema": "max", "model__base": "dcn", "model__pooling": "transformer"},
-    "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"},
-    "new_ads": {"model__image_holdout": 0.3, "model__id_dropout": 0.3},
-    "id_proxy": {"model__id_proxy": "true", "model__id_dropout": 0.3},
+    "gallery_max": {"schema": "max", "model__pooling": "transformer"}
+    | {"model__id_proxy": "true", "model__id_dropout": 0.3},
+    "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"}
+    | {"data__missing": "error", "data__store_version": 1},
     "images_none": {"model__images": "none"},
     "images_ad": {"model__images": "ad", "model__pooling": "sum"},
     "images_behavior": {"model__images": "behavior"},
-    "error": {"data__missing": "error", "data__store_version": 1},
 }
-"""Settings of a run, by name; `schema` names what its schema has besides the packaged fields."""
+"""Settings of a run, by name; `schema` names what its schema has besides the packaged fields.
+
+A run takes seconds to train, export and explain: one has several kinds, of which none hides another.
+"""
 
 INPUTS: list[dict[str, Any]] = [
     {"name": "ad_price", "side": "ad", "kind": "dense", "transform": "log_standardize", "fill": "mean"},
