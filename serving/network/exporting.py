@@ -95,10 +95,10 @@ def export_network(model: CtrModel, config: ModelConfig, folder: Path, *, compil
 
 def exported(model: CtrModel, slots: Slots) -> ExportedProgram:
     """Return the program of a model, for any number of candidates and of values of each list."""
-    network = OneUser(model, slots).eval()
-    examples, dynamic = _examples(slots)
     from torch._dynamo import config as tracing  # a second's import, of those who export alone
 
+    network = OneUser(model, slots).eval()
+    examples, dynamic = _examples(slots)
     # Its cache of shapes finds next to nothing where sizes are free, and takes a fifth of the time.
     with torch.no_grad(), tracing.patch(fake_tensor_cache_enabled=False):
         program = torch.export.export(network, examples, dynamic_shapes=dynamic, strict=False)

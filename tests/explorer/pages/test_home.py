@@ -1,7 +1,11 @@
 """Tests of the first page: the questions that can be answered, and the places that are missing."""
 
+from pathlib import Path
+
+import pytest
 from starlette.testclient import TestClient
 
+from explorer.data.map import projection
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server.app import application
@@ -12,19 +16,22 @@ def _home(places: Places) -> str:
     return TestClient(application(Site(places))).get("/").text
 
 
-def test_questions_lead_to_pages_that_are_there(world: World) -> None:
+def test_questions_lead_to_pages_that_are_there(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page computes beside it is cut short: UMAP would take half a minute, and go on after the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(projection, "umap_in_process", lambda vectors_NV, tell: vectors_NV[:, :2].copy())
     places = Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
-    client = TestClient(application(site := Site(places)))
-    text = client.get("/").text
-    assert {question.path for question in site.questions} >= {
-        "/store/arrived",
-        "/store/broken",
-        "/worth",
-        "/impressions",
-    }
-    for question in site.questions:
-        assert question.words in text
-        assert client.get(question.path).status_code == 200
+    with TestClient(application(site := Site(places))) as client:
+        text = client.get("/").text
+        assert {question.path for question in site.questions} >= {
+            "/store/arrived",
+            "/store/broken",
+            "/worth",
+            "/impressions",
+        }
+        for question in site.questions:
+            assert question.words in text
+            assert client.get(question.path).status_code == 200
 
 
 def test_what_has_no_place_is_no_question(world: World) -> None:

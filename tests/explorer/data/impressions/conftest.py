@@ -25,9 +25,9 @@ def trained(sample_places: SamplePlaces) -> Callable[[str], Path]:
     return cache(lambda name: trained_variant(sample_places, name))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runs(sample_places: SamplePlaces) -> Iterator[TrainedRuns]:
-    """The runs that have been trained so far."""
+    """The runs that have been trained so far, of which the last two stay open."""
     folder = sample_places.folder
     (folder / "runs").mkdir(exist_ok=True)
     opened = TrainedRuns(Places(runs=str(folder / "runs"), store=str(folder / "features")))

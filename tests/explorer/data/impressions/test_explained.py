@@ -41,6 +41,11 @@ Trained = Callable[[str], Path]
 GROUPS = (2, 7, 31)
 
 
+def of_kinds(*kinds: str) -> pytest.MarkDecorator:
+    """Parametrize by runs: pytest puts all tests of a run side by side, while it is open."""
+    return pytest.mark.parametrize("kind", kinds, scope="module")
+
+
 def rows_of(places: Places) -> pa.Table:
     return pq.read_table(places.folder / "samples" / TEST, partitioning=None)
 
@@ -59,7 +64,7 @@ def with_history(places: Places) -> list[int]:
     return [number for number, length in enumerate(lengths) if length >= 3][:2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@of_kinds(*KINDS)
 def test_scores_are_those_of_the_job(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
 ) -> None:
@@ -83,7 +88,7 @@ def test_scores_are_those_of_the_job(
         )
 
 
-@pytest.mark.parametrize("kind", ["lr", "contents", "similar", "gallery_max", "images_none", "exact"])
+@of_kinds("lr", "contents", "similar", "gallery_max", "images_none", "exact")
 def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, trained: Trained, runs: TrainedRuns) -> None:
     opened_run = open_source(RunSource(trained(kind)), SoloComm())
     expected = predict_without(opened_run, 1.0, 0)
@@ -100,27 +105,25 @@ def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, train
     assert (np.abs(expected - usual).max() > 1e-3) == (kind != "images_none")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@of_kinds(*KINDS)
 def test_a_behaviour_taken_away_is_a_user_without_it(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
 ) -> None:
     run, table = trained(kind), rows_of(sample_places)
+    changed, found = [], []
     for number in with_history(sample_places):
         with runs.use(kind) as opened:
-            found = explain(opened, number, 0)
+            found += [each.without_it.logit for each in explain(opened, number, 0).behaviors]
         row = table.slice(number, 1).to_pylist()[0]
-        changed = []
         for place in range(len(row["behavior_item"])):
             shorter = {n: [v for k, v in enumerate(row[n]) if k != place] for n in OF_BEHAVIORS if n in row}
             changed.append(row | shorter)
-        logit_N = scored_with(run, table, changed, tmp_path / "changed")
-        expected = logit_N[:: len(row["label"])]
-        np.testing.assert_allclose([each.without_it.logit for each in found.behaviors], expected, atol=TOLERANCE)
+    logit_N = scored_with(run, table, changed, tmp_path / "changed")
+    first = np.cumsum([0, *(len(row["label"]) for row in changed)])[:-1]
+    np.testing.assert_allclose(found, logit_N[first], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "kind", ["lr", "din_inputs", "contents", "similar", "gallery_mean", "exact", "images_behavior"]
-)
+@of_kinds("lr", "din_inputs", "contents", "similar", "gallery_mean", "exact", "images_behavior")
 def test_another_picture_is_samples_with_that_picture(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
 ) -> None:
@@ -189,9 +192,7 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
     assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
 
 
-@pytest.mark.parametrize(
-    "kind", ["lr", "gallery_max", "finalmlp", "similar", "nearest", "images_behavior", "two_tower", "images_ad"]
-)
+@of_kinds("lr", "gallery_max", "finalmlp", "similar", "nearest", "images_behavior", "two_tower", "images_ad")
 def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
     trained(kind)
     weighed = kind in ("gallery_max", "finalmlp", "similar", "images_behavior")
@@ -231,7 +232,7 @@ def test_only_the_nearest_behaviour_weighs_and_only_its_picture_counts(
     places = []
     with runs.use("one-nearest") as opened:
         for number, history in enumerate(histories):
-            if len(history) < 3 or len({*history}) < len(history):
+            if len(history) < 3 or len({*history}) < len(history) or len(places) == 12:
                 continue
             found = explain(opened, number, 0)
             weights = [each.weights[0] for each in found.behaviors]
@@ -270,7 +271,7 @@ def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRun
         assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
 
 
-@pytest.mark.parametrize("kind", ["lr", "two_tower", "gallery_mean", "gallery_max", "images_ad"])
+@of_kinds("lr", "two_tower", "gallery_mean", "gallery_max", "images_ad")
 def test_a_picture_that_is_sent_has_the_score_of_its_feature(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,18 +153,28 @@ def test_principal_components_of_little(shape: tuple[int, int]) -> None:
     assert np.isfinite(plane_N2).all()
 
 
-@pytest.mark.long
-@pytest.mark.timeout(900)  # its compiler takes half a minute of a free core
-def test_umap_keeps_clusters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUMBA_OPT", "0")  # the same code, compiled in less time
+def check_clusters_stay_apart() -> None:
     random = np.random.default_rng(0)
-    vectors_NV = np.concatenate([random.normal(size=(40, 8)), 30 + random.normal(size=(40, 8))]).astype(np.float32)
+    vectors_NV = np.concatenate([random.normal(size=(20, 8)), 30 + random.normal(size=(20, 8))]).astype(np.float32)
     told: list[str] = []
     plane_N2 = projection.umap_in_process(vectors_NV, told.append)
-    centre_2 = plane_N2[:40].mean(axis=0), plane_N2[40:].mean(axis=0)
-    spread = max(np.linalg.norm(part - part.mean(axis=0), axis=1).max() for part in (plane_N2[:40], plane_N2[40:]))
+    centre_2 = plane_N2[:20].mean(axis=0), plane_N2[20:].mean(axis=0)
+    spread = max(np.linalg.norm(part - part.mean(axis=0), axis=1).max() for part in (plane_N2[:20], plane_N2[20:]))
     assert np.linalg.norm(centre_2[0] - centre_2[1]) > spread
     assert any(each.startswith("loads UMAP") for each in told)
+
+
+@pytest.mark.long
+def test_umap_keeps_clusters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same code, interpreted: for few points that takes less time than to compile it."""
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    check_clusters_stay_apart()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler takes half a minute of a free core
+def test_umap_compiled_keeps_clusters_apart() -> None:
+    check_clusters_stay_apart()
 
 
 def test_a_process_that_fails_or_is_not_wanted_any_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
