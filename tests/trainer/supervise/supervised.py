@@ -93,12 +93,12 @@ class Supervised:
     def agents(self, process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
         return self.processes(process, AGENT)
 
-    def victims(self, process: "subprocess.Popen[bytes]", kind: str) -> list[psutil.Process]:
-        """Wait for processes of a kind: rank, agent or supervisor."""
+    def victims(self, process: "subprocess.Popen[bytes]", kind: str, count: int = 1) -> list[psutil.Process]:
+        """Wait for so many processes of a kind: rank, agent or supervisor; the first rank that starts may be any."""
         if kind == "supervisor":
             return [psutil.Process(process.pid)]
         end_s = time.monotonic() + TIMEOUT_S
-        while not (found := self.processes(process, KINDS[kind])):
+        while len(found := self.processes(process, KINDS[kind])) < count:
             assert process.poll() is None and time.monotonic() < end_s, self.log.read_text()
             time.sleep(LOOK_AT_PROCESSES_S)
         return found

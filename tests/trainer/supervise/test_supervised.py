@@ -23,9 +23,9 @@ def test_ranks_a_host_and_the_supervisor_are_lost(settings_of: Settings, tmp_pat
     Horovod's ranks have begun."""
     run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10, run__deadline_s=5))
     process = run.start(PAUSE_S="0.05")
-    kill(run.victims(process, "rank")[0], signal.SIGSTOP)
+    kill(run.victims(process, "rank", 2)[0], signal.SIGSTOP)
     run.wait_for_step(process, 10)
-    kill(run.victims(process, "rank")[1])
+    kill(run.victims(process, "rank", 2)[1])
     run.wait_for_step(process, 30)
     kill(run.victims(process, "agent")[0])
     run.wait_for_step(process, 60)
@@ -41,7 +41,7 @@ def test_ranks_a_host_and_the_supervisor_are_lost(settings_of: Settings, tmp_pat
     run.options = (*TWO_HOSTS, "--by", "torch")
     process = run.start()
     run.wait_for_step(process, 90)
-    by_torch = run.victims(process, "rank")[0]
+    by_torch = run.victims(process, "rank", 2)[0]
     assert "MASTER_PORT" in (variables := by_torch.environ()) and "HOROVOD_RANK" not in variables
     kill(by_torch)
     said = " ".join(run.end(process).split())
@@ -61,7 +61,7 @@ def test_a_rank_that_is_stopped_before_they_meet_is_named_and_replaced(
     """Not the one that waits for it. Ranks of torch: in make test, test_meeting.py has what the waiting one says."""
     run = Supervised(tmp_path, settings_of(tmp_path, 20, 10, run__deadline_s=5), (*TWO_HOSTS, "--by", by))
     process = run.start()
-    kill(run.victims(process, "rank")[0], signal.SIGSTOP)
+    kill(run.victims(process, "rank", 2)[0], signal.SIGSTOP)
     said = run.end(process)
     assert "supervise: rank 0 on localhost did not end by itself and was killed; rank 1 on 127.0.0.1 ended with" in said
     assert "terminate called" not in said and "with step 20" in said
