@@ -1,5 +1,6 @@
 """Tests of the pages as a folder: every link leads to a file of it, and an export is whole or not there."""
 
+import os
 import re
 from html import unescape
 from pathlib import Path
@@ -23,15 +24,16 @@ def _places(world: World) -> Places:
 
 def _broken(folder: Path) -> list[str]:
     """List the links of all pages that lead to no file of the folder."""
-    broken = []
-    for page in folder.rglob("*.html"):
+    broken, whole = [], folder.resolve()
+    files = {each.resolve() for each in whole.rglob("*") if each.is_file()}
+    for page in whole.rglob("*.html"):
         for link in map(unescape, _LINK.findall(page.read_text())):
             parts = urlsplit(link)
             if link.startswith(("#", "data:")):
                 continue
-            target = (page.parent / unquote(parts.path)).resolve()
-            if parts.scheme or parts.query or not target.is_file() or not target.is_relative_to(folder.resolve()):
-                broken.append(f"{page.relative_to(folder)}: {link}")
+            target = Path(os.path.normpath(page.parent / unquote(parts.path)))
+            if parts.scheme or parts.query or target not in files:
+                broken.append(f"{page.relative_to(whole)}: {link}")
     return broken
 
 

@@ -60,8 +60,11 @@ def drawn_of(settings: dict) -> Drawn:
     return Drawn(model_of(fields, chosen), chosen)
 
 
-SOME = [{"base": "din"}, {"similarity_tiers": 3, "similarity_top_k": 5}, {"gallery": "mean", "image_holdout": 0.1}]
-"""Lists paired value by value, lists of uneven length a candidate, and galleries."""
+SOME = [
+    {"base": "din", "similarity_tiers": 3, "similarity_top_k": 5},
+    {"gallery": "mean", "image_holdout": 0.1},
+]
+"""Lists paired value by value with lists of uneven length a candidate, and galleries."""
 
 
 def check_portable(settings: dict, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,22 @@ from trainer.runs.export import open_table
 pytestmark = pytest.mark.long
 
 Variants = Callable[[str], Exported]
+Opened = Callable[[str], tuple[Scorer, list[Request]]]
 NEVER_SEEN = 10**12
 
 
-@contextlib.contextmanager
-def opened(model: Exported) -> Iterator[tuple[Scorer, list[Request]]]:
-    """A scorer, and the test samples as requests."""
-    with contextlib.closing(Scorer.open(model.url)) as scorer:
-        yield scorer, requests_of(model.table, scorer)
+@pytest.fixture(scope="module")
+def opened(variants: Variants) -> Iterator[Opened]:
+    """Gives the scorer of a variant, opened once, and the test samples as requests."""
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def get(name: str) -> tuple[Scorer, list[Request]]:
+            model = variants(name)
+            scorer = stack.enter_context(contextlib.closing(Scorer.open(model.url)))
+            return scorer, requests_of(model.table, scorer)
+
+        yield get
 
 
 def changed(request: Request, **columns: Any) -> Request:
@@ -45,91 +54,84 @@ def places(found: Any) -> dict[str, list[int]]:
     return {name: each.tolist() for name, each in found.items()}
 
 
-def test_missing_images_are_told(variants: Variants) -> None:
-    with opened(variants("contents")) as (scorer, requests):
-        for request, scored in zip(requests, scorer.score(requests), strict=True):
-            expected: dict[str, list[int]] = {}
-            for side, of in (("behavior", request.user), ("ad", request.candidates)):
-                for field, gone in ((f"{side}_image", GONE), (f"{side}_text", (1_049,))):
-                    lacking = [place for place, key in enumerate(of[f"{side}_image"]) if key in gone]
-                    if lacking:
-                        expected[field] = lacking
-            assert places(scored.missing) == expected
-        assert any(scored.missing for scored in scorer.score(requests))
+def test_missing_images_are_told(opened: Opened) -> None:
+    scorer, requests = opened("contents")
+    for request, scored in zip(requests, scorer.score(requests), strict=True):
+        expected: dict[str, list[int]] = {}
+        for side, of in (("behavior", request.user), ("ad", request.candidates)):
+            for field, gone in ((f"{side}_image", GONE), (f"{side}_text", (1_049,))):
+                lacking = [place for place, key in enumerate(of[f"{side}_image"]) if key in gone]
+                if lacking:
+                    expected[field] = lacking
+        assert places(scored.missing) == expected
+    assert any(scored.missing for scored in scorer.score(requests))
 
 
-def test_galleries_lack_what_one_image_lacks(variants: Variants) -> None:
-    with opened(variants("gallery_mean")) as (scorer, requests):
-        for request, scored in zip(requests, scorer.score(requests), strict=True):
-            for side, of in (("behavior", request.user), ("ad", request.candidates)):
-                galleries = of[f"{side}_gallery"]
-                lacking = [place for place, gallery in enumerate(galleries) if set(gallery) & set(GONE)]
-                assert places(scored.missing).get(f"{side}_image", []) == lacking
+def test_galleries_lack_what_one_image_lacks(opened: Opened) -> None:
+    scorer, requests = opened("gallery_mean")
+    for request, scored in zip(requests, scorer.score(requests), strict=True):
+        for side, of in (("behavior", request.user), ("ad", request.candidates)):
+            galleries = of[f"{side}_gallery"]
+            lacking = [place for place, gallery in enumerate(galleries) if set(gallery) & set(GONE)]
+            assert places(scored.missing).get(f"{side}_image", []) == lacking
 
 
-def test_unknown_ids_are_those_without_a_row(variants: Variants) -> None:
+def test_unknown_ids_are_those_without_a_row(variants: Variants, opened: Opened) -> None:
     model = variants("exact")
     has_row = {each for shard in open_table(model.run, "item").shards() for each in shard["id"].to_pylist()}
-    with opened(model) as (scorer, requests):
-        found = 0
-        for request, scored in zip(requests, scorer.score(requests), strict=True):
-            for column, of in (("behavior_item", request.user), ("ad_item", request.candidates)):
-                lacking = [place for place, item in enumerate(of[column]) if item not in has_row]
-                assert places(scored.unknown).get(column, []) == lacking
-                found += len(of[column]) - len(lacking)
-        assert found > 0
-        (stranger,) = scorer.score([changed(requests[0], user=NEVER_SEEN)])
-        assert places(stranger.unknown)["user"] == [0]
+    scorer, requests = opened("exact")
+    found = 0
+    for request, scored in zip(requests, scorer.score(requests), strict=True):
+        for column, of in (("behavior_item", request.user), ("ad_item", request.candidates)):
+            lacking = [place for place, item in enumerate(of[column]) if item not in has_row]
+            assert places(scored.unknown).get(column, []) == lacking
+            found += len(of[column]) - len(lacking)
+    assert found > 0
+    (stranger,) = scorer.score([changed(requests[0], user=NEVER_SEEN)])
+    assert places(stranger.unknown)["user"] == [0]
 
 
-def test_null_images_score_as_images_without_a_vector(variants: Variants) -> None:
-    with opened(variants("contents")) as (scorer, requests):
-        request = requests[0]
-        nobody = [None] * len(request.candidates["ad_image"])
-        (null,) = scorer.score([changed(request, ad_image=nobody)])
-        (gone,) = scorer.score([changed(request, ad_image=[NEVER_SEEN] * len(nobody))])
-        every = list(range(len(nobody)))
-        assert places(null.missing)["ad_image"] == places(gone.missing)["ad_text"] == every
-        assert places(null.unknown)["ad_image_id"] == every
-        with_images = scorer.score([request])[0].logits_C
-        assert np.abs(null.logits_C - with_images).max() > 1e-4
-    with opened(variants("similar")) as (
-        scorer,
-        requests,
-    ):  # its ID rows of null and of no image are the only difference
-        assert np.isfinite(scorer.score([changed(requests[0], ad_image=nobody)])[0].logits_C).all()
+def test_null_images_score_as_images_without_a_vector(opened: Opened) -> None:
+    scorer, requests = opened("contents")
+    request = requests[0]
+    nobody = [None] * len(request.candidates["ad_image"])
+    (null,) = scorer.score([changed(request, ad_image=nobody)])
+    (gone,) = scorer.score([changed(request, ad_image=[NEVER_SEEN] * len(nobody))])
+    every = list(range(len(nobody)))
+    assert places(null.missing)["ad_image"] == places(gone.missing)["ad_text"] == every
+    assert places(null.unknown)["ad_image_id"] == every
+    with_images = scorer.score([request])[0].logits_C
+    assert np.abs(null.logits_C - with_images).max() > 1e-4
+    scorer, requests = opened("similar")  # its ID rows of null and of no image are the only difference
+    assert np.isfinite(scorer.score([changed(requests[0], ad_image=nobody)])[0].logits_C).all()
 
 
 @pytest.mark.parametrize("name", ["contents", "similar", "din_inputs", "gallery_mean", "exact", "gallery_max"])
-def test_nothing_known_and_nothing_in_it(variants: Variants, name: str) -> None:
-    with opened(variants(name)) as (scorer, requests):
-        rules, request = scorer.columns, requests[0]
-        stranger = changed(
-            request,
-            **{c: [] for c, rule in rules.items() if rule.side == "user" and rule.depth},
-            **{
-                c: NEVER_SEEN
-                for c, rule in rules.items()
-                if rule.side == "user" and not rule.depth and not rule.is_real
-            },
-        )
-        nobody = replace(request, candidates={column: [] for column in request.candidates})
-        alone = [scorer.score([each])[0] for each in (stranger, nobody, request)]
-        together = scorer.score([stranger, nobody, request])
-        assert [len(each.logits_C) for each in together] == [len(each.logits_C) for each in alone]
-        for one, other in zip(alone, together, strict=True):
-            assert np.isfinite(one.logits_C).all() and one.logits_C.dtype == np.float32
-            np.testing.assert_allclose(other.logits_C, one.logits_C, rtol=0, atol=1e-6)
-            assert places(one.unknown) == places(other.unknown)
-        assert len(alone[1].logits_C) == 0 and len(alone[1].probabilities()) == 0
-        assert scorer.score([]) == []
+def test_nothing_known_and_nothing_in_it(opened: Opened, name: str) -> None:
+    scorer, requests = opened(name)
+    rules, request = scorer.columns, requests[0]
+    stranger = changed(
+        request,
+        **{c: [] for c, rule in rules.items() if rule.side == "user" and rule.depth},
+        **{c: NEVER_SEEN for c, rule in rules.items() if rule.side == "user" and not rule.depth and not rule.is_real},
+    )
+    nobody = replace(request, candidates={column: [] for column in request.candidates})
+    alone = [scorer.score([each])[0] for each in (stranger, nobody, request)]
+    together = scorer.score([stranger, nobody, request])
+    assert [len(each.logits_C) for each in together] == [len(each.logits_C) for each in alone]
+    for one, other in zip(alone, together, strict=True):
+        assert np.isfinite(one.logits_C).all() and one.logits_C.dtype == np.float32
+        np.testing.assert_allclose(other.logits_C, one.logits_C, rtol=0, atol=1e-6)
+        assert places(one.unknown) == places(other.unknown)
+    assert len(alone[1].logits_C) == 0 and len(alone[1].probabilities()) == 0
+    assert scorer.score([]) == []
 
 
-def test_lists_that_belong_together_are_equally_long(variants: Variants) -> None:
-    with opened(variants("din_inputs")) as (scorer, requests):
-        request = next(each for each in requests if len(each.user["behavior_item"]) > 1)
-        with pytest.raises(RequestError, match="needs one entry in both"):
-            scorer.score([changed(request, behavior_category=request.user["behavior_category"][1:])])
+def test_lists_that_belong_together_are_equally_long(opened: Opened) -> None:
+    scorer, requests = opened("din_inputs")
+    request = next(each for each in requests if len(each.user["behavior_item"]) > 1)
+    with pytest.raises(RequestError, match="needs one entry in both"):
+        scorer.score([changed(request, behavior_category=request.user["behavior_category"][1:])])
 
 
 def test_probabilities() -> None:
@@ -172,6 +174,7 @@ def test_the_comparison_notices_another_pooling(
 
 def worst_difference(model: Exported) -> float:
     """The largest difference of a logit from the trainer's."""
-    with opened(model) as (scorer, requests):
+    with contextlib.closing(Scorer.open(model.url)) as scorer:
+        requests = requests_of(model.table, scorer)
         logits = np.concatenate([each.logits_C for each in scorer.score(requests)])
     return float(np.abs(logits - predict_run(model.run).logit_N).max())
