@@ -61,9 +61,11 @@ def table_of(run: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("ids", ["adam", "rowwise_adam"])
 def test_resumed_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     """With a step prepared ahead when the checkpoint is written: its ids are not counted twice."""
-    through = trained("through", optim__ids=ids)
-    trained("stopped", optim__ids=ids, train__max_steps=3, train__checkpoint_every=3)
-    mine, theirs = tensors_of(trained("stopped", optim__ids=ids, run__resume="latest")), tensors_of(through)
+    settings: dict[str, Any] = {"optim__ids": ids, "data__global_batch_size": 64, "train__max_steps": 10}
+    through = trained("through", **settings)
+    stopped = trained("stopped", **{**settings, "train__max_steps": 4}, train__checkpoint_every=3)
+    third = stopped / "checkpoints" / "step-00000003"
+    mine, theirs = tensors_of(trained("again", **settings, run__resume=third)), tensors_of(through)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
@@ -80,7 +82,8 @@ def test_figures(trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_rows_that_make_room_are_told(trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
     """In the figures, and in a warning where they are more than there are rows."""
-    images = table_of(trained("evicting", model__tables=EVICTING, data__global_batch_size=8), "image")
+    settings: dict[str, Any] = {"model__tables": EVICTING, "data__global_batch_size": 8, "train__max_steps": 30}
+    images = table_of(trained("evicting", **settings), "image")
     assert images["evicted"] > images["max_rows"] == 20
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning: table image: ") == said.count(" rows made room for other ids, so few are trained") == 1
@@ -89,17 +92,18 @@ def test_rows_that_make_room_are_told(trained: Train, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("ids", ["adam", "rowwise_adam"])
 def test_resumed_after_evictions_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     settings: dict[str, Any] = {"optim__ids": ids, "model__tables": EVICTING, "data__global_batch_size": 8}
-    through = trained("through", **settings, train__max_steps=60)
-    stopped = trained("stopped", **settings, train__max_steps=20, train__checkpoint_every=20)
+    through = trained("through", **settings, train__max_steps=25)
+    stopped = trained("stopped", **settings, train__max_steps=10, train__checkpoint_every=10)
     assert table_of(through, "image")["evicted"] > table_of(stopped, "image")["evicted"] > 4
-    again = trained("stopped", **settings, train__max_steps=60, run__resume="latest")
+    again = trained("stopped", **settings, train__max_steps=25, run__resume="latest")
     mine, theirs = tensors_of(again), tensors_of(through)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
 def test_a_hashed_tables_rows_are_refused(trained: Train) -> None:
-    before = trained("hashed", model__tables="{user: 64, item: 64, image: 64, category: 16, scene: 16}")
+    hashed = "{user: 64, item: 64, image: 64, category: 16, scene: 16}"
+    before = trained("hashed", model__tables=hashed, train__max_steps=1)
     with pytest.raises(
         CheckpointError, match=r"part ids: item/0000/ids is not in the checkpoint; .*model\.tables\.item"
     ):
@@ -107,7 +111,8 @@ def test_a_hashed_tables_rows_are_refused(trained: Train) -> None:
 
 
 def test_a_warm_start_takes_ids_and_counts_or_leaves_them(trained: Train) -> None:
-    before = trained("before")
+    before = trained("before", train__max_steps=6)
+    assert len(ids_of(before, "item")) > 20
     taken = trained("full", run__warm_start=before, run__warm_parts="full", train__max_steps=1)
     assert ids_of(taken, "item") == ids_of(before, "item")
     left = trained("partial", run__warm_start=before, run__warm_parts="partial", train__max_steps=1)
@@ -129,6 +134,8 @@ def test_days_let_go_of_what_was_not_used(places: Places, tmp_path: Path) -> Non
         run__warm_parts="full",
         model__tables=tables,
         model__images="none",
+        data__global_batch_size=64,
+        train__epochs=1,
     )
     follow(load_config(settings=settings), SoloComm())
     runs = sorted((tmp_path / "daily").glob("2026-*"))
@@ -160,7 +167,8 @@ def test_days_have_to_be_known(trained: Train, places: Places, tmp_path: Path) -
 
 
 def test_the_export_has_what_the_engine_looks_up(trained: Train, tmp_path: Path) -> None:
-    run, out = trained("exported", optim__ids="adam"), tmp_path / "items.parquet"
+    settings: dict[str, Any] = {"optim__ids": "adam", "data__global_batch_size": 128}
+    run, out = trained("exported", **settings), tmp_path / "items.parquet"
     done = CliRunner().invoke(app, ["--run", str(run), "--table", "item", "--out", str(out)])
     assert done.exit_code == 0 and "40, in 4 shards" in done.output
     rows = pq.read_table(out)

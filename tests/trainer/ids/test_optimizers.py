@@ -15,7 +15,7 @@ from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
 from trainer.ids.rows import IdRows, row_bytes
 from trainer.optim import rates_at
 
-ROWS, WIDTH, STEPS = 30, 4, 900
+ROWS, WIDTH, STEPS = 30, 4, 450
 SCHEDULE = {"ids_lr": 0.02, "lr_gamma": 0.7, "lr_every": 40, "warmup_steps": 60}
 
 
@@ -56,7 +56,7 @@ def drawn_steps(seed: int, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
     chance_N[-1] = 0
     made = []
     for step in range(steps):
-        pause = 300 <= step < 700
+        pause = 100 <= step < 350
         rows_Q = np.flatnonzero(draw.random(ROWS) < chance_N * (0.02 if pause else 1))
         size_Q = 10.0 ** draw.uniform(-11, 0, (len(rows_Q), 1))
         gradient_QV = draw.normal(size=(len(rows_Q), WIDTH)) * size_Q * (draw.random((len(rows_Q), WIDTH)) < 0.9)
@@ -132,13 +132,13 @@ class TestAdam:
     def test_goes_on_from_its_shared_state(self) -> None:
         through, second = Table(ids="adam"), Table(ids="adam")
         steps = drawn_steps(0, 400)
-        for each in steps[:350]:
+        for each in steps[:250]:
             through.step(*each)
         for name, part in through.rows.parts.items():
             second.rows.parts[name].copy_(part)
         second.optimizer.load_shared_state(through.optimizer.shared_state())
-        second.num_steps = 350
-        for each in steps[350:]:
+        second.num_steps = 250
+        for each in steps[250:]:
             through.step(*each)
             second.step(*each)
             assert torch.equal(through.now(), second.now())

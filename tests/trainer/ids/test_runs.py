@@ -46,8 +46,8 @@ def trained(places: Places, tmp_path: Path) -> Train:
     ["rowwise_adam", "adam", "adagrad", "rowwise_adagrad", "ftrl"],
 )
 def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
-    settings = {"optim__ids": ids, "optim__ids_restart": True, "optim__id_l2": 0.01, "optim__warmup_steps": 15}
-    settings["data__global_batch_size"] = 64
+    settings = {"optim__ids": ids, "optim__ids_restart": True, "optim__id_l2": 0.01, "optim__warmup_steps": 8}
+    settings |= {"data__global_batch_size": 64, "data__train_days": "[2026-01-01]"}  # a few steps an epoch
     through = trained("through", **settings)
     steps = read_state(find_checkpoint(through)).step
     for stop in (steps // 3 + 2, steps // 3 * 2):  # in the second epoch, and between it and the third
@@ -61,6 +61,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: T
 def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:
     """Those that the last epoch has not touched are where that epoch began; the others' counts are its own."""
     settings = {"optim__ids": "adam", "optim__id_l2": 1e-6}  # which counts a row's steps
+    settings["data__global_batch_size"] = 128
     folders = {restart: trained(f"r-{restart}", **settings, optim__ids_restart=restart) for restart in (True, False)}
     runs = {restart: tensors_of(folder) for restart, folder in folders.items()}
     steps_of_epoch = read_state(find_checkpoint(folders[True])).step // 3
@@ -82,7 +83,7 @@ def whole(tensors: dict[str, Tensor], table: str, part: str) -> np.ndarray:
 
 def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places: Places) -> None:
     """Also of rows that make up for steps which did not touch them; who only reads keeps no optimiser's state."""
-    run = trained("a", optim__ids="adam", optim__ids_lr=0.05)
+    run = trained("a", optim__ids="adam", optim__ids_lr=0.05, train__max_steps=8)
     saved, reader = tensors_of(run), open_trained(run, SoloComm())
     lagging = whole(saved, "item/", "last_weight")
     assert not np.array_equal(whole(saved, "item/", "weight"), lagging)
@@ -106,7 +107,7 @@ def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places:
 
 
 def test_a_warm_start_takes_the_weights_whatever_moved_them(trained: Train, places: Places, tmp_path: Path) -> None:
-    before = trained("before", optim__ids="adam", optim__ids_lr=0.05)
+    before = trained("before", optim__ids="adam", optim__ids_lr=0.05, train__max_steps=8)
     settings = places.settings(
         run__dir=tmp_path, run__name="next", run__warm_start=before, run__warm_parts="full", optim__ids="ftrl"
     )
@@ -134,10 +135,10 @@ class TestAnotherOptimizer:
 
     def test_another_learning_rate_is_not(self, trained: Train) -> None:
         """Rows make up for the steps before at the rates of then."""
-        trained("a", optim__ids="adam", optim__ids_lr=0.01, train__max_steps=20)
-        run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=21, run__resume="latest")
+        trained("a", optim__ids="adam", optim__ids_lr=0.01, train__max_steps=4)
+        run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=5, run__resume="latest")
         rates = tensors_of(run)["ids/learning_rates"]
-        assert rates.tolist() == [0.01] * 20 + [1e-9]
+        assert rates.tolist() == [0.01] * 4 + [1e-9]
 
 
 class TestEarlierVersions:
