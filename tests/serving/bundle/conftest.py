@@ -26,18 +26,14 @@ from trainer.schema import DEFAULT_SCHEMA
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "float64": {"model__compute_dtype": "float64"},
-    "learned": {"data__missing": "learned"},
-    "ids_only": {"model__images": "none"},
-    "two_networks": {"model__shared_image_model": "false"},
+    "float64": {"model__compute_dtype": "float64", "optim__ids": "rowwise_adam"},
+    "learned": {"data__missing": "learned", "optim__ids": "rowwise_adagrad"},
+    "ids_only": {"model__images": "none", "optim__ids": "adagrad"},
+    "two_networks": {"model__shared_image_model": "false", "optim__ids": "ftrl"},
     "similarity": {"model__similarity_tiers": 4, "model__similarity_top_k": 2},
     "contents": {"schema": "contents", "data__missing": "learned"},
     "numbers": {"schema": "numbers"},
     "exact": {"model__tables": f"{{user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16}}"},
-    "rowwise_adam": {"optim__ids": "rowwise_adam"},
-    "adagrad": {"optim__ids": "adagrad"},
-    "rowwise_adagrad": {"optim__ids": "rowwise_adagrad"},
-    "ftrl": {"optim__ids": "ftrl"},
     "restarted": {"optim__ids_restart": "true", "train__max_steps": 46},
 }
 """Settings of a run, by name; `schema` names fields of `FIELDS` that it has besides the packaged ones."""
