@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import Any, cast
 
 import fsspec
@@ -145,7 +144,7 @@ def _list_folder(fs: Any, root: str, address: str) -> Listing:
         with _source_errors(f"list {address}"):
             for path, entry in _entries(fs, root):
                 uri = path.removeprefix(root).lstrip("/")
-                if PurePosixPath(uri).suffix.lower() not in IMAGE_EXTENSIONS or entry["type"] != "file":
+                if _extension(uri) not in IMAGE_EXTENSIONS or entry["type"] != "file":
                     num_ignored += 1
                 elif not is_text(uri):
                     yield ImageRef(key_of_bytes(os.fsencode(uri)), spelled(uri), "", "", -1, NOT_TEXT)
@@ -157,6 +156,12 @@ def _list_folder(fs: Any, root: str, address: str) -> Listing:
         ignored = f" ({num_ignored} other files)" if num_ignored else ""
         raise SourceNotFoundError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
     return Listing(table, num_ignored)
+
+
+def _extension(uri: str) -> str:
+    """Give the ending of a file's name, in small letters; not by pathlib, which keeps the parts of each path it met."""
+    stem, _, ending = uri.rpartition("/")[2].rpartition(".")
+    return f".{ending.lower()}" if stem else ""
 
 
 def _entries(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -15,8 +15,9 @@ from pipeline.features import refresh, staged_run
 from pipeline.features.part import PartReport, PartSettings
 from pipeline.images.source import list_images
 
-COUNT = 100_000
-MOST_BYTES_PER_IMAGE = 350  # at the peak: it is 220, most of it one batch; with an object for each image above 500
+COUNT = 20_000
+BATCH_ROWS = 3000  # as large beside COUNT as the real one beside 100,000
+MOST_BYTES_PER_IMAGE = 350  # at the peak: it is 180, most of it one batch; with an object for each image above 430
 
 
 class Drawn(AbstractFileSystem):
@@ -85,6 +86,7 @@ def store(request, tmp_path):
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(store, monkeypatch):
     monkeypatch.setattr("pipeline.images.source.file_system", lambda protocol: Drawn())
+    monkeypatch.setattr("pipeline.images.imagetable.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
     settings = PartSettings(store.url, "run", "", "", "", "float32", "float32", 1)
     snapshot = store.snapshot()
