@@ -33,7 +33,7 @@ KINDS = {
     "expired manifest": "expired/*.json",
     "codec": "codec/*.npy",
 }
-FLIPS_OF_A_FILE = 20  # at least, in the quick tests
+FLIPS_OF_A_FILE = 8  # at least, in the quick tests
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,7 @@ def test_a_footer_whose_row_groups_do_not_add_up_is_damaged(full: FeatureStore) 
                 found += 1
                 with pytest.raises(CorruptFileError, match="is damaged"):
                     full.snapshot().shard_reader(0).keys()
+                break  # the next places are those of the same number
     finally:
         path.write_bytes(whole)
     assert found

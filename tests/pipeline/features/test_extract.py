@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import VGG16_Weights, vgg16
+from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 
 from featurestore import FeaturePartition
 from featurestore.errors import SpecMismatchError
@@ -20,7 +20,6 @@ from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.extract import extract
 from pipeline.features.part import in_order
-from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import backbone, describe_network
 from pipeline.options import ExtractOptions
 from tests.metadata import metadata_of
@@ -28,7 +27,7 @@ from tests.metadata import metadata_of
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
 NETWORK = "mobilenet_v3_small:avgpool"
-"""Of what does not ask for the default: its pass over an image costs a hundredth of VGG16's."""
+"""Its pass over an image costs a hundredth of VGG16's, which is held to the same in test_backbone.py."""
 
 
 @pytest.fixture
@@ -82,12 +81,13 @@ def stored(tmp_path, uris):
 def torchvision_features(paths):
     """torchvision's whole network, its own transform, images opened by Pillow as anyone would."""
     with torch.device("meta"):
-        network = vgg16(weights=None, init_weights=False)
-    state = backbone(DEFAULT_BACKBONE, "random:0", "float32").network.extractor.state_dict()
+        network = mobilenet_v3_small(weights=None)
+    state = backbone(NETWORK, "random:0", "float32").network.extractor.state_dict()
     network.load_state_dict(state, strict=False, assign=True)
-    own = VGG16_Weights.IMAGENET1K_V1.transforms()
+    own = MobileNet_V3_Small_Weights.IMAGENET1K_V1.transforms()
     pixels_BCHW = torch.stack([own(Image.open(path).convert("RGB")) for path in paths])
-    return network.eval().classifier[:2](network.avgpool(network.features(pixels_BCHW)).flatten(1)).numpy()
+    network.classifier = torch.nn.Identity()
+    return network.eval()(pixels_BCHW).numpy()
 
 
 def test_stored_rows_are_those_of_torchvisions_own_forward(run, photos, tmp_path, encode):
@@ -96,7 +96,7 @@ def test_stored_rows_are_those_of_torchvisions_own_forward(run, photos, tmp_path
     (photos / "sub/grey.png").write_bytes(encode(grey, "PNG"))
     paths = sorted(path for path in photos.rglob("*.*"))
     uris = [path.relative_to(photos).as_posix() for path in paths]
-    summary = run(photos, backbone=DEFAULT_BACKBONE, batch_size=3, part_size=4)
+    summary = run(photos, batch_size=3, part_size=4)
     assert (summary.num_images, summary.num_computed, summary.snapshot) == (5, 5, 1)
     expected_BD = torchvision_features(paths)
     np.testing.assert_allclose(stored(tmp_path, uris), expected_BD, rtol=1e-4, atol=1e-4 * expected_BD.max())
@@ -109,7 +109,7 @@ def test_stored_rows_are_those_of_torchvisions_own_forward(run, photos, tmp_path
 
 
 def test_bfloat16_is_close(run, photos, tmp_path):
-    run(photos, backbone=DEFAULT_BACKBONE, dtype="bfloat16", compute_dtype="bfloat16")
+    run(photos, dtype="bfloat16", compute_dtype="bfloat16")
     paths = sorted(photos.iterdir())
     rows_BD = stored(tmp_path, [path.name for path in paths])
     expected_BD = torchvision_features(paths)

@@ -13,6 +13,9 @@ from pipeline.samples import pieces as pieces_module
 from pipeline.samples.build import build_samples
 from tests.pipeline.samples.rows import DAY_S, Row, in_pieces, random_logs, read, write
 
+SEEDS = (0, 1, 3, 5, 9, 10, 14, 15)
+"""They draw each number of partitions and of behaviours at least twice, and each window four times."""
+
 # The reference
 
 
@@ -67,7 +70,7 @@ def sample(group: list[Row], behaviors: list[Row], options: SampleOptions) -> Ro
     }
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_groups_are_those_of_the_reference(seed, options, client, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces_module, "PIECE_ROWS", 20)  # several tasks per file
     rng = random.Random(seed)
