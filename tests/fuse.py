@@ -23,6 +23,10 @@ class Fuse:
         self._trace = trace
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type["Fuse"], tuple[int, Path]]:
+        """For another process, before the first point."""
+        return Fuse, (self._left, self._trace)
+
     def point(self, name: str) -> None:
         """Note the point and send SIGKILL where it is the chosen one."""
         with self._lock:

@@ -14,9 +14,10 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Container, Iterator, Sequence
-from multiprocessing.context import ForkProcess
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,12 +28,18 @@ from featurestore import store as store_module
 from featurestore.errors import CommitConflictError
 from featurestore.spec import Manifest
 from featurestore.storage.storage import Storage
+from featurestore.upkeep import expiry as expiry_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
+from tests.spared import spare_the_disk
 
 Contents = dict[int, str]  # the name of the operation that wrote each key
 FORK = multiprocessing.get_context("fork")
+SMALL = multiprocessing.get_context("forkserver")
+"""Forks of a process that has imported the store and its tests alone. The tests' own holds networks and clusters of
+other tests too, and each fork of it takes a tenth of a second."""
+SMALL.set_forkserver_preload(["tests.featurestore.chaos.kills.test_kill_points", "tests.featurestore.chaos.conftest"])
 
 
 def rows_of(name: str, uris: Sequence[str], dim: int = 8) -> FeatureRows:
@@ -170,6 +177,28 @@ class Actor:
         self.note("done", operation=text, version=snapshot.version)
 
 
+def act(url: str, name: str, notes: Path, work: Callable[[Actor], None]) -> None:
+    """The life of a process of an arena."""
+    actor = Actor(FeatureStore.open(url), name, notes / f"{name}.jsonl")
+    try:
+        work(actor)
+    except BaseException:
+        actor.note("failed", error=traceback.format_exc())
+        raise
+
+
+def act_small(environment: Mapping[str, str], *arguments: Any) -> None:
+    """`act` where nothing is patched yet: without waits for a disk, and the race at the first write.
+
+    By one thread, so that it does the same in the same order each time.
+    """
+    os.environ.update(environment)
+    spare_the_disk()
+    store_module.refuse_unsafe = lambda storage: None
+    store_module._THREADS = expiry_module._THREADS = 1
+    act(*arguments)
+
+
 class Arena:
     """One store, the processes that work on it, and all that they noted."""
 
@@ -178,7 +207,7 @@ class Arena:
     def __init__(self, store: FeatureStore, folder: Path) -> None:
         self.store = store
         self.folder = folder
-        self.processes: list[ForkProcess] = []
+        self.processes: list[BaseProcess] = []
         self._manifests: dict[int, Manifest] = {}
         self._numbers = itertools.count()
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,18 +216,16 @@ class Arena:
         """To act in this process."""
         return Actor(FeatureStore.open(self.store.url), name, self.folder / f"{name}.jsonl")
 
-    def start(self, name: str, work: Callable[[Actor], None]) -> ForkProcess:
+    def start(self, name: str, work: Callable[[Actor], None]) -> BaseProcess:
         """`work` in a process of its own, forked: with all that the caller has imported, patched and bound."""
+        return self._started(FORK.Process(target=act, args=(self.store.url, name, self.folder, work), name=name))
 
-        def run() -> None:
-            actor = self.actor(name)
-            try:
-                work(actor)
-            except BaseException:
-                actor.note("failed", error=traceback.format_exc())
-                raise
+    def start_small(self, name: str, work: Callable[[Actor], None]) -> BaseProcess:
+        """`work`, which can be pickled, in a fork of a small process: without what the caller has patched."""
+        arguments = (dict(os.environ), self.store.url, name, self.folder, work)
+        return self._started(SMALL.Process(target=act_small, args=arguments, name=name))
 
-        process = FORK.Process(target=run, name=name)
+    def _started(self, process: BaseProcess) -> BaseProcess:
         process.start()
         self.processes.append(process)
         return process
@@ -220,7 +247,7 @@ class Arena:
         shutil.rmtree(self.folder)
         self.store.storage.delete("")
 
-    def kill(self, process: ForkProcess) -> None:
+    def kill(self, process: BaseProcess) -> None:
         """SIGKILL, and wait until it is gone."""
         assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from featurestore import FeatureStore, log
-from featurestore import store as store_module
 from featurestore.storage.storage import Storage
-from featurestore.upkeep import expiry as expiry_module
 
 DAY_S = 86400.0
 EVERY = pytest.mark.parametrize(
@@ -51,6 +49,12 @@ def expire(actor) -> None:
     actor.expire(keep_last=1, grace_s=7 * DAY_S)
 
 
+def expire_when_old(actor) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        make_old(patch)
+        expire(actor)
+
+
 def die_everywhere(arena, work, make_fuse, trace, watch, num_commits: int = 1, every: bool = True) -> Counter[str]:
     """Run `work` on fresh copies of the store, once to its end and then to its death at every point; count the points.
 
@@ -60,7 +64,7 @@ def die_everywhere(arena, work, make_fuse, trace, watch, num_commits: int = 1, e
 
     def run(at: int) -> tuple[Any, int | None]:
         twin = arena.twin()
-        process = twin.start("writer", partial(run_with, make_fuse(at), work, watch))
+        process = twin.start_small("writer", partial(run_with, make_fuse(at), work, watch))
         process.join()
         found = len(twin.check())
         assert found in (num_before, num_before + num_commits)
@@ -117,13 +121,6 @@ def run_with(fuse, work, watch, actor) -> None:
     work(actor)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the points come in the same order each time."""
-    monkeypatch.setattr(store_module, "_THREADS", 1)
-    monkeypatch.setattr(expiry_module, "_THREADS", 1)
-
-
 def watch_disk(fuse, store: FeatureStore) -> None:
     fuse.watch_disk(store.url)
 
@@ -158,7 +155,7 @@ def test_of_compaction_and_restore(make_arena, make_fuse, trace, work, every: bo
 
 
 @EVERY
-def test_of_expiry(make_arena, make_fuse, trace, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_expiry(make_arena, make_fuse, trace, every: bool) -> None:
     """Also of one that finds files to delete, left by dead writers and by snapshots that went before."""
     arena = make_arena()
     prepared(arena)
@@ -166,8 +163,7 @@ def test_of_expiry(make_arena, make_fuse, trace, every: bool, monkeypatch: pytes
     expire(arena.actor("expirer"))
     arena.store.storage.write_bytes("data/0000/.tmp-dead", b"half a fi")
     arena.actor("last").put(URIS[1:])
-    make_old(monkeypatch)
-    points = die_everywhere(arena, expire, make_fuse, trace, watch_disk, num_commits=0, every=every)
+    points = die_everywhere(arena, expire_when_old, make_fuse, trace, watch_disk, num_commits=0, every=every)
     assert points["os.remove log"] == 1
     assert points["os.remove data"] >= 4
     assert points["os.remove expired"] >= 4
