@@ -104,7 +104,7 @@ def test_bfloat16_is_close(draw, default, monkeypatch):
         single = default if name == DEFAULT_BACKBONE else Backbone(name, "random:0", "float32")
         drawn = {key.removeprefix("extractor."): value for key, value in single.network.state_dict().items()}
         with monkeypatch.context() as patch:
-            patch.setattr(backbone, "load_weights", lambda *_, **__: drawn)  # the same again, not drawn twice
+            patch.setattr(backbone, "load_weights", lambda *_, drawn=drawn, **__: drawn)  # not drawn twice
             half = Backbone(name, "random:0", "bfloat16")
         single_BD, half_BD = (network.features(pixels_BHWC) for network in (single, half))
         norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
