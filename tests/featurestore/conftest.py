@@ -1,5 +1,6 @@
 """Small stores: 8 shards, 8 numbers per row, drawn features."""
 
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,31 @@ def make_rows() -> MakeRows:
 @pytest.fixture
 def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
     return FeatureStore.create(tmp_path / "store", info)
+
+
+@pytest.fixture(scope="module")
+def filled_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Stores that the tests of a module begin with, by the name of what fills them; only to be copied."""
+    return {}
+
+
+@pytest.fixture
+def filled_by(
+    store: FeatureStore, filled_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Callable[[FeatureStore], object]], FeatureStore]:
+    """Fill the store; but the first time in a module, with a copy of what was made then."""
+
+    def filled(fill: Callable[[FeatureStore], object]) -> FeatureStore:
+        name = fill.__qualname__
+        if name not in filled_folders:
+            fill(store)
+            filled_folders[name] = tmp_path_factory.mktemp("filled") / "store"
+            shutil.copytree(store.url, filled_folders[name])
+            return store
+        shutil.rmtree(store.url)
+        return FeatureStore.open(shutil.copytree(filled_folders[name], store.url))
+
+    return filled
 
 
 @pytest.fixture

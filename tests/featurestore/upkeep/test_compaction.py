@@ -33,9 +33,8 @@ def fill(store: FeatureStore, make_rows) -> FeatureRows:
 
 
 @pytest.fixture
-def filled(store: FeatureStore, make_rows) -> FeatureStore:
-    fill(store, make_rows)
-    return store
+def filled(filled_by, make_rows) -> FeatureStore:
+    return filled_by(lambda store: fill(store, make_rows))
 
 
 def assert_same(old: Snapshot, new: Snapshot) -> None:

@@ -73,8 +73,8 @@ def fill(store: FeatureStore, make_rows: Callable[..., FeatureRows]) -> FeatureS
 
 
 @pytest.fixture
-def filled(store: FeatureStore, make_rows: Callable[..., FeatureRows]) -> FeatureStore:
-    return fill(store, make_rows)
+def filled(filled_by: Callable[..., FeatureStore], make_rows: Callable[..., FeatureRows]) -> FeatureStore:
+    return filled_by(lambda store: fill(store, make_rows))
 
 
 class PurgeContract:

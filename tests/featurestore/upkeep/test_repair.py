@@ -28,12 +28,15 @@ SHARD = 3
 
 
 @pytest.fixture
-def filled(store: FeatureStore, make_rows) -> FeatureStore:
+def filled(filled_by, make_rows) -> FeatureStore:
     """400 images; of 200 of them newer rows, of 20 of those tombstones."""
-    store.put(make_rows(400, store.info, seed=0))
-    store.put(make_rows(200, store.info, seed=1))
-    store.delete(make_rows(20, store.info).keys_N)
-    return store
+
+    def fill(store: FeatureStore) -> None:
+        store.put(make_rows(400, store.info, seed=0))
+        store.put(make_rows(200, store.info, seed=1))
+        store.delete(make_rows(20, store.info).keys_N)
+
+    return filled_by(fill)
 
 
 def files_of(store: FeatureStore, shard: int = SHARD) -> tuple[FileEntry, ...]:
