@@ -370,14 +370,16 @@ def repair_until(patch: pytest.MonkeyPatch, store: FeatureStore, num_writes: int
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_write_it_is_whole_after_the_next_run(
-    filled: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled: FeatureStore, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before each second one; before each of them in the slow."""
     spoil(filled, manifest_path(3))
     delta = filled.snapshot(2).manifest.files(SHARD)[1]
     before, lost = everything(filled, 2), keys_in(filled, delta)
     spoil_features(filled, delta)
-    for num_writes in range(100):
+    for num_writes in range(0, 100, step):
         store = FeatureStore.open(shutil.copytree(filled.url, tmp_path / str(num_writes)))
         with monkeypatch.context() as patch:
             done = repair_until(patch, store, num_writes)

@@ -133,7 +133,11 @@ def failing_after(monkeypatch):
     return failing_after
 
 
-def test_stopped_at_any_write_it_goes_on_without_repeating_a_part(make, run, write, computed, failing_after, tmp_path):
+@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_stopped_at_any_write_it_goes_on_without_repeating_a_part(
+    step, make, run, write, computed, failing_after, tmp_path
+):
+    """At each second write, which meets each number of staged parts; at each of them in the slow."""
     folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
     make(folder)
     (tmp_path / "features").rename(tmp_path / "before")
@@ -163,7 +167,7 @@ def test_stopped_at_any_write_it_goes_on_without_repeating_a_part(make, run, wri
         assert not list((tmp_path / "features/staging").glob("*/*"))
         assert sum(computed) - done == num_left
         lefts.add(num_left)
-        points += 1
+        points += step
     assert points > 12
     assert lefts == {5, 3, 2, 0}
 
