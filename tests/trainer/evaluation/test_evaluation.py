@@ -67,7 +67,8 @@ def own(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def run(own: Places) -> Path:
     exact = {"model__compute_dtype": "float32"}  # its numbers are compared between ranks and batches
-    return train_run(own, "both", data__missing="zeros", train__checkpoint_every=20, **exact)
+    settings = {"data__missing": "zeros", "train__checkpoint_every": 10, "data__global_batch_size": 64}
+    return train_run(own, "both", **settings, **exact)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ class TestReport:
         new = report["sliced_by"]["ad_age"]["slices"]["new"]
         assert new["impressions"] == trained["new_ad_impressions"]
         assert new["metrics"]["auc"]["value"] == alike("auc", trained["new_ad_auc"])
-        assert (report["checkpoint"], report["missing"]) == ("step-00000046", "zeros")
+        assert (report["checkpoint"], report["missing"]) == ("step-00000024", "zeros")
         assert report["stores"]["images"]["version"] == 2
         assert report["notes"] == []
 
@@ -158,13 +159,13 @@ class TestReport:
         assert other["missing_curve"][1] != report_of(evaluated)["missing_curve"][1]
 
     def test_without_intervals_and_another_checkpoint(self, run: Path, tmp_path: Path) -> None:
-        evaluate(run, "--bootstrap", 0, "--checkpoint", 20, "--out", tmp_path)
+        evaluate(run, "--bootstrap", 0, "--checkpoint", 10, "--out", tmp_path)
         report = report_of(tmp_path)
-        assert report["checkpoint"] == "step-00000020"
+        assert report["checkpoint"] == "step-00000010"
         assert all(each["low"] is None for each in report["whole"]["metrics"].values())
         assert report["missing_curve"] == []
         assert "Without intervals." in (tmp_path / "report.md").read_text()
-        path = find_checkpoint(run).with_name("step-00000020")
+        path = find_checkpoint(run).with_name("step-00000010")
         evaluate(run, "--bootstrap", 0, "--checkpoint", path, "--out", tmp_path / "again")
         assert report_of(tmp_path / "again")["whole"] == report["whole"]
 
@@ -180,7 +181,7 @@ def test_hidden_images_are_as_if_they_were_not_in_the_store(
     own: Places, tmp_path: Path, policy: str, tiers: int
 ) -> None:
     settings = {"data__missing": policy, "model__similarity_tiers": tiers}
-    run = train_run(own, f"hide-{policy}-{tiers}", train__max_steps=30, **settings)
+    run = train_run(own, f"hide-{policy}-{tiers}", train__max_steps=10, **settings)
     shutil.copytree(own.folder / "features", tmp_path / "features")
     keys = np.arange(1_000, 1_050)
     with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
@@ -273,7 +274,7 @@ class TestRefusals:
         assert "no test samples of its own (data.test_days=[]); name some by --samples" in evaluate(run, code=2)
 
     def test_unknown_checkpoint_names_those_there_are(self, run: Path) -> None:
-        assert "has step-00000020, step-00000040, step-00000046" in evaluate(run, "--checkpoint", 21, code=2)
+        assert "has step-00000010, step-00000020, step-00000024" in evaluate(run, "--checkpoint", 21, code=2)
 
     def test_store_gone(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
         places = make_places(tmp_path / "places")
