@@ -124,6 +124,14 @@ def _make_places() -> Callable[[Path], Places]:
     return make_places
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plots become empty files, but for those of fixtures of a module: they take most of an evaluation's time."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: path.touch())
+
+
 @pytest.fixture(scope="session")
 def alone(places: Places) -> Path:
     """30 steps of one rank, into the second epoch."""

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +31,19 @@ Places = Any
 
 @pytest.fixture(scope="module")
 def places(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """A run, `a`, that knows some of its images by heart."""
-    made = make_places(tmp_path_factory.mktemp("compat"))
-    train(load_config(settings=settings_of(made)), SoloComm())
-    return made
-
-
-@pytest.fixture(scope="module")
-def kept(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """The same in a folder of its own, of which there is a copy beside it."""
-    made = make_places(tmp_path_factory.mktemp("lost") / "lost")
+    """A run, `a`, that knows some of its images by heart, in a folder of which there is a copy beside it."""
+    made = make_places(tmp_path_factory.mktemp("compat") / "places")
     train(load_config(settings=settings_of(made)), SoloComm())
     shutil.copytree(made.folder, made.folder.with_name("copy"))
     return made
 
 
 @pytest.fixture
-def lost(kept: Places) -> Places:
+def lost(places: Places) -> Iterator[Places]:
     """The same, whose store a test may lose: the next one gets it back, in the place that the run has recorded."""
-    shutil.rmtree(kept.folder)
-    shutil.copytree(kept.folder.with_name("copy"), kept.folder)
-    return kept
+    yield places
+    shutil.rmtree(places.folder)
+    shutil.copytree(places.folder.with_name("copy"), places.folder)
 
 
 def settings_of(places: Places, **changes: Any) -> list[str]:

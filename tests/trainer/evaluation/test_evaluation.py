@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -32,7 +31,7 @@ from trainer.main import train
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import RunSource, open_source
 
-pytestmark = pytest.mark.long  # they train whole runs
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs; `evaluated` draws
 
 
 Places = Any
@@ -83,12 +82,6 @@ def evaluated(run: Path) -> Path:
     assert f"written to {run / 'evaluation'}" in said
     assert "50% of the images hidden: GAUC 0." in said
     return run / "evaluation"
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots become pictures in `evaluated` alone, which is made before this: they take most of an evaluation's time."""
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: path.touch())
 
 
 class TestReport:

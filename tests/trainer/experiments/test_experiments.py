@@ -104,21 +104,21 @@ def test_a_grid_resumes_from_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_grid_is_run_once(places: Places, tmp_path: Path) -> None:
-    settings = places.settings(train__max_steps=4)
-    done = call("images", "warmup", "--seeds", "2", out=tmp_path, settings=settings)
+    settings = places.settings(train__max_steps=3)
+    done = call("prerank", "warmup", "--seeds", "2", out=tmp_path, settings=settings)
     assert done.exit_code == 0, done.output
     made = reports(tmp_path)
-    assert len(made) == 2 * 4 + 2 * (1 + 3)
+    assert len(made) == 2 * 2 + 2 * (1 + 3)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["images"]["rows"][0]["name"] == "ids only"
+    assert results["prerank"]["rows"][0]["name"] == "ids only"
     assert len(results["warmup"]["runs"]["partial"]) == 2
-    assert all((tmp_path / "plots" / f"{name}.png").stat().st_size > 5000 for name in ("images", "warmup"))
+    assert all((tmp_path / "plots" / f"{name}.png").stat().st_size > 5000 for name in ("prerank", "warmup"))
     assert "### Table 5: warm-up" in (tmp_path / "RESULTS.md").read_text()
     tested = [load_config(path / "config.yaml").data.test_days for path in (tmp_path / "runs").iterdir()]
     days = {each[0] for each in tested if each}
     assert len(days) == 2  # the run before is tested a day earlier
     slower = [*settings, "train.checkpoint_every=2", "data.prefetch_batches=0", "run.deadline_s=99"]
-    again = call("images", "warmup", "--seeds", "2", out=tmp_path, settings=slower)
+    again = call("prerank", "warmup", "--seeds", "2", out=tmp_path, settings=slower)
     assert again.exit_code == 0 and reports(tmp_path) == made
 
 

@@ -162,9 +162,9 @@ ONE_POOLING = {"model__pooling": "sum", "model__image_products": False}
     ],
 )
 def test_settings_that_no_shape_tells_are_noticed(
-    own: Places, trained_with: dict[str, Any], changes: dict[str, Any], told: str
+    own: Places, before: Path, trained_with: dict[str, Any], changes: dict[str, Any], told: str
 ) -> None:
-    run = trained(own, re.sub(r"\W+", "-", told), 1, **trained_with)
+    run = trained(own, re.sub(r"\W+", "-", told), 1, **trained_with) if trained_with else before
     with pytest.raises(CheckpointError, match=rf"trained with {re.escape(told)}.*leave model out"):
         opened(own, run__warm_start=run, run__warm_parts="[model]", **changes)
     opened(own, run__warm_start=run, run__warm_parts="[images,ids]", **changes).close()

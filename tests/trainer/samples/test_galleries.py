@@ -118,7 +118,7 @@ def test_galleries_of_one_image_are_that_image(
     trained = []
     for name, schema in (("images", DEFAULT_SCHEMA), ("galleries", schema_file(tmp_path, pooling))):
         settings = places.settings(
-            run__name=name, train__max_steps=12, data__schema_file=schema, model__compute_dtype="float64"
+            run__name=name, train__max_steps=6, data__schema_file=schema, model__compute_dtype="float64"
         )
         train(load_config(settings=settings), SoloComm())
         run = open_run(load_config(settings=[*settings, "run.resume=latest"]), SoloComm())
@@ -172,7 +172,7 @@ def test_vectors_of_ads_for_an_index(trained_towers: Places, tmp_path: Path) -> 
         assert len(np.unique(found.round(4), axis=0)) == len(items)
 
 
-@pytest.mark.long
+@pytest.mark.usefixtures("undrawn")
 def test_evaluation(trained_towers: Places) -> None:
     run = trained_towers.folder / "runs" / "towers"
     done = CliRunner().invoke(evaluate_app, [str(run)])

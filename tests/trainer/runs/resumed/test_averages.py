@@ -22,7 +22,13 @@ from trainer.runs.open import open_run
 
 Places = Any
 pytestmark = pytest.mark.long
-SETTINGS = {"train__epochs": 2, "optim__ids": "adam", "optim__ids_lr": 0.05, "model__compute_dtype": "float32"}
+SETTINGS: dict[str, Any] = {
+    "train__epochs": 2,
+    "optim__ids": "adam",
+    "optim__ids_lr": 0.05,
+    "model__compute_dtype": "float32",
+}
+SETTINGS["data__global_batch_size"] = 64
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,25 @@ class Runs:
         return place(self.folder / name / "checkpoints", step)
 
 
-@pytest.fixture
-def runs(places: Places, tmp_path: Path) -> Runs:
-    """With a finished run, `a`."""
-    found = Runs(places, tmp_path)
+@pytest.fixture(scope="module")
+def trained(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """With a finished run, `a`, and `expected`: what it is from its first checkpoint on at another learning rate."""
+    found = Runs(places, tmp_path_factory.mktemp("resume"))
     found.train("a")
+    found.branch("expected")
     return found
+
+
+@pytest.fixture
+def runs(places: Places, trained: Runs, tmp_path: Path) -> Runs:
+    """With a copy of the finished run, `a`."""
+    shutil.copytree(trained.folder / "a", tmp_path / "a")
+    return Runs(places, tmp_path)
+
+
+@pytest.fixture
+def expected(trained: Runs) -> Path:
+    return trained.folder / "expected"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -91,8 +104,7 @@ def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
     assert content(runs.folder) == before
 
 
-def test_overwriting_leaves_the_new_steps_alone(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = runs.branch("b")
+def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = content(runs.step("a", 2))
     capsys.readouterr()
     again = runs.branch("a", run__overwrite=True)
@@ -118,8 +130,7 @@ def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
     assert names(run) == steps_of(2, 3, 4)
 
 
-def test_a_checkpoint_of_another_run_replaces_all(runs: Runs) -> None:
-    expected = runs.branch("c")
+def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) -> None:
     other = runs.train("b", train__max_steps=4)
     before = content(other)
     with pytest.raises(ConfigError, match=r"step-00000002, step-00000004; continue from the newest"):
@@ -131,9 +142,9 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs) -> None:
     assert len(list((other / "tensorboard").iterdir())) == 1
 
 
-def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = runs.branch("b")
-
+def test_killed_between_the_old_steps_and_the_new_ones(
+    runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -148,8 +159,9 @@ def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, monkeypatch: 
 
 
 @pytest.mark.parametrize("nth", [1, 2])
-def test_killed_in_the_midst_of_a_removal(runs: Runs, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
-    expected = runs.branch("b")
+def test_killed_in_the_midst_of_a_removal(
+    runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
     calls, rmtree = [0], shutil.rmtree
 
     def killed(path: Path, *given: Any, **named: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,17 @@ from trainer.runs.saving.places import DiskPlace, place_of
 Places = Any
 
 
+def train_on(places: Places, folder: object, name: str = "a", **changes: Any) -> RunPath:
+    """Train six steps, with three checkpoints."""
+    steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "model__compute_dtype": "float32"}
+    settings = places.settings(run__dir=folder, run__name=name, **{**steps, **changes})
+    train(load_config(settings=settings), SoloComm())
+    return run_path(str(folder)) / name
+
+
 @pytest.fixture
-def run_on(places: Places, tmp_path: Path) -> Callable[..., RunPath]:
-    """Trains six steps, with three checkpoints."""
-
-    def train_on(folder: object, name: str = "a", **changes: Any) -> RunPath:
-        steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "model__compute_dtype": "float32"}
-        settings = places.settings(run__dir=folder, run__name=name, **{**steps, **changes})
-        train(load_config(settings=settings), SoloComm())
-        return run_path(str(folder)) / name
-
-    return train_on
+def run_on(places: Places) -> Callable[..., RunPath]:
+    return partial(train_on, places)
 
 
 def tensors(run: RunPath) -> dict[str, torch.Tensor]:
@@ -53,26 +54,10 @@ def assert_same(found: RunPath, expected: RunPath) -> None:
     assert reports[0]["metrics"] == reports[1]["metrics"]
 
 
-def test_a_run_on_s3_is_that_of_a_disk(run_on: Callable[..., RunPath], s3_url: str, tmp_path: Path) -> None:
-    far, near = run_on(s3_url), run_on(tmp_path)
-    assert isinstance(far, FarPath)
-    assert_same(far, near)
-    assert {each.name for each in far.iterdir()} == {"checkpoints", "config.yaml", "report.json", "tensorboard"}
-    assert [each.name for each in finished(far / "checkpoints")] == [f"step-{step:08}" for step in (2, 4, 6)]
-    events = (far / "tensorboard").iterdir()
-    assert len(events) == 1 and len(events[0].read_bytes()) > 500
-    assert not list(tmp_path.glob("**/s3*"))
-
-
 @pytest.fixture(scope="module")
 def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[FarPath, Path]:
     """The same run on S3 and on a disk."""
-    bucket, folder, found = new_bucket(), tmp_path_factory.mktemp("near"), []
-    for runs in (f"{bucket}/runs", folder):
-        settings = places.settings(run__dir=runs, run__name="a", train__max_steps=6, model__compute_dtype="float32")
-        train(load_config(settings=settings), SoloComm())
-        found.append(run_path(str(runs)) / "a")
-    far, near = found
+    far, near = (train_on(places, runs) for runs in (f"{new_bucket()}/runs", tmp_path_factory.mktemp("near") / "runs"))
     assert isinstance(far, FarPath) and isinstance(near, Path)
     return far, near
 
@@ -83,7 +68,19 @@ def called(*words: object) -> str:
     return done.out
 
 
+def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[FarPath, Path]) -> None:
+    far, near = far_and_near
+    assert_same(far, near)
+    names = {each.name for each in far.iterdir()} - {"evaluation"}
+    assert names == {"checkpoints", "config.yaml", "report.json", "tensorboard"}
+    assert [each.name for each in finished(far / "checkpoints")] == [f"step-{step:08}" for step in (2, 4, 6)]
+    events = (far / "tensorboard").iterdir()
+    assert len(events) == 1 and len(events[0].read_bytes()) > 500
+    assert not list(near.parents[1].glob("**/s3*"))
+
+
 class TestReaders:
+    @pytest.mark.usefixtures("undrawn")
     def test_evaluate(self, far_and_near: tuple[FarPath, Path]) -> None:
         far, near = far_and_near
         for run in far_and_near:
@@ -167,7 +164,10 @@ def test_a_second_start_ends_the_first(
 
 @pytest.mark.services
 def test_s3_that_is_away_for_a_while_stops_nothing(
-    run_on: Callable[..., RunPath], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_on: Callable[..., RunPath],
+    far_and_near: tuple[FarPath, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server is killed before a checkpoint, and comes back after the next steps: these are not waited for."""
     folder, step, seen = tmp_path / "server", Engine.train_step, []
@@ -198,7 +198,7 @@ def test_s3_that_is_away_for_a_while_stops_nothing(
     assert seen == [1], "it was being written while steps were made"
     assert steps == ["step-00000003", "step-00000006"]
     assert report["checkpoints"] == {"written": 2, "failed": 0}
-    expected = tensors(run_on(tmp_path))
+    expected = tensors(far_and_near[1])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

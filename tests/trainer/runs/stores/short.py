@@ -15,8 +15,8 @@ Places = Any
 
 
 def train_on(places: Places, name: str, store: str, **changes: Any) -> Path:
-    """Train sixty steps on the store of that name, in float32, as numbers are compared; return the run's folder."""
-    short = {"train__epochs": 3, "data__global_batch_size": 16, "train__max_steps": 60}
+    """Train 24 steps on the store of that name, in float32, as numbers are compared; return the run's folder."""
+    short = {"train__epochs": 3, "data__global_batch_size": 16, "train__max_steps": 24}
     changes = {**short, "model__compute_dtype": "float32", **changes}
     config = load_config(settings=places.settings(run__name=name, data__store=places.folder / store, **changes))
     train(config, SoloComm())

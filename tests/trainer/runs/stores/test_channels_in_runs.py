@@ -59,6 +59,7 @@ def test_a_run_keeps_the_snapshot_that_its_channel_had_when_it_began(places: Pla
     assert checkpoint.read_state(find_checkpoint(tmp_path / "runs/b")).stores["images"] == SnapshotId.of(newest)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_commands_take_channels(places: Places, tmp_path: Path) -> None:
     trained(places)
     store, run = FeatureStore.open(tmp_path / "features"), tmp_path / "runs/a"

@@ -38,9 +38,14 @@ def scales(folder: Path) -> torch.Tensor:
     return found
 
 
-def test_resumption_is_exact_and_knows_the_basis(reduced: Places) -> None:
-    whole = run(reduced, "whole")
-    run(reduced, "halves", train__max_steps=30)
+@pytest.fixture(scope="module")
+def whole(reduced: Places) -> Path:
+    """A run on the components that nothing has interrupted."""
+    return run(reduced, "whole")
+
+
+def test_resumption_is_exact_and_knows_the_basis(reduced: Places, whole: Path) -> None:
+    run(reduced, "halves", train__max_steps=12)
     halves = run(reduced, "halves", run__resume="latest")
     mine, theirs = dense(halves), dense(whole)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -48,15 +53,15 @@ def test_resumption_is_exact_and_knows_the_basis(reduced: Places) -> None:
     store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32)))
     reduce(store, reduced.folder / "other", DIMS, "float32")
     with pytest.raises(CheckpointError, match=r"store\.basis is '\w{64}' here, '\w{64}' in the checkpoint"):
-        run(reduced, "halves", "other", run__resume="latest", train__max_steps=90)
+        run(reduced, "halves", "other", run__resume="latest", train__max_steps=36)
     with pytest.raises(CheckpointError, match=r"store\.dim is 16 here, 6"):
-        run(reduced, "halves", "features", run__resume="latest", train__max_steps=90)
+        run(reduced, "halves", "features", run__resume="latest", train__max_steps=36)
     with pytest.raises(CheckpointError, match=r"model\.embed_scaling"):
-        run(reduced, "halves", run__resume="latest", train__max_steps=90, model__embed_scaling="each")
+        run(reduced, "halves", run__resume="latest", train__max_steps=36, model__embed_scaling="each")
 
 
-def test_codes_of_components_are_as_good_and_scaled_alike(reduced: Places) -> None:
-    runs = {name: run(reduced, f"on-{name}", name) for name in ("compact", "int8")}
+def test_codes_of_components_are_as_good_and_scaled_alike(reduced: Places, whole: Path) -> None:
+    runs = {"compact": whole, "int8": run(reduced, "on-int8", "int8")}
     metrics = {name: json.loads((path / "report.json").read_text())["metrics"] for name, path in runs.items()}
     assert metrics["int8"]["logloss"] == pytest.approx(metrics["compact"]["logloss"], abs=0.01)
     assert len(set(scales(runs["compact"]).tolist())) == 1 and len(scales(runs["int8"])) == DIMS

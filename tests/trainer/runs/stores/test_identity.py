@@ -35,7 +35,7 @@ from trainer.runs.saved import open_trained
 from trainer.runs.stores import open_partition, store_places
 from trainer.schema import load_schema
 
-pytestmark = pytest.mark.long  # they train whole runs
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs
 
 KEYS = np.arange(1_000, 1_050)
 URIS = [f"item/{n}" for n in range(50)]

@@ -28,8 +28,14 @@ def run(places: Places, name: str, store: str = "int8", **changes: Any) -> Path:
     return train_on(places, name, store, **changes)
 
 
-def test_a_run_learns_what_it_learns_from_the_numbers(recoded: Places) -> None:
-    runs = {store: run(recoded, f"on-{store}", store) for store in ("int8", "features")}
+@pytest.fixture(scope="module")
+def whole(recoded: Places) -> Path:
+    """A run on the codes that nothing has interrupted."""
+    return run(recoded, "whole")
+
+
+def test_a_run_learns_what_it_learns_from_the_numbers(recoded: Places, whole: Path) -> None:
+    runs = {"int8": whole, "features": run(recoded, "on-features", "features")}
     metrics = {store: json.loads((path / "report.json").read_text())["metrics"] for store, path in runs.items()}
     assert metrics["int8"]["logloss"] == pytest.approx(metrics["features"]["logloss"], abs=0.01)
     assert metrics["int8"]["logloss"] != metrics["features"]["logloss"]
@@ -39,14 +45,13 @@ def test_a_run_learns_what_it_learns_from_the_numbers(recoded: Places) -> None:
     assert 0 < moved < 0.3  # trained in the units of the numbers, not of the codes
 
 
-def test_resumption_is_exact_and_knows_the_codec(recoded: Places) -> None:
-    whole = run(recoded, "whole")
-    run(recoded, "halves", train__max_steps=30)
+def test_resumption_is_exact_and_knows_the_codec(recoded: Places, whole: Path) -> None:
+    run(recoded, "halves", train__max_steps=12)
     halves = run(recoded, "halves", run__resume="latest")
     mine, theirs = dense(halves), dense(whole)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     recode(FeatureStore.open(recoded.folder / "features"), recoded.folder / "other", "int8", sample_rows=5)
     with pytest.raises(CheckpointError, match=r"store\.codec is '\w{64}' here, '\w{64}' in the checkpoint"):
-        run(recoded, "halves", "other", run__resume="latest", train__max_steps=90)
+        run(recoded, "halves", "other", run__resume="latest", train__max_steps=36)
     with pytest.raises(CheckpointError, match=r"store\.dtype is 'float32' here, 'int8'"):
-        run(recoded, "halves", "features", run__resume="latest", train__max_steps=90)
+        run(recoded, "halves", "features", run__resume="latest", train__max_steps=36)
