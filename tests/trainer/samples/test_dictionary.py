@@ -116,9 +116,9 @@ def test_little_memory_writes_the_same_bytes(
     assert len(parts) > 10
 
 
-def written_to(folder: Path, places: Places, earlier: Path | None = None) -> bool:
+def written_to(folder: Path, places: Places, earlier: Path | None = None, samples: Path | None = None) -> bool:
     schema = load_schema(places.folder / "schema.yaml")
-    index = open_index(SoloComm(), str(places.folder / "samples"), "train", schema)
+    index = open_index(SoloComm(), str(samples or places.folder / "samples"), "train", schema)
     return write_dictionary(SoloComm(), folder, index, rules_of(schema), earlier)
 
 
@@ -133,8 +133,11 @@ def test_two_texts_of_one_id_are_refused(
         return np.array([5 << 60 if text in colliding else hashed(text) for text in found], np.int64)
 
     monkeypatch.setattr(texts, "ids_of_texts", ids_of)
+    day = min((wordy.folder / "samples" / "train").iterdir(), key=lambda path: path.stat().st_size)
+    (tmp_path / "samples" / "train").mkdir(parents=True)
+    shutil.copy(day, tmp_path / "samples" / "train")
     with pytest.raises(DataError, match="id 5764607523034234880 stands for two texts of the samples, ") as caught:
-        written_to(tmp_path, wordy)
+        written_to(tmp_path, wordy, samples=tmp_path / "samples")
     assert all(repr(text) in str(caught.value) for text in colliding)
     assert not (tmp_path / FILE).exists()
 
