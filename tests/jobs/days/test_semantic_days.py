@@ -21,6 +21,10 @@ from tests.jobs.semantic import (
     with_samples,
 )
 
+EVERYWHERE = pytest.mark.parametrize("rewrite", ["disk", "s3"], indirect=True)
+ON_DISK = pytest.mark.parametrize("rewrite", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+"""What stays is decided by the same code for both: two tests that find, add, move and replace files are for S3."""
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -30,7 +34,7 @@ def place(tmp_path, monkeypatch):
 class TestFilesThatStay:
     """With the codebook that is there: what a whole rewrite would write, and nothing written that is there already."""
 
-    @pytest.fixture(params=["disk", "s3"])
+    @pytest.fixture
     def rewrite(self, request, place):
         """Runs the job into a folder or an address; gives how many files were written, and all Parquet files."""
         on_s3 = request.param == "s3"
@@ -60,9 +64,11 @@ class TestFilesThatStay:
         assert [name for name in files if files[name] != expected[name]] == []
         assert found == count
 
+    @ON_DISK
     def test_nothing_has_changed(self, rewrite, place):
         self.check(rewrite, place, 0)
 
+    @EVERYWHERE
     def test_a_new_day_and_one_that_moves(self, rewrite, place):
         (place / "samples" / "test" / "a.parquet").rename(place / "samples" / "train" / "b.parquet")
         self.check(rewrite, place, 1)
@@ -72,11 +78,13 @@ class TestFilesThatStay:
         shutil.copy(place / "samples" / "train" / "b.parquet", place / "samples" / "test" / "d.parquet")
         self.check(rewrite, place, 1)
 
+    @ON_DISK
     def test_a_file_with_other_rows(self, rewrite, place):
         file = place / "samples" / "train" / "a.parquet"
         pq.write_table(pq.read_table(file, partitioning=None).slice(3), file, row_group_size=7)
         self.check(rewrite, place, 1)
 
+    @ON_DISK
     def test_a_copy_with_equal_bytes(self, rewrite, place):
         file = place / "samples" / "train" / "a.parquet"
         data = file.read_bytes()
@@ -84,15 +92,18 @@ class TestFilesThatStay:
         file.write_bytes(data)
         self.check(rewrite, place, 0)
 
+    @ON_DISK
     def test_an_image_that_has_a_code_now(self, rewrite, place):
         """7 is in both files, and was in no store."""
         FeatureStore.open(place / "store").put(FeatureRows.of(["seven.jpg"], draw_features()[:1], keys=[7]))
         self.check(rewrite, place, 2)
 
+    @ON_DISK
     def test_an_image_that_no_sample_has(self, rewrite, place):
         FeatureStore.open(place / "store").put(FeatureRows.of(["new.jpg"], draw_features()[:1], keys=[9_999]))
         self.check(rewrite, place, 0)
 
+    @ON_DISK
     def test_an_image_with_another_code(self, rewrite, place):
         """Only in the file that has it."""
         keys = {}
@@ -107,6 +118,7 @@ class TestFilesThatStay:
         FeatureStore.open(place / "store").put(rows)
         self.check(rewrite, place, 1)
 
+    @EVERYWHERE
     def test_another_codebook_writes_all(self, rewrite, place):
         run(place, *with_samples(place), "--seed", 5, out="first")
         shutil.copy(place / "first" / "codebook.safetensors", place / "codebook.safetensors")
