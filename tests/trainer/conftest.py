@@ -91,7 +91,7 @@ class Places:
             "model.table_shards": 4,
             "train.epochs": 2,
             "optim.lr": 0.01,
-            "train.eval_batch_size": 64,
+            "train.eval_batch_size": 128,
             "run.dir": self.folder / "runs",
             "run.threads": 1,
         }
