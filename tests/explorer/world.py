@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from featurestore.keys import key_of_uri
 from tests.pipeline.conftest import draw_photo, encode_image
-from tests.trainer.conftest import Places, sample_table
+from tests.trainer.conftest import Places, nothing_drawn, sample_table
 
 if TYPE_CHECKING:
     from distributed import Client
-
-    from trainer.evaluation.measure import Figures
 
 NETWORK = "mobilenet_v3_small:avgpool"
 PLAIN = tuple(f"shoes/shoe-{number:02}.jpg" for number in range(12))
@@ -210,18 +207,10 @@ def _train(world: World) -> None:
         "both-longer": {"train__max_steps": 24, "train__seed": 7},
     }.items():
         train(load_config(settings=Places(world.folder).settings(run__name=name, **common, **changes)), SoloComm())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.evaluation.report.draw_all", _name_plots)
+    with nothing_drawn():  # no page has the plots of a report
         for name in ("both", "ids-only"):
             options = EvaluationOptions(resamples=50, missing_curve=name == "both")
             evaluate_run(RunSource(world.runs / name), options, SoloComm())
-
-
-def _name_plots(figures: "Figures", folder: Path) -> list[Path]:
-    """Name the plots of a report and draw none: no page has them, and half of the time of a world would go there."""
-    return [
-        folder / f"{name}.png" for name in ("reliability", "missing_curve", *map("by_{}".format, figures.sliced_by))
-    ]
 
 
 def _publish(world: World) -> None:

@@ -46,7 +46,7 @@ def store(tmp_path: Path, info: StoreInfo) -> FeatureStore:
 
 
 @pytest.fixture(scope="module")
-def filled_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def filled_folders() -> dict[str, Path]:
     """Stores that the tests of a module begin with, by the name of what fills them; only to be copied."""
     return {}
 

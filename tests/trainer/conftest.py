@@ -1,6 +1,7 @@
 """Synthetic sample groups in Parquet, in the form that the samples job writes, and a feature store for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,21 @@ def _make_places() -> Callable[[Path], Places]:
     return make_places
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let plots become empty files, but for those of fixtures of a module: they take most of an evaluation's time."""
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Within the block plots become empty files: to draw them takes most of an evaluation's time."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: path.touch())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, path, **options: path.touch())
+        yield
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    """`nothing_drawn`, but for the fixtures of a module."""
+    with nothing_drawn():
+        yield
 
 
 @pytest.fixture(scope="session")
