@@ -14,6 +14,7 @@ from featurestore.console.page.recording import recorded
 from tests.commands.calls import COMMANDS, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
 from tests.pages import ReadPage, check_page
+from tests.trainer.conftest import nothing_drawn
 from trainer.evaluation.bootstrap import Estimate
 from trainer.evaluation.plots import METRIC_TITLES
 from trainer.evaluation.report import number, range_of
@@ -72,6 +73,7 @@ def test_a_plan_has_the_figures_of_its_json(tmp_path: Path) -> None:
     assert emitted.code == 0 and len(written(page).rows) == len(read.rows)
 
 
+@nothing_drawn()  # the page draws its own
 def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp_path: Path) -> None:
     places = {**names, "page": tmp_path / "page.html", "file": tmp_path / "file.json", "out": tmp_path / "out"}
     line = "trainer.evaluate {run} --bootstrap 20 --out {out} --html {page} --json {file}"
@@ -191,7 +193,7 @@ def test_the_summary_of_a_job_is_its_page(line: str, names: dict[str, object], t
 
 
 CLUSTER_JOBS = [
-    "jobs/extract_features --images {photos} --store {new} --weights random:0",
+    "jobs/extract_features --images {photos} --store {new} --backbone mobilenet_v3_small:avgpool --weights random:0",
     "jobs/import_features --from {matrix} --keys {ids} --store {new}",
     "jobs/import_xdl samples --from {drawn}/data.txt --samples {new} --label-threshold 0.5",
 ]

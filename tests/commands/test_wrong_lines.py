@@ -42,7 +42,7 @@ PROCESSES = [
     "dask-submit --memory-limit nan {script}",
     "trainer.main --config {pipe}",
     "jobs/export_embeddings --run {run} --out .npy",
-    "benchmarks.plan --dir {empty}",
+    "benchmarks.explorer --images 1000 --pictures 10 --dir {empty}",
 ]
 """Some of them, from each package: a process of its own ends as a call within this one does."""
 

@@ -47,14 +47,14 @@ def exported_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = tmp_path_factory.mktemp("world") / "pages"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))  # so that no better map is there
-        return export(_places(world), folder, 400, _silent), folder
+        return export(_places(world), folder, 250, _silent), folder
 
 
 @pytest.fixture(scope="module")
 def exported_shop(shop: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedPages, Path]:
     """All pages of pictures and a store, without runs."""
     folder = tmp_path_factory.mktemp("shop") / "pages"
-    return export(Places(store=str(shop.store), images=str(shop.images)), folder, 900, _silent), folder
+    return export(Places(store=str(shop.store), images=str(shop.images)), folder, 200, _silent), folder
 
 
 def _pages_of(folder: Path, kind: str = "") -> list[str]:
@@ -67,7 +67,7 @@ def test_every_link_leads_to_a_file(exported_world: tuple[ExportedPages, Path]) 
     assert exported.errors == []
     assert (folder / "index.html").is_file()
     files = [each for each in folder.rglob("*") if each.is_file()]
-    assert exported.num_files == len(files) <= 400
+    assert exported.num_files == len(files) <= 250
     assert exported.num_bytes == sum(each.stat().st_size for each in files)
     assert _broken(folder) == []
 

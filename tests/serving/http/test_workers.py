@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -228,12 +229,13 @@ def test_a_first_model_that_cannot_be_loaded_ends_the_server_with_one_line(tmp_p
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
-    with fake_server(write_state(tmp_path, version=3), tmp_path, ready=False) as server:
-        with pytest.raises(AssertionError) as failure, fake_server(tmp_path / "fake.json", tmp_path, port=server.port):
-            pass
-        assert f"error: cannot listen on --host 127.0.0.1 --port {server.port}: Address already" in str(failure.value)
-        words = ["-m", "tests.serving.http.fake_server", str(tmp_path / "fake.json"), f"port={server.port}"]
-        assert subprocess.run([sys.executable, *words], capture_output=True, check=False).returncode == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = [str(write_state(tmp_path, version=3)), f"port={port}"]
+        command = [sys.executable, "-m", "tests.serving.http.fake_server", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"error: cannot listen on --host 127.0.0.1 --port {port}: Address already" in done.stderr
 
 
 def test_no_request_fails_while_models_are_switched_under_load(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """python -m serving check and jobs/score.py --model: equal to the run, in process and over HTTP; wrong options."""
 
+import contextlib
 import json
 import shutil
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from serving.http.app import Scoring
 from serving.http.live.source import BundleSource
 from serving.http.settings import ServerSettings
 from tests.explorer.serving import in_thread
-from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import Exported
 from trainer.evaluation.predict import predict_run
 
@@ -92,14 +91,25 @@ def test_options_that_do_not_go_together(model: Exported) -> None:
         assert wrong.exit_code == 2 and word in wrong.stderr, wrong.output
 
 
-@pytest.mark.services
-def test_a_server_equals_the_run(model: Exported, tmp_path: Path) -> None:
-    """By HTTP, from a thread of this process; the next test has a server of its own."""
+@pytest.fixture
+def scoring(model: Exported, tmp_path: Path) -> Scoring:
+    """What a server does, for a thread of this process."""
     settings = ServerSettings(model=model.url, name="ctr", cache_dir=tmp_path / "cache")
-    scoring = Scoring(settings, BundleSource(settings), pytest.fail)
-    with in_thread(scoring.app()) as url:
+    return Scoring(settings, BundleSource(settings), pytest.fail)
+
+
+@contextlib.contextmanager
+def answering(scoring: Scoring, **tls: object) -> Iterator[str]:
+    """Serve it until its model is ready, and longer; gives its address."""
+    with in_thread(scoring.app(), **tls) as url:
         while not scoring.live.is_ready:
             time.sleep(0.01)
+        yield url
+
+
+@pytest.mark.services
+def test_a_server_equals_the_run(model: Exported, scoring: Scoring) -> None:
+    with answering(scoring) as url:
         found = check(model.url, "--url", url)
         assert found.exit_code == 0 and f"answers by {url}" in found.stdout, found.output
     gone = check(model.url, "--url", url)
@@ -107,17 +117,15 @@ def test_a_server_equals_the_run(model: Exported, tmp_path: Path) -> None:
 
 
 @pytest.mark.services
-def test_a_server_is_known_by_its_certificate(model: Exported, tmp_path: Path) -> None:
+def test_a_server_is_known_by_its_certificate(model: Exported, scoring: Scoring, tmp_path: Path) -> None:
     authority = trustme.CA()
     pem, ca = tmp_path / "tls.pem", tmp_path / "ca.pem"
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
     authority.cert_pem.write_to_path(ca)
-    command = [sys.executable, "-m", "serving", model.url, "--port", "0", "--tls-cert", str(pem)]
-    with ended(ServerProcess(command, tmp_path, verify=False)) as server:
-        server.wait_until_ready()
-        known = check(model.url, "--url", server.url, "--ca", ca)
+    with answering(scoring, ssl_certfile=pem) as url:
+        known = check(model.url, "--url", url, "--ca", ca)
         assert known.exit_code == 0, known.output
-        unknown = check(model.url, "--url", server.url)
+        unknown = check(model.url, "--url", url)
         assert unknown.exit_code == 1 and "its certificate is refused" in unknown.stderr
-    wrong = check(model.url, "--url", server.url, "--ca", model.run / "report.json")
+    wrong = check(model.url, "--url", url, "--ca", model.run / "report.json")
     assert wrong.exit_code == 2 and "it has no certificate" in " ".join(wrong.stderr.split())
