@@ -30,7 +30,7 @@ from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.imagetable import ImageRef
 from pipeline.images.source import bytes_of
 from pipeline.network.backbone import Backbone, ComputeDType, backbone
-from pipeline.network.layers import network_of
+from pipeline.network.layers import preset_of
 from pipeline.store_run import BadRow
 
 DEADLY = "brings down the process that decodes it"
@@ -121,7 +121,7 @@ def check_part(
     deadly: Collection[int] = (),
 ) -> PartReport:
     """Report what `extract_part` would, from decoding alone: no network, and nothing is written."""
-    preset = network_of(settings.backbone, settings.weights).preset
+    preset = preset_of(settings.backbone, settings.weights)
     return _fill(_PartRows(settings.batch_size), preset, refs, decode_threads, deadly)
 
 
@@ -171,7 +171,7 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
 
 def try_image(settings: PartSettings, ref: ImageRef) -> None:
     """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
-    _Loader(network_of(settings.backbone, settings.weights).preset).load(ref)
+    _Loader(preset_of(settings.backbone, settings.weights)).load(ref)
 
 
 def torch_threads(workers_per_host: dict[str, int]) -> int:

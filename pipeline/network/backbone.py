@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from distributed import Client
-from torchvision.transforms import functional
 
 from featurestore.lookup.compute_dtype import dtype_of_environment
 from featurestore.spec import ExtractorSpec
 from pipeline.cluster.tasks import Killed, run_alone
 from pipeline.errors import BackboneError, ClusterError
 from pipeline.network.layers import network_of
+from pipeline.network.vision import functional
 from pipeline.network.weights import load_weights, weights_digest
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # bf16: Arm's name
@@ -31,15 +31,14 @@ _build_lock = threading.Lock()
 class Backbone:
     """The network MODEL:LAYER with its weights, in evaluation, on the GPU when there is one.
 
-    `spec` says which network it is, `dim` how many numbers it makes of an image, `preset` what it wants done to images.
-    Raises BackboneError, WeightsError; `warn` as in `load_weights`.
+    `spec` says which network it is, `preset` what it wants done to images. Raises BackboneError, WeightsError; `warn`
+    as in `load_weights`. That it gives one vector per image is not asked here: `feature_dim` does, for all workers.
     """
 
     def __init__(self, name: str, weights: str, compute_dtype: ComputeDType, *, warn: bool = True) -> None:
         network = network_of(name, weights)
         state = load_weights(network, weights, warn=warn)
         self.preset = network.preset
-        self.dim = network.dim
         self.spec = ExtractorSpec(
             backbone=f"torchvision {network.model}",
             layer=network.layer,

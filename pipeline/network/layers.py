@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
+from pipeline.network.vision import create_feature_extractor, get_graph_node_names, models
 
 NUM_NEAR = 5  # names in a message
 NUM_VECTOR_LAYERS = 8
 DRY_IMAGES = 2  # a number that no layer's own shape begins with by chance, as 1 does
 SCALES_ITS_INPUT = ("googlenet", "inception_v3")  # their weights want it, and torchvision sets it only with weights
+DRAWS = ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "trunc_normal_")  # starting values
 COUNTER = "num_batches_tracked"  # of batch norm in training: no part of what is computed here
 
 
@@ -47,9 +47,9 @@ class Layers(nn.Module):
 class Network:
     """A model up to a layer, on the meta device: names and shapes, no memory."""
 
+    name: str  # MODEL:LAYER, as it was given
     model: str
     layer: str
-    dim: int
     weights_entry: Any  # the member of torchvision's enum that `preset` is from, and --weights imagenet
     layers: Layers
 
@@ -57,6 +57,20 @@ class Network:
     def preset(self) -> Preset:
         """The preprocessing that the weights' own record asks for."""
         return _preset(self.weights_entry)
+
+    @functools.cached_property
+    def dim(self) -> int:
+        """The numbers per image, by a pass without values. Raises BackboneError where they are not one vector.
+
+        Torch imports its compiler for such a pass, which takes a second and a half.
+        """
+        pixels_BCHW = _pixels_without_values(self.preset)
+        shape = _shape(self.layers.extractor(pixels_BCHW)[self.layer])
+        if not _is_vector(shape):
+            gives = f"{tuple(shape[1:])} per image, not one vector" if shape else "no tensor"
+            near = _vector_layers(_without_memory(self.model, self.preset), self.model, pixels_BCHW)
+            raise BackboneError(f"backbone {self.name!r}: {self.layer} gives {gives}. {near}")
+        return shape[1]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """List the tensors that weights have to fill, by torchvision's names, without values."""
@@ -78,38 +92,40 @@ class Network:
 
 
 def network_of(name: str, weights: str) -> Network:
-    """Find the network MODEL:LAYER for `weights` (imagenet, imagenet:ENTRY, a file, random:SEED), without values.
+    """Cut out the network MODEL:LAYER for `weights` (imagenet, imagenet:ENTRY, a file, random:SEED), without values.
 
-    Raises BackboneError for an unknown model or layer, or one that gives more than one vector per image; WeightsError
-    for an unknown ENTRY.
+    Raises BackboneError for an unknown model or layer; WeightsError for an unknown ENTRY. That the layer gives one
+    vector per image is asked by `dim`.
     """
     model, _, query = name.partition(":")
-    known = models.list_models(module=models)
-    if model not in known:
-        raise BackboneError(f"backbone {name!r}: torchvision has no model {model!r}{_near(model, known)}")
-    entry = _weights_entry(model, weights)
+    entry = _known_entry(name, weights)
     whole = _without_memory(model, _preset(entry))
-    pixels_BCHW = torch.empty(DRY_IMAGES, 3, *_preset(entry).crop_height_width, device="meta")
     input_name, names = _node_names(whole)
     layer = next((node for node in reversed(names) if query and (node + ".").startswith(query + ".")), None)
     if layer is None:
         missing = f"has no layer {query!r}{_near(query, names)}" if query else "is a model: name one of its layers too"
-        raise BackboneError(f"backbone {name!r}: {model} {missing}. {_vector_layers(whole, model, pixels_BCHW)}")
-    extractor = _up_to(whole, input_name, [layer])
-    shape = _shape(extractor(pixels_BCHW)[layer])
-    if not _is_vector(shape):
-        gives = f"{tuple(shape[1:])} per image, not one vector" if shape else "no tensor"
-        raise BackboneError(f"backbone {name!r}: {layer} gives {gives}. {_vector_layers(whole, model, pixels_BCHW)}")
-    return Network(model, layer, shape[1], entry, Layers(extractor, layer))
+        near = _vector_layers(whole, model, _pixels_without_values(_preset(entry)))
+        raise BackboneError(f"backbone {name!r}: {model} {missing}. {near}")
+    return Network(name, model, layer, entry, Layers(_up_to(whole, input_name, [layer]), layer))
+
+
+def preset_of(name: str, weights: str) -> Preset:
+    """Give what a network wants done to images. Raises BackboneError for an unknown model; WeightsError."""
+    return _preset(_known_entry(name, weights))
 
 
 @functools.cache
 def feature_dim(name: str, weights: str) -> int:
-    """Count the numbers per image of a network. Raises as `network_of`."""
+    """Count the numbers per image of a network. Raises as `network_of`, and where they are not one vector."""
     return network_of(name, weights).dim
 
 
-def _weights_entry(model: str, weights: str) -> Any:
+def _known_entry(name: str, weights: str) -> Any:
+    """Find the entry of torchvision's enum that `weights` of the network `name` go by."""
+    model = name.partition(":")[0]
+    known = models.list_models(module=models)
+    if model not in known:
+        raise BackboneError(f"backbone {name!r}: torchvision has no model {model!r}{_near(model, known)}")
     entries = models.get_model_weights(model)
     if not weights.startswith("imagenet:"):
         return entries.DEFAULT
@@ -145,12 +161,21 @@ def _model(model: str, preset: Preset) -> nn.Module:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Parameters take no memory while a model is built; the small tensors that RegNets compute with stay real."""
+    """Parameters take no memory while a model is built; the small tensors that RegNets compute with stay real.
+
+    Nor are they drawn: torch has no quick way to draw without memory, and would import its compiler for it.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+        given = dict(kwargs or {})
+        if func is torch.empty:
+            given["device"] = "meta"
+        if func.__name__ in DRAWS:
+            drawn: torch.Tensor = args[0] if args else given["tensor"]
+            return drawn
+        return func(*args, **given)
 
 
 def _without_memory(model: str, preset: Preset) -> nn.Module:
@@ -174,6 +199,10 @@ def _up_to(whole: nn.Module, input_name: str, layers: Iterable[str]) -> nn.Modul
         whole, train_return_nodes=[input_name], eval_return_nodes=list(layers), suppress_diff_warning=True
     )
     return extractor.eval()
+
+
+def _pixels_without_values(preset: Preset) -> torch.Tensor:
+    return torch.empty(DRY_IMAGES, 3, *preset.crop_height_width, device="meta")
 
 
 def _shape(output: object) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 from pipeline.errors import WeightsError
-from pipeline.network.layers import Network, network_of
+from pipeline.network.layers import Network, feature_dim, network_of
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # a dot that torchvision has since dropped
@@ -40,9 +40,9 @@ def check_network(backbone: str, weights: str) -> None:
     For a job, before it starts a cluster. Raises BackboneError, WeightsError.
     """
     checked = check_weights_name(weights)
-    network = network_of(backbone, checked)
+    feature_dim(backbone, checked)
     if not checked.startswith(("imagenet", "random:")):
-        _check_fit(_from_file(Path(checked), values=False), network, weights)
+        _check_fit(_from_file(Path(checked), values=False), network_of(backbone, checked), weights)
 
 
 def warn_if_untrained(weights: str) -> None:

@@ -16,6 +16,7 @@ from pipeline.network import DEFAULT_BACKBONE, backbone
 from pipeline.network import weights as weights_module
 from pipeline.network.backbone import Backbone, fastest_dtype
 from pipeline.network.layers import feature_dim, network_of
+from pipeline.network.vision import CalledLater
 from pipeline.network.weights import check_network, check_weights_name, load_weights, weights_digest
 
 pytestmark = pytest.mark.long  # they make whole networks
@@ -90,7 +91,7 @@ def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments,
     expected_BD = torchvision_features(name.partition(":")[0], filled, layers, images, **arguments)
     pixels_BHWC = np.stack([prepare(path.read_bytes(), single.preset).pixels_HWC for path in paths])
     features_BD = single.features(pixels_BHWC)
-    assert features_BD.shape == (2, single.dim) == (2, feature_dim(name, "random:0"))
+    assert features_BD.shape == (2, feature_dim(name, "random:0"))
     np.testing.assert_allclose(features_BD, expected_BD, rtol=1e-4, atol=1e-4 * np.abs(expected_BD).max())
     assert (np.abs(expected_BD) > 0.01 * expected_BD.std()).mean() > 0.1
     assert (features_BD[0] != features_BD[1]).any()
@@ -156,7 +157,7 @@ def test_a_name_that_is_none_lists_those_that_are_near():
         "": "torchvision has no model ''",
     }.items():
         with pytest.raises(BackboneError, match=message):
-            network_of(name, "random:0")
+            feature_dim(name, "random:0")
 
 
 def test_a_block_stands_for_the_last_operation_in_it():
@@ -173,6 +174,13 @@ def test_every_model_of_torchvision_can_be_cut():
             network_of(model, "imagenet")
         layer = str(caught.value).split("come from: ")[1].split(" (")[0]
         assert network_of(layer, "imagenet").dim > 0
+
+
+def test_what_torchvision_asks_the_compiler_is_asked_once_it_is_called():
+    """That no worker imports the compiler, test_killed.py looks at."""
+    assert CalledLater("math").hypot(3, 4) == 5
+    with pytest.raises(AttributeError):
+        _ = CalledLater("math").__path__
 
 
 def test_random_weights_are_seeded():
