@@ -1,4 +1,7 @@
-"""Death at a chosen moment: this process ends itself by SIGKILL at the n-th thing that it does to files."""
+"""Death at a chosen moment: this process ends itself by SIGKILL at the n-th thing that it does to files.
+
+And processes to die: forks, with all that the tests have imported, patched and bound; or small ones without.
+"""
 
 import io
 import multiprocessing
@@ -6,10 +9,33 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+from tests.spared import spare_the_disk
 
 FORK = multiprocessing.get_context("fork")
+SMALL = multiprocessing.get_context("forkserver")
+"""Forks of a process that has imported the store and some tests of it alone. The tests' own holds networks and clusters
+of other tests too, and each fork of it takes a tenth of a second."""
+KILLS = "tests.featurestore.chaos.kills"
+SMALL.set_forkserver_preload(
+    [f"{KILLS}.test_kill_points", f"{KILLS}.test_machine", "tests.featurestore.published.test_published", "s3fs"]
+)
 EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir"}
+
+
+def small_process(work: Callable[..., object], *arguments: Any, name: str | None = None) -> BaseProcess:
+    """Make a small process for `work`, which can be pickled: with our environment, and without waits for a disk."""
+    return SMALL.Process(target=_work_small, args=(dict(os.environ), work, *arguments), name=name)
+
+
+def _work_small(environment: Mapping[str, str], work: Callable[..., object], *arguments: Any) -> None:
+    os.environ.update(environment)
+    spare_the_disk()
+    work(*arguments)
 
 
 class Fuse:

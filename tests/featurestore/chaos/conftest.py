@@ -7,17 +7,15 @@ and of its uri. Every operation's text in the manifest says what it did, so the 
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,14 +30,9 @@ from featurestore.upkeep import expiry as expiry_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from tests.spared import spare_the_disk
+from tests.fuse import SMALL, small_process
 
 Contents = dict[int, str]  # the name of the operation that wrote each key
-FORK = multiprocessing.get_context("fork")
-SMALL = multiprocessing.get_context("forkserver")
-"""Forks of a process that has imported the store and its tests alone. The tests' own holds networks and clusters of
-other tests too, and each fork of it takes a tenth of a second."""
-SMALL.set_forkserver_preload(["tests.featurestore.chaos.kills.test_kill_points", "tests.featurestore.chaos.conftest"])
 
 
 def rows_of(name: str, uris: Sequence[str], dim: int = 8) -> FeatureRows:
@@ -177,8 +170,14 @@ class Actor:
         self.note("done", operation=text, version=snapshot.version)
 
 
-def act(url: str, name: str, notes: Path, work: Callable[[Actor], None]) -> None:
-    """The life of a process of an arena."""
+def act(url: str, name: str, notes: Path, work: Callable[[Actor], None], one_thread: bool) -> None:
+    """The life of a process of an arena, where nothing is patched yet: without the race at the first write.
+
+    With one thread it does the same in the same order each time.
+    """
+    store_module.refuse_unsafe = lambda storage: None
+    if one_thread:
+        store_module._THREADS = expiry_module._THREADS = 1
     actor = Actor(FeatureStore.open(url), name, notes / f"{name}.jsonl")
     try:
         work(actor)
@@ -187,22 +186,10 @@ def act(url: str, name: str, notes: Path, work: Callable[[Actor], None]) -> None
         raise
 
 
-def act_small(environment: Mapping[str, str], *arguments: Any) -> None:
-    """`act` where nothing is patched yet: without waits for a disk, and the race at the first write.
-
-    By one thread, so that it does the same in the same order each time.
-    """
-    os.environ.update(environment)
-    spare_the_disk()
-    store_module.refuse_unsafe = lambda storage: None
-    store_module._THREADS = expiry_module._THREADS = 1
-    act(*arguments)
-
-
 class Arena:
     """One store, the processes that work on it, and all that they noted."""
 
-    fork = FORK
+    context = SMALL
 
     def __init__(self, store: FeatureStore, folder: Path) -> None:
         self.store = store
@@ -216,16 +203,9 @@ class Arena:
         """To act in this process."""
         return Actor(FeatureStore.open(self.store.url), name, self.folder / f"{name}.jsonl")
 
-    def start(self, name: str, work: Callable[[Actor], None]) -> BaseProcess:
-        """`work` in a process of its own, forked: with all that the caller has imported, patched and bound."""
-        return self._started(FORK.Process(target=act, args=(self.store.url, name, self.folder, work), name=name))
-
-    def start_small(self, name: str, work: Callable[[Actor], None]) -> BaseProcess:
-        """`work`, which can be pickled, in a fork of a small process: without what the caller has patched."""
-        arguments = (dict(os.environ), self.store.url, name, self.folder, work)
-        return self._started(SMALL.Process(target=act_small, args=arguments, name=name))
-
-    def _started(self, process: BaseProcess) -> BaseProcess:
+    def start(self, name: str, work: Callable[[Actor], None], one_thread: bool = False) -> BaseProcess:
+        """`work`, which can be pickled, in a small process of its own: without what the caller has patched."""
+        process = small_process(act, self.store.url, name, self.folder, work, one_thread, name=name)
         process.start()
         self.processes.append(process)
         return process

@@ -2,6 +2,7 @@
 
 import time
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 
@@ -12,7 +13,7 @@ from featurestore.upkeep.expiry import expire
 DAY_S = 86400.0
 
 
-def with_clock(actor, offset_s: float, work) -> None:
+def with_clock(offset_s: float, work, actor) -> None:
     """`work` in a process whose clock is wrong."""
     real, real_ns = time.time, time.time_ns
     time.time = lambda: real() + offset_s
@@ -21,7 +22,7 @@ def with_clock(actor, offset_s: float, work) -> None:
 
 
 def run(arena, name: str, offset_s: float, work) -> None:
-    process = arena.start(name, lambda actor: with_clock(actor, offset_s, work))
+    process = arena.start(name, partial(with_clock, offset_s, work))
     process.join()
     assert process.exitcode == 0, arena.failures()
 
@@ -31,10 +32,14 @@ def put_some(actor) -> None:
         actor.put([*actor.some_uris("hot", 4), f"{actor.name}-{step}"])
 
 
+def expire_now(actor) -> None:
+    expire(actor.store, keep_last=1, keep_days=30, grace_days=7)
+
+
 def test_order_and_time_of_writers_with_wrong_clocks(make_arena, contents_of, replay) -> None:
     arena = make_arena()
     writers = [
-        arena.start(f"w{i}", lambda actor, offset_s=offset_s: with_clock(actor, offset_s, put_some))
+        arena.start(f"w{i}", partial(with_clock, offset_s, put_some))
         for i, offset_s in enumerate([0.0, -400 * DAY_S, 3600.0, -1.0])
     ]
     for writer in writers:
@@ -61,10 +66,6 @@ def test_expiry_deletes_nothing_early_whoever_has_the_wrong_clock(make_arena, co
         before = [contents_of(snapshot) for snapshot in held]
         orphan = arena.store.storage.join("data", "0000", "orphan.parquet")
         arena.store.storage.write_bytes(orphan, b"of a writer at work")
-
-        def expire_now(actor) -> None:
-            expire(actor.store, keep_last=1, keep_days=30, grace_days=7)
-
         run(arena, "expirer", offset_s if wrong == "expirer" else 0.0, expire_now)
         assert log.versions(arena.store.storage) == [snapshot.version for snapshot in held], "younger than 30 days"
         assert [contents_of(snapshot) for snapshot in held] == before

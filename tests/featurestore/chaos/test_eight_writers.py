@@ -1,6 +1,7 @@
 """Eight processes write the same store at once: their history holds together to the last row."""
 
 import time
+from functools import partial
 
 import pytest
 
@@ -39,9 +40,10 @@ def expire(actor) -> None:
 
 
 def run_writers(arena, num_commits: int) -> None:
-    barrier = arena.fork.Barrier(8)
+    barrier = arena.context.Barrier(8)
     others = [arena.start(work.__name__, work) for work in (read, compact, expire)]
-    writers = [arena.start(f"w{i}", lambda actor: write(actor, num_commits // 8, barrier)) for i in range(8)]
+    write_some = partial(write, count=num_commits // 8, barrier=barrier)
+    writers = [arena.start(f"w{i}", write_some) for i in range(8)]
     for writer in writers:
         writer.join(MAX_S)
         assert writer.exitcode == 0, arena.failures()

@@ -12,7 +12,7 @@ from featurestore.errors import CommitConflictError, StorageError
 from featurestore.published import PublishedFile, PublishedFiles, expire, open_published, publish, upload
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
-from tests.fuse import FORK, Fuse
+from tests.fuse import Fuse, small_process
 
 
 @pytest.fixture
@@ -141,17 +141,16 @@ class TestWriters:
         assert content(newest(storage)) == FIRST
 
 
+def publish_until(fuse: Fuse, url: str, before: PublishedFiles, folder: Path) -> None:
+    fuse.watch_s3()
+    publish_second(Storage(url), before, folder)
+
+
 def test_killed_at_any_request_it_is_published_or_not(storage: Storage, first: PublishedFiles, tmp_path: Path) -> None:
     """And the same again publishes it, where it was not."""
     before, at, killed = first, 1, 0
     while True:
-        fuse = Fuse(at, tmp_path / "trace")
-
-        def writer(fuse: Fuse = fuse, before: PublishedFiles = before) -> None:
-            fuse.watch_s3()
-            publish_second(Storage(storage.url), before, tmp_path)
-
-        process = FORK.Process(target=writer)
+        process = small_process(publish_until, Fuse(at, tmp_path / "trace"), storage.url, before, tmp_path)
         process.start()
         process.join()
         now = newest(storage)
@@ -168,20 +167,32 @@ def test_killed_at_any_request_it_is_published_or_not(storage: Storage, first: P
     assert is_new and killed >= 8  # before and after two puts, listings and the reading back
 
 
+def make_older(patch: pytest.MonkeyPatch, ages: dict[str, float]) -> None:
+    """As if the files whose path has one of these texts were older by its seconds."""
+    entries = Storage.entries
+
+    def older(storage: Storage, path: str = "", recursive: bool = True) -> list[StorageEntry]:
+        return [
+            each._replace(mtime_s=each.mtime_s - sum(age for start, age in ages.items() if start in each.path))
+            for each in entries(storage, path, recursive)
+        ]
+
+    patch.setattr(Storage, "entries", older)
+
+
+def expire_until(fuse: Fuse, url: str, ages: dict[str, float]) -> None:
+    fuse.watch_s3({"delete_object", "delete_objects"})
+    with pytest.MonkeyPatch.context() as patch:
+        make_older(patch, ages)
+        expire(Storage(url), 7 * 86_400)
+
+
 class TestExpire:
     @pytest.fixture
     def aged(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         """Ages, in seconds, of paths that begin so; the others are new."""
         ages: dict[str, float] = {}
-        entries = Storage.entries
-
-        def older(storage: Storage, path: str = "", recursive: bool = True) -> list[StorageEntry]:
-            return [
-                each._replace(mtime_s=each.mtime_s - sum(age for start, age in ages.items() if start in each.path))
-                for each in entries(storage, path, recursive)
-            ]
-
-        monkeypatch.setattr(Storage, "entries", older)
+        make_older(monkeypatch, ages)
         return ages
 
     def test_versions_replaced_long_ago_go_with_their_files(
@@ -225,12 +236,7 @@ class TestExpire:
         aged |= {"files/": 9 * 86_400, "versions/": 9 * 86_400}
 
         for at in range(1, 60, step):
-
-            def expirer(at: int = at) -> None:
-                Fuse(at, tmp_path / "trace").watch_s3({"delete_object", "delete_objects"})
-                expire(Storage(storage.url), 7 * 86_400)
-
-            process = FORK.Process(target=expirer)
+            process = small_process(expire_until, Fuse(at, tmp_path / "trace"), storage.url, aged)
             process.start()
             process.join()
             assert content(newest(storage)) == {"train/day=7.parquet": "seven"}

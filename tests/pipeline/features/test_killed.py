@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import dask
@@ -169,9 +170,24 @@ class Crash(WorkerPlugin):
 
 @contextlib.contextmanager
 def preloaded(*modules):
-    """Workers are forked from one process, which has imported these modules: those that die start again at once."""
-    get_mp_context().set_forkserver_preload(list(modules))
-    yield
+    """Workers are forked from one process, which has imported these modules: those that die start again at once.
+
+    It is another one than that of small processes, which other tests may have started here.
+    """
+    context, server = get_mp_context(), forkserver._forkserver
+    before = server._preload_modules
+    server._stop()
+    context.set_forkserver_preload(list(modules))
+    try:
+        yield
+    finally:
+        server._stop()
+        context.set_forkserver_preload(before)
+
+
+def has_compiler():
+    """Whether this process has imported the compiler of torch."""
+    return "torch._dynamo" in sys.modules
 
 
 def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(make, write, tmp_path):
@@ -191,6 +207,7 @@ def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(mak
     ):
         workers.register_plugin(crash)
         assert make(folder, cluster=workers).bad == ()
+        assert not any(workers.run(has_compiler).values()), "its import takes longer than that of all else"
         assert not list(crash.once.iterdir())
         assert_same_rows(store, tmp_path / "calm")
 

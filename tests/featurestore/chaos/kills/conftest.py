@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse import FORK, Fuse
+from tests.fuse import Fuse, small_process
 
 
 @pytest.fixture
 def make_fuse(tmp_path: Path) -> Iterator[Callable[[int], Fuse]]:
-    """A fuse for the process that is forked next; the points that it noted are in `trace`."""
+    """A fuse for the process that starts next; the points that it noted are in `trace`."""
     yield lambda at: Fuse(at, tmp_path / "trace")
 
 
@@ -27,18 +27,18 @@ def trace(tmp_path: Path) -> Callable[[], list[str]]:
     return noted
 
 
+def watched(fuse: Fuse, root: str, work: Callable[[], None]) -> None:
+    fuse.watch_disk(root)
+    work()
+
+
 @pytest.fixture
 def dies_at(make_fuse: Callable[[int], Fuse]) -> Callable[[int, Callable[[], None], str], bool]:
-    """Do `work` in a forked process that dies at its n-th thing to do with files below a root: whether it did."""
+    """Do `work`, which can be pickled, in a process that dies at its n-th thing to do with files below a root: whether
+    it did."""
 
     def run(at: int, work: Callable[[], None], root: str) -> bool:
-        fuse = make_fuse(at)
-
-        def watched() -> None:
-            fuse.watch_disk(root)
-            work()
-
-        process = FORK.Process(target=watched)
+        process = small_process(watched, make_fuse(at), root, work)
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)

@@ -64,7 +64,7 @@ def die_everywhere(arena, work, make_fuse, trace, watch, num_commits: int = 1, e
 
     def run(at: int) -> tuple[Any, int | None]:
         twin = arena.twin()
-        process = twin.start_small("writer", partial(run_with, make_fuse(at), work, watch))
+        process = twin.start("writer", partial(run_with, make_fuse(at), work, watch), one_thread=True)
         process.join()
         found = len(twin.check())
         assert found in (num_before, num_before + num_commits)

@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,10 @@ from tests.metadata import metadata_of
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
 AGE_S = 30 * 86400.0
 Contents = dict[int, tuple[int, ...]]
+
+
+def expire_soon(store: FeatureStore, keep_last: int) -> None:
+    expire(store, keep_last=keep_last, keep_days=0, grace_days=7)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -89,7 +94,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(uris=URIS, at=st.integers(1, 60))
     def put_and_die(self, uris: list[str], at: int) -> None:
         rows = self.rows(uris)
-        self.dies_at(at, lambda: self.store.put(rows), self.store.url)
+        self.dies_at(at, partial(self.store.put, rows), self.store.url)
         if self.store.snapshot().version > max(self.past):
             self.learn(rows)
             self.committed(max(self.past) + 1)
@@ -105,7 +110,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(at=st.integers(1, 60))
     def compact_and_die(self, at: int) -> None:
-        self.dies_at(at, lambda: compact(self.store, force=True), self.store.url)
+        self.dies_at(at, partial(compact, self.store, force=True), self.store.url)
         if self.store.snapshot().version > max(self.past):
             self.committed(max(self.past) + 1)
 
@@ -135,7 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
     def expire_soon(self, keep_last: int, at: int | None) -> None:
         """Nothing is old enough to be deleted, so whoever holds a snapshot is not disturbed."""
         if at is not None:
-            self.dies_at(at, lambda: self.expire(keep_last), self.store.url)
+            self.dies_at(at, partial(expire_soon, self.store, keep_last), self.store.url)
         self.expire(keep_last)
         self.forget(keep_last)
 
@@ -157,7 +162,7 @@ class StoreMachine(RuleBasedStateMachine):
         return sorted(path for path in paths if path.startswith(folder) and path.endswith(".parquet"))
 
     def expire(self, keep_last: int) -> None:
-        expire(self.store, keep_last=keep_last, keep_days=0, grace_days=7)
+        expire_soon(self.store, keep_last)
 
     def forget(self, keep_last: int) -> None:
         newest = sorted(self.past)[-keep_last:]
