@@ -16,6 +16,7 @@ import trustme
 from PIL import Image
 
 from featurestore.store import FeatureStore
+from tests.commands.calls import call
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.security.test_listening import started
 from tests.trainer.conftest import Places
@@ -56,6 +57,16 @@ class Work:
         self.printed += said
         assert done.returncode != 0 and because in said, said[-3000:]
 
+    def fails_here(self, *words: object, because: str) -> None:
+        """Do so in this process, where no other one is part of what is looked at."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            called = call(list(map(str, words)))
+        said = called.out + called.err + called.trace
+        self.printed += said
+        assert called.code != 0 and because in said, said[-3000:]
+
     def check(self, *secrets: str) -> None:
         """No secret is in what was printed, nor in any file of the folder."""
         files = [path for path in self.folder.rglob("*") if path.is_file() and "planted" not in path.parts]
@@ -95,7 +106,7 @@ class TestKeysOfAnObjectStore:
         store.delete(list(range(1_000, 1_010)))
         settings = places.settings(run__name="b", run__dir=str(work.folder / "runs"), data__store=store.url)
         words = [f"--set={each}" for each in settings]
-        work.fails(*python("-m", "trainer.main", *words), because="no feature")
+        work.fails_here("trainer.main", *words, because="no feature")
         assert (work.folder / "runs" / "b" / "config.yaml").is_file()
         work.check(SECRET, SESSION)
 
@@ -205,15 +216,11 @@ class TestTokensAndKeys:
     def test_that_are_wrong(
         self, command: str, work: Work, places: Places, model: Path, files: dict[str, Path]
     ) -> None:
-        server = (
-            python("-m", "serving", model)
-            if command == "serving"
-            else python("-m", "featurestore", "serve", places.folder / "features")
-        )
+        server = ["serving", model] if command == "serving" else ["featurestore", "serve", places.folder / "features"]
         server += ["--port", "0"]
-        work.fails(*server, "--token-file", files["short"], because="characters and can be guessed")
-        work.fails(*server, "--tls-cert", files["cert"], "--tls-key", files["half"], because="half")
-        work.fails(*server, "--token-file", files["key"], because="token")
+        work.fails_here(*server, "--token-file", files["short"], because="characters and can be guessed")
+        work.fails_here(*server, "--tls-cert", files["cert"], "--tls-key", files["half"], because="half")
+        work.fails_here(*server, "--token-file", files["key"], because="token")
         work.check(SHORT_TOKEN, _body(files["key"]), _body(files["half"]))
 
 

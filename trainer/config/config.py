@@ -276,7 +276,7 @@ def _checked(files: Sequence[tuple[DictConfig, str]], settings: Sequence[str]) -
 
 def _merged_in_order(layers: Iterable[tuple[DictConfig, str]]) -> DictConfig:
     """Merge layers, each with its source, one after the other over the preset. Raises ConfigError, which names it."""
-    merged = pickle.loads(_preset(DEFAULT_PRESET))
+    merged: DictConfig = pickle.loads(_preset(DEFAULT_PRESET))
     for above, source in layers:
         if lines := [f"{source}: {old} is {new} now" for old, new in legacy.moved(_plain(above))]:
             raise ConfigError("\n".join(lines))

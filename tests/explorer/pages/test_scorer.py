@@ -1,7 +1,9 @@
 """The pages of the scorer: versions, a server that starts, its figures, and scores that are those of the run."""
 
+import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +14,7 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data.scorer.child import ChildScorer
 from explorer.errors import ExplorerError
 from explorer.html.site import Site
 from explorer.pages.scorer import ScorerPages
@@ -19,7 +22,8 @@ from explorer.places import Places
 from explorer.server.app import application
 from explorer.server.export import export
 from featurestore.errors import TokenFileError
-from serving.errors import BundleNotFoundError
+from serving.errors import BundleNotFoundError, ServingError
+from serving.scoring.remote import RemoteScorer
 from tests.explorer.world import World
 
 pytestmark = pytest.mark.timeout(300)
@@ -55,12 +59,17 @@ def wait_ready(client: TestClient) -> None:
         time.sleep(0.2)
 
 
-def asking(served: TestClient, world: World, folder: Path) -> Places:
-    """Places whose scorer is that of `served`, as a person names a running one."""
+def child_of(served: TestClient) -> ChildScorer:
+    """The scorer that the pages have started."""
     app: Any = served.app
     pages = next(route.endpoint.__self__ for route in app.routes if getattr(route, "path", "") == "/scorer")
     assert isinstance(pages, ScorerPages) and pages.child is not None
-    scorer = pages.child.scorer()
+    return pages.child
+
+
+def asking(served: TestClient, world: World, folder: Path) -> Places:
+    """Places whose scorer is that of `served`, as a person names a running one."""
+    scorer = child_of(served).scorer()
     assert scorer is not None
     tokens = folder / "tokens"
     tokens.write_text(f"{scorer.token}\n")
@@ -183,6 +192,23 @@ def test_a_run_that_is_not_there_or_has_trained_on(served: TestClient, world: Wo
     shutil.copytree(world.runs / "both-longer", tmp_path / "runs" / "both")
     with TestClient(application(Site(replace(asked, runs=str(tmp_path / "runs"))))) as client:
         assert "has a newer checkpoint now" in client.get("/scorer/impression/0/part").text
+
+
+def test_it_answers_with_its_token_alone_and_is_seen_to_be_killed(served: TestClient) -> None:
+    """The last test of it."""
+    child = child_of(served)
+    pid, scorer = child.pid, child.scorer()
+    assert pid is not None and scorer is not None
+    assert scorer.url.startswith("http://127.0.0.1:")
+    assert b"serving_model_version 1.0" in scorer.read("/metrics")
+    with pytest.raises(ServingError, match="401"):
+        RemoteScorer(scorer.url).read("/metrics")
+    os.kill(pid, signal.SIGKILL)
+    end_s = time.monotonic() + 60
+    while child.state().phase != "ended":
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+    assert child.scorer() is None
 
 
 def test_an_export_starts_no_server(world: World, tmp_path: Path) -> None:

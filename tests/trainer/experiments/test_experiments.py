@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from scipy import stats
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
@@ -42,6 +41,8 @@ def figures(*gaucs: list[float]) -> dict[str, list[dict[str, float]]]:
 
 
 def test_gains_are_paired_by_seed_and_corrected_for_the_number_of_rows() -> None:
+    from scipy import stats  # a second's import, of two tests
+
     base, a, b = [0.60, 0.62, 0.61, 0.65], [0.61, 0.635, 0.62, 0.662], [0.60, 0.63, 0.60, 0.66]
     rows = rows_of(TABLE, figures(base, a, b))
     assert (rows[0].gain, rows[0].p_value, rows[0].baseline) == (None, None, None)
@@ -56,6 +57,8 @@ def test_gains_are_paired_by_seed_and_corrected_for_the_number_of_rows() -> None
 
 
 def test_an_interval_is_students() -> None:
+    from scipy import stats
+
     values = [1.0, 2.0, 4.0]
     low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
     found = seed_mean(values)

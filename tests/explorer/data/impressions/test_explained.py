@@ -192,7 +192,7 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
     assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
 
 
-@of_kinds("lr", "gallery_max", "finalmlp", "similar", "nearest", "images_behavior", "two_tower", "images_ad")
+@of_kinds("lr", "gallery_max", "finalmlp", "similar", "din_inputs", "images_behavior", "two_tower", "images_ad")
 def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
     trained(kind)
     weighed = kind in ("gallery_max", "finalmlp", "similar", "images_behavior")
