@@ -5,7 +5,7 @@ both). Quick to import: without torch.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
@@ -57,6 +57,21 @@ TableConfig = Annotated[
         custom_error_message="it should be a number of rows, or {kind: exact, max_rows: NUMBER}",
     ),
 ]
+
+
+class ToldBy(NamedTuple):
+    """The setting that makes a model tell new ads from known ones, as it is, and what takes it back."""
+
+    setting: str
+    otherwise: str
+
+    @classmethod
+    def of(cls, image_holdout: float, image_dropout: float) -> "ToldBy | None":
+        """Return which of these two settings does; None: neither."""
+        for name, value in {"image_holdout": image_holdout, "image_dropout": image_dropout}.items():
+            if value:
+                return cls(f"model.{name}={value}", f"model.{name}=0")
+        return None
 
 
 class ModelConfig(Section):
@@ -136,6 +151,10 @@ class ModelConfig(Section):
     image_holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of images that E learns nothing from: on their ads the model learns what a new ad's picture is worth
     (docs/NEW_ADS.md); needs id_init_std of 0.001 or less."""
+    image_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training samples whose ad has no picture: its visual vectors are zero. Evaluations then decide, on ads
+    that training has not seen, whether pictures of new ads count, or are zero too (docs/NEW_ADS.md); needs id_init_std
+    of 0.001 or less."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
     """Type of E's matrix products; all else is float32, or float64 with them, which is slow and for checks. auto: what
     the machine is quicker at; a run keeps what it began with."""
@@ -148,6 +167,11 @@ class ModelConfig(Section):
     )
     """Each ID table by name: a number of rows into which ids are hashed, rounded up to fill every shard; or a row for
     each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30} (docs/ID_TABLES.md)."""
+
+    @property
+    def told_new_ads(self) -> "ToldBy | None":
+        """Return what makes the model tell new ads from known ones; None: it does not."""
+        return ToldBy.of(self.image_holdout, self.image_dropout)
 
     @field_validator("pooling")
     @classmethod
@@ -183,11 +207,11 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _new_ads_are_told(self) -> "ModelConfig":
-        if self.image_holdout and self.id_init_std > LARGEST_UNTRAINED:
+        if (told := self.told_new_ads) and self.id_init_std > LARGEST_UNTRAINED:
             raise ValueError(
-                f"model.image_holdout={self.image_holdout} takes an ad for new while its ID rows lie where rows start, "
-                f"and with model.id_init_std={self.id_init_std} trained rows lie there too; set it to "
-                f"{LARGEST_UNTRAINED} or less"
+                f"{told.setting} takes an ad for new while its ID rows lie where rows start, and with "
+                f"model.id_init_std={self.id_init_std} trained rows lie there too; set it to {LARGEST_UNTRAINED} or "
+                "less"
             )
         return self
 

@@ -350,8 +350,10 @@ class Engine:
         )
         for service in self.services.values():
             service.dropout = of_images
-        held_out = dict.fromkeys(new_ads.images if new_ads else (), of_images.is_held_out)
-        return of_images, IdDropout(schema, model.id_dropout, seed, held_out)
+        images = new_ads.images if new_ads and new_ads.holds_out else ()
+        held_out = dict.fromkeys(images, of_images.is_held_out)
+        image_rate = model.image_dropout if new_ads else 0.0
+        return of_images, IdDropout(schema, model.id_dropout, seed, held_out, image_rate=image_rate)
 
     def _exchange_of(
         self, model: ModelConfig, config: ExchangeConfig | None

@@ -10,6 +10,7 @@ from trainer.config.config import config_digest
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.memory import objects_frozen
 from trainer.errors import CheckpointError, TrainerError
+from trainer.evaluation.pictures import checked
 from trainer.evaluation.predict import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import stopping, summary
@@ -73,13 +74,21 @@ class Training:
         if run.test_reader.num_samples == 0:
             return
 
-        count = run.test_reader.steps_per_epoch
-        with self.totals.timed("evaluate"), self._prepared(run.test_reader.batches(), count, "eval") as coming:
-            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
-            with self._engine.averaged():
-                self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
+        new_ads = self._engine.model.new_ads
+        with self.totals.timed("evaluate"), self._engine.averaged():
+            if new_ads is not None and new_ads.is_checked:
+                self.metrics = checked(self._measured, new_ads, self._progress.say)
+            else:
+                self.metrics = self._measured()
         run.history.append({"step": self._engine.num_steps, **self.metrics})
         self._progress.metrics(self._engine.num_steps, self.metrics)
+
+    def _measured(self) -> Metrics:
+        """Predict and measure the test samples."""
+        run = self._run
+        with self._prepared(run.test_reader.batches(), run.test_reader.steps_per_epoch, "eval") as coming:
+            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
+            return evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
 
     def _epoch(self, epoch: int, trace_step: Callable[[], None]) -> None:
         if self._is_over():

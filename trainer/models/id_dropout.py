@@ -1,8 +1,10 @@
-"""ID dropout: in training, some samples show their ad as if it were new, so that the model learns to go by the rest.
+"""Dropout of IDs and of pictures: in training, some samples show their ad without one of the two, so that the model
+learns to go by the rest.
 
 A new ad has a known category and a picture, but rows that nobody trained: of its own ID and of its image's ID. After
 DropoutNet (Volkovs et al., NIPS 2017), which drops the whole preference vector of an item, both are dropped together,
-and nothing is scaled up in return. They become zero, which is the mean of rows before their first step.
+and nothing is scaled up in return. They become zero, which is the mean of rows before their first step. A picture that
+is dropped is zero as well, as one without features may be (data.missing=zeros).
 """
 
 from collections.abc import Callable, Mapping
@@ -27,24 +29,38 @@ HeldOut = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 
 
 class IdDropout:
-    """Drops the ad's own IDs of a share `rate` of samples, and of half of those whose ad's images are all held out.
+    """Drops the ad's own IDs of a share `rate` of samples, and of half of those whose ad's images are all held out; and
+    drops the ad's visual vectors of a share `image_rate`.
 
     `held_out`: by content field of the ad, which of the images of these keys are.
     """
 
-    def __init__(self, schema: Schema, rate: float, seed: int, held_out: Mapping[str, HeldOut] | None = None) -> None:
-        self.rate, self._seed, self._held_out = rate, seed, held_out or {}
+    def __init__(
+        self,
+        schema: Schema,
+        rate: float,
+        seed: int,
+        held_out: Mapping[str, HeldOut] | None = None,
+        *,
+        image_rate: float = 0.0,
+    ) -> None:
+        self.rate, self._seed, self._held_out, self._image_rate = rate, seed, held_out or {}, image_rate
         self.fields = own_ids_of_ads(schema)
+        self._images = tuple(field.name for field in schema.of_kind("content", side="ad"))
 
     def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
         """Replace the vectors of dropped samples by zeros that have no gradient, for training step `step`."""
-        if self.rate == 0 and not self._held_out:
-            return dict(vectors)
-        rate: float | NDArray[np.float64] = self.rate
-        if self._held_out:
-            rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
-        dropped_B = dropped(self._seed, step, batch.places, rate)
-        return {name: _zeroed(field, dropped_B) if name in self.fields else field for name, field in vectors.items()}
+        result = dict(vectors)
+        if self.rate or self._held_out:
+            rate: float | NDArray[np.float64] = self.rate
+            if self._held_out:
+                rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
+            dropped_B = dropped(self._seed, step, batch.places, rate)
+            result |= {name: _zeroed(result[name], dropped_B) for name in self.fields if name in result}
+        if self._image_rate:
+            dropped_B = dropped(self._seed, step, batch.places, self._image_rate, "image_dropout")
+            result |= {name: _zeroed(result[name], dropped_B) for name in self._images if name in result}
+        return result
 
 
 def _all_held_out(batch: Batch, held_out: Mapping[str, HeldOut]) -> NDArray[np.bool_]:
@@ -75,13 +91,15 @@ def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
     )
 
 
-def dropped(seed: int, step: int, place_B: NDArray[np.int64], rate: float | NDArray[np.float64]) -> NDArray[np.bool_]:
+def dropped(
+    seed: int, step: int, place_B: NDArray[np.int64], rate: float | NDArray[np.float64], what: str = "id_dropout"
+) -> NDArray[np.bool_]:
     """Return whether the samples at these places of the global batch are dropped, (B,). `rate`: one, or each's.
 
-    Counter based: the number at the sample's place in the global batch, of a stream for (seed, step). So it depends
-    neither on the number of ranks nor on what was drawn before.
+    Counter based: the number at the sample's place in the global batch, of a stream for (seed, what, step). So it
+    depends neither on the number of ranks nor on what was drawn before.
     """
-    is_dropped_B: NDArray[np.bool_] = unit_interval(random_words(f"{seed}/id_dropout/{step}", place_B)) < rate
+    is_dropped_B: NDArray[np.bool_] = unit_interval(random_words(f"{seed}/{what}/{step}", place_B)) < rate
     return is_dropped_B
 
 

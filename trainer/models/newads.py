@@ -1,10 +1,16 @@
-"""What the picture of a new ad is worth: learned on ads whose pictures E learns nothing from (model.image_holdout).
+"""What the picture of a new ad is worth: learned on ads whose pictures E learns nothing from (model.image_holdout), and
+checked on ads that training has not seen (model.image_dropout).
 
 E knows the pictures of its training by heart, in part; of a new picture it makes a vector that may mean less, or, with
 poor features, nothing. The networks cannot tell, as long as all ads that they see are known. So a share of the images
 is held out of E's training, and half of their samples lose their ad's own IDs (trainer/models/id_dropout.py): these
 look as a new ad will. A new ad's visual vector goes through a scale and a shift of its own, which
 these samples alone train.
+
+The networks come to know held-out pictures by heart as well, so features that say nothing still take a little away.
+Only ads that no part of the model has seen can tell. With `image_dropout` the model also learns to do without pictures,
+on some samples; an evaluation scores the ads that training has not seen with and without them, and what ranks these
+better holds from then on (trainer/evaluation/pictures.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import ExactTableConfig, ModelConfig
+from trainer.config.options import ExactTableConfig, ModelConfig, ToldBy
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
 from trainer.exchange.sums import take_rows
@@ -26,27 +32,51 @@ _ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)
 
 
 class NewAds(nn.Module):
-    """scale * v + shift in place of the visual vectors v of new ads, scale and shift one number an element.
+    """What the networks see in place of the visual vectors v of new ads: with `image_holdout` scale * v + shift, scale
+    and shift one number an element; where pictures do not count, v is zero.
 
     An ad is new while none of its own IDs has been trained: while every number of their rows lies where rows start, or
     is zero, as ID dropout leaves it. So nothing but the rows themselves has to be known, here and where ads are served.
     """
+
+    counts: Tensor
+    """Whether pictures of new ads count, 1 or 0; with `image_dropout` alone."""
 
     def __init__(self, images: Sequence[Field], own_ids: Sequence[str], config: ModelConfig) -> None:
         super().__init__()
         self.images = tuple(field.name for field in images)
         self._own_ids = own_ids
         self._reach = config.id_init_std * 3**0.5 * _ROUNDING  # rows start uniformly around zero
-        self.scale = nn.ParameterDict({f.name: nn.Parameter(torch.ones(width_of(f, config))) for f in images})
-        self.shift = nn.ParameterDict({f.name: nn.Parameter(torch.zeros(width_of(f, config))) for f in images})
+        self.holds_out, self.is_checked = config.image_holdout > 0, config.image_dropout > 0
+        if self.holds_out:
+            self.scale = nn.ParameterDict({f.name: nn.Parameter(torch.ones(width_of(f, config))) for f in images})
+            self.shift = nn.ParameterDict({f.name: nn.Parameter(torch.zeros(width_of(f, config))) for f in images})
+        if self.is_checked:
+            self.register_buffer("counts", torch.ones(()))
+
+    @property
+    def pictures_count(self) -> bool:
+        """Return whether new ads keep their pictures."""
+        return not self.is_checked or bool(self.counts)
+
+    def decide(self, *, pictures_count: bool) -> None:
+        """Settle whether new ads keep their pictures."""
+        self.counts.fill_(pictures_count)
 
     def forward(self, fields: Mapping[str, FieldVectors]) -> dict[str, FieldVectors]:
         """Replace the visual vectors of new ads; each ad then has a vector of its own."""
+        is_decided = self.is_checked and not self.training
+        if not (self.holds_out or is_decided):
+            return dict(fields)
         is_new_B1 = self._are_new(fields).unsqueeze(1)
         result = dict(fields)
         for name in self.images:
-            visual_BV = take_rows(fields[name].vectors_UV, fields[name].index_N)
-            visual_BV = torch.where(is_new_B1, torch.addcmul(self.shift[name], visual_BV, self.scale[name]), visual_BV)
+            known_BV = visual_BV = take_rows(fields[name].vectors_UV, fields[name].index_N)
+            if is_decided:
+                visual_BV = visual_BV * self.counts
+            if self.holds_out:
+                visual_BV = torch.addcmul(self.shift[name], visual_BV, self.scale[name])
+            visual_BV = torch.where(is_new_B1, visual_BV, known_BV)
             index_N = torch.arange(visual_BV.shape[0], device=visual_BV.device)
             result[name] = FieldVectors(visual_BV, index_N, fields[name].lengths_M, fields[name].weights_N)
         return result
@@ -63,13 +93,13 @@ class NewAds(nn.Module):
 
 
 def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
-    """Make `NewAds`; None where no image is held out, or the model sees no picture of the ad, or the ad has no own ID.
-    An ID crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank). Raises
-    ConfigError where an ID table would hide all new ads."""
+    """Make `NewAds`; None where no image is held out and nothing is checked, or the model sees no picture of the ad, or
+    the ad has no own ID. An ID crossed with the context does not count: an ad's vector is made where there is none
+    (trainer.prerank). Raises ConfigError where an ID table would hide all new ads."""
     images, own_ids = _images_and_ids(schema, fields)
-    if not (config.image_holdout and images and own_ids):
+    if not (config.told_new_ads and images and own_ids):
         return None
-    _check_tables([field.table_name for field in own_ids], config)
+    _check_tables([field.table_name for field in own_ids], config, config.told_new_ads)
     return NewAds(images, [field.name for field in own_ids], config)
 
 
@@ -88,13 +118,13 @@ def _images_and_ids(schema: Schema, fields: Sequence[Field]) -> tuple[list[Field
     )
 
 
-def _check_tables(own_tables: Sequence[str], config: ModelConfig) -> None:
+def _check_tables(own_tables: Sequence[str], config: ModelConfig, told: ToldBy) -> None:
     """Refuse tables in which new ids wait for a row: they share a trained one, and would never be those of a new ad."""
     for name in own_tables:
         table = config.tables.get(name)
         if isinstance(table, ExactTableConfig) and table.admit_after > 1:
             raise ConfigError(
-                f"model.image_holdout={config.image_holdout} takes an ad for new while its ID rows are untrained, and "
-                f"with model.tables.{name}.admit_after={table.admit_after} new ids share a trained row; set "
-                f"model.tables.{name}.admit_after=1, or model.image_holdout=0"
+                f"{told.setting} takes an ad for new while its ID rows are untrained, and with "
+                f"model.tables.{name}.admit_after={table.admit_after} new ids share a trained row; set "
+                f"model.tables.{name}.admit_after=1, or {told.otherwise}"
             )

@@ -17,6 +17,7 @@ from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
+from trainer.config.options import ToldBy
 from trainer.errors import CheckpointError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
@@ -25,6 +26,8 @@ from trainer.runs.folder import find_checkpoint, pinned
 from trainer.samples.statistics import DECLARED, FOUND
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
+_DECIDED = "model.new_ads.counts"
+"""What evaluations settle (model.image_dropout): a run may begin without it, or let it go."""
 
 
 class Warmable(Protocol):
@@ -81,8 +84,9 @@ class _Chosen:
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
         for part, prefix in _PREFIXES.items():
             if part in self._warm.parts:
+                idle = {_DECIDED} - (self._dense.keys() & state.keys())
                 mine, theirs = (
-                    {name: value for name, value in each.items() if name.startswith(prefix)}
+                    {name: value for name, value in each.items() if name.startswith(prefix) and name not in idle}
                     for each in (self._dense, state)
                 )
                 with self._named(part):
@@ -121,7 +125,7 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
     """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
     theirs = _settings_of(warm)
     differing = [name for name in sorted(_meaning(model) | _meaning(theirs)) if model[name] != theirs[name]]
-    if _tells_new_ads(model) != _tells_new_ads(theirs):
+    if _maps_new_ads(model) != _maps_new_ads(theirs):
         differing.append("image_holdout")
     if differing:
         was, has = (", ".join(f"model.{name}={each[name]}" for name in differing) for each in (theirs, model))
@@ -139,7 +143,7 @@ def _meaning(model: Mapping[str, Any]) -> set[str]:
         names.add("cross_structure")
     if model["base"] == "finalmlp":
         names.add("feature_gates")
-    if model["images"] in ("ad", "both"):
+    if _sees_ads(model):
         names.add("id_proxy")
     if model["images"] in ("behavior", "both") and model["base"] != "two_tower":
         names |= {"pooling", "similarity_top_k"}
@@ -150,9 +154,13 @@ def _meaning(model: Mapping[str, Any]) -> set[str]:
     return names
 
 
-def _tells_new_ads(model: Mapping[str, Any]) -> bool:
+def _maps_new_ads(model: Mapping[str, Any]) -> bool:
     """Whether the pictures of new ads have a scale and a shift of their own."""
-    return model["image_holdout"] > 0 and model["images"] in ("ad", "both")
+    return model["image_holdout"] > 0 and _sees_ads(model)
+
+
+def _sees_ads(model: Mapping[str, Any]) -> bool:
+    return model["images"] in ("ad", "both")
 
 
 def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
@@ -165,11 +173,12 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
                 f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
                 "its data.schema_file, or leave ids out of run.warm_parts"
             )
-    if _tells_new_ads(model) and theirs["id_init_std"] > model["id_init_std"]:
+    told = ToldBy.of(model["image_holdout"], model["image_dropout"]) if _sees_ads(model) else None
+    if told and theirs["id_init_std"] > model["id_init_std"]:
         raise CheckpointError(
             f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
-            f"and with model.image_holdout={model['image_holdout']} an ad is new while its rows lie within this run's "
-            f"{model['id_init_std']}, so none would be; leave ids out of run.warm_parts, or set model.image_holdout=0"
+            f"and with {told.setting} an ad is new while its rows lie within this run's {model['id_init_std']}, so "
+            f"none would be; leave ids out of run.warm_parts, or set {told.otherwise}"
         )
 
 

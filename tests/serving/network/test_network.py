@@ -57,14 +57,18 @@ def check(network: ServedNetwork, drawn: Drawn) -> None:
 def drawn_of(settings: dict) -> Drawn:
     given = dict(settings)
     fields, chosen = schema(gallery=given.pop("gallery", None)), config(**given)
-    return Drawn(model_of(fields, chosen), chosen)
+    model = model_of(fields, chosen)
+    if model.new_ads is not None and model.new_ads.is_checked:
+        model.new_ads.decide(pictures_count=False)
+    return Drawn(model, chosen)
 
 
 SOME = [
     {"base": "din", "similarity_tiers": 3, "similarity_top_k": 5},
     {"gallery": "mean", "image_holdout": 0.1},
+    {"image_dropout": 0.1},
 ]
-"""Lists paired value by value with lists of uneven length a candidate, and galleries."""
+"""Lists paired value by value with lists of uneven length a candidate, galleries, and pictures that do not count."""
 
 
 def check_portable(settings: dict, folder: Path) -> None:

@@ -74,6 +74,8 @@ class Reference:
         self.places: dict[tuple[str, int], int] = {}
         self.touched: dict[str, dict[int, Tensor]] = {}
         self.running: dict[str, Tensor] = {}
+        if self.config.image_dropout:
+            self.running["model.new_ads.counts"] = torch.ones((), dtype=self.dtype)  # only evaluations decide on it
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
         self.seen: dict[str, list[Tensor]] = {}
         self.number = self.place = 0
@@ -166,7 +168,10 @@ class Reference:
         return bool(EmbeddingDropout(SEED, held_out=self.config.image_holdout).is_held_out(np.array([key]))[0])
 
     def as_new(self, vector: Tensor, s: Sample, content: str, new_ad: bool) -> Tensor:
-        """The ad's visual vector; of an ad without a trained row, its scale times it and its shift."""
+        """The ad's visual vector, zero where it is dropped; of an ad without a trained row, its scale times it and its
+        shift."""
+        if self.dropped_pictures_B[self.place]:
+            vector = torch.zeros_like(vector)
         if not self.config.image_holdout:
             return vector
         reach = 1.01 * self.config.id_init_std * 3**0.5
@@ -211,7 +216,8 @@ class Reference:
 
     def logits(self, samples: list[Sample], number: int) -> list[Tensor]:
         """Once more for every layer whose statistics all samples decide on, the first ones first."""
-        new_ad_B = self.dropped(samples, number)
+        new_ad_B, places_B = self.dropped(samples, number), np.arange(len(samples))
+        self.dropped_pictures_B = dropped(SEED, number, places_B, self.config.image_dropout, "image_dropout")
         self.known, self.number = {}, number
         while True:
             self.seen, result = {}, []

@@ -253,8 +253,9 @@ SCENARIOS = {
     ),
     "id_proxy": Scenario({"images": "both", "id_proxy": True, "id_dropout": 0.4}, words=True, deal="starve"),
     "id_proxy_new_ads_texts": Scenario(
-        {"id_proxy": True, "image_holdout": 0.4, "id_init_std": 1e-4}, texts=True, most_ranks=2
+        {"id_proxy": True, "image_holdout": 0.4, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2
     ),
+    "image_dropout": Scenario({"images": "both", "image_dropout": 0.4, "id_init_std": 1e-4}, deal="starve"),
     # Ads without a row of their own: p(v) is added to the cold row of their shard, which they train together.
     "exact_id_proxy_two_towers": Scenario(
         {"base": "two_tower", "id_proxy": True, "id_dropout": 0.4},

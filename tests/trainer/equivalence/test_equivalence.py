@@ -76,6 +76,7 @@ MODEL_RUNS = [
     "rowwise_adagrad/float64",
     "ftrl/float64",
     "image_holdout_texts/float64",
+    "image_dropout/float64",
     "id_proxy_new_ads_texts/float64",
     "exact_id_proxy_two_towers/float64",
     "image_holdout_two_towers/float64",

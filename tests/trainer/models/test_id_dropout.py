@@ -75,6 +75,19 @@ def test_vectors_of_dropped_samples_are_zero_and_get_no_gradient() -> None:
         assert torch.equal(vectors[name].vectors_UV.grad, counts.unsqueeze(1).expand(5, 2))
 
 
+def test_pictures_are_dropped_by_a_draw_of_their_own() -> None:
+    vectors = {"ad_item": _field([[0]] * 400), "ad_image": _field([[1]] * 400), "seen_image": _field([[2]] * 400)}
+    given = IdDropout(SCHEMA, 0.5, seed=1, image_rate=0.25)(vectors, _batch(400, first_place=10), step=4)
+    places_B = np.arange(10, 410)
+    gone = {"ad_item": dropped(1, 4, places_B, 0.5), "ad_image": dropped(1, 4, places_B, 0.25, "image_dropout")}
+    assert 0.15 < gone["ad_image"].mean() < 0.35
+    assert 0 < (gone["ad_item"] & gone["ad_image"]).sum() < gone["ad_image"].sum()
+    for name, gone_B in gone.items():
+        taken = given[name].vectors_UV[given[name].index_N]
+        assert ((taken == 0).all(1).numpy() == gone_B).all()
+    assert given["seen_image"] is vectors["seen_image"]
+
+
 def test_none_dropped_at_zero() -> None:
     vectors = {"ad_item": _field([[0], [1]])}
     assert IdDropout(SCHEMA, 0.0, seed=1)(vectors, _batch(2), 0) == vectors

@@ -59,6 +59,19 @@ def test_it_changes_nothing_before_it_is_trained() -> None:
     assert torch.equal(given.vectors_UV, fields["ad_image"].vectors_UV)
 
 
+@pytest.mark.parametrize("image_holdout", [0.0, 0.1])
+def test_where_pictures_do_not_count_those_of_new_ads_are_zero(image_holdout: float) -> None:
+    config = ModelConfig(images="ad", image_holdout=image_holdout, image_dropout=0.1, id_init_std=START)
+    gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), config)
+    fields = _fields([0.0, 1.0], [[0.0], [0.0]])
+    own = fields["ad_image"].vectors_UV
+    for counts in (True, False):
+        gate.decide(pictures_count=counts)
+        given = gate.eval()(fields)["ad_image"].vectors_UV
+        torch.testing.assert_close(given, torch.stack([own[0] * counts, own[1]]))
+        assert torch.equal(gate.train()(fields)["ad_image"].vectors_UV, own), "training sees all that are not dropped"
+
+
 def test_a_rank_without_samples() -> None:
     fields = _fields([], [])
     fields = {name: FieldVectors(v.vectors_UV.reshape(-1, 3), v.index_N, v.lengths_M) for name, v in fields.items()}
@@ -88,6 +101,8 @@ def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
 def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:
     with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
         load_config(None, ["model.image_holdout=0.1", "model.id_init_std=0.05"])
+    with pytest.raises(ConfigError, match=r"image_dropout=0.1 .* set it to 0.001 or less"):
+        load_config(None, ["model.image_dropout=0.1", "model.id_init_std=0.05"])
 
 
 def test_ids_that_wait_for_their_row_cannot_tell_new_ads() -> None:
@@ -98,6 +113,8 @@ def test_ids_that_wait_for_their_row_cannot_tell_new_ads() -> None:
 
     with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* set model.tables.image.admit_after=1, or"):
         built(2)
+    with pytest.raises(ConfigError, match=r"image_dropout=0.1 .*admit_after=1, or model.image_dropout=0"):
+        built(2, image_holdout=0.0, image_dropout=0.1)
     assert built(1)
     assert not built(2, image_holdout=0.0)
     assert not built(2, images="none")

@@ -176,6 +176,7 @@ def test_settings_that_no_shape_tells_are_noticed(
     [
         {"model__transformer_heads": 4, "model__cross_structure": "stacked", "model__feature_gates": False},  # idle
         {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__init": "torch", "model__id_init_std": 0.05},
+        {"model__image_dropout": 0.1},  # whether pictures count is not decided yet
     ],
 )
 def test_settings_that_change_no_meaning_may_differ(own: Places, before: Path, changes: dict[str, Any]) -> None:
@@ -190,6 +191,9 @@ def test_rows_that_no_longer_tell_new_ads_are_refused(own: Places) -> None:
     ):
         opened(own, run__warm_parts="[ids]", **changes)
     opened(own, run__warm_parts="[images]", **changes).close()
+    checked = {"model__image_dropout": 0.1, "model__images": "ad", "run__warm_start": run}
+    with pytest.raises(CheckpointError, match=r"with model\.image_dropout=0\.1 an ad is new while its rows"):
+        opened(own, run__warm_parts="[ids]", **checked)
     idle = {"model__image_holdout": 0.1, "model__images": "none", "run__warm_start": run}
     opened(own, run__warm_parts="[ids]", **idle).close()
 

@@ -1,0 +1,165 @@
+"""Whether new ads' pictures count is decided by ads that training has not seen, and kept with the run, by any ranks."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featurestore.format.rows import FeatureRows
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.store import FeatureStore
+from tests.ranks import StandingRanks
+from tests.trainer.alike import all_alike
+from tests.trainer.conftest import Places
+from tests.trainer.whole_runs import report_of, run_alone, tensors
+from trainer.comm import SoloComm
+from trainer.evaluation.metrics import auc
+from trainer.evaluation.pictures import LEAST, checked
+from trainer.evaluation.predict import Metrics, predict, predict_run
+from trainer.models.newads import NewAds
+from trainer.runs.saved import Opened, RunSource, open_source
+
+pytestmark = pytest.mark.long
+
+KNOWN, ITEMS, DIM = 40, 70, 16
+COUNTS = "model.new_ads.counts"
+SETTINGS: dict[str, Any] = {
+    "model__image_dropout": 0.2,
+    "model__compute_dtype": "float64",
+    "model__images": "ad",
+    "model__tables": "{user: 64, item: 65536, image: 65536, category: 16, scene: 16}",  # no new item has a known row
+    "train__max_steps": 30,
+    "train__eval_batch_size": 512,
+}
+
+
+def _features(new_ones: float) -> np.ndarray:
+    """Rows that tell whether an item is even, which is what makes a click likely; of new items times `new_ones`."""
+    random = np.random.default_rng(3)
+    sign_I = np.where(np.arange(ITEMS) % 2 == 0, 1.0, -1.0)
+    sign_I[KNOWN:] *= new_ones
+    return (sign_I[:, None] + random.normal(size=(ITEMS, DIM)) * 0.3).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, write_samples: Callable[..., Any]) -> Places:
+    """More than LEAST test impressions of new items; stores whose pictures are right about them, and wrong."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_samples(folder / "samples" / "train", [200, 200], items=KNOWN)
+    write_samples(folder / "samples" / "test", [900], seed=90, items=ITEMS)
+    extractor = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    for name, new_ones in {"right": 1.0, "wrong": -1.0}.items():
+        store = FeatureStore.create(folder / name, StoreInfo(num_shards=4, dim=DIM, extractor=extractor))
+        keys = np.arange(1_000, 1_000 + ITEMS)
+        store.put(FeatureRows.of([str(key) for key in keys], _features(new_ones), keys=keys))
+    return Places(folder)
+
+
+def _run(made: Places, name: str, store: str, **changes: Any) -> Path:
+    return run_alone(made, run__name=name, data__store=made.folder / store, **SETTINGS | changes)
+
+
+@pytest.fixture(scope="module")
+def right(made: Places) -> Path:
+    return _run(made, "right", "right")
+
+
+@pytest.fixture(scope="module")
+def wrong(made: Places) -> Path:
+    return _run(made, "wrong", "wrong")
+
+
+@contextlib.contextmanager
+def _opened(run: Path) -> Iterator[tuple[Opened, NewAds]]:
+    with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
+        new_ads = opened.run.engine.model.new_ads
+        assert new_ads is not None
+        yield opened, new_ads
+
+
+def _auc_of_new_ads(run: Path, *, pictures_count: bool | None = None) -> float:
+    """As the run is, or with or without pictures of new ads."""
+    known = predict_run(run)
+    assert known.is_new_ad_N is not None
+    with _opened(run) as (opened, new_ads):
+        if pictures_count is not None:
+            new_ads.decide(pictures_count=pictures_count)
+        logit_N = predict(opened)
+    return auc(logit_N[known.is_new_ad_N], known.impressions.label_N[known.is_new_ad_N]) or 0
+
+
+@pytest.mark.parametrize(("store", "counts"), [("right", True), ("wrong", False)])
+def test_what_ranks_new_ads_better_holds(request: pytest.FixtureRequest, store: str, counts: bool) -> None:
+    """In the checkpoint, in the report, and in what reads the run."""
+    run = request.getfixturevalue(store)
+    metrics = report_of(run)["metrics"]
+    assert metrics["new_ad_impressions"] >= LEAST
+    assert tensors(run)[COUNTS] == counts
+    other = _auc_of_new_ads(run, pictures_count=not counts)
+    assert _auc_of_new_ads(run) == pytest.approx(metrics["new_ad_auc"], abs=1e-4)
+    assert metrics["new_ad_auc"] > other + 0.02
+
+
+@pytest.mark.parametrize("store", ["right", "wrong"])
+def test_two_ranks_decide_as_one(
+    made: Places, request: pytest.FixtureRequest, store: str, two_ranks: StandingRanks
+) -> None:
+    alone = request.getfixturevalue(store)
+    settings = made.settings(run__name=f"two-{store}", data__store=made.folder / store, **SETTINGS)
+    two_ranks.run("-m", "trainer.main", "--set", *settings)
+    two = alone.parent / f"two-{store}"
+    assert tensors(two)[COUNTS] == tensors(alone)[COUNTS]
+    assert report_of(two)["metrics"] == all_alike(report_of(alone)["metrics"])
+
+
+def _metrics(impressions: int, auc_of_new: float | None) -> Metrics:
+    return {"new_ad_impressions": impressions, "new_ad_auc": auc_of_new}
+
+
+@pytest.mark.parametrize("did_count", [True, False])
+@pytest.mark.parametrize("said", [_metrics(LEAST - 1, 0.1), _metrics(LEAST, None)], ids=str)
+def test_few_new_ads_decide_nothing(right: Path, did_count: bool, said: Metrics) -> None:
+    with _opened(right) as (_, new_ads):
+        new_ads.decide(pictures_count=did_count)
+        answers = iter([said])  # one evaluation, not two
+        assert checked(lambda: next(answers), new_ads, lambda text: None) == said
+        assert new_ads.pictures_count == did_count
+
+
+@pytest.mark.parametrize("did_count", [True, False])
+@pytest.mark.parametrize(("with_pictures", "without", "do_count"), [(0.6, 0.5, True), (0.5, 0.6, False)])
+def test_the_better_of_two_evaluations_holds(
+    right: Path, did_count: bool, with_pictures: float, without: float, do_count: bool
+) -> None:
+    with _opened(right) as (_, new_ads):
+        new_ads.decide(pictures_count=did_count)
+        told: list[str] = []
+        found = checked(
+            lambda: _metrics(LEAST, with_pictures if new_ads.pictures_count else without), new_ads, told.append
+        )
+        assert found["new_ad_auc"] == max(with_pictures, without)
+        assert new_ads.pictures_count == do_count
+        assert told == [
+            f"new ads: AUC {with_pictures:.4f} with their pictures, {without:.4f} without; from here on they "
+            + ("keep them" if do_count else "have none")
+        ]
+
+
+@pytest.mark.parametrize("did_count", [True, False])
+def test_a_stop_in_between_leaves_all_as_it_was(right: Path, did_count: bool) -> None:
+    with _opened(right) as (_, new_ads):
+        new_ads.decide(pictures_count=did_count)
+
+        def stopped() -> Metrics:
+            if new_ads.pictures_count != did_count:
+                raise KeyboardInterrupt
+            return _metrics(LEAST, 0.5)
+
+        with pytest.raises(KeyboardInterrupt):
+            checked(stopped, new_ads, lambda text: None)
+        assert new_ads.pictures_count == did_count
