@@ -4,10 +4,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet
-from benchmarks.quality.heldout import hold_out, make_noise, make_rare
+from benchmarks.quality.heldout import JUDGED, hold_out, make_noise, make_rare
 from benchmarks.quality.runs import Spec, curve_of
 from benchmarks.report import Figure, Section
 from trainer.comm import SoloComm
@@ -16,17 +17,19 @@ from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 
 SHARE, EPOCHS, RARE = 0.2, 2, 10
-METRICS = {"cold": "new_ad_auc", "rare": "auc"}
+METRICS = {"cold": "judged_auc", "rare": "auc"}
 """Of the items held out, and of those with 1 to RARE training impressions."""
+CHECKED: Mapping[str, Any] = {"model.image_dropout": 0.1}
+"""Lets a run decide, on held-out items, whether pictures count on the others."""
 _DIGITS = 16
 
 
 def cold_section(bench: Bench) -> list[Section]:
-    """AUC of items held out, with images, with features that are drawn, and with IDs alone; of seldom seen items, with
-    images and with IDs alone. Ours, Embedding&MLP.
+    """AUC of items held out, with images and with features that are drawn, each also with `CHECKED`, and with IDs
+    alone; of seldom seen items, with images and with IDs alone. Ours, Embedding&MLP.
     """
     data = [each for each in bench.data if each.store]
-    task = bench.progress.add_task("items held out", total=5 * len(data) * len(bench.seeds))
+    task = bench.progress.add_task("items held out", total=7 * len(data) * len(bench.seeds))
     figures: dict[str, Figure] = {}
     grid: dict[str, dict[str, Figure]] = {}
     gains: dict[str, list[float]] = {}
@@ -56,10 +59,14 @@ def specs(bench: Bench, data: DataSet) -> Mapping[tuple[str, str], Spec]:
     made = _made(Path(data.samples), folder)
     spec = replace(bench.spec(data, "ours", "dnn", images=False), epochs=EPOCHS)
     cold, rare = (replace(spec, samples=str(made[case])) for case in METRICS)
+    cold = replace(cold, judged=str(made["cold"] / JUDGED))
+    images, noise = (replace(cold, store=str(store)) for store in (data.store, made["noise"]))
     return {
         ("cold", "ids"): cold,
-        ("cold", "images"): replace(cold, store=data.store),
-        ("cold", "noise"): replace(cold, store=str(made["noise"])),
+        ("cold", "images"): images,
+        ("cold", "noise"): noise,
+        ("cold", "images_checked"): replace(images, settings={**images.settings, **CHECKED}),
+        ("cold", "noise_checked"): replace(noise, settings={**noise.settings, **CHECKED}),
         ("rare", "ids"): rare,
         ("rare", "images"): replace(rare, store=data.store),
     }

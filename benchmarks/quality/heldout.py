@@ -1,10 +1,10 @@
 """Samples in which training has never or seldom seen a share of the items, and features that say nothing.
 
-Where items are held out the test split stays as it is: there they are shown, and stand in histories, as new items do in
-life. Of the metrics of a run, `new_ad_auc` is then theirs.
+Where items are held out, they are shown in the test rows, and stand in histories there, as new items do in life: half
+of them in the test split, by which a run may decide something (model.image_dropout), the others in a second one,
+JUDGED, by which it is measured.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from featurestore.keys import sampled
 
 Kept = NDArray[np.bool_]
 NOISE_DIM = 512
+JUDGED = "judged"
+"""Folder of samples below those with held-out items."""
 _BEHAVIORS = ("behavior_item", "behavior_image", "behavior_category")
 _IMPRESSIONS = ("ad_item", "ad_image", "ad_category", "ad_scene", "label")
 _DRAWN = ExtractorSpec(
@@ -28,10 +30,15 @@ _DRAWN = ExtractorSpec(
 
 
 def hold_out(samples: Path, out: Path, share: float, seed: int = 0) -> None:
-    """Writes `samples`, of the preset's schema, to `out` with `share` of all items, chosen by `seed`, not in train/;
-    test/ is copied. Groups that lose all of their impressions are left out.
+    """Writes `samples`, of the preset's schema, to `out` with `share` of all items, chosen by `seed`, not in train/.
+    Half of these are shown in test/, the others in JUDGED/test/. Groups that lose all of their impressions are left
+    out.
     """
-    shutil.copytree(samples / "test", out / "test")
+    for file in _files(samples, "test"):
+        item_N, seen_N = _items(file, "ad_item"), np.ones(len(_items(file, "behavior_item")), bool)
+        is_known_N, is_first_N = ~sampled(item_N, share, seed), sampled(item_N, 0.5, seed + 1)
+        _write(file, out / "test", is_known_N | is_first_N, seen_N)
+        _write(file, out / JUDGED / "test", is_known_N | ~is_first_N, seen_N)
     for file in _files(samples, "train"):
         is_known_N = ~sampled(_items(file, "ad_item"), share, seed)
         _write(file, out / "train", is_known_N, ~sampled(_items(file, "behavior_item"), share, seed))

@@ -13,18 +13,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from featurestore.console.files import write_json
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
+from trainer.evaluation.metrics import measure
+from trainer.evaluation.predict import predict_run
 from trainer.main import train
 from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 
 Side = Literal["ours", "fuxictr"]
 Epoch = Mapping[str, Any]
-"""Metrics of the test rows after an epoch, as trainer.evaluation names them, and the `seconds` of its training."""
+"""Metrics of the test rows after an epoch, as trainer.evaluation names them, and the `seconds` of its training; after
+the last one `judged_…`, where the run has such samples."""
 TABLE_ROWS = 1 << 18
 """Of our hashed ID tables, so that nearly every id has a row of its own, as with FuxiCTR."""
 _BASES = {"dnn": "mlp", "dcnv2": "dcn"}
@@ -37,11 +42,13 @@ class QualityRunError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One run. `settings`: of the trainer by name, or arguments of FuxiCTR's class. Without a store: without images."""
+    """One run. `settings`: of the trainer by name, or arguments of FuxiCTR's class. Without a store: without images.
+    `judged`: samples on whose new ads a run of ours is measured once it is trained."""
 
     side: Side
     net: str
     samples: str
+    judged: str | None = None
     store: str | None = None
     schema: str | None = None
     train_days: Sequence[str] | None = None
@@ -61,7 +68,10 @@ class Spec:
         samples = [open_index(SoloComm(), self.samples, split, schema, days).layout_digest for split, days in pairs]
         snapshot = None if self.store is None else FeatureStore.open(self.store).snapshot()
         commit = None if snapshot is None else snapshot.manifest.commit_id
-        told = {name: value for name, value in asdict(self).items() if name not in ("samples", "store", "threads")}
+        if self.judged:
+            samples.append(open_index(SoloComm(), self.judged, "test", schema).layout_digest)
+        places = ("samples", "judged", "store", "threads")
+        told = {name: value for name, value in asdict(self).items() if name not in places}
         depends_on: list[Any] = [told, samples, commit]
         if self.side == "ours":  # the preset's own values too
             config = load_config(None, [f"{name}={value}" for name, value in ours_settings(self).items()])
@@ -120,11 +130,21 @@ def _ours(spec: Spec, runs: Path, name: str) -> list[Epoch]:
         train(load_config(None, [f"{setting}={value}" for setting, value in settings.items()]), SoloComm())
     (runs / f"{name}.txt").unlink()
     report = json.loads((runs / name / "report.json").read_text())
+    judged = _of_new_ads(runs / name, spec.judged) if spec.judged else {}
     shutil.rmtree(runs / name)
     every = settings["train.eval_every"]
     seconds = (report["seconds"]["compute"] + report["seconds"]["wait"]) / (report["steps"] / every)
     measured = {entry["step"]: entry for entry in report["history"]} | {report["steps"]: report["metrics"]}
-    return [{**measured[step], "seconds": seconds} for step in sorted(measured)]
+    curve = [{**measured[step], "seconds": seconds} for step in sorted(measured)]
+    return [*curve[:-1], {**curve[-1], **judged}]
+
+
+def _of_new_ads(run: Path, samples: str) -> Epoch:
+    found = predict_run(run, samples=samples)
+    new_N, rows = found.is_new_ad_N, found.impressions
+    assert new_N is not None  # the run's own training samples are there
+    label_N = rows.label_N[new_N].astype(np.float64)
+    return measure(found.logit_N[new_N], label_N, rows.user_N[new_N]).named("judged_")
 
 
 def _fuxictr(spec: Spec, runs: Path, name: str) -> list[Epoch]:

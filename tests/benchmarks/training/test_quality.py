@@ -18,7 +18,7 @@ from benchmarks.quality import cold, compare
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
-from benchmarks.quality.heldout import hold_out, make_rare
+from benchmarks.quality.heldout import JUDGED, hold_out, make_rare
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
 from featurestore.format.rows import FeatureRows
@@ -218,9 +218,11 @@ def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> 
             expected.append({**row, **own})
     assert list(after.values()) == expected
     assert all(keys[item] == key for row in expected for item, key in zip(row["ad_item"], row["ad_image"], strict=True))
-    test = pq.read_table(tmp_path / "out/test")
-    assert test == pq.read_table(place / "samples/test")
-    assert gone & set(test["ad_item"].combine_chunks().flatten().to_pylist())
+    of_test = Counter(_values(place / "samples/test", "ad_item"))
+    asked, judged = (Counter(_values(tmp_path / "out" / at / "test", "ad_item")) for at in ("", JUDGED))
+    assert asked & judged == Counter({item: n for item, n in of_test.items() if item not in gone})
+    assert asked | judged == of_test
+    assert gone & set(asked) and gone & set(judged)
 
 
 def _values(folder: Path, column: str) -> list[int]:
@@ -249,14 +251,14 @@ def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "cold.json").read_text())
-    for name in ("images", "noise"):
+    for name in ("images", "noise", "images_checked", "noise_checked"):
         assert found[f"cold_auc_{name}_minus_ids"] == pytest.approx(
             found[f"cold_auc_small_{name}"] - found["cold_auc_small_ids"]
         )
     assert found["rare_auc_images_minus_ids"] == pytest.approx(
         found["rare_auc_small_images"] - found["rare_auc_small_ids"]
     )
-    assert len(list((tmp_path / "kept/figures").iterdir())) == 10
+    assert len(list((tmp_path / "kept/figures").iterdir())) == 14
 
 
 def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path: Path) -> None:
