@@ -10,10 +10,10 @@ from trainer.config.config import config_digest
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.memory import objects_frozen
 from trainer.errors import CheckpointError, TrainerError
-from trainer.evaluation.pictures import checked
 from trainer.evaluation.predict import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import stopping, summary
+from trainer.loop.pictures import checked
 from trainer.loop.profiling import PLACE, tracing
 from trainer.loop.progress import TENSORBOARD, ProgressLog
 from trainer.loop.signals import StoppedError, StopSignals, stopped_together

@@ -10,7 +10,7 @@ these samples alone train.
 The networks come to know held-out pictures by heart as well, so features that say nothing still take a little away.
 Only ads that no part of the model has seen can tell. With `image_dropout` the model also learns to do without pictures,
 on some samples; an evaluation scores the ads that training has not seen with and without them, and what ranks these
-better holds from then on (trainer/evaluation/pictures.py).
+better holds from then on (trainer/loop/pictures.py).
 """
 
 from collections.abc import Mapping, Sequence

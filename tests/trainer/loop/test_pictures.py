@@ -17,8 +17,8 @@ from tests.trainer.conftest import Places
 from tests.trainer.whole_runs import report_of, run_alone, tensors
 from trainer.comm import SoloComm
 from trainer.evaluation.metrics import auc
-from trainer.evaluation.pictures import LEAST, checked
 from trainer.evaluation.predict import Metrics, predict, predict_run
+from trainer.loop.pictures import LEAST, checked
 from trainer.models.newads import NewAds
 from trainer.runs.saved import Opened, RunSource, open_source
 
