@@ -86,20 +86,20 @@ class StandingRanks:
             variables = {**environment(), **patient, **(variables or {})}
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
 
-    def run(self, *arguments: object) -> str:
+    def run(self, *arguments: object, timeout_s: float = TIMEOUT_S) -> str:
         """Run `python ARGUMENTS`, which has to end with exit code 0 on both ranks; return what rank 0 prints."""
-        (code, out), (other_code, other_out) = self.call(*arguments)
+        (code, out), (other_code, other_out) = self.call(*arguments, timeout_s=timeout_s)
         assert (code, other_code) == (0, 0), f"{out[-3000:]}\nrank 1: {other_out[-3000:]}"
         return out
 
-    def call(self, *arguments: object) -> list[tuple[int, str]]:
+    def call(self, *arguments: object, timeout_s: float = TIMEOUT_S) -> list[tuple[int, str]]:
         """Run `python ARGUMENTS`; return exit code and output of each rank."""
         number = next(self._numbers)
         asked = self._folder / f"{number}.part"
         asked.write_text(json.dumps(list(map(str, arguments))))
         asked.rename(asked.with_suffix(".json"))
         self._resume()
-        results = [self._result(f"{number}.{rank}.json") for rank in range(2)]
+        results = [self._result(f"{number}.{rank}.json", timeout_s) for rank in range(2)]
         # Looked for once: they stay, and to find them all processes of the machine are read.
         self._ranks = self._ranks or ranks_of(self._process, str(STANDING))
         for rank in self._ranks:
@@ -120,8 +120,8 @@ class StandingRanks:
             with contextlib.suppress(psutil.NoSuchProcess):  # a call, or the end, says what became of it
                 rank.resume()
 
-    def _result(self, name: str) -> tuple[int, str]:
-        end = time.monotonic() + TIMEOUT_S
+    def _result(self, name: str, timeout_s: float) -> tuple[int, str]:
+        end = time.monotonic() + timeout_s
         while not (self._folder / name).exists():
             assert self._process.poll() is None and time.monotonic() < end, (self._folder / "log.txt").read_text()
             time.sleep(0.02)

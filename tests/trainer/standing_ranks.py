@@ -44,7 +44,9 @@ def run(arguments: list[str]) -> tuple[int, str]:
     out, code = io.StringIO(), 0
     is_module = arguments[0] == "-m"
     own_words = mock.patch.object(sys, "argv", arguments[1:] if is_module else arguments)
-    with own_words, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    beside = [] if is_module else [str(Path(arguments[0]).parent)]  # what a script imports
+    own_path = mock.patch.object(sys, "path", [*beside, *sys.path])
+    with own_words, own_path, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             if is_module:
                 runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -8,12 +8,12 @@ from trainer.samples.statistics import fill_in
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, SEED = 16, 8, 7
-STEPS, MANY_STEPS = 6, 12
+STEPS, MANY_STEPS = 4, 12
 """Of a scenario, whose learning rate falls before the last one; and of one whose rows make room or begin anew."""
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 """Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
-OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=5, eps=1e-6, ids="rowwise_adam")
+OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=3, eps=1e-6, ids="rowwise_adam")
 
 SCHEMA = Schema(
     fields=(
@@ -175,7 +175,7 @@ SCENARIOS = {
     ),
     "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
     # Every optimiser of ID rows; few rows are in every step, some in one; rates of their own, decay and warm-up.
-    "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 5}),
+    "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 3}),
     "adam_rank_without_data": Scenario(
         {"images": "none", "id_init_std": 1e-3},
         optimizers={"ids": "adam", "ids_weight_decay": 0.3, "weight_decay": 0.2},

@@ -1,7 +1,8 @@
 """P ranks equal one process: the test that the exchange, the sharding and every reduction of a gradient rest on.
 
 The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All scenarios of
-equivalence/scenarios.py run in one job for each P, because ranks take seconds to start. `make test` makes all runs
+equivalence/scenarios.py run in one job for each P, because ranks take seconds to start; one rank is this process, and
+two are those that stay for many tests. `make test` makes all runs
 alone and on two ranks of horovodrun, and those of `FEW` on four ranks and on two of torchrun; `make test-slow` makes
 the others there, on four ranks also the other ways, and all of them on eight ranks and on four of torchrun.
 """
@@ -18,8 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import TorchRanks, command_of
+from tests.ranks import StandingRanks, TorchRanks, command_of
+from tests.trainer.equivalence.packing import unpacked
 from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, STEPS, TOLERANCE, has_other_ways
+from tests.trainer.standing_ranks import run as run_here
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
 
@@ -130,14 +133,16 @@ MODEL_RUNS_ON_RANKS = [each for num_ranks in (1, 2, TORCH_2) for each in _on_ran
 WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
 
 Results = Mapping[str, dict]
+Standing = Callable[[str], StandingRanks]
+TIMEOUT_S = 600
 
 
 class Job(dict[str, dict]):
     """Results of the scenarios on P ranks; the few and the rest, where told apart, are two jobs, run when asked for."""
 
-    def __init__(self, folder: Path, num_ranks: int) -> None:
+    def __init__(self, folder: Path, num_ranks: int, standing: Standing) -> None:
         super().__init__()
-        self._folder, self._num_ranks = folder, num_ranks
+        self._folder, self._num_ranks, self._standing = folder, num_ranks, standing
         if str(num_ranks) not in IN_TWO_PARTS:
             self._run("all")
 
@@ -147,20 +152,32 @@ class Job(dict[str, dict]):
         return {**self}[run]
 
     def _run(self, part: str) -> None:
-        out = self._folder / f"ranks-{self._num_ranks}-{part}.pt"
-        _run(command_of(self._num_ranks, HERE / "worker.py", self._folder / "store", out, part))
-        self.update(torch.load(out))
+        out = self._folder / f"ranks-{self._num_ranks}-{part}.pickle"
+        words = list(map(str, (HERE / "worker.py", self._folder / "store", out, part)))
+        if self._num_ranks == 1:
+            code, said = run_here(words)
+            assert code == 0, said
+        elif self._num_ranks == 2:
+            self._standing(str(self._num_ranks)).run(*words, timeout_s=TIMEOUT_S)
+        else:
+            _run(command_of(self._num_ranks, *words))
+        self.update(unpacked(out.read_bytes()))
 
 
 @pytest.fixture(scope="module")
-def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
     """Results of P ranks; each job runs once."""
     folder = tmp_path_factory.mktemp("equivalence")
-    done = {str(1): Job(folder, 1)}  # which makes the stores
+
+    def standing(num_ranks: str) -> StandingRanks:
+        ranks: StandingRanks = request.getfixturevalue("two_ranks" if num_ranks == str(2) else "two_torch_ranks")
+        return ranks
+
+    done = {str(1): Job(folder, 1, standing)}  # which makes the stores
 
     def results(num_ranks: int) -> Results:
         if str(num_ranks) not in done:
-            done[str(num_ranks)] = Job(folder, num_ranks)
+            done[str(num_ranks)] = Job(folder, num_ranks, standing)
         return done[str(num_ranks)]
 
     return results
@@ -345,7 +362,7 @@ class TestEndings:
 def _run(command: list[str]) -> None:
     search = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, f"{shutil.which(command[0])}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 

@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from functools import cache
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from packing import packed, unpacked
 from scenarios import OPTIM, SCENARIOS, SCHEMA_OF_LEARNED, SEED, Scenario, has_other_ways, runs_of
-from torch import Tensor
 from worlds import batch_of, batch_of_file, make_store, slice_of_rank, steps
 
 from featurestore import FeatureStore
@@ -119,8 +119,8 @@ def run(
                     gradients = first_gradients(comm, engine)
     calls = {name: count for name, count in Counter(CALLS).items() if name.startswith("step.")}
     trained = dict(engine.dense_state())
-    for shards in comm.allgather_object(copies(engine.shard_state())):
-        trained |= shards
+    for shards in comm.allgather_object(packed(engine.shard_state())):
+        trained |= unpacked(shards)
     return {
         "initial": initial,
         "mean_and_std": {name: mean_and_std(url) for name, url in urls_of(store, scenario).items()},
@@ -164,8 +164,9 @@ def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
     gradients = {name: p.grad.clone() for name, p in engine.dense_parameters().items()}
     for name, table in engine.tables.items():
         shards = {}
-        for part in comm.allgather_object(copies(table.export_shards())):
-            shards |= {n: v / (1 - OPTIM.beta1) for n, v in part.items() if n.endswith("/momentum")}
+        momentum = {n: v for n, v in table.export_shards().items() if n.endswith("/momentum")}
+        for part in comm.allgather_object(packed(momentum)):
+            shards |= {n: v / (1 - OPTIM.beta1) for n, v in unpacked(part).items()}
         if shards:
             gradients[name] = torch.cat([shards[n] for n in sorted(shards)])
     return gradients
@@ -255,11 +256,6 @@ def delays(rank: int) -> Iterator[None]:
         Stages.timed = timed
 
 
-def copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own: of views a pickle would hold the memory behind them."""
-    return {name: value.clone() for name, value in state.items()}
-
-
 def main(store_url: str, out: Path, part: str) -> None:
     """Run the scenarios of a part, one after the other, in one job: ranks take seconds to start.
 
@@ -278,7 +274,7 @@ def main(store_url: str, out: Path, part: str) -> None:
     if part != "rest":
         results["endings"] = endings(comm, store)
     if comm.rank == 0:
-        torch.save(results, out)
+        out.write_bytes(packed(results))
     comm.close()
     comm.close()  # a second time it is nothing
 
