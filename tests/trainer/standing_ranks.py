@@ -54,6 +54,8 @@ def run(arguments: list[str]) -> tuple[int, str]:
                 runpy.run_path(arguments[0], run_name="__main__")
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code)
         except BaseException:
             code = 1
             traceback.print_exc()

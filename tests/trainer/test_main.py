@@ -189,10 +189,13 @@ def endless(places: Places, tmp_path: Path, num_ranks: int) -> Iterator[subproce
 
 class TestEnds:
     @pytest.mark.services
-    @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # 1: test_changing_ranks.py too
+    @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # 1: test_changing_ranks.py
     @pytest.mark.parametrize(
         ("num_ranks", "says"),
-        [(2, "Process {} exit with status code"), (TorchRanks(2), "failed (exitcode: -9) local_rank: {} ")],
+        [
+            (2, "Process {} exit with status code"),
+            pytest.param(TorchRanks(2), "failed (exitcode: -9) local_rank: {} ", marks=pytest.mark.slow),
+        ],
         ids=["horovodrun", "torchrun"],
     )
     def test_killed_rank_ends_the_job(self, endless: subprocess.Popen[str], victim: int, says: str) -> None:

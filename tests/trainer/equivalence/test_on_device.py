@@ -1,44 +1,23 @@
 """The check of a GPU against the CPU, run on the CPU: what it prints, and that it can fail."""
 
-import os
-import subprocess
-import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.trainer.equivalence.scenarios import STEPS
+from tests.trainer.standing_ranks import run
+from trainer.engine.engine import Engine, PreparedBatch, StepResult
 
 pytestmark = pytest.mark.long
-SCRIPT = Path(__file__).with_name("on_device.py")
-OTHERWISE = """
-import sys; sys.path.insert(0, {folder!r})
-import numpy, on_device, scenarios, torch, worker
-from trainer.engine.engine import Engine
-steps = Engine.train_step
-def otherwise(self, prepared):
-    otherwise.count += 1
-    prepared.batch.label_B[0] = otherwise.count > otherwise.first and otherwise.count % 2
-    return steps(self, prepared)
-Engine.train_step = otherwise
-for device, otherwise.first in (("cuda", 0), ("cpu", scenarios.STEPS), ("cpu", 2 * scenarios.STEPS)):
-    otherwise.count = 0
-    try:
-        on_device.main(device, ["ids_only"])
-    except SystemExit as error:
-        print(error.code)
-"""
-
-
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[3])
-    search = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search, **environment}
-    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+SCRIPT = str(Path(__file__).with_name("on_device.py"))
 
 
 def test_the_cpu_trains_as_the_cpu() -> None:
-    done = run(str(SCRIPT), "--device", "cpu", "--only", "both_attentive", "--only", "ids_only")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    code, said = run([SCRIPT, "--device", "cpu", "--only", "both_attentive", "--only", "ids_only"])
+    assert code == 0, said
+    assert said.splitlines() == [
         "both_attentive/float64: same",
         "both_attentive/float32: same",
         "ids_only/float64: same",
@@ -46,11 +25,25 @@ def test_the_cpu_trains_as_the_cpu() -> None:
     ]
 
 
-def test_no_gpu_and_other_losses_are_told() -> None:
-    """The first run on the device has other labels than that on the CPU, then the second one alone."""
-    done = run("-c", OTHERWISE.format(folder=str(SCRIPT.parent)), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
-    no_gpu, of_first, one, of_second, again = done.stdout.splitlines()
-    assert no_gpu.startswith("error: no GPU found")
-    assert "a loss differs from the CPU's" in of_first and "the losses of two runs" in of_second
-    assert one == again == "error: 1 scenarios train otherwise on cpu"
+def test_no_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, said = run([SCRIPT])
+    assert code == 1 and said.startswith("error: no GPU found")
+
+
+@pytest.mark.parametrize(
+    ("first", "says"), [(STEPS, "a loss differs from the CPU's"), (2 * STEPS, "the losses of two runs")]
+)
+def test_other_losses_are_told(first: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run on the device has other labels than that on the CPU, or the second one alone."""
+    steps, numbers = Engine.train_step, count(1)
+
+    def otherwise(engine: Engine, prepared: PreparedBatch) -> StepResult:
+        number = next(numbers)
+        prepared.batch.label_B[0] = number > first and number % 2
+        return steps(engine, prepared)
+
+    monkeypatch.setattr(Engine, "train_step", otherwise)
+    code, said = run([SCRIPT, "--device", "cpu", "--only", "ids_only"])
+    of_run, end = said.splitlines()
+    assert code == 1 and says in of_run and end == "error: 1 scenarios train otherwise on cpu"

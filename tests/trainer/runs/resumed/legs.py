@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.ranks import command_of, environment
+from tests.ranks import StandingRanks, command_of, environment
+from tests.trainer.standing_ranks import run as run_here
 from trainer.config.config import PRESETS
 
 WORKER = Path(__file__).parent / "mortal.py"
@@ -80,7 +81,11 @@ class Killed:
 
     def leg(self, number: int, ranks: int, die_at: int = 0) -> Leg:
         """Goes on with so many ranks, until the last of them gets SIGKILL in that step and one that is left says so (a
-        launcher may end the others first), or to the end."""
+        launcher may end the others first), or to the end; one rank that is to come to the end is this process."""
+        if ranks == 1 and not die_at:
+            code, output = run_here(self.words(number))
+            assert code == 0, output
+            return self.seen(number, ranks)
         process = self.start(number, ranks, die_at)
         output, _ = process.communicate(timeout=TIMEOUT_S)
         assert (process.returncode != 0) == (die_at > 0), output
@@ -88,10 +93,19 @@ class Killed:
         assert told == (die_at > 0 and ranks > 1), output
         return self.seen(number, ranks)
 
+    def leg_of(self, standing: StandingRanks, number: int) -> Leg:
+        """Goes on to the end with two ranks that are there."""
+        standing.run(*self.words(number))
+        return self.seen(number, 2)
+
     def start(self, number: int, ranks: int, die_at: int = 0) -> "subprocess.Popen[str]":
-        resume = [f"run.resume={'latest' if number else 'null'}"]
-        command = command_of(ranks, WORKER, self.notes(number), die_at, *self.settings, *resume)
+        command = command_of(ranks, *self.words(number, die_at))
         return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def words(self, number: int, die_at: int = 0) -> list[str]:
+        """What follows `python` on the command line of a leg."""
+        resume = f"run.resume={'latest' if number else 'null'}"
+        return [*map(str, (WORKER, self.notes(number), die_at)), *self.settings, resume]
 
     def notes(self, number: int) -> Path:
         return self.folder / f"notes-{number}"
