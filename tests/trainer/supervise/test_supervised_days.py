@@ -37,14 +37,20 @@ class SupervisedDays(Supervised):
 
 
 def command(name: str, run: Supervised) -> list[str]:
-    return ["-m", "trainer.daily", *(f"--set={each}" for each in [*run.settings, f"run.name={name}"])]
+    return [
+        "-m",
+        "trainer.daily",
+        "--last-day",
+        DAYS[2],
+        *(f"--set={each}" for each in [*run.settings, f"run.name={name}"]),
+    ]
 
 
 def test_a_kill_in_the_second_day_changes_nothing(
     make_places: Callable[[Path], Places], two_ranks: StandingRanks, tmp_path: Path
 ) -> None:
     places = make_days(make_places(tmp_path / "places"))
-    steps = {"train__epochs": 3, "train__checkpoint_every": 2, "train__checkpoint_beside": False}
+    steps = {"train__epochs": 3, "train__checkpoint_every": 4, "train__checkpoint_beside": False}
     run = SupervisedDays(tmp_path, places.settings(run__dir=tmp_path, **steps))
     process = run.start()
     run.wait_for_step(process, 4)
@@ -53,4 +59,4 @@ def test_a_kill_in_the_second_day_changes_nothing(
     said = run.end(process)
     assert "supervise: rank 1 on 127.0.0.1 died (signal 9, SIGKILL)" in said and "done after 1 restart" in said
     two_ranks.run(*command("calm", run))
-    assert_same(tmp_path / "supervised", tmp_path / "calm")
+    assert_same(tmp_path / "supervised", tmp_path / "calm", DAYS[:3])
