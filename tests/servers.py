@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from featurestore.storage.storage import Storage
 ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret", "us-east-1"
 READY_TIMEOUT_S = 60
 MAX_VOLUMES = 20_000  # each bucket takes one or more; by default the free disk sets a limit that the tests reach
+
+FILERS: dict[str, str] = {}
+"""Of each SeaweedFS, by its endpoint: where it takes files without S3."""
 
 
 class Server:
@@ -61,8 +65,10 @@ class Server:
 
 def seaweedfs(folder: Path) -> Server:
     """The real server's binary; takes about a second to start."""
-    s3, *others = free_ports(4)
-    return Server(weed_command(folder, "127.0.0.1", s3, *others), f"http://127.0.0.1:{s3}", "/healthz", folder)
+    s3, *others, filer = free_ports(4)
+    endpoint = f"http://127.0.0.1:{s3}"
+    FILERS[endpoint] = f"127.0.0.1:{filer}"
+    return Server(weed_command(folder, "127.0.0.1", s3, *others, filer), endpoint, "/healthz", folder)
 
 
 def weed_command(folder: Path, address: str, s3: int, master: int, volume: int, filer: int) -> list[str | Path]:
@@ -141,6 +147,17 @@ def new_buckets(count: int) -> list[str]:
 
     with ThreadPoolExecutor(count) as threads:
         return list(threads.map(make, range(count)))
+
+
+def fill(bucket: str, files: Mapping[str, bytes]) -> None:
+    """Write many files into a bucket of SeaweedFS, past S3: its client takes four milliseconds for each."""
+    connection = http.client.HTTPConnection(FILERS[os.environ["AWS_ENDPOINT_URL"]])
+    for path, data in files.items():
+        connection.request("PUT", f"/buckets/{bucket}/{path}", data)
+        with connection.getresponse() as answer:
+            assert answer.status == 201, (path, answer.status, answer.read())
+            answer.read()
+    connection.close()
 
 
 def free_ports(count: int) -> list[int]:

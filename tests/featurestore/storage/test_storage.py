@@ -19,7 +19,7 @@ import pytest
 from featurestore.errors import AddressError, CorruptFileError, StorageError
 from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
-from tests.servers import client_of
+from tests.servers import client_of, fill
 
 
 def read_into(storage: Storage, path: str, size: int) -> bytes:
@@ -160,8 +160,7 @@ class TestSeaweedFS(StorageContract):
 
     def test_more_files_than_one_answer_of_a_listing_holds(self, storage: Storage) -> None:
         names = [f"{number:05d}" for number in range(1_050)]
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda name: storage.write_bytes(f"log/{name}", b""), names))
+        fill(storage.url.removeprefix("s3://"), {f"log/{name}": b"" for name in names})
         assert storage.list("log") == names
         assert [entry.path for entry in storage.entries()] == [f"log/{name}" for name in names]
         storage.delete("log")

@@ -13,6 +13,7 @@ from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri
 from pipeline.errors import BadImageError, SourceError
 from pipeline.images.source import file_system, list_images, read_image
+from tests.servers import fill
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_s3(s3_endpoint):
 def test_s3_gives_more_than_one_page(s3_endpoint):
     fs = fsspec.filesystem("s3", use_listings_cache=False)
     fs.call_s3("create_bucket", Bucket="pages")
-    fs.pipe({f"pages/in/{number % 7}/{number}.jpg": b"%d" % number for number in range(1030)})
+    fill("pages", {f"in/{number % 7}/{number}.jpg": b"%d" % number for number in range(1030)})
     fs.pipe({"pages/in//twice.jpg": b"two slashes", "pages/in/s3:/x.jpg": b"no address", "pages/inside.jpg": b""})
     for address, folder in (("s3://pages/in/", "pages/in/"), ("s3://pages", "pages/")):
         listing, found = list_images(address), fs.find(folder, detail=True)
