@@ -14,7 +14,7 @@ from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.guard import Guard
 from tests.ranks import StandingRanks, TorchRanks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
-from tests.spared import check_each_kind_once, spare_the_disk
+from tests.spared import check_each_kind_once, parse_services_once, spare_the_disk
 from trainer.engine.memory import freeze_for_good
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def client() -> Iterator["Client"]:
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a SeaweedFS server that lives as long as the tests; its credentials are in the environment."""
     server = seaweedfs(tmp_path_factory.mktemp("seaweedfs"))
+    parse_services_once()
     try:
         server.start()
         with environment_of(server.endpoint):
@@ -173,6 +174,7 @@ def s3_url(s3_endpoint: str, s3_buckets: list[str]) -> str:
 def moto_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a moto server that lives as long as the tests."""
     server = moto(tmp_path_factory.mktemp("moto"))
+    parse_services_once()
     try:
         server.start()
         yield server.endpoint

@@ -20,10 +20,7 @@ FORK = multiprocessing.get_context("fork")
 SMALL = multiprocessing.get_context("forkserver")
 """Forks of a process that has imported the store and some tests of it alone. The tests' own holds networks and clusters
 of other tests too, and each fork of it takes a tenth of a second."""
-KILLS = "tests.featurestore.chaos.kills"
-SMALL.set_forkserver_preload(
-    [f"{KILLS}.test_kill_points", f"{KILLS}.test_machine", "tests.featurestore.published.test_published", "s3fs"]
-)
+SMALL.set_forkserver_preload(["tests.preloaded"])
 EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir"}
 
 

@@ -1,5 +1,6 @@
-"""What the processes of tests are spared: waits for a disk, and a race at every place for a store."""
+"""What processes of tests are spared: waits for a disk, a race at every place for a store, S3's description again."""
 
+import functools
 import os
 import sys
 
@@ -21,6 +22,18 @@ def spare_the_disk() -> None:
         os.fstat(descriptor)  # it has to be open all the same
 
     os.fsync = synced
+
+
+@functools.cache
+def parse_services_once() -> None:
+    """Let each client of S3 take the descriptions of its service that the first one here has parsed.
+
+    They are large files of JSON, more than half the work of a new client, and each process that is forked makes one.
+    """
+    from botocore.loaders import JSONFileLoader
+
+    parse = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
+    JSONFileLoader.load_file = lambda self, path: parse(path)
 
 
 def check_each_kind_once() -> None:
