@@ -1,6 +1,7 @@
 """Files of an object store through fsspec, each request tried again while that may help.
 
 The clients' own retries are switched off: one layer decides, with one patience, and says at the end how often it tried.
+fsspec and tenacity are imported with the first request: a quarter of the start of a command whose files are on a disk.
 """
 
 import contextlib
@@ -10,18 +11,16 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, TypeVar
-
-import fsspec
-from fsspec.core import split_protocol
-from fsspec.utils import stringify_path
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import AddressError, PasswordError, StorageError
 from featurestore.storage.address import S3_PROTOCOLS, check_address
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.threads import in_threads
 from featurestore.text.plain import without_passwords
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 PATIENCE_S = 60.0  # a restarted server is back by then
 _WARN_AFTER_S = 5.0
@@ -53,9 +52,10 @@ Names = list[str]  # inside the classes, `list` is the method
 
 def protocol_and_path(url: str | os.PathLike[str]) -> tuple[str, str]:
     """Split an address into its protocol, "file" by default, and the rest. Raises AddressError."""
-    check_address(stringify_path(url))
-    protocol, path = split_protocol(stringify_path(url))
-    return protocol or "file", path
+    address = os.fspath(url)
+    check_address(address)
+    protocol, separator, path = address.partition("://")
+    return (protocol, path) if separator else ("file", address)
 
 
 def check_password(address: str, name: str = "") -> None:
@@ -77,7 +77,7 @@ def check_endpoint() -> None:
 class RemoteFiles:
     """Files of an object store, behind `Storage`, whose methods say what these do, with retries.
 
-    Errors are the client's own, or tenacity's at the end.
+    Errors are the client's own, or OutOfPatienceError at the end.
     """
 
     def __init__(self, protocol: str, root: str) -> None:
@@ -165,18 +165,33 @@ class RemoteFiles:
         return f"{self._root}/{path}" if path else self._root
 
 
+class OutOfPatienceError(Exception):
+    """A request has failed for `PATIENCE_S`: its last error, and how often it was tried."""
+
+    def __init__(self, last: BaseException, tries: int) -> None:
+        super().__init__(last, tries)
+        self.last, self.tries = last, tries
+
+
 def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], bool] | None = None) -> ResultT:
     """Return the result of `work`, tried again with growing waits for up to `PATIENCE_S` while its error is `worth_it`.
 
-    Passing errors by default. Raises tenacity's RetryError when the patience is at its end, other errors at once.
+    Passing errors by default. Raises OutOfPatienceError when the patience is at its end, other errors at once.
     """
+    from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
     attempts = Retrying(
         retry=retry_if_exception(worth_it or is_passing),
         stop=stop_after_delay(PATIENCE_S),
         wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
         before_sleep=_warn,
     )
-    return attempts(work)
+    try:
+        return attempts(work)
+    except RetryError as failure:
+        last = failure.last_attempt.exception()
+        assert last is not None
+        raise OutOfPatienceError(last, failure.last_attempt.attempt_number) from last
 
 
 def is_passing(error: BaseException | None) -> bool:
@@ -219,7 +234,7 @@ def answer_code(error: BaseException) -> str | None:
     return None if code is None else str(code)
 
 
-def _warn(state: RetryCallState) -> None:
+def _warn(state: "RetryCallState") -> None:
     """Say what is being waited for, once a call takes long enough for a person to wonder."""
     error, statistics = state.outcome.exception() if state.outcome is not None else None, state.retry_object.statistics
     if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S and not statistics.get("told"):
@@ -247,6 +262,8 @@ def reason_of(error: BaseException | None) -> str:
 
 def _client(protocol: str) -> Any:
     """Return fsspec's file system, one for each process and setting of the environment: making one takes 0.5 s."""
+    import fsspec
+
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     key = (os.getpid(), protocol, *settings)
     with _clients_lock:

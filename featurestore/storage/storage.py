@@ -12,12 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tenacity import RetryError
-
 from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, StorageError
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.storage.remote import (
     Names,
+    OutOfPatienceError,
     RemoteFiles,
     check_password,
     is_passing,
@@ -140,8 +139,8 @@ class Storage:
 
         try:
             return settle() if self.is_local else persist(settle, lambda error: is_passing(error.__cause__))
-        except RetryError as error:
-            raise error.last_attempt.exception() or error from None
+        except OutOfPatienceError as error:
+            raise error.last from None
 
     def list(self, path: str = "") -> Names:
         """List names (not paths) directly below `path`, sorted; empty where nothing is there. Temporary files are
@@ -227,10 +226,9 @@ class Storage:
     def _translated(self, action: str, path: str, writing: bool = False) -> Iterator[None]:
         try:
             yield
-        except RetryError as error:
-            cause = error.last_attempt.exception()
-            tries = f"tried {error.last_attempt.attempt_number} times"
-            raise StorageError(f"cannot {action} {self.full(path)}: {reason_of(cause)} ({tries})") from cause
+        except OutOfPatienceError as error:
+            told = f"{reason_of(error.last)} (tried {error.tries} times)"
+            raise StorageError(f"cannot {action} {self.full(path)}: {told}") from error.last
         except Exception as error:  # each object store's client has its own tree of errors
             if isinstance(error, AddressError | StorageError | CorruptFileError) or (
                 isinstance(error, FileNotFoundError) and not writing
