@@ -30,9 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {"data__missing": "learned", "optim__ids": "rowwise_adagrad"},
     "ids_only": {"model__images": "none", "optim__ids": "adagrad"},
     "two_networks": {"model__shared_image_model": "false", "optim__ids": "ftrl"},
-    "similarity": {"model__similarity_tiers": 4, "model__similarity_top_k": 2},
+    "similarity": {"schema": "numbers", "model__similarity_tiers": 4, "model__similarity_top_k": 2},
     "contents": {"schema": "contents", "data__missing": "learned"},
-    "numbers": {"schema": "numbers"},
     "exact": {"model__tables": f"{{user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16}}"},
     "restarted": {"optim__ids_restart": "true", "train__max_steps": 46},
 }
