@@ -1,14 +1,16 @@
-"""What the process has ready that small processes are forked of: the store, tests of it, and the client of S3."""
+"""What the process has ready that small processes are forked of: the store, its server, tests, and the client of S3."""
 
 import botocore.session
 import s3fs
 
+from featurestore.flight import server
 from tests.featurestore.chaos.kills import test_kill_points, test_machine
+from tests.featurestore.flight import conftest
 from tests.featurestore.published import test_published
 from tests.servers import REGION
 from tests.spared import parse_services_once
 
-__all__ = ["s3fs", "test_kill_points", "test_machine", "test_published"]
+__all__ = ["conftest", "s3fs", "server", "test_kill_points", "test_machine", "test_published"]
 
 parse_services_once()
 botocore.session.get_session().create_client("s3", REGION)  # parsed here, once for all

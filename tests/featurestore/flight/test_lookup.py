@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,16 @@ from featurestore.format.codec import write_codec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import Serve
+from tests.featurestore.flight.conftest import SmallServer
 
 ROWS = 3_000
+Serve = Callable[..., SmallServer]
+
+
+@pytest.fixture
+def serve(serve_small: Serve) -> Serve:
+    """How servers start and die is of other tests."""
+    return serve_small
 
 
 def make_store(folder: Path, info: StoreInfo, rows: int = ROWS) -> FeatureStore:
