@@ -83,12 +83,13 @@ class SmallServer(Answering):
 
 
 def serve_in_here(pipe: Path, words: Sequence[str]) -> None:
-    os.dup2(os.open(pipe, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout = pipe.open("w")
     sys.argv = ["featurestore", "serve", *words]
     main()
 
 
 Serve = Callable[..., ServerProcess]
+ServeSmall = Callable[..., SmallServer]
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 @pytest.fixture
-def serve_small(tmp_path: Path) -> Iterator[Callable[..., SmallServer]]:
+def serve_small(tmp_path: Path) -> Iterator[ServeSmall]:
     """The same where it is no matter how they start and die: each takes a quarter of the time."""
     servers: list[SmallServer] = []
 

@@ -11,7 +11,7 @@ from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
 from featurestore.errors import AccessError, FeatureStoreError, ServerError
 from featurestore.flight.service import read_tls
 from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import Serve
+from tests.featurestore.flight.conftest import ServeSmall
 
 TOKEN, OTHER = "0123456789abcdef-first", "0123456789abcdef-second"
 KEYS = keys_of_uris([f"images/{i}.jpg" for i in range(20)])
@@ -38,11 +38,11 @@ def filled(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> Feature
 
 
 @pytest.mark.long
-def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
+def test_tokens(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> None:
     """Every token of the file opens all calls; without one, none is."""
     file = tmp_path / "tokens.txt"
     file.write_text(f"# of the notebooks\n{TOKEN}\n\n{OTHER}\n")
-    server = serve(filled, "--token-file", file)
+    server = serve_small(filled, "--token-file", file)
     for token in (TOKEN, OTHER):
         with connect(server.address, token=token) as client:
             assert not client.lookup(KEYS).missing_U.any()
@@ -64,10 +64,10 @@ def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
+def test_tls(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> None:
     """The right authority is trusted; another one, and a name that the certificate has not, are refused and named."""
     good, other = Certificates(tmp_path / "good", "localhost"), Certificates(tmp_path / "other", "localhost")
-    server = serve(filled, "--host", "localhost", "--tls-cert", good.cert, "--tls-key", good.key)
+    server = serve_small(filled, "--host", "localhost", "--tls-cert", good.cert, "--tls-key", good.key)
     assert server.address == f"grpc+tls://localhost:{server.port}"
     with connect(server.address, ca=good.ca) as client:
         assert not client.lookup(KEYS).missing_U.any()
@@ -87,17 +87,17 @@ def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_tls_to_a_server_without(serve: Serve, filled: FeatureStore) -> None:
-    server = serve(filled)
+def test_tls_to_a_server_without(serve_small: ServeSmall, filled: FeatureStore) -> None:
+    server = serve_small(filled)
     with pytest.raises(ServerError, match=rf"answers without TLS: write grpc://127\.0\.0\.1:{server.port}, or") as told:
         connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
     assert "SSL" not in str(told.value)
 
 
 @pytest.mark.long
-def test_an_expired_certificate(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
+def test_an_expired_certificate(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> None:
     old = Certificates(tmp_path / "old", "127.0.0.1", expired=True)
-    server = serve(filled, "--tls-cert", old.cert, "--tls-key", old.key)
+    server = serve_small(filled, "--tls-cert", old.cert, "--tls-key", old.key)
     with pytest.raises(AccessError, match="expired"):
         connect(server.address, ca=old.ca)
 

@@ -23,7 +23,7 @@ from featurestore.flight.client import addresses
 from featurestore.flight.link import Answer
 from featurestore.flight.protocol import KEYS_SCHEMA, keys_batch
 from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import Serve, ServerProcess
+from tests.featurestore.flight.conftest import Serve, ServerProcess, ServeSmall
 
 WIDE = 4096
 
@@ -74,8 +74,10 @@ def wait_until_refused(address: str, timeout_s: float = 10) -> None:
 
 
 @pytest.mark.long
-def test_over_the_limit_is_refused_and_another_program_sees_unavailable(serve: Serve, wide: FeatureStore) -> None:
-    server = serve(wide, "--max-calls", "2")
+def test_over_the_limit_is_refused_and_another_program_sees_unavailable(
+    serve_small: ServeSmall, wide: FeatureStore
+) -> None:
+    server = serve_small(wide, "--max-calls", "2")
     with connect(server.address) as client:
         with stuck_reader(server.address), stuck_reader(server.address):
             wait_until_refused(server.address)
@@ -95,9 +97,9 @@ def test_over_the_limit_is_refused_and_another_program_sees_unavailable(serve: S
 
 
 @pytest.mark.long
-def test_a_client_that_never_reads_is_cut_off(serve: Serve, wide: FeatureStore) -> None:
+def test_a_client_that_never_reads_is_cut_off(serve_small: ServeSmall, wide: FeatureStore) -> None:
     """Its place is free again after --stuck-s; it learns so when it reads."""
-    server = serve(wide, "--max-calls", "1", "--stuck-s", "1")
+    server = serve_small(wide, "--max-calls", "1", "--stuck-s", "1")
     with stuck_reader(server.address) as reader:
         with connect(server.address) as client:
             answers_again(client)
@@ -107,9 +109,9 @@ def test_a_client_that_never_reads_is_cut_off(serve: Serve, wide: FeatureStore) 
 
 
 @pytest.mark.long
-def test_a_scan_that_nobody_reads_is_cut_off(serve: Serve, wide: FeatureStore, make_rows: MakeRows) -> None:
+def test_a_scan_that_nobody_reads_is_cut_off(serve_small: ServeSmall, wide: FeatureStore, make_rows: MakeRows) -> None:
     wide.put(make_rows(3_000, wide.info))
-    server = serve(wide, "--max-calls", "1", "--stuck-s", "1")
+    server = serve_small(wide, "--max-calls", "1", "--stuck-s", "1")
     with flight.FlightClient(server.address) as scanner:
         stream = scanner.do_get(flight.Ticket(b'{"columns": ["feature"]}'))
         stream.read_chunk()
@@ -152,10 +154,10 @@ def test_a_server_killed_in_the_middle(serve: Serve, wide: FeatureStore) -> None
 @pytest.mark.long
 @pytest.mark.parametrize("count", [10, 20_000])
 def test_an_error_here_is_that_error(
-    serve: Serve, wide: FeatureStore, count: int, monkeypatch: pytest.MonkeyPatch
+    serve_small: ServeSmall, wide: FeatureStore, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while answers come, and while keys are sent, ends the call at once; the client is good for the next."""
-    server = serve(wide, "--max-calls", "1")
+    server = serve_small(wide, "--max-calls", "1")
     with connect(server.address) as client:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
@@ -253,9 +255,9 @@ def test_a_newest_snapshot_that_is_damaged_is_not_offered(
 
 
 @pytest.mark.long
-def test_requests_that_are_none(serve: Serve, wide: FeatureStore) -> None:
+def test_requests_that_are_none(serve_small: ServeSmall, wide: FeatureStore) -> None:
     """Other columns, nulls, other commands and actions: an error each, and the server lives."""
-    server = serve(wide, "--shards", "0-3")
+    server = serve_small(wide, "--shards", "0-3")
 
     def exchange(command: bytes, batch: pa.RecordBatch) -> None:
         writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))

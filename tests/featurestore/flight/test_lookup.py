@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +29,9 @@ from featurestore.format.codec import write_codec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.conftest import MakeRows
-from tests.featurestore.flight.conftest import SmallServer
+from tests.featurestore.flight.conftest import ServeSmall
 
 ROWS = 3_000
-Serve = Callable[..., SmallServer]
-
-
-@pytest.fixture
-def serve(serve_small: Serve) -> Serve:
-    """How servers start and die is of other tests."""
-    return serve_small
 
 
 def make_store(folder: Path, info: StoreInfo, rows: int = ROWS) -> FeatureStore:
@@ -78,8 +70,8 @@ def assert_same(client: FeatureClient, store: FeatureStore, folder: Path, keys_U
 
 
 @pytest.mark.long
-def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
-    server = serve(make_store(tmp_path / "store", info))
+def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
+    server = serve_small(make_store(tmp_path / "store", info))
     with connect(server.address, missing="zeros") as client:
         for ask in (client.lookup, client.contains):
             for keys_U in ([1.5], [2.0**60]):
@@ -94,18 +86,20 @@ def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve: Serv
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
-def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info.model_copy(update={"dtype": dtype, "dim": 12}))
-    server = serve(store)
+    server = serve_small(store)
     with connect(server.address, missing="zeros") as client:
         assert_same(client, store, tmp_path, any_keys())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("cuts", [["0-3", "4-7"], ["0,2,4,6", "1,3", "5,7"]])
-def test_servers_that_share_the_shards(cuts: list[str], info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+def test_servers_that_share_the_shards(
+    cuts: list[str], info: StoreInfo, serve_small: ServeSmall, tmp_path: Path
+) -> None:
     store = make_store(tmp_path / "store", info)
-    servers = [serve(store, "--shards", cut) for cut in cuts]
+    servers = [serve_small(store, "--shards", cut) for cut in cuts]
     with connect(",".join(server.address for server in servers), missing="zeros") as client:
         assert_same(client, store, tmp_path, any_keys())
     with pytest.raises(ServerError, match="lack"):
@@ -136,28 +130,28 @@ def test_a_partition_of_chosen_shards_refuses_others(info: StoreInfo, tmp_path: 
 
 @pytest.mark.long
 def test_few_keys_many_keys_and_none(
-    info: StoreInfo, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    info: StoreInfo, serve_small: ServeSmall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None, one, one that is missing, one key very often, and more than fit into one message, block or call."""
-    monkeypatch.setattr("featurestore.flight.client._CALL_BYTES", 70 << 20)
+    monkeypatch.setattr("featurestore.flight.client._CALL_BYTES", 34 << 20)
     store = make_store(tmp_path / "store", info.model_copy(update={"dim": 2048}), 300)
     known = keys_of_uris(["images/1.jpg"])
-    server = serve(store)
+    server = serve_small(store)
     with connect(server.address, missing="zeros") as client:
-        for keys_U in (known[:0], known, np.array([3]), np.repeat(known, 5_000), np.resize(any_keys(300), 20_000)):
+        for keys_U in (known[:0], known, np.array([3]), np.repeat(known, 5_000), np.resize(any_keys(300), 10_000)):
             client.missing_count = 0
             assert_same(client, store, tmp_path, keys_U)
         out = np.empty((1, 2048), np.uint16)
         assert client.lookup(known, out=out).features_UD is out
         with pytest.raises(ValueError, match="out is"):
             client.lookup(known, out=out[:, ::2])
-    assert 20_000 * store.info.row_bytes > 70 << 20
+    assert 10_000 * store.info.row_bytes > 34 << 20
 
 
 @pytest.mark.long
-def test_missing_policies(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+def test_missing_policies(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info)
-    server = serve(store)
+    server = serve_small(store)
     gone = keys_of_uris(["images/7.jpg", "images/8.jpg"])
     with connect(server.address) as client, pytest.raises(MissingKeysError, match=str(gone[0])):
         client.lookup(gone)
@@ -169,9 +163,9 @@ def test_missing_policies(info: StoreInfo, serve: Serve, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-def test_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+def test_two_clients_in_two_threads_each(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info)
-    server = serve(store)
+    server = serve_small(store)
     keys_U = any_keys()
     with FeaturePartition.load(store, cache_dir=tmp_path / "cache", missing="zeros") as partition:
         expected = partition.lookup(keys_U).features_UD.tobytes()
@@ -191,11 +185,11 @@ def test_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path
 
 @pytest.mark.long
 def test_a_snapshot_committed_meanwhile(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve, tmp_path: Path
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve_small: ServeSmall, tmp_path: Path
 ) -> None:
     """Who is connected keeps what it has; who connects next gets the newest; both numbers can be asked for."""
     store.put(make_rows(50, info))
-    server = serve(store, "--poll-s", "0.1")
+    server = serve_small(store, "--poll-s", "0.1")
     keys_U = keys_of_uris([f"images/{i}.jpg" for i in range(60)])
     with connect(server.address, missing="zeros") as before:
         old = before.lookup(keys_U)
@@ -208,18 +202,18 @@ def test_a_snapshot_committed_meanwhile(
         assert first.lookup(keys_U).features_UD.tobytes() == old.features_UD.tobytes()
     with pytest.raises(SnapshotNotFoundError, match="no snapshot 3"):
         connect(server.address, version=3)
-    fixed = serve(store, "--version", "1")
+    fixed = serve_small(store, "--version", "1")
     with pytest.raises(SnapshotNotFoundError, match=r"snapshot 1 of .* alone"):
         connect(fixed.address, version=2)
 
 
 @pytest.mark.long
 def test_a_snapshot_that_expires_meanwhile(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve_small: ServeSmall
 ) -> None:
     """It is there for as long as the server has it open, and a clear error afterwards."""
     store.put(make_rows(50, info))
-    server = serve(store, "--poll-s", "0.1")
+    server = serve_small(store, "--poll-s", "0.1")
     keys_U = make_rows(50, info).keys_N
     with connect(server.address) as client:
         old = client.lookup(keys_U).features_UD.tobytes()
@@ -228,7 +222,7 @@ def test_a_snapshot_that_expires_meanwhile(
         server.wait_for("offers snapshot 2")
         assert client.lookup(keys_U).features_UD.tobytes() == old
         server.end()
-        serve(store, "--port", str(server.port))
+        serve_small(store, "--port", str(server.port))
         with pytest.raises(SnapshotNotFoundError, match="1 has expired"):
             ask_until_connected(client, keys_U)
 
@@ -246,28 +240,28 @@ def ask_until_connected(client: FeatureClient, keys_U: np.ndarray, timeout_s: fl
 
 @pytest.mark.long
 def test_servers_of_different_snapshots_and_stores(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve, tmp_path: Path
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve_small: ServeSmall, tmp_path: Path
 ) -> None:
     """The newest that all offer is taken; a store of the same kind that is another one is refused."""
     store.put(make_rows(50, info))
-    low = serve(store, "--shards", "0-3", "--poll-s", "1000")
+    low = serve_small(store, "--shards", "0-3", "--poll-s", "1000")
     store.put(make_rows(60, info, seed=2))
-    high = serve(store, "--shards", "4-7")
+    high = serve_small(store, "--shards", "4-7")
     with connect(f"{low.address},{high.address}") as client:
         assert client.snapshot_version == 1
     other = FeatureStore.create(tmp_path / "other", info)
     other.put(make_rows(50, info))
     with pytest.raises(AnotherStoreError, match="share one store"):
-        connect(f"{low.address},{serve(other, '--shards', '4-7').address}")
+        connect(f"{low.address},{serve_small(other, '--shards', '4-7').address}")
 
 
 @pytest.mark.long
-def test_other_languages_scan_a_snapshot(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+def test_other_languages_scan_a_snapshot(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
     """All that a client of Flight needs is what list_flights gives."""
     from pyarrow import flight
 
     store = make_store(tmp_path / "store", info)
-    server = serve(store, "--shards", "0-5")
+    server = serve_small(store, "--shards", "0-5")
     with flight.FlightClient(server.address) as client:
         flights = list(client.list_flights())
         assert [each.descriptor.path for each in flights] == [[b"3"], [b"2"], [b"1"]]
