@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from typer.testing import CliRunner
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake.reduce import reduce
+from tests.ranks import command_of
 from tests.trainer.plan.machine import MACHINE, NETWORK, RATES, WIDTHS
+from tests.trainer.standing_ranks import run as run_here
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import ExactTableConfig
@@ -270,12 +274,23 @@ class TestCommand:
     @pytest.fixture(scope="class")
     @staticmethod
     def plan(places: Places, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        """Two and four ranks, one a machine, really measured."""
+        """Two and four ranks, one a machine, really measured: the runs of the trainer in this process."""
+        run_together = calibrate.run_together
+
+        def run_some_here(commands: Sequence[Sequence[str]]) -> list[str]:
+            if list(commands[0][:3]) != [sys.executable, "-m", "trainer.main"]:
+                return run_together(commands)
+            ((code, said),) = (run_here(list(command[1:])) for command in commands)
+            assert code == 0, said
+            return [said]
+
         file = tmp_path_factory.mktemp("plan") / "plan.json"
         options = ["--ranks", "2,4", "--global-batch-size", "100", "--network", "1Gb", "--json", str(file)]
         for setting in places.settings():
             options += ["--set", setting]
-        done = CliRunner().invoke(app, options)
+        some_here = mock.patch.object(calibrate, "run_together", run_some_here)
+        with some_here, mock.patch.object(calibrate, "launcher_of", command_of):
+            done = CliRunner().invoke(app, options)
         assert done.exit_code == 0, done.output
         assert "What to choose" in done.stdout and "Taken for granted" in done.stdout
         values: dict[str, Any] = json.loads(file.read_text())
