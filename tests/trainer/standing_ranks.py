@@ -23,7 +23,6 @@ from trainer.engine.memory import freeze_for_good
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
     comm = connect()
     kind = type(comm)
     freeze_for_good()  # what is imported lives as long as the process
@@ -46,7 +45,14 @@ def run(arguments: list[str]) -> tuple[int, str]:
     own_words = mock.patch.object(sys, "argv", arguments[1:] if is_module else arguments)
     beside = [] if is_module else [str(Path(arguments[0]).parent)]  # what a script imports
     own_path = mock.patch.object(sys, "path", [*beside, *sys.path])
-    with own_words, own_path, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with (
+        warnings.catch_warnings(),
+        own_words,
+        own_path,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
+        warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
         try:
             if is_module:
                 runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -104,15 +104,6 @@ def test_a_host_comes_a_rank_stops_and_the_same_command_goes_on(
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
-def test_wrong_settings_are_not_tried_again(settings_of: Settings, tmp_path: Path) -> None:
-    """Those that only the ranks find out: there are no such samples."""
-    settings = [*settings_of(tmp_path, STEPS, 10), f"data.samples={tmp_path / 'nowhere'}"]
-    run = Supervised(tmp_path, settings, ["--max-np", "1"])
-    said = run.end(run.start(), 2)
-    assert said.count("nowhere has no train and no test samples") == 2  # the rank's line, and the supervisor's
-    assert "starting at the first step" in said and "not started again" in said
-
-
 def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) -> None:
     """The newest checkpoint is damaged."""
     options = ["--max-np", "1", "--max-restarts-without-progress", "1"]

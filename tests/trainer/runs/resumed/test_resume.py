@@ -245,7 +245,10 @@ def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
     assert json.loads((run / "report.json").read_text())["global_step"] == 7 and names(run)[-1:] == steps_of(7)
 
 
-def test_settings_that_the_checkpoint_refuses_are_what_was_typed(places: Places, runs: Runs) -> None:
+def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_again(
+    places: Places, runs: Runs
+) -> None:
+    """Only the ranks find them out."""
     settings = places.settings(run__dir=runs.folder, run__name="a", run__resume="auto", model__mlp=[9, 4])
     words = ["--max-np", "1", "--", "python", "-m", "trainer.main", *settings, "train.seed=3"]
     done = subprocess.run(
@@ -255,4 +258,7 @@ def test_settings_that_the_checkpoint_refuses_are_what_was_typed(places: Places,
     assert done.returncode == 2 and last.startswith("supervise: rank 0 on localhost ended with exit code 2"), (
         done.stderr
     )
-    assert "or set back: model.mlp is [9, 4] here, [8, 4] in the checkpoint" in last, done.stderr
+    refusal = "model.mlp is [9, 4] here, [8, 4] in the checkpoint"
+    assert f"or set back: {refusal}" in last and last.endswith("; not started again"), done.stderr
+    assert done.stderr.count(refusal) == 2, "the rank's line, and the supervisor's"
+    assert "resuming at step 6 on 1 rank" in done.stderr
