@@ -108,7 +108,7 @@ def test_taste_in_pictures_needs_items_and_drawings(tmp_path: Path) -> None:
 
 
 @pytest.mark.services  # a job in another process
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
+@pytest.mark.parametrize("hash_seed", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_equal_seeds_give_equal_bytes_in_any_process(demo: Path, tmp_path: Path, hash_seed: str) -> None:
     command = [sys.executable, str(JOB), "--out", str(tmp_path / "again"), *TINY]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True)

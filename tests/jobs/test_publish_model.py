@@ -47,7 +47,8 @@ def done(app: Any, *options: object) -> str:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("places"))
-    train_run(places, "both", model__compute_dtype="float32", **VARIANTS["similarity"])
+    similarity = {"model__similarity_tiers": 4, "model__similarity_top_k": 2}
+    train_run(places, "both", model__compute_dtype="float32", **similarity)
     train_run(places, "ids", **VARIANTS["ids_only"])
     return places
 
@@ -166,7 +167,7 @@ def test_a_publish_tells_what_moved(places: Places, model: str, tmp_path: Path) 
 def test_after_many_publishes_the_vectors_want_to_be_compacted(
     places: Places, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featurestore.upkeep.compaction.MAX_DELTAS", 2)
+    monkeypatch.setattr("featurestore.upkeep.compaction.MAX_DELTAS", 1)
     store = FeatureStore.open(places.folder / "features")
 
     def publish(number: float) -> str:
@@ -174,7 +175,7 @@ def test_after_many_publishes_the_vectors_want_to_be_compacted(
         store.put(FeatureRows.of(["item/20"], features, keys=np.array([1_020])))
         return done(publish_vectors.app, "--model", model)
 
-    *_, last = [publish(number) for number in range(3)]
+    *_, last = [publish(number) for number in range(2)]
     advice = re.search("next         python -m featurestore compact (.*)", last)
     assert advice is not None
     compact(FeatureStore.open(advice[1]), force=True)

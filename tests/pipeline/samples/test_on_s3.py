@@ -59,11 +59,11 @@ def there(options: SampleOptions, client: Client, tmp_path: Path, s3_url: str) -
 FIFTH = {"days": "2026-01-05"}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild_on_disk(
     options: SampleOptions, client: Client, tmp_path: Path, s3_url: str, seed: int
 ) -> None:
-    """Of logs with sessions over midnights, and late rows of a day at the end."""
+    """Of logs with sessions over midnights, and late rows of a day at the end; more logs on disk, in test_added.py."""
     rng = random.Random(seed)
     impressions, behaviors = random_logs(rng)
     behaviors.append(done(9 * DAY_S + 20_000, user=99, image=7))

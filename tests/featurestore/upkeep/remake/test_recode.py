@@ -1,6 +1,7 @@
 """A store in another dtype: every row, one commit, a report that is right, and a recode that goes on after a kill."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypa
 @pytest.mark.long
 def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
     """Before the store is made, between a shard's file and the note of it, and after the commit."""
-    call, methods = 'recode(source, target, "int8", threads=1)', ("create_exclusive", "open_output")
+    call, methods = partial(recode, dtype="int8", threads=1), ("create_exclusive", "open_output")
     for prefix, writes, num_noted in (("store.json", 0, 0), ("staging/recode/shard", 3, 3), ("reports", 0, 8)):
         kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
         assert len(list((tmp_path / "new").rglob("shard-*.json"))) == num_noted

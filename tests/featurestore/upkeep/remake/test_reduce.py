@@ -6,6 +6,7 @@ import re
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -355,7 +356,7 @@ def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, t
 @pytest.mark.services
 def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
     """Before the basis, before the plan, before the store is made, among the shards, and after the commit."""
-    call, methods = 'reduce(source, target, 8, "int8", threads=1)', ("create_exclusive", "open_output", "write_bytes")
+    call, methods = partial(reduce, dims=8, dtype="int8", threads=1), ("create_exclusive", "open_output", "write_bytes")
     places = (("codec", 0), ("staging/reduce/plan", 0), ("store.json", 0), ("staging/reduce/shard", 3), ("reports", 0))
     for prefix, writes in places:
         kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
