@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +24,14 @@ def made_once(folder: Path, name: str, make: Callable[[], object]) -> None:
         if not done.exists():
             make()
             done.touch()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For folders whose tests open models and stores without a place for the cache.
+
+    In the user's own, which each opening lists, the files of all test runs of a month would gather.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield

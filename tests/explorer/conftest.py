@@ -9,10 +9,12 @@ import pytest
 from tests.explorer.serving import serving
 from tests.explorer.world import World, complete, make_shop
 from tests.serving.http.processes import ServerProcess
-from tests.shared import made_once, shared_folder
+from tests.shared import made_once, own_cache, shared_folder
 
 if TYPE_CHECKING:
     from distributed import Client
+
+__all__ = ["own_cache"]
 
 
 @pytest.fixture(scope="session")
