@@ -105,12 +105,13 @@ def test_a_host_comes_a_rank_stops_and_the_same_command_goes_on(
 
 
 def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) -> None:
-    """The newest checkpoint is damaged."""
+    """As where the newest checkpoint is damaged; a program that says no more than that stands for the trainer."""
     options = ["--max-np", "1", "--max-restarts-without-progress", "1"]
-    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000), options)
+    worker = tmp_path / "damaged.py"
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000), options, worker)
     damaged = run.run / "checkpoints" / "step-00000005" / "state.json"
     damaged.parent.mkdir(parents=True)
-    damaged.write_text("{")
+    worker.write_text(f"import sys; sys.exit('error: {damaged} is damaged')")
     said = run.end(run.start(), 1)
     assert said.count("resuming at step 5 on 1 rank (localhost:1)") == 2
     assert f"rank 0 on localhost ended with exit code 1 (error: {damaged}" in said
