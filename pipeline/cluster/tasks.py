@@ -10,6 +10,7 @@ from typing import Any
 
 from dask.typing import Key
 from distributed import Client, Future, KilledWorker, Worker, as_completed
+from distributed.protocol import pickle
 
 from featurestore.console.progress import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
@@ -48,8 +49,8 @@ def run_tasks(
         first = itertools.islice(waiting, count)
         while together := list(itertools.islice(first, SENT_TOGETHER)):
             keys = [f"{function.__name__}-{uuid.uuid4().hex}" for _ in together]  # so the dashboard has its name
-            arguments = zip(*((function, *call) for _, call in together), strict=True)
-            futures = client.map(_attempt, *arguments, key=keys, retries=RETRIES, pure=False)
+            packed = [pickle.dumps((function, call)) for _, call in together]
+            futures = client.map(_attempt, packed, key=keys, retries=RETRIES, pure=False)
             running.update({future.key: (index, future) for (index, _), future in zip(together, futures, strict=True)})
             finished.update(futures)
 
@@ -118,8 +119,12 @@ async def _ended(keys: Set[Key], end_s: float, dask_worker: Worker) -> None:
                 await asyncio.sleep(0.01)
 
 
-def _attempt(function: Callable[..., Any], *call: Any) -> Any:
-    """Return a mistake as a result: Dask would log a raised one with its traceback, and try again."""
+def _attempt(packed: bytes) -> Any:
+    """Return a mistake as a result: Dask would log a raised one with its traceback, and try again.
+
+    The call comes packed, as the scheduler opens what it is sent, and would import Torch with our modules.
+    """
+    function, call = pickle.loads(packed)
     try:
         return function(*call)
     except MISTAKES as error:

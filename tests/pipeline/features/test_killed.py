@@ -244,6 +244,9 @@ def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(client, make, 
         )  # fmt: skip
         try:
             wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
+            with Client(scheduler_file=str(file), set_as_default=False) as looking:
+                imported = looking.run_on_scheduler(lambda: list(__import__("sys").modules))
+            assert "pipeline.cluster.tasks" in imported and "torch" not in imported, "Torch is of workers"
             kill(scheduler)
             out, err = job.communicate(timeout=100)
         finally:
