@@ -134,7 +134,7 @@ def watch_s3(fuse, store: FeatureStore) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("work", [put, pytest.param(delete, marks=pytest.mark.slow), extract])
+@pytest.mark.parametrize("work", [put, delete, extract])
 def test_on_disk(make_arena, make_fuse, trace, work, every: bool) -> None:
     arena = make_arena()
     prepared(arena)
@@ -147,7 +147,7 @@ def test_on_disk(make_arena, make_fuse, trace, work, every: bool) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("work", [compact, pytest.param(restore, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("work", [compact, restore])
 def test_of_compaction_and_restore(make_arena, make_fuse, trace, work, every: bool) -> None:
     arena = make_arena()
     prepared(arena)
