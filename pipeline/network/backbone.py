@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from distributed import Client
+from torchvision.transforms import functional
 
 from featurestore.lookup.compute_dtype import dtype_of_environment
 from featurestore.spec import ExtractorSpec
 from pipeline.cluster.tasks import Killed, run_alone
 from pipeline.errors import BackboneError, ClusterError
 from pipeline.network.layers import network_of
-from pipeline.network.vision import functional
 from pipeline.network.weights import load_weights, weights_digest
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # bf16: Arm's name

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
-from pipeline.network.vision import create_feature_extractor, get_graph_node_names, models
 
 NUM_NEAR = 5  # names in a message
 NUM_VECTOR_LAYERS = 8
 DRY_IMAGES = 2  # a number that no layer's own shape begins with by chance, as 1 does
 SCALES_ITS_INPUT = ("googlenet", "inception_v3")  # their weights want it, and torchvision sets it only with weights
-DRAWS = ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "trunc_normal_")  # starting values
 COUNTER = "num_batches_tracked"  # of batch norm in training: no part of what is computed here
 
 
@@ -60,10 +60,7 @@ class Network:
 
     @functools.cached_property
     def dim(self) -> int:
-        """The numbers per image, by a pass without values. Raises BackboneError where they are not one vector.
-
-        Torch imports its compiler for such a pass, which takes a second and a half.
-        """
+        """The numbers per image, by a pass without values. Raises BackboneError where they are not one vector."""
         pixels_BCHW = _pixels_without_values(self.preset)
         shape = _shape(self.layers.extractor(pixels_BCHW)[self.layer])
         if not _is_vector(shape):
@@ -161,21 +158,12 @@ def _model(model: str, preset: Preset) -> nn.Module:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Parameters take no memory while a model is built; the small tensors that RegNets compute with stay real.
-
-    Nor are they drawn: torch has no quick way to draw without memory, and would import its compiler for it.
-    """
+    """Parameters take no memory while a model is built; the small tensors that RegNets compute with stay real."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        if func is torch.empty:
-            given["device"] = "meta"
-        if func.__name__ in DRAWS:
-            drawn: torch.Tensor = args[0] if args else given["tensor"]
-            return drawn
-        return func(*args, **given)
+        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
 
 
 def _without_memory(model: str, preset: Preset) -> nn.Module:

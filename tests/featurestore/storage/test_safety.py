@@ -74,7 +74,7 @@ def test_a_server_whose_create_is_not_atomic_is_refused(
     with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:
         FeatureStore.create(url, info)
     assert reason in str(caught.value)
-    result = CliRunner().invoke(app, ["check-backend", url, "--processes", "2", "--rounds", "5"])
+    result = CliRunner().invoke(app, ["check-backend", url, "--processes", "3", "--rounds", "5"])
     assert result.exit_code == 1
     assert reason in result.stderr and "cannot hold a store" in result.stderr and result.stdout == ""
     assert Storage(url).entries() == [], "neither a store nor files of the check"

@@ -16,7 +16,6 @@ from pipeline.network import DEFAULT_BACKBONE, backbone
 from pipeline.network import weights as weights_module
 from pipeline.network.backbone import Backbone, fastest_dtype
 from pipeline.network.layers import feature_dim, network_of
-from pipeline.network.vision import CalledLater
 from pipeline.network.weights import check_network, check_weights_name, load_weights, weights_digest
 
 pytestmark = pytest.mark.long  # they make whole networks
@@ -174,13 +173,6 @@ def test_every_model_of_torchvision_can_be_cut():
             network_of(model, "imagenet")
         layer = str(caught.value).split("come from: ")[1].split(" (")[0]
         assert network_of(layer, "imagenet").dim > 0
-
-
-def test_what_torchvision_asks_the_compiler_is_asked_once_it_is_called():
-    """That no worker imports the compiler, test_killed.py looks at."""
-    assert CalledLater("math").hypot(3, 4) == 5
-    with pytest.raises(AttributeError):
-        _ = CalledLater("math").__path__
 
 
 def test_random_weights_are_seeded():
