@@ -65,10 +65,10 @@ class Server:
 
 def seaweedfs(folder: Path) -> Server:
     """The real server's binary; takes about a second to start."""
-    s3, *others, filer = free_ports(4)
+    s3, master, volume, filer = free_ports(4)
     endpoint = f"http://127.0.0.1:{s3}"
     FILERS[endpoint] = f"127.0.0.1:{filer}"
-    return Server(weed_command(folder, "127.0.0.1", s3, *others, filer), endpoint, "/healthz", folder)
+    return Server(weed_command(folder, "127.0.0.1", s3, master, volume, filer), endpoint, "/healthz", folder)
 
 
 def weed_command(folder: Path, address: str, s3: int, master: int, volume: int, filer: int) -> list[str | Path]:
