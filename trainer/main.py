@@ -211,6 +211,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any], lost_fig
         "name": run.folder.name,
         "folder": str(run.folder),
         "metrics": training.metrics,
+        "new_ad_pictures_count": training.new_ad_pictures_count,
         **measured,
         "tables": {name: each.as_report() for name, each in training.tables.items()},
         "global_step": run.engine.num_steps,

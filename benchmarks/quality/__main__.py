@@ -70,8 +70,12 @@ def main(
     ] = None,
     small: Annotated[bool, typer.Option("--small", help=f"Simulate {SMALL_USERS:,} people, not {USERS:,}.")] = False,
     users: Annotated[int | None, typer.Option(help="Simulate so many people instead.", min=100)] = None,
-    photos: Annotated[Path | None, typer.Option(help="Folder of photographs, for a second simulated data set.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="CSV with their labels, for jobs/make_demo_data.py.")] = None,
+    photos: Annotated[
+        Path | None, typer.Option(exists=True, help="Folder of photographs, for a second simulated data set.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(exists=True, help="CSV with their labels, for jobs/make_demo_data.py.")
+    ] = None,
     only: Annotated[list[Name] | None, typer.Option(help="Sections; repeat it. Default: all.")] = None,
     nets: Annotated[list[Net] | None, typer.Option("--net", help="Nets; repeat it. Default: all.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each, of which the mean is taken.", min=1)] = 3,
@@ -84,7 +88,8 @@ def main(
 ) -> None:
     """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs.
 
-    Our runs with images have model.pooling=transformer and optim.average_share=0.5, where --set says nothing else.
+    Our runs with images have model.pooling=transformer and optim.average_share=0.5, where --set says nothing else. The
+    section "cold" is of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs say.
     """
     from benchmarks.quality.cold import cold_section
     from benchmarks.quality.compare import Bench, ids_section, images_section

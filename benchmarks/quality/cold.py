@@ -55,7 +55,7 @@ def cold_section(bench: Bench) -> list[Section]:
 def specs(bench: Bench, data: DataSet) -> Mapping[tuple[str, str], Spec]:
     """List the runs of a data set by case and name; make their samples and the store of noise unless they are there."""
     index = open_index(SoloComm(), data.samples, "train", load_schema())  # other samples may have had this name
-    folder = bench.folder / "heldout" / f"{data.name}-{index.layout_digest[:_DIGITS]}"
+    folder = bench.folder / "held-out" / f"{data.name}-{index.layout_digest[:_DIGITS]}"
     made = _made(Path(data.samples), folder)
     spec = replace(bench.spec(data, "ours", "dnn", images=False), epochs=EPOCHS)
     cold, rare = (replace(spec, samples=str(made[case])) for case in METRICS)

@@ -60,18 +60,19 @@ TableConfig = Annotated[
 
 
 class ToldBy(NamedTuple):
-    """The setting that makes a model tell new ads from known ones, as it is, and what takes it back."""
+    """The settings that make a model tell new ads from known ones, as they are, and what takes them back."""
 
     setting: str
     otherwise: str
 
     @classmethod
     def of(cls, image_holdout: float, image_dropout: float) -> "ToldBy | None":
-        """Return which of these two settings does; None: neither."""
-        for name, value in {"image_holdout": image_holdout, "image_dropout": image_dropout}.items():
-            if value:
-                return cls(f"model.{name}={value}", f"model.{name}=0")
-        return None
+        """Return which of these two settings do; None: neither."""
+        given = {"model.image_holdout": image_holdout, "model.image_dropout": image_dropout}
+        names = [name for name, value in given.items() if value]
+        if not names:
+            return None
+        return cls(" and ".join(f"{name}={given[name]}" for name in names), " and ".join(f"{name}=0" for name in names))
 
 
 class ModelConfig(Section):
@@ -213,6 +214,16 @@ class ModelConfig(Section):
                 f"model.id_init_std={self.id_init_std} trained rows lie there too; set it to {LARGEST_UNTRAINED} or "
                 "less"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _dropped_pictures_are_nowhere(self) -> "ModelConfig":
+        for name in ("similarity_tiers", "similarity_top_k"):
+            if self.image_dropout and getattr(self, name):
+                raise ValueError(
+                    f"model.image_dropout={self.image_dropout} shows ads without their pictures, and "
+                    f"model.{name}={getattr(self, name)} would compare these all the same; set one of them to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 
+import numpy as np
+
 from trainer.config.config import config_digest
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.memory import objects_frozen
 from trainer.errors import CheckpointError, TrainerError
+from trainer.evaluation.metrics import Float
 from trainer.evaluation.predict import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import stopping, summary
-from trainer.loop.pictures import checked
+from trainer.loop.pictures import can_tell, checked
 from trainer.loop.profiling import PLACE, tracing
 from trainer.loop.progress import TENSORBOARD, ProgressLog
 from trainer.loop.signals import StoppedError, StopSignals, stopped_together
@@ -76,19 +79,25 @@ class Training:
 
         new_ads = self._engine.model.new_ads
         with self.totals.timed("evaluate"), self._engine.averaged():
-            if new_ads is not None and new_ads.is_checked:
-                self.metrics = checked(self._measured, new_ads, self._progress.say)
+            if new_ads is not None and new_ads.is_checked and can_tell(run.config.run):
+                self.metrics = checked(self._measured, new_ads, run.comm, self._progress.say)
             else:
-                self.metrics = self._measured()
+                self.metrics, _ = self._measured()
         run.history.append({"step": self._engine.num_steps, **self.metrics})
         self._progress.metrics(self._engine.num_steps, self.metrics)
 
-    def _measured(self) -> Metrics:
-        """Predict and measure the test samples."""
-        run = self._run
+    def _measured(self) -> tuple[Metrics, Float]:
+        """Predict and measure the test samples; return the logits of this rank's, too."""
+        run, logits = self._run, [np.empty(0)]
         with self._prepared(run.test_reader.batches(), run.test_reader.steps_per_epoch, "eval") as coming:
-            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
-            return evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
+
+            def predicted() -> Iterator[tuple[Batch, Float]]:
+                for each in coming:
+                    logits.append(self._engine.predict(each))
+                    yield each.batch, logits[-1]
+
+            metrics = evaluate(run.comm, predicted(), run.known_ads, run.schema.new_ad_field)
+        return metrics, np.concatenate(logits)
 
     def _epoch(self, epoch: int, trace_step: Callable[[], None]) -> None:
         if self._is_over():
@@ -108,6 +117,12 @@ class Training:
                 if self._is_over():
                     break
         self._report_tables()
+
+    @property
+    def new_ad_pictures_count(self) -> bool | None:
+        """Return whether pictures of new ads count; None where nothing decides on it (model.image_dropout)."""
+        new_ads = self._engine.model.new_ads
+        return new_ads.pictures_count if new_ads is not None and new_ads.is_checked else None
 
     @property
     def checkpoint_stall_ms(self) -> float | None:

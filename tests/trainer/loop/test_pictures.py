@@ -1,11 +1,14 @@
 """Whether new ads' pictures count is decided by ads that training has not seen, and kept with the run, by any ranks."""
 
 import contextlib
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from featurestore.format.rows import FeatureRows
@@ -13,7 +16,7 @@ from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from tests.trainer.alike import all_alike
-from tests.trainer.conftest import Places
+from tests.trainer.conftest import Places, sample_table
 from tests.trainer.whole_runs import report_of, run_alone, tensors
 from trainer.comm import SoloComm
 from trainer.evaluation.metrics import auc
@@ -34,6 +37,13 @@ SETTINGS: dict[str, Any] = {
     "train__max_steps": 30,
     "train__eval_batch_size": 512,
 }
+
+
+def write_few(folder: Path) -> None:
+    """Training samples of items that nobody else has."""
+    folder.mkdir(parents=True)
+    table = sample_table(60, seed=5, items=5)
+    pq.write_table(table, folder / "day=2026-01-09.parquet", row_group_size=7)
 
 
 def _features(new_ones: float) -> np.ndarray:
@@ -100,6 +110,7 @@ def test_what_ranks_new_ads_better_holds(request: pytest.FixtureRequest, store: 
     metrics = report_of(run)["metrics"]
     assert metrics["new_ad_impressions"] >= LEAST
     assert tensors(run)[COUNTS] == counts
+    assert report_of(run)["new_ad_pictures_count"] is counts
     other = _auc_of_new_ads(run, pictures_count=not counts)
     assert _auc_of_new_ads(run) == pytest.approx(metrics["new_ad_auc"], abs=1e-4)
     assert metrics["new_ad_auc"] > other + 0.02
@@ -117,36 +128,61 @@ def test_two_ranks_decide_as_one(
     assert report_of(two)["metrics"] == all_alike(report_of(alone)["metrics"])
 
 
-def _metrics(impressions: int, auc_of_new: float | None) -> Metrics:
-    return {"new_ad_impressions": impressions, "new_ad_auc": auc_of_new}
+FEW, ENOUGH = np.zeros(LEAST - 1), np.zeros(LEAST)
+
+
+def _evaluation(impressions: int, auc_of_new: float | None, logit_N: np.ndarray) -> tuple[Metrics, np.ndarray]:
+    return {"new_ad_impressions": impressions, "new_ad_auc": auc_of_new}, logit_N
 
 
 @pytest.mark.parametrize("did_count", [True, False])
-@pytest.mark.parametrize("said", [_metrics(LEAST - 1, 0.1), _metrics(LEAST, None)], ids=str)
-def test_few_new_ads_decide_nothing(right: Path, did_count: bool, said: Metrics) -> None:
+@pytest.mark.parametrize(
+    ("evaluations", "said"),
+    [
+        ([_evaluation(LEAST - 1, 0.1, FEW)], []),  # one evaluation, not two
+        ([_evaluation(LEAST, None, ENOUGH)], []),
+        (
+            [_evaluation(LEAST + 5, 0.1, ENOUGH), _evaluation(LEAST + 5, 0.9, np.r_[FEW + 1, 1e-7])],
+            [
+                "new ads: 999 of 1,005 impressions are of ads without a trained ID row, and 1,000 would tell whether "
+                "their pictures count; that stays as it was"
+            ],
+        ),
+    ],
+    ids=["few", "one class", "few without a row"],
+)
+def test_few_new_ads_decide_nothing(right: Path, did_count: bool, evaluations: list[Any], said: list[str]) -> None:
     with _opened(right) as (_, new_ads):
         new_ads.decide(pictures_count=did_count)
-        answers = iter([said])  # one evaluation, not two
-        assert checked(lambda: next(answers), new_ads, lambda text: None) == said
+        answers, told = iter(evaluations), list[str]()
+        assert checked(lambda: next(answers), new_ads, SoloComm(), told.append) == evaluations[0][0]
         assert new_ads.pictures_count == did_count
+        assert told == said
 
 
 @pytest.mark.parametrize("did_count", [True, False])
-@pytest.mark.parametrize(("with_pictures", "without", "do_count"), [(0.6, 0.5, True), (0.5, 0.6, False)])
+@pytest.mark.parametrize(
+    ("with_pictures", "without", "do_count"), [(0.6, 0.5, True), (0.5, 0.6, False), (0.5, 0.5, None)]
+)
 def test_the_better_of_two_evaluations_holds(
-    right: Path, did_count: bool, with_pictures: float, without: float, do_count: bool
+    right: Path, did_count: bool, with_pictures: float, without: float, do_count: bool | None
 ) -> None:
+    """Of two that are equal, the earlier one."""
+    expected = did_count if do_count is None else do_count
     with _opened(right) as (_, new_ads):
         new_ads.decide(pictures_count=did_count)
         told: list[str] = []
-        found = checked(
-            lambda: _metrics(LEAST, with_pictures if new_ads.pictures_count else without), new_ads, told.append
-        )
+
+        def measured() -> tuple[Metrics, np.ndarray]:
+            counts = new_ads.pictures_count
+            return _evaluation(LEAST + 5, with_pictures if counts else without, ENOUGH + counts)
+
+        found = checked(measured, new_ads, SoloComm(), told.append)
         assert found["new_ad_auc"] == max(with_pictures, without)
-        assert new_ads.pictures_count == do_count
+        assert new_ads.pictures_count == expected
         assert told == [
-            f"new ads: AUC {with_pictures:.4f} with their pictures, {without:.4f} without; from here on they "
-            + ("keep them" if do_count else "have none")
+            f"new ads: 1,000 of 1,005 impressions are of ads without a trained ID row; AUC {with_pictures:.4f} with "
+            f"their pictures, {without:.4f} without; from here on they {'keep them' if expected else 'have none'}"
         ]
 
 
@@ -155,11 +191,26 @@ def test_a_stop_in_between_leaves_all_as_it_was(right: Path, did_count: bool) ->
     with _opened(right) as (_, new_ads):
         new_ads.decide(pictures_count=did_count)
 
-        def stopped() -> Metrics:
+        def stopped() -> tuple[Metrics, np.ndarray]:
             if new_ads.pictures_count != did_count:
                 raise KeyboardInterrupt
-            return _metrics(LEAST, 0.5)
+            return _evaluation(LEAST, 0.5, ENOUGH)
 
         with pytest.raises(KeyboardInterrupt):
-            checked(stopped, new_ads, lambda text: None)
+            checked(stopped, new_ads, SoloComm(), lambda text: None)
         assert new_ads.pictures_count == did_count
+
+
+@pytest.mark.parametrize("parts", ["[images,model]", "full"])
+def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(made: Places, wrong: Path, parts: str) -> None:
+    """New to this run are all ads of the test samples, whose pictures E knows by heart; their rows begin anew, or are
+    trained."""
+    samples = made.folder / "next"
+    if not samples.exists():
+        shutil.copytree(made.folder / "samples" / "test", samples / "test")
+        write_few(samples / "train")
+    name = re.sub(r"\W", "", parts)
+    changes = {"data__samples": samples, "run__warm_start": wrong, "run__warm_parts": parts, "train__max_steps": 3}
+    run = _run(made, f"next-{name}", "wrong", **changes)
+    assert tensors(run)[COUNTS] == 0
+    assert report_of(run)["new_ad_pictures_count"] is False
