@@ -79,7 +79,9 @@ def test_over_the_limit_is_refused_and_another_program_sees_unavailable(
 ) -> None:
     server = serve_small(wide, "--max-calls", "2")
     with connect(server.address) as client:
-        with stuck_reader(server.address), stuck_reader(server.address):
+        with stuck_reader(server.address) as one, stuck_reader(server.address) as other:
+            for reader in (one, other):
+                reader.read_chunk()  # it has its place: a call of another could have taken that
             wait_until_refused(server.address)
             with pytest.raises(UnavailableError, match=r"answers 2 calls at once.*--max-calls"):
                 client.lookup(KEYS)
