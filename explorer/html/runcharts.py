@@ -5,7 +5,8 @@ from typing import Any
 
 from explorer.data.runs.comparing import TITLES, RunDifference
 from explorer.data.runs.curves import Curve, StageTime
-from explorer.data.runs.evaluation import Estimate, Evaluation, SlicedBy
+from explorer.data.runs.evaluation import Evaluation
+from trainer.evaluation.figures import Estimate, SlicedBy
 
 Figure = dict[str, Any]
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

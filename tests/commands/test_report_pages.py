@@ -15,7 +15,7 @@ from tests.commands.calls import COMMANDS, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
 from tests.pages import ReadPage, check_page
 from tests.trainer.conftest import nothing_drawn
-from trainer.evaluation.bootstrap import Estimate
+from trainer.evaluation.figures import Estimate
 from trainer.evaluation.plots import METRIC_TITLES
 from trainer.evaluation.report import number, range_of
 from trainer.experiments.grid import Experiment, Variant

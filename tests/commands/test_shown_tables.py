@@ -14,8 +14,8 @@ from tools import demo
 from trainer.config.config import load_config, save_config
 from trainer.daily import table as daytable
 from trainer.evaluation import report
-from trainer.evaluation.bootstrap import METRICS, Estimate
-from trainer.evaluation.measure import Figures, Measured, SlicedBy
+from trainer.evaluation.bootstrap import METRICS
+from trainer.evaluation.figures import Estimate, Figures, Measured, SlicedBy
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.tables import rows_of, show
 from trainer.ids.collisions import Collisions

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.evaluation.figures import Estimate
 from trainer.evaluation.metrics import auc_of_groups
 
 Float = NDArray[np.float64]
@@ -31,15 +32,6 @@ LEVEL = 0.95
 _BLOCK_ELEMENTS = 1 << 20
 _LEAST_DEFINED = 0.5
 _LOSS, _CLICKS, _PROBABILITY, _COUNT, _GAUC_WEIGHT, _GAUC_SUM, _FIXED = range(7)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and the ends of its interval; None where it is not defined (no impression, or one class only)."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 class Statistic(Protocol):

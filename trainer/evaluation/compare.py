@@ -20,9 +20,9 @@ from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from trainer.comm import Comm
 from trainer.errors import DataError, TrainerError
-from trainer.evaluation.bootstrap import LEVEL, METRICS, Estimate, Float, MetricSums, bootstrap, interval
-from trainer.evaluation.page_plots import difference_plot
-from trainer.evaluation.plots import METRIC_TITLES
+from trainer.evaluation.bootstrap import LEVEL, METRICS, Float, MetricSums, bootstrap, interval
+from trainer.evaluation.figures import Estimate
+from trainer.evaluation.plots import METRIC_TITLES, difference_plot
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.evaluation.report import number, range_of
 from trainer.runs.saved import RunSource

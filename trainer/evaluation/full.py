@@ -10,8 +10,9 @@ from trainer.comm import Comm
 from trainer.errors import ConfigError
 from trainer.evaluation import report
 from trainer.evaluation.bootstrap import Float
+from trainer.evaluation.figures import Figures
 from trainer.evaluation.impressions import Impressions, ad_image_field, read_impressions, seen_in_training
-from trainer.evaluation.measure import Figures, measure_all
+from trainer.evaluation.measure import measure_all
 from trainer.evaluation.predict import has_feature, predict, predict_without
 from trainer.evaluation.slices import Slicing, slicings
 from trainer.runs.saved import Opened, RunSource, open_source

@@ -1,14 +1,12 @@
 """Everything that an evaluation reports, measured on one set of resamples: the whole, its slices, bins, the curve."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from featurestore.keys import sampled
 from trainer.evaluation.bootstrap import (
     METRICS,
-    Estimate,
     Float,
     MetricSums,
     ReliabilitySums,
@@ -16,55 +14,9 @@ from trainer.evaluation.bootstrap import (
     bootstrap,
     interval,
 )
+from trainer.evaluation.figures import Bin, Figures, Hidden, Measured, SlicedBy
 from trainer.evaluation.impressions import Impressions
 from trainer.evaluation.slices import Slicing
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A set of impressions."""
-
-    impressions: int
-    users: int
-    clicks: int
-    metrics: dict[str, Estimate]
-
-
-@dataclass(frozen=True)
-class SlicedBy:
-    """The slices of one slicing that have impressions, in their order."""
-
-    title: str
-    slices: dict[str, Measured]
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Impressions with predictions of about one height."""
-
-    impressions: int
-    predicted: float
-    clicked: Estimate
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """Metrics with a share of the images hidden. `gauc_change`: against none hidden, on the same resamples."""
-
-    share: float
-    impressions_without_ad_image: int
-    metrics: dict[str, Estimate]
-    gauc_change: Estimate
-
-
-@dataclass(frozen=True)
-class Figures:
-    """All of it; `missing_curve` is empty where it was not asked for."""
-
-    whole: Measured
-    sliced_by: dict[str, SlicedBy]
-    reliability: list[Bin]
-    missing_curve: list[Hidden]
 
 
 def measure_all(

@@ -15,10 +15,9 @@ from featurestore.console.page.recording import current_page
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from trainer.errors import TrainerError
-from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
-from trainer.evaluation.measure import Figures, Hidden, Measured
-from trainer.evaluation.page_plots import missing_images_curve, reliability_curve, slice_plots
-from trainer.evaluation.plots import METRIC_TITLES, draw_all
+from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS
+from trainer.evaluation.figures import Estimate, Figures, Hidden, Measured
+from trainer.evaluation.plots import METRIC_TITLES, draw_all, missing_images_curve, reliability_curve, slice_plots
 from trainer.runs.saved import TEST, Opened
 
 _ABOUT = ("checkpoint", "samples", "missing", "missing_lookups")

@@ -1,75 +1,36 @@
 """The evaluation of a run, as python -m trainer.evaluate wrote it: report.json in its folder `evaluation`."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from explorer.errors import ExplorerError
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, read_file
 from featurestore.text.parsing import first_mistake, parse_json
+from trainer.evaluation.figures import Figures
 
 
-class Estimate(BaseModel):
-    """A value and its interval; None where one is not defined."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-class Measured(BaseModel):
-    """A set of impressions."""
-
-    impressions: int
-    users: int
-    clicks: int
-    metrics: Mapping[str, Estimate]
-
-
-class SlicedBy(BaseModel):
-    """The slices of one slicing, by name."""
-
-    title: str
-    slices: Mapping[str, Measured]
-
-
-class ReliabilityBin(BaseModel):
-    """Impressions with predictions of about one height."""
-
-    impressions: int
-    predicted: float
-    clicked: Estimate
-
-
-class Hidden(BaseModel):
-    """Metrics with a share of the images hidden, and what that changed."""
-
-    share: float
-    impressions_without_ad_image: int
-    metrics: Mapping[str, Estimate]
-    gauc_change: Estimate
-
-
-class Bootstrap(BaseModel):
+@dataclass(frozen=True)
+class Bootstrap:
     """How intervals were made."""
 
     resamples: int
     level: float
 
 
-class Evaluation(BaseModel):
-    """All that an evaluation measured; `missing_curve` is empty where it was not asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Figures):
+    """All that an evaluation measured, and of what."""
 
     checkpoint: str
     samples: str
     bootstrap: Bootstrap
     notes: list[str]
-    whole: Measured
-    sliced_by: Mapping[str, SlicedBy]
-    reliability: list[ReliabilityBin]
-    missing_curve: list[Hidden]
+
+
+_EVALUATION = TypeAdapter(Evaluation)
 
 
 def read_evaluation(run: RunPath) -> Evaluation | None:
@@ -87,4 +48,4 @@ def read_evaluation(run: RunPath) -> Evaluation | None:
 
 @lru_cache(maxsize=64)
 def _parsed(content: bytes) -> Evaluation:
-    return Evaluation.model_validate(parse_json(content))
+    return _EVALUATION.validate_python(parse_json(content))
