@@ -24,9 +24,7 @@ from trainer.engine.machine import share_machine
 from trainer.errors import TrainerError
 from trainer.evaluation.metrics import log_loss
 from trainer.models.fields import used_fields
-from trainer.runs import checkpoint
-from trainer.runs.open import engine_of
-from trainer.runs.saved import SavedRun
+from trainer.runs.saved import SavedRun, with_rows
 from trainer.runs.stores import open_partition
 from trainer.samples.batch import Batch
 from trainer.samples.reader import SampleIndex, SampleReader
@@ -80,8 +78,7 @@ def score(
             partition = opened.enter_context(open_partition(config, comm, replace(place, url=here.url), here))
             partitions[place.name] = partition
             images, missing = images + len(keys_U), missing + len(keys_U) - partition.num_rows
-        engine = engine_of(config, comm, saved.schema, partitions, device, reading=True)
-        checkpoint.load(comm, saved.path, saved.state, engine, saved.config.data.cache_dir)
+        engine = with_rows(saved, config, comm, saved.places, partitions, device).engine
         logits: list[Any] = [np.empty(0), *(engine.predict(engine.prepare(batch, "eval")) for batch in batches)]
     logit_N = np.concatenate(logits).astype(np.float64)
     if not np.isfinite(logit_N).all():

@@ -11,10 +11,11 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
-from featurestore.lookup.partition import MissingPolicy
+from featurestore.lookup.partition import FeaturePartition, MissingPolicy
 from featurestore.published import open_published
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import FarPath, RunPath, read_file
@@ -179,7 +180,7 @@ def open_trained(
     saved = _read_on_all(comm, folder, which, samples)
     if store is not None:
         saved.config = saved.config.changed(data={"store": store})
-    schema, places = comm.on_all(lambda: (saved.schema, saved.places))
+    _, places = comm.on_all(lambda: (saved.schema, saved.places))
     config, comm.deadline_s = saved.config, saved.config.run.deadline_s
     if device is not None:
         config = config.changed(run={"device": device})
@@ -191,13 +192,25 @@ def open_trained(
         return saved.snapshot(place, store_version if place is places[0] else None)
 
     partitions, _ = open_stores(config, comm, places, chosen, measured=False)
-    engine = engine_of(config, comm, schema, partitions, chosen_device, reading=True)
-    checkpoint.load(comm, saved.path, saved.state, engine, config.data.cache_dir)
+    return with_rows(saved, config, comm, places, partitions, chosen_device)
+
+
+def with_rows(
+    saved: SavedRun,
+    config: Config,
+    comm: Comm,
+    places: list[StorePlace],
+    partitions: dict[str, FeaturePartition],
+    device: torch.device,
+) -> TrainedRun:
+    """Make a run's engine with these rows of its stores, and load its checkpoint. Every rank calls it."""
+    engine = engine_of(config, comm, saved.schema, partitions, device, reading=True)
+    checkpoint.load(comm, saved.path, saved.state, engine, saved.config.data.cache_dir)
     return TrainedRun(
         saved=saved,
         config=config,
         comm=comm,
-        schema=schema,
+        schema=saved.schema,
         engine=engine,
         partitions=partitions,
         stores=records(places, partitions),
