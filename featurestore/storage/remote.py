@@ -37,8 +37,14 @@ _PASSING_ERRNOS = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.
 _PASSING_CLASSES = {"ConnectionError", "HTTPClientError", "ResponseParserError", "ClientError", "IncompleteRead"}
 _CLIENT_PACKAGES = ("botocore", "aiohttp", "urllib3")
 
-# Listings would hide new commits; one layer retries, this one.
-_S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+# Listings would hide new commits; one layer retries, this one. With more at once, s3fs asks for the size of each file
+# before it reads it: two requests, three for a missing file. What is large is read by ranges here.
+_S3_OPTIONS = {
+    "use_listings_cache": False,
+    "config_kwargs": {"retries": {"total_max_attempts": 1}},
+    "max_concurrency": 1,
+}
+_PARTS_AT_ONCE = 10  # of a large file that is written
 _PIECE_BYTES = 16 << 20
 _DELETE_THREADS = 16  # waiting for answers, not computing
 _clients: dict[tuple[object, ...], Any] = {}
@@ -106,7 +112,8 @@ class RemoteFiles:
         return size_bytes
 
     def write_bytes(self, path: str, data: bytes | bytearray) -> None:
-        persist(lambda: self.client.pipe_file(self._full(path), data))
+        parts = {"max_concurrency": _PARTS_AT_ONCE} if self._protocol in S3_PROTOCOLS else {}
+        persist(lambda: self.client.pipe_file(self._full(path), data, **parts))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Do one conditional put; the answer may be lost, or be about one's own file."""

@@ -238,8 +238,10 @@ class Storage:
                 raise BucketNotFoundError(f"cannot {action} {self.full(path)}: {self._no_bucket}") from error
             if self._keep_inside and self.is_local and getattr(error, "errno", 0) == errno.EIO and not writing:
                 raise CorruptFileError(f"{self.full(path)} cannot be read from the disk: {error}") from error
-            hint = "; are the credentials right?" if isinstance(error, PermissionError) and not self.is_local else ""
-            raise StorageError(f"cannot {action} {self.full(path)}: {reason_of(error)}{hint}") from error
+            reason = reason_of(error)
+            if isinstance(error, PermissionError) and not self.is_local:
+                reason = f"{reason.removesuffix('.')}; are the credentials right?"
+            raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error
 
 
 class _RangeReader(io.RawIOBase):

@@ -132,7 +132,8 @@ def file_system(protocol: str) -> Any:
     """Give fsspec's file system for a protocol, one for each process. Raises PasswordError, and what fsspec raises."""
     if protocol in S3_PROTOCOLS:
         check_endpoint()
-    options = {"use_listings_cache": False} if protocol in S3_PROTOCOLS else {}
+    # With more at once, s3fs asks for the size of each image before it reads it.
+    options = {"use_listings_cache": False, "max_concurrency": 1} if protocol in S3_PROTOCOLS else {}
     return fsspec.filesystem(protocol, **options)
 
 

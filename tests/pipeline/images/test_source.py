@@ -240,7 +240,12 @@ def test_s3(s3_endpoint):
     listing = list_images("s3://photos/in")
     assert [ref.uri for ref in listing.images] == ["b.jpg", "deep/a.jpg"]
     assert listing.num_ignored == 1
+    requests = []
+    events = file_system("s3").s3.meta.events
+    events.register("before-send.s3", lambda request, **_: requests.append(request.method), unique_id="counted")
     assert read_image(listing.images[0].location) == b"bytes of b"
+    events.unregister("before-send.s3", unique_id="counted")
+    assert requests == ["GET"]
     fs.pipe("photos/in/b.jpg", b"other")
     assert list_images("s3://photos/in").images[0].source_tag != listing.images[0].source_tag
     with pytest.raises(BadImageError, match="no such file"):
