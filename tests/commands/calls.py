@@ -1,6 +1,7 @@
 """Command lines, called in this process as a shell would call them: what they print, and the code they exit with."""
 
 import contextlib
+import functools
 import importlib
 import io
 import shlex
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from featurestore.console.commandline import run_app
+from featurestore.console import commandline
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
@@ -50,6 +51,8 @@ def commands() -> dict[str, str]:
 
 
 COMMANDS = commands()
+PARSED = functools.cache(commandline.get_command)
+"""The parser of each app, which is made once for all lines: to make it takes as long as many a line."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def call(words: list[str]) -> Called:
     out, err, trace, code = io.StringIO(), io.StringIO(), "", 0
     with (
         mock.patch.object(sys, "argv", words),
+        mock.patch.object(commandline, "get_command", PARSED),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -90,7 +94,7 @@ def call(words: list[str]) -> Called:
             if words[0] == "dask-submit":
                 module.main()
             else:
-                run_app(module.app, words[0])
+                commandline.run_app(module.app, words[0])
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
         except BaseException:
