@@ -12,7 +12,7 @@ from trainer.comm import SoloComm
 from trainer.evaluation.scores import Written, open_scores
 from trainer.runs.saved import TEST
 from trainer.samples.columns import Rule
-from trainer.samples.reader import SampleIndex, open_index, read_row_group
+from trainer.samples.reader import SampleIndex, open_index, read_row_groups
 
 ScoreTable = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
 """The logits of each row of a table."""
@@ -25,8 +25,7 @@ def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, R
 
     Raises RequestError, DataError.
     """
-    for row_group in index.row_groups:
-        table = read_row_group(index.storage, row_group, list(columns))
+    for row_group, table in read_row_groups(index.storage, index.row_groups, list(columns)):
         rows = max(1, _BLOCK_CANDIDATES * row_group.num_groups // row_group.num_samples)
         blocks = [table.slice(start, rows) for start in range(0, table.num_rows, rows)]
         yield np.concatenate([np.concatenate(score(block)) for block in blocks]).astype(np.float64)

@@ -4,7 +4,7 @@ Letters of shapes: N test impressions, A distinct ads and I distinct ad images a
 for those alone, in one pass over the training samples, each rank over its share.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainer.comm import Comm
 from trainer.errors import SchemaError
 from trainer.samples.columns import DecodedGroups, Index, Rule, decode, rules_of, sizes_of, source_columns
-from trainer.samples.reader import RowGroup, SampleIndex, read_row_group
+from trainer.samples.reader import RowGroup, SampleIndex, read_row_groups
 from trainer.schema import Field, Schema
 
 NEVER = np.iinfo(np.int64).max
@@ -65,7 +65,7 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
     share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
     parts: list[DecodedGroups] = []
     with comm.agreed():
-        parts = [_read(index, index.row_groups[each], schema, rules) for each in share]
+        parts = list(_read(index, [index.row_groups[each] for each in share], schema, rules))
 
     def gathered(name: str, values: Iterable[Index]) -> Index:
         own = np.concatenate([np.empty(0, np.int64), *values]).astype(np.int64)
@@ -108,8 +108,7 @@ def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGro
     image, ad_column = ad_image_field(schema), _ad_field(schema).column_name
     of_store = {f.column_name for f in schema.of_kind("content") if image and f.store_name == image.store_name}
     rules = _rules(schema, {ad_column, *of_store})
-    for row_group in row_groups:
-        groups = _read(index, row_group, schema, rules)
+    for groups in _read(index, row_groups, schema, rules):
         at_N, is_in_N = places(seen.ad_A, groups.columns[ad_column].values)
         seen.impressions_A[:] += np.bincount(at_N[is_in_N], minlength=len(seen.ad_A))
         if _TIME in groups.columns:
@@ -158,14 +157,17 @@ def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
     return at_N, sorted_A[at_N] == values_N
 
 
-def _read(index: SampleIndex, row_group: RowGroup, schema: Schema, rules: dict[str, Rule]) -> DecodedGroups:
-    """These columns, and the time where the samples have it."""
-    table = read_row_group(index.storage, row_group, [*source_columns(rules), schema.time])
-    file = index.storage.full(row_group.file)
-    if schema.time in table.column_names:
-        table = table.append_column(_TIME, seconds_of(table.column(schema.time), schema.time, file))
-        rules = {**rules, _TIME: Rule("user", 0, "integer")}
-    return decode(table, rules, schema.label, file, row_group.first_row)
+def _read(
+    index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema, rules: dict[str, Rule]
+) -> Iterator[DecodedGroups]:
+    """These columns of each row group, and the time where the samples have it."""
+    for row_group, table in read_row_groups(index.storage, row_groups, [*source_columns(rules), schema.time]):
+        file = index.storage.full(row_group.file)
+        taken, own_rules = table, rules
+        if schema.time in table.column_names:
+            taken = table.append_column(_TIME, seconds_of(table.column(schema.time), schema.time, file))
+            own_rules = {**rules, _TIME: Rule("user", 0, "integer")}
+        yield decode(taken, own_rules, schema.label, file, row_group.first_row)
 
 
 def seconds_of(column: Any, name: str, file: str) -> Any:

@@ -11,7 +11,7 @@ there each rank has one contiguous part of the files and decodes that alone.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -272,11 +272,17 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
 def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
     """Read those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
     with _opened(storage, row_group.file) as parquet:
-        try:
-            return parquet.read_row_group(row_group.number, columns=columns)
-        except (pa.ArrowException, OSError) as failure:
-            where = f"{storage.full(row_group.file)}, row group {row_group.number}"
-            raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
+        return _read(parquet, storage, row_group, columns)
+
+
+def read_row_groups(
+    storage: Storage, row_groups: Iterable[RowGroup], columns: list[str]
+) -> Iterator[tuple[RowGroup, pa.Table]]:
+    """Read row groups one by one, as `read_row_group` does; a file that has several in succession is opened once."""
+    for file, of_file in itertools.groupby(row_groups, lambda each: each.file):
+        with _opened(storage, file) as parquet:
+            for row_group in of_file:
+                yield row_group, _read(parquet, storage, row_group, columns)
 
 
 def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) -> list[RowGroup]:
@@ -298,9 +304,9 @@ def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
     column = schema.new_ad_column
     rule = rules_of(schema)[column]
     own = np.empty(0, np.int64)
+    row_groups, columns = index.row_groups[comm.rank :: comm.size], list(source_columns({column: rule}))
     with comm.agreed():
-        for row_group in index.row_groups[comm.rank :: comm.size]:
-            table = read_row_group(index.storage, row_group, list(source_columns({column: rule})))
+        for row_group, table in read_row_groups(index.storage, row_groups, columns):
             file = index.storage.full(row_group.file)
             own = np.union1d(own, values_of(table, column, rule, file, row_group.first_row))
     return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
@@ -327,6 +333,14 @@ def _places(spans: Sequence[Span]) -> Index:
     """Return the place of each sample in the global batch."""
     places = [np.arange(span.place, span.place + len(span.positions)) for span in spans]
     return np.concatenate([np.empty(0, np.int64), *places])
+
+
+def _read(parquet: pq.ParquetFile, storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
+    try:
+        return parquet.read_row_group(row_group.number, columns=columns)
+    except (pa.ArrowException, OSError) as failure:
+        where = f"{storage.full(row_group.file)}, row group {row_group.number}"
+        raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
 
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:

@@ -6,7 +6,7 @@ on which rank read which. A schema with its statistics filled in is a schema lik
 it, and who opens the run takes it from there. Letters: W numbers a row, S values kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -18,7 +18,7 @@ from featurestore.format.statistics import Moments
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.samples.columns import Rule, rules_of, values_of
-from trainer.samples.reader import RowGroup, SampleIndex, read_row_group
+from trainer.samples.reader import RowGroup, SampleIndex, read_row_groups
 from trainer.samples.transform import before_scaling, filled
 from trainer.schema import Field, Schema
 from trainer.schema.numbers import STANDARDIZED
@@ -79,22 +79,24 @@ def measure(comm: Comm, index: SampleIndex, schema: Schema) -> dict[str, dict[st
         return {}
     budget = max(_LEAST_KEPT, _KEPT_VALUES // max(len(index.row_groups), 1))
     mine = index.row_groups[comm.rank :: comm.size]
-    own = comm.on_all(lambda: [_parts(index, row_group, fields, rules, budget) for row_group in mine])
+    own = comm.on_all(lambda: list(_parts(index, mine, fields, rules, budget)))
     by_rank = comm.allgather_object(own, name="statistics")
     in_order = [by_rank[number % comm.size][number // comm.size] for number in range(len(index.row_groups))]
     return {f.name: _statistics(f, NumberSums.of_all([parts[f.name] for parts in in_order])) for f in fields}
 
 
 def _parts(
-    index: SampleIndex, row_group: RowGroup, fields: Sequence[Field], rules: Mapping[str, Rule], budget: int
-) -> dict[str, NumberSums]:
-    table = read_row_group(index.storage, row_group, list({field.column_name for field in fields}))
-    file, parts = index.storage.full(row_group.file), {}
-    for field in fields:
-        name = field.column_name
-        values_N = values_of(table, name, rules[name], file, row_group.first_row)
-        parts[field.name] = part_of(field, values_N, budget)
-    return parts
+    index: SampleIndex, row_groups: Sequence[RowGroup], fields: Sequence[Field], rules: Mapping[str, Rule], budget: int
+) -> Iterator[dict[str, NumberSums]]:
+    """Of each of the row groups."""
+    columns = list({field.column_name for field in fields})
+    for row_group, table in read_row_groups(index.storage, row_groups, columns):
+        file, parts = index.storage.full(row_group.file), {}
+        for field in fields:
+            name = field.column_name
+            values_N = values_of(table, name, rules[name], file, row_group.first_row)
+            parts[field.name] = part_of(field, values_N, budget)
+        yield parts
 
 
 def part_of(field: Field, values_N: NDArray[Any], budget: int) -> NumberSums:

@@ -160,14 +160,13 @@ def score_user(opened: OpenedRun, query: str) -> ScoredImpressions:
     Reads one column of all files. Raises DataError.
     """
     from trainer.samples.columns import source_columns, values_of
-    from trainer.samples.reader import read_row_group
+    from trainer.samples.reader import read_row_groups
 
     columns, index = GroupColumns(opened), opened.index
     name, ids = opened.schema.group, ids_of(query)
     rule = columns.rules[name]
     scored, first, num_groups = _Collected(columns), 0, 0
-    for row_group in index.row_groups:
-        table = read_row_group(index.storage, row_group, list(source_columns({name: rule})))
+    for row_group, table in read_row_groups(index.storage, index.row_groups, list(source_columns({name: rule}))):
         user_G = values_of(table, name, rule, index.storage.full(row_group.file), row_group.first_row)
         rows = np.flatnonzero(np.isin(user_G, ids))[: _MOST_GROUPS_OF_USER - num_groups]
         if len(rows):

@@ -103,12 +103,11 @@ def _columns(
 ) -> Iterator[tuple[Int64Array, NDArray[np.float64], NDArray[Any] | None]]:
     """Read key, label and category of impressions, a row group at a time."""
     from trainer.samples.columns import decode, rules_of, source_columns, texts_of
-    from trainer.samples.reader import read_row_group
+    from trainer.samples.reader import read_row_groups
 
     names = {schema.label, image.column_name} | ({category.column_name} if category else set())
     rules = {name: rule for name, rule in rules_of(schema).items() if name in names}
-    for row_group in row_groups:
-        table = read_row_group(index.storage, row_group, list(source_columns(rules)))
+    for row_group, table in read_row_groups(index.storage, row_groups, list(source_columns(rules))):
         file = index.storage.full(row_group.file)
         groups = decode(table, rules, schema.label, file, row_group.first_row)
         category_N: NDArray[Any] | None = None

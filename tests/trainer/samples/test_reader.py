@@ -298,11 +298,16 @@ def test_fields_of_one_column_of_numbers_have_all_a_fill_or_none() -> None:
             rules_of(Schema(fields=(*SCHEMA.fields, *fields)))
 
 
-def test_known_ads(samples: tuple[Path, list[pa.Table]]) -> None:
+def test_known_ads(samples: tuple[Path, list[pa.Table]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file is opened once, however many row groups it has: to read its footer takes longer than a column."""
     folder, tables = samples
     index = open_index(SoloComm(), str(folder), "train", SCHEMA)
     expected = sorted({item for row in pa.concat_tables(tables).column("ad_item").to_pylist() for item in row})
+    opened: list[str] = []
+    open_input = Storage.open_input
+    monkeypatch.setattr(Storage, "open_input", lambda self, file: opened.append(file) or open_input(self, file))
     assert known_ads(SoloComm(), index, SCHEMA).tolist() == expected
+    assert len(opened) == len(tables) < len(index.row_groups)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
