@@ -29,7 +29,7 @@ from pipeline.network import DEFAULT_BACKBONE
 if TYPE_CHECKING:
     from distributed import Client
 
-    from pipeline.network.backbone import ComputeDType
+    from pipeline.network.described import ComputeDType
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 
@@ -70,7 +70,7 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
     """Measure both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
     from pipeline.cluster.connect import connect
     from pipeline.cluster.tasks import run_alone
-    from pipeline.network.backbone import describe_network
+    from pipeline.network.described import describe_network
     from pipeline.network.weights import UntrainedWeightsWarning
 
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:

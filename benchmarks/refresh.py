@@ -57,7 +57,7 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
     from pipeline.cluster.connect import connect
     from pipeline.features.extract import extract
     from pipeline.features.refresh import refresh
-    from pipeline.network.backbone import describe_network
+    from pipeline.network.described import describe_network
     from pipeline.network.weights import UntrainedWeightsWarning
     from pipeline.options import ExtractOptions, RefreshOptions
 

@@ -10,9 +10,9 @@ from featurestore.store import Reduction
 from pipeline.errors import StoreRunError
 from pipeline.features.refresh import RefreshSummary, bring_up_to_date, check_channel
 from pipeline.images.source import list_images
-from pipeline.network.backbone import ComputeDType, describe_network
+from pipeline.network.described import ComputeDType, check_weights_name, describe_network
 from pipeline.network.layers import feature_dim
-from pipeline.network.weights import check_weights_name, warn_if_untrained
+from pipeline.network.weights import warn_if_untrained
 from pipeline.options import ExtractOptions, RefreshOptions
 from pipeline.store_run import open_or_make, wait_for_worker
 

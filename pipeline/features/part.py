@@ -1,7 +1,8 @@
 """The work on one part of the images, inside a Dask worker: read, decode, network, stage.
 
 Threads read and decode ahead of the network, so that it never waits. Bytes that were seen before in the part are
-neither decoded nor computed again: their row is a copy under its own key.
+neither decoded nor computed again: their row is a copy under its own key. torch is imported where the network is: a
+job that sends parts, and a worker that compares images, do without.
 """
 
 import json
@@ -12,11 +13,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import xxhash
 from distributed import get_worker
 
@@ -29,9 +29,11 @@ from pipeline.errors import BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.imagetable import ImageRef
 from pipeline.images.source import bytes_of
-from pipeline.network.backbone import Backbone, ComputeDType, backbone
-from pipeline.network.layers import preset_of
+from pipeline.network.described import ComputeDType
 from pipeline.store_run import BadRow
+
+if TYPE_CHECKING:
+    from pipeline.network.backbone import Backbone
 
 DEADLY = "brings down the process that decodes it"
 DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
@@ -101,6 +103,10 @@ def extract_part(
     The keys in `deadly` bring down their decoder's process: they are reported, not touched. Raises WeightsError when
     this worker's network is another than the run's, StorageError.
     """
+    import torch
+
+    from pipeline.network.backbone import backbone
+
     network = backbone(settings.backbone, settings.weights, settings.compute_dtype)
     if network.spec.digest != settings.spec_digest:
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
@@ -121,8 +127,7 @@ def check_part(
     deadly: Collection[int] = (),
 ) -> PartReport:
     """Report what `extract_part` would, from decoding alone: no network, and nothing is written."""
-    preset = preset_of(settings.backbone, settings.weights)
-    return _fill(_PartRows(settings.batch_size), preset, refs, decode_threads, deadly)
+    return _fill(_PartRows(settings.batch_size), _preset_of(settings), refs, decode_threads, deadly)
 
 
 def _fill(
@@ -171,7 +176,13 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
 
 def try_image(settings: PartSettings, ref: ImageRef) -> None:
     """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
-    _Loader(preset_of(settings.backbone, settings.weights)).load(ref)
+    _Loader(_preset_of(settings)).load(ref)
+
+
+def _preset_of(settings: PartSettings) -> Preset:
+    from pipeline.network.layers import preset_of
+
+    return preset_of(settings.backbone, settings.weights)
 
 
 def torch_threads(workers_per_host: dict[str, int]) -> int:
@@ -230,7 +241,7 @@ class _Loader:
 class _PartRows:
     """Gathers images to batches, and the rows that come of them; without a network they are only counted."""
 
-    def __init__(self, batch_size: int, network: Backbone | None = None, store: FeatureStore | None = None) -> None:
+    def __init__(self, batch_size: int, network: "Backbone | None" = None, store: FeatureStore | None = None) -> None:
         self.batch_size = batch_size
         self._network = network
         self._store = store

@@ -36,8 +36,7 @@ from pipeline.features.part import PartReport, PartSettings
 from pipeline.features.staged_run import ImageRun, digest_all, workers_per_host
 from pipeline.images.imagetable import ImageTable, Listing
 from pipeline.images.source import list_images
-from pipeline.network.backbone import ComputeDType, describe_network
-from pipeline.network.weights import check_weights_name
+from pipeline.network.described import ComputeDType, check_weights_name, describe_network
 from pipeline.options import RefreshOptions
 from pipeline.store_run import BadRow, check_gone, describe_bad, run_id_of, wait_for_worker
 

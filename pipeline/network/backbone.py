@@ -7,24 +7,20 @@ import functools
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from distributed import Client
 from torchvision.transforms import functional
 
-from featurestore.lookup.compute_dtype import dtype_of_environment
 from featurestore.spec import ExtractorSpec
-from pipeline.cluster.tasks import Killed, run_alone
-from pipeline.errors import BackboneError, ClusterError
+from pipeline.network.described import ComputeDType
 from pipeline.network.layers import network_of
 from pipeline.network.weights import load_weights, weights_digest
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # bf16: Arm's name
 
-ComputeDType = Literal["bfloat16", "float32"]
 _build_lock = threading.Lock()
 
 
@@ -107,33 +103,3 @@ def convolution_s(dtype: ComputeDType) -> float:
         layer(pixels_BCHW)
         seconds.append(time.perf_counter() - start_s)
     return min(seconds)
-
-
-def describe_network(
-    client: Client, backbone_name: str, weights: str, compute_dtype: ComputeDType | Literal["auto"]
-) -> ExtractorSpec:
-    """Give the spec of the network as a worker builds it, which keeps it.
-
-    `auto` is what our environment names, else what all workers are fast in. Raises BackboneError, WeightsError;
-    ClusterError where the workers die of it.
-    """
-    if compute_dtype == "auto":
-        compute_dtype = _settled_dtype(client)
-    spec: ExtractorSpec | Killed = run_alone(client, _spec_of, backbone_name, weights, compute_dtype)
-    if isinstance(spec, Killed):
-        raise ClusterError("building the network brings the workers down: is there memory for 1 GB more in each?")
-    return spec
-
-
-def _settled_dtype(client: Client) -> ComputeDType:
-    try:
-        named = dtype_of_environment()
-    except ValueError as failure:
-        raise BackboneError(str(failure)) from failure
-    if named:
-        return named
-    return "bfloat16" if set(client.run(fastest_dtype).values()) == {"bfloat16"} else "float32"
-
-
-def _spec_of(backbone_name: str, weights: str, compute_dtype: ComputeDType) -> ExtractorSpec:
-    return backbone(backbone_name, weights, compute_dtype).spec

@@ -12,6 +12,7 @@ import xxhash
 from torch import nn
 
 from pipeline.errors import WeightsError
+from pipeline.network.described import check_weights_name
 from pipeline.network.layers import Network, feature_dim, network_of
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -20,18 +21,6 @@ DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # 
 
 class UntrainedWeightsWarning(UserWarning):
     """The weights are random: features tell images apart, but know nothing of what is in them."""
-
-
-def check_weights_name(weights: str) -> str:
-    """Return `weights`, a path made absolute for worker processes. Raises WeightsError on a malformed name."""
-    if weights == "imagenet" or re.fullmatch(r"imagenet:\w+|random:\d{1,18}", weights):
-        return weights
-    if weights.startswith("random"):
-        raise WeightsError(f"weights {weights!r}: the seed of random weights is a number, as in random:0")
-    path = Path(weights).absolute()
-    if not path.is_file():
-        raise WeightsError(f"weights {weights!r}: neither imagenet, random:SEED, nor a file (looked for {path})")
-    return str(path)
 
 
 def check_network(backbone: str, weights: str) -> None:

@@ -1,10 +1,12 @@
 """Processes that die: the job, a worker, a worker of every image that is poison, the scheduler. The rows stay right."""
 
+import asyncio
 import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,11 +16,12 @@ import numpy as np
 import psutil
 import pytest
 import xxhash
-from distributed import Client, LocalCluster, WorkerPlugin
+from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from distributed.utils import get_mp_context
 
 from featurestore.store import FeatureStore
 from pipeline.cluster.connect import WORKER_CONFIG
+from pipeline.features import part as parts
 from pipeline.features.extract import extract
 from pipeline.features.refresh import refresh
 from pipeline.options import ExtractOptions, RefreshOptions
@@ -101,6 +104,10 @@ def start(*command, **environment):
     )  # fmt: skip
 
 
+def has_torch(pid):
+    return any("libtorch" in each.path for each in psutil.Process(pid).memory_maps())
+
+
 def kill(process):
     """All of a process's group, its children included."""
     with contextlib.suppress(ProcessLookupError):
@@ -121,6 +128,7 @@ def test_a_killed_job_goes_on_with_the_parts_that_it_had(client, make, write, tm
     try:
         wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
         workers = psutil.Process(job.pid).children(recursive=True)
+        assert not has_torch(job.pid) and any(has_torch(each.pid) for each in workers), "Torch is of workers"
     finally:
         job.kill()
         job.wait()
@@ -150,8 +158,6 @@ class Crash(WorkerPlugin):
         self.once = once
 
     def setup(self, worker):
-        from pipeline.features import part as parts
-
         decode, parts.torch_threads = parts.prepare, lambda workers_per_host: 1
 
         def prepare(data, *args):
@@ -194,7 +200,7 @@ def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(mak
     forked = {"distributed.worker.multiprocessing-method": "forkserver"}
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1, **WORKER_CONFIG, **forked}),
-        preloaded("distributed", "pipeline.features.part"),
+        preloaded("distributed", "pipeline.features.part", "pipeline.network.backbone"),
         LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
         ) as cluster,
@@ -217,37 +223,50 @@ def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(mak
     assert_same_rows(store, tmp_path / "calm_too")
 
 
-def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(client, make, write, tmp_path):
+@contextlib.contextmanager
+def worker_here(file, monkeypatch):
+    """A slow worker of the scheduler of a file, in a thread of this process, which has Torch already."""
+
+    async def work():
+        async with Worker(scheduler_file=str(file), host="127.0.0.1", nthreads=1, dashboard=False) as worker:
+            await worker.finished()
+
+    thread = threading.Thread(target=asyncio.run, args=(work(),))
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "prepare", lambda *args, decode=parts.prepare: time.sleep(0.15) or decode(*args))
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join(60)
+    assert not thread.is_alive(), "it outlives its scheduler"
+
+
+def test_a_killed_scheduler_ends_the_job_and_the_next_one_goes_on(client, make, write, tmp_path, monkeypatch):
     folder, store = write(range(4)), tmp_path / "features"
     make(folder)
     write(range(2, 14), seed=50)
     (folder / "00.jpg").unlink()
-    (tmp_path / "slow.py").write_text(SLOW_DECODER)
     file = tmp_path / "scheduler.json"
     scheduler = start(
         BIN / "dask", "scheduler", "--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"
     )
-    worker = start(
-        BIN / "dask", "worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard", "--no-nanny",
-        "--host", "127.0.0.1", "--preload", tmp_path / "slow.py",
-    )  # fmt: skip
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(kill, scheduler)
+        wait_until(file.exists)
+        stack.enter_context(worker_here(file, monkeypatch))
+        stack.callback(kill, scheduler)
         job = start(
             sys.executable, JOBS / "refresh_features.py", "--images", folder, "--store", store,
             "--batch-size", "2", "--part-size", "2", DASK_SCHEDULER_FILE=str(file),
         )  # fmt: skip
-        try:
-            wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
-            with Client(scheduler_file=str(file), set_as_default=False) as looking:
-                imported = looking.run_on_scheduler(lambda: list(__import__("sys").modules))
-            assert "pipeline.cluster.tasks" in imported and "torch" not in imported, "Torch is of workers"
-            kill(scheduler)
-            out, err = job.communicate(timeout=100)
-        finally:
-            kill(job)
-    finally:
-        kill(worker)
+        stack.callback(kill, job)
+        wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
+        with Client(scheduler_file=str(file), set_as_default=False) as looking:
+            imported = looking.run_on_scheduler(lambda: list(__import__("sys").modules))
+        assert "pipeline.cluster.tasks" in imported and "torch" not in imported, "Torch is of workers"
         kill(scheduler)
+        out, err = job.communicate(timeout=100)
     assert (job.returncode, out) == (1, ""), err
     assert "error: the Dask scheduler was lost or restarted; run the same command again to continue" in err
     num_staged = 2 * len(staged_parts(store))
