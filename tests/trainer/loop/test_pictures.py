@@ -58,8 +58,8 @@ def _features(new_ones: float) -> np.ndarray:
 def made(tmp_path_factory: pytest.TempPathFactory, write_samples: Callable[..., Any]) -> Places:
     """More than LEAST test impressions of new items; stores whose pictures are right about them, and wrong."""
     folder = tmp_path_factory.mktemp("pictures")
-    write_samples(folder / "samples" / "train", [200, 200], items=KNOWN)
-    write_samples(folder / "samples" / "test", [900], seed=90, items=ITEMS)
+    write_samples(folder / "samples" / "train", [200, 200], row_group=50, items=KNOWN)
+    write_samples(folder / "samples" / "test", [900], row_group=300, seed=90, items=ITEMS)
     extractor = ExtractorSpec(
         backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
     )
