@@ -89,7 +89,7 @@ def test_a_killed_export_shows_all_of_a_version_or_nothing(
     assert seen == {(1, 1), (2, 1), (2, 2)}
 
 
-@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [pytest.param(10, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_expiry_leaves_whole_versions_and_the_next_one_continues(
     exported: Callable[[str], Exported], tmp_path: Path, step: int
 ) -> None:
