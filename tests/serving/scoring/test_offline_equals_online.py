@@ -1,34 +1,52 @@
-"""The matrix: a bundle's scores are the trainer's own logits, for every kind of model, inputs and missing images."""
+"""The matrix: a bundle's scores are the trainer's own logits, for every kind of model, inputs and missing images.
+
+And what a scorer says beside scores; requests with nothing known or nothing in them; and what the matrix notices: in
+one file, as another one would open the same scorers anew.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from featurestore.lookup.partition import MissingPolicy
-from serving.scoring.request import Request
+from serving.bundle import export as exporting
+from serving.bundle import idrows
+from serving.bundle.vectors import VectorTable
+from serving.errors import RequestError
+from serving.scoring.request import Request, Scored
 from serving.scoring.scorer import Scorer
-from tests.serving.scoring.variants import VARIANTS, Exported
+from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
 from trainer.config.options import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
+from trainer.models.build import build_model
+from trainer.runs.export import open_table
 
 pytestmark = pytest.mark.long
 
 TOLERANCE = 1e-5
 Variants = Callable[[str], Exported]
+Opened = Callable[[str], tuple[Scorer, list[Request]]]
+NEVER_SEEN = 10**12
 
 
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest, variants: Variants) -> Exported:
-    return variants(request.param)
+@pytest.fixture(scope="module")
+def opened(variants: Variants) -> Iterator[Opened]:
+    """Gives the scorer of a variant, opened once, and the test samples as requests."""
+    with contextlib.ExitStack() as stack:
 
+        @cache
+        def get(name: str) -> tuple[Scorer, list[Request]]:
+            model = variants(name)
+            scorer = stack.enter_context(contextlib.closing(Scorer.open(model.url)))
+            return scorer, requests_of(model.table, scorer)
 
-@pytest.fixture
-def scorer(variant: Exported) -> Iterator[Scorer]:
-    with contextlib.closing(Scorer.open(variant.url)) as opened:
-        yield opened
+        yield get
 
 
 def requests_of(table: Any, scorer: Scorer) -> list[Request]:
@@ -47,14 +65,16 @@ def logits_of(scored: list[Any]) -> Any:
     return np.concatenate([each.logits_C for each in scored])
 
 
-def test_scores_are_the_trainers_logits(variant: Exported, scorer: Scorer) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_scores_are_the_trainers_logits(variants: Variants, opened: Opened, name: str) -> None:
+    variant = variants(name)
+    scorer, requests = opened(name)
     store = str(variant.places.folder / "features") if variant.run.name == "exact" else None  # one with gaps
     expected_N = predict_run(variant.run, store=store).logit_N
     assert np.ptp(expected_N) > 0.01
     table = variant.table.select([name for name in variant.table.column_names if name in scorer.columns])
     of_table = logits_of(scorer.score_table(table))
     np.testing.assert_allclose(of_table, expected_N, rtol=0, atol=TOLERANCE)
-    requests = requests_of(table, scorer)
     np.testing.assert_array_equal(logits_of(scorer.score(requests)), of_table)
     few = requests[::5]  # with and without behaviours, of one candidate and of several
     one_by_one = logits_of([each for request in few for each in scorer.score([request])])
@@ -70,3 +90,143 @@ def test_matrix_has_every_kind() -> None:
     assert given("model__base", ModelConfig().base) == set(get_args(BaseNet))
     assert given("model__pooling", ModelConfig().pooling) == set(get_args(Pooling))
     assert given("data__missing", "zeros") == set(get_args(MissingPolicy))
+
+
+def changed(request: Request, **columns: Any) -> Request:
+    """The request with other columns of the user or of candidates."""
+    user = {name: columns.get(name, values) for name, values in request.user.items()}
+    candidates = {name: columns.get(name, values) for name, values in request.candidates.items()}
+    return replace(request, user=user, candidates=candidates)
+
+
+def places(found: Any) -> dict[str, list[int]]:
+    return {name: each.tolist() for name, each in found.items()}
+
+
+def test_missing_images_are_told(opened: Opened) -> None:
+    scorer, requests = opened("contents")
+    for request, scored in zip(requests, scorer.score(requests), strict=True):
+        expected: dict[str, list[int]] = {}
+        for side, of in (("behavior", request.user), ("ad", request.candidates)):
+            for field, gone in ((f"{side}_image", GONE), (f"{side}_text", (1_049,))):
+                lacking = [place for place, key in enumerate(of[f"{side}_image"]) if key in gone]
+                if lacking:
+                    expected[field] = lacking
+        assert places(scored.missing) == expected
+    assert any(scored.missing for scored in scorer.score(requests))
+
+
+def test_galleries_lack_what_one_image_lacks(opened: Opened) -> None:
+    scorer, requests = opened("gallery_mean")
+    for request, scored in zip(requests, scorer.score(requests), strict=True):
+        for side, of in (("behavior", request.user), ("ad", request.candidates)):
+            galleries = of[f"{side}_gallery"]
+            lacking = [place for place, gallery in enumerate(galleries) if set(gallery) & set(GONE)]
+            assert places(scored.missing).get(f"{side}_image", []) == lacking
+
+
+def test_unknown_ids_are_those_without_a_row(variants: Variants, opened: Opened) -> None:
+    model = variants("exact")
+    has_row = {each for shard in open_table(model.run, "item").shards() for each in shard["id"].to_pylist()}
+    scorer, requests = opened("exact")
+    found = 0
+    for request, scored in zip(requests, scorer.score(requests), strict=True):
+        for column, of in (("behavior_item", request.user), ("ad_item", request.candidates)):
+            lacking = [place for place, item in enumerate(of[column]) if item not in has_row]
+            assert places(scored.unknown).get(column, []) == lacking
+            found += len(of[column]) - len(lacking)
+    assert found > 0
+    (stranger,) = scorer.score([changed(requests[0], user=NEVER_SEEN)])
+    assert places(stranger.unknown)["user"] == [0]
+
+
+def test_null_images_score_as_images_without_a_vector(opened: Opened) -> None:
+    scorer, requests = opened("contents")
+    request = requests[0]
+    nobody = [None] * len(request.candidates["ad_image"])
+    (null,) = scorer.score([changed(request, ad_image=nobody)])
+    (gone,) = scorer.score([changed(request, ad_image=[NEVER_SEEN] * len(nobody))])
+    every = list(range(len(nobody)))
+    assert places(null.missing)["ad_image"] == places(gone.missing)["ad_text"] == every
+    assert places(null.unknown)["ad_image_id"] == every
+    with_images = scorer.score([request])[0].logits_C
+    assert np.abs(null.logits_C - with_images).max() > 1e-4
+    scorer, requests = opened("similar")  # its ID rows of null and of no image are the only difference
+    assert np.isfinite(scorer.score([changed(requests[0], ad_image=nobody)])[0].logits_C).all()
+
+
+@pytest.mark.parametrize("name", ["contents", "similar", "din_inputs", "gallery_mean", "exact", "gallery_max"])
+def test_nothing_known_and_nothing_in_it(opened: Opened, name: str) -> None:
+    scorer, requests = opened(name)
+    rules, request = scorer.columns, requests[0]
+    stranger = changed(
+        request,
+        **{c: [] for c, rule in rules.items() if rule.side == "user" and rule.depth},
+        **{c: NEVER_SEEN for c, rule in rules.items() if rule.side == "user" and not rule.depth and not rule.is_real},
+    )
+    nobody = replace(request, candidates={column: [] for column in request.candidates})
+    alone = [scorer.score([each])[0] for each in (stranger, nobody, request)]
+    together = scorer.score([stranger, nobody, request])
+    assert [len(each.logits_C) for each in together] == [len(each.logits_C) for each in alone]
+    for one, other in zip(alone, together, strict=True):
+        assert np.isfinite(one.logits_C).all() and one.logits_C.dtype == np.float32
+        np.testing.assert_allclose(other.logits_C, one.logits_C, rtol=0, atol=1e-6)
+        assert places(one.unknown) == places(other.unknown)
+    assert len(alone[1].logits_C) == 0 and len(alone[1].probabilities()) == 0
+    assert scorer.score([]) == []
+
+
+def test_lists_that_belong_together_are_equally_long(opened: Opened) -> None:
+    scorer, requests = opened("din_inputs")
+    request = next(each for each in requests if len(each.user["behavior_item"]) > 1)
+    with pytest.raises(RequestError, match="needs one entry in both"):
+        scorer.score([changed(request, behavior_category=request.user["behavior_category"][1:])])
+
+
+def test_probabilities() -> None:
+    scored = Scored(logits_C=np.array([0, 100, -100], np.float32), unknown={}, missing={})
+    np.testing.assert_allclose(scored.probabilities(), [0.5, 1, 0], atol=1e-30)
+
+
+def test_the_comparison_notices_another_hash(
+    variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = idrows.splitmix64
+    monkeypatch.setattr(idrows, "splitmix64", lambda keys_N: right(np.asarray(keys_N) + 1))
+    assert worst_difference(variants("mlp_concat").run, *opened("mlp_concat")) > 1e-3
+
+
+def test_the_comparison_notices_another_policy(
+    variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = VectorTable.lookup
+
+    def zeros(self: VectorTable, keys_N: Any) -> Any:
+        rows_ND, missing_N = right(self, keys_N)
+        rows_ND[missing_N] = 0
+        return rows_ND, missing_N
+
+    monkeypatch.setattr(VectorTable, "lookup", zeros)
+    assert worst_difference(variants("contents").run, *opened("contents")) > 1e-4
+
+
+def test_the_comparison_notices_another_pooling(
+    variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = variants("mlp_concat")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            exporting,
+            "build_model",
+            lambda schema, config: build_model(schema, config.model_copy(update={"multi_hot": "mean"})),
+        )
+        export(model.run, str(tmp_path / "model"))
+    right, requests = opened("mlp_concat")
+    with contextlib.closing(Scorer.open(str(tmp_path / "model"))) as scorer:
+        assert worst_difference(model.run, scorer, requests) > 1e-3
+    assert worst_difference(model.run, right, requests) < 1e-5
+
+
+def worst_difference(run: Path, scorer: Scorer, requests: list[Request]) -> float:
+    """The largest difference of a logit from the trainer's."""
+    return float(np.abs(logits_of(scorer.score(requests)) - predict_run(run).logit_N).max())

@@ -25,7 +25,7 @@ from trainer.schema import DEFAULT_SCHEMA
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
 TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16, shop: 32, both: 64, scene_item: 64, tags: 32"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "lr": {"model__base": "lr", "model__pooling": "sum"},
+    "lr": {"model__base": "lr", "model__pooling": "sum", "model__images": "ad"},
     "mlp_concat": {"model__pooling": "concat", "model__concat_length": 3}
     | {"model__image_products": "false", "model__multi_hot": "sum"},
     "din_inputs": {"schema": "inputs", "model__base": "din", "model__pooling": "mean", "model__similarity_top_k": 1},
@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"}
     | {"data__missing": "error", "data__store_version": 1},
     "images_none": {"model__images": "none"},
-    "images_ad": {"model__images": "ad", "model__pooling": "sum"},
     "images_behavior": {"model__images": "behavior"},
 }
 """Settings of a run, by name; `schema` names what its schema has besides the packaged fields.

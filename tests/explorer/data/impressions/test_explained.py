@@ -33,7 +33,7 @@ pytestmark = pytest.mark.long
 
 TOLERANCE = 2e-5
 KINDS = ["lr", "mlp_concat", "din_inputs", "finalmlp", "two_tower", "contents", "similar", "gallery_mean"]
-KINDS += ["gallery_max", "exact", "images_none", "images_ad", "images_behavior"]
+KINDS += ["gallery_max", "exact", "images_none", "images_behavior"]
 OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
 OF_BEHAVIORS += ["behavior_gallery"]
 TEST = Path("test/day=2026-01-01.parquet")
@@ -192,7 +192,7 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
     assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
 
 
-@of_kinds("lr", "gallery_max", "finalmlp", "similar", "din_inputs", "images_behavior", "two_tower", "images_ad")
+@of_kinds("lr", "gallery_max", "finalmlp", "similar", "din_inputs", "images_behavior", "two_tower")
 def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
     trained(kind)
     weighed = kind in ("gallery_max", "finalmlp", "similar", "images_behavior")
@@ -271,7 +271,7 @@ def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRun
         assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
 
 
-@of_kinds("lr", "two_tower", "gallery_mean", "gallery_max", "images_ad")
+@of_kinds("lr", "two_tower", "gallery_mean", "gallery_max")
 def test_a_picture_that_is_sent_has_the_score_of_its_feature(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
