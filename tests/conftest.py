@@ -12,7 +12,7 @@ import pytest
 
 from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.guard import Guard
-from tests.ranks import StandingRanks, TorchRanks, standing_ranks
+from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
 from tests.spared import check_each_kind_once, parse_services_once, spare_the_disk
 from trainer.engine.memory import freeze_for_good
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 check_each_kind_once()  # here: the conftest of a folder may import what takes the check from its module
 
 SERVICES = {
+    "forks",
     "two_ranks",
     "two_torch_ranks",
     "two_ranks_of_each",
@@ -100,16 +101,23 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
+def forks() -> Iterator[Forks]:
+    """Forks ranks, as long as the tests."""
+    with forks_of_ranks() as forks:
+        yield forks
+
+
+@pytest.fixture(scope="session")
+def two_ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
     """Two ranks of Horovod that stay as long as the tests; for command lines that end well."""
-    with standing_ranks(tmp_path_factory.mktemp("two-ranks")) as ranks:
+    with standing_ranks(forks, tmp_path_factory.mktemp("two-ranks")) as ranks:
         yield ranks
 
 
 @pytest.fixture(scope="session")
-def two_torch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
+def two_torch_ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
     """Two ranks of torch.distributed, in the same way."""
-    with standing_ranks(tmp_path_factory.mktemp("two-torch-ranks"), TorchRanks(2)) as ranks:
+    with standing_ranks(forks, tmp_path_factory.mktemp("two-torch-ranks"), TorchRanks(2)) as ranks:
         yield ranks
 
 

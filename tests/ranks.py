@@ -1,23 +1,32 @@
-"""Real ranks for tests: starts of horovodrun and torchrun, and two ranks that stay for many command lines."""
+"""Real ranks for tests: by horovodrun and torchrun, by forks, and two that stay for many command lines."""
 
 import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from trainer.launch.variables import By
+from trainer.supervise.environments import LOOPBACK, Reach, environments
+from trainer.supervise.policy import HostSlots
 
 HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
 TIMEOUT_S = 200
 ROOT = Path(__file__).parent.parent
 QUICK_HOROVODRUN = ROOT / "tests" / "horovodrun.py"
+FORKS = ROOT / "tests" / "trainer" / "forks.py"
 STANDING = ROOT / "tests" / "trainer" / "standing_ranks.py"
+PATIENT = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "86400"}
+"""Of ranks that are stopped now and then: that time counts too."""
 
 
 class TorchRanks(int):
@@ -70,6 +79,65 @@ def ranks_of(launcher: subprocess.Popen[bytes] | subprocess.Popen[str], *argumen
     return [found[rank] for rank in sorted(found)]
 
 
+class Forks:
+    """A process that forks ranks (trainer/forks.py): for tests in which the launcher does not count."""
+
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        self._variables = variables or {}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            [sys.executable, FORKS], env={**environment(), **self._variables}, stdin=pipe, stdout=pipe, text=True
+        )
+
+    def start(self, num_ranks: int, log: Path, *arguments: object) -> "Job":
+        """Begin with `python ARGUMENTS` on ranks that find each other as supervised ones do."""
+        stack, by = ExitStack(), By.TORCH if isinstance(num_ranks, TorchRanks) else By.HOROVOD
+        reach = {"localhost": Reach(LOOPBACK, LOOPBACK, "lo")}
+        each = stack.enter_context(environments(by, [HostSlots("localhost", int(num_ranks))], reach))
+        ranks = [{**environment(), **self._variables, **PATIENT, **variables} for variables in each]
+        found = self.ask(words=list(map(str, arguments)), ranks=ranks, log=str(log))
+        assert isinstance(found, list)
+        return Job(self, found, stack)
+
+    def ask(self, **asked: object) -> object:
+        """The answer to one line."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def run(self, num_ranks: int, log: Path, *arguments: object, timeout_s: float = TIMEOUT_S) -> None:
+        """Run `python ARGUMENTS`, which has to end with exit code 0 on all ranks."""
+        job = self.start(num_ranks, log, *arguments)
+        codes = job.codes(timeout_s)
+        job.close()
+        assert codes == [0] * num_ranks, f"{codes}\n{log.read_text()[-3000:]}"
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Ranks that were forked."""
+
+    forks: Forks
+    ranks: list[int]
+    meeting: ExitStack
+
+    def codes(self, timeout_s: float = 0) -> object:
+        """Exit codes, once all have ended within the time."""
+        return self.forks.ask(of=self.ranks, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End those that have not ended."""
+        if self.codes() is None:
+            for rank in self.ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
+            self.codes(30)
+        self.meeting.close()
+
+
 class StandingRanks:
     """Two ranks that run one command line after the other.
 
@@ -77,14 +145,10 @@ class StandingRanks:
     Between two lines they are stopped: Horovod's threads meet a thousand times a second, also when there is no work.
     """
 
-    def __init__(self, folder: Path, num_ranks: int = 2, variables: Mapping[str, str] | None = None) -> None:
-        self._folder, self._numbers = folder, itertools.count()
-        self._ranks: list[psutil.Process] = []
-        patient = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "86400"}  # the time that they are stopped counts too
-        with (folder / "log.txt").open("wb") as log:
-            command = command_of(num_ranks, STANDING, folder)
-            variables = {**environment(), **patient, **(variables or {})}
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
+    def __init__(self, forks: Forks, folder: Path, num_ranks: int = 2) -> None:
+        self._folder, self._numbers, self._log = folder, itertools.count(), folder / "log.txt"
+        self._job = forks.start(num_ranks, self._log, STANDING, folder)
+        self._ranks = [psutil.Process(each) for each in self._job.ranks]
 
     def run(self, *arguments: object, timeout_s: float = TIMEOUT_S) -> str:
         """Run `python ARGUMENTS`, which has to end with exit code 0 on both ranks; return what rank 0 prints."""
@@ -100,8 +164,6 @@ class StandingRanks:
         asked.rename(asked.with_suffix(".json"))
         self._resume()
         results = [self._result(f"{number}.{rank}.json", timeout_s) for rank in range(2)]
-        # Looked for once: they stay, and to find them all processes of the machine are read.
-        self._ranks = self._ranks or ranks_of(self._process, str(STANDING))
         for rank in self._ranks:
             rank.suspend()
         return results
@@ -109,11 +171,8 @@ class StandingRanks:
     def close(self) -> None:
         self._resume()
         (self._folder / "end").touch()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait()
+        self._job.codes(30)
+        self._job.close()
 
     def _resume(self) -> None:
         for rank in self._ranks:
@@ -123,18 +182,25 @@ class StandingRanks:
     def _result(self, name: str, timeout_s: float) -> tuple[int, str]:
         end = time.monotonic() + timeout_s
         while not (self._folder / name).exists():
-            assert self._process.poll() is None and time.monotonic() < end, (self._folder / "log.txt").read_text()
+            assert self._job.codes() is None and time.monotonic() < end, self._log.read_text()
             time.sleep(0.02)
         code, out = json.loads((self._folder / name).read_text())
         return code, out
 
 
 @contextmanager
-def standing_ranks(
-    folder: Path, num_ranks: int = 2, variables: Mapping[str, str] | None = None
-) -> Iterator[StandingRanks]:
-    ranks = StandingRanks(folder, num_ranks, variables)
+def standing_ranks(forks: Forks, folder: Path, num_ranks: int = 2) -> Iterator[StandingRanks]:
+    ranks = StandingRanks(forks, folder, num_ranks)
     try:
         yield ranks
     finally:
         ranks.close()
+
+
+@contextmanager
+def forks_of_ranks(variables: Mapping[str, str] | None = None) -> Iterator[Forks]:
+    forks = Forks(variables)
+    try:
+        yield forks
+    finally:
+        forks.close()

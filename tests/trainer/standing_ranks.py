@@ -1,4 +1,4 @@
-"""Ranks that a launcher starts once, for many command lines: to start ranks takes seconds.
+"""Ranks that are started once, for many command lines: to start ranks takes long.
 
 Argument: a folder. Each rank runs the Python arguments of FOLDER/0.json, 1.json, ... as they come, in this process and
 with the ranks of the first one, and writes FOLDER/<number>.<rank>.json: exit code and output. `end` ends all.
@@ -27,15 +27,21 @@ def main() -> None:
     kind = type(comm)
     freeze_for_good()  # what is imported lives as long as the process
     with mock.patch.object(kind, "close"), mock.patch.object(comm_module, "connect", kind):
-        for number in itertools.count():
-            asked = folder / f"{number}.json"
-            while not asked.exists():
-                if (folder / "end").exists():
-                    return
-                time.sleep(0.02)
-            result = folder / f"{number}.{comm.rank}"
-            result.write_text(json.dumps(run(json.loads(asked.read_text()))))
-            result.rename(f"{result}.json")
+        run_all(folder, comm.rank)
+    comm.close()
+
+
+def run_all(folder: Path, rank: int) -> None:
+    """Run each line that comes, until the end."""
+    for number in itertools.count():
+        asked = folder / f"{number}.json"
+        while not asked.exists():
+            if (folder / "end").exists():
+                return
+            time.sleep(0.02)
+        result = folder / f"{number}.{rank}"
+        result.write_text(json.dumps(run(json.loads(asked.read_text()))))
+        result.rename(f"{result}.json")
 
 
 def run(arguments: list[str]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Everything that runs on ranks also runs where there is no Horovod: under torchrun, and alone."""
+"""Everything that runs on ranks also runs where there is no Horovod: by torch.distributed, and alone."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import StandingRanks, TorchRanks, environment, standing_ranks
+from tests.ranks import StandingRanks, TorchRanks, environment, forks_of_ranks, standing_ranks
 from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import SHARED, report_of
 
@@ -19,11 +19,14 @@ pytestmark = pytest.mark.services
 
 @pytest.fixture(scope="module")
 def bare_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
-    """Two ranks of torchrun in which `import horovod` fails."""
+    """Two ranks of torch in which `import horovod` fails."""
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text("import sys\nsys.modules['horovod'] = None\n")
     bare = {"PYTHONPATH": os.pathsep.join([str(folder), environment()["PYTHONPATH"]])}
-    with standing_ranks(tmp_path_factory.mktemp("bare-ranks"), TorchRanks(2), bare) as ranks:
+    with (
+        forks_of_ranks(bare) as forks,
+        standing_ranks(forks, tmp_path_factory.mktemp("bare-ranks"), TorchRanks(2)) as ranks,
+    ):
         yield ranks
 
 

@@ -8,7 +8,6 @@ and what the codes of an int8 store stand for), the place of an id's row, and th
 """
 
 import functools
-import io
 import math
 import os
 import statistics
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from exact import PlainIds, ids_in
 from forward import filled, logit
+from packing import packed, unpacked
 from rows import PlainRows, step_share
 from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Scenario
 from torch import Tensor
@@ -310,11 +310,11 @@ def mean_and_std(scenario: Scenario) -> dict[str, tuple[float, float]]:
 @functools.cache
 def known_of(initial: Path) -> dict[str, dict[str, Any]]:
     """What worker.py wrote, read once in each process."""
-    return torch.load(initial)
+    return unpacked(initial.read_bytes())
 
 
 def outcome_of(initial: Path, run: str) -> bytes:
-    """All that the reference writes of one run, NAME/DTYPE, as torch saves it."""
+    """All that the reference writes of one run, NAME/DTYPE, packed."""
     torch.set_num_threads(1)
     name, dtype = run.split("/")
     model = Reference(SCENARIOS[name], dtype, known_of(initial)[run])
@@ -326,9 +326,7 @@ def outcome_of(initial: Path, run: str) -> bytes:
         "evicted": {table: exact.evicted for table, exact in model.exact.items()},
         "expired": {table: exact.expired for table, exact in model.exact.items()},
     }
-    file = io.BytesIO()
-    torch.save(result, file)
-    return file.getvalue()
+    return packed(result)
 
 
 def main(initial: Path, out: Path) -> None:
@@ -336,7 +334,7 @@ def main(initial: Path, out: Path) -> None:
     runs = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(functools.partial(outcome_of, initial), runs)
-        torch.save({run: torch.load(io.BytesIO(each)) for run, each in zip(runs, results, strict=True)}, out)
+        out.write_bytes(packed({run: unpacked(each) for run, each in zip(runs, results, strict=True)}))
 
 
 if __name__ == "__main__":

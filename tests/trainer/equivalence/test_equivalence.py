@@ -1,16 +1,12 @@
 """P ranks equal one process: the test that the exchange, the sharding and every reduction of a gradient rest on.
 
 The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All scenarios of
-equivalence/scenarios.py run in one job for each P, because ranks take seconds to start; one rank is this process, and
+equivalence/scenarios.py run in one job for each P, because ranks take long to start; one rank is this process, and
 two are those that stay for many tests. `make test` makes all runs
-alone and on two ranks of horovodrun, and those of `FEW` on four ranks and on two of torchrun; `make test-slow` makes
-the others there, on four ranks also the other ways, and all of them on eight ranks and on four of torchrun.
+alone and on two ranks of Horovod, and those of `FEW` on four ranks and on two of torch; `make test-slow` makes
+the others there, on four ranks also the other ways, and all of them on eight ranks and on four of torch.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import StandingRanks, TorchRanks, command_of
-from tests.trainer.equivalence.packing import unpacked
+from tests.ranks import Forks, StandingRanks, TorchRanks
+from tests.trainer.equivalence.packing import packed, unpacked
 from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, STEPS, TOLERANCE, has_other_ways
 from tests.trainer.standing_ranks import run as run_here
 
@@ -133,16 +129,16 @@ MODEL_RUNS_ON_RANKS = [each for num_ranks in (1, 2, TORCH_2) for each in _on_ran
 WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
 
 Results = Mapping[str, dict]
-Standing = Callable[[str], StandingRanks]
+Fixture = Callable[[str], Any]
 TIMEOUT_S = 600
 
 
 class Job(dict[str, dict]):
     """Results of the scenarios on P ranks; the few and the rest, where told apart, are two jobs, run when asked for."""
 
-    def __init__(self, folder: Path, num_ranks: int, standing: Standing) -> None:
+    def __init__(self, folder: Path, num_ranks: int, fixture: Fixture) -> None:
         super().__init__()
-        self._folder, self._num_ranks, self._standing = folder, num_ranks, standing
+        self._folder, self._num_ranks, self._fixture = folder, num_ranks, fixture
         if str(num_ranks) not in IN_TWO_PARTS:
             self._run("all")
 
@@ -158,9 +154,11 @@ class Job(dict[str, dict]):
             code, said = run_here(words)
             assert code == 0, said
         elif self._num_ranks == 2:
-            self._standing(str(self._num_ranks)).run(*words, timeout_s=TIMEOUT_S)
+            ranks: StandingRanks = self._fixture("two_ranks" if str(self._num_ranks) == str(2) else "two_torch_ranks")
+            ranks.run(*words, timeout_s=TIMEOUT_S)
         else:
-            _run(command_of(self._num_ranks, *words))
+            forks: Forks = self._fixture("forks")
+            forks.run(self._num_ranks, out.with_suffix(".txt"), *words, timeout_s=TIMEOUT_S)
         self.update(unpacked(out.read_bytes()))
 
 
@@ -169,29 +167,26 @@ def results_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Results of P ranks; each job runs once."""
     folder = tmp_path_factory.mktemp("equivalence")
 
-    def standing(num_ranks: str) -> StandingRanks:
-        ranks: StandingRanks = request.getfixturevalue("two_ranks" if num_ranks == str(2) else "two_torch_ranks")
-        return ranks
-
-    done = {str(1): Job(folder, 1, standing)}  # which makes the stores
+    done = {str(1): Job(folder, 1, request.getfixturevalue)}  # which makes the stores
 
     def results(num_ranks: int) -> Results:
         if str(num_ranks) not in done:
-            done[str(num_ranks)] = Job(folder, num_ranks, standing)
+            done[str(num_ranks)] = Job(folder, num_ranks, request.getfixturevalue)
         return done[str(num_ranks)]
 
     return results
 
 
 @pytest.fixture(scope="module")
-def reference(results_of: Callable[[int], Results], tmp_path_factory: pytest.TempPathFactory) -> Results:
+def reference(results_of: Callable[[int], Results], forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of the reference, from the initial values of a run of one rank."""
     folder = tmp_path_factory.mktemp("reference")
     kept = ("initial", "mean_and_std", "decoded")
     start = {run: {k: result[k] for k in kept} for run, result in results_of(1).items() if result.get("initial")}
-    torch.save(start, folder / "initial.pt")
-    _run([sys.executable, str(HERE / "reference.py"), str(folder / "initial.pt"), str(folder / "out.pt")])
-    results: Results = torch.load(folder / "out.pt")
+    initial, out = folder / "initial.pickle", folder / "out.pickle"
+    initial.write_bytes(packed(start))
+    forks.run(1, folder / "said.txt", HERE / "reference.py", initial, out, timeout_s=TIMEOUT_S)
+    results: Results = unpacked(out.read_bytes())
     return results
 
 
@@ -357,13 +352,6 @@ class TestEndings:
         assert others == [f"RemoteRankError: rank {num_ranks - 1} failed: {last}"] * (num_ranks - 1)
         assert endings["moved"] == [[]] * num_ranks
         assert len(set(endings["losses"])) == 1
-
-
-def _run(command: list[str]) -> None:
-    search = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == 0, f"{shutil.which(command[0])}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 def _tolerance(run: str) -> float:
