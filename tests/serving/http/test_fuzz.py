@@ -55,7 +55,7 @@ async def fuzz(scoring: Scoring, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(2_600, marks=pytest.mark.long), pytest.param(10_400, marks=pytest.mark.slow)]
+    "count", [pytest.param(1_300, marks=pytest.mark.long), pytest.param(10_400, marks=pytest.mark.slow)]
 )
 def test_no_damaged_body_is_an_error_of_the_server_and_none_stays_in_memory(
     bundle: Published, tmp_path: Path, count: int

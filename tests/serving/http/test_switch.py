@@ -210,7 +210,7 @@ def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_p
 
             async def ask() -> None:
                 nonlocal answered
-                while switched < 30:
+                while switched < 15:
                     answer = (await client.post("/v1/score?logits=true", json=body)).json()
                     logits = [logit for each in answer["answers"] for logit in each["logits"]]
                     np.testing.assert_allclose(logits, answer["version"] + np.arange(3) / 1000, rtol=1e-6)
@@ -218,14 +218,14 @@ def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_p
 
             async def switch() -> None:
                 nonlocal switched
-                for switched in range(1, 31):
+                for switched in range(1, 16):
                     write_state(tmp_path, version=1 + switched)
                     while scoring.live.model.identity.version != 1 + switched or answered < 4 * switched:
                         await asyncio.sleep(0.005)
 
             await asyncio.gather(switch(), *(ask() for _ in range(8)))
-            assert answered > 100
-            assert [model.closed for model in source.opened] == [True] * 30 + [False]
+            assert answered >= 60
+            assert [model.closed for model in source.opened] == [True] * 15 + [False]
         assert all(model.closed for model in source.opened)
 
     asyncio.run(run())

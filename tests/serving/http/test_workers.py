@@ -243,8 +243,8 @@ def test_no_request_fails_while_models_are_switched_under_load(tmp_path: Path) -
         with Load(server, threads=2) as load:
             while not load.answers:
                 time.sleep(0.01)
-            for version in range(2, 42):
+            for version in range(2, 22):
                 write_state(tmp_path, version=version)
                 server.wait_for(f"to version {version}\n")
         assert load.failures == []
-        assert len(set(load.answers)) > 20
+        assert len(set(load.answers)) > 10

@@ -119,7 +119,7 @@ SMALL = schema().model_copy(update={"fields": schema().fields[:1] + schema().fie
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The network of three ID fields, portable and compiled: quick to make."""
     folder = tmp_path_factory.mktemp("small")
-    settings = config(images="none")
+    settings = config(images="none", base="lr")
     export_network(model_of(SMALL, settings), settings, folder, compiled=True)
     return folder
 
@@ -139,7 +139,7 @@ def flip(file: Path, at: float) -> None:
 @pytest.mark.long
 class TestFiles:
     def test_compiled_code_gives_the_trainers_logits(self, small: Path) -> None:
-        settings = config(images="none")
+        settings = config(images="none", base="lr")
         network = ServedNetwork.load(small)
         assert (network.form, network.note) == ("compiled", None)
         check(network, Drawn(model_of(SMALL, settings), settings))

@@ -197,9 +197,20 @@ ANYTHING = st.recursive(
 
 
 @pytest.mark.long
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_anything_is_decoded_or_refused(data: st.DataObject) -> None:
+    check_anything(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_much_more_is_decoded_or_refused(data: st.DataObject) -> None:
+    check_anything(data)
+
+
+def check_anything(data: st.DataObject) -> None:
     """Nothing that a body can hold raises another error, or makes a batch of uneven columns."""
     made = [parts(), parts()]
     for _ in range(data.draw(st.integers(1, 3))):

@@ -107,7 +107,7 @@ def test_two_ranks_write_the_same_bytes(run: Path, wordy: Places, two_ranks: Sta
 def test_little_memory_writes_the_same_bytes(
     run: Path, wordy: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dictionary, "HELD", 20)
+    monkeypatch.setattr(dictionary, "HELD", 60)
     parts = []
     write_part = dictionary.write_part
     monkeypatch.setattr(dictionary, "write_part", lambda path, held: parts.append(len(held)) or write_part(path, held))
