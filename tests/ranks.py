@@ -49,18 +49,6 @@ def command_of(num_ranks: int, *arguments: object) -> list[str]:
     return [*launcher, sys.executable, *words]
 
 
-def run_ranks(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` on ranks of their own to the end, and return what they printed."""
-    return subprocess.run(
-        command_of(num_ranks, *arguments),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-
 def environment() -> dict[str, str]:
     """The variables of ranks: one thread each, and modules below tests/ can be imported."""
     search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -95,6 +83,7 @@ class Forks:
         reach = {"localhost": Reach(LOOPBACK, LOOPBACK, "lo")}
         each = stack.enter_context(environments(by, [HostSlots("localhost", int(num_ranks))], reach))
         ranks = [{**environment(), **self._variables, **PATIENT, **variables} for variables in each]
+        log.parent.mkdir(parents=True, exist_ok=True)
         found = self.ask(words=list(map(str, arguments)), ranks=ranks, log=str(log))
         assert isinstance(found, list)
         return Job(self, found, stack)
@@ -105,12 +94,20 @@ class Forks:
         print(json.dumps(asked), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
+    def outcome(
+        self, num_ranks: int, log: Path, *arguments: object, timeout_s: float = TIMEOUT_S
+    ) -> tuple[list[int | None], str]:
+        """Run `python ARGUMENTS`; return the exit code of each rank, None of those that had to be killed, and all that
+        they printed."""
+        job = self.start(num_ranks, log, *arguments)
+        codes = job.wait(timeout_s)
+        job.close()
+        return codes, log.read_text()
+
     def run(self, num_ranks: int, log: Path, *arguments: object, timeout_s: float = TIMEOUT_S) -> None:
         """Run `python ARGUMENTS`, which has to end with exit code 0 on all ranks."""
-        job = self.start(num_ranks, log, *arguments)
-        codes = job.codes(timeout_s)
-        job.close()
-        assert codes == [0] * num_ranks, f"{codes}\n{log.read_text()[-3000:]}"
+        codes, said = self.outcome(num_ranks, log, *arguments, timeout_s=timeout_s)
+        assert codes == [0] * num_ranks, f"{codes}\n{said[-3000:]}"
 
     def close(self) -> None:
         self._process.communicate(timeout=30)
@@ -124,17 +121,25 @@ class Job:
     ranks: list[int]
     meeting: ExitStack
 
-    def codes(self, timeout_s: float = 0) -> object:
-        """Exit codes, once all have ended within the time."""
-        return self.forks.ask(of=self.ranks, timeout_s=timeout_s)
+    def codes(self) -> list[int | None]:
+        """The exit code of each rank, None while it runs."""
+        codes = self.forks.ask(of=self.ranks)
+        assert isinstance(codes, list)
+        return codes
+
+    def wait(self, timeout_s: float) -> list[int | None]:
+        """Exit codes when all have ended, or the time has."""
+        end_s = time.monotonic() + timeout_s
+        while None in (codes := self.codes()) and time.monotonic() < end_s:
+            time.sleep(0.02)
+        return codes
 
     def close(self) -> None:
         """End those that have not ended."""
-        if self.codes() is None:
-            for rank in self.ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGKILL)
-            self.codes(30)
+        for rank, code in zip(self.ranks, self.codes(), strict=True):
+            if code is None:
+                os.kill(rank, signal.SIGKILL)
+        self.wait(30)
         self.meeting.close()
 
 
@@ -171,7 +176,7 @@ class StandingRanks:
     def close(self) -> None:
         self._resume()
         (self._folder / "end").touch()
-        self._job.codes(30)
+        self._job.wait(30)
         self._job.close()
 
     def _resume(self) -> None:
@@ -182,7 +187,7 @@ class StandingRanks:
     def _result(self, name: str, timeout_s: float) -> tuple[int, str]:
         end = time.monotonic() + timeout_s
         while not (self._folder / name).exists():
-            assert self._job.codes() is None and time.monotonic() < end, self._log.read_text()
+            assert None in self._job.codes() and time.monotonic() < end, self._log.read_text()
             time.sleep(0.02)
         code, out = json.loads((self._folder / name).read_text())
         return code, out

@@ -1,8 +1,7 @@
 """A process that has imported what ranks need, and forks them: each import of torch takes two seconds of a processor.
 
 It reads lines of JSON. `words` and `log`, and `ranks` with the variables of each: it forks one for each, which runs
-`python WORDS`, and answers with their ids. `of` and `timeout_s`: it answers with their exit codes, once all have ended;
-with null where the time is over. As under a launcher, where one fails the others are ended.
+`python WORDS`, and answers with their ids. `of`, such ids: it answers with their exit codes, null while they run.
 """
 
 import contextlib
@@ -10,11 +9,9 @@ import importlib
 import json
 import os
 import runpy
-import signal
 import sys
-import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.engine.memory import freeze_for_good
@@ -28,8 +25,11 @@ IMPORTED = (
     "trainer.daily",
     "trainer.engine.engine",
     "trainer.evaluate",
+    "trainer.evaluation.full",
     "trainer.evaluation.plots",
+    "trainer.loop.training",
     "trainer.prerank",
+    "trainer.runs.open",
 )
 """Which import torch, the store and all else that takes long."""
 ENDED: dict[int, int] = {}
@@ -45,7 +45,7 @@ def main() -> None:
         if "words" in asked:
             answer: object = [fork(asked["words"], each, asked["log"]) for each in asked["ranks"]]
         else:
-            answer = codes_of(asked["of"], asked["timeout_s"])
+            answer = [code_of(each) for each in asked["of"]]
         print(json.dumps(answer), flush=True)
 
 
@@ -80,23 +80,11 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def codes_of(ranks: Sequence[int], timeout_s: float) -> list[int] | None:
-    """Wait until all of them have ended."""
-    end_s = time.monotonic() + timeout_s
-    while True:
-        for rank in [each for each in ranks if each not in ENDED]:
-            ended, status = os.waitpid(rank, os.WNOHANG)
-            if ended:
-                ENDED[rank] = os.waitstatus_to_exitcode(status)
-        left = [rank for rank in ranks if rank not in ENDED]
-        if not left:
-            return [ENDED[rank] for rank in ranks]
-        if time.monotonic() > end_s:
-            return None
-        if any(ENDED.get(rank) for rank in ranks):
-            for rank in left:
-                os.kill(rank, signal.SIGKILL)
-        time.sleep(0.01)
+def code_of(rank: int) -> int | None:
+    """Its exit code, -9 of one that was killed, where it has ended."""
+    if rank not in ENDED and (status := os.waitpid(rank, os.WNOHANG))[0]:
+        ENDED[rank] = os.waitstatus_to_exitcode(status[1])
+    return ENDED.get(rank)
 
 
 if __name__ == "__main__":

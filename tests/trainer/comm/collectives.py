@@ -135,7 +135,7 @@ def miss_rank_1(comm: Comm, folder: Path) -> None:
     """Wait for rank 1 in two collectives at once, beyond the deadline, and end when both others have said so."""
     comm.deadline_s = 1.0
     if comm.rank == 1:
-        time.sleep(100)
+        end_when_said(comm, folder)
     ahead = threading.Thread(target=exchange, args=(comm, "step.keys"))
     ahead.start()
     exchange(comm, "step.vectors")
@@ -143,9 +143,14 @@ def miss_rank_1(comm: Comm, folder: Path) -> None:
     assert comm.is_stuck
     comm.close()
     (folder / str(comm.rank)).touch()
+    end_when_said(comm, folder)
+
+
+def end_when_said(comm: Comm, folder: Path) -> None:
+    """Not before: the end of this one ends the other ones too."""
     until_s = time.monotonic() + 30
     while len(list(folder.iterdir())) < comm.size - 1 and time.monotonic() < until_s:
-        time.sleep(0.02)  # the end of this one ends the other one too
+        time.sleep(0.02)
     os._exit(7)
 
 

@@ -18,9 +18,12 @@ pytestmark = pytest.mark.long
 def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let go of what tests/conftest.py has frozen for all tests."""
     monkeypatch.setattr(memory, "_frozen_for_good", threading.Event())
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # to look at all that the tests hold takes a second
+    gc.disable()
     gc.unfreeze()
     yield
     gc.freeze()
+    gc.enable()
 
 
 @pytest.mark.usefixtures("nothing_frozen")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.ranks import StandingRanks, command_of, environment
+from tests.ranks import Forks, StandingRanks, command_of, environment
 from tests.trainer.standing_ranks import run as run_here
 from trainer.config.config import PRESETS
 
@@ -79,16 +79,21 @@ class Killed:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def leg(self, number: int, ranks: int, die_at: int = 0) -> Leg:
-        """Goes on with so many ranks, until the last of them gets SIGKILL in that step and one that is left says so (a
-        launcher may end the others first), or to the end; one rank that is to come to the end is this process."""
+    def leg(self, number: int, ranks: int, die_at: int = 0, forks: Forks | None = None) -> Leg:
+        """Goes on with so many ranks, of a launcher or forked, until the last of them gets SIGKILL in that step and one
+        that is left says so (a launcher may end the others first), or to the end; one rank that is to come to the end
+        is this process."""
         if ranks == 1 and not die_at:
             code, output = run_here(self.words(number))
             assert code == 0, output
             return self.seen(number, ranks)
-        process = self.start(number, ranks, die_at)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        assert (process.returncode != 0) == (die_at > 0), output
+        if forks is None:
+            process = self.start(number, ranks, die_at)
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+            codes: list[int | None] = [process.returncode]
+        else:
+            codes, output = forks.outcome(ranks, self.folder / f"log-{number}.txt", *self.words(number, die_at))
+        assert (0 in codes) == (die_at == 0), output
         told = re.search(r"error: rank \d+ lost another rank", output) is not None
         assert told == (die_at > 0 and ranks > 1), output
         return self.seen(number, ranks)

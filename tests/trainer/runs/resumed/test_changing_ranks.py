@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import TorchRanks, ranks_of
+from tests.ranks import Forks, TorchRanks, ranks_of
 from tests.trainer.runs.resumed.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
 from trainer.evaluation.predict import predict_run
 from trainer.runs.checkpoint import read_state
@@ -53,7 +53,7 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
         pytest.param({"optim__ids": "adam", "optim__ids_restart": True}, (3, 1), "two_ranks", marks=pytest.mark.slow),
         pytest.param({"optim__ids": "adam"}, (TorchRanks(3), 2), "two_torch_ranks", marks=pytest.mark.slow),
     ],
-    ids=["torchrun, alone, horovodrun", "plain", "adam", "torchrun, horovodrun, torchrun"],
+    ids=["torchrun, alone, horovod", "plain", "adam", "torchrun, horovod, torch"],
 )
 def test_killed_with_other_ranks_each_time(
     settings_of: Callable[..., list[str]],
@@ -61,14 +61,14 @@ def test_killed_with_other_ranks_each_time(
     optim: dict[str, Any],
     ranks: tuple[int, int],
     last: str,
+    forks: Forks,
     request: pytest.FixtureRequest,
 ) -> None:
     steps = 80
     undisturbed = Killed(tmp_path / "undisturbed", settings_of(tmp_path / "undisturbed", steps, 1000, **optim))
     whole = undisturbed.leg(0, ranks=1)
     killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 10, **optim))
-    deaths = zip(ranks, (55, 68), strict=True)  # 55 is in the third epoch
-    legs = [killed.leg(number, num_ranks, die_at) for number, (num_ranks, die_at) in enumerate(deaths)]
+    legs = [killed.leg(0, ranks[0], die_at=55), killed.leg(1, ranks[1], die_at=68, forks=forks)]  # in the third epoch
     legs.append(killed.leg_of(request.getfixturevalue(last), len(legs)))
     assert [leg.first_step for leg in legs] == [1, 51, 61]
     assert_no_step_or_sample_is_lost(legs, whole, steps)

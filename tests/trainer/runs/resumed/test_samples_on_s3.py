@@ -10,6 +10,7 @@ from featurestore.published import FILES, PublishedFile, publish, upload
 from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Request, proxy_before
+from tests.ranks import Forks
 from tests.servers import environment_of
 from tests.trainer.runs.resumed.legs import TOLERANCE, Killed, assert_no_step_or_sample_is_lost
 from tests.trainer.runs.resumed.test_runs_on_s3 import tensors
@@ -28,7 +29,12 @@ def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
 
 
 def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
-    places: Places, settings_of: Callable[..., list[str]], s3_endpoint: str, s3_url: str, tmp_path: Path
+    places: Places,
+    settings_of: Callable[..., list[str]],
+    s3_endpoint: str,
+    s3_url: str,
+    tmp_path: Path,
+    forks: Forks,
 ) -> None:
     """Two ranks take samples published on S3, and one goes on when they have died, from S3 alone: its cache is empty,
     as another machine's would be. Step by step they take those of one rank on a disk, have its losses, and end with its
@@ -53,7 +59,7 @@ def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
 
     with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
         proxy.rule = cut
-        first = started_at("there").leg(0, ranks=2, die_at=33)
+        first = started_at("there").leg(0, ranks=2, die_at=33, forks=forks)
         second = started_at("elsewhere").leg(1, ranks=1)
         far = tensors(run_path(f"{s3_url}/runs/run"))
     assert first.first_step == 1 < second.first_step <= 33
