@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -86,15 +87,19 @@ def print_table(console: Console, table: Table) -> None:
     if table.title:
         console.print(table.title, style=table.title_style or "bold")
         table.title = None
+    if not console.is_terminal:
+        wide = console.options.update(max_width=_ENDLESS)
+        console.print(Segments(console.render(table, wide)), crop=False, end="")
+        return
     for column in table.columns:
         folded = column.justify != "right"
         column.min_width = max((_width(str(cell), folded) for cell in column.cells), default=0)
         column.min_width = max(column.min_width, _width(str(column.header), folded=True))
     least, natural = Measurement.get(console, console.options.update(max_width=_ENDLESS), table)
-    if console.is_terminal and least > console.width:
+    if least > console.width:
         _print_blocks(console, table)
         return
-    table.width = min(natural, console.width) if console.is_terminal else natural
+    table.width = min(natural, console.width)
     console.print(table, soft_wrap=False, crop=False)
 
 
