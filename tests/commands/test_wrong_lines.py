@@ -40,7 +40,7 @@ PROCESSES = [
     "featurestore info {deepstore}",
     "featurestore get {store} 1000 --out {pipe}",
     "dask-submit --memory-limit nan {script}",
-    "trainer.main --config {pipe}",
+    "trainer.plan --input {missing}",
     "jobs/export_embeddings --run {run} --out .npy",
     "benchmarks.explorer --images 1000 --pictures 10 --dir {empty}",
 ]

@@ -125,7 +125,7 @@ def test_the_run_ends_with_the_best_evaluation(places: Places, whole: Path, tmp_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at", [5, 7, 9])
+@pytest.mark.parametrize("at", [5, pytest.param(7, marks=pytest.mark.slow), 9])
 def test_an_interrupted_run_ends_with_the_same(
     places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
@@ -150,7 +150,7 @@ def test_an_interrupted_run_ends_with_the_same(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at", [4, 6, 10])
+@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 6, 10])
 def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
     places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
