@@ -41,7 +41,7 @@ def test_every_value_of_every_sample(samples: tuple[Path, list[pa.Table]]) -> No
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("num_ranks", [1, 2, 5, 200])
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 70])
 def test_evaluation_order_has_each_sample_once_and_reads_its_own_part(
     samples: tuple[Path, list[pa.Table]], num_ranks: int
 ) -> None:
