@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -71,7 +72,7 @@ class Forks:
     """A process that forks ranks (trainer/forks.py): for tests in which the launcher does not count."""
 
     def __init__(self, variables: Mapping[str, str] | None = None) -> None:
-        self._variables = variables or {}
+        self._variables, self._lock = variables or {}, threading.Lock()
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             [sys.executable, FORKS], env={**environment(), **self._variables}, stdin=pipe, stdout=pipe, text=True
@@ -82,17 +83,23 @@ class Forks:
         stack, by = ExitStack(), By.TORCH if isinstance(num_ranks, TorchRanks) else By.HOROVOD
         reach = {"localhost": Reach(LOOPBACK, LOOPBACK, "lo")}
         each = stack.enter_context(environments(by, [HostSlots("localhost", int(num_ranks))], reach))
-        ranks = [{**environment(), **self._variables, **PATIENT, **variables} for variables in each]
+        job = self.start_with([{**PATIENT, **variables} for variables in each], log, *arguments)
+        return replace(job, meeting=stack)
+
+    def start_with(self, ranks: Sequence[Mapping[str, str]], log: Path, *arguments: object) -> "Job":
+        """Begin with `python ARGUMENTS` on ranks with these variables beside ours, which print to `log`."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        found = self.ask(words=list(map(str, arguments)), ranks=ranks, log=str(log))
+        variables = [{**environment(), **self._variables, **each} for each in ranks]
+        found = self.ask(words=list(map(str, arguments)), ranks=variables, log=str(log))
         assert isinstance(found, list)
-        return Job(self, found, stack)
+        return Job(self, found, ExitStack())
 
     def ask(self, **asked: object) -> object:
         """The answer to one line."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(asked), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        with self._lock:
+            print(json.dumps(asked), file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
 
     def outcome(
         self, num_ranks: int, log: Path, *arguments: object, timeout_s: float = TIMEOUT_S

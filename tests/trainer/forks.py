@@ -10,7 +10,7 @@ import json
 import os
 import runpy
 import sys
-import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,33 +51,27 @@ def main() -> None:
 
 def fork(words: list[str], variables: Mapping[str, str], log: str) -> int:
     """The id of a new process that runs `python WORDS` with these variables alone; what it prints is added to `log`."""
-    process, code = os.fork(), 1
+    process = os.fork()
     if process == 0:
-        try:
-            os.environ.clear()
-            os.environ.update(variables)
-            with Path(os.devnull).open() as nothing, Path(log).open("a") as out:
-                for own, other in ((0, nothing), (1, out), (2, out)):
-                    os.dup2(other.fileno(), own)
-            code = run(words)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
+        os.environ.clear()
+        os.environ.update(variables)
+        with Path(os.devnull).open() as nothing, Path(log).open("a") as out:
+            for own, other in ((0, nothing), (1, out), (2, out)):
+                os.dup2(other.fileno(), own)
+        run(words)
+        sys.exit()  # as any process ends
     return process
 
 
-def run(words: list[str]) -> int:
-    """Exit code of a script with its arguments."""
-    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
-    try:
+def run(words: list[str]) -> None:
+    """Run `-m MODULE` or a script, with its arguments."""
+    warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
         runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def code_of(rank: int) -> int | None:

@@ -1,17 +1,18 @@
 """Ranks that do not come, and one that goes before the first collective: the others say so in one line, in time"""
 
-import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.ranks import environment
+from tests.ranks import Forks, Job
 from trainer.launch.rendezvous import free_port, horovod_rendezvous
 from trainer.launch.variables import Place, Variables, horovod_variables, torch_variables
 from trainer.main import app
@@ -20,44 +21,33 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(200)]
 
 IMPATIENT, PATIENT = {"PATIENCE_S": "3"}, {"PATIENCE_S": "60"}
 TRAIN = ["-m", "trainer.main", "--set", "run.deadline_s=3"]
-CONNECTS = """
-import os, signal, time
-from featurestore.errors import UserError
-from trainer.comm import connect
-if os.environ["HOROVOD_RANK"] == "0" and "STOPS" in os.environ:
-    os.kill(os.getpid(), signal.SIGSTOP)
-try:
-    comm = connect(float(os.environ["PATIENCE_S"]))
-    if comm.rank == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(2)
-    comm.agree(None)
-except UserError as error:
-    print(type(error).__name__, error, flush=True)
-os._exit(7)
-"""
+CONNECTS = Path(__file__).with_name("connects.py")
 
 
-@contextmanager
-def started(variables: Mapping[str, str], *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """Start `python ARGUMENTS` as a rank with these variables, and kill it at the end."""
-    pipe = subprocess.PIPE
-    command = [sys.executable, *arguments]
-    rank = subprocess.Popen(command, env={**environment(), **variables}, stdout=pipe, stderr=pipe, text=True)
-    try:
-        yield rank
-    finally:
-        rank.kill()
-        rank.communicate()
+@dataclass(frozen=True)
+class Ranks:
+    """Single ranks, forked: what they find in their environment counts here."""
 
+    forks: Forks
+    folder: Path
 
-def said_by(variables: Variables, *arguments: str, code: int) -> str:
-    """Run one rank to its end; return what it says, which is one line."""
-    with started(variables, *arguments) as rank:
-        out, err = rank.communicate(timeout=100)
-    assert rank.returncode == code, out + err
-    (line,) = (out + err).splitlines()
-    return str(line)
+    @contextmanager
+    def started(self, variables: Mapping[str, str], *arguments: object) -> Iterator[tuple[Job, Path]]:
+        """Start `python ARGUMENTS` as a rank with these variables, and kill it at the end."""
+        log = self.folder / f"{uuid.uuid4()}.txt"
+        job = self.forks.start_with([variables], log, *arguments)
+        try:
+            yield job, log
+        finally:
+            job.close()
+
+    def said_by(self, variables: Variables, *arguments: object, code: int) -> str:
+        """Run one rank to its end; return what it says, which is one line."""
+        with self.started(variables, *arguments) as (rank, log):
+            codes, said = rank.wait(100), log.read_text()
+        assert codes == [code], said
+        (line,) = said.splitlines()
+        return line
 
 
 @contextmanager
@@ -67,42 +57,47 @@ def ranks_of_horovod() -> Iterator[list[Variables]]:
         yield [horovod_variables(Place([2], 0, local), "localhost", "127.0.0.1", port, "lo") for local in (0, 1)]
 
 
-def horovod_hangs() -> str:
-    with ranks_of_horovod() as (first, second), started({**first, **IMPATIENT, "STOPS": "1"}, "-c", CONNECTS):
-        return said_by({**second, **IMPATIENT}, "-c", CONNECTS, code=7)
+def horovod_hangs(ranks: Ranks) -> str:
+    with ranks_of_horovod() as (first, second), ranks.started({**first, **IMPATIENT, "STOPS": "1"}, CONNECTS):
+        return ranks.said_by({**second, **IMPATIENT}, CONNECTS, code=7)
 
 
-def horovod_nobody() -> str:
+def horovod_nobody(ranks: Ranks) -> str:
     nobody = horovod_variables(Place([2], 0, 1), "localhost", "127.0.0.1", free_port(), "lo")
-    said = said_by(nobody, *TRAIN, code=1)
+    said = ranks.said_by(nobody, *TRAIN, code=1)
     return said.replace(nobody["HOROVOD_GLOO_RENDEZVOUS_PORT"], "PORT")
 
 
-def torch_nobody(local: int, address: str) -> str:
+def torch_nobody(ranks: Ranks, local: int, address: str) -> str:
     port, start_s = free_port(), time.monotonic()
-    said = said_by(torch_variables(Place([1, 1], local, 0), address, port, None), *TRAIN, code=1)
+    said = ranks.said_by(torch_variables(Place([1, 1], local, 0), address, port, None), *TRAIN, code=1)
     assert time.monotonic() - start_s > 3
     return said.replace(str(port), "PORT")
 
 
-def torch_waits() -> str:
-    return said_by(torch_variables(Place([2], 0, 0), "127.0.0.1", free_port(), None), *TRAIN, code=1)
+def torch_waits(ranks: Ranks) -> str:
+    return ranks.said_by(torch_variables(Place([2], 0, 0), "127.0.0.1", free_port(), None), *TRAIN, code=1)
 
 
-WAITS: dict[str, Callable[[], str]] = {
+WAITS: dict[str, Callable[[Ranks], str]] = {
     "horovod hangs": horovod_hangs,
     "horovod nobody": horovod_nobody,
-    "torch refused": partial(torch_nobody, 1, "127.0.0.1"),
-    "torch unknown": partial(torch_nobody, 0, "no-such-host.invalid"),
+    "torch refused": partial(torch_nobody, local=1, address="127.0.0.1"),
+    "torch unknown": partial(torch_nobody, local=0, address="no-such-host.invalid"),
     "torch waits": torch_waits,
 }
 
 
 @pytest.fixture(scope="module")
-def said_after_waiting() -> Iterator[Callable[[str], str]]:
+def ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(forks, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def said_after_waiting(ranks: Ranks) -> Iterator[Callable[[str], str]]:
     """What a rank of `WAITS` says at its end; all of them wait at once."""
     with ThreadPoolExecutor(len(WAITS)) as threads:
-        saying = {name: threads.submit(wait) for name, wait in WAITS.items()}
+        saying = {name: threads.submit(wait, ranks) for name, wait in WAITS.items()}
         yield lambda name: saying[name].result()
 
 
@@ -146,16 +141,16 @@ def test_torch_ranks_that_do_not_come_are_named(said_after_waiting: Callable[[st
     assert "has taken more than run.deadline_s=3 on rank 0; not there: rank 1. See" in said
 
 
-def test_horovod_a_rank_that_dies_after_they_connected_is_one_line() -> None:
+def test_horovod_a_rank_that_dies_after_they_connected_is_one_line(ranks: Ranks) -> None:
     """Collectives cannot even begin then."""
     with (
         ranks_of_horovod() as (first, second),
-        started({**first, **PATIENT}, "-c", CONNECTS),
-        started({**second, **PATIENT}, "-c", CONNECTS) as rank,
+        ranks.started({**first, **PATIENT}, CONNECTS),
+        ranks.started({**second, **PATIENT}, CONNECTS) as (rank, log),
     ):
-        out, _ = rank.communicate(timeout=100)
-    (said,) = [line for line in out.splitlines() if "LostRankError" in line]
-    assert rank.returncode == 7
+        codes = rank.wait(100)
+    (said,) = [line for line in log.read_text().splitlines() if "LostRankError" in line]
+    assert codes == [7]
     assert said.startswith("LostRankError rank 1 lost another rank in the middle of collective agree")
 
 
