@@ -1,13 +1,12 @@
 """Where ranks of torch.distributed meet, and at which address each listens."""
 
-import subprocess
-import sys
+from pathlib import Path
 from socket import AF_INET
 
 import psutil
 import pytest
 
-from tests.ranks import environment
+from tests.ranks import Forks
 from trainer.comm.distributed import TorchComm
 from trainer.comm.lanes import Meeting, RankAddress, check_reach, has_gpu_for_each, listening_address, own_address
 from trainer.errors import ConfigError, LostRankError
@@ -87,37 +86,16 @@ def test_nccl_wants_a_gpu_for_each_rank_of_a_host() -> None:
     assert not has_gpu_for_each([RankAddress("a", None, 0)])
 
 
-STOPS_RANK_0 = """
-import os, signal
-from trainer.comm import connect
-from trainer.errors import LateRankError
-comm = connect()
-comm.agree(None)
-comm.deadline_s = 1.0
-print(os.getpid(), flush=True)
-if comm.rank == 0:
-    os.kill(os.getpid(), signal.SIGSTOP)
-try:
-    comm.agree(None)
-except LateRankError as error:
-    print(error, flush=True)
-os._exit(7)
-"""
-
-
 @pytest.mark.services
-def test_a_stopped_rank_that_holds_the_store_is_named() -> None:
+def test_a_stopped_rank_that_holds_the_store_is_named(forks: Forks, tmp_path: Path) -> None:
     """As trainer.supervise starts ranks: what they say at the store cannot be heard then."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", STOPS_RANK_0]
-    ranks = [
-        subprocess.Popen(command, env={**environment(), **place, "RANK": rank}, stdout=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
+    stops = Path(__file__).with_name("stops.py")
+    stopped, other = (forks.start_with([{**place, "RANK": rank}], tmp_path / rank, stops) for rank in "01")
     try:
-        said, _ = ranks[1].communicate(timeout=100)
+        codes, said = other.wait(100), (tmp_path / "1").read_text()
     finally:
-        ranks[0].kill()
-        ranks[0].communicate()
-    assert ranks[1].returncode == 7
+        stopped.close()
+        other.close()
+    assert codes == [7]
     assert "not there: rank 0. See" in said and "the store at MASTER_ADDR:MASTER_PORT" in said
