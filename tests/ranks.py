@@ -89,6 +89,7 @@ class Forks:
     def start_with(self, ranks: Sequence[Mapping[str, str]], log: Path, *arguments: object) -> "Job":
         """Begin with `python ARGUMENTS` on ranks with these variables beside ours, which print to `log`."""
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
         variables = [{**environment(), **self._variables, **each} for each in ranks]
         found = self.ask(words=list(map(str, arguments)), ranks=variables, log=str(log))
         assert isinstance(found, list)

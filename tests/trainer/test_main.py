@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
-from tests.ranks import StandingRanks, TorchRanks, command_of, ranks_of
+from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, ranks_of
 from tests.trainer.alike import all_alike
 from tests.trainer.whole_runs import SHARED, Places, assert_same, report_of, run_alone
 from trainer.errors import RemoteRankError
@@ -228,17 +228,18 @@ class TestEnds:
 
 
 @pytest.mark.long
-def test_interrupt_alone_ends_with_a_checkpoint(places: Places, tmp_path: Path) -> None:
+def test_interrupt_alone_ends_with_a_checkpoint(places: Places, tmp_path: Path, forks: Forks) -> None:
     settings = places.settings(train__epochs=100_000, run__dir=tmp_path, run__name="interrupted")
-    command = [sys.executable, "-m", "trainer.main", "--set", *settings]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step 1/" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    log = tmp_path / "log.txt"
+    process = forks.start_with([{}], log, "-m", "trainer.main", "--set", *settings)
+    try:
+        while "step 1/" not in log.read_text():
+            assert process.wait(0.02) == [None], log.read_text()
+        os.kill(process.ranks[0], signal.SIGINT)
+        assert process.wait(60) == [130]
+    finally:
+        process.close()
+    output = log.read_text()
     path = find_checkpoint(tmp_path / "interrupted")
     assert f"continue with run.resume={path}" in output
     assert read_state(path).step >= 1
