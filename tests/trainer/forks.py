@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ IMPORTED = (
     "trainer.runs.open",
 )
 """Which import torch, the store and all else that takes long."""
+STARTED = set[int]()
 ENDED: dict[int, int] = {}
 
 
@@ -47,6 +49,9 @@ def main() -> None:
         else:
             answer = [code_of(each) for each in asked["of"]]
         print(json.dumps(answer), flush=True)
+    for rank in STARTED:
+        if code_of(rank) is None:  # whoever asked for it was killed
+            os.kill(rank, signal.SIGKILL)
 
 
 def fork(words: list[str], variables: Mapping[str, str], log: str) -> int:
@@ -60,6 +65,8 @@ def fork(words: list[str], variables: Mapping[str, str], log: str) -> int:
                 os.dup2(other.fileno(), own)
         run(words)
         sys.exit()  # as any process ends
+    STARTED.add(process)
+    ENDED.pop(process, None)  # ids come again
     return process
 
 
