@@ -1,14 +1,17 @@
-"""YAML files of a person, read with one line for each mistake."""
+"""YAML files of a person, read with one line for each mistake, and the folder of a run's checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from featurestore.errors import StorageError
+from featurestore.published.paths import FarPath
 from featurestore.storage.regular import read_text
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_yaml
 from trainer.errors import TrainerError
+
+PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
 
 
 def read_mapping(
@@ -40,3 +43,8 @@ def file_at(address: str) -> tuple[Storage, str]:
     """Split the address of a file into its folder and its name there."""
     folder, slash, name = address.rpartition("/")
     return Storage(folder or slash or "."), name
+
+
+def checkpoints_of(run: PathT) -> PathT:
+    """Give the folder of the checkpoints of the run in folder `run`."""
+    return run / "checkpoints"

@@ -5,6 +5,7 @@ from typing import Any
 
 from featurestore.published.paths import RunPath
 from trainer.config.options import ModelConfig
+from trainer.files import checkpoints_of
 
 MOVED = {f"train.{name}": f"optim.{name}" for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
 """From the name of a setting in earlier versions to its name now."""
@@ -71,4 +72,4 @@ def _is_exact(table: Any) -> bool:
 
 def is_saved(file: RunPath) -> bool:
     """Tell whether a file is the configuration that a run has written into its folder."""
-    return file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()
+    return file.name == "config.yaml" and checkpoints_of(file.parent).is_dir()

@@ -23,6 +23,7 @@ from trainer.config.config import Config, load_config, load_saved, save_config
 from trainer.daily import SHARED
 from trainer.daily import table as daytable
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
+from trainer.files import checkpoints_of
 from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import finished, report_of
 
@@ -108,7 +109,7 @@ class Day:
 
     def config(self, base: Config, before: RunPath | None) -> Config:
         """Make the settings of the run, which begins with that in folder `before`, or continues where it stopped."""
-        resume = "latest" if self.report() is not None or finished(self.folder / "checkpoints") else None
+        resume = "latest" if self.report() is not None or finished(checkpoints_of(self.folder)) else None
         run = {
             "dir": str(self.folder.parent),
             "name": self.name,
@@ -327,7 +328,7 @@ def _check_stores(before: RunPath, base: Config) -> None:
     from trainer.schema import load_schema
 
     schema = load_schema(base.data.schema_file)
-    places, checkpoints = store_places(base, schema), finished(before / "checkpoints")
+    places, checkpoints = store_places(base, schema), finished(checkpoints_of(before))
     if not checkpoints or missing_places(places):
         return  # reported when the run is opened
     state = read_state(checkpoints[-1])

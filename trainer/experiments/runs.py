@@ -15,6 +15,7 @@ from trainer.config.config import CHANGES_NO_FIGURE, Config, config_digest, load
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.sources import Sources
+from trainer.files import checkpoints_of
 from trainer.runs.folder import finished, report_of
 from trainer.runs.stores import store_places
 from trainer.schema import load_schema
@@ -120,7 +121,7 @@ class Grid:
             raise TrainerError(f"--out {self.folder} cannot be used: {failure}; choose another") from failure
         if report_of(run) is not None:
             return None
-        goes_on = bool(finished(run / "checkpoints"))
+        goes_on = bool(finished(checkpoints_of(run)))
         return {"resume": "latest" if goes_on else None, "overwrite": not goes_on}
 
     def _can_be_made(self, variant: Variant) -> bool:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.published.paths import FarPath, RunPath, read_file, run_path
@@ -14,9 +14,9 @@ from featurestore.storage.local import sync
 from featurestore.text.parsing import parse_json
 from trainer.config.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
+from trainer.files import PathT, checkpoints_of
 
-PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 
 
 def run_or_newest(run: str | None) -> RunPath:
@@ -29,7 +29,8 @@ def newest_run(folder: Path = Path(RunConfig().dir)) -> Path:
 
     Raises ConfigError where there is none.
     """
-    states = list(folder.glob("**/checkpoints/step-*/state.json"))
+    found = [path / "state.json" for each in folder.glob(f"**/{checkpoints_of(Path())}") for path in finished(each)]
+    states = [state for state in found if state.is_file()]
     if not states:
         raise ConfigError(
             f"{folder} has no run with a checkpoint; train one: python -m trainer.main, or name it by --run"
@@ -43,7 +44,7 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
     `name`: latest, a step, a folder step-N, or a path to the checkpoint of any run. Raises CheckpointNotFoundError; it
     names the `setting`, an option with its = or its space, that gave the name.
     """
-    checkpoints = pinned(run / "checkpoints")
+    checkpoints = pinned(checkpoints_of(run))
     found = finished(checkpoints)
     if isinstance(run, FarPath) and not found:
         run.check_bucket()
@@ -84,6 +85,11 @@ def place(checkpoints: PathT, step: int) -> PathT:
     return checkpoints / f"step-{step:08}"
 
 
+def step_of(checkpoint: RunPath) -> int:
+    """Read the step from the path of a whole checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def pinned(path: RunPath) -> RunPath:
     """Return the path, of an object store with the version of its checkpoints that is the newest now: they can be read
     for a while after they were removed."""
@@ -93,8 +99,7 @@ def pinned(path: RunPath) -> RunPath:
 def finished(checkpoints: PathT) -> list[PathT]:
     """List whole checkpoints, oldest first."""
     listed: Iterable[PathT] = _listed(checkpoints)
-    found = [(int(match[1]), path) for path in listed if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in listed if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def _listed(checkpoints: RunPath) -> Iterable[Any]:
@@ -135,7 +140,7 @@ def in_the_way(run: RunPath, resumed: RunPath | None, damaged: Sequence[RunPath]
     """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own.
 
     But for `damaged` ones, which it passed over."""
-    checkpoints = run / "checkpoints"
+    checkpoints = checkpoints_of(run)
     found = [*finished(checkpoints)] if resumed is None else unrelated(checkpoints, resumed)
     return [path for path in found if path.name not in {each.name for each in damaged}]
 

@@ -27,6 +27,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
 from trainer.engine.precision import with_compute_dtype
 from trainer.errors import DataNotFoundError
+from trainer.files import checkpoints_of
 from trainer.runs import checkpoint, warmstart
 from trainer.runs.checkpoint import CheckpointState, Origin
 from trainer.runs.folder import check_folder
@@ -104,7 +105,7 @@ class Run(OpenRun):
     @property
     def checkpoints(self) -> RunPath:
         """Folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
+        return checkpoints_of(self.folder)
 
     @cached_property
     def place(self) -> CheckpointPlace:

@@ -12,6 +12,7 @@ from featurestore.published.paths import FarPath, RunPath
 from trainer.comm import Comm
 from trainer.config.config import Config
 from trainer.errors import DamagedCheckpointError, RemoteRankError
+from trainer.files import checkpoints_of
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.folder import find_checkpoint, finished, pinned
@@ -68,7 +69,7 @@ def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[Passe
             return _left(folder, passed_over)[-1]
         resume = config.run.resume
         if resume == "auto":
-            resume = "latest" if finished(folder / "checkpoints") else None
+            resume = "latest" if finished(checkpoints_of(folder)) else None
         return None if resume is None else find_checkpoint(folder, resume, "run.resume=")
 
     if config.run.resume is None:
@@ -81,7 +82,7 @@ def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[Passe
 def _left(folder: RunPath, passed_over: list[PassedOver]) -> list[RunPath]:
     """List the checkpoints, oldest first, without those that were passed over."""
     gone = {each.path.name for each in passed_over}
-    return [path for path in finished(pinned(folder / "checkpoints")) if path.name not in gone]
+    return [path for path in finished(pinned(checkpoints_of(folder))) if path.name not in gone]
 
 
 def _what(comm: Comm, failure: DamagedCheckpointError | RemoteRankError) -> str:

@@ -12,8 +12,9 @@ from featurestore.console.commandline import CommandApp
 from featurestore.published.paths import RunPath, run_path
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
+from trainer.files import checkpoints_of
 from trainer.main import app, warm_settings
-from trainer.runs.folder import finished
+from trainer.runs.folder import finished, step_of
 
 _MAIN, _DAILY = "trainer.main", "trainer.daily"
 _EXAMPLE = f"python -m {_MAIN} --set run.name=NAME"
@@ -93,8 +94,8 @@ def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Co
 
 
 def _newest_step(run: RunPath) -> int:
-    names = [each.name for each in finished(run / "checkpoints")]
-    return int(names[-1].removeprefix("step-")) if names else 0
+    found = finished(checkpoints_of(run))
+    return step_of(found[-1]) if found else 0
 
 
 def _module_and_arguments(words: Sequence[str]) -> tuple[str, Sequence[str]]:

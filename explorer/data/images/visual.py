@@ -22,6 +22,8 @@ from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath, read_text, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.text.parsing import parse_yaml
+from trainer.files import checkpoints_of
+from trainer.runs.folder import finished
 
 MOST_RUNS = 100
 _BLOCK_ROWS = 1 << 16
@@ -84,16 +86,11 @@ class ImageRuns:
 
 def _newest_checkpoint(run: RunPath) -> tuple[str, int] | None:
     """Tell the newest checkpoint from any other, also of a run of the same name; on an object store for a minute."""
-    steps = sorted((step for step in (run / "checkpoints").iterdir() if step.name.startswith("step-")), key=_number)
+    steps = finished(checkpoints_of(run))
     if not steps:
         return None
     state = steps[-1] / "state.json"
     return steps[-1].name, state.stat().st_mtime_ns if isinstance(state, Path) else int(time.monotonic() / 60)
-
-
-def _number(step: RunPath) -> int:
-    digits = step.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
 
 
 def _images_setting(run: RunPath) -> str:

@@ -21,6 +21,7 @@ from featurestore.errors import FeatureStoreError, StoreNotFoundError
 from featurestore.published.paths import RunPath, read_file, run_path
 from trainer.config.config import load_saved
 from trainer.errors import DataError, TrainerError
+from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
 
 if TYPE_CHECKING:  # torch takes seconds to load
@@ -141,7 +142,7 @@ class TrainedRuns:
         below: list[RunPath] = sorted(folder.iterdir(), key=lambda path: path.name)
         for each in below[:_MOST_NAMES]:
             with contextlib.suppress(TrainerError, FeatureStoreError, OSError):
-                if (each / "config.yaml").is_file() and finished(each / "checkpoints"):
+                if (each / "config.yaml").is_file() and finished(checkpoints_of(each)):
                     found.append(self._describe(each))
         return found
 

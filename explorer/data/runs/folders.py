@@ -16,6 +16,7 @@ from featurestore.published.paths import RunPath, read_file, run_path
 from featurestore.text.parsing import parse_json, parse_yaml
 from featurestore.text.plain import one_line
 from trainer.daily import SHARED
+from trainer.files import checkpoints_of
 
 State = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -165,13 +166,13 @@ def _report(folder: RunPath) -> Mapping[str, Any]:
 def _checkpoints(folder: RunPath) -> list[str]:
     from trainer.runs.folder import finished
 
-    return [each.name for each in finished(folder / "checkpoints")]
+    return [each.name for each in finished(checkpoints_of(folder))]
 
 
 def _identity(folder: RunPath, checkpoints: Sequence[str]) -> str:
     if not checkpoints:
         return ""
-    state = folder / "checkpoints" / checkpoints[-1] / "state.json"
+    state = checkpoints_of(folder) / checkpoints[-1] / "state.json"
     try:
         written = state.stat().st_mtime_ns if isinstance(state, Path) else 0
     except OSError:
@@ -184,7 +185,7 @@ def _samples_digest(folder: RunPath, checkpoints: Sequence[str]) -> str:
     if not checkpoints:
         return ""
     try:
-        state = parse_json(read_file(folder / "checkpoints" / checkpoints[-1] / "state.json"))
+        state = parse_json(read_file(checkpoints_of(folder) / checkpoints[-1] / "state.json"))
         return str(state["origin"]["data"]["samples_digest"])
     except (OSError, StorageError, UserError, ValueError, KeyError, TypeError):
         return ""
@@ -227,7 +228,7 @@ def _changed_s(folder: RunPath) -> float | None:
     """Find when the run's files were written last; None at an address, which does not tell."""
     if not isinstance(folder, Path):
         return None
-    looked_at = [folder / "config.yaml", folder / "report.json", folder / "checkpoints"]
+    looked_at = [folder / "config.yaml", folder / "report.json", checkpoints_of(folder)]
     with contextlib.suppress(OSError):
         looked_at += (folder / TENSORBOARD).iterdir()
     times = []

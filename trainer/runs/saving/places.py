@@ -37,7 +37,7 @@ from featurestore.storage.local import sync
 from featurestore.storage.regular import read_regular
 from featurestore.storage.storage import Storage
 from trainer.errors import CheckpointError
-from trainer.runs.folder import finished, place, remove
+from trainer.runs.folder import finished, place, remove, step_of
 from trainer.runs.saving.packed import PackedTensors, write_tensors
 
 STATE = "state.json"
@@ -205,7 +205,7 @@ class FarPlace(CheckpointPlace):
         files = {**self._files, **added, f"{stem}/{STATE}": published}
         stems = {name.partition("/")[0] for name in files}
         damaged = {each for each in stems if each.startswith(DAMAGED)}
-        steps = sorted(stems - damaged, key=lambda name: int(name.removeprefix("step-")))
+        steps = sorted(stems - damaged, key=lambda name: step_of(self.folder / name))
         kept = {*steps[-keep:], *damaged, *([] if best is None else [place(self.folder, best).name])}
         self._publish({name: file for name, file in files.items() if name.partition("/")[0] in kept})
         if time.monotonic() >= self._next_expiry_s:
