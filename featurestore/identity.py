@@ -83,8 +83,10 @@ class SnapshotId(BaseModel):
         return kept is not None and kept.commit_id == self.commit_id
 
     def check(self, found: "SnapshotId", what: str, way_out: str) -> None:
-        """Raise AnotherStoreError where `found` is of another store: `what` (a checkpoint, an index) has rows of this
-        one. A store that was copied, restored, compacted or repaired is the same."""
+        """Raise AnotherStoreError where `found` is of another store.
+
+        `what` (a checkpoint, an index) has rows of this one. A store that was copied, restored, compacted or repaired
+        is the same."""
         if not self.is_same(found):
             raise AnotherStoreError(
                 f"{what} belongs to {self.told()}. This is {found.told()}: another store of the same kind, whose "

@@ -235,8 +235,9 @@ class VectorIndex:
         return np.hstack([scaled_KD, np.zeros((len(queries_KD), 1), np.float32)]), length_K1
 
     def _by_product(self, asked_KD: Vectors, place_KC: Int64Array) -> tuple[Vectors, Int64Array]:
-        """Return inner products of the found vectors with the queries, largest first, and their places: of distances
-        the last bits would be lost."""
+        """Return inner products of the found vectors with the queries, largest first, and their places.
+
+        Of distances the last bits would be lost."""
         found_KCD = self._base.reconstruct_batch(place_KC.clip(min=0).ravel()).reshape(*place_KC.shape, -1)
         score_KC = np.einsum("kd,kcd->kc", asked_KD, found_KCD, dtype=np.float64)
         score_KC[place_KC < 0] = NOT_FOUND
@@ -303,12 +304,12 @@ def _checked(keys_N: Int64Array, vectors_ND: Vectors, dim: int) -> tuple[Int64Ar
 def train_residual_quantizer(
     sample_ND: npt.NDArray[np.float32], num_levels: int, num_codes: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Train codebooks of faiss's ResidualQuantizer, (L, C, D): the first is trained on the sample, each further one on
-    what is left after the levels before it.
+    """Train codebooks of faiss's ResidualQuantizer, (L, C, D).
 
-    The nearest code wins at every level (a beam of one), so that a prefix of codes never depends on later levels.
-    `num_codes` is a power of two, and the sample has at least that many rows. k-means, 25 passes a level; from the main
-    directions to all of them, where the sample has as many rows as dimensions and so has such directions.
+    The first is trained on the sample, each further one on what is left after the levels before it. The nearest code
+    wins at every level (a beam of one), so that a prefix of codes never depends on later levels. `num_codes` is a power
+    of two, and the sample has at least that many rows. k-means, 25 passes a level; from the main directions to all of
+    them, where the sample has as many rows as dimensions and so has such directions.
     """
     quantizer = faiss.ResidualQuantizer(sample_ND.shape[1], num_levels, num_codes.bit_length() - 1)
     quantizer.max_beam_size = 1

@@ -65,8 +65,9 @@ def resolve(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
 
 
 def _read(storage: Storage) -> tuple[list[str], list[QuarantineRow]]:
-    """List the files, and read the newest row of each key in them, by time; again where another resolves at the same
-    time."""
+    """List the files, and read the newest row of each key in them, by time.
+
+    Does so again where another process resolves rows at the same time."""
     for attempt in range(_READ_ATTEMPTS):
         names = storage.list(QUARANTINE)
         newest: dict[int, QuarantineRow] = {}

@@ -77,11 +77,11 @@ class Snapshot:
         return features_UD
 
     def to_arrow(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Table:
-        """Read all live rows, or columns of them, as one table: key, uri, content_digest, source_tag, width, height,
-        feature.
+        """Read all live rows, or columns of them, as one table.
 
-        `decode` makes the features fixed-size lists of float32; else they are bytes as stored. The newest row of each
-        key is there, tombstones are not; shard by shard. Raises ValueError for an unknown column, CorruptFileError.
+        The columns are key, uri, content_digest, source_tag, width, height, feature. `decode` makes the features
+        fixed-size lists of float32; else they are bytes as stored. The newest row of each key is there, tombstones are
+        not; shard by shard. Raises ValueError for an unknown column, CorruptFileError.
         """
         schema = live_schema(self.info, columns, decode)
         codec = self.codec

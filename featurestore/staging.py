@@ -55,11 +55,11 @@ def discard(storage: Storage, run_id: str) -> None:
 def read_shards_of_parts(
     storage: Storage, info: StoreInfo, run_id: str, parts: Sequence[str], shards: range
 ) -> dict[int, pa.Table]:
-    """Read the rows of some neighbouring shards in all `parts`, in their order, by shard; shards without rows are
-    absent.
+    """Read the rows of some neighbouring shards in all `parts`, in their order, by shard.
 
-    Each part is opened once, 8 of them at a time. In memory are all these rows, and of the parts being read the row
-    groups around them: about 2 MB more than the rows each. Raises InvalidRowsError where a part is not there.
+    Shards without rows are absent. Each part is opened once, 8 of them at a time. In memory are all these rows, and of
+    the parts being read the row groups around them: about 2 MB more than the rows each. Raises InvalidRowsError where a
+    part is not there.
     """
     found: dict[int, list[pa.Table]] = {}
     paths = [_part_path(run_id, part) for part in parts]

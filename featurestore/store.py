@@ -109,12 +109,11 @@ class FeatureStore:
         return store
 
     def snapshot(self, version: VersionName | None = None, at: datetime | None = None) -> Snapshot:
-        """Open the newest snapshot, that of `version`, that of a channel, or the one that was the newest at a time (UTC
-        without a zone).
+        """Open the newest snapshot, that of `version`, that of a channel, or the one that was the newest at a time.
 
-        One small file is read, two for a channel, some more for a time. Raises SnapshotNotFoundError, also where it has
-        expired; ChannelError, which names the channels that there are; AnotherStoreError where the channel's snapshot
-        is another commit by now.
+        A time without a zone is in UTC. One small file is read, two for a channel, some more for a time. Raises
+        SnapshotNotFoundError, also where it has expired; ChannelError, which names the channels that there are;
+        AnotherStoreError where the channel's snapshot is another commit by now.
         """
         if version is not None and at is not None:
             raise ValueError(f"version={version} and at={at}: a snapshot is named by one of them")
@@ -142,10 +141,9 @@ class FeatureStore:
         return Snapshot(self.storage, self.info, manifest)
 
     def stage_part(self, run_id: str, part: str, rows: FeatureRows) -> None:
-        """Keep `rows` as one part of a run, until shards are built. Whole or not at all; the same part again replaces
-        it.
+        """Keep `rows` as one part of a run, until shards are built.
 
-        Features may be float32, in a store of any dtype.
+        All of them or none; the same part again replaces it. Features may be float32, in a store of any dtype.
         """
         staging.stage_part(self.storage, self.info, run_id, part, self.codec.encode_rows(rows))
 

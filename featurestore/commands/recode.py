@@ -50,8 +50,9 @@ def recode(
 def show_remade(
     report: "RecodeReport | ReduceReport", sizes: Mapping[str, tuple[str, str]], kept: Mapping[str, str]
 ) -> None:
-    """Print what a store and the one that was made of it have, and what the new one keeps of the rows; `sizes` and
-    `kept` are more rows of the table, of both stores and of the new one."""
+    """Print what two stores have, the one that was there and the one made of it, and what the rows kept.
+
+    `sizes` and `kept` are more rows of the table: of both stores, and of the new one."""
     table = Table("")
     for dtype_name in (report.source_dtype, report.dtype):
         table.add_column(dtype_name, justify="right")

@@ -9,8 +9,9 @@ _SOON_DAYS = 14
 
 
 def problem_of_dates(file: Path) -> str | None:
-    """Say where the first certificate of a PEM file has expired, is not valid yet, or expires soon; None where it is
-    well. Raises OSError, and ValueError for a file without a certificate."""
+    """Say where the first certificate of a PEM file has expired, is not valid yet, or expires soon.
+
+    Returns None where it is well. Raises OSError, and ValueError for a file without a certificate."""
     certificate, now = x509.load_pem_x509_certificates(file.read_bytes())[0], datetime.now(UTC)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     refused = "clients that check certificates will refuse it"

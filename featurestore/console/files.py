@@ -10,8 +10,9 @@ from featurestore.errors import OutputPlaceError, UserError
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write to a hidden file in the same folder and rename it, so that readers find all of the old or of the new
-    content. Raises OSError."""
+    """Write to a hidden file in the same folder and rename it: readers find all of the old content or all of the new.
+
+    Raises OSError."""
     part = path.with_name(f".{path.name}")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)

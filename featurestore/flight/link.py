@@ -190,10 +190,9 @@ def _keep_freed_memory() -> None:
 
 
 def tls_error(address: str, ca: str | None) -> ServerError | None:
-    """Find out whether it is TLS that ends all connections: a certificate, or that one side alone speaks it; None where
-    it is not.
+    """Find out whether it is TLS that ends all connections; None where it is not.
 
-    gRPC says no more than that there is no connection.
+    It may be a certificate, or that only one side speaks TLS. gRPC says no more than that there is no connection.
     """
     parts = urlsplit(address)
     is_secure = parts.scheme == SECURE

@@ -81,10 +81,10 @@ class OpenSnapshots:
                     self._opened.pop(wanted, None)
 
     def follow(self) -> bool:
-        """Open the newest snapshot of the store where it is newer, or that of the channel where it was moved, and offer
-        it then; tell whether it was.
+        """Open the newest snapshot of the store, or the channel's, and offer it; return whether it is another one.
 
-        Raises what opening raises; the one before stays the newest.
+        Without a channel a snapshot is opened where it is newer; with one, where the channel was moved. Raises what
+        opening raises; the one before stays the newest.
         """
         newest = self.newest if self.fixed else self.store.snapshot(self._channel).version
         if newest > self.newest or (self._channel is not None and newest != self.newest):

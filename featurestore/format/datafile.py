@@ -150,9 +150,11 @@ class DataFile:
         checked: Check = "size",
         streaming: bool = False,
     ) -> None:
-        """`path` is for messages; `checked`: what of the bytes was compared with the commit, a digest or their number
-        alone; `streaming`: read as it goes, not all columns of all row groups first. Raises CorruptFileError,
-        SpecMismatchError, and MemoryError after a digest: without one a wrong length may ask for that much."""
+        """Open the file that `path` names in messages.
+
+        `checked`: what of the bytes was compared with the commit, a digest or their number alone; `streaming`: read as
+        it goes, not all columns of all row groups first. Raises CorruptFileError, SpecMismatchError, and MemoryError
+        after a digest: without one a wrong length may ask for that much."""
         self.path = path
         self._digest_checked = checked != "size"
         self._block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
@@ -225,11 +227,11 @@ def open_entry(
     memory: FileMemory | None = None,
     streaming: bool = False,
 ) -> Iterator[DataFile]:
-    """Open the file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole
-    file into `memory`, or without it into memory of its own, and compares before any row is read.
+    """Open the file of `entry`; what was read is valid inside the block.
 
-    What was read is valid inside the block. Raises CorruptFileError where size, digest, row count or content differ
-    from what was committed.
+    A `check` of the "size" reads only what is asked for; one of a digest reads the whole file into `memory`, or without
+    it into memory of its own, and compares before any row is read. Raises CorruptFileError where size, digest, row
+    count or content differ from what was committed.
     """
     path = storage.full(entry.path)
     with contextlib.ExitStack() as stack:

@@ -143,8 +143,9 @@ class ShardReader:
                     yield table if here.all() else table.filter(pa.array(here))
 
     def features(self, keys_U: Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """Read the features of some keys, (U, D) in the storage dtype, and tell which keys are there. Reads whole row
-        groups around the rows asked for, and no more."""
+        """Read the features of some keys, (U, D) in the storage dtype, and find which keys are there, (U,).
+
+        Reads whole row groups around the rows asked for, and no more."""
         features_UD = np.zeros((len(keys_U), self.info.dim), self.info.storage_dtype)
         row_U = self._rows_of(keys_U)
         found_U = row_U >= 0
@@ -185,8 +186,9 @@ class ShardReader:
     def _live_blocks(
         self, entry: FileEntry, first: int, place_K: Int64Array, memory: FileMemory | None
     ) -> Iterator[RowBlock]:
-        """Read the live rows of one file, whose rows begin at `first` of all files and belong at `place_K`, nowhere
-        where that is -1."""
+        """Read the live rows of one file.
+
+        Its rows begin at `first` of all files and belong at `place_K`, nowhere where that is -1."""
         keys_N, deleted_N = self._columns
         columns = [KEY, DELETED, FEATURE] if (place_K >= 0).any() else [KEY, DELETED]
         start = 0

@@ -36,8 +36,10 @@ class FeatureStatistics:
 
 
 def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return what to multiply centred dimensions by, (D,): 1 / std, where deviations below a tenth of their mean are
-    raised to it; 1 for dimensions that never change in a store where none does."""
+    """Return what to multiply centred dimensions by, (D,): 1 / std.
+
+    Deviations below a tenth of their mean are raised to it. It is 1 for dimensions that never change in a store where
+    none does."""
     std = np.asarray(std_D, dtype=np.float64)
     floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
     return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))

@@ -246,8 +246,10 @@ def _place(file: io.FileIO, reader: ShardReader, blocks: Iterator[RowBlock]) -> 
 
 
 def _fill(file: io.FileIO, size: int) -> None:
-    """Write zeros in large pieces: the kernel keeps what it gets at once in large pages, where lookups are faster, and
-    rows written one by one in small ones."""
+    """Write zeros in large pieces.
+
+    The kernel keeps what it gets at once in large pages, where lookups are faster, and rows written one by one in small
+    ones."""
     zeros = np.zeros((1, min(size, _FILL_BYTES)), np.uint8)
     for start in range(0, size, _FILL_BYTES):
         append_rows(file, zeros[:, : size - start])

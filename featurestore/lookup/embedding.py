@@ -114,9 +114,10 @@ class EmbeddingModel(nn.Module):
 
     @torch.no_grad()
     def numbers(self, features_QD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return features as the first product takes them: of the compute dtype, codes less the whole number next to
-        their mean. Written into `out` where that is given, and else the features themselves where nothing is to be
-        done."""
+        """Return features as the first product takes them, in the compute dtype.
+
+        Codes are less the whole number next to their mean. Written into `out` where that is given, and else the
+        features themselves where nothing is to be done."""
         if out is None:
             if features_QD.dtype == self.compute_dtype:
                 return features_QD
@@ -207,8 +208,9 @@ class Gathered:
 
 
 class HeldRows:
-    """All rows of a partition in a device's memory, as they are stored, so that a step carries there the places of its
-    keys alone, 8 bytes each. They do not follow a change of the partition: there is none while it is open."""
+    """All rows of a partition in a device's memory, as stored; they do not follow it, as it never changes while open.
+
+    A step then carries there only the places of its keys, 8 bytes each."""
 
     def __init__(self, partition: FeaturePartition, device: torch.device) -> None:
         """Raises what torch raises where memory is short (`held_bytes`)."""
@@ -280,24 +282,24 @@ class EmbeddingService(nn.Module):
     def fold_standardization_(
         self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32], scaling: Scaling | None = None
     ) -> None:
-        """Standardise features inside the first layer of every network. None: the components of a compact store by one
-        number in common, other features each by its own."""
+        """Standardise features inside the first layer of every network.
+
+        None: the components of a compact store by one number in common, other features each by its own."""
         if scaling is None:
             scaling = "common" if self.partition.info.reduction is not None else "each"
         for name in self.models:
             self._model(name).fold_standardization_(mean_D, std_D, scaling)
 
     def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-        """Return the mean of each dimension and what centred ones are multiplied by, (D,) each, as the networks
-        standardise."""
+        """Return each dimension's mean and what the networks multiply the centred dimension by, (D,) each."""
         model = self._model(next(iter(self.models)))
         return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
 
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
-        """Look up the features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them;
-        but not of the standardisation. Raises MissingKeysError under policy error.
+        """Look up the features of `keys_Q` in the order asked.
 
-        A GPU gets them meanwhile: out of its own memory, or by a copy beside its other work.
+        Independent of all weights, so it may run ahead of them; but not of the standardisation. A GPU gets them
+        meanwhile, from its own memory or by a copy during its other work. Policy error: MissingKeysError.
         """
         if self._held is not None:
             place_Q = self.partition.find(keys_Q)
@@ -313,8 +315,7 @@ class EmbeddingService(nn.Module):
         return Gathered(features_QD, missing_Q if missing_Q.any() else None, keys_Q, buffer, copied)
 
     def _copied(self, features_QD: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
-        """Begin to copy rows to the GPU, in a stream of its own; return them there, and what says that they are. On a
-        CPU they are there."""
+        """Begin to copy rows to the GPU, in a stream of its own; return them and what says that they are there."""
         if self.device.type == "cpu":
             return features_QD, None
         if self._copying is None:

@@ -182,11 +182,11 @@ class FeaturePartition:
         self._matrix = np.empty((0, self.dim), self.info.storage_dtype)
 
     def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
-        """Return the features of `keys_U` in the order asked, written into `out` (U, D) where it is given: faster, as
-        new memory costs as much as the rows.
+        """Return the features of `keys_U` in the order asked.
 
-        A key without a feature: the policy `error` raises MissingKeysError; `zeros` and `learned` give a row of zeros
-        and a mask, and add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.
+        Written into `out` (U, D) where it is given: faster, as new memory costs as much as the rows. A key without a
+        feature: the policy `error` raises MissingKeysError; `zeros` and `learned` give a row of zeros and a mask, and
+        add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.
         """
         row_U, missing_U = self._rows_of(keys_U)
         features_UD = output_for(self.info, len(row_U), out)
@@ -194,8 +194,10 @@ class FeaturePartition:
         return Lookup(features_UD, missing_U)
 
     def lookup_blocks(self, keys_U: npt.ArrayLike, block_rows: int) -> Iterator[Lookup]:
-        """Look up `block_rows` keys at a time, in memory that the next block uses again: for a caller that makes
-        something else of the rows while they are in the processor's cache. What it raises comes before the first.
+        """Look up `block_rows` keys at a time, in memory that the next block uses again.
+
+        For a caller that makes something else of the rows while they are in the processor's cache. What it raises comes
+        before the first block.
         """
         row_U, missing_U = self._rows_of(keys_U)
         memory = output_for(self.info, min(block_rows, len(row_U)), None)
@@ -212,8 +214,9 @@ class FeaturePartition:
                 yield self._matrix[start : min(end, start + block_rows)]
 
     def find(self, keys_U: npt.ArrayLike) -> Int64Array:
-        """Return what `places` does, for a caller that looks the rows up itself: keys without a feature are counted, or
-        raise MissingKeysError, as in `lookup`."""
+        """Return what `places` does, for a caller that looks the rows up itself.
+
+        Keys without a feature are counted, or raise MissingKeysError, as in `lookup`."""
         place_U, missing_U, _ = self._noted(keys_U)
         return np.where(missing_U, -1, place_U)
 
@@ -306,9 +309,11 @@ def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any])
 
 
 def _touch_and_take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
-    """Copy rows. One number of each page is read first, for many rows at once: the processor then waits for the address
-    translations of many pages together instead of one after the other. A fifth to a half faster on files mapped by
-    small pages; where the kernel maps them by huge ones, translations are few, and it costs 7 %."""
+    """Copy rows.
+
+    One number of each page is read first, for many rows at once: the processor then waits for the address translations
+    of many pages together instead of one after the other. A fifth to a half faster on files mapped by small pages;
+    where the kernel maps them by huge ones, translations are few, and it costs 7 %."""
     flat, dim = matrix.reshape(-1), matrix.shape[1]
     for start in range(0, len(row_U), _GATHER_ROWS):
         row_C = row_U[start : start + _GATHER_ROWS]

@@ -132,7 +132,7 @@ class FarPath:
         return Storage(self.parent.url)
 
     def _place(self) -> "tuple[Storage, str]":
-        """Where the path is read from, and its name there."""
+        """Return where the path is read from, and its name there."""
         match = _PUBLISHED.fullmatch(self.url)
         if match is None:
             return self._plain(), self.name
@@ -187,8 +187,9 @@ def remove_all(path: RunPath) -> None:
 
 @contextlib.contextmanager
 def written_locally(folder: RunPath) -> Iterator[Path]:
-    """Give a folder of this machine to write files to: itself, or one whose files are put at the address at the end of
-    the block. Raises OSError, StorageError."""
+    """Give a folder of this machine to write files to: this one, or one whose files are put at the address at the end.
+
+    The end is that of the block. Raises OSError, StorageError."""
     if not isinstance(folder, FarPath):
         folder.mkdir(parents=True, exist_ok=True)
         yield folder

@@ -19,8 +19,9 @@ _OURS = re.compile(FILES + r"/[^/]*-[0-9a-f]{32}(\.[^/.]*)?")
 
 
 def upload(storage: Storage, file: Path, name: str) -> PublishedFile:
-    """Write a file of this machine to a place of its own, where nobody sees it until a version names it. Holds its
-    bytes in memory on the way to an object store."""
+    """Write a file of this machine to a place of its own, where nobody sees it until a version names it.
+
+    Holds its bytes in memory on the way to an object store."""
     last = PurePosixPath(name)
     place, data = f"{FILES}/{last.stem}-{uuid.uuid4().hex}{last.suffix}", file.read_bytes()
     storage.write_bytes(place, data)

@@ -36,8 +36,10 @@ class DiskFiles:
         self._keep_inside = keep_inside
 
     def path(self, path: str, follow: bool = True) -> Path:
-        """Return where `path` is on this machine. Without `follow` it may itself be a link that leads anywhere: to be
-        replaced or removed, which leaves alone what is behind it. Raises CorruptFileError."""
+        """Return where `path` is on this machine.
+
+        Without `follow` it may itself be a link that leads anywhere: to be replaced or removed, which leaves alone what
+        is behind it. Raises CorruptFileError."""
         place = Path(self._root, path) if path else Path(self._root)
         if self._keep_inside:
             parts = path.split("/") if path else []
@@ -103,8 +105,9 @@ class DiskFiles:
         return _entry(path, found)
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        """List the files of a folder and of the folders in it, without what vanishes meanwhile and without a link to a
-        folder: so nobody removes files behind one by this list."""
+        """List the files of a folder and of the folders in it, without those that vanish meanwhile.
+
+        Links to folders are left out: so nobody removes files behind one by this list."""
         try:
             found = [*os.scandir(self.path(path))]
         except (FileNotFoundError, NotADirectoryError):

@@ -41,7 +41,7 @@ class Storage:
     """
 
     def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
-        """Raises PasswordError where the address has one, AddressError where it has no bucket."""
+        """Open a place. Raises PasswordError where the address has one, AddressError where it has no bucket."""
         check_password(str(url))
         self._protocol, path = protocol_and_path(url)
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
@@ -88,8 +88,9 @@ class Storage:
         return f"{self.url}/{path}" if path else self.url
 
     def read_into(self, path: str, out: memoryview) -> int:
-        """Fill `out` from the beginning of the file; return the file's size in bytes, to be compared with that of
-        `out`. Raises FileNotFoundError where there is none."""
+        """Fill `out` from the beginning of the file; return the file's size in bytes, to be compared with `out`.
+
+        Raises FileNotFoundError where there is none."""
         with self._translated("read", path):
             return self._files.read_into(path, out)
 
@@ -143,8 +144,9 @@ class Storage:
             raise error.last from None
 
     def list(self, path: str = "") -> Names:
-        """List names (not paths) directly below `path`, sorted; empty where nothing is there. Temporary files are
-        hidden."""
+        """List names (not paths) directly below `path`, sorted; empty where nothing is there.
+
+        Temporary files are hidden."""
         with self._translated("list", path):
             try:
                 names = self._files.list(path)
@@ -153,10 +155,10 @@ class Storage:
         return sorted(name for name in names if not name.startswith(TEMPORARY))
 
     def entries(self, path: str = "", recursive: bool = True) -> Entries:
-        """List the files below `path`, by path; temporary files (`.tmp-…`) included, folders not; empty where nothing
-        is.
+        """List the files below `path`, by path; empty where nothing is.
 
-        On an object store one flat listing, 1,000 files an answer. A file that vanishes meanwhile is left out.
+        Temporary files (`.tmp-…`) are included, folders are not. On an object store one flat listing, 1,000 files an
+        answer. A file that vanishes meanwhile is left out.
         """
         with self._translated("list", path), contextlib.suppress(FileNotFoundError):
             return sorted(self._files.entries(path, recursive))

@@ -85,7 +85,7 @@ class _Scan:
         return found
 
     def _look(self, line: str, number: int) -> bool:
-        """Follow the quotes of a line; whether a value that ends in it has swallowed rows."""
+        """Follow the quotes of a line; return whether a value that ends in it has swallowed rows."""
         at, swallowed = 0, False
         while True:
             if self._begun is None:

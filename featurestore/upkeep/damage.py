@@ -49,8 +49,9 @@ def noted_paths(storage: Storage) -> set[str]:
 
 
 def keep_copy(storage: Storage, path: str) -> None:
-    """Copy a small damaged file to `damaged/`, under its path with dashes; an empty one where it cannot be read, or is
-    a link out of the store. It may be gone already."""
+    """Copy a small damaged file to `damaged/`, under its path with dashes.
+
+    The copy is empty where the file cannot be read, or is a link out of the store. The file may be gone already."""
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:

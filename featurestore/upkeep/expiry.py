@@ -54,13 +54,15 @@ def expire(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExpireReport:
-    """Keep the newest snapshot, the `keep_last` last ones, those that were the newest at some time in the last
-    `keep_days`, and those that a pin or a channel keeps; delete what nobody needs any more.
+    """Keep the newest snapshots and those in use, and delete what nobody needs any more.
+
+    What is kept: the newest snapshot, the `keep_last` last ones, those that were the newest at some time in the last
+    `keep_days`, and those that a pin or a channel keeps.
 
     The grace time must be longer than any commit takes from its first file on, and than anybody reads a snapshot
     without a pin. Readers and writers may be at work; run one expiry at a time. Lists all files once, and reads all
-    manifests that stay. Raises CorruptFileError where one of these, a pin or a channel is damaged, as then nobody
-    knows what is needed; nothing is deleted.
+    manifests that stay. Raises CorruptFileError where one of these, a pin or a channel is damaged, as then nobody knows
+    what is needed; nothing is deleted.
     """
     for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
         if not value >= 0:
@@ -142,8 +144,9 @@ class _Expiry:
         return self.now_s - entry.mtime_s
 
     def move_aside(self, leaving: Sequence[int]) -> list[int]:
-        """Move manifests from log/ to expired/; return the versions that went. A pin that was made meanwhile is seen,
-        or sees the copy."""
+        """Move manifests from log/ to expired/; return the versions that went.
+
+        A pin that was made meanwhile is seen, or sees the copy."""
         moved: list[int] = []
         for start in range(0, len(leaving), _MOVED_AT_ONCE):
             batch = leaving[start : start + _MOVED_AT_ONCE]
@@ -194,8 +197,7 @@ class _Expiry:
         return sum(damage.is_manifest(entry.path) and self._age_s(entry) <= self.grace_s for entry in aside)
 
     def _files(self, versions: Sequence[int], folders: Sequence[str]) -> dict[str, int]:
-        """Return paths of all files that the manifests name, with the bytes of those with rows; the first folder
-        counts."""
+        """Return the files that the manifests name, and the bytes of those with rows; the first folder counts."""
         found: dict[str, int] = {}
         for files in in_threads(lambda version: self._files_of(version, folders), versions, _THREADS):
             found |= files

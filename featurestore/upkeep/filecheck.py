@@ -81,9 +81,11 @@ def collisions(files: Sequence[FileKeys]) -> Int64Array:
 
 
 def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntry) -> tuple[FileKeys, list[str]]:
-    """Read the keys that can still be read of a damaged file, and uris (empty where those cannot); row groups whose
-    pages do not fit their checksums are left out. Nothing at all where the file is gone, its footer is broken, or it is
-    another file than the one that was committed: of another size, other rows, or with keys of other shards."""
+    """Read the keys that can still be read of a damaged file, and uris (empty where those cannot).
+
+    Row groups whose pages do not fit their checksums are left out. Nothing at all where the file is gone, its footer is
+    broken, or it is another file than the one that was committed: of another size, other rows, or with keys of other
+    shards."""
     found, uris = [], []
     try:
         if storage.size(entry.path) != entry.bytes:

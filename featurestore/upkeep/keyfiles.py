@@ -15,8 +15,10 @@ KEY, URI = "key", "uri"
 
 
 def read_keys(file: Path) -> Int64Array:
-    """Read keys of images, ascending, each once: a whole number on each line, an int64 .npy, or the column `key` of a
-    .parquet. Raises KeyFileError where there is none, or something else."""
+    """Read keys of images, ascending, each once.
+
+    The file has a whole number on each line, or is an int64 .npy, or a .parquet with the column `key`. Raises
+    KeyFileError where there is none, or something else."""
     try:
         if file.suffix == ".npy":
             keys = np.load(file, allow_pickle=False)
@@ -44,8 +46,9 @@ def read_uris(file: Path) -> list[str]:
 
 
 def read_names(file: Path) -> tuple[Int64Array, list[str]]:
-    """Read a file of keys, or of uris: keys where it is a .npy, has a column `key`, or where each line is a whole
-    number. Returns the keys (N,), ascending, and the uris where it has those. Raises KeyFileError."""
+    """Read a file of keys, or of uris; return the keys (N,), ascending, and the uris where it has those.
+
+    It has keys where it is a .npy, has a column `key`, or where each line is a whole number. Raises KeyFileError."""
     try:
         if file.suffix == ".parquet":
             has_uris = KEY not in pq.read_schema(file).names

@@ -25,9 +25,10 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
-    """`num_changed`: of the common rows, those with another image (content digest). Of the other common ones
-    `num_sampled` had their features compared: differences are in parts of a feature's length; None where nothing was
-    compared."""
+    """How alike the rows of two snapshots are.
+
+    `num_changed`: of the common rows, those with another image (content digest). Of the other common ones `num_sampled`
+    had their features compared: differences are in parts of a feature's length; None where nothing was compared."""
 
     num_old: int
     num_new: int
@@ -106,8 +107,9 @@ def _live_rows(snapshot: Snapshot, group: int, num_groups: int) -> tuple[Int64Ar
 
 
 def _differences(old_KD: Float32Array, new_KD: Float32Array) -> tuple[int, float | None, float | None]:
-    """Count rows that are not the same; return that, mean cosine, and the largest difference in parts of the longer
-    one's length."""
+    """Count rows that are not the same; return that, mean cosine, and the largest difference.
+
+    The difference is in parts of the longer one's length."""
     if not len(old_KD):
         return 0, None, None
     length_K, other_K = (np.linalg.norm(each.astype(np.float64), axis=1) for each in (old_KD, new_KD))

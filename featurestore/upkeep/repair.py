@@ -122,8 +122,9 @@ def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: Repair
 
 
 class _RepairPlan:
-    """Plan of a repair: what takes the place of which file, and which images are lost. Tombstone files are written at
-    once."""
+    """Plan of a repair: what takes the place of which file, and which images are lost.
+
+    Tombstone files are written at once."""
 
     def __init__(self, store: FeatureStore, reasons: Mapping[str, str], now_s: float, dry_run: bool) -> None:
         """`reasons` by the paths of damaged files."""

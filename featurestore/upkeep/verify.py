@@ -59,8 +59,9 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """Counts of what was checked, and what is wrong. `known` are files that a repair has noted: older snapshots alone
-    name them, and they go when those expire."""
+    """Counts of what was checked, and what is wrong.
+
+    `known` are files that a repair has noted: only older snapshots name them, and they go when those expire."""
 
     num_manifests: int = 0
     num_files: int = 0
@@ -81,14 +82,15 @@ class _Wanted:
 def verify(
     store: FeatureStore | str, version: int | None = None, progress: Progress | None = None, threads: int = _THREADS
 ) -> VerifyReport:
-    """Check every file of a store: store.json, codec, all manifests, pins, channels, quarantine, and each data file
-    that a kept snapshot names (of `version` alone where that is given) with its statistics.
+    """Check every file of a store.
+
+    These are store.json, codec, all manifests, pins, channels, quarantine, and each data file that a kept snapshot
+    names (of `version` alone where that is given) with its statistics.
 
     Of a data file: size, sha256, page checksums, columns, row counts, order of keys, shard, duplicates, values, and
-    that no key of a snapshot has two uris. Of a folder: that no link leads out of the store; else nothing behind it
-    is looked at. Reads all bytes once; the threads together hold no more of them than 256 MB, or the largest file.
-    Files that `expire` removes meanwhile are no problem. Raises SnapshotNotFoundError, StoreNotFoundError,
-    StorageError.
+    that no key of a snapshot has two uris. Of a folder: that no link leads out of the store; else nothing behind it is
+    looked at. Reads all bytes once; the threads together hold no more of them than 256 MB, or the largest file. Files
+    that `expire` removes meanwhile are no problem. Raises SnapshotNotFoundError, StoreNotFoundError, StorageError.
     """
     report = VerifyReport()
     url = store if isinstance(store, str) else store.url

@@ -135,7 +135,7 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
 
 
 async def _shake_hands(address: str, timeout_s: float) -> None:
-    """Client does this too, but waits for ever for the words of a service that is no scheduler, and stays half open."""
+    """Connect once, as Client does; but that waits for ever where a service is no scheduler, and stays half open."""
     comm = await connect_comm(address, timeout=timeout_s, **Security().get_connection_args("client"))
     await comm.close()
 

@@ -14,8 +14,10 @@ SIGNAL_EXIT = 128  # a shell's exit code for a death by signal is this plus the 
 
 
 class ScriptRunner:
-    """Handles SIGINT, SIGTERM and SIGHUP from `with` on: before the script runs they raise KeyboardInterrupt or
-    SystemExit here, while it runs they go to it, and afterwards they are ignored, so that closing is not cut short.
+    """Runs a script, and hands it the signals SIGINT, SIGTERM and SIGHUP that come from `with` on.
+
+    Before the script runs they raise KeyboardInterrupt or SystemExit here, while it runs they go to it, and afterwards
+    they are ignored, so that closing is not cut short.
 
     The script's process has its own group, so that a terminal's ctrl-C reaches it once, by way of us. A second signal
     kills the whole group. Use in the main thread; `run` once.

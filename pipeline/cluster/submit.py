@@ -205,8 +205,9 @@ def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
 
 
 def script_environment(address: str, insecure: bool) -> dict[str, str]:
-    """Make the script's environment: ours with the scheduler's address, which goes before a file; whether an insecure
-    one was accepted, as `connect` checks it again; and output that is not buffered."""
+    """Make the script's environment: ours, with the scheduler's address and output that is not buffered.
+
+    The address goes before a file's. Also whether an insecure one was accepted, as `connect` checks it again."""
     from pipeline.cluster.checks import INSECURE_VARIABLE
 
     accepted = {INSECURE_VARIABLE: "True"} if insecure else {}

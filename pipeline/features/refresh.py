@@ -220,8 +220,10 @@ def _summarise(
 
 
 def make_plan(client: Client, images: ImageTable, comparison: Comparison, snapshot: Snapshot) -> ListingPlan:
-    """Plan the run. In an empty store an image is read for its digest only if it may have an equal in the listing;
-    else each that is new, or may have changed, is."""
+    """Plan the run.
+
+    In an empty store an image is read for its digest only if it may have an equal in the listing; else each that is
+    new, or may have changed, is."""
     pending_P = pending_images(images, comparison)
     asked = slice(None) if comparison.num_stored else equal_candidates(images.sizes()[pending_P])
     digest_P = np.zeros(len(pending_P), DIGEST_DTYPE)

@@ -64,8 +64,9 @@ def files_below(root: str) -> Iterator[LocalFile]:
 
 
 def read_regular(path: str, most_bytes: int | None = None) -> bytes:
-    """Read a regular file, or one that a link leads to, or its first `most_bytes`. Raises BadImageError for others,
-    OSError."""
+    """Read a regular file, or one that a link leads to, or its first `most_bytes`.
+
+    Raises BadImageError for others, OSError."""
     try:
         with regular.open_regular(path) as file:
             return file.read(most_bytes)

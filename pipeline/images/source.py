@@ -65,10 +65,9 @@ def bytes_of(ref: ImageRef) -> bytes:
 
 
 def read_image(location: str, most_bytes: int | None = None) -> bytes:
-    """Read the bytes of one image, or its first `most_bytes` where it has more; other errors than a missing or
-    forbidden file are tried three times.
+    """Read the bytes of one image, or its first `most_bytes` where it has more.
 
-    Raises BadImageError with the reason.
+    Other errors than a missing or forbidden file are tried three times. Raises BadImageError with the reason.
     """
     try:
         return _read(location, most_bytes)

@@ -276,11 +276,11 @@ def _made_groups(
 def _grouped(
     client: Client, tables: LogTables, scratch: Path, span: tuple[int, int, int], samples: _Samples
 ) -> tuple[list[GroupedBucket], list[GroupedBucket], list[ShuffledPiece]]:
-    """Make the groups of the impressions from day `first` to before day `high` of a span (low, first, high), and, of
-    users that have impressions within a pause of day `first`, those from a pause before day `low` on.
+    """Make the groups of a span of days; return them, the groups that are kept, and what became of the logs.
 
-    Return them, the groups that the samples have of the other users on days from `low` to before `first`, and what
-    became of the logs."""
+    Made are those of the impressions from day `first` to before day `high` of a span (low, first, high), and, of users
+    that have impressions within a pause of day `first`, those from a pause before day `low` on. Kept are those that the
+    samples have of the other users on days from `low` to before `first`."""
     options, (low, first, high) = tables.options, span
     rules = rules_of(options)
     pause_us = rules.midnight_pause_s * MICROSECONDS

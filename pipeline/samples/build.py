@@ -173,8 +173,9 @@ def latest_of(options: SampleOptions) -> int:
 
 
 def _tasks_of(pieces: Sequence[LogPiece], threads: int) -> list[list[LogPiece]]:
-    """Put neighbouring small pieces together, up to PIECE_ROWS: a task costs what tens of thousands of rows do. Every
-    thread gets `TASKS_PER_THREAD` or so, if there are as many pieces."""
+    """Put neighbouring small pieces together, up to PIECE_ROWS: a task costs what tens of thousands of rows do.
+
+    Every thread gets `TASKS_PER_THREAD` or so, if there are as many pieces."""
     most = min(PIECE_ROWS, sum(piece.num_rows for piece in pieces) // (TASKS_PER_THREAD * threads))
     tasks: list[list[LogPiece]] = []
     room = 0

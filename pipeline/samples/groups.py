@@ -77,8 +77,10 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
 
 
 def distinct_impressions(impressions: Columns) -> Columns:
-    """Sorted by user, session and time, without repetitions. Of equal rows that differ in label or user columns the
-    click stays, then the smallest user columns: any rule will do that does not hang on the order of the files."""
+    """Sort impressions by user, session and time, and leave out repetitions.
+
+    Of equal rows that differ in label or user columns the click stays, then the smallest user columns: any rule will do
+    that does not depend on the order of the files."""
     profile = tuple(sorted(name for name in impressions if name not in (*IMPRESSION_ORDER, "label")))
     return _distinct(impressions | {"no_click": 1 - impressions["label"]}, IMPRESSION_ORDER, ("no_click", *profile))
 
@@ -95,8 +97,9 @@ def _distinct(columns: Columns, order: tuple[str, ...], preference: tuple[str, .
 
 
 def _sorted(columns: Columns, first: tuple[str, ...], order: tuple[str, ...]) -> Int64Array:
-    """Sort rows by `order`, which begins with `first`: all by those, and by the others only the few that are equal
-    there, which takes half of the time. Return their numbers, (N,)."""
+    """Sort rows by `order`, which begins with `first`; return their numbers, (N,).
+
+    All are sorted by `first`, and only the few that are equal there by the others, which takes half of the time."""
     sorted_N: Int64Array = np.lexsort([columns[name] for name in reversed(first)])
     is_tied_N = np.ones(max(0, len(sorted_N) - 1), dtype=bool)  # a row with the one after it
     for name in first:

@@ -34,8 +34,10 @@ class LogRows:
 
 
 def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
-    """Reads and checks a piece. Rows later than `latest_s` (seconds since 1970) are bad, as one such row would
-    become the last day of the log. A bad row has the first reason in the order of the columns."""
+    """Read and check a piece.
+
+    Rows later than `latest_s` (seconds since 1970) are bad, as one such row would become the last day of the log. A bad
+    row has the first reason in the order of the columns."""
     layout, storage = piece.layout, Storage(piece.url)
     torn: dict[int, str] = {}
     doubtful: dict[int, str] = {}
@@ -166,8 +168,9 @@ def _numbers(number_N: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[
 
 
 def _times(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64], Faults]:
-    """Microseconds since 1970; nanoseconds are cut off, a timestamp without a time zone is in UTC, a whole number is
-    one of unit `whole`."""
+    """Convert times to microseconds since 1970; a whole number is one of unit `whole`.
+
+    Nanoseconds are cut off, a timestamp without a time zone is in UTC."""
     unit = column.type.unit if pa.types.is_timestamp(column.type) else whole
     value_N = column.cast(pa.int64()).fill_null(0).to_numpy()
     is_early_N, is_late_N = value_N < 0, value_N > latest_s * PER_SECOND[unit]

@@ -96,8 +96,9 @@ class WantedRows:
 
 
 def _may_be_in(value_N: npt.NDArray[np.int64], set_U: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Tell which values have the last bits of one of a set: all that are in it and few others, found by one look into a
-    table each, where a search takes several times as long."""
+    """Return which values have the last bits of one of a set, (N,): all that are in it and few others.
+
+    They are found by one look into a table each, where a search takes several times as long."""
     last_bits = (1 << min(26, (16 * len(set_U)).bit_length())) - 1  # 64 MB at most
     has_bits = np.zeros(last_bits + 1, np.bool_)
     has_bits[set_U & last_bits] = True

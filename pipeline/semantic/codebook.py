@@ -88,8 +88,10 @@ def fit(
     source: dict[str, Any],
     standardize: bool = True,
 ) -> Codebook:
-    """Train on a sample. Every dimension counts alike after `standardize`: features of a ReLU are close to their mean,
-    and a few large dimensions would take all codes. Raises SampleError where there are fewer rows than codes."""
+    """Train on a sample.
+
+    Every dimension counts alike after `standardize`: features of a ReLU are close to their mean, and a few large
+    dimensions would take all codes. Raises SampleError where there are fewer rows than codes."""
     if len(sample_ND) < num_codes:
         raise SampleError(
             f"{len(sample_ND):,} vectors are too few for {num_codes} codes a level; give more, or fewer --codes"

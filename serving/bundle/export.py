@@ -142,8 +142,9 @@ def export_model(
 
 
 def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = False) -> None:
-    """Export the network of the checkpoint, in float32, into the files of a version; `compiled`: code of this machine
-    too. Raises CheckpointError, OSError."""
+    """Export the network of the checkpoint, in float32, into the files of a version.
+
+    `compiled`: code of this machine too. Raises CheckpointError, OSError."""
     model = build_model(saved.schema, saved.config.model)
     load_part(model, read_dense(saved.path, saved.state, "model.", saved.config.data.cache_dir))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:

@@ -130,8 +130,9 @@ def compared_stores(fields: Sequence[Field], config: ModelConfig) -> set[str]:
 
 
 def networks_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetworks]:
-    """Read the networks E of a feature store out of a bundle; returns what makes them for features as a snapshot has
-    them. Raises BrokenBundleError."""
+    """Read the networks E of a feature store out of a bundle.
+
+    Returns what makes them for features as a snapshot has them. Raises BrokenBundleError."""
     path, missing = version.files.path(IMAGES), version.manifest.missing
     try:
         state = load_file(path)
@@ -160,11 +161,11 @@ def export_vectors(
     progress: Progress | None = None,
     version: VersionName | None = None,
 ) -> VectorsOf:
-    """Compute the vectors of all images of a store's newest snapshot, or of `version`, into a vectors store below
-    `folder_url`.
+    """Compute the vectors of all images of a store's snapshot into a vectors store below `folder_url`.
 
-    `state`: what the checkpoint has below `stores.`. Shard by shard, in the memory of one shard's vectors and its
-    largest file. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
+    The snapshot is the newest, or that of `version`. `state`: what the checkpoint has below `stores.`. Shard by shard,
+    in the memory of one shard's vectors and its largest file. Raises CheckpointError, AnotherStoreError, TrainerError,
+    FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
     networks = StoreNetworks.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
     num_images = snapshot.num_rows

@@ -73,14 +73,13 @@ def publish(
     eps: float = EPS,
     progress: Progress | None = None,
 ) -> PublishReport:
-    """Bring a vectors store up to the newest snapshot of its features, or to `source_version`; they are at `source_url`
-    by now.
+    """Update a vectors store to the newest snapshot of its features, or to `source_version`.
 
-    A vector stays where no number of it moved by `eps`, nor that share of its signature's bits; with 0, where it is the
-    same. Another publish at the same time is waited for, not written over. Cost: reading the files of features that
-    were added since, and the vectors of shards that they change; all features where the snapshot of the last time is
-    not known any more. Raises AnotherStoreError, SpecMismatchError, TrainerError, FeatureStoreError; nothing is
-    published then.
+    The features are at `source_url` by now. A vector stays where no number of it moved by `eps`, nor that share of its
+    signature's bits; with 0, where it is the same. Another publish at the same time is waited for, not written over.
+    Cost: reading the files of features that were added since, and the vectors of shards that they change; all features
+    where the snapshot of the last time is not known any more. Raises AnotherStoreError, SpecMismatchError,
+    TrainerError, FeatureStoreError; nothing is published then.
     """
     for _ in range(_MAX_ATTEMPTS):
         now = vectors.snapshot()
@@ -177,8 +176,9 @@ class _Delta:
         )
 
     def _looked_at(self, shard: int) -> tuple[Int64Array, list[str], Float32, Int64Array | None]:
-        """Keys, uris and new rows of the images of a shard that may have changed, and keys of those that may be gone;
-        None: all that are not among them. Networks run on some thousand images at a time."""
+        """Return keys, uris and new rows of a shard's images that may have changed, and keys of those that may be gone.
+
+        None as the last: all that are not among the first. Networks run on some thousand images at a time."""
         per_shard = self._changes.newest.info.num_shards // self._now.info.num_shards
         keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._networks.width), np.float32)]
         uris: list[str] = []
@@ -200,8 +200,9 @@ class _Delta:
         return np.concatenate(keys), uris, np.concatenate(rows), all_gone
 
     def _uris(self, reader: ShardReader, keys_M: Int64Array, uris: list[str]) -> list[str]:
-        """The uris of images, of those that the vectors store knows as they are there: no store takes another one
-        under a key, and features that people bring may give a key another."""
+        """Return the uris of images: where the vectors store knows an image, the uri that is there.
+
+        No store takes another uri under a key, and features that people bring may give a key another."""
         keys_K, theirs = reader.uris(keys_M)
         known = dict(zip(keys_K.tolist(), theirs, strict=True))
         return [known.get(key, uri) for key, uri in zip(keys_M.tolist(), uris, strict=True)]

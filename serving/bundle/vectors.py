@@ -146,7 +146,7 @@ class _SnapshotRows:
         return Lookup(features_UD, ~found_U)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, as nothing is open."""
 
 
 def columns_of_signatures(bits_N64: NDArray[np.uint8]) -> Float32:

@@ -65,8 +65,10 @@ class SavedTables:
                     )
 
     def _is_trained(self, shape: TableShape, shard: int, weight_RV: Tensor, marks: Sequence[Tensor]) -> Bool:
-        """Tell which rows training has touched: the optimiser knows, or, of rows that began with those of another run,
-        the numbers, which are not those that rows of this run begin with."""
+        """Return which rows training has touched, (N,).
+
+        The optimiser knows, or, of rows that began with those of another run, the numbers, which are not those that
+        rows of this run begin with."""
         trained_R = np.zeros(len(weight_RV), np.bool_)
         for mark in marks:
             trained_R |= mark.numpy().reshape(len(mark), -1).any(axis=1)

@@ -141,8 +141,9 @@ def use(
 
 
 def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any] | None:
-    """Look up the newest snapshot of a vectors store, and of which snapshot of the features its rows are; None where
-    it is damaged."""
+    """Look up the newest snapshot of a vectors store, and of which snapshot of the features its rows are.
+
+    None where it is damaged."""
     from featurestore.errors import FeatureStoreError, StorageError
     from featurestore.store import FeatureStore
 

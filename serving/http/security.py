@@ -100,8 +100,9 @@ class Credentials:
 
 
 def check_files(settings: AccessSettings) -> None:
-    """Try out the files of tokens, certificate and key before the server listens. Raises
-    ServerSettingsError, TokenFileError."""
+    """Try out the files of tokens, certificate and key before the server listens.
+
+    Raises ServerSettingsError, TokenFileError."""
     if settings.token_file is not None:
         read_tokens(settings.token_file)
         if settings.token_file.stat().st_mode & 0o004:

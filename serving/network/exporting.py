@@ -43,7 +43,7 @@ class OneUser(nn.Module):
         self.model, self.slots = model, slots
 
     def forward(self, candidates_B: Tensor, counts: Tensor, *tensors: Tensor) -> Tensor:
-        """(B,)."""
+        """Return the logits, (B,)."""
         named = zip(self.slots.slots, tensors, strict=True)
         given: dict[tuple[str, str], Tensor] = {(slot.field, slot.part): tensor for slot, tensor in named}
         num_candidates = candidates_B.shape[0]

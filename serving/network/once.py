@@ -25,7 +25,7 @@ def multiply_once(program: ExportedProgram) -> None:
 
 
 def _split_linear(node: Node) -> None:
-    """linear([user's row for all, x], W, b) = linear(x, W_x, b) + linear(user's row, W_user)."""
+    """Rewrite linear([user's row for all, x], W, b) = linear(x, W_x, b) + linear(user's row, W_user)."""
     joined, weight, *bias = _args(node)
     if not (isinstance(joined, Node) and joined.target is _aten.cat.default and _args(joined)[1:] == (1,)):
         return
@@ -44,7 +44,7 @@ def _split_linear(node: Node) -> None:
 
 
 def _is_one_row_for_all(node: Node) -> bool:
-    """Whether a node is `row.index_select(0, zeros)` of one row."""
+    """Return whether a node is `row.index_select(0, zeros)` of one row."""
     if node.target is not _aten.index_select.default:
         return False
     row, _, places = _args(node)

@@ -133,7 +133,7 @@ def _part(inputs: NetworkInputs, slot: Slot) -> NDArray[Any]:
 
 
 def _check(slot: Slot, array: NDArray[Any], num_candidates: int, counts: dict[str, int]) -> None:
-    """Compiled code trusts the sizes of what it gets."""
+    """Check the sizes of an array: compiled code trusts them."""
     size = len(array)
     expected = 1 if slot.size == "one" else num_candidates if slot.size == "candidates" else counts.get(slot.field)
     assert slot.size == "any" or size == expected, f"{slot.field}.{slot.part} has {size} rows and not {expected}"

@@ -83,7 +83,7 @@ class _GivenRows(BundleIdRows):
 
 
 def _with_vectors(bundle: Bundle, snapshots: dict[str, int]) -> Bundle:
-    """The bundle with these snapshots of its vectors, the newest ones by default, for a few lookups."""
+    """Open the bundle with these snapshots of its vectors, the newest ones by default, for a few lookups."""
     other = copy.copy(bundle)
     other.vectors = {
         of.store: VectorTable.of_snapshot(

@@ -40,7 +40,7 @@ def compare(
     """Score test impressions by `score`, which has the bundle `model`, and by the engine of its run.
 
     `run`: where the run is now, by default where it was exported from. `samples`: others than the run's own.
-    `impressions`: about so many of the first. Images are looked up in the snapshot that the vectors are of. Raises
+    `impressions`: about how many of the first. Images are looked up in the snapshot that the vectors are of. Raises
     BrokenBundleError where the run's checkpoint is another, TrainerError, ServingError.
     """
     manifest = model.manifest
@@ -83,7 +83,7 @@ def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[
 
 
 def _source_snapshots(model: ModelVersion) -> dict[str, int]:
-    """The snapshot of each feature store that the newest vectors are of."""
+    """Return the number of the snapshot of each feature store that the newest vectors are of."""
     found = {}
     for of in model.manifest.vectors:
         manifest = FeatureStore.open(model.vectors_url(of)).snapshot().manifest
@@ -92,7 +92,7 @@ def _source_snapshots(model: ModelVersion) -> dict[str, int]:
 
 
 def _first(index: SampleIndex, impressions: int | None) -> SampleIndex:
-    """The first row groups, until there are so many impressions."""
+    """Keep the first row groups, until they have `impressions` of them; all where that is None."""
     if impressions is None:
         return index
     starts = np.cumsum([0, *(each.num_samples for each in index.row_groups)])[:-1]

@@ -52,7 +52,7 @@ class RequestColumns:
         return count
 
     def check_table(self, names: Collection[str]) -> None:
-        """Raise RequestError where a table has a column that is not known. (Missing ones: `check_types`.)"""
+        """Raise RequestError where a table has a column that is not known; `check_types` finds missing ones."""
         for name in names:
             if name not in self.sources and name not in self._ignored:
                 raise RequestError(f"column {shown(name)} is no column of the model's; {self._near(name)}")

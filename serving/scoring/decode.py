@@ -72,8 +72,9 @@ class _Column(NamedTuple):
 
 
 class _Flat(NamedTuple):
-    """Values as they came, out of their lists, and the lengths of these, outermost first. `once`: it is a column of
-    the ads that has been taken once for each request, out of its context."""
+    """Values as they came, out of their lists, and the lengths of these, outermost first.
+
+    `once`: it is a column of the ads that has been taken once for each request, out of its context."""
 
     values: Sequence[Any]
     levels: tuple[Index, ...]
@@ -168,7 +169,7 @@ class _Reader:
         return DecodedRequests(batch, self._counts_G, nulls)
 
     def _entries(self, column: str, rule: Rule) -> Sequence[Any]:
-        """A value for each user or candidate."""
+        """Return a value for each user or candidate."""
         if rule.side == "user":
             return [each.user[column] for each in self._requests]
         first = self._requests[0].candidates.get(column)

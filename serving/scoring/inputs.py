@@ -84,7 +84,7 @@ class InputMaker:
         return Lookups(inputs, unknown, missing)
 
     def _ids(self, decoded: DecodedRequests) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
-        """The rows of all ID fields, and which ids no training sample had."""
+        """Return the rows of all ID fields, and which ids no training sample had."""
         batch, ids = decoded.batch, self._bundle.ids
         of_field = [batch.fields[name] for name in self._column_of_id]
         lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
@@ -103,7 +103,7 @@ class InputMaker:
         return fields, self._unknown(decoded, ~known_N, places)
 
     def _unknown(self, decoded: DecodedRequests, unknown_N: Bool, places: Mapping[str, slice]) -> dict[str, Bool]:
-        """By field, which of its ids no training sample had; fields without one are left out."""
+        """Return by field which of its ids no training sample had; fields without one are left out."""
         unknown = dict[str, Bool]()
         if decoded.nulls or unknown_N.any():
             counts = np.cumsum(unknown_N).tolist()
@@ -148,6 +148,6 @@ class InputMaker:
 
 
 def _slices(lengths_T: Index) -> list[slice]:
-    """The places of arrays of these lengths that are one after the other."""
+    """Return the places of arrays of these lengths that are one after the other."""
     ends = np.cumsum(lengths_T).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

@@ -112,7 +112,7 @@ class Scorer:
     def _told(
         self, decoded: DecodedRequests, lookups: Lookups
     ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
-        """What is unknown and missing, by request and field."""
+        """Return what is unknown and missing, by request and field."""
         told: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
         for found, masks in zip(told, (lookups.unknown, lookups.missing), strict=True):
             for name, mask_N in masks.items():
@@ -122,7 +122,7 @@ class Scorer:
 
 
 def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
-    """The places of a field's marked values in each request that has any: of behaviours (user), of candidates (ad)."""
+    """Give the places of a field's marked values in each request that has any: of behaviours, or of candidates."""
     batch = decoded.batch
     gallery, rows = batch.galleries.get(field.name), batch.fields[field.name]
     if gallery is not None:  # an ad or behaviour lacks an image as soon as one of its images does

@@ -119,7 +119,7 @@ def encoded(values: Sequence[Any]) -> Encoded:
 
 
 def _floats(values: Sequence[Any], kinds: Iterable[type]) -> NDArray[np.float32]:
-    """Whole numbers are rounded to float32 once, as those of a column of integers are."""
+    """Convert to float32; whole numbers are rounded once, as those of a column of integers are."""
     try:
         if set(kinds) == {int}:
             return np.array(values, np.int64).astype(np.float32)
@@ -144,7 +144,7 @@ def _of_texts(texts: Sequence[str], kind: TextKind) -> NDArray[np.int64]:
 
 
 def _id_of(value: Any, place: int, text: TextKind | None) -> Any:
-    """A column with numbers and texts is rare: one value at a time."""
+    """Convert one value: a column with numbers and texts is rare."""
     if not isinstance(value, str) or text is None:
         return value
     try:

@@ -76,14 +76,13 @@ def reduce(
     progress: Progress | None = None,
     find: Callable[[Snapshot, int], Basis] | None = None,
 ) -> ReduceReport:
-    """Make a compact store at `target_url`: the coordinates of a snapshot's live rows along their `dims` principal
-    components, in `dtype` (None: as the source, bfloat16 for int8).
+    """Make a compact store at `target_url`: a snapshot's live rows along their `dims` principal components.
 
-    Reads all rows twice, for the components and for the rows; `progress` counts the shards of both times. `find` gives
-    the components where they are known already. After a kill the same call again continues with the rows, while
-    components that were not found yet are begun anew; it gives the report where all is done. `principal_components`
-    says what memory and time it needs, and when it raises InvalidRowsError; StoreExistsError where something else is at
-    the place; CorruptFileError.
+    The coordinates are in `dtype` (None: as the source, bfloat16 for int8). Reads all rows twice, for the components
+    and for the rows; `progress` counts the shards of both times. `find` gives the components where they are known
+    already. After a kill the same call again continues with the rows, while components that were not found yet are
+    begun anew; it gives the report where all is done. `principal_components` says what memory and time it needs, and
+    when it raises InvalidRowsError; StoreExistsError where something else is at the place; CorruptFileError.
     """
     remake = Remake("reduce", source, Storage(target_url, keep_inside=True))
     dtype = dtype or ("bfloat16" if source.info.dtype == "int8" else source.info.dtype)

@@ -75,10 +75,10 @@ class Remake:
     storage: Storage
 
     def check_free(self) -> bool:
-        """Tell whether a store can be made here; False where one is there already. Before anything is written: the new
-        store itself comes after codec, basis and plan.
+        """Return whether a store can be made here; False where one is there already.
 
-        Raises StoreExistsError where the place is that of the source itself, or inside it, UnsafeBackendError."""
+        Before anything is written: the new store itself comes after codec, basis and plan. Raises StoreExistsError
+        where the place is that of the source itself, or inside it, UnsafeBackendError."""
         if self.storage.url == self.source.url:
             raise StoreExistsError(f"{self.storage.url} is the source itself: name another place for the new store")
         if self.storage.url.startswith(f"{self.source.url.rstrip('/')}/"):  # what cleans the source up would find it
@@ -121,8 +121,9 @@ class Remake:
         return first
 
     def planned_snapshot(self, plan: RemakePlan, wanted: dict[str, object], version: int | None) -> Snapshot:
-        """Open the snapshot of the plan. Raises StoreExistsError where the plan has other fields than `wanted`, or is
-        of another snapshot."""
+        """Open the snapshot of the plan.
+
+        Raises StoreExistsError where the plan has other fields than `wanted`, or is of another snapshot."""
         asked = wanted, plan.source_version if version is None else version
         found = {name: getattr(plan.info, name) for name in wanted}
         snapshot = self.source.snapshot(plan.source_version)
@@ -136,8 +137,10 @@ class Remake:
     def make(
         self, plan: RemakePlan, snapshot: Snapshot, transform: Transform, threads: int, progress: Progress | None
     ) -> Made:
-        """Make all shards that are not done yet, and publish them by one commit, or find it where it was made before a
-        kill or by a twin. Raises CommitConflictError, InvalidRowsError, CorruptFileError."""
+        """Make all shards that are not done yet, and publish them by one commit.
+
+        A commit that was made before a kill, or by a twin, is found. Raises CommitConflictError, InvalidRowsError,
+        CorruptFileError."""
         target = FeatureStore.open_or_create(self.storage.url, plan.info)
         shards = sorted(snapshot.manifest.shards)
         done = {shard: found for shard in shards if (found := self._done_shard(shard)) is not None}
@@ -200,8 +203,9 @@ class Remake:
 def _encoded_blocks(
     reader: ShardReader, codec: Codec, target: FeatureStore, transform: Transform, num_clipped: list[int]
 ) -> Iterator[pa.Table]:
-    """Encode the live rows of a shard as the new store keeps them; the clipped numbers of each block go to
-    `num_clipped`."""
+    """Encode the live rows of a shard as the new store keeps them.
+
+    The clipped numbers of each block go to `num_clipped`."""
     for block in merged_blocks(reader):
         values_KD = transform(codec.decode(matrix_of(block, reader.info)))
         bits_KD, storable_K = target.codec.encode_storable(values_KD)

@@ -36,8 +36,10 @@ class ExpireReport:
 def expire(
     storage: Storage, *, keep_last: int = 5, keep_days: float = 30.0, grace_days: float = 1.0, dry_run: bool = False
 ) -> ExpireReport:
-    """Keep the version in use, the `keep_last` last ones, those that were published or in use in the last `keep_days`,
-    and those in use in the last `grace_days`, as a scorer may not have switched yet; remove the others.
+    """Keep the newest versions and those in use, and remove the others.
+
+    What is kept: the version in use, the `keep_last` last ones, those that were published or in use in the last
+    `keep_days`, and those in use in the last `grace_days`, as a scorer may not have switched yet.
 
     The newest version always stays, so that no number is given twice. What killed exports have left for a day goes as
     well. Scorers, exports and publishes may be at work. Lists all files once. Raises BundleNotFoundError; and

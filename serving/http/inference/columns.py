@@ -57,7 +57,7 @@ def _shape(rule: Rule) -> list[int]:
 
 
 def _value(name: str, tensor: Tensor, tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Any:
-    """A column's value as a request has it: one, a list, or a list of lists."""
+    """Return a column's value as a request has it: one, a list, or a list of lists."""
     rule = columns[name]
     values = _with_missing(tensor, rule)
     if rule.depth == 0:
@@ -92,7 +92,7 @@ def _by_lengths(name: str, tensor: Tensor, values: list[Any], lengths: Tensor) -
 
 
 def _with_missing(tensor: Tensor, rule: Rule) -> list[Any]:
-    """NaN is how a tensor says that a number is missing; in a request it is None."""
+    """Replace NaN, by which a tensor says that a number is missing, by None, as in a request."""
     if not rule.may_miss or not tensor.datatype.startswith("FP"):
         return tensor.values
     return [None if value is None or isnan(value) else value for value in tensor.values]

@@ -104,7 +104,7 @@ def _flat(data: Any, where: str) -> list[Any]:
 
 
 def _check_type(values: list[Any], datatype: str, where: str) -> None:
-    """JSON and datatype have to agree; a number's size is checked where its column is decoded."""
+    """Check that JSON and datatype agree; a number's size is checked where its column is decoded."""
     if datatype == "BYTES":
         kinds: tuple[type, ...] = (str,)
     elif datatype.startswith("FP"):

@@ -92,7 +92,7 @@ def made_up(columns: Mapping[str, Rule]) -> Iterable[Request]:
 
 
 def _value(rule: Rule, count: int) -> Any:
-    """A value of a column: outermost `count` entries, inside them as many as the rule says or one."""
+    """Make a value of a column: outermost `count` entries, inside them as many as the rule says or one."""
     number: Any = 1 if rule.number == "integer" else 0.5
     if rule.depth == 0:
         return number
