@@ -12,7 +12,7 @@ from featurestore.spec import SourceSnapshot
 from featurestore.storage.storage import Storage
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): what they are of, as JSON
-_SHOWN = 8  # digits of an id that tell it from others at a glance
+_SHOWN = 8  # digits of an id that show at a glance that it is another
 
 
 class SnapshotId(BaseModel):
@@ -64,13 +64,13 @@ class SnapshotId(BaseModel):
         """Whether there is an id to compare."""
         return bool(self.store_id or self.commit_id)
 
-    def told(self) -> str:
+    def described(self) -> str:
         """Format for a message: `snapshot 3 (commit 0a1b2c3d) of store 4e5f6a7b at URL`."""
         store, commit = self.store_id[:_SHOWN] or "without an id", self.commit_id[:_SHOWN] or "unknown"
         return f"snapshot {self.version} (commit {commit}) of store {store} at {self.url}"
 
     def is_same(self, found: "SnapshotId") -> bool:
-        """Tell whether `found` is this snapshot or another one of its store.
+        """Return whether `found` is this snapshot or another one of its store.
 
         Equal numbers must be one commit. Other numbers must be of one store: of one id, or, where store.json was made
         anew, with this commit in the log of `found`. Reads a small file for the latter; raises FeatureStoreError.
@@ -89,6 +89,6 @@ class SnapshotId(BaseModel):
         is the same."""
         if not self.is_same(found):
             raise AnotherStoreError(
-                f"{what} belongs to {self.told()}. This is {found.told()}: another store of the same kind, whose "
-                f"features may differ; {way_out}"
+                f"{what} belongs to {self.described()}. This is {found.described()}: another store of the same kind, "
+                f"whose features may differ; {way_out}"
             )

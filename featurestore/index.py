@@ -33,7 +33,7 @@ _NO_INDEX = (RuntimeError, AttributeError, StopIteration, LookupError, ValueErro
 def train_ranges(sample_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return minimum and width of each dimension's range, float32 (2, D), for codes of 8 bits: faiss's QT_8bit.
 
-    faiss takes the smallest and the largest number of the sample; its codes are cut off, and stand for the middles of
+    faiss takes the smallest and the largest number of the sample; its codes are cut off, and mean the middles of
     255 steps. So the range is moved down by half a step: codes then round to nearest, both ends of the sample decode to
     themselves, and the zeros that a ReLU leaves stay zeros. The parameters are still faiss's: it decodes them alike.
     """
@@ -113,7 +113,7 @@ class VectorIndex:
 
     @property
     def num_unused(self) -> int:
-        """Vectors that stand for no key any more."""
+        """Vectors that belong to no key any more."""
         return len(self._keys_N) - self.num_keys
 
     @property

@@ -113,7 +113,7 @@ def unit_interval(words_N: UInt64Array) -> npt.NDArray[np.float64]:
 
 
 def sampled(keys_N: npt.ArrayLike, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Tell which keys are in a random share of all keys, (N,): decided by key and seed alone, so equal on every rank.
+    """Return which keys are in a random share of all keys, (N,): decided by key and seed alone, so equal on every rank.
 
     The keys of a smaller share are all in a larger one of the same seed. Independent of the shard: a second hash of the
     one that places a key. Raises ValueError for a share beyond [0, 1].

@@ -159,7 +159,7 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
 
 
 def has_kept_by_name(storage: Storage) -> bool:
-    """Tell whether there are pins or channels, which keep snapshots that are older than expired ones."""
+    """Return whether there are pins or channels, which keep snapshots that are older than expired ones."""
     return bool(storage.list(PINS) or storage.list(CHANNELS))
 
 
@@ -211,7 +211,7 @@ def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> M
 
 
 def _counts(storage: Storage, found: Manifest, commit_id: str) -> bool:
-    """Tell whether this is our commit, and the newest manifest comes after it or is it.
+    """Return whether this is our commit, and the newest manifest comes after it or is it.
 
     Not so where its version was free only because the commit that had it has expired: it is taken away again.
     """
@@ -225,6 +225,6 @@ def _counts(storage: Storage, found: Manifest, commit_id: str) -> bool:
     # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower.
     if follower is None and has_kept_by_name(storage):
         path = storage.full(manifest_path(found.version))
-        raise StorageError(f"cannot tell whether {path} counts: the manifest after it is gone")
+        raise StorageError(f"cannot find out whether {path} counts: the manifest after it is gone")
     storage.delete(manifest_path(found.version))
     return False

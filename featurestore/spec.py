@@ -96,7 +96,7 @@ class NetworkName(Frozen):
 class CodecSpec(Frozen):
     """The meaning of an int8 store's codes: faiss's scalar quantiser, 8 bits, each dimension with its own range.
 
-    The file is float32 (2, dim) in .npy: minimum and range. Code c stands for minimum + (c + 0.5) / 255 * range.
+    The file is float32 (2, dim) in .npy: minimum and range. Code c means minimum + (c + 0.5) / 255 * range.
     """
 
     kind: Literal["faiss QT_8bit"] = "faiss QT_8bit"

@@ -54,7 +54,7 @@ def main(
     both.
 
     Parquet of a table has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id
-    is the cold row of its shard, which stands in for all ids of the shard that are not in the file.
+    is the cold row of its shard, which is used for all ids of the shard that are not in the file.
     """
     from trainer.runs.folder import run_or_newest
 

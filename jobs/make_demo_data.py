@@ -48,7 +48,7 @@ def main(
     taste: Annotated[
         Taste,
         typer.Option(
-            help="What tells a taste: IDs and pictures (items), or pictures alone (pictures): people look at offers of "
+            help="What shows a taste: IDs and pictures (items), or pictures alone (pictures): people look at offers of "
             "rarely seen IDs, and ads are few and well known."
         ),
     ] = "items",

@@ -81,21 +81,21 @@ def show_absence(report: "AbsenceReport", images: "Images", url: str) -> None:
         print_problem(f"error: {trace.text}")
     looked_at = f"{count_text(report.num_files, 'file')}, {report.num_bytes:,} bytes"
     if report.is_absent:
-        print_summary(f"proof        no row of {images.told} is in {looked_at}: all that lies in {url}")
+        print_summary(f"proof        no row of {images.described} is in {looked_at}: all that lies in {url}")
         return
     where = count_text(len(report.traces), "file")
-    print_summary(f"not absent: {where} with a trace of {images.told}, or that cannot be read, of {looked_at}")
+    print_summary(f"not absent: {where} with a trace of {images.described}, or that cannot be read, of {looked_at}")
     raise typer.Exit(FAILED)
 
 
 def _lines(report: "PurgeReport", images: "Images", dry_run: bool) -> list[str]:
     would = "would be " if dry_run else ""
-    lines = [f"images       {images.told}; {count_text(report.num_rows, 'row')} in all files, old ones too"]
+    lines = [f"images       {images.described}; {count_text(report.num_rows, 'row')} in all files, old ones too"]
     if report.without_rows:
         named = ", ".join(printable(name) for name in report.without_rows[:_MOST_NAMED])
         more = len(report.without_rows) - _MOST_NAMED
         lines.append(
-            f"no row       {len(report.without_rows):,} of {images.told} had no row in any file: {named}"
+            f"no row       {len(report.without_rows):,} of {images.described} had no row in any file: {named}"
             f"{f' and {more:,} more' if more > 0 else ''}; check the spelling, if no earlier purge removed them"
         )
     if report.version is not None:

@@ -117,7 +117,7 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
         with command_end():  # of what is checked before the command's own function begins
             code = command.main(None, prog, standalone_mode=False)
     except _ROOT_ERROR as error:
-        sys.exit(tell_usage(error))
+        sys.exit(report_usage(error))
     except typer.Exit as end:
         code = end.exit_code
     except typer.Abort:
@@ -125,7 +125,7 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
     sys.exit(code if isinstance(code, int) else OK)
 
 
-def tell_usage(error: click.ClickException) -> int:
+def report_usage(error: click.ClickException) -> int:
     """Print a mistake in the arguments as one line, or the help where no argument was given; returns the exit code."""
     message = error.format_message()
     if type(error).__name__ == _HELP_INSTEAD:

@@ -1,6 +1,6 @@
 """Printing of all commands: text as it is, and tables in which no number is cut, on a terminal and in a pipe.
 
-What is printed by `print_table`, `print_line`, `print_summary` and `print_problem` goes on the command's page as well,
+What `print_table`, `print_line`, `print_summary` and `print_problem` print is put on the command's page as well,
 where it has one (option --html).
 """
 

@@ -1,4 +1,4 @@
-"""Who may ask a server: whoever sends one of its bearer tokens."""
+"""Who may ask a server: callers that send one of its bearer tokens."""
 
 import hmac
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ class TokenCheck(flight.ServerMiddlewareFactory):
         self._tokens = [f"{_SCHEME}{token}".encode() for token in tokens]
 
     def start_call(self, _info: Any, headers: Mapping[str, Sequence[str | bytes]]) -> None:
-        """Let the call go on, or raise FlightUnauthenticatedError."""
+        """Let the call continue, or raise FlightUnauthenticatedError."""
         given = next((value for name, values in headers.items() if name.lower() == HEADER for value in values), "")
         sent = given if isinstance(given, bytes) else given.encode()
         # All are compared, each in a time that does not depend on what is in it.

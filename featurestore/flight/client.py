@@ -128,7 +128,7 @@ class FeatureClient:
         return Lookup(out, missing_U)
 
     def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Tell which keys have a feature, (U,); none is sent. Raises what `lookup` raises of servers."""
+        """Return which keys have a feature, (U,); none is sent. Raises what `lookup` raises of servers."""
         return ~self._ask(_keys(keys_U), None)
 
     def __enter__(self) -> "FeatureClient":
@@ -163,7 +163,7 @@ class FeatureClient:
         if ids[0] != ids[1] or described.info.kind != self.info.kind:
             first, other = self._links[0].address, self._links[number].address
             raise AnotherStoreError(
-                f"{first} has {mine.told()}, but {other} has {found.told()}: servers must share one store"
+                f"{first} has {mine.described()}, but {other} has {found.described()}: servers must share one store"
             )
         shards = np.asarray(described.shards, np.int64)
         taken = shards[self._link_S[shards] >= 0]
@@ -231,7 +231,7 @@ def _keys(keys_U: npt.ArrayLike) -> Int64Array:
         raise ValueError(f"keys have shape {given_U.shape}, and have to be one list")
     if given_U.dtype.kind in "US":
         raise TypeError("keys are texts, and have to be whole numbers (int64): featurestore.keys_of_uris makes them")
-    if given_U.size and given_U.dtype.kind == "f":  # 1.5 would ask for 1, and 2**60 as a float for a key beside it
+    if given_U.size and given_U.dtype.kind == "f":  # 1.5 would ask for 1, and 2**60 as a float for a key next to it
         raise TypeError(f"keys are {given_U.dtype}, and have to be whole numbers (int64)")
     return np.ascontiguousarray(np.array(keys_U, dtype=np.int64, ndmin=1, copy=None))
 

@@ -35,7 +35,7 @@ class Call:
             self._waits_since_s = None
 
     def is_stuck(self, limit_s: float) -> bool:
-        """Tell whether the client has been waited for longer than that."""
+        """Return whether the client has been waited for longer than that."""
         since_s = self._waits_since_s
         return since_s is not None and time.monotonic() - since_s > limit_s
 

@@ -104,7 +104,7 @@ def parsed(model_class: type[ModelT], data: bytes) -> ModelT:
 
 @contextmanager
 def errors_sent() -> Iterator[None]:
-    """Turn an error of ours into one that Flight sends, with class and message as JSON beside it."""
+    """Turn an error of ours into one that Flight sends, with class and message as JSON in it."""
     try:
         yield
     except errors.FeatureStoreError as error:

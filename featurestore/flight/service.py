@@ -89,7 +89,7 @@ def read_tls(certificate: Path, key: Path) -> tuple[str, str]:
 
 
 def parse_shards(text: str, num_shards: int) -> list[int]:
-    """Return the shards in a text as 0-31 or 0,4,8-11, ascending. Raises ValueError where the store has not so many."""
+    """Return the shards in a text as 0-31 or 0,4,8-11, ascending. Raises ValueError where the store has fewer."""
     shards: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")

@@ -86,7 +86,7 @@ class Basis:
         return out_NK
 
     def restored(self, coordinates_NK: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
-        """Return the full rows (N, D) that coordinates (N, K) stand for: nothing is left of other directions."""
+        """Return the full rows (N, D) that coordinates (N, K) describe: nothing is left of other directions."""
         self._check_width(coordinates_NK, self.dim)
         rows_ND = coordinates_NK.astype(np.float64) @ self.components_KD + self.mean_D
         return rows_ND.astype(np.float32)

@@ -27,7 +27,7 @@ class Codec:
     """The way in which one store keeps numbers.
 
     bfloat16, float16 and float32 round to nearest. int8 is faiss's scalar quantiser QT_8bit: dimension d has a range
-    that begins at `ranges_2D[0, d]` and is `ranges_2D[1, d]` wide, cut into 255 steps; code c stands for the middle of
+    that begins at `ranges_2D[0, d]` and is `ranges_2D[1, d]` wide, cut into 255 steps; code c means the middle of
     its step, `offset_D + c * step_D`. What lies outside gets the nearest code. A dimension without width has a step of
     0 and one code. The arrays are empty for the other dtypes.
     """
@@ -57,7 +57,7 @@ class Codec:
     def encode_storable(
         self, values_ND: npt.NDArray[np.floating[Any]]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """Encode, and tell which rows the store can hold, (N,): those finite before and after. No error for others."""
+        """Encode, and return which rows the store can hold, (N,): those finite before and after. Never raises."""
         if not self.has_codes:
             bits_ND = to_bits(values_ND, self.dtype)
             return bits_ND, finite_rows(bits_ND, self.dtype)

@@ -117,7 +117,7 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
     for place in np.flatnonzero(sorted_N[1:] == sorted_N[:-1]):
         first, second = uris[order_N[place]], uris[order_N[place + 1]]
         if first != second:
-            raise KeyCollisionError(f"key {sorted_N[place]} stands for two uris, {first!r} and {second!r}: rename one")
+            raise KeyCollisionError(f"key {sorted_N[place]} belongs to two uris, {first!r} and {second!r}: rename one")
 
 
 def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[Any]:
@@ -148,7 +148,7 @@ def to_float32(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
 
 
 def finite_rows(features_ND: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.bool_]:
-    """Tell which stored rows are free of NaN and infinity, (N,); codes always are."""
+    """Return which stored rows are free of NaN and infinity, (N,); codes always are."""
     if dtype == "int8":
         return np.ones(len(features_ND), np.bool_)
     if dtype == "bfloat16":  # not finite: all bits of the exponent are set

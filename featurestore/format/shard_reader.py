@@ -164,7 +164,7 @@ class ShardReader:
 
         In order where there is one file without tombstones, else file by file: the block's places say where its rows
         belong. Needs the memory of one file, taken from `memory`, and of all keys. A block is valid until the next one
-        is asked for. Whoever shares `memory` closes the generator, as an unfinished one keeps it. Raises
+        is asked for. Callers that share `memory` close the generator, as an unfinished one keeps it. Raises
         CorruptFileError.
         """
         if self.is_plain:
@@ -219,7 +219,7 @@ class ShardReader:
         return moments
 
     def contains(self, keys_U: Int64Array) -> npt.NDArray[np.bool_]:
-        """Tell which keys have a live row, (U,). Reads two small columns."""
+        """Return which keys have a live row, (U,). Reads two small columns."""
         return self._rows_of(keys_U) >= 0
 
     def uris(self, keys_U: Int64Array) -> tuple[Int64Array, list[str]]:

@@ -100,7 +100,7 @@ def default_cache_dir() -> Path:
 
 
 def is_cache_file(name: str) -> bool:
-    """Tell whether a name in a cache folder is one that we give; `samples` and `runs` are the trainer's folders."""
+    """Return whether a name in a cache folder is one that we give; `samples` and `runs` are the trainer's folders."""
     is_shard = name.startswith("shard-") and name.endswith(SUFFIXES)
     return is_shard or name.startswith(TEMPORARY) or name in (SAMPLES, RUNS)
 

@@ -1,4 +1,4 @@
-"""The type that `compute_dtype=auto` stands for where the environment names one, e.g. on machines of several kinds."""
+"""The type that `compute_dtype=auto` means where the environment names one, e.g. on machines of several kinds."""
 
 import os
 from typing import Literal, get_args

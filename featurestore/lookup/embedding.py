@@ -69,7 +69,7 @@ class EmbeddingModel(nn.Module):
     large product is the same as without; only the (H, D) weight is scaled once per step. Adam moves W, which is as well
     conditioned for one backbone as for another.
 
-    So is the codec of an int8 store: code c stands for offset + c step, so codes are multiplied by (W / std) step. They
+    So is the codec of an int8 store: code c means offset + c step, so codes are multiplied by (W / std) step. They
     enter the product less the whole number that is nearest to their mean: from -255 to 255, exact even in bfloat16, and
     without a common part that would cost precision. W, mean and std are those of decoded numbers.
     """

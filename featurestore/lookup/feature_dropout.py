@@ -30,7 +30,7 @@ class EmbeddingDropout:
     step: int = 0
 
     def kept(self, name: str, keys_Q: NDArray[np.int64], width: int, share: float) -> tuple[NDArray[np.bool_], float]:
-        """Tell which of `width` columns are kept of each key, (Q, width), and what they are multiplied by.
+        """Return which of `width` columns are kept of each key, (Q, width), and what they are multiplied by.
 
         `name` names the network and the layer. The share is rounded to a 256th.
         """
@@ -42,5 +42,5 @@ class EmbeddingDropout:
         return drawn_QW >= below, _LEVELS / (_LEVELS - below)
 
     def is_held_out(self, keys_N: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell which images E learns nothing from, (N,)."""
+        """Return which images E learns nothing from, (N,)."""
         return sampled(keys_N, self.held_out, key_of_uri(f"{self.seed}/image_holdout"))

@@ -24,7 +24,7 @@ class HashIndex:
         self._walked: UInt64Array = np.concatenate([*hashes, np.array([2**64 - 1], np.uint64)])
         self.hash_M = self._walked[:-1]
         most = max((len(each) for each in hashes), default=0)
-        self._bits = max(1, (most - 1).bit_length())  # of the hash, after those that tell the shard
+        self._bits = max(1, (most - 1).bit_length())  # of the hash, after those that name the shard
         self._shard_bits = num_shards.bit_length() - 1
         self._is_whole = len(shards) == num_shards
         self._first_bucket_S = np.zeros(num_shards, np.int64)
@@ -50,7 +50,7 @@ class HashIndex:
         return place_U
 
     def _numbers(self, hash_U: UInt64Array, shard_U: Int64Array) -> Int64Array:
-        """Return the number of the bucket of each hash: of a whole index its top bits, which tell the shard first."""
+        """Return the number of the bucket of each hash: of a whole index its top bits, which name the shard first."""
         if self._is_whole:
             return (hash_U >> np.uint64(64 - self._shard_bits - self._bits)).view(np.int64)
         return self._first_bucket_S[shard_U] + self._bucket(hash_U)

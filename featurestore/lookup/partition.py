@@ -148,11 +148,11 @@ class FeaturePartition:
         return len(self._index)
 
     def owns(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Tell which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
+        """Return which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
         return self._owned_S[shard_of(keys_U, self.info.num_shards)]
 
     def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Tell which keys have a feature among the rows of this rank, (U,); none is read, and hidden ones count."""
+        """Return which keys have a feature among the rows of this rank, (U,); none is read, and hidden ones count."""
         hash_U = splitmix64(keys_U)
         if self.num_rows == 0:
             return np.zeros(len(hash_U), np.bool_)

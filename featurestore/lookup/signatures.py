@@ -1,4 +1,4 @@
-"""Signatures: some bits of each image that tell how similar two images are, so that their features need not travel.
+"""Signatures: some bits of each image that show how similar two images are, so that their features need not travel.
 
 Letters of shapes: Q keys, N pairs, D feature width, W words of a signature.
 """

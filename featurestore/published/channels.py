@@ -44,7 +44,7 @@ class ChannelMove(Sealed):
 
 
 def is_channel_name(name: str) -> bool:
-    """Tell whether a channel may have this name."""
+    """Return whether a channel may have this name."""
     return _NAME.fullmatch(name) is not None and name.lower() not in _OTHERWISE
 
 

@@ -45,7 +45,7 @@ class FarPath:
 
     @property
     def name(self) -> str:
-        """Return what stands behind the last slash."""
+        """Return what follows the last slash."""
         return self.url.rpartition("/")[2]
 
     @property
@@ -63,11 +63,11 @@ class FarPath:
         return self
 
     def with_name(self, name: str) -> "FarPath":
-        """Return the path beside this one."""
+        """Return the path of this name in the same folder."""
         return self.parent / name
 
     def samefile(self, other: "Path | FarPath") -> bool:
-        """Tell whether the other is the same address."""
+        """Return whether the other is the same address."""
         return self.url == str(other)
 
     def pinned(self) -> "FarPath":
@@ -76,7 +76,7 @@ class FarPath:
         return FarPath(self.url, _open(match[1])) if match and self.files is None else self
 
     def is_file(self) -> bool:
-        """Tell whether there is a file of this name."""
+        """Return whether there is a file of this name."""
         storage, name = self._place()
         try:
             return bool(storage.size(name) + 1)
@@ -84,12 +84,12 @@ class FarPath:
             return False
 
     def is_dir(self) -> bool:
-        """Tell whether something lies below the path."""
+        """Return whether something lies below the path."""
         storage, name = self._place()
         return bool(storage.list(name))
 
     def exists(self) -> bool:
-        """Tell whether there is a file of this name, or something below it."""
+        """Return whether there is a file of this name, or something below it."""
         return self.is_file() or self.is_dir()
 
     def iterdir(self) -> "list[FarPath]":

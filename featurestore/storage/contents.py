@@ -1,4 +1,4 @@
-"""The bytes of files, told apart by a digest, and without reading them again by their tags."""
+"""The bytes of files, distinguished by a digest, and without reading them again by their tags."""
 
 import time
 from collections.abc import Iterable

@@ -54,7 +54,7 @@ def check_owner(folder: Path) -> None:
 
 
 def is_private(found: os.stat_result) -> bool:
-    """Tell whether that is a regular file of this user, which nobody else may write to."""
+    """Return whether that is a regular file of this user, which nobody else may write to."""
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
 
 

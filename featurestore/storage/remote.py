@@ -202,7 +202,7 @@ def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], boo
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Tell whether the same request may succeed later: throttled, failed in the server, cut off, or timed out."""
+    """Return whether the same request may succeed later: throttled, failed in the server, cut off, or timed out."""
     if error is None:
         return False
     code = answer_code(error)
@@ -218,12 +218,12 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def lacks_bucket(error: BaseException | None) -> bool:
-    """Tell whether the object store says that it has no such bucket."""
+    """Return whether the object store says that it has no such bucket."""
     return error is not None and answer_code(error) == "NoSuchBucket"
 
 
 def was_not_done(error: BaseException) -> bool:
-    """Tell whether the server says that it did not do what was asked and that asking again may help.
+    """Return whether the server says that it did not do what was asked and that asking again may help.
 
     Unlike a cut connection, after which nobody knows.
     """
@@ -231,7 +231,7 @@ def was_not_done(error: BaseException) -> bool:
 
 
 def says_exists(error: BaseException) -> bool:
-    """Tell whether an exclusive create was refused as the file exists; servers and clients say it in three ways."""
+    """Return whether an exclusive create was refused as the file exists; servers and clients say it in three ways."""
     return isinstance(error, FileExistsError) or answer_code(error) in _LOST_RACE_CODES
 
 
@@ -244,8 +244,8 @@ def answer_code(error: BaseException) -> str | None:
 def _warn(state: "RetryCallState") -> None:
     """Say what is being waited for, once a call takes long enough for a person to wonder."""
     error, statistics = state.outcome.exception() if state.outcome is not None else None, state.retry_object.statistics
-    if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S and not statistics.get("told"):
-        statistics["told"] = True
+    if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S and not statistics.get("reported"):
+        statistics["reported"] = True
         _log.warning("storage: %s; trying again for up to %.0f s", str(error) or type(error).__name__, PATIENCE_S)
 
 

@@ -92,7 +92,7 @@ def _folder(storage: Storage) -> Iterator[str]:
     try:
         yield folder
     except BaseException:  # an interrupt too
-        with contextlib.suppress(StorageError):  # the first refusal is the one to tell
+        with contextlib.suppress(StorageError):  # the first refusal is the one to report
             storage.delete(folder)
         raise
     storage.delete(folder)
@@ -145,7 +145,9 @@ def _race(
             progress(number + 1, num_rounds)
     problems = []
     if several:
-        problems.append(f"in {several} of {num_rounds} races several of {num_writers} writers were told that they won")
+        problems.append(
+            f"in {several} of {num_rounds} races several of {num_writers} writers got the answer that they won"
+        )
     if changed:
         problems.append(f"in {changed} of {num_rounds} races a file changed or was gone after its creation")
     return BackendReport(tuple(problems), num_rounds, num_writers, median(seconds) if seconds else 0.0)

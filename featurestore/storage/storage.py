@@ -229,8 +229,8 @@ class Storage:
         try:
             yield
         except OutOfPatienceError as error:
-            told = f"{reason_of(error.last)} (tried {error.tries} times)"
-            raise StorageError(f"cannot {action} {self.full(path)}: {told}") from error.last
+            reason = f"{reason_of(error.last)} (tried {error.tries} times)"
+            raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error.last
         except Exception as error:  # each object store's client has its own tree of errors
             if isinstance(error, AddressError | StorageError | CorruptFileError) or (
                 isinstance(error, FileNotFoundError) and not writing

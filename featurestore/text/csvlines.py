@@ -100,7 +100,7 @@ class _Scan:
             if end == len(line):
                 self._breaks += 1
                 if self._breaks > MOST_BREAKS:
-                    raise self._error(f"goes on over more than {MOST_BREAKS} lines")
+                    raise self._error(f"continues over more than {MOST_BREAKS} lines")
                 return swallowed
             swallowed |= self._delimiters == self._breaks * (self._columns - 1) > 0
             self._begun, at = None, end + 1

@@ -70,7 +70,7 @@ def compact(
 
 
 def needs_compaction(files: Files) -> bool:
-    """Tell whether a shard of these files, oldest first, has too many deltas, or too much in them."""
+    """Return whether a shard of these files, oldest first, has too many deltas, or too much in them."""
     deltas = files[1:]
     total = sum(file.bytes for file in files)
     return len(deltas) > MAX_DELTAS or sum(file.bytes for file in deltas) > MAX_DELTA_SHARE * total

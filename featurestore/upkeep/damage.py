@@ -68,7 +68,7 @@ def put_aside(storage: Storage, path: str) -> None:
 
 
 def is_manifest(path: str) -> bool:
-    """Tell whether a file of `damaged/` was put aside from log/ or expired/."""
+    """Return whether a file of `damaged/` was put aside from log/ or expired/."""
     folder, _, name = path.removeprefix(f"{DAMAGED}/").partition("-")
     return folder in (log.LOG, log.EXPIRED) and log.version_of(name) is not None
 
@@ -124,7 +124,7 @@ def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry
 
 
 def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
-    """Tell whether a damaged newest manifest was once a commit, as far as can be known: then its number is used up.
+    """Return whether a damaged newest manifest was once a commit, as far as can be known: then its number is used up.
 
     It was where every number between the newest good manifest and it is in log/, expired/ or damaged/. Else there is a
     gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin or a channel

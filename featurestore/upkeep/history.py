@@ -165,7 +165,7 @@ def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.
 def _changed(
     old: Snapshot, new: Snapshot, shard: int, old_table: pa.Table, new_table: pa.Table
 ) -> npt.NDArray[np.bool_]:
-    """Tell which rows of equal keys differ; features are compared as many at a time as a row group holds."""
+    """Return which rows of equal keys differ; features are compared as many at a time as a row group holds."""
     keys_K = numpy_column(new_table, KEY)
     changed_K = np.zeros(len(keys_K), np.bool_)
     for name in _COMPARED:

@@ -29,7 +29,7 @@ class Pin(Sealed):
 
 
 def is_pin_name(name: str) -> bool:
-    """Tell whether a pin may have this name."""
+    """Return whether a pin may have this name."""
     return _NAME.fullmatch(name) is not None
 
 

@@ -294,7 +294,7 @@ def _shard_problems(
             newest_path = chain[-1][0]
             versions = tuple(wanted[chain[-1]].versions)
             message = (
-                f"shard {shard} of {store.url}: {len(broken)} keys stand for two uris, {broken[0]} is one"
+                f"shard {shard} of {store.url}: {len(broken)} keys belong to two uris, {broken[0]} is one"
                 f" ({newest_path} is the newest file)"
             )
             way_out = "Delete those keys, or put them again under one uri"

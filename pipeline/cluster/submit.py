@@ -221,12 +221,12 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Run the console script dask-submit."""
-    from featurestore.console.commandline import STOPPED, tell_usage
+    from featurestore.console.commandline import STOPPED, report_usage
 
     try:
         code = submit.main(prog_name="dask-submit", standalone_mode=False)
     except click.ClickException as error:
-        sys.exit(tell_usage(error))
+        sys.exit(report_usage(error))
     except click.Abort:
         sys.exit(STOPPED)
     sys.exit(code)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 Taste = Literal["items", "pictures"]
-"""What tells a taste: IDs and pictures of well-known items, or pictures alone, where the IDs are rarely seen."""
+"""What shows a taste: IDs and pictures of well-known items, or pictures alone, where the IDs are rarely seen."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The ceilings of a demo: the AUC of one who knows the true logit, or the part of it that IDs can tell."""
+"""The ceilings of a demo: the AUC of one who knows the true logit, or the part of it that IDs can show."""
 
 from typing import Any
 

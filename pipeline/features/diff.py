@@ -124,7 +124,7 @@ def pending_images(images: ImageTable, comparison: Comparison) -> Int64Array:
 
 
 def find_digests(snapshot: Snapshot, digest_K: DigestArray) -> tuple[BoolArray, Int64Array]:
-    """Tell which digests the store has, (K,), and the smallest key under which it has them, (K,)."""
+    """Return which digests the store has, (K,), and the smallest key under which it has them, (K,)."""
     if not (digest_K != b"").any() or not any(snapshot.manifest.shards.values()):
         return np.zeros(len(digest_K), np.bool_), np.zeros(len(digest_K), np.int64)
     wanted_W, inverse_K = np.unique(digest_K, return_inverse=True)
@@ -166,7 +166,7 @@ def split(
 
 
 def equal_candidates(size_K: Int64Array) -> BoolArray:
-    """Tell whose bytes may equal another's: those of the same size, or of unknown size. Only these are read. (K,)."""
+    """Return whose bytes may equal another's: those of the same size, or of unknown size. Only these are read. (K,)."""
     return _is_repeated(size_K) | (size_K < 0)
 
 
@@ -216,7 +216,7 @@ def make_copy_parts(images: ImageTable, copies: ImageCopies, part_size: int, pre
 
 
 def _is_repeated(values_K: npt.NDArray[Any]) -> BoolArray:
-    """Tell which numbers are there more than once, (K,); takes a third of the memory of `np.unique` with counts."""
+    """Return which numbers are there more than once, (K,); takes a third of the memory of `np.unique` with counts."""
     sorted_K = np.sort(values_K)
     repeated = np.unique(sorted_K[1:][sorted_K[1:] == sorted_K[:-1]])
     place_K = np.searchsorted(repeated, values_K)
@@ -230,7 +230,7 @@ def _part(images: ImageTable, index_K: Int64Array) -> ImagePart:
 
 
 def _named(images: ImageTable, index_K: Int64Array) -> list[tuple[Any, ...]]:
-    """Give what tells images apart over two runs: key and source tag of each."""
+    """Give what distinguishes images over two runs: key and source tag of each."""
     return list(zip(*images.take(index_K, "key", "source_tag").to_pydict().values(), strict=True))
 
 

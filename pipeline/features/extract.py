@@ -22,7 +22,7 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
 
     Raises SourceError, WeightsError, SpecMismatchError, StoreRunError, ClusterError and the errors of storage; what
     was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`, and keeps its
-    own basis without being told. Random weights give an UntrainedWeightsWarning.
+    own basis without the option. Random weights give an UntrainedWeightsWarning.
     """
     start_s = time.monotonic()
     check_channel(options.channel)

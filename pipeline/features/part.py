@@ -148,7 +148,7 @@ def _fill(
 
 
 def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:
-    """Give what tells images apart over two runs: key and source tag of each."""
+    """Give what distinguishes images over two runs: key and source tag of each."""
     return tuple((ref.key, ref.source_tag) for ref in refs)
 
 

@@ -128,7 +128,7 @@ class ImageRun(StoreRun):
                 bar.advance(len(waiting[place].copies.index_K))
 
     def _taken_over(self, images: ImageTable, index_C: Int64Array) -> tuple[list[PartReport], BoolArray]:
-        """Load the reports of staged parts whose images are all at `index_C`, unchanged; and tell which are in none.
+        """Load the reports of staged parts whose images are all at `index_C`, unchanged; return also which are in none.
 
         So the parts outlive a listing that has changed since, but for those with an image that did. Images that could
         not be read are left to do, as that may have been for a moment: the reports are without them.
@@ -181,7 +181,7 @@ class _Unclaimed:
         self.is_left_C = np.ones(len(index_C), np.bool_)
 
     def claim(self, part: Sequence[tuple[int, str]]) -> bool:
-        """Take the images of a part, by key and source tag, if all of them are left; tell whether they were."""
+        """Take the images of a part, by key and source tag, if all of them are left; return whether they were."""
         keys_K = np.array([key for key, _ in part], np.int64)
         place_K = np.searchsorted(self._sorted_C, keys_K)
         is_here = place_K.max() < len(self._sorted_C) and np.array_equal(self._sorted_C[place_K], keys_K)

@@ -112,7 +112,7 @@ class ImageTable(Sequence[ImageRef]):
         return self._numbers("size_bytes")
 
     def has_tag(self) -> npt.NDArray[np.bool_]:
-        """Tell which images have a source tag, (N,)."""
+        """Return which images have a source tag, (N,)."""
         each: list[Any] = [pc.not_equal(batch.column("source_tag"), pa.scalar("")) for batch in self._batches]
         return np.concatenate([np.empty(0, np.bool_), *(found.to_numpy(zero_copy_only=False) for found in each)])
 
@@ -133,7 +133,7 @@ class ImageTable(Sequence[ImageRef]):
                 is_other: Any = pc.not_equal(uris_again, uris_first)
                 differing = is_other.index(True).as_py()
                 key, names = keys_N[again[differing]], (uris_first[differing].as_py(), uris_again[differing].as_py())
-                raise KeyCollisionError(f"key {key} stands for two images, {names[0]!r} and {names[1]!r}: rename one")
+                raise KeyCollisionError(f"key {key} belongs to two images, {names[0]!r} and {names[1]!r}: rename one")
         return np.delete(order_N, place_R) if len(place_R) else order_N
 
 

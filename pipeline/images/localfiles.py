@@ -15,7 +15,7 @@ from urllib.parse import quote_from_bytes
 from featurestore.storage import regular
 from pipeline.errors import BadImageError
 
-NOT_TEXT = "the file's name is not UTF-8 (%XX stands for a byte of it): rename the file"
+NOT_TEXT = "the file's name is not UTF-8 (%XX means a byte of it): rename the file"
 _ALL_BUT_PERCENT = "".join(map(chr, range(32, 127))).replace("%", "")
 
 
@@ -75,7 +75,7 @@ def read_regular(path: str, most_bytes: int | None = None) -> bytes:
 
 
 def is_text(name: str) -> bool:
-    """Tell whether a name from the disk is UTF-8, so that Parquet and JSON can hold it."""
+    """Return whether a name from the disk is UTF-8, so that Parquet and JSON can hold it."""
     return not any("\udc80" <= each <= "\udcff" for each in name)
 
 

@@ -174,7 +174,7 @@ def _entries(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _is_s3_folder(fs: Any, root: str) -> bool:
-    """Tell whether an address is a bucket or has objects below it.
+    """Return whether an address is a bucket or has objects below it.
 
     Not by s3fs's `isdir`, which holds all that is directly below, nor by its `info`, which asks for more than a listing
     and so needs more rights.
@@ -197,7 +197,7 @@ def _s3_entries(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _has_own_find(fs: Any) -> bool:
-    """Tell whether the file system lists everything its own way, as object stores do, not by fsspec's `find`."""
+    """Return whether the file system lists everything its own way, as object stores do, not by fsspec's `find`."""
     if isinstance(fs, AsyncFileSystem):  # its `find` is made of `_find`
         return type(fs)._find is not AsyncFileSystem._find
     return type(fs).find is not AbstractFileSystem.find

@@ -20,7 +20,7 @@ DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # 
 
 
 class UntrainedWeightsWarning(UserWarning):
-    """The weights are random: features tell images apart, but know nothing of what is in them."""
+    """The weights are random: features distinguish images, but know nothing of what is in them."""
 
 
 def check_network(backbone: str, weights: str) -> None:
@@ -37,7 +37,7 @@ def check_network(backbone: str, weights: str) -> None:
 def warn_if_untrained(weights: str) -> None:
     """Give an UntrainedWeightsWarning for random:SEED."""
     if weights.startswith("random:"):
-        message = "are NOT pretrained: features tell images apart, but know nothing of what is in them"
+        message = "are NOT pretrained: features distinguish images, but know nothing of what is in them"
         warnings.warn(f"weights {weights} {message}", UntrainedWeightsWarning, stacklevel=3)
 
 

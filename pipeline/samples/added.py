@@ -1,8 +1,8 @@
 """Days that are added to samples, or made anew in them, from the part of the logs that they need.
 
-A day's groups are those that begin on it, so they hang on a few other days alone: behaviours of the window before it,
-the last impressions of the day before (a session that goes on over midnight is of that day), and the next day, where
-sessions go on. The other way round, a new day may lengthen groups of the day before; that one is made anew then too.
+A day's groups are those that begin on it, so they depend on a few other days alone: behaviours of the window before it,
+the last impressions of the day before (a session that continues over midnight is of that day), and the next day, where
+sessions continue. The other way round, a new day may lengthen groups of the day before; that one is made anew then too.
 Each file of a day is, byte for byte, what building all samples anew would write.
 """
 
@@ -99,7 +99,7 @@ def add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
 
     Logs are read as the samples were made: an option that says otherwise raises SampleOptionError. Days without
     impressions raise SampleError; with `since` there may be nothing to do. The other files stay as they are, so a
-    trainer that reads them goes on; the last `test_days` days are for testing as ever, so a day may move to train.
+    trainer that reads them continues; the last `test_days` days are for testing as ever, so a day may move to train.
     Columns of the logs, schema and settings stay those of the samples.
     """
     with contextlib.suppress(_NothingMissingError):  # the folder that is made aside is not to take its place then
@@ -213,7 +213,7 @@ def _name(file: str) -> str:
 
 
 def _files_by_day(before: Storage) -> dict[int, list[str]]:
-    """List the files of each day. Raises SampleOptionError for one whose name tells no day."""
+    """List the files of each day. Raises SampleOptionError for one whose name has no day."""
     found: dict[int, list[str]] = {}
     for file in [f"{split}/{name}" for split in SPLITS for name in before.list(split)]:
         match = _FILE.fullmatch(_name(file))
@@ -228,7 +228,7 @@ def _files_by_day(before: Storage) -> dict[int, list[str]]:
 def _missing_days(tables: LogTables, since: int, known: Iterable[int]) -> set[int]:
     """List the days from `since` on that the samples do not have, and that the logs may have impressions on.
 
-    What the footers of the logs tell; without statistics of times, every day up to the one after the log's end.
+    What the footers of the logs say; without statistics of times, every day up to the one after the log's end.
     """
     pieces = tables.pieces(IMPRESSIONS, WantedRows(since * DAY, _FOREVER))
     today = int(time.time()) // DAY_S + 1
@@ -241,11 +241,11 @@ def _made_groups(
 ) -> DayGroups:
     """Make the groups of all days that have to be written, from as little of the logs as will do.
 
-    From the first of the days on they are those of all users; before it, those of users whose groups may go on into it
+    From the first of the days on they are those of all users; before it, those of users whose groups may continue in it
     are made, and the others taken from the samples.
     """
     known, first = set(samples.files_of_day), min(asked)
-    low, high = first - 1, max(asked) + 2  # groups may go on over midnight
+    low, high = first - 1, max(asked) + 2  # groups may continue over midnight
     pause_us = tables.options.midnight_pause_s * MICROSECONDS
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -256,7 +256,7 @@ def _made_groups(
             for day, moment in part.latest_of_day.items():
                 latest[day] = max(moment, latest.get(day, 0))
         days = latest.keys() & asked
-        # Groups of an earlier day that go on into one that is asked for have rows of it.
+        # Groups of an earlier day that continue in one that is asked for have rows of it.
         reached = {day: asked & set(range(day + 1, moment // DAY + 1)) for day, moment in latest.items()}
         lengthened = {day for day, each in reached.items() if each}
         if not may_lack and (without := asked - days - set().union(*reached.values())):
@@ -364,7 +364,7 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
 
 
 def _counts(new: NewFiles, recorded: Mapping[str, Any], written: Mapping[str, int]) -> dict[str, Any]:
-    """Count the samples of each split; what a file's number of groups does not tell is left out.
+    """Count the samples of each split; what a file's number of groups does not show is left out.
 
     `written`: groups of the new files by name. Footers are read only of files that an earlier version made.
     """

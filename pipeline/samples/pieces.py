@@ -76,7 +76,7 @@ class WantedRows:
     users_path: str | None = None
 
     def of(self, time_N: npt.NDArray[np.int64], user_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Tell which of these rows are wanted, (N,)."""
+        """Return which of these rows are wanted, (N,)."""
         wanted_N: npt.NDArray[np.bool_] = (time_N >= self.low_us) & (time_N < self.high_us)
         if self.users_path is not None:
             users_U = np.load(self.users_path)
@@ -91,7 +91,7 @@ class WantedRows:
         return WantedRows(self.low_us, self.high_us, path)
 
     def may_have(self, times: tuple[int, int] | None) -> bool:
-        """Tell whether rows whose first and last time are these may have a wanted one; None: it is not known."""
+        """Return whether rows whose first and last time are these may have a wanted one; None: it is not known."""
         return times is None or (times[0] < self.high_us and times[1] >= self.low_us)
 
 
@@ -118,7 +118,7 @@ class LogPiece:
     num_rows: int  # of CSV a guess from its size
     layout: TableLayout
     wanted: WantedRows | None = None  # None: every row
-    times: tuple[int, int] | None = None  # µs of its first and last row, where the file tells
+    times: tuple[int, int] | None = None  # µs of its first and last row, where the file says it
 
     @property
     def is_csv(self) -> bool:
@@ -261,7 +261,7 @@ def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
 
 
 def _times(file: pq.ParquetFile, group: int, piece: LogPiece) -> tuple[int, int] | None:
-    """Read from a file's footer the first and last time of a row group, µs; None where it does not tell."""
+    """Read from a file's footer the first and last time of a row group, µs; None where it does not say it."""
     names = [file.metadata.schema.column(column).path for column in range(file.metadata.num_columns)]
     name = piece.layout.names["timestamp"]
     statistics = file.metadata.row_group(group).column(names.index(name)).statistics

@@ -66,8 +66,8 @@ def replaced_files(
 
     On a disk that is `replaced_folder`. At another address they become its next version (see featurestore.published):
     the folder is in `scratch` then, and each file is uploaded, which holds `_UPLOADS` of them in memory; versions that
-    were replaced more than `keep_days` ago go. Files beside the splits are put at the address as well, for people.
-    `before`: the files that the new ones were made from. Raises, besides what `replaced_folder` does, StorageError, and
+    were replaced more than `keep_days` ago go. Files next to the splits are put at the address as well, for people.
+    `before`: the files that the new ones were made from. Raises what `replaced_folder` does, StorageError, and
     CommitConflictError where another command has replaced these by the end of the block.
     """
     place = Storage(target) if target.strip() else None
@@ -239,7 +239,7 @@ def _swap(building: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders by renameat2, which Linux has; tell whether that was done."""
+    """Exchange the names of two folders by renameat2, which Linux has; return whether that was done."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and rename(_HERE, bytes(one), _HERE, bytes(other), _EXCHANGE) == 0
 

@@ -23,8 +23,8 @@ def write_schema(
     folder: Path, samples: str | Path, schema: str, tables: Mapping[str, int], store: str | None = None
 ) -> None:
     """Write the text of a schema, and settings with the rows of its ID tables, for samples at `samples`."""
-    beside = Storage(samples).full(SCHEMA_FILE) if "://" in str(samples) else str(Path(samples) / SCHEMA_FILE)
-    settings = settings_text(str(samples), beside, tables, store)
+    address = Storage(samples).full(SCHEMA_FILE) if "://" in str(samples) else str(Path(samples) / SCHEMA_FILE)
+    settings = settings_text(str(samples), address, tables, store)
     for name, text in {SCHEMA_FILE: schema, SETTINGS_FILE: settings}.items():
         (folder / name).write_text(text, encoding="utf-8")
 

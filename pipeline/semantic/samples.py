@@ -79,7 +79,7 @@ class EarlierSamples:
         return None
 
     def _has_changed(self, path: str, columns: Sequence[str]) -> bool:
-        """Tell whether the file has an image with another code now; it is read only where a code has changed at all."""
+        """Return whether the file has an image with another code now; it is read only where any code has changed."""
         if not len(self.changed_keys):
             return False
         without = np.array(sorted(self.rewritten.keys_without_code.get(path, ())), np.int64)

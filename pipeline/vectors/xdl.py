@@ -76,7 +76,7 @@ def record_dtype(dim: int) -> np.dtype[np.void]:
 
 
 def looks_like(address: str) -> bool:
-    """Tell whether there are such files."""
+    """Return whether there are such files."""
     return any(NAME.fullmatch(entry.path) for entry in find_files(address)[1])
 
 

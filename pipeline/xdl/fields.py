@@ -175,7 +175,7 @@ def decide(
         fields.append(XdlField(part, name, kind, width, column, each.distinct.estimate, max(each.lengths), is_weighted))
     if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
         raise SampleError(
-            "no field of the ad part has one id in each line; the trainer tells new ads by such a field: name the ad's "
+            "no field of the ad part has one id in each line; the trainer knows new ads by such a field: name the ad's "
             "image with --images, or add one"
         )
     return fields

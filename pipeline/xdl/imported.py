@@ -46,7 +46,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class ImportedFile:
-    """A file of lines that was imported, and what tells whether it is the same; its place in a list is its number."""
+    """A file of lines that was imported, and what shows whether it is the same; its place in a list is its number."""
 
     split: str | None
     url: str
@@ -145,7 +145,7 @@ def new_files_of(files: Sequence[TextFile], imported: Sequence[ImportedFile]) ->
 def kept_import(earlier: EarlierImport, new_files: Sequence[ImportedFile]) -> KeptImport:
     """Take what stays of an earlier import where `new_files` are imported, some of them perhaps again.
 
-    Raises SampleError where one has changed, and what was counted of each file is not there, or does not tell apart
+    Raises SampleError where one has changed, and what was counted of each file is not there, or does not show
     which bad lines were its own.
     """
     storage, imported = earlier.storage, dict(enumerate(earlier.files))

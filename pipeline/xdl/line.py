@@ -1,7 +1,7 @@
 """One line of XDL's text samples: `skey|gkey|user part|ad part|label|ts`, taken apart and put together.
 
 A part is `name@value,value;name@value`; a value is `id:weight`, or a plain number: an id of weight 1, or a dense value,
-which only the field's kind tells.
+which only the field's kind shows.
 """
 
 import math

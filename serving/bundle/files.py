@@ -102,7 +102,7 @@ class LocalFiles:
         return place
 
     def _is_there(self, file: BundleFile, place: Path) -> bool:
-        """Tell whether an earlier fetch has left the file, whole."""
+        """Return whether an earlier fetch has left the file, whole."""
         try:
             if place.stat().st_size != file.bytes:
                 return False

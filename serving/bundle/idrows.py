@@ -42,7 +42,7 @@ class BundleIdRows:
         self._first_bit_T = np.array([first_bit[table.width] for table in tables], np.int64)
 
     def find(self, table: str, ids_N: Int64Array) -> tuple[Int64Array, Bool]:
-        """Find the row of each id in the file of its table's width, (N,), and tell whether it was touched by training.
+        """Find the row of each id in the file of its table's width, (N,), and whether it was touched by training.
 
         Of an id that an exact table has no row for it is the cold row of its shard, and not known. One that a hashed
         table knows shares its row with one that was in training, or was there itself.

@@ -60,7 +60,7 @@ class TableRows(Frozen):
 
     hashed: splitmix64 of the id; its top bits are the shard, the remainder of its lower 32 bits the row in the shard.
     direct: id modulo num_shards is the shard, the quotient the row. exact: row 0 of each shard is the cold row, which
-    stands in for ids without a row; after it come the rows of the shard's hashes, ascending.
+    is used for ids without a row; after it come the rows of the shard's hashes, ascending.
     """
 
     name: str
@@ -75,7 +75,7 @@ class TableRows(Frozen):
 
 
 class NetworkColumns(Frozen):
-    """Where in a row of a vectors store the visual vector of one E is, and what stands in for a missing image's."""
+    """Where in a row of a vectors store the visual vector of one E is, and what replaces a missing image's."""
 
     name: str
     start: int

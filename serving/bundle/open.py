@@ -99,7 +99,7 @@ class Bundle(ModelVersion):
         return ServedNetwork.load(portable.parent)
 
     def with_vectors(self, snapshots: Mapping[str, int] | None = None) -> Self:
-        """Open vectors beside these, the newest or these snapshots, with the same ID rows and network.
+        """Open other vectors, the newest or these snapshots, with the same ID rows and network.
 
         Either may be closed while the other is used. Raises as `open`."""
         chosen = snapshots or {}

@@ -60,7 +60,7 @@ class VectorTable:
         self.no_image: Mapping[str, Float32] = {
             each.name: np.asarray(each.no_image, np.float32) for each in of.networks
         }
-        """By network: what stands in for the vector of an image that has none, (V,)."""
+        """By network: what takes the place of the vector of an image that has none, (V,)."""
         self._columns = {each.name: slice(each.start, each.start + each.width) for each in of.networks}
         self._no_image_D = np.zeros(partition.dim, np.float32)
         for name, columns in self._columns.items():
@@ -99,7 +99,7 @@ class VectorTable:
         return self._partition.num_rows
 
     def lookup(self, keys_N: Int64Array) -> tuple[Float32, Bool]:
-        """Copy the rows of images, (N, D), and tell which have none, (N,): their vectors are `no_image`."""
+        """Copy the rows of images, (N, D), and find which have none, (N,): their vectors are `no_image`."""
         found = self._partition.lookup(keys_N)
         if found.missing_U.any():
             found.features_UD[found.missing_U] = self._no_image_D

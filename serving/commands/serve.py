@@ -77,13 +77,13 @@ def serve(
 ) -> None:
     """Answer requests over HTTP: /v1/score, the Open Inference Protocol, and /metrics.
 
-    A version that is put in use, and newer vectors, are loaded beside the old ones and switched to without a failed
-    request. SIGTERM ends running requests first; a second signal ends at once.
+    A version that is put in use, and newer vectors, are loaded while the old ones answer, and switched to without a
+    failed request. SIGTERM ends running requests first; a second signal ends at once.
     """
     from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version
 
-    read_version(Storage(model))  # a wrong folder is told at once, before Torch is loaded and the port is taken
+    read_version(Storage(model))  # a wrong folder is reported at once, before Torch is loaded and the port is taken
 
     from serving.http.workers import serve as listen_and_answer
 

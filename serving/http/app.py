@@ -1,6 +1,6 @@
 """The application: routes, and the way of every request from its headers to its answer, measured.
 
-starlette, because it is the thinnest kept layer over ASGI that routes; no framework that validates bodies stands
+starlette, because it is the thinnest kept layer over ASGI that routes; no framework that validates bodies is
 between orjson and the scorer.
 """
 
@@ -116,7 +116,7 @@ class Scoring:
     async def figures(self, request: Request) -> Response:
         """Give the figures for Prometheus."""
         if self.live.is_ready:
-            self.metrics.tell_age(self.live.model)
+            self.metrics.record_age(self.live.model)
         self.metrics.queue.set(len(self.queue))
         self.metrics.predicted.set(self.queue.predicted_wait_s)
         self.metrics.flush()
@@ -124,11 +124,11 @@ class Scoring:
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def is_live(self, request: Request) -> Response:
-        """Tell that the process answers."""
+        """Answer that the process is alive."""
         return _json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Tell whether a model is warmed up, and the server not about to stop."""
+        """Return whether a model is warmed up, and the server not about to stop."""
         ready = self.live.is_ready and not self.stopping
         return _json({"ready": ready}, 200 if ready else 503)
 
@@ -142,7 +142,7 @@ class Scoring:
         return _json(model_metadata(self.settings.name, self.live.model))
 
     async def model_is_ready(self, request: Request) -> Response:
-        """Tell whether the model is warmed up."""
+        """Return whether the model is warmed up."""
         self._check_name(request)
         return _json({"name": self.settings.name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503)
 
@@ -160,7 +160,7 @@ class Scoring:
         answer = body.answer(scores)
         scores.stages["read"] = request.state.read_s
         scores.stages["encode"] = time.perf_counter() - start_s
-        self.metrics.tell_scored(scores)
+        self.metrics.record_scored(scores)
         if isinstance(scores.decoded, list):
             self.recorder.add(scores.decoded, len(content))
         request.state.scores, request.state.sizes = scores, (len(content), len(answer.body))
@@ -186,7 +186,7 @@ class Scoring:
             if self.stopping:  # the client is to ask elsewhere, and not on a connection that is about to end
                 response.headers["Connection"] = "close"
             seconds = time.perf_counter() - start_s
-            self.metrics.tell_answer(route, response.status_code, seconds)
+            self.metrics.record_answer(route, response.status_code, seconds)
             if 1000 * seconds >= self.settings.slow_ms:
                 scores: Scores | None = getattr(request.state, "scores", None)
                 log_slow(route, response.status_code, seconds, scores, getattr(request.state, "sizes", (0, 0)))

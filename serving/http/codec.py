@@ -63,9 +63,9 @@ class JsonBody:
     def answer(self, scores: Scores) -> WrittenAnswer:
         """Write one object, or one with `answers` for several requests."""
         answers = [_answer(each, self.logits) for each in scores.scored]
-        told = {"version": scores.identity.version, "vectors": dict(scores.identity.vectors)}
+        identity = {"version": scores.identity.version, "vectors": dict(scores.identity.vectors)}
         answer = answers[0] if self._alone else {"answers": answers}
-        return WrittenAnswer(orjson.dumps(answer | told, option=_OPTIONS), JSON)
+        return WrittenAnswer(orjson.dumps(answer | identity, option=_OPTIONS), JSON)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def requests_of(value: Any) -> tuple[list[Request], bool]:
-    """Make requests of a parsed body, and tell whether it was one alone. Raises RequestError naming what is wrong."""
+    """Make requests of a parsed body, and return whether it was one alone. Raises RequestError naming the mistake."""
     if isinstance(value, dict) and "requests" not in value:
         return [request_of(value, "the body")], True
     several = value["requests"] if isinstance(value, dict) else value
@@ -156,8 +156,8 @@ def arrow_table(body: bytes) -> pa.Table:
 
 def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
     """Write the answer to an Arrow body: a row for each request, and version and snapshots in the schema's metadata."""
-    told = {"version": str(identity.version)}
-    told |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}
+    metadata = {"version": str(identity.version)}
+    metadata |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}
     table = pa.table(
         {
             "score": _lists([each.probabilities() for each in scored], pa.float32()),
@@ -165,7 +165,7 @@ def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
             "unknown": _maps([each.unknown for each in scored]),
             "missing": _maps([each.missing for each in scored]),
         }
-    ).replace_schema_metadata(told)
+    ).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -183,7 +183,7 @@ def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _is_compressed(message: bytes) -> bool:
-    """Tell whether a message of a stream has compressed buffers: pyarrow does not say, and a few bytes may be many.
+    """Return whether a message of a stream has compressed buffers: pyarrow does not say, and a few bytes may be many.
 
     Reads Arrow's flatbuffers: Message{version, header_type, header, …}, RecordBatch{length, nodes, buffers,
     compression}, DictionaryBatch{id, data: RecordBatch}.

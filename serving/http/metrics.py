@@ -76,7 +76,7 @@ class ServingMetrics:
         self.switches = Counter(
             "serving_switches", "Newer models by result: switched or refused", ["result"], registry=registry
         )
-        self._version: Gauge | None = None  # a worker that has no model yet is to tell none, and not 0
+        self._version: Gauge | None = None  # a worker that has no model yet is to report none, and not 0
         self._snapshot = self._gauge("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"], "livemin")
         self._age = self._gauge(
             "serving_vectors_age_seconds", "Seconds since the vectors in use were committed", ["store"], "livemax"
@@ -95,29 +95,29 @@ class ServingMetrics:
     ) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=mode)
 
-    def tell_model(self, model: Model, switched: bool) -> None:
+    def record_model(self, model: Model, switched: bool) -> None:
         """Record which model answers from now on, and whether another one did before."""
         if self._version is None:
             self._version = self._gauge("serving_model_version", "Version of the bundle that answers", [], "livemin")
         self._version.set(model.identity.version)
         for store, snapshot in model.identity.vectors.items():
             self._snapshot.labels(store).set(snapshot)
-        self.tell_age(model)
+        self.record_age(model)
         self.ready.set(1)
         if switched:
             self.switches.labels("switched").inc()
 
-    def tell_age(self, model: Model) -> None:
+    def record_age(self, model: Model) -> None:
         """Record how old the vectors are by now."""
         for store, time_s in model.vectors_time_s.items():
             self._age.labels(store).set(max(0.0, time.time() - time_s))
 
-    def tell_answer(self, route: str, code: int, seconds: float) -> None:
+    def record_answer(self, route: str, code: int, seconds: float) -> None:
         """Count an answer and the time it took."""
         self._child(self.requests, route, code).inc()
         self._child(self.seconds, route).observe(seconds)
 
-    def tell_scored(self, scores: Scores) -> None:
+    def record_scored(self, scores: Scores) -> None:
         """Count a body's candidates, its values by field, those that were unknown or missing, and each stage's time.
 
         Those by field wait in this process until `flush`, as adding them one by one takes a tenth of a request's time;
@@ -139,7 +139,7 @@ class ServingMetrics:
             self._child(self.stages, stage).observe(seconds)
 
     def flush(self) -> None:
-        """Add what `tell_scored` counted, for whoever reads the figures next; with several workers that is any."""
+        """Add what `record_scored` counted, for the next reader of the figures; with several workers that is any."""
         waiting, self._waiting = self._waiting, defaultdict(int)
         for (counter, field), count in waiting.items():
             if count:

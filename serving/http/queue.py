@@ -28,7 +28,7 @@ FIRST_GUESS_S = 2e-7
 BATCH_BYTES = 64 << 10
 """What waits is scored together up to this size: more would let the first ones wait for the last."""
 ALWAYS_WAIT = 4
-"""So many bodies may always wait: a few clients are no overload, not while a model is loaded either."""
+"""The number of bodies that may always wait: a few clients are no overload, not while a model is loaded either."""
 _WEIGHT = 0.1
 _MOST_GROWTH = 3.0
 

@@ -52,7 +52,7 @@ class TokenGuard:
 
 
 def is_among(token: bytes, tokens: Sequence[str]) -> bool:
-    """Tell whether the token is one of these, in a time that says nothing: every one is compared."""
+    """Return whether the token is one of these, in a time that says nothing: every one is compared."""
     digest = hashlib.sha256(token).digest()
     fits = [hmac.compare_digest(digest, hashlib.sha256(each.encode()).digest()) for each in tokens]
     return any(fits)
@@ -68,7 +68,7 @@ class Credentials:
         self.tokens = None if settings.token_file is None else read_tokens(settings.token_file)
         """One list for ever, whose tokens change."""
         self.context: ssl.SSLContext | None = None
-        """Of every handshake, which goes on with the newest certificate."""
+        """Of every handshake, which continues with the newest certificate."""
         if settings.tls_cert is not None:
             self.context = self._newest = tls_context(settings.tls_cert, settings.tls_key)
             self.context.sni_callback = self._choose
@@ -155,7 +155,7 @@ def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
-    """Tell one state of a file from another; None where it cannot be looked at."""
+    """Return what differs between two states of a file; None where it cannot be looked at."""
     try:
         found = file.stat()
     except OSError:

@@ -126,7 +126,7 @@ class DrainingServer(SecuredServer):
         return await super().on_tick(counter) or bool(self._failures)
 
     def _has_new_connections(self) -> bool:
-        """Tell whether a connection waits to be accepted, or has been and has not sent a request."""
+        """Return whether a connection waits to be accepted, or has been and has not sent a request."""
         waiting = select.poll()
         waiting.register(self._listener, select.POLLIN)
         connections: Iterable[Any] = self.server_state.connections

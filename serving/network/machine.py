@@ -11,7 +11,7 @@ from featurestore.storage.regular import read_regular
 def compiled_name() -> str:
     """Name the file of a network compiled for this machine, e.g. network-x86_64-avx512-1f0c9d2ab34e.pt2.
 
-    The digits stand for all that the code may use: each feature of the processor, the versions of torch and libc.
+    The digits depend on all that the code may use: each feature of the processor, the versions of torch and libc.
     """
     features = f"{_processor_features()} {torch.__version__} {' '.join(platform.libc_ver())}"
     digits = hashlib.sha256(features.encode()).hexdigest()[:12]

@@ -1,6 +1,6 @@
 """What is the same for all rows of a product is multiplied once: a rewriting of exported programs.
 
-A model puts the user's part beside each candidate's and multiplies both by one weight. The user's part is multiplied
+A model puts the user's part next to each candidate's and multiplies both by one weight. The user's part is multiplied
 for one row here, and added to all. It moves nothing but the order of a sum, and saves a third of the operations of the
 paper's model.
 """

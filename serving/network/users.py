@@ -10,7 +10,7 @@ from serving.network.inputs import FieldRows, Int64, NearestRows, NetworkInputs
 
 
 def user_blocks(inputs: NetworkInputs, of_user: Collection[str], at_most: int) -> Iterator[NetworkInputs]:
-    """Divide the inputs into blocks of a user and at most so many candidates, one at least, in their order, by views.
+    """Divide the inputs into blocks of one user and 1 to `at_most` candidates, in their order, by views.
 
     `of_user`: the fields of side user.
     """

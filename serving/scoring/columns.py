@@ -78,8 +78,8 @@ class RequestColumns:
             rule = self.sources[name]
             return f"column {name} is missing, expected {expected(rule)}; {_WAYS_OUT[rule.side]}"
         of_side = {side: ", ".join(sorted(names & set(absent))) for side, names in self._of_side.items()}
-        told = [f"{names}: {_WAYS_OUT[side].replace(' it ', ' each ')}" for side, names in of_side.items() if names]
-        return f"{len(absent)} columns are missing. {'. '.join(told)}"
+        ways_out = [f"{names}: {_WAYS_OUT[side].replace(' it ', ' each ')}" for side, names in of_side.items() if names]
+        return f"{len(absent)} columns are missing. {'. '.join(ways_out)}"
 
     def _missing_inputs(self, absent: Collection[str]) -> str:
         if len(absent) == 1:

@@ -52,7 +52,7 @@ def decode_requests(columns: RequestColumns, requests: Sequence[Request]) -> Dec
 
 
 def batch_of(columns: RequestColumns, taken: Callable[[Field, str], Jagged], counts_G: Index) -> Batch:
-    """Make the trainer's batch of requests with so many candidates each; `taken` gives the rows of a column."""
+    """Make the trainer's batch of requests with these numbers of candidates; `taken` gives the rows of a column."""
     num_samples = int(counts_G.sum())
     return Batch(
         **inputs_of(columns.schema, taken),

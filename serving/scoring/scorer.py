@@ -24,7 +24,7 @@ class Scorer:
     """Scores requests by one version of a bundle and one snapshot of its vectors; any number of threads may ask.
 
     Ids that training has not seen have the row that they would have had, which nothing has trained; an image that is
-    null or has no vector gets what the run's `data.missing` says; no behaviours pool to zeros. All three are told.
+    null or has no vector gets what the run's `data.missing` says; no behaviours pool to zeros. All three are reported.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -103,22 +103,22 @@ class Scorer:
         logits_B = self._network.score(lookups.inputs)
         ends = np.cumsum(decoded.counts_G).tolist()
         parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        unknown, missing = self._told(decoded, lookups)
+        unknown, missing = self._unknown_and_missing(decoded, lookups)
         return [
             Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
             for place, part in enumerate(parts)
         ]
 
-    def _told(
+    def _unknown_and_missing(
         self, decoded: DecodedRequests, lookups: Lookups
     ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
         """Return what is unknown and missing, by request and field."""
-        told: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
-        for found, masks in zip(told, (lookups.unknown, lookups.missing), strict=True):
+        found_in: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
+        for found, masks in zip(found_in, (lookups.unknown, lookups.missing), strict=True):
             for name, mask_N in masks.items():
                 for request, places in _by_request(decoded, self._field_of[name], mask_N):
                     found.setdefault(request, {})[name] = places
-        return told
+        return found_in
 
 
 def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
@@ -139,7 +139,7 @@ def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterato
 
 
 def _any(mask_N: Bool, lengths_K: NDArray[np.integer]) -> Bool:
-    """Tell of each list whether one of its values is marked, (K,)."""
+    """Return for each list whether one of its values is marked, (K,)."""
     list_N = np.repeat(np.arange(len(lengths_K)), lengths_K)
     marked_K: Bool = np.bincount(list_N[mask_N], minlength=len(lengths_K)) > 0
     return marked_K

@@ -170,7 +170,7 @@ def test_a_quote_that_is_not_closed_stops_the_job_with_its_line(job, place, capl
     lines[4] = lines[4].replace("Rome", '"Rome')
     (place / "logs/shows/a.csv").write_text(shows_of(lines))
     text = job(code=1)
-    assert 'shows/a.csv, line 6: a value that begins with the quote " goes on over more than 100 lines' in text
+    assert 'shows/a.csv, line 6: a value that begins with the quote " continues over more than 100 lines' in text
     assert not (place / "samples").exists()
     assert "a.csv cannot be read: line 6: a value that begins" in inspect("inspect", place / "logs", code=1)
     (place / "logs/shows/a.csv").write_text(shows_of(lines[:20]))

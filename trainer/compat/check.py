@@ -248,7 +248,7 @@ def _other(saved: SavedRun, place: StorePlace, result: Compatibility) -> Snapsho
     except SnapshotNotFoundError:
         snapshot = store.snapshot()
     if recorded and SnapshotId.of(snapshot).commit_id != recorded.commit_id:
-        result.notes.append(f"store {place.name} is not as in training either: {SnapshotId.of(snapshot).told()}")
+        result.notes.append(f"store {place.name} is not as in training either: {SnapshotId.of(snapshot).described()}")
     return snapshot
 
 

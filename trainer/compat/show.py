@@ -12,13 +12,13 @@ _IDENTITY = {
 
 def lines(found: Compatibility) -> list[str]:
     """Say what was compared with what."""
-    recorded = found.recorded.told() if found.recorded else "not known"
+    recorded = found.recorded.described() if found.recorded else "not known"
     if found.recorded and found.can_read_recorded is False:
         recorded += " (cannot be read any more)"
     return [
         f"run          {found.run}, {found.checkpoint.name}",
         f"trained on   {recorded}",
-        f"found        {found.found.told()}",
+        f"found        {found.found.described()}",
         f"features     {found.kind}",
         f"identity     {_IDENTITY[found.relation]}",
     ]

@@ -303,9 +303,9 @@ def _notes(source: RunSource, saved: SavedRun, run: Run) -> list[str]:
     recorded = checkpoint.read_recorded(saved.path).stores
     for name, record in saved.state.stores.items():
         if record != recorded[name]:
-            trained_on = recorded[name].told()
+            trained_on = recorded[name].described()
             notes.append(
-                f"store {name}: the run was trained on {trained_on}; {record.told()} was accepted in its place"
+                f"store {name}: the run was trained on {trained_on}; {record.described()} was accepted in its place"
             )
     for name, record in run.stores.items():
         if record.version != saved.state.version_of(name):

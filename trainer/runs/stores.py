@@ -154,8 +154,8 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
     if partition.snapshot_id.commit_id != chosen.commit_id:
         partition.close()
         raise AnotherStoreError(
-            f"{place.setting}={place.url}: rank 0 found {chosen.told()}, this rank {partition.snapshot_id.told()}; all "
-            "machines need the same store, on a shared disk or S3"
+            f"{place.setting}={place.url}: rank 0 found {chosen.described()}, this rank "
+            f"{partition.snapshot_id.described()}; all machines need the same store, on a shared disk or S3"
         )
     return partition
 

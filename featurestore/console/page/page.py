@@ -71,7 +71,7 @@ Block = Paragraph | Points | PageTable | Summary
 
 @dataclass
 class Part:
-    """A heading, the blocks below it, and the plots beside them."""
+    """A heading, the blocks below it, and the plots next to them."""
 
     heading: str = ""
     blocks: list[Block] = field(default_factory=list)
@@ -100,15 +100,15 @@ class ReportPage:
 
     def add_line(self, text: str, *, is_problem: bool = False) -> None:
         """Add a line as a paragraph, or as one of several points where it begins with "- "."""
-        told, blocks = _plain(text), self.parts[-1].blocks
-        if told.startswith("- "):
+        plain, blocks = _plain(text), self.parts[-1].blocks
+        if plain.startswith("- "):
             last = blocks[-1] if blocks else None
             if isinstance(last, Points):
-                last.texts.append(told[2:])
+                last.texts.append(plain[2:])
             else:
-                blocks.append(Points([told[2:]]))
-        elif told:
-            blocks.append(Paragraph(told, is_problem))
+                blocks.append(Points([plain[2:]]))
+        elif plain:
+            blocks.append(Paragraph(plain, is_problem))
 
     def add_heading(self, text: str) -> None:
         """Begin a part with this heading."""
@@ -123,15 +123,15 @@ class ReportPage:
 
         `columns`: the heading of each, and whether it has numbers; `rows`: the cells, and whether they are bold.
         """
-        told = _plain(title)
-        if told and told != self.parts[-1].heading:
-            self.add_heading(told)
+        plain = _plain(title)
+        if plain and plain != self.parts[-1].heading:
+            self.add_heading(plain)
         shown = []
         for texts, is_bold in rows:
             cells = tuple(map(_plain, texts))
             shown.append(PageRow(cells, len(cells) > 1 and bool(cells[0]) and not any(cells[1:]), is_bold))
         headings, numbers = tuple(_plain(name) for name, _ in columns), tuple(number for _, number in columns)
-        caption = told or self.parts[-1].heading or self.title
+        caption = plain or self.parts[-1].heading or self.title
         self.parts[-1].blocks.append(PageTable(caption, headings, numbers, tuple(shown)))
 
     def add_summary(self, lines: Sequence[tuple[str, str]]) -> None:
@@ -144,9 +144,9 @@ class ReportPage:
             blocks.append(Summary(added))
 
     def add_plot(self, plot: Plot | None) -> None:
-        """Put a plot beside the blocks of the last part; None adds nothing."""
+        """Put a plot next to the blocks of the last part; None adds nothing."""
         if plot is not None:
-            self.parts[-1].plots.append(replace(plot, title=_plain(plot.title), told=printable(plot.told)))
+            self.parts[-1].plots.append(replace(plot, title=_plain(plot.title), words=printable(plot.words)))
 
     def html(self) -> str:
         """Write the page as text."""
@@ -173,5 +173,5 @@ class ReportPage:
 
 def _plain(text: str) -> str:
     """Return a text in one line, without passwords of addresses, cut where it is longer than anybody reads."""
-    told = printable(without_passwords(text.strip()))
-    return told if len(told) <= _LONGEST_TEXT else f"{told[:_LONGEST_TEXT]}…"
+    plain = printable(without_passwords(text.strip()))
+    return plain if len(plain) <= _LONGEST_TEXT else f"{plain[:_LONGEST_TEXT]}…"

@@ -14,7 +14,7 @@ from featurestore.text.plain import printable
 
 _ROW_PX, _HEADING_PX, _AXIS_PX = 38, 30, 24
 _CURVE_PX, _CURVE_TOP_PX, _CURVE_BOTTOM_PX = 280, 24, 230
-_LONGEST_NAME = 34  # characters that fit beside a figure on a phone; the table has the whole name
+_LONGEST_NAME = 34  # characters that fit next to a figure on a phone; the table has the whole name
 _MOST_MARKS = 60  # of a plot; what comes after them is in the table alone
 _EDGE = 2.0  # percent that are free on each side
 _CURVE_LEFT, _CURVE_RIGHT = 13.0, 97.0
@@ -22,7 +22,7 @@ _CURVE_LEFT, _CURVE_RIGHT = 13.0, 97.0
 
 @dataclass(frozen=True)
 class Shape:
-    """An element of SVG; `text` is what stands in it."""
+    """An element of SVG; `text` is what is written in it."""
 
     tag: Literal["line", "rect", "circle", "text"]
     attributes: Mapping[str, str]
@@ -31,10 +31,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing of a page; `told` says in words what it shows, for those who do not see it."""
+    """A drawing of a page; `words` say what it shows, for those who do not see it."""
 
     title: str
-    told: str
+    words: str
     height_px: int
     shapes: tuple[Shape, ...]
 
@@ -96,7 +96,7 @@ def bars(title: str, marks: Sequence[Mark] | Mapping[str, Sequence[Mark]]) -> Pl
         ]
 
     shapes, height = _rows(groups, bar)
-    return Plot(title, _told(title, groups), height, tuple(shapes))
+    return Plot(title, _words(title, groups), height, tuple(shapes))
 
 
 def intervals(
@@ -139,7 +139,7 @@ def intervals(
     if line is not None:
         at = _percent(axis.at(line))
         behind.append(_shape("line", kind="reference", x1=at, x2=at, y1="0", y2=f"{height}"))
-    return Plot(title, _told(title, groups), height + _AXIS_PX, (*behind, *rows))
+    return Plot(title, _words(title, groups), height + _AXIS_PX, (*behind, *rows))
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,8 @@ class Curve:
                 )
             at = {"cx": _percent(x_axis.at(point.x)), "cy": f"{y_axis.at(point.y):.1f}"}
             shapes.append(_shape("circle", kind="dot", r="4.5", **at))
-        told = "; ".join(f"{_short(point.y)} at {_short(point.x)}" for point in self.points)
-        return Plot(self.title, f"{self.title}. {self.y_name} by {self.x_name}: {told}", _CURVE_PX, tuple(shapes))
+        points = "; ".join(f"{_short(point.y)} at {_short(point.x)}" for point in self.points)
+        return Plot(self.title, f"{self.title}. {self.y_name} by {self.x_name}: {points}", _CURVE_PX, tuple(shapes))
 
     def _axes(self, x_axis: Axis, y_axis: Axis) -> list[Shape]:
         shapes = [_text(0, 14, self.y_name, "name"), _text(_CURVE_RIGHT, _CURVE_PX - 8, self.x_name, "name", "end")]
@@ -228,7 +228,7 @@ def _rows(groups: Mapping[str, Sequence[Mark]], drawn: Callable[[Mark, int], lis
     return shapes, y
 
 
-def _told(title: str, groups: Mapping[str, Sequence[Mark]]) -> str:
+def _words(title: str, groups: Mapping[str, Sequence[Mark]]) -> str:
     """Say in words what a plot of groups shows."""
     parts = []
     for heading, group in groups.items():

@@ -29,13 +29,13 @@ class GateLimits(Frozen):
     """Limits of the gates, and how much is looked at. In YAML the same names."""
 
     min_coverage: Share = 0.99
-    """Of the keys that have to have a row: so many have one."""
+    """Of the keys that have to have a row: the share that has one."""
     max_quarantine: Share = 0.01
-    """Of the images that the store was given: so many could not be read."""
+    """Of the images that the store was given: the share that could not be read."""
     max_drift: Size = 0.25
     """Of any dimension: so far may mean or standard deviation move, in stable's standard deviations."""
     min_neighbours: Share = 0.9
-    """Of an image's nearest neighbours: so many stay."""
+    """Of an image's nearest neighbours: the share that stays."""
     max_gauc_loss: Size = 0.001
     """Of a canary evaluation: no worse than this, at the lower end of the difference's interval."""
     num_neighbours: Annotated[int, Field(ge=1, le=1000)] = 10

@@ -70,7 +70,7 @@ def promote(
     """Move channel `target` to the snapshot of channel `source` if the gates hold, or with `force`, which is a reason.
 
     `keys` are those that have to have a row; without them, those of `target`'s snapshot. `more` are gates of the
-    caller, such as a canary evaluation. Each decision is kept beside the channel, but for a dry run. Where `target`
+    caller, such as a canary evaluation. Each decision is kept with the channel, but for a dry run. Where `target`
     points there already, nothing is measured or kept. Raises ChannelError, CommitConflictError where another writer
     moved `target` meanwhile: then it stays where that one put it.
     """

@@ -23,7 +23,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import Progress
 from featurestore.upkeep.compaction import merged_blocks
 
-_PANEL = 512  # columns of a product; its numbers are summed in the same order whoever computes them
+_PANEL = 512  # columns of a product; its numbers are summed in the same order wherever they are computed
 
 
 def principal_components(
@@ -31,7 +31,7 @@ def principal_components(
 ) -> Basis:
     """Find the `dims` principal components of all live rows of `snapshot`.
 
-    Reads every row once, a few megabytes at a time, and holds one float64 (D, D) beside the K x D result: .5 GB at
+    Reads every row once, a few megabytes at a time, and holds one float64 (D, D) and the K x D result: .5 GB at
     D = 8,192. Cost: N x D x D multiplications, and about 2 D^3 at the end. Raises InvalidRowsError where the rows vary
     in fewer directions, or hold a number that is not finite.
     """

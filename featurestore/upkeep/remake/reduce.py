@@ -37,7 +37,7 @@ REPORT_PATH = "reports/reduce.json"
 class ReduceReport(Sealed):
     """Results of a reduction, and what it kept; `reports/reduce.json` of the new store.
 
-    Errors, angles and neighbours are of the full rows that the stored ones stand for, their rounding included.
+    Errors, angles and neighbours are of the full rows that the stored ones describe, their rounding included.
     """
 
     source: str

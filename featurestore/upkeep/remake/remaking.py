@@ -130,7 +130,7 @@ class Remake:
         if asked != (found, plan.source_version) or snapshot.manifest.commit_id != plan.source_commit_id:
             raise StoreExistsError(
                 f"{self.storage.url} is becoming a store of snapshot {plan.source_version} of {plan.source} as"
-                f" {described(plan.info)}: go on with that, name another place, or remove it"
+                f" {described(plan.info)}: continue with that, name another place, or remove it"
             )
         return snapshot
 

@@ -41,7 +41,7 @@ class Images:
 
     @classmethod
     def of_uris(cls, uris: list[str]) -> "Images":
-        """Name images by uris; each stands for the key that it has by itself, and for any that it was stored under."""
+        """Name images by uris; each names the key that it has by itself, and any that it was stored under."""
         return cls(np.unique(keys_of_uris(uris)), frozenset(uris))
 
     @classmethod
@@ -51,13 +51,13 @@ class Images:
         return cls.of_uris(uris) if uris else cls.of_keys(keys)
 
     @property
-    def told(self) -> str:
+    def described(self) -> str:
         """Say how many there are, and by what they are named."""
         names, count = ("uri", len(self.uris)) if self.uris else ("key", len(self.keys_N))
         return f"{count:,} {names}{'' if count == 1 else 's'}"
 
     def are_in(self, keys_N: Int64Array, uris: Any) -> npt.NDArray[np.bool_]:
-        """Tell which rows are theirs, (N,); `uris` is an Arrow array, or None where there are none."""
+        """Return which rows are theirs, (N,); `uris` is an Arrow array, or None where there are none."""
         found_N = np.isin(keys_N, self.keys_N)
         if self.uris and uris is not None:
             found_N |= np.array([uri in self.uris for uri in uris.to_pylist()], np.bool_)
@@ -169,7 +169,7 @@ def _text_trace(storage: Storage, path: str, images: Images) -> Trace | None:
 
 
 def _names_one(value: Any, keys: frozenset[int], uris: frozenset[str], is_key: bool) -> bool:
-    """Tell whether a JSON value has one of the uris, also within a text, or one of the keys where a key stands."""
+    """Return whether a JSON value has one of the uris, also within a text, or one of the keys where a key is meant."""
     if isinstance(value, dict):
         return any(_names_one(each, keys, uris, KEY in name) or name in uris for name, each in value.items())
     if isinstance(value, list):  # an image in a report of a part is a list that begins with its key

@@ -130,7 +130,7 @@ class _Purge:
         return self.report
 
     def _remove(self, traces: Sequence[Trace]) -> bool:
-        """Remove what has traces; tell whether nothing came in between."""
+        """Remove what has traces; return whether nothing came in between."""
         bad = {trace.path for trace in traces if trace.path.startswith(f"{DATA}/")}
         manifests = [log.read(self.storage, version) for version in log.versions(self.storage)]
         affected = {each.version: each for each in manifests if _paths(each) & bad}
@@ -263,10 +263,10 @@ class _Purge:
                     self.storage.delete(f"{STAGING}/{run}")
             else:
                 self.report.young.append(f"{STAGING}/{run}")
-        beside = [path.removesuffix(".parquet") + ".stats.npy" for path in doomed]
+        next_to_them = [path.removesuffix(".parquet") + ".stats.npy" for path in doomed]
         self.report.num_files += len(doomed)
         if not self.dry_run:
-            self.storage.delete_files([*(path for path in beside if path in statistics), *doomed])
+            self.storage.delete_files([*(path for path in next_to_them if path in statistics), *doomed])
 
 
 def _paths(manifest: Manifest) -> set[str]:

@@ -62,10 +62,10 @@ class TensorBody:
         """Write the outputs that were asked for."""
         outputs = self._outputs(scores.scored[0])
         identity = scores.identity
-        told: dict[str, Any] = {"model_name": self.name, "model_version": str(identity.version)}
-        told |= {"id": self._id} if self._id is not None else {}
-        told["parameters"] = {f"vectors.{store}": snapshot for store, snapshot in identity.vectors.items()}
-        parts, answer = encode([(name, outputs[name], binary) for name, binary in self._asked.items()], told)
+        fields: dict[str, Any] = {"model_name": self.name, "model_version": str(identity.version)}
+        fields |= {"id": self._id} if self._id is not None else {}
+        fields["parameters"] = {f"vectors.{store}": snapshot for store, snapshot in identity.vectors.items()}
+        parts, answer = encode([(name, outputs[name], binary) for name, binary in self._asked.items()], fields)
         head = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
         if not parts:
             return WrittenAnswer(head, JSON)

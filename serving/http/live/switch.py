@@ -1,6 +1,6 @@
-"""The model that answers now, and the switch to a newer one while requests go on.
+"""The model that answers now, and the switch to a newer one while requests continue.
 
-A thread looks every few seconds for another version in use and for newer vectors, loads that model beside the old
+A thread looks every few seconds for another version in use and for newer vectors, loads that model next to the old
 one and warms it up; the event loop then replaces the one by the other between two batches and closes the old one. No
 batch is being scored at that moment, as scoring is in the loop as well, so the last reader is done. A version that
 cannot be loaded, or fails at its warm-up, is refused: the old one stays, and the new one is tried again after a while.
@@ -75,7 +75,7 @@ class LiveModel:
         if self._poll_failed:
             logger.info("can look for newer models again")
         self._poll_failed = False
-        self.metrics.tell_age(self.model)
+        self.metrics.record_age(self.model)
         if identity == self.model.identity:
             self._refused, self._wait_s = None, 0.0
             return
@@ -109,16 +109,16 @@ class LiveModel:
             model.close()
             raise
         logger.info(
-            "loaded %s, warmed up by %d requests, in %.1f s", told(identity), count, time.perf_counter() - start_s
+            "loaded %s, warmed up by %d requests, in %.1f s", described(identity), count, time.perf_counter() - start_s
         )
         return model
 
     def _use(self, model: Model) -> None:
         old, self._model = self._model, model
         self._refused, self._wait_s = None, 0.0
-        self.metrics.tell_model(model, switched=old is not None)
+        self.metrics.record_model(model, switched=old is not None)
         if old is not None:
-            logger.info("switched from %s to %s", told(old.identity), told(model.identity))
+            logger.info("switched from %s to %s", described(old.identity), described(model.identity))
             old.close()
 
     def _refuse(self, identity: Identity, error: Exception) -> None:
@@ -129,14 +129,14 @@ class LiveModel:
         self.metrics.switches.labels("refused").inc()
         logger.error(
             "refused %s, still serving %s: %s: %s",
-            told(identity),
-            told(self.model.identity),
+            described(identity),
+            described(self.model.identity),
             type(error).__name__,
             error,
         )
 
 
-def told(identity: Identity) -> str:
+def described(identity: Identity) -> str:
     """Describe a model for people: version 3 (vectors: images 17)."""
     stores = ", ".join(f"{store} {snapshot}" for store, snapshot in identity.vectors.items())
     return f"version {identity.version}" + (f" (vectors: {stores})" if stores else "")

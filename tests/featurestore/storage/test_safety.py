@@ -22,7 +22,7 @@ from tests.proxy import Fault, Proxy, proxy_before
 from tests.servers import environment_of, new_bucket
 
 IGNORED = "the condition (If-None-Match) is ignored"
-SEVERAL = "writers were told that they won"
+SEVERAL = "writers got the answer that they won"
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def test_an_open_quote_is_an_error_with_its_line(end: str) -> None:
 
 def test_a_value_of_very_many_lines_is_an_error() -> None:
     assert rows('a,b\n1,"' + "x\n" * MOST_BREAKS + '"\n') == {0: LongRow(2, MOST_BREAKS, False)}
-    with pytest.raises(CsvTextError, match=f"line 2: .* goes on over more than {MOST_BREAKS} lines"):
+    with pytest.raises(CsvTextError, match=f"line 2: .* continues over more than {MOST_BREAKS} lines"):
         rows('a,b\n1,"' + "x\n" * (MOST_BREAKS + 1) + '"\n')
 
 

@@ -181,7 +181,7 @@ class TestWriters:
             return log.read(nine.storage, 3)  # it saw snapshot 3 as the newest, and creates 4
 
         late = FeatureStore.open(nine.url)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="cannot tell whether"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="cannot find out whether"):
             patch.setattr(log, "read_manifest", away)
             log.append(late.storage, _Four())
 

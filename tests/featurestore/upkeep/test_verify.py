@@ -264,7 +264,7 @@ def test_two_uris_of_one_key_are_found_and_a_new_one_after_a_delete_is_none(
     store.put(rows)
     store.put(rows)
     found = problems_of(store)
-    assert len(found) == 1 and f"1 keys stand for two uris, {rows.keys_N[0]} is one" in found[0]
+    assert len(found) == 1 and f"1 keys belong to two uris, {rows.keys_N[0]} is one" in found[0]
 
 
 def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStore) -> None:

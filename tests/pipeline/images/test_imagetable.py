@@ -68,9 +68,9 @@ def test_the_first_of_equal_rows_stays():
 
 def test_the_first_collision_is_told():
     rows = [*(ref(number) for number in range(9)), *(ref(number) for number in range(5)), ref(3, "x"), ref(2, "y")]
-    with pytest.raises(KeyCollisionError, match=r"key 3 stands for two images, '3.jpg' and 'x': rename one"):
+    with pytest.raises(KeyCollisionError, match=r"key 3 belongs to two images, '3.jpg' and 'x': rename one"):
         ImageTable.of(rows)
-    with pytest.raises(KeyCollisionError, match=r"key 1 stands for two images, 'a' and 'b'"):
+    with pytest.raises(KeyCollisionError, match=r"key 1 belongs to two images, 'a' and 'b'"):
         ImageTable.of([ref(1, "b"), ref(1, "a")], by_uri=True)
 
 

@@ -157,7 +157,7 @@ def test_repeated_rows_count_once_and_two_uris_of_a_key_are_refused(folder):
     listing = list_images(write_csv(folder, "key,uri\n1,b.jpg\n2,a/z.PNG\n1,b.jpg\n"))
     assert [ref.key for ref in listing.images] == [1, 2]
     assert listing.num_ignored == 1
-    with pytest.raises(KeyCollisionError, match=r"key 1 stands for two images, 'b.jpg' and 'a/z.PNG'"):
+    with pytest.raises(KeyCollisionError, match=r"key 1 belongs to two images, 'b.jpg' and 'a/z.PNG'"):
         list_images(write_csv(folder, "key,uri\n1,b.jpg\n1,a/z.PNG\n"))
 
 

@@ -113,7 +113,7 @@ def test_other_vectors_are_refused(job, tmp_path, vectors_ND):
     pq.write_table(text, tmp_path / "a.parquet")
     job(tmp_path / "a.parquet")
     pq.write_table(pa.table({"id": ["a"], "feature": [[2.0] * DIM]}), tmp_path / "b.parquet")
-    assert "stands for two uris, 'x' and 'a'" in job(tmp_path / "b.parquet", code=1)
+    assert "belongs to two uris, 'x' and 'a'" in job(tmp_path / "b.parquet", code=1)
 
 
 def test_an_int8_store_takes_imports(job, tmp_path, vectors_ND):

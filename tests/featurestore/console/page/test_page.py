@@ -182,7 +182,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_bars_begin_at_zero_and_leave_out_what_is_no_number() -> None:
     marks = [Mark("a", 10), Mark("b", -10), Mark("c", None), Mark("d", math.nan), Mark("e", 0), Mark("f", math.inf)]
     plot = bars("Bars", marks)
-    assert plot is not None and plot.told == "Bars. a: 10; b: -10; e: 0"
+    assert plot is not None and plot.words == "Bars. a: 10; b: -10; e: 0"
     drawn = [shape.attributes for shape in plot.shapes if shape.attributes["class"] == "bar"]
     assert [(each["x"], each["width"]) for each in drawn] == [
         ("50.00%", "50.00%"),

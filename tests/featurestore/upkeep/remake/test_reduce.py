@@ -347,7 +347,7 @@ def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, t
         anew.put(rows_of(0, ROWS, seed=seed))
     assert anew.snapshot().version == 3
     with pytest.raises(
-        StoreExistsError, match=r"becoming a store of snapshot 3 .* go on with that, name another place"
+        StoreExistsError, match=r"becoming a store of snapshot 3 .* continue with that, name another place"
     ):
         reduce(anew, tmp_path / "new", 8)
 
