@@ -15,11 +15,11 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
-from tests.trainer.alike import all_alike
+from tests.trainer.alike import alike, all_alike
 from tests.trainer.conftest import Places, sample_table
 from tests.trainer.whole_runs import report_of, run_alone, tensors
 from trainer.comm import SoloComm
-from trainer.evaluation.metrics import auc
+from trainer.evaluation.metrics import auc, log_loss
 from trainer.evaluation.predict import Metrics, predict, predict_run
 from trainer.loop.pictures import LEAST, checked
 from trainer.models.newads import NewAds
@@ -92,15 +92,16 @@ def _opened(run: Path) -> Iterator[tuple[Opened, NewAds]]:
         yield opened, new_ads
 
 
-def _auc_of_new_ads(run: Path, *, pictures_count: bool | None = None) -> float:
-    """As the run is, or with or without pictures of new ads."""
-    known = predict_run(run)
-    assert known.is_new_ad_N is not None
+def _logits(run: Path, *, pictures_count: bool) -> np.ndarray:
+    """Predict with or without pictures of new ads, whatever the run has decided."""
     with _opened(run) as (opened, new_ads):
-        if pictures_count is not None:
-            new_ads.decide(pictures_count=pictures_count)
-        logit_N = predict(opened)
-    return auc(logit_N[known.is_new_ad_N], known.impressions.label_N[known.is_new_ad_N]) or 0
+        new_ads.decide(pictures_count=pictures_count)
+        return predict(opened)
+
+
+def _distance(logit_N: np.ndarray, label_N: np.ndarray) -> float:
+    """By how much logits of clicks are above the others, on average: as an AUC tells it, but a continuous number."""
+    return float(logit_N[label_N == 1].mean() - logit_N[label_N == 0].mean())
 
 
 @pytest.mark.parametrize(("store", "counts"), [("right", True), ("wrong", False)])
@@ -111,9 +112,15 @@ def test_what_ranks_new_ads_better_holds(request: pytest.FixtureRequest, store: 
     assert metrics["new_ad_impressions"] >= LEAST
     assert tensors(run)[COUNTS] == counts
     assert report_of(run)["new_ad_pictures_count"] is counts
-    other = _auc_of_new_ads(run, pictures_count=not counts)
-    assert _auc_of_new_ads(run) == pytest.approx(metrics["new_ad_auc"], abs=1e-4)
-    assert metrics["new_ad_auc"] > other + 0.02
+    known = predict_run(run)
+    held_N, other_N = (_logits(run, pictures_count=each) for each in (counts, not counts))
+    np.testing.assert_allclose(known.logit_N, held_N, rtol=0, atol=1e-9)
+    label_N, is_new_N = known.impressions.label_N, known.is_new_ad_N
+    assert metrics["logloss"] == pytest.approx(log_loss(held_N, label_N), abs=1e-6)
+    assert is_new_N is not None
+    label_N, held_N, other_N = label_N[is_new_N], held_N[is_new_N], other_N[is_new_N]
+    assert metrics["new_ad_auc"] == alike("new_ad_auc", auc(held_N, label_N))
+    assert _distance(held_N, label_N) > _distance(other_N, label_N) + 0.5
 
 
 @pytest.mark.parametrize("store", ["right", "wrong"])

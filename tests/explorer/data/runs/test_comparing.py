@@ -14,6 +14,7 @@ from explorer.data.runs import comparing
 from explorer.data.runs.comparing import COMPARED, NEW_ADS, RunDifference, RunsCompared, compare_runs
 from explorer.places import Places
 from tests.explorer.world import World
+from tests.trainer.alike import alike
 from trainer.evaluation import predict
 from trainer.evaluation.compare import compare
 from trainer.evaluation.predict import Predictions, predict_run
@@ -40,7 +41,8 @@ def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
     assert [(each.run, each.metric) for each in found.verdicts] == [("both", "gauc"), ("both-longer", "gauc")]
     for each in found.of("both"):
         other = expected[each.metric]
-        assert (each.value, each.low, each.high) == pytest.approx((other.value, other.low, other.high), abs=1e-6)
+        for name in ("value", "low", "high"):
+            assert getattr(each, name) == alike(each.metric, getattr(other, name), within=1e-6)
     assert found.problems == {}
     assert found.impressions == len(ours.logit_N)
     assert {each.run for each in found.differences} == {"both", "both-longer"}
