@@ -10,7 +10,7 @@ from featurestore import FeatureStore, StoreInfo, log, shard_of
 from featurestore.errors import CommitConflictError, StorageError, StoreExistsError
 from featurestore.spec import Manifest
 from featurestore.storage.storage import Storage
-from tests.featurestore.faulty import Fault, fails, faulty, made_but_lost
+from tests.faulty import Fault, fails, faulty, made_but_lost, opened_faulty
 
 
 def history(store: FeatureStore) -> list[Manifest]:
@@ -108,19 +108,14 @@ def test_the_manifest_counts_what_it_names(store: FeatureStore, make_rows, info:
 def test_a_store_whose_answer_was_lost_is_made_once(
     tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = Storage.create_exclusive
+    def lost(create: Fault, path: str, data: bytes) -> bool:
+        return bool(made_but_lost(create, path, data) if path == "store.json" else create(path, data))
 
-    def lost(self: Storage, path: str, data: bytes) -> bool:
-        done = create(self, path, data)
-        if path == "store.json":
-            raise StorageError("connection reset")
-        return done
-
-    def denied(self: Storage, path: str, data: bytes) -> bool:
-        return create(self, path, data) and path != "store.json"
+    def denied(create: Fault, path: str, data: bytes) -> bool:
+        return bool(create(path, data)) and path != "store.json"
 
     for name, answer in (("lost", lost), ("denied", denied)):
-        monkeypatch.setattr(Storage, "create_exclusive", answer)
+        opened_faulty(monkeypatch, {"create_exclusive": answer}, "featurestore.store")
         mine = FeatureStore.create(tmp_path / name, info)
         assert FeatureStore.open(tmp_path / name).info == mine.info
         with pytest.raises(StoreExistsError):  # made alike, but not here

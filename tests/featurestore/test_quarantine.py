@@ -6,7 +6,7 @@ from featurestore import quarantine
 from featurestore.errors import StorageError
 from featurestore.quarantine import QuarantineRow
 from featurestore.storage.storage import Storage
-from tests.featurestore.faulty import FaultyStorage, fails
+from tests.faulty import FaultyStorage, fails
 
 
 def row(key, time_s, reason="broken"):

@@ -20,7 +20,7 @@ from featurestore.errors import (
 )
 from featurestore.format.datafile import schema_of
 from featurestore.staging import read_shards_of_parts
-from tests.featurestore.faulty import faulty
+from tests.faulty import faulty
 from tests.metadata import metadata_of
 
 

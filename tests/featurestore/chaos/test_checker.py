@@ -5,7 +5,7 @@ import pytest
 
 from featurestore import FeatureRows, log
 from featurestore.commit import Commit
-from tests.featurestore.faulty import faulty, preceded_by
+from tests.faulty import faulty, preceded_by
 
 URIS = [f"u{i}" for i in range(8)]
 

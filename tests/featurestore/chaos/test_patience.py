@@ -11,7 +11,7 @@ from featurestore import FeaturePartition, key_of_uri
 from featurestore.errors import CorruptFileError, FeatureStoreError
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.pins import pin
-from tests.featurestore.faulty import faulty, preceded_by
+from tests.faulty import faulty, preceded_by
 
 DAY_S = 86400.0
 URIS = [f"u{i}" for i in range(8)]

@@ -27,7 +27,7 @@ from featurestore.upkeep.history import log as log_of_store
 from featurestore.upkeep.pins import read_pins
 from featurestore.upkeep.promotion.moving import move_channel, remove_channel
 from featurestore.upkeep.verify import verify
-from tests.featurestore.faulty import faulty, made_but_lost, preceded_by
+from tests.faulty import faulty, made_but_lost, preceded_by
 
 pytestmark = pytest.mark.long
 

@@ -16,7 +16,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from featurestore.upkeep.history import restore
-from tests.featurestore.faulty import fails, faulty
+from tests.faulty import fails, faulty
 from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.long

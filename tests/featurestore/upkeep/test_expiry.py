@@ -20,7 +20,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.pins import pin, unpin
 from featurestore.upkeep.repair import repair
-from tests.featurestore.faulty import faulty
+from tests.faulty import faulty
 
 pytestmark = pytest.mark.long
 

@@ -20,7 +20,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, restore
 from featurestore.upkeep.history import log as log_of
 from featurestore.upkeep.pins import pin
-from tests.featurestore.faulty import faulty, preceded_by
+from tests.faulty import faulty, preceded_by
 
 T0 = 1_800_000_000.0
 

@@ -18,7 +18,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, read_pins, unpin
-from tests.featurestore.faulty import faulty, made_but_lost, preceded_by
+from tests.faulty import faulty, made_but_lost, preceded_by
 
 
 def expire_all_but_the_newest(store: FeatureStore) -> None:

@@ -23,7 +23,7 @@ from featurestore.upkeep.takedown.absence import Images, find_traces
 from featurestore.upkeep.takedown.purge import PurgeReport
 from featurestore.upkeep.takedown.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
-from tests.featurestore.faulty import Fault, FaultyStorage
+from tests.faulty import Fault, FaultyStorage
 
 pytestmark = pytest.mark.long
 

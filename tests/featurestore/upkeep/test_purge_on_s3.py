@@ -15,7 +15,7 @@ from featurestore.upkeep.keyfiles import read_keys
 from featurestore.upkeep.promotion.moving import move_channel
 from featurestore.upkeep.takedown.absence import Images
 from featurestore.upkeep.verify import verify
-from tests.featurestore.faulty import FaultyStorage
+from tests.faulty import FaultyStorage
 from tests.featurestore.upkeep.test_purge import GONE, Killed, contents, purge, run, without
 
 

@@ -14,7 +14,6 @@ from featurestore.__main__ import app
 from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.log import manifest_path
 from featurestore.spec import FileEntry
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.filecheck import readable_keys
@@ -22,7 +21,7 @@ from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin
 from featurestore.upkeep.repair import RepairReport, repair
 from featurestore.upkeep.verify import verify
-from tests.featurestore.faulty import faulty, preceded_by
+from tests.faulty import Fault, faulty, preceded_by
 
 SHARD = 3
 
@@ -348,22 +347,18 @@ class Killed(BaseException):
     """As good as a kill: nothing in between catches it."""
 
 
-def repair_until(patch: pytest.MonkeyPatch, store: FeatureStore, num_writes: int) -> bool:
+def repair_until(store: FeatureStore, num_writes: int) -> bool:
     """Repair a store, killed before a write; whether it came to its end first."""
     writes = iter(range(num_writes))
 
-    def mortal(whole: Callable[..., object]) -> Callable[..., object]:
-        def write(*arguments: object) -> object:
-            if next(writes, None) is None:
-                raise Killed
-            return whole(*arguments)
+    def mortal(write: Fault, *arguments: object) -> object:
+        if next(writes, None) is None:
+            raise Killed
+        return write(*arguments)
 
-        return write
-
-    for name in ("write_bytes", "create_exclusive", "open_output", "delete_files"):
-        patch.setattr(Storage, name, mortal(getattr(Storage, name)))
+    names = ("write_bytes", "create_exclusive", "open_output", "delete_files")
     try:
-        repair(store)
+        repair(faulty(store, **dict.fromkeys(names, mortal)))
     except Killed:
         return False
     return True
@@ -372,7 +367,7 @@ def repair_until(patch: pytest.MonkeyPatch, store: FeatureStore, num_writes: int
 @pytest.mark.long
 @pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_write_it_is_whole_after_the_next_run(
-    filled: FeatureStore, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled: FeatureStore, step: int, tmp_path: Path
 ) -> None:
     """Before each second one; before each of them in the slow."""
     spoil(filled, manifest_path(3))
@@ -381,8 +376,7 @@ def test_killed_before_any_write_it_is_whole_after_the_next_run(
     spoil_features(filled, delta)
     for num_writes in range(0, 100, step):
         store = FeatureStore.open(shutil.copytree(filled.url, tmp_path / str(num_writes)))
-        with monkeypatch.context() as patch:
-            done = repair_until(patch, store, num_writes)
+        done = repair_until(store, num_writes)
         repair(store)
         assert everything(store) == {key: row for key, row in before.items() if key not in lost}
         assert verify(store).problems == [] and {row.key for row in store.quarantine_rows()} == lost

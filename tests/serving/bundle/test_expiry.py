@@ -16,6 +16,7 @@ from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.bundle.upkeep.expiry import ExpireReport, expire
 from serving.errors import BrokenBundleError, BundleNotFoundError
+from tests.faulty import Fault, FaultyStorage
 from tests.serving.bundle.conftest import Exported, export
 
 DAY_S = 24 * 3600
@@ -42,8 +43,8 @@ class Versions:
         choice = log.use(self.storage, version)
         self.age(self.folder / "use" / f"{choice.choice:020}.json", days_ago)
 
-    def expire(self, **options: float) -> ExpireReport:
-        return expire(self.storage, **{"keep_last": 1, "keep_days": 0, "grace_days": 1, **options})  # type: ignore[arg-type]
+    def expire(self, storage: Storage | None = None, **options: float) -> ExpireReport:
+        return expire(storage or self.storage, **{"keep_last": 1, "keep_days": 0, "grace_days": 1, **options})  # type: ignore[arg-type]
 
     @property
     def there(self) -> list[int]:
@@ -179,19 +180,15 @@ def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatc
 
 
 def test_cut_off_between_manifest_and_files_the_next_run_continues(
-    versions: Versions, monkeypatch: pytest.MonkeyPatch
+    versions: Versions,
 ) -> None:
-    real = Storage.delete
-
-    def killed(storage: Storage, path: str) -> None:
+    def killed(delete: Fault, path: str) -> None:
         if path.startswith(BUNDLES):
             raise KeyboardInterrupt
-        real(storage, path)
+        delete(path)
 
-    monkeypatch.setattr(Storage, "delete", killed)
     with pytest.raises(KeyboardInterrupt):
-        versions.expire()
-    monkeypatch.undo()
+        versions.expire(FaultyStorage(versions.storage, {"delete": killed}))
     report = versions.expire()
     assert (report.expired, report.num_leftovers) == ((2, 3), 1)
     assert versions.there == [4]

@@ -1,6 +1,5 @@
 """Versions and the choice among them: numbered, immutable, two writers at once; what is damaged is refused by name."""
 
-import errno
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from featurestore.errors import StorageError
-from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import compact
@@ -25,6 +23,7 @@ from serving.bundle.open import Bundle, BundleIdentity
 from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.version import ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
+from tests.faulty import Fault, fails, opened_faulty
 from tests.serving.bundle.conftest import Exported, export, no_network, no_scores
 from trainer.runs.folder import finished
 
@@ -279,17 +278,15 @@ def test_a_full_disk_publishes_nothing(
     url: str, made: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
 ) -> None:
     left = [at]
-    real = DiskFiles.open_output
 
-    def full(disk: DiskFiles, path: str) -> Any:
-        left[0] -= BUNDLES in f"{disk.path(path)}"
-        if left[0] == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(disk, path)
+    def full(write: Any, path: str, *data: bytes) -> Any:
+        left[0] -= BUNDLES in write.__self__.full(path)
+        return write(path, *data) if left[0] else fails("No space left on device")(write)
 
     monkeypatch.setattr("serving.bundle.export.refuse_unsafe", lambda storage: None)
     monkeypatch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
-    monkeypatch.setattr(DiskFiles, "open_output", full)
+    plan: dict[str, Fault] = {"open_output": full, "write_bytes": full}
+    opened_faulty(monkeypatch, plan, "serving.bundle.export", "featurestore.store")
     with pytest.raises(StorageError, match="No space left on device"):
         export(url, made.run)
     assert left[0] <= 0

@@ -10,7 +10,7 @@ import pytest
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.index import VectorIndex
 from featurestore.spec import IndexKind
-from featurestore.storage.storage import Storage
+from tests.faulty import Fault, opened_faulty
 from tests.featurestore.test_index import two_towers
 from trainer.errors import AdIndexError
 from trainer.prerank.artifact import AdIndex, IndexOrigin
@@ -126,11 +126,11 @@ def test_two_additions_at_once_do_not_lose_one(url: str) -> None:
 
 
 def test_what_a_killed_build_left_is_removed_by_a_later_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(self: Storage, path: str, data: bytes) -> bytes:
+    def killed(call: Fault, path: str, data: bytes) -> bytes:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "create_or_read", killed)
+        opened_faulty(patch, {"create_or_read": killed}, "trainer.prerank.artifact")
         with pytest.raises(KeyboardInterrupt):
             AdIndex.build(url, "flat", KEYS, vectors(4, seed=2), ORIGIN)
     assert len(names(Path(url))) == 5

@@ -11,7 +11,7 @@ import torch
 from featurestore.errors import StorageError
 from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
-from tests.featurestore.faulty import FaultyStorage, fails, made_but_lost, while_set
+from tests.faulty import FaultyStorage, fails, made_but_lost, while_set
 from tests.fuse import FORK, Fuse
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, state_at
 from trainer.comm import Comm, SoloComm

@@ -5,6 +5,8 @@ from functools import partial
 from threading import Event
 from typing import Any
 
+import pytest
+
 from featurestore import FeatureStore
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
@@ -24,6 +26,16 @@ class FaultyStorage(Storage):
 def faulty(store: FeatureStore, **plan: Fault) -> FeatureStore:
     """Open a store through a FaultyStorage."""
     return FeatureStore(FaultyStorage(store.storage, plan), store.info)
+
+
+def opened_faulty(patch: pytest.MonkeyPatch, plan: dict[str, Fault], *modules: str) -> None:
+    """Let modules that open a place by its address open it through a FaultyStorage."""
+
+    def opened(url: str, keep_inside: bool = False) -> Storage:
+        return FaultyStorage(Storage(url, keep_inside), plan)
+
+    for module in modules:
+        patch.setattr(f"{module}.Storage", opened)
 
 
 def fails(message: str) -> Fault:
