@@ -12,6 +12,7 @@ FeatureStoreError
 ├── SpecMismatchError       features of another network, dtype or width
 ├── AnotherStoreError       a store of the same kind, but not the one that something was made of
 ├── InvalidRowsError        rows that no store may hold (NaN, wrong shape)
+│   ├── DimsError           a width that a compact store of these rows cannot have
 │   ├── KeyCollisionError   two uris under one key
 │   └── KeyFileError        a file of keys or uris that has something else
 ├── MissingKeysError        keys without a feature
@@ -26,6 +27,7 @@ FeatureStoreError
 │   ├── DeadlineError       no answer in time
 │   └── AccessError         a token or a certificate is refused
 └── StorageError            the disk or the object store refused
+    ├── NotAFolderError     a file is there where a folder is needed
     ├── BucketNotFoundError the object store has no such bucket
     └── UnsafeBackendError  the place cannot hold a store: its exclusive create is not atomic
 
@@ -65,6 +67,8 @@ class StoreNotFoundError(FeatureStoreError):
 class StoreExistsError(FeatureStoreError):
     """A store is at the address already."""
 
+    exit_code = USAGE
+
 
 class SnapshotNotFoundError(FeatureStoreError):
     """The version was never committed, or its manifest has been removed."""
@@ -98,6 +102,12 @@ class AnotherStoreError(FeatureStoreError):
 
 class InvalidRowsError(FeatureStoreError):
     """Rows that no store may hold: not finite, wrong shape or dtype."""
+
+
+class DimsError(InvalidRowsError):
+    """A compact store of these rows cannot have this width."""
+
+    exit_code = USAGE
 
 
 class KeyCollisionError(InvalidRowsError):
@@ -164,6 +174,12 @@ class AccessError(ServerError):
 
 class StorageError(FeatureStoreError):
     """The disk or the object store refused; the cause is kept."""
+
+
+class NotAFolderError(StorageError):
+    """A file is there where a folder is needed."""
+
+    exit_code = USAGE
 
 
 class BucketNotFoundError(StorageError):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, StorageError
+from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, NotAFolderError, StorageError
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.storage.remote import (
     Names,
@@ -222,7 +222,7 @@ class Storage:
             with self._disk.open_output(path) as file:
                 yield file
         except OSError as error:
-            raise StorageError(f"cannot write {self.full(path)}: {error}") from error
+            raise self._disk_error("write", path, error) from error
 
     @contextlib.contextmanager
     def _translated(self, action: str, path: str, writing: bool = False) -> Iterator[None]:
@@ -240,10 +240,19 @@ class Storage:
                 raise BucketNotFoundError(f"cannot {action} {self.full(path)}: {self._no_bucket}") from error
             if self._keep_inside and self.is_local and getattr(error, "errno", 0) == errno.EIO and not writing:
                 raise CorruptFileError(f"{self.full(path)} cannot be read from the disk: {error}") from error
+            if self.is_local:
+                raise self._disk_error(action, path, error) from error
             reason = reason_of(error)
-            if isinstance(error, PermissionError) and not self.is_local:
+            if isinstance(error, PermissionError):
                 reason = f"{reason.removesuffix('.')}; are the credentials right?"
             raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error
+
+    def _disk_error(self, action: str, path: str, error: Exception) -> StorageError:
+        full = Path(self.full(path))
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            file = next((part for part in reversed(full.parents) if part.exists() and not part.is_dir()), full)
+            return NotAFolderError(f"{file} is a file: a folder is needed here")
+        return StorageError(f"cannot {action} {full}: {reason_of(error)}")
 
 
 class _RangeReader(io.RawIOBase):

@@ -36,7 +36,6 @@ from pipeline.samples.build import (
     BUCKET_ROWS,
     DAY_S,
     FEWER_ROWS,
-    QUARANTINE_FILE,
     SHUFFLE_FOLDER,
     LogTables,
     check_train,
@@ -60,7 +59,7 @@ from pipeline.samples.files import (
 from pipeline.samples.groups import DAY
 from pipeline.samples.logs import users_of
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows
-from pipeline.samples.publish import MARK, NewFiles, replaced_files
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, replaced_files
 from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, write_quarantine
 
 SPLITS = ("train", "test")

@@ -34,7 +34,7 @@ from pipeline.samples.files import (
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
-from pipeline.samples.publish import MARK, replaced_files
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from pipeline.samples.schema import write_suggested
 from pipeline.samples.shuffle import ShuffledPiece, shuffle_pieces, write_quarantine
 from pipeline.samples.summary import summarise
@@ -45,7 +45,6 @@ LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files 
 FEW_BUCKETS = 64  # which cost nothing worth to speak of
 TASKS_PER_THREAD = 2  # that read logs: few, but one slow file keeps nobody waiting for long
 SHUFFLE_FOLDER = "shuffle"
-QUARANTINE_FILE = "quarantine.parquet"
 FEWER_ROWS = "raise --partitions, or give workers more memory"
 
 

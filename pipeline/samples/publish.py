@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,12 +30,33 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
 from pipeline.errors import SampleError, SampleOptionError
 
-MARK = "summary.json"  # a folder without it was not made here, and is not replaced
+MARK = "summary.json"
+QUARANTINE_FILE = "quarantine.parquet"
+CODEBOOK_FILE = "codebook.safetensors"
 LOCK = ".lock"
 KEEP_DAYS = 7
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _UPLOADS = 4  # at once, each with its file in memory
 _DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What a folder holds, and the names in it that show this: a folder without any of them is not replaced."""
+
+    name: str
+    shown_by: tuple[str, ...]
+    refuted_by: str | None = None
+
+    def problem(self, names: Container[str]) -> str | None:
+        """Say what shows that a folder with these names holds something else; None where nothing does."""
+        if self.refuted_by is not None and self.refuted_by in names:
+            return f"has {self.refuted_by}"
+        return next((f"has no {name}" for name in self.shown_by if name not in names), None)
+
+
+SAMPLES = FolderContent("samples", (MARK, "train"), refuted_by=CODEBOOK_FILE)
+SEMANTIC_IDS = FolderContent("semantic IDs", (MARK, CODEBOOK_FILE))
 
 
 @dataclass(frozen=True)
@@ -55,7 +76,7 @@ class NewFiles:
 @contextlib.contextmanager
 def replaced_files(
     target: str,
-    what: str = "samples",
+    content: FolderContent = SAMPLES,
     *,
     before: Storage | None = None,
     spared: Mapping[str, str] | None = None,
@@ -72,7 +93,7 @@ def replaced_files(
     """
     place = Storage(target) if target.strip() else None
     if place is None or place.is_local:
-        with replaced_folder(place.url if place and "://" in target else target, what, spared) as folder:
+        with replaced_folder(place.url if place and "://" in target else target, content, spared) as folder:
             new = NewFiles(folder, before or Storage(target))
             folder_before = _inode(new.before)
             yield new
@@ -82,7 +103,7 @@ def replaced_files(
                 raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
         return
     new_before = before or open_published(target)
-    _check_publishable(new_before, what)
+    _check_publishable(new_before, content)
     if not isinstance(new_before, PublishedFiles):
         refuse_unsafe(place)
     try:
@@ -91,7 +112,7 @@ def replaced_files(
             yield new
             _publish(place, new, before is not None)
     except OSError as error:
-        raise SampleError(f"cannot make the {what} for {target}: {error or type(error).__name__}") from error
+        raise SampleError(f"cannot make the {content.name} for {target}: {error or type(error).__name__}") from error
     expire(place, keep_days * _DAY_S)
 
 
@@ -137,40 +158,40 @@ def _version(before: Storage) -> PublishedVersion:
     return PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
-def _check_publishable(before: Storage, what: str) -> None:
+def _check_publishable(before: Storage, content: FolderContent) -> None:
     names = set(before.list()) - {FILES, VERSIONS}  # these may be of a first build that was killed
-    if names and MARK not in names:
-        raise SampleError(
-            f"{before.url} has files that are no {what} (it has no {MARK}); name another place or empty it"
+    if names and (problem := content.problem(names)):
+        raise SampleOptionError(
+            f"{before.url} has files that are no {content.name} (it {problem}); name another place or empty it"
         )
 
 
 @contextlib.contextmanager
 def replaced_folder(
-    target: str | Path, what: str = "samples", spared: Mapping[str, str] | None = None
+    target: str | Path, content: FolderContent = SAMPLES, spared: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
     """Give an empty folder next to `target` that takes its place when the block ends, and goes when it raises.
 
-    The block writes MARK into it. `what` it holds is named in messages. What killed runs left next to `target` goes as
-    well. Raises SampleError when `target` is there and is not ours, and
-    in place of an OSError, the block's too: a full disk, a place that cannot be written. Raises SampleOptionError where
-    `target` names no folder, or the place that the program runs in or one of `spared` (by options) would go with it.
+    The block writes the files of `content` into it. What killed runs left next to `target` goes as well. Raises
+    SampleError when `target` is there and holds something else, and in place of an OSError, the block's too: a full
+    disk, a place that cannot be written. Raises SampleOptionError where `target` names no folder, or the place that the
+    program runs in or one of `spared` (by options) would go with it.
     """
-    _check_named(str(target), what, spared or {})
+    _check_named(str(target), content.name, spared or {})
     try:
-        with _replaced_folder(Path(target), what) as building:
+        with _replaced_folder(Path(target), content) as building:
             yield building
     except OSError as error:
-        raise SampleError(f"cannot make the {what} in {target}: {error or type(error).__name__}") from error
+        raise SampleError(f"cannot make the {content.name} in {target}: {error or type(error).__name__}") from error
 
 
 @contextlib.contextmanager
-def _replaced_folder(target: Path, what: str) -> Iterator[Path]:
-    _check_replaceable(target, what)
+def _replaced_folder(target: Path, content: FolderContent) -> Iterator[Path]:
+    _check_replaceable(target, content)
     with _building(target.parent, f".{target.name}.building-") as building:
         yield building
         (building / LOCK).unlink()
-        _check_replaceable(target, what)
+        _check_replaceable(target, content)
         _swap(building, target)
 
 
@@ -206,14 +227,15 @@ def _check_named(target: str, what: str, spared: Mapping[str, str]) -> None:
             )
 
 
-def _check_replaceable(target: Path, what: str) -> None:
+def _check_replaceable(target: Path, content: FolderContent) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise SampleError(f"{target} is a file; name a folder for the {what}")
-    if any(target.iterdir()) and not (target / MARK).is_file():
-        raise SampleError(
-            f"{target} has files that are no {what} (it has no {MARK}), and its content would be replaced; "
+        raise SampleOptionError(f"{target} is a file; name a folder for the {content.name}")
+    names = {path.name for path in target.iterdir()}
+    if names and (problem := content.problem(names)):
+        raise SampleOptionError(
+            f"{target} has files that are no {content.name} (it {problem}), and its content would be replaced; "
             "name another folder or empty it"
         )
 

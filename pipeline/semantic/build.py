@@ -11,7 +11,7 @@ from featurestore.store import FeatureStore
 from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import DEFAULT_STORE, SemanticOptions
-from pipeline.samples.publish import MARK, replaced_files
+from pipeline.samples.publish import CODEBOOK_FILE, MARK, SEMANTIC_IDS, replaced_files
 from pipeline.samples.schema import schema_beside
 from pipeline.semantic import codebook as books
 from pipeline.semantic.codebook import Codebook
@@ -52,10 +52,10 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
     codebook = _codebook(vectors, options)
     before, recorded = _before(options, codebook)
     with replaced_files(
-        options.out, "semantic IDs", before=before, scratch=options.scratch, keep_days=options.keep_days
+        options.out, SEMANTIC_IDS, before=before, scratch=options.scratch, keep_days=options.keep_days
     ) as new:
         folder = new.folder
-        (folder / books.FILE).write_bytes(codebook.to_bytes())
+        (folder / CODEBOOK_FILE).write_bytes(codebook.to_bytes())
         with progress_bar("assigning codes", vectors.num_parts) as bar:
             assigned = assign(vectors, codebook, folder / FOLDER, bar.advance)
         rewritten: RewrittenSamples | None = None

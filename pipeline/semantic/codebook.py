@@ -23,7 +23,6 @@ from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError
 
 Float32Array = npt.NDArray[np.float32]
-FILE = "codebook.safetensors"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from featurestore.console.files import write_json
-from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.publish import MARK, FolderContent, replaced_folder
 from pipeline.xdl.line import Tokens, XdlLine, format_line
 
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
+CONTENT = FolderContent("random data", (MARK, TEXT_FILE))
 _BLOCK_NUMBERS = 1 << 22
 
 
@@ -40,7 +41,7 @@ def draw(options: DrawOptions, target: Path, advance: Callable[[int], None] = la
     from pipeline.vectors.xdl import NUM_FILES  # loads pyarrow: not for the help of the job
     from pipeline.xdl.images import append_records
 
-    with replaced_folder(target, "random data") as folder:
+    with replaced_folder(target, CONTENT) as folder:
         with (folder / TEXT_FILE).open("w", encoding="utf-8") as file:
             file.writelines(f"{format_line(line)}\n" for line in draw_lines(options))
         images = folder / IMAGE_FOLDER

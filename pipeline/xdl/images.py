@@ -12,8 +12,10 @@ import numpy.typing as npt
 from featurestore.console.files import write_json
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.publish import MARK, FolderContent, replaced_folder
 from pipeline.vectors.xdl import NUM_FILES, record_dtype
+
+CONTENT = FolderContent("XDL's files", (MARK, "data.0"))
 
 
 def export_images(snapshot: Snapshot, target: Path, advance: Callable[[int], None] = lambda rows: None) -> int:
@@ -23,7 +25,7 @@ def export_images(snapshot: Snapshot, target: Path, advance: Callable[[int], Non
     where the folder holds anything else, or cannot be written; CorruptFileError.
     """
     num_rows = 0
-    with replaced_folder(target, "XDL's files") as folder:
+    with replaced_folder(target, CONTENT) as folder:
         for number in range(NUM_FILES):
             (folder / f"data.{number}").touch()  # XDL opens all of them
         for shard in sorted(snapshot.manifest.shards):

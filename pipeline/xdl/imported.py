@@ -17,14 +17,13 @@ from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import XdlOptions
-from pipeline.samples.publish import MARK, NewFiles, digest_of
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, digest_of
 from pipeline.xdl.fields import SeenFields, XdlField, seen_of_table
 
 SPLITS = ("train", "test")
 SEEN_FILE = "fields.parquet"
 SEEN_FOLDER = "seen"
 """Of each file what SEEN_FILE has of all together, under its number."""
-QUARANTINE_FILE = "quarantine.parquet"
 Place = tuple[bool, str, str]
 _FREE = ("source", "samples", "test_source", "add", "scratch", "keep_days")
 """Options that may differ from those of the samples that files are added to."""

@@ -23,12 +23,11 @@ from pipeline.errors import SampleError
 from pipeline.options import XdlOptions
 from pipeline.samples.files import FORMAT
 from pipeline.samples.mapping import names_in
-from pipeline.samples.publish import MARK, replaced_files
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from pipeline.vectors.source import find_files
 from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan, seen_table
 from pipeline.xdl.groups import ReadRules, XdlGroup, group_samples, read_sample, schema_of, table_of
 from pipeline.xdl.imported import (
-    QUARANTINE_FILE,
     SEEN_FILE,
     SEEN_FOLDER,
     SPLITS,

@@ -99,7 +99,7 @@ def export_model(
     """
     saved, storage = read_run(options.run, options.checkpoint), Storage(url)
     tables = SavedTables(saved)
-    log.refuse_store(storage)
+    log.refuse_others(storage)
     refuse_unsafe(storage)
     notes = _clean(storage)
     bundle_id = uuid.uuid4().hex

@@ -11,7 +11,7 @@ from featurestore.spec import read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
 from serving.bundle import MODELS
-from serving.bundle.manifest import LOG, USE, BundleManifest, Choice
+from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError
 
 
@@ -19,6 +19,16 @@ def refuse_store(storage: Storage) -> None:
     """Refuse the place of a feature store: its snapshots are numbered in a log as well. Raises BundleNotFoundError."""
     if INFO_PATH in storage.list():
         raise BundleNotFoundError(f"{storage.url} is a feature store, and no model: name a model's folder")
+
+
+def refuse_others(storage: Storage) -> None:
+    """Refuse a place with files that are no model's. Raises BundleNotFoundError."""
+    refuse_store(storage)
+    names = storage.list()
+    if names and not {BUNDLES, LOG}.intersection(names):
+        raise BundleNotFoundError(
+            f"{storage.url} has files that are no model's ({names[0]}): name a folder that is empty, or not there yet"
+        )
 
 
 def publish(storage: Storage, manifest_of: Callable[[int], BundleManifest]) -> BundleManifest:

@@ -270,5 +270,5 @@ def test_mistakes_are_one_message(job, lines, tmp_path):
     assert "no sample group" in job("export-samples", "--samples", tmp_path / "no", "--to", tmp_path / "o", code=2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis").touch()
-    assert "mine has files that are no random data" in job("random", "--out", tmp_path / "mine", code=1)
+    assert "mine has files that are no random data" in job("random", "--out", tmp_path / "mine", code=2)
     assert "--images 3" in job("random", "--out", tmp_path / "o", "--images", 3, "--ids", 9, code=2)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
-from featurestore.errors import InvalidRowsError
+from featurestore.errors import DimsError, InvalidRowsError
 from featurestore.format.basis import Basis, BasisOrigin, Float64Array
 from featurestore.format.datafile import URI, matrix_of
 from featurestore.snapshot import Snapshot
@@ -37,9 +37,7 @@ def principal_components(
     """
     info = snapshot.info
     if not 1 <= dims <= info.dim:
-        raise InvalidRowsError(
-            f"dims={dims}: {snapshot.storage.url} has rows of {info.dim} numbers; choose 1 to {info.dim}"
-        )
+        raise DimsError(f"dims={dims}: {snapshot.storage.url} has rows of {info.dim} numbers; choose 1 to {info.dim}")
     num_rows = snapshot.num_rows
     if dims >= num_rows:
         raise InvalidRowsError(

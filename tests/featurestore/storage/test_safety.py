@@ -142,8 +142,8 @@ def test_every_flaw_is_named(tmp_path: Path, flaw: str, reason: str) -> None:
 def test_a_place_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     result = CliRunner().invoke(app, ["check-backend", str(tmp_path / "file")])
-    assert result.exit_code == 1
-    assert "error: cannot create" in result.stderr and "unsafe" not in result.stderr
+    assert result.exit_code == 2
+    assert "/file is a file: a folder is needed" in result.stderr and "unsafe" not in result.stderr
 
 
 def test_a_racer_that_dies_ends_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from featurestore.errors import AddressError, CorruptFileError, StorageError
+from featurestore.errors import AddressError, CorruptFileError, NotAFolderError, StorageError
 from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 from tests.servers import client_of, fill
@@ -189,7 +189,7 @@ class TestMoto(StorageContract):
             storage.read_bytes("a")
 
 
-def test_a_refusing_disk_is_a_storage_error_with_its_cause(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     storage = Storage(tmp_path / "file")  # a folder is needed where a file is
     for attempt in (
@@ -198,7 +198,7 @@ def test_a_refusing_disk_is_a_storage_error_with_its_cause(tmp_path: Path) -> No
         lambda: storage.read_bytes("a"),
         lambda: storage.delete("a"),
     ):
-        with pytest.raises(StorageError, match="cannot") as caught:
+        with pytest.raises(NotAFolderError, match=f"^{tmp_path}/file is a file: ") as caught:
             attempt()
         assert isinstance(caught.value.__cause__, OSError)
 

@@ -2,16 +2,18 @@
 
 import dataclasses
 import random
+from pathlib import Path
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster
 
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import pieces as pieces_module
 from pipeline.samples.build import build_samples
-from pipeline.samples.publish import replaced_folder
+from pipeline.samples.publish import MARK, SAMPLES, SEMANTIC_IDS, FolderContent, replaced_folder
+from pipeline.xdl import draw, images
 from tests.pipeline.samples.rows import (
     DAY_S,
     all_bytes,
@@ -24,6 +26,8 @@ from tests.pipeline.samples.rows import (
     table,
     write,
 )
+
+CONTENTS = (SAMPLES, SEMANTIC_IDS, draw.CONTENT, images.CONTENT)
 
 
 def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, client, tmp_path, monkeypatch):
@@ -112,6 +116,26 @@ def test_file_in_place_of_the_folder_is_named(build, tmp_path):
         build([shown(0)], [done(0)])
 
 
+@pytest.mark.parametrize("there", CONTENTS, ids=lambda content: content.name)
+def test_a_folder_is_replaced_by_its_own_kind_alone(tmp_path: Path, there: FolderContent) -> None:
+    """A summary.json is in folders of every kind: a wrong --out must not take samples for random data."""
+    target = tmp_path / "made"
+
+    def make(content: FolderContent) -> None:
+        with replaced_folder(target, content) as folder:
+            for name in (*content.shown_by, *(["train"] if content is SEMANTIC_IDS else [])):  # samples with codes
+                (folder / name).write_text(content.name)
+
+    make(there)
+    for content in CONTENTS:
+        if content is not there:
+            with pytest.raises(SampleOptionError, match=f"has files that are no {content.name}.*would be replaced"):
+                make(content)
+    make(there)
+    (target / MARK).write_text("kept")
+    assert {path.read_text() for path in target.iterdir()} == {"kept", there.name}
+
+
 def test_remains_of_a_killed_run_go_and_a_running_one_stays(tmp_path):
     target = tmp_path / "samples"
     killed = tmp_path / ".samples.building-1"
@@ -122,6 +146,7 @@ def test_remains_of_a_killed_run_go_and_a_running_one_stays(tmp_path):
         with replaced_folder(target) as other:
             assert running.exists()
             (other / "summary.json").write_text("other")
+            (other / "train").mkdir()
         (running / "summary.json").write_text("running")
     assert (target / "summary.json").read_text() == "running"
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]

@@ -297,7 +297,7 @@ def test_the_command(source: FeatureStore, tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "row.npy"), new.codec.decode(new.snapshot().get([key])))
     assert cli("verify", new.url)[0] == 0
     code, output = cli("recode", source.url, new.url, "--dtype", "float16")
-    assert code == 1 and output.startswith("error: ") and len(output.splitlines()) == 1
+    assert code == 2 and output.startswith("error: ") and len(output.splitlines()) == 1
     for wrong in (["--dtype", "int4"], ["--dtype", "int8", "--sample", "0"], []):
         assert cli("recode", source.url, tmp_path / "other", *wrong)[0] == 2
     code, output = cli("recode", "--help")
