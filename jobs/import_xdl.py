@@ -83,12 +83,12 @@ def export_samples(
     split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
 ) -> None:
     """Export sample groups as text samples, one line an impression."""
-    from pipeline.samples.schema import schema_beside
+    from pipeline.samples.schema import schema_of_samples
     from pipeline.xdl.export import export_samples as write_lines
     from trainer.schema import load_schema
 
     splits = SPLITS if split == "both" else (split,)
-    count = write_lines(samples, to, load_schema(schema or schema_beside(samples)), splits)
+    count = write_lines(samples, to, load_schema(schema or schema_of_samples(samples)), splits)
     print_summary(f"lines        {count:,}\nfile         {to}")
 
 

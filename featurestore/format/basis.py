@@ -53,12 +53,12 @@ class Basis:
 
     @property
     def full_dim(self) -> int:
-        """D."""
+        """Width of a full row, D."""
         return int(self.components_KD.shape[1])
 
     @property
     def dim(self) -> int:
-        """K."""
+        """Number of components, K."""
         return int(self.components_KD.shape[0])
 
     @property

@@ -303,13 +303,13 @@ def output_for(info: StoreInfo, count: int, out: npt.NDArray[Any] | None) -> npt
 
 
 def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
-    """Copy rows."""
+    """Copy the rows at these places."""
     # mode="raise" would gather into a buffer first; the rows are inside by construction.
     np.take(matrix, row_U, axis=0, out=out_UD, mode="clip")
 
 
 def _touch_and_take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
-    """Copy rows.
+    """Copy the rows at these places, faster where pages are small.
 
     One number of each page is read first, for many rows at once: the processor then waits for the address translations
     of many pages together instead of one after the other. A fifth to a half faster on files mapped by small pages;

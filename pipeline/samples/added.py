@@ -207,7 +207,7 @@ def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
 
 
 def _name(file: str) -> str:
-    """Drop the split."""
+    """Return the name of a file without its split."""
     return file.rpartition("/")[2]
 
 

@@ -29,7 +29,7 @@ def write_schema(
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def schema_beside(samples: str) -> str | None:
+def schema_of_samples(samples: str) -> str | None:
     """Find the schema in a folder of samples, None where there is none."""
     storage = Storage(samples)
     return storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None

@@ -48,12 +48,12 @@ def parse_times(column: Any, unit: TimeUnit) -> Parsed:
 
 
 def parse_numbers(column: Any) -> Parsed:
-    """Parse float64."""
+    """Parse numbers, as float64."""
     return _each(column, float, np.float64)
 
 
 def parse_labels(column: Any) -> Parsed:
-    """Parse float64: 0 or 1 of true and false too, else the number that is written."""
+    """Parse labels, as float64: 0 or 1 of true and false too, else the number that is written."""
     return _each(column, lambda text: _LABELS[text.lower()] if text.lower() in _LABELS else float(text), np.float64)
 
 

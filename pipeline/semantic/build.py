@@ -12,7 +12,7 @@ from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import DEFAULT_STORE, SemanticOptions
 from pipeline.samples.publish import CODEBOOK_FILE, MARK, SEMANTIC_IDS, replaced_files
-from pipeline.samples.schema import schema_beside
+from pipeline.samples.schema import schema_of_samples
 from pipeline.semantic import codebook as books
 from pipeline.semantic.codebook import Codebook
 from pipeline.semantic.codes import FOLDER, AssignedCodes, assign, changed_keys, read_codes
@@ -42,7 +42,7 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
     samples = open_published(options.samples) if options.samples else None
     if samples is not None:
         sample_files(samples)  # before the store is read through
-        schema = load_schema(options.schema or schema_beside(samples.url))
+        schema = load_schema(options.schema or schema_of_samples(samples.url))
         image_columns(schema, options.store_name)
     vectors = _open(options)
     if options.num_codes & (options.num_codes - 1) or options.num_codes < 2:

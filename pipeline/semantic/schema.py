@@ -31,7 +31,7 @@ def write_code_schema(
     folder: Path, target: str, samples: Storage, schema: Schema, store_name: str, summary: dict[str, Any]
 ) -> None:
     """Write the schema with the codes as ID fields, and settings with their tables, for samples at `target`."""
-    fields, tables = list(schema.fields), _tables_beside(samples)
+    fields, tables = list(schema.fields), _tables_of(samples)
     levels = summary["levels"]
     for field in image_columns(schema, store_name).values():
         for name, (what, number) in code_columns(field.column_name, len(levels)).items():
@@ -48,7 +48,7 @@ def write_code_schema(
     write_schema(folder, target, schema_text(made, header), tables, summary["source"].get("store"))
 
 
-def _tables_beside(samples: Storage) -> dict[str, int]:
+def _tables_of(samples: Storage) -> dict[str, int]:
     """Read the tables of the settings that are with the samples already."""
     try:
         return dict(parse_yaml(samples.read_bytes(SETTINGS_FILE).decode())["model"]["tables"])

@@ -116,12 +116,12 @@ def open_file(address: str, keys: str | None) -> FileVectors:
             raise VectorImportError(
                 f"{address} is a matrix: --keys names its keys, a .npy of int64 or a text file of ids"
             )
-        return FileVectors(address, matrix.plan(address, keys, None), _origin_beside(address))
+        return FileVectors(address, matrix.plan(address, keys, None), _origin_of_file(address))
     return FileVectors(address, parquet.plan(address, None, None, None), _origin_in(address))
 
 
-def _origin_beside(address: str) -> dict[str, Any]:
-    """Read NAME.npy.json."""
+def _origin_of_file(address: str) -> dict[str, Any]:
+    """Read NAME.npy.json, in the folder of NAME.npy."""
     folder, slash, name = address.rpartition("/")
     try:
         return _mapping(Storage(folder or slash or ".").read_bytes(f"{name}.json"))

@@ -76,7 +76,7 @@ def record_dtype(dim: int) -> np.dtype[np.void]:
 
 
 def looks_like(address: str) -> bool:
-    """Return whether there are such files."""
+    """Return whether an address has files that are named as these."""
     return any(NAME.fullmatch(entry.path) for entry in find_files(address)[1])
 
 

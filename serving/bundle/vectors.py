@@ -45,7 +45,7 @@ class RowsByKey(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of them."""
+        """Let go of the rows."""
         ...
 
 

@@ -85,7 +85,7 @@ class Scoring:
         return app if self.tokens is None else TokenGuard(app, self.tokens, partial(self._count_other, 401))
 
     async def about(self, request: Request) -> Response:
-        """Say what this is."""
+        """Say what this server is, and which model it has."""
         identity = self.live.model.identity if self.live.is_ready else None
         return _json(
             {

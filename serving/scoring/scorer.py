@@ -63,7 +63,7 @@ class Scorer:
 
     @property
     def bundle(self) -> Bundle:
-        """What it scores with."""
+        """The bundle that it scores with."""
         return self._bundle
 
     @property

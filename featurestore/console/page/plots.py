@@ -163,7 +163,7 @@ class Curve:
     has_diagonal: bool = False
 
     def plot(self) -> Plot | None:
-        """Draw it; None where there are no points."""
+        """Draw the curve; None where there are no points."""
         if not self.points:
             return None
         reached = [each for point in self.points for each in (point.y, point.low, point.high) if each is not None]

@@ -92,7 +92,7 @@ def purge(
 
 
 class _Purge:
-    """One run."""
+    """One run of a purge."""
 
     def __init__(
         self,
