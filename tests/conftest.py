@@ -121,10 +121,10 @@ def two_torch_ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> I
         yield ranks
 
 
-@pytest.fixture(scope="module", params=["horovodrun", "torchrun"])
+@pytest.fixture(scope="module", params=["horovod", "torch"])
 def two_ranks_of_each(request: pytest.FixtureRequest) -> StandingRanks:
     """Two ranks of each communicator, one after the other."""
-    ranks: StandingRanks = request.getfixturevalue("two_ranks" if request.param == "horovodrun" else "two_torch_ranks")
+    ranks: StandingRanks = request.getfixturevalue("two_ranks" if request.param == "horovod" else "two_torch_ranks")
     return ranks
 
 

@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
-from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, ranks_of
+from tests.ranks import HOROVODRUN, TORCHRUN, Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
 from tests.trainer.alike import all_alike
 from tests.trainer.whole_runs import SHARED, Places, assert_same, report_of, run_alone
 from trainer.errors import RemoteRankError
@@ -158,6 +158,30 @@ class TestTwoRanks:
         run = run_alone(places, run__name="at-one-rank", **changes)
         assert_same(run, full)
         assert report_of(run)["metrics"] == all_alike(report_of(full)["metrics"], within=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "standing"),
+    [
+        ((HOROVODRUN, "-np", "2", sys.executable), "two_ranks"),
+        ((TORCHRUN, "--standalone", "--nproc-per-node", "2"), "two_torch_ranks"),
+    ],
+    ids=["horovodrun", "torchrun"],
+)
+def test_a_launchers_ranks_end_as_those_of_the_other_tests(
+    places: Places, tmp_path: Path, launcher: tuple[str, ...], standing: str, request: pytest.FixtureRequest
+) -> None:
+    """The README's command, with its launcher: other tests start ranks by themselves, which takes less time."""
+    ranks: StandingRanks = request.getfixturevalue(standing)
+    runs = {name: places.settings(run__dir=tmp_path, run__name=name, **SHARED) for name in ("launched", "forked")}
+    command = [*launcher, "-m", "trainer.main", "--set", *runs["launched"]]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment(), timeout=RANKS_TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks.run("-m", "trainer.main", "--set", *runs["forked"])
+    assert report_of(tmp_path / "launched")["num_ranks"] == 2
+    assert_same(tmp_path / "launched", tmp_path / "forked")
 
 
 @pytest.fixture
