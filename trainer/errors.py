@@ -64,7 +64,7 @@ class DamagedCheckpointError(CheckpointError):
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self.what}; resume from another checkpoint"
+        return f"{self.what}; take another checkpoint"
 
 
 class OtherRunError(CheckpointError):

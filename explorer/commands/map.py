@@ -8,6 +8,7 @@ import typer
 from explorer.commands.installed import check_installed
 from explorer.commands.options import Samples, Store
 from featurestore.console.commandline import CommandApp
+from featurestore.text.plain import refusal
 
 app = CommandApp()
 
@@ -60,7 +61,7 @@ def map(
     try:
         replace_file(out, found.file.read_bytes())
     except OSError as error:
-        raise ExplorerError(f"cannot write {out}: {error}") from error
+        raise ExplorerError(f"cannot write {out}: {refusal(error)}") from error
     for note in found.about["notes"]:
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"{len(found.keys_N):,} images, laid out by {found.method}: {out}")

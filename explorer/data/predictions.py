@@ -20,6 +20,7 @@ from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.console.files import replace_file
 from featurestore.errors import StorageError, UserError
+from featurestore.text.plain import refusal
 
 if TYPE_CHECKING:
     from trainer.evaluation.predict import Predictions
@@ -131,7 +132,7 @@ def _write(file: Path, found: "Predictions") -> None:
     try:
         replace_file(file, buffer.getvalue())
     except OSError as error:
-        raise StorageError(f"cannot write {file}: {error}") from error
+        raise StorageError(f"cannot write {file}: {refusal(error)}") from error
     kept = sorted(file.parent.glob(f"{_PREFIX}*.npz"), key=lambda each: each.stat().st_mtime, reverse=True)
     for each in kept[_KEPT:]:
         each.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from featurestore.commands.common import At, Url, Version, chosen_snapshot
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows
 from featurestore.errors import FeatureStoreError
+from featurestore.text.plain import refusal
 
 if TYPE_CHECKING:
     from featurestore.store import FeatureStore
@@ -133,4 +134,4 @@ def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
     except OSError as error:
-        raise FeatureStoreError(f"cannot write {path}: {error}") from error
+        raise FeatureStoreError(f"cannot write {path}: {refusal(error)}") from error

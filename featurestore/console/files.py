@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import OutputPlaceError, UserError
+from featurestore.text.plain import refusal
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -31,7 +32,7 @@ def check_place(path: Path, option: str) -> None:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         part.unlink()
     except OSError as error:
-        raise OutputPlaceError(f"cannot write {option} {path}: {error}") from error
+        raise OutputPlaceError(f"cannot write {option} {path}: {refusal(error)}") from error
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -50,7 +51,7 @@ def write_json_option(path: Path | None, values: Any) -> None:
         if path is not None:
             write_json(path, values)
     except OSError as error:
-        raise UserError(f"cannot write --json {path}: {error}") from error
+        raise UserError(f"cannot write --json {path}: {refusal(error)}") from error
 
 
 def _finite(value: Any) -> Any:

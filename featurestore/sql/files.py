@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import FeatureStoreError, QueryError
 from featurestore.storage.regular import check_regular
+from featurestore.text.plain import refusal
 
 ENDINGS = (".parquet", ".csv", ".arrow")
 
@@ -30,7 +31,7 @@ def write_rows(path: Path, reader: pa.RecordBatchReader, limit: int | None = Non
     except OSError as error:
         if isinstance(error, pa.ArrowException):  # of the query
             raise
-        raise FeatureStoreError(f"cannot write {path}: {error}") from error
+        raise FeatureStoreError(f"cannot write {path}: {refusal(error)}") from error
     finally:
         part.unlink(missing_ok=True)
     return count

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -37,7 +37,11 @@ def sql_reader(store: FeatureStore, snapshot: Snapshot, query: str) -> Iterator[
         _check_select(duckdb, connection, query)
         for name, table in tables.items():
             connection.register(name, table)
-        connection.sql(query)  # finds what is wrong with it; nothing is read yet
+        try:
+            connection.sql(query)  # finds what is wrong with it; nothing is read yet
+        except duckdb.CatalogException:
+            _check_tables(connection, query, tables)
+            raise
         needed = _needed_columns(connection, query)
         if needed:
             tables[IMAGES] = images_table(snapshot, needed)
@@ -92,6 +96,13 @@ def _check_select(duckdb: ModuleType, connection: Any, query: str) -> None:
     kinds = [str(statement.type).rpartition(".")[2] for statement in statements]
     if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
         raise QueryError(f"one SELECT is asked for, not {' and '.join(kinds) or 'nothing'}")
+
+
+def _check_tables(connection: Any, query: str, tables: Mapping[str, ScannedTable]) -> None:
+    """Raise QueryError where the query names a table that is not there: DuckDB would propose one of its own."""
+    unknown = sorted(name for name in connection.get_table_names(query) if name.lower() not in tables)
+    if unknown:
+        raise QueryError(f"there is no table {unknown[0]}; the tables are {', '.join(tables)}")
 
 
 def _needed_columns(connection: Any, query: str) -> list[str]:

@@ -25,6 +25,7 @@ from featurestore.storage.remote import (
     protocol_and_path,
     reason_of,
 )
+from featurestore.text.plain import refusal
 
 _READ_AHEAD_BYTES = 256 << 10
 
@@ -252,7 +253,8 @@ class Storage:
         if isinstance(error, NotADirectoryError | FileExistsError):
             file = next((part for part in reversed(full.parents) if part.exists() and not part.is_dir()), full)
             return NotAFolderError(f"{file} is a file: a folder is needed here")
-        return StorageError(f"cannot {action} {full}: {reason_of(error)}")
+        reason = refusal(error) if isinstance(error, OSError) else reason_of(error)
+        return StorageError(f"cannot {action} {full}: {reason}")
 
 
 class _RangeReader(io.RawIOBase):

@@ -5,9 +5,11 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from featurestore.text.plain import one_line
+from featurestore.text.plain import one_line, without_passwords
 
+_SHORT = 60  # characters of a value that a message shows
 _TOO_DEEP = "its lists and mappings are nested too deep"
 
 
@@ -31,8 +33,23 @@ def parse_yaml(text: str) -> Any:
 
 def first_mistake(error: ValidationError) -> str:
     """Return the first of pydantic's complaints in one line, and how many more there are."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    where = ".".join(map(str, found[0]["loc"]))
-    message = found[0]["msg"].removeprefix("Value error, ")  # of checks of our own
-    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{where}: {message}{more}" if where else f"{message}{more}"
+    lines = mistakes(error)
+    return lines[0] + (f", and {len(lines) - 1} more" if len(lines) > 1 else "")
+
+
+def mistakes(error: ValidationError, whole: str = "") -> list[str]:
+    """Return pydantic's complaints, one line for each: the field with its value, if that is short, and what it should
+    be. `whole`: what is named where the complaint is of no field."""
+    return [_mistake(details, whole) for details in error.errors(include_url=False, include_context=False)]
+
+
+def _mistake(details: ErrorDetails, whole: str) -> str:
+    message = details["msg"].removeprefix("Value error, ")  # of checks of our own
+    message = message.replace("Input should", "it should").replace("Extra inputs are", "it is")
+    where, given = ".".join(map(str, details["loc"])), details["input"]
+    if details["type"] == "missing":
+        return f"{where} is missing"
+    if isinstance(given, str | int | float | None) and where:
+        shown = without_passwords(repr(given))
+        where += f"={shown}" if len(shown) <= _SHORT else ""
+    return f"{where or whole}: {message}" if where or whole else message

@@ -16,6 +16,11 @@ def one_line(error: Exception | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def refusal(error: OSError) -> str:
+    """Return why the system refused a file, without its name, which may be that of a temporary one."""
+    return error.strerror or one_line(error)
+
+
 def without_passwords(text: str) -> str:
     """Return `text` with the passwords of addresses hidden: https://user:***@host."""
     return _PASSWORD.sub(r"\1:***@", text)

@@ -28,8 +28,10 @@ def read_keys(file: Path) -> Int64Array:
             keys = np.array([*map(_key, _numbered_lines(file))], np.int64)
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise KeyFileError(f"{file} is no file of keys: {error}") from error
-    if keys.dtype != np.int64 or keys.ndim != 1 or not len(keys):
-        raise KeyFileError(f"{file} has {keys.dtype} of shape {keys.shape}: keys are int64, one at least")
+    if not keys.size:
+        raise KeyFileError(f"{file} has no keys: name a file with one at least")
+    if keys.dtype != np.int64 or keys.ndim != 1:
+        raise KeyFileError(f"{file} has {keys.dtype} of shape {keys.shape}: keys are one list of int64")
     return np.unique(keys)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurestore.storage.regular import read_text
-from featurestore.text.parsing import parse_yaml
+from featurestore.text.parsing import mistakes, parse_yaml
 from pipeline.errors import SampleOptionError
 
 TimeUnit = Literal["s", "ms", "us"]
@@ -127,16 +127,9 @@ def load_mapping(path: Path) -> LogMapping:
     try:
         return LogMapping.model_validate(parse_yaml(read_text(path)))
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, each['loc'])) or 'mapping'}: {_text(each['msg'])}" for each in error.errors()]
-        raise SampleOptionError("\n".join(f"{path}: {line}" for line in lines)) from error
+        raise SampleOptionError("\n".join(f"{path}: {line}" for line in mistakes(error, "mapping"))) from error
     except (OSError, ValueError) as error:
         raise SampleOptionError(f"--mapping {path} cannot be read as YAML: {error}") from error
-
-
-def _text(message: str) -> str:
-    return (
-        message.removeprefix("Value error, ").replace("Input should", "it should").replace("Extra inputs are", "it is")
-    )
 
 
 def names_in(text: str) -> tuple[str, ...]:

@@ -69,6 +69,8 @@ def _files(folder: Path) -> dict[str, object]:
         "utf16": "data: {samples: x}\n".encode("utf-16"),
         "wrongshape": b"data: [1, 2]\n",
         "unknown": b"data: {smaples: x}\n",
+        "badmapping": b"{impressions: {}, behaviors: {}, csv: {delimiter: 5}}\n",
+        "badgates": b"num_rows: many\n",
         "anchor": b"a: &a [*a]\n",
         "script.py": b"print('hello')\n",
     }
@@ -133,6 +135,10 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
         (folder / f"model-{name}" / "log" / f"{1:020}.json").write_text(text)
         found[f"{name}use"] = shutil.copytree(folder / "model", folder / f"use-{name}")
         (folder / f"use-{name}" / "use" / f"{1:020}.json").write_text(text)
+    found["barerun"] = shutil.copytree(str(run), folder / "run-bare")
+    (next((folder / "run-bare" / "checkpoints").glob("step-*")) / "state.json").write_text("{}")
+    found["unsetrun"] = shutil.copytree(str(run), folder / "run-unset")
+    (folder / "run-unset" / "config.yaml").write_text("")
     found["piperun"] = shutil.copytree(str(run), folder / "run-pipe")
     state = next((folder / "run-pipe" / "checkpoints").glob("step-*")) / "state.json"
     state.unlink()

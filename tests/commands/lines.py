@@ -231,6 +231,7 @@ JOBS = [
     ("jobs/build_samples --samples {new} --days 2026-01-01 --since 2026-01-01", 2, "give one of"),
     ("jobs/build_samples --samples {empty} --since 2026-01-01", 2, "{empty}"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {list}", 2, "{list}"),
+    ("jobs/build_samples --logs {missing} --samples {new} --mapping {badmapping}", 2, "csv.delimiter=5: it should be"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {deepyaml}", 2, "too deep"),
     ("jobs/build_samples --logs {missing} --samples {new} --mapping {missing}", 2, "{missing}"),
 ]

@@ -226,7 +226,10 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
         (changed(impressions__columns={"usr": "uid"}), "impressions.columns.usr is unknown; known: timestamp, user"),
         (changed(impressions__user={"item": "id"}), "a further column cannot be called item"),
         (changed(impressions__user={"price": "id"}), "price is below user and below ad"),
-        (changed(impressions__user={"age": "number"}), "impressions.user.age.kind: it should be 'id' or 'dense'"),
+        (
+            changed(impressions__user={"age": "number"}),
+            "age.kind='number': it should be 'id' or 'dense'",
+        ),
         (changed(behaviors__user={"age": "dense"}), "behaviors has no user or ad columns"),
         *(
             (changed(csv={"delimiter": sign}), "is not one ASCII character")

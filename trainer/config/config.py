@@ -260,6 +260,8 @@ def _saved_as_it_is(text: str, file: RunPath) -> Config:
 
 def _saved(text: str, file: RunPath, settings: Sequence[str]) -> Config:
     """Parse and check the text of a saved file: some 30 ms."""
+    if not text.strip():  # as a file of settings it would be the preset
+        raise ConfigError(f"{file} is empty: the settings of a run are missing in it; put it back from a copy")
     return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_parsed(text, file)))), str(file))], settings)
 
 

@@ -82,7 +82,7 @@ def main(
     given += [*(settings or []), *(more or []), *warm_settings(warm_start, warm_parts)]
 
     def load() -> Config:
-        _check_days_given(first_day, last_day)
+        _check_days_given({"--first-day": first_day, "--last-day": last_day})
         return load_config(file, given)
 
     raise typer.Exit(on_ranks(load, partial(follow, window_days=window_days, first=first_day, last=last_day)))
@@ -233,10 +233,10 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
     write_report(day.folder / "report.json", report)
 
 
-def _check_days_given(*days: str | None) -> None:
-    for day in days:
+def _check_days_given(days: Mapping[str, str | None]) -> None:
+    for option, day in days.items():
         if day is not None and not _is_day(day):
-            raise ConfigError(f"{day} is not a day; write it as 2026-01-31")
+            raise ConfigError(f"{option} {day} is not a day; write it as 2026-01-31")
 
 
 def _is_day(text: str) -> bool:

@@ -12,6 +12,7 @@ from featurestore.console.files import replace_file, write_json_option
 from featurestore.console.output import text_console
 from featurestore.console.page.option import PAGE
 from featurestore.errors import UserError
+from featurestore.text.plain import refusal
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 
@@ -118,7 +119,7 @@ def _write(file: Path | None, text: str) -> None:
         try:
             replace_file(file, text)
         except OSError as error:
-            raise UserError(f"cannot write --emit-to {file}: {error}") from error
+            raise UserError(f"cannot write --emit-to {file}: {refusal(error)}") from error
 
 
 def _refuse_beside(context: typer.Context, option: str) -> None:

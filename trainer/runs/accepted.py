@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
 from featurestore.published.paths import RunPath, read_file, write_file
+from featurestore.text.parsing import first_mistake
 from trainer.config.validate import Section
 from trainer.errors import CheckpointError
 
@@ -94,7 +95,7 @@ def _read(file: RunPath) -> list[AcceptedStore]:
     except FileNotFoundError:
         return []
     except (OSError, StorageError, ValidationError) as failure:
-        first = str(failure).splitlines()[0]
+        first = first_mistake(failure) if isinstance(failure, ValidationError) else failure
         raise CheckpointError(
             f"{file} is damaged: {first}; remove it, and accept the store again: python -m trainer.compat RUN STORE"
         ) from failure

@@ -26,7 +26,7 @@ from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import digest_of_file
 from featurestore.published.paths import FarPath, RunPath, read_file
-from featurestore.text.parsing import parse_json
+from featurestore.text.parsing import first_mistake, parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.validate import Section
@@ -215,14 +215,20 @@ def read_recorded(path: RunPath) -> CheckpointState:
         raise CheckpointError(f"cannot read {file}: {failure}") from failure
     try:
         values = parse_json(content)
-        digest = values.pop("digest")
-        version = values["format_version"]
+        if not isinstance(values, dict):
+            raise DamagedCheckpointError(f"{file} is damaged: it is no JSON object")
+        for name in ("digest", "format_version"):
+            if name not in values:
+                raise DamagedCheckpointError(f"{file} is damaged: {name} is missing in it")
+        digest, version = values.pop("digest"), values["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{file} has format {version}, this code reads up to {FORMAT_VERSION}; update it")
         if digest != _json_digest(values):
             raise DamagedCheckpointError(f"{file} is damaged: its digest does not fit")
         return CheckpointState.model_validate(values)
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as failure:
+    except ValidationError as failure:
+        raise DamagedCheckpointError(f"{file} is damaged: {first_mistake(failure)}") from failure
+    except (ValueError, TypeError) as failure:
         raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
 
 

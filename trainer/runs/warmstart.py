@@ -18,7 +18,7 @@ from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
 from trainer.config.options import ToldBy
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
@@ -52,7 +52,10 @@ def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
     """Read the checkpoint that run.warm_start names: a run's folder means its newest one. Raises CheckpointError."""
     path = pinned(run_path(run))
     if not (path / "state.json").is_file():
-        path = find_checkpoint(path, "latest", f"run.warm_start={run}, ")
+        try:
+            path = find_checkpoint(path)
+        except CheckpointNotFoundError as failure:
+            raise CheckpointNotFoundError(f"run.warm_start={run}: {failure}") from failure
     return WarmStart(path, checkpoint.read_state(path), tuple(parts))
 
 

@@ -158,7 +158,7 @@ def test_an_empty_store(store: FeatureStore) -> None:
         ("select * from read_csv('{}/secret.csv')", "disabled"),
         ("select * from '{}/secret.csv'", "disabled"),
         ("select * from read_text('{}/secret.csv')", "disabled"),
-        ("select * from store", "does not exist"),  # no variable of ours
+        ("select * from store", "there is no table store; the tables are images, quarantine"),  # no variable of ours
     ],
 )
 def test_what_is_no_query_of_a_store(

@@ -315,7 +315,7 @@ def test_command(days: Places) -> None:
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
     assert second.run.warm_parts == ["images", "model", "ids"]
     result = CliRunner().invoke(app, ["--first-day", "monday"])
-    assert (result.exit_code, result.stderr) == (2, "error: monday is not a day; write it as 2026-01-31\n")
+    assert (result.exit_code, result.stderr) == (2, "error: --first-day monday is not a day; write it as 2026-01-31\n")
     code = "import sys, trainer.daily; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
