@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
-from tests.guard import Guard
 from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standing_ranks
+from tests.running.guard import Guard
+from tests.running.spared import check_each_kind_once, parse_services_once, spare_the_disk
 from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
-from tests.spared import check_each_kind_once, parse_services_once, spare_the_disk
 from trainer.engine.memory import freeze_for_good
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.spared import spare_the_disk
+from tests.running.spared import spare_the_disk
 
 FORK = multiprocessing.get_context("fork")
 SMALL = multiprocessing.get_context("forkserver")

@@ -7,8 +7,8 @@ from featurestore.flight import server
 from tests.featurestore.chaos.kills import test_kill_points, test_machine
 from tests.featurestore.flight import conftest
 from tests.featurestore.published import test_published
+from tests.running.spared import parse_services_once
 from tests.servers import REGION
-from tests.spared import parse_services_once
 
 __all__ = ["conftest", "s3fs", "server", "test_kill_points", "test_machine", "test_published"]
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks.store import limit
 from benchmarks.store.__main__ import app
 from benchmarks.store.cold import drop_page_cache, resident_pages
-from tests.spared import REAL_FSYNC
+from tests.running.spared import REAL_FSYNC
 
 HEADLINE = [
     "lookup_vs_numpy_take",

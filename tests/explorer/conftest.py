@@ -8,8 +8,8 @@ import pytest
 
 from tests.explorer.serving import serving
 from tests.explorer.world import World, complete, make_shop
+from tests.running.shared import made_once, own_cache, shared_folder
 from tests.serving.http.processes import ServerProcess
-from tests.shared import made_once, own_cache, shared_folder
 
 if TYPE_CHECKING:
     from distributed import Client

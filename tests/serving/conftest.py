@@ -1,5 +1,5 @@
 """Tests of serving have a cache of their own."""
 
-from tests.shared import own_cache
+from tests.running.shared import own_cache
 
 __all__ = ["own_cache"]

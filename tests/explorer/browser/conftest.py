@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.explorer.browser.chromium import watched
+from tests.explorer.browser.watching.chromium import watched
 from tools.browser.chromium import WAY_OUT, find_chromium
 
 FOLDER = Path(__file__).parent

@@ -8,7 +8,7 @@ from featurestore import FeatureRows, FeatureStore
 from featurestore.keys import key_of_uri
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from tests.explorer.browser.crawl import settle
+from tests.explorer.browser.watching.crawl import settle
 from tests.explorer.serving import pages_of
 from tests.explorer.world import HISTORY, PLAIN, draw
 

@@ -3,8 +3,8 @@
 import pytest
 
 from featurestore.keys import key_of_uri
-from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations
-from tests.explorer.browser.crawl import settle
+from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
+from tests.explorer.browser.watching.crawl import settle
 from tests.explorer.world import BROKEN, COPY, HOSTILE, PLAIN
 
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations, watched
-from tests.explorer.browser.crawl import Site, crawl, routes, settle
+from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations, watched
+from tests.explorer.browser.watching.crawl import Site, crawl, routes, settle
 from tests.explorer.serving import serving
 from trainer.daily import SHARED
 

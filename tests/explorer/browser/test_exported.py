@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations, watched
-from tests.explorer.browser.crawl import Site, crawl, settle
+from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations, watched
+from tests.explorer.browser.watching.crawl import Site, crawl, settle
 from tests.explorer.serving import exported
 
 

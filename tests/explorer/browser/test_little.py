@@ -4,8 +4,8 @@ import pytest
 
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from tests.explorer.browser.chromium import NARROW, too_wide, violations
-from tests.explorer.browser.crawl import crawl, settle
+from tests.explorer.browser.watching.chromium import NARROW, too_wide, violations
+from tests.explorer.browser.watching.crawl import crawl, settle
 from tests.explorer.serving import pages_of
 
 SPEC = ExtractorSpec(backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32")

@@ -4,7 +4,7 @@ import threading
 
 from explorer.data.images import visual
 from featurestore.keys import key_of_uri
-from tests.explorer.browser.chromium import NARROW, too_wide, violations
+from tests.explorer.browser.watching.chromium import NARROW, too_wide, violations
 from tests.explorer.serving import pages_of
 from tests.explorer.world import COPIED
 from trainer.loop.events import EventsFile

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.explorer.browser.chromium import NARROW, violations
+from tests.explorer.browser.watching.chromium import NARROW, violations
 from tests.explorer.serving import serving
 
 TOKEN = "correct-horse-battery"

@@ -9,7 +9,7 @@ from featurestore.console.output import draw_counts, print_line, print_problem, 
 from featurestore.console.page.page import ReportPage
 from featurestore.console.page.plots import Curve, Mark, Point, intervals
 from featurestore.console.page.recording import recorded
-from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations
+from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
 from tests.featurestore.console.page.test_page import HOSTILE
 
 ROOT = Path(__file__).parents[3]

@@ -17,8 +17,8 @@ from featurestore.__main__ import app
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
-from tests import spared
 from tests.proxy import Fault, Proxy, proxy_before
+from tests.running import spared
 from tests.servers import environment_of, new_bucket
 
 IGNORED = "the condition (If-None-Match) is ignored"

@@ -18,8 +18,8 @@ from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.upkeep.soundness import damage_of
 from tests.fuse import FORK, Fuse
 from tests.serving.bundle.conftest import Exported, export
-from tests.serving.bundle.test_expiry import Versions
 from tests.serving.bundle.test_publish import World
+from tests.serving.bundle.upkeep.test_expiry import Versions
 
 pytestmark = pytest.mark.services
 EVERY = pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from tests.shared import made_once, shared_folder
+from tests.running.shared import made_once, shared_folder
 from tests.trainer.conftest import make_places
 
 NEW_IMAGE = 1_050

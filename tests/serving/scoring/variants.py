@@ -14,9 +14,9 @@ import yaml
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from serving.bundle.export import ExportOptions, export_model, write_network
-from tests.shared import made_once, shared_folder
+from tests.running.shared import made_once, shared_folder
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.samples.wordy import rewrite
+from tests.trainer.samples.texts.wordy import rewrite
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train

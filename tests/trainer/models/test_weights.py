@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.trainer.models.test_aggregators import field_of
+from tests.trainer.models.pooling.test_aggregators import field_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import ModelConfig

@@ -6,7 +6,7 @@ from threading import Barrier
 
 import pytest
 
-from tests.shared import made_once, shared_folder
+from tests.running.shared import made_once, shared_folder
 
 
 def test_one_makes_it_and_all_others_wait(tmp_path: Path) -> None:

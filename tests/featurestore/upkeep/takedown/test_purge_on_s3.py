@@ -16,7 +16,7 @@ from featurestore.upkeep.promotion.moving import move_channel
 from featurestore.upkeep.takedown.absence import Images
 from featurestore.upkeep.verify import verify
 from tests.faulty import FaultyStorage
-from tests.featurestore.upkeep.test_purge import GONE, Killed, contents, purge, run, without
+from tests.featurestore.upkeep.takedown.test_purge import GONE, Killed, contents, purge, run, without
 
 
 def dying_halfway(store: FeatureStore, write: int, seen: list[str]) -> FeatureStore:

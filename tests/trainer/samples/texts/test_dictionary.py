@@ -16,7 +16,7 @@ from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
 from tests.ranks import StandingRanks
 from tests.trainer.runs.saved import on_ranks
-from tests.trainer.samples.wordy import hashed, replaced, rewrite, written
+from tests.trainer.samples.texts.wordy import hashed, replaced, rewrite, written
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DataError

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.guard import service_of
 from tests.ranks import ROOT, command_of
+from tests.running.guard import service_of
 
 CONFTEST = """
-from tests.guard import Guard
+from tests.running.guard import Guard
 def pytest_configure(config):
     config.addinivalue_line("markers", "services: allowed")
     config.pluginmanager.register(Guard())

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations
+from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
 from tests.explorer.serving import in_thread
 
 GOOD = """<!doctype html><html lang="en"><head><title>Good</title><link rel="icon" href="data:,"></head>

@@ -17,7 +17,7 @@ from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from pipeline.samples.texts import parse_ids
 from tests.trainer.alike import all_alike
-from tests.trainer.samples.wordy import hashed, replaced, rewrite, written
+from tests.trainer.samples.texts.wordy import hashed, replaced, rewrite, written
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DataError, SchemaError

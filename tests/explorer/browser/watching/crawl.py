@@ -14,7 +14,7 @@ from starlette.routing import Match, Route
 import explorer.html.site
 from explorer.places import Places
 from explorer.server.app import application
-from tests.explorer.browser.chromium import origin_of
+from tests.explorer.browser.watching.chromium import origin_of
 
 MOST_OPENED, MOST_ASKED = 2, 20
 """Pages of one kind that the browser opens, and further ones of which it asks whether they are there: an impression

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.models.test_aggregators import (
+from tests.trainer.models.pooling.test_aggregators import (
     GROUP_OF_SAMPLE,
     GROUPS,
     HIDDEN,
