@@ -34,11 +34,6 @@ def summary_of(path: Path) -> str:
     return line.partition(". ")[0].rstrip(".")
 
 
-def is_test(path: Path) -> bool:
-    """Tell whether a file below tests/ has tests, and is not there to help them."""
-    return path.name.startswith("test_")
-
-
 def tree(summaries: dict[Path, str]) -> str:
     """Write the tree as text, one line per file."""
     lines: list[str] = []
@@ -53,11 +48,10 @@ def tree(summaries: dict[Path, str]) -> str:
 
 
 def problems(summaries: dict[Path, str]) -> list[str]:
-    """List silent files, files with too many lines, and folders with too many modules, or tests, side by side."""
+    """List silent files, files with too many lines, and folders with too many modules side by side."""
     sources = [path for path in summaries if path.suffix == ".py"]
     lines = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources}
-    counted = [path for path in sources if path.name != "__init__.py" and (path.parts[0] != "tests" or is_test(path))]
-    modules = Counter(path.parent for path in counted)
+    modules = Counter(path.parent for path in sources if path.name != "__init__.py")
     return [
         *(f"{path} needs a first line that says what it is for" for path, summary in summaries.items() if not summary),
         *(
