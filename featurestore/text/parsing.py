@@ -38,8 +38,9 @@ def first_mistake(error: ValidationError) -> str:
 
 
 def mistakes(error: ValidationError, whole: str = "") -> list[str]:
-    """Return pydantic's complaints, one line for each: the field with its value, if that is short, and what it should
-    be. `whole`: what is named where the complaint is of no field."""
+    """Return pydantic's complaints, one line for each: the field, what it should be, and its value if that is short.
+
+    `whole`: what is named where the complaint is of no field."""
     return [_mistake(details, whole) for details in error.errors(include_url=False, include_context=False)]
 
 
