@@ -69,7 +69,7 @@ def main(
 
 
 def training(workload: Workload, scratch: Path, ranks: int, rounds: int, steps: int, progress: Progress) -> Section:
-    """Samples per second of both on `ranks` ranks, and torch_vs_horovod. Raises DifferentLossesError."""
+    """Measure samples per second of both on `ranks` ranks, and torch_vs_horovod. Raises DifferentLossesError."""
     runs: dict[str, Run] = {}
     for name, prefix in launchers(ranks).items():
         launcher = Launcher(workload, scratch, ranks, prefix)
@@ -82,7 +82,7 @@ def training(workload: Workload, scratch: Path, ranks: int, rounds: int, steps: 
 
 
 def collectives(scratch: Path, ranks: int, rounds: int) -> Section:
-    """Milliseconds of collectives with almost nothing in them, and with much; the median of the rounds."""
+    """Measure milliseconds of collectives with almost nothing in them, and with much; the median of the rounds."""
     seen: dict[str, list[Mapping[str, float]]] = {name: [] for name in launchers(ranks)}
     for _ in range(rounds):
         for name, prefix in launchers(ranks).items():

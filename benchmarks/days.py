@@ -86,7 +86,7 @@ def write_day(logs: Path, day: int, sessions: int, users: int) -> None:
 
 
 def compare(folder: Path, days: int, rounds: int, client: "Client") -> dict[str, Figure]:
-    """Seconds of all days and of the last one, medians of rounds. Raises SampleError where a file differs."""
+    """Measure seconds of all days and of the last one, medians of rounds. Raises SampleError where a file differs."""
     from pipeline.samples.added import add_days
     from pipeline.samples.build import build_samples
 

@@ -56,7 +56,7 @@ def main(
 
 
 def draw_images(folder: Path, count: int) -> None:
-    """`count` pictures of clothes, no two of equal bytes: a copy would not go through the network."""
+    """Draw `count` pictures of clothes, no two of equal bytes: a copy would not go through the network."""
     from pipeline.demo.draw import draw_garment, plan_garments
 
     planned = count
@@ -100,7 +100,7 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
 
 
 def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: "ComputeDType") -> float:
-    """Seconds of the network alone on these images, which are prepared before the clock starts."""
+    """Measure seconds of the network alone on these images, which are prepared before the clock starts."""
     import numpy as np
     import torch
 
@@ -125,7 +125,7 @@ def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: "Comp
 
 
 def extract_seconds(client: "Client", locations: Sequence[str], batch_size: int) -> float:
-    """Seconds of a whole extraction of these images into a new store. Raises StoreRunError where one is bad."""
+    """Measure seconds of a whole extraction of these images into a new store. Raises StoreRunError where one is bad."""
     from pipeline.features.extract import extract
     from pipeline.options import ExtractOptions
     from pipeline.store_run import describe_bad

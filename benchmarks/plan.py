@@ -52,7 +52,7 @@ def main(
 
 
 def compare(workload: Workload, ranks: tuple[int, ...]) -> dict[str, Figure]:
-    """Predicted and measured figures of each number of ranks; the time's largest error as `worst_error`."""
+    """Compare predicted and measured figures of each number of ranks; the time's largest error is `worst_error`."""
     from trainer.plan.own import plan_own
     from trainer.plan.sample import PlanQuestion
 

@@ -42,7 +42,7 @@ class Section:
         return {**self.figures, **cells}
 
     def plots(self) -> list[Plot]:
-        """Bars of what can be compared: ratios, figures of one unit by their names, and each column of the grid."""
+        """Draw bars of what can be compared: ratios, figures of one unit by their names, each column of the grid."""
         compared: dict[str, list[Mark]] = {}
         for name, value in self.figures.items():
             if _RATIO.search(name):

@@ -46,8 +46,10 @@ def interleaved(
     title: str,
     before_each: Callable[[], object] | None = None,
 ) -> Timings:
-    """Time each variant `rounds` times. Every round runs each of them once, so that a slow moment hits all alike; every
-    second round in reverse, so that none always follows the same other.
+    """Time each variant `rounds` times, all of them in every round.
+
+    Every round runs each of them once, so that a slow moment hits all alike; every second round in reverse, so that
+    none always follows the same other.
 
     `before_each` runs, untimed, before every single run: to draw new keys, or to empty a folder. One round warms up.
     """

@@ -1,4 +1,4 @@
-"""The paper-shaped workload: sample groups in Parquet, a schema with 27 ID fields, and a feature store, made once
+"""The paper-shaped workload: sample groups in Parquet, a schema with 27 ID fields, and a feature store, made once.
 
 python -m benchmarks.workload --out data/bench/workload
 
@@ -84,11 +84,11 @@ class Workload:
 
     @property
     def store_bytes(self) -> int:
-        """Of all features."""
+        """The bytes of all features."""
         return self.knobs.images * self.knobs.dim * 2
 
     def settings(self, num_ranks: int) -> list[str]:
-        """Over `config`: the global batch of so many ranks."""
+        """List the settings over `config`: the global batch of that number of ranks."""
         return [f"data.global_batch_size={self.knobs.samples_per_rank * num_ranks}"]
 
     @cached_property
@@ -98,7 +98,7 @@ class Workload:
 
 
 def make(folder: Path, knobs: Knobs, progress: Progress) -> Workload:
-    """Writes the workload, or takes the one that is there with the same knobs; one with others is replaced.
+    """Write the workload, or take the one that is there with the same knobs; one with others is replaced.
 
     Memory: two shards of features, and a file of samples. Raises WorkloadError where the folder holds other things.
     """
@@ -283,7 +283,10 @@ def main(
     row_group: Annotated[int, typer.Option(help="Sample groups of a Parquet row group.", min=1)] = Knobs.row_group,
     seed: Annotated[int, typer.Option(min=0)] = Knobs.seed,
 ) -> None:
-    """Write a paper-shaped workload, or find that it is there. Then: python -m trainer.main --config OUT/config.yaml"""
+    """Write a paper-shaped workload, or find that it is there.
+
+    Then: python -m trainer.main --config OUT/config.yaml
+    """
     knobs = Knobs(
         images, dim, samples_per_rank, steps, test_samples, behaviors, impressions, zipf, users, shards, row_group, seed
     )

@@ -13,7 +13,7 @@ _written = [0]
 
 
 def written_bytes(client: Client) -> int:
-    """Bytes that this process and the workers have written since `count_writes`."""
+    """Count the bytes that this process and the workers have written since `count_writes`."""
     counts: Mapping[str, int] = client.run(_written_here)
     return _written_here() + sum(counts.values())
 

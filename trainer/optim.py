@@ -67,8 +67,10 @@ class DenseOptimizer:
             each.reset()
 
     def note(self, loss: Tensor, failures: Tensor | None = None) -> None:
-        """Take this rank's loss, and whether this step has failed, before backward: they are summed over ranks with the
-        first gradients."""
+        """Take this rank's loss, and whether this step has failed, before backward.
+
+        They are summed over ranks with the first gradients.
+        """
         self._flat[0] = loss.detach()
         if failures is not None:
             self._flat[1] = failures
@@ -79,8 +81,10 @@ class DenseOptimizer:
             each.start()
 
     def outcome(self) -> tuple[float, int]:
-        """Return the loss and the number of failures, summed over ranks: the one time in a step that the host waits for
-        the device. The first gradients are there as well then."""
+        """Return the loss and the number of failures, summed over ranks.
+
+        It is the one time in a step that the host waits for the device. The first gradients are there as well then.
+        """
         self._reductions[0].finish()
         loss, failures = self._flat[:_IN_FRONT].tolist()
         return loss, int(failures)
@@ -125,8 +129,10 @@ class DenseOptimizer:
     @contextmanager
     @torch.no_grad()
     def averaged(self) -> Iterator[None]:
-        """Have averages in place of the parameters in the block, in which no step is done; without such, change
-        nothing."""
+        """Have averages in place of the parameters in the block, if there are averages.
+
+        No step is done in the block.
+        """
         trained = {name: self.parameters[name].detach().clone() for name in self._averages}
         try:
             for name, average in self._averages.items():

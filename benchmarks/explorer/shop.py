@@ -24,7 +24,7 @@ class Shop:
 
     @property
     def options(self) -> list[str]:
-        """Of the explorer."""
+        """The options of the explorer."""
         return ["-m", "explorer", "--store", str(self.store), "--images", str(self.images)]
 
 

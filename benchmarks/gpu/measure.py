@@ -42,8 +42,10 @@ def check_device(device: str) -> None:
 
 
 def measure(workload: Workload, dims: int, device: str, steps: int, progress: Progress) -> Section:
-    """Train with the workload's features, and with compact ones of `dims` numbers in int8, which the device holds, or
-    which come from the host in each step."""
+    """Train with the workload's features, and with compact ones of `dims` numbers in int8.
+
+    The device holds the compact ones, or they come from the host in each step.
+    """
     compact = workload.folder / f"features-{dims}-int8"
     reduce(FeatureStore.open(workload.store), compact, dims, "int8")
     grid: dict[str, dict[str, Figure]] = {}
@@ -107,9 +109,11 @@ def _figures(run: Run, steps: int, advance: partial[None]) -> dict[str, Figure]:
 
 
 def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:
-    """Count the bytes that a step needs on the device and that the host has: rows of features as they are stored, or
-    their places where the device holds all rows; places of keys and ID rows; the batch itself. On a CPU nothing is
-    carried: there it is what a GPU would get."""
+    """Count the bytes that a step needs on the device and that the host has.
+
+    They are rows of features as they are stored, or their places where the device holds all rows; places of keys and ID
+    rows; the batch itself. On a CPU nothing is carried: there it is what a GPU would get.
+    """
     request, batch = prepared.request, prepared.batch
     served = request.served_S
     (service,) = run.engine.services.values()

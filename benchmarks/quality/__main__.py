@@ -51,7 +51,7 @@ def data_sets(
 
 
 def settings_of(texts: list[str]) -> dict[str, str]:
-    """Settings by name."""
+    """Read the settings by name."""
     found = dict(text.partition("=")[::2] for text in texts)
     if wrong := [text for text in texts if "=" not in text]:
         raise typer.BadParameter(f"{wrong[0]!r} is not SECTION.FIELD=VALUE", param_hint="--set")

@@ -25,8 +25,10 @@ _DIGITS = 16
 
 
 def cold_section(bench: Bench) -> list[Section]:
-    """AUC of items held out, with images and with features that are drawn, each also with `CHECKED`, and with IDs
-    alone; of seldom seen items, with images and with IDs alone. Ours, Embedding&MLP.
+    """Measure the AUC of items held out, and of seldom seen ones, with images and with IDs alone.
+
+    Items held out also with features that are drawn, and with images and drawn features each also with `CHECKED`. Ours,
+    Embedding&MLP.
     """
     data = [each for each in bench.data if each.store]
     task = bench.progress.add_task("items held out", total=7 * len(data) * len(bench.seeds))

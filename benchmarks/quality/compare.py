@@ -114,12 +114,12 @@ def check_same_rows(found: Curves) -> None:
 
 
 def gaucs(curve: Sequence[Epoch]) -> list[float]:
-    """GAUC after each epoch."""
+    """List the GAUC after each epoch."""
     return [float(epoch["gauc"]) for epoch in curve]
 
 
 def of_goal(curve: Sequence[Epoch], goal: str) -> float:
-    """GAUC after the first epoch, or the best of all."""
+    """Return the GAUC after the first epoch, or the best of all."""
     return gaucs(curve)[0] if goal == "epoch1" else max(gaucs(curve))
 
 
@@ -133,7 +133,7 @@ def differences(found: Curves, data: str, goal: str) -> list[float]:
 
 
 def headline(found: Curves, prefix: str, goals: Sequence[str]) -> dict[str, Figure]:
-    """Ours minus theirs for each data set, with half of the 95 % interval over seeds, and the worst data set's."""
+    """Return ours minus theirs by data set, with half of the 95 % interval over seeds, and the worst data set's."""
     figures: dict[str, Figure] = {}
     names = list(dict.fromkeys(name for name, _, _ in found))
     for goal in goals:
@@ -147,7 +147,7 @@ def headline(found: Curves, prefix: str, goals: Sequence[str]) -> dict[str, Figu
 
 
 def table(found: Curves, title: str, prefix: str) -> Section:
-    """Means over seeds: GAUC by epoch, the best epoch's, and seconds of an epoch."""
+    """Make a table of means over seeds: GAUC by epoch, the best epoch's, and seconds of an epoch."""
     grid: dict[str, dict[str, Figure]] = {}
     for (name, net, side), seeds in found.items():
         by_epoch = np.mean([gaucs(curve) for curve in seeds], axis=0)
@@ -160,7 +160,7 @@ def table(found: Curves, title: str, prefix: str) -> Section:
 
 
 def ids_section(bench: Bench) -> list[Section]:
-    """IDs only."""
+    """Measure both with IDs only."""
     found = curves(bench, images=False)
     figures = headline(found, "gauc_vs_fuxictr", list(GOALS))
     return [Section("IDs only: ours minus FuxiCTR", figures), table(found, "IDs only: GAUC", "ids_")]

@@ -45,7 +45,7 @@ def parse(text: str, batch_size: int) -> DataSet:
 
 
 def simulated(folder: Path, users: int, photos: Path | None, labels: Path | None, batch_size: int) -> DataSet:
-    """Clicks of so many people on drawn clothes, or on photographs with their labels; made unless they are there.
+    """Simulate clicks of a number of people on drawn clothes, or on labelled photographs, unless they are there.
 
     Raises subprocess.CalledProcessError.
     """

@@ -73,7 +73,7 @@ class Loader:
 
 
 def model_of(spec: Spec, features: FeatureMap, folder: Path) -> tuple[type, dict[str, Any]]:
-    """FuxiCTR's class of a net, and its arguments: its defaults, but for the widths, which are ours."""
+    """Return FuxiCTR's class of a net, and its arguments: its defaults, but for the widths, which are ours."""
     settings = {
         **_PLAIN,
         "model_root": str(folder),
@@ -182,7 +182,7 @@ def _project_once(layer: PretrainedEmbedding) -> None:
 
 
 def run(spec: Spec, folder: Path) -> dict[str, Any]:
-    """Trains and returns the metrics of the test rows after each epoch."""
+    """Train, and return the metrics of the test rows after each epoch."""
     torch.set_num_threads(spec.threads)
     schema = load_schema(spec.schema)
     layout = Layout.of(schema)

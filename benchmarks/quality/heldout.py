@@ -30,7 +30,8 @@ _DRAWN = ExtractorSpec(
 
 
 def hold_out(samples: Path, out: Path, share: float, seed: int = 0) -> None:
-    """Writes `samples`, of the preset's schema, to `out` with `share` of all items, chosen by `seed`, not in train/.
+    """Write `samples`, of the preset's schema, to `out` with `share` of all items, chosen by `seed`, not in train/.
+
     Half of these are shown in test/, the others in JUDGED/test/. Groups that lose all of their impressions are left
     out.
     """

@@ -82,7 +82,7 @@ def vocabularies(batch: Batch, fields: Sequence[Field]) -> dict[str, Vocabulary]
 
 
 def padded(jagged: Jagged) -> Int:
-    """Rows of equal length (M, L), filled up with PADDING."""
+    """Lay out rows of equal length (M, L), filled up with PADDING."""
     lengths_M = jagged.lengths_M.astype(np.int64)
     padded_ML = np.full((len(lengths_M), max(1, int(lengths_M.max(initial=0)))), PADDING, np.int64)
     padded_ML[np.arange(padded_ML.shape[1]) < lengths_M[:, None]] = jagged.values_N

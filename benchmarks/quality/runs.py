@@ -62,7 +62,7 @@ class Spec:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """Names the run: of what it is told and, roughly, of what its samples and store hold."""
+        """Compute a name of the run from its settings and, roughly, from what its samples and store hold."""
         schema = load_schema(self.schema)
         pairs = (("train", self.train_days), ("test", self.test_days))
         samples = [open_index(SoloComm(), self.samples, split, schema, days).layout_digest for split, days in pairs]
@@ -80,7 +80,7 @@ class Spec:
 
 
 def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
-    """Figures of the run after each epoch; it is made now unless that was done before. Raises QualityRunError."""
+    """Return the figures after each epoch, of a run that is made now unless it was before. Raises QualityRunError."""
     name = f"{spec.side}-{spec.net}-{spec.digest()}"
     kept = folder / "figures" / f"{name}.json"
     if not kept.exists():

@@ -123,8 +123,10 @@ class Source:
 
 
 def decoded(source: Source, num_ranks: int, *, every: bool) -> dict[str, Figure]:
-    """Read an epoch as every rank, or as the one that decodes most: the most decoded over own samples, and the largest
-    part of a step over the mean one."""
+    """Read an epoch as every rank, or as the one that decodes most.
+
+    Returns the most decoded over own samples, and the largest part of a step over the mean one.
+    """
     index = source.index()
     expected = source.reader(index, 0, num_ranks).decode_shares(num_ranks)
     ranks = range(num_ranks) if every else [int(np.argmax(expected))]
@@ -169,7 +171,7 @@ def _distance(order: NDArray[np.int64], batch_size: int) -> float:
 
 
 def s3_figures(source: Source, progress: Any) -> dict[str, Figure]:
-    """Megabytes that the last rank reads from S3 in an epoch, and its speed, new and old."""
+    """Measure megabytes that the last rank reads from S3 in an epoch, and its speed, new and old."""
     from featurestore.storage.storage import Storage
     from tests.servers import environment_of, new_bucket, seaweedfs
 

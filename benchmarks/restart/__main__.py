@@ -69,7 +69,7 @@ class Loss:
 
 
 def summary(losses: list[Loss]) -> Mapping[str, Figure]:
-    """Figures of one kind of kill."""
+    """Return the figures of one kind of kill."""
     seconds = [each.seconds for each in losses]
     return {
         "median_s_to_next_step": statistics.median(seconds),

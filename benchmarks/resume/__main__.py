@@ -88,7 +88,7 @@ def compare(runs: "Runs") -> dict[str, Mapping[str, Figure]]:
 
 
 def kills_of(steps: int) -> list[int]:
-    """Steps in which a run is killed, some steps after a checkpoint, so that those are taken twice."""
+    """Choose the steps in which a run is killed, some steps after a checkpoint, so that those are taken twice."""
     from benchmarks.resume.runs import checkpoint_every
 
     every, count = checkpoint_every(steps), min(MOST_KILLS, 2 + steps // 50)

@@ -57,7 +57,7 @@ class Runs:
         return _end(self._folder)
 
     def on_ranks(self, *ranks: int, kills: Sequence[int] = ()) -> End:
-        """Begun with ranks[0], killed in the midst of step kills[0], resumed with ranks[1], and so on, in turn."""
+        """Begin with ranks[0], kill in the midst of step kills[0], resume with ranks[1], and so on, in turn."""
         for number, die_at in enumerate([*kills, None]):
             resume = ["run.resume=latest"] if number else []
             self._ranks(ranks[number % len(ranks)], die_at, self._settings(*resume))
@@ -98,7 +98,7 @@ class Runs:
 
 
 def checkpoint_every(steps: int) -> int:
-    """Steps between two checkpoints of a run of so many steps."""
+    """Choose the number of steps between two checkpoints of a run of that length."""
     return max(2, steps // 20)
 
 

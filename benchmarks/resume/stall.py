@@ -86,8 +86,10 @@ def trained(workload: Workload, runs: str, variant: str, ranks: int, checkpoints
 
 
 def figures(variant: str, reports: list[dict[str, Any]]) -> Mapping[str, Figure]:
-    """Return the median over rounds: of the stall by a checkpoint, what that is of a minute and in steps, and the speed
-    with a checkpoint every few steps."""
+    """Return the medians over rounds: the stall by a checkpoint, and the speed with one every few steps.
+
+    The stall is also given as a part of a minute, and in steps.
+    """
     stalls_ms = [stall_ms(variant, report) for report in reports]
     stall = statistics.median(stalls_ms)
     step_ms = statistics.median(

@@ -1,4 +1,4 @@
-"""One rank of a run that dies on the way, or begins a hair's breadth beside the others
+"""One rank of a run that is killed on the way, or begins with a tiny difference from the others.
 
 python -m benchmarks.resume.worker --die-at 7 --config WORKLOAD/config.yaml run.name=a
 """
@@ -53,7 +53,7 @@ def train(config: Config, comm: Comm, *, die_at: int | None = None, nudged: bool
 
 @torch.no_grad()
 def nudge_(engine: Engine, dtype: str) -> None:
-    """Makes the first weight of E that is not zero larger by one part in what `dtype` can tell apart."""
+    """Multiply the first weight of E that is not zero by 1 + the machine epsilon of `dtype`."""
     weights = next(value for name, value in engine.dense_parameters().items() if name.startswith("stores."))
     weights.view(-1)[0] *= 1 + torch.finfo(getattr(torch, dtype)).eps
 

@@ -1,4 +1,4 @@
-"""Measure how time, memory and bytes of each stage grow with the number of impressions
+"""Measure how time, memory and bytes of each stage grow with the number of impressions.
 
 python -m benchmarks.scale --json data/bench/scale.json
 python -m benchmarks.scale --impressions 10000 --impressions 40000 --samples-alone 80000 --dir /tmp/scale

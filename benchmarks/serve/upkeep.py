@@ -25,8 +25,10 @@ _ROUNDS = 3
 
 
 def delta(world: World) -> list[Section]:
-    """Compare the publish of changed features of some images with vectors of all images, in this process both, in
-    turns: the best round of each counts."""
+    """Compare the publish of changed features of some images with vectors of all images.
+
+    Both run in this process, in turns: the best round of each counts.
+    """
     features = world.folder / "features"
     shutil.rmtree(features, ignore_errors=True)
     shutil.copytree(world.workload.store, features)

@@ -87,7 +87,7 @@ def measure(
 
 
 def ascending(text: str) -> list[int]:
-    """Numbers between commas."""
+    """Parse numbers between commas."""
     numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
     if numbers != sorted(set(numbers)) or numbers[0] < 1:
         raise typer.BadParameter(

@@ -45,7 +45,7 @@ _TYPES: dict[str, pa.DataType] = {
 
 
 def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
-    """Builds of the cache without and with deltas, and its opening when it is there."""
+    """Measure builds of the cache without and with deltas, and its opening when it is there."""
     shards = held.store.info.num_shards
     scratch = bench.folder / "scratch"
     sources = {kind: _plain_store(bench, held, kind) for kind in _TYPES}
@@ -80,7 +80,7 @@ def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
 
 
 def write_figures(bench: Bench, held: Held) -> Section:
-    """Writes of some thousand rows into a new store, and into plain files."""
+    """Measure writes of some thousand rows into a new store, and into plain files."""
     count = min(_WRITE_ROWS, bench.num_rows)
     rows = FeatureRows.of(uris_of(range(count)), held.matrix_ND[:count], keys=held.keys_N[:count])
     info = StoreInfo(dim=DIM, extractor=EXTRACTOR, num_shards=_WRITE_SHARDS)
@@ -158,8 +158,11 @@ def cache_from_plain(source: Path, target: Path, num_shards: int, threads: int) 
 
 
 def touch_memory(size_bytes: int) -> None:
-    """Have free memory at hand for the files to come. A virtual machine gives freed memory back to its host, and who
-    writes next waits for it: that cost up to four times the rest of a build, and hit the variants at random."""
+    """Have free memory at hand for the files to come.
+
+    A virtual machine gives freed memory back to its host, and who writes next waits for it: that cost up to four times
+    the rest of a build, and hit the variants at random.
+    """
     np.ones(size_bytes // 8)
 
 

@@ -26,7 +26,7 @@ _LEFT_SHARE = 0.01
 
 
 def cold_figures(bench: Bench, held: Held, peers: Mapping[str, Peer]) -> Section:
-    """Opening and first lookup of each, medians of a few rounds, in one thread."""
+    """Measure opening and first lookup of each, medians of a few rounds, in one thread."""
     rng = np.random.default_rng(bench.seed + 3)
     out_UD = np.zeros((bench.num_keys, held.matrix_ND.shape[1]), held.matrix_ND.dtype)
     opened: dict[str, list[float]] = {name: [] for name in peers}

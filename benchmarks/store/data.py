@@ -104,7 +104,7 @@ class Bench:
         return Held(store, store.snapshot().version, held.keys_N, codes_ND)
 
     def sources_of(self, index_U: Indices) -> Indices:
-        """Whose feature each row has in the newest snapshot."""
+        """Return whose feature each row has in the newest snapshot."""
         return np.array([self.changed.get(row, row) for row in index_U.tolist()], np.int64)
 
 

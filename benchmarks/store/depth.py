@@ -28,7 +28,7 @@ _CHANGED_SHARE = 0.01
 
 
 def depth_figures(bench: Bench, held: Held, depths: Sequence[int]) -> Section:
-    """Milliseconds at each of `depths`, ascending."""
+    """Measure milliseconds at each of `depths`, ascending."""
     count = min(_MOST_ROWS, bench.num_rows)
     store = FeatureStore.create(bench.folder / "deep", StoreInfo(dim=DIM, extractor=EXTRACTOR, num_shards=_NUM_SHARDS))
     store.put(FeatureRows.of(uris_of(range(count)), held.matrix_ND[:count]))

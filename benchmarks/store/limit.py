@@ -54,7 +54,7 @@ def limit_figures(bench: Bench, limit_mb: int) -> Section:
 
 
 def write_large(bench: Bench, url: Path, num_rows: int) -> None:
-    """Rows of `num_rows` keys, one commit for each shard."""
+    """Write rows of `num_rows` keys, one commit for each shard."""
     store = FeatureStore.create(url, StoreInfo(dim=DIM, extractor=EXTRACTOR, num_shards=_NUM_SHARDS))
     keys_N = large_keys(num_rows)
     shard_N = shard_of(keys_N, _NUM_SHARDS)
@@ -70,7 +70,7 @@ def write_large(bench: Bench, url: Path, num_rows: int) -> None:
 
 
 def large_keys(num_rows: int) -> Int64Array:
-    """Keys of the large store."""
+    """Return the keys of the large store."""
     return np.random.default_rng(0).integers(-(2**63), 2**63, num_rows, dtype=np.int64)
 
 
@@ -127,13 +127,13 @@ def serve(url: str, folder: str, limit_mb: int, num_rows: int, threads: int) -> 
 
 
 def lookups(partition: FeaturePartition, num_rows: int) -> Iterator[tuple[Int64Array, Matrix]]:
-    """Random keys and what the partition gives for them."""
+    """Yield random keys and what the partition gives for them."""
     for keys in draw_keys(num_rows):
         yield keys, partition.lookup(keys).features_UD
 
 
 def draw_keys(num_rows: int) -> Iterator[Int64Array]:
-    """Random keys of the large store, lookup by lookup."""
+    """Draw random keys of the large store, lookup by lookup."""
     keys_N = large_keys(num_rows)
     rng = np.random.default_rng(2)
     for _ in range(_LOOKUPS):
@@ -159,7 +159,7 @@ def peak_of_data() -> Iterator[list[int]]:
 
 
 def data_bytes() -> int:
-    """Private memory that this process may write, as RLIMIT_DATA counts it."""
+    """Read the private memory that this process may write, as RLIMIT_DATA counts it, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[5])
     return pages * resource.getpagesize()
 

@@ -152,11 +152,11 @@ class RocksPeer:
         self._split = Split(threads)
 
     def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
-        """`get` of each key."""
+        """Look up by a `get` of each key."""
         self._split(self._get, index_U, out_UD)
 
     def lookup_multi(self, index_U: Indices, out_UD: Matrix) -> None:
-        """`get` of a list of keys."""
+        """Look up by a `get` of a list of keys."""
         self._split(self._multi_get, index_U, out_UD)
 
     def _get(self, index_U: Indices, out_UD: Matrix) -> None:

@@ -28,7 +28,7 @@ _QUIET_SPREAD = 1.5
 
 
 def known(names: list[str]) -> list[str]:
-    """Names of variants and sections."""
+    """Check the names of variants and sections."""
     if strange := [name for name in names if name not in NAMES]:
         raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(NAMES)}", param_hint="--only")
     return names
@@ -46,7 +46,7 @@ def check_fuxictr(chosen: list[str]) -> None:
 
 
 def alternatives(texts: list[str]) -> dict[str, list[str]]:
-    """Settings by name, of NAME:SETTING,SETTING."""
+    """Parse settings by name, of NAME:SETTING,SETTING."""
     found = {}
     for text in texts:
         name, colon, settings = text.partition(":")

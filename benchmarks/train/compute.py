@@ -35,7 +35,7 @@ class Compute:
         return next(self._batches)
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """Loss, and the seconds of E's and the worker model's forward and backward."""
+        """Return the loss, and the seconds of E's and the worker model's forward and backward."""
         asked = {}
         for name in dict.fromkeys(self._names.values()):
             fields = [field for field, of in self._names.items() if of == name]

@@ -49,7 +49,7 @@ class FuxiCtr:
         return batch, self.model.request(batch)
 
     def step(self, prepared: tuple[Batch, KeyRequest]) -> tuple[float, None]:
-        """Trains on one batch."""
+        """Train on one batch."""
         batch, request = prepared
         return self.model.train_step(batch, request, self._images), None
 
@@ -62,7 +62,7 @@ class FuxiCtr:
 
 
 def pretrained_layer(partition: FeaturePartition, keys_N: Int64, width: int) -> torch.nn.Module:
-    """FuxiCTR's layer with the features of `keys_N` at 1, 2, …; 0 is its padding and N + 1 what it does not know."""
+    """Make FuxiCTR's layer of the features of `keys_N` at 1, 2, …; 0 is its padding and N + 1 what it does not know."""
     places = {str(key): 1 + place for place, key in enumerate(keys_N.tolist())}
     with tempfile.TemporaryDirectory() as folder:
         features, vocabulary = Path(folder) / "features.npz", Path(folder) / "vocabulary.json"

@@ -34,7 +34,7 @@ class Launcher:
     environment: Mapping[str, str] | None = None
 
     def trainer(self, name: str, steps: int, settings: Sequence[str] = ()) -> Outcome:
-        """`python -m trainer.main` on the real files; no checkpoint but the last. Losses: those that are logged."""
+        """Run `python -m trainer.main` on the real files; no checkpoint but the last. Losses: those that are logged."""
         every = [f"run.name={name}", "run.overwrite=true", f"run.dir={self.scratch}"]
         length = [f"train.max_steps={steps}", "train.epochs=1000", "train.checkpoint_every=null"]
         command = ["-m", "trainer.main", "--config", str(self.workload.config)]

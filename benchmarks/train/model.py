@@ -58,7 +58,7 @@ class Model:
         return functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
 
     def request(self, batch: Batch) -> KeyRequest:
-        """Exchanges the keys of the ID fields; needs no weights, so it may run a step ahead in a thread."""
+        """Exchange the keys of the ID fields; needs no weights, so it may run a step ahead in a thread."""
         return self.ids.request(batch.fields, "step")
 
     def train_step(self, batch: Batch, request: KeyRequest, image_path: ImagePath) -> float:
@@ -71,15 +71,15 @@ class Model:
         return self.update()
 
     def zero_grad(self) -> None:
-        """Before a backward that `update` follows."""
+        """Clear the gradients before a backward that `update` follows."""
         self._dense.zero_grad()
 
     def note(self, loss: Tensor) -> None:
-        """Before a backward that `update` follows: the loss over this rank's samples."""
+        """Take the loss over this rank's samples, before a backward that `update` follows."""
         self._dense.note(loss)
 
     def update(self) -> float:
-        """After backward: one step of both optimisers; the loss over the global batch."""
+        """Do one step of both optimisers after backward, and return the loss over the global batch."""
         rates = rates_at(self._optim, self._steps)
         self._dense.start_reduction()
         loss, _ = self._dense.outcome()
@@ -98,7 +98,7 @@ class StoredFeatures:
         self._memory: dict[str, Tensor] = {}
 
     def embed(self, network: str, features_UD: Tensor, place: str) -> Tensor:
-        """Visual vectors (U, V). `place`: features that are there at the same time need another one."""
+        """Make visual vectors (U, V). `place`: features that are there at the same time need another one."""
         return self._service.embed(network, Gathered(self.numbers(network, features_UD, place), None))
 
     def numbers(self, network: str, features_UD: Tensor, place: str) -> Tensor:

@@ -34,7 +34,10 @@ class Variant(Protocol):
         """Prepare the next batch, and everything of it that needs no weights. Every rank calls it equally often."""
 
     def step(self, prepared: Any) -> tuple[float, float | None]:
-        """Trains on one. The loss, and the seconds to count where they are not those of the whole step."""
+        """Train on one batch.
+
+        Returns the loss, and the seconds to count where they are not those of the whole step.
+        """
 
 
 @dataclass
@@ -107,7 +110,7 @@ def _sent(comm: Comm) -> int:
 
 
 def summed(ranks: list[Seen], steps: int, global_batch_size: int) -> dict[str, Any]:
-    """Figures over all ranks: samples of all steps but the first, by the time of the slowest rank."""
+    """Sum figures over all ranks: samples of all steps but the first, by the time of the slowest rank."""
     return {
         "losses": ranks[0].losses,
         "samples_per_s": (steps - 1) * global_batch_size / max(each.seconds for each in ranks),

@@ -30,7 +30,7 @@ class Rounds:
         return name in self.outcomes
 
     def speed(self, name: str) -> float:
-        """Samples per second: the median over rounds."""
+        """Compute samples per second: the median over rounds."""
         return statistics.median(each.samples_per_s for each in self.outcomes[name])
 
     def ratio(self, name: str, over: str) -> float | None:
@@ -38,7 +38,7 @@ class Rounds:
         return self.speed(name) / self.speed(over) if name in self and over in self else None
 
     def grid(self) -> dict[str, dict[str, Figure]]:
-        """Median, slowest and fastest round of each variant."""
+        """Return the median, slowest and fastest round of each variant."""
         return {
             name: {
                 "samples_per_s": self.speed(name),
@@ -50,7 +50,7 @@ class Rounds:
 
 
 def interleaved(variants: Mapping[str, Run], rounds: int, progress: Progress, title: str) -> Rounds:
-    """Runs every variant once a round, every second round in reverse, so that a slow moment hits all alike."""
+    """Run every variant once a round, every second round in reverse, so that a slow moment hits all alike."""
     outcomes: dict[str, list[Outcome]] = {name: [] for name in variants}
     task = progress.add_task(title, total=rounds * len(variants))
     for round_ in range(rounds):

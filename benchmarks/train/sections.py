@@ -41,12 +41,12 @@ class Bench:
     progress: Progress
 
     def launcher(self, ranks: int) -> Launcher:
-        """Ranks on this host."""
+        """Return what starts a number of ranks on this host."""
         return Launcher(self.workload, self.scratch, ranks)
 
     @property
     def steps_2_ranks(self) -> int:
-        """Of the trainer: as many samples as at one rank."""
+        """The steps of the trainer on two ranks: as many samples as at one rank."""
         return max(3, self.steps // 2)
 
     def variants(self) -> dict[str, Run]:
@@ -127,7 +127,7 @@ def beside(rounds: Rounds) -> dict[str, Figure]:
 
 
 def hosts_section(bench: Bench) -> Section:
-    """Two ranks of the trainer on two hosts, namespaces that 1 Gbit/s joins, over the same two ranks on loopback."""
+    """Measure two ranks on two hosts, namespaces that 1 Gbit/s joins, over the same two ranks on loopback."""
     here = bench.launcher(2)
     try:
         with link(bench.scratch) as over:
@@ -144,7 +144,7 @@ def hosts_section(bench: Bench) -> Section:
 
 
 def link_section(bench: Bench) -> Section:
-    """Ours and all forms of "store in server" over 1 Gbit/s; no figure, and why, where there cannot be one."""
+    """Measure ours and all forms of "store in server" over 1 Gbit/s; no figure, and why, where there cannot be one."""
     try:
         with link(bench.scratch) as over:
             ranks = Launcher(bench.workload, bench.scratch, 2, over.prefix, over.environment)
@@ -167,7 +167,7 @@ def link_section(bench: Bench) -> Section:
 
 
 def memory_section(bench: Bench, rounds: Rounds) -> Section:
-    """Resident set of the largest rank less its share of the features, and what it grows by in many small steps."""
+    """Measure the memory of the largest rank, without its features, and what it grows by in many small steps."""
     steps = bench.memory_steps
     small = [*bench.settings, f"data.global_batch_size={_MEMORY_SAMPLES}"]
     task = bench.progress.add_task("memory", total=None)
@@ -185,7 +185,7 @@ def memory_section(bench: Bench, rounds: Rounds) -> Section:
 
 
 def alternatives_section(bench: Bench, alternatives: Mapping[str, Sequence[str]]) -> Section:
-    """Speed at one and two ranks, and quality on the test samples, of the trainer with other settings."""
+    """Measure speed at one and two ranks, and quality on the test samples, of the trainer with other settings."""
     runs: dict[str, Run] = {}
     for name, settings in {"default": [], **alternatives}.items():
         for ranks, steps in ((1, bench.steps), (2, bench.steps_2_ranks)):

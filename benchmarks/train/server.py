@@ -32,8 +32,11 @@ class Fetched:
 
 
 class StoreInServer:
-    """`ahead`: the features of the next step come in a thread while this one computes. `pieces`: in so many alltoalls,
-    between which the collectives of the step may pass; Horovod runs one after the other."""
+    """The way "store in server": features come from a server in each step.
+
+    `ahead`: the features of the next step come in a thread while this one computes. `pieces`: the number of alltoalls,
+    between which the collectives of the step may pass; Horovod runs one after the other.
+    """
 
     def __init__(self, run: Run, ahead: bool, pieces: int = 1) -> None:
         assert run.partition is not None
@@ -57,7 +60,7 @@ class StoreInServer:
         return Fetched(batch, self.model.request(batch), *self._fetch(batch))
 
     def step(self, fetched: Fetched) -> tuple[float, None]:
-        """Trains on one batch."""
+        """Train on one batch."""
         return self.model.train_step(fetched.batch, fetched.request, lambda _: self._images(fetched)), None
 
     def _fetch(self, batch: Batch) -> tuple[Tensor, Tensor]:

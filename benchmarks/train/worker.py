@@ -97,7 +97,7 @@ class StoreInWorker:
         return full, self.model.request(full.batch)
 
     def step(self, prepared: tuple[FullBatch, KeyRequest]) -> tuple[float, None]:
-        """Trains on one batch."""
+        """Train on one batch."""
         full, request = prepared
         return self.model.train_step(full.batch, request, lambda _: self._images(full)), None
 
@@ -113,7 +113,7 @@ class StoreInWorker:
 def write_batch(
     batch: Batch, sides: dict[str, str], content: list[str], partition: FeaturePartition, place: Path, number: int
 ) -> None:
-    """Two files: the rows of the user side and those of the ad side, features in place of image keys."""
+    """Write two files: the rows of the user side and those of the ad side, features in place of image keys."""
     columns: dict[str, dict[str, Any]] = {"user": {}, "ad": {}}
     for name, side in sides.items():
         jagged = batch.fields[name]

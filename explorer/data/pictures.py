@@ -100,8 +100,10 @@ class Pictures:
         return str(file), (found.st_ino, found.st_size, found.st_mtime_ns)
 
     def look(self, uri: str) -> SeenFile:
-        """Look at a picture's file, whatever is in it. Reads its first bytes; of an object store its size is not asked
-        for."""
+        """Look at a picture's file, whatever is in it.
+
+        Reads its first bytes; of an object store its size is not asked for.
+        """
         with suppress(BadImageError, OSError):
             location, _ = self.locate(uri)
             size_bytes = None if "://" in location else Path(location).stat().st_size

@@ -42,8 +42,10 @@ class Question(NamedTuple):
 
 @dataclass
 class Site:
-    """What every page is made with. `frozen`: pages are being exported as files, so that nothing on them may ask a
-    server: no forms, no live parts."""
+    """What every page is made with.
+
+    `frozen`: pages are being exported as files, so that nothing on them may ask a server: no forms, no live parts.
+    """
 
     places: Places
     frozen: bool = False

@@ -15,8 +15,10 @@ _DRAINED = 10
 
 
 async def read_upload(request: Request, name: str, most_bytes: int) -> tuple[bytes, dict[str, str]]:
-    """Read the file in the field `name` of a form, and the other fields. Raises ExplorerError without a file, or where
-    it has more than `most_bytes`."""
+    """Read the file in the field `name` of a form, and the other fields.
+
+    Raises ExplorerError without a file, or where it has more than `most_bytes`.
+    """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ExplorerError("a picture is sent by the form, as multipart/form-data")
     parser = _InMemory(request.headers, _at_most(request, most_bytes), max_files=1, max_fields=8, max_part_size=1_000)

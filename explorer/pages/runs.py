@@ -235,7 +235,7 @@ class Live:
 
     @property
     def names(self) -> list[str]:
-        """The runs' names."""
+        """The names of the runs."""
         return [run.name for run in self.runs]
 
     @property
@@ -263,7 +263,7 @@ class Live:
         return [metric for metric in self.tests if any(len(each.steps) > 1 for each in self.test(metric).values())]
 
     def stages(self, run: RunFacts) -> tuple[StageTime, ...]:
-        """Stages of a finished run's report, else those of the newest step that was logged."""
+        """Return the stages of a finished run's report, else those of the newest step that was logged."""
         return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
 
 

@@ -1,4 +1,4 @@
-"""python -m trainer.compat RUN STORE: may the run use this store, and is it the one that it was trained on?"""
+"""Check whether a run may use a store, and whether it was trained on it: python -m trainer.compat RUN STORE."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -44,8 +44,11 @@ class CompatOptions:
 
 @dataclass(frozen=True)
 class ScoreDrift:
-    """Log loss of the impressions with the recorded features (or as the run reported it) and with those here;
-    `mean_logit_change` where both could be scored."""
+    """Log loss of the impressions with the recorded features, and with those here.
+
+    The recorded features' loss may be the one that the run reported. `mean_logit_change` is set where both could be
+    scored.
+    """
 
     impressions: int
     before: float | None
@@ -57,7 +60,7 @@ class ScoreDrift:
 
     @property
     def change(self) -> float | None:
-        """Of the log loss, in parts of that before."""
+        """The relative change of the log loss; None where one of the two is unknown."""
         if self.before is None or self.here is None:
             return None
         return (self.here - self.before) / max(self.before, 1e-30)

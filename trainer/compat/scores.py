@@ -35,8 +35,7 @@ _SHARDS, _ROWS_A_PUT = 8, 8_192
 
 @dataclass(frozen=True)
 class ScoredImpressions:
-    """Logits and labels of N impressions, in the order of the batches; of the images that these name, how many have no
-    feature."""
+    """Logits and labels of N impressions, in the order of the batches, and how many of their images have no feature."""
 
     logit_N: Float
     label_N: Float

@@ -135,9 +135,9 @@ class Engine:
         return self.model.fields
 
     def prepared(self, batches: Iterator[Batch], kind: Kind = "step") -> Iterator[PreparedBatch]:
-        """Exchange the keys of one batch after the other and gather what their owners need; independent of weights, so
-        it may run a step ahead, in a thread beside the step before.
+        """Exchange the keys of one batch after the other, and gather what their owners need.
 
+        It does not depend on weights, so it may run a step ahead, in a second thread during the step before.
         All ranks ask for batches of one kind in the same order. One that cannot be read, or does not fit the model,
         stops all ranks: this one raises its error, others RemoteRankError.
         """
@@ -198,8 +198,7 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Compute with averages in the block, where the run keeps such, as what reads its checkpoints does; no step is
-        done in it."""
+        """Compute with averages in the block, if the run keeps them; no training step is done in it."""
         self._rows.reads_average = True
         try:
             with self._dense.averaged():
@@ -215,8 +214,10 @@ class Engine:
     def compute(
         self, prepared: PreparedBatch, network: NetworkPart, given: Mapping[str, FieldVectors] | None = None
     ) -> NDArray[np.float64]:
-        """Return what `network`, as a part of the model, makes of a batch, in float64; `given`: vectors of fields in
-        place of those that are looked up. All ranks call it equally often."""
+        """Return what `network`, as a part of the model, makes of a batch, in float64.
+
+        `given`: vectors of fields in place of those that are looked up. All ranks call it equally often.
+        """
         self._modules.eval()
         values = self._outputs(prepared, network, given or {}).double().cpu().numpy()
         failures = prepared.request.failures
@@ -225,13 +226,15 @@ class Engine:
         return values
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Return parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all
-        ranks."""
+        """Return parameters that every rank holds, named as in `dense_state`, after a step with `.grad` of all."""
         return self._dense.parameters
 
     def dense_state(self) -> dict[str, Tensor]:
-        """Return what is the same on every rank: parameters, or their averages and them, standardisation, Adam's state,
-        the number of steps, and what the optimiser of ID rows knows beside them."""
+        """Return the state that is the same on every rank.
+
+        It has the parameters, or their averages and them, standardisation, Adam's state, the number of steps, and what
+        else the optimiser of ID rows knows.
+        """
         state = self._dense.state()
         state.update(self._modules.named_buffers())
         state.update(self._rows.shared_state())
@@ -278,14 +281,15 @@ class Engine:
         self._dense.begin_averages()
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
-        """Take the vectors of this rank's ids out of another run's `shard_state`, before the first step. Raises
-        CheckpointError."""
+        """Take this rank's id vectors out of another run's `shard_state`, before step 1. Raises CheckpointError."""
         for table in self.tables.values():
             table.begin_with(state)
 
     def begin_day(self, day: date | None) -> None:
-        """Let go of ids that have not been used for too long on that day, the last one of the training samples; called
-        when all else is loaded, before the first step. Raises ConfigError where a table needs a day and there is none.
+        """Remove the ids that have not been used for too long on that day, the last one of the training samples.
+
+        Called when all else is loaded, before the first step. Raises ConfigError where a table needs a day and there is
+        none.
         """
         for table in self.tables.values():
             if isinstance(table, ExactTable):

@@ -1,4 +1,4 @@
-"""What a rank takes of its machine: threads for its share of the cores, and a GPU or the CPU; is it as the others?"""
+"""Threads and the device that a rank takes of its machine, and checks that all ranks have the same ones."""
 
 import hashlib
 import os
@@ -99,8 +99,10 @@ def idle_gpus(device: Device, have_gpu: Sequence[bool], without_cuda: str | None
 def check_memory(
     comm: Comm, shapes: Sequence[TableShape], state: Sequence[StatePart], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise ConfigError where the ID tables of the ranks of one machine, or of one GPU, do not fit into its memory; on
-    all ranks alike, so every rank has to call it."""
+    """Raise ConfigError where the ID tables of the ranks of one machine, or of one GPU, do not fit into its memory.
+
+    It raises on all ranks alike, so every rank has to call it.
+    """
     host, needs = socket.gethostname(), [owned_bytes(shape, comm.rank, comm.size, state, dtype) for shape in shapes]
     on_gpu = device.type == "cuda"
     mine = (f"{host}, {device}", torch.cuda.mem_get_info(device)[0], needs) if on_gpu else (host, free_bytes(), needs)

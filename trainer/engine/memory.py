@@ -17,8 +17,10 @@ _frozen_for_good = threading.Event()
 
 
 def free_bytes() -> int | None:
-    """Return the memory that processes of this machine can still take, swap included, and that no limit of a container
-    forbids; None where the system does not say."""
+    """Return the memory that processes of this machine can still take, swap and the limits of a container included.
+
+    None where the system does not say.
+    """
     known = []
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = (line.split(":") for line in _MEMINFO.read_text().splitlines())

@@ -13,9 +13,12 @@ _ROWS, _FEATURE, _HIDDEN, _TURNS = 1024, 4096, 256, 4
 
 
 def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, recorded: str | None) -> ModelConfig:
-    """Settle model.compute_dtype, the same on every rank: as it says; for "auto" as `recorded` (in the
-    checkpoint that a run continues), else what rank 0's environment names, else what rank 0 is quicker at. All ranks
-    call it. Raises ConfigError on all where the environment names no such type."""
+    """Settle model.compute_dtype, the same on every rank.
+
+    It is what the setting says; for "auto" it is `recorded` (in the checkpoint that a run continues), else what rank
+    0's environment names, else what rank 0 is quicker at. All ranks call it. Raises ConfigError on all where the
+    environment names no such type.
+    """
     if config.compute_dtype != "auto":
         return config
     settled = recorded or comm.on_rank_0(lambda: _named_dtype() or faster_dtype(device))
@@ -30,9 +33,11 @@ def _named_dtype() -> AutoDType | None:
 
 
 def faster_dtype(device: torch.device) -> AutoDType:
-    """Choose bfloat16 on a GPU that has it. A processor is tried, for a fifth of a second, at E's first product of
-    features as they lie in the store: not every one that knows bfloat16 is so quick at it that it pays to leave
-    float32."""
+    """Choose bfloat16 on a GPU that has it, and on a processor that is quicker at it.
+
+    A processor is tried, for a fifth of a second, at E's first product of features as they lie in the store: not every
+    one that knows bfloat16 is so quick at it that it pays to leave float32.
+    """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if product_s(torch.bfloat16) <= product_s(torch.float32) else "float32"

@@ -65,8 +65,10 @@ class ExchangeSource(Protocol):
 
 @dataclass(frozen=True)
 class EvenLengths:
-    """The lengths of M = `rows` rows that hold `each` values, all of them: what a network is exported with, for one
-    user, whose lists every candidate sees. So segments are planes of a block."""
+    """The lengths of M = `rows` rows that hold `each` values, all of them.
+
+    A network is exported with them, for one user, whose lists every candidate sees. So segments are planes of a block.
+    """
 
     rows: int
     each: int
@@ -97,8 +99,11 @@ class HostLengths:
 
 @dataclass
 class FieldVectors:
-    """The vectors of one field: value n of the field has `vectors_UV[index_N[n]]`, times `weights_N[n]` where there are
-    weights; row m has `lengths_M[m]` values. `trainer.models.layers.value_rows` puts it together."""
+    """The vectors of one field: its distinct vectors, and how its values and rows are made of them.
+
+    Value n of the field has `vectors_UV[index_N[n]]`, times `weights_N[n]` where there are weights; row m has
+    `lengths_M[m]` values. `trainer.models.layers.value_rows` puts it together.
+    """
 
     vectors_UV: Tensor
     index_N: Tensor

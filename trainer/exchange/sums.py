@@ -27,8 +27,10 @@ def sum_rows(rows_NV: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
 
 
 def reduce_segments(rows_N: Tensor, reduction: str, lengths_M: Tensor) -> Tensor:
-    """Reduce the next `lengths_M[m]` rows for each m, (M, V). The lengths have to add up to N: that is not checked, as
-    the check would wait for the GPU."""
+    """Reduce the next `lengths_M[m]` rows for each m, (M, V).
+
+    The lengths have to add up to N: that is not checked, as the check would wait for the GPU.
+    """
     return torch.segment_reduce(rows_N, reduction, lengths=lengths_M, axis=0, unsafe=True)
 
 

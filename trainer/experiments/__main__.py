@@ -128,8 +128,10 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
 
 
 def on_stores(wanted: Sequence[Experiment], stores: str | None, is_asked: bool) -> list[Experiment]:
-    """Give tables of stores the stores that were named; without any they are left out, unless one was asked for by its
-    name. Raises typer.BadParameter."""
+    """Give the tables of stores the stores that were named, and leave these tables out where none was named.
+
+    Raises typer.BadParameter, also where a table of stores was asked for by its name and no store was named.
+    """
     if stores is None:
         if is_asked:
             raise typer.BadParameter("encoders compares feature stores: name two at least", param_hint="--stores")

@@ -74,8 +74,10 @@ class Sources:
         return self._once(("snapshot", place), lambda: self._comm.on_rank_0(look))
 
     def reduced(self, config: Config, dims: int, dtype: DType, folder: RunPath) -> str | None:
-        """Find the compact store of the snapshot of data.store that is to be trained on, made now where it is not there
-        yet, in `folder`; None where the store's rows have not so many dimensions. Raises FeatureStoreError."""
+        """Find or make the compact store of the snapshot of data.store that is to be trained on, in `folder`.
+
+        None where the store's rows have no more than `dims` dimensions. Raises FeatureStoreError.
+        """
         data = config.data
 
         def look() -> str | None:
@@ -110,8 +112,10 @@ class Sources:
 
 
 def facts_of(snapshot: Snapshot) -> dict[str, Any]:
-    """Say what a snapshot has: network, numbers of a row, dtype, images, bytes, and seconds of an image's extraction
-    where the store has kept them."""
+    """Describe a snapshot: network, numbers of a row, dtype, images, bytes, and seconds of an image's extraction.
+
+    The seconds are there where the store has kept them.
+    """
     info = snapshot.info
     return {
         "store": snapshot.storage.url,

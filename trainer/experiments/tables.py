@@ -63,8 +63,10 @@ def rows_of(
     figures: Mapping[str, Sequence[Mapping[str, float]]],
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """Make the rows of `figures`, the metrics of each variant, one mapping for each seed in the same order; `facts` by
-    variant."""
+    """Make the rows of a table from `figures`, the metrics of each variant.
+
+    A variant has one mapping for each seed, in the same order; `facts` are by variant.
+    """
     paper = {variant.name: variant.paper_gauc for variant in experiment.variants}
     rows: list[Row] = []
     for variant in experiment.variants:

@@ -1,5 +1,6 @@
-"""Exact ID tables: a row for each id, admitted after it was seen some times, and let go when it is no longer used, or
-when it is the one longest unused in a full shard.
+"""Exact ID tables: a row for each id that was seen often enough, as long as the id is used.
+
+An id is removed when it is no longer used, or when it is the one longest unused in a full shard.
 
 Every shard has room for its part of `max_rows` rows and one more, row 0, the *cold row*: it stands in for all ids of
 the shard that have no row of their own, is trained by their samples, and begins with zeros. All that a shard holds

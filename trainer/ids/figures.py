@@ -35,7 +35,7 @@ class ExactFigures:
 
     @property
     def share(self) -> float | None:
-        """Of the ids served, those that got a cold row, which others share; None where none was served."""
+        """The share of the ids served that got a cold row, which others share; None where none was served."""
         return self.cold / self.served if self.served else None
 
     def as_report(self) -> dict[str, Any]:

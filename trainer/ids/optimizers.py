@@ -46,8 +46,10 @@ class RowOptimizer:
 
     @classmethod
     def state_with(cls, config: OptimConfig) -> tuple[StatePart, ...]:
-        """List what is kept of a row beside its weights; adaptive L2 needs the number of its steps, an average how far
-        it is away."""
+        """List the state that is kept of a row together with its weights.
+
+        Adaptive L2 needs the number of its steps, an average how far it is away.
+        """
         if not cls.state:
             return ()
         counts = (_STEPS,) if config.id_l2 and _STEPS not in cls.state else ()
@@ -181,8 +183,11 @@ class Adam(RowOptimizer):
 
 
 class RowwiseAdam(RowOptimizer):
-    """Adam with one second moment a row, the running mean of the squared gradient over it (FBGEMM's
-    PARTIAL_ROWWISE_ADAM). Steps that do not touch a row count for nothing: bias is corrected by those that do."""
+    """Adam with one second moment a row, the running mean of the squared gradient over it.
+
+    It is FBGEMM's PARTIAL_ROWWISE_ADAM. Steps that do not touch a row count for nothing: bias is corrected by those
+    that do.
+    """
 
     state = (StatePart("momentum", "vector"), StatePart("variance", "number"), _STEPS)
 

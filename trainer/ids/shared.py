@@ -34,8 +34,11 @@ class TakenRows:
 
 
 class SharedRows:
-    """Rows of all tables of one width. What several of them expect to read is read at once, and a step moves it at
-    once: a few operations on all rows instead of as many for each table."""
+    """Rows of all tables of one width, read and moved together.
+
+    What several tables expect to read is read at once, and a step moves it at once: a few operations on all rows
+    instead of as many for each table.
+    """
 
     def __init__(self, rows: IdRows, optimizer: RowOptimizer) -> None:
         self.rows, self._optimizer = rows, optimizer
@@ -50,7 +53,7 @@ class SharedRows:
         self._read.pop(table, None)
 
     def expects(self, table: str) -> bool:
-        """Whether `expect` was called for the next `read`."""
+        """Return whether `expect` was called for the next `read`."""
         return table in self._expected or table in self._read
 
     def read(self, table: str) -> Tensor:

@@ -28,8 +28,11 @@ STEP_PHASES: tuple[Phase, ...] = ("wait", "compute")
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """Images of one step: keys in this rank's batch; unique ones that this rank, as their owner, answers for; those of
-    them that it runs E on (all, unless exchange.reuse_steps is set)."""
+    """Images of one step, as this rank counts them.
+
+    They are keys in this rank's batch; unique ones that this rank, as their owner, answers for; those of them that it
+    runs E on (all, unless exchange.reuse_steps is set).
+    """
 
     references: int
     served: int

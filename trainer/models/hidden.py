@@ -51,8 +51,10 @@ class HiddenLayers:
                 return Dice(width, self._norm(width, *_DICE, affine=False))
 
     def after(self, layer: int, width: int) -> Iterator[tuple[str, nn.Module]]:
-        """Return names and modules that follow linear layer number `layer`. The activation's name is the same with any
-        setting: a checkpoint of a model without dropout fits one with it."""
+        """Return names and modules that follow linear layer number `layer`.
+
+        The activation's name is the same with any setting: a checkpoint of a model without dropout fits one with it.
+        """
         if self._config.batch_norm:
             yield f"norm{layer}", self._norm(width, *_NORM, affine=True)
         yield str(2 * layer + 1), self.activation(width)
@@ -85,7 +87,7 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, input_MW: Tensor) -> Tensor:
-        """(M, W)."""
+        """Return the normalised inputs, (M, W)."""
         mean_W, variance_W = self._of_step(input_MW) if self.training else (self.running_mean, self.running_var)
         output_MW = (input_MW - mean_W) * torch.rsqrt(variance_W + self._eps)
         if self.weight is None or self.bias is None:
@@ -121,7 +123,7 @@ class Dice(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(width))
 
     def forward(self, input_MW: Tensor) -> Tensor:
-        """(M, W)."""
+        """Return the activations, (M, W)."""
         share_MW = torch.sigmoid(self.norm(input_MW))
         return input_MW * torch.lerp(self.alpha, torch.ones_like(self.alpha), share_MW)
 
@@ -135,7 +137,7 @@ class PlacedDropout(nn.Module):
         self._below = round(rate * 65536)  # drawn numbers have 16 bits
 
     def forward(self, input_BW: Tensor) -> Tensor:
-        """(B, W): in training, dropped units are 0 and the others grow by 1 / (1 - rate)."""
+        """Return the inputs, (B, W): in training, dropped units are 0 and the others grow by 1 / (1 - rate)."""
         if not self.training or len(input_BW) == 0:
             return input_BW
         place, width = self._place, input_BW.shape[1]

@@ -1,5 +1,6 @@
-"""Dropout of IDs and of pictures: in training, some samples show their ad without one of the two, so that the model
-learns to go by the rest.
+"""Dropout of IDs and of pictures: in training, some samples show their ad without one of the two.
+
+So the model learns to go by the rest.
 
 A new ad has a known category and a picture, but rows that nobody trained: of its own ID and of its image's ID. After
 DropoutNet (Volkovs et al., NIPS 2017), which drops the whole preference vector of an item, both are dropped together,
@@ -29,8 +30,10 @@ HeldOut = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 
 
 class IdDropout:
-    """Drops the ad's own IDs of a share `rate` of samples, and of half of those whose ad's images are all held out; and
-    drops the ad's visual vectors of a share `image_rate`.
+    """Drops the own IDs, or the visual vectors, of the ads of some training samples.
+
+    IDs are dropped of a share `rate` of samples, and of half of those whose ad's images are all held out; visual
+    vectors of a share `image_rate`.
 
     `held_out`: by content field of the ad, which of the images of these keys are.
     """
@@ -104,8 +107,10 @@ def dropped(
 
 
 def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return the random 64 bits of these numbers in a stream, (N,), whatever was drawn before: splitmix64 of the
-    stream's start plus the number."""
+    """Return the random 64 bits of these numbers in a stream, (N,), whatever was drawn before.
+
+    They are splitmix64 of the stream's start plus the number.
+    """
     counter_N = number_N.astype(np.uint64) + stream_start(stream)
     return splitmix64(counter_N.view(np.int64))
 

@@ -1,5 +1,6 @@
-"""What the picture of a new ad is worth: learned on ads whose pictures E learns nothing from (model.image_holdout), and
-checked on ads that training has not seen (model.image_dropout).
+"""What the picture of a new ad is worth: learned on held-out images, and checked on ads that training has not seen.
+
+From images held out (model.image_holdout) E learns nothing. The check belongs to model.image_dropout.
 
 E knows the pictures of its training by heart, in part; of a new picture it makes a vector that may mean less, or, with
 poor features, nothing. The networks cannot tell, as long as all ads that they see are known. So a share of the images
@@ -32,8 +33,10 @@ _ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)
 
 
 class NewAds(nn.Module):
-    """What the networks see in place of the visual vectors v of new ads: with `image_holdout` scale * v + shift, scale
-    and shift one number an element; where pictures do not count, v is zero.
+    """What the networks see in place of the visual vectors v of new ads.
+
+    With `image_holdout` it is scale * v + shift, scale and shift one number an element; where pictures do not count, v
+    is zero.
 
     An ad is new while none of its own IDs has been trained: while every number of their rows lies where rows start, or
     is zero, as ID dropout leaves it. So nothing but the rows themselves has to be known, here and where ads are served.
@@ -93,9 +96,12 @@ class NewAds(nn.Module):
 
 
 def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
-    """Make `NewAds`; None where no image is held out and nothing is checked, or the model sees no picture of the ad, or
-    the ad has no own ID. An ID crossed with the context does not count: an ad's vector is made where there is none
-    (trainer.prerank). Raises ConfigError where an ID table would hide all new ads."""
+    """Make `NewAds`, or return None where the model has no use for it.
+
+    It has none where no image is held out and nothing is checked, or the model sees no picture of the ad, or the ad has
+    no own ID. An ID crossed with the context does not count: an ad's vector is made where there is none
+    (trainer.prerank). Raises ConfigError where an ID table would hide all new ads.
+    """
     images, own_ids = _images_and_ids(schema, fields)
     if not (config.told_new_ads and images and own_ids):
         return None

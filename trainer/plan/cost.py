@@ -155,8 +155,10 @@ class StageCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The bytes and seconds of one step of one design. Bytes leave a rank, mean over ranks; those of "samples" come
-    from where samples lie."""
+    """The bytes and seconds of one step of one design.
+
+    Bytes leave a rank, mean over ranks; those of "samples" come from where samples lie.
+    """
 
     design: Design
     seconds: float

@@ -36,7 +36,7 @@ class Zipf:
     draws: float
 
     def unique(self, samples: float) -> float:
-        """Different keys among those of `samples` samples."""
+        """Estimate the number of different keys among those of `samples` samples."""
         return expected_unique(self.exponent, self.keys, samples * self.draws)
 
 
@@ -54,7 +54,7 @@ class GrowthCurve:
     error: float | None = None
 
     def unique(self, samples: float) -> float:
-        """Different keys among those of `samples` samples."""
+        """Estimate the number of different keys among those of `samples` samples."""
         first, last = self.points[0], self.points[-1]
         if samples <= first.samples:
             return first.unique * samples / first.samples

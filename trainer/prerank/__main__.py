@@ -32,7 +32,7 @@ app = CommandApp(rich_markup_mode="markdown", no_args_is_help=True)
 
 @app.callback()
 def main() -> None:
-    """Pre-rank: measure and ask an index of ads that a two-tower run made."""
+    """Measure and ask an index of ads that a two-tower run made."""
 
 
 @app.command(

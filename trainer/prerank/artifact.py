@@ -106,8 +106,11 @@ class IndexState(_Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class AdChanges:
-    """What a new version did: ads that were not there, that got another vector, that had the same one already, that
-    are gone, and that were to be removed and were not there. `is_rebuilt`: the structure was built anew for it."""
+    """The numbers of ads that a new version added, changed, left and removed.
+
+    They are ads that were not there, that got another vector, that had the same one already, that are gone, and that
+    were to be removed and were not there. `is_rebuilt`: the structure was built anew for it.
+    """
 
     num_new: int = 0
     num_replaced: int = 0

@@ -147,8 +147,9 @@ def save(
     keep: int,
     best: int | None = None,
 ) -> RunPath:
-    """Write the checkpoint of a step on all ranks together and remove all but the newest `keep`; `state.files` is
-    filled in.
+    """Write the checkpoint of a step on all ranks together and remove all but the newest `keep`.
+
+    `state.files` is filled in.
 
     The one of step `best` is kept whatever its age. Does nothing where that step is there already: it is this run's
     own, as `unrelated` ones are gone by then. Raises CheckpointError on all ranks where one cannot write.
@@ -204,8 +205,10 @@ def read_state(path: RunPath) -> CheckpointState:
 
 
 def read_recorded(path: RunPath) -> CheckpointState:
-    """Read state.json of the checkpoint at `path` and verify its digest. Raises CheckpointError, one that is damaged
-    DamagedCheckpointError."""
+    """Read state.json of the checkpoint at `path` and verify its digest.
+
+    Raises CheckpointError; DamagedCheckpointError for one that is damaged.
+    """
     file = path / STATE
     try:
         content = read_file(file)

@@ -91,8 +91,10 @@ def step_of(checkpoint: RunPath) -> int:
 
 
 def pinned(path: RunPath) -> RunPath:
-    """Return the path, of an object store with the version of its checkpoints that is the newest now: they can be read
-    for a while after they were removed."""
+    """Return the path, of an object store with the version of its checkpoints that is the newest now.
+
+    They can be read for a while after they were removed.
+    """
     return path.pinned() if isinstance(path, FarPath) else path
 
 

@@ -280,8 +280,11 @@ def engine_of(
     *,
     reading: bool = False,
 ) -> Engine:
-    """Build the engine of a run. Without `statistics`, a checkpoint that is loaded next has the standardisation;
-    `reading`: the run is asked and not trained."""
+    """Build the engine of a run.
+
+    Without `statistics`, a checkpoint that is loaded next has the standardisation; `reading`: the run is asked and not
+    trained.
+    """
     return Engine(
         comm,
         schema,

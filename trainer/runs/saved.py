@@ -219,8 +219,10 @@ def with_rows(
 
 @dataclass(frozen=True)
 class RunSource:
-    """What to open: a run's folder, and what is to be other than in the run. `checkpoint`: see `find_checkpoint`;
-    `store_version` is of `store`, by default its newest snapshot."""
+    """What to open: a run's folder, and what is to be other than in the run.
+
+    `checkpoint`: see `find_checkpoint`; `store_version` is of `store`, by default its newest snapshot.
+    """
 
     folder: RunPath
     checkpoint: str | None = None

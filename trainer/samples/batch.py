@@ -54,7 +54,7 @@ class Batch:
 
     @property
     def num_samples(self) -> int:
-        """B."""
+        """The number B of samples."""
         return len(self.label_B)
 
     @property

@@ -133,8 +133,10 @@ def _buckets(ids_N: Int64) -> Int64:
 
 
 def write_part(path: RunPath, held: Mapping[int, str]) -> None:
-    """Write the texts of some IDs as a file of its own, in the form of ids.parquet; within a row group in the order of
-    `held`. Raises OSError, StorageError."""
+    """Write the texts of some IDs as a file of its own, in the form of ids.parquet.
+
+    Within a row group they are in the order of `held`. Raises OSError, StorageError.
+    """
     ids_N = np.fromiter(held.keys(), np.int64, len(held))
     columns: list[Any] = [pa.array(ids_N), pa.array(list(held.values()), pa.string())]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)

@@ -44,8 +44,10 @@ class Share(NamedTuple):
 
 
 def streams_of(data: DataConfig, row_groups: int) -> int:
-    """Choose the streams for training on so many row groups: as set, else the largest power of
-    two that a batch, the row groups and the window have room for."""
+    """Choose the number of streams for training on a number of row groups.
+
+    It is as set, else the largest power of two that a batch, the row groups and the window have room for.
+    """
     if not data.shuffle:
         return 1
     if data.shuffle_streams is not None:

@@ -119,8 +119,11 @@ class Span(NamedTuple):
 
 
 class SampleReader:
-    """Batches of one split for one rank. `seed` None: in the files' order, for which `streams` has to be 1. `by_part`:
-    each rank has one contiguous part of the split, cut into equally many batches; else a part of each global batch."""
+    """Batches of one split for one rank.
+
+    `seed` None: in the files' order, for which `streams` has to be 1. `by_part`: each rank has one contiguous part of
+    the split, cut into equally many batches; else a part of each global batch.
+    """
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class SampleReader:
 
     @property
     def index(self) -> SampleIndex:
-        """What it reads."""
+        """The index of the samples that it reads."""
         return self._index
 
     @property

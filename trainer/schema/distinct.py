@@ -35,7 +35,7 @@ class DistinctCount:
 
     @property
     def estimate(self) -> int:
-        """Different values seen."""
+        """The estimated number of different values seen."""
         if self.is_exact:
             return len(self.hashes_K)
         return round((_KEPT - 1) * 2.0**64 / (float(self.hashes_K[-1]) + 1))

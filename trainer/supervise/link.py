@@ -42,7 +42,7 @@ class Link:
         """Until then, by this machine's clock, ranks may live on a host that is out of reach."""
 
     async def keep(self) -> None:
-        """Connect, and again whenever the connection is lost, with growing pauses; for ever."""
+        """Connect for ever, again whenever the connection is lost, with growing pauses."""
         pause_s = _FIRST_PAUSE_S
         while True:
             came = await self._connection()

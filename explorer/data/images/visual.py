@@ -38,8 +38,10 @@ class ImageRuns:
         self._vectors: Kept[VisualVectors] = Kept(8)
 
     def names(self) -> list[str]:
-        """Name the runs, at most MOST_RUNS of them, the one first that pages show first. Reads a few small files of a
-        new one."""
+        """Name the runs, at most MOST_RUNS of them, the one first that pages show first.
+
+        Reads a few small files of a new one.
+        """
         if self._places.runs is None:
             return []
         images = {run.name: self._images_of(run.name) for run in run_path(self._places.runs).iterdir()}
@@ -47,8 +49,9 @@ class ImageRuns:
         return sorted(seeing, key=lambda name: shown_first(name, images[name]))[:MOST_RUNS]
 
     def begin(self, name: str, snapshot: Snapshot, background: Background) -> Task[VisualVectors]:
-        """Begin `vectors` beside the pages, one run at a time, unless that has begun; what the task tells is how far
-        they are. Raises as `vectors` where there is no such run.
+        """Begin `vectors` in the background, one run at a time, unless that has begun.
+
+        The task reports how far the vectors are. Raises as `vectors` where there is no such run.
         """
         mark = self._mark(name, snapshot)
 
@@ -60,8 +63,9 @@ class ImageRuns:
         return background.task(repr(("vectors", mark)), work, alone=True)
 
     def vectors(self, name: str, snapshot: Snapshot, progress: Progress = lambda done, total: None) -> VisualVectors:
-        """Open the vectors of all images of a snapshot by a run's newest checkpoint, computed first where they never
-        were. Which checkpoint that is is looked up each time; the rest of the run is read once for each.
+        """Open the vectors of all images of a snapshot by a run's newest checkpoint, or compute them the first time.
+
+        Which checkpoint that is is looked up each time; the rest of the run is read once for each.
 
         Raises ExplorerError, TrainerError, FeatureStoreError.
         """

@@ -45,7 +45,7 @@ class Score:
 
     @property
     def probability(self) -> float:
-        """The click probability."""
+        """The click probability that the score means."""
         return probability(self.logit)
 
 

@@ -79,8 +79,11 @@ class ScoredImpressions:
     def chosen(
         self, order: Order, clicked: Clicked, query: str, pictures: Sequence[int] | None = None
     ) -> NDArray[np.int64]:
-        """Find the impressions asked for, best first: their numbers here. `query`: a user, an ad, a picture's key or
-        uri; empty: all. `pictures`: keys of pictures, in the place of the query."""
+        """Find the impressions asked for, best first, and return their numbers here.
+
+        `query`: a user, an ad, a picture's key or uri; empty: all. `pictures`: keys of pictures, in the place of the
+        query.
+        """
         wanted_N = np.ones(self.num, np.bool_)
         if clicked != "any":
             wanted_N &= self.label_N == (clicked == "yes")

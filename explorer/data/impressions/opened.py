@@ -70,7 +70,7 @@ class OpenedRun:
 
     @property
     def schema(self) -> "Schema":
-        """The run's schema."""
+        """The schema of the run's samples."""
         return self.trained.schema
 
     @property
@@ -94,8 +94,10 @@ class OpenedRun:
         return engine.predict(engine.prepare(batch, "eval"))
 
     def logits_without_images(self, batch: "Batch") -> Logits:
-        """Predict as if no image had a feature: `zeros` or the trained vector is in the place of each. IDs of images
-        stay."""
+        """Predict as if no image had a feature.
+
+        `zeros` or the trained vector is in the place of each. IDs of images stay.
+        """
         with self.no_images():
             return self.logits(batch)
 

@@ -1,5 +1,6 @@
-"""Points of a map: which images, where they are, and what is known of them; kept as Parquet, which embedding-atlas
-opens.
+"""Points of a map: which images, where they are, and what is known of them.
+
+They are kept as Parquet, which embedding-atlas opens.
 
 Letters of shapes: N points.
 """

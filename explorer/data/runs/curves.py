@@ -1,5 +1,7 @@
-"""Curves of a run: what it wrote for TensorBoard, read on from where it was read before; half a record waits for its
-other half."""
+"""Curves of a run: what it wrote for TensorBoard, read from where the last look ended.
+
+Half a record waits for its other half.
+"""
 
 import contextlib
 import tempfile
@@ -30,7 +32,7 @@ class Curve:
 
     @property
     def last(self) -> float | None:
-        """The newest value."""
+        """The newest value of the curve."""
         return self.values[-1] if self.values else None
 
 

@@ -34,7 +34,7 @@ class Compared:
 
     @property
     def difference(self) -> float:
-        """Of the logits."""
+        """The difference of the two logits."""
         return self.by_http.logit - self.by_run.logit
 
     @property
@@ -128,8 +128,9 @@ def run_of(places: Places, model: PublishedModel) -> str:
 def compare(
     runs: TrainedRuns, run: str, model: PublishedModel, scorer: RemoteScorer, number: int, ad: int
 ) -> ComparedGroup:
-    """Score group `number` over HTTP and by its run: its ads; and ad `ad` for users without each behaviour, and with
-    other pictures.
+    """Score group `number` over HTTP and by its run.
+
+    Scored are its ads; and ad `ad` for users without each behaviour, and with other pictures.
 
     Raises NotHereError, ServingError where the server does not answer, TrainerError, FeatureStoreError.
     """

@@ -19,7 +19,7 @@ class CrossNetwork(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
 
     def forward(self, input_BW: Tensor) -> Tensor:
-        """(B, W)."""
+        """Return the products of the inputs, (B, W)."""
         crossed_BW = input_BW
         for layer in self.layers:
             crossed_BW = input_BW * layer(crossed_BW) + crossed_BW

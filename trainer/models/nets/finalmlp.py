@@ -21,7 +21,7 @@ class FeatureGates(nn.Module):
         self.net = nn.Sequential(nn.Linear(context_width, hidden), nn.ReLU(), nn.Linear(hidden, width))
 
     def forward(self, context_MC: Tensor) -> Tensor:
-        """(M, width)."""
+        """Return the number of each input, (M, width)."""
         return 2 * torch.sigmoid(self.net(context_MC))
 
 
@@ -38,7 +38,7 @@ class BilinearFusion(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, each, each).normal_(std=(2 / (heads * each * each + 1)) ** 0.5))
 
     def forward(self, x_BW: Tensor, y_BW: Tensor) -> Tensor:
-        """Logits (B,)."""
+        """Return the logits, (B,)."""
         x_BHE, y_BHE = (each.view(each.shape[0], *self.weight.shape[:2]) for each in (x_BW, y_BW))
         logit_B: Tensor = self.linear(torch.cat([x_BW, y_BW], dim=1)).squeeze(1)
         return logit_B + (torch.einsum("bhi,hij->bhj", x_BHE, self.weight) * y_BHE).sum((1, 2))

@@ -47,11 +47,11 @@ class GroupPooling(nn.Module):
         self.width = width
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
-        """(G, width)."""
+        """Return one vector for each group, (G, width)."""
         raise NotImplementedError
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor] = ()) -> Tensor:
-        """(B, width); `queries` are not used."""
+        """Return the vector of each sample's group, (B, width); `queries` are not used."""
         return take_rows(self.per_group(behaviors), group_of_sample_B)
 
 

@@ -49,7 +49,7 @@ class ActivationUnit(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=bias)
 
     def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:
-        """Scores (N,); the next `lengths_B[b]` keys belong to query b."""
+        """Return scores (N,); the next `lengths_B[b]` keys belong to query b."""
         num_keys = key_NV.shape[0]
         hidden_NH = expand_rows(self.of_query(query_BW), lengths_B, num_keys)
         hidden_NH = torch.addmm(hidden_NH, key_NV, self.of_key.weight.T)
@@ -59,8 +59,10 @@ class ActivationUnit(nn.Module):
         return score_N1.squeeze(1)
 
     def of_all(self, key_LV: Tensor, query_BW: Tensor) -> Tensor:
-        """Return what `forward` does where all queries have the same keys, (L, B): C (k * m) is (C m) k, so that no
-        pair's key is laid out, and one product makes the hidden units of all pairs."""
+        """Return what `forward` does where all queries have the same keys, (L, B).
+
+        C (k * m) is (C m) k, so no pair's key is laid out, and one product makes the hidden units of all pairs.
+        """
         num_queries, hidden = query_BW.shape[0], self.score.in_features
         matched_VB1 = self.match(query_BW).T.unsqueeze(2)
         weights_VBH = self.of_product.weight.T.unsqueeze(1) * matched_VB1 + self.of_key.weight.T.unsqueeze(1)
@@ -88,7 +90,7 @@ class AttentivePooling(nn.Module):
         )
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
-        """(B, width) for one query (B, W) of each channel."""
+        """Return the pooled vectors (B, width) for one query (B, W) of each channel."""
         if isinstance(behaviors.lengths_M, EvenLengths):
             key_LV = value_rows(behaviors)
             units = zip(self.channels, queries, strict=True)
@@ -124,7 +126,10 @@ class BehaviorAttention(nn.Module):
         self.unit = ActivationUnit(width, query_width, hidden, layers, match=width != query_width, bias=True)
 
     def forward(self, behaviors: Sequence[FieldVectors], group_of_sample_B: Tensor, query_BW: Tensor) -> Tensor:
-        """(B, width); the fields' values belong together by position, so their lengths are equal."""
+        """Return the pooled vectors, (B, width).
+
+        The fields' values belong together by position, so their lengths are equal.
+        """
         if isinstance(behaviors[0].lengths_M, EvenLengths):
             key_LW = torch.cat([value_rows(field) for field in behaviors], dim=1)
             return self.unit.of_all(key_LW, query_BW).T @ key_LW

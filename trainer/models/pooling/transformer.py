@@ -60,7 +60,7 @@ class TransformerPooling(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(hidden, num_heads) for _ in range(num_layers))
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
-        """(B, width) for the ad's vectors (B, W) each."""
+        """Return the pooled vectors (B, width) for the ad's vectors (B, W) each."""
         token_NH, places, lengths_B = self._tokens(behaviors, group_of_sample_B, queries)
         for layer in self.layers:
             token_NH = layer(token_NH, places)
@@ -68,8 +68,11 @@ class TransformerPooling(nn.Module):
         return torch.cat([segment_max(token_NH, lengths_B), newest_BH], dim=1)
 
     def weights(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> PairWeights:
-        """Return how much the tokens of a sample look at each behaviour in the last layer, (N, 1): the mean over its
-        heads and over the tokens that look. Unlike the weights of `AttentivePooling` nothing is multiplied by it."""
+        """Return how much the tokens of a sample look at each behaviour in the last layer, (N, 1).
+
+        It is the mean over its heads and over the tokens that look. Unlike the weights of `AttentivePooling` nothing is
+        multiplied by it.
+        """
         token_NH, places, lengths_B = self._tokens(behaviors, group_of_sample_B, queries)
         *before, last = self.layers
         for layer in before:
@@ -101,7 +104,7 @@ class EncoderLayer(nn.Module):
         self.norm_attended, self.norm_fed = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
 
     def forward(self, token_NH: Tensor, places: TokenPlaces) -> Tensor:
-        """(N, H)."""
+        """Return the tokens after this layer, (N, H)."""
         token_NH = self.norm_attended(token_NH + self.attention(token_NH, places))
         result_NH: Tensor = self.norm_fed(token_NH + self.feed_forward(token_NH))
         return result_NH
@@ -117,7 +120,10 @@ class TokenAttention(nn.Module):
         self.of_heads = nn.Linear(hidden, hidden)
 
     def forward(self, token_NH: Tensor, places: TokenPlaces) -> Tensor:
-        """(N, H). A place without a token has no weight."""
+        """Return what each token takes from the tokens of its sample, (N, H).
+
+        A place without a token has no weight.
+        """
         query, key, value, mask = self._asked(token_NH, places)
         with attention_kernels(query.device.type):
             heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)

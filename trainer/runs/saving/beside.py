@@ -109,8 +109,9 @@ class SavesBeside:
         return wanted and step >= self._next_look
 
     def begin(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> Outcome | None:
-        """Copy the state and begin to write it, unless it is there; nothing may be under way. Returns an outcome where
-        it failed at once.
+        """Copy the state and begin to write it, unless the checkpoint is there already.
+
+        Nothing may be under way. Returns an outcome where it failed at once.
 
         Where memory has no room for copies, it is written before this returns.
         """
@@ -143,8 +144,11 @@ class SavesBeside:
         return None
 
     def look(self, step: int) -> tuple[Outcome | None, bool]:
-        """See how far all ranks are. Returns how a checkpoint ended, if one did, and whether the next is due by the
-        clock. Raises CheckpointError on all ranks where the run may not go on."""
+        """See how far all ranks are.
+
+        Returns how a checkpoint ended, if one did, and whether the next is due by the clock. Raises CheckpointError on
+        all ranks where the run may not continue.
+        """
         start_s = time.perf_counter()
         mine, now_s = self._mine, time.monotonic()
         mine.clock_s = now_s - self._begun_s

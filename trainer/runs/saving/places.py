@@ -49,8 +49,10 @@ EXPIRE_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """One file of a checkpoint that is not published yet: the xxh3-128 of its bytes and, on an object store, its
-    place."""
+    """One file of a checkpoint that is not published yet.
+
+    It has the xxh3-128 of its bytes and, on an object store, its place.
+    """
 
     digest: str
     file: PublishedFile | None = None
@@ -92,10 +94,13 @@ class CheckpointPlace(ABC):
 
     @abstractmethod
     def claim(self, damaged: Sequence[RunPath] = ()) -> None:
-        """Become the one that writes here, and keep these damaged checkpoints, given newest first, under names that
-        nothing takes for a checkpoint (`DAMAGED` before theirs), in the place of those kept so before.
+        """Become the one that writes here, and put these damaged checkpoints aside.
 
-        Raises OSError, StorageError, CheckpointError."""
+        They are given newest first, and kept under names that nothing takes for a checkpoint (`DAMAGED` before theirs),
+        in the place of those kept so before.
+
+        Raises OSError, StorageError, CheckpointError.
+        """
 
 
 def place_of(folder: RunPath) -> CheckpointPlace:
