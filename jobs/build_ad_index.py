@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import draw_counts, print_problem, print_summary
+from featurestore.console.output import draw_counts, print_summary, print_warning
 from featurestore.console.progress import progress_bar
 from featurestore.spec import IndexKind
 from trainer.cli import StoreVersion, WhichCheckpoint
@@ -134,7 +134,7 @@ def main(
     }
     draw_counts("Ads", ads_by_change)
     if index.warning:
-        print_problem(f"warning: {index.warning}")
+        print_warning(index.warning)
 
 
 def describe_run(trained: "TrainedRun") -> list[str]:

@@ -2,10 +2,8 @@
 
 import warnings
 
-import typer
-
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary
+from featurestore.console.output import draw_counts, print_summary, print_warning
 from pipeline.options import ExtractOptions, takes
 
 EXAMPLES = """Examples:
@@ -34,7 +32,7 @@ def main(options: ExtractOptions) -> None:
     from pipeline.network.weights import UntrainedWeightsWarning, check_network
 
     if options.weights.startswith("random:"):
-        typer.secho(f"warning: the weights {options.weights} are NOT pretrained", fg="yellow", bold=True, err=True)
+        print_warning(f"the weights {options.weights} are NOT pretrained")
     check_network(options.backbone, options.weights)
     # One process with all cores for the network: copies of the network would share the same cores.
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:

@@ -8,6 +8,7 @@ import typer
 from explorer.commands.installed import check_installed
 from explorer.commands.options import Images, Model, Runs, Samples, Store
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import print_problem, print_summary
 from featurestore.errors import FAILED
 
 app = CommandApp()
@@ -40,17 +41,17 @@ def export(
     places.check()
     with progress_bar("pages and pictures") as bar:
         exported = write(places, out, most_files, bar, umap_s=60 * map_minutes, doing=bar.doing)
-    typer.echo(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
+    print_summary(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
     if exported.num_left_out:
-        typer.echo(
+        print_summary(
             f"{exported.num_left_out:,} addresses or more are left out: --most-files takes more than {most_files:,}"
         )
     if exported.quick_maps:
-        typer.echo(
+        print_summary(
             f"maps by principal components alone: {', '.join(exported.quick_maps)}; UMAP needs more than --map-minutes "
             f"{map_minutes:g}, or python -m explorer map beforehand"
         )
     for problem in exported.errors:
-        typer.echo(f"an error page: {problem}", err=True)
+        print_problem(f"an error page: {problem}")
     if exported.errors:
         raise typer.Exit(FAILED)

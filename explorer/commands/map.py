@@ -8,6 +8,7 @@ import typer
 from explorer.commands.installed import check_installed
 from explorer.commands.options import Samples, Store
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import print_problem, print_summary
 from featurestore.text.plain import refusal
 
 app = CommandApp()
@@ -63,5 +64,5 @@ def map(
     except OSError as error:
         raise ExplorerError(f"cannot write {out}: {refusal(error)}") from error
     for note in found.about["notes"]:
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(f"{len(found.keys_N):,} images, laid out by {found.method}: {out}")
+        print_problem(f"note: {note}")
+    print_summary(f"{len(found.keys_N):,} images, laid out by {found.method}: {out}")

@@ -1,6 +1,5 @@
 """Commands channel and promote: names of snapshots that trainings and servers follow, set by hand or by gates."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,20 +81,20 @@ def channel(
         if name is None or version is not None:
             raise typer.BadParameter("it takes a NAME and no snapshot", param_hint="--remove")
         removed = remove_channel(store, name)
-        sys.stdout.write(f"{removed.channel} is no channel any more\n")
+        print_summary(f"{removed.channel} is no channel any more")
     elif name is None:
         moves = read_channels(store.storage)
         if moves:
             _print_moves(store, moves, ("channel", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
         else:
-            sys.stdout.write("no channel yet: set one with python -m featurestore channel URL NAME N\n")
+            print_summary("no channel yet: set one with python -m featurestore channel URL NAME N")
     elif version is None:
         find_channel(store.storage, name)
         moves = read_moves(store.storage, name)[::-1]
         _print_moves(store, moves, ("move", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
     else:
         made = move_channel(store, name, version)
-        sys.stdout.write(f"{made.channel} points to snapshot {made.version}\n")
+        print_summary(f"{made.channel} points to snapshot {made.version}")
 
 
 @app.command(

@@ -126,14 +126,14 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
     with progress_bar("files") as progress:
         report = repair_store(url, dry_run, progress)
     for action in report.actions:
-        sys.stdout.write(f"{'would ' if dry_run else ''}{action}\n")
+        print_summary(f"{'would ' if dry_run else ''}{action}")
     for problem in report.left:
-        sys.stderr.write(f"left: {problem}\n")
+        print_problem(f"left: {problem}")
     if not report.actions and not report.left:
-        sys.stdout.write("nothing to repair\n")
+        print_summary("nothing to repair")
     elif report.version is not None:
-        sys.stdout.write(
-            f"committed snapshot {report.version}; {count_text(report.num_quarantined, 'image')} put in quarantine\n"
+        print_summary(
+            f"committed snapshot {report.version}; {count_text(report.num_quarantined, 'image')} put in quarantine"
         )
     raise typer.Exit(1 if report.left else 0)
 
@@ -160,4 +160,4 @@ def check_backend(
     if report.problems:
         raise UnsafeBackendError(f"{storage.url} cannot hold a store, as commits could be lost there")
     races = f"{report.num_rounds:,} races of {report.num_writers} processes had one winner each"
-    sys.stdout.write(f"safe: {races}; a create takes {report.create_s * 1000:.1f} ms\n")
+    print_summary(f"safe: {races}; a create takes {report.create_s * 1000:.1f} ms")

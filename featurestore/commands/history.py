@@ -9,7 +9,7 @@ from rich.filesize import decimal as bytes_text
 
 from featurestore.commands.common import WHICH, DryRun, Url, read_version_name
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_rows
+from featurestore.console.output import print_problem, print_rows, print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.text.plain import count_text, ranges_text
 
@@ -48,7 +48,7 @@ def log(
 
     entries = log_of_store(FeatureStore.open(url), last)
     if not entries:
-        sys.stdout.write("no snapshot yet: nothing was committed\n")
+        print_summary("no snapshot yet: nothing was committed")
         return
     names = ("version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned", "channels")
     print_rows(names, map(_log_row, entries), numbers=("version", "files", "rows", "bytes"))
@@ -75,7 +75,7 @@ def diff(
         for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
             _print_rows(sign, rows)
     counts = f"{len(found.added):,} added, {len(found.changed):,} changed, {len(found.removed):,} removed"
-    sys.stdout.write(f"snapshot {before} to {after}: {counts}\n")
+    print_summary(f"snapshot {before} to {after}: {counts}")
 
 
 @app.command(epilog="Example: `python -m featurestore restore data/features 12`")
@@ -87,7 +87,7 @@ def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) ->
     store = FeatureStore.open(url)
     old = store.snapshot(version).version
     snapshot = restore_snapshot(store, old)
-    sys.stdout.write(f"snapshot {snapshot.version} holds what snapshot {old} holds\n")
+    print_summary(f"snapshot {snapshot.version} holds what snapshot {old} holds")
 
 
 @app.command(
@@ -107,7 +107,7 @@ def pin(
     from featurestore.upkeep.pins import pin as pin_snapshot
 
     made = pin_snapshot(FeatureStore.open(url), name, version)
-    sys.stdout.write(f"{name} keeps snapshot {made.version}\n")
+    print_summary(f"{name} keeps snapshot {made.version}")
 
 
 @app.command(epilog="Example: `python -m featurestore unpin data/features before-migration`")
@@ -117,7 +117,7 @@ def unpin(url: Url, name: PinName) -> None:
     from featurestore.upkeep.pins import unpin as unpin_snapshot
 
     unpin_snapshot(FeatureStore.open(url), name)
-    sys.stdout.write(f"{name} is no pin any more\n")
+    print_summary(f"{name} is no pin any more")
 
 
 @app.command(
@@ -143,7 +143,7 @@ def compact(
         report = compact_store(
             FeatureStore.open(url), shards=shard, force=force, threads=threads, dry_run=dry_run, progress=progress
         )
-    sys.stdout.write(_compact_text(report, dry_run))
+    print_summary(_compact_text(report, dry_run))
 
 
 @app.command(
@@ -178,9 +178,9 @@ def expire(
             dry_run=dry_run,
             progress=progress,
         )
-    sys.stdout.write(_expire_text(report, dry_run))
+    print_summary(_expire_text(report, dry_run))
     if not report.is_complete:
-        sys.stderr.write("stopped after half the grace time, as much may have changed by then: run it again\n")
+        print_problem("stopped after half the grace time, as much may have changed by then: run it again")
         raise typer.Exit(1)
 
 
@@ -209,14 +209,14 @@ def _print_rows(sign: str, rows: "NamedRows") -> None:
 
 def _compact_text(report: "CompactReport", dry_run: bool) -> str:
     if not report.shards:
-        return f"nothing to compact in snapshot {report.version}\n"
+        return f"nothing to compact in snapshot {report.version}"
     shards = count_text(len(report.shards), "shard")
     before = f"{count_text(report.num_files_before, 'file')}, {bytes_text(report.num_bytes_before)}"
     if dry_run:
-        return f"would compact {shards} of {before}\n"
+        return f"would compact {shards} of {before}"
     after = f"{count_text(report.num_files_after, 'file')}, {bytes_text(report.num_bytes_after)}"
     lost = f"; another writer replaced {count_text(len(report.lost), 'shard')} more meanwhile" if report.lost else ""
-    return f"snapshot {report.version}: {shards} of {before} became {after}{lost}\n"
+    return f"snapshot {report.version}: {shards} of {before} became {after}{lost}"
 
 
 def _expire_text(report: "ExpireReport", dry_run: bool) -> str:

@@ -7,6 +7,7 @@ import typer
 from featurestore.commands.common import Version
 from featurestore.commands.recode import show_remade
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.spec import SAMPLE_ROWS, DType
 
@@ -51,4 +52,4 @@ def reduce(
         },
         {"variance kept": f"{report.variance_kept:.4%}"},
     )
-    typer.echo(f"next: python -m trainer.plan --store {target} predicts bytes and time of a step with it")
+    print_summary(f"next: python -m trainer.plan --store {target} predicts bytes and time of a step with it")

@@ -1,6 +1,5 @@
 """Command serve: answer lookups of other processes, machines and languages over Arrow Flight."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +7,7 @@ import typer
 
 from featurestore.commands.common import WHICH, Url, read_version_name
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import print_summary, print_warning
 from featurestore.console.progress import progress_bar
 
 app = CommandApp()
@@ -83,7 +83,7 @@ def serve(
         tokens=read_tokens(token_file) if token_file else (),
     )
     if tls_cert is not None and (problem := problem_of_dates(tls_cert)):
-        typer.echo(f"warning: {problem}", err=True)
+        print_warning(problem)
     with progress_bar("shards") as progress:
         snapshots = OpenSnapshots(store, chosen, version=version, cache_dir=cache_dir, progress=progress)
     options = ServingOptions(max_calls=max_calls, poll_s=poll_s, stuck_s=stuck_s, drain_s=drain_s)
@@ -92,5 +92,4 @@ def serve(
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    print_summary(line)

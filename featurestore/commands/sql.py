@@ -1,6 +1,5 @@
 """Command sql: a query over the live rows of a store, by DuckDB."""
 
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 
 from featurestore.commands.common import At, Url, Version, chosen_snapshot
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import figure, print_rows
+from featurestore.console.output import figure, print_rows, print_summary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,7 +54,7 @@ def sql(
             _print(reader, limit or _PRINTED)
         else:
             count = write_rows(out, reader, limit)
-            sys.stdout.write(f"wrote {count:,} rows to {out}\n")
+            print_summary(f"wrote {count:,} rows to {out}")
 
 
 def _print(reader: "pa.RecordBatchReader", limit: int) -> None:
@@ -67,7 +66,7 @@ def _print(reader: "pa.RecordBatchReader", limit: int) -> None:
     ]
     print_rows(reader.schema.names, [list(map(_text, row)) for row in rows[:limit]], numbers)
     if len(rows) > limit:
-        sys.stdout.write(f"these are the first {limit:,} rows: see --limit and --out\n")
+        print_summary(f"these are the first {limit:,} rows: see --limit and --out")
 
 
 def _rows(reader: "pa.RecordBatchReader") -> Iterator[tuple[Any, ...]]:

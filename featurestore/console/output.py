@@ -1,7 +1,7 @@
 """Printing of all commands: text as it is, and tables in which no number is cut, on a terminal and in a pipe.
 
-What `print_table`, `print_line`, `print_summary` and `print_problem` print is put on the command's page as well,
-where it has one (option --html).
+What `print_table`, `print_line`, `print_summary`, `print_problem` and `print_warning` print is put on the command's
+page as well, where it has one (option --html).
 """
 
 import io
@@ -136,6 +136,11 @@ def print_problem(text: str) -> None:
     typer.echo(text, err=True)
     if page := current_page():
         page.add_line(text, is_problem=True)
+
+
+def print_warning(text: str) -> None:
+    """Print a line on stderr that says what may be wrong, while the command continues."""
+    print_problem(f"warning: {text}")
 
 
 def draw_counts(title: str, counts: Mapping[str, float | None], text: Callable[[float], str] | None = None) -> None:

@@ -1,6 +1,5 @@
 """Commands info, log and use: what a version of a model holds, which versions there are, and which one is served."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from rich.filesize import decimal as bytes_text
 
 from featurestore.console.commandline import CommandApp
 from featurestore.console.files import write_json_option
-from featurestore.console.output import figure, print_rows
+from featurestore.console.output import figure, print_rows, print_summary
 from featurestore.errors import FAILED
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def info(
     }
     width = max(24, *map(len, lines))
     for name, value in [*lines.items(), *(("damage", each) for each in damage)]:
-        sys.stdout.write(f"{name:<{width}} {value}\n")
+        print_summary(f"{name:<{width}} {value}")
     values = {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": vectors, "damage": damage}
     write_json_option(json_file, values)
     if damage:
@@ -137,7 +136,7 @@ def use(
         raise BrokenBundleError("\n".join([f"version {version} of {storage.url} is damaged{stays}:", *damage]))
     use_version(storage, version)
     instead = f" in the place of version {before}" if before not in (None, version) else ""
-    sys.stdout.write(f"version {version} of {storage.url} is in use{instead}\n")
+    print_summary(f"version {version} of {storage.url} is in use{instead}")
 
 
 def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any] | None:

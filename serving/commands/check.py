@@ -9,6 +9,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp
 from featurestore.console.files import write_json_option
+from featurestore.console.output import print_problem, print_summary
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
 from serving.commands.bundle import Json, Url
@@ -69,13 +70,13 @@ def check(
             f"{url} answers with version {remote.version}, and not with {opened.manifest.version} of {model}; name it "
             f"by --version {remote.version}, or wait until the server has switched"
         )
-    typer.echo(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
-    typer.echo(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
-    typer.echo(f"impressions  {found.impressions:,}")
-    typer.echo(f"logits       differ by {found.worst:.3g} at most ({found.worst_at}), {found.mean:.3g} on average")
+    print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
+    print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
+    print_summary(f"impressions  {found.impressions:,}")
+    print_summary(f"logits       differ by {found.worst:.3g} at most ({found.worst_at}), {found.mean:.3g} on average")
     for note in found.notes:
-        typer.echo(f"note         {note}")
+        print_summary(f"note         {note}")
     write_json_option(json_file, asdict(found))
     if not found.worst <= tolerance:
-        typer.echo(f"{found.worst:.3g} is more than --tolerance {tolerance:g}", err=True)
+        print_problem(f"{found.worst:.3g} is more than --tolerance {tolerance:g}")
         raise typer.Exit(FAILED)

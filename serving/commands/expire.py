@@ -1,12 +1,12 @@
 """Command expire: remove versions of a model that nobody needs any more."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal as bytes_text
 
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import print_summary
 from featurestore.text.plain import count_text, ranges_text
 from serving.commands.bundle import Url
 
@@ -46,7 +46,7 @@ def expire(
     report = expire_versions(
         Storage(url), keep_last=keep_last, keep_days=keep_days, grace_days=grace_days, dry_run=dry_run
     )
-    sys.stdout.write(_text(report, dry_run))
+    print_summary(_text(report, dry_run))
 
 
 def _text(report: "ExpireReport", dry_run: bool) -> str:
@@ -56,5 +56,5 @@ def _text(report: "ExpireReport", dry_run: bool) -> str:
     return (
         f"{keep} {count_text(len(report.kept), 'version')}: {ranges_text(report.kept)}\n"
         f"{remove} {count_text(len(report.expired), 'version')}{expired}\n"
-        f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{left}\n"
+        f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{left}"
     )

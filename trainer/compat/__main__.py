@@ -8,6 +8,7 @@ import typer
 from featurestore.commands.common import Version
 from featurestore.console.commandline import OK, CommandApp, run_app
 from featurestore.console.files import write_json_option
+from featurestore.console.output import print_summary
 from featurestore.errors import FAILED
 from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.errors import ConfigError
@@ -69,14 +70,14 @@ def main(
         options = check.CompatOptions(checkpoint, name, version, sample, max_logloss_change)
         with progress_bar("shards") as progress:
             found = check.examine(run_path(run), store, options, comm, progress)
-        print("\n".join(show.lines(found)))
+        print_summary("\n".join(show.lines(found)))
         if table := show.figures(found):
             print_rows(("measure", "value"), table, numbers=("value",))
-        print("\n".join(show.ending(found)), flush=True)
+        print_summary("\n".join(show.ending(found)))
         write_json_option(json_file, found.report())
         codes.append(OK if found.verdict == "compatible" else FAILED)
         if accept:
-            print(f"accepted     {check.accept(found)}")
+            print_summary(f"accepted     {check.accept(found)}")
             codes.append(OK)
 
     failed = run_on_ranks(work)

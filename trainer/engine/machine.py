@@ -3,7 +3,6 @@
 import hashlib
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from featurestore.console.output import print_warning
 from trainer.comm import Comm
 from trainer.config.config import Config, Device
 from trainer.engine.memory import free_bytes, keep_freed_memory
@@ -47,7 +47,7 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     without_cuda = None if comm.moves_cuda_tensors else comm.without_cuda
     warning = idle_gpus(config.run.device, have_gpu, without_cuda)
     if warning and comm.rank == 0:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        print_warning(warning)
     if not uses_cuda(config.run.device, all(have_gpu), without_cuda):
         return torch.device("cpu")
     here = [rank for rank, each in enumerate(places) if each.host == place.host]

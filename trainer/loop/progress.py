@@ -1,7 +1,6 @@
 """What a person sees of a run: a progress bar where there is a terminal, else plain lines; and TensorBoard's files."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-from featurestore.console.output import figure, progress_bars, text_column, text_console
+from featurestore.console.output import figure, print_warning, progress_bars, text_column, text_console
 from trainer.loop.events import EventsFile
 
 _LINE_EVERY_S = 5.0
@@ -87,4 +86,4 @@ class ProgressLog:
         if what not in self.warned:
             self.warned.add(what)
             with contextlib.suppress(OSError):
-                print(f"warning: {text}", file=sys.stderr, flush=True)
+                print_warning(text)

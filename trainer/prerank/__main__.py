@@ -9,7 +9,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
-from featurestore.console.output import figure, print_rows
+from featurestore.console.output import figure, print_rows, print_summary
 from featurestore.published.paths import run_path
 from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.errors import ConfigError
@@ -129,7 +129,7 @@ def _counts(text: str) -> list[int]:
 
 def _show(report: Mapping[str, Any]) -> None:
     index, metrics, figures = report["index"], report["metrics"], report["search"]
-    print(
+    print_summary(
         f"{report['run']}, {report['checkpoint']}: {metrics['impressions']:,} test impressions, "
         f"{index['ads']:,} ads under {index['kind']}, {figures['queries']:,} searches on one thread"
     )
@@ -149,7 +149,7 @@ def _show(report: Mapping[str, Any]) -> None:
 
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}")
+        print_summary(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import print_summary
 from featurestore.keys import id_of_text, key_of_uri
 from featurestore.published.paths import RunPath, run_path
 from trainer.errors import DataNotFoundError, SchemaError, TrainerError
@@ -95,10 +96,10 @@ def check(
         if split == "train":
             fields = fill_in(fields, measure(SoloComm(), index, fields))
             for name, values in statistics_of(fields).items():
-                typer.echo(f"{name}  {json.dumps(values)}")
+                print_summary(f"{name}  {json.dumps(values)}")
         for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
             pass
-        typer.echo(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
+        print_summary(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
 
 
 @app.command(
@@ -128,7 +129,7 @@ def lookup(
         # A text that is a whole number is an ID; as a uri it has a key of its own.
         found = {each: texts[each] for each in (number, key_of_uri(value)) if each in texts}
         for each, text in (found or {number: "not in the training samples as a text"}).items():
-            typer.echo(f"{each}  {text}")
+            print_summary(f"{each}  {text}")
 
 
 def _show_dictionary(run: RunPath, count: int) -> None:
@@ -136,12 +137,12 @@ def _show_dictionary(run: RunPath, count: int) -> None:
 
     dictionary = IdDictionary.of_run(run)
     if dictionary is None:
-        typer.echo(f"{run} has no {FILE}: its training samples have no texts")
+        print_summary(f"{run} has no {FILE}: its training samples have no texts")
         return
     entries, total = dictionary.first(count)
-    typer.echo(f"{dictionary.path}: {total:,} texts of the training samples and their ids; the first of them:")
+    print_summary(f"{dictionary.path}: {total:,} texts of the training samples and their ids; the first of them:")
     for number, text in entries:
-        typer.echo(f"{number}  {text}")
+        print_summary(f"{number}  {text}")
 
 
 def has_lists(storage: "Storage") -> bool:
@@ -170,7 +171,7 @@ def _write_new(path: Path, text: str) -> None:
         raise SchemaError(f"--out {path} is there already; name another file, or remove it") from error
     except OSError as error:
         raise TrainerError(f"--out {path} cannot be written: {error}") from error
-    typer.echo(f"written      {path}")
+    print_summary(f"written      {path}")
 
 
 if __name__ == "__main__":
