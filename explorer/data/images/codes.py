@@ -115,7 +115,8 @@ def encode(ids: SemanticIds, vector_D: npt.NDArray[np.float32]) -> list[int] | N
 
 
 def _codebook(address: str) -> "Codebook":
-    from pipeline.semantic import codebook as books
+    from pipeline.samples.publish import CODEBOOK_FILE
+    from pipeline.semantic.codebook import Codebook
 
     place = open_published(address)
-    return books.Codebook.from_bytes(place.read_bytes(books.FILE), place.full(books.FILE))
+    return Codebook.from_bytes(place.read_bytes(CODEBOOK_FILE), place.full(CODEBOOK_FILE))
