@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import check_ending
 from featurestore.console.output import print_summary
 from featurestore.console.progress import progress_bar
-from trainer.cli import StoreVersion, WhichCheckpoint, check_ending
+from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:
     from featurestore.published.channels import VersionName
@@ -60,13 +61,13 @@ def main(
 
     if table is None:
         out = out or "data/visual.parquet"
-        check_ending(out, ".parquet", ".npy")
+        check_ending(out, "--out", ".parquet", ".npy")
         export_images(run_or_newest(run), checkpoint, network, store_version, out)
     elif network is not None or store_version is not None:
         raise typer.BadParameter("a table has no network and no snapshot: leave these out", param_hint="--table")
     else:
         out = out or f"data/{table}.parquet"
-        check_ending(out, ".parquet")
+        check_ending(out, "--out", ".parquet")
         export_ids(run_or_newest(run), checkpoint, table, out)
 
 

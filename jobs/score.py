@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import check_ending
 from featurestore.console.output import draw_counts, print_summary
-from trainer.cli import WhichCheckpoint, check_ending, run_on_ranks
+from trainer.cli import WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -57,7 +58,7 @@ def main(
     a run scores a part on each: the file has the same rows, and logits differ in the last digits, by up to about
     0.001 where E computes in bfloat16.
     """
-    check_ending(out, ".parquet")
+    check_ending(out, "--out", ".parquet")
     _check_options(model, samples, version, {"--run": run, "--checkpoint": checkpoint, "--store": store})
     start = time.monotonic()
 

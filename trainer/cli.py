@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,14 +72,6 @@ def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None
         sys.stdout.flush()
         os._exit(code)
     return code
-
-
-def check_ending(out: str, *endings: str) -> None:
-    """Raise typer.BadParameter unless the file of --out has a name with one of these endings."""
-    if PurePosixPath(out).suffix not in endings:
-        raise typer.BadParameter(
-            f"{out} has to end with {' or '.join(endings)}, a name before that", param_hint="--out"
-        )
 
 
 def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:

@@ -38,14 +38,13 @@ def map(
     from explorer.data.map.points import MapPoints
     from explorer.errors import ExplorerError
     from explorer.places import Places
-    from featurestore.console.files import replace_file
+    from featurestore.console.files import check_ending, replace_file
     from featurestore.console.output import progress_bars
     from featurestore.published.paths import run_path
 
     if run is None and store is None:
         raise ExplorerError("nothing to lay out: name a --run or a --store")
-    if out.suffix != ".parquet":
-        raise ExplorerError(f"{out} has to end with .parquet")
+    check_ending(out, "OUT", ".parquet")
     folder = None if run is None else run_path(run)
     places = Places(store=store, samples=samples, runs=None if folder is None else str(folder.parent))
     with progress_bars() as bars:

@@ -9,6 +9,7 @@ import typer
 
 from featurestore.commands.common import At, Url, Version, chosen_snapshot
 from featurestore.console.commandline import CommandApp
+from featurestore.console.files import check_ending
 from featurestore.console.output import figure, print_rows, print_summary
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def sql(
     from featurestore.sql.query import sql_reader
     from featurestore.store import FeatureStore
 
-    if out is not None and out.suffix not in ENDINGS:
-        raise typer.BadParameter(f"--out {out} must end in {', '.join(ENDINGS)}")
+    if out is not None:
+        check_ending(out, "--out", *ENDINGS)
     store = FeatureStore.open(url)
     with sql_reader(store, chosen_snapshot(store, version, at), query) as reader:
         if out is None:

@@ -3,8 +3,10 @@
 import json
 import math
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+import typer
 
 from featurestore.errors import OutputPlaceError, UserError
 from featurestore.text.plain import refusal
@@ -17,6 +19,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
     part = path.with_name(f".{path.name}")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
+
+
+def check_ending(path: Path | str, option: str, *endings: str) -> None:
+    """Raise typer.BadParameter unless the file of an option has a name with one of these endings."""
+    if PurePosixPath(path).suffix not in endings:
+        raise typer.BadParameter(
+            f"{path} has to end with {' or '.join(endings)}, a name before that", param_hint=option
+        )
 
 
 def check_place(path: Path, option: str) -> None:

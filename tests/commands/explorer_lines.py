@@ -29,7 +29,7 @@ EXPLORER = [
     (f"explorer serve {SCORER}s://127.0.0.1:1 --scorer-ca {{missing}}", 2, "--scorer-ca {missing}: No such file"),
     ("explorer map", 2, "Missing argument"),
     ("explorer map out.parquet", 2, "name a --run or a --store"),
-    ("explorer map out.csv --store {missing}", 2, "has to end with .parquet"),
+    ("explorer map out.csv --store {missing}", 2, "Invalid value for OUT: out.csv has to end with .parquet"),
     ("explorer map out.parquet --store {missing}", 2, "{missing}"),
     ("explorer map out.parquet --run {missing}", 2, "{missing} is not a run's folder"),
     ("explorer export", 2, "Missing argument"),

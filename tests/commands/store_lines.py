@@ -165,7 +165,7 @@ FEATURESTORE = [
     ("featurestore sql {store} 'select 1' --version 9", 2, "no snapshot 9"),
     ("featurestore sql {store} 'select 1' --version 1 --at 2026-01-01", 2, "give one of them"),
     ("featurestore sql {store} 'select 1' --limit 0", 2, "--limit"),
-    ("featurestore sql {store} 'select 1' --out {new}.txt", 2, ".parquet"),
+    ("featurestore sql {store} 'select 1' --out {new}.txt", 2, "for --out: {new}.txt has to end with"),
     ("featurestore sql {store} 'select 1' --out {missing}/x.csv", 1, "cannot write"),
     ("featurestore sql {store} 'select 1' --out /proc/x.csv", 1, "cannot write /proc/x.csv: No such file"),
     ("featurestore sql {store} 'select feature from images' --out {new}.csv", 2, "CSV cannot hold"),
