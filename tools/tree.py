@@ -2,10 +2,11 @@
 
 python tools/tree.py            print the tree
 python tools/tree.py --check    print what is wrong; exit 1 where a file does not say what it is for, or a file or a
-                                folder has grown too large
+                                folder has grown too large, or where a docstring's first line is no sentence of its own
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools", "tests")
 SUFFIXES = (".py", ".sh", ".yaml", ".txt")
 MOST_LINES, MOST_MODULES = 400, 12
+_SENTENCE_ENDS = re.compile(r"(?<!e\.g)\. ")
 
 
 def listed_files() -> list[Path]:
@@ -31,7 +33,28 @@ def summary_of(path: Path) -> str:
         line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
     else:
         line = next((line[2:] for line in text.splitlines() if line.startswith("# ")), "")
-    return line.partition(". ")[0].rstrip(".")
+    return _SENTENCE_ENDS.split(line, maxsplit=1)[0].rstrip(".")
+
+
+def unended(source: str) -> list[tuple[int, str]]:
+    """List the lines, and names, where the first sentence of a docstring does not end on its first line.
+
+    Looked at are the module, its classes, and the functions and methods whose names do not begin with `_`.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module):
+            name = "the file"
+        elif isinstance(node, ast.ClassDef) or (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+        ):
+            name = node.name
+        else:
+            continue
+        line = (ast.get_docstring(node) or ".").partition("\n")[0]
+        if not line.endswith((".", "?", ":")):
+            found.append((node.body[0].lineno, name))
+    return found
 
 
 def tree(summaries: dict[Path, str]) -> str:
@@ -48,9 +71,10 @@ def tree(summaries: dict[Path, str]) -> str:
 
 
 def problems(summaries: dict[Path, str]) -> list[str]:
-    """List silent files, files with too many lines, and folders with too many modules side by side."""
+    """List silent files, too large files and folders, and first lines that do not end their sentence."""
     sources = [path for path in summaries if path.suffix == ".py"]
-    lines = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources}
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in sources}
+    lines = {path: len(text.splitlines()) for path, text in texts.items()}
     modules = Counter(path.parent for path in sources if path.name != "__init__.py")
     return [
         *(f"{path} needs a first line that says what it is for" for path, summary in summaries.items() if not summary),
@@ -63,6 +87,12 @@ def problems(summaries: dict[Path, str]) -> list[str]:
             f"{folder}/ has {count} modules side by side: a {MOST_MODULES + 1}th asks for a folder"
             for folder, count in modules.items()
             if count > MOST_MODULES
+        ),
+        *(
+            f"{path}:{line}: the first line of the docstring of {name} does not end its sentence: shorten it"
+            for path, text in texts.items()
+            if path.parts[0] != "tests"
+            for line, name in unended(text)
         ),
     ]
 

@@ -88,8 +88,9 @@ def _digest(storage: Storage, file: str) -> str:
 
 
 class _Memory:
-    """Digests of earlier starts by the files' tags. Where it cannot be read or kept, or other users may write to it, it
-    is empty."""
+    """Digests of earlier starts by the files' tags.
+
+    Where it cannot be read or kept, or other users may write to it, it is empty."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
         self._storage = storage

@@ -1,0 +1,88 @@
+"""The listing of all files: what it prints of each, and what its check refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from tools import tree
+
+GOOD = '''
+"""Shelves. Made of wood.
+
+And of steel."""
+
+
+class Shelf:
+    """Holds things:
+
+    in any order."""
+
+    def put(self) -> None:
+        """Put a thing on it.
+
+        Where there is space."""
+
+    def silent(self) -> None: ...
+
+    def _own(self) -> None:
+        """What only this class calls may be described
+        as it comes."""
+'''
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Make a project of one file."""
+
+    def written(text: str, name: str = "trainer/shelf.py") -> Path:
+        path = Path(name)
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text, encoding="utf-8")
+        monkeypatch.setattr(tree, "ROOT", tmp_path)
+        monkeypatch.setattr(tree, "listed_files", lambda: [path])
+        return path
+
+    return written
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    monkeypatch.setattr("sys.argv", ["tree.py", "--check"])
+    return tree.main(), capsys.readouterr().err.splitlines()
+
+
+def test_first_lines_that_end_their_sentence_pass(write, monkeypatch, capsys) -> None:
+    write(GOOD)
+    assert checked(monkeypatch, capsys) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "name"),
+    [
+        ("Shelves. Made of wood.\n\nAnd", "Shelves, made of wood,\nand", "the file"),
+        ("Holds things:\n\n    in", "Holds things\n    in", "Shelf"),
+        ("Put a thing on it.\n\n        Where", "Put a thing on it\n        where", "put"),
+    ],
+)
+def test_a_first_line_that_needs_the_second_is_refused(
+    write, monkeypatch, capsys, good: str, bad: str, name: str
+) -> None:
+    assert good in GOOD
+    line = GOOD[: GOOD.index(good)].count("\n") + 1
+    path = write(GOOD.replace(good, bad))
+    code, problems = checked(monkeypatch, capsys)
+    assert code == 1
+    assert problems == [
+        f"{path}:{line}: the first line of the docstring of {name} does not end its sentence: shorten it"
+    ]
+
+
+def test_a_summary_ends_with_its_sentence_and_not_at_an_abbreviation(write) -> None:
+    assert tree.summary_of(write('"""Shelves, e.g. of wood. They hold things."""')) == "Shelves, e.g. of wood"
+    assert (
+        tree.summary_of(write("# Fill shelves, e.g. with books.\n", "tools/fill.sh")) == "Fill shelves, e.g. with books"
+    )
+
+
+def test_a_file_that_says_nothing_is_refused(write, monkeypatch, capsys) -> None:
+    path = write("width_cm = 40\n")
+    assert checked(monkeypatch, capsys) == (1, [f"{path} needs a first line that says what it is for"])
