@@ -149,7 +149,7 @@ def train(config: Config, comm: "Comm") -> None:
             for each in run.passed_over:
                 progress.say(
                     f"warning: {each.path.name} is passed over, and kept as {DAMAGED}{each.path.name} in "
-                    f"{run.checkpoints}: {each.why}; going on from step {run.engine.num_steps}"
+                    f"{run.checkpoints}: {each.why}; continuing from step {run.engine.num_steps}"
                 )
             if removed:
                 progress.say(f"removed by run.overwrite=true: {', '.join(path.name for path in removed)}")

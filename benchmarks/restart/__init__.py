@@ -1,1 +1,1 @@
-"""How long a supervised run takes to go on after a loss."""
+"""How long a supervised run takes to continue after a loss."""

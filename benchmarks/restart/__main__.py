@@ -136,7 +136,7 @@ class SupervisedRun:
         end_s = time.monotonic() + WAIT_S
         while not until():
             if self._process.poll() is not None or time.monotonic() > end_s:
-                raise TrainerError(f"the supervised run did not go on:\n{self._log.read_text()[-3000:]}")
+                raise TrainerError(f"the supervised run did not continue:\n{self._log.read_text()[-3000:]}")
             time.sleep(0.01)
 
     def _lines(self) -> list[list[str]]:

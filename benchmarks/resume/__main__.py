@@ -2,7 +2,7 @@
 
     python -m benchmarks.resume [--json FILE]
 
-Every run is compared with one of one rank that nothing disturbed; a run that is killed and goes on with two ranks each
+Every run is compared with one of one rank that nothing disturbed; one that is killed and continues with two ranks each
 time, with an undisturbed one of two. Two controls say what a difference is worth: a run of one rank, undisturbed, in
 which one weight began with another last bit (how rounding grows), and one of another seed (how far two good models are
 apart). In float64 rounding is too small to hide anything: a step, a sample or a row that were lost or taken twice would

@@ -23,7 +23,7 @@ from trainer.runs.folder import find_checkpoint
 
 Float = NDArray[np.float64]
 CHANGING = (4, 1, 2)
-"""Ranks of a run that goes on with another number after each kill, in turn."""
+"""Ranks of a run that continues with another number after each kill, in turn."""
 _TABLE_ROWS, _TABLE_SHARDS = 256, 8
 
 

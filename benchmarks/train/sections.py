@@ -22,7 +22,7 @@ _SAME_MODEL = (
     ("ours", "compute", "compute_from_numbers", "worker", "worker_grouped"),
     ("ours_2_ranks", *_SERVERS),
 )
-_MEMORY_SAMPLES = 600  # the steps go on into a third epoch
+_MEMORY_SAMPLES = 600  # the steps continue into a third epoch
 FUXICTR = ("fuxictr", "fuxictr_grouped")
 SECTIONS = ("hosts", "link", "traffic", "memory")
 VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)

@@ -160,7 +160,7 @@ class RunPages(PageKind):
         )
 
     def curves_part(self, request: Request) -> Response:
-        """Give the curves as they are now; the last time where no run goes on."""
+        """Give the curves as they are now; the last time where no run is under way."""
         runs = [read_facts(open_run(self.site.places, name), name) for name in self._names(request, least=1)]
         live = self._live(runs)
         status = 200 if live.is_running else _STOP_POLLING
@@ -240,7 +240,7 @@ class Live:
 
     @property
     def is_running(self) -> bool:
-        """Tell whether one of them goes on."""
+        """Tell whether one of them is under way."""
         return any(run.state == "running" for run in self.runs)
 
     @property

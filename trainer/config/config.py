@@ -139,7 +139,7 @@ class TrainConfig(Section):
     checkpoint_beside: bool = True
     """Write checkpoints beside the training, from a copy of its state; false: the training waits for each."""
     checkpoint_failures: Annotated[int, Field(ge=0)] = 5
-    """Checkpoints in a row that may fail to be written while the training goes on; one more ends the run."""
+    """Checkpoints in a row that may fail to be written while the training continues; one more ends the run."""
     keep_checkpoints: Count = 3
     """Checkpoints that are kept; older ones are removed."""
 

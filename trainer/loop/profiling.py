@@ -45,7 +45,7 @@ def tracing(folder: Path | None, rank: int, warn: Callable[[str], None]) -> Iter
         try:
             _write_whole(done, path)
         except (OSError, RuntimeError) as failure:
-            warn(f"the trace {path} cannot be written: {failure}; the training goes on")
+            warn(f"the trace {path} cannot be written: {failure}; the training continues")
 
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():

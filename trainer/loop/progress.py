@@ -67,7 +67,7 @@ class ProgressLog:
         """Write values for TensorBoard alone; one that is not defined is not drawn."""
         drawn = {name: value for name, value in values.items() if value is not None}
         if self._events and drawn and (failure := self._events.add(step, drawn)):
-            self.warn("events", f"figures for TensorBoard cannot be written: {failure}; the training goes on")
+            self.warn("events", f"figures for TensorBoard cannot be written: {failure}; the training continues")
 
     @property
     def lost(self) -> int:
@@ -75,11 +75,11 @@ class ProgressLog:
         return self._events.lost if self._events else 0
 
     def say(self, text: str) -> None:
-        """Print one line; training goes on where it cannot be written, as on a full disk."""
+        """Print one line; training continues where it cannot be written, as on a full disk."""
         try:
             self.console.print(text)
         except OSError as failure:
-            self.warn("stdout", f"what a run prints cannot be written: {failure}; it goes on")
+            self.warn("stdout", f"what a run prints cannot be written: {failure}; the run continues")
 
     def warn(self, what: str, text: str) -> None:
         """Print a warning on stderr, once for each thing that it is about."""

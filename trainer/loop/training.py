@@ -207,7 +207,7 @@ class Training:
         if self.checkpoints.add(outcome.error) > limit:
             raise CheckpointError(
                 f"the checkpoint of step {outcome.step} cannot be written: {outcome.error}; nor could the {limit} "
-                "before it (train.checkpoint_failures); see to that, and go on with run.resume=latest"
+                "before it (train.checkpoint_failures); see to that, and continue with run.resume=latest"
             )
         if outcome.error:
             self._progress.say(

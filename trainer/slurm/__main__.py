@@ -48,8 +48,8 @@ def main(
 ) -> None:
     """Run a command on the ranks of this Slurm job: started by srun, without ssh, MPI or horovodrun.
 
-    SIGTERM goes on to the ranks, which write a checkpoint and end. SIGUSR1 does the same: by it Slurm can say that the
-    time of the job is nearly over (sbatch --signal=B:USR1@120).
+    SIGTERM is passed to the ranks, which write a checkpoint and end. SIGUSR1 does the same: by it Slurm can say that
+    the time of the job is nearly over (sbatch --signal=B:USR1@120).
     """
     try:
         more = shlex.split(srun)

@@ -30,9 +30,9 @@ Examples:
 
 Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
 host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
-there are slots. When more hosts answer, the run writes a checkpoint and goes on with all of them. All steps, samples
+there are slots. When more hosts answer, the run writes a checkpoint and continues with all of them. All steps, samples
 and losses are those of an undisturbed run. SIGTERM and Ctrl-C end it after a checkpoint, a second one at
-once; the same command goes on.
+once; the same command continues it.
 Exit codes: 0 done, 1 given up, 2 wrong settings (never started again), 130 stopped.
 """
 

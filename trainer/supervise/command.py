@@ -1,4 +1,4 @@
-"""The command that is supervised: which run it trains, or which days, and how it is started again to go on."""
+"""The command that is supervised: which run it trains, or which days, and how it is started again to continue."""
 
 import sys
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class TrainCommand:
 
 @dataclass(frozen=True)
 class DaysCommand(TrainCommand):
-    """`python -m trainer.daily ARGUMENTS`, which goes on by itself: `folder` has a run for each day."""
+    """`python -m trainer.daily ARGUMENTS`, which continues by itself: `folder` has a run for each day."""
 
     _before: dict[str, int] = field(default_factory=dict, compare=False)
     """Steps of the days before the newest one: they do not change any more."""
@@ -78,9 +78,11 @@ def parse_command(words: Sequence[str]) -> TrainCommand:
         return DaysCommand(tuple(words), folder_of(_config_of(daily, module, arguments)), name_was_given=True)
     run = _config_of(app, module, arguments).run
     if run.resume not in (None, "latest", "auto"):
-        raise ConfigError(f"run.resume={run.resume}: a supervised run goes on from its newest checkpoint; leave it out")
+        raise ConfigError(
+            f"run.resume={run.resume}: a supervised run continues from its newest checkpoint; leave it out"
+        )
     if run.overwrite:
-        raise ConfigError("run.overwrite=true would remove what a supervised run goes on from; take another run.name")
+        raise ConfigError("run.overwrite=true would remove what a supervised run continues from; take another run.name")
     name = run.name or strftime("run-%Y%m%d-%H%M%S")
     return TrainCommand(tuple(words), run_path(run.dir) / name, name_was_given=run.name is not None)
 

@@ -55,7 +55,7 @@ class Past:
     step_after: int
     ends: tuple[RankEnd, ...]
     asked: bool = False
-    """Whether the supervisor ended it to go on with more hosts."""
+    """Whether the supervisor ended it to continue with more hosts."""
 
     @property
     def made_progress(self) -> bool:

@@ -81,7 +81,7 @@ def _name(number: int) -> str:
 def past_text(past: Past) -> str:
     """Say why a generation ended: the end of its culprit, and what the first other rank said of it, or any rank."""
     if past.asked and past.first is None:
-        return "stopped after a checkpoint, to go on with more hosts"
+        return "stopped after a checkpoint, to continue with more hosts"
     ends = [past.culprit or past.ends[0]]
     if past.first and past.first is not past.culprit:
         ends.append(past.first)

@@ -181,7 +181,7 @@ class Supervisor:
 
     def _without_hosts(self) -> int:
         if self._stop.asked.is_set():
-            self.printer.say("stopped; the same command goes on")
+            self.printer.say("stopped; the same command continues the run")
             return STOPPED
         self.printer.say(
             f"fewer than --min-np {self.options.min_ranks} slots for {self.options.wait_for_hosts_s:g} s "
@@ -255,5 +255,5 @@ class Supervisor:
         if code == 0:
             return f"done {after}"
         if code == STOPPED:
-            return f"stopped {after}; the same command goes on"
+            return f"stopped {after}; the same command continues the run"
         return f"{past_text(last)}; not started again"

@@ -29,7 +29,7 @@ class Found:
     num_searched: int
     """Images that were looked at."""
     next_shard: int | None
-    """Where the search goes on; None: it has looked at all."""
+    """Where the search continues; None: it has looked at all."""
 
 
 class ImageNames:

@@ -40,7 +40,7 @@ def principal(vectors_NV: Vectors) -> Plane:
 def umap_in_process(vectors_NV: Vectors, tell: Callable[[str], None]) -> Plane:
     """Project by UMAP in another process, (N, 2): about a minute for 20,000 images.
 
-    `tell` is called often with what goes on; what it raises ends the process. Raises ExplorerError where it fails.
+    `tell` is called often with what is done; what it raises ends the process. Raises ExplorerError where it fails.
     """
     with tempfile.TemporaryDirectory(prefix="explorer-map-") as folder:
         np.save(Path(folder) / "in.npy", vectors_NV)

@@ -131,7 +131,7 @@ def test_a_run_without_a_name_gets_one_that_stays(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ([*TRAIN, "run.nam=a"], "run.nam"),
-        ([*TRAIN, "run.name=a", "run.resume=1000"], "run.resume=1000: a supervised run goes on"),
+        ([*TRAIN, "run.name=a", "run.resume=1000"], "run.resume=1000: a supervised run continues"),
         ([*TRAIN, "run.name=a", "run.overwrite=true"], "run.overwrite=true would remove"),
         (["horovodrun", "-np", "2", *TRAIN], "horovodrun is not needed: trainer.supervise starts the ranks"),
         (

@@ -109,7 +109,7 @@ def test_what_happened_is_said_in_one_line() -> None:
     assert past_text(quiet) == (
         "rank 3 on b ended with exit code 1; rank 0 on a ended with exit code 1 (error: the disk is full)"
     )
-    assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to go on with more hosts"
+    assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to continue with more hosts"
     assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
     assert start_text(0, [HostSlots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
 

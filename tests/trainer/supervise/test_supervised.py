@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 def test_ranks_a_host_and_the_supervisor_are_lost(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
     """A rank is stopped before they meet, then an agent is killed, and the supervisor; meanwhile the file that rank 1
-    reads next is cut, as by a host that lost its power. The second supervisor goes on by torch.distributed what
+    reads next is cut, as by a host that lost its power. The second supervisor continues by torch.distributed what
     Horovod's ranks have begun, and one of its ranks is killed; one of Horovod's: test_supervised_days.py."""
     run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10, run__deadline_s=5))
     process = run.start(PAUSE_S="0.05")
@@ -29,7 +29,7 @@ def test_ranks_a_host_and_the_supervisor_are_lost(settings_of: Settings, tmp_pat
     run.wait_for_step(process, 50)
     kill(psutil.Process(process.pid))
     first = run.end(process, -signal.SIGKILL)
-    assert max(run.legs()[-1].losses) < STEPS, "no rank goes on without its supervisor"
+    assert max(run.legs()[-1].losses) < STEPS, "no rank continues without its supervisor"
     assert "supervise: rank 0 on localhost did not end by itself and was killed; rank 1 on 127.0.0.1 ended" in first
     assert "terminate called" not in first, "the one that waits ends by itself, and in order"
     assert "is out of reach" in first
@@ -45,7 +45,7 @@ def test_ranks_a_host_and_the_supervisor_are_lost(settings_of: Settings, tmp_pat
     said = " ".join(run.end(process).split())
     assert "supervise: rank 0 on localhost died (signal 9, SIGKILL)" in said
     assert f"warning: step-{step:08} is passed over, and kept as damaged-step-{step:08} in " in said
-    assert f"{file} is damaged: its digest is not the one in state.json; going on from step {step - 10}" in said
+    assert f"{file} is damaged: its digest is not the one in state.json; continuing from step {step - 10}" in said
     assert "2 of 2 slots left; resuming at step " in said and "supervise: done after 1 restart, with step 120" in said
     legs = run.legs()
     assert len(legs) == 4 and legs[2].first_step == step - 10 + 1
@@ -70,7 +70,7 @@ def test_a_host_comes_a_rank_stops_and_the_same_command_goes_on(
     settings_of: Settings, tmp_path: Path, whole: Leg
 ) -> None:
     """The host is taken in, the stopped rank is named and replaced, and a signal has the run write a checkpoint, from
-    which the host goes on alone."""
+    which the host continues alone."""
     hosts = tmp_path / "hosts.txt"
     hosts.write_text("localhost:1\n")
     options = ["--hosts-file", str(hosts), "--rejoin-after-s", "2"]
@@ -94,7 +94,8 @@ def test_a_host_comes_a_rank_stops_and_the_same_command_goes_on(
     assert "supervise: rank 1 on 127.0.0.1 did not end by itself and was killed; rank 0 on localhost ended" in said
     assert "stopping: the ranks may write a checkpoint, for 300 s (--stop-grace-s); a second signal ends them" in said
     step = run.newest_step()
-    assert 0 < step < STEPS and f"stopped after 2 restarts, with step {step}; the same command goes on" in said
+    assert 0 < step < STEPS
+    assert f"stopped after 2 restarts, with step {step}; the same command continues the run" in said
     hosts.write_text("127.0.0.1:1\n")
     assert f"resuming at step {step} on 1 rank" in run.end(run.start())
     legs = run.legs()

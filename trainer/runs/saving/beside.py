@@ -3,7 +3,7 @@
 The thread takes part in no collective. Every rank writes its own part, and says how far it is when all ranks look,
 between two steps that all of them know; when all parts are there, a thread of rank 0 publishes the checkpoint. A part
 that cannot be written (a full disk, an object store that is away) fails this checkpoint alone: it is told, and the
-training goes on.
+training continues.
 """
 
 import contextlib

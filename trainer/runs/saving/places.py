@@ -10,7 +10,7 @@ count (`featurestore.published`): creating that version, after the one that this
         versions/00000000000000000012.json                 step-00000050/state.json, … and where they lie
         files/state-<random>.json files/dense-<random>.safetensors files/rows-00000-of-00002-<random>.safetensors
 
-A run begins by a version of its own. So of two that write to one address, the one that began last goes on, and the
+A run begins by a version of its own. So of two that write to one address, the one that began last continues, and the
 other one is refused at its next checkpoint. What a version no longer names stays for `KEEP_REMOVED_S`, for readers that
 hold an earlier one.
 """
@@ -173,8 +173,8 @@ class DiskPlace(CheckpointPlace):
 def _taken_over(folder: RunPath, writer: str) -> CheckpointError:
     by = f", {writer}" if writer else ""
     return CheckpointError(
-        f"{folder} is written to by another start of this run{by}: it goes on, and this one ends; start one alone, or "
-        "choose another run.name"
+        f"{folder} is written to by another start of this run{by}: that one continues, and this one ends; start one "
+        "alone, or choose another run.name"
     )
 
 

@@ -1,4 +1,4 @@
-"""A newest checkpoint whose files are not those that were written: the run goes on from the one before it, exactly."""
+"""A newest checkpoint whose files are not those written: the run continues from the one before it, exactly."""
 
 import shutil
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(
         name = f"step-{step:08}"
         assert f"warning: {name} is passed over, and kept as damaged-{name} in {run}/checkpoints: " in said
         assert why in said
-    assert said.count("going on from step 2") == 2
+    assert said.count("continuing from step 2") == 2
     assert_same(run, expected)
     assert names(run) == steps_of(2, 4, 6)
     kept = {path.name for path in (run / "checkpoints").glob("damaged-*")}
@@ -101,8 +101,8 @@ def test_so_does_a_run_on_s3(places: Places, s3_url: str, tmp_path: Path, capsys
     capsys.readouterr()
     trained(s3_url, run__resume="auto")
     said = " ".join(capsys.readouterr().out.split())
-    assert "step-00000006/dense.safetensors is missing; going on from step 2" in said
-    assert f"step-00000004/{ROWS} is damaged: its digest is not the one in state.json; going on from step 2" in said
+    assert "step-00000006/dense.safetensors is missing; continuing from step 2" in said
+    assert f"step-00000004/{ROWS} is damaged: its digest is not the one in state.json; continuing from step 2" in said
     assert_same_far(run, expected)
     assert [path.name for path in finished(checkpoints)] == steps_of(2, 4, 6)
     assert (checkpoints / "damaged-step-00000004" / ROWS).is_file()

@@ -133,7 +133,7 @@ def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind:
 def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
     class Taken(DiskPlace):
         def commit(self, *given: Any) -> Any:
-            raise CheckpointError("another start of this run goes on")
+            raise CheckpointError("another start of this run continues")
 
     def work(comm: Comm) -> None:
         saves = SavesBeside(comm, Taken(tmp_path), None, nothing)
@@ -142,7 +142,7 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
 
     raised = on_ranks(2, work)
     assert [type(each) for each in raised] == [CheckpointError] * 2
-    assert {str(each) for each in raised} == {"another start of this run goes on"}
+    assert {str(each) for each in raised} == {"another start of this run continues"}
 
 
 @pytest.mark.parametrize("size", [1, 2])
