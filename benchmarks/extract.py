@@ -29,7 +29,7 @@ from pipeline.network import DEFAULT_BACKBONE
 if TYPE_CHECKING:
     from distributed import Client
 
-    from pipeline.network.described import ComputeDType
+    from featurestore.lookup.compute_dtype import AutoDType
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 
@@ -75,7 +75,7 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
 
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)
-        compute_dtype = cast("ComputeDType", describe_network(client, DEFAULT_BACKBONE, WEIGHTS, "auto").compute_dtype)
+        compute_dtype = cast("AutoDType", describe_network(client, DEFAULT_BACKBONE, WEIGHTS, "auto").compute_dtype)
         run_alone(client, bare_seconds, locations[:batch_size], batch_size, compute_dtype)  # warm both sides up
         extract_seconds(client, locations[:batch_size], batch_size)
         bare_s, extract_s = [], []
@@ -99,7 +99,7 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
     }
 
 
-def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: "ComputeDType") -> float:
+def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: "AutoDType") -> float:
     """Measure seconds of the network alone on these images, which are prepared before the clock starts."""
     import numpy as np
     import torch

@@ -21,6 +21,7 @@ from pydantic import (
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 from featurestore.storage.storage import Storage
+from featurestore.text.dtypes import DType
 from featurestore.text.parsing import first_mistake, parse_json
 
 FORMAT_VERSION = 1
@@ -29,9 +30,9 @@ MAX_VERSION = (1 << 63) - 1  # of a snapshot
 _END = b"\n}"  # of a sealed file
 SAMPLE_ROWS = 10_000  # from which the ranges of an int8 store are taken
 
-DType = Literal["bfloat16", "float16", "float32", "int8"]
 FileKind = Literal["base", "delta"]
 IndexKind = Literal["flat", "ivf", "hnsw"]
+MissingPolicy = Literal["error", "zeros", "learned"]
 
 # numpy has no bfloat16: its 16 bits are carried as uint16. An int8 feature is a code from 0 to 255 (see `CodecSpec`).
 STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {

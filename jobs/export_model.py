@@ -3,7 +3,7 @@
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
-from serving.bundle import MODELS, SAMPLE_GROUPS
+from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
 from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(
         str, typer.Option(help="Folder or s3:// address of the model, which keeps its other versions.")
     ] = MODELS,
     id_dtype: Annotated[
-        Literal["float32", "float16", "int8"],
+        RowDType,
         typer.Option(help="Type of the ID rows; others than float32 are smaller, and scores move a little."),
     ] = "float32",
     compiled: Annotated[

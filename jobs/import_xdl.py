@@ -8,7 +8,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
-from pipeline.options import ImportOptions, XdlOptions, takes
+from pipeline.options import XDL_DIM, ImportOptions, XdlOptions, takes
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from trainer.schema.text import SETTINGS_FILE
 
@@ -57,7 +57,7 @@ def samples(options: XdlOptions) -> None:
 def images(
     address: Annotated[str, typer.Option("--from", help="Folder of data.0 to data.1023.")],
     store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")],
-    dim: Annotated[int | None, typer.Option(min=1, help="Numbers of an image.", show_default="4096")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Numbers of an image.", show_default=f"{XDL_DIM}")] = None,
     origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
 ) -> None:
     """Import binary images into a feature store; jobs/import_features.py does the same with more options."""

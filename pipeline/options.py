@@ -10,6 +10,8 @@ import typer
 from typer.models import ParameterInfo
 
 from featurestore.console.commandline import power_of_two
+from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.text.dtypes import DType, FloatDType
 from pipeline.network import DEFAULT_BACKBONE
 
 Options = TypeVar("Options")
@@ -18,10 +20,13 @@ DEFAULT_IMAGES, DEFAULT_STORE, DEFAULT_SAMPLES = "data/images", "data/features",
 DEFAULT_MAX_GONE = 0.5
 LONGEST_DAYS = 36_500
 MOST_BEHAVIORS = 1_000_000
+XDL_DIM = 4096
+"""Numbers of an image in the files of XDL's example."""
 
-StoreDType = Literal["bfloat16", "float16", "float32", "int8"]
+XdlWeights = Literal["refuse", "drop", "keep"]
+"""What becomes of weights of sparse ids, other than 1."""
 DTypeOption = Annotated[
-    StoreDType | None,
+    DType | None,
     typer.Option(
         help="In which the store keeps features; int8 only where the store is that already.",
         show_default="the store's; bfloat16 in a new one",
@@ -113,7 +118,7 @@ class ExtractOptions:
     ] = "imagenet"
     dtype: DTypeOption = None
     compute_dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"],
+        Literal["auto", AutoDType],
         typer.Option(help="In which the network computes; auto is bfloat16 where all workers have it in hardware."),
     ] = "auto"
     batch_size: BatchOption = 16
@@ -145,7 +150,7 @@ class RefreshOptions:
         typer.Option(help="The store's weights: imagenet, random:SEED or a file.", show_default="the store's"),
     ] = None
     compute_dtype: Annotated[
-        Literal["bfloat16", "float32"] | None,
+        AutoDType | None,
         typer.Option(help="In which the network computes; it must be the store's.", show_default="the store's"),
     ] = None
     batch_size: BatchOption = 16
@@ -182,11 +187,12 @@ class ImportOptions:
     ] = "auto"
     keys: Annotated[str | None, typer.Option(help="Of a .npy matrix: .npy of int64, or a text file of ids.")] = None
     dim: Annotated[
-        int | None, typer.Option(min=1, help="Numbers per vector, for XDL and for lists.", show_default="4096 for XDL")
+        int | None,
+        typer.Option(min=1, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"),
     ] = None
     feature_column: Annotated[str | None, typer.Option(help="Of Parquet.", show_default="the only one")] = None
     binary_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
+        FloatDType | None,
         typer.Option(help="Of fixed-size binary in Parquet; bfloat16 for uint16 bits in .npy."),
     ] = None
     dtype: DTypeOption = None
@@ -333,7 +339,7 @@ class XdlOptions:
     sparse: Annotated[str, typer.Option(help="Fields of ids that look dense, with commas.")] = ""
     dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = ""
     weights: Annotated[
-        Literal["refuse", "drop", "keep"],
+        XdlWeights,
         typer.Option(
             help="Of ids, other than 1: keep them, so that the trainer multiplies each id's vector by its weight "
             "(visual vectors have none); drop them; or refuse such lines."

@@ -13,9 +13,9 @@ from benchmarks.workload import Workload
 from featurestore.errors import UserError
 from featurestore.format.basis import Basis
 from featurestore.snapshot import Snapshot
-from featurestore.spec import DType
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.text.dtypes import DType
 from featurestore.upkeep.remake.components import principal_components
 from featurestore.upkeep.remake.reduce import read_report, reduce
 from trainer.experiments.grid import experiments

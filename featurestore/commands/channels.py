@@ -11,6 +11,7 @@ from featurestore.console.commandline import CommandApp
 from featurestore.console.files import write_json_option
 from featurestore.console.output import print_problem, print_rows, print_summary
 from featurestore.errors import FAILED
+from featurestore.upkeep.promotion import MAX_DRIFT, MAX_QUARANTINE, MIN_COVERAGE, MIN_NEIGHBOURS
 
 if TYPE_CHECKING:
     from featurestore.keys import Int64Array
@@ -32,17 +33,21 @@ Keys = Annotated[
         "--keys", help="File of keys or uris that have to have a row; by default those of the snapshot of --to."
     ),
 ]
-MinCoverage = Annotated[float | None, typer.Option(min=0, max=1, help="Share of keys with a row.", show_default="0.99")]
+MinCoverage = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of keys with a row.", show_default=f"{MIN_COVERAGE}")
+]
 MaxQuarantine = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Share of images in quarantine.", show_default="0.01")
+    float | None, typer.Option(min=0, max=1, help="Share of images in quarantine.", show_default=f"{MAX_QUARANTINE}")
 ]
 MaxDrift = Annotated[
     float | None,
-    typer.Option(min=0, help="Move of a dimension's mean or deviation, in standard deviations.", show_default="0.25"),
+    typer.Option(
+        min=0, help="Move of a dimension's mean or deviation, in standard deviations.", show_default=f"{MAX_DRIFT}"
+    ),
 ]
 MinNeighbours = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Share of an image's ten nearest that stay.", show_default="0.9"),
+    typer.Option(min=0, max=1, help="Share of an image's ten nearest that stay.", show_default=f"{MIN_NEIGHBOURS}"),
 ]
 Force = Annotated[
     str | None, typer.Option("--force", metavar="REASON", help="Move the channel though gates fail; kept with it.")

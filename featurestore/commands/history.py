@@ -12,6 +12,7 @@ from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_rows, print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.text.plain import count_text, ranges_text
+from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 
 if TYPE_CHECKING:
     from featurestore.upkeep.compaction import CompactReport
@@ -153,12 +154,16 @@ def compact(
 )
 def expire(
     url: Url,
-    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="How many of the last snapshots to keep.")] = 10,
-    keep_days: Annotated[float, typer.Option("--keep-days", min=0, help="Days of which every state is kept.")] = 30.0,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=0, help="How many of the last snapshots to keep.")
+    ] = KEEP_LAST,
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0, help="Days of which every state is kept.")
+    ] = KEEP_DAYS,
     grace_days: Annotated[
         float,
         typer.Option("--grace-days", min=0, help="Days for which files stay after that for their users."),
-    ] = 7.0,
+    ] = GRACE_DAYS,
     dry_run: DryRun = False,
 ) -> None:
     """Remove snapshots that neither these options nor a pin or channel keep, and delete the files that they alone need.

@@ -10,7 +10,8 @@ from featurestore.commands.common import Version
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_table, text_console
 from featurestore.console.progress import progress_bar
-from featurestore.spec import SAMPLE_ROWS, DType
+from featurestore.spec import SAMPLE_ROWS
+from featurestore.text.dtypes import DType
 
 if TYPE_CHECKING:
     from featurestore.upkeep.remake.recode import RecodeReport

@@ -9,7 +9,8 @@ from featurestore.commands.recode import show_remade
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_summary
 from featurestore.console.progress import progress_bar
-from featurestore.spec import SAMPLE_ROWS, DType
+from featurestore.spec import SAMPLE_ROWS
+from featurestore.text.dtypes import DType
 
 app = CommandApp()
 

@@ -19,9 +19,10 @@ from featurestore.errors import AccessError, AnotherStoreError, MissingKeysError
 from featurestore.flight.link import Answer, ServerLink
 from featurestore.flight.protocol import SCHEMES, Described, codec_from
 from featurestore.keys import Int64Array, shard_of
-from featurestore.lookup.partition import Lookup, MissingPolicy, output_for
+from featurestore.lookup.partition import Lookup, output_for
 from featurestore.snapshot import missing_message
-from featurestore.spec import DType
+from featurestore.spec import MissingPolicy
+from featurestore.text.dtypes import DType
 
 _CALL_BYTES = 256 << 20  # of features in one call: each has its deadline
 _CALL_KEYS = 1 << 20

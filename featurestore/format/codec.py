@@ -15,8 +15,9 @@ from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.format.npy import read_npy
 from featurestore.format.rows import FeatureRows, finite_rows, to_bits, to_float32
-from featurestore.spec import STORAGE_DTYPES, CodecSpec, DType, StoreInfo
+from featurestore.spec import STORAGE_DTYPES, CodecSpec, StoreInfo
 from featurestore.storage.storage import Storage
+from featurestore.text.dtypes import DType
 
 CODECS = "codec"
 _BLOCK_NUMBERS = 1 << 16  # in the processor's cache over all passes

@@ -14,7 +14,7 @@ from featurestore.errors import CorruptFileError
 from featurestore.format.codec import Codec
 from featurestore.format.npy import read_npy
 from featurestore.format.rows import to_float32
-from featurestore.spec import DType
+from featurestore.text.dtypes import DType
 
 Scaling = Literal["each", "common"]
 

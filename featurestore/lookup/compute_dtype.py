@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 VARIABLE = "CROSSMEDIA_COMPUTE_DTYPE"
 AutoDType = Literal["bfloat16", "float32"]
+ComputeDType = Literal[AutoDType, "float64"]
 
 
 def dtype_of_environment() -> AutoDType | None:

@@ -7,7 +7,7 @@ layer, V visual width. This is the only module of the package that imports torch
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from torch.nn import functional
 
 from featurestore.format.codec import Codec
 from featurestore.format.statistics import Scaling, input_scale
+from featurestore.lookup.compute_dtype import ComputeDType
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
-
-ComputeDType = Literal["bfloat16", "float32", "float64"]
 
 _HELD_BLOCK_ROWS = 65_536
 _BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made of them

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,10 @@ from featurestore.lookup.hashindex import HashIndex
 from featurestore.lookup.mmap import huge_page_bytes, map_rows, physical_memory_bytes, populate
 from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot, missing_message
-from featurestore.spec import DType, StoreInfo
+from featurestore.spec import MissingPolicy, StoreInfo
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-
-MissingPolicy = Literal["error", "zeros", "learned"]
+from featurestore.text.dtypes import DType
 
 _MAX_THREADS = 4
 _PAGE_BYTES = 4096
@@ -115,8 +114,8 @@ class FeaturePartition:
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank={rank} is not in [0, num_ranks={num_ranks})")
-        if missing not in ("error", "zeros", "learned"):
-            raise ValueError(f"missing={missing!r} is none of error, zeros, learned")
+        if missing not in get_args(MissingPolicy):
+            raise ValueError(f"missing={missing!r} is none of {', '.join(get_args(MissingPolicy))}")
         store = store_or_url if isinstance(store_or_url, FeatureStore) else FeatureStore.open(store_or_url)
         snapshot = store.snapshot(version)
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()

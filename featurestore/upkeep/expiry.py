@@ -20,7 +20,7 @@ from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep import damage
+from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST, damage
 from featurestore.upkeep.pins import kept_versions as kept_by_name
 
 DATA = "data"
@@ -48,9 +48,9 @@ class ExpireReport:
 def expire(
     store: FeatureStore,
     *,
-    keep_last: int = 10,
-    keep_days: float = 30.0,
-    grace_days: float = 7.0,
+    keep_last: int = KEEP_LAST,
+    keep_days: float = KEEP_DAYS,
+    grace_days: float = GRACE_DAYS,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ExpireReport:

@@ -5,12 +5,13 @@ from typing import cast
 
 from distributed import Client
 
+from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.spec import NetworkName
 from featurestore.store import Reduction
 from pipeline.errors import StoreRunError
 from pipeline.features.refresh import RefreshSummary, bring_up_to_date, check_channel
 from pipeline.images.source import list_images
-from pipeline.network.described import ComputeDType, check_weights_name, describe_network
+from pipeline.network.described import check_weights_name, describe_network
 from pipeline.network.layers import feature_dim
 from pipeline.network.weights import warn_if_untrained
 from pipeline.options import ExtractOptions, RefreshOptions
@@ -49,7 +50,7 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         store=options.store,
         backbone=options.backbone,
         weights=weights,
-        compute_dtype=cast("ComputeDType", spec.compute_dtype),
+        compute_dtype=cast("AutoDType", spec.compute_dtype),
         batch_size=options.batch_size,
         part_size=options.part_size,
         keep_missing=True,

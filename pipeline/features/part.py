@@ -21,15 +21,15 @@ import xxhash
 from distributed import get_worker
 
 from featurestore.format.rows import FeatureRows
-from featurestore.spec import DType
+from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.text.dtypes import DType
 from featurestore.text.parsing import parse_json
 from pipeline.errors import BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.imagetable import ImageRef
 from pipeline.images.source import bytes_of
-from pipeline.network.described import ComputeDType
 from pipeline.store_run import BadRow
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class PartSettings:
     backbone: str  # MODEL:LAYER
     weights: str
     spec_digest: str
-    compute_dtype: ComputeDType
+    compute_dtype: AutoDType
     dtype: DType
     batch_size: int
     workers_per_host: dict[str, int] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import numpy as np
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
+from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.published.channels import check_channel_name
 from featurestore.snapshot import Snapshot
 from featurestore.spec import NetworkName, StoreInfo
@@ -36,7 +37,7 @@ from pipeline.features.part import PartReport, PartSettings
 from pipeline.features.staged_run import ImageRun, digest_all, workers_per_host
 from pipeline.images.imagetable import ImageTable, Listing
 from pipeline.images.source import list_images
-from pipeline.network.described import ComputeDType, check_weights_name, describe_network
+from pipeline.network.described import check_weights_name, describe_network
 from pipeline.options import RefreshOptions
 from pipeline.store_run import BadRow, check_gone, describe_bad, run_id_of, wait_for_worker
 
@@ -245,7 +246,7 @@ def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:
         options,
         backbone=options.backbone or network.backbone,
         weights=check_weights_name(options.weights or network.weights),
-        compute_dtype=cast("ComputeDType", stored_dtype),
+        compute_dtype=cast("AutoDType", stored_dtype),
     )
 
 

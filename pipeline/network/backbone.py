@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms import functional
 
+from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.spec import ExtractorSpec
-from pipeline.network.described import ComputeDType
 from pipeline.network.layers import network_of
 from pipeline.network.weights import load_weights, weights_digest
 
@@ -31,7 +31,7 @@ class Backbone:
     as in `load_weights`. That it gives one vector per image is not asked here: `feature_dim` does, for all workers.
     """
 
-    def __init__(self, name: str, weights: str, compute_dtype: ComputeDType, *, warn: bool = True) -> None:
+    def __init__(self, name: str, weights: str, compute_dtype: AutoDType, *, warn: bool = True) -> None:
         network = network_of(name, weights)
         state = load_weights(network, weights, warn=warn)
         self.preset = network.preset
@@ -63,7 +63,7 @@ class Backbone:
         return features_BD
 
 
-def backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Backbone:
+def backbone(name: str, weights: str, compute_dtype: AutoDType) -> Backbone:
     """Build the network once per process, and keep it until another one is asked for. Raises as `Backbone`.
 
     For the workers: random weights give no warning here, `pipeline.features.extract` gives it once for all of them.
@@ -73,11 +73,11 @@ def backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Backbone:
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Backbone:
+def _cached_backbone(name: str, weights: str, compute_dtype: AutoDType) -> Backbone:
     return Backbone(name, weights, compute_dtype, warn=False)
 
 
-def fastest_dtype() -> ComputeDType:
+def fastest_dtype() -> AutoDType:
     """Choose bfloat16 where this machine's GPU, or its processor, multiplies it in hardware and is quicker at it.
 
     Not every processor is that has the instructions: one without matrix units convolved float32 twice as fast, another
@@ -92,7 +92,7 @@ def fastest_dtype() -> ComputeDType:
 
 
 @torch.inference_mode()
-def convolution_s(dtype: ComputeDType) -> float:
+def convolution_s(dtype: AutoDType) -> float:
     """Time a convolution as large as a middle one of VGG16, the fastest of four, in seconds."""
     kind = getattr(torch, dtype)
     pixels_BCHW = torch.ones(2, 256, 28, 28, dtype=kind).to(memory_format=torch.channels_last)

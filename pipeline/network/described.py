@@ -6,12 +6,10 @@ from typing import Literal
 
 from distributed import Client
 
-from featurestore.lookup.compute_dtype import dtype_of_environment
+from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment
 from featurestore.spec import ExtractorSpec
 from pipeline.cluster.tasks import Killed, run_alone
 from pipeline.errors import BackboneError, ClusterError, WeightsError
-
-ComputeDType = Literal["bfloat16", "float32"]
 
 
 def check_weights_name(weights: str) -> str:
@@ -27,7 +25,7 @@ def check_weights_name(weights: str) -> str:
 
 
 def describe_network(
-    client: Client, backbone_name: str, weights: str, compute_dtype: ComputeDType | Literal["auto"]
+    client: Client, backbone_name: str, weights: str, compute_dtype: AutoDType | Literal["auto"]
 ) -> ExtractorSpec:
     """Give the spec of the network as a worker builds it, which keeps it.
 
@@ -42,7 +40,7 @@ def describe_network(
     return spec
 
 
-def _settled_dtype(client: Client) -> ComputeDType:
+def _settled_dtype(client: Client) -> AutoDType:
     try:
         named = dtype_of_environment()
     except ValueError as failure:
@@ -52,13 +50,13 @@ def _settled_dtype(client: Client) -> ComputeDType:
     return "bfloat16" if set(client.run(_fastest_dtype).values()) == {"bfloat16"} else "float32"
 
 
-def _fastest_dtype() -> ComputeDType:
+def _fastest_dtype() -> AutoDType:
     from pipeline.network.backbone import fastest_dtype
 
     return fastest_dtype()
 
 
-def _spec_of(backbone_name: str, weights: str, compute_dtype: ComputeDType) -> ExtractorSpec:
+def _spec_of(backbone_name: str, weights: str, compute_dtype: AutoDType) -> ExtractorSpec:
     from pipeline.network.backbone import backbone
 
     return backbone(backbone_name, weights, compute_dtype).spec

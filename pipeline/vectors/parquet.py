@@ -6,7 +6,7 @@ Letters of shapes: N rows, D feature width.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
-from featurestore.spec import STORAGE_DTYPES, DType
+from featurestore.spec import STORAGE_DTYPES
 from featurestore.storage.storage import Storage
+from featurestore.text.dtypes import DType, FloatDType
 from pipeline.errors import VectorImportError
 from pipeline.store_run import BadRow
 from pipeline.vectors.source import (
@@ -30,7 +31,7 @@ from pipeline.vectors.source import (
     uri_of_key,
 )
 
-FLOATS: tuple[DType, ...] = ("bfloat16", "float16", "float32")
+FLOATS: tuple[DType, ...] = get_args(FloatDType)
 FOOTER_THREADS = 16  # waiting for answers, not computing
 
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorImportError, VectorsNotFoundError
+from pipeline.options import XDL_DIM
 from pipeline.store_run import BadRow
 from pipeline.vectors.source import VectorBlock, VectorSource, block_rows, find_files, fingerprint_of, uri_of_key
 
 NUM_FILES = 1024
-DEFAULT_DIM = 4096
 NAME = re.compile(r"(?:.*/)?data\.(\d{1,4})")
 PROBED_FILES, PROBED_RECORDS = 8, 9
 MAX_TORN_SHARE = 0.1  # of files that end within a record: beyond, it is the width that is wrong
@@ -82,7 +82,7 @@ def looks_like(address: str) -> bool:
 
 def plan(address: str, dim: int | None) -> VectorSource:
     """Cut the folder of files into slices of some megabytes. Raises VectorImportError."""
-    dim = dim or DEFAULT_DIM
+    dim = dim or XDL_DIM
     storage, entries = find_files(address)
     record_bytes = record_dtype(dim).itemsize
     slices: list[XdlSlice] = []

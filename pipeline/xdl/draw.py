@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from featurestore.console.files import write_json
+from pipeline.options import XDL_DIM
 from pipeline.samples.publish import MARK, FolderContent, replaced_folder
 from pipeline.xdl.line import Tokens, XdlLine, format_line
 
@@ -26,7 +27,7 @@ class DrawOptions:
 
     num_lines: int = 1024
     num_images: int = 4096
-    dim: int = 4096
+    dim: int = XDL_DIM
     num_ids: int = 1024  # ids are 1 to this, those of images too
     max_behaviors: int = 31
     seed: int = 0

@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from pipeline.errors import SampleError
 from pipeline.xdl.line import WEIGHT, BadLineError, Tokens, XdlLine, read_ids
+from trainer.schema import Kind
 from trainer.schema.distinct import DistinctCount
 
 PartName = Literal["user", "ad"]
-Kind = Literal["id", "multi_id", "dense", "content"]
 RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
 WEIGHT_SUFFIX = "_weight"
 _ID = re.compile(r"-?\d+")

@@ -6,15 +6,14 @@ The columns are those of DESIGN's sample groups: user fields once, ad fields a l
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
 from featurestore.keys import key_of_uri
+from pipeline.options import XdlWeights
 from pipeline.xdl.fields import WEIGHT_SUFFIX, XdlField
 from pipeline.xdl.line import BadLineError, Part, Tokens, XdlLine, read_ids, read_int, read_number, read_numbers
-
-Weights = Literal["refuse", "drop", "keep"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ReadRules:
     """
 
     fields: tuple[XdlField, ...]
-    weights: Weights = "keep"
+    weights: XdlWeights = "keep"
     label_threshold: float | None = None  # None: labels are 0 or 1
     label_index: int | None = None  # None: a line has one label
     fill_dense: float | None = None  # for dense fields that a line lacks; None: such a line is bad

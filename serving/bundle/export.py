@@ -25,20 +25,10 @@ from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-from serving.bundle import SAMPLE_GROUPS, log
+from serving.bundle import SAMPLE_GROUPS, RowDType, log
 from serving.bundle.files import WrittenFiles
 from serving.bundle.images import export_vectors
-from serving.bundle.manifest import (
-    BUNDLES,
-    IMAGES,
-    MODEL,
-    SCHEMA,
-    BundleManifest,
-    Missing,
-    RowDType,
-    ScoreError,
-    VectorsOf,
-)
+from serving.bundle.manifest import BUNDLES, IMAGES, MODEL, SCHEMA, BundleManifest, Missing, ScoreError, VectorsOf
 from serving.bundle.sample import write_sample
 from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.writerows import SavedTables, write_rows

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.lookup.hashindex import HashIndex
-from serving.bundle.manifest import RowDType, RowsFile, TableRows
+from serving.bundle import RowDType
+from serving.bundle.manifest import RowsFile, TableRows
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]

@@ -18,13 +18,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from featurestore.spec import Frozen, Sealed, SourceSnapshot, StorePath
+from featurestore.spec import Frozen, MissingPolicy, Sealed, SourceSnapshot, StorePath
+from serving.bundle import RowDType
 
 BUNDLES, LOG, USE = "bundles", "log", "use"
 SCHEMA, MODEL, NETWORK = "schema.yaml", "model.json", "network.pt2"
 TRAINED, IMAGES, SAMPLE, VECTORS = "ids-trained.bin", "images.safetensors", "sample.parquet", "vectors"
 
-RowDType = Literal["float32", "float16", "int8"]
 TableKind = Literal["hashed", "direct", "exact"]
 Missing = Literal["zeros", "learned"]
 
@@ -129,7 +129,7 @@ class BundleManifest(Sealed):
     tables: tuple[TableRows, ...]
     vectors: tuple[VectorsOf, ...]
     missing: Missing
-    missing_in_training: Literal["error", "zeros", "learned"]
+    missing_in_training: MissingPolicy
     """error: the model has never met an image without a vector; such images are zeros when it is served."""
     metrics: dict[str, Any]
     """Of the run, as its report has them."""

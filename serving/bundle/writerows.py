@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import Int64Array, UInt64Array, splitmix64
+from serving.bundle import RowDType
 from serving.bundle.files import WrittenFiles
 from serving.bundle.idrows import Bool, Float32, encoded
-from serving.bundle.manifest import TRAINED, RowDType, RowsFile, TableRows
+from serving.bundle.manifest import TRAINED, RowsFile, TableRows
 from serving.errors import ServingError
 from trainer.engine.wiring import table_shapes
 from trainer.ids.exact import IDS, ExactShape

@@ -8,6 +8,7 @@ from rich.filesize import decimal as bytes_text
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_summary
 from featurestore.text.plain import count_text, ranges_text
+from serving.bundle.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from serving.commands.bundle import Url
 
 if TYPE_CHECKING:
@@ -23,16 +24,18 @@ app = CommandApp()
 )
 def expire(
     url: Url,
-    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="How many of the last versions to keep.")] = 5,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=0, help="How many of the last versions to keep.")
+    ] = KEEP_LAST,
     keep_days: Annotated[
         float, typer.Option("--keep-days", min=0, help="Days for which a version stays that was published or in use.")
-    ] = 30.0,
+    ] = KEEP_DAYS,
     grace_days: Annotated[
         float,
         typer.Option(
             "--grace-days", min=0, help="Days for which a version that was in use stays, whatever the others say."
         ),
-    ] = 1.0,
+    ] = GRACE_DAYS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")] = False,
 ) -> None:
     """Remove versions that none of these options keeps, with all of their files.

@@ -11,6 +11,7 @@ from featurestore.console.files import write_json_option
 from featurestore.console.output import print_summary
 from featurestore.errors import FAILED
 from trainer.cli import WhichCheckpoint, run_on_ranks
+from trainer.compat import MAX_LOGLOSS_CHANGE, SAMPLE
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ def main(
     name: Annotated[
         str | None, typer.Option(help="Which store of the run, by its name in the schema; by default the first.")
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Features to compare, and test impressions to score.")] = 10_000,
+    sample: Annotated[int, typer.Option(min=1, help="Features to compare, and test impressions to score.")] = SAMPLE,
     max_logloss_change: Annotated[
         float, typer.Option(min=0, help="So much may the log loss change, in parts of itself.")
-    ] = 0.001,
+    ] = MAX_LOGLOSS_CHANGE,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     accept: Annotated[
         bool,

@@ -15,6 +15,7 @@ from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep.likeness import Likeness, compare
 from trainer.comm import Comm
+from trainer.compat import MAX_LOGLOSS_CHANGE, SAMPLE
 from trainer.compat.scores import ScoredImpressions, drawn_batches, score
 from trainer.errors import ConfigError, TrainerError
 from trainer.runs import accepted, checkpoint
@@ -38,8 +39,8 @@ class CompatOptions:
     checkpoint: str | None = None
     store_name: str | None = None
     version: VersionName | None = None
-    sample: int = 10_000
-    max_logloss_change: float = 0.001
+    sample: int = SAMPLE
+    max_logloss_change: float = MAX_LOGLOSS_CHANGE
 
 
 @dataclass(frozen=True)

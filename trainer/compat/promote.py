@@ -20,6 +20,7 @@ from featurestore.commands.channels import (
     limits_of,
 )
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.upkeep.promotion import MAX_GAUC_LOSS
 from trainer.cli import WhichCheckpoint
 
 EXAMPLES = """
@@ -60,7 +61,9 @@ def main(
     min_neighbours: MinNeighbours = None,
     max_gauc_loss: Annotated[
         float | None,
-        typer.Option(min=0, help="By how much GAUC may fall, at the lower end of its interval.", show_default="0.001"),
+        typer.Option(
+            min=0, help="By how much GAUC may fall, at the lower end of its interval.", show_default=f"{MAX_GAUC_LOSS}"
+        ),
     ] = None,
     bootstrap: Annotated[int, typer.Option(min=1, max=1_000_000, help="Resamples of users.")] = 1000,
     dry_run: PromoteDryRun = False,

@@ -24,6 +24,7 @@ from yaml import YAMLError
 from featurestore.errors import StorageError
 from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
+from featurestore.spec import MissingPolicy
 from featurestore.text.plain import one_line, without_passwords
 from trainer.config import legacy
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig
@@ -38,7 +39,6 @@ _KEPT = 64
 
 Device = Literal["auto", "cpu", "cuda"]
 WarmPart = Literal["images", "model", "ids"]
-MissingPolicy = Literal["error", "zeros", "learned"]
 WARM_PARTS: dict[Any, list[WarmPart]] = {
     "none": [],
     "partial": ["images", "model"],

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from featurestore.lookup.compute_dtype import ComputeDType
 from trainer.config.validate import KIND, Section
 
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
 Activation = Literal["relu", "prelu", "dice"]
+SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
 IdOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "rowwise_adam", "ftrl"]
-ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
@@ -80,7 +81,7 @@ class ModelConfig(Section):
 
     base: BaseNet = "mlp"
     """The net above the inputs: LR, Embedding&MLP, DIN, DCN-v2, FinalMLP, or two towers for pre-ranking."""
-    images: Literal["none", "ad", "behavior", "both"] = "both"
+    images: SeenImages = "both"
     """Which images the model sees; image ids are ID fields in all four."""
     pooling: Pooling = "attentive"
     """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the

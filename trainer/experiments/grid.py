@@ -5,10 +5,8 @@ Source of the figures: Ge et al., "Image Matters" (arXiv 1711.06505), tables 3, 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from featurestore.spec import DType  # not at --help, which is quick
+from featurestore.text.dtypes import DType
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Variant:
     days: str = "all"
     warm: "Variant | None" = None
     needs_semantic_ids: bool = False
-    reduced: "tuple[int, DType] | None" = None
+    reduced: tuple[int, DType] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ _PREVIOUS = Variant("the day before", _BEST, days="previous")
 
 
 _WIDTHS = (1024, 512, 256, 128, 64, 32, 16)
-_COMPACT: "tuple[tuple[int, DType], ...]" = (*((dims, "bfloat16") for dims in _WIDTHS), (512, "int8"), (256, "int8"))
+_COMPACT: tuple[tuple[int, DType], ...] = (*((dims, "bfloat16") for dims in _WIDTHS), (512, "int8"), (256, "int8"))
 
 
 def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:

@@ -8,8 +8,8 @@ from featurestore.identity import SnapshotId
 from featurestore.published import open_published
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
-from featurestore.spec import DType
 from featurestore.store import FeatureStore
+from featurestore.text.dtypes import DType
 from featurestore.upkeep.costs import seconds_per_image
 from featurestore.upkeep.remake.components import principal_components
 from featurestore.upkeep.remake.reduce import reduce

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
-from featurestore.lookup.partition import FeaturePartition, MissingPolicy
+from featurestore.lookup.partition import FeaturePartition
 from featurestore.published import open_published
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.snapshot import Snapshot
+from featurestore.spec import MissingPolicy
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config.config import Config, Device, load_saved

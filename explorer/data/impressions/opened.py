@@ -20,6 +20,7 @@ from explorer.places import Places
 from featurestore.errors import FeatureStoreError, StoreNotFoundError
 from featurestore.published.paths import RunPath, read_file, run_path
 from trainer.config.config import load_saved
+from trainer.config.options import SeenImages
 from trainer.errors import DataError, TrainerError
 from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
@@ -44,7 +45,7 @@ class AskableRun:
     """A run with a checkpoint, and the settings of it that pages tell."""
 
     name: str
-    images: Literal["both", "ad", "behavior", "none"]
+    images: SeenImages
     base: str
     pooling: str
 

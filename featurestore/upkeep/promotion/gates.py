@@ -19,6 +19,7 @@ from featurestore.spec import Frozen
 from featurestore.storage.regular import read_text
 from featurestore.store import FeatureStore
 from featurestore.text.parsing import first_mistake, parse_yaml
+from featurestore.upkeep.promotion import MAX_DRIFT, MAX_GAUC_LOSS, MAX_QUARANTINE, MIN_COVERAGE, MIN_NEIGHBOURS
 from featurestore.upkeep.remake.remaking import sample
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -28,15 +29,15 @@ Size = Annotated[float, Field(ge=0)]
 class GateLimits(Frozen):
     """Limits of the gates, and how much is looked at. In YAML the same names."""
 
-    min_coverage: Share = 0.99
+    min_coverage: Share = MIN_COVERAGE
     """Of the keys that have to have a row: the share that has one."""
-    max_quarantine: Share = 0.01
+    max_quarantine: Share = MAX_QUARANTINE
     """Of the images that the store was given: the share that could not be read."""
-    max_drift: Size = 0.25
+    max_drift: Size = MAX_DRIFT
     """Of any dimension: so far may mean or standard deviation move, in stable's standard deviations."""
-    min_neighbours: Share = 0.9
+    min_neighbours: Share = MIN_NEIGHBOURS
     """Of an image's nearest neighbours: the share that stays."""
-    max_gauc_loss: Size = 0.001
+    max_gauc_loss: Size = MAX_GAUC_LOSS
     """Of a canary evaluation: no worse than this, at the lower end of the difference's interval."""
     num_neighbours: Annotated[int, Field(ge=1, le=1000)] = 10
     num_rows: Annotated[int, Field(ge=10, le=1_000_000)] = 5_000

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from featurestore.errors import StoreExistsError
 from featurestore.format.basis import basis_of, write_basis
 from featurestore.snapshot import Snapshot
-from featurestore.spec import SAMPLE_ROWS, DType, Sealed
+from featurestore.spec import SAMPLE_ROWS, Sealed
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
+from featurestore.text.dtypes import DType
 from featurestore.upkeep.remake.accuracy import measure_accuracy
 from featurestore.upkeep.remake.remaking import (
     COMPARED_ROWS,

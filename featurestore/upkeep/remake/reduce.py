@@ -13,10 +13,11 @@ import numpy as np
 from featurestore.errors import CorruptFileError, InvalidRowsError, StoreExistsError
 from featurestore.format.basis import Basis, basis_of, write_basis
 from featurestore.snapshot import Snapshot
-from featurestore.spec import SAMPLE_ROWS, DType, Sealed
+from featurestore.spec import SAMPLE_ROWS, Sealed
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
+from featurestore.text.dtypes import DType
 from featurestore.upkeep.remake.accuracy import measure_accuracy
 from featurestore.upkeep.remake.components import principal_components
 from featurestore.upkeep.remake.remaking import (

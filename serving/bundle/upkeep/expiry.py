@@ -14,6 +14,7 @@ from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from serving.bundle import log
 from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest
+from serving.bundle.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 
 _DAY_S = 86_400.0
 LEFTOVER_S = _DAY_S
@@ -34,7 +35,12 @@ class ExpireReport:
 
 
 def expire(
-    storage: Storage, *, keep_last: int = 5, keep_days: float = 30.0, grace_days: float = 1.0, dry_run: bool = False
+    storage: Storage,
+    *,
+    keep_last: int = KEEP_LAST,
+    keep_days: float = KEEP_DAYS,
+    grace_days: float = GRACE_DAYS,
+    dry_run: bool = False,
 ) -> ExpireReport:
     """Keep the newest versions and those in use, and remove the others.
 

@@ -10,8 +10,8 @@ from featurestore import Codec, CodecSpec, FeaturePartition, FeatureRows, Featur
 from featurestore.errors import CorruptFileError, InvalidRowsError, SpecMismatchError
 from featurestore.format.codec import codec_of, write_codec
 from featurestore.index import nearest, train_ranges
-from featurestore.spec import DType
 from featurestore.storage.storage import Storage
+from featurestore.text.dtypes import DType
 
 DIM = 24
 ALL_DTYPES = ["bfloat16", "float16", "float32", "int8"]

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from featurestore.lookup.partition import MissingPolicy
+from featurestore.spec import MissingPolicy
 from serving.bundle import export as exporting
 from serving.bundle import idrows
 from serving.bundle.vectors import VectorTable

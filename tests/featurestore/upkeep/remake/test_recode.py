@@ -20,8 +20,9 @@ from featurestore.errors import (
     StoreExistsError,
     UnsafeBackendError,
 )
-from featurestore.spec import DType, FileEntry
+from featurestore.spec import FileEntry
 from featurestore.storage.storage import Storage
+from featurestore.text.dtypes import DType
 from featurestore.upkeep.remake import recode as recode_module
 from featurestore.upkeep.remake import remaking
 from featurestore.upkeep.remake.recode import read_report, recode
