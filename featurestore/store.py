@@ -159,18 +159,16 @@ class FeatureStore:
         """Remove the run's parts."""
         staging.discard(self.storage, run_id)
 
-    def build_shard(self, run_id: str, shard: int, parts: Sequence[str], kind: FileKind = "delta") -> FileEntry | None:
-        """Build one data file of the rows of `shard` in `parts`; of one key's rows that of the last part stays.
-
-        None where the parts have no row of it. The file is invisible until a commit names it; the commit decides anew
-        whether it is base or delta. Raises KeyCollisionError, against the store's rows too.
-        """
-        return self.build_shards(run_id, range(shard, shard + 1), parts, kind).get(shard)
-
     def build_shards(
         self, run_id: str, shards: range, parts: Sequence[str], kind: FileKind = "delta"
     ) -> dict[int, FileEntry]:
-        """Build the files of some neighbouring shards, whose rows are in memory together; each part is opened once."""
+        """Build a data file of the rows of each of some neighbouring shards in `parts`; of one key's rows that of the
+        last part stays. A shard of which the parts have no row gets none.
+
+        The files are invisible until a commit names them; the commit decides anew whether each is base or delta. Rows
+        of all these shards are in memory together; each part is opened once. Raises KeyCollisionError, against the
+        store's rows too.
+        """
         tables = staging.read_shards_of_parts(self.storage, self.info, run_id, parts, shards)
         snapshot = self.snapshot()
         return {shard: self._build(shard, table, snapshot, kind) for shard, table in tables.items()}

@@ -15,7 +15,7 @@ from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standi
 from tests.running.guard import Guard
 from tests.running.spared import check_each_kind_once, parse_services_once, spare_the_disk
 from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
-from trainer.engine.memory import freeze_for_good
+from tests.trainer.frozen import freeze_for_good
 
 if TYPE_CHECKING:
     from distributed import Client

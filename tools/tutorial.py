@@ -8,6 +8,7 @@ A picture behind a block of commands shows that block: .svg what it printed, .pn
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -23,10 +24,10 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw
 from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-from featurestore.console.output import drawn_console
 from trainer.launch.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def _answers(url: str) -> bool:
 def as_svg(done: list[tuple[str, str]]) -> str:
     """Draw commands and what they printed as a terminal; of many lines the first ones of the last command."""
     shown = done if sum(len(lines_of(printed)) for _, printed in done) <= MOST_LINES else done[-1:]
-    console = drawn_console(WIDTH)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), legacy_windows=False)
     for command, printed in shown:
         console.print(Text(f"$ {command.splitlines()[-1]}", style="bold green", overflow="fold"))
         lines = lines_of(printed)

@@ -54,7 +54,7 @@ def train(config: Config, comm: Comm, *, die_at: int | None = None, nudged: bool
 @torch.no_grad()
 def nudge_(engine: Engine, dtype: str) -> None:
     """Multiply the first weight of E that is not zero by 1 + the machine epsilon of `dtype`."""
-    weights = next(value for name, value in engine.dense_parameters().items() if name.startswith("stores."))
+    weights = next(next(iter(engine.services.values())).parameters())
     weights.view(-1)[0] *= 1 + torch.finfo(getattr(torch, dtype)).eps
 
 

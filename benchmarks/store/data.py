@@ -69,10 +69,10 @@ class Bench:
         parts = store.staged_parts("bench")
         shards = range(info.num_shards)
         with ThreadPoolExecutor(cores()) as pool:
-            built = pool.map(lambda shard: store.build_shard("bench", shard, parts), shards)
+            built = pool.map(lambda shard: store.build_shards("bench", range(shard, shard + 1), parts), shards)
             shown = self.progress.track(built, total=len(shards), description="build shards")
-            entries = dict(zip(shards, shown, strict=True))
-        snapshot = store.commit({shard: entry for shard, entry in entries.items() if entry}, "extract")
+            entries = {shard: entry for each in shown for shard, entry in each.items()}
+        snapshot = store.commit(entries, "extract")
         store.discard_staging("bench")
         return Held(store, snapshot.version, np.concatenate(keys), matrix_ND)
 

@@ -4,7 +4,6 @@ What `print_table`, `print_line`, `print_summary`, `print_problem` and `print_wa
 page as well, where it has one (option --html).
 """
 
-import io
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -45,11 +44,6 @@ class _Bars(Progress):
 def text_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Make a console that prints text as it is: no markup, no names of emoji, no colours of its own, no folded line."""
     return _PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def drawn_console(width: int) -> Console:
-    """Make a console that prints nowhere and keeps what it gets, to be exported as a drawing."""
-    return Console(record=True, width=width, file=io.StringIO(), legacy_windows=False)
 
 
 def text_column(text: str = "{task.description}") -> TextColumn:

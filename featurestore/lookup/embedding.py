@@ -257,7 +257,8 @@ class EmbeddingService(nn.Module):
         )
         self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
         self._free_buffers: list[Tensor] = []
-        self._held: HeldRows | None = None
+        self.held: HeldRows | None = None
+        """The features themselves on the device, where `hold_rows` has put them; None: they are looked up."""
         self._copying: torch.cuda.Stream | None = None
 
     @property
@@ -265,14 +266,9 @@ class EmbeddingService(nn.Module):
         """Where the networks are."""
         return self._model(next(iter(self.models))).mean_D.device
 
-    @property
-    def holds_rows(self) -> bool:
-        """Whether the features themselves are on the device, too."""
-        return self._held is not None
-
     def hold_rows(self) -> None:
         """Copy all features of the partition to the networks' device, and gather them there from now on."""
-        self._held = HeldRows(self.partition, self.device)
+        self.held = HeldRows(self.partition, self.device)
 
     def width(self, name: str) -> int:
         """Return V of the network `name`."""
@@ -300,10 +296,10 @@ class EmbeddingService(nn.Module):
         Independent of all weights, so it may run ahead of them; but not of the standardisation. A GPU gets them
         meanwhile, from its own memory or by a copy during its other work. Policy error: MissingKeysError.
         """
-        if self._held is not None:
+        if self.held is not None:
             place_Q = self.partition.find(keys_Q)
             missing_Q = place_Q < 0
-            return Gathered(self._held.take(place_Q), missing_Q if missing_Q.any() else None, keys_Q)
+            return Gathered(self.held.take(place_Q), missing_Q if missing_Q.any() else None, keys_Q)
         buffer = self._take_buffer(len(keys_Q))
         features_QD = buffer[: len(keys_Q)]
         if features_QD.dtype == self._stored_dtype:

@@ -11,6 +11,7 @@ from featurestore.errors import CommitConflictError, StorageError, StoreExistsEr
 from featurestore.spec import Manifest
 from featurestore.storage.storage import Storage
 from tests.faulty import Fault, fails, faulty, made_but_lost, opened_faulty
+from tests.featurestore.staged import build_shard
 
 
 def history(store: FeatureStore) -> list[Manifest]:
@@ -22,7 +23,7 @@ def history(store: FeatureStore) -> list[Manifest]:
 def test_a_writer_that_dies_before_its_commit_leaves_nothing_visible(store: FeatureStore, make_rows) -> None:
     rows = make_rows(20, store.info)
     store.stage_part("run", "p", rows)
-    assert store.build_shard("run", int(shard_of(rows.keys_N, 8)[0]), ["p"]) is not None
+    assert build_shard(store, "run", int(shard_of(rows.keys_N, 8)[0]), ["p"]) is not None
     (Path(store.url) / "log").mkdir()
     (Path(store.url) / "log" / ".tmp-dead").write_bytes(b"half a manif")
     assert store.snapshot().version == 0
@@ -84,7 +85,7 @@ def test_a_commit_checks_that_its_files_are_whole(store: FeatureStore, make_rows
     rows = make_rows(1, store.info)
     shard = int(shard_of(rows.keys_N, 8)[0])
     store.stage_part("run", "p", rows)
-    entry = store.build_shard("run", shard, ["p"])
+    entry = build_shard(store, "run", shard, ["p"])
     assert entry is not None
     path = Path(store.url) / entry.path
     path.write_bytes(path.read_bytes()[:-1])

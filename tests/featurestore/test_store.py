@@ -21,6 +21,7 @@ from featurestore.errors import (
 from featurestore.format.datafile import schema_of
 from featurestore.staging import read_shards_of_parts
 from tests.faulty import faulty
+from tests.featurestore.staged import build_shard
 from tests.metadata import metadata_of
 
 
@@ -150,7 +151,7 @@ class StoreContract:
         store.stage_part("run", "p-0", first)
         assert store.staged_parts("run") == ["p-0", "p-1"]
         assert store.staged_parts("another") == []
-        built = {shard: store.build_shard("run", shard, ["p-0", "p-1"]) for shard in range(8)}
+        built = {shard: build_shard(store, "run", shard, ["p-0", "p-1"]) for shard in range(8)}
         assert store.snapshot().version == 0
         snapshot = store.commit({s: e for s, e in built.items() if e}, "extract", num_quarantined=3)
         assert snapshot.num_rows == 90
@@ -183,7 +184,7 @@ class StoreContract:
         monkeypatch.setattr("featurestore.staging._GROUP_BYTES", 3 * store.info.row_bytes)
         rows = make_rows(50, store.info)
         store.stage_part("run", "p", rows)
-        entries = {s: e for s in range(8) if (e := store.build_shard("run", s, ["p"]))}
+        entries = {s: e for s in range(8) if (e := build_shard(store, "run", s, ["p"]))}
         assert np.array_equal(store.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
 
     def test_parts_are_read_side_by_side_and_only_their_rows_stay_in_memory(
@@ -204,14 +205,14 @@ class StoreContract:
         store.stage_part("run", "a", rows)
         store.stage_part("run", "b", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
         with pytest.raises(KeyCollisionError):
-            store.build_shard("run", shard, ["a", "b"])
+            build_shard(store, "run", shard, ["a", "b"])
         store.put(rows)
         with pytest.raises(KeyCollisionError):
-            store.build_shard("run", shard, ["b"])
+            build_shard(store, "run", shard, ["b"])
 
     def test_a_part_that_was_never_staged_is_named(self, store: FeatureStore) -> None:
         with pytest.raises(InvalidRowsError, match="nope"):
-            store.build_shard("run", 0, ["nope"])
+            build_shard(store, "run", 0, ["nope"])
         with pytest.raises(InvalidRowsError, match="no name"):
             store.staged_parts("../data")
 
@@ -220,7 +221,7 @@ class StoreContract:
         shard = int(shard_of(rows.keys_N, 8)[0])
         for seed, run in enumerate(["r1", "r2"]):
             store.stage_part(run, "p", make_rows(1, store.info, seed=seed))
-        entries = [store.build_shard(run, shard, ["p"], kind="base") for run in ["r1", "r2"]]
+        entries = [build_shard(store, run, shard, ["p"], kind="base") for run in ["r1", "r2"]]
         for entry in entries:
             assert entry is not None
             store.commit({shard: entry}, "extract")
@@ -233,7 +234,7 @@ class StoreContract:
         rows = make_rows(1, store.info)
         shard = int(shard_of(rows.keys_N, 8)[0])
         store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
-        entry = store.build_shard("run", shard, ["p"])
+        entry = build_shard(store, "run", shard, ["p"])
         assert entry is not None
         store.put(rows)
         with pytest.raises(KeyCollisionError):
@@ -254,7 +255,7 @@ class StoreContract:
             store.commit({1: entry}, "put")
         store.storage.write_bytes("staging/run/p.parquet", other.storage.read_bytes(entry.path))
         with pytest.raises(SpecMismatchError, match=r"extractor\.layer"):
-            store.build_shard("run", 0, ["p"])
+            build_shard(store, "run", 0, ["p"])
 
     def test_statistics_are_those_of_the_live_rows(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(2000, store.info, seed=5)

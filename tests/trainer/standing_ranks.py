@@ -16,9 +16,9 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+from tests.trainer.frozen import freeze_for_good
 from trainer import comm as comm_module
 from trainer.comm import connect
-from trainer.engine.memory import freeze_for_good
 
 
 def main() -> None:

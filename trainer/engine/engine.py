@@ -225,10 +225,6 @@ class Engine:
         self._exchange.release(prepared.request)
         return values
 
-    def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Return parameters that every rank holds, named as in `dense_state`, after a step with `.grad` of all."""
-        return self._dense.parameters
-
     def dense_state(self) -> dict[str, Tensor]:
         """Return the state that is the same on every rank.
 

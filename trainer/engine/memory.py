@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ _KEPT_IN_ALL = 512 << 20
 _MEMINFO = Path("/proc/meminfo")
 _GROUP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-_frozen_for_good = threading.Event()
 
 
 def free_bytes() -> int | None:
@@ -51,16 +49,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, _KEPT_IN_ALL)
 
 
-def freeze_for_good() -> None:
-    """Let Python's garbage collector pass over the objects that are there now, as long as the process lives.
-
-    For a process that trains many runs: `objects_frozen` does not count them then, which takes a tenth of a second for
-    a million. Cycles that are garbage by then stay too: to find them takes half a second, and imports leave few.
-    """
-    gc.freeze()
-    _frozen_for_good.set()
-
-
 @contextlib.contextmanager
 def objects_frozen() -> Iterator[None]:
     """Let Python's garbage collector pass over the objects that are there now, within the block.
@@ -69,7 +57,7 @@ def objects_frozen() -> Iterator[None]:
     each rank at a moment of its own, and all ranks wait. Nothing happens where the process has frozen objects already:
     whoever did it lets go of them.
     """
-    if _frozen_for_good.is_set() or gc.get_freeze_count():
+    if gc.get_freeze_count():
         yield
         return
     gc.collect()

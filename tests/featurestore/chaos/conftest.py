@@ -30,6 +30,7 @@ from featurestore.upkeep import expiry as expiry_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
+from tests.featurestore.staged import build_shard
 from tests.fuse import SMALL, small_process
 
 Contents = dict[int, str]  # the name of the operation that wrote each key
@@ -118,7 +119,7 @@ class Actor:
         for part in range(2):
             self.store.stage_part(name, f"{part}", rows_of(name, uris[part::2]))
         before("build")
-        built = {s: self.store.build_shard(name, s, ["0", "1"]) for s in range(self.store.info.num_shards)}
+        built = {s: build_shard(self.store, name, s, ["0", "1"]) for s in range(self.store.info.num_shards)}
         before("commit")
         self._done(text, self.store.commit({s: entry for s, entry in built.items() if entry}, text))
         self.store.discard_staging(name)

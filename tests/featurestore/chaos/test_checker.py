@@ -6,6 +6,7 @@ import pytest
 from featurestore import FeatureRows, log
 from featurestore.commit import Commit
 from tests.faulty import faulty, preceded_by
+from tests.featurestore.staged import build_shard
 
 URIS = [f"u{i}" for i in range(8)]
 
@@ -91,7 +92,7 @@ def test_a_half_state(arena, rows_of) -> None:
     actor.note("begin", operation="put half u0 u1 u2 u3")
     run = "half"
     arena.store.stage_part(run, "0", rows_of("half", URIS[:4]))
-    entry = arena.store.build_shard(run, 0, ["0"])
+    entry = build_shard(arena.store, run, 0, ["0"])
     arena.store.commit({0: entry}, "put half u0 u1 u2 u3")
     with pytest.raises(AssertionError, match="is not the log's replay"):
         arena.check()

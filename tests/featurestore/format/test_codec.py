@@ -12,6 +12,7 @@ from featurestore.format.codec import codec_of, write_codec
 from featurestore.index import nearest, train_ranges
 from featurestore.storage.storage import Storage
 from featurestore.text.dtypes import DType
+from tests.featurestore.staged import build_shard
 
 DIM = 24
 ALL_DTYPES = ["bfloat16", "float16", "float32", "int8"]
@@ -144,7 +145,7 @@ class TestStore:
         assert np.array_equal(store.put(rows).get(rows.keys_N), expected)
         store.put(FeatureRows.of(rows.uris, expected))  # or as the store keeps them
         store.stage_part("run", "part", rows)
-        entry = store.build_shard("run", 3, ["part"])
+        entry = build_shard(store, "run", 3, ["part"])
         assert entry is not None
         snapshot = store.commit({3: entry}, "extract")
         assert np.array_equal(snapshot.get(rows.keys_N), expected)
@@ -181,8 +182,8 @@ class TestStore:
         info = int8_store.info.model_copy(update={"codec": write_codec(Storage(tmp_path / "other"), other)})
         twin = FeatureStore.create(tmp_path / "other", info)
         twin.stage_part("run", "part", FeatureRows.of(["a"], drawn(1)))
-        shard = next(shard for shard in range(8) if twin.build_shard("run", shard, ["part"]))
-        entry = twin.build_shard("run", shard, ["part"])
+        shard = next(shard for shard in range(8) if build_shard(twin, "run", shard, ["part"]))
+        entry = build_shard(twin, "run", shard, ["part"])
         assert entry is not None
         int8_store.storage.write_bytes(entry.path, twin.storage.read_bytes(entry.path))
         with pytest.raises(SpecMismatchError, match=r"codec\.sha256 is"):

@@ -65,7 +65,7 @@ def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: s
 
     looked_up, counted = results(), partition.missing_count
     service.hold_rows()
-    assert service.holds_rows
+    assert service.held is not None
     held = results()
     assert partition.missing_count == 2 * counted == 2
     assert len(held) > 4 and all(torch.equal(one, other) for one, other in zip(looked_up, held, strict=True))

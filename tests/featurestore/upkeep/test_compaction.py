@@ -17,6 +17,7 @@ from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from featurestore.upkeep.history import restore
 from tests.faulty import fails, faulty
+from tests.featurestore.staged import build_shard
 from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.long
@@ -265,7 +266,7 @@ class TestBesideOthers:
     def test_a_put_that_was_built_before_comes_on_top(self, filled: FeatureStore, make_rows) -> None:
         rows = make_rows(80, filled.info, seed=8)
         filled.stage_part("run", "p", rows)
-        entries = {s: e for s in range(8) if (e := filled.build_shard("run", s, ["p"]))}
+        entries = {s: e for s in range(8) if (e := build_shard(filled, "run", s, ["p"]))}
         compact(filled)
         assert np.array_equal(filled.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
 

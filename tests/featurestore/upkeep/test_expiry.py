@@ -21,6 +21,7 @@ from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.pins import pin, unpin
 from featurestore.upkeep.repair import repair
 from tests.faulty import faulty
+from tests.featurestore.staged import build_shard
 
 pytestmark = pytest.mark.long
 
@@ -176,7 +177,7 @@ class TestWhatDeadWritersLeft:
         named = files_of(merged)
         fresh = make_rows(30, merged.info, first=100)
         merged.stage_part("dead", "p", fresh)
-        built = [merged.build_shard("dead", shard, ["p"]) for shard in range(8)]
+        built = [build_shard(merged, "dead", shard, ["p"]) for shard in range(8)]
         for folder in ("", "log/", "data/0003/", "staging/dead/", ".tmp-check/"):
             merged.storage.write_bytes(f"{folder}.tmp-{'0' * 32}", b"half")
         left = files_of(merged) - named

@@ -18,6 +18,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import Pin, pin
+from tests.featurestore.staged import build_shard
 
 DAY_S = 86_400.0
 
@@ -88,7 +89,7 @@ class TestCutOffOrDisturbedAnywhere:
         compact(store, force=True)
         expire_to(store, 1)
         store.stage_part("dead", "p", make_rows(3, store.info))
-        store.build_shard("dead", 0, ["p"])
+        build_shard(store, "dead", 0, ["p"])
         store.storage.write_bytes("data/0000/.tmp-1", b"x")
         store.put(make_rows(4, store.info, seed=4))
         age(store, 8)

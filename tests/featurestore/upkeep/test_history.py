@@ -21,6 +21,7 @@ from featurestore.upkeep.history import diff, restore
 from featurestore.upkeep.history import log as log_of
 from featurestore.upkeep.pins import pin
 from tests.faulty import faulty, preceded_by
+from tests.featurestore.staged import build_shard
 
 T0 = 1_800_000_000.0
 
@@ -206,7 +207,7 @@ class TestRestore:
         store.put(make_rows(1, store.info, seed=3))
         store.delete(rows.keys_N)
         store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
-        entry = next(entry for s in range(8) if (entry := store.build_shard("run", s, ["p"])))
+        entry = next(entry for s in range(8) if (entry := build_shard(store, "run", s, ["p"])))
         restore(store, 1)  # the key has its old uri again
         with pytest.raises(KeyCollisionError):
             store.commit({int(entry.path.split("/")[1]): entry}, "put")

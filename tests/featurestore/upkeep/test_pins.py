@@ -19,6 +19,7 @@ from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, read_pins, unpin
 from tests.faulty import faulty, made_but_lost, preceded_by
+from tests.featurestore.staged import build_shard
 
 
 def expire_all_but_the_newest(store: FeatureStore) -> None:
@@ -162,7 +163,7 @@ class TestALogOutOfWhichManifestsGo:
         rows = make_rows(1, store.info)
         store.put(make_rows(["elsewhere"], store.info))
         store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
-        entry = next(entry for s in range(8) if (entry := store.build_shard("run", s, ["p"])))
+        entry = next(entry for s in range(8) if (entry := build_shard(store, "run", s, ["p"])))
         store.put(rows)
         expire_all_but_the_newest(store)
         store.storage.delete(log.EXPIRED)

@@ -5,6 +5,7 @@ import pytest
 from featurestore import FeatureStore
 from featurestore.errors import CommitConflictError
 from featurestore.upkeep.compaction import compact
+from tests.featurestore.staged import build_shard
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_new_one_in_the_middle_keeps_its_place(filled: FeatureStore, make_rows
     files = filled.snapshot().manifest.files(2)
     rows = make_rows(80, filled.info, seed=6)
     filled.stage_part("run", "p", rows)
-    entry = filled.build_shard("run", 2, ["p"])
+    entry = build_shard(filled, "run", 2, ["p"])
     assert entry is not None and len(files) == 4
     with pytest.raises(CommitConflictError):
         filled.commit({2: entry.model_copy(update={"kind": "base"})}, "x", replaces={2: files[1:3]})

@@ -2,14 +2,13 @@
 
 import gc
 import resource
-import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from trainer.engine import memory
-from trainer.engine.memory import freeze_for_good, keep_freed_memory, objects_frozen
+from tests.trainer import frozen
+from trainer.engine.memory import keep_freed_memory, objects_frozen
 
 pytestmark = pytest.mark.long
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture
 def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let go of what tests/conftest.py has frozen for all tests."""
-    monkeypatch.setattr(memory, "_frozen_for_good", threading.Event())
+    monkeypatch.setattr(gc, "get_freeze_count", frozen.count)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # to look at all that the tests hold takes a second
     gc.disable()
     gc.unfreeze()
@@ -40,16 +39,6 @@ def test_what_was_frozen_before_stays_frozen() -> None:
     with objects_frozen():
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() > 0  # no fixed number: another thread may let go of frozen objects in between
-
-
-@pytest.mark.usefixtures("nothing_frozen")
-def test_what_is_frozen_for_good_is_neither_counted_nor_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    freeze_for_good()
-    with monkeypatch.context() as patch:
-        patch.delattr(gc, "get_freeze_count")
-        with objects_frozen():
-            pass
-    assert gc.get_freeze_count() > 0
 
 
 def test_freed_blocks_are_used_again() -> None:

@@ -98,7 +98,7 @@ def run(
         index = open_index(comm, f"{store.url}-samples", "train", SCHEMA_OF_LEARNED)
         scenario = replace(scenario, statistics=measure(comm, index, SCHEMA_OF_LEARNED))
     engine = engine_of(comm, store, scenario, dtype, exchange, device, held=held)
-    initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
+    initial = {name: parameter.detach().clone() for name, parameter in engine._dense.parameters.items()}
     batches = []
     for number, samples in enumerate(steps(scenario)):
         mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
@@ -161,7 +161,7 @@ def decoded(url: str) -> dict[int, torch.Tensor]:
 def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
     """Gradients of the first step: dense ones as the optimiser saw them, those of rows out of the first momentum, where
     the optimiser keeps one."""
-    gradients = {name: p.grad.clone() for name, p in engine.dense_parameters().items()}
+    gradients = {name: p.grad.clone() for name, p in engine._dense.parameters.items()}
     for name, table in engine.tables.items():
         shards = {}
         momentum = {n: v for n, v in table.export_shards().items() if n.endswith("/momentum")}

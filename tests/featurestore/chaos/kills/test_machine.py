@@ -21,6 +21,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, unpin
+from tests.featurestore.staged import build_shard
 from tests.metadata import metadata_of
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
@@ -87,7 +88,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.learn(rows)
             self.store.stage_part(run, f"{number}", rows)
         names = self.store.staged_parts(run)
-        built = {s: self.store.build_shard(run, s, names) for s in range(self.store.info.num_shards)}
+        built = {s: build_shard(self.store, run, s, names) for s in range(self.store.info.num_shards)}
         self.committed(self.store.commit({s: e for s, e in built.items() if e}, "extract").version)
         self.store.discard_staging(run)
 
