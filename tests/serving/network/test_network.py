@@ -3,6 +3,7 @@
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from serving.network.machine import compiled_name
 from serving.network.served import ServedNetwork
 from serving.network.slots import Slots
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
+from trainer.config.options import BaseNet, Pooling
 
-BASES = ["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
-POOLINGS = ["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
+BASES = get_args(BaseNet)
+POOLINGS = get_args(Pooling)
 SETTINGS: list[dict] = [
     *({"base": base} for base in BASES),
     *({"pooling": pooling} for pooling in POOLINGS),

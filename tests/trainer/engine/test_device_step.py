@@ -8,7 +8,7 @@ atomic adds to one place (docs of `torch.use_deterministic_algorithms`).
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig
+from trainer.config.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig, Pooling
 from trainer.engine.engine import Engine
 from trainer.samples.batch import Batch, Jagged
 from trainer.schema import Field, Schema
@@ -48,7 +48,7 @@ FETCHES = (
     "is_nonzero",
 )
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu")
-POOLINGS = ("concat", "max", "sum", "mean", "attentive", "multi_query", "transformer")
+POOLINGS = get_args(Pooling)
 CASES: dict[str, dict[str, Any]] = {
     **{pooling: {"pooling": pooling} for pooling in POOLINGS},
     **{base: {"base": base} for base in ("lr", "din", "dcn", "finalmlp")},

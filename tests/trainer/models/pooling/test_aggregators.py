@@ -1,10 +1,12 @@
 """Every aggregator against a loop over samples and behaviours: repeated images, groups without any, empty batches."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.options import ModelConfig
+from trainer.config.options import ModelConfig, Pooling
 from trainer.exchange.exchange import FieldVectors
 from trainer.models.hidden import HiddenLayers, StepPlace
 from trainer.models.pooling import transformer
@@ -16,7 +18,7 @@ WIDTH, LENGTH, HIDDEN = 3, 4, 6
 QUERY_WIDTHS = {"attentive": [2], "multi_query": [2, 5], "transformer": [2, 5]}
 GROUPS = [[1, 1], [], [0, 3, 1], [2, 0, 1, 3, 3, 2], [3]]  # rows of vectors_UV; the fourth is longer than LENGTH
 GROUP_OF_SAMPLE = [0, 0, 1, 2, 3, 3, 3, 1, 4]
-POOLINGS = ["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
+POOLINGS = get_args(Pooling)
 
 
 def values(*shape: int) -> Tensor:
