@@ -162,9 +162,9 @@ class FeatureStore:
     def build_shards(
         self, run_id: str, shards: range, parts: Sequence[str], kind: FileKind = "delta"
     ) -> dict[int, FileEntry]:
-        """Build a data file of the rows of each of some neighbouring shards in `parts`; of one key's rows that of the
-        last part stays. A shard of which the parts have no row gets none.
+        """Build a data file of each of some neighbouring shards, of its rows in `parts`.
 
+        Of one key's rows that of the last part stays; a shard of which the parts have no row gets no file.
         The files are invisible until a commit names them; the commit decides anew whether each is base or delta. Rows
         of all these shards are in memory together; each part is opened once. Raises KeyCollisionError, against the
         store's rows too.
