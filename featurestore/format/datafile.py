@@ -29,7 +29,7 @@ KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
 METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
 ROW_GROUP_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 20
-_BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
+BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
 _METADATA_BYTES = 128  # of the other columns of a row, roughly
 Digest = Literal["sha256", "xxh3_128"]
 Check = Literal["size", "sha256", "xxh3_128"]
@@ -157,7 +157,7 @@ class DataFile:
         after a digest: without one a wrong length may ask for that much."""
         self.path = path
         self._digest_checked = checked != "size"
-        self._block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
+        self._block_rows = max(1, BLOCK_BYTES // info.row_bytes)
         with self._translated():
             self._parquet = pq.ParquetFile(
                 source, page_checksum_verification=checked != "xxh3_128", pre_buffer=not streaming
@@ -193,7 +193,7 @@ class DataFile:
 
     def blocks(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Read columns, some megabytes at a time."""
-        rows = self._block_rows if FEATURE in columns else max(1, _BLOCK_BYTES // _METADATA_BYTES)
+        rows = self._block_rows if FEATURE in columns else max(1, BLOCK_BYTES // _METADATA_BYTES)
         with self._translated():
             yield from (
                 pa.Table.from_batches([batch])

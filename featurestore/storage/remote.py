@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 60.0  # a restarted server is back by then
 _WARN_AFTER_S = 5.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 
 _LOST_RACE_CODES = {"PreconditionFailed", "412"}
 _CONFLICT_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}
@@ -190,7 +190,7 @@ def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], boo
     attempts = Retrying(
         retry=retry_if_exception(worth_it or is_passing),
         stop=stop_after_delay(PATIENCE_S),
-        wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
+        wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=_LONGEST_WAIT_S),
         before_sleep=_warn,
     )
     try:

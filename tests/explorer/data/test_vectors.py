@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from explorer.data import vectors
 from explorer.data.vectors import VisualVectors, visual_vectors
 from featurestore import FeatureRows, FeatureStore
 from tests.trainer.conftest import Places, make_places
@@ -85,13 +84,12 @@ def test_a_computation_that_fails_leaves_nothing(run: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_those_used_last_are_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "_KEPT", 2)
-    for number in range(3):
+def test_those_used_last_are_kept(run: Path, tmp_path: Path) -> None:
+    for number in range(20):
         (tmp_path / f"vectors-{number}").mkdir()
     found = visual_vectors(run, cache=tmp_path)
     left = sorted(each.name for each in tmp_path.iterdir())
-    assert len(left) == 2
+    assert len(left) == 16
     assert f"vectors-{found.digest}" in left
 
 

@@ -13,9 +13,10 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from featurestore import store as store_module
 from featurestore.errors import CommitConflictError
 from featurestore.spec import Manifest
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import in_threads
 from featurestore.upkeep import expiry as expiry_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
@@ -171,6 +173,11 @@ class Actor:
         self.note("done", operation=text, version=snapshot.version)
 
 
+def _one_by_one(work: Callable[[Any], Any], items: Collection[Any], threads: int, *progress: Any) -> Iterator[Any]:
+    """In the place of `in_threads`: the same in one thread."""
+    return in_threads(work, items, 1, *progress)
+
+
 def act(url: str, name: str, notes: Path, work: Callable[[Actor], None], one_thread: bool) -> None:
     """The life of a process of an arena, where nothing is patched yet: without the race at the first write.
 
@@ -178,7 +185,7 @@ def act(url: str, name: str, notes: Path, work: Callable[[Actor], None], one_thr
     """
     store_module.refuse_unsafe = lambda storage: None
     if one_thread:
-        store_module._THREADS = expiry_module._THREADS = 1
+        store_module.in_threads = expiry_module.in_threads = _one_by_one
     actor = Actor(FeatureStore.open(url), name, notes / f"{name}.jsonl")
     try:
         work(actor)

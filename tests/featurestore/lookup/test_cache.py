@@ -48,7 +48,7 @@ def test_any_mix_of_files_gives_the_newest_rows(tmp_path: Path, cache: Path, inf
             model.update(zip(uris, values, strict=True))
     assert any(len(files) > 3 for files in store.snapshot().manifest.shards.values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featurestore.format.datafile._BLOCK_BYTES", 16 * 7)
+        patch.setattr("featurestore.format.datafile.BLOCK_BYTES", 16 * 7)
         opened = FeaturePartition.load(store, cache_dir=cache, threads=2)
     with opened as partition:
         keys = FeatureRows.of(list(model), np.zeros((len(model), 8), np.uint16)).keys_N

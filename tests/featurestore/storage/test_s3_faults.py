@@ -38,7 +38,7 @@ def module_proxy(s3_endpoint: str) -> Iterator[Proxy]:
 @pytest.fixture
 def proxy(module_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A proxy that does nothing yet; the environment leads to it."""
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
     with environment_of(module_proxy.endpoint):
         yield module_proxy
     module_proxy.rule = lambda request: None

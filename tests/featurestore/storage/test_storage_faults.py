@@ -112,7 +112,7 @@ DOINGS: dict[str, Callable[[Storage], object]] = {
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.mark.parametrize("doing", DOINGS)

@@ -310,7 +310,7 @@ def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> Non
 class TestBlockByBlock:
     @pytest.fixture
     def small_blocks(self, monkeypatch: pytest.MonkeyPatch, info: StoreInfo) -> None:
-        monkeypatch.setattr("featurestore.format.datafile._BLOCK_BYTES", 5 * info.row_bytes)
+        monkeypatch.setattr("featurestore.format.datafile.BLOCK_BYTES", 5 * info.row_bytes)
         for module in ("upkeep.compaction", "format.shard_writer"):
             monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 7)
 
@@ -328,7 +328,7 @@ class TestBlockByBlock:
         """Not the whole of it before the first block is there: else memory would grow with the shard."""
         wide = info.model_copy(update={"num_shards": 1, "dim": 512})
         store = FeatureStore.create(tmp_path / "wide", wide)
-        monkeypatch.setattr("featurestore.format.datafile._BLOCK_BYTES", 100 * wide.row_bytes)
+        monkeypatch.setattr("featurestore.format.datafile.BLOCK_BYTES", 100 * wide.row_bytes)
         chance = np.random.default_rng(0)
         names = [f"{i}" for i in range(4000)]
         for module in ("upkeep.compaction", "format.shard_writer"):
