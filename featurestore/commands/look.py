@@ -120,12 +120,13 @@ def _basis_lines(store: "FeatureStore") -> dict[str, str]:
 def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.float32]) -> None:
     import pyarrow as pa
 
+    from featurestore.console.files import replaced_file
     from featurestore.storage.regular import check_regular
 
     try:
         if path.exists():
             check_regular(path)
-        with path.open("wb") as file:
+        with replaced_file(path) as part, part.open("wb") as file:
             if path.suffix != ".arrow":
                 np.save(file, values_UD)
                 return

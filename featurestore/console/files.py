@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,9 +18,24 @@ def replace_file(path: Path, content: str | bytes) -> None:
     """Write to a hidden file in the same folder and rename it: readers find all of the old content or all of the new.
 
     Raises OSError."""
+    with replaced_file(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Give a hidden path in the same folder, which is renamed to `path` when the block ends.
+
+    Where the block raises, what it has written is removed. Raises OSError.
+    """
     part = path.with_name(f".{path.name}")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):  # what was raised says why
+            part.unlink()
+        raise
 
 
 def check_ending(path: Path | str, option: str, *endings: str) -> None:
@@ -37,7 +54,7 @@ def check_place(path: Path, option: str) -> None:
         raise OutputPlaceError(f"cannot write {option} {path}: it is no file; name another")
     if not path.parent.is_dir():
         raise OutputPlaceError(f"cannot write {option} {path}: there is no folder {path.parent}; make it first")
-    part = path.with_name(f".{path.name}")  # as replace_file does
+    part = path.with_name(f".{path.name}")  # as replaced_file does
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         part.unlink()

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from featurestore.console.files import replaced_file
 from featurestore.errors import FeatureStoreError, QueryError
 from featurestore.storage.regular import check_regular
 from featurestore.text.plain import refusal
@@ -22,19 +23,15 @@ def write_rows(path: Path, reader: pa.RecordBatchReader, limit: int | None = Non
     """
     if path.suffix == ".csv":
         _check_flat(reader.schema)
-    part = path.with_name(f".{path.name}.part")
     try:
         if path.exists():
             check_regular(path)
-        count = _write(part, path.suffix, reader, limit)
-        part.replace(path)
+        with replaced_file(path) as part:
+            return _write(part, path.suffix, reader, limit)
     except OSError as error:
         if isinstance(error, pa.ArrowException):  # of the query
             raise
         raise FeatureStoreError(f"cannot write {path}: {refusal(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return count
 
 
 def _write(path: Path, ending: str, reader: pa.RecordBatchReader, limit: int | None) -> int:

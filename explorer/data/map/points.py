@@ -25,6 +25,7 @@ from explorer.data.predictions import predictions_of
 from explorer.data.vectors import explorer_cache
 from explorer.errors import ExplorerError
 from explorer.places import Places
+from featurestore.console.files import replaced_file
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
 from featurestore.text.plain import one_line
@@ -102,9 +103,8 @@ def _plane(folder: Path, vectors: MapVectors, method: Method, task: Task[Any]) -
     else:
         task.tell("lays out the images")
         plane_N2 = projection.principal(vectors.vectors_NV)
-    part = file.with_name(f".{file.name}")
-    np.save(part, plane_N2)
-    part.replace(file)
+    with replaced_file(file) as part:
+        np.save(part, plane_N2)
     return plane_N2
 
 
@@ -184,9 +184,8 @@ def _write(
         "impressions": pa.array(impressions_N),
     }
     table = pa.table(columns).replace_schema_metadata({_ABOUT: json.dumps(about)})
-    part = file.with_name(f".{file.name}")
-    pq.write_table(table, part, compression="zstd")
-    part.replace(file)
+    with replaced_file(file) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def _ads(places: Places, vectors: MapVectors) -> ads.AdImages | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.console.files import replace_file, write_json, write_json_option
+from featurestore.console.files import replace_file, replaced_file, write_json, write_json_option
 from featurestore.errors import UserError
 
 
@@ -31,3 +31,12 @@ def test_the_option_json_is_named(tmp_path: Path) -> None:
     write_json_option(None, {})
     with pytest.raises(UserError, match=f"cannot write --json {tmp_path}: "):
         write_json_option(tmp_path, {})
+
+
+def test_what_is_not_written_whole_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    replace_file(file, "old")
+    with pytest.raises(ValueError, match="half"), replaced_file(file) as part:
+        part.write_text("new")
+        raise ValueError("half of it")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "old")]
