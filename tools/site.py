@@ -169,7 +169,7 @@ def problems_of(site: Path, pages: dict[str, str]) -> list[str]:
     for page, path in built.items():
         for tag, target in dict.fromkeys(found[path.resolve()].links):
             parts = urlsplit(target)
-            told = re.sub(r"\.html(?=#|$)", ".md", target)
+            shown = re.sub(r"\.html(?=#|$)", ".md", target)
             if parts.scheme or parts.netloc:
                 if tag not in ("a", "link") and parts.scheme != "data":
                     problems.append(f"{page}: {target} comes from the network")
@@ -177,9 +177,9 @@ def problems_of(site: Path, pages: dict[str, str]) -> list[str]:
             other = (path.parent / unquote(parts.path) if parts.path else path).resolve()
             other = other / "index.html" if other.is_dir() else other
             if not other.is_file():
-                problems.append(f"{page}: {told} is not there")
+                problems.append(f"{page}: {shown} is not there")
             elif parts.fragment and other in found and unquote(parts.fragment) not in found[other].names:
-                problems.append(f"{page}: {told} is no section of that page")
+                problems.append(f"{page}: {shown} is no section of that page")
     return problems
 
 

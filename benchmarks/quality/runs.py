@@ -71,8 +71,8 @@ class Spec:
         if self.judged:
             samples.append(open_index(SoloComm(), self.judged, "test", schema).layout_digest)
         places = ("samples", "judged", "store", "threads")
-        told = {name: value for name, value in asdict(self).items() if name not in places}
-        depends_on: list[Any] = [told, samples, commit]
+        described = {name: value for name, value in asdict(self).items() if name not in places}
+        depends_on: list[Any] = [described, samples, commit]
         if self.side == "ours":  # the preset's own values too
             config = load_config(None, [f"{name}={value}" for name, value in ours_settings(self).items()])
             depends_on.append({section: config.model_dump(mode="json")[section] for section in ("model", "optim")})
@@ -149,11 +149,11 @@ def _of_new_ads(run: Path, samples: str) -> Epoch:
 
 def _fuxictr(spec: Spec, runs: Path, name: str) -> list[Epoch]:
     runs.mkdir(parents=True, exist_ok=True)
-    told, found = runs / f"{name}.json", runs / f"{name}-result.json"
-    told.write_text(json.dumps(asdict(spec)))
-    _run([str(fuxictr_python()), "-m", "benchmarks.quality.fuxi", str(told), str(found)], name)
+    described, found = runs / f"{name}.json", runs / f"{name}-result.json"
+    described.write_text(json.dumps(asdict(spec)))
+    _run([str(fuxictr_python()), "-m", "benchmarks.quality.fuxi", str(described), str(found)], name)
     curve: list[Epoch] = json.loads(found.read_text())["curve"]
-    told.unlink()
+    described.unlink()
     found.unlink()
     return curve
 

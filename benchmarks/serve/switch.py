@@ -101,12 +101,12 @@ class _Checked:
                 if self._stop.is_set():
                     return
                 status, answer = connection.post(self._bodies[place])
-                told = orjson.loads(answer)
+                answered = orjson.loads(answer)
                 with self._lock:
                     self.requests += 1
                     self.failed += status != 200
-                    self.mixed += status == 200 and not self._is_of_one_version(told, place)
+                    self.mixed += status == 200 and not self._is_of_one_version(answered, place)
 
-    def _is_of_one_version(self, told: dict[str, Any], place: int) -> bool:
-        expected = self._expected[told["version"]][place]
-        return np.allclose(told["scores"], expected, rtol=0, atol=_ROUNDING)
+    def _is_of_one_version(self, answered: dict[str, Any], place: int) -> bool:
+        expected = self._expected[answered["version"]][place]
+        return np.allclose(answered["scores"], expected, rtol=0, atol=_ROUNDING)

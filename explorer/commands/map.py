@@ -50,14 +50,14 @@ def map(
     with progress_bars() as bars:
         bar = bars.add_task("map", total=None)
 
-        class Told(Task[MapPoints]):
+        class ShownTask(Task[MapPoints]):
             """Shows what is done."""
 
             def tell(self, doing: str, done: int = 0, total: int = 0) -> None:
                 super().tell(doing, done, total)
                 bars.update(bar, description=doing, completed=done, total=total or None)
 
-        found = make_map(places, None if folder is None else folder.name, Told(), network=network)
+        found = make_map(places, None if folder is None else folder.name, ShownTask(), network=network)
     try:
         replace_file(out, found.file.read_bytes())
     except OSError as error:

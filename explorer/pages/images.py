@@ -281,13 +281,13 @@ class ImagePages(PageKind):
         if codes is None:
             return Space(name="codes", title=title, problem="The image has no semantic ID.")
         found = nearest_codes(snapshot, ids, codes, NUM_NEIGHBOURS, asked.key)
-        how = f"The longest prefix in common with the codes {', '.join(map(str, codes))}, made of {ids.told}."
+        how = f"The longest prefix in common with the codes {', '.join(map(str, codes))}, made of {ids.origin}."
         return Space(name="codes", title=title, found=found, how=how)
 
     def _codes_of_picture(self, snapshot: Snapshot, ids: SemanticIds, asked: SoughtFeature) -> list[int] | None:
         """Compute codes of a picture's feature where they are of features; of visual vectors nobody knows whose E."""
         if "of" in ids.source or "store" not in ids.source:
-            raise ExplorerError(f"the codes are of {ids.told}: a new picture has none of these here")
+            raise ExplorerError(f"the codes are of {ids.origin}: a new picture has none of these here")
         return encode(ids, np.asarray(snapshot.codec.decode(asked.feature_1D)[0]))
 
     def _semantic_ids(self, run: str | None) -> SemanticIds | None:

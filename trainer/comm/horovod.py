@@ -48,14 +48,14 @@ class HorovodComm(Comm):
 
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         check_splits(rows_N, splits_P, name)
-        with self._told(name):
+        with self._named(name):
             handle = self._hvd.alltoall_async(rows_N.contiguous(), splits_P, name=f"alltoall.{name}")
         received, counts_P = self._wait(handle, name)
         self._count_alltoall(rows_N, splits_P, counts_P, name)
         return received, counts_P
 
     def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
-        with self._told(name):
+        with self._named(name):
             handle = self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
 
         def finish() -> None:
@@ -65,7 +65,7 @@ class HorovodComm(Comm):
         return finish
 
     def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        with self._told(name):
+        with self._named(name):
             handle = self._hvd.allgather_async(rows_N.contiguous(), name=f"allgather.{name}")
         gathered: Tensor = self._wait(handle, name)
         self._count(name, rows_N.nbytes * (self.size - 1), gathered.nbytes - rows_N.nbytes)
@@ -93,7 +93,7 @@ class HorovodComm(Comm):
     def _wait(self, handle: int, name: str) -> Any:
         """Return the result of the collective. Raises LostRankError, LateRankError."""
         start_s, pause_s = time.monotonic(), 1e-4
-        with self._told(name):
+        with self._named(name):
             while not self._hvd.poll(handle):
                 time.sleep(pause_s)
                 pause_s = min(1.2 * pause_s, 1e-3)
@@ -104,7 +104,7 @@ class HorovodComm(Comm):
             return self._hvd.synchronize(handle)
 
     @contextlib.contextmanager
-    def _told(self, name: str) -> Iterator[None]:
+    def _named(self, name: str) -> Iterator[None]:
         """Raise LostRankError where Horovod finds another rank gone, at the beginning of a collective or in it."""
         try:
             yield

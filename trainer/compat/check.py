@@ -228,12 +228,12 @@ def _score(
     others = {each.name: _other(saved, each, result) for each in saved.places if each.name != place.name}
     here = score(saved, {**others, place.name: snapshot}, batches, comm)
     old = None if before is None else score(saved, {**others, place.name: before}, batches, comm)
-    told = _reported(saved, len(here.label_N)) if old is None else old.logloss
-    if told is None:
+    recorded_loss = _reported(saved, len(here.label_N)) if old is None else old.logloss
+    if recorded_loss is None:
         result.notes.append("the run has no log loss of these test impressions at this checkpoint to compare with")
     drift = ScoreDrift(
         impressions=len(here.label_N),
-        before=told,
+        before=recorded_loss,
         here=here.logloss,
         mean_logit_change=None if old is None else _mean_change(old, here),
         images=here.num_images,

@@ -60,14 +60,14 @@ TableConfig = Annotated[
 ]
 
 
-class ToldBy(NamedTuple):
-    """The settings that make a model tell new ads from known ones, as they are, and what takes them back."""
+class NewAdSettings(NamedTuple):
+    """The settings that make a model treat new ads in another way than known ones, and what takes them back."""
 
     setting: str
     otherwise: str
 
     @classmethod
-    def of(cls, image_holdout: float, image_dropout: float) -> "ToldBy | None":
+    def of(cls, image_holdout: float, image_dropout: float) -> "NewAdSettings | None":
         """Return which of these two settings do; None: neither."""
         given = {"model.image_holdout": image_holdout, "model.image_dropout": image_dropout}
         names = [name for name, value in given.items() if value]
@@ -171,9 +171,9 @@ class ModelConfig(Section):
     each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30} (docs/ID_TABLES.md)."""
 
     @property
-    def told_new_ads(self) -> "ToldBy | None":
-        """Return what makes the model tell new ads from known ones; None: it does not."""
-        return ToldBy.of(self.image_holdout, self.image_dropout)
+    def new_ad_settings(self) -> "NewAdSettings | None":
+        """Return what makes the model treat new ads in another way than known ones; None: it does not."""
+        return NewAdSettings.of(self.image_holdout, self.image_dropout)
 
     @field_validator("pooling")
     @classmethod
@@ -208,10 +208,10 @@ class ModelConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _new_ads_are_told(self) -> "ModelConfig":
-        if (told := self.told_new_ads) and self.id_init_std > LARGEST_UNTRAINED:
+    def _new_ads_are_distinct(self) -> "ModelConfig":
+        if (marking := self.new_ad_settings) and self.id_init_std > LARGEST_UNTRAINED:
             raise ValueError(
-                f"{told.setting} takes an ad for new while its ID rows lie where rows start, and with "
+                f"{marking.setting} takes an ad for new while its ID rows lie where rows start, and with "
                 f"model.id_init_std={self.id_init_std} trained rows lie there too; set it to {LARGEST_UNTRAINED} or "
                 "less"
             )

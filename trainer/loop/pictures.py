@@ -47,14 +47,14 @@ def checked(
         new_ads.decide(pictures_count=earlier)
     differing = (~np.isclose(logit_N, other_N, rtol=_ROUNDING, atol=_ROUNDING)).sum()
     num_telling = int(comm.allreduce_sum_(torch.tensor([int(differing)]), "new ads that tell"))
-    told = f"new ads: {num_telling:,} of {num_new:,} impressions are of ads without a trained ID row"
+    counted = f"new ads: {num_telling:,} of {num_new:,} impressions are of ads without a trained ID row"
     if num_telling < LEAST:
-        say(f"{told}, and {LEAST:,} would tell whether their pictures count; that stays as it was")
+        say(f"{counted}, and {LEAST:,} would tell whether their pictures count; that stays as it was")
         return metrics
     found = {earlier: metrics, not earlier: others}
     own, none = (float(found[count]["new_ad_auc"] or 0) for count in (True, False))
     if own != none:
         new_ads.decide(pictures_count=own > none)
     kept = "keep them" if new_ads.pictures_count else "have none"
-    say(f"{told}; AUC {own:.4f} with their pictures, {none:.4f} without; from here on they {kept}")
+    say(f"{counted}; AUC {own:.4f} with their pictures, {none:.4f} without; from here on they {kept}")
     return found[new_ads.pictures_count]

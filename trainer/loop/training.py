@@ -185,7 +185,7 @@ class Training:
             return False
         with self.totals.timed("checkpoint"):
             outcome, due = self._saves.look(step)
-        self._told(outcome)
+        self._note_outcome(outcome)
         return due
 
     def _begin_save(self) -> None:
@@ -195,11 +195,11 @@ class Training:
             self._save()
             return
         with self.totals.timed("checkpoint"):
-            self._told(self._saves.wait())
+            self._note_outcome(self._saves.wait())
             keep = self._config.train.keep_checkpoints
-            self._told(self._saves.begin(self._engine, self._state(), keep, self._best()))
+            self._note_outcome(self._saves.begin(self._engine, self._state(), keep, self._best()))
 
-    def _told(self, outcome: Outcome | None) -> None:
+    def _note_outcome(self, outcome: Outcome | None) -> None:
         """Count a checkpoint that has ended, and say so where it failed. Raises CheckpointError where too many did."""
         if outcome is None:
             return
@@ -238,7 +238,7 @@ class Training:
         """Save a checkpoint; or, where early stopping saw better parameters before, let theirs become the last."""
         run, best = self._run, self._best()
         with self.totals.timed("checkpoint"):
-            self._told(self._saves.wait())
+            self._note_outcome(self._saves.wait())
         if best is None or best == self._engine.num_steps:
             self._save()
         elif run.comm.broadcast_object(run.place.has(best)):
@@ -274,7 +274,7 @@ class Training:
         """Write a checkpoint, and wait for it. Raises CheckpointError."""
         run, keep = self._run, self._config.train.keep_checkpoints
         with self.totals.timed("checkpoint"):
-            self._told(self._saves.wait())
+            self._note_outcome(self._saves.wait())
             path = checkpoint.save(run.comm, run.place, self._engine, self._state(), keep, self._best())
         self.checkpoints.add("")
         return str(path)

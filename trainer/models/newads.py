@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import ExactTableConfig, ModelConfig, ToldBy
+from trainer.config.options import ExactTableConfig, ModelConfig, NewAdSettings
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
 from trainer.exchange.sums import take_rows
@@ -103,9 +103,9 @@ def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) 
     (trainer.prerank). Raises ConfigError where an ID table would hide all new ads.
     """
     images, own_ids = _images_and_ids(schema, fields)
-    if not (config.told_new_ads and images and own_ids):
+    if not (config.new_ad_settings and images and own_ids):
         return None
-    _check_tables([field.table_name for field in own_ids], config, config.told_new_ads)
+    _check_tables([field.table_name for field in own_ids], config, config.new_ad_settings)
     return NewAds(images, [field.name for field in own_ids], config)
 
 
@@ -124,13 +124,13 @@ def _images_and_ids(schema: Schema, fields: Sequence[Field]) -> tuple[list[Field
     )
 
 
-def _check_tables(own_tables: Sequence[str], config: ModelConfig, told: ToldBy) -> None:
+def _check_tables(own_tables: Sequence[str], config: ModelConfig, marking: NewAdSettings) -> None:
     """Refuse tables in which new ids wait for a row: they share a trained one, and would never be those of a new ad."""
     for name in own_tables:
         table = config.tables.get(name)
         if isinstance(table, ExactTableConfig) and table.admit_after > 1:
             raise ConfigError(
-                f"{told.setting} takes an ad for new while its ID rows are untrained, and with "
+                f"{marking.setting} takes an ad for new while its ID rows are untrained, and with "
                 f"model.tables.{name}.admit_after={table.admit_after} new ids share a trained row; set "
-                f"model.tables.{name}.admit_after=1, or {told.otherwise}"
+                f"model.tables.{name}.admit_after=1, or {marking.otherwise}"
             )

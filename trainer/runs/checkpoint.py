@@ -264,7 +264,7 @@ def read_dense(path: RunPath, state: CheckpointState, prefix: str, cache_dir: st
 
     The names are those that begin with `prefix`, without it. Raises CheckpointError."""
     with (
-        _told(path),
+        _naming(path),
         _verified(path / DENSE, state.files[DENSE], cache_dir) as local,
         safe_open(local, framework="pt") as file,
     ):
@@ -280,7 +280,7 @@ def read_rows(
 
     From an object store, the files with one of them are copied to `cache_dir` first. Raises CheckpointError."""
     wanted = set(names)
-    with _told(path), ExitStack() as opened:
+    with _naming(path), ExitStack() as opened:
         file_of: dict[str, Any] = {}
         for file in sorted(set(state.files) - {DENSE}):
             if isinstance(path, FarPath) and not wanted & _names_in(path / file):
@@ -326,8 +326,8 @@ def _differing(
 
 
 @contextmanager
-def _told(path: RunPath) -> Iterator[None]:
-    """Says in a CheckpointError which checkpoint cannot be read."""
+def _naming(path: RunPath) -> Iterator[None]:
+    """Name in a CheckpointError the checkpoint that cannot be read."""
     try:
         yield
     except (OSError, SafetensorError, StorageError) as failure:

@@ -33,7 +33,7 @@ from trainer.samples.reader import SampleIndex
 _NAME = "samples_digest"  # in the origin of a checkpoint
 _KIND = "bytes:"  # the beginning of one of contents
 _THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
-_TOLD_BYTES = 1 << 30
+_REPORTED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None 
     memory = _Memory(index.storage, Path(cache_dir or default_cache_dir()) / SAMPLES)
     known, unknown = comm.on_rank_0(lambda: memory.split(files))
     size_bytes = sum(unknown.values())
-    if size_bytes > _TOLD_BYTES:
+    if size_bytes > _REPORTED_BYTES:
         console = text_console(quiet=comm.rank != 0)
         console.print(f"reading {size_bytes / 1e9:.1f} GB of samples in {index.storage.url} to tell them from others")
     with comm.agreed():

@@ -17,7 +17,7 @@ from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
-from trainer.config.options import ToldBy
+from trainer.config.options import NewAdSettings
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
@@ -176,12 +176,12 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
                 f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
                 "its data.schema_file, or leave ids out of run.warm_parts"
             )
-    told = ToldBy.of(model["image_holdout"], model["image_dropout"]) if _sees_ads(model) else None
-    if told and theirs["id_init_std"] > model["id_init_std"]:
+    marking = NewAdSettings.of(model["image_holdout"], model["image_dropout"]) if _sees_ads(model) else None
+    if marking and theirs["id_init_std"] > model["id_init_std"]:
         raise CheckpointError(
             f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
-            f"and with {told.setting} an ad is new while its rows lie within this run's {model['id_init_std']}, so "
-            f"none would be; leave ids out of run.warm_parts, or set {told.otherwise}"
+            f"and with {marking.setting} an ad is new while its rows lie within this run's {model['id_init_std']}, so "
+            f"none would be; leave ids out of run.warm_parts, or set {marking.otherwise}"
         )
 
 

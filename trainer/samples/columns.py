@@ -165,8 +165,8 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
         if not (count := found.names.count(column)):
             missing.append(f"column {column} is missing, {expected}")
         elif count > 1:
-            told = f"is in it {count} times, and nobody can tell which is meant; write the file with one"
-            problems.append(f"{file}: column {column} {told}")
+            reason = f"is in it {count} times, and nobody can tell which is meant; write the file with one"
+            problems.append(f"{file}: column {column} {reason}")
         elif not _fits(found.field(column).type, rule):
             problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
     if missing:

@@ -162,7 +162,7 @@ class Supervisor:
         """Wait until enough hosts are there; None where a person stopped that, or it took too long."""
         end_s = time.monotonic() + self.options.wait_for_hosts_s
         settled_s: float | None = None
-        told = False
+        is_reported = False
         while time.monotonic() < end_s and not self._stop.asked.is_set():
             self._drain()
             if not any(link.may_have_ranks for link in self._links.values()):
@@ -173,8 +173,8 @@ class Supervisor:
                     whole = sum(each.count for each in chosen) == min(everything, self.options.max_ranks)
                     if whole or time.monotonic() >= settled_s:
                         return chosen
-                elif not told and time.monotonic() > end_s - self.options.wait_for_hosts_s + _SETTLE_S:
-                    told = True
+                elif not is_reported and time.monotonic() > end_s - self.options.wait_for_hosts_s + _SETTLE_S:
+                    is_reported = True
                     self.printer.say(f"waiting for {count_text(self.options.min_ranks, 'slot')}: {self._troubles()}")
             await self._pause(0.1)
         return None

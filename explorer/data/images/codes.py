@@ -33,7 +33,7 @@ class SemanticIds:
     """What the codes are of, as the job that made them says."""
 
     @property
-    def told(self) -> str:
+    def origin(self) -> str:
         """Say in words what the codes are of."""
         of = self.source.get("of", {})
         if "network" in of:

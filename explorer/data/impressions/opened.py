@@ -50,7 +50,7 @@ class AskableRun:
     pooling: str
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Say what it is in a few words."""
         return f"{self.base}, IDs alone" if self.images == "none" else f"{self.base}, images={self.images}"
 

@@ -72,7 +72,7 @@ def weighing(opened: OpenedRun) -> str:
         return "This run sees no pictures of behaviours, so none has a weight."
     if model.base == "two_tower":
         return _WEIGHING["sum"]
-    told = _WEIGHING[model.pooling]
+    text = _WEIGHING[model.pooling]
     if model.similarity_top_k:
-        told += f" Only the {model.similarity_top_k} behaviours whose pictures are most like the ad's are looked at."
-    return told
+        text += f" Only the {model.similarity_top_k} behaviours whose pictures are most like the ad's are looked at."
+    return text

@@ -154,7 +154,7 @@ def _write(
     impressions_N, ctr_N, error_N = np.zeros(count, np.int64), np.full(count, np.nan), np.full(count, np.nan)
     category_N = [NO_CATEGORY] * count
     task.tell("reads the test samples")
-    found = _told(notes, "CTR and category", lambda: _ads(places, vectors))
+    found = _noted(notes, "CTR and category", lambda: _ads(places, vectors))
     if found is not None:
         at_N = found.at(vectors.keys_N)
         is_ad_N = at_N >= 0
@@ -165,7 +165,7 @@ def _write(
             notes.append(f"CTRs are of about {ads.MOST_IMPRESSIONS:,} of the test impressions.")
     run = vectors.run
     if run is not None:
-        losses = _told(notes, "The error", lambda: ads.mean_loss(predictions_of(places, run, task)))
+        losses = _noted(notes, "The error", lambda: ads.mean_loss(predictions_of(places, run, task)))
         if losses is not None and len(losses[0]):
             keys_I, loss_I = losses
             at_N = np.minimum(np.searchsorted(keys_I, vectors.keys_N), len(keys_I) - 1)
@@ -199,7 +199,7 @@ def _ads(places: Places, vectors: MapVectors) -> ads.AdImages | None:
     return ads.read_ads(open_index(SoloComm(), samples, "test", vectors.schema(), days), vectors.schema())
 
 
-def _told(notes: list[str], what: str, compute: Callable[[], Any]) -> Any:
+def _noted(notes: list[str], what: str, compute: Callable[[], Any]) -> Any:
     """Compute what a map can do without; note why it is not there."""
     try:
         return compute()

@@ -66,8 +66,8 @@ def snapshots(runs: Sequence[RunFacts]) -> list[SettingRow]:
     rows = []
     digests = [run.samples_digest for run in runs]
     if len(set(digests) - {""}) > 1:
-        told = tuple(digest.rpartition(":")[2][:8] or "–" for digest in digests)
-        rows.append(SettingRow("digest of the samples", told, True))
+        shortened = tuple(digest.rpartition(":")[2][:8] or "–" for digest in digests)
+        rows.append(SettingRow("digest of the samples", shortened, True))
     for name in dict.fromkeys(name for found in stores for name in found):
         records = [found.get(name) for found in stores]
         values = [_snapshot(record) if isinstance(record, dict) else "–" for record in records]
