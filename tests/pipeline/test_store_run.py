@@ -6,10 +6,10 @@ import pytest
 
 from featurestore import FeatureStore, StoreInfo
 from featurestore.errors import InvalidRowsError
-from featurestore.storage.storage import Storage
 from pipeline import store_run
 from pipeline.store_run import build_shards
 from pipeline.vectors.import_vectors import extractor_of
+from tests.faulty import faulty
 
 MB = 1 << 20
 
@@ -40,9 +40,9 @@ def cluster(*workers):
 )
 def test_tasks_that_build_shards_are_few_and_fit_into_memory(store, monkeypatch, workers, num_tasks):
     calls = []
-    monkeypatch.setattr(Storage, "entries", lambda self, path: [SimpleNamespace(size_bytes=512 * MB)] * 2)
+    large = faulty(store, entries=lambda entries, path: [SimpleNamespace(size_bytes=512 * MB)] * 2)
     monkeypatch.setattr(store_run, "run_all", lambda client, title, function, given, advice: calls.extend(given) or [])
-    assert build_shards(cluster(*workers), store, "run", ["part"]) == {}
+    assert build_shards(cluster(*workers), large, "run", ["part"]) == {}
     assert len(calls) == num_tasks
     assert [shard for _, _, shards, _ in calls for shard in shards] == list(range(64))
 
