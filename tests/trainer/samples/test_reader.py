@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.storage.storage import Storage
+from tests.faulty import FaultyStorage
 from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows_of, serials_of
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
@@ -298,15 +300,16 @@ def test_fields_of_one_column_of_numbers_have_all_a_fill_or_none() -> None:
             rules_of(Schema(fields=(*SCHEMA.fields, *fields)))
 
 
-def test_known_ads(samples: tuple[Path, list[pa.Table]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_ads(samples: tuple[Path, list[pa.Table]]) -> None:
     """Each file is opened once, however many row groups it has: to read its footer takes longer than a column."""
     folder, tables = samples
     index = open_index(SoloComm(), str(folder), "train", SCHEMA)
     expected = sorted({item for row in pa.concat_tables(tables).column("ad_item").to_pylist() for item in row})
     opened: list[str] = []
-    open_input = Storage.open_input
-    monkeypatch.setattr(Storage, "open_input", lambda self, file: opened.append(file) or open_input(self, file))
-    assert known_ads(SoloComm(), index, SCHEMA).tolist() == expected
+    noting = FaultyStorage(
+        index.storage, {"open_input": lambda open_input, file: opened.append(file) or open_input(file)}
+    )
+    assert known_ads(SoloComm(), replace(index, storage=noting), SCHEMA).tolist() == expected
     assert len(opened) == len(tables) < len(index.row_groups)
 
 
