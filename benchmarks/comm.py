@@ -1,4 +1,4 @@
-"""Horovod beside torch.distributed: training on the paper-shaped workload, and collectives of a step's sizes.
+"""Horovod compared with torch.distributed: training on the paper-shaped workload, and collectives of a step's sizes.
 
     python -m benchmarks.comm [--dir DIR] [--json FILE] [--ranks 2,4]
 

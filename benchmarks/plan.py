@@ -1,4 +1,4 @@
-"""What python -m trainer.plan predicts for ranks on this machine, beside what the trainer then does under horovodrun.
+"""What python -m trainer.plan predicts for ranks of this machine, compared with a run under horovodrun.
 
     python -m benchmarks.plan [--dir DIR] [--json FILE] [--ranks 1,2,4]
 

@@ -1,4 +1,4 @@
-"""What a refresh of 1 % costs beside the full extraction, in time and in bytes written.
+"""What a refresh of 1 % costs compared with the full extraction, in time and in bytes written.
 
     python -m benchmarks.refresh [--images DIR] [--json FILE] [--limit N]
 

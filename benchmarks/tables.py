@@ -1,4 +1,4 @@
-"""Exact ID tables beside hashed ones of equally many rows: whole training steps, in turn, in one process.
+"""Exact ID tables compared with hashed ones of equally many rows: whole training steps, in turn, in one process.
 
 python -m benchmarks.tables --json data/bench/tables.json
 
@@ -36,7 +36,7 @@ app = CommandApp(report=True)
 
 
 def batch_of(number: int, samples: int, ids: int, behaviors: int) -> Batch:
-    """Draw the batch of a step: single samples with so many behaviours each."""
+    """Draw the batch of a step: single samples with a number of behaviours each."""
     draw = np.random.default_rng(number)
     one = np.ones(samples, np.int32)
     return Batch(

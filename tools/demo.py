@@ -113,7 +113,7 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
 def serve(place: Path, images: Path | None) -> dict[str, float]:
     """Publish the run with both images, score it over HTTP, and give a new picture a score without a restart.
 
-    The picture is drawn among the drawn ones; a person's own `images` get none, it is then beside them.
+    The picture is drawn among the drawn ones; a person's own `images` get none, it is then next to them.
     """
     python, model, store = sys.executable, place / "models/ctr", place / "features"
     pictures = place / ("new-images" if images else "images")

@@ -53,7 +53,7 @@ def features_of(files: Sequence[Path]) -> NDArray[np.float32]:
 @app.command()
 def main(
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of images.")],
-    out: Annotated[Path, typer.Option(help="The matrix, .npy; the names of its rows go beside it, .txt.")],
+    out: Annotated[Path, typer.Option(help="The matrix, .npy; the names of its rows go into the same folder, .txt.")],
 ) -> None:
     """Write the features of all images of a folder, and their names, for jobs/import_features.py."""
     files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)

@@ -37,7 +37,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A build: its settings as environment variables, and one line that tells the person what was chosen and why."""
+    """A build: its settings as environment variables, and one line that says to the person what was chosen and why."""
 
     operations: str
     note: str

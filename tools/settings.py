@@ -42,7 +42,7 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
 
 
 def texts_of(section: type[Section]) -> dict[str, str]:
-    """Read what stands below each setting in the source of its class."""
+    """Read what is below each setting in the source of its class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}

@@ -177,7 +177,7 @@ def train(config: Config, comm: "Comm") -> None:
 def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
     """Copy TensorBoard's files and traces of this machine to the run's address; return whether all ranks could.
 
-    Where one cannot, that is told: the report matters more. Every rank calls it.
+    Where one cannot, that is reported: the report matters more. Every rank calls it.
     """
     from trainer.loop.profiling import PLACE
     from trainer.loop.progress import TENSORBOARD

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 StageAhead = Literal[
     # Of a later step, in the thread that reads.
     "read",
-    # Of step t + 1, in a thread beside step t.
+    # Of step t + 1, in a thread during step t.
     "wait for samples",
     "unique",
     "exchange keys",

@@ -1,1 +1,1 @@
-"""Compact features beside the full width."""
+"""Compact features compared with the full width."""

@@ -43,7 +43,7 @@ def main(
         ),
     ] = None,
 ) -> None:
-    """Measure compact features beside the full width."""
+    """Measure compact features compared with the full width."""
     from benchmarks.compact.sections import gauc_section, speed_sections
 
     sections = [gauc_section(path) for path in results or ()]

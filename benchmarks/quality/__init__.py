@@ -1,1 +1,1 @@
-"""Quality of the models beside those of FuxiCTR, on the same rows and IDs."""
+"""Quality of the models compared with those of FuxiCTR, on the same rows and IDs."""

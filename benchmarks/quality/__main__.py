@@ -1,4 +1,4 @@
-"""Measure how good our models are, beside those of FuxiCTR on the same rows and IDs.
+"""Measure how good our models are, compared with those of FuxiCTR on the same rows and IDs.
 
     python -m benchmarks.quality [--small] [--json FILE]
 
@@ -69,7 +69,7 @@ def main(
         typer.Option(metavar="NAME=SAMPLES[:STORE]", help="Your own samples in place of simulated ones; repeat it."),
     ] = None,
     small: Annotated[bool, typer.Option("--small", help=f"Simulate {SMALL_USERS:,} people, not {USERS:,}.")] = False,
-    users: Annotated[int | None, typer.Option(help="Simulate so many people instead.", min=100)] = None,
+    users: Annotated[int | None, typer.Option(help="Simulate this number of people instead.", min=100)] = None,
     photos: Annotated[
         Path | None, typer.Option(exists=True, help="Folder of photographs, for a second simulated data set.")
     ] = None,
@@ -86,7 +86,7 @@ def main(
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of our runs.")
     ] = None,
 ) -> None:
-    """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs.
+    """Measure how good our models are, compared with those of FuxiCTR on the same rows and IDs.
 
     Our runs with images have model.pooling=transformer and optim.average_share=0.5, where --set says nothing else. The
     section "cold" is of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs say.

@@ -1,4 +1,4 @@
-"""Ours beside FuxiCTR: the same nets on the same rows, both tuned over a small grid, epoch by epoch, seed by seed."""
+"""Ours compared with FuxiCTR: the same nets on the same rows, tuned over a small grid, by epoch and by seed."""
 
 import itertools
 from collections.abc import Mapping, Sequence

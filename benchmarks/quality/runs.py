@@ -1,4 +1,4 @@
-"""The runs of the benchmark: what each one is told, how it is started, and where its figures are kept.
+"""The runs of the benchmark: what settings each one gets, how it is started, and where its figures are kept.
 
 A run that ended is not made again: its figures lie in OUT/figures under a digest of all that they depend on.
 """

@@ -102,7 +102,7 @@ class Source:
         return open_index(SoloComm(), self.samples, "train", self.schema)
 
     def reader(self, index: "SampleIndex", rank: int, num_ranks: int) -> "SampleReader":
-        """Make the reader of one of so many ranks, as a run makes it."""
+        """Make the reader of one rank of a number of ranks, as a run makes it."""
         from trainer.config.config import DataConfig
         from trainer.samples.order import streams_of
         from trainer.samples.reader import SampleReader

@@ -87,7 +87,7 @@ class Runs:
         return [*(f"{field}={value}" for field, value in changes.items()), *more]
 
     def _ranks(self, count: int, die_at: int | None, settings: Sequence[str]) -> None:
-        """So many ranks, to the end or until the last one dies. Raises TrainerError where they end otherwise."""
+        """Run a number of ranks to the end or until the last one dies. Raises TrainerError where they end otherwise."""
         module = ["trainer.main"] if die_at is None else ["benchmarks.resume.worker", "--die-at", str(die_at)]
         launcher = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(count)] if count > 1 else []
         command = [*launcher, sys.executable, "-m", *module, "--config", str(self.workload.config), *settings]

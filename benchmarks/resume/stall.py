@@ -1,4 +1,4 @@
-"""Measure how long training stands still for a checkpoint: written beside it from a copy, and in the step.
+"""Measure how long training stops for a checkpoint: written during it from a copy, and in the step.
 
     python -m benchmarks.resume.stall [--json FILE]
 
@@ -47,7 +47,7 @@ def main(
     dim: Annotated[int, typer.Option(min=8, help="Numbers of a feature.")] = KNOBS.dim,
     samples: Annotated[int, typer.Option(min=16, help="Of a step, for each rank.")] = KNOBS.samples_per_rank,
 ) -> None:
-    """Measure the stall of the training by a checkpoint, written beside it and in the step; prints the figures."""
+    """Measure the stall of the training by a checkpoint, written during it and in the step; prints the figures."""
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples, steps=KNOBS.steps)
     with progress_bars() as progress, tempfile.TemporaryDirectory() as scratch:
         workload = make(folder, knobs, progress)
@@ -63,7 +63,7 @@ def main(
 
 
 def trained(workload: Workload, runs: str, variant: str, ranks: int, checkpoints: int) -> dict[str, Any]:
-    """Train a run with so many checkpoints; return its report. Raises TrainerError."""
+    """Train a run with a number of checkpoints; return its report. Raises TrainerError."""
     settings = {
         "train.epochs": 1000,
         "train.max_steps": checkpoints * EVERY + LEFT,

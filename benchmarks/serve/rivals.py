@@ -5,7 +5,7 @@
 
 The engine opens the store of features and runs E for each request, and has no HTTP. The FastAPI server has the visual
 vectors in a dict, made once, ID rows in memory, and the trainer's model in eager mode; requests and answers are those
-of the scorer, but that unknown and missing values are not told.
+of the scorer, but that unknown and missing values are not reported.
 """
 
 import json

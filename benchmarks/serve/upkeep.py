@@ -94,7 +94,7 @@ def _change(world: World, store: FeatureStore, number: int) -> int:
 
 
 def growth(world: World, requests: int) -> list[Section]:
-    """Measure by how much the memory of a scorer grows over so many requests of all kinds, after a tenth of them."""
+    """Measure by how much the memory of a scorer grows over requests of all kinds, after a tenth of them."""
     first = max(requests // 10, 1000)
     bodies = VariedBodies.of(world, first + requests)
     refused = bodies.refused(first, first + requests)

@@ -1,1 +1,1 @@
-"""How fast the store serves and takes features, beside what else one could use: python -m benchmarks.store."""
+"""How fast the store serves and takes features, compared with what else one could use: python -m benchmarks.store."""

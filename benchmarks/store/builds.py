@@ -4,7 +4,7 @@ Cache builds all make the same files, from a warm page cache, in as many threads
 the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,
 the plain ones check page checksums. "binary" is a column of the store's own type, read and written with no more than
 pyarrow: the price of the store's proofs. A list column of bfloat16 is one of its bits in uint16; the same bits taken
-for float16 stand beside it.
+for float16 are next to it.
 
 Writes take rows that are in memory. The store validates, sorts, splits into shards, computes statistics and two
 digests, syncs each file to the disk, reads it back, and commits; plain pyarrow writes as many files and nothing else.

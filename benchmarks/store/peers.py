@@ -38,7 +38,7 @@ class Peer(Protocol):
     folder: Path  # its files
 
     def open(self, threads: int) -> None:
-        """Make ready for lookups in so many threads."""
+        """Make ready for lookups in a number of threads."""
 
     def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
         """Write the rows into `out_UD` in the order asked."""

@@ -76,7 +76,9 @@ def main(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME:SETTING,SETTING", help="The trainer with other settings, beside it without them."),
+        typer.Option(
+            metavar="NAME:SETTING,SETTING", help="The trainer with other settings, compared with it without them."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of every run.")

@@ -1,4 +1,4 @@
-"""One rank of one variant: trains so many steps and writes what all ranks saw as JSON.
+"""One rank of one variant: trains a number of steps and writes what all ranks saw as JSON.
 
 python -m benchmarks.train.peer compute --config WORKLOAD/config.yaml --steps 20 --json out.json
 """
@@ -28,7 +28,7 @@ class Variant(Protocol):
     """A way to train the model."""
 
     ahead: bool
-    """Whether `prepare` runs in a thread beside the step before."""
+    """Whether `prepare` runs in a thread during the step before."""
 
     def prepare(self) -> Any:
         """Prepare the next batch, and everything of it that needs no weights. Every rank calls it equally often."""

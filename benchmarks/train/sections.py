@@ -116,7 +116,7 @@ def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
 
 
 def beside(rounds: Rounds) -> dict[str, Figure]:
-    """Return what to read beside the headline: the same ratios under conditions that are less kind to us."""
+    """Return what to read next to the headline: the same ratios under conditions that are less kind to us."""
     figures = {
         "step_vs_compute_from_numbers": rounds.ratio("compute_from_numbers", "ours"),
         "two_ranks_vs_one_of_the_same_batch": rounds.ratio("ours_2_ranks", "ours_large_batch"),

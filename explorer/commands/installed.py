@@ -1,4 +1,4 @@
-"""What the explorer needs beside the packages of training and serving, which machines that only do these lack."""
+"""What the explorer needs besides the packages of training and serving, which machines that only do these lack."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Computations that take seconds or minutes: each is done once, in a thread beside the server, and tells how far it is.
+"""Computations that take seconds or minutes: each is done once, in a thread of the server, and reports how far it is.
 
 A page that needs one shows what there is already and asks again, until it is done.
 """

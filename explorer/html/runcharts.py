@@ -34,7 +34,7 @@ def curves(by_name: Mapping[str, Curve], title: str) -> Figure:
 
 
 def stages(times: Sequence[StageTime]) -> Figure:
-    """Draw the stages of a step as two stacked bars: the step, and what works ahead beside it.
+    """Draw the stages of a step as two stacked bars: the step, and what works ahead at the same time.
 
     Those that take most have a colour and a pattern each; all others of a bar are one part of it.
     """
@@ -53,7 +53,7 @@ def stages(times: Sequence[StageTime]) -> Figure:
     layout = {
         "barmode": "stack",
         "xaxis": {"title": {"text": "ms"}},
-        "yaxis": {"categoryorder": "array", "categoryarray": ["the step", "ahead, beside it"]},
+        "yaxis": {"categoryorder": "array", "categoryarray": ["the step", "ahead, at the same time"]},
         "showlegend": True,
     }
     return {"data": traces, "layout": layout}
@@ -65,7 +65,7 @@ def _stage(name: str, ms: Mapping[bool, float], marker: Figure) -> Figure:
         "type": "bar",
         "orientation": "h",
         "name": plain(name),
-        "y": ["ahead, beside it" if is_ahead else "the step" for is_ahead in ms],
+        "y": ["ahead, at the same time" if is_ahead else "the step" for is_ahead in ms],
         "x": list(ms.values()),
         "marker": marker,
         "hovertemplate": "%{x:.2f} ms",

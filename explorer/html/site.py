@@ -54,7 +54,7 @@ class Site:
     linked: list[str] = field(default_factory=lambda: ["/"])
     """Of a frozen site: the addresses that its pages have named so far, each once."""
     most_files: int | None = None
-    """Of a frozen site: so many files are exported; later addresses lead to a page that says so."""
+    """The number of files that a frozen site exports; later addresses lead to a page that says so."""
     left_out: set[str] = field(default_factory=set)
     """Of a frozen site: the addresses for which there was no room."""
     umap_s: float = 0.0
@@ -75,11 +75,11 @@ class Site:
 
     @cached_property
     def background(self) -> Background:
-        """What takes long, done once beside the pages."""
+        """What takes long, done once in the background."""
         return Background()
 
     def close(self) -> None:
-        """End what runs beside the pages."""
+        """End what runs in the background."""
         background: Background | None = self.__dict__.pop("background", None)
         if background is not None:
             background.close()

@@ -183,7 +183,7 @@ class ImpressionPages(PageKind):
         )
 
     def _part(self, request: Request, template: str, context: Any) -> Response:
-        """Give a part of a page; what goes wrong is told in it, as htmx shows no answer of another status than 200."""
+        """Give a part of a page; what goes wrong is said in it, as htmx shows no answer of another status than 200."""
         try:
             return self.site.page(request, template, title="", **context())
         except UserError as error:
@@ -309,7 +309,7 @@ class ImpressionPages(PageKind):
         return PictureName(key, self._names(opened, [PictureName(key, None)]).get(key))
 
     def _ids_run(self, opened: OpenedRun) -> str | None:
-        """Find a run of IDs only to show beside one with images: of the same net where there is one."""
+        """Find a run of IDs only to show next to one with images: of the same net where there is one."""
         if not opened.sees_images:
             return None
         others = [each for each in self.runs.names() if each.images == "none"]

@@ -60,7 +60,7 @@ class ScorerPages(PageKind):
             Question(
                 "Which model answers, and is it the one that was trained?",
                 SCORER,
-                "Versions, the age of its vectors, latencies, and scores over HTTP beside those of the run.",
+                "Versions, the age of its vectors, latencies, and scores over HTTP next to those of the run.",
             ),
         ]
 
@@ -106,7 +106,7 @@ class ScorerPages(PageKind):
         )
 
     def _part(self, request: Request, template: str, context: Callable[[], dict[str, Any]]) -> Response:
-        """Give a part of a page; what goes wrong is told in it, as htmx shows no answer of another status than 200."""
+        """Give a part of a page; what goes wrong is said in it, as htmx shows no answer of another status than 200."""
         try:
             return self.site.page(request, template, title="", **context())
         except UserError as error:
@@ -119,7 +119,7 @@ class ScorerPages(PageKind):
 
     @cached_property
     def _running(self) -> RemoteScorer:
-        """What asks the scorer that the explorer was told of."""
+        """What asks the scorer that was named to the explorer."""
         from featurestore.console.tokens import read_tokens
 
         places = self.site.places

@@ -162,7 +162,7 @@ class StorePages(PageKind):
         until = day(request, "until")
         if until is not None and until <= since:
             raise ExplorerError(
-                f"until {_day_text(until)} is not later than since {_day_text(since)}; a day stands for its beginning, "
+                f"until {_day_text(until)} is not later than since {_day_text(since)}; a day means its beginning, "
                 "00:00 UTC"
             )
         start = newest_at(store, since.timestamp())

@@ -1,4 +1,4 @@
-"""Who may look: with a file of tokens, whoever sends one of them as the scorer wants it, or has typed it once."""
+"""Who may look: with a file of tokens, anyone who sends one of them as the scorer wants it, or has typed it once."""
 
 import hashlib
 import hmac

@@ -1,4 +1,4 @@
-"""Collectives between ranks: what the trainer asks of them, whoever carries them.
+"""Collectives between ranks: what the trainer asks of them, whatever carries them.
 
 A collective has a fixed name per kind, so that collectives of several kinds may be under way at once, from several
 threads; every rank calls those of one kind in the same order, from one thread at a time, also with zero rows.

@@ -75,7 +75,7 @@ def main(
     The gates of python -m featurestore promote, and one more: a trained run scores its test impressions with the
     features of both snapshots, and its GAUC must not fall. The images that have to have a row are those of these
     impressions, unless --keys names others. If a gate fails, the channel stays, and a line says which one and why. Each
-    decision is kept beside the channel, unless it is a dry run.
+    decision is kept with the channel, unless it is a dry run.
     """
     from featurestore.published.paths import run_path
     from featurestore.upkeep.keyfiles import read_names

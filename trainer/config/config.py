@@ -89,7 +89,7 @@ class DataConfig(Section):
     """Feature store, from jobs/extract_features.py."""
     store_version: Version | None = None
     """A snapshot's number, or a channel of the store, as stable, looked up when the run begins; null: the newest.
-    On resume, null and a channel stand for the snapshot that the checkpoint has recorded."""
+    On resume, null and a channel mean the snapshot that the checkpoint has recorded."""
     stores: dict[str, Place] = Field(default={})
     """Further stores of content fields by name, as {titles: data/titles}; data.store is the one named images."""
     store_versions: dict[str, Version] = Field(default={})
@@ -137,7 +137,7 @@ class TrainConfig(Section):
     """Seconds between two checkpoints: what a kill loses; more where they would take over 5 % of the time; null: by
     steps only."""
     checkpoint_beside: bool = True
-    """Write checkpoints beside the training, from a copy of its state; false: the training waits for each."""
+    """Write checkpoints during the training, from a copy of its state; false: the training waits for each."""
     checkpoint_failures: Annotated[int, Field(ge=0)] = 5
     """Checkpoints in a row that may fail to be written while the training continues; one more ends the run."""
     keep_checkpoints: Count = 3

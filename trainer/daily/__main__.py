@@ -185,7 +185,7 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
 def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: "Comm") -> None:
     """Add to the `report` of a trained day what it is worth on the next one. Every rank calls it.
 
-    What was trained stays as it is, also where the samples of its days have changed since; the report tells so then.
+    What was trained stays as it is, also where the samples of its days have changed since; the report says so then.
     Raises TrainerError, FeatureStoreError.
     """
     from trainer.loop.progress import ProgressLog

@@ -1,4 +1,4 @@
-"""The table of a daily job: what its runs' folders tell, as JSON, as Parquet and on the screen."""
+"""The table of a daily job: what its runs' folders say, as JSON, as Parquet and on the screen."""
 
 import io
 import re

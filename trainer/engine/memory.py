@@ -55,7 +55,7 @@ def objects_frozen() -> Iterator[None]:
 
     To look at all that the imported libraries hold takes a fifth of a second. The collector does so once in a while, on
     each rank at a moment of its own, and all ranks wait. Nothing happens where the process has frozen objects already:
-    whoever did it lets go of them.
+    the one who did it lets go of them.
     """
     if gc.get_freeze_count():
         yield

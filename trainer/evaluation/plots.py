@@ -1,4 +1,4 @@
-"""Plots of an evaluation: PNG files beside its report, and the same for its page, one metric each, to fit a phone."""
+"""Plots of an evaluation: PNG files next to its report, and the same for its page, one metric each, to fit a phone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -54,7 +54,7 @@ class ExchangeSource(Protocol):
         """Return a `ServedKeys` for keys that this rank owns; the same key may come several times."""
 
     def expect(self, served: Any) -> None:
-        """Prepare for `vectors` of this request, which comes next; all sources are told before the first is asked."""
+        """Prepare for `vectors` of this request, which comes next; all sources know of it before the first is asked."""
 
     def vectors(self, served: Any) -> Tensor:
         """Return the vectors (Q, V) of the unique keys, with autograd attached."""
@@ -191,7 +191,7 @@ class Exchange:
         """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
 
         Raises RemoteRankError where another rank refuses. What goes wrong while an owner serves (a missing key) is kept
-        and raised by `check`. May run in a thread of its own, beside the step of an earlier request; requests of
+        and raised by `check`. May run in a thread of its own, during the step of an earlier request; requests of
         one kind come one after the other.
         """
         asked_S, blocks = self._exchange_keys(fields, kind, OK)

@@ -1,4 +1,4 @@
-"""What is compared: the variants of each table, with the paper's figures beside them.
+"""What is compared: the variants of each table, with the paper's figures next to them.
 
 Source of the figures: Ge et al., "Image Matters" (arXiv 1711.06505), tables 3, 4, 5, 6 and 8 and figure 5.
 """
@@ -99,7 +99,9 @@ _EXPERIMENTS = (
             Variant("transformer", ("model.pooling=transformer",)),
         ),
     ),
-    Experiment("basenets", "Figure 5: base nets without and with images", _NETS, "Each net beside itself.", _PAIRS),
+    Experiment(
+        "basenets", "Figure 5: base nets without and with images", _NETS, "Each net compared with itself.", _PAIRS
+    ),
     Experiment(
         "warmup",
         "Table 5: warm-up from the day before",

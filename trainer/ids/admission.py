@@ -59,5 +59,5 @@ class CountingFilter:
 
 
 def counters_for(rows: int) -> int:
-    """Return how many counters a shard of so many rows has: a power of two, at least eight for each row."""
+    """Return how many counters a shard of this number of rows has: a power of two, at least eight for each row."""
     return 1 << (_COUNTERS_A_ROW * rows - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Rows of ID tables of one width in memory: their weights, and what an optimiser keeps beside each of them."""
+"""Rows of ID tables of one width in memory: their weights, and what an optimiser keeps of each of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class IdRows:
     def zeros(
         cls, num_rows: int, width: int, state: Sequence[StatePart], device: torch.device | str, dtype: torch.dtype
     ) -> "IdRows":
-        """Make so many rows of zeros, never touched.
+        """Make a number of rows of zeros, never touched.
 
         On a CPU the system hands out memory when it is first written to: rows that nothing has touched take none."""
         shape = num_rows, numbers_of(width, state)

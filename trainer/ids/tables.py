@@ -1,4 +1,4 @@
-"""ID tables: hashed rows, cut into shards, each shard on the rank that owns it, with their optimiser's state beside.
+"""ID tables: hashed rows, cut into shards, each shard on the rank that owns it, with their optimiser's state.
 
 The rows of all tables of one width lie in one piece of memory, and a step of the optimiser moves all of them at once. A
 row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row, column) and,

@@ -126,12 +126,12 @@ class Training:
 
     @property
     def checkpoint_stall_ms(self) -> float | None:
-        """Return how long the training stood still for a checkpoint that was written beside it, in the mean."""
+        """Return how long the training stopped for a checkpoint that was written during it, in the mean."""
         return self._saves.stall_s / self._saves.begun * 1e3 if self._saves.begun else None
 
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
-        """Yield `count` batches, read ahead, each one prepared beside the step of the one before."""
+        """Yield `count` batches, read ahead, each one prepared during the step of the one before."""
         depth, stages = self._config.data.prefetch_batches, self._engine.stages
         with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind), depth)) as ahead:
             coming = stages.each("wait for samples", ahead, kind) if depth else ahead
@@ -179,7 +179,7 @@ class Training:
             self._begin_save()
 
     def _look_at_saves(self) -> bool:
-        """See how far a checkpoint is that is written beside the training; return whether one is due by the clock."""
+        """See how far a checkpoint is that is written during the training; return whether one is due by the clock."""
         step = self._engine.num_steps
         if not self._saves.looks_after(step):
             return False
@@ -189,7 +189,7 @@ class Training:
         return due
 
     def _begin_save(self) -> None:
-        """Begin to write a checkpoint beside the training, after the end of the one before; or write it, where the
+        """Begin to write a checkpoint during the training, after the end of the one before; or write it, where the
         settings say so."""
         if not self._config.train.checkpoint_beside:
             self._save()

@@ -26,7 +26,7 @@ class StoredBytes:
     machine_memory_bytes: int | None = None
     """Of a machine, where it is known."""
     copied: bool = False
-    """Whether checkpoints are written beside the training, from a copy of the ID rows."""
+    """Whether checkpoints are written during the training, from a copy of the ID rows."""
 
     def feature_bytes(self, dtype: str, ranks: int) -> float:
         """Return the bytes of features on the rank that has most shards."""

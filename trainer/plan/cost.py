@@ -17,7 +17,7 @@ Design = Literal["exchange", "store in server", "store in worker"]
 DESIGNS: tuple[Design, ...] = ("exchange", "store in server", "store in worker")
 KEY_BYTES = 8
 LANES: tuple[frozenset[str], ...] = (frozenset({"read", "samples"}), frozenset({"route", "keys", "gather", "features"}))
-"""Stages that need no weights, so that those of step t + 1 run beside step t: a thread reads, another one prepares."""
+"""Stages that need no weights, so that those of step t + 1 run during step t: a thread reads, another one prepares."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Machine:
     """One machine, whose ranks share its `cores`.
 
     `interference`: how much longer a step of the real loop takes than its stages alone would say, measured at one rank:
-    threads that run beside each other fight for memory and processor caches.
+    threads that run at the same time fight for memory and processor caches.
     """
 
     rates: StageRates

@@ -13,7 +13,7 @@ Scheduler = Literal["slurm", "kubernetes"]
 LEAST_EFFICIENCY = 0.5
 """More ranks are recommended as long as each does at least so much of what it would do alone."""
 PROGRAM_BYTES = 2 * 2**30
-"""Of a rank beside features and ID rows: Python and torch (.6 GB), batches that are read ahead, activations."""
+"""Memory of a rank besides features and ID rows: Python and torch (.6 GB), batches that are read ahead, activations."""
 _MIB, _GIB = 2**20, 2**30
 
 

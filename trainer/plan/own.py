@@ -123,7 +123,7 @@ def assumptions(
         "(--network, --latency-us); nobody else uses it.",
         f"A day of logs is {per_day:,.0f} samples: {origin}.",
         "Features lie in memory (or in the cache of files): see the bytes that a rank holds. ID rows count twice where "
-        "checkpoints are written beside the training, from a copy (train.checkpoint_beside).",
+        "checkpoints are written during the training, from a copy (train.checkpoint_beside).",
         "Store in worker: samples carry the features of each group once, come over the same network, cost nothing to "
         "decode but a copy, and E runs once per occurrence. Store in server: a rank's unique features travel a step "
         "ahead. ID vectors, reading and the worker model are those of the exchange in both.",

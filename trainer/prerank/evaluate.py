@@ -100,7 +100,7 @@ def score(trained: TrainedRun, samples: str | None) -> TowerScore:
 def search_figures(
     ads: AdIndex, users_KW: Vectors, counts: Sequence[int], max_queries: int, effort: int | None = None
 ) -> SearchFigures:
-    """Measure recall and time of searches for at most so many of the users, drawn by a fixed seed; K >= 1.
+    """Measure recall and time of searches for at most `max_queries` users, drawn by a fixed seed; K >= 1.
 
     Exact is a flat index over the exported vectors. Times are of the largest of `counts`.
     """
@@ -180,7 +180,7 @@ def candidates(
 
 
 def _first_users(trained: TrainedRun, index: SampleIndex, wanted: int) -> Vectors:
-    """Vectors of so many groups, or of all."""
+    """Vectors of the first `wanted` groups, or of all."""
     reader = test_reader(trained.config, trained.comm, index, trained.schema)
     parts = [np.empty((0, towers(trained).width), np.float32)]
     for _, users_GW in user_vectors(trained, reader.batches()):

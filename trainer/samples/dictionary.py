@@ -1,4 +1,4 @@
-"""ids.parquet in a run's folder: which text each hashed ID of the training samples stands for, to look back.
+"""ids.parquet in a run's folder: the text of each hashed ID of the training samples, to look back.
 
 Columns id, ascending, and text, in 64 row groups by the top bits of the ID; a whole number is its own ID and not in it.
 Each rank collects what its share of the samples has and writes it in parts of the same 64 row groups; rank 0 merges
@@ -93,7 +93,7 @@ class IdDictionary:
         return found
 
     def first(self, count: int) -> tuple[list[tuple[int, str]], int]:
-        """Read so many of its entries, and how many there are in all. Raises DataError."""
+        """Read a number of its entries, and how many there are in all. Raises DataError."""
         found: list[tuple[int, str]] = []
         with _opened(self.path) as file:
             for number in range(file.num_row_groups):
@@ -124,7 +124,7 @@ def _collected(
 
 def _check_one(number: int, first: str, second: str) -> None:
     if first != second:
-        raise DataError(f"id {number} stands for two texts of the samples, {first!r} and {second!r}: rename one")
+        raise DataError(f"id {number} is that of two texts of the samples, {first!r} and {second!r}: rename one")
 
 
 def _buckets(ids_N: Int64) -> Int64:

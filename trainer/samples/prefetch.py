@@ -1,4 +1,4 @@
-"""Work ahead of its use, in threads: reading batches, and preparing the next one beside the step of this one.
+"""Work ahead of its use, in threads: reading batches, and preparing the next one during the step of this one.
 
 numpy, Arrow and Horovod let go of the interpreter for most of it. Where the threads of the step leave no core free, the
 work ahead runs while the step waits for other ranks.

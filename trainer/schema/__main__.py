@@ -112,9 +112,9 @@ def lookup(
     run: Annotated[str, typer.Argument(help="Folder or address of a run whose samples have texts.")],
     values: Annotated[list[str], typer.Argument(help="IDs, whose texts to print, or texts, whose IDs to print.")],
 ) -> None:
-    """Print the text that an ID stands for, and the ID that a text gets.
+    """Print the text of an ID, and the ID that a text gets.
 
-    An ID of crossed columns stands for a JSON list of their values.
+    The text of an ID of crossed columns is a JSON list of their values.
     """
     from trainer.samples.dictionary import IdDictionary
 
@@ -148,7 +148,7 @@ def _show_dictionary(run: RunPath, count: int) -> None:
 def has_lists(storage: "Storage") -> bool:
     """Tell whether the first file has columns of lists of numbers, as sample groups do and raw logs do not.
 
-    Of samples it is one in train/ or test/: other files are beside these, as bad rows. Raises DataError where there is
+    Of samples it is one in train/ or test/: other files are next to these, as bad rows. Raises DataError where there is
     no file.
     """
     from trainer.schema.profile import content_of, data_files, inner_type, read_tables

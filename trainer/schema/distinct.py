@@ -12,7 +12,7 @@ _KEPT = 4096
 
 @dataclass(frozen=True)
 class DistinctCount:
-    """The smallest 4,096 hashes of what was seen: exact up to so many values, then with an error of about 1.6 %.
+    """The smallest 4,096 hashes of what was seen: exact up to that number of values, then with an error of about 1.6 %.
 
     Source: Bar-Yossef et al., "Counting distinct elements in a data stream", 2002: the k-th smallest of n hashes that
     are spread evenly over [0, 1) is about k / n. The standard error is 1 / sqrt(k - 2).

@@ -65,7 +65,7 @@ class Field(BaseModel):
     """Kind dense: standardize: minus the mean, over the standard deviation; log1p: sign(x) log(1 + |x|);
     log_standardize: the one after the other; none."""
     buckets: Buckets | None = None
-    """ID kinds: the column has real numbers, and a number's bucket is its ID. So many buckets, equally full in the
+    """ID kinds: the column has real numbers, and a number's bucket is its ID. A number of buckets, equally full in the
     training samples; or log2: below 1, to 2, to 4, to 8, and so on."""
     boundaries: Boundaries | None = None
     """Where buckets after the first one begin; default: as `buckets` says, found in the training samples."""

@@ -68,7 +68,7 @@ def render(logs: list[Log], where: str) -> str:
         f"# First mapping of {where}: look through it, then make samples of it:",
         f"# python jobs/build_samples.py --logs {where} --mapping THIS_FILE --samples SAMPLES",
         "# columns: OURS: THEIRS. user, ad: further columns of the user and of the impression: id (whole numbers,",
-        "# text) or dense (real numbers). The job writes a schema and settings beside the samples, tables of IDs with",
+        "# text) or dense (real numbers). The job writes a schema and settings next to the samples, tables of IDs with",
         "# them.",
     ]
     missing = {"impressions", "behaviors"} - {log.name for log in logs}

@@ -8,7 +8,7 @@ import yaml
 from trainer.schema.fields import Schema
 
 SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
-"""Beside samples, for trainer.main --config SAMPLES/settings.yaml."""
+"""Written next to samples, for trainer.main --config SAMPLES/settings.yaml."""
 
 SMALLEST_TABLE = 256
 ROWS_PER_ID = 4  # at least: IDs are hashed to rows, and of n IDs in 4 n rows 22 % share theirs with another
@@ -16,7 +16,7 @@ _ENDLESS = 1 << 30  # a field stays on its line
 
 
 def table_rows(num_distinct: int) -> int:
-    """Choose the rows of an ID table for so many different IDs: a power of two, at least `ROWS_PER_ID` for each."""
+    """Choose the rows of an ID table for a number of different IDs: a power of two, at least `ROWS_PER_ID` for each."""
     return max(SMALLEST_TABLE, 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length())
 
 

@@ -136,5 +136,5 @@ def pause_s(past: Sequence[Past], base_s: float, most_s: float, drawn: float) ->
 
 
 def is_over(past: Sequence[Past], most: int) -> bool:
-    """Return whether so many restarts have brought no newer checkpoint that another one would not either."""
+    """Return whether this number of restarts has brought no newer checkpoint that another one would not either."""
     return len(fruitless(past)) > most

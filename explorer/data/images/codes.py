@@ -58,7 +58,7 @@ class CodeShelf:
         self._read: Kept[SemanticIds] = Kept(2)
 
     def open(self, address: str) -> SemanticIds | None:
-        """Read the semantic IDs beside samples; None where there are none. Raises SampleError, StorageError."""
+        """Read the semantic IDs next to samples; None where there are none. Raises SampleError, StorageError."""
         from pipeline.semantic.codes import FOLDER, read_codes
 
         storage = open_published(address)

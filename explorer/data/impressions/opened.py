@@ -42,7 +42,7 @@ At = int | Literal["trained", "newest"]
 
 @dataclass(frozen=True)
 class AskableRun:
-    """A run with a checkpoint, and the settings of it that pages tell."""
+    """A run with a checkpoint, and the settings of it that pages show."""
 
     name: str
     images: SeenImages

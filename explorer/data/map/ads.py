@@ -1,4 +1,4 @@
-"""What the test samples tell of ad images: impressions, clicks, category; and what a run gets wrong about them.
+"""What the test samples say of ad images: impressions, clicks, category; and what a run gets wrong about them.
 
 Letters of shapes: I different ad images, N impressions.
 """

@@ -16,7 +16,7 @@ class _TimeIsUpError(Exception):
 
 
 class _Until(Task[Any]):
-    """Tells another task what is being done, up to a time."""
+    """Reports to another task what is being done, up to a time."""
 
     def __init__(self, task: Task[Any], end_s: float) -> None:
         super().__init__()

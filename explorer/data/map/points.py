@@ -65,7 +65,7 @@ class MapPoints:
 def make_points(places: Places, vectors: MapVectors, method: Method, task: Task[Any]) -> MapPoints:
     """Lay out images and join what is known of them, or read what was made before.
 
-    Raises ExplorerError where UMAP fails; what else is lacking (samples, predictions) is told in the notes.
+    Raises ExplorerError where UMAP fails; what else is lacking (samples, predictions) is said in the notes.
     """
     folder = explorer_cache()
     made_of = [vectors.digest, method, _identity(places, vectors), list(vectors.networks)]

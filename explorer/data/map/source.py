@@ -27,7 +27,7 @@ MOST_POINTS = 20_000
 _MOST_BYTES = 1 << 30
 """Features that are read at most; of a larger store, some shards. A shard has images at random, by a hash."""
 _WIDTH = 128
-"""Wider features are projected to so many numbers at random, which keeps distances to some 10 %."""
+"""Wider features are projected to this number of dimensions at random, which keeps distances to some 10 %."""
 
 
 @dataclass(frozen=True, kw_only=True)

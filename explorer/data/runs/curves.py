@@ -37,7 +37,7 @@ class Curve:
 
 
 class StageTime(NamedTuple):
-    """A stage of a step: its milliseconds, and whether it works ahead, beside the step before."""
+    """A stage of a step: its milliseconds, and whether it works ahead, during the step before."""
 
     name: str
     ms: float

@@ -1,4 +1,4 @@
-"""A sample group scored over HTTP, beside the scores of the run that the model was made of.
+"""A sample group scored over HTTP, next to the scores of the run that the model was made of.
 
 Images are looked up in the snapshot that the model's vectors were made of, so that the two have to agree. Letters of
 shapes: C ads of the group, L behaviours.

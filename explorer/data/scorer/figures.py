@@ -38,7 +38,7 @@ class LookedUp:
 
 @dataclass(frozen=True)
 class ScorerFigures:
-    """What a server tells of itself."""
+    """What a server says of itself."""
 
     name: str
     version: int | None

@@ -5,7 +5,7 @@ import pytest
 from explorer.data.runs.curves import StageTime
 from explorer.html.runcharts import stages
 
-AHEAD, STEP = "ahead, beside it", "the step"
+AHEAD, STEP = "ahead, at the same time", "the step"
 
 
 def total(figure: dict, bar: str) -> float:

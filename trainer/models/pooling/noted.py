@@ -1,4 +1,4 @@
-"""Attention weights of a forward pass, noted beside it: the pass itself is as without, bit for bit."""
+"""Attention weights of a forward pass, noted during it: the pass itself is as without, bit for bit."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Checkpoints written beside the training: the state is copied between two steps, and a thread writes the copy.
+"""Checkpoints written during the training: the state is copied between two steps, and a thread writes the copy.
 
 The thread takes part in no collective. Every rank writes its own part, and says how far it is when all ranks look,
 between two steps that all of them know; when all parts are there, a thread of rank 0 publishes the checkpoint. A part
-that cannot be written (a full disk, an object store that is away) fails this checkpoint alone: it is told, and the
+that cannot be written (a full disk, an object store that is away) fails this checkpoint alone: it is reported, and the
 training continues.
 """
 
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
 
 class SavesBeside:
-    """Writes one checkpoint at a time beside the training. Every rank calls the same methods at the same steps.
+    """Writes one checkpoint at a time during the training. Every rank calls the same methods at the same steps.
 
     `every_s`: a checkpoint is due so long after the last one was begun, and not before checkpoints take no more than a
     twentieth of the time; None: by the clock none is. `before_publishing` is called in the thread of rank 0.

@@ -65,7 +65,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
-    """Return what stands before the numbers, the header's length and the header in JSON, and the tensors in order."""
+    """Return what comes before the numbers, the header's length and the header in JSON, and the tensors in order."""
     header: dict[str, dict[str, object]] = {}
     offset = 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))

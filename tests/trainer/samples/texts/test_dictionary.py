@@ -136,7 +136,7 @@ def test_two_texts_of_one_id_are_refused(
     day = min((wordy.folder / "samples" / "train").iterdir(), key=lambda path: path.stat().st_size)
     (tmp_path / "samples" / "train").mkdir(parents=True)
     shutil.copy(day, tmp_path / "samples" / "train")
-    with pytest.raises(DataError, match="id 5764607523034234880 stands for two texts of the samples, ") as caught:
+    with pytest.raises(DataError, match="id 5764607523034234880 is that of two texts of the samples, ") as caught:
         written_to(tmp_path, wordy, samples=tmp_path / "samples")
     assert all(repr(text) in str(caught.value) for text in colliding)
     assert not (tmp_path / FILE).exists()
