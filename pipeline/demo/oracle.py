@@ -9,6 +9,7 @@ from pipeline.demo import truth
 from pipeline.demo.catalogue import FloatArray, IntArray
 from pipeline.demo.simulate import World
 
+# The trainer has an AUC and a GAUC too (evaluation/metrics.py), but this package may import its schema alone.
 _SHORT_S = 5  # behaviours that took less were accidents
 
 

@@ -145,7 +145,8 @@ class KeyRequest:
     kind: Kind
     """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
     error: Exception | None = field(default=None)
-    """What went wrong on this rank while it served; see `Exchange.check`."""
+    """What went wrong on this rank while it served. It is not raised there, where the other ranks would wait for this
+    one's part of the next collective: `Exchange.check` raises it on all ranks together."""
     failures: Tensor | None = field(default=None)
     """How often an owner had an error in place of vectors, on the device; the same on every rank."""
     backward: StageSequence | None = field(default=None)
