@@ -47,7 +47,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Numbers of the values that training met: 1 to n; n + 1 stands for all others, 0 for padding."""
+    """Numbers of the values that training met: 1 to n; n + 1 is for all others, 0 for padding."""
 
     known_V: Int
 

@@ -1,4 +1,4 @@
-"""Values that take long to compute, kept while there is room: each computed once, whoever asks at the same time."""
+"""Values that take long to compute, kept while there is room: each is computed once, for all who ask for it."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -9,7 +9,7 @@ ValueT = TypeVar("ValueT")
 
 
 class Kept(Generic[ValueT]):
-    """The values used last, by name, at most so many. A name says all that decides the value. For several threads."""
+    """The `most` values used last, by name. A name says all that decides the value. For several threads."""
 
     def __init__(self, most: int) -> None:
         """`most`: values at the same time; the one unused for longest goes first."""

@@ -10,10 +10,10 @@ from trainer.evaluation.figures import Estimate, SlicedBy
 
 Figure = dict[str, Any]
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-"""Lines of up to six runs, told apart without colours too."""
+"""Lines of up to six runs, distinguished without colours too."""
 
 _STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c6bb1")
-"""Told apart without seeing all colours: Okabe and Ito, "Color Universal Design", 2008; violet for their black."""
+"""Distinguished without seeing all colours: Okabe and Ito, "Color Universal Design", 2008; violet for their black."""
 
 
 def curves(by_name: Mapping[str, Curve], title: str) -> Figure:

@@ -30,7 +30,7 @@ _MAIN = "lane.start"
 _LOOK_S = 0.2
 """How long a wait goes without looking at the deadline and at signals; the end of a collective ends it at once."""
 _UNEVEN = 1.5
-"""Rows are gathered in parts as long as the longest, unless that carries so many times their bytes."""
+"""Rows are gathered in parts as long as the longest, unless that carries this many times their bytes."""
 
 
 class TorchComm(Comm):

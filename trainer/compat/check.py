@@ -24,7 +24,7 @@ from trainer.runs.stores import StorePlace, kind_of_features, recorded_kind
 
 Relation = Literal["the same snapshot", "the same store", "another store", "unknown"]
 Verdict = Literal["compatible", "not compatible", "unknown"]
-# Of the features that were compared, so many may be others: an image that was replaced without a new digest, say.
+# The share of the compared features that may differ: an image that was replaced without a new digest, say.
 OTHER_SHARE = 0.001
 
 

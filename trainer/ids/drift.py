@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 
 
 class Drift:
-    """The polynomials of every step so far; step 0 stands for rows that no step has touched, which do not move.
+    """The polynomials of every step so far; step 0 is that of rows that no step has touched, which do not move.
 
     Memory: degree + 2 numbers a step. A step costs a few operations on the steps of the last `window`.
     """
@@ -157,7 +157,7 @@ class _Powers:
 
 
 def polynomial_error(beta1: float, beta2: float, dtype: torch.dtype, degree: int, step: int, missed: int) -> float:
-    """Find the largest error of the polynomial, relative to Y(q), of a row that missed so many steps after `step`."""
+    """Find the largest error of the polynomial, relative to Y(q), of a row that missed `missed` steps after `step`."""
     powers = _Powers(beta1, beta2, window_of(beta1, dtype))
     weight_W, c_W = (each[-missed:] for each in powers.coming(step))
     spread_W = c_W / powers.centre(step) - 1

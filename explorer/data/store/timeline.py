@@ -46,7 +46,7 @@ class Timeline:
         self._lines: Kept[SnapshotLine] = Kept(10_000)
 
     def is_quick(self, store: FeatureStore, versions: Sequence[int], num_files: int) -> bool:
-        """Tell whether `lines` of these versions, of about so many files each, is there at once."""
+        """Tell whether `lines` of these versions, of about this number of files each, is there at once."""
         unknown = sum(self._lines.peek((store.info.store_id, version)) is None for version in versions)
         return unknown * num_files <= _MANY_FILES
 
