@@ -259,7 +259,7 @@ class TestMistakes:
     def test_places(self, run: Path, tmp_path: Path) -> None:
         assert "has to end with .parquet or .npy" in failed("--run", run, "--out", tmp_path / "v.csv", code=2)
         (tmp_path / "v").touch()
-        assert "cannot write" in failed("--run", run, "--out", tmp_path / "v" / "v.parquet")
+        assert "/v is a file: " in failed("--run", run, "--out", tmp_path / "v" / "v.parquet", code=2)
         assert "no snapshot 9" in failed("--run", run, "--store-version", 9, "--out", tmp_path / "v.parquet", code=2)
 
     def test_damage(self, places: Places, tmp_path: Path) -> None:

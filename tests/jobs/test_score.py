@@ -112,7 +112,7 @@ def test_what_cannot_be_written_is_found_before_the_work(run: Path, tmp_path: Pa
     assert wrong.exit_code == 2 and "--out" in wrong.stderr
     (tmp_path / "file").write_text("no folder")
     wrong = job("--run", run, "--out", tmp_path / "file" / "scores.parquet")
-    assert wrong.exit_code == 1 and "scores" in wrong.stderr, wrong.output
+    assert wrong.exit_code == 2 and "/file is a file: " in wrong.stderr, wrong.output
 
 
 def test_a_failed_score_leaves_the_file_as_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_a_manifest_that_names_a_path_out_of_the_store_is_damaged(
         filled.snapshot()
     message = str(caught.value)
     assert manifest_path(2) in message and repr(path)[1:-1] in message and "\n" not in message and len(message) < 600
-    assert f"shards.{SHARD}.0.{field}: " in message and "Value error" not in message
+    assert f"shards.{SHARD}.0.{field}={path!r}: " in message and "Value error" not in message
     with pytest.raises(CorruptFileError):
         compact(filled, force=True)
     (problem,) = verify(filled).problems
