@@ -125,7 +125,7 @@ def main(
             else:
                 index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
                 changes = AdChanges(num_new=len(chosen.keys_N))
-    print_summary("\n".join([*lines[:2], *describe(index, changes, out, time.monotonic() - start), *lines[2:]]))
+    print_summary("\n".join([*lines[:2], *summary_text(index, changes, out, time.monotonic() - start), *lines[2:]]))
     ads_by_change = {
         "new": changes.num_new,
         "changed": changes.num_replaced,
@@ -150,7 +150,7 @@ def describe_run(trained: "TrainedRun") -> list[str]:
     ]
 
 
-def describe(index: "AdIndex", changes: "AdChanges", out: str, seconds: float) -> list[str]:
+def summary_text(index: "AdIndex", changes: "AdChanges", out: str, seconds: float) -> list[str]:
     """Write what the job prints of the index."""
     state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
     ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"

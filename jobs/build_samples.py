@@ -36,7 +36,7 @@ def main(options: SampleOptions) -> None:
     if options.days is None and options.since is None:
         with connect() as client:
             summary = build_samples(options, client)
-        print_summary(describe(summary))
+        print_summary(summary_text(summary))
         for title, log in (("Rows of impressions", "impressions"), ("Rows of behaviours", "behaviors")):
             kept = {name: summary[log].get(name) for name in ("kept", "used", "unused", "short_dwell", "duplicates")}
             named = {name.replace("_", " "): count for name, count in kept.items()}
@@ -51,7 +51,7 @@ def main(options: SampleOptions) -> None:
     print_summary(f"samples      {made['samples']}")
 
 
-def describe(summary: dict[str, Any]) -> str:
+def summary_text(summary: dict[str, Any]) -> str:
     """Write the summary that the job prints."""
     shown, done = summary["impressions"], summary["behaviors"]
     new = summary["new_ads"]

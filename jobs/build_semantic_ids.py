@@ -42,14 +42,14 @@ def main(options: SemanticOptions) -> None:
     if not options.samples and not options.no_samples and Path(DEFAULT_SAMPLES).is_dir():
         options = replace(options, samples=DEFAULT_SAMPLES)
     summary = build_semantic_ids(options)
-    print_summary(describe(summary, options.out))
+    print_summary(summary_text(summary, options.out))
     levels = {f"level {number}": level for number, level in enumerate(summary["levels"])}
     draw_counts("Codes used", {name: level["used"] for name, level in levels.items()})
     draw_counts("Entropy of the codes, bits", {name: level["entropy_bits"] for name, level in levels.items()})
     draw_counts("Error after each level", {name: level["reconstruction_error"] for name, level in levels.items()})
 
 
-def describe(summary: dict[str, Any], out: str) -> str:
+def summary_text(summary: dict[str, Any], out: str) -> str:
     """Write the lines that the job prints."""
     book = summary["codebook"]
     lines = [

@@ -85,13 +85,13 @@ def main(
             out, options, network=partial(write_network, compiled=compiled), measure=error_of_rows, progress=progress
         )
     seconds = time.monotonic() - start
-    print_summary(describe(exported, out, use, seconds))
+    print_summary(summary_text(exported, out, use, seconds))
     draw_counts("Bytes of the files", {file.name: file.bytes for file in exported.manifest.files})
     draw_counts("Images with vectors, by feature store", exported.num_images)
     write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), "in_use": use, "seconds": seconds})
 
 
-def describe(exported: "Exported", out: str, in_use: bool, seconds: float) -> str:
+def summary_text(exported: "Exported", out: str, in_use: bool, seconds: float) -> str:
     """Write the lines that the job prints."""
     manifest = exported.manifest
     rows = sum(each.num_rows for each in manifest.rows)

@@ -48,7 +48,7 @@ def samples(options: XdlOptions) -> None:
 
     with connect() as client:
         summary = import_samples(options, client)
-    print_summary(describe(summary))
+    print_summary(summary_text(summary))
     draw_counts("Samples", {name: summary[name]["samples"] for name in SPLITS})
     draw_counts("Lines in quarantine, by reason", summary["quarantined"])
 
@@ -131,7 +131,7 @@ def random(
     )
 
 
-def describe(summary: dict[str, Any]) -> str:
+def summary_text(summary: dict[str, Any]) -> str:
     """Write the lines that the job prints."""
     bad = summary["quarantined"]
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.items())

@@ -75,7 +75,7 @@ def main(
     )
     with progress_bar("measuring" if images else "drawing", options.items) as bar:
         summary = make_demo(options, bar.advance)
-    print_summary(describe(options, summary))
+    print_summary(summary_text(options, summary))
     draw_counts("Counts", summary.content["counts"])
     for name, metrics in summary.content["oracle"].items():
         draw_counts(f"Ceiling: {summary.content['oracle_means'][name]}", metrics)
@@ -93,7 +93,7 @@ def _check_options(images: Path | None, labels: Path | None, items: int | None, 
         raise typer.BadParameter("goes with --images", param_hint="--labels")
 
 
-def describe(options: DemoOptions, summary: "DemoSummary") -> str:
+def summary_text(options: DemoOptions, summary: "DemoSummary") -> str:
     """Write the summary that the job prints."""
     content = summary.content
     counts: dict[str, Any] = content["counts"]

@@ -85,7 +85,7 @@ def main(
             )
         reports.append(report)
         figures.append({**report.figures(), "seconds": time.monotonic() - began})
-        print_summary(describe(report, eps))
+        print_summary(summary_text(report, eps))
         moved_images = {"new": report.added, "changed": report.changed, "gone": report.removed, "stayed": report.stayed}
         draw_counts(f"Images of {report.store}", moved_images)
         if report.most_files > 1 + MAX_DELTAS:
@@ -101,7 +101,7 @@ def main(
     )
 
 
-def describe(report: "PublishReport", eps: float) -> str:
+def summary_text(report: "PublishReport", eps: float) -> str:
     """Write what the job prints of one feature store."""
     since = f"since snapshot {report.mirrored}" if report.mirrored is not None else "all of them looked at"
     head = f"vectors      {report.store}: of snapshot {report.source} of the features"

@@ -79,7 +79,7 @@ def main(
             source = comm.on_rank_0(lambda: RunSource(run_or_newest(run), checkpoint, samples, store))
             written = score_run(source, out, comm)
         if written:
-            print_summary("\n".join(describe(written, comm.size, out, time.monotonic() - start)))
+            print_summary("\n".join(summary_text(written, comm.size, out, time.monotonic() - start)))
             means = {"mean prediction": written.mean_probability, "share of clicks": written.mean_label}
             draw_counts("Predicted and clicked", means)
 
@@ -98,7 +98,7 @@ def _check_options(model: str | None, samples: str | None, version: int | None, 
         raise typer.BadParameter("--model needs it: a model has no samples of its own", param_hint="--samples")
 
 
-def describe(written: "Written", num_ranks: int, out: str, seconds: float) -> list[str]:
+def summary_text(written: "Written", num_ranks: int, out: str, seconds: float) -> list[str]:
     """Write the lines that the job prints."""
     about = written.about
     ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from explorer.data.runs.comparing import TITLES, RunDifference
-from explorer.data.runs.curves import Curve, StageTime
+from explorer.data.runs.curves import ScalarCurve, StageTime
 from explorer.data.runs.evaluation import Evaluation
 from trainer.evaluation.figures import Estimate, SlicedBy
 
@@ -16,7 +16,7 @@ _STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e0
 """Distinguished without seeing all colours: Okabe and Ito, "Color Universal Design", 2008; violet for their black."""
 
 
-def curves(by_name: Mapping[str, Curve], title: str) -> Figure:
+def curves(by_name: Mapping[str, ScalarCurve], title: str) -> Figure:
     """Draw curves of one quantity over steps, one for each name."""
     traces = [
         {

@@ -12,7 +12,7 @@ from serving.bundle.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from serving.commands.bundle import Url
 
 if TYPE_CHECKING:
-    from serving.bundle.upkeep.expiry import ExpireReport
+    from serving.bundle.upkeep.expiry import BundleExpireReport
 
 app = CommandApp()
 
@@ -52,7 +52,7 @@ def expire(
     print_summary(_text(report, dry_run))
 
 
-def _text(report: "ExpireReport", dry_run: bool) -> str:
+def _text(report: "BundleExpireReport", dry_run: bool) -> str:
     keep, remove, delete = ("would keep", "would remove", "would delete") if dry_run else ("kept", "removed", "deleted")
     expired = f": {ranges_text(report.expired)}" if report.expired else ""
     left = f", with what {count_text(report.num_leftovers, 'killed export')} left" if report.num_leftovers else ""

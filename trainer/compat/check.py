@@ -16,7 +16,7 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.likeness import Likeness, compare
 from trainer.comm import Comm
 from trainer.compat import MAX_LOGLOSS_CHANGE, SAMPLE
-from trainer.compat.scores import ScoredImpressions, drawn_batches, score
+from trainer.compat.scores import CanaryScores, drawn_batches, score
 from trainer.errors import ConfigError, TrainerError
 from trainer.runs import accepted, checkpoint
 from trainer.runs.saved import SavedRun, open_test, read_run
@@ -280,5 +280,5 @@ def _reported(saved: SavedRun, impressions: int) -> float | None:
     return logloss
 
 
-def _mean_change(old: ScoredImpressions, here: ScoredImpressions) -> float | None:
+def _mean_change(old: CanaryScores, here: CanaryScores) -> float | None:
     return float(np.abs(here.logit_N - old.logit_N).mean()) if len(old.logit_N) else None

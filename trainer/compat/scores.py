@@ -34,7 +34,7 @@ _SHARDS, _ROWS_A_PUT = 8, 8_192
 
 
 @dataclass(frozen=True)
-class ScoredImpressions:
+class CanaryScores:
     """Logits and labels of N impressions, in the order of the batches, and how many of their images have no feature."""
 
     logit_N: Float
@@ -59,9 +59,7 @@ def drawn_batches(saved: SavedRun, index: SampleIndex, count: int | None) -> lis
     return [next(batches) for _ in range(steps)]
 
 
-def score(
-    saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[Batch], comm: Comm
-) -> ScoredImpressions:
+def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[Batch], comm: Comm) -> CanaryScores:
     """Score the impressions of `batches` by the run's checkpoint, each store's features from the snapshot of its name.
 
     For one rank. Raises TrainerError where a logit is not finite, and FeatureStoreError.
@@ -83,7 +81,7 @@ def score(
     if not np.isfinite(logit_N).all():
         raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
     labels: list[Any] = [np.empty(0), *(batch.label_B for batch in batches)]
-    return ScoredImpressions(logit_N, np.concatenate(labels).astype(np.float64), images, missing)
+    return CanaryScores(logit_N, np.concatenate(labels).astype(np.float64), images, missing)
 
 
 def keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:

@@ -10,7 +10,7 @@ import yaml
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError
 from trainer.schema.profile import Column, TableProfile, data_files, look, read_tables
-from trainer.schema.suggest_schema import describe
+from trainer.schema.suggest_schema import column_note
 from trainer.schema.text import table_rows
 
 # What people call our columns; the first that fits wins.
@@ -154,7 +154,7 @@ def _extras(log: Log, side: str) -> list[str]:
 
 def _note(column: Column, kind: str) -> str:
     is_id = kind not in ("timestamp", "label", "dwell_s", "dense")
-    return describe(column) + (f", table of {table_rows(column.distinct.estimate):,} rows" if is_id else "")
+    return column_note(column) + (f", table of {table_rows(column.distinct.estimate):,} rows" if is_id else "")
 
 
 def _line(name: str, value: str) -> str:

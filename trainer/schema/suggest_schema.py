@@ -111,7 +111,7 @@ def side_of(column: Column) -> Side:
     return "ad" if column.depth and column.like_label else "user"
 
 
-def describe(column: Column) -> str:
+def column_note(column: Column) -> str:
     """Describe type, different values, nulls and lengths, in a few words."""
     about = "" if column.distinct.is_exact else "about "
     parts = [column.type, f"{about}{column.distinct.estimate:,} different"]
@@ -156,7 +156,7 @@ def _kind(column: Column, side: Side) -> tuple[Kind, int | None, str | None]:
 
 def _add(made: Suggestion, column: Column, new: Field) -> None:
     made.fields.append(new)
-    made.notes[new.name] = describe(column)
+    made.notes[new.name] = column_note(column)
 
 
 def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, kind: Kind) -> None:
@@ -167,7 +167,7 @@ def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, 
         gallery: GalleryPooling | None = "mean" if kind == "content" else None
         made.fields.append(Field(name=name, side=side, kind="content", store="images", gallery=gallery))
         if gallery and side == "user":  # no kind of ID field has two levels of lists there
-            made.notes[name] = describe(column)
+            made.notes[name] = column_note(column)
             return
     kind = "multi_id" if kind == "content" else kind
     values: dict[str, Any] = {"side": side, "kind": kind, "table": _table_name(name, table)}

@@ -24,7 +24,7 @@ _LOSS, _TEST, _STAGE, _AHEAD = "train/loss", "test/", "stage_ms/", "stage_hidden
 
 
 @dataclass(frozen=True)
-class Curve:
+class ScalarCurve:
     """Values over steps, both (N,)."""
 
     steps: tuple[int, ...]
@@ -48,15 +48,15 @@ class StageTime(NamedTuple):
 class Curves:
     """All curves of a run, by TensorBoard's tag, and the stages of its newest step that was logged."""
 
-    by_tag: Mapping[str, Curve]
+    by_tag: Mapping[str, ScalarCurve]
     stages: tuple[StageTime, ...]
 
     @property
-    def loss(self) -> Curve:
+    def loss(self) -> ScalarCurve:
         """The loss of training batches."""
         return self.by_tag.get(_LOSS, _EMPTY)
 
-    def test(self, metric: str) -> Curve:
+    def test(self, metric: str) -> ScalarCurve:
         """Return the curve of a metric of the test samples."""
         return self.by_tag.get(_TEST + metric, _EMPTY)
 
@@ -66,7 +66,7 @@ class Curves:
         return self.loss.steps[-1] if self.loss.steps else None
 
 
-_EMPTY = Curve((), ())
+_EMPTY = ScalarCurve((), ())
 
 
 class CurveReader:
@@ -140,15 +140,15 @@ def _accumulator(place: Path) -> Any:
     return EventAccumulator(str(place), size_guidance={SCALARS: _KEPT_POINTS})
 
 
-def _curve(events: Any) -> Curve:
+def _curve(events: Any) -> ScalarCurve:
     every = -(-len(events) // MOST_POINTS)
     chosen = events[::every] if every > 1 else events
     if chosen and chosen[-1] is not events[-1]:
         chosen = [*chosen, events[-1]]
-    return Curve(tuple(each.step for each in chosen), tuple(each.value for each in chosen))
+    return ScalarCurve(tuple(each.step for each in chosen), tuple(each.value for each in chosen))
 
 
-def _curves(by_tag: Mapping[str, Curve]) -> Curves:
+def _curves(by_tag: Mapping[str, ScalarCurve]) -> Curves:
     stages = tuple(
         StageTime(name, curve.values[-1], f"{_AHEAD}{name}" in by_tag)
         for tag, curve in by_tag.items()

@@ -22,7 +22,7 @@ LEFTOVER_S = _DAY_S
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpireReport:
+class BundleExpireReport:
     """Results of an expiry, or of what it would do."""
 
     kept: tuple[int, ...]
@@ -41,7 +41,7 @@ def expire(
     keep_days: float = KEEP_DAYS,
     grace_days: float = GRACE_DAYS,
     dry_run: bool = False,
-) -> ExpireReport:
+) -> BundleExpireReport:
     """Keep the newest versions and those in use, and remove the others.
 
     What is kept: the version in use, the `keep_last` last ones, those that were published or in use in the last
@@ -70,7 +70,7 @@ def expire(
     if not dry_run:
         _delete(storage, dead)
     gone = [entry for bundle_id in (*(manifests[v].bundle_id for v in leaving), *dead) for entry in folders[bundle_id]]
-    return ExpireReport(
+    return BundleExpireReport(
         kept=tuple(version for version in manifests if version not in leaving),
         expired=tuple(leaving),
         num_files=len(gone),

@@ -14,7 +14,7 @@ from serving.__main__ import app
 from serving.bundle import log
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
-from serving.bundle.upkeep.expiry import ExpireReport, expire
+from serving.bundle.upkeep.expiry import BundleExpireReport, expire
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, FaultyStorage
 from tests.serving.bundle.conftest import Exported, export
@@ -43,7 +43,7 @@ class Versions:
         choice = log.use(self.storage, version)
         self.age(self.folder / "use" / f"{choice.choice:020}.json", days_ago)
 
-    def expire(self, storage: Storage | None = None, **options: float) -> ExpireReport:
+    def expire(self, storage: Storage | None = None, **options: float) -> BundleExpireReport:
         return expire(storage or self.storage, **{"keep_last": 1, "keep_days": 0, "grace_days": 1, **options})  # type: ignore[arg-type]
 
     @property
@@ -138,7 +138,7 @@ def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatc
             report.append(versions.expire())
         return real(storage)
 
-    report: list[ExpireReport] = []
+    report: list[BundleExpireReport] = []
     monkeypatch.setattr(log, "known_versions", known)
     log.use(versions.storage, 1)
     assert report[0].expired == (2, 3)
