@@ -6,10 +6,10 @@ work ahead runs while the step waits for other ranks.
 
 import contextlib
 import os
-import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,45 +31,27 @@ class ReadAhead(Iterator[Batch]):
 
     def __init__(self, batches: Iterator[Batch], depth: int) -> None:
         self._batches = batches
-        self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="read-samples", daemon=True) if depth else None
-        if self._thread is not None:
-            self._thread.start()
+        self._pool = ThreadPoolExecutor(1, "read-samples") if depth else None
+        self._coming = deque(self._pool.submit(next, batches) for _ in range(depth)) if self._pool else deque()
 
     def __next__(self) -> Batch:
-        if self._thread is None:
+        if self._pool is None:
             return next(self._batches)
-        item = None if self._stopped.is_set() else self._ready.get()
-        if item is None or isinstance(item, Exception):
+        if not self._coming:
+            raise StopIteration
+        try:
+            batch = self._coming.popleft().result()
+        except BaseException:  # StopIteration among them
             self.close()
-            raise item or StopIteration
-        return item
+            raise
+        self._coming.append(self._pool.submit(next, self._batches))
+        return batch
 
     def close(self) -> None:
         """End the thread; no more batches come. Safe to call twice."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _read(self) -> None:
-        end = None
-        try:
-            for batch in self._batches:
-                if not self._put(batch):
-                    return
-        except Exception as failure:  # raised by who asks for the batch
-            end = failure
-        self._put(end)
-
-    def _put(self, item: Batch | Exception | None) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+        self._coming.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def prepare_ahead(
