@@ -40,7 +40,8 @@ def first_mistake(error: ValidationError) -> str:
 def mistakes(error: ValidationError, whole: str = "") -> list[str]:
     """Return pydantic's complaints, one line for each: the field, what it should be, and its value if that is short.
 
-    `whole`: what is named where the complaint is of no field."""
+    The value of a field that is not known is not shown: it may be a password. `whole`: what is named where the
+    complaint is of no field."""
     return [_mistake(details, whole) for details in error.errors(include_url=False, include_context=False)]
 
 
@@ -50,7 +51,7 @@ def _mistake(details: ErrorDetails, whole: str) -> str:
     where, given = ".".join(map(str, details["loc"])), details["input"]
     if details["type"] == "missing":
         return f"{where} is missing"
-    if isinstance(given, str | int | float | None) and where:
+    if isinstance(given, str | int | float | None) and where and details["type"] != "extra_forbidden":
         shown = without_passwords(repr(given))
         where += f"={shown}" if len(shown) <= _SHORT else ""
     return f"{where or whole}: {message}" if where or whole else message

@@ -230,6 +230,7 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
             changed(impressions__user={"age": "number"}),
             "age.kind='number': it should be 'id' or 'dense'",
         ),
+        (changed(csv={"password": "none of yours"}), "csv.password: it is not permitted"),
         (changed(behaviors__user={"age": "dense"}), "behaviors has no user or ad columns"),
         *(
             (changed(csv={"delimiter": sign}), "is not one ASCII character")
