@@ -2,9 +2,9 @@
 
 First a manifest moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/
 names them, none that has been in expired/ for less than the grace time, and they are older than that themselves. So
-who opened a snapshot, or began a commit, less than a grace time ago finds all of its files. What a manifest named
-that a repair moved to damaged/ is not known: for a grace time from then on no data goes. Every step can be cut off
-anywhere: the next run continues. All ages are counted by the storage's own clock.
+a process that opened a snapshot, or began a commit, less than a grace time ago finds all of its files. What a
+manifest named that a repair moved to damaged/ is not known: for a grace time from then on no data goes. Every step can
+be cut off anywhere: the next run continues. All ages are counted by the storage's own clock.
 """
 
 import time

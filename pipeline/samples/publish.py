@@ -42,7 +42,7 @@ _DAY_S = 86_400
 
 @dataclass(frozen=True)
 class FolderContent:
-    """What a folder holds, and the names in it that show this: a folder without any of them is not replaced."""
+    """What a folder holds, and the names in it that show this: a folder that lacks one of them is not replaced."""
 
     name: str
     shown_by: tuple[str, ...]
@@ -173,8 +173,8 @@ def replaced_folder(
     """Give an empty folder next to `target` that takes its place when the block ends, and goes when it raises.
 
     The block writes the files of `content` into it. What killed runs left next to `target` goes as well. Raises
-    SampleError when `target` is there and holds something else, and in place of an OSError, the block's too: a full
-    disk, a place that cannot be written. Raises SampleOptionError where `target` names no folder, or the place that the
+    SampleError in place of an OSError, the block's too: a full disk, a place that cannot be written. Raises
+    SampleOptionError where `target` names no folder, or is there and holds something else, or the place that the
     program runs in or one of `spared` (by options) would go with it.
     """
     _check_named(str(target), content.name, spared or {})

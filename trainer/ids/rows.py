@@ -49,7 +49,7 @@ class IdRows:
     def zeros(
         cls, num_rows: int, width: int, state: Sequence[StatePart], device: torch.device | str, dtype: torch.dtype
     ) -> "IdRows":
-        """Make a number of rows of zeros, never touched.
+        """Make `num_rows` rows of zeros, never touched.
 
         On a CPU the system hands out memory when it is first written to: rows that nothing has touched take none."""
         shape = num_rows, numbers_of(width, state)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def horovod_rendezvous(hosts: Sequence[str], ranks: Sequence[int], address: str = "") -> Iterator[int]:
-    """Serve Horovod's rendezvous at `address` ("": all of this host) for `ranks` of each host; yield its port.
+    """Serve Horovod's rendezvous at `address` ("": this whole host), `ranks[n]` ranks on `hosts[n]`; yield the port.
 
     It is Horovod's own server: a key-value store over HTTP, without encryption or password. Ranks reach it by
     HOROVOD_GLOO_RENDEZVOUS_ADDR and _PORT, and name their host, HOROVOD_HOSTNAME, as it is named here.

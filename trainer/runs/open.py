@@ -359,7 +359,7 @@ def model_of(config: Config, schema: Schema) -> dict[str, Any]:
 
 
 def train_reader(config: Config, index: SampleIndex, schema: Schema, rank: int = 0, num_ranks: int = 1) -> SampleReader:
-    """Make the reader of samples to train on, of one rank of a number of ranks."""
+    """Make the reader of samples to train on, of rank `rank` of `num_ranks`."""
     data = config.data
     seed, window_groups = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
     return SampleReader(

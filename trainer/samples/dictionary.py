@@ -93,7 +93,7 @@ class IdDictionary:
         return found
 
     def first(self, count: int) -> tuple[list[tuple[int, str]], int]:
-        """Read a number of its entries, and how many there are in all. Raises DataError."""
+        """Read the first `count` entries, and how many there are in all. Raises DataError."""
         found: list[tuple[int, str]] = []
         with _opened(self.path) as file:
             for number in range(file.num_row_groups):

@@ -44,7 +44,7 @@ class Share(NamedTuple):
 
 
 def streams_of(data: DataConfig, row_groups: int) -> int:
-    """Choose the number of streams for training on a number of row groups.
+    """Choose the number of streams for training on `row_groups` row groups.
 
     It is as set, else the largest power of two that a batch, the row groups and the window have room for.
     """

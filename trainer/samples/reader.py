@@ -159,7 +159,7 @@ class SampleReader:
         return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
 
     def decode_shares(self, num_ranks: int) -> list[float]:
-        """Compute for each rank of a number of ranks the samples of an epoch that it decodes over those that it has."""
+        """Compute for each of `num_ranks` ranks the samples of an epoch that it decodes over those that it has."""
         return decode_shares([stream.num_samples for stream in self._streams(epoch=0)], num_ranks)
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ _ENDLESS = 1 << 30  # a field stays on its line
 
 
 def table_rows(num_distinct: int) -> int:
-    """Choose the rows of an ID table for a number of different IDs: a power of two, at least `ROWS_PER_ID` for each."""
+    """Choose the rows of an ID table for `num_distinct` IDs: a power of two, at least `ROWS_PER_ID` for each."""
     return max(SMALLEST_TABLE, 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length())
 
 

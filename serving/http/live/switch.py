@@ -1,9 +1,10 @@
 """The model that answers now, and the switch to a newer one while requests continue.
 
-A thread looks every few seconds for another version in use and for newer vectors, loads that model next to the old
-one and warms it up; the event loop then replaces the one by the other between two batches and closes the old one. No
-batch is being scored at that moment, as scoring is in the loop as well, so the last reader is done. A version that
-cannot be loaded, or fails at its warm-up, is refused: the old one stays, and the new one is tried again after a while.
+A thread looks every few seconds for another version in use and for newer vectors, loads that model while the old
+one answers, and warms it up; the event loop then replaces the one by the other between two batches and closes the old
+one. No batch is being scored at that moment, as scoring is in the loop as well, so the last reader is done. A version
+that cannot be loaded, or fails at its warm-up, is refused: the old one stays, and the new one is tried again after a
+while.
 """
 
 import asyncio
