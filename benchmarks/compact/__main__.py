@@ -1,4 +1,4 @@
-"""Measure compact features: samples per second beside the full width, its own products and FuxiCTR; bytes; GAUC.
+"""Measure compact features: samples per second against the full width, its own products and FuxiCTR; bytes; GAUC.
 
     python -m benchmarks.compact --json data/bench/compact.json
     python -m benchmarks.compact --results drawn/experiments/results.json --results photos/experiments/results.json

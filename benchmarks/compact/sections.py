@@ -1,4 +1,4 @@
-"""Figures of compact features: speed and bytes beside the full width, and what a table of experiments says of GAUC."""
+"""Figures of compact features: speed and bytes against the full width, and what a table of experiments says of GAUC."""
 
 from functools import partial
 from pathlib import Path

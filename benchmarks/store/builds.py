@@ -1,4 +1,4 @@
-"""Building the cache from the store's Parquet files, writing rows into a store, and opening: beside plain pyarrow.
+"""Building the cache from the store's Parquet files, writing rows into a store, and opening: against plain pyarrow.
 
 Cache builds all make the same files, from a warm page cache, in as many threads; the plain ones from Parquet files with
 the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,

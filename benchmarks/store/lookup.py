@@ -1,4 +1,4 @@
-"""Lookups with everything in memory: the store beside all others, in one thread and in two, with and without deltas.
+"""Lookups with everything in memory: the store against all others, in one thread and in two, with and without deltas.
 
 Random keys, new ones for each run, so that no variant finds the rows of another in the processor's cache. The store and
 numpy.take are timed once into new memory and once into a buffer, and their ratio is the lower of the two; the others

@@ -291,7 +291,7 @@ class ImagePages(PageKind):
         return encode(ids, np.asarray(snapshot.codec.decode(asked.feature_1D)[0]))
 
     def _semantic_ids(self, run: str | None) -> SemanticIds | None:
-        """Find semantic IDs beside the samples, or beside those that the run was trained on."""
+        """Find semantic IDs next to the samples, or next to those that the run was trained on."""
         if self.site.places.samples is not None:
             return self._shelf.open(self.site.places.samples)
         if run is None:
