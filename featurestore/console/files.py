@@ -1,5 +1,6 @@
 """Files that commands write: complete or not at all; numbers that JSON does not have become null."""
 
+import errno
 import json
 import math
 import os
@@ -26,8 +27,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def replaced_file(path: Path) -> Iterator[Path]:
     """Give a hidden path in the same folder, which is renamed to `path` when the block ends.
 
-    Where the block raises, what it has written is removed. Raises OSError.
+    Where the block raises, what it has written is removed. Raises OSError, also where `path` is there and is no file:
+    a device or a pipe would be gone.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is no file; name another", str(path))
     part = path.with_name(f".{path.name}")
     try:
         yield part
