@@ -55,15 +55,19 @@ def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_cl
     asyncio.run(run())
 
 
-def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now_s = 0.0
-    clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=time.perf_counter)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time that a switch sees, in `now_s`."""
+    clock = SimpleNamespace(now_s=0.0, perf_counter=time.perf_counter)
+    clock.monotonic = lambda: clock.now_s
     monkeypatch.setattr("serving.http.live.switch.time", clock)
+    return clock
 
+
+def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: SimpleNamespace
+) -> None:
     async def run() -> None:
-        nonlocal now_s
         live = live_of(tmp_path, version=1)
         await live.start()
         write_state(tmp_path, version=2, broken=True)
@@ -72,7 +76,7 @@ def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
         assert live.model.identity.version == 1
         assert value_of(live.metrics, 'serving_switches_total{result="refused"}') == 1
         write_state(tmp_path, version=2)
-        now_s = live.poll_s
+        clock.now_s = live.poll_s
         await live.look()
         assert live.model.identity.version == 2
 
@@ -81,19 +85,14 @@ def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
     assert "network.pt2" in caplog.text
 
 
-def test_pauses_between_tries_of_a_broken_version_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 0.0
-    clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=time.perf_counter)
-    monkeypatch.setattr("serving.http.live.switch.time", clock)
-
+def test_pauses_between_tries_of_a_broken_version_grow(tmp_path: Path, clock: SimpleNamespace) -> None:
     async def run() -> None:
-        nonlocal now_s
         live = live_of(tmp_path, version=1)
         await live.start()
         write_state(tmp_path, version=2, broken=True)
         for _ in range(1000):
             await live.look()
-            now_s += live.poll_s
+            clock.now_s += live.poll_s
         assert 8 <= value_of(live.metrics, 'serving_switches_total{result="refused"}') <= 12
 
     asyncio.run(run())
