@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from featurestore import log
 from featurestore.errors import CorruptFileError
@@ -16,6 +16,7 @@ from featurestore.format.datafile import info_in, read_verified
 from featurestore.spec import MAX_VERSION, Manifest, Sealed, StoreInfo, StorePath, create_sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
+from featurestore.upkeep import DATA
 
 DAMAGED = "damaged"
 _PREFIX = "note-"
@@ -80,7 +81,7 @@ def rebuild_info(url: str, dry_run: bool) -> str:
     gets a new one. Raises CorruptFileError where no file is good.
     """
     storage = Storage(url, keep_inside=True)
-    found = _info_of_a_file(storage, newest_good(storage))
+    found = _info_of_a_file(storage, newest_good(storage, folders=(log.LOG, log.EXPIRED)))
     if found is None:
         raise CorruptFileError(
             f"{storage.full(INFO_PATH)} cannot be rebuilt, as no data file of the newest snapshot is good: put it back"
@@ -94,13 +95,47 @@ def rebuild_info(url: str, dry_run: bool) -> str:
     return path
 
 
-def newest_good(storage: Storage, bad: Collection[int] = ()) -> Manifest:
-    """Read the newest manifest that is whole and none of the `bad` versions. Raises CorruptFileError without one."""
-    for version in reversed(log.versions(storage)):
-        if version not in bad:
-            with contextlib.suppress(FileNotFoundError, CorruptFileError):
-                return log.read(storage, version)
-    raise CorruptFileError(f"no manifest of {storage.url} is good: put {storage.full(log.LOG)} back from a backup")
+def newest_good(storage: Storage, bad: Collection[int] = (), folders: Sequence[str] = (log.LOG,)) -> Manifest:
+    """Read the newest manifest that is whole and none of the `bad` versions, from the first folder that has one.
+
+    Raises CorruptFileError where none has.
+    """
+    for folder in folders:
+        for version in reversed(log.versions(storage, folder)):
+            if version not in bad:
+                with contextlib.suppress(FileNotFoundError, CorruptFileError):
+                    return log.read(storage, version, folder)
+    raise CorruptFileError(
+        f"no manifest of {storage.url} is good, and none in {log.EXPIRED}/ has all of its files:"
+        f" put {storage.full(log.LOG)} back from a backup"
+    )
+
+
+def recoverable(storage: Storage, damaged: Collection[int]) -> list[Manifest]:
+    """Read the manifests in expired/ that can take the place of damaged ones of the log, ascending.
+
+    These are copies of the damaged ones themselves, and where the newest is damaged all that are newer than the newest
+    good one. Each must be whole, and name only data files that exist.
+    """
+    good = max((version for version in log.versions(storage) if version not in damaged), default=0)
+    newest = max(damaged, default=0)
+    wanted = [v for v in log.versions(storage, log.EXPIRED) if v in damaged or good < v < newest]
+    names = {entry.path for entry in storage.entries(DATA)} if wanted else set()
+    found = []
+    for version in wanted:
+        with contextlib.suppress(FileNotFoundError, CorruptFileError):
+            manifest = log.read(storage, version, log.EXPIRED)
+            if all(entry.path in names for entry in manifest.entries):
+                found.append(manifest)
+    return found
+
+
+def put_back(storage: Storage, manifest: Manifest) -> None:
+    """Move a manifest from expired/ to log/, where a damaged one of its version makes room for it."""
+    path = log.manifest_path(manifest.version)
+    keep_copy(storage, path)
+    storage.write_bytes(path, seal(manifest))
+    storage.delete_files([log.manifest_path(manifest.version, log.EXPIRED)])  # second: a kill loses none
 
 
 def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:

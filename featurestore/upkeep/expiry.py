@@ -1,6 +1,7 @@
 """Expiry: removes snapshots that nobody keeps, and after a grace time the files that only they, or dead writers, had.
 
-First a manifest moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/
+Every manifest is read before anything changes: a damaged one ends the run, as it may be the one that stays. Then a
+manifest moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/
 names them, none that has been in expired/ for less than the grace time, and they are older than that themselves. So
 a process that opened a snapshot, or began a commit, less than a grace time ago finds all of its files. What a
 manifest named that a repair moved to damaged/ is not known: for a grace time from then on no data goes. Every step can
@@ -13,17 +14,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from featurestore import log
-from featurestore.errors import StorageError
+from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.codec import CODECS
 from featurestore.spec import seal
 from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST, damage
+from featurestore.upkeep import DATA, GRACE_DAYS, KEEP_DAYS, KEEP_LAST, damage
 from featurestore.upkeep.pins import kept_versions as kept_by_name
 
-DATA = "data"
 _DAY_S = 86_400.0
 _THREADS = 8  # waiting for answers, not computing
 _MOVED_AT_ONCE = 64
@@ -61,8 +61,8 @@ def expire(
 
     The grace time must be longer than any commit takes from its first file on, and than anybody reads a snapshot
     without a pin. Readers and writers may be at work; run one expiry at a time. Lists all files once, and reads all
-    manifests that stay. Raises CorruptFileError where one of these, a pin or a channel is damaged, as then nobody knows
-    what is needed; nothing is deleted.
+    manifests. Raises CorruptFileError where one of these, a pin or a channel is damaged, as then nobody knows what is
+    needed; nothing is moved or deleted.
     """
     for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
         if not value >= 0:
@@ -110,13 +110,17 @@ class _Expiry:
         pinned = kept_by_name(self.storage)
         wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
         leaving = [version for version, _ in made_s if version not in wanted]
+        staying = [version for version, _ in made_s if version in wanted]
+        kept_files = self._files(staying, (log.LOG, log.EXPIRED))
+        self._files(leaving, (log.LOG, log.EXPIRED))
+        self._files(self._expired((), [version for version, _ in made_s]), (log.EXPIRED, log.LOG))
         if not self.dry_run:
             leaving = self.move_aside(leaving)
-        # Listed before the manifests are read: what is committed from here on is named by one of them.
+        # Listed before the other manifests are read: what is committed from here on is named by one of them.
         listed = self.storage.entries()
         kept = [version for version in log.versions(self.storage) if version not in leaving]
+        kept_files |= self._files([version for version in kept if version not in staying], (log.LOG, log.EXPIRED))
         expired = self._expired(leaving, kept)  # after log/: what another expiry moves now is in one of the two
-        kept_files = self._files(kept, (log.LOG, log.EXPIRED))
         expired_files = self._files(expired, (log.EXPIRED, log.LOG))
         waiting = {path: size for path, size in expired_files.items() if path not in kept_files}
         num_damaged = self._num_put_aside()  # after the others: a repair copies a manifest before it takes it away
@@ -204,7 +208,11 @@ class _Expiry:
         return found
 
     def _files_of(self, version: int, folders: Sequence[str]) -> dict[str, int]:
-        manifest = log.find(self.storage, version, folders)
+        try:
+            manifest = log.find(self.storage, version, folders)
+        except CorruptFileError as error:
+            way_out = f"python -m featurestore repair {self.store.url}, then run expire again"
+            raise CorruptFileError(f"{error}; {way_out}") from error
         if manifest is None:
             raise StorageError(
                 f"the manifest of snapshot {version} of {self.store.url} was removed just now, so nobody knows its"

@@ -8,6 +8,8 @@
 - A damaged manifest moves to damaged/. Where it was the newest, the newest good one is committed again first, under the
   next number; the files of the lost commit stay until `expire` removes them. Where nothing was committed under its
   number, as there is a gap before it, it is a stray file, and the numbers continue after the newest good one.
+- Where expired/ has manifests that are newer than the newest good one, with all their data files, they are put back
+  first; so is a copy of the damaged manifest itself.
 - A file with a name that no manifest can have moves from log/ to damaged/.
 - Damaged quarantine files and expired manifests move to damaged/. A damaged store.json is rebuilt from a data file.
 """
@@ -30,7 +32,7 @@ from featurestore.spec import FileEntry
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
-from featurestore.upkeep.damage import newest_good, rebuild_info, recommit, was_committed
+from featurestore.upkeep.damage import newest_good, put_back, rebuild_info, recommit, recoverable, was_committed
 from featurestore.upkeep.filecheck import readable_keys
 from featurestore.upkeep.verify import Problem, verify
 
@@ -66,6 +68,10 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
         problems = verify(url, progress=progress).problems
         store = url
     store = FeatureStore.open(store) if isinstance(store, str) else store
+    if _put_back(store, problems, report, dry_run):
+        if dry_run:
+            return report
+        problems = verify(store, progress=progress).problems
     by_kind: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         by_kind[problem.kind].append(problem)
@@ -79,6 +85,19 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
         problem for kind in ("folder", "codec", "basis", "order", "pin", "collision") for problem in by_kind[kind]
     ]
     return report
+
+
+def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> bool:
+    """Put manifests back into the log that expired/ still has; return whether there were any.
+
+    The oldest first: a repair that was cut off finds the others again."""
+    damaged = {version for problem in problems if problem.kind == "manifest" for version in problem.versions}
+    found = recoverable(store.storage, damaged)
+    for manifest in found:
+        report.actions.append(f"put snapshot {manifest.version} back from {log.EXPIRED}/")
+        if not dry_run:
+            put_back(store.storage, manifest)
+    return bool(found)
 
 
 def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:

@@ -18,8 +18,7 @@ from featurestore.staging import STAGING
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
-from featurestore.upkeep import damage, pins
-from featurestore.upkeep.expiry import DATA
+from featurestore.upkeep import DATA, damage, pins
 from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 
 _MEMORY_BYTES = 256 << 20

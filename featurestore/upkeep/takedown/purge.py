@@ -24,8 +24,9 @@ from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
+from featurestore.upkeep import DATA
 from featurestore.upkeep.damage import DAMAGED
-from featurestore.upkeep.expiry import DATA, move_aside
+from featurestore.upkeep.expiry import move_aside
 from featurestore.upkeep.pins import Pin, read_pins, unpin
 from featurestore.upkeep.promotion.moving import move_channel
 from featurestore.upkeep.takedown.absence import AbsenceReport, Images, Trace, find_traces

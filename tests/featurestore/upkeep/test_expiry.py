@@ -222,17 +222,31 @@ class TestWhatDeadWritersLeft:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("path", ["log/00000000000000000004.json", "pins/a.json"])
-    def test_nothing_is_deleted_where_it_is_not_known_what_is_needed(self, merged: FeatureStore, path: str) -> None:
+    @pytest.mark.parametrize(
+        "damaged",
+        [
+            [log.manifest_path(4)],
+            [log.manifest_path(3)],
+            [log.manifest_path(2)],
+            [log.manifest_path(version) for version in (2, 3, 4)],
+            [log.manifest_path(1, log.EXPIRED)],
+            ["pins/a.json"],
+        ],
+        ids=["newest", "kept", "leaving", "all", "expired", "pin"],
+    )
+    def test_nothing_changes_where_it_is_not_known_what_is_needed(
+        self, merged: FeatureStore, damaged: list[str]
+    ) -> None:
+        expire_to(merged, 3)
         pin(merged, "a", 3)
-        expire_to(merged, 1)
-        age(merged, 100)
-        data = files_of(merged, "data")
-        damaged = Path(merged.url) / path
-        damaged.write_bytes(damaged.read_bytes().replace(b'"writer": "', b'"writer": "x'))
-        with pytest.raises(CorruptFileError, match=path):
-            expire_to(merged, 1)
-        assert files_of(merged, "data") == data
+        for path in damaged:
+            file = Path(merged.url) / path
+            file.write_bytes(file.read_bytes().replace(b'"writer": "', b'"writer": "x'))
+        before = merged.storage.entries()
+        for dry_run in (True, False):
+            with pytest.raises(CorruptFileError, match="|".join(damaged)):
+                expire_to(merged, 1, dry_run=dry_run)
+        assert merged.storage.entries() == before
 
     @pytest.mark.parametrize("folder", ["log", "expired"])
     def test_what_a_damaged_manifest_named_waits_for_the_grace_time(self, merged: FeatureStore, folder: str) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo, shard_of
 from featurestore.__main__ import app
 from featurestore.errors import CommitConflictError, CorruptFileError
-from featurestore.log import manifest_path
+from featurestore.log import EXPIRED, manifest_path, versions
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
@@ -272,6 +272,50 @@ def test_a_damaged_old_manifest_moves_away(filled: FeatureStore) -> None:
     assert filled.storage.list("log") == [f"{2:020d}.json", f"{3:020d}.json"]
 
 
+def leave_in_expired(store: FeatureStore, damaged: list[int], aside: list[int]) -> None:
+    """Damage manifests, and move others to expired/, as an expiry does."""
+    for version in aside:
+        store.storage.write_bytes(manifest_path(version, EXPIRED), store.storage.read_bytes(manifest_path(version)))
+        if version not in damaged:
+            store.storage.delete(manifest_path(version))
+    for version in damaged:
+        spoil(store, manifest_path(version))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "aside", "left", "rows_of"),
+    [
+        ([3], [1, 2], [1, 2, 4], 2),  # all that was kept
+        ([3], [2], [1, 2, 4], 2),  # 1 is kept by a pin
+        ([2, 3], [1], [1, 4], 1),
+        ([2], [2], [1, 2, 3], 3),  # an expiry was killed between its two steps
+        ([2], [1], [3], 3),  # the newest is good: 1 has expired
+        ([1], [2], [3], 3),
+    ],
+)
+def test_manifests_come_back_from_expired(
+    filled: FeatureStore, tmp_path: Path, damaged: list[int], aside: list[int], left: list[int], rows_of: int
+) -> None:
+    before = everything(filled, rows_of)
+    leave_in_expired(filled, damaged, aside)
+    would = repair(filled, dry_run=True)
+    actions = repair(filled).actions
+    assert actions[: len(would.actions)] == would.actions
+    assert versions(filled.storage) == left and everything(filled) == before
+    assert not set(versions(filled.storage, EXPIRED)) & set(left)
+    check_whole(filled, tmp_path)
+
+
+def test_a_manifest_whose_files_are_gone_stays_in_expired(filled: FeatureStore) -> None:
+    """A purge deletes files at once: its rows must not come back with an old manifest."""
+    before, gone = everything(filled, 1), filled.snapshot(2).manifest.files(SHARD)[1]
+    leave_in_expired(filled, [3], [2])
+    filled.storage.delete(gone.path)
+    repair(filled)
+    assert (versions(filled.storage), versions(filled.storage, EXPIRED)) == ([1, 4], [2])
+    assert everything(filled) == before
+
+
 def test_damaged_manifest_and_data_at_once(filled: FeatureStore, tmp_path: Path) -> None:
     spoil(filled, manifest_path(3))
     spoil(filled, filled.snapshot(2).manifest.files(SHARD)[0].path)
@@ -362,6 +406,21 @@ def repair_until(store: FeatureStore, num_writes: int) -> bool:
     except Killed:
         return False
     return True
+
+
+@pytest.mark.long
+def test_killed_before_any_write_the_next_run_puts_the_others_back(filled: FeatureStore, tmp_path: Path) -> None:
+    before = everything(filled, 2)
+    leave_in_expired(filled, [3], [1, 2])
+    for num_writes in range(100):
+        store = FeatureStore.open(shutil.copytree(filled.url, tmp_path / str(num_writes)))
+        done = repair_until(store, num_writes)
+        repair(store)
+        assert everything(store) == before
+        assert (versions(store.storage), verify(store).problems) == ([1, 2, 4], [])
+        if done:
+            break
+    assert 5 < num_writes < 99
 
 
 @pytest.mark.long
