@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo, shard_of
 from featurestore.__main__ import app
 from featurestore.errors import CommitConflictError, CorruptFileError
-from featurestore.log import EXPIRED, manifest_path, versions
+from featurestore.log import manifest_path
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
@@ -21,32 +21,8 @@ from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin
 from featurestore.upkeep.repair import RepairReport, repair
 from featurestore.upkeep.verify import verify
-from tests.faulty import Fault, faulty, preceded_by
-
-SHARD = 3
-
-
-@pytest.fixture
-def filled(filled_by, make_rows) -> FeatureStore:
-    """400 images; of 200 of them newer rows, of 20 of those tombstones."""
-
-    def fill(store: FeatureStore) -> None:
-        store.put(make_rows(400, store.info, seed=0))
-        store.put(make_rows(200, store.info, seed=1))
-        store.delete(make_rows(20, store.info).keys_N)
-
-    return filled_by(fill)
-
-
-def files_of(store: FeatureStore, shard: int = SHARD) -> tuple[FileEntry, ...]:
-    return store.snapshot().manifest.files(shard)
-
-
-def spoil(store: FeatureStore, path: str, place: int | None = None) -> None:
-    file = Path(store.url) / path
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2 if place is None else place] ^= 1
-    file.write_bytes(data)
+from tests.faulty import faulty, preceded_by
+from tests.featurestore.upkeep.damaged import SHARD, check_whole, everything, files_of, repair_until, spoil
 
 
 def spoil_features(store: FeatureStore, entry: FileEntry) -> None:
@@ -58,23 +34,6 @@ def spoil_features(store: FeatureStore, entry: FileEntry) -> None:
 
 def keys_in(store: FeatureStore, entry: FileEntry) -> set[int]:
     return set(pq.read_table(Path(store.url) / entry.path)["key"].to_pylist())
-
-
-def everything(store: FeatureStore, version: int | None = None) -> dict[int, bytes]:
-    """Features by key."""
-    snapshot = store.snapshot(version)
-    rows = [snapshot.read_shard(shard) for shard in range(8)]
-    return {int(key): row.tobytes() for each in rows for key, row in zip(each.keys_N, each.features_ND, strict=True)}
-
-
-def check_whole(store: FeatureStore, tmp_path: Path) -> None:
-    """Nothing to complain of, and a partition serves exactly the snapshot."""
-    assert verify(store).problems == []
-    held = everything(store)
-    with FeaturePartition.load(store, cache_dir=tmp_path / "cache") as partition:
-        assert partition.num_rows == len(held)
-        found = partition.lookup(np.array(list(held), np.int64)).features_UD
-    assert [row.tobytes() for row in found] == list(held.values())
 
 
 def test_nothing_to_repair(filled: FeatureStore) -> None:
@@ -237,85 +196,6 @@ def test_damaged_statistics_are_dropped(store: FeatureStore, make_rows, tmp_path
     check_whole(store, tmp_path)
 
 
-def test_a_damaged_newest_manifest_gives_way_to_the_one_before(filled: FeatureStore, make_rows, tmp_path: Path) -> None:
-    before = everything(filled, 2)
-    spoil(filled, manifest_path(3))
-    with pytest.raises(CorruptFileError):
-        filled.snapshot()
-    report = repair(filled)
-    assert report.version == 4 and "what 3 had changed is lost" in report.actions[0]
-    assert everything(filled) == before and filled.snapshot().version == 4
-    assert filled.storage.list("damaged") == [f"log-{3:020d}.json"]
-    check_whole(filled, tmp_path)
-    filled.put(make_rows(1, filled.info, first=5000))
-    assert filled.snapshot().version == 5 and verify(filled).problems == []
-
-
-def test_readers_never_find_a_damaged_newest_manifest_gone(
-    filled: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The good one is committed before the damaged one moves: a writer in between would take its number."""
-    spoil(filled, manifest_path(3))
-    seen: list[int] = []
-    monkeypatch.setattr(
-        "featurestore.upkeep.damage.put_aside", lambda storage, path: seen.append(filled.snapshot().version)
-    )
-    repair(filled)
-    assert seen == [4]
-
-
-def test_a_damaged_old_manifest_moves_away(filled: FeatureStore) -> None:
-    spoil(filled, manifest_path(1))
-    before = everything(filled)
-    assert repair(filled).version is None
-    assert everything(filled) == before and verify(filled).problems == []
-    assert filled.storage.list("log") == [f"{2:020d}.json", f"{3:020d}.json"]
-
-
-def leave_in_expired(store: FeatureStore, damaged: list[int], aside: list[int]) -> None:
-    """Damage manifests, and move others to expired/, as an expiry does."""
-    for version in aside:
-        store.storage.write_bytes(manifest_path(version, EXPIRED), store.storage.read_bytes(manifest_path(version)))
-        if version not in damaged:
-            store.storage.delete(manifest_path(version))
-    for version in damaged:
-        spoil(store, manifest_path(version))
-
-
-@pytest.mark.parametrize(
-    ("damaged", "aside", "left", "rows_of"),
-    [
-        ([3], [1, 2], [1, 2, 4], 2),  # all that was kept
-        ([3], [2], [1, 2, 4], 2),  # 1 is kept by a pin
-        ([2, 3], [1], [1, 4], 1),
-        ([2], [2], [1, 2, 3], 3),  # an expiry was killed between its two steps
-        ([2], [1], [3], 3),  # the newest is good: 1 has expired
-        ([1], [2], [3], 3),
-    ],
-)
-def test_manifests_come_back_from_expired(
-    filled: FeatureStore, tmp_path: Path, damaged: list[int], aside: list[int], left: list[int], rows_of: int
-) -> None:
-    before = everything(filled, rows_of)
-    leave_in_expired(filled, damaged, aside)
-    would = repair(filled, dry_run=True)
-    actions = repair(filled).actions
-    assert actions[: len(would.actions)] == would.actions
-    assert versions(filled.storage) == left and everything(filled) == before
-    assert not set(versions(filled.storage, EXPIRED)) & set(left)
-    check_whole(filled, tmp_path)
-
-
-def test_a_manifest_whose_files_are_gone_stays_in_expired(filled: FeatureStore) -> None:
-    """A purge deletes files at once: its rows must not come back with an old manifest."""
-    before, gone = everything(filled, 1), filled.snapshot(2).manifest.files(SHARD)[1]
-    leave_in_expired(filled, [3], [2])
-    filled.storage.delete(gone.path)
-    repair(filled)
-    assert (versions(filled.storage), versions(filled.storage, EXPIRED)) == ([1, 4], [2])
-    assert everything(filled) == before
-
-
 def test_damaged_manifest_and_data_at_once(filled: FeatureStore, tmp_path: Path) -> None:
     spoil(filled, manifest_path(3))
     spoil(filled, filled.snapshot(2).manifest.files(SHARD)[0].path)
@@ -385,42 +265,6 @@ def test_the_command_prints_what_it_does(filled: FeatureStore) -> None:
     spoil(filled, "pins/best.json")
     left = run(app, ["repair", filled.url])
     assert left.exit_code == 1 and "left: " in left.output and "unpin" in left.output
-
-
-class Killed(BaseException):
-    """As good as a kill: nothing in between catches it."""
-
-
-def repair_until(store: FeatureStore, num_writes: int) -> bool:
-    """Repair a store, killed before a write; whether it came to its end first."""
-    writes = iter(range(num_writes))
-
-    def mortal(write: Fault, *arguments: object) -> object:
-        if next(writes, None) is None:
-            raise Killed
-        return write(*arguments)
-
-    names = ("write_bytes", "create_exclusive", "open_output", "delete_files")
-    try:
-        repair(faulty(store, **dict.fromkeys(names, mortal)))
-    except Killed:
-        return False
-    return True
-
-
-@pytest.mark.long
-def test_killed_before_any_write_the_next_run_puts_the_others_back(filled: FeatureStore, tmp_path: Path) -> None:
-    before = everything(filled, 2)
-    leave_in_expired(filled, [3], [1, 2])
-    for num_writes in range(100):
-        store = FeatureStore.open(shutil.copytree(filled.url, tmp_path / str(num_writes)))
-        done = repair_until(store, num_writes)
-        repair(store)
-        assert everything(store) == before
-        assert (versions(store.storage), verify(store).problems) == ([1, 2, 4], [])
-        if done:
-            break
-    assert 5 < num_writes < 99
 
 
 @pytest.mark.long

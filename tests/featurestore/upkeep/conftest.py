@@ -1,0 +1,17 @@
+"""A store whose rows have three ages."""
+
+import pytest
+
+from featurestore import FeatureStore
+
+
+@pytest.fixture
+def filled(filled_by, make_rows) -> FeatureStore:
+    """400 images; of 200 of them newer rows, of 20 of those tombstones."""
+
+    def fill(store: FeatureStore) -> None:
+        store.put(make_rows(400, store.info, seed=0))
+        store.put(make_rows(200, store.info, seed=1))
+        store.delete(make_rows(20, store.info).keys_N)
+
+    return filled_by(fill)
