@@ -7,7 +7,9 @@ UserError
     ├── ServerSettingsError    what the server was started with does not work
     ├── ListenError            nobody can listen at the address: the port is taken, the name unknown
     └── RequestError           a request that cannot be scored: which field, which value, the way out
-        └── RequestTooLargeError   more candidates or bytes than the scorer takes
+        ├── RequestTooLargeError   more candidates or bytes than the scorer takes
+        └── NotFiniteError         logits that are not finite numbers
+            └── OverflowingInputError   because a value is too large for its field's transform
 
 Every class takes its message alone, so that each survives pickling between processes.
 """
@@ -35,6 +37,14 @@ class RequestError(ServingError):
 
 class RequestTooLargeError(RequestError):
     """A request with more candidates, values or bytes than the scorer takes."""
+
+
+class NotFiniteError(RequestError):
+    """A request for which the network gives logits that are not finite numbers."""
+
+
+class OverflowingInputError(NotFiniteError):
+    """A request with a number that its field's transform makes infinite."""
 
 
 class ServerSettingsError(ServingError):

@@ -4,7 +4,8 @@ TrainerError
 ├── ConfigError       a setting is unknown, out of range, or does not fit another
 ├── SchemaError       the schema of the samples contradicts itself or the model
 ├── DataError         a sample file or a value in it cannot be used
-│   └── DataNotFoundError        no such samples or table, or nothing in it
+│   ├── DataNotFoundError        no such samples or table, or nothing in it
+│   └── OverflowingValueError    a number that its field's transform makes infinite
 ├── CheckpointError   a checkpoint is damaged, or of another run
 │   ├── CheckpointNotFoundError  no such checkpoint
 │   ├── DamagedCheckpointError   its files are not those that were written
@@ -44,6 +45,22 @@ class DataNotFoundError(DataError):
     """There are no such samples, or no such table."""
 
     exit_code = USAGE
+
+
+class OverflowingValueError(DataError):
+    """A value of a dense field's column, in row `row` of the field, is infinite once its transform is applied."""
+
+    def __init__(self, column: str, row: int, value: float) -> None:
+        super().__init__(column, row, value)
+        self.column, self.row, self.value = column, row, value
+
+    def __str__(self) -> str:
+        return f"column {self.column} has {self.why}"
+
+    @property
+    def why(self) -> str:
+        """Say what is wrong with the value, and the way out."""
+        return f"{self.value:g}, which its field's transform makes infinite as float32; correct it or leave it out"
 
 
 class CheckpointError(TrainerError):

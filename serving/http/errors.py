@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import orjson
 from starlette.responses import Response
 
-from serving.errors import RequestError, RequestTooLargeError
+from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
 from serving.http.limits import RefusedError
 from serving.http.live.switch import NotReadyError
 
@@ -21,7 +21,7 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
 
 
 def response_of(error: Exception) -> Response:
-    """Turn an error into its answer: 413 and 400 of requests, what a RefusedError says, 503 before a model is ready.
+    """Turn an error into its answer: 413, 422, 400 of requests, what a RefusedError says, 503 before a model is ready.
 
     Whatever else happens is a bug: 500, and the log gets the places in the code but not the message, which may hold
     what a user sent.
@@ -30,6 +30,8 @@ def response_of(error: Exception) -> Response:
         return error_response(error.status, error.message, error.headers)
     if isinstance(error, RequestTooLargeError):
         return error_response(413, str(error))
+    if isinstance(error, NotFiniteError):
+        return error_response(422, str(error))
     if isinstance(error, RequestError):
         return error_response(400, str(error))
     if isinstance(error, NotReadyError):

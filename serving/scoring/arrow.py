@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from serving.errors import RequestError
+from serving.errors import OverflowingInputError, RequestError
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import Bool, DecodedRequests, batch_of
-from trainer.errors import DataError, SchemaError
+from trainer.errors import DataError, OverflowingValueError, SchemaError
 from trainer.samples.batch import Jagged
 from trainer.samples.columns import Rule, check_types, decode_unlabelled
 from trainer.schema import Field
@@ -39,7 +39,31 @@ def decode_table(columns: RequestColumns, table: pa.Table) -> DecodedRequests:
     def taken(field: Field, column: str) -> Jagged:
         return Jagged(*groups.columns[column].take(rows[field.side]))
 
-    return DecodedRequests(batch_of(columns, taken, counts_G), counts_G, nulls)
+    try:
+        batch = batch_of(columns, taken, counts_G)
+    except OverflowingValueError as failure:
+        row = failure.row
+        if columns.rules[failure.column].side == "ad":
+            row = int(np.searchsorted(groups.sample_offsets, row, side="right")) - 1
+        raise OverflowingInputError(f"{_TABLE}, row {row}: {failure}") from None
+    return DecodedRequests(batch, counts_G, nulls)
+
+
+def scorable_rows(columns: RequestColumns, table: pa.Table) -> pa.Table:
+    """Leave out the rows with a number that its field's transform makes infinite: no version can score them."""
+    try:
+        decode_table(columns, table)
+        return table
+    except OverflowingInputError:
+        return table.filter(pa.array([_is_scorable(columns, table.slice(row, 1)) for row in range(table.num_rows)]))
+
+
+def _is_scorable(columns: RequestColumns, row: pa.Table) -> bool:
+    try:
+        decode_table(columns, row)
+    except OverflowingInputError:
+        return False
+    return True
 
 
 def _without_nulls(table: pa.Table, column: str, rule: Rule) -> tuple[pa.Table, Bool | None]:

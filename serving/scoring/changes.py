@@ -18,6 +18,8 @@ from serving.bundle.open import Bundle
 from serving.bundle.publish import PublishReport
 from serving.bundle.vectors import VectorTable
 from serving.bundle.writerows import SavedTables, rows_at
+from serving.scoring.arrow import scorable_rows
+from serving.scoring.columns import RequestColumns
 from serving.scoring.request import Request
 from serving.scoring.scorer import Scorer
 from trainer.runs.saved import SavedRun
@@ -95,7 +97,7 @@ def _with_vectors(bundle: Bundle, snapshots: dict[str, int]) -> Bundle:
 
 
 def _sample_of(bundle: Bundle) -> pa.Table:
-    return pq.read_table(bundle.files.path(SAMPLE))
+    return scorable_rows(RequestColumns(bundle.schema, bundle.fields), pq.read_table(bundle.files.path(SAMPLE)))
 
 
 def drawn_requests(columns: Mapping[str, Rule]) -> list[Request]:

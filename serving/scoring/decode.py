@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import RequestError
+from serving.errors import OverflowingInputError, RequestError
 from serving.scoring import values as of_values
 from serving.scoring.columns import RequestColumns, expected
 from serving.scoring.request import Request
 from serving.scoring.values import UnusableValueError, as_list, flattened
+from trainer.errors import OverflowingValueError
 from trainer.samples.batch import Batch, Jagged
 from trainer.samples.columns import Index, Rule, Values, sizes_of
 from trainer.samples.reader import inputs_of
@@ -164,7 +165,11 @@ class _Reader:
                 jagged[sizes_of(name)] = Jagged(levels[-1], _int32(levels[0]) if len(levels) > 1 else self._ones["ad"])
             lengths = _int32(_images_of(levels) if len(levels) > 1 else levels[0]) if levels else self._ones[rule.side]
             jagged[name] = Jagged(column.values, lengths)
-        batch = batch_of(self._columns, taken, self._counts_G)
+        try:
+            batch = batch_of(self._columns, taken, self._counts_G)
+        except OverflowingValueError as failure:
+            path = self._path(failure.column, self._columns.rules[failure.column], (), failure.row)
+            raise OverflowingInputError(f"{path} has {failure.why}") from None
         nulls = {name: column.is_null_N for name, column in found.items() if column.is_null_N is not None}
         return DecodedRequests(batch, self._counts_G, nulls)
 

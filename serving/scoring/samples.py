@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from serving.errors import NotFiniteError
 from serving.scoring.scorer import Scorer
 from trainer.comm import SoloComm
+from trainer.errors import DataError
 from trainer.evaluation.scores import Written, open_scores
 from trainer.runs.saved import TEST
 from trainer.samples.columns import Rule
@@ -27,8 +29,14 @@ def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, R
     """
     for row_group, table in read_row_groups(index.storage, index.row_groups, list(columns)):
         rows = max(1, _BLOCK_CANDIDATES * row_group.num_groups // row_group.num_samples)
-        blocks = [table.slice(start, rows) for start in range(0, table.num_rows, rows)]
-        yield np.concatenate([np.concatenate(score(block)) for block in blocks]).astype(np.float64)
+        logits: list[NDArray[np.float32]] = []
+        for start in range(0, table.num_rows, rows):
+            try:
+                logits += score(table.slice(start, rows))
+            except NotFiniteError as failure:
+                first = f"{index.storage.full(row_group.file)}, from row {row_group.first_row + start}"
+                raise DataError(f"{first}: {failure}") from None
+        yield np.concatenate(logits).astype(np.float64)
 
 
 def score_model(url: str, samples: str, out: str, version: int | None = None) -> Written:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle, BundleIdentity
-from serving.errors import RequestError
-from serving.scoring.arrow import decode_table
+from serving.errors import NotFiniteError, RequestError
+from serving.scoring.arrow import decode_table, scorable_rows
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import Bool, DecodedRequests, decode_requests
 from serving.scoring.inputs import InputMaker, Lookups
@@ -81,8 +83,14 @@ class Scorer:
         """When the vectors of each store were committed, in seconds since 1970."""
         return {name: table.time_s for name, table in self._bundle.vectors.items()}
 
+    def sample(self) -> pa.Table | None:
+        """Read the bundle's own sample, without the rows that no version can score; None where it has none."""
+        if self._bundle.manifest.file(SAMPLE) is None:
+            return None
+        return scorable_rows(self._columns, pq.read_table(self._bundle.files.path(SAMPLE)))
+
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """Score all requests, in one call of the network; none of them, if one is wrong. Raises RequestError."""
+        """Score all requests; none of them, if one is wrong. Raises RequestError: NotFiniteError for bad logits."""
         return self._scored(decode_requests(self._columns, requests)) if requests else []
 
     def score_table(self, table: pa.Table) -> list[Scored]:
@@ -101,6 +109,8 @@ class Scorer:
                 raise RequestError(str(failure)) from None
         lookups = self._maker.make(decoded)
         logits_B = self._network.score(lookups.inputs)
+        if not np.isfinite(logits_B).all():
+            raise _not_finite(decoded, lookups, logits_B)
         ends = np.cumsum(decoded.counts_G).tolist()
         parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         unknown, missing = self._unknown_and_missing(decoded, lookups)
@@ -119,6 +129,20 @@ class Scorer:
                 for request, places in _by_request(decoded, self._field_of[name], mask_N):
                     found.setdefault(request, {})[name] = places
         return found_in
+
+
+def _not_finite(decoded: DecodedRequests, lookups: Lookups, logits_B: NDArray[np.float32]) -> NotFiniteError:
+    """Name the first candidate without a finite logit, and the field with the largest number, which may be why."""
+    place = int((~np.isfinite(logits_B)).argmax())
+    request = int(decoded.batch.group_of_sample_B[place])
+    candidate = place - int(decoded.counts_G[:request].sum())
+    numbers = dict(lookups.inputs.dense)
+    numbers |= {name: rows.weights_N for name, rows in lookups.inputs.fields.items() if rows.weights_N is not None}
+    largest = {name: float(np.abs(values).max(initial=0)) for name, values in numbers.items()}
+    name = max(largest, key=lambda each: largest[each], default="")
+    why = f"; the largest number is {largest[name]:g}, of field {name}: send smaller ones" if name else ""
+    where = f"requests[{request}]: " if len(decoded.counts_G) > 1 else ""
+    return NotFiniteError(f"{where}the logit of candidate {candidate} is not a finite number{why}")
 
 
 def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:

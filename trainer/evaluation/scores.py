@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.comm import Comm
+from trainer.errors import DataError
 from trainer.evaluation.impressions import seconds_of
 from trainer.evaluation.predict import Float, predict
 from trainer.files import file_at
@@ -88,6 +89,11 @@ class ScoreFile:
 
         Raises DataError, SchemaError.
         """
+        if not np.isfinite(logit_B).all():
+            impression = int((~np.isfinite(logit_B)).argmax())
+            file = self._index.storage.full(row_group.file)
+            where = f"{file}, impression {impression} of the row group from row {row_group.first_row}"
+            raise DataError(f"{where}: its logit is {logit_B[impression]}; correct its values, or leave it out")
         table = self._rows(row_group, logit_B.astype(np.float64))
         self._write(table)
         sums = [len(table), *(table[name].to_numpy().sum(dtype=np.float64) for name in ("label", "probability"))]

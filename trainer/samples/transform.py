@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import SchemaError
+from trainer.errors import OverflowingValueError, SchemaError
 from trainer.schema import Field
 from trainer.schema.numbers import LOGARITHMIC, STANDARDIZED
 
@@ -17,7 +17,10 @@ Float64 = NDArray[np.float64]
 
 
 def dense_values(field: Field, values_N: NDArray[Any]) -> NDArray[np.float32]:
-    """Compute the values of a dense field, a whole number of rows, as float32 (M, W), by way of float64."""
+    """Compute the values of a dense field, a whole number of rows, as float32 (M, W), by way of float64.
+
+    Raises OverflowingValueError for a value that the transform makes infinite.
+    """
     width = field.width or 1
     if field.transform is None and field.fill is None:
         return values_N.astype(np.float32, copy=False).reshape(-1, width)
@@ -27,7 +30,12 @@ def dense_values(field: Field, values_N: NDArray[Any]) -> NDArray[np.float32]:
         values_MW = np.where(np.isnan(values_MW), np.array(field.mean), values_MW)
     if field.transform in STANDARDIZED:
         values_MW = (values_MW - np.array(field.mean)) / np.array(field.std)
-    return values_MW.astype(np.float32)
+    with np.errstate(over="ignore"):
+        found_MW = values_MW.astype(np.float32)
+    if not np.isfinite(found_MW).all():
+        place = int((~np.isfinite(found_MW)).argmax())
+        raise OverflowingValueError(field.column_name, place // width, float(values_N[place]))
+    return found_MW
 
 
 def before_scaling(field: Field, values: NDArray[Any]) -> Float64:

@@ -52,11 +52,15 @@ class Model(Protocol):
         ...
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """Score all requests in one call of the network. Raises RequestError."""
+        """Score all requests. Raises RequestError: NotFiniteError where a logit is not a finite number."""
         ...
 
     def score_table(self, table: pa.Table) -> list[Scored]:
         """Score a table with columns as in the sample files, a request a row. Raises RequestError."""
+        ...
+
+    def sample(self) -> pa.Table | None:
+        """Read the rows that this version is judged by; None where it has none."""
         ...
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Requests that warm up a model before it answers: recorded ones, else made-up ones that fit its columns.
 
-Warming up is also the last check of a new version: it has to score every request, each with finite numbers.
+Warming up is also the last check of a new version: it has to score made-up requests and the rows of its own sample,
+each with finite numbers. A recorded request is no judge: one that cannot be scored is left out.
 Recording keeps what users sent in memory, and writes it to a disk only where a file is named (--record-file).
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 import orjson
 
 from featurestore.text.plain import one_line
-from serving.errors import BrokenBundleError, RequestError
+from serving.errors import BrokenBundleError, NotFiniteError, RequestError
 from serving.http.codec import as_json, request_of
 from serving.http.live.model import Model
 from serving.scoring.request import Request
@@ -70,17 +71,34 @@ class Recorder:
 
 
 def warm_up(model: Model, recorder: Recorder) -> int:
-    """Score recorded requests, or made-up ones where none fits the model; returns how many.
+    """Judge a model, then score recorded requests that it takes, else made-up ones; returns how many.
 
-    Raises BrokenBundleError where a score is not finite, and whatever else the model raises.
+    A version is judged by made-up requests and the bundle's own sample: what users sent says nothing against it, and
+    is dropped where it cannot be scored. Raises BrokenBundleError where a score is not finite, and whatever else the
+    model raises.
     """
+    drawn = list(made_up(model.columns))
+    _judge(model, drawn)
     fitting = [request for request in recorder.recorded() if _fits(model, request)]
-    requests = fitting or list(made_up(model.columns))
+    requests = fitting or drawn
     for _ in range(ROUNDS):
         for request in requests:
-            _score(model, [request])
-        _score(model, requests)
+            model.score([request])
+        if not fitting:
+            model.score(requests)
     return len(requests)
+
+
+def _judge(model: Model, drawn: Sequence[Request]) -> None:
+    """Raise BrokenBundleError where a made-up request, or a row of the sample, gets a logit that is not finite."""
+    sample = model.sample()
+    rows = [] if sample is None else [sample.slice(row, 1) for row in range(sample.num_rows)]
+    try:
+        scored = [*model.score(drawn), *(each for row in rows for each in model.score_table(row))]
+    except NotFiniteError as error:
+        raise _unsound(model) from error
+    if not all(np.isfinite(each.logits_C).all() for each in scored):
+        raise _unsound(model)
 
 
 def made_up(columns: Mapping[str, Rule]) -> Iterable[Request]:
@@ -104,19 +122,20 @@ def _value(rule: Rule, count: int) -> Any:
 
 def _fits(model: Model, request: Request) -> bool:
     try:
-        model.score([request])
-    except RequestError:  # of columns that this version does not have any more
+        scored = model.score([request])
+    except RequestError:  # of columns that this version does not have any more, or of numbers too large for it
         return False
-    return True
+    except Exception as error:
+        logger.warning("a recorded request is left out: it cannot be scored (%s)", type(error).__name__)
+        return False
+    return all(np.isfinite(each.logits_C).all() for each in scored)
 
 
-def _score(model: Model, requests: Sequence[Request]) -> None:
-    for scored in model.score(requests):
-        if not np.isfinite(scored.logits_C).all():
-            raise BrokenBundleError(
-                f"version {model.identity.version} gives scores that are no finite numbers: export a sound run, or go "
-                "back by `python -m serving use`"
-            )
+def _unsound(model: Model) -> BrokenBundleError:
+    return BrokenBundleError(
+        f"version {model.identity.version} gives scores that are no finite numbers: export a sound run, or go "
+        "back by `python -m serving use`"
+    )
 
 
 def _read(file: Path) -> list[Request]:

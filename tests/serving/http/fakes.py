@@ -67,6 +67,9 @@ class FakeModel:
             self._score(Request(user={}, candidates={"ad_item": row})) for row in table.column("ad_item").to_pylist()
         ]
 
+    def sample(self) -> pa.Table | None:
+        return None
+
     def close(self) -> None:
         self.closed = True
 

@@ -6,8 +6,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import numpy as np
+import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import trustme
@@ -17,11 +21,14 @@ from featurestore import FeatureStore
 from jobs.score import app as score_app
 from serving.__main__ import app
 from serving.http.app import Scoring
+from serving.http.codec import ARROW, as_json
 from serving.http.live.source import BundleSource
 from serving.http.settings import ServerSettings
+from serving.scoring.scorer import Scorer
 from tests.explorer.serving import in_thread
 from tests.serving.scoring.variants import Exported
 from trainer.evaluation.predict import predict_run
+from trainer.samples.columns import Rule
 
 pytestmark = pytest.mark.long
 
@@ -81,6 +88,21 @@ def test_a_file_of_scores_by_a_model_is_that_of_its_run(model: Exported, tmp_pat
     assert json.loads(of_model.schema.metadata[b"scores"])["version"] == 1
 
 
+def test_a_row_whose_logit_is_not_finite_ends_both_by_its_name(variants: Variants, tmp_path: Path) -> None:
+    model = variants("din_inputs")
+    file = tmp_path / "samples" / model.test_file.relative_to(model.places.folder / "samples")
+    shutil.copytree(model.places.folder / "samples", tmp_path / "samples")
+    shapes = model.table["ad_shape"].to_pylist()
+    shapes[3][0] = [3.4e38, 0.0]
+    place = model.table.column_names.index("ad_shape")
+    pq.write_table(model.table.set_column(place, "ad_shape", pa.array(shapes)), file)
+    for options in (("--model", model.url), ("--run", model.run)):
+        found = score(*options, "--samples", tmp_path / "samples", "--out", tmp_path / "scores.parquet")
+        assert found.exit_code == 1 and "column ad_shape has 3.4e+38" in found.stderr, found.output
+    found = check(model.url, "--samples", tmp_path / "samples")
+    assert found.exit_code == 1 and f"{file}, from row 0: the table, row 3: column ad_shape" in found.stderr
+
+
 def test_options_that_do_not_go_together(model: Exported) -> None:
     for options, word in (
         (("--model", model.url), "--samples"),
@@ -105,6 +127,52 @@ def answering(scoring: Scoring, **tls: object) -> Iterator[str]:
         while not scoring.live.is_ready:
             time.sleep(0.01)
         yield url
+
+
+@pytest.mark.services
+def test_a_poisoned_request_is_422_and_is_not_recorded_and_stops_no_start(variants: Variants, tmp_path: Path) -> None:
+    model, file = variants("din_inputs"), tmp_path / "recorded"
+    settings = ServerSettings(model=model.url, name="ctr", cache_dir=tmp_path / "cache", record_file=file)
+    with contextlib.closing(Scorer.open(model.url)) as scorer:
+        rules = scorer.columns
+        row = model.table.select(list(rules)).slice(0, 1)
+        values = row.to_pylist()[0]
+    good = {
+        "user": {name: values[name] for name, rule in rules.items() if rule.side == "user"},
+        "candidates": {name: values[name] for name, rule in rules.items() if rule.side == "ad"},
+    }
+    count = len(values["ad_shape"])
+    poisoned = {**good, "candidates": {**good["candidates"], "ad_shape": [[3.4e38, 0.0]] * count}}
+    shape = pa.array([poisoned["candidates"]["ad_shape"]], row.schema.field("ad_shape").type)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, row.schema) as writer:
+        writer.write_table(row.set_column(row.column_names.index("ad_shape"), "ad_shape", shape))
+    columns = poisoned["user"] | poisoned["candidates"]
+    tensors = [each for name, value in columns.items() for each in tensors_of(name, value, rules[name])]
+    file.write_bytes(orjson.dumps(poisoned))  # as an earlier server may have left it
+    scoring = Scoring(settings, BundleSource(settings), pytest.fail)
+    with answering(scoring) as url, httpx2.Client(base_url=url) as client:
+        assert client.post("/v1/score", json=good).status_code == 200
+        for path, content, kind in (
+            ("/v1/score", orjson.dumps(poisoned), "application/json"),
+            ("/v1/score", sink.getvalue().to_pybytes(), ARROW),
+            ("/v2/models/ctr/infer", orjson.dumps({"inputs": tensors}), "application/json"),
+        ):
+            answer = client.post(path, content=content, headers={"content-type": kind})
+            assert answer.status_code == 422 and "ad_shape" in answer.json()["error"], answer.text
+        assert [as_json(each) == good | {"context": {}} for each in scoring.recorder.recorded()] == [False, True]
+
+
+def tensors_of(name: str, value: Any, rule: Rule) -> list[dict[str, Any]]:
+    """The tensors of a column, a list of lists by its lengths."""
+    values = value if rule.depth else [value]
+    lengths = []
+    if rule.depth == 2:
+        count = {"name": f"{name}.lengths", "shape": [len(values)], "datatype": "INT64"}
+        lengths = [count | {"data": [len(each) for each in values]}]
+        values = [one for each in values for one in each]
+    kind = "FP32" if rule.is_real else "BYTES" if {*map(type, values)} == {str} else "INT64"
+    return [{"name": name, "shape": [len(values)], "datatype": kind, "data": values}, *lengths]
 
 
 @pytest.mark.services

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from featurestore.spec import MissingPolicy
 from serving.bundle import export as exporting
 from serving.bundle import idrows
 from serving.bundle.vectors import VectorTable
-from serving.errors import RequestError
+from serving.errors import NotFiniteError, OverflowingInputError, RequestError
+from serving.network.inputs import NetworkInputs
+from serving.network.served import ServedNetwork
+from serving.scoring.arrow import scorable_rows
+from serving.scoring.columns import RequestColumns
 from serving.scoring.request import Request, Scored
 from serving.scoring.scorer import Scorer
 from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
@@ -181,6 +186,34 @@ def test_lists_that_belong_together_are_equally_long(opened: Opened) -> None:
     request = next(each for each in requests if len(each.user["behavior_item"]) > 1)
     with pytest.raises(RequestError, match="needs one entry in both"):
         scorer.score([changed(request, behavior_category=request.user["behavior_category"][1:])])
+
+
+def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
+    variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, requests = opened("din_inputs")
+    request = next(each for each in requests if len(each.candidates["ad_shape"]) > 1)
+    table = variants("din_inputs").table.select(list(scorer.columns))
+    shapes = table["ad_shape"].to_pylist()
+    shapes[3] = [[0.0, 0.0]] * (len(shapes[3]) - 1) + [[3.4e38, 0.0]]
+    with pytest.raises(OverflowingInputError, match=r"^requests\[1\]: candidates.ad_shape\[.\] has 3.4e\+38"):
+        scorer.score([request, changed(requests[3], ad_shape=shapes[3])])
+    wrong = table.set_column(table.column_names.index("ad_shape"), "ad_shape", pa.array(shapes))
+    with pytest.raises(OverflowingInputError, match="the table, row 3: column ad_shape has 3"):
+        scorer.score_table(wrong)
+    assert scorable_rows(RequestColumns(scorer.bundle.schema, scorer.fields), wrong).num_rows == len(wrong) - 1
+
+    right = ServedNetwork.score
+
+    def overflows(self: ServedNetwork, inputs: NetworkInputs) -> Any:
+        logits_B = right(self, inputs)
+        logits_B[-1] = np.inf
+        return logits_B
+
+    monkeypatch.setattr(ServedNetwork, "score", overflows)
+    last = len(request.candidates["ad_shape"]) - 1
+    with pytest.raises(NotFiniteError, match=rf"^requests\[1\]: the logit of candidate {last} .* of field ad_"):
+        scorer.score([requests[3], request])
 
 
 def test_probabilities() -> None:

@@ -50,7 +50,7 @@ A run takes seconds to train, export and explain: one has several kinds, of whic
 
 INPUTS: list[dict[str, Any]] = [
     {"name": "ad_price", "side": "ad", "kind": "dense", "transform": "log_standardize", "fill": "mean"},
-    {"name": "ad_shape", "side": "ad", "kind": "dense", "width": 2},
+    {"name": "ad_shape", "side": "ad", "kind": "dense", "width": 2, "transform": "standardize"},
     {"name": "ad_price_bucket", "side": "ad", "kind": "id", "column": "ad_price", "buckets": 6, "fill": "bucket"},
     {"name": "ad_shop", "side": "ad", "kind": "id", "table": "shop", "width": 5},
     {"name": "ad_tags", "side": "ad", "kind": "multi_id", "table": "tags", "weights": "ad_tag_weights"},

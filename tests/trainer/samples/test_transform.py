@@ -9,7 +9,7 @@ import pytest
 
 from trainer.config.options import ModelConfig
 from trainer.engine.wiring import table_shapes
-from trainer.errors import ConfigError, SchemaError
+from trainer.errors import ConfigError, OverflowingValueError, SchemaError
 from trainer.samples.transform import bucket_ids, dense_values
 from trainer.schema import Field, Schema, load_schema
 
@@ -46,6 +46,13 @@ def test_each_number_of_a_row_has_its_own_scale() -> None:
     field = dense(width=2, transform="standardize", mean=[1.0, -1.0], std=[2.0, 4.0], fill="mean")
     found = dense_values(field, np.array([3.0, NAN, 1.0, 7.0], np.float32))
     np.testing.assert_array_equal(found, [[1.0, 0.0], [0.0, 2.0]])
+
+
+def test_a_number_that_its_transform_makes_infinite_is_named() -> None:
+    field = dense(width=2, transform="standardize", mean=[0.0, 0.0], std=[1.0, 0.18])
+    with pytest.raises(OverflowingValueError) as error:
+        dense_values(field, np.array([3.4e38, 1.0, 1.0, -3.4e38], np.float32))
+    assert (error.value.column, error.value.row, error.value.value) == ("price", 1, pytest.approx(-3.4e38))
 
 
 @pytest.mark.parametrize(

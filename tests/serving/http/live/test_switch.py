@@ -1,14 +1,16 @@
 """Hot switch, warm-up and refusal of broken versions, in one process with a fake model."""
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from serving.errors import BrokenBundleError, RequestError
+from serving.errors import BrokenBundleError, NotFiniteError, RequestError
 from serving.http.live.switch import LiveModel, NotReadyError
 from serving.http.live.warmup import ROUNDS, Recorder, made_up, warm_up
 from serving.http.metrics import ServingMetrics
@@ -133,15 +135,28 @@ def test_the_first_model_has_to_load(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+RAISED = {
+    "old_column": RequestError("old_column is none of the columns"),
+    "too_large": NotFiniteError("the logit of candidate 0 is not a finite number"),
+    "a_bug": AssertionError(),
+}
+"""What a model raises for a user with such a column."""
+
+
 class Counting(FakeModel):
     """Counts the requests it scores, refuses those of another schema, and may give NaN."""
 
     calls: int = 0
     nan: bool = False
+    judge: pa.Table | None = None
+
+    def sample(self) -> pa.Table | None:
+        return self.judge
 
     def score(self, requests: list[Request]) -> list[Scored]:
-        if any("old_column" in request.user for request in requests):
-            raise RequestError("old_column is none of the columns")
+        for request in requests:
+            if error := RAISED.get(next(iter(request.user), "")):
+                raise error
         self.calls += len(requests)
         scored = super().score(requests)
         if self.nan:
@@ -151,13 +166,14 @@ class Counting(FakeModel):
 
 def test_a_model_is_warmed_up_by_recorded_requests_that_it_takes_else_by_made_up_ones() -> None:
     recorder = Recorder(8)
-    recorder.add([Request(user={"old_column": 1}, candidates={"ad_item": [1]})], 100)
+    recorder.add([Request(user={column: 1}, candidates={"ad_item": [1]}) for column in RAISED], 100)
     model = Counting(FakeIdentity(1))
-    assert warm_up(model, recorder) == len(list(made_up(model.columns)))
+    drawn = len(list(made_up(model.columns)))
+    assert warm_up(model, recorder) == drawn
     recorder.add([Request(user={"user": 1}, candidates={"ad_item": [1]})], 100)
     model.calls = 0
     assert warm_up(model, recorder) == 1
-    assert model.calls == 1 + 2 * ROUNDS
+    assert model.calls == drawn + 1 + ROUNDS
 
 
 def test_a_model_whose_scores_are_no_numbers_is_refused_at_its_warm_up() -> None:
@@ -165,6 +181,20 @@ def test_a_model_whose_scores_are_no_numbers_is_refused_at_its_warm_up() -> None
     model.nan = True
     with pytest.raises(BrokenBundleError, match="no finite numbers"):
         warm_up(model, Recorder(0))
+
+
+def test_a_model_is_judged_by_its_own_sample() -> None:
+    class Judged(Counting):
+        def score_table(self, table: pa.Table) -> list[Scored]:
+            if table["ad_item"].to_pylist() == [[8]]:
+                raise NotFiniteError("the logit of candidate 0 is not a finite number")
+            return super().score_table(table)
+
+    model = Judged(FakeIdentity(1))
+    for items, is_sound in (([[5], [7]], True), ([[5], [8]], False)):
+        model.judge = pa.table({"ad_item": items})
+        with contextlib.nullcontext() if is_sound else pytest.raises(BrokenBundleError):
+            warm_up(model, Recorder(0))
 
 
 def test_made_up_requests_have_every_column_in_its_form() -> None:
