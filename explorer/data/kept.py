@@ -26,18 +26,22 @@ class Kept(Generic[ValueT]):
 
     def get(self, name: Hashable, make: Callable[[], ValueT]) -> ValueT:
         """Return the value, made first where it is not there; an error of `make` is not kept."""
+        if (found := self.peek(name)) is not None:
+            return found
         with self._lock:
             gate = self._gates.setdefault(name, Lock())
         with gate:
-            if (found := self.peek(name)) is not None:
-                return found
             try:
-                made = make()
+                if (found := self.peek(name)) is None:
+                    found = make()
+                    self._keep(name, found)
+                return found
             finally:
                 with self._lock:
                     self._gates.pop(name, None)
-            with self._lock:
-                self._values[name] = made
-                while len(self._values) > self._most:
-                    self._values.popitem(last=False)
-            return made
+
+    def _keep(self, name: Hashable, value: ValueT) -> None:
+        with self._lock:
+            self._values[name] = value
+            while len(self._values) > self._most:
+                self._values.popitem(last=False)

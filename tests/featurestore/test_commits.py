@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore import FeatureStore, StoreInfo, log, shard_of
-from featurestore.errors import CommitConflictError, StorageError, StoreExistsError
+from featurestore import FeatureRows, FeatureStore, StoreInfo, log, shard_of
+from featurestore.errors import CommitConflictError, KeyCollisionError, StorageError, StoreExistsError
 from featurestore.spec import Manifest
 from featurestore.storage.storage import Storage
+from featurestore.upkeep.compaction import compact
 from tests.faulty import Fault, fails, faulty, made_but_lost, opened_faulty
 from tests.featurestore.staged import build_shard
 
@@ -142,3 +143,17 @@ def test_of_two_makers_of_a_store_the_second_is_told(
         else:
             assert create(url, info).info == made[-1].info
         assert FeatureStore.open(url).info == made[-1].info
+
+
+def test_a_uri_of_a_rival_is_found_after_its_file_was_compacted(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(200, store.info)
+    shard_N = shard_of(rows.keys_N, 8)
+    first, second = (rows.take(np.array([place])) for place in np.flatnonzero(shard_N == shard_N[0])[:2])
+    store.put(first)
+    store.stage_part("run", "p", FeatureRows.of(["other"], second.features_ND, keys=second.keys_N))
+    entry = build_shard(store, "run", int(shard_N[0]), ["p"])
+    assert entry is not None
+    store.put(second)
+    compact(store, force=True)  # one file in place of the two that the rival knew
+    with pytest.raises(KeyCollisionError):
+        store.commit({int(shard_N[0]): entry}, "extract")

@@ -47,3 +47,11 @@ def test_an_error_is_not_kept():
     with pytest.raises(ValueError, match="not yet"):
         kept.get("one", make)
     assert kept.get("one", make) == "now"
+
+
+def test_locks_are_bounded_like_the_values():
+    kept: Kept[int] = Kept(2)
+    for name in range(100):
+        kept.get(name, lambda: 1)
+        kept.get(name, lambda: 1)
+    assert not kept._gates

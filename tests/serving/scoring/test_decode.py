@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from serving.scoring.arrow import decode_table
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import decode_requests
+from serving.scoring.values import all_integers
 from tests.serving.scoring.wide import SCHEMA, groups, request_of, table_of
 from trainer.samples.batch import Batch, BatchPosition
 from trainer.samples.columns import decode, rules_of
@@ -69,3 +70,9 @@ def test_requests_are_decoded_as_training_decodes_files(
     assert_same(decode_requests(COLUMNS, requests).batch, expected)
     assert_same(decode_table(COLUMNS, table.drop_columns(["label"])).batch, expected)
     assert_same(decode_table(COLUMNS, table).batch, expected)
+
+
+@pytest.mark.parametrize("columns", [[[True]], [[1, 2], [3, False]], [[0, 1], [True, 1, 0]]])
+def test_true_and_false_are_not_integers(columns: list[list[Any]]) -> None:
+    assert all_integers(columns) is None
+    assert all_integers([[int(value) for value in column] for column in columns]) is not None

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from trainer.evaluation.metrics import auc, grouped_auc, log_loss, measure
+from trainer.evaluation.metrics import auc, auc_of_groups, grouped_auc, log_loss, measure
 
 
 def _impressions(seed: int, count: int, users: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -74,3 +74,11 @@ def test_one_class_or_nothing_is_none() -> None:
         "new_ad_gauc": None,
         "new_ad_gauc_impressions": 0,
     }
+
+
+def test_neighbouring_users_with_equal_scores_do_not_share_ranks() -> None:
+    group_N = np.array([0, 0, 0, 1, 1])
+    tied = auc_of_groups(np.zeros(5), np.array([1, 0, 0, 1, 0]), group_N)
+    assert tied.auc_G.tolist() == [0.5, 0.5]
+    touching = auc_of_groups(np.array([0.1, 0.2, 0.3, 0.3, 0.4]), np.array([0, 0, 1, 0, 1]), group_N)
+    assert touching.auc_G.tolist() == [1, 1]

@@ -127,3 +127,8 @@ class TestShares:
         for own in shares_by_rank(lengths_S, 10):
             assert sum(len(share.of(lengths_S[share.stream])) for share in own) == pytest.approx(100, abs=2)
         assert decode_shares([0], 2) == [1.0, 1.0]
+
+
+def test_the_parts_of_batches_are_those_that_saved_positions_count_on() -> None:
+    parts = [count_S.tolist() for _, count_S in batch_parts([7, 5, 11], 4)]
+    assert parts == [[1, 1, 2], [1, 1, 2], [1, 1, 2], [1, 1, 2], [2, 0, 2], [1, 1, 1]]
