@@ -119,7 +119,9 @@ class ExtractOptions:
     dtype: DTypeOption = None
     compute_dtype: Annotated[
         Literal["auto", AutoDType],
-        typer.Option(help="In which the network computes; auto is bfloat16 where all workers have it in hardware."),
+        typer.Option(
+            help="In which the network computes; auto is bfloat16 where all workers' hardware is quick at it."
+        ),
     ] = "auto"
     batch_size: BatchOption = 16
     part_size: PartOption = 256

@@ -139,7 +139,7 @@ def train(config: Config, comm: "Comm") -> None:
             text_console(quiet=not root).print(say)
             return
         removed = claim_folder(run)
-        hardware = summary.hardware_of(comm, run.device)
+        hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
         with ProgressLog(run.local if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(

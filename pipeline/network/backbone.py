@@ -5,9 +5,6 @@ Letters of shapes: B images of a batch, H and W pixels, C colours, D feature wid
 
 import functools
 import threading
-import time
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +15,6 @@ from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.spec import ExtractorSpec
 from pipeline.network.layers import network_of
 from pipeline.network.weights import load_weights, weights_digest
-
-CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # bf16: Arm's name
 
 _build_lock = threading.Lock()
 
@@ -75,31 +70,3 @@ def backbone(name: str, weights: str, compute_dtype: AutoDType) -> Backbone:
 @functools.lru_cache(maxsize=1)
 def _cached_backbone(name: str, weights: str, compute_dtype: AutoDType) -> Backbone:
     return Backbone(name, weights, compute_dtype, warn=False)
-
-
-def fastest_dtype() -> AutoDType:
-    """Choose bfloat16 where this machine's GPU, or its processor, multiplies it in hardware and is quicker at it.
-
-    Not every processor is that has the instructions: one without matrix units convolved float32 twice as fast, another
-    bfloat16. So a processor is asked: a tenth of a second.
-    """
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
-    if not any(capabilities.get(name) for name in CPU_BFLOAT16):
-        return "float32"
-    return "bfloat16" if convolution_s("bfloat16") <= convolution_s("float32") else "float32"
-
-
-@torch.inference_mode()
-def convolution_s(dtype: AutoDType) -> float:
-    """Time a convolution as large as a middle one of VGG16, the fastest of four, in seconds."""
-    kind = getattr(torch, dtype)
-    pixels_BCHW = torch.ones(2, 256, 28, 28, dtype=kind).to(memory_format=torch.channels_last)
-    layer = torch.nn.Conv2d(256, 256, 3, padding=1, dtype=kind).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    seconds = []
-    for _ in range(4):
-        start_s = time.perf_counter()
-        layer(pixels_BCHW)
-        seconds.append(time.perf_counter() - start_s)
-    return min(seconds)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from distributed import Client
 
-from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment
+from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.spec import ExtractorSpec
 from pipeline.cluster.tasks import Killed, run_alone
 from pipeline.errors import BackboneError, ClusterError, WeightsError
@@ -29,8 +29,8 @@ def describe_network(
 ) -> ExtractorSpec:
     """Give the spec of the network as a worker builds it, which keeps it.
 
-    `auto` is what our environment names, else what all workers are fast in. Raises BackboneError, WeightsError;
-    ClusterError where the workers die of it.
+    `auto` is what our environment names, else bfloat16 where the hardware of all workers is quick at it, else float32.
+    Raises BackboneError, WeightsError; ClusterError where the workers die of it.
     """
     if compute_dtype == "auto":
         compute_dtype = _settled_dtype(client)
@@ -47,13 +47,7 @@ def _settled_dtype(client: Client) -> AutoDType:
         raise BackboneError(str(failure)) from failure
     if named:
         return named
-    return "bfloat16" if set(client.run(_fastest_dtype).values()) == {"bfloat16"} else "float32"
-
-
-def _fastest_dtype() -> AutoDType:
-    from pipeline.network.backbone import fastest_dtype
-
-    return fastest_dtype()
+    return "bfloat16" if set(client.run(dtype_of_machine).values()) == {"bfloat16"} else "float32"
 
 
 def _spec_of(backbone_name: str, weights: str, compute_dtype: AutoDType) -> ExtractorSpec:

@@ -9,19 +9,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
-from tests.ranks import HOROVODRUN, TORCHRUN, Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
+from pipeline.samples.schema import write_suggested
+from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
 from tests.trainer.alike import all_alike
-from tests.trainer.whole_runs import SHARED, Places, assert_same, report_of, run_alone
+from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone, tensors
 from trainer.errors import RemoteRankError
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
@@ -160,28 +164,77 @@ class TestTwoRanks:
         assert report_of(run)["metrics"] == all_alike(report_of(full)["metrics"], within=1e-6)
 
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
+STEP_6 = "python -m trainer.main --config data/samples/settings.yaml --set run.name=both"
+QUICK = ["data.global_batch_size=64", "train.epochs=1", "train.log_every=1", "model.compute_dtype=float64"]
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A folder in which the README's commands run as they are: samples with their settings.yaml, and features."""
+
+    folder: Path
+
+    def words(self, name: str) -> list[str]:
+        """The README's step 6 behind `python`, as quick as 8 ranks need it and the same from every folder."""
+        data = self.folder / "data"
+        config = ["--config", str(data / "samples" / "settings.yaml"), "--set", f"run.name={name}"]
+        places = {"data.store": "features", "data.cache_dir": "cache", "run.dir": "runs"}
+        return ["-m", "trainer.main", *config, *QUICK, *(f"{key}={data / place}" for key, place in places.items())]
+
+    def run_of(self, name: str) -> Path:
+        return self.folder / "data" / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def shop(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """Its run "alone" is that of one rank."""
+    shop = Shop(tmp_path_factory.mktemp("shop"))
+    make_places(shop.folder / "data")
+    samples = shop.folder / "data" / "samples"
+    write_suggested(samples, str(samples))
+    result = CliRunner().invoke(app, shop.words("alone")[2:])
+    assert result.exit_code == 0, result.output
+    return shop
+
+
+@pytest.mark.services
 @pytest.mark.parametrize(
-    ("launcher", "standing"),
+    ("launcher", "num_ranks", "standing"),
     [
-        ((HOROVODRUN, "-np", "2", sys.executable), "two_ranks"),
-        ((TORCHRUN, "--standalone", "--nproc-per-node", "2"), "two_torch_ranks"),
+        ("horovodrun -np 8 python", 8, None),
+        ("horovodrun -np 2 python", 2, "two_ranks"),
+        ("torchrun --standalone --nproc-per-node 2", 2, "two_torch_ranks"),
     ],
-    ids=["horovodrun", "torchrun"],
 )
-def test_a_launchers_ranks_end_as_those_of_the_other_tests(
-    places: Places, tmp_path: Path, launcher: tuple[str, ...], standing: str, request: pytest.FixtureRequest
+def test_a_launchers_job_is_that_of_one_rank(
+    shop: Shop, launcher: str, num_ranks: int, standing: str | None, request: pytest.FixtureRequest
 ) -> None:
-    """The README's command, with its launcher: other tests start ranks by themselves, which takes less time."""
-    ranks: StandingRanks = request.getfixturevalue(standing)
-    runs = {name: places.settings(run__dir=tmp_path, run__name=name, **SHARED) for name in ("launched", "forked")}
-    command = [*launcher, "-m", "trainer.main", "--set", *runs["launched"]]
+    """The README's command by its launchers, from losses to checkpoint; other tests start ranks by themselves."""
+    assert f"\nhorovodrun -np 2 {STEP_6}\n" in README
+    name = launcher.split(maxsplit=1)[0] + str(num_ranks)
+    words = [*launcher.split(), *STEP_6.replace("python ", "").replace("=both", f"={name}").split(), *QUICK]
+    where = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment(), timeout=RANKS_TIMEOUT_S
-    )
+        words, cwd=shop.folder, capture_output=True, text=True, check=False, env=environment() | {"PATH": where},
+        timeout=RANKS_TIMEOUT_S,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    ranks.run("-m", "trainer.main", "--set", *runs["forked"])
-    assert report_of(tmp_path / "launched")["num_ranks"] == 2
-    assert_same(tmp_path / "launched", tmp_path / "forked")
+    found, alone = shop.run_of(name), shop.run_of("alone")
+    report = report_of(found)
+    assert (report["num_ranks"], report["steps"]) == (num_ranks, report_of(alone)["steps"])
+    assert report["metrics"] == all_alike(report_of(alone)["metrics"], within=1e-9)
+    (losses, expected) = (np.array(drawn_scalars(run / "tensorboard")["train/loss"]) for run in (found, alone))
+    assert len(expected) > 10
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)  # TensorBoard keeps float32
+    mine, theirs = tensors(found), tensors(alone)
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()), msg=key)
+    if standing:  # the ranks of the other tests
+        ranks: StandingRanks = request.getfixturevalue(standing)
+        ranks.run(*shop.words(f"like-{name}"))
+        assert_same(found, shop.run_of(f"like-{name}"))
 
 
 @pytest.fixture

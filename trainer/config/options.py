@@ -158,8 +158,8 @@ class ModelConfig(Section):
     that training has not seen, whether pictures of new ads count, or are zero too (docs/NEW_ADS.md); needs id_init_std
     of 0.001 or less."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
-    """Type of E's matrix products; all else is float32, or float64 with them, which is slow and for checks. auto: what
-    the machine is quicker at; a run keeps what it began with."""
+    """Type of E's matrix products; all else is float32, or float64 with them, which is slow and for checks. auto:
+    bfloat16 where the hardware of all ranks is quick at it, else float32; a run keeps what it began with."""
     id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.0001
     """Standard deviation of an ID vector's first numbers, which are uniform around zero."""
     table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64

@@ -206,22 +206,22 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
     }
 
 
-def hardware_of(comm: Comm, device: torch.device) -> dict[str, Any]:
-    """Return what the ranks compute on and talk over, the same on each rank; called by every rank.
+def hardware_of(comm: Comm, device: torch.device, compute_dtype: str) -> dict[str, Any]:
+    """Return what the ranks compute on and in, and talk over, the same on each rank; called by every rank.
 
     `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: e.g. "Gloo by Horovod"; None in one
-    process that no launcher started.
+    process that no launcher started. `compute_dtype`: what the setting, auto too, came to.
     """
     devices = comm.allgather_object(device_name(device), name="devices")
-    return {"devices": devices, "collectives": comm.carrier(device)}
+    return {"devices": devices, "collectives": comm.carrier(device), "compute_dtype": compute_dtype}
 
 
 def hardware_text(hardware: Mapping[str, Any], num_ranks: int) -> str:
-    """Format `hardware_of`, e.g. '2 ranks on cpu, collectives: Gloo by Horovod'."""
-    devices = ", ".join(dict.fromkeys(hardware["devices"]))
+    """Format `hardware_of`, e.g. '2 ranks on cpu, collectives: Gloo by Horovod, compute_dtype bfloat16'."""
+    devices, dtype = ", ".join(dict.fromkeys(hardware["devices"])), f"compute_dtype {hardware['compute_dtype']}"
     if hardware["collectives"] is None:
-        return f"one process on {devices}, no collectives"
-    return f"{ranks_text(num_ranks)} on {devices}, collectives: {hardware['collectives']}"
+        return f"one process on {devices}, no collectives, {dtype}"
+    return f"{ranks_text(num_ranks)} on {devices}, collectives: {hardware['collectives']}, {dtype}"
 
 
 def _unique_ratios(ranks: Sequence[StepTotals]) -> dict[str, float | None]:

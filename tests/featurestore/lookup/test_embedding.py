@@ -12,6 +12,7 @@ from featurestore.format.codec import write_codec
 from featurestore.format.statistics import Scaling
 from featurestore.index import train_ranges
 from featurestore.lookup import embedding
+from featurestore.lookup.compute_dtype import dtype_of_machine, dtype_of_processor
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
@@ -340,3 +341,29 @@ class TestService:
     def test_no_keys(self, tmp_path: Path) -> None:
         service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
         assert service.embed("e", service.gather(np.empty(0, np.int64))).shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("expected", "capabilities"),
+    [
+        ("bfloat16", {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}),
+        ("float32", {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}),
+        ("bfloat16", {"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True, "amx_bf16": False}),
+        ("float32", {"cpu_name": "AMD EPYC 7763", "avx512_bf16": False, "amx_bf16": False}),
+        ("float32", {"architecture": "aarch64", "bf16": True}),
+        ("float32", {}),
+    ],
+)
+def test_the_processor_settles_what_auto_means(
+    monkeypatch: pytest.MonkeyPatch, expected: str, capabilities: dict[str, str | bool]
+) -> None:
+    assert dtype_of_processor(capabilities) == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert dtype_of_machine("cpu") == expected
+
+
+def test_torch_names_the_capabilities_of_this_processor() -> None:
+    """Another name for them in a newer torch would silently mean float32 on every processor."""
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities["architecture"] == "x86_64":
+        assert {"cpu_name", "avx512_bf16", "amx_bf16"} <= capabilities.keys()

@@ -118,7 +118,12 @@ def test_bfloat16_is_close(run, photos, tmp_path):
     assert ((rows_BD * expected_BD).sum(1) / norms_B).min() > 0.999
 
 
-def test_auto_is_what_the_environment_names(client, monkeypatch):
+def test_auto_is_what_the_environment_names_else_what_the_workers_are_quick_at(client, monkeypatch):
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for quick, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda quick=quick: {"amx_bf16": quick})
+        assert describe_network(client, NETWORK, "random:0", "auto").compute_dtype == dtype
     monkeypatch.setenv(VARIABLE, "bfloat16")
     assert describe_network(client, NETWORK, "random:0", "auto").compute_dtype == "bfloat16"
     monkeypatch.setenv(VARIABLE, "int8")

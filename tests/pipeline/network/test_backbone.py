@@ -14,7 +14,7 @@ from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
 from pipeline.network import DEFAULT_BACKBONE, backbone
 from pipeline.network import weights as weights_module
-from pipeline.network.backbone import Backbone, fastest_dtype
+from pipeline.network.backbone import Backbone
 from pipeline.network.layers import feature_dim, network_of
 from pipeline.network.weights import check_network, check_weights_name, load_weights, weights_digest
 
@@ -315,16 +315,3 @@ def test_names_of_weights(tmp_path, monkeypatch):
     for name, message in (("random:x", "the seed"), ("random", "the seed"), ("other.pth", "neither imagenet")):
         with pytest.raises(WeightsError, match=message):
             check_weights_name(name)
-
-
-def test_bfloat16_only_where_the_processor_has_it_and_is_quicker_at_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    seconds = {"bfloat16": 1.0, "float32": 2.0}
-    monkeypatch.setattr(backbone, "convolution_s", seconds.__getitem__)
-    assert fastest_dtype() == "bfloat16"
-    seconds["bfloat16"] = 3.0
-    assert fastest_dtype() == "float32"
-    seconds["bfloat16"] = 1.0
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
-    assert fastest_dtype() == "float32"

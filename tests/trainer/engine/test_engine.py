@@ -194,23 +194,33 @@ def test_building_leaves_the_random_state_alone(partition: FeaturePartition) -> 
     assert torch.equal(torch.rand(3), expected)
 
 
+class TwoKinds(SoloComm):
+    """The first of two ranks, whose other one is on a processor without units for bfloat16."""
+
+    def allgather_object(self, value: object, name: str = "objects") -> list:
+        return [value, "float32"] if name == "compute dtypes" else [value]
+
+
 def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
-    monkeypatch.setattr(precision, "product_s", seconds.__getitem__)
+    capabilities = {"amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.delenv(VARIABLE)
 
     def dtype_of_auto() -> torch.dtype:
         return engine_of(partition, compute_dtype="auto").services["images"].models["shared"].compute_dtype
 
     assert dtype_of_auto() == torch.bfloat16
-    seconds[torch.float32] = 0.5
+    capabilities["amx_bf16"] = False
     assert dtype_of_auto() == torch.float32
     config, cpu = ModelConfig(), torch.device("cpu")
     assert precision.with_compute_dtype(config, SoloComm(), cpu, "bfloat16").compute_dtype == "bfloat16"
+    capabilities["amx_bf16"] = True
+    assert precision.with_compute_dtype(config, TwoKinds(), cpu, None).compute_dtype == "float32"
     chosen = ModelConfig(compute_dtype="float64")
     assert precision.with_compute_dtype(chosen, SoloComm(), cpu, "bfloat16") is chosen
+    capabilities["amx_bf16"] = False
     monkeypatch.setenv(VARIABLE, "bfloat16")
-    assert dtype_of_auto() == torch.bfloat16, "the environment goes before what the machine is quicker at"
+    assert dtype_of_auto() == torch.bfloat16, "the environment goes before the hardware"
     assert precision.with_compute_dtype(config, SoloComm(), cpu, "float32").compute_dtype == "float32"
     monkeypatch.setenv(VARIABLE, "float16")
     with pytest.raises(ConfigError, match=r"CROSSMEDIA_COMPUTE_DTYPE=float16 is neither bfloat16 nor float32"):

@@ -109,7 +109,7 @@ NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_ra
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
 TORCH_2, TORCH_4 = TorchRanks(2), TorchRanks(4)
-IN_TWO_PARTS = (str(4), str(TORCH_2))  # as texts: as numbers, ranks of torchrun equal those of horovodrun
+IN_TWO_PARTS = (str(4), str(TORCH_2), str(TORCH_4))  # as texts: as numbers, ranks of torchrun equal those of horovodrun
 RANKS = [1, 2, 4, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, TORCH_4))]
 OTHER_WAYS_RANKS = [1, 2, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 8, TORCH_4))]
 
@@ -260,8 +260,8 @@ class TestModels(Equivalence):
     ("num_ranks", "run"),
     [
         *((2, run) for run in (*FEW, "delayed", "reused", "rounded", "compared")),
+        *((4, run) for run in RUNS if run in FEW),
         *(pytest.param(2, run, marks=pytest.mark.slow) for run in (*RUNS, *MODEL_RUNS) if run not in FEW),
-        *(pytest.param(4, run, marks=pytest.mark.slow) for run in RUNS if run in FEW),
     ],
 )
 def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: Callable[[int], Results]) -> None:
