@@ -10,7 +10,7 @@ from explorer.errors import ExplorerError
 
 _OTHER_BYTES = 100_000
 """Of a form besides its file."""
-_DRAINED = 10
+DRAINED = 10
 """Times the limit that is read of a body that is too large: a browser shows the answer when it has sent all."""
 
 
@@ -45,7 +45,7 @@ async def _at_most(request: Request, most_bytes: int) -> AsyncGenerator[bytes, N
         num_bytes += len(chunk)
         if num_bytes <= most_bytes + _OTHER_BYTES:
             yield chunk
-        elif num_bytes > _DRAINED * most_bytes:
+        elif num_bytes > DRAINED * most_bytes:
             break
     if num_bytes > most_bytes + _OTHER_BYTES:
         raise ExplorerError(f"the picture has more than {most_bytes // 1_000_000} MB; send a smaller one")

@@ -28,6 +28,7 @@ from explorer.pages.scorer import ScorerPages
 from explorer.pages.store import StorePages
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
+from serving.http.limits import RefusedError
 
 logger = logging.getLogger("explorer")
 
@@ -78,6 +79,7 @@ def application(site: Site) -> Starlette:
         exception_handlers={
             HTTPException: lambda request, error: _failed(site, request, error),
             UserError: lambda request, error: _failed(site, request, error),
+            RefusedError: lambda request, error: _failed(site, request, error),
             Exception: lambda request, error: _failed(site, request, error),
         },
     )
@@ -110,9 +112,14 @@ async def _with_headers(request: Request, respond: Callable[[Request], Awaitable
 
 
 def _failed(site: Site, request: Request, error: Exception) -> Response:
-    """Turn an error into a page: 404 for what is not there, 400 for what does not work, 500 for a bug."""
+    """Turn an error into a page: 404 for what is not there, 400 for what does not work, 500 for a bug.
+
+    A body that a limit stopped has the status of the limit.
+    """
     if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RefusedError):
+        status, message = error.status, error.message
     elif isinstance(error, UserError):
         status, message = 404 if isinstance(error, NotHereError) else 400, one_line(error)
     else:

@@ -5,6 +5,7 @@ import hmac
 import secrets
 from urllib.parse import urlsplit
 
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -79,8 +80,11 @@ class LoginGuard:
     async def _login(self, request: Request) -> Response:
         if request.method != "POST":
             return self._form(request, 200, "")
-        async with request.form(max_files=0, max_fields=1) as form:
-            token = str(form.get("token", "")).strip()
+        try:
+            async with request.form(max_files=0, max_fields=1) as form:
+                token = str(form.get("token", "")).strip()
+        except MultiPartException:
+            token = ""
         if not is_among(token.encode(), self._tokens):
             return self._form(request, 401, "That is none of the server's tokens.")
         answer = RedirectResponse("/", 303, headers=HEADERS)

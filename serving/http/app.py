@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -27,7 +28,7 @@ from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
 from serving.http.errors import error_response, response_of
 from serving.http.inference.protocol import SERVER, TensorBody, model_metadata
 from serving.http.inference.tensors import HEADER
-from serving.http.limits import BodyReader, RefusedError
+from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
 from serving.http.live.model import ModelSource, Scores
 from serving.http.live.switch import LiveModel
 from serving.http.live.warmup import Recorder
@@ -60,7 +61,6 @@ class Scoring:
         self.recorder = Recorder(settings.record, settings.record_file)
         self.live = LiveModel(self.source, self.recorder, self.metrics, settings.poll_s)
         self.queue = ScoringQueue(self.live, settings.max_candidates, settings.max_wait_ms / 1000)
-        self.reader = BodyReader(settings.max_body_bytes, settings.read_timeout_s)
         self.stopping = False
 
     def app(self) -> ASGIApp:
@@ -78,6 +78,15 @@ class Scoring:
         ]
         app = Starlette(
             routes=[Route(path, self._measured(path, endpoint), methods=[method]) for method, path, endpoint in routes],
+            middleware=[
+                Middleware(
+                    BodyLimits,
+                    max_bytes=self.settings.max_body_bytes,
+                    max_held_bytes=BODIES_AT_ONCE * self.settings.max_body_bytes,
+                    timeout_s=self.settings.read_timeout_s,
+                    way_out="send fewer requests or candidates at a time, or let it take more by --max-body-mb",
+                )
+            ],
             exception_handlers={HTTPException: self._no_route},
             lifespan=self._lifespan,
         )
@@ -148,7 +157,9 @@ class Scoring:
 
     async def _read(self, request: Request) -> bytes:
         start_s = time.perf_counter()
-        content = await self.reader.read(request)
+        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise RefusedError(415, f"Content-Encoding is {encoding[:40]!r}: send the body uncompressed", CLOSE)
+        content = await request.body()
         request.state.read_s = time.perf_counter() - start_s
         if self.settings.log_requests:
             logger.info("%s %s", request.url.path, printable(content.decode("utf-8", "backslashreplace")))

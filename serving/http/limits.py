@@ -1,22 +1,32 @@
-"""Limits of a connection: how large a body may be, and how long a client may take to send and to read.
+"""Limits of a connection: how much a client may send, and how long it may take to send and to read.
 
-A body is refused at its first byte over the limit, or before any byte where its length was announced. A connection
-whose request line and headers do not come in time is closed by a timer (`TimedProtocol`). A client that never reads
-its answer is left to the kernel: TCP_USER_TIMEOUT closes a connection that has taken nothing for so long.
+`LimitedProtocol` bounds what comes before and between bodies, `BodyLimits` the bodies; docs/SECURITY.md has the table
+of all limits. A client that never reads its answer is left to the kernel: TCP_USER_TIMEOUT closes a connection that
+has taken nothing for so long.
 """
 
 import asyncio
 import resource
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from starlette.requests import ClientDisconnect, Request
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-WAY_OUT = "send fewer requests or candidates at a time, or let the server take more by --max-body-mb"
 BODIES_AT_ONCE = 16
 """Full bodies that may be in memory at one time, in each worker."""
+SMALL_BYTES = 64_000
+"""A body up to this size is read whatever else is being read. A larger one has to bring as many bytes in each step."""
+STEPS = 6
+"""Of the time for a body."""
+MAX_HEAD_BYTES = 64_000
+"""Of a request line and its headers together, and of what stands between two bytes of a chunked body, or after it."""
+MAX_HEADERS = 100
+MAX_PIPELINED = 16
+"""Requests of a connection that wait for the answer to the one before them."""
+MAX_CHUNKS = 4_000
+"""Chunks of a body in one read of the socket, which has 256 kB at most."""
 CLOSE = {"Connection": "close"}
 
 
@@ -28,77 +38,250 @@ class RefusedError(Exception):
         self.status, self.message, self.headers = status, message, dict(headers or {})
 
 
-@dataclass
-class BodyReader:
-    """Reads bodies within the limits; counts the bytes of all that are being read, so that memory has a bound."""
+class BodyLimits:
+    """ASGI middleware that bounds size, time and rate of each body, and the bytes of all that are being read.
 
-    max_bytes: int
-    timeout_s: float
-    held_bytes: int = 0
+    An application meets a limit as a RefusedError while it reads: 400 (the client left), 408, 413 or 503. Where all
+    bodies above `SMALL_BYTES` together are over their bound, the one is refused that has waited longest for its
+    last `SMALL_BYTES`: so neither a new one, nor one that comes fast.
+    """
 
-    async def read(self, request: Request) -> bytes:
-        """Read a request's whole body. Raises RefusedError: 408, 411, 413, 415 or 503."""
-        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-            raise RefusedError(415, f"Content-Encoding is {encoding[:40]!r}: send the body uncompressed", CLOSE)
-        announced = request.headers.get("content-length", "0")
-        if announced.isascii() and announced.isdigit() and int(announced[:20]) > self.max_bytes:
-            raise self._too_large(f"{announced[:20]} bytes")
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float, way_out: str) -> None:
+        """`way_out`: what the client of a body over `max_bytes` can do."""
+        self.app, self.max_bytes, self.timeout_s, self.way_out = app, max_bytes, timeout_s, way_out
+        self._max_held_bytes, self._held_bytes = max_held_bytes, 0
+        self._large: set[_Upload] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        upload = _Upload(self, scope, receive)
         try:
-            async with asyncio.timeout(self.timeout_s):
-                return await self._read(request)
-        except TimeoutError:
-            raise RefusedError(
-                408, f"the body did not come within {self.timeout_s:g} s: send it at once", CLOSE
-            ) from None
-
-    async def _read(self, request: Request) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                self.held_bytes += len(part)
-                if size > self.max_bytes:
-                    raise self._too_large(f"over {self.max_bytes:,} bytes")
-                if self.held_bytes > BODIES_AT_ONCE * self.max_bytes:
-                    raise RefusedError(
-                        503, "too many large bodies are being read: try again", CLOSE | {"Retry-After": "1"}
-                    )
-        except ClientDisconnect:
-            raise RefusedError(400, "the client closed the connection before the end of the body") from None
+            await self.app(scope, upload.receive, send)
+        except RefusedError as error:  # of an application that has no form of its own for it
+            await PlainTextResponse(error.message, error.status, error.headers)(scope, receive, send)
         finally:
-            self.held_bytes -= size
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            self.release(upload)
+
+    def hold(self, upload: "_Upload", num_bytes: int) -> None:
+        """Count the next bytes of an upload; refuses the slowest where all have too many. Raises RefusedError: 503."""
+        before = upload.size_bytes
+        upload.size_bytes += num_bytes
+        if upload.size_bytes // SMALL_BYTES > before // SMALL_BYTES:
+            upload.step_s = asyncio.get_running_loop().time()
+        if upload.size_bytes <= SMALL_BYTES:
+            return
+        self._held_bytes += num_bytes if upload in self._large else upload.size_bytes
+        self._large.add(upload)
+        while self._held_bytes > self._max_held_bytes:
+            slowest = min(self._large, key=lambda each: each.step_s)
+            self.release(slowest)
+            slowest.refuse()
+
+    def release(self, upload: "_Upload") -> None:
+        """Count an upload no more."""
+        if upload in self._large:
+            self._large.remove(upload)
+            self._held_bytes -= upload.size_bytes
+
+
+class _Upload:
+    """A body on its way."""
+
+    def __init__(self, limits: BodyLimits, scope: Scope, receive: Receive) -> None:
+        self._limits, self._scope, self._receive = limits, scope, receive
+        self._loop = asyncio.get_running_loop()
+        self._begin_s = self.step_s = self._loop.time()
+        self._timeout: asyncio.Timeout | None = None
+        self._is_whole = self._is_refused = False
+        self.size_bytes = 0
+
+    async def receive(self) -> Message:
+        """Receive the next part. Raises RefusedError."""
+        if self._is_whole:  # what comes now is that the client left
+            return await self._receive()
+        if self.size_bytes == 0:
+            self._check_announced()
+        try:
+            async with asyncio.timeout_at(self._deadline_s()) as self._timeout:
+                message = await self._receive()
+        except TimeoutError:
+            raise self._error() from None
+        finally:
+            self._timeout = None
+        if self._is_refused:
+            raise self._error()
+        if message["type"] != "http.request":
+            raise RefusedError(400, "the client closed the connection before the end of the body")
+        self._is_whole = not message.get("more_body", False)
+        self._limits.hold(self, len(message.get("body", b"")))
+        if self._is_refused:
+            raise self._error()
+        if self.size_bytes > self._limits.max_bytes:
+            raise self._too_large(f"over {self._limits.max_bytes:,} bytes")
+        if self._is_whole:
+            self._limits.release(self)
+        return message
+
+    def refuse(self) -> None:
+        """Let `receive` raise the error of too many large bodies, now if it waits."""
+        self._is_refused = True
+        if self._timeout is not None:
+            self._timeout.reschedule(self._loop.time())
+
+    def _check_announced(self) -> None:
+        announced = next((value for name, value in self._scope["headers"] if name == b"content-length"), b"0")
+        if announced.isdigit() and int(announced[:20]) > self._limits.max_bytes:
+            raise self._too_large(f"{announced[:20].decode()} bytes")
+
+    def _deadline_s(self) -> float:
+        end_s = self._begin_s + self._limits.timeout_s
+        if self.size_bytes <= SMALL_BYTES:
+            return end_s
+        return min(end_s, self.step_s + self._limits.timeout_s / STEPS)
+
+    def _error(self) -> RefusedError:
+        if self._is_refused:
+            problem = "too many large bodies are being read, and this one comes slowest: try again"
+            return RefusedError(503, problem, CLOSE | {"Retry-After": "1"})
+        timeout_s = self._limits.timeout_s
+        if self._loop.time() < self._begin_s + timeout_s:
+            rule = f"a body over {SMALL_BYTES:,} bytes has to bring as many every {timeout_s / STEPS:g} s"
+            return RefusedError(408, f"{rule}: send it at once", CLOSE)
+        return RefusedError(408, f"the body did not come within {timeout_s:g} s: send it at once", CLOSE)
 
     def _too_large(self, size: str) -> RefusedError:
-        return RefusedError(413, f"the body has {size}; this server takes at most {self.max_bytes:,}: {WAY_OUT}", CLOSE)
+        most, way_out = self._limits.max_bytes, self._limits.way_out
+        return RefusedError(413, f"the body has {size}; this server takes at most {most:,}: {way_out}", CLOSE)
 
 
-class TimedProtocol(HttpToolsProtocol):
-    """Uvicorn's protocol, which also closes connections whose next request does not come in time.
+class LimitedProtocol(HttpToolsProtocol):
+    """Uvicorn's protocol with limits on what is not a body, and for connections whose next request does not come.
 
-    Uvicorn itself ends only those that are silent after an answer (timeout_keep_alive).
+    Uvicorn itself ends only those that are silent after an answer (timeout_keep_alive). httptools joins the parts
+    of a header as often as one comes and has no limit, so bytes are counted here as they come.
     """
 
     headers_timeout_s = 30.0
     _deadline: asyncio.TimerHandle | None = None
+    _in_body = False
+    _keeps_alive = True
+    _num_chunks = 0
+    _framing_bytes = 0
+    """What came since the last byte of a body, or the last whole head or request."""
+    _head_bytes = 0
+    """Of the head that httptools has taken apart: it may come in one read."""
+    _refusal: tuple[int, str] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._arm()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what came whole before the client ended its sending, and close then. TLS has no half that is open."""
+        if self._in_body or not self._is_answering() or self.scheme == "https":
+            return False
+        self.cycle.keep_alive = False
+        return True
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        self._framing_bytes += len(data)
+        self._num_chunks = 0
+        super().data_received(data)
+        if self._refusal is not None:
+            return
+        if self._framing_bytes > MAX_HEAD_BYTES:
+            self._refusal = _HEAD_TOO_LARGE
+            self._refuse()
+        elif self._framing_bytes and not self._in_body and self._deadline is None:
+            self._arm()  # for empty lines, which begin no request
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what httptools could not read, or what a limit below stopped."""
+        self._refusal = self._refusal or (400, msg)
+        self._refuse()
+
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._stop(400, f"over {MAX_PIPELINED} requests wait for answers on this connection: read some first")
         self._arm()
+        self._head_bytes = 0
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + len(b": \r\n"))
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            self._stop(431, f"the request has over {MAX_HEADERS} headers: send fewer")
 
     def on_headers_complete(self) -> None:
         self._disarm()
         super().on_headers_complete()
+        self._in_body = True
+        self._framing_bytes = 0
+        # Only a connection whose request came whole is kept: what an answer leaves unread would hold it for ever.
+        self._keeps_alive = self.cycle.keep_alive
+        self.cycle.keep_alive = False
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        self._num_chunks += 1
+        if self._num_chunks > MAX_CHUNKS:
+            self._stop(400, "the chunks of the body are too small: send larger ones")
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._framing_bytes = 0
+        self.cycle.keep_alive = self._keeps_alive
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        is_last = not self.pipeline
+        super().on_response_complete()
+        if is_last and self._refusal is not None and not self.transport.is_closing():
+            self._refuse()
+
+    def shutdown(self) -> None:
+        self._keeps_alive = False
+        super().shutdown()
+
+    def _count_head(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._stop(*_HEAD_TOO_LARGE)
+
+    def _stop(self, status: int, message: str) -> None:
+        """Let httptools stop: `send_400_response` follows."""
+        self._refusal = status, message
+        raise ValueError(message)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse(self) -> None:
+        """Send the refusal once all requests before it have their answers, and close."""
+        assert self._refusal is not None
         self._disarm()
-        super().connection_lost(exc)
+        if self._is_answering() and not self._in_body:
+            return  # on_response_complete comes again
+        is_of_another = self._in_body and (self.pipeline or self.cycle.response_started)
+        if not is_of_another:  # the answer that the client would take it for
+            status, message = self._refusal
+            text = f"content-type: text/plain; charset=utf-8\r\ncontent-length: {len(message)}\r\nconnection: close\r\n"
+            self.transport.write(b"".join([STATUS_LINE[status], text.encode(), b"\r\n", message.encode()]))
+        self.transport.close()
 
     def _arm(self) -> None:
         self._disarm()
@@ -114,9 +297,12 @@ class TimedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
 
-def protocol_with(headers_timeout_s: float) -> type[TimedProtocol]:
+_HEAD_TOO_LARGE = 431, f"request line, headers or chunk lines have over {MAX_HEAD_BYTES:,} bytes: send fewer"
+
+
+def protocol_with(headers_timeout_s: float) -> type[LimitedProtocol]:
     """Make the protocol class with this timeout: uvicorn makes its protocols without arguments of ours."""
-    return type("TimedProtocol", (TimedProtocol,), {"headers_timeout_s": headers_timeout_s})
+    return type("LimitedProtocol", (LimitedProtocol,), {"headers_timeout_s": headers_timeout_s})
 
 
 def limit_writes(listener: socket.socket, timeout_s: float) -> None:

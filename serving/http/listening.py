@@ -1,5 +1,6 @@
 """The listening socket of a server, and uvicorn as we run it: quiet at a signal, with renewed certificates."""
 
+import asyncio
 import contextlib
 import ctypes
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from serving.errors import ListenError
 from serving.http.limits import limit_writes, protocol_with
@@ -78,7 +80,6 @@ def uvicorn_config(settings: AccessSettings, credentials: Credentials, app: Any)
     return uvicorn.Config(
         app,
         http=protocol_with(settings.read_timeout_s),
-        loop="uvloop",
         ws="none",
         lifespan="on",
         log_config=None,
@@ -92,12 +93,33 @@ def uvicorn_config(settings: AccessSettings, credentials: Credentials, app: Any)
     )
 
 
+class _TimedLoop(uvloop.Loop):
+    """uvloop's event loop, whose servers end TLS handshakes and closings that take too long.
+
+    Uvicorn has no setting for it, and theirs are 60 and 30 s.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__()
+        self._timeouts = {"ssl_handshake_timeout": timeout_s, "ssl_shutdown_timeout": timeout_s}
+
+    async def create_server(self, *arguments: Any, **options: Any) -> asyncio.AbstractServer:  # type: ignore[override]
+        if options.get("ssl") is not None:
+            options |= self._timeouts
+        return await super().create_server(*arguments, **options)
+
+
 class SecuredServer(uvicorn.Server):
     """Uvicorn's server, which looks for renewed certificates and tokens, and ends quietly after a signal."""
 
-    def __init__(self, config: uvicorn.Config, credentials: Credentials) -> None:
+    def __init__(self, config: uvicorn.Config, credentials: Credentials, tls_timeout_s: float) -> None:
         super().__init__(config)
-        self._credentials = credentials
+        self._credentials, self._tls_timeout_s = credentials, tls_timeout_s
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer until a signal."""
+        with asyncio.Runner(loop_factory=lambda: _TimedLoop(self._tls_timeout_s)) as runner:
+            runner.run(self.serve(sockets))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

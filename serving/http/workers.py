@@ -100,7 +100,7 @@ class DrainingServer(SecuredServer):
         failures: list[Exception],
         listener: socket.socket,
     ) -> None:
-        super().__init__(config, credentials)
+        super().__init__(config, credentials, scoring.settings.read_timeout_s)
         self._scoring, self._failures, self._listener = scoring, failures, listener
         self._ticks_left = _TICKS_TO_STOP
 

@@ -17,11 +17,14 @@ from explorer.pages.kind import PageKind
 from explorer.places import Places
 from explorer.server import app as app_module
 from explorer.server.app import application
+from serving.http.limits import RefusedError
+from tests.explorer.serving import serving
 from tests.serving.http.processes import ROOT
 
 ERRORS: dict[str, tuple[Exception, int]] = {
     "nothere": (NotHereError("no image 5 in snapshot 3"), 404),
     "wrong": (ExplorerError("<b>that</b> does not work"), 400),
+    "limit": (RefusedError(408, "the body did not come"), 408),
     "bug": (ValueError("a secret of a user"), 500),
 }
 
@@ -59,7 +62,7 @@ def test_errors_are_pages(client: TestClient, kind: str) -> None:
     assert answer.status_code == status
     assert "<h1>" in answer.text and 'href="/"' in answer.text
     assert "<b>that" not in answer.text
-    assert (str(error) in answer.text) == (kind == "nothere")
+    assert (str(error) in answer.text) == (kind in ("nothere", "limit"))
     assert "Content-Security-Policy" in answer.headers
 
 
@@ -96,3 +99,26 @@ def test_servers_start_without_torch() -> None:
     """It takes seconds and 200 MB, which the first page or the first model that needs it may wait for."""
     words = "import sys, explorer.server.serve, serving.http.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(
+    ("head", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", b"431"),
+        (
+            b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n"
+            b"Content-Type: application/x-www-form-urlencoded\r\n\r\n",
+            b"413",
+        ),
+        (b"GET /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n", b"200"),
+    ],
+    ids=["headers", "body", "unread"],
+)
+def test_requests_have_the_limits_of_the_scorer(tmp_path: Path, head: bytes, code: bytes) -> None:
+    """Before anyone has sent a token, and on the connection that ends then."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("0123456789abcdef0123\n")
+    with serving(tmp_path, "--images", tmp_path, "--token-file", tokens) as server, server.connect() as connection:
+        connection.sendall(head)
+        assert b"".join(iter(lambda: connection.recv(1 << 16), b"")).startswith(b"HTTP/1.1 " + code)

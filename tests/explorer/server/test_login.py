@@ -40,8 +40,9 @@ def test_a_typed_token_opens_the_pages_by_a_cookie_that_scripts_and_other_sites_
     assert client.get("/", headers=HTML).status_code == 200
 
 
-def test_a_wrong_token_says_so(client: TestClient) -> None:
-    answer = client.post("/login", data={"token": "wrong"})
+@pytest.mark.parametrize("token", ["wrong", "a" * 2_000_000])
+def test_a_wrong_token_says_so(client: TestClient, token: str) -> None:
+    answer = client.post("/login", data={"token": token})
     assert answer.status_code == 401
     assert "none of the server" in answer.text
     assert "set-cookie" not in answer.headers

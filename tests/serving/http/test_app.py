@@ -193,7 +193,6 @@ def test_too_large_bodies_and_too_many_candidates_get_413(tmp_path: Path) -> Non
 
         answer = await client.post("/v1/score", content=endless())
         assert answer.status_code == 413
-        assert scoring.reader.held_bytes == 0
 
     run_with(tmp_path, test, max_candidates=10, max_body_mb=0.005)
 

@@ -1,9 +1,12 @@
 """Clients that are slow, never read, send too much, or are a thousand: a real server process with a fake model."""
 
 import json
+import select
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +93,128 @@ def test_a_client_that_goes_away_in_its_body_is_no_error_of_the_server(server: S
             connection.sendall(post_head(100) + b"{")
     assert is_answering(server)
     assert "bug" not in server.log()
+
+
+CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b""),
+        (b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", b""),
+        (b"GET /v2 HTTP/1.1\r\n" + b"X: a\r\n" * 101 + b"\r\n", b""),
+        (b"GET /", b"a" * 10_000),
+        (b"GET /v2 HTTP/1.1\r\nX: ", b"a" * 10_000),
+        (b"GET /v2 HTTP/1.1\r\nX:", b" " * 10_000),
+        (b"", b"\r\n" * 5_000),
+        (CHUNKED + b"1;", b"a" * 10_000),
+        (CHUNKED + b"0\r\nX: ", b"a" * 10_000),
+        (CHUNKED + b"0\r\n" + b"X: a\r\n" * 101, b""),
+    ],
+    ids=["line", "header", "count", "lines", "headers", "spaces", "empty", "extension", "trailer", "trailers"],
+)
+def test_too_much_besides_a_body_gets_431(server: ServerProcess, head: bytes, part: bytes) -> None:
+    sent = 0
+    with server.connect() as connection:
+        connection.sendall(head)
+        try:
+            while part and sent < 50e6:
+                sent += connection.send(part)
+        except ConnectionError:
+            pass
+        assert read_all(connection).startswith(b"HTTP/1.1 431")
+    assert sent < 20e6  # what fits into the buffers of both ends
+    assert is_answering(server)
+
+
+def test_a_head_within_its_limits_is_answered(server: ServerProcess) -> None:
+    headers = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 630) for number in range(100))
+    assert 63_000 < len(headers) < 64_000
+    with server.connect() as connection:
+        connection.sendall(b"GET /v2 HTTP/1.1\r\n" + headers + b"\r\n")
+        assert read_answer(connection).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [(b"GET /v2/health/live", 200), (b"POST /nowhere", 404), (b"PUT /v1/score", 405)]
+)
+@pytest.mark.parametrize("length", [b"Content-Length: 1000000", b"Transfer-Encoding: chunked"])
+def test_a_body_that_no_route_reads_is_answered_and_ends_the_connection(
+    server: ServerProcess, line: bytes, code: int, length: bytes
+) -> None:
+    with server.connect() as connection:
+        connection.sendall(line + b" HTTP/1.1\r\n" + length + b"\r\n\r\n")
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 %d" % code)
+        assert b"connection: close" in answer
+
+
+def test_a_small_body_that_no_route_reads_keeps_the_connection(server: ServerProcess) -> None:
+    with server.connect() as connection:
+        for _ in range(2):
+            connection.sendall(b"PUT /v1/score HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+            assert read_answer(connection).startswith(b"HTTP/1.1 405")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_client_that_ends_its_sending_gets_its_answers(server: ServerProcess, count: int) -> None:
+    with server.connect() as connection:
+        connection.sendall((post_head(len(ONE)) + ONE) * count)
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection).count(b"HTTP/1.1 200") == count
+
+
+def test_empty_lines_after_an_answer_do_not_hold_a_connection(server: ServerProcess) -> None:
+    with server.connect() as connection:
+        connection.sendall(post_head(len(ONE)) + ONE)
+        read_answer(connection)
+        connection.sendall(b"\r\n")
+        assert read_all(connection) == b""
+
+
+@pytest.mark.parametrize(
+    ("rest", "code"),
+    [
+        (b"\0" * 100, b"400"),
+        (b"GET /" + b"a" * 70_000, b"431"),
+        (b"GET /v2 HTTP/1.1\r\n\r\n" * 1_000, b"400"),
+    ],
+    ids=["no HTTP", "too large", "too many"],
+)
+def test_what_is_refused_behind_requests_waits_for_their_answers(
+    server: ServerProcess, rest: bytes, code: bytes
+) -> None:
+    with server.connect() as connection:
+        connection.sendall((post_head(len(ONE)) + ONE) * 3 + rest)
+        codes = [part[:3] for part in read_all(connection).split(b"HTTP/1.1 ")[1:]]
+        assert codes[:3] == [b"200"] * 3
+        assert codes[-1] == code
+        assert len(codes) < 20
+
+
+def test_a_body_of_many_tiny_chunks_is_refused(server: ServerProcess) -> None:
+    with server.connect() as connection:
+        connection.sendall(CHUNKED + b"1\r\na\r\n" * 40_000)
+        assert read_all(connection).startswith(b"HTTP/1.1 400")
+    with server.connect() as connection:
+        connection.sendall(CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in ONE) + b"0\r\n\r\n")
+        assert read_answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_small_bodies_pass_and_the_slowest_large_one_is_refused(tmp_path: Path) -> None:
+    """Sixteen clients send a body less two bytes each: all that may be in memory."""
+    with fake_server(write_state(tmp_path, version=3), tmp_path, max_body_mb=1.0) as server, ExitStack() as stack:
+        slow = [stack.enter_context(server.connect()) for _ in range(16)]
+        for connection in slow:
+            connection.sendall(post_head(1_000_000) + b" " * 999_998)
+        assert all(is_answering(server) for _ in range(3))
+        large = ONE + b" " * (900_000 - len(ONE))
+        assert server.client.post("/v1/score", content=large).status_code == 200
+        refused, _, _ = select.select(slow, [], [], 1)
+        assert [read_all(connection)[:12] for connection in refused] == [b"HTTP/1.1 503"]
+        for connection in set(slow) - set(refused):  # by far sooner than the time for a body
+            assert b"has to bring" in read_all(connection)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -62,6 +62,21 @@ def test_tls_with_a_token(tmp_path: Path, pair: Pair) -> None:
 
 
 @pytest.mark.services
+def test_tls_connections_do_not_outlive_the_read_timeout(tmp_path: Path, pair: Pair) -> None:
+    """Nothing is sent, or half a greeting, or a body that no route reads."""
+    settings = {"tls_cert": str(pair.cert), "tls_key": str(pair.key), "read_timeout_s": 1.0}
+    with fake_server(write_state(tmp_path, version=3), tmp_path, verify=pair.client, **settings) as server:
+        for sent in (b"", b"\x16\x03\x01\x02\x00\x01\x00"):
+            with server.connect() as connection:
+                connection.sendall(sent)
+                connection.settimeout(20)
+                assert connection.recv(100) == b""
+        with pair.client.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
+            assert b"connection: close" in b"".join(iter(lambda: connection.recv(1000), b""))
+
+
+@pytest.mark.services
 @pytest.mark.parametrize("workers", [1, 2])
 def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pair, workers: int) -> None:
     """Without a restart: the new authority's certificate, and the new token alone; wrong files leave the old ones."""
