@@ -199,6 +199,7 @@ def shop(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.services
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("launcher", "num_ranks", "standing"),
     [
@@ -217,7 +218,7 @@ def test_a_launchers_job_is_that_of_one_rank(
     where = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         words, cwd=shop.folder, capture_output=True, text=True, check=False, env=environment() | {"PATH": where},
-        timeout=RANKS_TIMEOUT_S,
+        timeout=2 * RANKS_TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found, alone = shop.run_of(name), shop.run_of("alone")
