@@ -110,7 +110,7 @@ class _Expiry:
         pinned = kept_by_name(self.storage)
         wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
         leaving = [version for version, _ in made_s if version not in wanted]
-        staying = [version for version, _ in made_s if version in wanted]
+        staying = [version for version in log.versions(self.storage) if version not in leaving]
         kept_files = self._files(staying, (log.LOG, log.EXPIRED))
         self._files(leaving, (log.LOG, log.EXPIRED))
         self._files(self._expired((), [version for version, _ in made_s]), (log.EXPIRED, log.LOG))

@@ -103,6 +103,7 @@ def verify(
     behind_links = "Then verify again: nothing else was checked"
     folders = ((folder, partial(store.storage.list, folder)) for folder in _FOLDERS)
     report.problems += _unreadable(("folder", folder, read, behind_links) for folder, read in folders)
+    report.problems = report.problems or list(_folders_inside(store))
     if report.problems:  # what is behind such a link is not the store's
         return report
     manifests = _read_manifests(store, report)
@@ -177,6 +178,13 @@ def _small_files(store: FeatureStore) -> Iterator[_SmallFile]:
         way_out = _repair(url, "moves it to damaged/; the next refresh tries its images again")
         path = f"{quarantine.QUARANTINE}/{name}"
         yield "quarantine", path, partial(quarantine.read_file, storage, name), way_out
+
+
+def _folders_inside(store: FeatureStore) -> Iterator[Problem]:
+    """Yield folders in the place of manifests: nothing was committed there, and what is in them is not the store's."""
+    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.folders_inside(store.storage, folder)]:
+        message = f"{store.storage.full(path)} is a folder, but manifests are files"
+        yield Problem("folder", path, message, "Move it away, then verify again: nothing else was checked")
 
 
 def _strays(store: FeatureStore) -> Iterator[Problem]:
