@@ -1,7 +1,6 @@
 """One published state of a store. It holds its manifest, so later commits never change what it reads."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import Int64Array, shard_of
 from featurestore.spec import Manifest, StoreInfo
 from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
+from featurestore.storage.threads import cached_property, in_threads
 
 _THREADS = 4
 ResultT = TypeVar("ResultT")

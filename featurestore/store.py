@@ -5,7 +5,6 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
-from featurestore.storage.threads import in_threads
+from featurestore.storage.threads import cached_property, in_threads
 
 INFO_PATH = "store.json"
 _THREADS = 4

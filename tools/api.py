@@ -94,6 +94,13 @@ def is_public(name: str, member: griffe.Object | griffe.Alias) -> bool:
     return not member.is_alias and not name.startswith("_") and member.docstring is not None
 
 
+def is_value(member: griffe.Object | griffe.Alias) -> bool:
+    """Tell whether a member is read without a call: an attribute, a property, or one of our own that is kept."""
+    return not isinstance(member, griffe.Function) or "cached_property" in map(
+        str, [d.value for d in member.decorators]
+    )
+
+
 def of_class(each: griffe.Class) -> Iterator[str]:
     """Yield the sections of a class: what makes one, its values, and its methods."""
     public = {name: member for name, member in each.members.items() if is_public(name, member)}
@@ -106,13 +113,17 @@ def of_class(each: griffe.Class) -> Iterator[str]:
     ]
     if fields:
         yield "```python\n" + "\n".join(fields) + "\n```\n"
-    values = [(name, text_of(member)) for name, member in public.items() if isinstance(member, griffe.Attribute)]
+    values = [
+        (name, text_of(member))
+        for name, member in public.items()
+        if isinstance(member, griffe.Object) and is_value(member)
+    ]
     if values:
         texts = [" ".join(text.split()).replace("|", "\\|") for _, text in values]
         rows = [f"| `{name}` | {text} |" for (name, _), text in zip(values, texts, strict=True)]
         yield "\n".join(["| | |", "|---|---|", *rows, ""])
     for name, member in public.items():
-        if isinstance(member, griffe.Function):
+        if isinstance(member, griffe.Function) and not is_value(member):
             yield f"#### `{each.name}.{name}`\n"
             yield signature(member, f"{each.name}.{name}")
             yield text_of(member) + "\n"

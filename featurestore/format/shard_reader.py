@@ -5,7 +5,6 @@ Letters of shapes: N rows of all files, M live rows, K rows of a block or a file
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from featurestore.format.statistics import Moments
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import cached_property
 
 
 def newest_rows(keys_N: Int64Array) -> Int64Array:

@@ -37,8 +37,8 @@ class Storage:
 
     On an object store throttling, failures of the server, cut connections and timeouts are tried again for a minute.
     On a disk, with `keep_inside`, a symbolic link that leads out of the folder, a folder in the place of a file and a
-    sector that cannot be read are damage (CorruptFileError): stores are opened so. Pickles as its address. The client is made on first use in each
-    process, so never shared across a fork.
+    sector that cannot be read are damage (CorruptFileError): stores are opened so. Pickles as its address. The client
+    is made on first use in each process, so never shared across a fork.
     """
 
     def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
@@ -242,7 +242,9 @@ class Storage:
             if self._keep_inside and self.is_local and getattr(error, "errno", 0) == errno.EIO and not writing:
                 raise CorruptFileError(f"{self.full(path)} cannot be read from the disk: {error}") from error
             if self._keep_inside and isinstance(error, IsADirectoryError) and not writing:
-                raise CorruptFileError(f"{self.full(path)} is a folder, but a file belongs there: move it away") from error
+                raise CorruptFileError(
+                    f"{self.full(path)} is a folder, but a file belongs there: move it away"
+                ) from error
             if self.is_local:
                 raise self._disk_error(action, path, error) from error
             reason = reason_of(error)

@@ -1,8 +1,8 @@
-"""Work on many things in a few threads, and report how far it is."""
+"""Work on many things in a few threads, report how far it is, and keep what was computed without a lock."""
 
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Generic, Self, TypeVar, overload
 
 Progress = Callable[[int, int], None]  # things done, things in all
 ItemT = TypeVar("ItemT")
@@ -21,3 +21,31 @@ def in_threads(
             yield result
             if progress is not None:
                 progress(done, len(items))
+
+
+class cached_property(Generic[ResultT]):  # noqa: N801 - it takes the place of functools'
+    """A property that is computed when it is first asked for, and kept; no thread waits for another.
+
+    Before Python 3.12 functools' has one lock for all instances of a class, and holds it while it computes: reads of
+    shards by several threads came one after the other. Two threads that ask one instance at once compute it twice.
+    """
+
+    def __init__(self, compute: Callable[[Any], ResultT]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> ResultT: ...
+
+    def __get__(self, instance: object | None, owner: type) -> Self | ResultT:
+        if instance is None:
+            return self
+        result: ResultT = self._compute(instance)
+        instance.__dict__[self._name] = result
+        return result

@@ -7,7 +7,7 @@ opens the samples too, and looks images up where training did.
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from featurestore.published.channels import VersionName
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.snapshot import Snapshot
 from featurestore.spec import MissingPolicy
+from featurestore.storage.threads import cached_property
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config.config import Config, Device, load_saved

@@ -1,5 +1,9 @@
 """A shard of several files read as one: which keys live, and the uris of some of them."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -8,6 +12,7 @@ from featurestore.errors import KeyCollisionError
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard_reader import ShardReader
 from featurestore.keys import shard_of
+from tests.faulty import faulty
 
 KEYS = np.arange(40)
 
@@ -50,3 +55,22 @@ def test_a_shard_without_files_has_no_key(store: FeatureStore, info: StoreInfo) 
     empty = store.snapshot().shard_reader(0)
     assert not empty.contains(KEYS).any()
     assert empty.uris(KEYS)[1] == []
+
+
+def test_threads_read_shards_at_the_same_time(store: FeatureStore, make_rows) -> None:
+    """Two readings wait for each other inside the storage: they end if none waits for the other's end."""
+    store.put(make_rows(100, store.info))
+    store.put(make_rows(100, store.info, seed=1))
+    both = threading.Barrier(2)
+
+    def meet(read: Callable[[str], bytes], path: str) -> bytes:
+        if path.startswith("data/") and threading.get_ident() not in met:
+            met.add(threading.get_ident())
+            both.wait(60)
+        return read(path)
+
+    met: set[int] = set()
+    snapshot = faulty(store, read_bytes=meet).snapshot()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda shard: snapshot.shard_reader(shard).keys(), range(2)))
+    assert len(met) == 2
