@@ -3,6 +3,7 @@
 Letters of shapes: U keys asked, C of them in a block, D feature width.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ from featurestore.lookup.partition import FeaturePartition
 BLOCK_BYTES = 4 << 20
 _MASK_ROWS = 1 << 16
 _NEWEST = "newest"
+_NUMBER = re.compile(r"[0-9]{1,19}")  # MAX_VERSION has as many digits
+_MOST_SHOWN = 40  # characters of a path, in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +114,10 @@ class FeatureServer(flight.FlightServerBase):
     def get_flight_info(self, _context: Any, descriptor: Any) -> Any:
         """Describe the scan of a snapshot, of path `newest` or its number."""
         with self._answering():
-            (name,) = [part.decode() for part in descriptor.path or []] or [_NEWEST]
-            if name != _NEWEST and not name.isdecimal():
-                raise QueryError(f"a path is {_NEWEST!r} or the number of a snapshot, not {name!r}")
+            name = "/".join(part.decode(errors="replace") for part in descriptor.path or []) or _NEWEST
+            if name != _NEWEST and not _NUMBER.fullmatch(name):
+                short = name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
+                raise QueryError(f"a path is {_NEWEST!r} or the number of a snapshot, not {short!r}")
             with self._snapshots.use(None if name == _NEWEST else int(name)) as partition:
                 return self._flight(partition.snapshot_version, partition.num_rows)
 

@@ -284,8 +284,12 @@ def test_requests_that_are_none(serve_small: ServeSmall, wide: FeatureStore) -> 
                 exchange(command, batch)
         with pytest.raises(flight.FlightServerError, match="no action"):
             list(client.do_action(flight.Action("stop", b"")))
-        with pytest.raises(flight.FlightServerError, match="a path is"):
-            client.get_flight_info(flight.FlightDescriptor.for_path("../x"))
+        for path in (["../x"], ["1", "2"], ["9" * 5_000], ["-1"], ["1e3"], ["\u0663"], ["newest", ""]):
+            with pytest.raises(flight.FlightServerError, match="a path is"):
+                client.get_flight_info(flight.FlightDescriptor.for_path(*path))
+        for path in (["9" * 19], ["2"]):
+            with pytest.raises(flight.FlightServerError, match="has no snapshot"):
+                client.get_flight_info(flight.FlightDescriptor.for_path(*path))
         assert len(list(client.do_action(flight.Action("snapshot", b"{}")))) == 2
 
 
