@@ -22,6 +22,8 @@ class Places:
     """Folder or address of the pictures, below which a store's uris are."""
     model: str | None = None
     """Folder or address of a published model."""
+    nets: str | None = None
+    """Package whose classes runs may name as model.base."""
     scorer: str | None = None
     """Address of a running scorer of that model, http:// or https://; by default the explorer starts its own."""
     scorer_token_file: Path | None = None
@@ -64,6 +66,15 @@ class Places:
             from serving.scoring.remote import trusted
 
             trusted(self.scorer_ca, "--scorer-ca")
+
+    def check_net(self, base: str) -> None:
+        """Raise ExplorerError where a run's model.base would import code that nobody has allowed."""
+        if "." in base and not (self.nets and base.startswith(f"{self.nets}.")):
+            package = base.partition(".")[0]
+            raise ExplorerError(
+                f"the run has a net of its own, model.base={base}, and pages import no code that a run names; if you "
+                f"trust the package, start the explorer with --nets {package}"
+            )
 
     def run(self, name: str) -> RunPath:
         """Give the folder of a run by its name; NAME/DAY is a day of trainer.daily. Raises ExplorerError for a path."""

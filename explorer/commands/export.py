@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from explorer.commands.installed import check_installed
-from explorer.commands.options import Images, Model, Runs, Samples, Store
+from explorer.commands.options import Images, Model, Nets, Runs, Samples, Store
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary
 from featurestore.errors import FAILED
@@ -22,6 +22,7 @@ def export(
     samples: Samples = None,
     images: Images = None,
     model: Model = None,
+    nets: Nets = None,
     most_files: Annotated[
         int, typer.Option(min=10, help="Pages and pictures at most; links beyond lead to a page that says so.")
     ] = 2000,
@@ -37,7 +38,7 @@ def export(
     from explorer.server.export import export as write
     from featurestore.console.progress import progress_bar
 
-    places = Places(store=store, runs=runs, samples=samples, images=images, model=model)
+    places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
     places.check()
     with progress_bar("pages and pictures") as bar:
         exported = write(places, out, most_files, bar, umap_s=60 * map_minutes, doing=bar.doing)

@@ -10,6 +10,14 @@ Runs = Annotated[str | None, typer.Option(help="Folder or address that holds run
 Samples = Annotated[str | None, typer.Option(help="Samples; by default each run's own.")]
 Images = Annotated[str | None, typer.Option(help="Pictures: the folder or address that the store was made of.")]
 Model = Annotated[str | None, typer.Option(help="Published model, to score with over HTTP.")]
+Nets = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE",
+        help="Package whose classes runs may name as model.base. A page that asks such a run imports it.",
+        show_default="none is imported",
+    ),
+]
 Scorer = Annotated[
     str | None,
     typer.Option(help="Running scorer of --model, http://HOST:PORT.", show_default="one is started on this machine"),

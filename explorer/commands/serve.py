@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from explorer.commands.installed import check_installed
-from explorer.commands.options import Images, Model, Runs, Samples, Scorer, ScorerCa, ScorerTokenFile, Store
+from explorer.commands.options import Images, Model, Nets, Runs, Samples, Scorer, ScorerCa, ScorerTokenFile, Store
 from featurestore.console.commandline import CommandApp
 
 app = CommandApp()
@@ -26,6 +26,7 @@ def serve(
     samples: Samples = None,
     images: Images = None,
     model: Model = None,
+    nets: Nets = None,
     scorer: Scorer = None,
     scorer_token_file: ScorerTokenFile = None,
     scorer_ca: ScorerCa = None,
@@ -49,6 +50,7 @@ def serve(
         samples=samples,
         images=images,
         model=model,
+        nets=nets,
         scorer=scorer,
         scorer_token_file=scorer_token_file,
         scorer_ca=scorer_ca,

@@ -4,8 +4,9 @@ The line below a setting is its text in `presets/dicm.yaml` and docs/SETTINGS.md
 both). Quick to import: without torch.
 """
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
@@ -13,6 +14,8 @@ from featurestore.lookup.compute_dtype import ComputeDType
 from trainer.config.validate import KIND, Section
 
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
+OwnNet = str
+"""A net of the user's own: the dotted path of its class, as mypackage.MyNet."""
 Activation = Literal["relu", "prelu", "dice"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
@@ -21,6 +24,7 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 RateDecay = Annotated[float, Field(gt=0, le=1)]
+_DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+")
 LARGEST_UNTRAINED = 0.001
 """Of model.id_init_std: a first step of Adam moves a row as far."""
 MOST_EXACT_ROWS = (1 << 31) - 1
@@ -79,8 +83,9 @@ class NewAdSettings(NamedTuple):
 class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
-    base: BaseNet = "mlp"
-    """The net above the inputs: LR, Embedding&MLP, DIN, DCN-v2, FinalMLP, or two towers for pre-ranking."""
+    base: BaseNet | OwnNet = "mlp"
+    """The net above the inputs: lr, mlp (Embedding&MLP), din, dcn (DCN-v2), finalmlp, two_tower (for pre-ranking), or
+    the dotted path of a class of your own, as mypackage.MyNet (docs/CODE.md)."""
     images: SeenImages = "both"
     """Which images the model sees; image ids are ID fields in all four."""
     pooling: Pooling = "attentive"
@@ -174,6 +179,16 @@ class ModelConfig(Section):
     def new_ad_settings(self) -> "NewAdSettings | None":
         """Return what makes the model treat new ads in another way than known ones; None: it does not."""
         return NewAdSettings.of(self.image_holdout, self.image_dropout)
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _names_a_net(cls, value: Any) -> Any:
+        ours = get_args(BaseNet)
+        if value in ours or (isinstance(value, str) and _DOTTED.fullmatch(value)):
+            return value
+        raise ValueError(
+            f"it should be {', '.join(map(repr, ours))}, or the dotted path of a class of your own, as mypackage.MyNet"
+        )
 
     @field_validator("pooling")
     @classmethod

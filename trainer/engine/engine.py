@@ -29,7 +29,7 @@ from trainer.exchange.reuse import ReusingSource, VectorCache
 from trainer.ids.exact import ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.tables import apply_gradients, build_tables
-from trainer.models.build import build_model
+from trainer.models.build import build_model, check_logits
 from trainer.models.fields import nearest_of, tiers_of
 from trainer.models.id_dropout import IdDropout
 from trainer.models.layers import chosen_values
@@ -91,12 +91,12 @@ class Engine:
         self.stages = Stages()
         if reading:
             optim = optim.model_copy(update={"average_share": 0.0})
-        self._comm, self._optim, self._reading = comm, optim, reading
+        self._comm, self._optim, self._reading, self._base = comm, optim, reading, model.base
         self._device, self._dtype = torch.device(device), dtype
         model = with_compute_dtype(model, comm, self._device, None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = build_model(schema, model)
+            self.model = comm.on_all(lambda: build_model(schema, model))  # a host may lack a net of the user's own
             self.services = services_of(self.model.fields, partitions, model)
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
@@ -330,7 +330,10 @@ class Engine:
             if self._modules.training:
                 self.model.place.step, self.model.place.place_B = self.num_steps, batch.places
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
-            return network(self.model.with_pictures_of_ads({**vectors, **given}), dense, group_of_sample_B)
+            outputs = network(self.model.with_pictures_of_ads({**vectors, **given}), dense, group_of_sample_B)
+        if network is self.model:
+            check_logits(self._base, outputs, batch.num_samples)
+        return outputs
 
     def _nearest(self, field: FieldVectors, similar: Similarity) -> FieldVectors:
         """Return for each sample, instead of each group, the behaviours nearest to its ad."""

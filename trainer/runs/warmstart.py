@@ -142,9 +142,10 @@ def _meaning(model: Mapping[str, Any]) -> set[str]:
     """The settings that decide on what the layers of a model mean, those alone that its other settings do not make
     idle. How layers are trained (dropout, their start) may differ; their sizes differ by their shapes."""
     names = {"base", "images", "multi_hot", "activation", "batch_norm"}
-    if model["base"] == "dcn":
+    is_own = "." in model["base"]  # a user's net, which may read any setting
+    if is_own or model["base"] == "dcn":
         names.add("cross_structure")
-    if model["base"] == "finalmlp":
+    if is_own or model["base"] == "finalmlp":
         names.add("feature_gates")
     if _sees_ads(model):
         names.add("id_proxy")

@@ -215,6 +215,7 @@ class TrainedRuns:
         from trainer.comm import SoloComm
         from trainer.runs.saved import open_test, open_trained
 
+        self._places.check_net(load_saved(folder / "config.yaml").model.base)
         comm = SoloComm()
         trained = open_trained(
             folder,

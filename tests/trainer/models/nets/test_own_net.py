@@ -1,0 +1,198 @@
+"""A net of the user's own, `model.base=mypackage.MyNet`: the example of docs/CODE.md, from training to serving."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from explorer.html.site import Site
+from explorer.places import Places
+from explorer.server.app import application
+from serving.__main__ import app as serving
+from tests.ranks import HOROVODRUN, StandingRanks, environment
+from tests.serving.http.processes import ServerProcess, ended
+from tests.serving.scoring.variants import export
+from tests.trainer.whole_runs import run_alone, tensors
+from trainer.config.options import ModelConfig
+from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.evaluate import app as evaluate
+from trainer.evaluation.predict import predict_run
+from trainer.models.build import build_model
+from trainer.schema import load_schema
+
+ROOT = Path(__file__).parents[4]
+BASE = "mypackage.MyNet"
+SHARED = {"model__base": BASE, "model__compute_dtype": "float64", "train__max_steps": 12, "run__name": "own"}
+EXAMPLE = re.search(r"```python\n(from torch import nn.*?)```", (ROOT / "docs" / "CODE.md").read_text(), re.DOTALL)
+SamplePlaces = Any
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `mypackage`, which can be imported in the module's tests."""
+    assert EXAMPLE is not None
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "mypackage").mkdir()
+    (folder / "mypackage" / "__init__.py").write_text(EXAMPLE[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+        sys.modules.pop("mypackage", None)
+
+
+@pytest.fixture(scope="module")
+def own(places: SamplePlaces, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps of one rank."""
+    return run_alone(places, run__dir=tmp_path_factory.mktemp("own"), train__checkpoint_every=5, **SHARED)
+
+
+def test_two_ranks_equal_one(own: Path, package: Path, places: SamplePlaces, tmp_path: Path) -> None:
+    settings = places.settings(run__dir=tmp_path, **SHARED)
+    command = [HOROVODRUN, "-np", "2", sys.executable, "-m", "trainer.main", "--set", *settings]
+    variables = environment()
+    variables["PYTHONPATH"] += f":{package}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    mine, theirs = tensors(own), tensors(tmp_path / "own")
+    assert any("model.wide" in name for name in mine) and mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-9)
+    assert yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())["model"]["base"] == BASE
+
+
+def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: SamplePlaces, tmp_path: Path) -> None:
+    begun = {**SHARED, "run__dir": tmp_path, "run__resume": own / "checkpoints" / "step-00000005"}
+    resumed = tensors(run_alone(places, **begun))
+    assert all(torch.equal(resumed[name], value) for name, value in tensors(own).items())
+    with pytest.raises(CheckpointError, match=r"model\.base is 'mlp' here, 'mypackage\.MyNet' in the"):
+        run_alone(places, **{**begun, "run__name": "other", "model__base": "mlp"})
+    with pytest.raises(CheckpointError, match=r"part model: it was trained with model\.base=mypackage\.MyNet"):
+        run_alone(
+            places,
+            **{**SHARED, "run__dir": tmp_path, "run__name": "warm", "model__base": "mlp"}
+            | {"run__warm_start": own, "run__warm_parts": "full"},
+        )
+
+
+@pytest.mark.services
+def test_exported_and_served_without_the_package_as_evaluated(own: Path, tmp_path: Path) -> None:
+    url = str(tmp_path / "model")
+    export(own, url)
+    assert np.ptp(predict_run(own).logit_N) > 0.01
+    with ended(ServerProcess([sys.executable, "-m", "serving", url, "--port", "0"], tmp_path)) as server:
+        server.wait_until_ready()  # PYTHONPATH of that process has no mypackage
+        checked = CliRunner().invoke(serving, ["check", url, "--url", server.url])  # against the trainer's logits
+    assert checked.exit_code == 0, checked.output
+
+
+def test_a_run_whose_package_is_gone_is_one_line(own: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(package)])
+    monkeypatch.delitem(sys.modules, "mypackage")
+    done = CliRunner().invoke(evaluate, [str(own)])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert "there is no module mypackage; install the package" in done.stderr
+
+
+WRONG = """
+import torch
+from torch import nn
+from trainer.models.ctr import CtrModel
+def function(schema, config): ...
+class Plain(nn.Module): ...
+class NoForward(CtrModel): ...
+class Constructor(CtrModel):
+    def __init__(self, width): ...
+class Forward(CtrModel):
+    def forward(self, input_BW): ...
+class Fixed(CtrModel):
+    def __init__(self, schema, config):
+        super().__init__(schema, config)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+    def forward(self, fields, dense, group_of_sample_B): ...
+class Right(CtrModel):
+    def __init__(self, schema, config):
+        super().__init__(schema, config)
+        self.linear = nn.Linear(self.input_width, 1)
+    def forward(self, fields, dense, group_of_sample_B):
+        return self.linear(self.inputs(fields, dense, group_of_sample_B)).squeeze(1)
+class Shape(Right):
+    def forward(self, *given):
+        return super().forward(*given)[:, None]
+class Nothing(Right):
+    def forward(self, *given): ...
+class Nan(Right):
+    def forward(self, *given):
+        return super().forward(*given) * float("nan")
+"""
+
+
+@pytest.fixture(scope="module")
+def wrong(package: Path) -> None:
+    (package / "mypackage" / "wrong.py").write_text(WRONG)
+    (package / "mypackage" / "broken.py").write_text("import torch\nimport no_such_thing\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("nopackage.MyNet", "there is no module nopackage; install the package"),
+        ("mypackage.nothing.MyNet", "there is no module mypackage.nothing"),
+        ("mypackage.wrong.NoNet", "mypackage.wrong has no NoNet"),
+        ("mypackage.broken.MyNet", "importing mypackage.broken fails: ModuleNotFoundError: No module named 'no_such"),
+        ("os.path", "is of Python's own library"),
+        ("mypackage.wrong.function", "is not a class"),
+        ("mypackage.wrong.Plain", "does not extend trainer.models.ctr.CtrModel"),
+        ("mypackage.wrong.NoForward", "has no forward"),
+        ("mypackage.wrong.Constructor", r"Constructor\(schema, config\) cannot be called: too many"),
+        ("mypackage.wrong.Forward", r"forward\(self, fields, dense, group_of_sample_B\) cannot be called: too many"),
+        ("mypackage.wrong.Fixed", "its parameter scale has no gradient; make it a buffer"),
+    ],
+)
+def test_a_class_that_does_not_fit_is_one_line(path: str, says: str, wrong: None) -> None:
+    with pytest.raises(ConfigError, match=says) as raised:
+        build_model(load_schema(), ModelConfig(base=path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("Shape", ConfigError, r"its forward returned \(\d+, 1\) float32 for \d+ samples, not a real number for each"),
+        ("Nothing", ConfigError, "its forward returned NoneType, not a tensor"),
+        ("Nan", TrainerError, "the loss of step 1 is nan"),
+    ],
+)
+def test_an_answer_that_does_not_fit_is_one_line(
+    name: str, error: type[Exception], says: str, wrong: None, places: SamplePlaces, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=says) as raised:
+        run_alone(places, run__dir=tmp_path, model__base=f"mypackage.wrong.{name}", model__compute_dtype="float32")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_net_that_one_rank_alone_lacks_is_told_once(
+    two_ranks: StandingRanks, places: SamplePlaces, tmp_path: Path
+) -> None:
+    settings = places.settings(run__dir=tmp_path, model__base="nopackage.MyNet")
+    (code, out), other = two_ranks.call("-m", "trainer.main", "--set", *settings)
+    assert (code, other) == (2, (2, "")) and out.count("\n") == 1 and "there is no module nopackage" in out
+
+
+def test_pages_import_only_the_package_that_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mypackage", raising=False)
+    with TestClient(application(Site(Places(runs=str(own.parent))))) as client:
+        assert [client.get(path).status_code for path in ("/", "/runs", "/runs/own", "/impressions")] == [200] * 4
+        refused = client.get("/impressions?run=own&now=1")
+        assert refused.status_code != 500 and "start the explorer with --nets mypackage" in refused.text
+    assert "mypackage" not in sys.modules
+    with TestClient(application(Site(Places(runs=str(own.parent), nets="mypackage")))) as client:
+        assert "Why " in client.get("/impressions?run=own&now=1").text
