@@ -32,50 +32,54 @@ python jobs/build_ad_index.py --remove 1017 --remove 1021 --remove expired.csv
 app = CommandApp(report=True, rich_markup_mode="rich")
 
 
+Run = Annotated[
+    str | None,
+    typer.Option(help="Folder or address of a run with model.base=two_tower.", show_default="the newest in data/runs"),
+]
+AdTable = Annotated[
+    str | None, typer.Option(help="A .parquet file, or a folder of them, with the ad's columns, one row an ad.")
+]
+AdSamples = Annotated[
+    str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
+]
+Out = Annotated[str, typer.Option(help="Folder or address of the index; what is there is replaced.")]
+Kind = Annotated[
+    IndexKind | None, typer.Option("--index", help="flat is exact; ivf and hnsw are faster.", show_default="flat")
+]
+Add = Annotated[bool, typer.Option("--add", help="Add to the index that is there, without building it anew.")]
+LiveAds = Annotated[
+    str | None,
+    typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
+]
+Gone = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY|FILE", help="Remove an ad, or those of a .parquet or text file; again for more."),
+]
+MaxGone = Annotated[float, typer.Option(min=0, max=1, help="Share of the index's ads that --sync may remove.")]
+MinRecall = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Recall@10 that ivf and hnsw have to reach; less is a warning.", show_default=f"{MIN_RECALL}"
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Ads whose vectors are computed at once.")]
+
+
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or address of a run with model.base=two_tower.", show_default="the newest in data/runs"
-        ),
-    ] = None,
-    ads: Annotated[
-        str | None, typer.Option(help="A .parquet file, or a folder of them, with the ad's columns, one row an ad.")
-    ] = None,
-    samples: Annotated[
-        str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
-    ] = None,
-    out: Annotated[str, typer.Option(help="Folder or address of the index; what is there is replaced.")] = INDEX,
-    kind: Annotated[
-        IndexKind | None, typer.Option("--index", help="flat is exact; ivf and hnsw are faster.", show_default="flat")
-    ] = None,
-    add: Annotated[
-        bool, typer.Option("--add", help="Add to the index that is there, without building it anew.")
-    ] = False,
-    sync: Annotated[
-        str | None,
-        typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
-    ] = None,
-    remove: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY|FILE", help="Remove an ad, or those of a .parquet or text file; again for more."),
-    ] = None,
-    max_gone: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the index's ads that --sync may remove.")
-    ] = MAX_GONE,
-    min_recall: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Recall@10 that ivf and hnsw have to reach; less is a warning.",
-            show_default=str(MIN_RECALL),
-        ),
-    ] = None,
+    run: Run = None,
+    ads: AdTable = None,
+    samples: AdSamples = None,
+    out: Out = INDEX,
+    kind: Kind = None,
+    add: Add = False,
+    sync: LiveAds = None,
+    remove: Gone = None,
+    max_gone: MaxGone = MAX_GONE,
+    min_recall: MinRecall = None,
     checkpoint: WhichCheckpoint = None,
     store_version: StoreVersion = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Ads whose vectors are computed at once.")] = 8192,
+    batch_size: BatchSize = 8192,
 ) -> None:
     """Compute the vectors of ads with a trained two-tower run, and put them under an index for the pre-rank.
 
@@ -84,9 +88,6 @@ def main(
     measured with users of the run's samples, and a search looks at more until --min-recall is reached.
     """
     from trainer.comm import SoloComm
-    from trainer.prerank.ads import keys_to_remove
-    from trainer.prerank.artifact import AdChanges, AdIndex
-    from trainer.prerank.vectors import ad_vectors, origin_of
     from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
 
@@ -105,34 +106,19 @@ def main(
     _check_options({name for name, value in given.items() if value not in (None, False, [])})
     start, limit = time.monotonic(), MIN_RECALL if min_recall is None else min_recall
     if remove:
-        old, lines = AdIndex.open(out), list[str]()
-        index, changes = old.remove(keys_to_remove(remove, old.state.origin.key_column))
+        (index, changes), lines = _removed(out, remove), list[str]()
     else:
-        with contextlib.closing(
-            open_trained(run_or_newest(run), SoloComm(), which=checkpoint, store_version=store_version)
-        ) as trained:
-            known = AdIndex.open(out) if add or sync else None
-            if known:
-                known.check_origin(origin_of(trained))
-            chosen = _chosen(trained, sync or ads, samples)
-            with progress_bar("ads") as progress:
-                vectors_NW = ad_vectors(trained, chosen, batch_size, progress)
+        opened = open_trained(run_or_newest(run), SoloComm(), which=checkpoint, store_version=store_version)
+        with contextlib.closing(opened) as trained:
+            known = _known(trained, out) if add or sync else None
+            chosen, vectors_NW = _vectors(trained, sync or ads, samples, batch_size)
             lines = describe_run(trained)  # before lookups of users' images are counted too
-            if known and sync:
-                index, changes = known.sync(chosen.keys_N, vectors_NW, origin_of(trained), max_gone)
-            elif known:
-                index, changes = known.add(chosen.keys_N, vectors_NW, origin_of(trained))
+            if known is None:
+                index, changes = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
             else:
-                index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
-                changes = AdChanges(num_new=len(chosen.keys_N))
+                index, changes = _changed(trained, known, chosen, vectors_NW, max_gone if sync else None)
     print_summary("\n".join([*lines[:2], *summary_text(index, changes, out, time.monotonic() - start), *lines[2:]]))
-    ads_by_change = {
-        "new": changes.num_new,
-        "changed": changes.num_replaced,
-        "unchanged": changes.num_unchanged,
-        "removed": changes.num_removed,
-    }
-    draw_counts("Ads", ads_by_change)
+    _draw(changes)
     if index.warning:
         print_warning(index.warning)
 
@@ -185,25 +171,71 @@ def _check_options(given: set[str]) -> None:
             raise typer.BadParameter(f"{why}; leave {wrong[0]} out", param_hint=wrong[0])
 
 
-def _chosen(trained: "TrainedRun", ads: str | None, samples: str | None) -> "Ads":
+def _removed(out: str, ads: list[str]) -> "tuple[AdIndex, AdChanges]":
+    """Take ads out of the index, by their keys or the files that have them."""
+    from trainer.prerank.ads import keys_to_remove
+    from trainer.prerank.artifact import AdIndex
+
+    old = AdIndex.open(out)
+    return old.remove(keys_to_remove(ads, old.state.origin.key_column))
+
+
+def _known(trained: "TrainedRun", out: str) -> "AdIndex":
+    """Open the index that is there. Raises AdIndexError where its vectors are of another run."""
+    from trainer.prerank.artifact import AdIndex
+    from trainer.prerank.vectors import origin_of
+
+    known = AdIndex.open(out)
+    known.check_origin(origin_of(trained))
+    return known
+
+
+def _vectors(trained: "TrainedRun", table: str | None, samples: str | None, batch_size: int) -> "tuple[Ads, Vectors]":
+    """Read the ads of a table, else of samples, and compute their vectors."""
     from trainer.prerank.ads import ads_of_samples, ads_of_table
-    from trainer.prerank.vectors import towers
+    from trainer.prerank.vectors import ad_vectors, towers
 
     fields = towers(trained).ad_fields
-    if ads:
-        return ads_of_table(ads, trained.schema, fields)
-    return ads_of_samples(samples or trained.config.data.samples, trained.schema, fields)
+    if table:
+        chosen = ads_of_table(table, trained.schema, fields)
+    else:
+        chosen = ads_of_samples(samples or trained.config.data.samples, trained.schema, fields)
+    with progress_bar("ads") as progress:
+        return chosen, ad_vectors(trained, chosen, batch_size, progress)
 
 
 def _built(
     trained: "TrainedRun", out: str, kind: IndexKind, chosen: "Ads", vectors_NW: "Vectors", min_recall: float
-) -> "AdIndex":
-    from trainer.prerank.artifact import AdIndex
+) -> "tuple[AdIndex, AdChanges]":
+    """Write an index of these ads alone."""
+    from trainer.prerank.artifact import AdChanges, AdIndex
     from trainer.prerank.evaluate import user_queries
     from trainer.prerank.vectors import origin_of
 
     queries = None if kind == "flat" else user_queries(trained)
-    return AdIndex.build(out, kind, chosen.keys_N, vectors_NW, origin_of(trained), queries, min_recall)
+    index = AdIndex.build(out, kind, chosen.keys_N, vectors_NW, origin_of(trained), queries, min_recall)
+    return index, AdChanges(num_new=len(chosen.keys_N))
+
+
+def _changed(
+    trained: "TrainedRun", known: "AdIndex", chosen: "Ads", vectors_NW: "Vectors", max_gone: float | None
+) -> "tuple[AdIndex, AdChanges]":
+    """Add these ads to an index; `max_gone`: they are all live ads, and the share of others that may go with that."""
+    from trainer.prerank.vectors import origin_of
+
+    if max_gone is None:
+        return known.add(chosen.keys_N, vectors_NW, origin_of(trained))
+    return known.sync(chosen.keys_N, vectors_NW, origin_of(trained), max_gone)
+
+
+def _draw(changes: "AdChanges") -> None:
+    ads_by_change = {
+        "new": changes.num_new,
+        "changed": changes.num_replaced,
+        "unchanged": changes.num_unchanged,
+        "removed": changes.num_removed,
+    }
+    draw_counts("Ads", ads_by_change)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from serving.bundle import EPS, MODELS
 from trainer.cli import StoreVersion
 
 if TYPE_CHECKING:
-    from serving.bundle.manifest import ScoreError
+    from featurestore.published.channels import VersionName
+    from serving.bundle.manifest import ScoreError, VectorsOf
     from serving.bundle.publish import PublishReport
+    from serving.bundle.version import ModelVersion
 
 EXAMPLES = """Examples:
 
@@ -57,11 +59,7 @@ def main(
     scorers take over by themselves. Run it again, and nothing happens. How far it moves scores is measured on the
     sample in the model.
     """
-    from featurestore.store import FeatureStore
-    from featurestore.upkeep.compaction import MAX_DELTAS
-    from serving.bundle.images import networks_for
     from serving.bundle.open import Bundle
-    from serving.bundle.publish import publish
     from serving.bundle.version import ModelVersion
     from serving.scoring.changes import change_of_scores
 
@@ -73,23 +71,9 @@ def main(
         print_summary("vectors      none: the model sees no images, there is nothing to do")
     for of in opened.manifest.vectors:
         began = time.monotonic()
-        with progress_bar("shards") as progress:
-            report = publish(
-                FeatureStore.open(opened.vectors_url(of)),
-                of,
-                networks_for(opened, of),
-                source_url=places.get(of.store),
-                source_version=store_version if of is opened.manifest.vectors[0] else None,
-                eps=eps,
-                progress=progress,
-            )
-        reports.append(report)
-        figures.append({**report.figures(), "seconds": time.monotonic() - began})
-        print_summary(summary_text(report, eps))
-        moved_images = {"new": report.added, "changed": report.changed, "gone": report.removed, "stayed": report.stayed}
-        draw_counts(f"Images of {report.store}", moved_images)
-        if report.most_files > 1 + MAX_DELTAS:
-            print_summary(f"next         python -m featurestore compact {opened.vectors_url(of)}")
+        chosen = store_version if of is opened.manifest.vectors[0] else None
+        reports.append(_published(opened, of, places.get(of.store), chosen, eps))
+        figures.append({**reports[-1].figures(), "seconds": time.monotonic() - began})
     change, moved = None, [report for report in reports if len(report.moved_keys)]
     if moved:
         change = change_of_scores(Bundle(opened.storage, opened.manifest, None, verify=False), moved)
@@ -99,6 +83,34 @@ def main(
         json_file,
         {"version": opened.manifest.version, "stores": figures, "change": change.model_dump() if change else None},
     )
+
+
+def _published(
+    opened: "ModelVersion", of: "VectorsOf", source: str | None, version: "VersionName | None", eps: float
+) -> "PublishReport":
+    """Bring the vectors of one feature store up to its snapshot `version`, and print what that did."""
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.compaction import MAX_DELTAS
+    from serving.bundle.images import networks_for
+    from serving.bundle.publish import publish
+
+    url = opened.vectors_url(of)
+    with progress_bar("shards") as progress:
+        report = publish(
+            FeatureStore.open(url),
+            of,
+            networks_for(opened, of),
+            source_url=source,
+            source_version=version,
+            eps=eps,
+            progress=progress,
+        )
+    print_summary(summary_text(report, eps))
+    moved_images = {"new": report.added, "changed": report.changed, "gone": report.removed, "stayed": report.stayed}
+    draw_counts(f"Images of {report.store}", moved_images)
+    if report.most_files > 1 + MAX_DELTAS:
+        print_summary(f"next         python -m featurestore compact {url}")
+    return report
 
 
 def summary_text(report: "PublishReport", eps: float) -> str:

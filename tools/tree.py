@@ -1,8 +1,9 @@
 """Print every file of the project with the line that says what it is for, folder by folder.
 
 python tools/tree.py            print the tree
-python tools/tree.py --check    print what is wrong; exit 1 where a file does not say what it is for, or a file or a
-                                folder has grown too large, or where a docstring's first line is no sentence of its own
+python tools/tree.py --check    print what is wrong; exit 1 where a file does not say what it is for, or a file, a
+                                function or a folder has grown too large, or where a docstring's first line is no
+                                sentence of its own
 """
 
 import ast
@@ -15,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools", "tests")
 SUFFIXES = (".py", ".sh", ".yaml", ".txt")
-MOST_LINES, MOST_MODULES = 400, 12
+MOST_LINES, MOST_MODULES, MOST_OF_A_FUNCTION = 800, 20, 60
 _SENTENCE_ENDS = re.compile(r"(?<!e\.g)\. ")
 
 
@@ -57,6 +58,15 @@ def unended(source: str) -> list[tuple[int, str]]:
     return found
 
 
+def long_functions(source: str) -> list[tuple[int, str, int]]:
+    """List the functions and methods over the limit, tests too: line, name, and lines from def to the end."""
+    functions = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    counted = [(node.lineno, node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions]
+    return [each for each in counted if each[2] > MOST_OF_A_FUNCTION]
+
+
 def tree(summaries: dict[Path, str]) -> str:
     """Write the tree as text, one line per file."""
     lines: list[str] = []
@@ -71,7 +81,7 @@ def tree(summaries: dict[Path, str]) -> str:
 
 
 def problems(summaries: dict[Path, str]) -> list[str]:
-    """List silent files, too large files and folders, and first lines that do not end their sentence."""
+    """List silent files, too large files, folders and functions, and first lines that do not end their sentence."""
     sources = [path for path in summaries if path.suffix == ".py"]
     texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in sources}
     lines = {path: len(text.splitlines()) for path, text in texts.items()}
@@ -84,9 +94,14 @@ def problems(summaries: dict[Path, str]) -> list[str]:
             if count > MOST_LINES
         ),
         *(
-            f"{folder}/ has {count} modules side by side: a {MOST_MODULES + 1}th asks for a folder"
+            f"{folder}/ has {count} modules side by side: more than {MOST_MODULES} ask for a folder"
             for folder, count in modules.items()
             if count > MOST_MODULES
+        ),
+        *(
+            f"{path}:{line}: {name} has {count} lines: over {MOST_OF_A_FUNCTION} it does more than one thing"
+            for path, text in texts.items()
+            for line, name, count in long_functions(text)
         ),
         *(
             f"{path}:{line}: the first line of the docstring of {name} does not end its sentence: shorten it"

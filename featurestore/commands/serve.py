@@ -1,7 +1,7 @@
 """Command serve: answer lookups of other processes, machines and languages over Arrow Flight."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,9 @@ from featurestore.commands.common import WHICH, Url, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_summary, print_warning
 from featurestore.console.progress import progress_bar
+
+if TYPE_CHECKING:
+    from featurestore.flight.server import Listening
 
 app = CommandApp()
 
@@ -61,34 +64,44 @@ def serve(
 
     Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
     """
-    from featurestore.console.certificates import problem_of_dates
-    from featurestore.console.tokens import read_tokens
     from featurestore.flight.opened import OpenSnapshots
-    from featurestore.flight.server import Listening
-    from featurestore.flight.service import ServingOptions, ended_by_sigterm, parse_shards, read_tls
+    from featurestore.flight.service import ServingOptions, ended_by_sigterm, parse_shards
     from featurestore.flight.service import serve as serve_store
     from featurestore.store import FeatureStore
 
-    if (tls_cert is None) != (tls_key is None):
-        raise typer.BadParameter("--tls-cert and --tls-key go together")
+    _check_pair(tls_cert, tls_key)
     store = FeatureStore.open(url)
     try:
         chosen = range(store.info.num_shards) if shards is None else parse_shards(shards, store.info.num_shards)
     except ValueError as error:
         raise typer.BadParameter(f"--shards: {error}") from error
-    listening = Listening(
-        host=host,
-        port=port,
-        tls=read_tls(tls_cert, tls_key) if tls_cert and tls_key else None,
-        tokens=read_tokens(token_file) if token_file else (),
-    )
-    if tls_cert is not None and (problem := problem_of_dates(tls_cert)):
-        print_warning(problem)
+    listening = _listening(host, port, tls_cert, tls_key, token_file)
     with progress_bar("shards") as progress:
         snapshots = OpenSnapshots(store, chosen, version=version, cache_dir=cache_dir, progress=progress)
     options = ServingOptions(max_calls=max_calls, poll_s=poll_s, stuck_s=stuck_s, drain_s=drain_s)
     with ended_by_sigterm() as ended:
         serve_store(snapshots, listening, options, _say, ended)
+
+
+def _check_pair(tls_cert: Path | None, tls_key: Path | None) -> None:
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together")
+
+
+def _listening(
+    host: str, port: int, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None
+) -> "Listening":
+    """Read who may connect; warn of a certificate that has expired, or soon will."""
+    from featurestore.console.certificates import problem_of_dates
+    from featurestore.console.tokens import read_tokens
+    from featurestore.flight.server import Listening
+    from featurestore.flight.service import read_tls
+
+    tls = read_tls(tls_cert, tls_key) if tls_cert and tls_key else None
+    listening = Listening(host=host, port=port, tls=tls, tokens=read_tokens(token_file) if token_file else ())
+    if tls_cert is not None and (problem := problem_of_dates(tls_cert)):
+        print_warning(problem)
+    return listening
 
 
 def _say(line: str) -> None:

@@ -105,14 +105,8 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
         if earlier:
             check_fields(options, fields, earlier.summary["fields"])
         numbers = {each.place: number for number, each in enumerate(files)}
-        rules = ReadRules(
-            tuple(fields), options.weights, options.label_threshold, options.label_index, options.fill_dense
-        )
-        folder, share = str(new.folder.absolute()), options.test_share
-        calls = [
-            (file, numbers[each.place], rules, share, folder) for file, each in zip(text_files, new_files, strict=True)
-        ]
-        written = run_all(client, "writing samples", write_file, calls, SMALLER)
+        numbered = [(file, numbers[each.place]) for file, each in zip(text_files, new_files, strict=True)]
+        written = _write_samples(options, client, new.folder, tuple(fields), numbered)
         counts_of_new = {
             each.place: _counts(count, groups)
             for each, (count, _), groups in zip(new_files, scanned, written, strict=True)
@@ -126,12 +120,30 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             bad = in_order_of_files(pa.concat_tables([kept.bad, bad]), files)
             keep_parts(new, kept.files, numbers)
         pq.write_table(bad, new.folder / QUARANTINE_FILE)
-        pq.write_table(seen_table(seen), new.folder / SEEN_FILE)
-        for place, each in seen_of_new.items():
-            pq.write_table(seen_table(each), new.folder / SEEN_FOLDER / part_name(numbers[place]))
+        _write_seen(new.folder, seen, {numbers[place]: each for place, each in seen_of_new.items()})
         write_field_schema(new.folder, options.samples, fields, options.weights == "keep")
         write_json(new.folder / MARK, summary)
     return summary
+
+
+def _write_samples(
+    options: XdlOptions,
+    client: Client,
+    folder: Path,
+    fields: tuple[XdlField, ...],
+    files: list[tuple[TextFile, int]],
+) -> list[WrittenGroups]:
+    """Write the samples of files, each with its number, as Dask tasks."""
+    rules = ReadRules(fields, options.weights, options.label_threshold, options.label_index, options.fill_dense)
+    calls = [(*each, rules, options.test_share, str(folder.absolute())) for each in files]
+    return run_all(client, "writing samples", write_file, calls, SMALLER)
+
+
+def _write_seen(folder: Path, seen: SeenFields, seen_of_file: dict[int, SeenFields]) -> None:
+    """Write what all files have of every field, and each new file by its number: a later import begins with that."""
+    pq.write_table(seen_table(seen), folder / SEEN_FILE)
+    for number, each in seen_of_file.items():
+        pq.write_table(seen_table(each), folder / SEEN_FOLDER / part_name(number))
 
 
 def scan_file(file: TextFile) -> tuple[int, SeenFields]:

@@ -14,6 +14,31 @@ if TYPE_CHECKING:
 app = CommandApp()
 
 _DAY_S = 86_400
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+Workers = Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the port.")]
+Name = Annotated[str | None, typer.Option(help="Name in /v2/models/NAME; by default the last part of MODEL.")]
+TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")]
+TlsKey = Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")]
+TokenFile = Annotated[Path | None, typer.Option(help="File with a token a line; requests without one of them get 401.")]
+MaxBodyMb = Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")]
+MaxCandidates = Annotated[int, typer.Option(min=1, help="Most candidates of all requests of a body; above it 413.")]
+MaxWaitMs = Annotated[float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")]
+ReadTimeoutS = Annotated[
+    float, typer.Option(min=0.1, max=_DAY_S, help="Time for a client to send a request, and to take its answer.")
+]
+DrainS = Annotated[int, typer.Option(min=0, max=_DAY_S, help="Time for running requests to end after SIGTERM.")]
+PollS = Annotated[
+    float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
+]
+Record = Annotated[int, typer.Option(min=0, max=10_000, help="Requests kept in memory, to warm up the next version.")]
+RecordFile = Annotated[Path | None, typer.Option(help="File that keeps them over restarts. It holds what users sent.")]
+SlowMs = Annotated[float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")]
+LogRequests = Annotated[
+    bool, typer.Option("--log-requests", help="Log the body of every request. It holds what users sent.")
+]
+CacheDir = Annotated[Path | None, typer.Option(help="Folder for local copies; by default that of the feature store.")]
 
 
 @app.command(
@@ -23,57 +48,25 @@ _DAY_S = 86_400
     "--token-file tokens.txt`"
 )
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")
-    ] = ServerSettings.host,
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
-    ] = ServerSettings.port,
-    workers: Annotated[
-        int, typer.Option(min=1, max=1024, help="Processes that share the port.")
-    ] = ServerSettings.workers,
-    name: Annotated[
-        str | None, typer.Option(help="Name in /v2/models/NAME; by default the last part of MODEL.")
-    ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")] = None,
-    token_file: Annotated[
-        Path | None, typer.Option(help="File with a token a line; requests without one of them get 401.")
-    ] = None,
-    max_body_mb: Annotated[
-        float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")
-    ] = ServerSettings.max_body_mb,
-    max_candidates: Annotated[
-        int, typer.Option(min=1, help="Most candidates of all requests of a body; above it 413.")
-    ] = ServerSettings.max_candidates,
-    max_wait_ms: Annotated[
-        float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")
-    ] = ServerSettings.max_wait_ms,
-    read_timeout_s: Annotated[
-        float, typer.Option(min=0.1, max=_DAY_S, help="Time for a client to send a request, and to take its answer.")
-    ] = ServerSettings.read_timeout_s,
-    drain_s: Annotated[
-        int, typer.Option(min=0, max=_DAY_S, help="Time for running requests to end after SIGTERM.")
-    ] = ServerSettings.drain_s,
-    poll_s: Annotated[
-        float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
-    ] = ServerSettings.poll_s,
-    record: Annotated[
-        int, typer.Option(min=0, max=10_000, help="Requests kept in memory, to warm up the next version.")
-    ] = ServerSettings.record,
-    record_file: Annotated[
-        Path | None, typer.Option(help="File that keeps them over restarts. It holds what users sent.")
-    ] = None,
-    slow_ms: Annotated[
-        float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")
-    ] = ServerSettings.slow_ms,
-    log_requests: Annotated[
-        bool, typer.Option("--log-requests", help="Log the body of every request. It holds what users sent.")
-    ] = False,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder for local copies; by default that of the feature store.")
-    ] = None,
+    model: Model,
+    host: Host = ServerSettings.host,
+    port: Port = ServerSettings.port,
+    workers: Workers = ServerSettings.workers,
+    name: Name = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
+    max_body_mb: MaxBodyMb = ServerSettings.max_body_mb,
+    max_candidates: MaxCandidates = ServerSettings.max_candidates,
+    max_wait_ms: MaxWaitMs = ServerSettings.max_wait_ms,
+    read_timeout_s: ReadTimeoutS = ServerSettings.read_timeout_s,
+    drain_s: DrainS = ServerSettings.drain_s,
+    poll_s: PollS = ServerSettings.poll_s,
+    record: Record = ServerSettings.record,
+    record_file: RecordFile = None,
+    slow_ms: SlowMs = ServerSettings.slow_ms,
+    log_requests: LogRequests = False,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Answer requests over HTTP: /v1/score, the Open Inference Protocol, and /metrics.
 

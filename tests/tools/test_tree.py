@@ -86,3 +86,38 @@ def test_a_summary_ends_with_its_sentence_and_not_at_an_abbreviation(write) -> N
 def test_a_file_that_says_nothing_is_refused(write, monkeypatch, capsys) -> None:
     path = write("width_cm = 40\n")
     assert checked(monkeypatch, capsys) == (1, [f"{path} needs a first line that says what it is for"])
+
+
+def function_of(lines: int) -> str:
+    return (
+        '"""Shelves."""\n\n\nclass Shelf:\n    """Holds things."""\n\n    async def put(self):\n'
+        + "        ...\n" * (lines - 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("most", "right", "says"),
+    [
+        (60, function_of, "trainer/shelf.py:7: put has 61 lines: over 60 it does more than one thing"),
+        (
+            800,
+            lambda lines: '"""Shelves."""\n' + "\n" * (lines - 1),
+            "trainer/shelf.py has 801 lines: over 800 it has two jobs",
+        ),
+    ],
+)
+def test_what_has_grown_beyond_a_limit_is_refused(write, monkeypatch, capsys, most: int, right, says: str) -> None:
+    write(right(most))
+    assert checked(monkeypatch, capsys) == (0, [])
+    write(right(most + 1))
+    assert checked(monkeypatch, capsys) == (1, [says])
+
+
+def test_a_21st_module_side_by_side_is_refused(write, monkeypatch, capsys) -> None:
+    paths = [write('"""Shelves."""\n', f"tests/shelf_{number}.py") for number in range(21)]
+    for files, found in (
+        (paths[:20], []),
+        (paths, ["tests/ has 21 modules side by side: more than 20 ask for a folder"]),
+    ):
+        monkeypatch.setattr(tree, "listed_files", lambda files=files: files)
+        assert checked(monkeypatch, capsys) == (int(bool(found)), found)

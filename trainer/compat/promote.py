@@ -37,6 +37,19 @@ Examples:
 Exit codes: 0 the channel points to the new snapshot, 1 it stays, as a gate or something else failed, 2 wrong options.
 """
 
+CanarySamples = Annotated[
+    str | None, typer.Option(help="Samples whose test/ is evaluated.", show_default="those of the run")
+]
+StoreName = Annotated[
+    str | None, typer.Option(help="Which store of the run, by its name in the schema.", show_default="the first")
+]
+MaxGaucLoss = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="By how much GAUC may fall, at the lower end of its interval.", show_default=f"{MAX_GAUC_LOSS}"
+    ),
+]
+
 app = CommandApp(report=True, rich_markup_mode="markdown")
 
 
@@ -47,24 +60,15 @@ def main(
     source: Source = "candidate",
     target: Target = "stable",
     checkpoint: WhichCheckpoint = None,
-    samples: Annotated[
-        str | None, typer.Option(help="Samples whose test/ is evaluated.", show_default="those of the run")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Which store of the run, by its name in the schema.", show_default="the first")
-    ] = None,
+    samples: CanarySamples = None,
+    name: StoreName = None,
     gates_file: GatesFile = None,
     keys: Keys = None,
     min_coverage: MinCoverage = None,
     max_quarantine: MaxQuarantine = None,
     max_drift: MaxDrift = None,
     min_neighbours: MinNeighbours = None,
-    max_gauc_loss: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="By how much GAUC may fall, at the lower end of its interval.", show_default=f"{MAX_GAUC_LOSS}"
-        ),
-    ] = None,
+    max_gauc_loss: MaxGaucLoss = None,
     bootstrap: Annotated[int, typer.Option(min=1, max=1_000_000, help="Resamples of users.")] = 1000,
     dry_run: PromoteDryRun = False,
     force: Force = None,

@@ -3,7 +3,7 @@
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,10 @@ from featurestore.errors import UserError
 from featurestore.text.plain import refusal
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.plan.build import TrainingPlan
+    from trainer.plan.emit import Scheduler
 
 EXAMPLES = """
 Examples:
@@ -80,20 +84,12 @@ def main(
         plan = plan_input(load_input(described or PAPER))
     else:
         config = _config(file, settings or [], samples, store, device)
-        if global_batch_size is not None and samples_per_rank is not None:
-            raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
         from trainer.plan.inputs import bytes_per_s
-        from trainer.plan.sample import PlanQuestion, numbers
+        from trainer.plan.sample import PlanQuestion
 
-        counts = numbers(ranks)
-        if scheduler is not None and all(count % min(count, ranks_per_machine) for count in counts):
-            raise ConfigError(
-                f"--emit {scheduler}: none of --ranks {ranks} fills whole machines of --ranks-per-machine "
-                f"{ranks_per_machine}; give multiples of it"
-            )
         question = PlanQuestion(
-            ranks=counts,
-            batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
+            ranks=_numbers_of_ranks(ranks, ranks_per_machine, scheduler),
+            batch_size=_batch_size(samples_per_rank, global_batch_size) or config.data.global_batch_size,
             per_rank=samples_per_rank is not None,
             ranks_per_machine=ranks_per_machine,
             link_bytes_per_s=bytes_per_s(network),
@@ -103,6 +99,30 @@ def main(
         from trainer.plan.own import plan_own
 
         plan = plan_own(config, question, _say)
+    _report(plan, json_file, scheduler, emit_to)
+
+
+def _batch_size(samples_per_rank: int | None, global_batch_size: int | None) -> int | None:
+    if global_batch_size is not None and samples_per_rank is not None:
+        raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
+    return samples_per_rank or global_batch_size
+
+
+def _numbers_of_ranks(ranks: str, ranks_per_machine: int, scheduler: "Scheduler | None") -> tuple[int, ...]:
+    """Read --ranks. Raises ConfigError where a scheduler is to be asked for parts of machines."""
+    from trainer.plan.sample import numbers
+
+    counts = numbers(ranks)
+    if scheduler is not None and all(count % min(count, ranks_per_machine) for count in counts):
+        raise ConfigError(
+            f"--emit {scheduler}: none of --ranks {ranks} fills whole machines of --ranks-per-machine "
+            f"{ranks_per_machine}; give multiples of it"
+        )
+    return counts
+
+
+def _report(plan: "TrainingPlan", json_file: Path | None, scheduler: "Scheduler | None", emit_to: Path | None) -> None:
+    """Print the plan, and write the files that are asked for."""
     from trainer.plan.emit import emit
     from trainer.plan.show import as_json, show
 

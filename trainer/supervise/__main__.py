@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,9 @@ from featurestore.console.commandline import CommandApp, run_app
 from trainer.errors import ConfigError
 from trainer.launch.variables import By
 from trainer.supervise.claim import claimed
-from trainer.supervise.command import parse_command
+from trainer.supervise.command import TrainCommand, parse_command
 from trainer.supervise.hosts import LOOK_BY_SCRIPT_S, LOOK_S, check_ssh, hosts_of
+from trainer.supervise.policy import HostSlots
 from trainer.supervise.report import Printer
 from trainer.supervise.supervisor import Options, Supervisor
 
@@ -36,6 +38,13 @@ once; the same command continues it.
 Exit codes: 0 done, 1 given up, 2 wrong settings (never started again), 130 stopped.
 """
 
+Hosts = Annotated[
+    str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")
+]
+HostsFile = Annotated[
+    Path | None, typer.Option(help="A file with a line HOST:SLOTS for each; it is read again now and then.")
+]
+HostScript = Annotated[Path | None, typer.Option("--host-discovery-script", help="A program that prints such lines.")]
 app = CommandApp(rich_markup_mode="markdown")
 
 
@@ -45,15 +54,9 @@ def main(
         list[str],
         typer.Argument(metavar="-- COMMAND", help="python -m trainer.main, or trainer.daily, with its arguments."),
     ],
-    hosts: Annotated[
-        str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")
-    ] = None,
-    hosts_file: Annotated[
-        Path | None, typer.Option(help="A file with a line HOST:SLOTS for each; it is read again now and then.")
-    ] = None,
-    script: Annotated[
-        Path | None, typer.Option("--host-discovery-script", help="A program that prints such lines.")
-    ] = None,
+    hosts: Hosts = None,
+    hosts_file: HostsFile = None,
+    script: HostScript = None,
     min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1,
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None,
     by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD,
@@ -105,12 +108,15 @@ def main(
         lease_s=lease,
         look_s=LOOK_S if script is None else LOOK_BY_SCRIPT_S,
     )
-    train = parse_command(command)
+    raise typer.Exit(_supervise(parse_command(command), read_hosts, options))
+
+
+def _supervise(train: TrainCommand, read_hosts: Callable[[], list[HostSlots]], options: Options) -> int:
+    """Claim the run's folder, and start the run until it ends; return the exit code."""
     with claimed(train.folder), contextlib.closing(Printer()) as printer:
         if not train.name_was_given:
             printer.say(f"run.name={train.folder.name}; give it, and the same command continues this run")
-        code = asyncio.run(Supervisor(train, read_hosts, options, printer).run())
-    raise typer.Exit(code)
+        return asyncio.run(Supervisor(train, read_hosts, options, printer).run())
 
 
 if __name__ == "__main__":
