@@ -55,6 +55,7 @@ def own(places: SamplePlaces, package: Path, tmp_path_factory: pytest.TempPathFa
     return run_alone(places, run__dir=tmp_path_factory.mktemp("own"), train__checkpoint_every=5, **SHARED)
 
 
+@pytest.mark.services
 def test_two_ranks_equal_one(own: Path, package: Path, places: SamplePlaces, tmp_path: Path) -> None:
     settings = places.settings(run__dir=tmp_path, **SHARED)
     command = [HOROVODRUN, "-np", "2", sys.executable, "-m", "trainer.main", "--set", *settings]
