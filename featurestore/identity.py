@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from featurestore import log
 from featurestore.errors import AnotherStoreError
 from featurestore.snapshot import Snapshot
-from featurestore.spec import SourceSnapshot
+from featurestore.spec import OptionalId, SourceSnapshot
 from featurestore.storage.storage import Storage
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): what they are of, as JSON
@@ -25,8 +25,8 @@ class SnapshotId(BaseModel):
 
     url: str
     version: int
-    store_id: str = ""
-    commit_id: str = ""
+    store_id: OptionalId = ""
+    commit_id: OptionalId = ""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> "SnapshotId":

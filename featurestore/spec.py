@@ -42,20 +42,45 @@ STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {
     "int8": np.uint8,
 }
 
-_PART = r"[^./\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]*"
+_MOST_NAME, _MOST_PATH = 255, 1_024  # characters: of a name on a disk, of a key of S3
+_NEVER = r"/\\:\x00-\x1f\x7f\ud800-\udfff"  # the last are halves of characters, which no file name can have
+_PART = f"[^.{_NEVER}][^{_NEVER}]{{0,{_MOST_NAME - 1}}}"
 _PATH_BELOW = re.compile(f"{_PART}(?:/{_PART})*")
+_RANDOM_ID = re.compile(r"[0-9a-f]{32}")
 
 
-def _below_the_store(path: str) -> str:
-    if not _PATH_BELOW.fullmatch(path):
+def _check_relative(path: str) -> str:
+    if len(path) > _MOST_PATH or not _PATH_BELOW.fullmatch(path):
         raise ValueError(
-            f"{path[:200]!r} is no path below the store: names with one / between them, none of which begins with a dot"
-            " or holds a backslash, a colon or a control character"
+            f"{path[:200]!r} is not a relative path: names of up to {_MOST_NAME} characters with one / between them,"
+            " none of which begins with a dot or holds a backslash, a colon or a control character"
         )
     return path
 
 
-StorePath = Annotated[str, AfterValidator(_below_the_store)]  # every path that a file of a store names
+def check_file_name(name: str) -> str:
+    """Return a relative path of one part. Raises ValueError for others."""
+    if "/" in name:
+        raise ValueError(f"{name[:200]!r} is not a file name: it has a slash")
+    return _check_relative(name)
+
+
+def is_random_id(text: str) -> bool:
+    """Return whether a text is an id like those that are drawn here: 32 hexadecimal digits."""
+    return _RANDOM_ID.fullmatch(text) is not None
+
+
+def _check_id(text: str) -> str:
+    if not is_random_id(text):
+        raise ValueError(f"{text[:200]!r} is not an id: 32 digits of 0-9 and a-f")
+    return text
+
+
+# Paths and ids in files are of these types, in stores, models, runs and indexes: they are checked where they are read.
+StorePath = Annotated[str, AfterValidator(_check_relative)]  # below the place of what names it
+FileName = Annotated[str, AfterValidator(check_file_name)]
+RandomId = Annotated[str, AfterValidator(_check_id)]
+OptionalId = Annotated[str, AfterValidator(lambda text: text and _check_id(text))]  # empty where none was given
 Version = Annotated[int, Field(ge=0, le=MAX_VERSION)]  # 0 is the empty store
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -124,7 +149,7 @@ class StoreInfo(Sealed):
     extractor: ExtractorSpec
     codec: CodecSpec | None = None  # of int8, and of it alone
     network: NetworkName | None = None  # information only
-    store_id: str = ""  # random, given when the store is made: differs from that of others made alike
+    store_id: OptionalId = ""  # random, given when the store is made: differs from that of others made alike
     reduction: ReductionSpec | None = None  # of a compact store, and of it alone
 
     @model_serializer(mode="wrap")
@@ -214,16 +239,16 @@ class SourceSnapshot(Frozen):
 
     url: str
     version: Version
-    store_id: str
-    commit_id: str
+    store_id: OptionalId
+    commit_id: OptionalId
 
 
 class Manifest(Sealed):
     """One snapshot: the files of every shard, oldest first. Its creation is the commit."""
 
     version: Version
-    parent: str | None
-    commit_id: str
+    parent: OptionalId | None
+    commit_id: OptionalId  # empty of the empty store alone
     writer: str
     time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people; order comes from the version alone
     operation: str

@@ -13,7 +13,7 @@ from featurestore.format.datafile import KEY, DataFile, encode, numpy_column, ta
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.keys import shard_of
-from featurestore.spec import StoreInfo
+from featurestore.spec import StoreInfo, check_file_name
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
 
@@ -101,6 +101,7 @@ def _part_path(run_id: str, part: str) -> str:
 
 
 def _checked(name: str) -> str:
-    if not name or "/" in name or name.startswith("."):
-        raise InvalidRowsError(f"{name!r} is no name for a run or a part: no slash, no leading dot, not empty")
-    return name
+    try:
+        return check_file_name(name)
+    except ValueError as error:
+        raise InvalidRowsError(f"a run or a part cannot have this name: {error}") from error

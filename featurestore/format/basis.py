@@ -15,7 +15,7 @@ from safetensors import numpy as tensors
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.codec import CODECS
 from featurestore.format.datafile import digest_of, read_verified
-from featurestore.spec import ExtractorSpec, Frozen, ReductionSpec, StoreInfo
+from featurestore.spec import ExtractorSpec, Frozen, OptionalId, ReductionSpec, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import first_mistake, parse_json
 
@@ -29,9 +29,9 @@ Float64Array = npt.NDArray[np.float64]
 class BasisOrigin(Frozen):
     """What a basis was made of: a snapshot by its ids, the network whose rows it has, and their number and variance."""
 
-    store_id: str
+    store_id: OptionalId
     version: int
-    commit_id: str
+    commit_id: OptionalId
     extractor: ExtractorSpec
     num_rows: int
     total_variance: float

@@ -282,7 +282,7 @@ def info_in(data: bytes, path: str) -> StoreInfo:
     try:
         metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
         kind = StoreInfo.model_validate_json(metadata[_INFO])
-        return kind.model_copy(update={"store_id": metadata.get(_STORE_ID, b"").decode()})
+        return StoreInfo.model_validate(kind.model_dump() | {"store_id": metadata.get(_STORE_ID, b"").decode()})
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
 

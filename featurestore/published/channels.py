@@ -15,7 +15,7 @@ from pydantic import Field
 from featurestore.errors import ChannelError, CorruptFileError
 from featurestore.log import CHANNELS, manifest_path, versions, writer_name
 from featurestore.published.numbered import append_numbered
-from featurestore.spec import LAST_SECOND, MAX_VERSION, Sealed, Version, read_sealed
+from featurestore.spec import LAST_SECOND, MAX_VERSION, OptionalId, RandomId, Sealed, Version, read_sealed
 from featurestore.storage.storage import Storage
 
 VersionName = int | str
@@ -36,11 +36,11 @@ class ChannelMove(Sealed):
     channel: str
     number: Annotated[int, Field(ge=1, le=MAX_VERSION)]
     version: Version | None
-    commit_id: str  # of the snapshot; empty without one
+    commit_id: OptionalId  # of the snapshot; empty without one
     reason: str  # for people
     writer: str
     time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people
-    nonce: str
+    nonce: RandomId
 
 
 def is_channel_name(name: str) -> bool:

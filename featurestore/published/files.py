@@ -9,7 +9,7 @@ from pydantic import Field
 
 from featurestore.errors import StorageError
 from featurestore.log import manifest_path, versions
-from featurestore.spec import Frozen, Sealed, StorePath, Version, read_sealed
+from featurestore.spec import Frozen, OptionalId, Sealed, StorePath, Version, read_sealed
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.remote import Names
 from featurestore.storage.storage import Entries, Storage
@@ -28,7 +28,7 @@ class PublishedVersion(Sealed):
     """The files of a version, by name."""
 
     version: Version
-    publication: str
+    publication: OptionalId
     """Random, so that no other's is the same."""
     writer: str
     time_s: float

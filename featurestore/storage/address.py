@@ -1,8 +1,8 @@
-"""Addresses as a person types them: one that leads nowhere is refused before a file is made of it."""
+"""Addresses as a user types them, and the paths below them: one that leads elsewhere is refused before it is used."""
 
 import re
 
-from featurestore.errors import AddressError
+from featurestore.errors import AddressError, StorageError
 
 S3_PROTOCOLS = ("s3", "s3a")
 _S3 = re.compile(r"(s3a?):(?:/{1,2}([^/]*).*)?", re.IGNORECASE | re.DOTALL)  # pathlib makes one slash of two, or none
@@ -26,3 +26,17 @@ def check_address(address: str) -> None:
         raise AddressError(
             f"{address}: {bucket} is no name of a bucket; those have letters, digits, dots, hyphens and underscores"
         )
+
+
+def leads_out(path: str) -> bool:
+    """Return whether a path, relative to a place, has a part that may lead out of it, or that no file has: .., a NUL.
+
+    "." and an absolute path are of these; "", the place itself, is not.
+    """
+    return path.startswith("/") or "\0" in path or any(part in (".", "..") for part in path.split("/"))
+
+
+def check_below(path: str, place: str, writing: bool) -> None:
+    """Raise StorageError where a path is not below its place; `writing`: where it is the place itself as well."""
+    if leads_out(path) or (writing and not path):
+        raise StorageError(f"{path!r} is not a path below {place}: nothing is {'changed' if writing else 'read'} there")

@@ -27,21 +27,22 @@ class StorageEntry(NamedTuple):
 class DiskFiles:
     """Files below a folder of this machine, behind `Storage`, whose methods say what these do; errors are Python's own.
 
-    With `keep_inside` no symbolic link leads out of the folder: what lies behind one is neither read, written nor
-    removed, but CorruptFileError is raised. The folder itself may be a link. Costs one lstat for each part of a path.
+    With `keep_inside` no symbolic link leads out of the folder: what lies behind one is neither read nor written, but
+    CorruptFileError is raised. Nothing is removed behind one in any case. The folder itself may be a link. Costs one
+    lstat for each part of a path.
     """
 
     def __init__(self, root: str, keep_inside: bool = False) -> None:
         self._root = root
         self._keep_inside = keep_inside
 
-    def path(self, path: str, follow: bool = True) -> Path:
+    def path(self, path: str, follow: bool = True, removing: bool = False) -> Path:
         """Return where `path` is on this machine.
 
         Without `follow` it may itself be a link that leads anywhere: to be replaced or removed, which leaves alone what
-        is behind it. Raises CorruptFileError."""
+        is behind it. `removing`: the links above it are checked also without `keep_inside`. Raises CorruptFileError."""
         place = Path(self._root, path) if path else Path(self._root)
-        if self._keep_inside:
+        if self._keep_inside or removing:
             parts = path.split("/") if path else []
             self._check_inside(place, parts if follow else parts[:-1])
         return place
@@ -54,8 +55,8 @@ class DiskFiles:
                 target = Path(os.path.realpath(step))  # not Path.resolve, which raises for a circle on Python 3.11
                 if not target.is_relative_to(os.path.realpath(self._root)) or not target.exists():
                     raise CorruptFileError(
-                        f"{place} is not in the store: {step} is a link that leads to {target}. A store has its files"
-                        " in its own folder: put there what the link leads to, or remove the link"
+                        f"{place} is not in {self._root}: {step} is a link that leads to {target}. All files have to be"
+                        " in the folder itself: put there what the link leads to, or remove the link"
                     )
 
     def read_bytes(self, path: str) -> bytes:
@@ -125,7 +126,7 @@ class DiskFiles:
 
     def delete(self, path: str) -> None:
         """Remove a file, or a folder with all below it; of a link the link alone."""
-        place = self.path(path, follow=False)
+        place = self.path(path, follow=False, removing=True)
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
         else:
@@ -133,7 +134,7 @@ class DiskFiles:
 
     def delete_files(self, paths: Iterable[str]) -> None:
         for path in paths:
-            self.path(path, follow=False).unlink(missing_ok=True)
+            self.path(path, follow=False, removing=True).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _temporary(self, path: str) -> Iterator[tuple[Path, Path]]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import AddressError, PasswordError, StorageError
-from featurestore.storage.address import S3_PROTOCOLS, check_address
+from featurestore.storage.address import S3_PROTOCOLS, check_address, leads_out
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.threads import in_threads
 from featurestore.text.plain import without_passwords
@@ -135,7 +135,8 @@ class RemoteFiles:
     def list(self, path: str) -> Names:
         found: Names = persist(lambda: self.client.ls(self._full(path), detail=False))
         here = self._full(path).strip("/")
-        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
+        return [name for name in names if not leads_out(name)]
 
     def entry(self, path: str) -> StorageEntry:
         found = persist(lambda: self.client.info(self._full(path)))
@@ -149,14 +150,15 @@ class RemoteFiles:
         find = self.client.find if recursive else self.client.ls
         found = persist(lambda: find(self._full(path), detail=True))
         for each in found.values() if recursive else found:
-            name = each["name"].strip("/").removeprefix(self._root.strip("/")).strip("/")
-            if each["type"] == "file" and name != path:  # `find` of a file is that file
+            name = self._name(each["name"])
+            if each["type"] == "file" and name != path and not leads_out(name):  # `find` of a file is that file
                 yield _entry(name, each)
 
     def delete(self, path: str) -> None:
         # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.
         below = persist(lambda: self.client.find(self._full(path), detail=False))
-        self._delete_each(below or [])
+        # Clients take a/../b for b: what has such a key stays.
+        self._delete_each([place for place in below or [] if not leads_out(self._name(place))])
 
     def delete_files(self, paths: Iterable[str]) -> None:
         self._delete_each([self._full(path) for path in paths])
@@ -167,6 +169,10 @@ class RemoteFiles:
                 persist(lambda: self.client.rm_file(place))
 
         list(in_threads(remove, places, _DELETE_THREADS))
+
+    def _name(self, place: str) -> str:
+        """Return a place as a path relative to the root."""
+        return place.strip("/").removeprefix(self._root.strip("/")).strip("/")
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, NotAFolderError, StorageError
+from featurestore.storage.address import check_below
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.storage.remote import (
     Names,
@@ -34,6 +35,9 @@ Entries = list[StorageEntry]  # inside the class, `list` is the method
 
 class Storage:
     """Files below one address; every path is relative to it, with forward slashes.
+
+    A path that leads out of it raises StorageError; so does the address itself where something is to be changed or
+    removed, and on a disk a removal through a symbolic link that leads out.
 
     On an object store throttling, failures of the server, cut connections and timeouts are tried again for a minute.
     On a disk, with `keep_inside`, a symbolic link that leads out of the folder, a folder in the place of a file and a
@@ -126,6 +130,8 @@ class Storage:
         no other's. Passing errors are tried again. Raises StorageError: then nobody knows yet whether it was made.
         """
 
+        check_below(path, self.url, writing=True)
+
         def settle() -> bytes:
             failure: StorageError | None = None
             try:
@@ -188,11 +194,15 @@ class Storage:
 
     def delete(self, path: str) -> None:
         """Remove a file, or a folder with all below it; nothing happens where nothing is there."""
+        check_below(path, self.url, writing=True)
         with self._translated("delete", path), contextlib.suppress(FileNotFoundError):
             self._files.delete(path)
 
     def delete_files(self, paths: Iterable[str]) -> None:
         """Remove files, one request for each, many at a time; nothing happens where one is not there."""
+        paths = list(paths)
+        for path in paths:
+            check_below(path, self.url, writing=True)
         with self._translated("delete files in", ""):
             self._files.delete_files(paths)
 
@@ -212,6 +222,7 @@ class Storage:
     @contextlib.contextmanager
     def open_output(self, path: str) -> Iterator[IO[bytes]]:
         """Open a file to write that gets its name when the block ends, and does not appear when the block raises."""
+        check_below(path, self.url, writing=True)
         if not self.is_local:
             # An exception inside s3fs' own open(path, "wb") leaves half an object: it is put in one piece instead.
             buffer = io.BytesIO()
@@ -227,6 +238,7 @@ class Storage:
 
     @contextlib.contextmanager
     def _translated(self, action: str, path: str, writing: bool = False) -> Iterator[None]:
+        check_below(path, self.url, writing)
         try:
             yield
         except OutOfPatienceError as error:

@@ -20,6 +20,7 @@ from featurestore.identity import SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
+from featurestore.text.plain import one_line
 from pipeline.errors import SampleError
 
 Float32Array = npt.NDArray[np.float32]
@@ -119,7 +120,10 @@ def check_source(fitted: dict[str, Any], found: dict[str, Any], path: str, accep
                 f"{path} was fitted to vectors of another {shown}: {then.get(shown)}, these are of {now.get(shown)}; "
                 "fit a new one, without --codebook"
             )
-    recorded, mine = SnapshotId.from_named(then), SnapshotId.from_named(now)
+    try:
+        recorded, mine = SnapshotId.from_named(then), SnapshotId.from_named(now)
+    except ValueError as error:
+        raise SampleError(f"{path}, or the vectors, name a snapshot that no store has: {one_line(error)}") from error
     if recorded and mine and not accept_store:
         recorded.check(
             mine,

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import time
 import uuid
@@ -14,6 +13,7 @@ from typing import Any
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.shard_writer import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
+from featurestore.spec import is_random_id
 from featurestore.storage.private import claim, open_private
 from featurestore.storage.storage import Storage
 from serving.bundle.manifest import BundleFile, BundleManifest
@@ -21,7 +21,6 @@ from serving.errors import BrokenBundleError
 
 _CHUNK_BYTES = 8 << 20
 _UNUSED_S = 30 * 24 * 3600.0
-_BUNDLE_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class WrittenFiles:
@@ -141,5 +140,5 @@ def _prune(cache: Path) -> None:
     """Remove copies of versions that nobody has opened for a while; who has them open keeps what is mapped."""
     for folder in cache.iterdir():
         with contextlib.suppress(OSError):  # another process has removed it meanwhile
-            if _BUNDLE_ID.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_S:
+            if is_random_id(folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_S:
                 shutil.rmtree(folder)

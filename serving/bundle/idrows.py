@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.lookup.hashindex import HashIndex
 from serving.bundle import RowDType
-from serving.bundle.manifest import RowsFile, TableRows
+from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
-_SCALE_BYTES = 4
 LARGEST_CODE = 127
 
 
@@ -156,7 +155,7 @@ def row_type(width: int, dtype: RowDType) -> np.dtype[np.generic]:
 
 def row_numbers(width: int, dtype: RowDType) -> int:
     """Return how many numbers of `row_type` a row has in its file."""
-    return width + (_SCALE_BYTES if dtype == "int8" else 0)
+    return width + (SCALE_BYTES if dtype == "int8" else 0)
 
 
 def encoded(rows_RV: Float32, dtype: RowDType) -> NDArray[np.generic]:
@@ -173,8 +172,8 @@ def decoded(stored_RW: NDArray[np.generic], dtype: RowDType) -> Float32:
     """Return the float32 rows behind `encoded`."""
     if dtype != "int8":
         return stored_RW.astype(np.float32, copy=False)
-    scale_R1 = np.ascontiguousarray(stored_RW[:, -_SCALE_BYTES:]).view("<f4")
-    rows_RV: Float32 = stored_RW[:, :-_SCALE_BYTES].astype(np.float32) * scale_R1
+    scale_R1 = np.ascontiguousarray(stored_RW[:, -SCALE_BYTES:]).view("<f4")
+    rows_RV: Float32 = stored_RW[:, :-SCALE_BYTES].astype(np.float32) * scale_R1
     return rows_RV
 
 

@@ -14,11 +14,12 @@ data/models/ctr/
     vectors/<store>/                 the visual vectors of all images of a feature store: a store as well
 """
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
-from featurestore.spec import Frozen, MissingPolicy, Sealed, SourceSnapshot, StorePath
+from featurestore.spec import FileName, Frozen, MissingPolicy, RandomId, Sealed, SourceSnapshot, StorePath, Version
 from serving.bundle import RowDType
 
 BUNDLES, LOG, USE = "bundles", "log", "use"
@@ -29,30 +30,34 @@ TableKind = Literal["hashed", "direct", "exact"]
 Missing = Literal["zeros", "learned"]
 
 
-def _name_of_a_file(name: str) -> str:
-    if "/" in name:
-        raise ValueError(f"{name!r} is no name of a file of a bundle: it has a slash")
-    return name
+Count = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(ge=1)]
+
+SCALE_BYTES = 4
+_NUMBER_BYTES: dict[RowDType, int] = {"float32": 4, "float16": 2, "int8": 1}
+_HASH_BYTES = 8
 
 
-FileName = Annotated[StorePath, AfterValidator(_name_of_a_file)]
+def row_bytes(width: int, dtype: RowDType) -> int:
+    """Return the bytes of a row of ID vectors; int8 rows have their scale, a float32, behind their codes."""
+    return width * _NUMBER_BYTES[dtype] + (SCALE_BYTES if dtype == "int8" else 0)
 
 
 class BundleFile(Frozen):
     """One file of a version, below its folder."""
 
     name: FileName
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Count
     sha256: str
 
 
 class RowsFile(Frozen):
     """The rows of all tables of one width, and where their bits begin in the file of trained rows."""
 
-    width: int
+    width: Width
     name: FileName
-    num_rows: int
-    first_bit: int
+    num_rows: Count
+    first_bit: Annotated[int, Field(ge=0, multiple_of=8)]
 
 
 class TableRows(Frozen):
@@ -65,22 +70,42 @@ class TableRows(Frozen):
 
     name: str
     kind: TableKind
-    width: int
-    num_shards: int
-    rows_per_shard: int
+    width: Width
+    num_shards: Annotated[int, Field(ge=1)]
+    rows_per_shard: Count
     """0 for exact tables, whose shards differ."""
-    num_rows: int
-    first_row: int
+    num_rows: Count
+    first_row: Count
     hashes: FileName | None = None
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "TableRows":
+        is_exact, rows_per_shard = self.kind == "exact", self.rows_per_shard
+        if self.kind != "direct" and self.num_shards & (self.num_shards - 1):
+            raise ValueError(f"table {self.name}: num_shards={self.num_shards} is not a power of two")
+        if is_exact != (self.hashes is not None) or is_exact != (rows_per_shard == 0):
+            raise ValueError(
+                f"table {self.name}: hashes and rows_per_shard={rows_per_shard} are not of kind {self.kind}"
+            )
+        if self.num_rows < self.num_shards or not (is_exact or self.num_rows == self.num_shards * rows_per_shard):
+            shards = f"{self.num_shards} shards of {rows_per_shard or '1 or more'}"
+            raise ValueError(f"table {self.name}: {self.num_rows} rows are not {shards}")
+        return self
 
 
 class NetworkColumns(Frozen):
     """Where in a row of a vectors store the visual vector of one E is, and what replaces a missing image's."""
 
     name: str
-    start: int
-    width: int
+    start: Count
+    width: Width
     no_image: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _one_number_each(self) -> "NetworkColumns":
+        if len(self.no_image) != self.width:
+            raise ValueError(f"network {self.name}: no_image has {len(self.no_image)} numbers, and not {self.width}")
+        return self
 
 
 class VectorsOf(Frozen):
@@ -94,7 +119,7 @@ class VectorsOf(Frozen):
     """The feature store and the snapshot at the export."""
     features: str
     """Digest of the kind of features that the networks E were trained on."""
-    store_id: str
+    store_id: RandomId
     """Of the vectors store."""
     networks: tuple[NetworkColumns, ...]
     signatures: bool
@@ -113,8 +138,8 @@ class ScoreError(Frozen):
 class BundleManifest(Sealed):
     """One version of a bundle."""
 
-    version: Annotated[int, Field(ge=1)]
-    bundle_id: str
+    version: Annotated[Version, Field(ge=1)]
+    bundle_id: RandomId
     """Random: the name of its folder."""
     time_s: float
     writer: str
@@ -135,6 +160,32 @@ class BundleManifest(Sealed):
     """Of the run, as its report has them."""
     files: tuple[BundleFile, ...]
 
+    @model_validator(mode="after")
+    def _rows_are_in_files(self) -> "BundleManifest":
+        """Check that rows, bits and hashes of all tables are within what `files` says, whose sizes are compared."""
+        for names in ([each.name for each in self.files], [each.name for each in self.tables]):
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{twice[0]} is there twice")
+        sizes = {each.name: each.bytes for each in self.files}
+        for rows in self.rows:
+            if sizes.get(rows.name) != rows.num_rows * row_bytes(rows.width, self.id_dtype):
+                raise ValueError(
+                    f"{rows.name} has {sizes.get(rows.name)} bytes, and not {rows.num_rows} rows of {rows.width}"
+                )
+            if rows.first_bit + rows.num_rows > 8 * sizes.get(TRAINED, 0):
+                raise ValueError(f"{TRAINED} has not {rows.num_rows} bits from {rows.first_bit} on")
+        rows_of = {each.width: each.num_rows for each in self.rows}
+        for table in self.tables:
+            if table.first_row + table.num_rows > rows_of.get(table.width, 0):
+                raise ValueError(
+                    f"table {table.name}: the file of width {table.width} has not {table.num_rows} rows from"
+                    f" {table.first_row} on"
+                )
+            num_hashes = table.num_rows - table.num_shards
+            if table.hashes is not None and sizes.get(table.hashes) != _HASH_BYTES * num_hashes:
+                raise ValueError(f"{table.hashes} has {sizes.get(table.hashes)} bytes, and not {num_hashes} hashes")
+        return self
+
     def file(self, name: str) -> BundleFile | None:
         """Return the file of that name, if the version has it."""
         return next((file for file in self.files if file.name == name), None)
@@ -148,9 +199,9 @@ class BundleManifest(Sealed):
 class Choice(Sealed):
     """use/N.json: which version is served from then on."""
 
-    choice: Annotated[int, Field(ge=1)]
-    version: Annotated[int, Field(ge=1)]
+    choice: Annotated[Version, Field(ge=1)]
+    version: Annotated[Version, Field(ge=1)]
     time_s: float
     writer: str
-    nonce: str
+    nonce: RandomId
     """Random, so that no other writer's choice has the same bytes."""

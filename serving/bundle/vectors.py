@@ -75,6 +75,11 @@ class VectorTable:
             store = FeatureStore.open(url)
             if store.info.store_id != of.store_id:
                 raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
+            width = max((each.start + each.width for each in of.networks), default=0)
+            if store.info.dim != width + SIGNATURE_COLUMNS * of.signatures:
+                raise BrokenBundleError(
+                    f"{url} has rows of {store.info.dim} numbers, not those of the networks: {width}"
+                )
             snapshot = store.snapshot(version)
             partition = FeaturePartition.load(
                 store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version

@@ -118,7 +118,8 @@ def use(
 ) -> None:
     """Choose the version that is served from now on, an earlier one too. Scorers that run change to it.
 
-    All of its files are read first and compared with what was published; one that is damaged is refused.
+    All of its files are read first and compared with what was published, and the version is opened once as a scorer
+    does. One that is damaged, or that does not open, is refused; the version that was in use stays.
     """
     from featurestore.console.progress import progress_bar
     from featurestore.storage.storage import Storage
@@ -128,15 +129,41 @@ def use(
     from serving.errors import BrokenBundleError
 
     storage = Storage(url)
-    manifest, before = read_version(storage, version), version_in_use(storage)
+    before = version_in_use(storage)
+    stays = f"; version {before} stays in use" if before is not None else ""
+    try:
+        manifest = read_version(storage, version)
+    except BrokenBundleError as error:
+        raise BrokenBundleError(f"version {version} of {storage.url} is damaged{stays}:\n{error}") from error
     with progress_bar("files") as progress:
         damage = damage_of(storage, manifest, digests=not quick, progress=progress)
-    if damage:
-        stays = f"; version {before} stays in use" if before is not None else ""
+    if damage := damage or _problem_of_opening(storage.url, version):
         raise BrokenBundleError("\n".join([f"version {version} of {storage.url} is damaged{stays}:", *damage]))
     use_version(storage, version)
     instead = f" in the place of version {before}" if before not in (None, version) else ""
     print_summary(f"version {version} of {storage.url} is in use{instead}")
+
+
+def _problem_of_opening(url: str, version: int) -> list[str]:
+    """Say in one line why a version whose files are sound cannot be opened; empty where it can. Raises StorageError."""
+    from featurestore.errors import StorageError, UserError
+    from featurestore.text.plain import one_line
+    from serving.bundle.open import Bundle
+    from serving.scoring.scorer import Scorer
+
+    try:
+        bundle = Bundle.open(url, version, verify=False)
+        try:
+            Scorer(bundle)
+        finally:
+            bundle.close()
+    except StorageError:
+        raise
+    except UserError as error:
+        return [str(error)]
+    except Exception as error:  # whatever numpy and torch raise for what a forged manifest says
+        return [f"it cannot be opened: {type(error).__name__}: {one_line(error)}"]
+    return []
 
 
 def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.identity import SnapshotId
 from featurestore.index import VectorIndex
-from featurestore.spec import FORMAT_VERSION, IndexKind, seal, unseal
+from featurestore.spec import FORMAT_VERSION, FileName, IndexKind, seal, unseal
 from featurestore.storage.storage import Storage
 from trainer.errors import AdIndexError, AdIndexNotFoundError
 from trainer.prerank import MAX_GONE, MIN_RECALL
@@ -71,7 +71,7 @@ class IndexOrigin(_Frozen):
 class PartFile(_Frozen):
     """One file of an index."""
 
-    path: str
+    path: FileName
     sha256: str
 
 

@@ -26,6 +26,7 @@ from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import digest_of_file
 from featurestore.published.paths import FarPath, RunPath, read_file
+from featurestore.spec import FileName
 from featurestore.text.parsing import first_mistake, parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
@@ -126,7 +127,7 @@ class CheckpointState(Section):
     """The snapshot of every store by name; the two above are of the first one."""
     config_digest: str
     history: list[dict[str, Any]]
-    files: dict[str, str]
+    files: dict[FileName, str]
     """xxh3-128 of each file's bytes."""
 
     @property

@@ -15,7 +15,7 @@ from featurestore.keys import Int64Array
 from featurestore.log import CHANNELS, versions
 from featurestore.published.channels import check_channel_name, last_move, last_number
 from featurestore.published.numbered import append_numbered
-from featurestore.spec import LAST_SECOND, Sealed, Version, read_sealed
+from featurestore.spec import LAST_SECOND, OptionalId, RandomId, Sealed, Version, read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.promotion import gates
@@ -32,13 +32,13 @@ class Decision(Sealed):
     source: str
     target: str
     version: Version  # of the candidate
-    commit_id: str
+    commit_id: OptionalId
     before: Version | None  # where `target` pointed; None where it was not there
     results: tuple[GateResult, ...]
     forced: str | None  # why it moves whatever the gates say
     writer: str
     time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]
-    nonce: str
+    nonce: RandomId
 
     @property
     def holds(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from featurestore.errors import StoreExistsError
 from featurestore.format.basis import basis_of, write_basis
 from featurestore.snapshot import Snapshot
-from featurestore.spec import SAMPLE_ROWS, Sealed
+from featurestore.spec import SAMPLE_ROWS, OptionalId, Sealed
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
@@ -32,7 +32,7 @@ class RecodeReport(Sealed):
 
     source: str
     source_version: int
-    source_commit_id: str
+    source_commit_id: OptionalId
     source_dtype: DType
     dtype: DType
     num_rows: int

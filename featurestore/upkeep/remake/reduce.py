@@ -13,7 +13,7 @@ import numpy as np
 from featurestore.errors import CorruptFileError, InvalidRowsError, StoreExistsError
 from featurestore.format.basis import Basis, basis_of, write_basis
 from featurestore.snapshot import Snapshot
-from featurestore.spec import SAMPLE_ROWS, Sealed
+from featurestore.spec import SAMPLE_ROWS, OptionalId, Sealed
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
@@ -43,7 +43,7 @@ class ReduceReport(Sealed):
 
     source: str
     source_version: int
-    source_commit_id: str
+    source_commit_id: OptionalId
     source_dtype: DType
     dtype: DType
     source_dim: int

@@ -24,7 +24,7 @@ from featurestore.format.shard_writer import write_shard_file
 from featurestore.index import train_ranges
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, ModelT, Sealed, StoreInfo, read_sealed, seal
+from featurestore.spec import FileEntry, ModelT, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.staging import STAGING
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
@@ -46,7 +46,7 @@ class RemakePlan(Sealed):
 
     source: str
     source_version: int
-    source_commit_id: str
+    source_commit_id: OptionalId
     sampled_rows: int
     info: StoreInfo
 

@@ -4,12 +4,13 @@ First a version's manifest goes: nobody can open or choose it any more. Then its
 files are leftovers, which the next run removes. Ages count by the storage's own clock.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from featurestore.log import manifest_path, version_of
+from featurestore.spec import is_random_id
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from serving.bundle import log
@@ -27,6 +28,8 @@ class BundleExpireReport:
 
     kept: tuple[int, ...]
     expired: tuple[int, ...]
+    paths: tuple[str, ...]
+    """Deleted: manifests, and folders with all below them."""
     num_files: int
     """Deleted, leftovers among them."""
     num_bytes: int
@@ -56,6 +59,8 @@ def expire(
             raise ValueError(f"{name}={value} is less than 0")
     folders = _folders(storage)  # before the manifests: what is published from here on is named by one of them
     manifests = {version: log.read_version(storage, version) for version in _known(storage)}
+    names = Counter(each.bundle_id for each in manifests.values())
+    own = {bundle_id for bundle_id, count in names.items() if count == 1}  # what two manifests name stays
     now_s = storage.now()  # it writes: not where there is no model
     uses = log.choices(storage)
     wanted = set(list(manifests)[-max(1, keep_last) :])
@@ -65,14 +70,16 @@ def expire(
     leaving = [version for version in manifests if version not in wanted]
     if not dry_run:
         seen = max((each.choice for each in uses), default=0)
-        leaving = [version for version in leaving if _remove(storage, manifests[version], seen)]
-    dead = _dead(folders, {each.bundle_id for each in manifests.values()}, now_s, LEFTOVER_S)
+        leaving = [version for version in leaving if _remove(storage, manifests[version], seen, own)]
+    dead = _dead(folders, set(names), now_s, LEFTOVER_S)
     if not dry_run:
         _delete(storage, dead)
-    gone = [entry for bundle_id in (*(manifests[v].bundle_id for v in leaving), *dead) for entry in folders[bundle_id]]
+    doomed = [*(manifests[version].bundle_id for version in leaving if manifests[version].bundle_id in own), *dead]
+    gone = [entry for bundle_id in doomed for entry in folders[bundle_id]]
     return BundleExpireReport(
         kept=tuple(version for version in manifests if version not in leaving),
         expired=tuple(leaving),
+        paths=(*(manifest_path(version, LOG) for version in leaving), *map(_folder, doomed)),
         num_files=len(gone),
         num_bytes=sum(entry.size_bytes for entry in gone),
         num_leftovers=len(dead),
@@ -126,8 +133,10 @@ def _known(storage: Storage) -> list[int]:
     return known
 
 
-def _remove(storage: Storage, manifest: BundleManifest, seen: int) -> bool:
-    """Remove a version; not so where it was chosen since choice number `seen`: then its manifest comes back."""
+def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]) -> bool:
+    """Remove a version, and its folder if that is its `own`.
+
+    Not so where it was chosen since choice number `seen`: then its manifest comes back."""
     path = manifest_path(manifest.version, LOG)
     data = storage.read_bytes(path)
     storage.delete(path)
@@ -135,15 +144,18 @@ def _remove(storage: Storage, manifest: BundleManifest, seen: int) -> bool:
     if any(each.version == manifest.version for each in log.choices(storage, after=seen)):
         storage.create_or_read(path, data)
         return False
-    storage.delete(manifest.folder)
+    if manifest.bundle_id in own:
+        storage.delete(manifest.folder)
     return True
 
 
 def _folders(storage: Storage) -> dict[str, list[StorageEntry]]:
-    """List the files of all versions, by the id of their bundle."""
+    """List the files of all versions, by the id of their bundle; what else lies there is not ours."""
     found: dict[str, list[StorageEntry]] = defaultdict(list)
     for entry in storage.entries(BUNDLES):
-        found[entry.path.split("/")[1]].append(entry)
+        _, bundle_id, *below = entry.path.split("/")
+        if below and is_random_id(bundle_id):
+            found[bundle_id].append(entry)
     return found
 
 
@@ -154,4 +166,8 @@ def _dead(folders: Mapping[str, list[StorageEntry]], named: set[str], now_s: flo
 
 def _delete(storage: Storage, bundle_ids: Sequence[str]) -> None:
     for bundle_id in bundle_ids:
-        storage.delete(f"{BUNDLES}/{bundle_id}")
+        storage.delete(_folder(bundle_id))
+
+
+def _folder(bundle_id: str) -> str:
+    return f"{BUNDLES}/{bundle_id}"

@@ -233,7 +233,8 @@ class Arena:
     def discard(self) -> None:
         """Remove the files of a twin."""
         shutil.rmtree(self.folder)
-        self.store.storage.delete("")
+        for name in self.store.storage.list():
+            self.store.storage.delete(name)
 
     def kill(self, process: BaseProcess) -> None:
         """SIGKILL, and wait until it is gone."""

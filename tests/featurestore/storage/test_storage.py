@@ -124,6 +124,30 @@ class StorageContract:
         storage.delete_files(["a1/x", "never/there"])
         assert [entry.path for entry in storage.entries()] == ["ab/x"]
 
+    def test_nothing_but_what_is_below_it_is_changed_or_read(self, storage: Storage) -> None:
+        above = Storage(storage.url.rpartition("/")[0])
+        name = storage.url.rpartition("/")[2]
+        storage.write_bytes("a/b", b"1")
+        above.write_bytes("victim/b", b"2")
+
+        def output(path: str) -> None:
+            with storage.open_output(path) as file:
+                file.write(b"3")
+
+        changes = [storage.delete, lambda path: storage.delete_files(["a/c", path]), output]
+        changes += [
+            lambda path, write=write: write(path, b"3")
+            for write in (storage.write_bytes, storage.create_exclusive, storage.create_or_read)
+        ]
+        looks = [storage.read_bytes, storage.size, storage.list, storage.entries, storage.open_input]
+        out = ["..", "../victim", "../victim/b", "a/../../victim", "/victim", "a/./b", ".", "a/..", "a\0b"]
+        for act in changes + looks:
+            for path in out + ["", "/"] * (act in changes):
+                with pytest.raises(StorageError, match="is not a path below"):
+                    act(path)
+        found = {entry.path for entry in above.entries() if entry.path.startswith((f"{name}/", "victim/"))}
+        assert found == {f"{name}/a/b", "victim/b"} and above.read_bytes("victim/b") == b"2"
+
     def test_it_pickles_as_its_address(self, storage: Storage) -> None:
         storage.write_bytes("a", b"1")
         copy = pickle.loads(pickle.dumps(storage))
@@ -135,11 +159,31 @@ class TestDisk(StorageContract):
     def url(self, tmp_path: Path) -> str:
         return str(tmp_path / "root")
 
+    def test_nothing_is_removed_behind_a_link(self, storage: Storage, tmp_path: Path) -> None:
+        Storage(tmp_path).write_bytes("outside/b/c", b"1")
+        storage.write_bytes("a/b", b"1")
+        (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+        for remove in (lambda: storage.delete("link/b"), lambda: storage.delete_files(["link/b/c"])):
+            with pytest.raises(CorruptFileError, match="is a link that leads to"):
+                remove()
+        storage.delete("link")
+        assert (tmp_path / "outside" / "b" / "c").read_bytes() == b"1" and storage.list() == ["a"]
+
 
 class TestMemory(StorageContract):
     @pytest.fixture
     def url(self, memory_url: str) -> str:
         return memory_url
+
+    def test_a_key_that_would_lead_out_is_not_there(self, storage: Storage) -> None:
+        """Object stores take such keys, and their clients take them for others."""
+        storage.write_bytes("a/b", b"1")
+        files = fsspec.filesystem("memory").store
+        root = storage.url.removeprefix("memory:/")
+        files[f"{root}/a/../../victim"] = files[f"{root}/a/b"]
+        assert [entry.path for entry in storage.entries("a")] == ["a/b"]
+        storage.delete("a")
+        assert files.pop(f"{root}/a/../../victim") and storage.entries() == []
 
 
 class TestSeaweedFS(StorageContract):

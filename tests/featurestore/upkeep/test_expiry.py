@@ -272,7 +272,7 @@ class TestDamage:
         """It stands under a version whose true manifest has expired."""
         expire_to(merged, 1)
         true = log.read(merged.storage, 2, log.EXPIRED)
-        merged.storage.write_bytes(log.manifest_path(2), seal(true.model_copy(update={"commit_id": "late"})))
+        merged.storage.write_bytes(log.manifest_path(2), seal(true.model_copy(update={"commit_id": "1a7e" * 8})))
         expire_to(merged, 1)
         assert log.versions(merged.storage) == [4]
         assert log.read(merged.storage, 2, log.EXPIRED) == true

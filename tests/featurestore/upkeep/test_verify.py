@@ -200,7 +200,7 @@ def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore, mak
     second.unlink()  # as an expiry with a pin on 1 leaves it
     assert problems_of(filled) == []
     manifest = unseal(whole, Manifest, "x")
-    second.write_bytes(seal(manifest.model_copy(update={"commit_id": "someone"})))
+    second.write_bytes(seal(manifest.model_copy(update={"commit_id": "50e0" * 8})))
     assert any("does not follow" in problem for problem in problems_of(filled))
     second.write_bytes(seal(manifest.model_copy(update={"file_rows": 1})))
     assert any("counts other files, rows or bytes" in problem for problem in problems_of(filled))

@@ -12,10 +12,13 @@ import pytest
 import yaml
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.log import manifest_path
 from featurestore.storage.storage import Storage
+from featurestore.text.parsing import parse_json
 from serving.bundle.export import ExportOptions, export_model
 from serving.bundle.files import WrittenFiles
 from serving.bundle.manifest import NETWORK, BundleManifest, ScoreError
+from tests.featurestore.storage.test_paths import sealed
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -108,6 +111,14 @@ def no_network(saved: SavedRun, files: WrittenFiles) -> None:
 def export(url: object, run: Path, **options: Any) -> BundleManifest:
     """Export a run without its network."""
     return export_model(str(url), ExportOptions(run=run, **options), network=no_network, measure=no_scores).manifest
+
+
+def forge(url: object, version: int, **fields: Any) -> None:
+    """Seal the manifest of a version again, with other values in some of its fields."""
+    storage, path = Storage(str(url)), manifest_path(version)
+    values = {**parse_json(storage.read_bytes(path)), **fields}
+    values.pop("digest")
+    storage.write_bytes(path, sealed(values))
 
 
 def no_scores(saved: SavedRun, draft: BundleManifest, storage: Storage) -> ScoreError | None:

@@ -211,12 +211,12 @@ def test_a_vectors_store_that_was_made_anew_is_refused(url: str, made: Exported,
 
 
 def test_leftovers_go_after_the_grace_time(url: str, made: Exported) -> None:
-    dead = Path(url, BUNDLES, "0123456789abcdef")
+    dead = Path(url, BUNDLES, "0123456789abcdef0123456789abcdef")
     (dead / "vectors" / "images").mkdir(parents=True)
     for name in ("ids-12.bin", ".tmp-1", "vectors/images/store.json"):
         (dead / name).write_bytes(b"half")
         os.utime(dead / name, (0, 0))
-    young = Path(url, BUNDLES, "fedcba9876543210")
+    young = Path(url, BUNDLES, "fedcba9876543210fedcba9876543210")
     young.mkdir()
     (young / "schema.yaml").write_bytes(b"half")
     before = sorted(path for path in Path(url, made.manifest.folder).rglob("*"))
@@ -229,7 +229,7 @@ def test_leftovers_go_after_the_grace_time(url: str, made: Exported) -> None:
 
 
 def test_nothing_is_removed_where_a_manifest_is_damaged(url: str) -> None:
-    dead = Path(url, BUNDLES, "0123456789abcdef")
+    dead = Path(url, BUNDLES, "0123456789abcdef0123456789abcdef")
     dead.mkdir()
     (dead / "ids-12.bin").write_bytes(b"half")
     path = Path(url, "log", f"{1:020}.json")

@@ -10,7 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from serving.__main__ import app, main
-from tests.serving.bundle.conftest import Exported, export
+from serving.network.served import ServedNetwork
+from tests.serving.bundle.conftest import Exported, export, forge
+
+
+@pytest.fixture(autouse=True)
+def any_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let versions open without a network, as they are exported here."""
+    monkeypatch.setattr(ServedNetwork, "load", lambda folder: None)
 
 
 @pytest.fixture
@@ -98,6 +105,42 @@ def test_use_refuses_what_is_damaged_by_name(url: str, made: Exported) -> None:
     assert code == 1
     assert said.splitlines()[1] == f"{folder}/schema.yaml is missing"
     assert f"{vectors} has " in said.splitlines()[2]
+    assert "version 2 (in use)" in done("info", url)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": {"num_rows": 10**12}},
+        {"rows": {"first_bit": -8}},
+        {"tables": {"first_row": -5}},
+        {"tables": {"first_row": 10**9}},
+        {"tables": {"rows_per_shard": 0}},
+        {"tables": {"num_shards": 3}},
+        {"tables": {"num_rows": 0}},
+        {"tables": {"width": 0}},
+        {"files": {"bytes": -1}},
+        {"vectors": {"store_id": "../x"}},
+        {"vectors": {"folder": "../../x"}},
+        {"vectors": {"networks": [{"name": "all", "start": 0, "width": 12, "no_image": [0.0]}]}},
+        {"vectors": {"networks": [{"name": "all", "start": 10**6, "width": 1, "no_image": [0.0]}]}},
+    ],
+    ids=str,
+)
+def test_use_refuses_what_no_scorer_opens(url: str, made: Exported, change: dict) -> None:
+    """Numbers that cannot be are found in the manifest, others by opening the version; the choice stays."""
+    ((part, fields),) = change.items()
+    first, *others = json.loads(Path(url, "log", f"{1:020}.json").read_bytes())[part]
+    forge(url, 1, **{part: [{**first, **fields}, *others]})
+    code, out, said = refused("use", url, 1, "--quick")
+    assert (code, out) == (1, "") and "; version 2 stays in use:" in said and "Traceback" not in said
+    assert "version 2 (in use)" in done("info", url)
+
+
+def test_use_opens_the_network(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the one of these tests is no network
+    code, _, said = refused("use", url, 1)
+    assert code == 1 and "network.pt2 is not a network as it was exported" in said
     assert "version 2 (in use)" in done("info", url)
 
 

@@ -11,6 +11,7 @@ from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.index import VectorIndex
 from featurestore.spec import IndexKind
 from tests.faulty import Fault, opened_faulty
+from tests.featurestore.storage.test_paths import sealed
 from tests.featurestore.test_index import two_towers
 from trainer.errors import AdIndexError
 from trainer.prerank.artifact import AdIndex, IndexOrigin
@@ -75,6 +76,17 @@ def test_an_addition_has_new_changed_and_unchanged_ads(url: str) -> None:
     assert again.index.search(10 * changed[1:2], 5)[0].shape == (1, 5)
     # The first build's vectors were not written again.
     assert [pq.read_table(path).num_rows for path in sorted(Path(url).glob("*.parquet"))] == [4, 2]
+
+
+@pytest.mark.parametrize("name", ["../x.npz", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0", "a" * 300])
+def test_a_file_elsewhere_is_none_of_an_index(url: str, tmp_path: Path, name: str) -> None:
+    path = Path(url, "index-00000001.json")
+    (tmp_path / "x.npz").write_bytes(next(Path(url).glob("*.npz")).read_bytes())
+    fields = json.loads(path.read_bytes())
+    for change in ({"index": {**fields["index"], "path": name}}, {"vectors": [{**fields["vectors"][0], "path": name}]}):
+        path.write_bytes(sealed({each: value for each, value in (fields | change).items() if each != "digest"}))
+        with pytest.raises(CorruptFileError, match=r"index-00000001\.json is damaged: "):
+            AdIndex.open(url)
 
 
 def test_nothing_new_makes_no_version(url: str) -> None:

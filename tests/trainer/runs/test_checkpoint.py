@@ -13,6 +13,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, DamagedCheckpointError, RemoteRankError
 from trainer.runs import checkpoint
 from trainer.runs.folder import find_checkpoint, finished
+from trainer.runs.saving.places import WrittenPart
 
 
 def _save(folder: Path, step: int = 50, value: float = 1.0, size: int = 1, keep: int = 3) -> Path:
@@ -135,6 +136,16 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(content), "format_version": 99}))
     with pytest.raises(CheckpointError, match="has format 99"):
         checkpoint.read_state(file.parent)
+
+
+def test_no_file_outside_of_its_folder_is_one_of_a_checkpoint(tmp_path: Path) -> None:
+    path = _save(tmp_path)
+    state = checkpoint.read_state(path)
+    for name in ("../x", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0", "a" * 300):
+        forged = state.model_copy(update={"format_version": checkpoint.FORMAT_VERSION})
+        (path / "state.json").write_bytes(checkpoint.state_bytes(forged, {name: WrittenPart("0")}))
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged: files"):
+            checkpoint.read_state(path)
 
 
 def test_what_a_name_means(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from serving.bundle.open import Bundle
 from serving.bundle.upkeep.expiry import BundleExpireReport, expire
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, FaultyStorage
-from tests.serving.bundle.conftest import Exported, export
+from tests.serving.bundle.conftest import Exported, export, forge
 
 DAY_S = 24 * 3600
 
@@ -117,6 +117,37 @@ def test_what_killed_exports_left_goes_after_a_day(versions: Versions) -> None:
     assert {path.name[0] for path in (versions.folder / BUNDLES).iterdir() if len(set(path.name)) == 1} == {"y"}
 
 
+@pytest.mark.parametrize(
+    "bundle_id", ["../../victim", "../victim", "", ".", "..", "/", "a" * 32 + "/../../victim", "A" * 32]
+)
+def test_a_forged_id_removes_nothing(versions: Versions, bundle_id: str) -> None:
+    victim = versions.folder.parent / "victim" / "file"
+    victim.parent.mkdir()
+    victim.write_bytes(b"1")
+    forge(versions.folder, 1, bundle_id=bundle_id)
+    before = sorted(versions.folder.rglob("*"))
+    words = ["expire", str(versions.folder), "--keep-last", "1", "--keep-days", "0", "--grace-days", "0"]
+    for more in (["--dry-run"], []):
+        done = CliRunner().invoke(app, [*words, *more])
+        assert (done.exit_code, done.stdout) == (1, "") and "bundle_id" in done.stderr
+    assert victim.read_bytes() == b"1" and sorted(versions.folder.rglob("*")) == before
+
+
+def test_the_folder_of_a_version_that_stays_is_not_removed_for_another(versions: Versions) -> None:
+    forge(versions.folder, 1, bundle_id=versions.manifests[3].bundle_id)
+    report = versions.expire()
+    assert report.expired == (1, 2, 3) and f"{BUNDLES}/{versions.manifests[3].bundle_id}" not in report.paths
+    assert files_of(versions, versions.manifests[3].bundle_id)
+
+
+def test_what_others_put_next_to_bundles_stays(versions: Versions) -> None:
+    notes = versions.folder / BUNDLES / "notes" / "a.txt"
+    notes.parent.mkdir()
+    notes.write_bytes(b"1")
+    versions.age(notes.parent, 100)
+    assert versions.expire().num_leftovers == 0 and notes.exists()
+
+
 def test_nothing_goes_where_a_manifest_is_damaged(versions: Versions) -> None:
     path = versions.folder / "log" / f"{3:020}.json"
     path.write_bytes(path.read_bytes()[:-1])
@@ -199,8 +230,12 @@ def test_the_command_says_what_it_did(versions: Versions) -> None:
     done = CliRunner().invoke(app, [*words, "--dry-run"])
     assert done.exit_code == 0
     assert done.stdout.startswith("would keep 1 version: 4\nwould remove 3 versions: 1 to 3\nwould delete ")
+    named = [line.strip() for line in done.stdout.splitlines()[3:]]
+    before = {str(path.relative_to(versions.folder)) for path in versions.folder.rglob("*") if path.is_file()}
     done = CliRunner().invoke(app, words)
     assert done.stdout.startswith("kept 1 version: 4\nremoved 3 versions: 1 to 3\ndeleted ")
+    gone = {path for path in before if not (versions.folder / path).exists()}
+    assert gone == {path for path in before for each in named if path == each or path.startswith(f"{each}/")}
     assert versions.there == [4]
 
 
