@@ -84,7 +84,7 @@ class Scoring:
                     max_bytes=self.settings.max_body_bytes,
                     max_held_bytes=BODIES_AT_ONCE * self.settings.max_body_bytes,
                     timeout_s=self.settings.read_timeout_s,
-                    way_out="send fewer requests or candidates at a time, or let it take more by --max-body-mb",
+                    way_out="send fewer requests or candidates at a time, or let the server take more by --max-body-mb",
                 )
             ],
             exception_handlers={HTTPException: self._no_route},

@@ -21,12 +21,13 @@ SMALL_BYTES = 64_000
 STEPS = 6
 """Of the time for a body."""
 MAX_HEAD_BYTES = 64_000
-"""Of a request line and its headers together, and of what stands between two bytes of a chunked body, or after it."""
+"""Of request line and headers together; and of the lines of chunks and trailers, above a sixteenth of the body."""
 MAX_HEADERS = 100
 MAX_PIPELINED = 16
 """Requests of a connection that wait for the answer to the one before them."""
-MAX_CHUNKS = 4_000
-"""Chunks of a body in one read of the socket, which has 256 kB at most."""
+MAX_CHUNKS = 1_000
+"""Of a body; and one for each `CHUNK_BYTES` of it."""
+CHUNK_BYTES = 256
 CLOSE = {"Connection": "close"}
 
 
@@ -42,15 +43,15 @@ class BodyLimits:
     """ASGI middleware that bounds size, time and rate of each body, and the bytes of all that are being read.
 
     An application meets a limit as a RefusedError while it reads: 400 (the client left), 408, 413 or 503. Where all
-    bodies above `SMALL_BYTES` together are over their bound, the one is refused that has waited longest for its
-    last `SMALL_BYTES`: so neither a new one, nor one that comes fast.
+    bodies together are over their bound, the one is refused that has waited longest for its last `SMALL_BYTES`, and
+    first of those that have more: so neither a new one, nor one that comes fast.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float, way_out: str) -> None:
         """`way_out`: what the client of a body over `max_bytes` can do."""
         self.app, self.max_bytes, self.timeout_s, self.way_out = app, max_bytes, timeout_s, way_out
         self._max_held_bytes, self._held_bytes = max_held_bytes, 0
-        self._large: set[_Upload] = set()
+        self._uploads: set[_Upload] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,24 +66,18 @@ class BodyLimits:
             self.release(upload)
 
     def hold(self, upload: "_Upload", num_bytes: int) -> None:
-        """Count the next bytes of an upload; refuses the slowest where all have too many. Raises RefusedError: 503."""
-        before = upload.size_bytes
-        upload.size_bytes += num_bytes
-        if upload.size_bytes // SMALL_BYTES > before // SMALL_BYTES:
-            upload.step_s = asyncio.get_running_loop().time()
-        if upload.size_bytes <= SMALL_BYTES:
-            return
-        self._held_bytes += num_bytes if upload in self._large else upload.size_bytes
-        self._large.add(upload)
+        """Count the next bytes of a body; refuses the slowest one where all have too many."""
+        self._held_bytes += num_bytes
+        self._uploads.add(upload)
         while self._held_bytes > self._max_held_bytes:
-            slowest = min(self._large, key=lambda each: each.step_s)
+            slowest = min(self._uploads, key=lambda each: (each.size_bytes <= SMALL_BYTES, each.step_s))
             self.release(slowest)
             slowest.refuse()
 
     def release(self, upload: "_Upload") -> None:
-        """Count an upload no more."""
-        if upload in self._large:
-            self._large.remove(upload)
+        """Count a body no more."""
+        if upload in self._uploads:
+            self._uploads.remove(upload)
             self._held_bytes -= upload.size_bytes
 
 
@@ -115,20 +110,27 @@ class _Upload:
         if message["type"] != "http.request":
             raise RefusedError(400, "the client closed the connection before the end of the body")
         self._is_whole = not message.get("more_body", False)
-        self._limits.hold(self, len(message.get("body", b"")))
+        if self._is_whole:
+            self._limits.release(self)
+        self._count(len(message.get("body", b"")))
+        return message
+
+    def refuse(self) -> None:
+        """Let `receive` raise the error of too many bodies, now if it waits."""
+        self._is_refused = True
+        if self._timeout is not None:
+            self._timeout.reschedule(self._loop.time())
+
+    def _count(self, num_bytes: int) -> None:
+        before, self.size_bytes = self.size_bytes, self.size_bytes + num_bytes
+        if self.size_bytes // SMALL_BYTES > before // SMALL_BYTES:
+            self.step_s = self._loop.time()
+        if not self._is_whole:
+            self._limits.hold(self, num_bytes)
         if self._is_refused:
             raise self._error()
         if self.size_bytes > self._limits.max_bytes:
             raise self._too_large(f"over {self._limits.max_bytes:,} bytes")
-        if self._is_whole:
-            self._limits.release(self)
-        return message
-
-    def refuse(self) -> None:
-        """Let `receive` raise the error of too many large bodies, now if it waits."""
-        self._is_refused = True
-        if self._timeout is not None:
-            self._timeout.reschedule(self._loop.time())
 
     def _check_announced(self) -> None:
         announced = next((value for name, value in self._scope["headers"] if name == b"content-length"), b"0")
@@ -143,10 +145,10 @@ class _Upload:
 
     def _error(self) -> RefusedError:
         if self._is_refused:
-            problem = "too many large bodies are being read, and this one comes slowest: try again"
+            problem = "too many bodies are being read, and this one comes slowest: try again"
             return RefusedError(503, problem, CLOSE | {"Retry-After": "1"})
         timeout_s = self._limits.timeout_s
-        if self._loop.time() < self._begin_s + timeout_s:
+        if self._deadline_s() < self._begin_s + timeout_s:
             rule = f"a body over {SMALL_BYTES:,} bytes has to bring as many every {timeout_s / STEPS:g} s"
             return RefusedError(408, f"{rule}: send it at once", CLOSE)
         return RefusedError(408, f"the body did not come within {timeout_s:g} s: send it at once", CLOSE)
@@ -167,9 +169,9 @@ class LimitedProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _in_body = False
     _keeps_alive = True
-    _num_chunks = 0
+    _num_chunks = _body_bytes = 0
     _framing_bytes = 0
-    """What came since the last byte of a body, or the last whole head or request."""
+    """What came of the present head, or around the parts of the present body."""
     _head_bytes = 0
     """Of the head that httptools has taken apart: it may come in one read."""
     _refusal: tuple[int, str] | None = None
@@ -193,7 +195,6 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._framing_bytes += len(data)
-        self._num_chunks = 0
         super().data_received(data)
         if self._refusal is not None:
             return
@@ -229,16 +230,20 @@ class LimitedProtocol(HttpToolsProtocol):
         self._disarm()
         super().on_headers_complete()
         self._in_body = True
-        self._framing_bytes = 0
+        self._num_chunks = self._body_bytes = self._framing_bytes = 0
         # Only a connection whose request came whole is kept: what an answer leaves unread would hold it for ever.
         self._keeps_alive = self.cycle.keep_alive
         self.cycle.keep_alive = False
 
-    def on_body(self, body: bytes) -> None:
-        self._framing_bytes = 0
+    def on_chunk_header(self) -> None:
+        """Count a chunk: httptools calls it, uvicorn has none."""
         self._num_chunks += 1
-        if self._num_chunks > MAX_CHUNKS:
-            self._stop(400, "the chunks of the body are too small: send larger ones")
+        if self._num_chunks > MAX_CHUNKS + self._body_bytes // CHUNK_BYTES:
+            self._stop(400, f"the body has over {MAX_CHUNKS:,} chunks below {CHUNK_BYTES} bytes: send larger ones")
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        self._framing_bytes = max(0, self._framing_bytes - len(body) - len(body) // 16)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -274,6 +279,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Send the refusal once all requests before it have their answers, and close."""
         assert self._refusal is not None
         self._disarm()
+        self.flow.read_paused = False  # so that nothing resumes it
+        self.transport.pause_reading()
         if self._is_answering() and not self._in_body:
             return  # on_response_complete comes again
         is_of_another = self._in_body and (self.pipeline or self.cycle.response_started)

@@ -109,10 +109,23 @@ CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunke
         (b"GET /v2 HTTP/1.1\r\nX:", b" " * 10_000),
         (b"", b"\r\n" * 5_000),
         (CHUNKED + b"1;", b"a" * 10_000),
+        (CHUNKED, b"1;" + b"a" * 10_000 + b"\r\n \r\n"),
         (CHUNKED + b"0\r\nX: ", b"a" * 10_000),
         (CHUNKED + b"0\r\n" + b"X: a\r\n" * 101, b""),
     ],
-    ids=["line", "header", "count", "lines", "headers", "spaces", "empty", "extension", "trailer", "trailers"],
+    ids=[
+        "line",
+        "header",
+        "count",
+        "lines",
+        "headers",
+        "spaces",
+        "empty",
+        "extension",
+        "extensions",
+        "trailer",
+        "trailers",
+    ],
 )
 def test_too_much_besides_a_body_gets_431(server: ServerProcess, head: bytes, part: bytes) -> None:
     sent = 0
@@ -193,13 +206,12 @@ def test_what_is_refused_behind_requests_waits_for_their_answers(
         assert len(codes) < 20
 
 
-def test_a_body_of_many_tiny_chunks_is_refused(server: ServerProcess) -> None:
+@pytest.mark.parametrize(("size", "count", "code"), [(1, 2_000, 400), (1, 900, 200), (300, 2_500, 200)])
+def test_a_body_of_many_tiny_chunks_is_refused(server: ServerProcess, size: int, count: int, code: int) -> None:
     with server.connect() as connection:
-        connection.sendall(CHUNKED + b"1\r\na\r\n" * 40_000)
-        assert read_all(connection).startswith(b"HTTP/1.1 400")
-    with server.connect() as connection:
-        connection.sendall(CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in ONE) + b"0\r\n\r\n")
-        assert read_answer(connection).startswith(b"HTTP/1.1 200")
+        chunk = b"%x\r\n%s\r\n" % (size, b" " * size)
+        connection.sendall(CHUNKED + chunk * count + b"%x\r\n%s\r\n0\r\n\r\n" % (len(ONE), ONE))
+        assert read_answer(connection).startswith(b"HTTP/1.1 %d" % code)
 
 
 def test_small_bodies_pass_and_the_slowest_large_one_is_refused(tmp_path: Path) -> None:
@@ -215,6 +227,17 @@ def test_small_bodies_pass_and_the_slowest_large_one_is_refused(tmp_path: Path) 
         assert [read_all(connection)[:12] for connection in refused] == [b"HTTP/1.1 503"]
         for connection in set(slow) - set(refused):  # by far sooner than the time for a body
             assert b"has to bring" in read_all(connection)
+
+
+def test_of_too_many_small_bodies_the_slowest_is_refused(tmp_path: Path) -> None:
+    """Twenty clients hold more than sixteen full bodies; none of them is over the size that is always read."""
+    with fake_server(write_state(tmp_path, version=3), tmp_path, max_body_mb=0.06) as server, ExitStack() as stack:
+        slow = [stack.enter_context(server.connect()) for _ in range(20)]
+        for connection in slow:
+            connection.sendall(post_head(60_000) + b" " * 50_000)
+        assert is_answering(server)
+        refused, _, _ = select.select(slow, [], [], 1)
+        assert [read_all(connection)[:12] for connection in refused] == [b"HTTP/1.1 503"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
