@@ -10,6 +10,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import draw_counts, print_summary, print_warning
 from featurestore.console.progress import progress_bar
 from featurestore.spec import IndexKind
+from featurestore.storage.storage import Storage
 from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import INDEX, MAX_GONE, MIN_RECALL
 
@@ -105,6 +106,7 @@ def main(
     }
     _check_options({name for name, value in given.items() if value not in (None, False, [])})
     start, limit = time.monotonic(), MIN_RECALL if min_recall is None else min_recall
+    Storage(out).check_bucket()  # before the work
     if remove:
         (index, changes), lines = _removed(out, remove), list[str]()
     else:

@@ -2,13 +2,12 @@
 
 import shlex
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
@@ -57,7 +56,7 @@ def main(
     ] = SAMPLE_GROUPS,
     store_version: StoreVersion = None,
     use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Publish a trained run as the next version of a model that python -m serving answers requests with.
 

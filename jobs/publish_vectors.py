@@ -1,13 +1,12 @@
 """Bring the visual vectors of a published model up to the newest images of its feature stores."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from serving.bundle import EPS, MODELS
@@ -51,7 +50,7 @@ def main(
         ),
     ] = None,
     store_version: StoreVersion = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Bring the visual vectors of a published model up to the newest images of its feature stores.
 

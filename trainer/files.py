@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from featurestore.errors import StorageError
+from featurestore.errors import AddressError, StorageError
 from featurestore.published.paths import FarPath
 from featurestore.storage.regular import read_text
 from featurestore.storage.storage import Storage
@@ -40,9 +40,20 @@ def _text(path: Path | str) -> str:
 
 
 def file_at(address: str) -> tuple[Storage, str]:
-    """Split the address of a file into its folder and its name there."""
+    """Split the address of a file into its folder and its name there. Raises AddressError where it has no folder."""
     folder, slash, name = address.rpartition("/")
+    if "://" in address and "://" not in folder:  # else a folder of this machine: "foo:"
+        raise AddressError(f"{address} is not the address of a file: write it as s3://BUCKET/FOLDER/{name or 'FILE'}")
     return Storage(folder or slash or "."), name
+
+
+def output_at(address: str) -> tuple[Storage, str]:
+    """Split the address of a file as `file_at`, and check before the work that its object store is there.
+
+    Raises AddressError, BucketNotFoundError, StorageError."""
+    storage, name = file_at(address)
+    storage.check_bucket()
+    return storage, name
 
 
 def checkpoints_of(run: PathT) -> PathT:

@@ -8,7 +8,7 @@ import typer
 
 from featurestore.commands.common import WHICH, Url, read_version_name
 from featurestore.console.commandline import CommandApp
-from featurestore.console.files import write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import print_problem, print_rows, print_summary
 from featurestore.errors import FAILED
 from featurestore.upkeep.promotion import MAX_DRIFT, MAX_QUARANTINE, MIN_COVERAGE, MIN_NEIGHBOURS
@@ -53,7 +53,6 @@ Force = Annotated[
     str | None, typer.Option("--force", metavar="REASON", help="Move the channel though gates fail; kept with it.")
 ]
 PromoteDryRun = Annotated[bool, typer.Option("--dry-run", help="Measure and print, and move and keep nothing.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the decision to this file as well.")]
 
 
 @app.command(
@@ -120,7 +119,7 @@ def promote(
     min_neighbours: MinNeighbours = None,
     dry_run: PromoteDryRun = False,
     force: Force = None,
-    json_file: JsonFile = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Move a channel to the snapshot of another one, if the gates hold: coverage, quarantine, drift, neighbours.
 

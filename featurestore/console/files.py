@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -64,6 +64,18 @@ def check_place(path: Path, option: str) -> None:
         part.unlink()
     except OSError as error:
         raise OutputPlaceError(f"cannot write {option} {path}: {refusal(error)}") from error
+
+
+def _checked_json(context: typer.Context, value: Path | None) -> Path | None:
+    if value is not None and not context.resilient_parsing:
+        check_place(value, "--json")
+    return value
+
+
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures to this file as well.", callback=_checked_json)
+]
+"""The option --json of commands of one process; that its file can be written is checked before the work begins."""
 
 
 def write_json(path: Path, values: Any) -> None:

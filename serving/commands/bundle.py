@@ -1,14 +1,13 @@
 """Commands info, log and use: what a version of a model holds, which versions there are, and which one is served."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal as bytes_text
 
 from featurestore.console.commandline import CommandApp
-from featurestore.console.files import write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import figure, print_rows, print_summary
 from featurestore.errors import FAILED
 
@@ -26,7 +25,6 @@ _MISSING = {
 """By what an image without a feature was in training."""
 
 Url = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
 
 
 @app.command(
@@ -36,7 +34,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 def info(
     url: Url,
     version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
-    json_file: Json = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Show what a version holds: the run that it was made of, its ID rows, and the snapshots of its vectors.
 
@@ -80,7 +78,7 @@ def info(
 def log(
     url: Url,
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
-    json_file: Json = None,
+    json_file: JsonOption = None,
 ) -> None:
     """List the published versions, newest first, and when each was chosen to be served."""
     from featurestore.storage.storage import Storage

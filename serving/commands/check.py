@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp
-from featurestore.console.files import write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import print_problem, print_summary
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
-from serving.commands.bundle import Json, Url
+from serving.commands.bundle import Url
 
 app = CommandApp()
 
@@ -42,7 +42,7 @@ def check(
     version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
     impressions: Annotated[int, typer.Option(min=1, help="Impressions to score, about.")] = 100_000,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a logit.")] = TOLERANCE,
-    json_file: Json = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Compare a model's logits with its run's on the same impressions; exit 1 where one differs too much.
 

@@ -53,6 +53,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     return places
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_published(places: Places, tmp_path: Path) -> None:
+    for option, file in (("--json", "foo://x"), ("--json", tmp_path), ("--html", "foo://x.html")):
+        result = job(
+            export_model.app, "--run", places.folder / "runs" / "both", "--out", tmp_path / "new", option, file
+        )
+        assert result.exit_code and not (tmp_path / "new").exists()
+
+
 @pytest.fixture(scope="module")
 def text(places: Places) -> str:
     """What the job prints of the model that the tests below share."""

@@ -1,13 +1,12 @@
 """Check whether a run may use a store, and whether it was trained on it: python -m trainer.compat RUN STORE."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.commands.common import Version
 from featurestore.console.commandline import OK, CommandApp, run_app
-from featurestore.console.files import write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import print_summary
 from featurestore.errors import FAILED
 from trainer.cli import WhichCheckpoint, run_on_ranks
@@ -45,7 +44,7 @@ def main(
     max_logloss_change: Annotated[
         float, typer.Option(min=0, help="So much may the log loss change, in parts of itself.")
     ] = MAX_LOGLOSS_CHANGE,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    json_file: JsonOption = None,
     accept: Annotated[
         bool,
         typer.Option("--accept", help="From now on let RUN's commands take STORE for the one that it was trained on."),

@@ -7,7 +7,6 @@ import typer
 from featurestore.commands.channels import (
     Force,
     GatesFile,
-    JsonFile,
     Keys,
     MaxDrift,
     MaxQuarantine,
@@ -20,6 +19,7 @@ from featurestore.commands.channels import (
     limits_of,
 )
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import JsonOption
 from featurestore.upkeep.promotion import MAX_GAUC_LOSS
 from trainer.cli import WhichCheckpoint
 
@@ -72,7 +72,7 @@ def main(
     bootstrap: Annotated[int, typer.Option(min=1, max=1_000_000, help="Resamples of users.")] = 1000,
     dry_run: PromoteDryRun = False,
     force: Force = None,
-    json_file: JsonFile = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Move a channel of a feature store to a new snapshot if its gates hold.
 

@@ -22,7 +22,7 @@ from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.evaluation.impressions import seconds_of
 from trainer.evaluation.predict import Float, predict
-from trainer.files import file_at
+from trainer.files import output_at
 from trainer.runs.export import parquet_file
 from trainer.runs.saved import RunSource, open_source
 from trainer.samples.columns import decode, rules_of, source_columns, texts_of
@@ -154,7 +154,7 @@ def open_scores(out: str, index: SampleIndex, schema: Schema, about: Mapping[str
         "place": pa.int32(),
     }
     fields: list[Any] = [pa.field(name, kind, nullable=name == "time") for name, kind in kinds.items()]
-    storage, name = file_at(out)
+    storage, name = output_at(out)
     with parquet_file(storage, name, pa.schema(fields, metadata={SCORES_OF: json.dumps(about)})) as write:
         yield ScoreFile(write, index, schema, about)
 

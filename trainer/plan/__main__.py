@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import replace_file, write_json_option
+from featurestore.console.files import JsonOption, replace_file, write_json_option
 from featurestore.console.output import text_console
 from featurestore.console.page.option import PAGE
 from featurestore.errors import UserError
@@ -65,7 +65,7 @@ def main(
     described: Annotated[
         Path | None, typer.Option("--input", help="Plan a cluster written down as presets/plan-paper.yaml is.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    json_file: JsonOption = None,
     scheduler: Annotated[
         Literal["slurm", "kubernetes"] | None,
         typer.Option("--emit", help="Write what the recommended plan asks a scheduler for; tables go to stderr."),

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import write_json_option
+from featurestore.console.files import check_place, write_json_option
 from featurestore.console.output import figure, print_rows, print_summary
 from featurestore.published.paths import run_path
 from trainer.cli import WhichCheckpoint, run_on_ranks
@@ -59,6 +60,8 @@ def evaluate_index(
     counts = _counts(k)
 
     def work(comm: "Comm") -> None:
+        if out is not None:  # before the work
+            comm.on_rank_0(partial(check_place, out, "--json"))
         from trainer.prerank.artifact import AdIndex
         from trainer.prerank.evaluate import report_of, score, search_figures
         from trainer.prerank.vectors import origin_of

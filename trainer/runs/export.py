@@ -34,7 +34,7 @@ from trainer.config.options import ExactTableConfig
 from trainer.engine.machine import share_machine
 from trainer.engine.wiring import image_model, networks_of
 from trainer.errors import ConfigError, DataError
-from trainer.files import file_at
+from trainer.files import output_at
 from trainer.ids.exact import IDS, LAST_USE
 from trainer.ids.rows import WEIGHT
 from trainer.models.fields import used_fields
@@ -200,7 +200,7 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
     Returns where the keys of a .npy are: NAME.keys.npy. On an object store each file is put in
     one piece, out of memory. Raises TrainerError, FeatureStoreError.
     """
-    storage, name = file_at(out)
+    storage, name = output_at(out)
 
     def reported() -> Iterator[pa.Table]:
         done = 0
@@ -294,7 +294,7 @@ def export_table(table: SavedTable, out: str, progress: Progress = lambda done, 
 
     Raises TrainerError, FeatureStoreError.
     """
-    count, (storage, name) = 0, file_at(out)
+    count, (storage, name) = 0, output_at(out)
     described = {ROWS_OF: json.dumps(table.describe())}
     with contextlib.ExitStack() as opened:
         write: Callable[[pa.Table], None] | None = None
