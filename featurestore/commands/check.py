@@ -14,6 +14,8 @@ from featurestore.console.progress import progress_bar
 from featurestore.errors import UnsafeBackendError
 from featurestore.text.plain import count_text
 
+NOT_TRIED = 3  # exit code of a check that found nothing out
+
 app = CommandApp()
 
 
@@ -144,10 +146,11 @@ def check_backend(
     processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
 ) -> None:
-    """Check that a place can hold a store: one of many writers wins, and what is written can be read at once.
+    """Look for what speaks against a store at a place: several winners of one exclusive create, reads that come late.
 
     Tries what commits rely on, then lets processes race to create one file, many times. Exit code 1 when the place is
-    unsafe: commits would be lost there.
+    unsafe: commits would be lost there. Exit code 3 when no race overlapped, so that nothing was found out. No race can
+    prove that a place is safe: read what its maker promises about conditional puts too.
     """
     from featurestore.storage.safety import check_backend as race
     from featurestore.storage.storage import Storage
@@ -159,5 +162,8 @@ def check_backend(
         sys.stderr.write(f"unsafe: {problem}\n")
     if report.problems:
         raise UnsafeBackendError(f"{storage.url} cannot hold a store, as commits could be lost there")
-    races = f"{report.num_rounds:,} races of {report.num_writers} processes had one winner each"
-    print_summary(f"safe: {races}; a create takes {report.create_s * 1000:.1f} ms")
+    races = f"{report.num_overlapping:,} of {report.num_rounds:,} races of {report.num_writers} processes overlapped"
+    if not report.num_overlapping:
+        print_problem(f"not disproved, and not tried: {races}; try more --rounds and --processes")
+        raise typer.Exit(NOT_TRIED)
+    print_summary(f"not disproved: {races}, each had one winner; a create takes {report.create_s * 1000:.1f} ms")

@@ -1,16 +1,19 @@
 """Check of a place for a store: of many writers one must win the exclusive create, and reads must see what was written.
 
 Some object stores ignore the condition of a put, and some look first and write then: there two writers can both hear
-that their commit was made, and one of them is lost. Only a race shows the second kind.
+that their commit was made, and one of them is lost. Only a race shows the second kind, and only where the requests of
+two writers are at the server at once: a race counts where a create lost that began before the winner had its answer.
+No race proves that a place is safe: the check says what it could not disprove, and from how many races that counted.
 """
 
 import contextlib
+import hashlib
 import multiprocessing
 import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from featurestore.storage.threads import Progress
 
 _SHORT_THREADS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
 _START_TIMEOUT_S = 300.0
+_LARGE_BYTES = 1 << 20  # as a manifest of 2,000 data files
 _mine = threading.local()
 
 
@@ -32,16 +36,18 @@ class _Outcome(NamedTuple):
     """Outcome of a race for one racer."""
 
     claimed: bool
-    seen: bytes  # the file, read as soon as the answer was there
-    seconds: float  # of the create
+    seen: bytes  # digest of the file, read as soon as the answer was there
+    begin_s: float  # of the create, by the clock that all processes of this machine share
+    end_s: float
 
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Findings of the check; the place is fit for a store where there are no problems."""
+    """Findings of the check; nothing speaks against the place where there are no problems and races that overlapped."""
 
     problems: tuple[str, ...]
     num_rounds: int
+    num_overlapping: int  # of them: a create lost to one that had no answer yet when it began
     num_writers: int
     create_s: float  # median time of a create in the race
 
@@ -51,14 +57,15 @@ def check_backend(
 ) -> BackendReport:
     """Try what commits rely on at `storage`, then race `num_processes` processes for one file, `num_rounds` times.
 
-    The race is left out where the first part fails. Writes a folder of its own and removes it. Costs
-    `2 * num_processes` requests a round. Raises StorageError where the place refuses altogether.
+    The race is left out where the first part fails. All processes have a connection when it begins; every second round
+    is for a file of a megabyte. Writes a folder of its own and removes it. Costs `2 * num_processes` requests a round,
+    and holds `num_rounds / 2` megabytes there. Raises StorageError where the place refuses altogether.
     """
     context = multiprocessing.get_context("spawn")
     with _folder(storage) as folder:
         problems = _sequential_problems(storage, folder)
         if problems:
-            return BackendReport(tuple(problems), 0, num_processes, 0.0)
+            return BackendReport(tuple(problems), 0, 0, num_processes, 0.0)
         line: Any = context.Barrier(num_processes)
         try:
             with ProcessPoolExecutor(num_processes, context, _prepare, (line,)) as racers:
@@ -66,7 +73,7 @@ def check_backend(
                     connected = [racers.submit(_connect, storage) for _ in range(num_processes)]
                 for each in connected:
                     each.result()
-                return _race(storage, folder, racers, num_processes, num_rounds, progress)
+                return _race(storage, folder, racers, num_processes, num_rounds, progress, _LARGE_BYTES)
         except BrokenProcessPool as error:
             raise StorageError("a racing process ended early") from error
 
@@ -78,7 +85,7 @@ def refuse_unsafe(storage: Storage) -> None:
         if not problems:
             line = threading.Barrier(_SHORT_THREADS)
             with ThreadPoolExecutor(_SHORT_THREADS, initializer=_prepare, initargs=(line,)) as racers:
-                problems = list(_race(storage, folder, racers, _SHORT_THREADS, _SHORT_ROUNDS, None).problems)
+                problems = list(_race(storage, folder, racers, _SHORT_THREADS, _SHORT_ROUNDS, None, 0).problems)
     if problems:
         raise UnsafeBackendError(
             f"{storage.url} cannot hold a store, as commits could be lost there: {'; '.join(problems)}. Use a disk or"
@@ -123,24 +130,32 @@ def _sequential_problems(storage: Storage, folder: str) -> list[str]:
 
 
 def _race(
-    storage: Storage, folder: str, racers: Executor, num_writers: int, num_rounds: int, progress: Progress | None
+    storage: Storage,
+    folder: str,
+    racers: Executor,
+    num_writers: int,
+    num_rounds: int,
+    progress: Progress | None,
+    large_bytes: int,
 ) -> BackendReport:
-    """Let the racers race, and count the rounds that went wrong."""
+    """Let the racers race, and count the rounds that overlapped, and those that went wrong."""
     chance = random.Random()
     seconds: list[float] = []
-    several, changed = 0, 0
+    several, changed, overlapping = 0, 0, 0
     for number in range(num_rounds):
-        # All at once, and in every second round spread over the time of a create: windows of servers lie differently.
-        spread = median(seconds[-100:]) if number % 2 else 0.0
-        contents = [f"{uuid.uuid4().hex} of writer {writer}".encode() for writer in range(num_writers)]
+        # All at once, and in every third round spread over the time of a create: windows of servers lie differently.
+        spread = median(seconds[-100:]) if number % 3 == 2 else 0.0
+        padding = bytes(large_bytes if number % 2 else 0)
+        contents = [f"{uuid.uuid4().hex} of writer {writer}".encode() + padding for writer in range(num_writers)]
         path = f"{folder}/round-{number:06d}"
         asked = [racers.submit(_attempt, storage, path, content, chance.uniform(0, spread)) for content in contents]
         outcomes = [each.result() for each in asked]
-        seconds += [outcome.seconds for outcome in outcomes]
-        final = _read(storage, path)
+        seconds += [outcome.end_s - outcome.begin_s for outcome in outcomes]
+        final = _digest(_read(storage, path))
         several += sum(outcome.claimed for outcome in outcomes) > 1
+        overlapping += _overlap(outcomes)
         # One answer "it exists" to the maker is allowed: a throttled put is asked for again. Its file stays what it is.
-        changed += final not in contents or {outcome.seen for outcome in outcomes} != {final}
+        changed += final not in map(_digest, contents) or {outcome.seen for outcome in outcomes} != {final}
         if progress is not None:
             progress(number + 1, num_rounds)
     problems = []
@@ -150,7 +165,14 @@ def _race(
         )
     if changed:
         problems.append(f"in {changed} of {num_rounds} races a file changed or was gone after its creation")
-    return BackendReport(tuple(problems), num_rounds, num_writers, median(seconds) if seconds else 0.0)
+    create_s = median(seconds) if seconds else 0.0
+    return BackendReport(tuple(problems), num_rounds, overlapping, num_writers, create_s)
+
+
+def _overlap(outcomes: Sequence[_Outcome]) -> bool:
+    """Return whether a create lost although it began before the winner had its answer."""
+    ends_s = [each.end_s for each in outcomes if each.claimed]
+    return any(each.begin_s < end_s for end_s in ends_s for each in outcomes if not each.claimed)
 
 
 def _prepare(line: threading.Barrier) -> None:
@@ -168,8 +190,12 @@ def _attempt(storage: Storage, path: str, content: bytes, delay_s: float) -> _Ou
     time.sleep(delay_s)
     begin = time.monotonic()
     claimed = storage.create_exclusive(path, content)
-    seconds = time.monotonic() - begin
-    return _Outcome(claimed, _read(storage, path) or b"", seconds)
+    end = time.monotonic()
+    return _Outcome(claimed, _digest(_read(storage, path)), begin, end)
+
+
+def _digest(content: bytes | None) -> bytes:
+    return hashlib.sha256(content or b"").digest()
 
 
 def _read(storage: Storage, path: str) -> bytes | None:

@@ -1,12 +1,14 @@
 """Which places may hold a store: safe ones pass, and every way to be unsafe is named and refused."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from typer.testing import CliRunner
 from featurestore import FeatureStore, StoreInfo
 from featurestore.__main__ import app
 from featurestore.errors import StorageError, UnsafeBackendError
-from featurestore.storage.safety import check_backend, refuse_unsafe
+from featurestore.storage import safety
+from featurestore.storage.safety import BackendReport, check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Proxy, proxy_before
 from tests.running import spared
@@ -51,15 +54,15 @@ def test_safe_places_pass_the_short_check_and_stay_clean(safe_url: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("place", ["disk", "seaweedfs"])
-def test_processes_race_and_the_command_says_that_all_is_well(
+def test_processes_race_and_the_command_says_what_it_could_not_disprove(
     place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     url = str(tmp_path / "new" / "place") if place == "disk" else request.getfixturevalue("s3_url")
-    command = [sys.executable, "-m", "featurestore", "check-backend", url, "--processes", "2", "--rounds", "8"]
+    command = [sys.executable, "-m", "featurestore", "check-backend", url, "--processes", "3", "--rounds", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("races: ") for line in done.stderr.splitlines()), "no more than how far it is"
-    assert done.stdout.startswith("safe: 8 races of 2 processes had one winner each; a create takes ")
+    assert re.match(r"not disproved: [1-9]\d? of 12 races of 3 processes overlapped, each had one winner", done.stdout)
     assert Storage(url).entries() == []
 
 
@@ -79,6 +82,37 @@ def test_a_server_whose_create_is_not_atomic_is_refused(
     assert reason in result.stderr and "cannot hold a store" in result.stderr and result.stdout == ""
     assert Storage(url).entries() == [], "neither a store nor files of the check"
     assert careless.faults
+
+
+def race_one_after_the_other(folder: Path) -> BackendReport:
+    """The creates of a round never overlap: one thread does them all."""
+    with ThreadPoolExecutor(1, initializer=safety._prepare, initargs=(threading.Barrier(1),)) as racer:
+        return safety._race(Storage(folder), "x", racer, 2, 6, None, 10)
+
+
+def test_races_that_do_not_overlap_disprove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = race_one_after_the_other(tmp_path)
+    assert (report.problems, report.num_rounds, report.num_overlapping) == ((), 6, 0)
+    monkeypatch.setattr(safety, "check_backend", lambda storage, **options: report)
+    result = CliRunner().invoke(app, ["check-backend", str(tmp_path)])
+    assert result.exit_code == 3 and result.stdout == ""
+    assert "not tried: 0 of 6 races of 2 processes overlapped" in result.stderr
+
+
+def test_a_race_counts_where_a_create_lost_that_began_in_time(tmp_path: Path) -> None:
+    class Slow(Storage):
+        """A server whose answers come when both have asked."""
+
+        def create_exclusive(self, path: str, data: bytes) -> bool:
+            made = super().create_exclusive(path, data)
+            if "round" in path:
+                both.wait(60)
+            return made
+
+    both = threading.Barrier(2)
+    with ThreadPoolExecutor(2, initializer=safety._prepare, initargs=(threading.Barrier(2),)) as racers:
+        report = safety._race(Slow(tmp_path), "x", racers, 2, 3, None, 10)
+    assert (report.problems, report.num_overlapping) == ((), 3)
 
 
 def test_files_that_processes_do_not_share_are_refused(memory_url: str) -> None:
