@@ -59,6 +59,16 @@ class Snapshot:
         """Read the keys of all live rows, ascending (M,)."""
         return np.sort(np.concatenate([np.empty(0, np.int64), *self._each_shard(lambda reader: reader.keys())]))
 
+    def contains(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[np.bool_]:
+        """Return which of the keys have a feature, (U,); reads the keys of their shards, one shard at a time."""
+        keys_U = np.asarray(keys, dtype=np.int64)
+        shard_U = shard_of(keys_U, self.info.num_shards)
+        found_U = np.zeros(len(keys_U), np.bool_)
+        for shard in np.unique(shard_U).tolist():
+            here_U = shard_U == shard
+            found_U[here_U] = np.isin(keys_U[here_U], self.shard_reader(shard).keys())
+        return found_U
+
     def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
         """Read features in the order asked, (U, D), as they are stored: `codec.decode` makes them float32.
 

@@ -56,7 +56,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     shown, done = summary["impressions"], summary["behaviors"]
     new = summary["new_ads"]
     lines = [
-        f"impressions  {shown['kept']:,} of {shown['rows']:,} kept; {shown['duplicates']:,} duplicates, {_bad(shown)}",
+        f"impressions  {shown['kept']:,} of {shown['rows']:,} kept, {shown['without_image']:,} without an image; "
+        f"{shown['duplicates']:,} duplicates, {_bad(shown)}",
         f"behaviours   {done['used']:,} of {done['rows']:,} used; {done['unused']:,} in no window, "
         f"{done['short_dwell']:,} too short, {done['duplicates']:,} duplicates, {_bad(done)}",
         f"groups       {summary['groups']:,} of {summary['users']:,} users, with "
@@ -70,7 +71,9 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def _bad(log: dict[str, Any]) -> str:
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in log["quarantined"].items())
+    from pipeline.samples.summary import bad_reasons
+
+    reasons = bad_reasons(log["quarantined"], log["examples"])
     return f"{sum(log['quarantined'].values()):,} quarantined" + (f" ({reasons})" if reasons else "")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.errors import MissingKeysError, StorageError, UserError
+from featurestore.errors import StorageError, UserError
 from trainer.cli import run_on_ranks
 from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
 from trainer.errors import RemoteRankError
@@ -44,12 +44,6 @@ Without settings it trains on data/samples and data/features, and writes to data
 docs/SETTINGS.md. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
 signal, after a checkpoint once training has begun. horovodrun and torchrun exit with 1 where a rank does not exit
 with 0.
-"""
-
-MISSING_KEY_ADVICE = """\
-Add the images' features with: python jobs/extract_features.py --store {store}
-(images that it could not read are in the store's quarantine, with the reason of each),
-or train without them: data.missing=zeros, or data.missing=learned for a trained "no image" vector.\
 """
 
 app = CommandApp(rich_markup_mode="markdown")
@@ -83,26 +77,13 @@ def main(
 
 
 def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], None]) -> int:
-    """Do `work` with the loaded settings on every rank, see `run_on_ranks`; return the exit code.
-
-    Where an image has no feature, the error gets a note on what to do.
-    """
-
+    """Do `work` with the loaded settings on every rank, see `run_on_ranks`; return the exit code."""
     load = functools.cache(load)
     deadline_s = None
     with contextlib.suppress(UserError):  # rank 0 says it below
         deadline_s = load().run.deadline_s
 
-    def do(comm: "Comm") -> None:
-        config = load()
-        try:
-            work(config, comm)
-        except (MissingKeysError, RemoteRankError) as failure:
-            if MissingKeysError.__name__ in (type(failure).__name__, getattr(failure, "kind", None)):
-                failure.add_note(MISSING_KEY_ADVICE.format(store=config.data.store))
-            raise
-
-    return run_on_ranks(do, deadline_s)
+    return run_on_ranks(lambda comm: work(load(), comm), deadline_s)
 
 
 def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
@@ -146,6 +127,8 @@ def train(config: Config, comm: "Comm") -> None:
                 f"{run.folder}: {readers}, {summary.hardware_text(hardware, comm.size)}, "
                 f"step {run.engine.num_steps} of {total_steps(run)}"
             )
+            for line in run.lacked:
+                progress.say(line)
             for each in run.passed_over:
                 progress.say(
                     f"warning: {each.path.name} is passed over, and kept as {DAMAGED}{each.path.name} in "

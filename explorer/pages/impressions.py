@@ -27,7 +27,7 @@ from explorer.data.impressions.names import PictureNames
 from explorer.data.impressions.opened import AskableRun, At, OpenedRun
 from explorer.data.impressions.sent import check_sent, score_sent
 from explorer.data.impressions.typed import score_typed
-from explorer.data.impressions.words import name_of, percent, points, sentence, weighing
+from explorer.data.impressions.words import name_of, on_missing, percent, points, sentence, weighing
 from explorer.data.pictures import shrunk
 from explorer.data.runs.settings import shown_first
 from explorer.errors import ExplorerError, NotHereError
@@ -233,6 +233,8 @@ class ImpressionPages(PageKind):
                 "num_pages": 1 if self.site.frozen else num_pages,
                 "shown_page": min(max(asked.page, 1), num_pages),
                 "sees_images": opened.sees_images,
+                "knows_missing": opened.knows_missing,
+                "on_missing": on_missing(opened),
                 "percent": percent,
                 "points": points,
             }
@@ -266,6 +268,7 @@ class ImpressionPages(PageKind):
                 "percent": percent,
                 "points": points,
                 "sentence": sentence(explanation, names),
+                "on_missing": on_missing(opened),
                 "weighing": weighing(opened),
                 "ids_run": ids,
                 "opened": opened,

@@ -1,5 +1,6 @@
 """Runs: the list, one run, several side by side, and what the images are worth; live while a run trains."""
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,11 @@ from explorer.errors import ExplorerError
 from explorer.html import runcharts
 from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
+from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import RunPath
 from featurestore.text.plain import one_line
+from trainer.schema.text import SETTINGS_FILE
 
 _PER_PAGE = 50
 _MOST_COLUMNS = 4
@@ -32,6 +35,7 @@ _MOST_LOOKED_AT = 200
 """Runs among which those are looked for whose images alone differ."""
 _STOP_POLLING = 286
 """A status of htmx: put this into the page, and ask no more."""
+_SAMPLES = "data/samples"
 _WORTH = "What the images are worth"
 _TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
 
@@ -133,9 +137,11 @@ class RunPages(PageKind):
 
     def worth(self, request: Request) -> Response:
         """Show runs side by side whose images alone differ."""
-        group = [run.name for run in _first_group(list_runs(self.site.places, 1, _MOST_LOOKED_AT)[0])]
+        runs = list_runs(self.site.places, 1, _MOST_LOOKED_AT)[0]
+        group = [run.name for run in _first_group(runs)]
         if not group:
-            return self.site.page(request, "runs/no-worth.html", title=_WORTH)
+            commands = _worth_commands(self.site.places, runs)
+            return self.site.page(request, "runs/no-worth.html", title=_WORTH, commands=commands)
         return self._several(request, group, _WORTH, is_worth=True)
 
     def _several(self, request: Request, names: Sequence[str], title: str, *, is_worth: bool) -> Response:
@@ -286,6 +292,29 @@ class DifferencesPart:
 def _first_group(runs: Sequence[RunFacts]) -> Sequence[RunFacts]:
     """Find the runs that tell what images are worth; none where no two differ in their images alone."""
     return next(iter(image_groups(runs)), [])
+
+
+def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
+    """Write the commands that train what is missing of a pair whose images alone differ, of a run that is there."""
+    trained = next((run for run in runs if run.state == "finished" and "/" not in run.name), None)
+    if trained is not None:
+        other = "none" if trained.images != "none" else "both"
+        config, wanted = str(places.run(trained.name) / "config.yaml"), {f"{trained.name}-{other}": other}
+        more = ["run.resume=null"]
+    else:
+        config = f"{(places.samples or _SAMPLES).rstrip('/')}/{SETTINGS_FILE}"
+        wanted, more = {"ids": "none", "both": "both"}, [f"data.store={places.store}"] if places.store else []
+    more.append(f"run.dir={places.runs}")
+    taken = {run.name for run in runs}
+    commands = []
+    for name, images in wanted.items():
+        free = next(
+            each for each in (name, *(f"{name}-{number}" for number in itertools.count(2))) if each not in taken
+        )
+        settings = [f"run.name={free}", f"model.images={images}", *more]
+        words = ["--config", config, *(word for setting in settings for word in ("--set", setting))]
+        commands.append(f"python -m trainer.main {' '.join(map(shlex.quote, words))}")
+    return commands
 
 
 def _evaluation(folder: RunPath) -> tuple[Evaluation | None, str]:

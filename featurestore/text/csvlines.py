@@ -1,8 +1,10 @@
-"""Check of CSV texts for what readers accept silently: a quote that is not closed, which swallows rows; UTF-16.
+"""How CSV texts are written, and what readers accept silently: a quote that is not closed, which swallows rows.
 
 Quotes count as Arrow takes them: at the beginning of a value alone, doubled within it, with line breaks between them.
 """
 
+import codecs
+import contextlib
 import csv
 import io
 import re
@@ -13,6 +15,79 @@ from typing import IO
 MOST_BREAKS = 100  # line breaks in one value; more is taken for a quote that is not closed
 _TO_THE_QUOTE = re.compile(r'(?:[^"]++|"")*+')
 _BUFFER_BYTES = 8 << 20
+
+
+STYLE_BYTES = 1 << 20
+"""From the beginning of a file, for `find_style`."""
+_DELIMITERS = ",;\t|"
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_COMMA_NUMBER = re.compile(r"-?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
+_STYLE_ROWS = 200
+
+
+@dataclass(frozen=True)
+class CsvStyle:
+    """How a CSV text is written."""
+
+    delimiter: str = ","
+    encoding: str = "utf-8"
+    decimal: str = "."
+
+    def __str__(self) -> str:
+        names = {"\t": "tab", " ": "space"}
+        shown = [f"delimiter {names.get(self.delimiter, self.delimiter)}", f"encoding {self.encoding}"]
+        return ", ".join([*shown, f"decimal {self.decimal}"])
+
+
+def find_style(
+    beginning: bytes, delimiter: str | None = None, encoding: str | None = None, decimal: str | None = None
+) -> CsvStyle:
+    """Find how the text is written that begins so; what is given is not looked for.
+
+    The delimiter is the one that makes most names of the first line; a text that is not UTF-8 is Latin-1, or Windows'
+    form of it; the decimal sign is a comma where a column has nothing but such numbers. Raises CsvTextError.
+    """
+    check_encoding(beginning[:4])
+    encoding = encoding or _encoding_of(beginning)
+    if delimiter is None:
+        names = {each: first_rows(beginning, CsvStyle(each, encoding), 1) for each in _DELIMITERS}
+        delimiter = max(_DELIMITERS, key=lambda each: max(map(len, names[each]), default=0))
+    if decimal is None:
+        rows = first_rows(beginning, CsvStyle(delimiter, encoding), _STYLE_ROWS)[1:]
+        decimal = "," if delimiter != "," and any(map(_has_decimal_comma, zip(*rows, strict=False))) else "."
+    return CsvStyle(delimiter, encoding, decimal)
+
+
+def first_rows(beginning: bytes, style: CsvStyle, most: int) -> list[list[str]]:
+    """Split the beginning of a text into rows, that of the names first; those before a mistake. Raises CsvTextError."""
+    try:
+        text = beginning.decode(style.encoding, errors="replace").removeprefix("\ufeff")
+    except LookupError as failure:
+        raise CsvTextError(f"encoding {style.encoding} is unknown; write it as utf-8, latin-1 or cp1252") from failure
+    rows: list[list[str]] = []
+    with contextlib.suppress(csv.Error):
+        rows.extend(islice((row for row in csv.reader(io.StringIO(text, ""), delimiter=style.delimiter) if row), most))
+    return rows[:-1] if len(rows) > 1 and len(rows) < most and len(beginning) >= STYLE_BYTES else rows
+
+
+def parse_decimal_comma(text: str) -> float:
+    """Parse a number such as 1.234,5, whose points are between thousands. Raises ValueError."""
+    if not _COMMA_NUMBER.fullmatch(text):
+        raise ValueError(text)
+    return float(text.replace(".", "").replace(",", "."))
+
+
+def _encoding_of(beginning: bytes) -> str:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(beginning)
+        return "utf-8"
+    except UnicodeDecodeError:
+        return "cp1252" if any(0x80 <= byte < 0xA0 for byte in set(beginning)) else "latin-1"
+
+
+def _has_decimal_comma(column: tuple[str, ...]) -> bool:
+    values = [value.strip() for value in column if value.strip()]
+    return all(map(_COMMA_NUMBER.fullmatch, values)) and any(map(_DECIMAL_COMMA.fullmatch, values))
 
 
 class CsvTextError(ValueError):

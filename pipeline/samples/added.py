@@ -60,7 +60,8 @@ from pipeline.samples.groups import DAY
 from pipeline.samples.logs import users_of
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, replaced_files
-from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, write_quarantine
+from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, write_names, write_quarantine
+from trainer.schema.text import IMAGES_FILE
 
 SPLITS = ("train", "test")
 _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
@@ -345,12 +346,13 @@ def _check_same_columns(new: NewFiles, plans: Sequence[FilePlan]) -> None:
 
 def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
     """Take over what else lies in the samples, bad rows too; those of the new days join them."""
-    rewritten = {MARK}
+    rewritten = {MARK, IMAGES_FILE}
     if any(part.quarantine_path is not None for part in shuffled):
         rewritten.add(QUARANTINE_FILE)
     for file in new.before.entries(recursive=False):
         if file.path not in rewritten and not file.path.startswith("."):
             new.keep(file.path, file.path)
+    write_names(new.folder / IMAGES_FILE, shuffled, new.before)
     if QUARANTINE_FILE in new.kept:
         return
     path = new.folder / QUARANTINE_FILE

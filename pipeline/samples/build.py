@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from pipeline.samples.schema import write_suggested
-from pipeline.samples.shuffle import ShuffledPiece, shuffle_pieces, write_quarantine
-from pipeline.samples.summary import summarise
+from pipeline.samples.shuffle import ShuffledPiece, shuffle_pieces, write_names, write_quarantine
+from pipeline.samples.summary import bad_reasons, examples_of, summarise
+from trainer.schema.text import IMAGES_FILE
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
@@ -45,6 +46,7 @@ LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files 
 FEW_BUCKETS = 64  # which cost nothing worth to speak of
 TASKS_PER_THREAD = 2  # that read logs: few, but one slow file keeps nobody waiting for long
 SHUFFLE_FOLDER = "shuffle"
+HOW_TIMES = 'say in the mapping how times are written: time_format: "%d/%m/%Y" (as of strptime), or time_unit: ms'
 FEWER_ROWS = "raise --partitions, or give workers more memory"
 
 
@@ -72,6 +74,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         read = shuffle(client, [*impressions, *behaviors], scratch, buckets, options)
         shown, done = read[IMPRESSIONS], read[BEHAVIORS]
         write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
+        write_names(folder / IMAGES_FILE, (*shown, *done))
         _check_rows_left(options.logs, shown)
         grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)
         groups_of_hour = sum((Counter(part.groups_of_hour) for part in grouped), Counter[int]())
@@ -92,7 +95,7 @@ class LogTables:
     """Where both logs of some options lie, and how they name their columns."""
 
     options: SampleOptions
-    layouts: Mapping[str, TableLayout | None]
+    layouts: dict[str, TableLayout | None]
     user_columns: tuple[str, ...] | None
 
     @property
@@ -104,7 +107,10 @@ class LogTables:
     def pieces(self, log: str, wanted: WantedRows | None = None) -> list[LogPiece]:
         """Find the pieces of one log; see `find_pieces`."""
         user_columns = self.user_columns if log == IMPRESSIONS else ()
-        return find_pieces(self.options.logs, log, user_columns, self.layouts[log], wanted)
+        pieces = find_pieces(self.options.logs, log, user_columns, self.layouts[log], wanted)
+        if pieces:  # what was found in the first file is not looked for again
+            self.layouts[log] = pieces[0].layout
+        return pieces
 
 
 def open_tables(options: SampleOptions) -> LogTables:
@@ -122,8 +128,9 @@ def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:
         raise SampleError(f"{logs}: the impressions have not one row")
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     if reasons.total() == sum(part.num_rows for part in shown):
-        listed = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
-        raise SampleError(f"{logs}/{IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed})")
+        listed = bad_reasons(dict(reasons.most_common(3)), examples_of(shown))
+        hint = f"; {HOW_TIMES}" if any(reason.startswith("timestamp") for reason in reasons) else ""
+        raise SampleError(f"{logs}, {IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed}){hint}")
 
 
 def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:

@@ -1,12 +1,14 @@
 """A person's own tables as logs: a YAML file says where they are, how their columns are called, which more to keep."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurestore.storage.regular import read_text
+from featurestore.text.csvlines import CsvStyle
 from featurestore.text.parsing import mistakes, parse_yaml
 from pipeline.errors import SampleOptionError
 
@@ -35,8 +37,21 @@ class TableLayout:
     constants: dict[str, float]  # columns that the files do not have
     user_columns: tuple[str, ...]
     ad_columns: tuple[str, ...]
-    delimiter: str
-    time_unit: TimeUnit
+    csv: "CsvSettings"
+    time_unit: TimeUnit | None
+    """Of whole numbers; None: found in the first file."""
+    time_format: str | None
+    found_style: CsvStyle | None = None
+
+    @property
+    def unit(self) -> TimeUnit:
+        """The unit of whole numbers, once it was found."""
+        return self.time_unit or "s"
+
+    @property
+    def style(self) -> CsvStyle:
+        """How CSV files are written, once that was found."""
+        return self.found_style or CsvStyle()
 
 
 class _Section(BaseModel):
@@ -74,10 +89,24 @@ def _delimiter(value: str) -> str:
     return value
 
 
-class CsvStyle(_Section):
-    """How CSV files are written; the first line names the columns."""
+class CsvSettings(_Section):
+    """How CSV files are written; the first line names the columns. What is not given is found in the first file."""
 
-    delimiter: Annotated[str, AfterValidator(_delimiter)] = ","
+    delimiter: Annotated[str, AfterValidator(_delimiter)] | None = None
+    encoding: str | None = None
+    """As utf-8, latin-1 or cp1252."""
+    decimal: Literal[".", ","] | None = None
+    """Between a whole number and its fraction."""
+
+
+def _time_format(value: str) -> str:
+    try:
+        moment = datetime.strptime(datetime(2026, 2, 5, 13, 45, 30, tzinfo=UTC).strftime(value), value)
+    except ValueError as failure:
+        raise ValueError(f"{value!r} is not a format of Python's strptime: {failure}") from failure
+    if (moment.year, moment.month, moment.day) != (2026, 2, 5):
+        raise ValueError(f"{value!r} does not have year, month and day, as %d/%m/%Y %H:%M has them")
+    return value
 
 
 class LogMapping(_Section):
@@ -85,9 +114,11 @@ class LogMapping(_Section):
 
     impressions: MappedTable
     behaviors: MappedTable
-    csv: CsvStyle = CsvStyle()
-    time_unit: TimeUnit = "s"
-    """Of times that are plain whole numbers."""
+    csv: CsvSettings = CsvSettings()
+    time_unit: TimeUnit | None = None
+    """Of times that are plain whole numbers; by default their size tells it."""
+    time_format: Annotated[str, AfterValidator(_time_format)] | None = None
+    """Of times that are not in ISO 8601, as Python's strptime takes it: "%d/%m/%Y %H:%M"."""
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
@@ -117,8 +148,8 @@ class LogMapping(_Section):
         kinds |= {name: EXTRA_KINDS[extra.kind] for name, extra in extras.items()}
         constants = {name: DEFAULTS[name] for name in OPTIONAL[log] if name not in names}
         return TableLayout(
-            table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv.delimiter,
-            self.time_unit,
+            table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv, self.time_unit,
+            self.time_format,
         )  # fmt: skip
 
 

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featurestore.console.output import print_summary
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
+from featurestore.text.csvlines import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.mapping import TableLayout
-from pipeline.samples.texts import csv_names
+from pipeline.samples.mapping import CsvSettings, TableLayout
+from pipeline.samples.texts import csv_beginning, csv_names, unit_of
 
 IMPRESSIONS = "impressions"
 BEHAVIORS = "behaviors"
@@ -158,6 +160,8 @@ def find_pieces(
             f"{storage.full(place)}: no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
         )
     layout = layout or _layout_of(storage, log, files[0], user_columns)
+    if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
+        layout = _settled(storage, files[0], log, layout)
     pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout, wanted))]
     if not pieces and wanted is None:
         raise SampleError(f"{storage.full(place)}: {len(files)} files and not one row")
@@ -177,15 +181,46 @@ def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str
         constants={},
         user_columns=tuple(user_columns or ()),
         ad_columns=(),
-        delimiter=",",
-        time_unit="s",
+        csv=CsvSettings(),
+        time_unit=None,
+        time_format=None,
     )
+
+
+def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> TableLayout:
+    """Find in the first file what the layout leaves open: how CSV is written, and the unit of times. Say it."""
+    told = []
+    if path.endswith(CSV_SUFFIXES):
+        style, rows = csv_beginning(storage, path, layout.csv)
+        layout = replace(layout, found_style=style)
+        if style != CsvStyle(**layout.csv.model_dump(exclude_none=True)):
+            told.append(f"read as CSV with {style}")
+        name = layout.names["timestamp"]
+        times = [row[rows[0].index(name)] for row in rows[1:] if name in rows[0] and len(row) == len(rows[0])]
+    else:
+        times = _first_times(storage, path, layout.names["timestamp"])
+    if layout.time_unit is None:
+        unit = unit_of(times)
+        layout = replace(layout, time_unit=unit)
+        if unit != "s":
+            told.append(f"times such as {next(filter(str.isdigit, times))} are in {unit} since 1970")
+    if told:
+        told_by = "; the mapping's csv, time_unit and time_format say it otherwise"
+        print_summary(f"{log:<12} {storage.full(path)}: {', '.join(told)}{told_by}")
+    return layout
+
+
+def _first_times(storage: Storage, path: str, name: str) -> list[str]:
+    """Read the first times of a Parquet file; none of a damaged one, or without such a column: its check says it."""
+    with open_parquet(storage, path) as file, contextlib.suppress(pa.ArrowException, OSError, StopIteration, KeyError):
+        return [str(value) for value in next(file.iter_batches(1000, columns=[name])).column(name).to_pylist()]
+    return []
 
 
 def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
     """Cut one file, whose columns are checked, into pieces."""
     if empty.is_csv:
-        names = csv_names(storage, empty.path, empty.layout.delimiter)
+        names = csv_names(storage, empty.path, empty.layout.style)
         _check_columns(pa.schema([(name, pa.string()) for name in names]), empty)
         return [replace(empty, num_rows=storage.size(empty.path) // _CSV_ROW_BYTES)]
     with open_parquet(storage, empty.path) as file:
@@ -270,7 +305,7 @@ def _times(file: pq.ParquetFile, group: int, piece: LogPiece) -> tuple[int, int]
     kind = file.schema_arrow.field(name).type
     if not (pa.types.is_timestamp(kind) or pa.types.is_integer(kind)):
         return None
-    unit = kind.unit if pa.types.is_timestamp(kind) else piece.layout.time_unit
+    unit = kind.unit if pa.types.is_timestamp(kind) else piece.layout.unit
     ends = pa.array([statistics.min, statistics.max], kind).cast(pa.int64()).to_numpy().tolist()
     low_us, high_us = (each * MICROSECONDS // PER_SECOND[unit] for each in ends)
     return low_us, high_us

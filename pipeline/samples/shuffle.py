@@ -4,19 +4,22 @@ The files are Arrow IPC files in a folder that all workers see; batch b is bucke
 rest.
 """
 
+import contextlib
 import itertools
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.keys import splitmix64
-from pipeline.samples.logs import Columns, read_piece
+from featurestore.keys import NO_IMAGE, splitmix64
+from featurestore.storage.storage import Storage
+from pipeline.samples.logs import NAMES, Columns, read_piece
 from pipeline.samples.pieces import BEHAVIORS, LogPiece
 
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {
@@ -26,6 +29,7 @@ _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "reason": pa.string(),
 }
 QUARANTINE = pa.schema(_QUARANTINE_TYPES)
+_NAME_BUCKETS = 256
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class ShuffledPiece:
     num_short: int  # behaviours below the least dwell time
     quarantined: Counter[str]  # rows for each reason
     quarantine_path: str | None
+    examples: Mapping[str, str]  # a bad value by reason
+    num_without_image: int  # good rows
+    names_path: str | None  # what its images are called
 
 
 def shuffle_pieces(
@@ -80,6 +87,9 @@ def shuffle_piece(
         num_short,
         Counter(rows.bad_reason),
         None if quarantine_path is None else str(quarantine_path),
+        rows.examples,
+        int(np.count_nonzero(columns["image"] == NO_IMAGE)),
+        _write_names(path.with_suffix(".names"), rows.names, compress),
     )
 
 
@@ -97,6 +107,45 @@ def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
         for part in parts:
             if part.quarantine_path is not None:
                 writer.write_batch(read_batch(part.quarantine_path, 0))
+
+
+def _write_names(path: Path, names: pa.Table, compress: bool) -> str | None:
+    if not len(names):
+        return None
+    bucket_N = _name_bucket(names.column("key").to_numpy())
+    names = names.take(np.argsort(bucket_N, kind="stable")).combine_chunks()
+    edges = np.searchsorted(np.sort(bucket_N), np.arange(_NAME_BUCKETS + 1)).tolist()
+    batches = names.to_batches()[0]
+    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)], compress)
+    return str(path)
+
+
+def _name_bucket(keys_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the top bits of each key, as a number from 0 on: all keys of one are below those of the next."""
+    bucket_N: npt.NDArray[np.int64] = (keys_N >> 56) + _NAME_BUCKETS // 2
+    return bucket_N
+
+
+def write_names(path: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
+    """Write what the images of all pieces, and of the samples `before`, are called; no file where none has a name.
+
+    By key, in a row group for each of 256 ranges of keys; in memory are the names of one range.
+    """
+    paths = [part.names_path for part in parts if part.names_path is not None]
+    with contextlib.ExitStack() as opened:
+        old = None
+        if before is not None:
+            with contextlib.suppress(FileNotFoundError):
+                file = opened.enter_context(before.open_input(path.name))
+                old = opened.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
+        if not paths and old is None:
+            return
+        writer = opened.enter_context(pq.ParquetWriter(path, NAMES, compression="zstd", write_page_checksum=True))
+        for bucket in range(_NAME_BUCKETS):
+            known = [] if old is None else [old.read_row_group(bucket).cast(NAMES)]
+            names = pa.concat_tables([*known, *(pa.Table.from_batches([read_batch(each, bucket)]) for each in paths)])
+            names = names.group_by("key").aggregate([("uri", "min")]).sort_by("key").rename_columns(NAMES.names)
+            writer.write_table(names.cast(NAMES), row_group_size=max(1, len(names)))
 
 
 def _path(folder: str, log: str, index: int) -> Path:

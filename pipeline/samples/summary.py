@@ -19,8 +19,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Count what became of every row of the impressions (`shown`) and behaviours (`done`), and the samples.
 
-    `rows` is the sum of the other counts of its log. `used` behaviours are in at least one group; one can be in many,
-    so `behaviors_in_groups` counts it again.
+    `rows` is the sum of the counts of its log from `kept` or `used` to `quarantined`; `examples` has a bad value for
+    each reason, and `without_image` counts good rows that name no image. `used` behaviours are in at least one group;
+    one can be in many, so `behaviors_in_groups` counts it again.
     """
     rows_shown, bad_shown = _rows(shown)
     rows_done, bad_done = _rows(done)
@@ -35,6 +36,8 @@ def summarise(
             "kept": distinct_shown,
             "duplicates": rows_shown - bad_shown.total() - distinct_shown,
             "quarantined": dict(sorted(bad_shown.items())),
+            "examples": examples_of(shown),
+            "without_image": sum(part.num_without_image for part in shown),
         },
         "behaviors": {
             "rows": rows_done,
@@ -43,6 +46,8 @@ def summarise(
             "short_dwell": num_short,
             "duplicates": rows_done - bad_done.total() - num_short - distinct_done,
             "quarantined": dict(sorted(bad_done.items())),
+            "examples": examples_of(done),
+            "without_image": sum(part.num_without_image for part in done),
         },
         "users": sum(part.num_users for part in grouped),
         "groups": sum(part.num_groups for part in written),
@@ -55,9 +60,23 @@ def summarise(
     }
 
 
+def bad_reasons(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
+    """List reasons of bad rows, the most frequent first, with counts and a value as an example."""
+    ordered = sorted(counts.items(), key=lambda each: -each[1])
+    return ", ".join(f"{why}: {count:,}{f', as {examples[why]}' if why in examples else ''}" for why, count in ordered)
+
+
 def _rows(parts: Sequence[ShuffledPiece]) -> tuple[int, Counter[str]]:
     bad = sum((part.quarantined for part in parts), Counter[str]())
     return sum(part.num_rows for part in parts), bad
+
+
+def examples_of(parts: Sequence[ShuffledPiece]) -> dict[str, str]:
+    """Give a bad value for each reason: that of the first piece which has one."""
+    found: dict[str, str] = {}
+    for part in parts:
+        found = {**part.examples, **found}
+    return dict(sorted(found.items()))
 
 
 def _split(written: Sequence[WrittenFile], split: str) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 Rows that are torn or have swallowed others, and values that cannot be read, are faults of their rows.
 """
 
+import codecs
+import contextlib
+import io
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -17,11 +20,20 @@ from pyarrow import csv
 from featurestore.errors import StorageError
 from featurestore.keys import id_of_text
 from featurestore.storage.storage import Storage
-from featurestore.text.csvlines import CsvTextError, check_encoding, long_rows
+from featurestore.text.csvlines import (
+    STYLE_BYTES,
+    CsvStyle,
+    CsvTextError,
+    find_style,
+    first_rows,
+    long_rows,
+    parse_decimal_comma,
+)
 from pipeline.errors import SampleError
-from pipeline.samples.mapping import TimeUnit
+from pipeline.samples.mapping import CsvSettings, TimeUnit
 
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"
+_FIRST_ROWS = 1000
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,18}")
 _LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0}
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
@@ -34,22 +46,35 @@ def parse_ids(column: Any) -> Parsed:
     return _each(column, id_of_text, np.int64)
 
 
-def parse_times(column: Any, unit: TimeUnit) -> Parsed:
-    """Parse microseconds since 1970, int64, of ISO 8601 (UTC where it has no zone) or of a number of `unit`."""
+def parse_times(column: Any, unit: TimeUnit, time_format: str | None = None) -> Parsed:
+    """Parse microseconds since 1970, int64: of `time_format`, of ISO 8601, or of a number of `unit`.
+
+    In UTC where they have no zone."""
 
     def parse(text: str) -> int:
-        if _WHOLE.fullmatch(text):
+        moment = None
+        if time_format is not None:
+            with contextlib.suppress(ValueError):
+                moment = datetime.strptime(text, time_format)
+        if moment is None and _WHOLE.fullmatch(text):
             return int(text) * _PER_UNIT[unit]
-        moment = datetime.fromisoformat(text)
+        moment = moment or datetime.fromisoformat(text)
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         return round(moment.timestamp() * 1_000_000)
 
     return _each(column, parse, np.int64)
 
 
-def parse_numbers(column: Any) -> Parsed:
+def unit_of(times: Sequence[str]) -> TimeUnit:
+    """Find the unit of times that are whole numbers: from 1973 to 5138, their size is that of one unit alone."""
+    numbers = sorted(abs(int(text)) for text in map(str.strip, times) if _WHOLE.fullmatch(text))
+    middle = numbers[len(numbers) // 2] if numbers else 0
+    return "us" if middle >= 10**14 else "ms" if middle >= 10**11 else "s"
+
+
+def parse_numbers(column: Any, decimal: str = ".") -> Parsed:
     """Parse numbers, as float64."""
-    return _each(column, float, np.float64)
+    return _each(column, parse_decimal_comma if decimal == "," else float, np.float64)
 
 
 def parse_labels(column: Any) -> Parsed:
@@ -71,16 +96,23 @@ def _each(column: Any, parse: Callable[[str], float], dtype: npt.DTypeLike) -> P
     return value_U[place_N], wrong_U[place_N]
 
 
-def csv_names(storage: Storage, path: str, delimiter: str) -> list[str]:
-    """Read the names in the file's first line. Raises SampleError."""
+def csv_beginning(storage: Storage, path: str, given: CsvSettings) -> tuple[CsvStyle, list[list[str]]]:
+    """Find how a file is written, and read its first rows, that of the names first. Raises SampleError."""
     try:
         with storage.open_input(path) as file:
-            check_encoding(file.read(4))
-            file.seek(0)
-            with csv.open_csv(file, parse_options=_parse(delimiter, {})) as reader:
-                return list(reader.schema.names)
-    except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
+            beginning = file.read(STYLE_BYTES)
+        style = find_style(beginning, **given.model_dump())
+        return style, first_rows(beginning, style, _FIRST_ROWS)
+    except (OSError, StorageError, CsvTextError) as error:
         raise SampleError(f"{storage.full(path)}: not readable as CSV: {error}") from error
+
+
+def csv_names(storage: Storage, path: str, style: CsvStyle) -> list[str]:
+    """Read the names in the file's first line. Raises SampleError."""
+    rows = csv_beginning(storage, path, CsvSettings(**asdict(style)))[1]
+    if not rows:
+        raise SampleError(f"{storage.full(path)}: not readable as CSV: it is empty, without a line of names")
+    return rows[0]
 
 
 @dataclass(frozen=True)
@@ -92,7 +124,7 @@ class CsvRows:
     doubtful: dict[int, str]  # a quoted value that has the lines of other rows
 
 
-def read_csv(storage: Storage, path: str, names: list[str], delimiter: str) -> CsvRows:
+def read_csv(storage: Storage, path: str, names: Sequence[str], style: CsvStyle) -> CsvRows:
     """Read the whole file, twice; its text is in memory meanwhile.
 
     Raises SampleError, also where a quote is not closed: then it is unknown which of the rows behind it are rows.
@@ -106,19 +138,36 @@ def read_csv(storage: Storage, path: str, names: list[str], delimiter: str) -> C
     )
     try:
         with storage.open_input(path) as file:
-            long = long_rows(file, delimiter)
+            long = long_rows(file, style.delimiter)
         with storage.open_input(path) as file:
             table = csv.read_csv(
                 file,
-                read_options=csv.ReadOptions(use_threads=False),  # rows have numbers only then
-                parse_options=_parse(delimiter, torn),
+                read_options=csv.ReadOptions(use_threads=False, encoding=style.encoding),  # rows have numbers only then
+                parse_options=_parse(style.delimiter, torn),
                 convert_options=convert,
             )
     except CsvTextError as error:
         raise SampleError(f"{storage.full(path)}, {error}") from error
     except (pa.ArrowException, OSError, StorageError, UnicodeDecodeError) as error:
-        raise SampleError(f"{storage.full(path)}: cannot be read as CSV: {error}") from error
+        raise SampleError(f"{storage.full(path)}{_wrong_bytes(storage, path, style) or f': {error}'}") from error
     return CsvRows(table, torn, {row: SWALLOWED for row, each in long.items() if each.swallowed and row not in torn})
+
+
+def _wrong_bytes(storage: Storage, path: str, style: CsvStyle) -> str | None:
+    """Say where the first bytes are that are not of the encoding; None where all are."""
+    number = 0
+    try:
+        with storage.open_input(path) as file:
+            for line in io.BufferedReader(file):  # type: ignore[type-var]
+                number += 1
+                codecs.decode(line, style.encoding)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start : error.start + 1]
+        hint = "give the encoding in the mapping, as csv: {encoding: latin-1}"
+        return f", line {number}: {byte!r} is not {style.encoding}; {hint}"
+    except (OSError, StorageError):
+        pass
+    return None
 
 
 def _parse(delimiter: str, torn: dict[int, str]) -> csv.ParseOptions:

@@ -1,11 +1,13 @@
 """Arrow tables to the arrays that training makes of sample files: a row is a user and all candidates."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurestore.keys import NO_IMAGE
 from serving.errors import OverflowingInputError, RequestError
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import Bool, DecodedRequests, batch_of
@@ -33,11 +35,14 @@ def decode_table(columns: RequestColumns, table: pa.Table) -> DecodedRequests:
         groups = decode_unlabelled(table, columns.rules, _TABLE)
     except (DataError, SchemaError) as failure:
         raise RequestError(str(failure)) from None
+    read = dict(groups.columns)
+    for column, is_null_N in nulls.items():
+        read[column] = replace(read[column], values=np.where(is_null_N, NO_IMAGE, read[column].values))
     counts_G = np.diff(groups.sample_offsets)
     rows = {"user": np.arange(len(counts_G)), "ad": np.arange(groups.num_samples)}
 
     def taken(field: Field, column: str) -> Jagged:
-        return Jagged(*groups.columns[column].take(rows[field.side]))
+        return Jagged(*read[column].take(rows[field.side]))
 
     try:
         batch = batch_of(columns, taken, counts_G)

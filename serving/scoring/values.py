@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.keys import ids_of_texts, keys_of_uris
+from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
 from trainer.samples.columns import Index
 from trainer.samples.texts import Encoded, TextKind, encode_numbers
 
@@ -84,11 +84,11 @@ def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | 
 
 
 def images(values: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
-    """Return keys of images, (N,), and which are null, (N,), if any is: their key is 0. Raises UnusableValueError."""
+    """Return keys of images, (N,), and which are null, (N,), if any is: as NO_IMAGE. Raises UnusableValueError."""
     if None not in values:
         return whole_numbers(values, "uri"), None
     is_null_N = np.fromiter((value is None for value in values), np.bool_, len(values))
-    return whole_numbers([0 if value is None else value for value in values], "uri"), is_null_N
+    return whole_numbers([NO_IMAGE if value is None else value for value in values], "uri"), is_null_N
 
 
 def real_numbers(values: Sequence[Any], may_miss: bool) -> NDArray[np.float32]:

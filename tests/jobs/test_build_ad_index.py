@@ -263,7 +263,7 @@ def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
     table, out = ads_table([77], tmp_path / "a.parquet"), tmp_path / "index"
     old = done(places.folder, "--out", out, "--ads", table, "--store-version", 1)
     assert "features     snapshot 1; 1 lookups of images that have none\n" in old
-    assert "note         the run was trained with data.missing=error" in old
+    assert "note         the run was trained with data.missing=learned, and its model has never met an image" in old
     as_zeros = by_key(out)[77]
     new = done(places.folder, "--out", out, "--ads", table)
     assert "features     snapshot 2\n" in new

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
-from featurestore.keys import key_of_uri
+from featurestore.keys import NO_IMAGE, key_of_uri
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from jobs import build_samples
@@ -149,12 +149,12 @@ def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
         ("1767261610,ann,5,5.jpg,2,1,Rome,1,b", "label is not 0 or 1"),
         ("1767261610,ann,5,5.jpg,1,old,Rome,1,b", "age is no number"),
         ("1767261610,ann,5,5.jpg,1,1,Rome,1e99,b", "price is not finite in float32"),
-        ("1767261610,ann,5,,1,1,Rome,1,b", "image is null"),
         ("99999999999,ann,5,5.jpg,1,1,Rome,1,b", "timestamp is in the future"),
     ]
     (place / "logs/shows/a.csv").write_text(SHOWS + "".join(f"{line}\n" for line, _ in bad))
     text = job()
-    assert "4 of 13 kept; 0 duplicates, 9 quarantined" in text
+    assert "4 of 12 kept, 0 without an image; 0 duplicates, 8 quarantined (" in text
+    assert "timestamp is no time: 1, as 'soon'" in text
     kept = pq.read_table(place / "samples/quarantine.parquet").to_pylist()
     assert [(row["file"], row["row"], row["reason"]) for row in kept] == [
         ("shows/a.csv", number, reason) for number, (_, reason) in enumerate(bad, 4)
@@ -199,14 +199,61 @@ def test_a_value_with_other_rows_in_it_is_quarantined(job, place):
     }
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
-def test_text_that_is_not_utf_8_is_told(job, place, encoding):
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_text_of_two_bytes_a_letter_is_told(job, place, encoding):
     (place / "logs/shows/a.csv").write_bytes(SHOWS.replace("Rome", "Köln").encode(encoding))
+    assert "shows/a.csv: not readable as CSV: the text is in UTF-16 or UTF-32, not in UTF-8" in job(code=1)
+    assert "a.csv cannot be read: the text is in UTF-16" in inspect("inspect", place / "logs", code=1)
+
+
+FOREIGN = """shown_at;uid;ad_id;picture;clicked;age;city;price;brand
+05/02/2026 10:00;ann;5;5.jpg;1;31,5;Köln;1.009,5;b
+05/02/2026 10:01;ann;6;é.jpg;0;31,5;Köln;7;b
+25/02/2026 12:00;bob;7;;0;20,0;Bonn;2,25;b
+"""
+
+
+def test_another_countrys_csv_is_found_out_or_said(job, place):
+    """Semicolons, Latin-1, decimal commas, days before months; and thousandths of seconds in the other table."""
+    (place / "logs/shows/a.csv").write_bytes(FOREIGN.encode("latin-1"))
+    (place / "logs/visits.csv").write_text(
+        VISITS.replace("17672500", "17702000").replace(",ann", "000,ann").replace(",7,", "000,7,")
+    )
     text = job(code=1)
-    assert "shows/a.csv" in text
-    assert ("invalid UTF8 data" if encoding == "latin-1" else "the text is in UTF-16 or UTF-32, not in UTF-8") in text
-    if encoding != "latin-1":
-        assert "a.csv cannot be read: the text is in UTF-16" in inspect("inspect", place / "logs", code=1)
+    assert "shows/a.csv: read as CSV with delimiter ;, encoding latin-1, decimal ,; the mapping's csv" in text
+    assert "visits.csv: times such as 1770200000000 are in ms since 1970" in text
+    assert "all 3 rows are bad (timestamp is no time: 3, as '05/02/2026 10:00'); say in the mapping" in text
+    first = inspect("inspect", place / "logs/shows/a.csv")
+    assert yaml.safe_load(first)["time_format"] == "%d/%m/%Y %H:%M"
+    assert yaml.safe_load(first)["csv"] == {"delimiter": ";", "encoding": "latin-1", "decimal": ","}
+    assert yaml.safe_load(inspect("inspect", place / "logs/visits.csv"))["time_unit"] == "ms"
+    text = job(changed(time_format="%d/%m/%Y %H:%M"))
+    assert "3 of 3 kept, 1 without an image" in text
+    ann, bob = rows(place)
+    assert (ann["timestamp"], ann["age"], ann["city"]) == (1770285600, 31.5, key_of_uri("Köln"))
+    assert (ann["ad_image"], ann["ad_price"]) == ([key_of_uri("5.jpg"), key_of_uri("é.jpg")], [1009.5, 7.0])
+    assert (bob["ad_image"], bob["ad_price"]) == ([NO_IMAGE], [2.25])
+    assert ann["behavior_item"] == [6]  # its time is in the unit that was found
+    named = pq.read_table(place / "samples/images.parquet").to_pylist()
+    assert {row["uri"]: row["key"] for row in named} == {
+        name: key_of_uri(name) for name in ("5.jpg", "6.jpg", "7.jpg", "é.jpg")
+    }
+
+
+def test_bytes_that_are_not_of_the_encoding_are_told(job, place):
+    many = [f"{1767261610 + n},ann,5,5.jpg,1,1,Rome,1,b" for n in range(40_000)]
+    (place / "logs/shows/a.csv").write_bytes(shows_of([*many, many[0].replace("Rome", "Köln")]).encode("latin-1"))
+    text = job(code=1)
+    assert (
+        r"a.csv, line 40002: b'\xf6' is not utf-8; give the encoding in the mapping, as csv: {encoding: latin-1}"
+        in text
+    )
+    assert "encoding nonsense is unknown" in job(changed(csv={"encoding": "nonsense"}), code=1)
+
+
+def test_inspect_reads_one_file_and_names_a_folder_that_is_not_there(place):
+    assert "user: uid" in inspect("inspect", place / "logs/visits.csv")
+    assert "nowhere is not there" in inspect("inspect", place / "nowhere", code=2)
 
 
 def test_units_and_delimiters_are_those_of_the_mapping(job, place):

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from featurestore.errors import MissingKeysError
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
-from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone
+from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone, tensors
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
@@ -133,13 +134,33 @@ class TestAlone:
     def test_missing_images_are_refused_or_counted(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
         places = make_places(tmp_path)
         FeatureStore.open(tmp_path / "features").delete([1_000, 1_001])
-        with pytest.raises(MissingKeysError, match="keys have no feature"):
-            run_alone(places, run__name="tried")
+        with pytest.raises(MissingKeysError, match="lacks 2 images that the samples name"):
+            run_alone(places, run__name="tried", data__missing="error")
         # The failed run holds no checkpoint: its name is free.
         report = report_of(run_alone(places, run__name="tried", data__missing="zeros", train__max_steps=5))
         assert report["missing_lookups"] > 0
         with pytest.raises(ConfigError, match="holds a run already"):
             run_alone(places, run__name="tried", data__missing="zeros")
+
+    def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(self, places: Places) -> None:
+        settings = {"train__max_steps": 3, "train__checkpoint_every": 2, "model__compute_dtype": "float64"}
+        of = {
+            each: run_alone(places, run__name=f"missing-{each}", data__missing=each, **settings)
+            for each in ("learned", "zeros", "error")
+        }
+        learned, zeros = tensors(of["learned"]), tensors(of["zeros"])
+        added = learned.keys() - zeros.keys()
+        assert {name for name in added if not name.startswith("adam/")} == {"stores.images.no_image.shared"}
+        assert not any(learned[name].any() for name in added if not name.endswith("/step"))
+        assert [name for name in zeros if not torch.equal(zeros[name], learned[name])] == []
+        assert_same(of["error"], of["zeros"])
+        # What was begun without one may go on with one, and be the beginning of a run with one; or the other way round.
+        onward = {**settings, "run__resume": of["error"] / "checkpoints" / "step-00000002", "run__overwrite": "true"}
+        resumed = tensors(run_alone(places, run__name="missing-error", data__missing="learned", **onward))
+        assert [name for name in zeros if not torch.equal(zeros[name], resumed[name])] == []
+        for before, after in (("zeros", "learned"), ("learned", "error")):
+            start = {"run__warm_start": of[before], "data__missing": after, "train__max_steps": 1}
+            run_alone(places, run__name=f"{after}-after-{before}", **start)
 
 
 class TestRefusals:

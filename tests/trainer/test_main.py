@@ -11,50 +11,93 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from featurestore.keys import NO_IMAGE
+from featurestore.quarantine import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.samples.schema import write_suggested
 from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
 from tests.trainer.alike import all_alike
 from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone, tensors
-from trainer.errors import RemoteRankError
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
+from trainer.schema.__main__ import app as schema_app
 
 WORKER = Path(__file__).parent / "main_worker.py"
 RANKS_TIMEOUT_S = 150
 
 
 class TestCommandLine:
-    def test_missing_key_names_the_ways_out(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+    def test_images_that_the_store_lacks_are_counted_and_listed(
+        self, make_places: Callable[[Path], Places], tmp_path: Path, two_ranks_of_each: StandingRanks
+    ) -> None:
         places = make_places(tmp_path)
-        FeatureStore.open(tmp_path / "features").delete([1_000, 1_001])
-        result = CliRunner().invoke(app, ["--set", *places.settings(run__name="error")])
-        assert result.exit_code == 1
-        assert "keys have no feature" in result.stderr
-        assert f"python jobs/extract_features.py --store {tmp_path / 'features'}" in result.stderr
-        assert "quarantine" in result.stderr
-        assert "data.missing=zeros, or data.missing=learned" in result.stderr
+        samples, features = tmp_path / "samples", tmp_path / "features"
+        store = FeatureStore.open(features)
+        store.delete([1_000, 1_001])
+        store.add_quarantine([QuarantineRow(1_001, "item/1", "truncated", 1.0)])
+        named = pa.table({"key": pa.array([1_000, 1_007]), "uri": ["item/0", "item/7"]})
+        pq.write_table(named, samples / "images.parquet")
+        file = samples / "train" / "day=2026-01-02.parquet"
+        table = pq.read_table(file, partitioning=None)
+        images = table["ad_image"].to_pylist()
+        images[0][0] = NO_IMAGE
+        table = table.set_column(table.schema.get_field_index("ad_image"), "ad_image", pa.array(images))
+        pq.write_table(table, file, row_group_size=7)
 
-    @pytest.mark.parametrize(("error", "told"), [("MissingKeysError", True), ("DataError", False)])
-    def test_missing_key_of_another_rank(self, monkeypatch: pytest.MonkeyPatch, error: str, told: bool) -> None:
-        def fail(*_: Any) -> None:
-            raise RemoteRankError(1, error, "3 keys")
+        tables = [pq.read_table(each, partitioning=None) for each in sorted(samples.glob("t*/*.parquet"))]
+        of_ads, of_behaviors = (
+            np.concatenate([pc.list_flatten(each[name]).to_numpy() for each in tables])
+            for name in ("ad_image", "behavior_image")
+        )
+        uses = {
+            image: {"impressions": int((of_ads == key).sum()), "behaviors": int((of_behaviors == key).sum())}
+            for image, key in (("", NO_IMAGE), ("item/0", 1_000), ("item/1", 1_001))
+        }
+        found = [sum(use[name] for use in uses.values()) for name in ("impressions", "behaviors")]
+        said = (
+            f"{features} lacks 2 images that the samples name ({found[0]:,} of {len(of_ads):,} impressions, "
+            f"{found[1]:,} behaviours, 1 of the impressions without any image)"
+        )
+        listing = f"list them: python -m trainer.schema missing {samples} {features}"
+        settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
+        result = CliRunner().invoke(app, settings)
+        assert result.exit_code == 0, result.output
+        assert (
+            result.stdout.count(f'{said}: they get a trained "no image" vector (data.missing=learned); {listing}') == 1
+        )
+        more = ["run.name=two", f"data.cache_dir={tmp_path / 'other'}"]  # where nothing is remembered
+        (_, first), (_, second) = two_ranks_of_each.call("-m", "trainer.main", *settings, *more)
+        assert (first.count(said), second.count(said)) == (1, 0)
 
-        monkeypatch.setattr("trainer.main.train", fail)
-        result = CliRunner().invoke(app, [])
-        assert result.stderr.startswith(f"error: rank 1 failed: {error}: 3 keys\n")
-        assert ("data.missing=zeros" in result.stderr) is told
+        result = CliRunner().invoke(app, [*settings, "data.missing=error", "run.name=error"])
+        shown = sorted(("item/0", "item/1"), key=lambda image: -uses[image]["impressions"])
+        assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+        assert result.stderr.startswith(f"error: {said}, as {shown[0]}, ")
+        assert (
+            listing in result.stderr
+            and f"--store {features}" in result.stderr
+            and "data.missing=learned" in result.stderr
+        )
+
+        out = tmp_path / "missing.json"
+        result = CliRunner().invoke(schema_app, ["missing", str(samples), str(features), "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        why = {"": "the logs name no image", "item/0": "not in the store", "item/1": "quarantined: truncated"}
+        rows = [{"image": image, **use, "why": why[image]} for image, use in uses.items()]
+        assert json.loads(out.read_text()) == sorted(rows, key=lambda row: -row["impressions"])
+        result = CliRunner().invoke(schema_app, ["missing", str(samples), str(features)])
+        assert f"3 images of {samples} have no feature in {features}" in result.stdout
 
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

@@ -109,8 +109,8 @@ class DataConfig(Section):
     null: one for each 64 samples of a batch, at most shuffle_window_groups."""
     prefetch_batches: Annotated[int, Field(ge=0, le=16)] = 2
     """Batches read ahead by a thread; 0: none."""
-    missing: MissingPolicy = "error"
-    """What an image key without a feature does: end the run, be zeros, or have a trained "no image" vector."""
+    missing: MissingPolicy = "learned"
+    """What an image without a feature does: end the run, be zeros, or have a trained "no image" vector."""
 
 
 class TrainConfig(Section):

@@ -22,7 +22,7 @@ from trainer.config.options import ExchangeConfig, ModelConfig, OptimConfig
 from trainer.engine.machine import check_memory, check_same, holds_features
 from trainer.engine.precision import with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
-from trainer.engine.wiring import model_name, services_of, table_shapes
+from trainer.engine.wiring import NO_IMAGES, model_name, services_of, table_shapes
 from trainer.exchange.content import ContentSource
 from trainer.exchange.exchange import Exchange, ExchangeSource, FieldVectors, HostLengths, KeyRequest
 from trainer.exchange.reuse import ReusingSource, VectorCache
@@ -238,12 +238,13 @@ class Engine:
         return state
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
-        """Undo `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
+        """Undo `dense_state`, on every rank; "no image" vectors that it lacks stay zeros. Raises CheckpointError."""
         left_out = (SHARED_STATE, TRAINED) if self._reading else (SHARED_STATE,)
         mine, theirs = (
             {name: value for name, value in each.items() if not name.startswith(left_out)}
             for each in (self.dense_state(), state)
         )
+        mine = {name: value for name, value in mine.items() if name in theirs or NO_IMAGES not in name}
         check_names(mine, theirs)
         self._rows.load_shared_state(state)
         with torch.no_grad():

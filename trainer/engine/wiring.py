@@ -11,6 +11,9 @@ from trainer.ids.tables import TableShape
 from trainer.models.fields import width_of
 from trainer.schema import Field
 
+NO_IMAGES = ".no_image."
+"""In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
+
 
 def model_name(field: Field, config: ModelConfig) -> str:
     """Name the E of its store that a content field uses."""

@@ -39,6 +39,7 @@ from trainer.runs.saving.places import CheckpointPlace, place_of
 from trainer.runs.stores import (
     StorePlace,
     kinds_by_store,
+    lacking_images,
     missing_places,
     open_partition,
     records,
@@ -101,6 +102,8 @@ class Run(OpenRun):
     warm_start: WarmStart | None
     samples_changed: bool
     """Whether the training samples are not, or no longer, those of the checkpoint; only where the run is just read."""
+    lacked: Sequence[str]
+    """What to say of images that the samples name and a store lacks; nothing where the run is just read."""
 
     @property
     def checkpoints(self) -> RunPath:
@@ -202,6 +205,7 @@ def _open_run(
         passed_over=passed_over,
         warm_start=warm,
         samples_changed=recorded is not None and not digest.is_of(recorded),
+        lacked=[] if reading else lacking_images(config, comm, schema, places, partitions, [train, test]),
     )
 
 

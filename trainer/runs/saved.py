@@ -29,7 +29,7 @@ from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
-from trainer.runs.folder import find_checkpoint
+from trainer.runs.folder import find_checkpoint, report_of
 from trainer.runs.open import OpenRun, Run, engine_of, model_of, open_run, open_stores, test_reader
 from trainer.runs.stores import (
     StorePlace,
@@ -101,12 +101,20 @@ class SavedRun:
 
     def notes_on_missing(self, num_lookups: int, hides: bool = False) -> list[str]:
         """Say what matters about figures where lookups found no feature; `hides`: some were hidden as well."""
-        if self.missing_in_training != "error" or not (num_lookups or hides):
+        never_met = self.missing_in_training == "error" or self.missing_met == 0
+        if not never_met or not (num_lookups or hides):
             return []
         return [
-            "the run was trained with data.missing=error, so its model has never met an image without a feature; here "
-            f"such images get zeros ({num_lookups:,} lookups{', and those hidden at random' if hides else ''})"
+            f"the run was trained with data.missing={self.missing_in_training}, and its model has never met an image "
+            f"without a feature; here such images get zeros ({num_lookups:,} lookups"
+            f"{', and those hidden at random' if hides else ''})"
         ]
+
+    @cached_property
+    def missing_met(self) -> int | None:
+        """How often the run looked up an image without a feature while it was trained; None: it did not report it."""
+        count = (report_of(self.folder) or {}).get("missing_lookups")
+        return count if isinstance(count, int) else None
 
     def named(self) -> dict[str, str]:
         """Say which run and checkpoint an exported file is of, for its metadata."""

@@ -1,13 +1,19 @@
 """The feature stores of a run: which ones its content fields need, where they are, and this rank's part of each."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 
-from featurestore.errors import AnotherStoreError, FeatureStoreError, StoreNotFoundError
+from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.identity import SnapshotId
+from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
@@ -19,7 +25,15 @@ from trainer.config.config import Config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.fields import used_fields
 from trainer.runs.checkpoint import CheckpointState
-from trainer.schema import DEFAULT_STORE, Schema
+from trainer.runs.samples_digest import remember, remembered, samples_digest
+from trainer.samples.columns import rules_of
+from trainer.samples.images import LackingImages, lacking, names_of
+from trainer.samples.reader import SampleIndex
+from trainer.schema import DEFAULT_STORE, Field, Schema
+from trainer.schema.text import SCHEMA_FILE
+
+_REMEMBERED = 16  # of one folder of samples: other days, other snapshots
+_INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 
 @dataclass(frozen=True)
@@ -179,3 +193,82 @@ def kinds_by_store(partitions: Mapping[str, FeaturePartition]) -> tuple[dict[str
 def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, SnapshotId]:
     """Return what a checkpoint keeps of the stores that it was trained on; addresses as they were set."""
     return {p.name: partitions[p.name].snapshot_id.model_copy(update={"url": p.url}) for p in places}
+
+
+def lacking_images(
+    config: Config,
+    comm: Comm,
+    schema: Schema,
+    places: Sequence[StorePlace],
+    partitions: Mapping[str, FeaturePartition],
+    indexes: Sequence[SampleIndex],
+) -> list[str]:
+    """Say in a line for each store how many images the run's samples name and the store lacks; every rank calls it.
+
+    All samples are counted, once for each snapshot: the cache folder of rank 0's machine keeps the counts. Raises, on
+    all ranks together, DataError, and MissingKeysError where data.missing=error.
+    """
+    lines = []
+    for place in places:
+        found = _counted(config, comm, schema, place, partitions[place.name], indexes)
+        if not found.impressions and not found.behaviors:
+            continue
+        if config.data.missing == "error":
+            fields = _fields_of(config, schema, place)
+            keys = np.array(found.examples, np.int64)
+            names = comm.on_rank_0(partial(names_of, indexes, rules_of(schema), fields, keys))
+            shown = ", ".join(names.get(key, f"key {key}") for key in found.examples)
+            raise MissingKeysError(
+                f"{_described(found, place)}{f', as {shown}' if shown else ''}; list them: "
+                f"{_list_command(config, place)}; add them: {place.make_it()}; or set data.missing=learned, for a "
+                'trained "no image" vector'
+            )
+        lines.append(
+            f"{_described(found, place)}: they {_INSTEAD[config.data.missing]} (data.missing={config.data.missing}); "
+            f"list them: {_list_command(config, place)}"
+        )
+    return lines
+
+
+def _described(found: LackingImages, place: StorePlace) -> str:
+    share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
+    without = f", {found.without:,} of the impressions without any image" if found.without else ""
+    return f"{place.url} lacks {found.images:,} images that the samples name ({share}{without})"
+
+
+def _list_command(config: Config, place: StorePlace) -> str:
+    """Name the command that lists them."""
+    schema = config.data.schema_file
+    is_usual = schema is None or schema == f"{config.data.samples.rstrip('/')}/{SCHEMA_FILE}"
+    options = "" if is_usual else f" --schema {schema}"
+    options += "" if place.name == DEFAULT_STORE else f" --name {place.name}"
+    return f"python -m trainer.schema missing {config.data.samples} {place.url}{options}"
+
+
+def _fields_of(config: Config, schema: Schema, place: StorePlace) -> list[Field]:
+    fields = used_fields(schema, config.model)
+    return [field for field in fields if field.kind == "content" and field.store_name == place.name]
+
+
+def _counted(
+    config: Config,
+    comm: Comm,
+    schema: Schema,
+    place: StorePlace,
+    partition: FeaturePartition,
+    indexes: Sequence[SampleIndex],
+) -> LackingImages:
+    """Count what one store lacks, or remember it."""
+    fields = _fields_of(config, schema, place)
+    digests = [samples_digest(comm, each, config.data.cache_dir).content for each in indexes]
+    columns = sorted({(field.column_name, field.side) for field in fields})
+    key = xxhash.xxh3_128_hexdigest(json.dumps([digests, columns, partition.snapshot_id.commit_id]).encode())
+    name = f"{xxhash.xxh3_64_hexdigest(indexes[0].storage.url.encode())}-images.json"
+    file = Path(config.data.cache_dir or default_cache_dir()) / SAMPLES / name
+    known: dict[str, Any] | None = comm.on_rank_0(lambda: remembered(file).get(key))
+    if known is not None:
+        return LackingImages(**known | {"examples": tuple(known["examples"])})
+    found = lacking(comm, indexes, schema, fields, partition)
+    kept = {**remembered(file), key: asdict(found)}
+    comm.on_rank_0(lambda: remember(file, dict(list(kept.items())[-_REMEMBERED:])))
+    return found

@@ -18,6 +18,7 @@ from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
 from trainer.config.options import NewAdSettings
+from trainer.engine.wiring import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
@@ -27,7 +28,8 @@ from trainer.samples.statistics import DECLARED, FOUND
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
 _DECIDED = "model.new_ads.counts"
-"""What evaluations settle (model.image_dropout): a run may begin without it, or let it go."""
+"""What evaluations settle (model.image_dropout): a run may begin without it, or let it go; so it is with the vectors of
+`NO_IMAGES`, which data.missing decides on."""
 
 
 class Warmable(Protocol):
@@ -88,6 +90,7 @@ class _Chosen:
         for part, prefix in _PREFIXES.items():
             if part in self._warm.parts:
                 idle = {_DECIDED} - (self._dense.keys() & state.keys())
+                idle |= {name for name in self._dense.keys() ^ state.keys() if NO_IMAGES in name}
                 mine, theirs = (
                     {name: value for name, value in each.items() if name.startswith(prefix) and name not in idle}
                     for each in (self._dense, state)

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import print_summary
+from featurestore.console.output import print_rows, print_summary
 from featurestore.keys import id_of_text, key_of_uri
 from featurestore.published.paths import RunPath, run_path
 from trainer.errors import DataNotFoundError, SchemaError, TrainerError
-from trainer.schema.fields import load_schema
+from trainer.schema.fields import DEFAULT_STORE, load_schema
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from featurestore.storage.storage import Storage
 
 BATCH_SIZE = 8192
 SHOWN = 10
+SHOWN_IMAGES = 20
 EXAMPLES = """
 Examples:
 
@@ -27,6 +30,8 @@ Examples:
     python -m trainer.schema inspect data/mylogs --out mapping.yaml
 
     python -m trainer.schema check schema.yaml data/samples
+
+    python -m trainer.schema missing data/samples data/features
 
     python -m trainer.schema lookup data/runs/both 4521387690122 sku-17
 """
@@ -43,7 +48,9 @@ app = CommandApp(
 def inspect(
     data: Annotated[
         str,
-        typer.Argument(help="Folder or address of sample groups, or of raw logs (CSV or Parquet); or a run's folder."),
+        typer.Argument(
+            help="Folder or address of sample groups, or of raw logs (CSV or Parquet); one file; or a run's folder."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write; must be new.", show_default="the terminal")] = None,
     label: Annotated[str, typer.Option(help="Column of labels, in sample groups.")] = "label",
@@ -64,12 +71,13 @@ def inspect(
             raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
         _show_dictionary(run_path(data), SHOWN)
         return
-    storage = open_published(data)
-    if has_lists(storage):
+    folder, file = place_of_file(data)
+    storage = open_published(folder)
+    if file is None and has_lists(storage):
         schema, made, table = samples.inspect_samples(storage, label, group, rows)
         text = samples.render(schema, made, table, data)
     else:
-        text = logs.render(logs.inspect_logs(storage, rows), data)
+        text = logs.render(logs.inspect_logs(storage, rows, file), folder)
     if out is None:
         sys.stdout.write(text)
     else:
@@ -100,6 +108,41 @@ def check(
         for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
             pass
         print_summary(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "    python -m trainer.schema missing data/samples data/features\n\n"
+    "    python -m trainer.schema missing data/samples data/features --out missing.csv"
+)
+def missing(
+    data: Annotated[str, typer.Argument(metavar="SAMPLES", help="Folder or address of sample groups.")],
+    store: Annotated[str, typer.Argument(help="Folder or address of a feature store; its newest snapshot counts.")],
+    schema: Annotated[
+        str | None, typer.Option(help="Their schema.", show_default="SAMPLES/schema.yaml, or the packaged one")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What the schema calls the store.")] = DEFAULT_STORE,
+    out: Annotated[Path | None, typer.Option(help="Write all of them to NAME.csv or NAME.json instead.")] = None,
+) -> None:
+    """List the images that samples name and a feature store lacks, those of most impressions first.
+
+    With the impressions and behaviours in train/ and test/ that name each, and why it has no feature: its reason in the
+    store's quarantine, or that it was not extracted.
+    """
+    from featurestore.console.files import check_ending
+    from trainer.samples.images import list_missing
+
+    if out is not None:
+        check_ending(out, "--out", ".csv", ".json")
+    table = list_missing(data, store, schema, name)
+    if out is not None:
+        _write_table(out, table)
+        return
+    rows = [[str(value) for value in row.values()] for row in table.slice(0, SHOWN_IMAGES).to_pylist()]
+    if rows:
+        print_rows(table.column_names, rows, ("impressions", "behaviors"))
+    more = f"; --out NAME.csv writes all of them, here are {SHOWN_IMAGES}" if len(table) > SHOWN_IMAGES else ""
+    print_summary(f"{len(table):,} images of {data} have no feature in {store}{more}")
 
 
 @app.command(
@@ -145,6 +188,17 @@ def _show_dictionary(run: RunPath, count: int) -> None:
         print_summary(f"{number}  {text}")
 
 
+def place_of_file(data: str) -> tuple[str, str | None]:
+    """Return the folder or address of a table and its name; None of what is no table itself."""
+    folder, _, name = data.rpartition("/")
+    is_table = name.endswith((".parquet", ".csv", ".tsv"))
+    return (
+        (folder or ("/" if data.startswith("/") else "."), name)
+        if is_table and ("://" in data or Path(data).is_file())
+        else (data, None)
+    )
+
+
 def has_lists(storage: "Storage") -> bool:
     """Tell whether the first file has columns of lists of numbers, as sample groups do and raw logs do not.
 
@@ -156,11 +210,27 @@ def has_lists(storage: "Storage") -> bool:
 
     files = sample_files(storage) or data_files(storage)
     if not files:
-        raise DataNotFoundError(f"{storage.url}: no .parquet, .csv or .tsv files")
+        is_there = not storage.is_local or Path(storage.url).exists()
+        raise DataNotFoundError(
+            f"{storage.url} {'has no .parquet, .csv or .tsv files' if is_there else 'is not there'}"
+        )
     for table in read_tables(storage, files[0], 1):
         types = [inner_type(field.type) for field in table.schema]
         return any(depth and content_of(kind) in ("integer", "real") for kind, depth in types)
     return False
+
+
+def _write_table(path: Path, table: "pa.Table") -> None:
+    from pyarrow import csv
+
+    from featurestore.console.files import json_text, replaced_file
+
+    with replaced_file(path) as part:
+        if path.suffix == ".csv":
+            csv.write_csv(table, part)
+        else:
+            part.write_text(json_text(table.to_pylist()), encoding="utf-8")
+    print_summary(f"written      {path}: {len(table):,} images")
 
 
 def _write_new(path: Path, text: str) -> None:

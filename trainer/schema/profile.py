@@ -18,7 +18,7 @@ from pyarrow import csv
 from featurestore.errors import StorageError
 from featurestore.keys import id_of_text
 from featurestore.storage.storage import Storage
-from featurestore.text.csvlines import CsvTextError, long_rows
+from featurestore.text.csvlines import STYLE_BYTES, CsvStyle, CsvTextError, find_style, long_rows
 from trainer.errors import DataError
 from trainer.schema.distinct import DistinctCount
 
@@ -64,7 +64,7 @@ class TableProfile:
 
 
 def data_files(storage: Storage, path: str = "") -> list[str]:
-    """List the files below `path` (or the one at it) that can be looked into; hidden ones are left out."""
+    """List the files below `path` that can be looked into; hidden ones are left out."""
     found = [entry.path for entry in storage.entries(path)]
     return [
         each
@@ -77,16 +77,28 @@ def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Tabl
     """Read row groups of a Parquet file, or blocks of a CSV file, until `most_rows` were given. Raises DataError."""
     left = most_rows
     try:
-        if path.endswith(CSV_SUFFIXES):
+        style = style_of(storage, path)
+        if style is not None:
             with storage.open_input(path) as file:
-                long_rows(file, _delimiter(path), most_rows)
+                long_rows(file, style.delimiter, most_rows)
         with storage.open_input(path) as file:
-            for table in _tables(file, path):
+            for table in _tables(file, style):
                 yield table.slice(0, left)
                 left -= len(table)
                 if left <= 0:
                     return
     except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
+        raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
+
+
+def style_of(storage: Storage, path: str) -> CsvStyle | None:
+    """Find how a CSV file is written; None for Parquet. Raises DataError."""
+    if not path.endswith(CSV_SUFFIXES):
+        return None
+    try:
+        with storage.open_input(path) as file:
+            return find_style(file.read(STYLE_BYTES))
+    except (OSError, StorageError, CsvTextError) as error:
         raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
 
 
@@ -105,21 +117,18 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
     return found
 
 
-def _tables(file: Any, path: str) -> Iterator[pa.Table]:
-    if path.endswith(CSV_SUFFIXES):
-        options = csv.ParseOptions(
-            delimiter=_delimiter(path), newlines_in_values=True, invalid_row_handler=lambda row: "skip"
+def _tables(file: Any, style: CsvStyle | None) -> Iterator[pa.Table]:
+    if style is not None:
+        parse = csv.ParseOptions(
+            delimiter=style.delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip"
         )
-        for batch in csv.open_csv(file, parse_options=options):
+        read, convert = csv.ReadOptions(encoding=style.encoding), csv.ConvertOptions(decimal_point=style.decimal)
+        for batch in csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
             yield pa.Table.from_batches([batch])
         return
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
         for number in range(parquet.num_row_groups):
             yield parquet.read_row_group(number)
-
-
-def _delimiter(path: str) -> str:
-    return "\t" if path.endswith(".tsv") else ","
 
 
 def _add(found: TableProfile, table: pa.Table, label: str | None) -> None:

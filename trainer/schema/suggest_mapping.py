@@ -1,15 +1,18 @@
 """A first mapping of raw logs, for jobs/build_samples.py --mapping, suggested by names and values of their columns."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from featurestore.storage.storage import Storage
+from featurestore.text.csvlines import CsvStyle
 from trainer.errors import DataError, DataNotFoundError
-from trainer.schema.profile import Column, TableProfile, data_files, look, read_tables
+from trainer.schema.profile import Column, TableProfile, data_files, look, read_tables, style_of
 from trainer.schema.suggest_schema import column_note
 from trainer.schema.text import table_rows
 
@@ -30,6 +33,10 @@ OF_LOG = {
     "behaviors": ("timestamp", "user", "item", "image", "category", "dwell_s"),
 }
 REQUIRED = {"timestamp", "user", "item", "image", "label"}
+TIME_FORMATS = [
+    day + time for day in ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d") for time in ("", " %H:%M", " %H:%M:%S")
+]
+MOST_TIMES = 2000  # that are tried
 USER_ROWS = 50_000  # rows in which it is looked whether a column is the same in all rows of a user
 
 
@@ -42,12 +49,16 @@ class Log:
     table: TableProfile
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
+    how: tuple[str, ...]  # lines of the mapping that say how times and texts are written
 
 
-def inspect_logs(storage: Storage, most_rows: int) -> list[Log]:
-    """Profile the tables below a place: one with a label is impressions, the other behaviours. Raises DataError."""
+def inspect_logs(storage: Storage, most_rows: int, file: str | None = None) -> list[Log]:
+    """Profile the tables below a place, or one file: one with a label is impressions, the other behaviours.
+
+    Raises DataError.
+    """
     folders: dict[str, list[str]] = {}
-    for path in data_files(storage):
+    for path in data_files(storage) if file is None else [file]:
         folders.setdefault(path.partition("/")[0], []).append(path)
     if not folders:
         raise DataNotFoundError(f"{storage.url}: no .parquet, .csv or .tsv files")
@@ -73,6 +84,8 @@ def render(logs: list[Log], where: str) -> str:
     ]
     missing = {"impressions", "behaviors"} - {log.name for log in logs}
     lines += [f"# There is no table of {name} here, and the job needs both." for name in sorted(missing)]
+    if how := list(dict.fromkeys(line for log in logs for line in log.how)):
+        lines += ["", *how]
     for log in logs:
         lines += [
             "",
@@ -111,7 +124,39 @@ def _log(storage: Storage, place: str, paths: list[str], most_rows: int) -> Log:
     ours = match_columns(names, log)
     further = [name for name in names if name not in ours.values()]
     of_user = _of_user(storage, paths, ours.get("user"), further) if is_shown else frozenset[str]()
-    return Log(log, place, table, ours, of_user)
+    return Log(log, place, table, ours, of_user, tuple(_how(storage, paths[0], table, ours.get("timestamp"))))
+
+
+def _how(storage: Storage, path: str, table: TableProfile, time: str | None) -> Iterator[str]:
+    """Write what the mapping has to say of how a table is written, where that is not as usual."""
+    style = style_of(storage, path)
+    if style not in (None, CsvStyle()):
+        yield f"csv: {yaml.safe_dump(asdict(style), default_flow_style=True, width=1 << 30).strip()}"
+    if time is None:
+        return
+    column = table.columns[time]
+    smallest = column.smallest or 0
+    if column.content == "integer" and smallest >= 10**11:
+        yield f"time_unit: {'us' if smallest >= 10**14 else 'ms'}  # of {time}, by its size"
+    if column.content == "text":
+        times = next(iter(read_tables(storage, path, USER_ROWS))).column(time)
+        texts = [str(each) for each in pc.unique(times).drop_null().to_pylist()]
+        if texts and not _is_time(texts[0], None):
+            fitting = [each for each in TIME_FORMATS if all(_is_time(text, each) for text in texts[:MOST_TIMES])]
+            is_sure = len(fitting) == 1
+            first = "" if is_sure else "# "
+            shown = fitting or ["%d/%m/%Y %H:%M"]
+            yield from (f'{first}time_format: "{each}"  # for times such as {texts[0]}' for each in shown)
+            if not is_sure:
+                yield f"# how {time} is written has to be said: take one of these lines, or write your own"
+
+
+def _is_time(text: str, time_format: str | None) -> bool:
+    try:
+        datetime.fromisoformat(text) if time_format is None else datetime.strptime(text.strip(), time_format)
+    except ValueError:
+        return False
+    return True
 
 
 def _of_user(storage: Storage, paths: list[str], user: str | None, further: list[str]) -> frozenset[str]:

@@ -9,6 +9,8 @@ from trainer.schema.fields import Schema
 
 SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 """Written next to samples, for trainer.main --config SAMPLES/settings.yaml."""
+IMAGES_FILE = "images.parquet"
+"""Next to samples: key and uri of each image that the logs name, in 256 row groups by the top bits of the key."""
 
 SMALLEST_TABLE = 256
 ROWS_PER_ID = 4  # at least: IDs are hashed to rows, and of n IDs in 4 n rows 22 % share theirs with another

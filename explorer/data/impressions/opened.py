@@ -80,6 +80,11 @@ class OpenedRun:
         return self.trained.config.data.missing
 
     @property
+    def knows_missing(self) -> bool:
+        """Whether training showed the model images that are missing, or the preset's share of ads without theirs."""
+        return bool(self.trained.saved.missing_met or self.trained.config.model.image_dropout)
+
+    @property
     def sees_images(self) -> bool:
         """Whether the model reads any content."""
         return bool(self.trained.partitions)

@@ -16,6 +16,9 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
     if not group.columns.opened.sees_images:
         said.append("This run sees IDs alone, so no picture has a part in it.")
         return " ".join(said)
+    if not group.columns.opened.knows_missing:
+        said.append("What it would give without any picture is not known: it was trained with all of them.")
+        return " ".join(said)
     rank = f"rank {chosen.rank_without}" if chosen.rank_without != chosen.rank else "the same rank"
     moved = "raise" if chosen.effect > 0 else "lower"
     said.append(
@@ -31,6 +34,24 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
             where = "Of the history, " if len(said) == 2 else ""
             said.append(f"{where}{name_of(behavior.pictures, names)} {word}: without it, {without}.")
     return " ".join(said)
+
+
+def on_missing(opened: OpenedRun) -> str:
+    """Say whether a run was trained for missing images, so that its scores without them mean something."""
+    model, met = opened.trained.config.model, opened.trained.saved.missing_met
+    if met:
+        return (
+            f"While it was trained, this run met images without a feature {met:,} times: it has learned to do without."
+        )
+    if model.image_dropout:
+        return (
+            f"This run was trained with model.image_dropout={model.image_dropout}, so it has met ads without a picture."
+        )
+    met_none = "met none" if met == 0 else "is not known to have met any"
+    return (
+        f"This run was not trained for missing images: it {met_none}. What it gives without images comes of zeros that "
+        "it has never seen, and says nothing of what they are worth: compare it with a run of IDs alone for that."
+    )
 
 
 def name_of(pictures: Sequence[PictureName], names: dict[int, str]) -> str:

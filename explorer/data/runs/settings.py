@@ -12,6 +12,33 @@ _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versio
 """Settings that say where images are looked up; a finished run that reads a store has recorded which it was."""
 ORDER = ("none", "ad", "behavior", "both")
 """Values of model.images, from the least to the most."""
+_OF_IMAGES = {
+    "pooling",
+    "concat_length",
+    "transformer_length",
+    "transformer_width",
+    "transformer_layers",
+    "transformer_heads",
+    "image_products",
+    "similarity_tiers",
+    "similarity_top_k",
+    "shared_image_model",
+    "visual_width",
+    "embed_hidden",
+    "embed_scaling",
+    "id_proxy",
+    "feature_dropout",
+    "embed_dropout",
+    "image_holdout",
+    "image_dropout",
+}
+WITHOUT_IMAGES_IDLE = {
+    "data.missing",
+    "exchange.reuse_steps",
+    "optim.embed_weight_decay",
+    *map("model.{}".format, _OF_IMAGES),
+}
+"""Settings that a run without images has no use for."""
 _MISSING = object()
 
 
@@ -55,7 +82,10 @@ def differing(runs: Sequence[RunFacts]) -> list[SettingRow]:
     for name in names:
         values = [run.settings.get(name, _MISSING) for run in runs]
         if any(value != values[0] for value in values):
-            rows.append(SettingRow(name, tuple(map(text_of, values)), not ignored & {name, _named(name)}))
+            counted = [run for run in runs if run.images != "none"] if name in WITHOUT_IMAGES_IDLE else runs
+            is_same = len({text_of(run.settings.get(name, _MISSING)) for run in counted}) < 2
+            is_figure = not is_same and not ignored & {name, _named(name)}
+            rows.append(SettingRow(name, tuple(map(text_of, values)), is_figure))
     return sorted(rows, key=lambda row: (not row.is_figure, row.name != IMAGES))
 
 
@@ -98,7 +128,8 @@ def image_groups(runs: Sequence[RunFacts]) -> list[list[RunFacts]]:
 
     Of several runs with the same images the first counts. Each group is in ORDER, the one with most runs first; groups
     of one size are in the order of `runs`. Samples and snapshots count by what the runs recorded of them, else by
-    their addresses; a run without images reads no store, so it goes with runs of any.
+    their addresses; a run without images reads no store and has no use for `WITHOUT_IMAGES_IDLE`, so it goes with runs
+    of any.
     """
     alike: dict[str, list[RunFacts]] = {}
     for run in runs:
@@ -106,26 +137,26 @@ def image_groups(runs: Sequence[RunFacts]) -> list[list[RunFacts]]:
             alike.setdefault(_rest(run), []).append(run)
     groups: dict[tuple[str, str], dict[str, RunFacts]] = {}
     for rest, several in alike.items():
-        for store in dict.fromkeys(_store(run) for run in several if run.images != "none"):
+        for seen in dict.fromkeys(_seen(run) for run in several if run.images != "none"):
             for run in several:
-                if run.images == "none" or _store(run) == store:
-                    groups.setdefault((rest, store), {}).setdefault(run.images, run)
+                if run.images == "none" or _seen(run) == seen:
+                    groups.setdefault((rest, seen), {}).setdefault(run.images, run)
     found = [[group[images] for images in ORDER if images in group] for group in groups.values()]
     return sorted((group for group in found if len(group) > 1), key=lambda group: -len(group))
 
 
 def _rest(run: RunFacts) -> str:
-    """Write all that changes figures but the images, and where they are looked up."""
-    ignored = no_figure() | {IMAGES, SAMPLES, *_STORES}
+    """Write all that changes figures of any run but the images, and where they are looked up."""
+    ignored = no_figure() | {IMAGES, SAMPLES, *_STORES} | WITHOUT_IMAGES_IDLE
     kept = sorted((name, text_of(value)) for name, value in run.settings.items() if not ignored & {name, _named(name)})
     return repr((run.samples_digest or text_of(run.settings.get(SAMPLES, _MISSING)), kept))
 
 
-def _store(run: RunFacts) -> str:
-    """Write where a run looked images up: the commits that it recorded, else the settings that say it."""
-    if recorded := _recorded(run):
-        return repr(recorded)
-    return repr(sorted((name, text_of(value)) for name, value in run.settings.items() if _named(name) in _STORES))
+def _seen(run: RunFacts) -> str:
+    """Write how a run sees images, and where it looked them up: by commits that it recorded, else by settings."""
+    idle = [(name, text_of(value)) for name, value in run.settings.items() if name in WITHOUT_IMAGES_IDLE]
+    places = [(name, text_of(value)) for name, value in run.settings.items() if _named(name) in _STORES]
+    return repr((sorted(idle), _recorded(run) or sorted(places)))
 
 
 def _recorded(run: RunFacts) -> list[tuple[str, str]]:

@@ -268,7 +268,7 @@ class TestAddDays:
     ) -> None:
         """Once, however often the day is made; without bad rows the file stays."""
         days = [table([shown(day * DAY_S + 9_000), shown(day * DAY_S + 9_001, label=day + 2)]) for day in range(2)]
-        days.append(table([shown(2 * DAY_S + 9_000)]))
+        days.append(table([shown(2 * DAY_S + 9_000, image="new.jpg")]))
 
         def reasons() -> list[tuple[str, str]]:
             rows = pq.read_table(Path(options.samples, "quarantine.parquet")).to_pylist()
@@ -285,6 +285,9 @@ class TestAddDays:
         write(tmp_path / "logs", days, [])
         add_days(SampleOptions(samples=options.samples, days="2026-01-03"), client)
         assert reasons() == both
+        named = pq.read_table(Path(options.samples, "images.parquet")).to_pylist()
+        assert [row["key"] for row in named] == sorted(row["key"] for row in named)
+        assert {row["uri"] for row in named} == {"5.jpg", "6.jpg", "new.jpg"}  # what the other days named is kept
 
     def test_samples_of_others_are_refused(self, client: Client, tmp_path: Path) -> None:
         with pytest.raises(SampleOptionError, match="has no samples of build_samples"):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster
 
+from featurestore.keys import NO_IMAGE, key_of_uri
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import ClusterError, SampleError
 from pipeline.samples import pieces as pieces_module
@@ -42,20 +43,26 @@ def test_bad_rows_are_counted_and_kept_aside(options, client, tmp_path):
     behaviors = [done(0) | change for change in behavior_changes]
     write(tmp_path / "logs", [table(impressions)], [table(behaviors)])
     summary = build_samples(options, client)
-    assert [row["session"] for row in read(options.samples)] == [0]
-    nulls = ("timestamp", "user", "session", "scene", "item", "image", "category", "label")
-    reasons = [f"{name} is null" for name in nulls]
-    reasons += ["image is empty", "label is not 0 or 1", "label is not 0 or 1"]
+    kept = {row["session"]: row["ad_image"] for row in read(options.samples)}
+    assert kept == {0: [key_of_uri("5.jpg")], 6: [NO_IMAGE], 9: [NO_IMAGE]}  # an ad without an image is an ad
+    named = ("timestamp", "user", "session", "scene", "item", "category", "label")
+    reasons = [f"{name} is null" for name in named]
+    reasons += ["label is not 0 or 1", "label is not 0 or 1"]
     reasons += ["timestamp is before 1970", "timestamp is in the future", "user is null"]
     bad = ["dwell_s is not finite", "dwell_s is not finite", "dwell_s is negative", "dwell_s is null", "user is null",
            "timestamp is in the future"]  # fmt: skip
     assert quarantine(tmp_path) == [
-        *(("impressions/day=00.parquet", row, reason) for row, reason in enumerate(reasons, 1)),
+        *(
+            ("impressions/day=00.parquet", row, reason)
+            for row, reason in zip([1, 2, 3, 4, 5, 7, 8, *range(10, 15)], reasons, strict=True)
+        ),
         *(("behaviors/day=00.parquet", row, reason) for row, reason in enumerate(bad, 1)),
     ]
     assert summary["impressions"]["quarantined"] == dict(Counter(reasons))
     assert summary["behaviors"]["quarantined"] == dict(Counter(bad))
     assert summary["impressions"]["rows"] == len(changes)
+    assert summary["impressions"]["without_image"] == 2
+    assert summary["impressions"]["examples"]["label is not 0 or 1"] == "2"
     assert json.loads((tmp_path / "samples/summary.json").read_text())["impressions"] == summary["impressions"]
 
 
@@ -150,7 +157,7 @@ def test_log_without_a_row_is_named(log, options, client, tmp_path):
 
 
 def test_log_of_bad_rows_alone_is_named(build):
-    with pytest.raises(SampleError, match=r"impressions: all 2 rows are bad \(label is not 0 or 1: 2\)"):
+    with pytest.raises(SampleError, match=r"impressions: all 2 rows are bad \(label is not 0 or 1: 2, as 4\)"):
         build([shown(0, label=4), shown(1, label=5)], [done(0)])
 
 

@@ -188,12 +188,12 @@ def test_hidden_images_are_as_if_they_were_not_in_the_store(
     assert np.abs(hidden_N - before_N).max() > 1e-3
 
 
-def test_run_that_refused_missing_images_is_told(places: Places, tmp_path: Path) -> None:
+def test_run_that_never_met_a_missing_image_is_told(places: Places, tmp_path: Path) -> None:
     run = train_run(places, "refused-missing", train__max_steps=5)
     evaluate(run, "--bootstrap", 0, "--out", tmp_path / "a")
     assert report_of(tmp_path / "a")["notes"] == []
     evaluate(run, "--bootstrap", 0, "--missing-curve", "--out", tmp_path / "b")
-    assert "trained with data.missing=error" in report_of(tmp_path / "b")["notes"][0]
+    assert "its model has never met an image without a feature" in report_of(tmp_path / "b")["notes"][0]
 
 
 class TestOtherPlaces:

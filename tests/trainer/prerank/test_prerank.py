@@ -221,7 +221,7 @@ class TestDays:
         assert figures["metrics"]["impressions"] == len(shown)
         assert figures["metrics"]["new_ad_impressions"] == (~np.isin(shown, known)).sum() > 0
         assert len(figures["notes"]) == 1  # items 50 to 59 have no feature
-        assert "trained with data.missing=error" in figures["notes"][0]
+        assert "its model has never met an image without a feature" in figures["notes"][0]
 
     def test_samples_that_are_no_longer_those_of_training_are_told(self, days: Places) -> None:
         run, index = self.trained_on(days, "2026-01-02", "[2026-01-03]")

@@ -57,11 +57,14 @@ def test_mistakes(run: Path, copy: Path) -> None:
 )
 def test_images_without_a_feature_stop_nothing(copy: Path, trained_with: str, opened_with: str) -> None:
     text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(text.replace("missing: error", f"missing: {trained_with}"))
+    (copy / "config.yaml").write_text(text.replace("missing: learned", f"missing: {trained_with}"))
     saved = read_run(copy)
     assert (saved.missing_in_training, saved.config.data.missing) == (trained_with, opened_with)
     assert saved.config.exchange.reuse_steps == 0
-    assert [bool(saved.notes_on_missing(count)) for count in (0, 3)] == [False, trained_with == "error"]
+    assert [bool(saved.notes_on_missing(count)) for count in (0, 3)] == [False, True]  # it met none
+    report = (copy / "report.json").read_text()
+    (copy / "report.json").write_text(report.replace('"missing_lookups": 0', '"missing_lookups": 4'))
+    assert bool(read_run(copy).notes_on_missing(3)) == (trained_with == "error")
 
 
 def test_a_setting_that_an_older_checkpoint_does_not_know_was_at_its_default(copy: Path) -> None:

@@ -106,7 +106,7 @@ def test_check_says_what_does_not_fit(places, tmp_path):
 
 def test_mistakes_are_one_message(places, tmp_path):
     samples = places.folder / "samples"
-    assert "no .parquet, .csv or .tsv files" in run("inspect", tmp_path / "no", code=2)
+    assert "no is not there" in run("inspect", tmp_path / "no", code=2)
     assert "column click is not among user, session" in run("inspect", samples, "--label", "click", code=2)
     (tmp_path / "mine.yaml").touch()
     assert "mine.yaml is there already" in run("inspect", samples, "--out", tmp_path / "mine.yaml", code=2)

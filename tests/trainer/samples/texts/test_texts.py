@@ -223,4 +223,5 @@ def test_images_by_their_uris(make_places: Callable[[Path], Any], tmp_path: Path
     )
     train(load_config(settings=places.settings(run__name="run", data__store=store.url, train__max_steps=2)), SoloComm())
     with pytest.raises(MissingKeysError):
-        train(load_config(settings=places.settings(run__name="none", train__max_steps=2)), SoloComm())
+        without = places.settings(run__name="none", train__max_steps=2, data__missing="error")
+        train(load_config(settings=without), SoloComm())
