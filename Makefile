@@ -14,8 +14,11 @@ GPU_DEVICE ?= cuda
 CLUSTER_DIR ?= data/cluster
 DOCS_DIR ?= data/docs-site
 BROWSER_DIR ?= data/browser
+VERSIONS_DIR ?= data/versions
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
+OLDEST_PYTHON := 3.11
+OLDEST_TORCH := torch==2.13.0 torchvision==0.28.0
 PACKAGES := featurestore pipeline trainer serving explorer jobs benchmarks
 # horovodrun and dask-submit are looked for on the path.
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
@@ -24,7 +27,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-browser screenshots lint format docs tree bench gpu-check clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint format docs tree bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +58,11 @@ test: $(INSTALLED) ## Run all that guards a promise, also under horovodrun; TEST
 
 test-slow: $(INSTALLED) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
 	$(ON_PATH) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+test-versions: ## Run `make test` on the newest Python and torch, then on the oldest, each in a new environment: weekly
+	rm -rf $(VERSIONS_DIR)
+	$(MAKE) test VENV=$(VERSIONS_DIR)/newest PYTHON=python$(NEWEST_PYTHON)
+	$(MAKE) test VENV=$(VERSIONS_DIR)/oldest PYTHON=python$(OLDEST_PYTHON) TORCH="$(OLDEST_TORCH)"
 
 # Debian's sshd and Slurm are unpacked below data/cluster; the machine itself stays as it is.
 test-cluster: $(INSTALLED) ## Run what needs root, network namespaces, sshd or Slurm; it says what it could not run, and why
@@ -117,5 +125,5 @@ gpu-check: $(INSTALLED) ## Compare training on a GPU with the CPU, and measure i
 	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
-	rm -rf $(VENV) $(DEMO_DIR) $(DOCS_DIR) $(BENCH_DIR) $(CLUSTER_DIR) $(BROWSER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VERSIONS_DIR) $(DEMO_DIR) $(DOCS_DIR) $(BENCH_DIR) $(CLUSTER_DIR) $(BROWSER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@
 #   tools/install.sh VENV
 #
 # PYTHON names the Python to make it with, by default the first one found of 3.11 to 3.13; an environment of another
-# Python than PYTHON is made anew. HOROVOD_GPU_OPERATIONS: see build_horovod.sh. HOROVOD=no leaves Horovod out, and needs
+# Python than PYTHON is made anew. TORCH names releases in place of the newest. HOROVOD_GPU_OPERATIONS: see build_horovod.sh. HOROVOD=no leaves Horovod out, and needs
 # no compiler; an environment without it stays so until HOROVOD=yes.
 set -euo pipefail
 
@@ -65,7 +65,8 @@ if ! is_supported "$present" || [ "${asked:-$present}" != "$present" ]; then
 fi
 rm -f "$venv/.installed"
 pip=(-m pip install --quiet --disable-pip-version-check)
-"$venv/bin/python" "${pip[@]}" -e ".[dev,bench,explorer]"
+# shellcheck disable=SC2086 # TORCH is words, e.g. "torch==2.13.0 torchvision==0.28.0"
+"$venv/bin/python" "${pip[@]}" -e ".[dev,bench,explorer]" ${TORCH:-}
 "$venv/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-s3-server.txt
 "$venv/bin/python" "${pip[@]}" --require-hashes --no-deps -r tools/requirements-deploy.txt
 if [ ! -x "$venv/moto/bin/python" ]; then

@@ -137,12 +137,19 @@ def test_without_test_samples_the_error_is_that_of_drawn_ids(places: Places, tmp
     assert 0 < error["mean"] <= error["worst"] < 1e-2
 
 
-@pytest.mark.slow
-def test_compiled_code_of_this_machine_is_taken(places: Places, model: str, tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    text = done(export_model.app, "--run", places.folder / "runs" / "both", "--out", out, "--compile")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("base", ["lr", pytest.param("mlp", marks=pytest.mark.slow)])
+def test_compiled_code_of_this_machine_is_taken(places: Places, base: str, tmp_path: Path) -> None:
+    """Both with images. `lr` is quick to compile."""
+    run, out = places.folder / "runs" / "both", tmp_path / "model"
+    if base == "lr":
+        run = train_run(places, base, model__base="lr", model__pooling="sum", model__compute_dtype="float32")
+    text = done(export_model.app, "--run", run, "--out", out, "--compile")
     assert f"compiled     {compiled_name()}" in text
-    compiled, portable = (Bundle.open(str(url), cache_dir=tmp_path) for url in (out, model))
+    compiled = Bundle.open(str(out), cache_dir=tmp_path)
+    done(export_model.app, "--run", run, "--out", tmp_path / "portable")
+    portable = Bundle.open(str(tmp_path / "portable"), cache_dir=tmp_path)
+    assert compiled.manifest.vectors and compiled.network.note is None
     assert (compiled.network.form, portable.network.form) == ("compiled", "portable")
     sample = pq.read_table(portable.files.path(SAMPLE))
     found = [np.concatenate([each.logits_C for each in Scorer(b).score_table(sample)]) for b in (compiled, portable)]

@@ -1,6 +1,7 @@
 """The installation's scripts, with Pythons that only write down what they were asked to do; and the Makefile."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -25,6 +26,7 @@ case "$*" in
   *purelib*) echo "$home" ;;
   *find_spec*) echo "$home/horovod" ;;
   "-m pip install "*fuxictr*) [ -z "${{NO_FUXICTR:-}}" ] || {{ echo "no wheel for this Python"; exit 1; }} ;;
+  "-m pip install "*dev,bench*) echo "$*" >>"$home/installs" ;;
   "-m pip download "*) for n in {{1..5000}}; do echo "error: $n"; done; exit 1 ;;
   "-m pip list "*) cat "$home/packages" 2>/dev/null || true ;;
   "-m pip uninstall "*) rm -f "$home/packages" ;;
@@ -284,6 +286,23 @@ class TestMakefile:
         for command, environment in ((by_environment, clean | asked), (by_argument, clean)):
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
             assert ("tools/install.sh" in done.stdout) is runs, done.stdout
+
+
+def test_the_newest_and_the_oldest_versions_have_environments_of_their_own(tmp_path: Path) -> None:
+    command = ["make", "-n", "test-versions", f"VERSIONS_DIR={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in ("newest", "oldest"):
+        assert f"tools/install.sh {tmp_path / name}\n" in done.stdout
+        assert f" {tmp_path / name}/bin/python -m pytest " in done.stdout
+    bounds = dict(re.findall(r"^    (torch\w*)>=(.*),", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
+    oldest = " ".join(f"{package}=={version}.0" for package, version in bounds.items())
+    assert f'PYTHON=python3.11 TORCH="{oldest}"' in done.stdout
+
+
+def test_named_releases_of_torch_are_installed(place: Place) -> None:
+    place.python("python3", "3.11")
+    assert place.install(TORCH="torch==2.13.0 torchvision==0.28.0").returncode == 0
+    assert "-e .[dev,bench,explorer] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
 
 
 def test_the_range_of_pythons_is_the_same_everywhere() -> None:

@@ -165,10 +165,14 @@ def test_a_block_stands_for_the_last_operation_in_it():
         network_of("vgg16:classifier.1x", "random:0")
 
 
-@pytest.mark.slow
+SMALL_ONES = ["mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1"]
+REST = sorted({*models.list_models(module=models)} - {*SMALL_ONES})
+
+
 @pytest.mark.timeout(900)
-def test_every_model_of_torchvision_can_be_cut():
-    for model in models.list_models(module=models):
+@pytest.mark.parametrize("some", [SMALL_ONES, pytest.param(REST, marks=pytest.mark.slow)], ids=["small ones", "rest"])
+def test_every_model_of_torchvision_can_be_cut(some):
+    for model in some:
         with pytest.raises(BackboneError) as caught:
             network_of(model, "imagenet")
         layer = str(caught.value).split("come from: ")[1].split(" (")[0]

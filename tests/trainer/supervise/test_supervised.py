@@ -52,8 +52,7 @@ def test_ranks_a_host_and_the_supervisor_are_lost(settings_of: Settings, tmp_pat
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("by", ["horovod", "torch"])
+@pytest.mark.parametrize("by", ["horovod", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_rank_that_is_stopped_before_they_meet_is_named_and_replaced(
     settings_of: Settings, tmp_path: Path, by: str
 ) -> None:
