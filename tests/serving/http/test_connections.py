@@ -1,15 +1,21 @@
 """Clients that are slow, never read, send too much, or are a thousand: a real server process with a fake model."""
 
+import asyncio
 import json
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
+from serving.http.limits import protocol_with
+from tests.explorer.serving import in_thread
 from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import ServerProcess, fake_server, post_head
 
@@ -206,6 +212,27 @@ def test_what_is_refused_behind_requests_waits_for_their_answers(
         assert len(codes) < 20
 
 
+def test_a_refused_connection_is_read_no_more() -> None:
+    may_answer = threading.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.to_thread(may_answer.wait, 30)
+        await PlainTextResponse("late")(scope, receive, send)
+
+    sent = 0
+    with ExitStack() as stack:
+        url = stack.enter_context(in_thread(slow, http=protocol_with(30.0), lifespan="off"))
+        address = "127.0.0.1", int(url.rpartition(":")[2])
+        connection = stack.enter_context(socket.create_connection(address, timeout=1))
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"\0" * 100)
+        with pytest.raises(TimeoutError):
+            while sent < 50e6:
+                sent += connection.send(b"a" * 100_000)
+        may_answer.set()
+        codes = [part[:3] for part in read_all(connection).split(b"HTTP/1.1 ")[1:]]
+    assert codes == [b"200", b"400"]
+
+
 @pytest.mark.parametrize(("size", "count", "code"), [(1, 2_000, 400), (1, 900, 200), (300, 2_500, 200)])
 def test_a_body_of_many_tiny_chunks_is_refused(server: ServerProcess, size: int, count: int, code: int) -> None:
     with server.connect() as connection:
@@ -215,8 +242,10 @@ def test_a_body_of_many_tiny_chunks_is_refused(server: ServerProcess, size: int,
 
 
 def test_small_bodies_pass_and_the_slowest_large_one_is_refused(tmp_path: Path) -> None:
-    """Sixteen clients send a body less two bytes each: all that may be in memory."""
+    """Sixteen clients send a body less two bytes each: all that may be in memory. A small one has waited longer."""
     with fake_server(write_state(tmp_path, version=3), tmp_path, max_body_mb=1.0) as server, ExitStack() as stack:
+        small = stack.enter_context(server.connect())
+        small.sendall(post_head(len(ONE)) + ONE[:-1])
         slow = [stack.enter_context(server.connect()) for _ in range(16)]
         for connection in slow:
             connection.sendall(post_head(1_000_000) + b" " * 999_998)
@@ -227,6 +256,8 @@ def test_small_bodies_pass_and_the_slowest_large_one_is_refused(tmp_path: Path) 
         assert [read_all(connection)[:12] for connection in refused] == [b"HTTP/1.1 503"]
         for connection in set(slow) - set(refused):  # by far sooner than the time for a body
             assert b"has to bring" in read_all(connection)
+        small.sendall(ONE[-1:])
+        assert read_answer(small).startswith(b"HTTP/1.1 200")
 
 
 def test_of_too_many_small_bodies_the_slowest_is_refused(tmp_path: Path) -> None:
