@@ -20,6 +20,7 @@ from trainer.config.config import load_config
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+TRANSLATED = {"ValueError", "CsvTextError"}  # which become others before a user meets them
 LETTERS = {"keys_U", "feature_QD"}  # examples of names of arrays
 FOLDERS = "|".join(
     (
@@ -89,7 +90,7 @@ def test_links_lead_to_a_page_and_a_section(name: str) -> None:
             assert not section or section in anchors(other), target
 
 
-@pytest.mark.parametrize(("name", "most_lines"), [("README.md", 200), ("docs/CODE.md", 150)])
+@pytest.mark.parametrize(("name", "most_lines"), [("README.md", 200), ("docs/CODE.md", 160)])
 def test_pages_stay_short(name: str, most_lines: int) -> None:
     assert len((ROOT / name).read_text().splitlines()) <= most_lines
 
@@ -157,9 +158,9 @@ def test_every_job_and_command_is_on_the_page_of_commands() -> None:
     assert {path.name for path in (ROOT / "jobs").glob("[a-z]*.py")} <= {Path(name).name for name in commands()}
 
 
-def texts_of(path: Path) -> Iterator[str]:
-    """The texts in a file of code, with an ellipsis for each value that is put in."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def texts_of(source: Path | ast.AST) -> Iterator[str]:
+    """The texts in a file of code, or a part of it, with an ellipsis for each value that is put in."""
+    for node in ast.walk(ast.parse(source.read_text()) if isinstance(source, Path) else source):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -178,8 +179,16 @@ def test_messages_that_operations_explains_are_those_of_the_code() -> None:
     assert not [part for part in parts if part not in texts]
 
 
+def errors_with_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """The errors that a file of code makes: their classes, and their texts as `texts_of` has them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).endswith("Error"):
+            for argument in node.args:
+                yield from ((name, text) for text in texts_of(argument))
+
+
 def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
-    """Each is found in one text of the sources, its parts in their order; and each class is there."""
+    """Each is found in one text of the sources, its parts in their order; and its class is that of an error with it."""
     rows = re.findall(r"^\| (\".*?) \| (.*?) \| .+ \|$", (ROOT / "docs" / "ERRORS.md").read_text(), re.MULTILINE)
     quoted = [each for row, _ in rows for each in re.findall('"([^"]+)"', row)]
     files = [
@@ -188,13 +197,17 @@ def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
         for path in (ROOT / part).rglob("*.py")
     ]
     texts = [text for path in files for text in texts_of(path)]
-    patterns = {each: ".*".join(re.escape(part.strip()) for part in each.split("…")) for each in quoted}
-    assert len(quoted) > 60
-    assert not [each for each, pattern in patterns.items() if not any(re.search(pattern, text) for text in texts)]
+    raised = [each for path in files for each in errors_with_texts(path)]
     code = "\n".join(path.read_text() for path in files)
-    classes = {name for _, column in rows for name in re.findall(r"`(\w+Error)`", column)}
-    assert len(classes) > 20
-    assert not [name for name in classes if f"class {name}(" not in code]
+    assert len(quoted) > 60
+    for row, column in rows:
+        classes = set(re.findall(r"`(\w+Error)`", column))
+        assert not [name for name in classes if f"class {name}(" not in code]
+        for each in re.findall('"([^"]+)"', row):
+            pattern = re.compile(".*".join(re.escape(part.strip()) for part in each.split("…")), re.DOTALL)
+            assert any(pattern.search(text) for text in texts), each
+            found = {name for name, text in raised if pattern.search(text)} - TRANSLATED
+            assert not (classes and found) or classes & found, f"{each}: {column}, in the code {found}"
 
 
 def test_tests_that_the_page_of_exactness_names_are_there() -> None:
