@@ -8,7 +8,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
-from pipeline.options import XDL_DIM, ImportOptions, XdlOptions, takes
+from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, takes
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from trainer.schema.text import SETTINGS_FILE
 
@@ -57,7 +57,9 @@ def samples(options: XdlOptions) -> None:
 def images(
     address: Annotated[str, typer.Option("--from", help="Folder of data.0 to data.1023.")],
     store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")],
-    dim: Annotated[int | None, typer.Option(min=1, help="Numbers of an image.", show_default=f"{XDL_DIM}")] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.", show_default=f"{XDL_DIM}")
+    ] = None,
     origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
 ) -> None:
     """Import binary images into a feature store; jobs/import_features.py does the same with more options."""
@@ -113,7 +115,7 @@ def random(
     out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.")],
     lines: Annotated[int, typer.Option(min=1, help="Text samples.")] = DrawOptions.num_lines,
     image_count: Annotated[int, typer.Option("--images", min=1, help="Images.")] = DrawOptions.num_images,
-    dim: Annotated[int, typer.Option(min=1, help="Numbers of an image.")] = DrawOptions.dim,
+    dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = DrawOptions.dim,
     ids: Annotated[int, typer.Option(min=1, help="Ids are 1 to this, those of images too.")] = DrawOptions.num_ids,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
 ) -> None:

@@ -22,6 +22,8 @@ LONGEST_DAYS = 36_500
 MOST_BEHAVIORS = 1_000_000
 XDL_DIM = 4096
 """Numbers of an image in the files of XDL's example."""
+MAX_DIM = 1 << 20
+"""Most numbers of a vector that an option may name."""
 
 XdlWeights = Literal["refuse", "drop", "keep"]
 """What becomes of weights of sparse ids, other than 1."""
@@ -190,7 +192,9 @@ class ImportOptions:
     keys: Annotated[str | None, typer.Option(help="Of a .npy matrix: .npy of int64, or a text file of ids.")] = None
     dim: Annotated[
         int | None,
-        typer.Option(min=1, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"),
+        typer.Option(
+            min=1, max=MAX_DIM, help="Numbers per vector, for XDL and for lists.", show_default=f"{XDL_DIM} for XDL"
+        ),
     ] = None
     feature_column: Annotated[str | None, typer.Option(help="Of Parquet.", show_default="the only one")] = None
     binary_dtype: Annotated[

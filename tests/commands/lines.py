@@ -123,6 +123,7 @@ JOBS = [
     ("jobs/import_xdl images --from {missing} --store {new}", 2, "{missing}"),
     ("jobs/import_xdl images --from {emptydir} --store {new}", 2, ""),
     ("jobs/import_xdl images --from {emptydir} --store {new} --dim 0", 2, "--dim"),
+    ("jobs/import_xdl images --from {emptydir} --store {new} --dim 9223372036854775807", 2, "--dim"),
     ("jobs/import_xdl images --from {emptydir} --store ''", 2, "--store"),
     ("jobs/import_xdl export-samples --samples {missing} --to {new}", 2, ""),
     ("jobs/import_xdl export-samples --samples {samples} --to {emptydir}", 1, "{emptydir}"),
