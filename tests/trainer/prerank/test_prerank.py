@@ -96,7 +96,7 @@ def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: 
         exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
         product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
         logit = plain.engine.predict(plain.engine.prepare(batch))
-        np.testing.assert_allclose(product + ads.state.origin.bias, logit, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(product + ads.state.origin.bias, logit, rtol=0, atol=1e-5)
     plain.close()
 
 
