@@ -10,6 +10,7 @@ Exit codes:
 130  stopped by Ctrl-C or another signal
 """
 
+import errno
 import functools
 import gc
 import io
@@ -25,7 +26,7 @@ from typer.main import get_command
 
 from featurestore.console.page.option import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
-from featurestore.text.plain import one_line, printable
+from featurestore.text.plain import one_line, printable, refusal
 
 OK, STOPPED = 0, 130
 STOPPED_BY_PERSON = "stopped by Ctrl-C"
@@ -86,7 +87,10 @@ class CommandApp(typer.Typer):
 
 @contextmanager
 def command_end(stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn an error of ours, one of `failures`, a lack of memory or Ctrl-C into one line on stderr and typer.Exit."""
+    """Turn an error of ours, one of `failures`, a lack of memory or Ctrl-C into one line on stderr and typer.Exit.
+
+    So is a file that the system refuses, e.g. as its name is too long; one that is not there is not expected here.
+    """
     ours: tuple[type[Exception], ...] = (UserError, *failures)
     try:
         yield
@@ -95,6 +99,11 @@ def command_end(stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception
         raise typer.Exit(getattr(error, "exit_code", FAILED)) from error
     except MemoryError as error:
         say_error("out of memory: this machine has too little for this command, or other programs take it")
+        raise typer.Exit(FAILED) from error
+    except OSError as error:
+        if not isinstance(error.filename, str) or error.errno == errno.ENOENT:
+            raise
+        say_error(f"{error.filename}: {refusal(error)}")
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt:
         typer.echo(stopped, err=True)

@@ -147,6 +147,7 @@ JOBS = [
     ),
     (f"jobs/import_xdl random --out {{new}} --seed {HUGE}", 2, HUGE),
     ("jobs/build_ad_index --run {missing}", 2, "{missing}"),
+    (f"jobs/build_ad_index --run {'x' * 300}", 1, "File name too long"),
     ("jobs/build_ad_index --run {brackets}", 2, "[/x]"),
     ("jobs/build_ad_index --run {run} --out {new}", 2, "two_tower"),
     ("jobs/build_ad_index --run {deeprun} --out {new}", 1, "too deep"),

@@ -171,6 +171,7 @@ TRAINER = [
     ("trainer.compat {run} {store} extra", 2, "extra"),
     ("trainer.evaluate", 2, "Missing argument"),
     ("trainer.evaluate {missing}", 2, "{missing}"),
+    (f"trainer.evaluate {'x' * 300}", 1, "File name too long"),
     ("trainer.evaluate {brackets}", 2, "[/x]"),
     ("trainer.evaluate {empty}", 2, ""),
     ("trainer.evaluate {emptydir}", 2, ""),

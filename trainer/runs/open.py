@@ -319,7 +319,7 @@ def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
         )
     if problems:
         if without_store and empty:
-            problems.append("without images and logs of your own, draw some first with: python jobs/make_demo_data.py")
+            problems[-1] += "; without images and logs of your own, draw some first: python jobs/make_demo_data.py"
         raise DataNotFoundError("\n".join(problems))
     return samples
 
