@@ -105,7 +105,7 @@ class TestCommandLine:
         assert result.exit_code == 2
         assert "python jobs/extract_features.py --store data/features" in result.stderr
         assert "python jobs/build_samples.py --samples data/samples" in result.stderr
-        assert "python jobs/make_demo_data.py" in result.stderr
+        assert "python jobs/make_demo_data.py" in result.stderr and result.stderr.count("\n") == 2  # a line for each
         assert list(tmp_path.iterdir()) == []
 
     def test_mistakes_are_usage_errors(self) -> None:
