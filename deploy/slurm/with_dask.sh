@@ -32,7 +32,12 @@ trap 'exit 143' TERM
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 90 -subj "/CN=job-$SLURM_JOB_ID" \
   -keyout "$tls/key.pem" -out "$tls/cert.pem" 2>"$tls/openssl.txt" || { cat "$tls/openssl.txt" >&2; exit 1; }
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-  srun "${on_every_node[@]}" mkdir -p -m 700 "$tls"
+  # Here it is there, and on the others where they share the disk. One of another user, or open to others, ends the job.
+  # shellcheck disable=SC2016
+  srun "${on_every_node[@]}" bash -c '
+    mkdir -m 700 "$0" 2>/dev/null || { [ ! -L "$0" ] && [ -O "$0" ] && [ "$(stat -c %a "$0")" = 700 ]; } ||
+      { echo "error: $0 on $SLURMD_NODENAME is not a folder of this job alone: somebody else made it" >&2; exit 1; }
+  ' "$tls"
   for file in key.pem cert.pem; do
     sbcast --force --preserve "$tls/$file" "$tls/$file"
   done

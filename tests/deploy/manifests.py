@@ -12,10 +12,12 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from tests.deploy.schemas import validators
+from tests.deploy.schemas import fields_of, validators
 
 KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
+ALONE = sorted(path.stem for path in KUBERNETES.glob("*.yaml"))
+"""Manifests of one file, which are applied after the base."""
 VERSION = "1.33"
 Manifest = dict[str, Any]
 ROLES = {"required": ["Launcher", "Worker"], "propertyNames": {"enum": ["Launcher", "Worker"]}}
@@ -31,12 +33,15 @@ def build(folder: Path) -> list[Manifest]:
 
 
 @functools.cache
-def _built(overlay: str) -> str:
-    return json.dumps(build(KUBERNETES / "overlays" / overlay))
+def _built(name: str) -> str:
+    if name in OVERLAYS:
+        return json.dumps(build(KUBERNETES / "overlays" / name))
+    file = KUBERNETES / f"{name}.yaml"
+    return json.dumps([*build(KUBERNETES / "base"), *yaml.load_all(file.read_text(), yaml.CSafeLoader)])
 
 
 def overlay(name: str) -> list[Manifest]:
-    """The objects of one of our overlays, fresh copies."""
+    """The objects of one of our overlays, or of a file with those of the base, fresh copies."""
     return json.loads(_built(name))
 
 
@@ -56,6 +61,12 @@ def check(manifest: Manifest) -> None:
 def pods(manifest: Manifest) -> Iterator[Manifest]:
     """Every pod template of an object, wherever it is in it."""
 
+    if manifest["kind"] == "InferenceService":
+        of_kserve, predictor = fields_of("V1beta1ComponentExtensionSpec"), manifest["spec"]["predictor"]
+        spec = {name: value for name, value in predictor.items() if name not in of_kserve}
+        yield {"metadata": {"labels": predictor["labels"]}, "spec": spec}
+        return
+
     def found(value: Any) -> Iterator[Manifest]:
         if isinstance(value, dict):
             if isinstance(value.get("spec"), dict) and "containers" in value["spec"]:
@@ -66,4 +77,4 @@ def pods(manifest: Manifest) -> Iterator[Manifest]:
             for each in value:
                 yield from found(each)
 
-    return found(manifest)
+    yield from found(manifest)

@@ -13,8 +13,9 @@ import kubernetes_validate
 import pytest
 
 from tests.deploy.commandlines import expanded, horovodrun, parse, torchrun
-from tests.deploy.manifests import KUBERNETES, OVERLAYS, Manifest, build, check, overlay, pods
+from tests.deploy.manifests import ALONE, KUBERNETES, OVERLAYS, Manifest, build, check, overlay, pods
 
+EVERY = [*OVERLAYS, *ALONE]
 INJECTED = {"JOB_COMPLETION_INDEX": "1", "DASK_WORKER_NAME": "worker-1"}
 """Variables that a Job and Dask's operator set."""
 FROM_OUTSIDE = ("/etc/mpi/", "/usr/sbin/", "/dev/null", "/secrets/ssh/", "/v2/")
@@ -49,7 +50,7 @@ def words_in(manifests: list[Manifest], container: Manifest) -> list[str]:
 
 
 def test_there_is_one_for_each_way() -> None:
-    assert OVERLAYS == ["extract", "operations", "serving", "train-mpi", "train-torchrun"]
+    assert OVERLAYS == ["extract", "operations", "serving", "train-mpi", "train-torchrun"] and ALONE == ["kserve"]
     kinds = {manifest["kind"] for name in OVERLAYS for manifest in overlay(name)}
     assert kinds == {
         "ConfigMap", "CronJob", "DaskJob", "Deployment", "HorizontalPodAutoscaler", "Job", "MPIJob", "NetworkPolicy",
@@ -59,7 +60,7 @@ def test_there_is_one_for_each_way() -> None:
     assert names == {"refresh", "build-day", "daily", "compact", "expire", "verify"}
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", EVERY)
 def test_kubernetes_and_the_operators_take_all(name: str) -> None:
     for manifest in overlay(name):
         check(manifest)
@@ -108,7 +109,7 @@ def test_fields_that_we_do_not_use_are_known() -> None:
             check(manifest)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", EVERY)
 def test_pods_have_no_rights_and_a_read_only_root(name: str) -> None:
     found = list(containers(name))
     assert found
@@ -132,7 +133,7 @@ def test_pods_have_no_rights_and_a_read_only_root(name: str) -> None:
         assert all("secret" in volume for path, volume in mounts.items() if path.startswith("/secrets/")), who
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", EVERY)
 def test_secrets_are_names(name: str) -> None:
     """No object is a secret, and no variable is one or is made of one: horovodrun puts variables into command lines."""
     for manifest in overlay(name):
@@ -144,7 +145,7 @@ def test_secrets_are_names(name: str) -> None:
     assert not [key for key in settings if re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY", key)]
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_programs_take_the_command_lines(name: str) -> None:
     for who, _, container in containers(name):
         words = words_of(name, container)
@@ -169,7 +170,7 @@ def test_a_misspelt_option_is_found() -> None:
             parse(words)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_pod_is_closed_in(name: str) -> None:
     """Its labels are those of the policy that lets nobody in, and of the one that opens what its component needs."""
     policies = {each["metadata"]["name"]: each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"}
@@ -181,7 +182,43 @@ def test_every_pod_is_closed_in(name: str) -> None:
             assert closed["podSelector"]["matchLabels"].items() <= labels, manifest["metadata"]["name"]
             component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
             opened = [p for p in policies.values() if p["podSelector"]["matchLabels"].items() <= labels]
-            assert len(opened) == (1 if component == "operations" else 2), component
+            assert len(opened) == (2 if component == "operations" else 3), component
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_goes_out_but_to_what_is_named(name: str) -> None:
+    """Every rule names whom it lets out to; beyond the cluster that is a range of nobody until it is filled in."""
+    policies = [each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"]
+    rules = [rule for policy in policies for rule in policy.get("egress", [])]
+    assert rules and all(rule.get("to") for rule in rules)
+    blocks = [(to["ipBlock"], rule["ports"]) for rule in rules for to in rule["to"] if "ipBlock" in to]
+    assert blocks == [({"cidr": "192.0.2.0/24"}, [{"protocol": "TCP", "port": 443}])]
+    for rule in rules:
+        for to in rule["to"]:
+            labels = to.get("podSelector", {}).get("matchLabels", {})
+            is_own = labels.get("app.kubernetes.io/part-of") == "crossmedia" and "namespaceSelector" not in to
+            assert is_own or "ipBlock" in to or (labels == {"k8s-app": "kube-dns"} and len(rule["ports"]) == 2)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_pods_fill_no_disk_of_a_node(name: str) -> None:
+    for who, pod, container in containers(name):
+        sizes = [each["emptyDir"]["sizeLimit"] for each in pod["spec"]["volumes"] if "emptyDir" in each]
+        assert all(re.fullmatch(r"\d+Gi", size) for size in sizes), who
+        resources = container["resources"]
+        asked, limit = (int(resources[part]["ephemeral-storage"][:-2]) for part in ("requests", "limits"))
+        assert 0 < asked <= limit and limit > sum(int(size[:-2]) for size in sizes), who
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_listens_for_others_has_tls(name: str) -> None:
+    """Scorers, whose tokens would be in clear, and Dask; trainings have pods of their own alone, by a policy."""
+    for who, _, container in containers(name):
+        words = words_of(name, container)
+        if "serving" in words and "--host=0.0.0.0" in words:
+            values = parse(words)
+            assert values["tls_cert"] and values["tls_key"] and values["token_file"], who
+            assert all(container[probe]["httpGet"]["scheme"] == "HTTPS" for probe in container if "Probe" in probe), who
 
 
 def test_the_ports_of_the_policies_are_those_of_the_programs() -> None:
@@ -270,6 +307,8 @@ def test_the_overlay_of_the_page_is_built(tmp_path: Path) -> None:
     assert settings["STORE"] == "s3://mine/features" and settings["SAMPLES"] == "s3://shop/samples"
     images = {container["image"] for each in manifests for pod in pods(each) for container in pod["spec"]["containers"]}
     assert images == {"registry.example/crossmedia:0.1.0"}
+    store = next(each["spec"] for each in manifests if each["metadata"]["name"] == "crossmedia-object-store")
+    assert store["egress"][0]["to"] == [{"ipBlock": {"cidr": "10.1.0.0/24"}}]
     secrets = set(re.findall(r"create secret generic ([\w-]+)", page))
     named = {
         volume["secret"]["secretName"]

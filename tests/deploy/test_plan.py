@@ -37,7 +37,9 @@ def test_it_changes_what_it_says_and_nothing_else(gpus: int, overlay: str, tmp_p
     (job,) = [each for each in manifests if each["kind"] in ("Job", "MPIJob")]
     *launchers, node = [pod["spec"]["containers"][0] for pod in pods(job)]
     gpu = {"nvidia.com/gpu": "2"} if gpus else {}
-    assert node["resources"] == {"requests": {"cpu": "8", "memory": "18Gi"} | gpu, "limits": {"memory": "18Gi"} | gpu}
+    disk = [{"ephemeral-storage": size} for size in ("20Gi", "112Gi")]
+    requests, limits = {"cpu": "8", "memory": "18Gi"} | gpu | disk[0], {"memory": "18Gi"} | gpu | disk[1]
+    assert node["resources"] == {"requests": requests, "limits": limits}
     if overlay == "train-torchrun":
         options = torchrun(words_in(manifests, node)[1:])
         assert (options.nnodes, options.nproc_per_node) == ("3", "2")

@@ -126,7 +126,11 @@ def kubernetes_component(request: ResourceRequest) -> str:
     mpijob = [  # kustomize merges no lists of kinds that it does not know; `test` refuses another order of variables
         _operation("replace", "/spec/slotsPerWorker", request.ranks_per_node),
         _operation("replace", f"{roles}/Worker/replicas", request.nodes),
-        _operation("replace", f"{roles}/Worker/template/spec/containers/0/resources", resources),
+        *(
+            _operation("add", f"{roles}/Worker/template/spec/containers/0/resources/{part}/{_escaped(name)}", value)
+            for part, values in resources.items()
+            for name, value in values.items()
+        ),
         _operation("test", f"{roles}/Launcher/template/spec/containers/0/env/0/name", "RANKS"),
         _operation("replace", f"{roles}/Launcher/template/spec/containers/0/env/0/value", str(request.ranks)),
     ]
@@ -137,6 +141,11 @@ def kubernetes_component(request: ResourceRequest) -> str:
     component = {"apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component", "patches": patches}
     head = f"# Written by python -m trainer.plan --emit kubernetes.\n# {request.reason}.\n"
     return head + yaml.dump(component, Dumper=_BlockText, sort_keys=False, width=120)
+
+
+def _escaped(name: str) -> str:
+    """Write a name as a part of the path of a JSON patch."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 class _BlockText(yaml.SafeDumper):
