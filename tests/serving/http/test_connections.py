@@ -254,6 +254,13 @@ def test_small_bodies_pass_and_the_slowest_large_one_is_refused(tmp_path: Path) 
         assert server.client.post("/v1/score", content=large).status_code == 200
         refused, _, _ = select.select(slow, [], [], 1)
         assert [read_all(connection)[:12] for connection in refused] == [b"HTTP/1.1 503"]
+        steady = stack.enter_context(server.connect())  # takes longer than what has to bring 64,000 bytes
+        steady.sendall(post_head(700_000 + len(ONE)))
+        for _ in range(7):
+            steady.sendall(b" " * 100_000)
+            time.sleep(0.9)
+        steady.sendall(ONE)
+        assert read_answer(steady).startswith(b"HTTP/1.1 200")
         for connection in set(slow) - set(refused):  # by far sooner than the time for a body
             assert b"has to bring" in read_all(connection)
         small.sendall(ONE[-1:])
