@@ -39,14 +39,34 @@ class Places:
             FeatureStore.open(self.store)
         if self.runs is not None and not run_path(self.runs).is_dir():
             raise ExplorerError(f"--runs {self.runs}: there is no such folder; runs are made by python -m trainer.main")
-        if self.images is not None and "://" not in self.images and not Path(self.images).is_dir():
-            raise ExplorerError(f"--images {self.images}: there is no such folder; name the folder of your images")
+        if self.samples is not None and not run_path(self.samples).is_dir():
+            raise ExplorerError(f"--samples {self.samples}: there is no such folder; name the folder of your samples")
+        if self.images is not None:
+            self._check_images(self.images)
         self._check_scorer()
         if self.model is not None:
             from featurestore.storage.storage import Storage
             from serving.bundle.log import read_version
 
             read_version(Storage(self.model))
+
+    def _check_images(self, images: str) -> None:
+        """Raise ExplorerError, StorageError."""
+        protocol, separator, _ = images.partition("://")
+        if not separator:
+            if not Path(images).is_dir():
+                raise ExplorerError(f"--images {images}: there is no such folder; name the folder of your images")
+            return
+        from featurestore.storage.address import S3_PROTOCOLS
+        from featurestore.storage.storage import Storage
+        from pipeline.images.source import file_system
+
+        if protocol in S3_PROTOCOLS:
+            Storage(images).check_bucket()
+        try:
+            file_system(protocol)
+        except (ValueError, ImportError) as error:
+            raise ExplorerError(f"--images {images}: {protocol}:// cannot be opened: {error}") from error
 
     def _check_scorer(self) -> None:
         """Raise ExplorerError, TokenFileError, ServerSettingsError."""

@@ -17,7 +17,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import run_on_ranks
 from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
-from trainer.errors import RemoteRankError
+from trainer.errors import ConfigError, RemoteRankError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -73,7 +73,14 @@ def main(
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
     warm, traced = warm_settings(warm_start, warm_parts), ["run.profile=true"] if profile else []
     given = [*(settings or []), *(more or []), *warm, *traced]
-    raise typer.Exit(on_ranks(lambda: load_config(file, given), train))
+
+    def load() -> Config:
+        config = load_config(file, given)
+        if warm_parts is not None and config.run.warm_start is None:
+            raise ConfigError(f"--warm-parts {warm_parts} says what is taken of another run: name it by --warm-start")
+        return config
+
+    raise typer.Exit(on_ranks(load, train))
 
 
 def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], None]) -> int:

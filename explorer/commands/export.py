@@ -10,6 +10,7 @@ from explorer.commands.options import Images, Model, Nets, Runs, Samples, Store
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary
 from featurestore.errors import FAILED
+from featurestore.published.paths import run_path
 
 app = CommandApp()
 
@@ -33,6 +34,10 @@ def export(
 ) -> None:
     """Write the same pages into a folder: from the first page along all links. Forms and live parts are left out."""
     check_installed()
+    if not isinstance(run_path(out), Path):
+        raise typer.BadParameter(
+            f"{out} is an address: pages are written into a folder of this machine", param_hint="OUT"
+        )
     from explorer.html.filters import size
     from explorer.places import Places
     from explorer.server.export import export as write

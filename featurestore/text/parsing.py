@@ -21,10 +21,21 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(_TOO_DEEP) from error
 
 
-def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text, of plain types alone. Raises ValueError."""
+class _WithoutAliases(yaml.SafeLoader):
+    """Aliases are refused: a few lines of them stand for more values than a machine can hold."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which no program of this project writes")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, aliases: bool = True) -> Any:
+    """Return the value of a YAML text, of plain types alone. Raises ValueError.
+
+    `aliases`: whether it may have some; not so for a file of somebody else's, as they can stand for endless values."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from error
     except RecursionError as error:

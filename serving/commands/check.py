@@ -56,6 +56,9 @@ def check(
     from serving.scoring.samples import in_process
     from serving.scoring.scorer import Scorer
 
+    if url is None and (token_file or ca):
+        option = "--token-file" if token_file else "--ca"
+        raise typer.BadParameter("it is for a running server: name it by --url", param_hint=option)
     opened = ModelVersion.open(model, version, verify=url is None)
     with contextlib.ExitStack() as stack:
         if url is None:

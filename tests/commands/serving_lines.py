@@ -18,6 +18,8 @@ SERVING = [
     ("serving info {listmodel}", 1, "damaged"),
     ("serving info {nothingmodel}", 1, "damaged"),
     ("serving check {missing}", 2, "no published model"),
+    ("serving check {model} --token-file {garbage}", 2, "name it by --url"),
+    ("serving check {model} --ca {garbage}", 2, "name it by --url"),
     ("serving check {model} --version 9", 2, "has no version 9"),
     ("serving check {model} --run {missing} --url http://127.0.0.1:1", 2, "{missing}"),
     ("serving check {model} --samples {missing} --url http://127.0.0.1:1", 2, "{missing}"),

@@ -25,6 +25,7 @@ from featurestore.errors import StorageError
 from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.spec import MissingPolicy
+from featurestore.text.parsing import parse_yaml
 from featurestore.text.plain import one_line, without_passwords
 from trainer.config import legacy
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig
@@ -262,6 +263,11 @@ def _saved(text: str, file: RunPath, settings: Sequence[str]) -> Config:
     """Parse and check the text of a saved file: some 30 ms."""
     if not text.strip():  # as a file of settings it would be the preset
         raise ConfigError(f"{file} is empty: the settings of a run are missing in it; put it back from a copy")
+    if "*" in text:
+        try:
+            parse_yaml(text, aliases=False)
+        except ValueError as failure:
+            raise _unreadable(file, failure) from failure
     return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_parsed(text, file)))), str(file))], settings)
 
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.partition import FeaturePartition
 from trainer.config.options import ExactTableConfig, ModelConfig, TableConfig
+from trainer.config.validate import near_match
 from trainer.errors import ConfigError
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape
 from trainer.models.fields import width_of
-from trainer.schema import Field
+from trainer.schema import Field, Schema
 
 NO_IMAGES = ".no_image."
 """In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
@@ -37,6 +38,17 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
             )
         shapes[name] = shape_of(name, width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
+
+
+def check_tables(schema: Schema, config: ModelConfig) -> None:
+    """Raise ConfigError for rows of an ID table that no field of the schema has, and that the preset does not name."""
+    of_fields = {field.table_name for field in schema.fields if field.is_id}
+    unknown = config.tables.keys() - of_fields - ModelConfig().tables.keys()
+    if unknown:
+        name = min(unknown)
+        raise ConfigError(
+            f"model.tables.{name} is the table of no field; {near_match(name, sorted(of_fields), 'model.tables.')}"
+        )
 
 
 def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> TableShape:

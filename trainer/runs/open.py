@@ -26,6 +26,7 @@ from trainer.config.options import OptimConfig
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
 from trainer.engine.precision import with_compute_dtype
+from trainer.engine.wiring import check_tables
 from trainer.errors import DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import checkpoint, warmstart
@@ -164,7 +165,7 @@ def _open_run(
         comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None, damaged))
     samples = comm.on_rank_0(lambda: _open_samples(config, places))
     recorded = resumed[1].origin if resumed else None
-    warm = None if resumed else comm.on_all(lambda: _warm_start(config))
+    warm = None if resumed else comm.on_all(lambda: _checked_warm_start(config, schema))
     device = share_machine(config, comm)
     dtype = recorded.model.get("compute_dtype") if recorded else None
     config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})
@@ -324,7 +325,7 @@ def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
     return samples
 
 
-def _warm_start(config: Config) -> WarmStart | None:
+def _checked_warm_start(config: Config, schema: Schema) -> WarmStart | None:
     return warmstart.find(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
 
 
@@ -351,6 +352,7 @@ def _origin(
 def _optim_of(optim: OptimConfig) -> dict[str, Any]:
     """List what must stay the same: Adam moves ID rows by its betas between the steps that touch them, and averages are
     kept or not."""
+    check_tables(schema, config.model)
     betas = {"beta1": optim.beta1, "beta2": optim.beta2, "eps": optim.eps} if optim.ids == "adam" else {}
     averages = {"average_share": optim.average_share} if optim.average_share else {}
     return {"ids": optim.ids, **betas, **averages}

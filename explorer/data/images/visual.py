@@ -100,7 +100,7 @@ def _newest_checkpoint(run: RunPath) -> tuple[str, int] | None:
 def _images_setting(run: RunPath) -> str:
     """Read the one setting that tells: to load the whole configuration would load what trains."""
     try:
-        return str(parse_yaml(read_text(run / "config.yaml"))["model"]["images"])
+        return str(parse_yaml(read_text(run / "config.yaml"), aliases=False)["model"]["images"])
     except (ValueError, KeyError, TypeError):
         return ""
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from explorer.data.kept import Kept
 from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
@@ -26,6 +27,8 @@ TENSORBOARD = "tensorboard"
 _QUIET_S = 600.0
 """A run that has written nothing for so long is not running."""
 _THREADS = 8
+_MOST_CONFIG_BYTES = 256_000  # a run writes some 10,000
+_saved: Kept["_SavedSettings"] = Kept(512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class RunFacts:
     def metrics(self) -> Mapping[str, float | int | None]:
         """The metrics of the last evaluation of training; empty before."""
         found = self.report.get("metrics")
-        return found if isinstance(found, dict) else {}
+        values = found.items() if isinstance(found, dict) else ()
+        return {name: value if isinstance(value, int | float) else None for name, value in values}
 
     @property
     def images(self) -> str:
@@ -191,19 +195,40 @@ def _samples_digest(folder: RunPath, checkpoints: Sequence[str]) -> str:
         return ""
 
 
+class _SavedSettings(NamedTuple):
+    """The settings of a file, or why it has none: what cannot be read is not read at each request either."""
+
+    settings: Mapping[str, Any]
+    problem: str
+
+
 def _settings(file: RunPath) -> Mapping[str, Any]:
-    return _parsed(read_file(file))
+    """Read the settings of a saved configuration, again where the file is another one. Raises ValueError."""
+    if isinstance(file, Path):
+        found = file.stat()
+        name: Hashable = (str(file), found.st_ino, found.st_size, found.st_mtime_ns)
+        saved = _saved.get(name, lambda: _parsed(file, found.st_size))
+    else:
+        content = read_file(file)
+        saved = _saved.get(content, lambda: _parsed(file, len(content)))
+    if saved.problem:
+        raise ValueError(saved.problem)
+    return saved.settings
 
 
-@lru_cache(maxsize=512)
-def _parsed(content: bytes) -> Mapping[str, Any]:
-    """Read the settings of a saved configuration, as the trainer would, but for their check; some 10 ms."""
+def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
+    """Read a saved configuration as the trainer would, but for its check; some 10 ms."""
     from trainer.config.legacy import up_to_date
 
-    loaded = parse_yaml(content.decode())
-    if not isinstance(loaded, dict):
-        raise ValueError("config.yaml is no configuration of a run")
-    return {**_preset(), **flat(up_to_date(loaded))}
+    try:
+        if size_bytes > _MOST_CONFIG_BYTES:
+            raise ValueError(f"config.yaml has {size_bytes:,} bytes; a run writes at most {_MOST_CONFIG_BYTES:,}")
+        loaded = parse_yaml(read_file(file).decode(), aliases=False)
+        if not isinstance(loaded, dict):
+            raise ValueError("config.yaml is no configuration of a run")
+        return _SavedSettings({**_preset(), **flat(up_to_date(loaded))}, "")
+    except (UserError, ValueError) as error:
+        return _SavedSettings({}, one_line(error))
 
 
 @cache

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def pages(world: World) -> Iterator[TestClient]:
 def changing(changing_world: World) -> Iterator[TestClient]:
     with TestClient(application(Site(places_of(changing_world)))) as client:
         yield client
+
+
+BOMB = "\n".join(
+    [
+        "a: &a {x: 1}",
+        *(f"{to}: &{to} {{{', '.join(f'k{i}: *{of}' for i in range(9))}}}" for of, to in pairwise("abcdefghi")),
+    ]
+)
+"""A configuration of 500 bytes with 9^8 settings."""
 
 
 def page(pages: TestClient, address: str, status: int = 200) -> str:
@@ -169,7 +179,9 @@ def test_a_run_that_trains_is_live_until_it_ends(changing: TestClient, changing_
         ("report.json", '{"metrics": {"ga'),
         ("report.json", '{"metrics": {"gauc": null}}'),
         ("report.json", '{"stages": [], "stores": 3, "metrics": 4}'),
+        ("report.json", '{"metrics": {"gauc": "high", "auc": [1], "logloss": true, "new_ad_auc": 1e999}}'),
         ("config.yaml", "model: ["),
+        ("config.yaml", BOMB),
         ("evaluation/report.json", '{"whole": '),
         ("evaluation/report.json", "{}"),
         ("evaluation/report.json", "[]"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from explorer.data.runs import folders
 from explorer.data.runs.folders import RunFacts, list_runs, open_run, read_facts, run_names
 from explorer.errors import NotHereError
 from explorer.places import Places
@@ -66,6 +67,20 @@ def test_settings_that_cannot_be_read_are_a_problem_of_the_run(runs: Path, conte
     assert found.state == "finished"
     assert len(found.problems) == 1
     assert found.images == ""
+
+
+@pytest.mark.parametrize("content", ["a: &a [1]\nb: *a\n", "a: 1\n" + "#" * 300_000, "model: ["])
+def test_settings_that_are_refused_are_read_once(runs: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aliases can stand for endless values, and a large file takes long: neither is parsed."""
+    read: list[Path] = []
+    monkeypatch.setattr(folders, "read_file", lambda file: read.append(file) or file.read_bytes())
+    config = runs / "both" / "config.yaml"
+    config.write_text(content)
+    first, second = read_facts(runs / "both"), read_facts(runs / "both")
+    assert first == second and first.settings == {} and len(first.problems) == 1
+    assert read.count(config) <= 1
+    config.write_text("model: {images: none}")
+    assert read_facts(runs / "both").images == "none"
 
 
 def test_runs_are_listed_by_their_last_change_in_pages(runs: Path) -> None:
