@@ -23,7 +23,11 @@ TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain of the ser
 TlsKey = Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")]
 TokenFile = Annotated[Path | None, typer.Option(help="File with a token a line; requests without one of them get 401.")]
 MaxBodyMb = Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")]
+MaxRequests = Annotated[int, typer.Option(min=1, help="Most requests of a body; above it 413.")]
 MaxCandidates = Annotated[int, typer.Option(min=1, help="Most candidates of all requests of a body; above it 413.")]
+MaxBehaviors = Annotated[int, typer.Option(min=1, help="Most values in one list of a user; above it 413.")]
+MaxPairs = Annotated[int, typer.Option(min=1, help="Most candidates times behaviours of a body; above it 413.")]
+MaxValues = Annotated[int, typer.Option(min=1, help="Most values and names of a body; above it 413.")]
 MaxWaitMs = Annotated[float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")]
 ReadTimeoutS = Annotated[
     float, typer.Option(min=0.1, max=_DAY_S, help="Time for a client to send a request, and to take its answer.")
@@ -57,7 +61,11 @@ def serve(
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
     max_body_mb: MaxBodyMb = ServerSettings.max_body_mb,
+    max_requests: MaxRequests = ServerSettings.max_requests,
     max_candidates: MaxCandidates = ServerSettings.max_candidates,
+    max_behaviors: MaxBehaviors = ServerSettings.max_behaviors,
+    max_pairs: MaxPairs = ServerSettings.max_pairs,
+    max_values: MaxValues = ServerSettings.max_values,
     max_wait_ms: MaxWaitMs = ServerSettings.max_wait_ms,
     read_timeout_s: ReadTimeoutS = ServerSettings.read_timeout_s,
     drain_s: DrainS = ServerSettings.drain_s,
@@ -90,7 +98,11 @@ def serve(
         tls_key=tls_key,
         token_file=token_file,
         max_body_mb=max_body_mb,
+        max_requests=max_requests,
         max_candidates=max_candidates,
+        max_behaviors=max_behaviors,
+        max_pairs=max_pairs,
+        max_values=max_values,
         max_wait_ms=max_wait_ms,
         read_timeout_s=read_timeout_s,
         drain_s=drain_s,

@@ -60,7 +60,7 @@ class Scoring:
         settings = self.settings
         self.recorder = Recorder(settings.record, settings.record_file)
         self.live = LiveModel(self.source, self.recorder, self.metrics, settings.poll_s)
-        self.queue = ScoringQueue(self.live, settings.max_candidates, settings.max_wait_ms / 1000)
+        self.queue = ScoringQueue(self.live, settings.budget, settings.max_body_bytes, settings.max_wait_ms / 1000)
         self.stopping = False
 
     def app(self) -> ASGIApp:
@@ -170,7 +170,9 @@ class Scoring:
         start_s = time.perf_counter()
         answer = body.answer(scores)
         scores.stages["read"] = request.state.read_s
-        scores.stages["encode"] = time.perf_counter() - start_s
+        scores.stages["encode"] = encode_s = time.perf_counter() - start_s
+        self.queue.pace.worked(encode_s)
+        await self.queue.pace.pause()
         self.metrics.record_scored(scores)
         if isinstance(scores.decoded, list):
             self.recorder.add(scores.decoded, len(content))

@@ -15,7 +15,9 @@ import pyarrow as pa
 
 from serving.errors import RequestError
 from serving.http.live.model import Decoded, Identity, Model, Scores
-from serving.scoring.request import Request, Scored
+from serving.network.steps import Steps
+from serving.scoring.budget import Budget
+from serving.scoring.request import Request, Scored, check_table
 from serving.scoring.values import shown
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
@@ -24,6 +26,10 @@ _EXAMPLE = '{"user": {...}, "context": {...}, "candidates": {...}}'
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 _NO_COMPRESSION = "write the stream without compression"
 _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader in Arrow's Message.fbs
+_NO_MARKS = bytes(set(range(256)) - set(b'[]{},:"'))
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_OBJECT = 3
+"""Values that an object costs beside its own, by the time and the memory that parsing takes."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class WrittenAnswer:
 class Body(Protocol):
     """A body that came, in one of the forms: `decode` is called first, and `answer` with its scores."""
 
-    def decode(self, model: Model) -> Decoded:
-        """Decode it to requests or a table. Raises RequestError."""
+    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
+        """Decode it to requests or a table, in pieces. Raises RequestError; RequestTooLargeError over the budget."""
         ...
 
     def answer(self, scores: Scores) -> WrittenAnswer:
@@ -55,9 +61,9 @@ class JsonBody:
     logits: bool = False
     _alone: bool = True
 
-    def decode(self, model: Model) -> Decoded:
+    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
         """Parse it, see `requests_of`."""
-        requests, self._alone = requests_of(parse_json(self.body))
+        requests, self._alone = requests_of((yield from parse_json(self.body, budget)), budget)
         return requests
 
     def answer(self, scores: Scores) -> WrittenAnswer:
@@ -74,27 +80,52 @@ class ArrowBody:
 
     body: bytes
 
-    def decode(self, model: Model) -> Decoded:
+    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
         """Read the table, see `arrow_table`."""
-        return arrow_table(self.body)
+        table = yield from arrow_table(self.body, budget)
+        return table
 
     def answer(self, scores: Scores) -> WrittenAnswer:
         """Write a row for each request, version and snapshots in the schema's metadata."""
         return WrittenAnswer(arrow_answer(scores.identity, scores.scored), ARROW)
 
 
-def parse_json(body: bytes) -> Any:
-    """Parse JSON. Raises RequestError: not JSON, NaN, text that is not UTF-8, lists a thousand deep."""
+def parse_json(body: bytes, budget: Budget) -> Steps[Any]:
+    """Parse JSON, once its values are counted. Raises RequestError: not JSON, NaN, text that is not UTF-8."""
+    yield from _check_outline(body, budget)
     try:
-        return orjson.loads(body)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError as failure:
         raise RequestError(f"the body is no JSON: {failure}; send one object, {_EXAMPLE}") from None
+    yield
+    return value
 
 
-def requests_of(value: Any) -> tuple[list[Request], bool]:
+def _check_outline(body: bytes, budget: Budget) -> Steps[None]:
+    """Count the values and the depth of JSON without parsing it: two bytes may be a list of 56.
+
+    Counts what is outside of texts: a value for each comma, a name for each colon, and what a list or an object itself
+    takes. What is no JSON is counted somehow, and the parser refuses it.
+    """
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"")
+        yield
+        body = body.replace(b'\\"', b"")
+        yield
+    budget.check("values", body.count(b'"') // 4)  # before texts are cut out one by one
+    marks = body.translate(None, _NO_MARKS)
+    yield
+    marks = b"".join(marks.split(b'"')[::2])
+    budget.check("values", len(marks) - marks.count(b"]") - marks.count(b"}") + _OBJECT * marks.count(b"{"))
+    opened = np.frombuffer(marks.translate(_STEPS, b",:"), np.int8)
+    budget.check("depth", int(np.cumsum(opened, dtype=np.int64).max(initial=0)))
+    yield
+
+
+def requests_of(value: Any, budget: Budget) -> tuple[list[Request], bool]:
     """Make requests of a parsed body, and return whether it was one alone. Raises RequestError naming the mistake."""
     if isinstance(value, dict) and "requests" not in value:
-        return [request_of(value, "the body")], True
+        return [request_of(value, "the body", budget)], True
     several = value["requests"] if isinstance(value, dict) else value
     if isinstance(value, dict) and len(value) > 1:
         extra = next(key for key in value if key != "requests")
@@ -102,10 +133,11 @@ def requests_of(value: Any) -> tuple[list[Request], bool]:
     if not isinstance(several, list):
         where, wanted = ("requests", "") if isinstance(value, dict) else ("the body", f"one request, {_EXAMPLE}, or ")
         raise RequestError(f"{where} is {shown(several)}, and has to be {wanted}a list of requests, each {_EXAMPLE}")
-    return [request_of(each, f"requests[{place}]") for place, each in enumerate(several)], False
+    budget.check("requests", len(several))
+    return [request_of(each, f"requests[{place}]", budget) for place, each in enumerate(several)], False
 
 
-def request_of(value: Any, where: str) -> Request:
+def request_of(value: Any, where: str, budget: Budget) -> Request:
     """Make one request of its JSON object. What its columns hold is checked by the scorer. Raises RequestError."""
     if not isinstance(value, dict):
         raise RequestError(f"{where} is {shown(value)}, and has to be an object, {_EXAMPLE}")
@@ -114,6 +146,7 @@ def request_of(value: Any, where: str) -> Request:
             raise RequestError(f"{where} has {shown(part)}; a request has {', '.join(_PARTS)}: put it into one of them")
         if not isinstance(columns, dict):
             raise RequestError(f"{where}: {part} is {shown(columns)}, and has to be an object with a value per column")
+        budget.check_names(columns)
     if "candidates" not in value:
         raise RequestError(f"{where} has no candidates; send {_EXAMPLE}, with empty lists where there are none")
     for column, values in value["candidates"].items():
@@ -141,17 +174,36 @@ def _places(places: Mapping[str, Any]) -> dict[str, Any]:
     return {field: found for field, found in places.items() if len(found)}
 
 
-def arrow_table(body: bytes) -> pa.Table:
-    """Read an Arrow stream and check every offset and text in it. Raises RequestError."""
+def arrow_table(body: bytes, budget: Budget) -> Steps[pa.Table]:
+    """Read an Arrow stream and check every offset and text in it. Raises RequestError.
+
+    What lists and dictionaries claim to hold is looked at before any offset is followed.
+    """
     try:
-        for message in pa.ipc.MessageReader.open_stream(body):
-            if _is_compressed(message.metadata.to_pybytes()):
-                raise RequestError(f"the Arrow stream is compressed, and may grow without limit: {_NO_COMPRESSION}")
+        _check_messages(body, budget)
+        yield
         table = pa.ipc.open_stream(body).read_all()
+        budget.check_names(table.column_names)
+        table.validate()
+        check_table(budget, table)
+        yield
         table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, struct.error) as failure:
+    except (pa.ArrowException, OSError, ValueError, struct.error, IndexError) as failure:
         raise RequestError(f"the body is no Arrow stream: {failure}; write it by pyarrow.ipc.new_stream") from None
+    yield
     return table
+
+
+def _check_messages(body: bytes, budget: Budget) -> None:
+    """Raise RequestError for a stream that is compressed, or whose batches add to the dictionaries of those before."""
+    for number, message in enumerate(pa.ipc.MessageReader.open_stream(body)):
+        budget.check("messages", number)  # without the schema
+        if number == 0:
+            budget.check("schema_bytes", message.metadata.size)
+        if _is_compressed(metadata := message.metadata.to_pybytes()):
+            raise RequestError(f"the Arrow stream is compressed, and may grow without limit: {_NO_COMPRESSION}")
+        if _is_delta(metadata):
+            raise RequestError("the Arrow stream adds to a dictionary; write it without emit_dictionary_deltas")
 
 
 def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
@@ -178,25 +230,37 @@ def _lists(parts: Sequence[Any], kind: pa.DataType) -> Any:
 
 
 def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:
-    rows = [[(field, list(map(int, found))) for field, found in _places(part).items()] for part in parts]
-    return pa.array(rows, pa.map_(pa.string(), pa.list_(pa.int64())))
+    rows = [_places(part) for part in parts]
+    found = [places for row in rows for places in row.values()]
+    fields = pa.array([field for row in rows for field in row], pa.string())
+    ends: Any = pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
+    return pa.MapArray.from_arrays(ends, fields, _lists(found, pa.int64()))
 
 
 def _is_compressed(message: bytes) -> bool:
     """Return whether a message of a stream has compressed buffers: pyarrow does not say, and a few bytes may be many.
 
     Reads Arrow's flatbuffers: Message{version, header_type, header, …}, RecordBatch{length, nodes, buffers,
-    compression}, DictionaryBatch{id, data: RecordBatch}.
+    compression}, DictionaryBatch{id, data: RecordBatch, isDelta}.
     """
-    table = struct.unpack_from("<I", message)[0]
-    kind_at, header_at = _field_at(message, table, 1), _field_at(message, table, 2)
-    if not kind_at or not header_at or message[kind_at] not in (_RECORD_BATCH, _DICTIONARY_BATCH):
-        return False
-    batch = _follow(message, header_at)
-    if message[kind_at] == _DICTIONARY_BATCH:
+    kind, batch = _header(message)
+    if kind == _DICTIONARY_BATCH:
         data_at = _field_at(message, batch, 1)
         batch = _follow(message, data_at) if data_at else batch
-    return _field_at(message, batch, 3) != 0
+    return kind in (_RECORD_BATCH, _DICTIONARY_BATCH) and _field_at(message, batch, 3) != 0
+
+
+def _is_delta(message: bytes) -> bool:
+    kind, batch = _header(message)
+    at = _field_at(message, batch, 2) if kind == _DICTIONARY_BATCH else 0
+    return at != 0 and message[at] != 0
+
+
+def _header(message: bytes) -> tuple[int, int]:
+    """Return the kind of a message, and where its header is."""
+    table = struct.unpack_from("<I", message)[0]
+    kind_at, header_at = _field_at(message, table, 1), _field_at(message, table, 2)
+    return (message[kind_at], _follow(message, header_at)) if kind_at and header_at else (0, 0)
 
 
 def _field_at(message: bytes, table: int, number: int) -> int:

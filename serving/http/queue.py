@@ -1,9 +1,9 @@
 """The queue of a worker: bodies wait here until the model is free, and are refused when that would take too long.
 
-One task of the event loop takes what waits, decodes it, scores it in one call of the network, and lets other tasks run
-before the next batch; there is no second thread. So a model is switched between two batches by an assignment, and
-all answers of a batch are of one model. On one core, with 200 candidates a request, scoring in the loop
-was faster than in a thread of its own, which has to pass the interpreter's lock to and fro: see docs/SERVING.md.
+A body is decoded as soon as it has come: then its cost is known, which the predicted wait of those behind it counts.
+One task of the event loop takes what waits and scores it in pieces, between which other tasks run; there is no second
+thread. All answers of a body are of one model. On one core, with 200 candidates a request, scoring in the loop was
+faster than in a thread of its own, which has to pass the interpreter's lock to and fro: see docs/SERVING.md.
 """
 
 import asyncio
@@ -14,168 +14,230 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from serving.errors import RequestTooLargeError
 from serving.http.codec import Body
 from serving.http.limits import RefusedError
-from serving.http.live.model import Decoded, Model, Scores, num_entries
+from serving.http.live.model import Decoded, Model, Scores
 from serving.http.live.switch import LiveModel
-from serving.scoring.request import Scored
+from serving.network.steps import ResultT, Steps
+from serving.scoring.budget import Budget
+from serving.scoring.request import REQUEST_COST, Request, Sizes, check_sizes, joined, sizes_of
 
-REQUEST_BYTES = 2_000
-"""A request without a body costs about as much as this many bytes of one."""
-FIRST_GUESS_S = 2e-7
-"""Seconds for each byte, before any was measured."""
-BATCH_BYTES = 64 << 10
-"""What waits is scored together up to this size: more would let the first ones wait for the last."""
+FIRST_GUESS_S = 2.5e-7
+"""Seconds for a pair of a candidate and a behaviour, before any was measured; see `Sizes.cost`."""
+BATCH_COST = 50_000
+"""What waits is scored together up to this cost: more would let the first ones wait for the last."""
 ALWAYS_WAIT = 4
 """The number of bodies that may always wait: a few clients are no overload, not while a model is loaded either."""
+LARGEST_AT_ONCE = 4
+"""Bodies of the largest size that may wait to be decoded."""
+PIECE_S = 0.005
+"""After work of this length other tasks run."""
+TURNS = 5
+"""Of the event loop between two pieces: a new connection takes some until it has its answer."""
 _WEIGHT = 0.1
 _MOST_GROWTH = 3.0
 
 
 @dataclass
 class Work:
-    """One body on its way: when it came, and how long each stage took."""
+    """One body on its way: what it holds, when it came, and how long each stage took."""
 
     body: Body
-    size_bytes: int
+    decoded: Decoded
+    sizes: Sizes
+    model: Model
+    """By whose columns it was decoded."""
     done: "asyncio.Future[Scores]"
-    came_s: float = field(default_factory=time.perf_counter)
-    stages: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, float]
+    decoded_s: float = field(default_factory=time.perf_counter)
 
     @property
     def cost(self) -> int:
-        return REQUEST_BYTES + self.size_bytes
+        return self.sizes.cost
+
+
+class Pace:
+    """Lets other tasks of the event loop run whenever it has worked for `PIECE_S`."""
+
+    def __init__(self) -> None:
+        self._worked_s = 0.0
+
+    async def pause(self) -> None:
+        """Let others run, if it is time to."""
+        if self._worked_s >= PIECE_S:
+            self._worked_s = 0.0
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+
+    def worked(self, seconds: float) -> None:
+        """Count other work."""
+        self._worked_s += seconds
+
+    async def through(self, steps: Steps[ResultT]) -> ResultT:
+        """Do work in pieces, and let others run between them."""
+        while True:
+            start_s = time.perf_counter()
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: ResultT = end.value
+                return result
+            finally:
+                self._worked_s += time.perf_counter() - start_s
+            await self.pause()
 
 
 class ScoringQueue:
     """Bodies that wait for the model; `run` is the one task that scores them."""
 
-    def __init__(self, live: LiveModel, max_candidates: int, max_wait_s: float) -> None:
-        self._live, self._max_candidates, self._max_wait_s = live, max_candidates, max_wait_s
+    def __init__(self, live: LiveModel, budget: Budget, max_body_bytes: int, max_wait_s: float) -> None:
+        self._live, self._budget, self._max_wait_s = live, budget, max_wait_s
         self._waiting: deque[Work] = deque()
         self._some = asyncio.Event()
+        self._decoding = asyncio.Lock()
+        self._undecoded = 0
+        self._undecoded_bytes, self._max_undecoded_bytes = 0, LARGEST_AT_ONCE * max_body_bytes
         self._cost = 0
-        self.seconds_per_byte = FIRST_GUESS_S
+        self.pace = Pace()
+        self.seconds_per_cost = FIRST_GUESS_S
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._undecoded + len(self._waiting)
 
     @property
     def predicted_wait_s(self) -> float:
-        """How long a body that came now would wait for those before it."""
-        return self._cost * self.seconds_per_byte
+        """How long a body that came now would wait for those before it, the ones that are being scored among them."""
+        return self._cost * self.seconds_per_cost
 
     async def score(self, body: Body, size_bytes: int) -> Scores:
         """Wait for the model and score a body. Raises NotReadyError, RefusedError (503), RequestError."""
         self._live.model  # noqa: B018 (raises where there is none yet)
-        if len(self._waiting) >= ALWAYS_WAIT and (wait_s := self.predicted_wait_s) > self._max_wait_s:
+        self._refuse_if_busy()
+        if self._undecoded_bytes and self._undecoded_bytes + size_bytes > self._max_undecoded_bytes:
+            raise RefusedError(503, "the server is busy: too many large bodies came at once", {"Retry-After": "1"})
+        self._undecoded_bytes += size_bytes
+        self._undecoded += 1
+        self._cost += REQUEST_COST  # the least that it can be
+        try:
+            async with self._decoding:  # one at a time: others run after each
+                work = await self._decoded(body)
+        finally:
+            self._undecoded_bytes -= size_bytes
+            self._undecoded -= 1
+            self._cost -= REQUEST_COST
+        self._waiting.append(work)
+        self._cost += work.cost
+        self._some.set()
+        return await work.done
+
+    def _refuse_if_busy(self) -> None:
+        if len(self) >= ALWAYS_WAIT and (wait_s := self.predicted_wait_s) > self._max_wait_s:
             raise RefusedError(
                 503,
                 f"the server is busy: a request would wait {1000 * wait_s:.0f} ms, over {1000 * self._max_wait_s:g}; "
                 "try again later, or start more workers",
                 {"Retry-After": str(max(1, math.ceil(wait_s)))},
             )
-        work = Work(body, size_bytes, asyncio.get_running_loop().create_future())
-        self._waiting.append(work)
-        self._cost += work.cost
-        self._some.set()
-        return await work.done
+
+    async def _decoded(self, body: Body) -> Work:
+        """Decode a body and measure it. Raises RequestError."""
+        model, start_s = self._live.model, time.perf_counter()
+        decoded, sizes = await self.pace.through(self._decoding_steps(body, model))
+        await self.pace.pause()
+        stages = {"parse": time.perf_counter() - start_s}
+        return Work(body, decoded, sizes, model, asyncio.get_running_loop().create_future(), stages)
+
+    def _decoding_steps(self, body: Body, model: Model) -> Steps[tuple[Decoded, Sizes]]:
+        decoded = yield from body.decode(model, self._budget)
+        sizes = sizes_of(decoded, model.columns)
+        check_sizes(self._budget, sizes)
+        return decoded, sizes
 
     async def run(self) -> None:
         """Score what comes, until cancelled."""
         while True:
             await self._some.wait()
             works = self._take()
+            start_s, cost = time.perf_counter(), sum(work.cost for work in works)
             try:
-                self._process(works)
+                with self._live.held() as model:
+                    await self._process(model, works)
             except Exception as error:  # an own bug: those who wait get it, and the queue lives on
                 for work in works:
-                    if not work.done.done():
-                        work.done.set_exception(error)
+                    _fail(work, error)
+            self._cost -= cost
+            self._measure((time.perf_counter() - start_s) / cost)
             await asyncio.sleep(0)
+            await self.pace.pause()
 
     def _take(self) -> list[Work]:
-        """Take the next batch: those before `BATCH_BYTES` are reached, and one at least."""
+        """Take the next batch: those before `BATCH_COST` is reached, and one at least."""
         taken: list[Work] = []
-        size = 0
-        while self._waiting and (not taken or size + self._waiting[0].size_bytes <= BATCH_BYTES):
-            work = self._waiting.popleft()
-            self._cost -= work.cost
-            size += work.size_bytes
-            if not work.done.done():  # its client may be gone
-                taken.append(work)
+        cost = 0
+        while self._waiting and (not taken or cost + self._waiting[0].cost <= BATCH_COST):
+            taken.append(self._waiting.popleft())
+            cost += taken[-1].cost
         if not self._waiting:
             self._some.clear()
         return taken
 
-    def _process(self, works: list[Work]) -> None:
-        model = self._live.model
-        start_s = time.perf_counter()
-        together: list[tuple[Work, Decoded]] = []
+    def _measure(self, seconds_per_cost: float) -> None:
+        measured = min(seconds_per_cost, _MOST_GROWTH * self.seconds_per_cost)  # one pause says little of the next
+        self.seconds_per_cost += _WEIGHT * (measured - self.seconds_per_cost)
+
+    async def _process(self, model: Model, works: list[Work]) -> None:
+        together: list[Work] = []
         for work in works:
-            try:
-                value = self._decoded(model, work)
-            except Exception as error:
-                work.done.set_exception(error)
-                continue
-            if isinstance(value, pa.Table):
-                self._score(model, [(work, value)])
+            work.stages["wait"] = time.perf_counter() - work.decoded_s
+            if work.model is not model:  # switched meanwhile, maybe to other columns
+                try:
+                    steps = self._decoding_steps(work.body, model)
+                    work.decoded, work.sizes = await self.pace.through(steps)
+                except Exception as error:
+                    _fail(work, error)
+                    continue
+            if isinstance(work.decoded, pa.Table):
+                await self._score(model, [work])
             else:
-                together.append((work, value))
+                together.append(work)
         if together:
-            self._score(model, together)
-        if works:
-            measured = (time.perf_counter() - start_s) / sum(work.cost for work in works)
-            measured = min(measured, _MOST_GROWTH * self.seconds_per_byte)  # one pause says little of the next batch
-            self.seconds_per_byte += _WEIGHT * (measured - self.seconds_per_byte)
+            await self._score(model, together)
 
-    def _decoded(self, model: Model, work: Work) -> Decoded:
-        start_s = time.perf_counter()
-        work.stages["wait"] = start_s - work.came_s
-        value = work.body.decode(model)
-        count = _candidates_of(value, model)
-        if count > self._max_candidates:
-            raise RequestTooLargeError(
-                f"the body has {count:,} candidates; this server takes at most {self._max_candidates:,}: send several "
-                "bodies, or let the server take more by --max-candidates"
-            )
-        work.stages["parse"] = time.perf_counter() - start_s
-        return value
-
-    def _score(self, model: Model, batch: list[tuple[Work, Decoded]]) -> None:
+    async def _score(self, model: Model, works: list[Work]) -> None:
         """Score several bodies together; where that fails, each alone, so that one does not spoil the others."""
         start_s = time.perf_counter()
         try:
-            scored = _scored(model, [value for _, value in batch])
+            scored = await self.pace.through(model.steps(_joined(works), joined([work.sizes for work in works])))
         except Exception as error:
-            if len(batch) == 1:
-                batch[0][0].done.set_exception(error)
+            if len(works) == 1:
+                _fail(works[0], error)
                 return
-            for each in batch:
-                self._score(model, [each])
+            for work in works:
+                await self._score(model, [work])
             return
         elapsed_s = time.perf_counter() - start_s
-        rest = list(scored)
-        for work, value in batch:
-            own, rest = rest[: len(value)], rest[len(value) :]
+        for work in works:
+            own, scored = scored[: len(work.sizes)], scored[len(work.sizes) :]
             stages = work.stages | {"score": elapsed_s}
-            work.done.set_result(
-                Scores(identity=model.identity, fields=model.fields, decoded=value, scored=own, stages=stages)
-            )
+            if not work.done.done():  # its client may be gone
+                scores = Scores(
+                    identity=model.identity, fields=model.fields, decoded=work.decoded, scored=own, stages=stages
+                )
+                work.done.set_result(scores)
 
 
-def _scored(model: Model, values: list[Decoded]) -> list[Scored]:
-    """Score one table, or the requests of several bodies together."""
-    if isinstance(values[0], pa.Table):
-        return model.score_table(values[0]) if len(values[0]) else []
-    requests = [request for value in values if not isinstance(value, pa.Table) for request in value]
-    return model.score(requests) if requests else []
+def _fail(work: Work, error: Exception) -> None:
+    if not work.done.done():
+        work.done.set_exception(error)
 
 
-def _candidates_of(value: Decoded, model: Model) -> int:
-    """Count the candidates of a body, before any is decoded: the longest column counts."""
-    if isinstance(value, pa.Table):
-        columns = [name for name, rule in model.columns.items() if rule.side == "ad" and name in value.column_names]
-        return max((num_entries(value.column(name)) for name in columns), default=0)
-    return sum(max((len(values) for values in each.candidates.values()), default=0) for each in value)
+def _joined(works: list[Work]) -> Decoded:
+    """Give one table, or the requests of several bodies."""
+    first = works[0].decoded
+    if isinstance(first, pa.Table):
+        return first
+    requests: list[Request] = []
+    for work in works:
+        assert not isinstance(work.decoded, pa.Table)
+        requests += work.decoded
+    return requests

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.scoring.budget import Budget
+
 
 @dataclass(frozen=True, kw_only=True)
 class AccessSettings:
@@ -34,8 +36,11 @@ class ServerSettings(AccessSettings):
     """Of the model in the addresses of the Open Inference Protocol."""
     workers: int = 1
     max_body_mb: float = 8.0
-    max_candidates: int = 10_000
-    """Of all requests of one body together."""
+    max_requests: int = Budget.requests
+    max_candidates: int = Budget.candidates
+    max_behaviors: int = Budget.behaviors
+    max_pairs: int = Budget.pairs
+    max_values: int = Budget.values
     max_wait_ms: float = 50.0
     poll_s: float = 2.0
     record: int = 32
@@ -48,3 +53,14 @@ class ServerSettings(AccessSettings):
     def max_body_bytes(self) -> int:
         """The largest body that is read."""
         return round(self.max_body_mb * 1e6)
+
+    @property
+    def budget(self) -> Budget:
+        """What a body may hold."""
+        return Budget(
+            requests=self.max_requests,
+            candidates=self.max_candidates,
+            behaviors=self.max_behaviors,
+            pairs=self.max_pairs,
+            values=self.max_values,
+        )

@@ -23,9 +23,12 @@ from serving.network.exporting import PORTABLE, SLOTS
 from serving.network.inputs import Float32, NetworkInputs
 from serving.network.machine import compiled_name
 from serving.network.slots import Slots
+from serving.network.steps import Steps, finished
 from serving.network.users import user_blocks
 
 _BLOCK = 256  # candidates a run: what it makes of them stays in the processor's cache
+MOST_PAIRS = 1 << 15
+"""Pairs of a candidate and a behaviour a run: some milliseconds, and some megabytes."""
 
 Form = Literal["compiled", "portable"]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -66,12 +69,15 @@ class ServedNetwork:
         return cls(*_load_portable(folder / PORTABLE), "portable", note)
 
     def score(self, inputs: NetworkInputs) -> Float32:
-        """Return the logits of all candidates, (B,), in their order: one run of the network for 256 of a user."""
-        num_candidates = len(inputs.group_of_sample_B)
-        if inputs.num_groups == 1 and 0 < num_candidates <= _BLOCK:
-            return self._score(inputs)
-        blocks = user_blocks(inputs, self._slots.of_user, _BLOCK)
-        logits = [self._score(block) for block in blocks]
+        """Return the logits of all candidates, (B,), in their order."""
+        return finished(self.steps(inputs))
+
+    def steps(self, inputs: NetworkInputs) -> Steps[Float32]:
+        """As `score`, a run of the network at a time: of 256 candidates of a user, fewer for long histories."""
+        logits = []
+        for block in user_blocks(inputs, self._slots.of_user, _BLOCK, MOST_PAIRS):
+            logits.append(self._score(block))
+            yield
         return np.concatenate(logits) if logits else np.empty(0, np.float32)
 
     def _score(self, inputs: NetworkInputs) -> Float32:

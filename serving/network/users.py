@@ -9,14 +9,24 @@ import numpy as np
 from serving.network.inputs import FieldRows, Int64, NearestRows, NetworkInputs
 
 
-def user_blocks(inputs: NetworkInputs, of_user: Collection[str], at_most: int) -> Iterator[NetworkInputs]:
+def user_blocks(
+    inputs: NetworkInputs, of_user: Collection[str], at_most: int, most_pairs: int
+) -> Iterator[NetworkInputs]:
     """Divide the inputs into blocks of one user and 1 to `at_most` candidates, in their order, by views.
 
-    `of_user`: the fields of side user.
+    A block has fewer where these times the user's longest list are more than `most_pairs`, but one at least; the
+    inputs themselves are given where they are one block. `of_user`: the fields of side user.
     """
+    longest_G = np.ones(inputs.num_groups, np.int64)
+    for name in inputs.fields.keys() & of_user:
+        longest_G = np.maximum(longest_G, inputs.fields[name].lengths_M)
+    at_most_G = np.clip(most_pairs // longest_G, 1, at_most)
+    if inputs.num_groups == 1 and 0 < len(inputs.group_of_sample_B) <= at_most_G[0]:
+        yield inputs
+        return
     fields = {name: _FieldRows.of(field) for name, field in inputs.fields.items()}
     ends_similar = {name: _ends(each.lengths_B) for name, each in inputs.similar.items()}
-    for user, start, end in _blocks(inputs, at_most):
+    for user, start, end in _blocks(inputs, at_most_G):
         at = {True: (user, user + 1), False: (start, end)}
         yield NetworkInputs(
             group_of_sample_B=np.zeros(end - start, np.int64),
@@ -30,10 +40,11 @@ def user_blocks(inputs: NetworkInputs, of_user: Collection[str], at_most: int) -
         )
 
 
-def _blocks(inputs: NetworkInputs, at_most: int) -> Iterator[tuple[int, int, int]]:
+def _blocks(inputs: NetworkInputs, at_most_G: Int64) -> Iterator[tuple[int, int, int]]:
     """List the user of each block, and where its candidates begin and end."""
     starts_G = np.searchsorted(inputs.group_of_sample_B, np.arange(inputs.num_groups + 1)).tolist()
     for user, (first, last) in enumerate(itertools.pairwise(starts_G)):
+        at_most = int(at_most_G[user])
         for start in range(first, last, at_most):
             yield user, start, min(start + at_most, last)
 

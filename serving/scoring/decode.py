@@ -1,5 +1,7 @@
 """Requests to the arrays that training makes of sample files (trainer/samples/columns.py): the same rules, in one pass.
 
+A column of more than `CHUNK` values is converted in chunks, between which an event loop may do other work.
+
 All requests of a call become one batch: G users, B candidates of all of them, M = G or B by side, N values of a column.
 """
 
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import OverflowingInputError, RequestError
+from serving.network.steps import Steps, finished
 from serving.scoring import values as of_values
 from serving.scoring.columns import RequestColumns, expected
 from serving.scoring.request import Request
@@ -25,6 +28,11 @@ from trainer.schema import Field
 
 Bool = NDArray[np.bool_]
 Result = TypeVar("Result")
+
+CHUNK = 10_000
+"""Values that are converted at a time."""
+CROSSED_CHUNK = 2_000
+"""Crossed values that are made at a time; each takes some microseconds."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,24 @@ class DecodedRequests:
 
 def decode_requests(columns: RequestColumns, requests: Sequence[Request]) -> DecodedRequests:
     """Decode and check the requests. Raises RequestError that names the column, the place and the value."""
-    counts = [columns.num_candidates(each, _where(place, requests)) for place, each in enumerate(requests)]
-    reader = _Reader(columns, requests, np.array(counts, np.int64))
-    found = reader.read()
+    return finished(request_steps(columns, requests))
+
+
+def request_steps(
+    columns: RequestColumns, requests: Sequence[Request], first: int | None = None
+) -> Steps[DecodedRequests]:
+    """As `decode_requests`, in pieces; `first`: the number of the first one among all requests of a body."""
+    if first is None and len(requests) > 1:
+        first = 0
+    counts = [columns.num_candidates(each, _where(first, place)) for place, each in enumerate(requests)]
+    reader = _Reader(columns, requests, np.array(counts, np.int64), first)
+    found = yield from reader.read()
     for column, rule in columns.rules.items():
         for other in rule.lengths_of:
             reader.check_equal(found, column, other, rule, "value")
-    for first, *others in columns.aligned:
+    for one, *others in columns.aligned:
         for column in others:
-            reader.check_equal(found, column, first, columns.rules[column], "behaviour")
+            reader.check_equal(found, column, one, columns.rules[column], "behaviour")
     return reader.decoded(found)
 
 
@@ -85,8 +102,10 @@ class _Flat(NamedTuple):
 class _Reader:
     """Reads the columns of some requests."""
 
-    def __init__(self, columns: RequestColumns, requests: Sequence[Request], counts_G: Index) -> None:
-        self._columns, self._requests, self._counts_G = columns, requests, counts_G
+    def __init__(
+        self, columns: RequestColumns, requests: Sequence[Request], counts_G: Index, first: int | None
+    ) -> None:
+        self._columns, self._requests, self._counts_G, self._first = columns, requests, counts_G, first
         self._num_samples = int(counts_G.sum())
         self._in_contexts = set(requests[0].context).intersection(*(each.context for each in requests))
         """Columns that all requests have in their context."""
@@ -95,19 +114,21 @@ class _Reader:
             "ad": np.ones(self._num_samples, np.int32),
         }
 
-    def read(self) -> dict[str, _Column]:
+    def read(self) -> Steps[dict[str, _Column]]:
         """Read all columns that the fields have; those of integers, most of them, at once."""
         flat, found = dict[str, _Flat](), dict[str, _Column]()
         for column, rule in self._columns.rules.items():
             if rule.crossed:
-                found[column] = self._crossed(rule)
+                found[column] = yield from self._crossed(rule)
             else:
                 flat[column] = self._flat(column, rule)
+            yield
         integers = [column for column, each in flat.items() if self._may_be_integers(column, each.values)]
         values = of_values.all_integers([flat[column].values for column in integers])
         known = dict(zip(integers, values, strict=True)) if values else {}
         for column, each in flat.items():
-            found[column] = self._column(column, self._columns.rules[column], each, known.get(column))
+            found[column] = yield from self._column(column, self._columns.rules[column], each, known.get(column))
+            yield
         return found
 
     def _may_be_integers(self, column: str, values: Sequence[Any]) -> bool:
@@ -119,25 +140,33 @@ class _Reader:
             and not (is_image and None in values)
         )
 
-    def _crossed(self, rule: Rule) -> _Column:
+    def _crossed(self, rule: Rule) -> Steps[_Column]:
         parts = []
         for source in rule.crossed:
             flat = self._flat(source, self._columns.sources[source], once=False)
-            parts.append((self._converted(source, flat, of_values.encoded), flat.levels))
+            encoded = yield from self._converted(source, flat, of_values.encoded, CROSSED_CHUNK)
+            parts.append((encoded, flat.levels))
         first = parts[0][1]
         for source, (_, levels) in zip(rule.crossed[1:], parts[1:], strict=True):
             self._check_levels(source, rule, levels, rule.crossed[0], first, "crossed value")
-        return _Column(cross([encoded for encoded, _ in parts]).ids, first, None)
+        ids = []
+        for chunks in zip(*(encoded for encoded, _ in parts), strict=True):
+            ids.append(cross(chunks).ids)
+            yield
+        return _Column(np.concatenate(ids), first, None)
 
-    def _column(self, column: str, rule: Rule, flat: _Flat, values: Values | None) -> _Column:
+    def _column(self, column: str, rule: Rule, flat: _Flat, values: Values | None) -> Steps[_Column]:
         """Convert and check a column; `values` are those of a column of integers."""
         is_null_N: Bool | None = None
         if rule.is_real:
-            values = self._converted(column, flat, partial(of_values.real_numbers, may_miss=rule.may_miss))
+            convert = partial(of_values.real_numbers, may_miss=rule.may_miss)
+            values = _together((yield from self._converted(column, flat, convert)))
         elif values is None and column in self._columns.nullable:
-            values, is_null_N = self._converted(column, flat, of_values.images)
+            keys = yield from self._converted(column, flat, of_values.images)
+            values, is_null_N = _together([each for each, _ in keys]), _nulls(keys)
         elif values is None:
-            values = self._converted(column, flat, partial(of_values.whole_numbers, text=rule.text))
+            whole = partial(of_values.whole_numbers, text=rule.text)
+            values = _together((yield from self._converted(column, flat, whole)))
         if rule.width is not None and (flat.levels[-1] != rule.width).any():
             self._refuse_width(column, rule, flat.levels)
         if flat.once:
@@ -203,11 +232,18 @@ class _Reader:
             levels = (*levels, lengths)
         return _Flat(entries, levels, once)
 
-    def _converted(self, column: str, flat: _Flat, convert: Callable[[Sequence[Any]], Result]) -> Result:
-        try:
-            return convert(flat.values)
-        except UnusableValueError as failure:
-            self._refuse(column, flat, failure)
+    def _converted(
+        self, column: str, flat: _Flat, convert: Callable[[Sequence[Any]], Result], chunk: int = CHUNK
+    ) -> Steps[list[Result]]:
+        """Convert the values of a column, a chunk at a time; one chunk at least."""
+        values, found = flat.values, list[Result]()
+        for start in range(0, len(values) or 1, chunk):
+            try:
+                found.append(convert(values if len(values) <= chunk else values[start : start + chunk]))
+            except UnusableValueError as failure:
+                self._refuse(column, flat, UnusableValueError(failure.place + start, failure.why))
+            yield
+        return found
 
     def _refuse(self, column: str, flat: _Flat, failure: UnusableValueError) -> NoReturn:
         path = self._path(column, self._columns.sources[column], flat.levels, failure.place, flat.once)
@@ -249,7 +285,7 @@ class _Reader:
         if part == "candidates":
             places.insert(0, place)
         name = self._requests[request].name_of(part, column)
-        return _where(request, self._requests) + name + "".join(f"[{each}]" for each in places)
+        return _where(self._first, request) + name + "".join(f"[{each}]" for each in places)
 
 
 def _images_of(levels: Sequence[Index]) -> Index:
@@ -263,5 +299,16 @@ def _int32(lengths: Index) -> NDArray[np.int32]:
     return lengths.astype(np.int32)
 
 
-def _where(place: int, requests: Sequence[Request]) -> str:
-    return f"requests[{place}]: " if len(requests) > 1 else ""
+def _together(parts: Sequence[Values]) -> Values:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _nulls(parts: Sequence[tuple[Values, Bool | None]]) -> Bool | None:
+    """Join which values are null; None where none is."""
+    if all(is_null_N is None for _, is_null_N in parts):
+        return None
+    return np.concatenate([np.zeros(len(keys), np.bool_) if nulls is None else nulls for keys, nulls in parts])
+
+
+def _where(first: int | None, place: int) -> str:
+    return "" if first is None else f"requests[{first + place}]: "

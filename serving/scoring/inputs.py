@@ -4,6 +4,7 @@ All ids of all fields are one array: one hash, and one gather for each width; al
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ import numpy as np
 from serving.bundle.open import Bundle
 from serving.bundle.vectors import Float32
 from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
+from serving.network.served import MOST_PAIRS
+from serving.network.steps import Steps
 from serving.scoring.decode import Bool, DecodedRequests
 from trainer.engine.similarity import pairs_of_fields, similarity
 from trainer.engine.wiring import model_name
@@ -19,6 +22,9 @@ from trainer.models.fields import width_of
 from trainer.samples.batch import Batch
 from trainer.samples.columns import Index
 from trainer.schema import Field
+
+_LOOKUP = 20_000
+"""Images that are looked up at a time."""
 
 
 class Lookups(NamedTuple):
@@ -59,13 +65,14 @@ class InputMaker:
         self._dense = [field.name for field in bundle.fields if field.kind == "dense"]
         self._pairs = pairs_of_fields(bundle.fields, model)
 
-    def make(self, decoded: DecodedRequests) -> Lookups:
-        """Look up the ids and images of some requests."""
+    def make(self, decoded: DecodedRequests) -> Steps[Lookups]:
+        """Look up the ids and images of some requests, in pieces."""
         batch, missing = decoded.batch, dict[str, Bool]()
         fields, unknown = self._ids(decoded)
+        yield
         found: dict[str, _Images] = {}
         for store, of_store in self._fields_of_store.items():
-            found |= self._images(store, of_store, decoded)
+            found |= yield from self._images(store, of_store, decoded)
         for name, images in found.items():
             gallery = batch.galleries.get(name)
             lengths_M = (gallery or batch.fields[name]).lengths_M.astype(np.int64)
@@ -74,12 +81,15 @@ class InputMaker:
             )
             if images.missing_N.any():
                 missing[name] = images.missing_N
+        similar: dict[str, NearestRows] = {}
+        for name, ad in self._pairs.items():
+            similar[name] = yield from self._nearest(batch, name, ad, found)
         inputs = NetworkInputs(
             group_of_sample_B=batch.group_of_sample_B,
             num_groups=len(decoded.counts_G),
             fields=fields,
             dense={name: batch.dense[name] for name in self._dense},
-            similar={name: self._nearest(batch, name, ad, found) for name, ad in self._pairs.items()},
+            similar=similar,
         )
         return Lookups(inputs, unknown, missing)
 
@@ -118,10 +128,20 @@ class InputMaker:
                 before = count
         return unknown
 
-    def _images(self, store: str, fields: list[Field], decoded: DecodedRequests) -> dict[str, _Images]:
+    def _images(self, store: str, fields: list[Field], decoded: DecodedRequests) -> Steps[dict[str, _Images]]:
         table = self._bundle.vectors[store]
         keys = [decoded.batch.fields[field.name].values_N for field in fields]
-        rows_ND, missing_N = table.lookup(np.concatenate(keys))
+        keys_N = np.concatenate(keys)
+        parts = []
+        for start in range(0, len(keys_N) or 1, _LOOKUP):
+            parts.append(table.lookup(keys_N[start : start + _LOOKUP]))
+            yield
+        rows_ND, missing_N = parts[0]
+        if len(parts) > 1:
+            rows_ND, missing_N = (
+                np.concatenate([part[0] for part in parts]),
+                np.concatenate([part[1] for part in parts]),
+            )
         found: dict[str, _Images] = {}
         places = _slices(np.array([len(keys_N) for keys_N in keys], np.int64))
         for field, here in zip(fields, places, strict=True):
@@ -134,17 +154,30 @@ class InputMaker:
             found[field.name] = _Images(rows_ND[here], lacks_N, visual_NV)
         return found
 
-    def _nearest(self, batch: Batch, behaviors: str, ad: str, found: Mapping[str, _Images]) -> NearestRows:
-        """Compare the images of a behaviour field with those of the candidates, as training does."""
+    def _nearest(self, batch: Batch, behaviors: str, ad: str, found: Mapping[str, _Images]) -> Steps[NearestRows]:
+        """Compare the images of a behaviour field with those of the candidates, as training does; some at a time."""
         model, stores = self._bundle.model, {field.name: field.store_name for field in self._bundle.fields}
         words = {
             name: self._bundle.vectors[stores[name]].words(found[name].rows_ND, found[name].missing_N)
             for name in (behaviors, ad)
         }
-        similar = similarity(
-            batch, behaviors, words[ad], words[behaviors], model.similarity_tiers, model.similarity_top_k
+        longest = int(batch.fields[behaviors].lengths_M.max(initial=1))
+        count = max(1, MOST_PAIRS // max(1, longest))
+        parts = []
+        for start in range(0, batch.num_samples or 1, count):
+            here = slice(start, start + count)
+            some = replace(batch, group_of_sample_B=batch.group_of_sample_B[here], label_B=batch.label_B[here])
+            parts.append(
+                similarity(
+                    some, behaviors, words[ad][here], words[behaviors], model.similarity_tiers, model.similarity_top_k
+                )
+            )
+            yield
+        return NearestRows(
+            tiers_BT=np.concatenate([each.tiers_BT for each in parts]),
+            nearest_N=np.concatenate([each.nearest_N for each in parts]),
+            lengths_B=np.concatenate([each.lengths_B for each in parts]),
         )
-        return NearestRows(tiers_BT=similar.tiers_BT, nearest_N=similar.nearest_N, lengths_B=similar.lengths_B)
 
 
 def _slices(lengths_T: Index) -> list[slice]:

@@ -19,7 +19,7 @@ from trainer.samples.reader import SampleIndex, open_index, read_row_groups
 ScoreTable = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
 """The logits of each row of a table."""
 
-_BLOCK_CANDIDATES = 2_000
+_BLOCK_CANDIDATES, _BLOCK_ROWS = 2_000, 500
 
 
 def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, Rule]) -> Iterator[NDArray[np.float64]]:
@@ -28,7 +28,7 @@ def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, R
     Raises RequestError, DataError.
     """
     for row_group, table in read_row_groups(index.storage, index.row_groups, list(columns)):
-        rows = max(1, _BLOCK_CANDIDATES * row_group.num_groups // row_group.num_samples)
+        rows = max(1, min(_BLOCK_ROWS, _BLOCK_CANDIDATES * row_group.num_groups // row_group.num_samples))
         logits: list[NDArray[np.float32]] = []
         for start in range(0, table.num_rows, rows):
             try:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle, BundleIdentity
 from serving.errors import NotFiniteError, RequestError
-from serving.scoring.arrow import decode_table, scorable_rows
+from serving.network.steps import Steps, finished
+from serving.scoring.arrow import check_columns, scorable_rows, table_steps
 from serving.scoring.columns import RequestColumns
-from serving.scoring.decode import Bool, DecodedRequests, decode_requests
+from serving.scoring.decode import Bool, DecodedRequests, request_steps
 from serving.scoring.inputs import InputMaker, Lookups
-from serving.scoring.request import Places, Request, Scored
+from serving.scoring.request import Places, Request, Scored, Sizes, sizes_of
 from trainer.errors import DataError
 from trainer.models.nets.din import behaviors_of, check_equal_lists
 from trainer.samples.columns import Rule
@@ -91,26 +92,40 @@ class Scorer:
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """Score all requests; none of them, if one is wrong. Raises RequestError: NotFiniteError for bad logits."""
-        return self._scored(decode_requests(self._columns, requests)) if requests else []
+        return finished(self.steps(requests, sizes_of(requests, self.columns)))
 
     def score_table(self, table: pa.Table) -> list[Scored]:
         """Score a table with the columns of sample files, one row a request; labels are not needed. As `score`."""
-        return self._scored(decode_table(self._columns, table)) if table.num_rows else []
+        return finished(self.steps(table, sizes_of(table, self.columns)))
+
+    def steps(self, decoded: Sequence[Request] | pa.Table, sizes: Sizes) -> Steps[list[Scored]]:
+        """As `score` or `score_table`, in pieces, of requests of these sizes."""
+        if isinstance(decoded, pa.Table):
+            check_columns(self._columns, decoded)
+        scored: list[Scored] = []
+        for piece in sizes.pieces():
+            first = None if len(sizes) == 1 else piece.start
+            if isinstance(decoded, pa.Table):
+                some = table_steps(self._columns, decoded.slice(piece.start, piece.stop - piece.start), piece.start)
+            else:
+                some = request_steps(self._columns, decoded[piece], first)
+            scored += yield from self._scored((yield from some), first)
+        return scored
 
     def close(self) -> None:
         """Let go of the bundle."""
         self._bundle.close()
 
-    def _scored(self, decoded: DecodedRequests) -> list[Scored]:
+    def _scored(self, decoded: DecodedRequests, first: int | None) -> Steps[list[Scored]]:
         if self._equal_lists:
             try:
                 check_equal_lists(decoded.batch, self._equal_lists)
             except DataError as failure:
                 raise RequestError(str(failure)) from None
-        lookups = self._maker.make(decoded)
-        logits_B = self._network.score(lookups.inputs)
+        lookups = yield from self._maker.make(decoded)
+        logits_B = yield from self._network.steps(lookups.inputs)
         if not np.isfinite(logits_B).all():
-            raise _not_finite(decoded, lookups, logits_B)
+            raise _not_finite(decoded, lookups, logits_B, first)
         ends = np.cumsum(decoded.counts_G).tolist()
         parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         unknown, missing = self._unknown_and_missing(decoded, lookups)
@@ -131,7 +146,9 @@ class Scorer:
         return found_in
 
 
-def _not_finite(decoded: DecodedRequests, lookups: Lookups, logits_B: NDArray[np.float32]) -> NotFiniteError:
+def _not_finite(
+    decoded: DecodedRequests, lookups: Lookups, logits_B: NDArray[np.float32], first: int | None
+) -> NotFiniteError:
     """Name the first candidate without a finite logit, and the field with the largest number, which may be why."""
     place = int((~np.isfinite(logits_B)).argmax())
     request = int(decoded.batch.group_of_sample_B[place])
@@ -141,7 +158,7 @@ def _not_finite(decoded: DecodedRequests, lookups: Lookups, logits_B: NDArray[np
     largest = {name: float(np.abs(values).max(initial=0)) for name, values in numbers.items()}
     name = max(largest, key=lambda each: largest[each], default="")
     why = f"; the largest number is {largest[name]:g}, of field {name}: send smaller ones" if name else ""
-    where = f"requests[{request}]: " if len(decoded.counts_G) > 1 else ""
+    where = "" if first is None else f"requests[{first + request}]: "
     return NotFiniteError(f"{where}the logit of candidate {candidate} is not a finite number{why}")
 
 

@@ -29,8 +29,12 @@ class UnusableValueError(ValueError):
 
 def shown(value: Any) -> str:
     """Show a value in a message: as JSON where it can be, and short."""
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=True)
+        for part in json.JSONEncoder().iterencode(value[: _SHOWN + 1] if isinstance(value, str) else value):
+            text += part
+            if len(text) > _SHOWN:  # the rest of a large value is not written
+                break
     except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -22,9 +22,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+LONGEST_NAME = 200
+"""Characters of a name that is compared with the known ones: to compare takes the product of both lengths."""
+
+
 def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:
     """End a message about an unknown name: with the nearest known one, or with all of them when none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= LONGEST_NAME else []
     if near:
         return f"did you mean {prefix}{near[0]}?"
     return f"known: {', '.join(prefix + each for each in sorted(known))}"

@@ -186,10 +186,10 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
     return groups
 
 
-def decode_unlabelled(table: pa.Table, rules: Mapping[str, Rule], file: str) -> DecodedGroups:
+def decode_unlabelled(table: pa.Table, rules: Mapping[str, Rule], file: str, first_row: int = 0) -> DecodedGroups:
     """Decode groups of ads to be scored, which may be empty: no rule is that of labels. Raises DataError."""
     first = next(column for column, rule in rules.items() if rule.side == "ad")
-    return _decoded(table, rules, first, _Where(file, 0), may_be_empty=True)
+    return _decoded(table, rules, first, _Where(file, first_row), may_be_empty=True)
 
 
 def _decoded(
@@ -353,7 +353,7 @@ def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[A
     offsets: list[Index] = []
     for _ in range(rule.depth):
         _refuse_nulls(array, name, offsets, where)
-        array, level = _unwrap(array)
+        array, level = unwrapped(array)
         offsets.append(level)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -362,8 +362,8 @@ def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[A
     return array, tuple(offsets)
 
 
-def _unwrap(array: Any) -> tuple[Any, Index]:
-    """Elements of a list array without nulls, and its offsets from 0."""
+def unwrapped(array: Any) -> tuple[Any, Index]:
+    """Take the elements out of a list array without nulls, and its offsets from 0."""
     if pa.types.is_fixed_size_list(array.type):
         size = array.type.list_size
         return array.flatten(), np.arange(len(array) + 1, dtype=np.int64) * size

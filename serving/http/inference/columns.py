@@ -16,6 +16,7 @@ from typing import Any
 
 from serving.errors import RequestError
 from serving.http.inference.tensors import Tensor
+from serving.network.steps import Steps
 from serving.scoring.request import Request
 from serving.scoring.values import shown
 from trainer.samples.columns import Rule
@@ -28,9 +29,13 @@ def metadata(columns: Mapping[str, Rule]) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": _datatype(rule), "shape": _shape(rule)} for name, rule in columns.items()]
 
 
-def request_of(tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Request:
+def request_of(tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Steps[Request]:
     """Make the request that the tensors hold. Raises RequestError: an unknown tensor, or one of another shape."""
-    found = {name: _value(name, tensor, tensors, columns) for name, tensor in tensors.items() if name in columns}
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name in columns:
+            found[name] = _value(name, tensor, tensors, columns)
+            yield
     for name in tensors.keys() - columns.keys():
         if not (name.endswith(LENGTHS) and name.removesuffix(LENGTHS) in tensors.keys() & columns.keys()):
             raise RequestError(f"input {shown(name)} is none of the model's: {', '.join(columns)}")

@@ -17,6 +17,8 @@ from serving.http.codec import JSON, WrittenAnswer
 from serving.http.inference.columns import metadata, request_of
 from serving.http.inference.tensors import HEADER, encode, split_body, tensors_of
 from serving.http.live.model import Decoded, Model, Scores
+from serving.network.steps import Steps
+from serving.scoring.budget import Budget
 from serving.scoring.request import Scored
 from serving.scoring.values import shown
 
@@ -48,15 +50,15 @@ class TensorBody:
     """The outputs to send, and which of them as binary data."""
     _id: str | None = None
 
-    def decode(self, model: Model) -> Decoded:
+    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
         """Read the tensors of one request."""
-        value, binary = split_body(self.body, self.header)
-        tensors = tensors_of(value, binary)
+        value, binary = yield from split_body(self.body, self.header, budget)
+        tensors = yield from tensors_of(value, binary, budget)
         self._asked, self._id = _asked(value), value.get("id")
         if self._id is not None and not isinstance(self._id, str):
             raise RequestError(f"id is {shown(self._id)}, and has to be a text")
         self._fields_of_ads = frozenset(each.name for each in model.fields if each.side == "ad")
-        return [request_of(tensors, model.columns)]
+        return [(yield from request_of(tensors, model.columns))]
 
     def answer(self, scores: Scores) -> WrittenAnswer:
         """Write the outputs that were asked for."""
@@ -98,7 +100,7 @@ def _asked(value: dict[str, Any]) -> dict[str, bool]:
         raise RequestError(f"outputs is {shown(outputs)}, and has to be a list of objects with a name")
     asked: dict[str, bool] = {}
     for each in outputs:
-        if each.get("name") not in OUTPUTS:
+        if not isinstance(each.get("name"), str) or each["name"] not in OUTPUTS:
             raise RequestError(f"output {shown(each.get('name'))} is none of the model's: {', '.join(OUTPUTS)}")
         own = each.get("parameters") or {}
         asked[each["name"]] = own.get("binary_data", all_binary) is True if isinstance(own, dict) else all_binary

@@ -7,6 +7,7 @@ its length as uint32. The header Inference-Header-Content-Length says where the 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 
 from serving.errors import RequestError
 from serving.http.codec import parse_json
+from serving.network.steps import Steps
+from serving.scoring.budget import Budget
+from serving.scoring.decode import CHUNK
 from serving.scoring.values import shown
 
 HEADER = "inference-header-content-length"
@@ -35,28 +39,31 @@ class Tensor:
     values: list[Any]
 
 
-def split_body(body: bytes, header: str | None) -> tuple[Any, memoryview]:
+def split_body(body: bytes, header: str | None, budget: Budget) -> Steps[tuple[Any, memoryview]]:
     """Parse a body's JSON and return the binary data after it. Raises RequestError."""
     if header is None:
-        return parse_json(body), memoryview(b"")
+        return (yield from parse_json(body, budget)), memoryview(b"")
     if not (header.isascii() and header.isdigit()) or len(header) > 12 or int(header) > len(body):
         raise RequestError(
             f"{HEADER} is {shown(header[:40])}, and has to be the length of the JSON at the beginning of the body, at "
             f"most {len(body)}"
         )
-    return parse_json(body[: int(header)]), memoryview(body)[int(header) :]
+    return (yield from parse_json(body[: int(header)], budget)), memoryview(body)[int(header) :]
 
 
-def tensors_of(value: Any, binary: memoryview) -> dict[str, Tensor]:
+def tensors_of(value: Any, binary: memoryview, budget: Budget) -> Steps[dict[str, Tensor]]:
     """Read the tensors of a request by their names. Raises RequestError naming the tensor and what is wrong."""
     inputs = value.get("inputs") if isinstance(value, dict) else None
     if not isinstance(inputs, list):
         raise RequestError('the body has no inputs; send {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
     found: dict[str, Tensor] = {}
+    count = 0
     for each in inputs:
         if not isinstance(each, dict) or not isinstance(each.get("name"), str):
             raise RequestError(f"an input is {shown(each)}; it has to be an object with name, shape, datatype and data")
-        tensor, binary = _tensor(each, binary)
+        budget.check_names([each["name"]])
+        tensor, binary = yield from _tensor(each, binary, budget)
+        budget.check("values", count := count + len(tensor.values))
         if found.setdefault(tensor.name, tensor) is not tensor:
             raise RequestError(f"input {shown(tensor.name)} is sent twice; send each tensor once")
     if len(binary):
@@ -64,13 +71,14 @@ def tensors_of(value: Any, binary: memoryview) -> dict[str, Tensor]:
     return found
 
 
-def _tensor(each: dict[str, Any], binary: memoryview) -> tuple[Tensor, memoryview]:
+def _tensor(each: dict[str, Any], binary: memoryview, budget: Budget) -> Steps[tuple[Tensor, memoryview]]:
     name, datatype, shape = each["name"], each.get("datatype"), each.get("shape")
     where = f"input {shown(name)}"
     if not isinstance(datatype, str) or (datatype not in DTYPES and datatype != "BYTES"):
         raise RequestError(f"{where}: datatype is {shown(datatype)}; it is BYTES, {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not _is_shape(shape):
         raise RequestError(f"{where}: shape is {shown(shape)}, and has to be a list of 1 to {MAX_DIMENSIONS} sizes")
+    budget.check("values", prod(max(size, 1) for size in shape))  # [10**9, 0] is as many lists
     parameters = each.get("parameters") or {}
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is None:
@@ -80,7 +88,8 @@ def _tensor(each: dict[str, Any], binary: memoryview) -> tuple[Tensor, memoryvie
     else:
         if type(size) is not int or not 0 <= size <= len(binary):
             raise RequestError(f"{where}: binary_data_size is {shown(size)}; {len(binary)} bytes are left")
-        values, binary = _from_binary(binary[:size], datatype, where), binary[size:]
+        values, binary = (yield from _from_binary(binary[:size], datatype, prod(shape), where)), binary[size:]
+    yield
     if prod(shape) != len(values):
         raise RequestError(f"{where}: shape {shown(shape)} has {prod(shape)} values, but {len(values)} came")
     _check_type(values, datatype, where)
@@ -95,37 +104,42 @@ def _flat(data: Any, where: str) -> list[Any]:
     """Flatten nested lists, as deep as a tensor may be; null, for a missing number, stays."""
     values = data if isinstance(data, list) else [data]
     for _ in range(MAX_DIMENSIONS - 1):
-        if not any(isinstance(each, list) for each in values):
+        kinds = set(map(type, values))
+        if list not in kinds:
             return values
-        if not all(isinstance(each, list) for each in values):
+        if kinds != {list}:
             raise RequestError(f"{where}: data has lists next to values; nest all alike, or send one flat list")
-        values = [value for each in values for value in each]
+        values = list(chain.from_iterable(values))
     return values
 
 
 def _check_type(values: list[Any], datatype: str, where: str) -> None:
     """Check that JSON and datatype agree; a number's size is checked where its column is decoded."""
     if datatype == "BYTES":
-        kinds: tuple[type, ...] = (str,)
+        kinds: set[type] = {str}
     elif datatype.startswith("FP"):
-        kinds = (int, float, type(None))
+        kinds = {int, float, type(None)}
     else:
-        kinds = (bool,) if datatype == "BOOL" else (int,)
-    if wrong := [each for each in values if type(each) not in kinds]:
-        raise RequestError(f"{where}: data has {shown(wrong[0])}, which is no {datatype}")
+        kinds = {bool} if datatype == "BOOL" else {int}
+    if not set(map(type, values)) <= kinds:
+        wrong = next(each for each in values if type(each) not in kinds)
+        raise RequestError(f"{where}: data has {shown(wrong)}, which is no {datatype}")
 
 
-def _from_binary(data: memoryview, datatype: str, where: str) -> list[Any]:
+def _from_binary(data: memoryview, datatype: str, count: int, where: str) -> Steps[list[Any]]:
+    """Read `count` values of a tensor, or fewer; more are refused before they are read."""
     if datatype == "BYTES":
-        return _texts(data, where)
+        return (yield from _texts(data, count, where))
     dtype = np.dtype(DTYPES[datatype])
     if len(data) % dtype.itemsize:
         raise RequestError(f"{where}: {len(data)} bytes are no whole number of {datatype}")
+    if len(data) > count * dtype.itemsize:
+        raise RequestError(f"{where}: its shape has {count} values, but {len(data) // dtype.itemsize} came")
     values: list[Any] = np.frombuffer(data, dtype).tolist()
     return values
 
 
-def _texts(data: memoryview, where: str) -> list[str]:
+def _texts(data: memoryview, count: int, where: str) -> Steps[list[str]]:
     texts: list[str] = []
     place = 0
     while place < len(data):
@@ -140,6 +154,10 @@ def _texts(data: memoryview, where: str) -> list[str]:
         except UnicodeDecodeError:
             raise RequestError(f"{where}: text {len(texts)} is no UTF-8") from None
         place += length
+        if len(texts) > count:
+            raise RequestError(f"{where}: its shape has {count} values, but more came")
+        if len(texts) % CHUNK == 0:
+            yield
     return texts
 
 

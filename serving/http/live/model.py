@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from serving.scoring.request import Request, Scored
+from serving.network.steps import Steps
+from serving.scoring.request import Request, Scored, Sizes
 from trainer.samples.columns import Rule
 from trainer.schema import Field
 
@@ -57,6 +58,10 @@ class Model(Protocol):
 
     def score_table(self, table: pa.Table) -> list[Scored]:
         """Score a table with columns as in the sample files, a request a row. Raises RequestError."""
+        ...
+
+    def steps(self, decoded: Decoded, sizes: Sizes) -> Steps[list[Scored]]:
+        """Score a body of these sizes in pieces: the model stays open until the last one. Raises RequestError."""
         ...
 
     def sample(self) -> pa.Table | None:

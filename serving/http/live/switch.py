@@ -1,16 +1,17 @@
 """The model that answers now, and the switch to a newer one while requests continue.
 
 A thread looks every few seconds for another version in use and for newer vectors, loads that model while the old
-one answers, and warms it up; the event loop then replaces the one by the other between two batches and closes the old
-one. No batch is being scored at that moment, as scoring is in the loop as well, so the last reader is done. A version
-that cannot be loaded, or fails at its warm-up, is refused: the old one stays, and the new one is tried again after a
-while.
+one answers, and warms it up; the event loop then replaces the one by the other. A body that is being scored meanwhile
+keeps the old one (`held`), which is closed after its last piece. A version that cannot be loaded, or fails at its
+warm-up, is refused: the old one stays, and the new one is tried again after a while.
 """
 
 import asyncio
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from serving.http.live.model import Identity, Model, ModelSource
@@ -40,6 +41,7 @@ class LiveModel:
     _try_again_s: float = 0.0
     _wait_s: float = 0.0
     _poll_failed: bool = False
+    _held: Model | None = None
 
     @property
     def model(self) -> Model:
@@ -47,6 +49,20 @@ class LiveModel:
         if self._model is None:
             raise NotReadyError
         return self._model
+
+    @contextmanager
+    def held(self) -> Iterator[Model]:
+        """Give the model that answers now, and keep it open to the end of the block, whatever it is switched to.
+
+        One block at a time. Raises NotReadyError.
+        """
+        self._held = model = self.model
+        try:
+            yield model
+        finally:
+            self._held = None
+            if model is not self._model:
+                model.close()
 
     @property
     def is_ready(self) -> bool:
@@ -90,7 +106,7 @@ class LiveModel:
     def close(self) -> None:
         """Close the model; afterwards none is ready."""
         model, self._model = self._model, None
-        if model is not None:
+        if model is not None and model is not self._held:
             model.close()
 
     async def _loaded(self, identity: Identity) -> Model:
@@ -120,7 +136,8 @@ class LiveModel:
         self.metrics.record_model(model, switched=old is not None)
         if old is not None:
             logger.info("switched from %s to %s", described(old.identity), described(model.identity))
-            old.close()
+            if old is not self._held:
+                old.close()
 
     def _refuse(self, identity: Identity, error: Exception) -> None:
         self._wait_s = (

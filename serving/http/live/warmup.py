@@ -17,9 +17,11 @@ import orjson
 
 from featurestore.text.plain import one_line
 from serving.errors import BrokenBundleError, NotFiniteError, RequestError
-from serving.http.codec import as_json, request_of
+from serving.http.codec import as_json, parse_json, request_of
 from serving.http.live.model import Model
-from serving.scoring.request import Request
+from serving.network.steps import finished
+from serving.scoring.budget import Budget
+from serving.scoring.request import Request, check_sizes, sizes_of
 from trainer.samples.columns import Rule
 
 logger = logging.getLogger("serving")
@@ -139,8 +141,18 @@ def _unsound(model: Model) -> BrokenBundleError:
 
 
 def _read(file: Path) -> list[Request]:
+    """Read recorded requests; a line that is none, or is too large for a server by default, is left out."""
     try:
-        return [request_of(orjson.loads(line), str(file)) for line in file.read_bytes().splitlines()]
-    except (OSError, orjson.JSONDecodeError, RequestError) as failure:
+        lines = file.read_bytes().splitlines()
+    except OSError as failure:
         logger.warning("cannot warm up by %s, and take made-up requests: %s", file, one_line(str(failure)))
         return []
+    found, budget = [], Budget()
+    for number, line in enumerate(lines, 1):
+        try:
+            request = request_of(finished(parse_json(line, budget)), f"{file}, line {number}", budget)
+            check_sizes(budget, sizes_of([request], {}))
+            found.append(request)
+        except RequestError as failure:
+            logger.warning("a recorded request is left out: %s", one_line(str(failure)))
+    return found

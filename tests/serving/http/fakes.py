@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from serving.errors import BrokenBundleError, RequestError
 from serving.http.settings import ServerSettings
-from serving.scoring.request import Request, Scored
+from serving.network.steps import Steps
+from serving.scoring.request import Request, Scored, Sizes
 from trainer.samples.columns import Rule, rules_of
 from trainer.schema import Field, load_schema
 
@@ -66,6 +67,16 @@ class FakeModel:
         return [
             self._score(Request(user={}, candidates={"ad_item": row})) for row in table.column("ad_item").to_pylist()
         ]
+
+    def steps(self, decoded: Sequence[Request] | pa.Table, sizes: Sizes) -> Steps[list[Scored]]:
+        scored: list[Scored] = []
+        for piece in sizes.pieces():
+            if isinstance(decoded, pa.Table):
+                scored += self.score_table(decoded.slice(piece.start, piece.stop - piece.start))
+            else:
+                scored += self.score(decoded[piece])
+            yield
+        return scored
 
     def sample(self) -> pa.Table | None:
         return None

@@ -22,6 +22,7 @@ from serving.bundle.vectors import VectorTable
 from serving.errors import NotFiniteError, OverflowingInputError, RequestError
 from serving.network.inputs import NetworkInputs
 from serving.network.served import ServedNetwork
+from serving.network.steps import Steps
 from serving.scoring.arrow import scorable_rows
 from serving.scoring.columns import RequestColumns
 from serving.scoring.request import Request, Scored
@@ -203,14 +204,14 @@ def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
         scorer.score_table(wrong)
     assert scorable_rows(RequestColumns(scorer.bundle.schema, scorer.fields), wrong).num_rows == len(wrong) - 1
 
-    right = ServedNetwork.score
+    right = ServedNetwork.steps
 
-    def overflows(self: ServedNetwork, inputs: NetworkInputs) -> Any:
-        logits_B = right(self, inputs)
+    def overflows(self: ServedNetwork, inputs: NetworkInputs) -> Steps[Any]:
+        logits_B = yield from right(self, inputs)
         logits_B[-1] = np.inf
         return logits_B
 
-    monkeypatch.setattr(ServedNetwork, "score", overflows)
+    monkeypatch.setattr(ServedNetwork, "steps", overflows)
     last = len(request.candidates["ad_shape"]) - 1
     with pytest.raises(NotFiniteError, match=rf"^requests\[1\]: the logit of candidate {last} .* of field ad_"):
         scorer.score([requests[3], request])

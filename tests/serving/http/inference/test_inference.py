@@ -14,6 +14,8 @@ from serving.errors import RequestError
 from serving.http.app import Scoring
 from serving.http.inference.columns import metadata, request_of
 from serving.http.inference.tensors import Tensor, split_body, tensors_of
+from serving.network.steps import finished
+from serving.scoring.budget import Budget
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import decode_requests
 from tests.serving.http.fakes import write_state
@@ -39,7 +41,7 @@ def tensor(name: str, values: list[Any], *shape: int, datatype: str = "INT64") -
 
 
 def request(*tensors: Tensor) -> Any:
-    return request_of({each.name: each for each in tensors}, COLUMNS)
+    return finished(request_of({each.name: each for each in tensors}, COLUMNS))
 
 
 def test_a_tensor_is_a_column() -> None:
@@ -124,7 +126,7 @@ def decode(*changed: Tensor, without: tuple[str, ...] = ()) -> None:
     tensors = {**GOOD, **{each.name: each for each in changed}}
     for name in without:
         del tensors[name]
-    decode_requests(WIDE, [request_of(tensors, WIDE.sources)])
+    decode_requests(WIDE, [finished(request_of(tensors, WIDE.sources))])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def texts(*values: bytes) -> bytes:
 )
 def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values: list[Any]) -> None:
     each = {"name": "x", "datatype": datatype, "shape": [2], "parameters": {"binary_data_size": len(data)}}
-    assert tensors_of({"inputs": [each]}, memoryview(data))["x"].values == values
+    assert finished(tensors_of({"inputs": [each]}, memoryview(data), Budget()))["x"].values == values
 
 
 @pytest.mark.parametrize(
@@ -223,14 +225,14 @@ def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values:
 def test_damaged_tensors_are_named(change: dict[str, Any], data: bytes, words: str) -> None:
     each = {"name": "x", "datatype": "INT64", "shape": [1], "parameters": {"binary_data_size": 8}} | change
     with pytest.raises(RequestError) as failure:
-        tensors_of({"inputs": [each]}, memoryview(data))
+        finished(tensors_of({"inputs": [each]}, memoryview(data), Budget()))
     assert words in str(failure.value)
 
 
 @pytest.mark.parametrize("header", ["x", "-1", "99", "1" * 40, "²"])
 def test_a_wrong_length_of_the_json_is_named(header: str) -> None:
     with pytest.raises(RequestError):
-        split_body(b"{}", header)
+        finished(split_body(b"{}", header, Budget()))
 
 
 def infer_body(**more: Any) -> dict[str, Any]:

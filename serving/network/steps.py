@@ -1,0 +1,19 @@
+"""Long work as a generator that stops between its pieces, so that an event loop can do other work meanwhile."""
+
+from collections.abc import Generator
+from typing import TypeVar
+
+ResultT = TypeVar("ResultT")
+
+Steps = Generator[None, None, ResultT]
+"""Work that yields after each piece, and returns its result at the end."""
+
+
+def finished(steps: Steps[ResultT]) -> ResultT:
+    """Do all pieces one after the other, and return the result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: ResultT = end.value
+            return result

@@ -1,0 +1,123 @@
+"""One bad client against a real server and a real model: others get their health checks, and memory stays bounded.
+
+What is measured is the processor time of the longest round of the event loop (`measured_server.py`): a health check
+waits for a few rounds.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+
+from serving.http.codec import ARROW, JSON
+from tests.serving.http.conftest import Published
+from tests.serving.http.processes import ServerProcess, ended
+from tests.serving.http.test_app import stream_of
+
+pytestmark = [pytest.mark.services, pytest.mark.long]
+
+HELD_MS = 60.0
+"""By far more than a round takes (5 to 20 ms), for slow machines; before the budget these took seconds."""
+GROWTH_MB = 150.0
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A server, and where it writes how long its loop was held."""
+
+    server: ServerProcess
+    file: Path
+
+    def longest_ms(self, path: str, content: bytes, kind: str) -> tuple[int, float]:
+        """Send a body; return the status, and the longest round of the loop meanwhile."""
+        start = self.file.stat().st_size
+        answer = self.server.client.post(path, content=content, headers={"content-type": kind}, timeout=120)
+        assert self.server.client.get("/v2/health/live").status_code == 200
+        return answer.status_code, max(map(float, self.file.read_text()[start:].split()), default=0.0)
+
+
+@pytest.fixture(scope="module")
+def attacked(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    folder = tmp_path_factory.mktemp("attacked")
+    file = folder / "held"
+    words = [str(file), bundle.url, "--port", "0", "--cache-dir", str(folder / "cache")]
+    with ended(ServerProcess([sys.executable, "-m", "tests.serving.http.measured_server", *words], folder)) as server:
+        server.wait_until_ready()
+        yield Attacked(server, file)
+
+
+def columns(behaviors: int, candidates: int, texts: bool = False) -> dict[str, Any]:
+    """The columns of a request."""
+
+    def ids(count: int) -> list[Any]:
+        return [f"sku {number}" for number in range(count)] if texts else list(range(count))
+
+    user = {f"behavior_{name}": ids(behaviors) for name in ("item", "image", "category")}
+    return {"user": 1, **user, **{f"ad_{name}": ids(candidates) for name in ("item", "image", "category", "scene")}}
+
+
+def request(*sizes: Any) -> dict[str, Any]:
+    """A request of a JSON body."""
+    of_side = {"user": {}, "candidates": {}}  # type: dict[str, dict[str, Any]]
+    for name, values in columns(*sizes).items():
+        of_side["candidates" if name.startswith("ad_") else "user"][name] = values
+    return of_side
+
+
+def table(behaviors: int, candidates: int, rows: int, texts: bool = False, **changes: Any) -> bytes:
+    """An Arrow body with these rows."""
+    made: dict[str, Any] = {name: [value] * rows for name, value in columns(behaviors, candidates, texts).items()}
+    return stream_of(pa.table(made | changes))
+
+
+def tensors(sizes: tuple[Any, ...], **shapes: list[int]) -> bytes:
+    """A body of tensors, some of another shape and without data."""
+    made = []
+    for name, value in columns(*sizes).items():
+        values = value if isinstance(value, list) else [value]
+        kind = "BYTES" if isinstance(values[0], str) else "INT64"
+        data = {"shape": shapes[name], "data": []} if name in shapes else {"shape": [len(values)], "data": values}
+        made.append({"name": name, "datatype": kind, **data})
+    return orjson.dumps({"inputs": made})
+
+
+def repeated(text_bytes: int, rows: int) -> Any:
+    """One text, as a dictionary that all rows point to."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array(["x" * text_bytes]))
+
+
+INFER = "/v2/models/ctr/infer"
+ATTACKS: dict[str, tuple[Callable[[], bytes], str, int]] = {
+    "behaviours times candidates": (lambda: orjson.dumps(request(10_000, 200, True)), JSON, 200),
+    "more of them": (lambda: orjson.dumps(request(10_000, 1_000)), JSON, 413),
+    "behaviours": (lambda: orjson.dumps(request(10_001, 1)), JSON, 413),
+    "candidates": (lambda: orjson.dumps(request(200, 10_000, True)), JSON, 200),
+    "requests": (lambda: orjson.dumps([request(5, 1)] * 500), JSON, 200),
+    "more requests": (lambda: orjson.dumps([request(0, 0)] * 10_000), JSON, 413),
+    "lists": (lambda: b'{"user":{"user":[' + b",".join([b"[]"] * 2_600_000) + b"]}}", JSON, 413),
+    "escapes": (lambda: b'{"user":{"user":"' + b"\\n" * 3_900_000 + b'"}}', JSON, 400),
+    "a name": (lambda: orjson.dumps({"user": {"ab" * 3_900_000: 1}, "candidates": {}}), JSON, 413),
+    "rows": (lambda: table(0, 0, 150_000), ARROW, 413),
+    "long rows": (lambda: table(10_000, 200, 1, True), ARROW, 200),
+    "a dictionary": (lambda: table(5, 2, 500, user=repeated(7_000_000, 500)), ARROW, 200),
+    "a dictionary in many rows": (lambda: table(0, 0, 15_000, user=repeated(200_000, 15_000)), ARROW, 413),
+    "tensors": (lambda: tensors((10_000, 200, True)), INFER, 200),
+    "an empty shape": (lambda: tensors((5, 5), ad_item=[10**9, 0]), INFER, 413),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_one_body_holds_the_event_loop_for_a_moment_at_most(attacked: Attacked, name: str) -> None:
+    make, kind, status = ATTACKS[name]
+    before_mb = attacked.server.memory_mb()
+    path, kind = (kind, JSON) if kind == INFER else ("/v1/score", kind)
+    answered, longest_ms = attacked.longest_ms(path, make(), kind)
+    assert answered == status
+    assert longest_ms < HELD_MS
+    assert attacked.server.memory_mb() - before_mb < GROWTH_MB
