@@ -81,11 +81,7 @@ def serve(
     A version that is put in use, and newer vectors, are loaded while the old ones answer, and switched to without a
     failed request. SIGTERM ends running requests first; a second signal ends at once.
     """
-    from featurestore.storage.storage import Storage
-    from serving.bundle.log import read_version
-
-    read_version(Storage(model))  # a wrong folder is reported at once, before Torch is loaded and the port is taken
-
+    _find(model)
     from serving.http.workers import serve as listen_and_answer
 
     settings = ServerSettings(
@@ -114,6 +110,14 @@ def serve(
         cache_dir=cache_dir,
     )
     raise typer.Exit(listen_and_answer(settings, _published))
+
+
+def _find(model: str) -> None:
+    """Report a wrong folder at once, before Torch is loaded and the port is taken. Raises BundleNotFoundError."""
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import read_version
+
+    read_version(Storage(model))
 
 
 def _published(settings: ServerSettings) -> "ModelSource":

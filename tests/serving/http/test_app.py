@@ -288,7 +288,7 @@ def test_the_predicted_wait_counts_pairs_and_not_bytes(tmp_path: Path) -> None:
         for body, text in ((few, "x" * 10_000), (many, "")):
             body["user"]["user"] = text
             asked = asyncio.ensure_future(client.post("/v1/score", json=body))
-            while not scoring.queue.predicted_wait_s:
+            while not scoring.queue._waiting:  # until it is decoded
                 await asyncio.sleep(0)
             waits.append(scoring.queue.predicted_wait_s / scoring.queue.seconds_per_cost)
             assert (await asked).status_code == 200
