@@ -84,6 +84,14 @@ def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: Sa
         )
 
 
+def test_a_warm_start_takes_every_setting_for_one_that_the_net_reads(
+    own: Path, places: SamplePlaces, tmp_path: Path
+) -> None:
+    other = {**SHARED, "run__dir": tmp_path, "run__warm_start": own, "run__warm_parts": "full"}
+    with pytest.raises(CheckpointError, match=r"model\.feature_gates=True, this run has model\.feature_gates=False"):
+        run_alone(places, **other, model__feature_gates="false")
+
+
 @pytest.mark.services
 def test_exported_and_served_without_the_package_as_evaluated(own: Path, tmp_path: Path) -> None:
     url = str(tmp_path / "model")
@@ -180,12 +188,14 @@ def test_an_answer_that_does_not_fit_is_one_line(
     assert "\n" not in str(raised.value)
 
 
-def test_a_net_that_one_rank_alone_lacks_is_told_once(
+def test_a_net_that_rank_1_alone_lacks_is_told_by_rank_0(
     two_ranks: StandingRanks, places: SamplePlaces, tmp_path: Path
 ) -> None:
-    settings = places.settings(run__dir=tmp_path, model__base="nopackage.MyNet")
-    (code, out), other = two_ranks.call("-m", "trainer.main", "--set", *settings)
-    assert (code, other) == (2, (2, "")) and out.count("\n") == 1 and "there is no module nopackage" in out
+    base = "tests.trainer.models.nets.rank_1_lacks.MyNet"
+    settings = places.settings(run__dir=tmp_path, model__base=base)
+    (code, out), (other, _) = two_ranks.call("-m", "trainer.main", "--set", *settings)
+    assert (code, other) == (1, 2) and out.count("error: ") == 1
+    assert f"model.base={base}: importing" in out and "rank 1" in out and "no_such_package" in out
 
 
 def test_pages_import_only_the_package_that_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
