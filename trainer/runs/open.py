@@ -326,6 +326,7 @@ def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
 
 
 def _checked_warm_start(config: Config, schema: Schema) -> WarmStart | None:
+    check_tables(schema, config.model)
     return warmstart.find(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
 
 
@@ -352,7 +353,6 @@ def _origin(
 def _optim_of(optim: OptimConfig) -> dict[str, Any]:
     """List what must stay the same: Adam moves ID rows by its betas between the steps that touch them, and averages are
     kept or not."""
-    check_tables(schema, config.model)
     betas = {"beta1": optim.beta1, "beta2": optim.beta2, "eps": optim.eps} if optim.ids == "adam" else {}
     averages = {"average_share": optim.average_share} if optim.average_share else {}
     return {"ids": optim.ids, **betas, **averages}
