@@ -239,4 +239,5 @@ def _expire_text(report: "ExpireReport", dry_run: bool) -> str:
     if report.num_damaged:
         damaged = count_text(report.num_damaged, "manifest")
         lines.append(f"left all data, as nobody knows what {damaged} named that a repair put aside, for the grace time")
+    lines += [f"  {path}" for path in report.paths] if dry_run else []
     return "".join(f"{line}\n" for line in lines)

@@ -36,6 +36,7 @@ class ExpireReport:
 
     kept: tuple[int, ...]  # snapshots that can be opened
     expired: tuple[int, ...]  # that no longer can, since this run
+    paths: tuple[str, ...]  # deleted, old copies of manifests too, which are not counted
     num_files: int  # deleted
     num_bytes: int
     runs: tuple[str, ...]  # of dead writers, whose staged parts are among the deleted files
@@ -127,11 +128,13 @@ class _Expiry:
         doomed, runs = self._doomed(listed, {*kept_files, *waiting}, data_too=bool(kept) and not num_damaged)
         num_deleted = len(doomed) if self.dry_run else self._delete([entry.path for entry in doomed], progress)
         is_complete = self.dry_run or (num_deleted == len(doomed) and not self._is_late())
-        if is_complete and not self.dry_run:
-            self._delete_old_copies(kept)
+        copies = self._old_copies(kept) if is_complete else []
+        if not self.dry_run:
+            self.storage.delete_files(copies)
         return ExpireReport(
             kept=tuple(kept),
             expired=tuple(leaving),
+            paths=(*(entry.path for entry in doomed[:num_deleted]), *copies),
             num_files=num_deleted,
             num_bytes=sum(entry.size_bytes for entry in doomed[:num_deleted]),
             runs=tuple(runs),
@@ -255,14 +258,15 @@ class _Expiry:
                 progress(min(start + _DELETED_AT_ONCE, len(paths)), len(paths))
         return len(paths)
 
-    def _delete_old_copies(self, kept: Iterable[int]) -> None:
-        """Delete manifests whose files are gone, and those of kept snapshots, copied by a run that was cut off."""
+    def _old_copies(self, kept: Iterable[int]) -> list[str]:
+        """List manifests whose files are gone, and those of kept snapshots, copied by a run that was cut off."""
         still_there = set(kept)
-        for version, made_s in _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False)):
-            # No run takes longer than half the grace: a copy that is older than that is nobody's.
-            limit_s = self.grace_s / 2 if version in still_there else self.grace_s
-            if self.now_s - made_s > limit_s:
-                self.storage.delete(log.manifest_path(version, log.EXPIRED))
+        # No run takes longer than half the grace: a copy that is older than that is nobody's.
+        return [
+            log.manifest_path(version, log.EXPIRED)
+            for version, made_s in _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False))
+            if self.now_s - made_s > (self.grace_s / 2 if version in still_there else self.grace_s)
+        ]
 
 
 def _versions_and_times(entries: Iterable[StorageEntry]) -> list[tuple[int, float]]:

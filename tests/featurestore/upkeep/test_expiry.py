@@ -367,8 +367,17 @@ class TestCommand:
         assert lines[2].startswith("would delete 1 file, ") and lines[2].endswith("dead runs: dead")
         assert lines[3].startswith("left ") and lines[3].endswith("for the grace time")
         assert log.versions(merged.storage) == [1, 2, 3, 4]
+        before = files_of(merged)
+        named = {line.strip() for line in lines if line.startswith("  ")}
         lines = run("expire", merged.url, "--keep-last", 1).output.splitlines()
+        assert named == {path for path in before - files_of(merged) if not path.startswith("log/")}
         assert lines[:2] == ["kept 1 snapshot: 4", "let go of 3: 1 to 3"]
+        age(merged, 40)  # what has waited, and the copies of manifests
+        lines = run("expire", merged.url, "--dry-run").output.splitlines()
+        named = {line.strip() for line in lines if line.startswith("  ")}
+        before = files_of(merged)
+        run("expire", merged.url)
+        assert named == before - files_of(merged) and any(path.startswith("expired/") for path in named)
 
     def test_one_that_was_too_slow_says_so(self, merged: FeatureStore) -> None:
         result = run("expire", merged.url, "--grace-days", 1e-12)
