@@ -1,18 +1,21 @@
 """deploy/docker: what hadolint says to it, that its pins are enough, and its steps, run where there is no Docker."""
 
 import configparser
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from tests.deploy.dockerfile import FILE, ROOT, Built
@@ -44,12 +47,12 @@ def test_every_image_ends_as_a_user_without_rights() -> None:
 
 
 def pinned() -> dict[str, Version]:
-    """Name and version of every line of requirements.txt and torch.txt; the former have digests."""
+    """Name and version of every line of requirements.txt and torch.txt."""
     lines = [line for file in (PINS, PINS.with_name("torch.txt")) for line in file.read_text().splitlines()]
     found = {}
     for line in lines:
         if line.strip() and not line.startswith((" ", "#")):
-            name, _, version = line.removesuffix("\\").strip().partition("==")
+            name, _, version = line.removesuffix("\\").partition(";")[0].strip().partition("==")
             found[canonicalize_name(name)] = Version(version)
     return found
 
@@ -63,9 +66,27 @@ def test_all_that_we_need_is_pinned() -> None:
     for requirement in needed:
         name = canonicalize_name(requirement.name)
         assert name in have and have[name] in requirement.specifier, f"pin {requirement} in {PINS.name}"
-    blocks = PINS.read_text().split("\n")
-    heads = [number for number, line in enumerate(blocks) if "==" in line and not line.startswith((" ", "#"))]
-    assert heads and all("--hash=sha256:" in blocks[number + 1] for number in heads)
+    for file in FILE.parent.glob("*.txt"):
+        blocks = file.read_text().split("\n")
+        heads = [number for number, line in enumerate(blocks) if line and not line.startswith((" ", "#"))]
+        assert heads and all(re.match(r"    --hash=sha256:[0-9a-f]{64}", blocks[number + 1]) for number in heads)
+    installs = re.findall(r"pip install .*--requirement", FILE.read_text())
+    assert len(installs) == 4 and all("--no-deps --require-hashes" in install for install in installs)
+
+
+def torch_of(machine: dict[str, str], folder: Path) -> Path:
+    """torch.txt; where this machine has the CPU build, as torch.txt says to make it for that."""
+    if "+cpu" not in metadata.version("torch"):
+        return PINS.with_name("torch.txt")
+    asked = [f"{name}=={pinned()[name]}" for name in ("torch", "torchvision")]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder / "wheels", *asked]
+    subprocess.run(command, env=os.environ | machine, check=True)
+    lines = []
+    for wheel in (folder / "wheels").iterdir():
+        name, version, *_ = parse_wheel_filename(wheel.name)
+        lines.append(f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+    (folder / "torch.txt").write_text("".join(lines))
+    return folder / "torch.txt"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +105,7 @@ def image() -> Iterator[Built]:
             "cpu",
             machine
             | {"HOME": str(folder), "PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip"), "PIP_NO_CACHE_DIR": "0"},
-            {"/build/cache": str(wheels)},
+            {"/build/cache": str(wheels), "deploy/docker/torch.txt": str(torch_of(machine, folder))},
         )
     finally:
         shutil.rmtree(folder)
