@@ -17,7 +17,7 @@ from featurestore.errors import AddressError, PasswordError, StorageError
 from featurestore.storage.address import S3_PROTOCOLS, check_address, leads_out
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.threads import in_threads
-from featurestore.text.plain import without_passwords
+from featurestore.text.plain import one_line, without_passwords
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -269,8 +269,8 @@ def _response(error: BaseException) -> dict[str, dict[str, Any]]:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """Return the message of an error, or its class where it has none."""
-    return without_passwords(str(error)) or type(error).__name__
+    """Return the message of an error in one line, or its class where it has none."""
+    return without_passwords(one_line(str(error) or type(error).__name__))
 
 
 def _client(protocol: str) -> Any:

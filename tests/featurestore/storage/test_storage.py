@@ -325,3 +325,16 @@ def test_importing_the_package_is_quick_silent_and_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n" and done.stderr == ""
     assert time.perf_counter() - start < 5
+
+
+def test_what_a_client_says_in_several_lines_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pyarrow does where there is no libhdfs."""
+
+    def fails(*_: object) -> bytes:
+        raise OSError("Unable to load libx\n  dlopen(libx.so) failed\n")
+
+    storage = Storage("memory://several-lines")
+    monkeypatch.setattr(storage._remote, "read_bytes", fails)
+    with pytest.raises(StorageError) as raised:
+        storage.read_bytes("a")
+    assert str(raised.value) == "cannot read memory://several-lines/a: Unable to load libx dlopen(libx.so) failed"
