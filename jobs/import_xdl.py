@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, on_this_machine, run_app
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, takes
@@ -97,7 +97,7 @@ def export_samples(
 @app.command()
 def export_images(
     store: Annotated[str, typer.Option(help="Folder or address of the feature store.")],
-    to: Annotated[Path, typer.Option(help="Folder to write: data.0 to data.1023.")],
+    to: Annotated[Path, typer.Option(help="Folder to write: data.0 to data.1023.", callback=on_this_machine)],
     version: Annotated[int | None, typer.Option(help="Snapshot.", show_default="the newest")] = None,
 ) -> None:
     """Export the features of a store as binary images."""
@@ -112,7 +112,7 @@ def export_images(
 
 @app.command()
 def random(
-    out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.", callback=on_this_machine)],
     lines: Annotated[int, typer.Option(min=1, help="Text samples.")] = DrawOptions.num_lines,
     image_count: Annotated[int, typer.Option("--images", min=1, help="Images.")] = DrawOptions.num_images,
     dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = DrawOptions.dim,

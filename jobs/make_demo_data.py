@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, on_this_machine, run_app
 from featurestore.console.output import draw_counts, figure, print_summary
 from featurestore.console.progress import progress_bar
 from pipeline.demo.options import DemoOptions, Taste
@@ -29,7 +29,9 @@ app = CommandApp(report=True, rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write: images, logs and demo.json.")] = DEFAULT.out,
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: images, logs and demo.json.", callback=on_this_machine)
+    ] = DEFAULT.out,
     items: Annotated[int | None, typer.Option(min=20, help="Clothes to draw.", show_default=str(DEFAULT.items))] = None,
     users: Annotated[
         int | None, typer.Option(min=10, help="People to simulate.", show_default=str(DEFAULT.users))

@@ -15,9 +15,11 @@ import functools
 import gc
 import io
 import math
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import click
@@ -32,6 +34,7 @@ OK, STOPPED = 0, 130
 STOPPED_BY_PERSON = "stopped by Ctrl-C"
 CONTINUES = f"{STOPPED_BY_PERSON}; what is finished is kept: run the same command again to continue"
 INT64 = range(-(2**63), 2**63)  # as all whole numbers in files
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path makes one slash of two
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000  # by Python's 700 it looks at what imports make, and keep, for a tenth of a start
 
 # typer brings a click of its own, and says nowhere what the roots of its errors are called.
@@ -152,6 +155,13 @@ def say_error(error: Exception | str) -> None:
     lines += [line for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
     sys.stderr.write("error: " + "".join(f"{printable(line)}\n" for line in lines))
     sys.stderr.flush()
+
+
+def on_this_machine(folder: Path) -> Path:
+    """Check an option that names a folder to write on this machine. Raises typer.BadParameter for an address."""
+    if _ADDRESS.match(str(folder)):
+        raise typer.BadParameter(f"{folder} is an address; name a folder of this machine")
+    return folder
 
 
 def power_of_two(value: int | None) -> int | None:
