@@ -48,6 +48,8 @@ NAMES = {
         "trainer.comm.connecting.connect",
         "trainer.evaluation.predict.predict_run",
         "trainer.evaluation.predict.Predictions",
+        "trainer.models.ctr.CtrModel",
+        "trainer.models.layers.Mlp",
     ],
     "Serving": [
         "serving.bundle.open.Bundle",
