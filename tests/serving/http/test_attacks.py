@@ -121,3 +121,17 @@ def test_one_body_holds_the_event_loop_for_a_moment_at_most(attacked: Attacked, 
     assert answered == status
     assert longest_ms < HELD_MS
     assert attacked.server.memory_mb() - before_mb < GROWTH_MB
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_table_with_wrong_columns_gets_400_whether_it_has_rows_or_not(attacked: Attacked, rows: int) -> None:
+    good = pa.ipc.open_stream(table(3, 2, 1)).read_all().slice(0, rows)
+    for wrong, status in (
+        (good, 200),
+        (good.append_column("behavior_item", good["behavior_item"]), 400),
+        (good.append_column("ad_item", good["ad_item"]), 400),
+        (good.append_column("ad_itme", good["ad_item"]), 400),
+        (good.drop_columns(["ad_item"]), 400),
+        (good.set_column(0, "user", pa.array([1.5] * rows, pa.float64())), 400),
+    ):
+        assert attacked.longest_ms("/v1/score", stream_of(wrong), ARROW)[0] == status

@@ -11,9 +11,11 @@ import torch
 
 from serving.errors import BrokenBundleError
 from serving.network.exporting import PORTABLE, export_network
+from serving.network.inputs import FieldRows, NetworkInputs
 from serving.network.machine import compiled_name
 from serving.network.served import ServedNetwork
 from serving.network.slots import Slots
+from serving.network.users import user_blocks
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
 from trainer.config.options import BaseNet, Pooling
 
@@ -54,6 +56,21 @@ def check(network: ServedNetwork, drawn: Drawn) -> None:
         np.testing.assert_allclose(logits, expected, rtol=0, atol=rounding, err_msg=f"{candidates} {behaviors}")
         assert logits.dtype == np.float32
         assert len(logits) < 2 or np.ptp(logits) > 1e-3, "candidates differ"
+
+
+def test_a_run_of_the_network_has_a_bounded_number_of_pairs() -> None:
+    """Candidates times the user's longest list: memory and time of a run are bounded by it."""
+    lengths_G, counts_G = np.array([3, 40_000, 700]), [600, 3, 100]
+    inputs = NetworkInputs(
+        group_of_sample_B=np.repeat(np.arange(3), counts_G),
+        num_groups=3,
+        fields={"behaviors": FieldRows(np.zeros((lengths_G.sum(), 1), np.float32), lengths_G)},
+    )
+    blocks = [
+        (len(block.group_of_sample_B), len(block.fields["behaviors"].rows_NV))
+        for block in user_blocks(inputs, {"behaviors"}, 256, 1 << 15)
+    ]
+    assert blocks == [(256, 3), (256, 3), (88, 3), *[(1, 40_000)] * 3, (46, 700), (46, 700), (8, 700)]
 
 
 def drawn_of(settings: dict) -> Drawn:

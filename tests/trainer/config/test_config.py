@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from trainer.config.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
 from trainer.config.options import ExactTableConfig, ModelConfig
+from trainer.config.validate import LONGEST_NAME, near_match
 from trainer.errors import ConfigError
 
 
@@ -72,6 +73,12 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
     assert again == config
     assert config_digest(again.model_dump()) == config_digest(config.model_dump())
     assert config_digest(load_config().model_dump()) != config_digest(config.model_dump())
+
+
+def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
+    name = "x" * LONGEST_NAME
+    assert near_match(name, [f"{name}y"]) == f"did you mean {name}y?"
+    assert near_match(f"{name}x", [name]) == f"known: {name}"
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,8 @@ def test_mistakes_of_inference_are_told(tmp_path: Path) -> None:
             ("/v2/models/ctr/infer", {"inputs": [3]}, 400, "object with name"),
             ("/v2/models/ctr/infer", {"inputs": infer_body()["inputs"] * 2}, 400, "twice"),
             ("/v2/models/ctr/infer", infer_body(outputs=[{"name": "x"}]), 400, "score"),
+            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": ["score"]}]), 400, "score"),
+            ("/v2/models/ctr/infer", infer_body(outputs=[{"name": {}}]), 400, "score"),
             ("/v2/models/ctr/infer", infer_body(outputs=3), 400, "outputs"),
             ("/v2/models/ctr/infer", infer_body(id=3), 400, "id"),
         ):
