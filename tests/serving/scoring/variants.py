@@ -23,12 +23,19 @@ from trainer.main import train
 from trainer.schema import DEFAULT_SCHEMA
 
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
-TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16, shop: 32, both: 64, scene_item: 64, tags: 32"
+TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16"
+TABLES_OF_INPUTS = f"{TABLES}, shop: 32, both: 64, scene_item: 64, tags: 32"
 VARIANTS: dict[str, dict[str, Any]] = {
     "lr": {"model__base": "lr", "model__pooling": "sum", "model__images": "ad"},
     "mlp_concat": {"model__pooling": "concat", "model__concat_length": 3}
     | {"model__image_products": "false", "model__multi_hot": "sum"},
-    "din_inputs": {"schema": "inputs", "model__base": "din", "model__pooling": "mean", "model__similarity_top_k": 1},
+    "din_inputs": {
+        "schema": "inputs",
+        "tables": TABLES_OF_INPUTS,
+        "model__base": "din",
+        "model__pooling": "mean",
+        "model__similarity_top_k": 1,
+    },
     "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query", "model__similarity_tiers": 5},
     "two_tower": {"model__base": "two_tower", "model__pooling": "sum"}
     | {"model__image_holdout": 0.3, "model__id_dropout": 0.3},
