@@ -205,7 +205,7 @@ def _settled(storage: Storage, path: str, log: str, layout: TableLayout) -> Tabl
         if unit != "s":
             told.append(f"times such as {next(filter(str.isdigit, times))} are in {unit} since 1970")
     if told:
-        told_by = "; the mapping's csv, time_unit and time_format say it otherwise"
+        told_by = "; csv and time_unit of a mapping override it"
         print_summary(f"{log:<12} {storage.full(path)}: {', '.join(told)}{told_by}")
     return layout
 

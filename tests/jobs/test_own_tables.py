@@ -220,13 +220,17 @@ def test_another_countrys_csv_is_found_out_or_said(job, place):
         VISITS.replace("17672500", "17702000").replace(",ann", "000,ann").replace(",7,", "000,7,")
     )
     text = job(code=1)
-    assert "shows/a.csv: read as CSV with delimiter ;, encoding latin-1, decimal ,; the mapping's csv" in text
+    assert (
+        "shows/a.csv: read as CSV with delimiter ;, encoding latin-1, decimal ,; csv and time_unit of a mapping" in text
+    )
     assert "visits.csv: times such as 1770200000000 are in ms since 1970" in text
     assert "all 3 rows are bad (timestamp is no time: 3, as '05/02/2026 10:00'); say in the mapping" in text
     first = inspect("inspect", place / "logs/shows/a.csv")
     assert yaml.safe_load(first)["time_format"] == "%d/%m/%Y %H:%M"
     assert yaml.safe_load(first)["csv"] == {"delimiter": ";", "encoding": "latin-1", "decimal": ","}
     assert yaml.safe_load(inspect("inspect", place / "logs/visits.csv"))["time_unit"] == "ms"
+    both = yaml.safe_load(inspect("inspect", place / "logs"))  # of both tables is said what is of both
+    assert both.keys() == {"time_format", "impressions", "behaviors"}
     text = job(changed(time_format="%d/%m/%Y %H:%M"))
     assert "3 of 3 kept, 1 without an image" in text
     ann, bob = rows(place)

@@ -138,11 +138,12 @@ def missing(
     if out is not None:
         _write_table(out, table)
         return
-    rows = [[str(value) for value in row.values()] for row in table.slice(0, SHOWN_IMAGES).to_pylist()]
+    rows = [[str(value) or "–" for value in row.values()] for row in table.slice(0, SHOWN_IMAGES).to_pylist()]
     if rows:
         print_rows(table.column_names, rows, ("impressions", "behaviors"))
-    more = f"; --out NAME.csv writes all of them, here are {SHOWN_IMAGES}" if len(table) > SHOWN_IMAGES else ""
-    print_summary(f"{len(table):,} images of {data} have no feature in {store}{more}")
+    more = f"; --out NAME.csv writes all of them, here are {SHOWN_IMAGES} lines" if len(table) > SHOWN_IMAGES else ""
+    count = sum(bool(name) for name in table.column("image").to_pylist())
+    print_summary(f"{count:,} images of {data} have no feature in {store}{more}")
 
 
 @app.command(

@@ -84,8 +84,12 @@ def render(logs: list[Log], where: str) -> str:
     ]
     missing = {"impressions", "behaviors"} - {log.name for log in logs}
     lines += [f"# There is no table of {name} here, and the job needs both." for name in sorted(missing)]
-    if how := list(dict.fromkeys(line for log in logs for line in log.how)):
-        lines += ["", *how]
+    if any(log.how for log in logs):
+        lines.append("")
+    for line in dict.fromkeys(line for log in logs for line in log.how):
+        # The job finds these two by itself, in each table: one of a single table would be said of both.
+        is_found = line.startswith(("csv:", "time_unit:")) and not all(line in log.how for log in logs)
+        lines.append(f"# found in one table, and by the job: {line}" if is_found else line)
     for log in logs:
         lines += [
             "",

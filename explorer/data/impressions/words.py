@@ -16,15 +16,15 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
     if not group.columns.opened.sees_images:
         said.append("This run sees IDs alone, so no picture has a part in it.")
         return " ".join(said)
-    if not group.columns.opened.knows_missing:
+    if group.columns.opened.knows_missing:
+        rank = f"rank {chosen.rank_without}" if chosen.rank_without != chosen.rank else "the same rank"
+        moved = "raise" if chosen.effect > 0 else "lower"
+        said.append(
+            f"Without any picture the same run would give it {percent(chosen.without_images.probability)}, {rank}: "
+            + (f"pictures {moved} it by {points(abs(chosen.effect))}." if chosen.effect else "pictures change nothing.")
+        )
+    else:
         said.append("What it would give without any picture is not known: it was trained with all of them.")
-        return " ".join(said)
-    rank = f"rank {chosen.rank_without}" if chosen.rank_without != chosen.rank else "the same rank"
-    moved = "raise" if chosen.effect > 0 else "lower"
-    said.append(
-        f"Without any picture the same run would give it {percent(chosen.without_images.probability)}, {rank}: "
-        + (f"pictures {moved} it by {points(abs(chosen.effect))}." if chosen.effect else "pictures change nothing.")
-    )
     if not explanation.behaviors:
         said.append("The user has no history, so it is the ad's picture alone.")
         return " ".join(said)

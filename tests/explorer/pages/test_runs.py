@@ -1,6 +1,7 @@
 """Pages of runs: the list, one, several, what images are worth; half-written files and hostile names are only shown."""
 
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from explorer.html.site import Site
 from explorer.places import Places
@@ -17,6 +19,7 @@ from explorer.server.app import application
 from tests.explorer.world import World
 from trainer.daily import SHARED
 from trainer.loop.events import EventsFile
+from trainer.main import app as main
 
 HOSTILE = [
     "<script>alert(1)<",
@@ -123,8 +126,14 @@ def test_what_images_are_worth_is_linked_from_the_first_page(pages: TestClient) 
 
 def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, changing_world: World) -> None:
     shutil.rmtree(changing_world.runs / "ids-only")
-    assert "model.images=none" in page(changing, "/worth")
+    html = page(changing, "/worth")
     assert "/worth" not in page(changing, "/runs")
+    command = unescape(re.search(r"<pre[^>]*><code>(.*?)</code></pre>", html, re.S)[1])  # type: ignore[index]
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "trainer.main", "--config"] and "model.images=none" in words
+    result = CliRunner().invoke(main, words[3:])  # as it is printed
+    assert result.exit_code == 0, result.output
+    assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(changing, "/worth"))
 
 
 def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClient, changing_world: World) -> None:

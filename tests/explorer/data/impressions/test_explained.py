@@ -1,5 +1,6 @@
 """Scores on the pages are those of jobs/score.py, and each "what if" is the score of samples that really are so."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from explorer.data.impressions.explained import Explanation, explain, with_other
 from explorer.data.impressions.groups import PictureName
 from explorer.data.impressions.listed import score_first
 from explorer.data.impressions.opened import TrainedRuns
-from explorer.data.impressions.words import sentence, weighing
+from explorer.data.impressions.words import on_missing, sentence, weighing
 from explorer.errors import ExplorerError, NotHereError
 from featurestore.store import FeatureStore
 from tests.serving.scoring.variants import GONE, TABLES
@@ -258,6 +259,12 @@ def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRun
         names = {helped.pictures[0].key: "shoes/red.jpg"}
         said = sentence(found, names)
         said_of_ids = sentence(plain, {})
+        met = json.loads((sample_places.folder / "runs/finalmlp/report.json").read_text())["missing_lookups"]
+        assert met > 0 and f"met images without a feature {met:,} times" in on_missing(opened)
+    trained("exact")  # of a snapshot that has every image
+    with runs.use("exact") as strict:
+        assert "is not known" in sentence(explain(strict, number, 0), {})
+        assert "was not trained for missing images: it met none" in on_missing(strict)
     assert f"{100 * found.chosen.score.probability:.2f} %" in said
     assert f"{100 * found.chosen.without_images.probability:.2f} %" in said
     assert f"rank {found.chosen.rank} of {len(found.candidates)}" in said
