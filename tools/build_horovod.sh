@@ -68,7 +68,13 @@ patch_launcher() {
       "$runner/util/network.py"
     sed -i "s/^    global_rendezv_port = rendezvous.start()\$/    os.environ['HOROVOD_RENDEZVOUS_BIND'] = server_ip\n&/" "$runner/gloo_run.py"
   fi
-  grep -q HOROVOD_RENDEZVOUS_BIND "$runner/util/network.py" && grep -q HOROVOD_RENDEZVOUS_BIND "$runner/gloo_run.py"
+  # Where a rank fails, which prints why in one line, the launcher's own 20 lines of traceback say nothing more: one line of them.
+  if ! grep -q 'except RuntimeError as failure' "$runner/launch.py"; then
+    sed -i '/^def run_commandline/,$s/^    _run(args)$/    try:\n        _run(args)\n    except RuntimeError as failure:\n        sys.exit(" ".join(str(failure).split()))/' \
+      "$runner/launch.py"
+  fi
+  grep -q HOROVOD_RENDEZVOUS_BIND "$runner/util/network.py" && grep -q HOROVOD_RENDEZVOUS_BIND "$runner/gloo_run.py" &&
+    grep -q 'except RuntimeError as failure' "$runner/launch.py"
 }
 
 if [ "$("$python" -m pip list --format=freeze 2>/dev/null | sed -n 's/^horovod==//p')" = "$version" ] &&

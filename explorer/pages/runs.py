@@ -308,9 +308,8 @@ def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
     taken = {run.name for run in runs}
     commands = []
     for name, images in wanted.items():
-        free = next(
-            each for each in (name, *(f"{name}-{number}" for number in itertools.count(2))) if each not in taken
-        )
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        free = next(each for each in names if each not in taken)
         settings = [f"run.name={free}", f"model.images={images}", *more]
         words = ["--config", config, *(word for setting in settings for word in ("--set", setting))]
         commands.append(f"python -m trainer.main {' '.join(map(shlex.quote, words))}")

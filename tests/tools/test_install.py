@@ -35,6 +35,7 @@ case "$*" in
     echo "${{@: -1}}" >>"$home/wheels"
     mkdir -p "$home/horovod/runner/util"
     echo "            addr = ('', port)" >"$home/horovod/runner/util/network.py"
+    printf 'def run_commandline():\n    _run(args)\n' >"$home/horovod/runner/launch.py"
     echo "    global_rendezv_port = rendezvous.start()" >"$home/horovod/runner/gloo_run.py" ;;
   "-c import sys; print(sys.prefix)") echo "$home" ;;
   *"import platform"*) echo {tag} ;;
@@ -186,6 +187,8 @@ class TestHorovod:
         runner = installed.venv / "horovod" / "runner"
         for file in (runner / "gloo_run.py", runner / "util" / "network.py"):
             assert file.read_text().count("HOROVOD_RENDEZVOUS_BIND") == 1, "its rendezvous listens at one address"
+        ended = 'except RuntimeError as failure:\n        sys.exit(" ".join(str(failure).split()))\n'
+        assert (runner / "launch.py").read_text().count(ended) == 1, "a failed job ends in a line, not in a traceback"
 
     def test_nccl_replaces_what_is_installed(self, installed: Place) -> None:
         done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")

@@ -99,6 +99,15 @@ class TestCommandLine:
         result = CliRunner().invoke(schema_app, ["missing", str(samples), str(features)])
         assert f"2 images of {samples} have no feature in {features}" in result.stdout
 
+    @pytest.mark.services
+    def test_a_failed_job_of_horovodrun_ends_in_a_line(self) -> None:
+        words = command_of(2, "-c", "raise SystemExit('error: why')")
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 1 and "error: why" in done.stderr and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith(
+            "Horovod detected that one or more processes exited with non-zero"
+        )
+
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(app, [])
