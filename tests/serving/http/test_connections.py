@@ -115,7 +115,7 @@ CHUNKED = post_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunke
         (b"GET /v2 HTTP/1.1\r\nX:", b" " * 10_000),
         (b"", b"\r\n" * 5_000),
         (CHUNKED + b"1;", b"a" * 10_000),
-        (CHUNKED, b"1;" + b"a" * 10_000 + b"\r\n \r\n"),
+        (CHUNKED, b"3e8;" + b"a" * 1_000 + b"\r\n" + b" " * 1_000 + b"\r\n"),
         (CHUNKED + b"0\r\nX: ", b"a" * 10_000),
         (CHUNKED + b"0\r\n" + b"X: a\r\n" * 101, b""),
     ],
@@ -216,6 +216,7 @@ def test_a_refused_connection_is_read_no_more() -> None:
     may_answer = threading.Event()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()  # by which uvicorn lets the connection be read
         await asyncio.to_thread(may_answer.wait, 30)
         await PlainTextResponse("late")(scope, receive, send)
 
@@ -224,13 +225,13 @@ def test_a_refused_connection_is_read_no_more() -> None:
         url = stack.enter_context(in_thread(slow, http=protocol_with(30.0), lifespan="off"))
         address = "127.0.0.1", int(url.rpartition(":")[2])
         connection = stack.enter_context(socket.create_connection(address, timeout=1))
-        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"\0" * 100)
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 2 + b"\0" * 100)
         with pytest.raises(TimeoutError):
             while sent < 50e6:
                 sent += connection.send(b"a" * 100_000)
         may_answer.set()
         codes = [part[:3] for part in read_all(connection).split(b"HTTP/1.1 ")[1:]]
-    assert codes == [b"200", b"400"]
+    assert codes == [b"200", b"200", b"400"]
 
 
 @pytest.mark.parametrize(("size", "count", "code"), [(1, 2_000, 400), (1, 900, 200), (300, 2_500, 200)])
