@@ -57,6 +57,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_errors_are_pages(client: TestClient, kind: str) -> None:
+    if kind != "bug":  # starlette raises a bug again after its page, which only the test's client keeps silent
+        assert TestClient(client.app).get(f"/fail/{kind}").status_code == ERRORS[kind][1]
     answer = client.get(f"/fail/{kind}")
     error, status = ERRORS[kind]
     assert answer.status_code == status
