@@ -16,17 +16,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import Client
+from pydantic import BaseModel, NonNegativeInt, StringConstraints
 
 from featurestore.console.files import write_json
 from featurestore.errors import StorageError
 from featurestore.published import open_published
+from featurestore.spec import FileName
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
 from pipeline.cluster.tasks import num_threads, run_all
@@ -174,10 +176,18 @@ def _asked(options: SampleOptions) -> "set[int] | int":
     return day_of(options.since or "", "--since")
 
 
+class _Recorded(BaseModel):
+    """What of a summary names days and files."""
+
+    options: dict[str, Any]
+    added_days: list[Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")]] = []
+    groups_of_file: dict[FileName, NonNegativeInt] = {}
+
+
 def _recorded(before: Storage) -> dict[str, Any]:
     try:
         recorded: dict[str, Any] = parse_json(before.read_bytes(MARK))
-        if "window_days" in recorded["options"]:
+        if "window_days" in _Recorded.model_validate(recorded).options:
             return recorded
     except StorageError:
         if not before.is_local:

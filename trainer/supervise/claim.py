@@ -4,11 +4,12 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from featurestore.console.commandline import say_error
@@ -20,6 +21,7 @@ from trainer.errors import ConfigError, TrainerError
 
 LEASE_S = 60.0
 """After so long without a renewal, a supervisor of another machine counts as gone."""
+_HOLDER = re.compile(r"process (\d{1,10}) on ([\w.-]{1,255})")
 _SETTLE_S = 1.0
 """Between writing a lease and looking whether it stayed: two that begin at once see the same one."""
 
@@ -74,8 +76,9 @@ def _lease(file: FarPath, lease_s: float) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        if _holder(storage, name, lease_s) == _me():
-            storage.delete_files([name])
+        with suppress(TrainerError):  # not a lease: somebody else's file
+            if _holder(storage, name, lease_s) == _me():
+                storage.delete_files([name])
 
 
 def _renew(storage: Storage, name: str, lease_s: float, ended: threading.Event) -> None:
@@ -85,8 +88,8 @@ def _renew(storage: Storage, name: str, lease_s: float, ended: threading.Event) 
             if holder in (None, _me()):
                 _write(storage, name)
                 continue
-        except (OSError, StorageError):
-            continue  # the store is away: nobody else can take the run either
+        except (OSError, StorageError, TrainerError):
+            continue  # the store is away, or nobody's lease is there: nobody else can take the run either
         say_error(f"the run is supervised by {holder} now: this supervisor stops")
         os.kill(os.getpid(), signal.SIGTERM)
         return
@@ -97,12 +100,22 @@ def _write(storage: Storage, name: str) -> None:
 
 
 def _holder(storage: Storage, name: str, lease_s: float) -> str | None:
-    """Return who holds the lease; None where nobody does, or has not renewed it for so long, by the store's clock."""
+    """Return who holds the lease; None where nobody does, or has not renewed it for so long, by the store's clock.
+
+    Raises TrainerError where the file is not a lease.
+    """
     try:
         age_s = storage.now() - storage.entry(name).mtime_s
-        return str(parse_json(storage.read_bytes(name))["holder"]) if age_s < lease_s else None
+        if age_s >= lease_s:
+            return None
+        holder = parse_json(storage.read_bytes(name))["holder"]
+        if isinstance(holder, str) and _HOLDER.fullmatch(holder):
+            return holder
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise TrainerError(f"{storage.full(name)} is not the lease of a supervisor: remove it if no supervisor runs")
 
 
 def _me() -> str:
@@ -111,8 +124,8 @@ def _me() -> str:
 
 def _is_gone(holder: str) -> bool:
     """Return whether the holder was a process of this machine that has ended."""
-    _, pid, _, host = holder.split(maxsplit=3)
-    return host == os.uname().nodename and not Path(f"/proc/{pid}").exists()
+    match = _HOLDER.fullmatch(holder)
+    return match is not None and match[2] == os.uname().nodename and not Path(f"/proc/{match[1]}").exists()
 
 
 def _held(file: RunPath, holder: str) -> ConfigError:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import random
 import threading
 from pathlib import Path
@@ -290,8 +291,13 @@ class TestAddDays:
         assert {row["uri"] for row in named} == {"5.jpg", "6.jpg", "new.jpg"}  # what the other days named is kept
 
     def test_samples_of_others_are_refused(self, client: Client, tmp_path: Path) -> None:
-        with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
-            add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
+        options = {"options": {"window_days": 1}}
+        forged = ({"added_days": ["../../x"]}, {"groups_of_file": {"../x": 1}}, {"groups_of_file": {"x": -1}})
+        for summary in (None, {"options": ["window_days"]}, *(options | each for each in forged)):
+            if summary is not None:
+                (tmp_path / "summary.json").write_text(json.dumps(summary))
+            with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
+                add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])

@@ -190,6 +190,15 @@ def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: p
     assert storage.read_bytes(".a.supervised") == elsewhere
 
 
+def test_a_file_that_is_not_a_lease_is_named(s3_url: str) -> None:
+    run, storage = run_path(f"{s3_url}/runs/a"), Storage(f"{s3_url}/runs")
+    for data in (b"x", b"[]", b"{}", b'{"holder": 1}', b'{"holder": "process ../../tmp on a"}'):
+        storage.write_bytes(".a.supervised", data)
+        with pytest.raises(TrainerError, match="is not the lease of a supervisor"), claimed(run):
+            pass
+        assert storage.read_bytes(".a.supervised") == data
+
+
 def test_addresses_by_which_hosts_reach_each_other() -> None:
     assert addresses()["127.0.0.1"] == "lo"
     assert reach_of(None, {"127.0.0.1": "lo"}, None) == Reach("127.0.0.1", "127.0.0.1", "lo")
