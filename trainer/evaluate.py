@@ -74,7 +74,6 @@ def main(
 
     if against is not None and missing_curve:
         raise typer.BadParameter("it compares the runs as they are; leave --missing-curve out", param_hint="--against")
-
     if store_version is not None and store is None:
         raise typer.BadParameter("it is of the store that --store names", param_hint="--store-version")
 
