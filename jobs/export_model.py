@@ -2,30 +2,36 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import draw_counts, print_summary
+from featurestore.console.output import draw_counts, print_problem, print_summary
 from featurestore.console.progress import progress_bar
 from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
 from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:
-    from serving.bundle.export import Exported
+    from featurestore.upkeep.promotion.gates import GateResult
+    from serving.bundle.export import Exported, ExportOptions
+    from serving.bundle.manifest import BundleManifest
 
 EXAMPLES = """Examples:
 
 \b
 python jobs/export_model.py
 python jobs/export_model.py --run data/runs/both --out data/models/ctr
+python jobs/export_model.py --run data/runs/daily
 python jobs/export_model.py --run data/runs/both --out s3://shop/models/ctr --id-dtype int8 --compile
 python jobs/export_model.py --run data/runs/both --checkpoint 1000 --no-use
 
-Exit codes: 0 done, 1 failed, 2 wrong options.
+Exit codes: 0 done, 1 failed, 2 wrong options, 3 published but not put in use, as it is worse than the model in use.
 """
+REFUSED = 3
+"""Exit code of a version that is published, and that the gate does not put in use."""
 
 app = CommandApp(report=True, rich_markup_mode="rich")
 
@@ -33,7 +39,11 @@ app = CommandApp(report=True, rich_markup_mode="rich")
 @app.command(epilog=EXAMPLES)
 def main(
     run: Annotated[
-        str | None, typer.Option(help="Folder or address of a trained run.", show_default="the newest in data/runs")
+        str | None,
+        typer.Option(
+            help="Folder or address of a trained run, or of the runs of trainer.daily: the newest that is evaluated.",
+            show_default="the newest in data/runs",
+        ),
     ] = None,
     checkpoint: WhichCheckpoint = None,
     out: Annotated[
@@ -56,41 +66,80 @@ def main(
     ] = SAMPLE_GROUPS,
     store_version: StoreVersion = None,
     use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
+    gate: Annotated[
+        bool,
+        typer.Option(
+            "--gate/--no-gate",
+            help="Put it in use only where GAUC and log loss of the run's evaluation rows are not worse than those of "
+            "the model in use, by more than .002 and by more than noise.",
+        ),
+    ] = True,
     json_file: JsonOption = None,
 ) -> None:
     """Publish a trained run as the next version of a model that python -m serving answers requests with.
 
     A version holds all that scores need: the network, the ID rows, and the visual vectors of all images of the newest
     snapshot of each feature store. It never changes, but for the vectors: publish_vectors keeps them up to date. What
-    killed exports have left is removed after a day.
+    killed exports have left is removed after a day. A version that is worse than the one in use, or that cannot be
+    compared with it, is published and not put in use.
     """
     from functools import partial
 
     from serving.bundle.export import ExportOptions, export_model, write_network
     from serving.scoring.changes import error_of_rows
-    from trainer.runs.folder import run_or_newest
+    from trainer.daily.table import run_of_days
 
     start = time.monotonic()
     options = ExportOptions(
-        run=run_or_newest(run),
+        run=run_of_days(run_or_newest(run)),
         checkpoint=checkpoint,
         id_dtype=id_dtype,
         sample_groups=sample_groups,
-        use=use,
+        use=use and not gate,
         store_version=store_version,
     )
     with progress_bar("images") as progress:
         exported = export_model(
             out, options, network=partial(write_network, compiled=compiled), measure=error_of_rows, progress=progress
         )
+    found = put_in_use(out, exported.manifest, options) if use and gate else []
+    in_use = use and all(each.holds for each in found)
     seconds = time.monotonic() - start
-    print_summary(summary_text(exported, out, use, seconds))
+    print_summary(summary_text(exported, out, in_use, seconds, found))
     draw_counts("Bytes of the files", {file.name: file.bytes for file in exported.manifest.files})
     draw_counts("Images with vectors, by feature store", exported.num_images)
-    write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), "in_use": use, "seconds": seconds})
+    gates = [each.model_dump(mode="json") for each in found]
+    figures = {"in_use": in_use, "gates": gates, "seconds": seconds}
+    write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), **figures})
+    if use and not in_use:
+        failed = "; ".join(each.text for each in found if not each.holds)
+        print_problem(f"version {exported.manifest.version} of {out} is not put in use: {failed}")
+        raise typer.Exit(REFUSED)
 
 
-def summary_text(exported: "Exported", out: str, in_use: bool, seconds: float) -> str:
+def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> list["GateResult"]:
+    """Put a published version in use if it is as good as the one in use; return what the gate found, if there is one.
+
+    Raises ServingError, FeatureStoreError.
+    """
+    from featurestore.published.paths import run_path
+    from featurestore.storage.storage import Storage
+    from serving.bundle import log
+    from trainer.compat.models import RunInUse, gate_model
+
+    storage, found = Storage(out), list[GateResult]()
+    if log.version_in_use(storage) is not None:
+        old = log.read_version(storage)
+        in_use = RunInUse(folder=run_path(old.run), checkpoint=old.checkpoint, digest=old.checkpoint_digest)
+        found = gate_model(options.run, new.checkpoint, in_use, store_version=options.store_version)
+    if all(each.holds for each in found):
+        log.use(storage, new.version)
+    return found
+
+
+def summary_text(
+    exported: "Exported", out: str, in_use: bool, seconds: float, gates: Sequence["GateResult"] = ()
+) -> str:
     """Write the lines that the job prints."""
     manifest = exported.manifest
     rows = sum(each.num_rows for each in manifest.rows)
@@ -115,6 +164,7 @@ def summary_text(exported: "Exported", out: str, in_use: bool, seconds: float) -
     compiled = [file.name for file in manifest.files if file.name.startswith("network-")]
     lines += [f"compiled     {name}" for name in compiled]
     lines += [f"note         {note}" for note in exported.notes]
+    lines += [f"gate         {'' if each.holds else 'fails: '}{each.text}" for each in gates]
     return "\n".join(
         [
             *lines,

@@ -19,7 +19,7 @@ from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
 from featurestore.text.parsing import parse_json
 from trainer.config import legacy
-from trainer.config.config import Config, load_config, load_saved, save_config
+from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
 from trainer.daily import SHARED
 from trainer.daily import table as daytable
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
@@ -37,12 +37,16 @@ Examples:
 
     horovodrun -np 8 python -m trainer.daily --samples-of-days data/samples --set run.name=daily
 
-    horovodrun -np 8 python -m trainer.daily --window-days 18 --warm-parts full --set run.name=full
+    horovodrun -np 8 python -m trainer.daily --first-day 2026-01-18
 
-Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days is next to them, as
-days.json and days.parquet. Start it again when another day's samples are there, or after a kill: it continues where it
-stopped. The newest day is trained at once, and evaluated when the samples of the day after it have come; where its own
-have changed by then, by late logs, it stays as it was trained, and is marked samples_changed. Exit codes are those of
+    horovodrun -np 8 python -m trainer.daily --warm-start data/runs/both
+
+Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The first one trains on all days up to its own,
+as trainer.main does; it is that of the newest day that has a next one. Each later run takes all that the one before has
+learned, and goes once through the days that have come since. The table of all days is next to the runs, as days.json
+and days.parquet. Start it again when another day's samples are there, or after a kill: it continues where it stopped.
+The newest day is trained at once, and evaluated when the samples of the day after it have come; where its own have
+changed by then, by late logs, it stays as it was trained, and is marked samples_changed. Exit codes are those of
 trainer.main.
 """
 
@@ -57,35 +61,38 @@ def main(
             "--samples-of-days", metavar="DIR", help="Folder with day=DAY*.parquet in train/ and test/: data.samples."
         ),
     ] = None,
-    window_days: Annotated[int, typer.Option(min=1, help="Days that each run trains on, its own day the last.")] = 1,
-    first_day: Annotated[str | None, typer.Option(metavar="DAY", help="Leave out the days before.")] = None,
+    first_day: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DAY",
+            help="Day of the first run.",
+            show_default="the newest day that has a next one; with --warm-start the newest",
+        ),
+    ] = None,
     last_day: Annotated[str | None, typer.Option(metavar="DAY", help="Leave out the days after.")] = None,
     file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
     ] = None,
     warm_start: Annotated[
-        str | None, typer.Option(metavar="RUN", help="What the very first day begins with.", show_default="nothing")
-    ] = None,
-    warm_parts: Annotated[
         str | None,
         typer.Option(
-            metavar="PARTS",
-            help="What a day takes from the day before: none, partial (all but the ID vectors, the default), full, or "
-            "of images,model,ids with commas.",
+            metavar="RUN",
+            help="The first run begins with all that this run has learned, and trains on its own day alone.",
+            show_default="nothing: it trains on all days",
         ),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
 ) -> None:
     """Train day after day, each from the day before, on the newest snapshot of the store, and evaluate on the next."""
     given = [] if samples is None else [f"data.samples={samples}"]
-    given += [*(settings or []), *(more or []), *warm_settings(warm_start, warm_parts)]
+    given += [*(settings or []), *(more or []), *warm_settings(warm_start, None)]
 
     def load() -> Config:
         _check_days_given({"--first-day": first_day, "--last-day": last_day})
         return load_config(file, given)
 
-    raise typer.Exit(on_ranks(load, partial(follow, window_days=window_days, first=first_day, last=last_day)))
+    raise typer.Exit(on_ranks(load, partial(follow, first=first_day, last=last_day)))
 
 
 @dataclass(frozen=True)
@@ -108,29 +115,47 @@ class Day:
         return report is not None and (bool(report["metrics"]) or self.test_day is None)
 
     def config(self, base: Config, before: RunPath | None) -> Config:
-        """Make the settings of the run, which begins with that in folder `before`, or continues where it stopped."""
+        """Make the settings of the run, which continues what the one in folder `before` has learned, or its own."""
         resume = "latest" if self.report() is not None or finished(checkpoints_of(self.folder)) else None
-        run = {
+        run: dict[str, Any] = {
             "dir": str(self.folder.parent),
             "name": self.name,
             "resume": resume,
             "warm_start": str(before) if before else base.run.warm_start,
+            "warm_parts": WARM_PARTS["all"],
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
-        return base.changed(run=run, data=data)
+        return base.changed(run=run, data=data, train={"epochs": 1} if run["warm_start"] else {})
 
 
-def plan(days: Sequence[str], window_days: int, folder: RunPath) -> list[Day]:
-    """Plan one run for each of `days`, ascending; the next day is the next one with samples."""
-    return [
-        Day(
-            day,
-            tuple(days[max(0, at + 1 - window_days) : at + 1]),
-            days[at + 1] if at + 1 < len(days) else None,
-            folder / day,
-        )
-        for at, day in enumerate(days)
-    ]
+def plan(days: Sequence[str], folder: RunPath, first: str | None, *, warm: bool = False) -> list[Day]:
+    """Plan the runs of `days`, ascending, of which `folder` may have some.
+
+    The first run is that of day `first`, by default of the newest day that has a next one. It trains on all days up to
+    its own, or where it begins with another run (`warm`) on its own alone; then it is that of the newest day. Each
+    later one trains on its own day, and on those that came too late for the run before. Raises ConfigError where the
+    first run is of another day already.
+    """
+    begun = {each.name: _train_days_of(each) for each in daytable.days(folder)}
+    if begun and first not in (None, min(begun)):
+        raise ConfigError(f"--first-day {first}: the first run in {folder} is that of {min(begun)}; leave it out")
+    start = min(begun, default=first) or (days[-1] if warm else days[max(0, len(days) - 2)])
+    trained = {day for own in begun.values() for day in own}
+    since, planned = min(trained, default=start if warm else days[0]), list[Day]()
+    for at, day in enumerate(days):
+        own = begun.get(day, ())
+        if not own and day >= max(begun, default=start):
+            own = tuple(each for each in days[: at + 1] if each >= since and each not in trained)
+            trained |= set(own)
+        if own:
+            planned.append(Day(day, own, days[at + 1] if at + 1 < len(days) else None, folder / day))
+    return planned
+
+
+def _train_days_of(run: RunPath) -> tuple[str, ...]:
+    """Read the days that a run has begun to train on; none before it has."""
+    file = run / "config.yaml"
+    return tuple(load_saved(file).data.train_days or ()) if file.is_file() else ()
 
 
 def folder_of(base: Config) -> RunPath:
@@ -138,7 +163,7 @@ def folder_of(base: Config) -> RunPath:
     return run_path(base.run.dir) / (base.run.name or "daily")
 
 
-def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None = None, last: str | None = None) -> None:
+def follow(base: Config, comm: "Comm", first: str | None = None, last: str | None = None) -> None:
     """Train all days that are not done yet, one after the other, and write the table. Every rank calls it.
 
     Raises TrainerError and FeatureStoreError, on all ranks together.
@@ -148,13 +173,15 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
 
     def opened() -> list[Day]:
         _check_base(base)
-        _claim(folder, base, window_days)
-        days = plan(_days_of(base.data.samples), window_days, folder)
-        chosen = [day for day in days if (first or day.name) <= day.name <= (last or day.name)]
+        _claim(folder, base)
+        days = _days_of(base.data.samples)
+        chosen = [
+            day
+            for day in plan(days, folder, first, warm=base.run.warm_start is not None)
+            if day.name <= (last or day.name)
+        ]
         if not chosen:
-            raise ConfigError(
-                f"--first-day and --last-day choose none of {days[0].name} to {days[-1].name}; change them"
-            )
+            raise ConfigError(f"--first-day and --last-day choose none of {days[0]} to {days[-1]}; change them")
         return chosen
 
     for day in comm.on_rank_0(opened):
@@ -254,6 +281,7 @@ def _check_base(base: Config) -> None:
         "run.overwrite": base.run.overwrite or None,
         "data.train_days": base.data.train_days,
         "data.test_days": base.data.test_days,
+        "run.warm_parts": None if base.run.warm_parts == RunConfig().warm_parts else base.run.warm_parts,
     }
     for name, value in given.items():
         if value is not None:
@@ -278,15 +306,13 @@ def _days_of(samples: str) -> list[str]:
     return days
 
 
-def _claim(folder: RunPath, base: Config, window_days: int) -> None:
+def _claim(folder: RunPath, base: Config) -> None:
     """Write what all days share to `folder`/daily.json, and refuse to continue with something else.
 
     A day's folder is made when all that its run needs has been opened. Until there is one, nothing has proved that the
     settings are right, and other ones take their place.
     """
     mine = {
-        "window_days": window_days,
-        "warm_parts": list(base.run.warm_parts),
         "model": base.model.model_dump(mode="json"),
         "optim": base.optim.model_dump(mode="json"),
         "train": base.train.model_dump(mode="json"),

@@ -11,7 +11,8 @@ from featurestore.console.output import print_table, text_console
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, run_path, write_file, write_json_file
 from trainer.config.config import load_saved
-from trainer.errors import TrainerError
+from trainer.daily import SHARED
+from trainer.errors import ConfigError, TrainerError
 from trainer.runs.folder import report_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,21 @@ def days(folder: RunPath) -> list[RunPath]:
     """List the folders of the days that have begun, oldest first; none where there is no such folder."""
     below: list[RunPath] = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
     return [each for each in below if DAY.fullmatch(each.name)]
+
+
+def run_of_days(folder: RunPath) -> RunPath:
+    """Return the newest evaluated run of a daily job's folder, or the folder where it is another's.
+
+    Raises ConfigError where no day is evaluated yet.
+    """
+    if not (folder / SHARED).is_file():
+        return folder
+    evaluated = [run for run in runs(folder) if (report_of(run) or {})["metrics"]]
+    if not evaluated:
+        raise ConfigError(
+            f"no day of {folder} is evaluated yet; wait for the samples of the next day, or name a run, as {folder}/DAY"
+        )
+    return evaluated[-1]
 
 
 def rows(folder: RunPath) -> list[dict[str, Any]]:
