@@ -88,6 +88,7 @@ def main(
     from serving.bundle.export import ExportOptions, export_model, write_network
     from serving.scoring.changes import error_of_rows
     from trainer.daily.table import run_of_days
+    from trainer.runs.folder import run_or_newest
 
     start = time.monotonic()
     options = ExportOptions(
@@ -127,7 +128,8 @@ def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> lis
     from serving.bundle import log
     from trainer.compat.models import RunInUse, gate_model
 
-    storage, found = Storage(out), list[GateResult]()
+    storage = Storage(out)
+    found: list[GateResult] = []
     if log.version_in_use(storage) is not None:
         old = log.read_version(storage)
         in_use = RunInUse(folder=run_path(old.run), checkpoint=old.checkpoint, digest=old.checkpoint_digest)

@@ -29,10 +29,11 @@ python -m benchmarks.quality --users 8000 --only images --net dnn
 python -m benchmarks.quality --data ml=data/ml/samples --batch-size 512 --only ids --net dnn
 python -m benchmarks.quality --data photos=photos/samples:photos/features --only images --seeds 1 --no-tune
 python -m benchmarks.quality --only ids --set model.multi_hot=sum
+python -m benchmarks.quality --data shop=data/samples:data/features --batch-size 512 --only days
 
 A run that has ended is not made again: its figures are kept in DIR/figures.
 """
-SECTIONS = ("ids", "images", "cold")
+SECTIONS = ("ids", "images", "cold", "days")
 Name = StrEnum("Name", SECTIONS)  # type: ignore[misc]
 Net = StrEnum("Net", NETS)  # type: ignore[misc]
 
@@ -89,15 +90,17 @@ def main(
     """Measure how good our models are, compared with those of FuxiCTR on the same rows and IDs.
 
     Our runs with images have model.pooling=transformer and optim.average_share=0.5, where --set says nothing else. The
-    section "cold" is of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs say.
+    sections "cold" and "days" are of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs
+    say.
     """
     from benchmarks.quality.cold import cold_section
     from benchmarks.quality.compare import Bench, ids_section, images_section
+    from benchmarks.quality.days import days_section
     from benchmarks.quality.runs import QualityRunError, fuxictr_python
 
-    made = {"ids": ids_section, "images": images_section, "cold": cold_section}
+    made = {"ids": ids_section, "images": images_section, "cold": cold_section, "days": days_section}
     chosen = [str(name) for name in only or SECTIONS]
-    if chosen != ["cold"] and not fuxictr_python().exists():
+    if {"ids", "images"} & set(chosen) and not fuxictr_python().exists():
         raise QualityRunError(
             "FuxiCTR is not installed in this environment (make install says why), and it is what is compared"
         )

@@ -14,8 +14,10 @@ import typer
 from typer.testing import CliRunner
 
 from featurestore import FeatureRows, FeatureStore
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from jobs import export_model, publish_vectors
+from serving.bundle import log
 from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle
 from serving.network.exporting import PORTABLE
@@ -135,6 +137,27 @@ def test_without_test_samples_the_error_is_that_of_drawn_ids(places: Places, tmp
     assert "on average of 512 of drawn ids, as ID rows are int8" in text
     error = json.loads((tmp_path / "export.json").read_text())["id_error"]
     assert 0 < error["mean"] <= error["worst"] < 1e-2
+
+
+@pytest.mark.usefixtures("same_network")
+def test_a_worse_model_is_published_and_not_put_in_use(places: Places, tmp_path: Path) -> None:
+    out, json_file = tmp_path / "model", tmp_path / "export.json"
+    good, bad = places.folder / "runs" / "ids", places.folder / "runs" / "bad"
+    train_run(places, "bad", **VARIANTS["ids_only"], optim__lr=1, optim__ids_lr=1)
+    assert "gate" not in done(export_model.app, "--run", good, "--out", out)  # nothing is in use yet
+    refused = job(export_model.app, "--run", bad, "--out", out, "--json", json_file)
+    assert refused.exit_code == export_model.REFUSED == 3
+    assert f"published    version 2 of {out}, not in use yet" in refused.stdout
+    (line,) = refused.stderr.splitlines()
+    assert f"version 2 of {out} is not put in use: " in line
+    assert "logloss is " in line
+    figures = json.loads(json_file.read_text())
+    assert (figures["in_use"], {each["gate"] for each in figures["gates"]}) == (False, {"gauc", "logloss"})
+    assert log.version_in_use(Storage(str(out))) == 1
+    assert "in use\n" in done(export_model.app, "--run", bad, "--out", out, "--no-gate")
+    assert log.version_in_use(Storage(str(out))) == 3
+    assert "gate         logloss is " in done(export_model.app, "--run", good, "--out", out)
+    assert log.version_in_use(Storage(str(out))) == 4
 
 
 @pytest.mark.timeout(900)

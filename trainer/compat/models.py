@@ -56,9 +56,7 @@ def gate_model(
         return [GateResult(gate="comparison", value=None, limit=0, holds=False, text=text)]
 
 
-def _compared(
-    ours: SavedRun, in_use: RunInUse, store_version: VersionName | None, comm: Comm
-) -> list[GateResult]:
+def _compared(ours: SavedRun, in_use: RunInUse, store_version: VersionName | None, comm: Comm) -> list[GateResult]:
     if ours.digest == in_use.digest:
         return [GateResult(gate="comparison", value=0, limit=0, holds=True, text="it is the checkpoint that is in use")]
     theirs = read_run(in_use.folder, in_use.checkpoint)

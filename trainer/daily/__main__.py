@@ -122,24 +122,27 @@ class Day:
             "name": self.name,
             "resume": resume,
             "warm_start": str(before) if before else base.run.warm_start,
-            "warm_parts": WARM_PARTS["all"],
+            "warm_parts": WARM_PARTS["full"],
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
         return base.changed(run=run, data=data, train={"epochs": 1} if run["warm_start"] else {})
 
 
-def plan(days: Sequence[str], folder: RunPath, first: str | None, *, warm: bool = False) -> list[Day]:
-    """Plan the runs of `days`, ascending, of which `folder` may have some.
+def plan(
+    days: Sequence[str], folder: RunPath, first: str | None = None, last: str | None = None, *, warm: bool = False
+) -> list[Day]:
+    """Plan the runs of `days`, ascending, up to `last`; those that `folder` has train on what they have begun with.
 
     The first run is that of day `first`, by default of the newest day that has a next one. It trains on all days up to
-    its own, or where it begins with another run (`warm`) on its own alone; then it is that of the newest day. Each
-    later one trains on its own day, and on those that came too late for the run before. Raises ConfigError where the
-    first run is of another day already.
+    its own; where it begins with another run (`warm`) on its own alone, which by default is the newest. Each later one
+    trains on its own day, and on those that came too late for the run before. Raises ConfigError where the first run
+    is of another day already.
     """
     begun = {each.name: _train_days_of(each) for each in daytable.days(folder)}
     if begun and first not in (None, min(begun)):
         raise ConfigError(f"--first-day {first}: the first run in {folder} is that of {min(begun)}; leave it out")
-    start = min(begun, default=first) or (days[-1] if warm else days[max(0, len(days) - 2)])
+    may_begin = [day for day in days if day <= (last or day) and (warm or day < days[-1])]
+    start = min(begun, default=first or max(may_begin, default=days[0]))
     trained = {day for own in begun.values() for day in own}
     since, planned = min(trained, default=start if warm else days[0]), list[Day]()
     for at, day in enumerate(days):
@@ -147,7 +150,7 @@ def plan(days: Sequence[str], folder: RunPath, first: str | None, *, warm: bool 
         if not own and day >= max(begun, default=start):
             own = tuple(each for each in days[: at + 1] if each >= since and each not in trained)
             trained |= set(own)
-        if own:
+        if own and day <= (last or day):
             planned.append(Day(day, own, days[at + 1] if at + 1 < len(days) else None, folder / day))
     return planned
 
@@ -175,11 +178,7 @@ def follow(base: Config, comm: "Comm", first: str | None = None, last: str | Non
         _check_base(base)
         _claim(folder, base)
         days = _days_of(base.data.samples)
-        chosen = [
-            day
-            for day in plan(days, folder, first, warm=base.run.warm_start is not None)
-            if day.name <= (last or day.name)
-        ]
+        chosen = plan(days, folder, first, last, warm=base.run.warm_start is not None)
         if not chosen:
             raise ConfigError(f"--first-day and --last-day choose none of {days[0]} to {days[-1]}; change them")
         return chosen

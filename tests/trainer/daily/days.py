@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 from tests.trainer.main_worker import signalling
 from trainer.comm import connect
 from trainer.config.config import load_config
-from trainer.daily.__main__ import follow
+from trainer.daily.__main__ import follow as follow_days
 from trainer.engine.engine import Engine
 from trainer.main import train
+
+follow = partial(follow_days, first="2026-01-01")
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from tests.trainer.alike import alike
 from trainer.comm import SoloComm
-from trainer.config.config import Config, load_config
+from trainer.config.config import Config, load_config, save_config
 from trainer.daily.__main__ import app, follow, plan
+from trainer.daily.table import run_of_days
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
@@ -76,16 +77,36 @@ def assert_same(found: Path, expected: Path, days: list[str] = DAYS) -> None:
     ]
 
 
-def test_plan() -> None:
-    found = [(day.name, day.train_days, day.test_day) for day in plan(["1", "2", "4"], 2, Path("d"))]
-    assert found == [("1", ("1",), "2"), ("2", ("1", "2"), "4"), ("4", ("2", "4"), None)]
+def test_plan(tmp_path: Path) -> None:
+    def planned(days: list[str], *given: str | None, warm: bool = False) -> list[tuple[str, list[str], str | None]]:
+        return [(day.name, [*day.train_days], day.test_day) for day in plan(days, tmp_path, *given, warm=warm)]
+
+    one, two, three, four = DAYS
+    assert planned(DAYS) == [(three, [one, two, three], four), (four, [four], None)]
+    assert planned(DAYS[:1]) == [(one, [one], None)]
+    assert planned(DAYS, one, two) == [(one, [one], two), (two, [two], three)]
+    assert planned(DAYS, None, two) == [(two, [one, two], three)]
+    assert planned(DAYS, warm=True) == [(four, [four], None)]
+    assert planned(DAYS, three, warm=True) == [(three, [three], four), (four, [four], None)]
+    for day, trained in ((two, [one, two]), (four, [four])):
+        (tmp_path / day).mkdir()
+        save_config(load_config().changed(data={"train_days": trained}), tmp_path / day / "config.yaml")
+    # The third day came too late for its own run, and there are days before the first run's.
+    after = ["2025-12-31", *DAYS, "2026-01-05"]
+    assert planned(after) == [
+        (two, [one, two], three),
+        (four, [four], "2026-01-05"),
+        ("2026-01-05", [three, "2026-01-05"], None),
+    ]
+    with pytest.raises(ConfigError, match=rf"--first-day {one}: the first run in .* is that of {two}"):
+        planned(after, one)
 
 
 @pytest.fixture(scope="module")
 def followed(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Days that a run named `whole` has followed to the end."""
     places = make_days(make_places(tmp_path_factory.mktemp("followed")))
-    follow(config_of(places, run__name="whole", train__checkpoint_every=2), SoloComm())
+    follow(config_of(places, run__name="whole", train__checkpoint_every=2), SoloComm(), first=DAYS[0])
     return places
 
 
@@ -102,12 +123,15 @@ def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(follow
     assert [row["warm_start"] for row in rows] == [None, *(str(folder / day) for day in DAYS[:3])]
     assert all(0 < row["gauc"] < 1 and row["impressions"] > 100 for row in rows[:3])
     assert rows[3]["gauc"] is rows[3]["impressions"] is None
-    # The second day's first step starts at what the first day ended with, but for the ID vectors.
-    second = followed.settings(run__name="second", data__train_days=f"[{DAYS[1]}]", data__test_days=f"[{DAYS[2]}]")
-    run = open_run(load_config(settings=[*second, f"run.warm_start={folder / DAYS[0]}"]), SoloComm())
+    # The second day's first step starts at what the first day ended with, ID vectors included.
+    second = load_config(folder / DAYS[1] / "config.yaml", ["run.name=second"])
+    assert second.run.warm_start == str(folder / DAYS[0])
+    run = open_run(second, SoloComm())
     run.close()
-    state, ended = run.engine.dense_state(), tensors(folder / DAYS[0])
-    assert torch.equal(state["model.mlp.0.weight"], ended["model.mlp.0.weight"])
+    state, ended = run.engine.dense_state() | run.engine.shard_state(), tensors(folder / DAYS[0])
+    names = [name for name in ended if name.startswith("model.") or name.endswith("/weight")]
+    assert len(names) > 20
+    assert [name for name in names if not torch.equal(state[name], ended[name])] == []
     for reader, day in ((run.train_reader, DAYS[1]), (run.test_reader, DAYS[2])):
         labels = pq.read_table(followed.folder / "samples" / "train" / f"day={day}.parquet", partitioning=None)["label"]
         assert reader.num_samples == sum(len(each) for each in labels.to_pylist())
@@ -166,25 +190,48 @@ def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(owner, name, killed)
     with pytest.raises(KeyboardInterrupt):
-        follow(cut, SoloComm(), last=DAYS[2])
-    follow(cut, SoloComm(), last=DAYS[2])
+        follow(cut, SoloComm(), first=DAYS[0], last=DAYS[2])
+    follow(cut, SoloComm(), first=DAYS[0], last=DAYS[2])
     assert_same(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole", DAYS[:3])
 
 
-def test_windows_and_chosen_days(days: Places) -> None:
-    follow(config_of(days, run__name="w"), SoloComm(), window_days=2, first=DAYS[1], last=DAYS[2])
-    rows = table_of(days.folder / "runs" / "w")
-    assert [(row["train_days"], row["test_day"]) for row in rows] == [
-        ([DAYS[0], DAYS[1]], DAYS[2]),
-        ([DAYS[1], DAYS[2]], DAYS[3]),
+def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days: Places) -> None:
+    newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
+    kept = newest.read_bytes()
+    newest.unlink()
+    config = config_of(days, run__name="w", train__epochs=3)
+    follow(config, SoloComm())
+    newest.write_bytes(kept)
+    for gone in DAYS[:2]:  # samples of days that were trained may go
+        (days.folder / "samples" / "train" / f"day={gone}.parquet").unlink()
+    follow(config, SoloComm())
+    folder = days.folder / "runs" / "w"
+    rows = table_of(folder)
+    assert [(row["day"], row["train_days"], row["test_day"]) for row in rows] == [
+        (DAYS[1], DAYS[:2], DAYS[2]),
+        (DAYS[2], [DAYS[2]], DAYS[3]),
+        (DAYS[3], [DAYS[3]], None),
     ]
-    # Samples of days that were trained may go.
-    (days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet").unlink()
-    (days.folder / "samples" / "train" / f"day={DAYS[1]}.parquet").unlink()
-    follow(config_of(days, run__name="w"), SoloComm(), window_days=2)
-    rows = table_of(days.folder / "runs" / "w")
-    assert [row["day"] for row in rows] == DAYS[1:]
-    assert rows[2]["warm_start"] == str(days.folder / "runs" / "w" / DAYS[2])
+    assert [row["warm_start"] for row in rows] == [None, str(folder / DAYS[1]), str(folder / DAYS[2])]
+    assert [load_config(folder / row["day"] / "config.yaml").train.epochs for row in rows] == [3, 1, 1]
+    assert run_of_days(folder) == folder / DAYS[2]
+    assert run_of_days(folder / DAYS[3]) == folder / DAYS[3]
+
+
+def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
+    run = followed.folder / "runs" / "whole" / DAYS[2]
+    config = config_of(followed, run__name="warm", run__dir=tmp_path, run__warm_start=run)
+    follow(config, SoloComm())
+    (row,) = table_of(tmp_path / "warm")
+    assert (row["train_days"], row["warm_start"]) == ([DAYS[3]], str(run))
+    whole = followed.folder / "runs" / "whole" / DAYS[3]
+    assert [
+        name
+        for name, value in tensors(whole).items()
+        if not torch.equal(value, tensors(tmp_path / "warm" / DAYS[3])[name])
+    ] == []
+    with pytest.raises(ConfigError, match=r"no day of .* is evaluated yet"):
+        run_of_days(tmp_path / "warm")
 
 
 def test_mistakes(days: Places) -> None:
@@ -194,6 +241,7 @@ def test_mistakes(days: Places) -> None:
 
     refused(ConfigError, r"data\.test_days=\['2026-01-02'\]: trainer\.daily chooses it", data__test_days=f"[{DAYS[1]}]")
     refused(ConfigError, r"run\.resume=latest: trainer\.daily chooses it", run__resume="latest")
+    refused(ConfigError, "run.warm_parts=.*: trainer.daily chooses it", run__warm_parts="full")
     refused(ConfigError, "early_stopping=2: a day is trained before", train__early_stopping=2, train__eval_every=5)
     refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
     assert not (days.folder / "runs" / "m").exists() or not list((days.folder / "runs" / "m").glob("2026*"))
@@ -308,7 +356,7 @@ def test_days_that_an_earlier_version_began_go_on(days: Places) -> None:
 
 def test_command(days: Places) -> None:
     settings = [*days.settings(run__name="c", train__epochs=1)]
-    options = ["--samples-of-days", str(days.folder / "samples"), "--last-day", DAYS[1], "--warm-parts", "full"]
+    options = ["--samples-of-days", str(days.folder / "samples"), "--first-day", DAYS[0], "--last-day", DAYS[1]]
     result = CliRunner().invoke(app, [*options, "--set", *settings])
     assert result.exit_code == 0, result.output
     assert "2026-01-02" in result.stdout and "days.parquet" in result.stdout
@@ -349,7 +397,7 @@ class TestTwoRanks:
 
     def test_equals_one_rank(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, _ = job
-        follow(load_config(settings=places.settings(run__name="alone", train__epochs=1, **EXACT)), SoloComm())
+        follow(load_config(settings=places.settings(run__name="alone", train__epochs=1, **EXACT)), SoloComm(), DAYS[0])
         alone, two = (table_of(places.folder / "runs" / name) for name in ("alone", "days"))
         for mine, theirs in zip(alone, two, strict=True):
             for column in ("steps", "impressions", "logloss", "auc", "gauc"):
