@@ -62,7 +62,8 @@ def main(
         str | None,
         typer.Option(
             metavar="PARTS",
-            help="none, partial (all but the ID vectors, the default), full, or of images,model,ids with commas.",
+            help="none, partial (all but the ID vectors, the default), full, all (with the optimisers' state), or of "
+            "images,model,ids with commas.",
         ),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,

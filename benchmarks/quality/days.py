@@ -54,7 +54,8 @@ WAYS: Mapping[str, Way] = {
     "with_id_rows": Way(parts="full", epochs=2, all_first=False),
     "and_one_pass": Way(parts="full", epochs=1, all_first=False),
     "and_all_days_first": Way(parts="full", epochs=1, all_first=True),
-    "and_2_days": Way(parts="full", epochs=1, all_first=True, window_days=2),
+    "and_optimizers": Way(parts="all", epochs=1, all_first=True),
+    "and_2_days": Way(parts="all", epochs=1, all_first=True, window_days=2),
 }
 """Ways of a chain of runs: the first default, and what each change to it is worth."""
 

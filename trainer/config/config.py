@@ -39,11 +39,12 @@ _KEPT = 64
 """Saved files of which the checked configuration is kept: a page of the explorer asks for that of a run many times."""
 
 Device = Literal["auto", "cpu", "cuda"]
-WarmPart = Literal["images", "model", "ids"]
+WarmPart = Literal["images", "model", "ids", "optimizers"]
 WARM_PARTS: dict[Any, list[WarmPart]] = {
     "none": [],
     "partial": ["images", "model"],
     "full": ["images", "model", "ids"],
+    "all": ["images", "model", "ids", "optimizers"],
 }
 
 
@@ -158,9 +159,10 @@ class RunConfig(Section):
     skip_damaged: bool = True
     """Where the newest checkpoint is damaged, latest and auto continue from the one before it; false: the run ends."""
     warm_start: Place | None = None
-    """Begin with parameters of this run (its folder, or a checkpoint); optimisers and schedule start afresh."""
+    """Begin with parameters of this run (its folder, or a checkpoint); the schedule starts afresh."""
     warm_parts: list[WarmPart] = Field(default="partial", validate_default=True)
-    """What a warm start takes: none, partial (all but the ID vectors), full, or a list of images (E), model, ids."""
+    """What a warm start takes: none, partial (all but the ID vectors), full, all (full and the optimisers' state), or a
+    list of images (E), model, ids."""
     overwrite: bool = False
     """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
     device: Device = "auto"
@@ -179,8 +181,17 @@ class RunConfig(Section):
     @classmethod
     def _named(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in WARM_PARTS:
-            raise ValueError("it should be none, partial, full, or a list of images, model, ids, as [images,model]")
+            raise ValueError(
+                "it should be none, partial, full, all, or a list of images, model, ids, as [images,model]"
+            )
         return WARM_PARTS[value] if isinstance(value, str) else value
+
+    @field_validator("warm_parts")
+    @classmethod
+    def _whole(cls, value: list[WarmPart]) -> list[WarmPart]:
+        if "optimizers" in value and not {*WARM_PARTS["full"]} <= {*value}:
+            raise ValueError("the optimizers' state is that of all parameters; write all, or leave optimizers out")
+        return value
 
     @field_validator("resume", mode="before")
     @classmethod

@@ -122,7 +122,7 @@ class Day:
             "name": self.name,
             "resume": resume,
             "warm_start": str(before) if before else base.run.warm_start,
-            "warm_parts": WARM_PARTS["full"],
+            "warm_parts": WARM_PARTS["full" if base.optim.average_share else "all"],
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
         return base.changed(run=run, data=data, train={"epochs": 1} if run["warm_start"] else {})

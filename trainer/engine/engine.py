@@ -88,6 +88,8 @@ class Engine:
         """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out. Where it has
         averages, these are the parameters then."""
         self.num_steps = 0
+        self.first_step = 0
+        """Steps that were done before this run began, where it continues another one's; its schedule begins there."""
         self.stages = Stages()
         if reading:
             optim = optim.model_copy(update={"average_share": 0.0})
@@ -165,7 +167,7 @@ class Engine:
         batch norm may have).
         """
         batch, request = prepared.batch, prepared.request
-        rates = rates_at(self._optim, self.num_steps)
+        rates = rates_at(self._optim, self.num_steps - self.first_step)
         self._modules.train()
         self._dense.zero_grad()
         logit_B = self._outputs(prepared, self.model, {})

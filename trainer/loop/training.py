@@ -298,6 +298,6 @@ class Training:
 
 
 def total_steps(run: Run) -> int:
-    """Count the steps of the whole run, from its very beginning."""
+    """Count the steps at the end of the run: its own, and those of the run that it continues."""
     everything = run.config.train.epochs * run.train_reader.steps_per_epoch
-    return min(everything, run.config.train.max_steps or everything)
+    return run.engine.first_step + min(everything, run.config.train.max_steps or everything)

@@ -185,6 +185,9 @@ def _open_run(
             checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
     elif warm:
         warmstart.load(comm, warm, origin, engine, config.data.cache_dir)
+    position = resumed[1].position if resumed else BatchPosition(0, 0)
+    reader = train_reader(config, train, schema, comm.rank, comm.size)
+    engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)
     if not reading:
         engine.begin_day(newest_day(each.file for each in train.row_groups))
     return Run(
@@ -196,11 +199,11 @@ def _open_run(
         device=device,
         partitions=partitions,
         stores=records(places, partitions),
-        train_reader=train_reader(config, train, schema, comm.rank, comm.size),
+        train_reader=reader,
         test_reader=test_reader(config, comm, test, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,
-        position=resumed[1].position if resumed else BatchPosition(0, 0),
+        position=position,
         history=resumed[1].history if resumed else [],
         resumed=resumed[0] if resumed else None,
         passed_over=passed_over,

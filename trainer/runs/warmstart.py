@@ -2,8 +2,10 @@
 
 The paper's partial warm-up takes everything but the ID vectors, which start fresh: taking them too overfits ("Image
 Matters", arXiv 1711.06505: GAUC .6260 without, .6283 partial, .6230 full). Optimisers, the counts of ID rows and the
-learning rate's schedule start fresh in any case: Adam's moments are running means of the earlier run's gradients, at
-the end of its schedule and on its data, and a new run's first steps would be made of them.
+learning rate's schedule start fresh: Adam's moments are running means of the earlier run's gradients, at the end of its
+schedule and on its data, and a new run's first steps would be made of them. But a run of the next day on the same
+settings (`all`) is better with them: a day is too short to find new ones (docs/RESULTS.md). It continues as if resumed,
+steps counted on; only the schedule begins anew, so that rates do not shrink for ever.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +41,9 @@ class Warmable(Protocol):
     def begin_dense_with(self, values: Mapping[str, Tensor]) -> None: ...
     def warm_names(self) -> list[str]: ...
     def begin_with(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def shard_names(self) -> list[str]: ...
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable, cache_d
         _check_layers(origin.model, warm)
     if "ids" in warm.parts:
         _check_rows(origin.model, warm)
+    if "optimizers" in warm.parts:
+        _check_optimizers(origin.optim, warm)
+        checkpoint.load(comm, warm.path, warm.state, trained, cache_dir)
+        return
     rows = {} if "ids" in warm.parts else {"files": {checkpoint.DENSE: warm.state.files[checkpoint.DENSE]}}
     checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained), cache_dir)
 
@@ -186,6 +195,15 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
             f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
             f"and with {marking.setting} an ad is new while its rows lie within this run's {model['id_init_std']}, so "
             f"none would be; leave ids out of run.warm_parts, or set {marking.otherwise}"
+        )
+
+
+def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
+    """State of one optimiser means nothing to another; averages of all steps so far would be of days long ago."""
+    if optim != warm.state.origin.optim or optim.get("average_share"):
+        raise CheckpointError(
+            f"warm start from {warm.path}, part optimizers: it was trained with {warm.state.origin.optim}, this run "
+            f"has {optim}; their state fits the same optimiser without optim.average_share: set run.warm_parts=full"
         )
 
 

@@ -91,7 +91,7 @@ def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Co
     """Load the settings that the command is given. Raises ConfigError."""
     given = get_command(command).make_context(module, list(arguments)).params
     settings = [*(given["settings"] or []), *(given["more"] or [])]
-    settings += warm_settings(given["warm_start"], given["warm_parts"])
+    settings += warm_settings(given["warm_start"], given.get("warm_parts"))
     return load_config(given["file"], settings)
 
 

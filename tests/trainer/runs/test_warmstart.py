@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
@@ -19,7 +20,8 @@ from trainer import main
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import ModelConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
+from trainer.loop.training import total_steps
 from trainer.runs.checkpoint import DENSE, CheckpointState, Origin
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
@@ -333,3 +335,27 @@ def test_a_newer_snapshot_of_the_same_kind_is_fine(make_places: Callable[[Path],
     stores = [name for name in old if name.startswith("stores.")]
     assert any(name.endswith("mean_D") for name in stores)
     assert all(torch.equal(state[name], old[name]) for name in stores)
+
+
+def test_all_continues_with_the_optimisers_state_and_a_new_schedule(own: Places, before: Path) -> None:
+    warm = {"run__warm_start": before, "run__warm_parts": "all"}
+    files = find_checkpoint(before).glob("*.safetensors")
+    ended = {name: value for file in files for name, value in load_file(file).items()}
+    run = opened(own, **warm)
+    state = state_of(run)
+    assert state.keys() == ended.keys()
+    assert [name for name in ended if not torch.equal(state[name], ended[name])] == []
+    assert (run.engine.first_step, total_steps(run)) == (6, 6 + 2 * run.train_reader.steps_per_epoch)
+    next_run = trained(own, "next", 4, **warm)
+    assert find_checkpoint(next_run).name == "step-00000010"
+    resumed = opened(own, run__name="next", run__resume="latest", **warm)
+    resumed.close()
+    assert (resumed.engine.first_step, resumed.engine.num_steps) == (6, 10)
+
+
+def test_the_state_of_another_optimiser_is_refused(own: Places, before: Path) -> None:
+    for other in ({"optim__ids": "adagrad"}, {"optim__average_share": 0.5}):
+        with pytest.raises(CheckpointError, match=r"part optimizers: .*set run\.warm_parts=full"):
+            opened(own, run__warm_start=before, run__warm_parts="all", **other)
+    with pytest.raises(ConfigError, match="optimizers' state is that of all parameters"):
+        load_config(settings=["run.warm_parts=[model,optimizers]"])
