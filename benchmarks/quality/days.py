@@ -22,7 +22,7 @@ from featurestore.console.files import write_json
 from featurestore.published import open_published
 from trainer.comm import SoloComm
 from trainer.config.config import WARM_PARTS, Config, load_config
-from trainer.daily.__main__ import follow
+from trainer.daily.__main__ import LATER_RATES, follow
 from trainer.experiments.tables import seed_mean
 from trainer.main import train
 from trainer.samples.days import files_by_day
@@ -39,13 +39,14 @@ class Way:
     """How the run of a day begins, on how many days it trains, and how often it goes through them.
 
     `parts`: what a run takes of the one before (run.warm_parts). `all_first`: whether the first run trains on all days
-    before the judged ones; else a chain of runs begins with the very first day.
+    before the judged ones; else a chain of runs begins with the very first day. `rates`: of the preset's learning rates.
     """
 
     parts: str
     window_days: int = 1
     epochs: int
     all_first: bool
+    rates: float = 1
 
 
 WAYS: Mapping[str, Way] = {
@@ -55,7 +56,8 @@ WAYS: Mapping[str, Way] = {
     "and_one_pass": Way(parts="full", epochs=1, all_first=False),
     "and_all_days_first": Way(parts="full", epochs=1, all_first=True),
     "and_optimizers": Way(parts="all", epochs=1, all_first=True),
-    "and_2_days": Way(parts="all", epochs=1, all_first=True, window_days=2),
+    "and_lower_rates": Way(parts="all", epochs=1, all_first=True, rates=LATER_RATES),
+    "and_2_days": Way(parts="all", epochs=1, all_first=True, window_days=2, rates=LATER_RATES),
 }
 """Ways of a chain of runs: the first default, and what each change to it is worth."""
 
@@ -126,7 +128,9 @@ def _chain(
         begins = before is None
         own = days[: at + 1] if begins and way.all_first else days[max(0, at + 1 - way.window_days) : at + 1]
         run = {"warm_start": before and f"{base.run.dir}/{before}", "warm_parts": WARM_PARTS[way.parts]}
-        config = base.changed(run=run, train={} if begins else {"epochs": way.epochs})
+        later = {"lr": way.rates * base.optim.lr, "ids_lr": way.rates * base.optim.alpha}
+        config = base.changed(run=run, train={"epochs": way.epochs}, optim=later)
+        config = base.changed(run=run) if begins and way.all_first else config
         metrics = _train(config, day, own, after if after in measured else None)
         if after in measured:
             yield after, metrics

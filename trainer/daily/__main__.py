@@ -43,12 +43,15 @@ Examples:
 
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The first one trains on all days up to its own,
 as trainer.main does; it is that of the newest day that has a next one. Each later run takes all that the one before has
-learned, and goes once through the days that have come since. The table of all days is next to the runs, as days.json
+learned, and goes once through the days that have come since, at 0.3 of the learning rates. The table of all days is next to the runs, as days.json
 and days.parquet. Start it again when another day's samples are there, or after a kill: it continues where it stopped.
 The newest day is trained at once, and evaluated when the samples of the day after it have come; where its own have
 changed by then, by late logs, it stays as it was trained, and is marked samples_changed. Exit codes are those of
 trainer.main.
 """
+
+LATER_RATES = 0.3
+"""Of optim.lr and optim.ids_lr: the rates of a run that continues another one (docs/RESULTS.md)."""
 
 app = CommandApp(rich_markup_mode="markdown")
 
@@ -125,7 +128,10 @@ class Day:
             "warm_parts": WARM_PARTS["full" if base.optim.average_share else "all"],
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
-        return base.changed(run=run, data=data, train={"epochs": 1} if run["warm_start"] else {})
+        if run["warm_start"] is None:
+            return base.changed(run=run, data=data)
+        rates = {"lr": LATER_RATES * base.optim.lr, "ids_lr": LATER_RATES * base.optim.alpha}
+        return base.changed(run=run, data=data, train={"epochs": 1}, optim=rates)
 
 
 def plan(
