@@ -68,7 +68,7 @@ def days_section(bench: Bench) -> list[Section]:
     task = bench.progress.add_task("day after day", total=len(ways) * len(bench.data) * len(bench.seeds))
     figures: dict[str, Figure] = {}
     grid: dict[str, dict[str, Figure]] = {}
-    for data in (_by_day(each, bench.folder) for each in bench.data):
+    for data in (by_period(each, bench.folder) for each in bench.data):
         found: dict[str, list[Metrics]] = {}
         for way in ways:
             for seed in bench.seeds:
@@ -104,7 +104,7 @@ def _kept(bench: Bench, data: DataSet, way: str, seed: int) -> Metrics:
 
 def _run(bench: Bench, data: DataSet, way: str, seed: int, folder: Path) -> Mapping[str, Metrics]:
     """Return the metrics of each measured day."""
-    days = list(files_by_day(open_published(data.samples)))
+    days = list(filesby_period(open_published(data.samples)))
     measured = [days[place] for place in MEASURED]
     base = load_config(None, [f"{name}={value}" for name, value in _settings(bench, data, seed, folder).items()])
     last = days[days.index(measured[0]) - 1]
@@ -159,12 +159,12 @@ def _settings(bench: Bench, data: DataSet, seed: int, folder: Path) -> Mapping[s
     }
 
 
-def _by_day(data: DataSet, folder: Path) -> DataSet:
+def by_period(data: DataSet, folder: Path) -> DataSet:
     """Cut samples of many days into periods, as files named by the last day of each, unless they are there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    by_day = files_by_day(open_published(data.samples))
+    by_day = filesby_period(open_published(data.samples))
     if len(by_day) <= MANY_DAYS:
         return data
     out = folder / "periods" / data.name

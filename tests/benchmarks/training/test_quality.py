@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from benchmarks.quality import cold, compare
+from benchmarks.quality import cold, compare, days
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
@@ -272,3 +272,22 @@ def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path:
     ]
     assert made[0] == made[2] != made[1]
     assert [len(list((Path(each) / "train").iterdir())) for each in made[:2]] == [2, 1]
+
+
+def test_days_are_measured_alike_and_many_are_cut_into_periods(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(days, "MEASURED", (-1,))
+    monkeypatch.setattr(days, "WAYS", {"new_ids_each_day": days.WAYS["new_ids_each_day"]})
+    data = DataSet("small", str(place / "samples"), None, 64)
+    bench = Bench([data], tmp_path / "kept", ["dnn"], range(2), 1, False, Progress())
+    (section,) = days.days_section(bench)
+    figures = section.flat()
+    assert figures["gauc_daily_minus_all_days_small"] == 0  # the first run of the daily command is that of all days
+    assert 0 < figures["small_daily_gauc"] != figures["small_new_ids_each_day_gauc"]
+    monkeypatch.setattr(days, "MANY_DAYS", 1)
+    monkeypatch.setattr(days, "PERIODS", 2)
+    cut = Path(days.by_period(data, tmp_path).samples)
+    assert [file.name for file in sorted(cut.glob("*/*"))] == [f"day={DAYS[at]}.parquet" for at in (0, 2)]
+    whole = [row for file in sorted((place / "samples").glob("*/*.parquet")) for row in pq.read_table(file).to_pylist()]
+    assert len(pq.read_table(cut / "train").to_pylist()) == len(whole)

@@ -364,7 +364,7 @@ def test_command(days: Places) -> None:
     assert result.exit_code == 0, result.output
     assert "2026-01-02" in result.stdout and "days.parquet" in result.stdout
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
-    assert second.run.warm_parts == ["images", "model", "ids"]
+    assert second.run.warm_parts == ["images", "model", "ids", "optimizers"]
     result = CliRunner().invoke(app, ["--first-day", "monday"])
     assert (result.exit_code, result.stderr) == (2, "error: --first-day monday is not a day; write it as 2026-01-31\n")
     code = "import sys, trainer.daily; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
