@@ -39,7 +39,8 @@ class Way:
     """How the run of a day begins, on how many days it trains, and how often it goes through them.
 
     `parts`: what a run takes of the one before (run.warm_parts). `all_first`: whether the first run trains on all days
-    before the judged ones; else a chain of runs begins with the very first day. `rates`: of the preset's learning rates.
+    before the judged ones; else a chain of runs begins with the very first day. `rates`: of the preset's learning
+    rates.
     """
 
     parts: str
@@ -104,7 +105,7 @@ def _kept(bench: Bench, data: DataSet, way: str, seed: int) -> Metrics:
 
 def _run(bench: Bench, data: DataSet, way: str, seed: int, folder: Path) -> Mapping[str, Metrics]:
     """Return the metrics of each measured day."""
-    days = list(filesby_period(open_published(data.samples)))
+    days = list(files_by_day(open_published(data.samples)))
     measured = [days[place] for place in MEASURED]
     base = load_config(None, [f"{name}={value}" for name, value in _settings(bench, data, seed, folder).items()])
     last = days[days.index(measured[0]) - 1]
@@ -164,7 +165,7 @@ def by_period(data: DataSet, folder: Path) -> DataSet:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    by_day = filesby_period(open_published(data.samples))
+    by_day = files_by_day(open_published(data.samples))
     if len(by_day) <= MANY_DAYS:
         return data
     out = folder / "periods" / data.name
