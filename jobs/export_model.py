@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,6 +34,14 @@ Exit codes: 0 done, 1 failed, 2 wrong options, 3 published but not put in use, a
 REFUSED = 3
 """Exit code of a version that is published, and that the gate does not put in use."""
 
+Gate = Annotated[
+    bool,
+    typer.Option(
+        "--gate/--no-gate",
+        help="Put it in use only where GAUC and log loss of the run's evaluation rows are not worse than those of the "
+        "model in use, by more than .002 and by more than noise.",
+    ),
+]
 app = CommandApp(report=True, rich_markup_mode="rich")
 
 
@@ -66,14 +75,7 @@ def main(
     ] = SAMPLE_GROUPS,
     store_version: StoreVersion = None,
     use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
-    gate: Annotated[
-        bool,
-        typer.Option(
-            "--gate/--no-gate",
-            help="Put it in use only where GAUC and log loss of the run's evaluation rows are not worse than those of "
-            "the model in use, by more than .002 and by more than noise.",
-        ),
-    ] = True,
+    gate: Gate = True,
     json_file: JsonOption = None,
 ) -> None:
     """Publish a trained run as the next version of a model that python -m serving answers requests with.
@@ -83,10 +85,7 @@ def main(
     killed exports have left is removed after a day. A version that is worse than the one in use, or that cannot be
     compared with it, is published and not put in use.
     """
-    from functools import partial
-
-    from serving.bundle.export import ExportOptions, export_model, write_network
-    from serving.scoring.changes import error_of_rows
+    from serving.bundle.export import ExportOptions
     from trainer.daily.table import run_of_days
     from trainer.runs.folder import run_or_newest
 
@@ -99,23 +98,36 @@ def main(
         use=use and not gate,
         store_version=store_version,
     )
-    with progress_bar("images") as progress:
-        exported = export_model(
-            out, options, network=partial(write_network, compiled=compiled), measure=error_of_rows, progress=progress
-        )
+    exported = _export(out, options, compiled)
     found = put_in_use(out, exported.manifest, options) if use and gate else []
     in_use = use and all(each.holds for each in found)
-    seconds = time.monotonic() - start
-    print_summary(summary_text(exported, out, in_use, seconds, found))
-    draw_counts("Bytes of the files", {file.name: file.bytes for file in exported.manifest.files})
-    draw_counts("Images with vectors, by feature store", exported.num_images)
-    gates = [each.model_dump(mode="json") for each in found]
-    figures = {"in_use": in_use, "gates": gates, "seconds": seconds}
-    write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), **figures})
+    _report(exported, out, in_use, time.monotonic() - start, found, json_file)
     if use and not in_use:
         failed = "; ".join(each.text for each in found if not each.holds)
         print_problem(f"version {exported.manifest.version} of {out} is not put in use: {failed}")
         raise typer.Exit(REFUSED)
+
+
+def _export(out: str, options: "ExportOptions", compiled: bool) -> "Exported":
+    from functools import partial
+
+    from serving.bundle.export import export_model, write_network
+    from serving.scoring.changes import error_of_rows
+
+    network = partial(write_network, compiled=compiled)
+    with progress_bar("images") as progress:
+        return export_model(out, options, network=network, measure=error_of_rows, progress=progress)
+
+
+def _report(
+    exported: "Exported", out: str, in_use: bool, seconds: float, gates: Sequence["GateResult"], json_file: Path | None
+) -> None:
+    print_summary(summary_text(exported, out, in_use, seconds, gates))
+    draw_counts("Bytes of the files", {file.name: file.bytes for file in exported.manifest.files})
+    draw_counts("Images with vectors, by feature store", exported.num_images)
+    found = [each.model_dump(mode="json") for each in gates]
+    figures = {"in_use": in_use, "gates": found, "seconds": seconds}
+    write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), **figures})
 
 
 def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> list["GateResult"]:

@@ -87,9 +87,7 @@ class Engine:
     ) -> None:
         """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out. Where it has
         averages, these are the parameters then."""
-        self.num_steps = 0
-        self.first_step = 0
-        """Steps that were done before this run began, where it continues another one's; its schedule begins there."""
+        self.num_steps = self.first_step = 0  # first_step: where the run begins that continues another one's steps
         self.stages = Stages()
         if reading:
             optim = optim.model_copy(update={"average_share": 0.0})

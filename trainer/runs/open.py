@@ -185,9 +185,6 @@ def _open_run(
             checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
     elif warm:
         warmstart.load(comm, warm, origin, engine, config.data.cache_dir)
-    position = resumed[1].position if resumed else BatchPosition(0, 0)
-    reader = train_reader(config, train, schema, comm.rank, comm.size)
-    engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)
     if not reading:
         engine.begin_day(newest_day(each.file for each in train.row_groups))
     return Run(
@@ -199,11 +196,11 @@ def _open_run(
         device=device,
         partitions=partitions,
         stores=records(places, partitions),
-        train_reader=reader,
+        train_reader=(reader := train_reader(config, train, schema, comm.rank, comm.size)),
         test_reader=test_reader(config, comm, test, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,
-        position=position,
+        position=_begin(engine, reader, resumed),
         history=resumed[1].history if resumed else [],
         resumed=resumed[0] if resumed else None,
         passed_over=passed_over,
@@ -211,6 +208,13 @@ def _open_run(
         samples_changed=recorded is not None and not digest.is_of(recorded),
         lacked=[] if reading else lacking_images(config, comm, schema, places, partitions, [train, test]),
     )
+
+
+def _begin(engine: Engine, reader: SampleReader, resumed: Resumed | None) -> BatchPosition:
+    """Return the batch that comes next, and tell the engine which of its steps were those of an earlier run."""
+    position = resumed[1].position if resumed else BatchPosition(0, 0)
+    engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)
+    return position
 
 
 @contextlib.contextmanager
