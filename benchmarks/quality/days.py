@@ -65,7 +65,7 @@ WAYS: Mapping[str, Way] = {
 
 def days_section(bench: Bench) -> list[Section]:
     """Measure GAUC and log loss of the next day: of a training on all days, the daily command, and the other ways."""
-    ways = ("all_days", "daily", *WAYS)
+    ways = ("all_days", "daily", "daily_continue", *WAYS)
     task = bench.progress.add_task("day after day", total=len(ways) * len(bench.data) * len(bench.seeds))
     figures: dict[str, Figure] = {}
     grid: dict[str, dict[str, Figure]] = {}
@@ -79,10 +79,11 @@ def days_section(bench: Bench) -> list[Section]:
         for metric in METRICS:
             for way, seeds in found.items():
                 grid.setdefault(f"{data.name}_{way}", {})[metric] = seed_mean([each[metric] for each in seeds]).mean
-            pairs = zip(found["daily"], found["all_days"], strict=True)
-            gain = seed_mean([daily[metric] - whole[metric] for daily, whole in pairs])
-            key = f"{metric}_daily_minus_all_days_{data.name}"
-            figures |= {key: gain.mean, f"{key}_half_width": gain.half_width}
+            for way in ("daily", "daily_continue"):
+                pairs = zip(found[way], found["all_days"], strict=True)
+                gain = seed_mean([mine[metric] - whole[metric] for mine, whole in pairs])
+                key = f"{metric}_{way}_minus_all_days_{data.name}"
+                figures |= {key: gain.mean, f"{key}_half_width": gain.half_width}
     return [Section("day after day: the next day's GAUC and log loss", figures, grid)]
 
 
@@ -109,8 +110,8 @@ def _run(bench: Bench, data: DataSet, way: str, seed: int, folder: Path) -> Mapp
     measured = [days[place] for place in MEASURED]
     base = load_config(None, [f"{name}={value}" for name, value in _settings(bench, data, seed, folder).items()])
     last = days[days.index(measured[0]) - 1]
-    if way == "daily":
-        follow(base, SoloComm(), first=last, last=days[-2])
+    if way in ("daily", "daily_continue"):
+        follow(base, SoloComm(), first=last, last=days[-2], continues=way == "daily_continue")
         rows = json.loads((folder / "daily" / "days.json").read_text())
         return {row["test_day"]: row for row in rows if row["test_day"] in measured}
     if way == "all_days":

@@ -27,6 +27,7 @@ from trainer.config.config import Config, load_config, save_config
 from trainer.daily.__main__ import app, follow, plan
 from trainer.daily.table import run_of_days
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
@@ -86,6 +87,8 @@ def test_plan(tmp_path: Path) -> None:
     assert planned(DAYS[:1]) == [(one, [one], None)]
     assert planned(DAYS, one, two) == [(one, [one], two), (two, [two], three)]
     assert planned(DAYS, None, two) == [(two, [one, two], three)]
+    whole = plan(DAYS, tmp_path, two, continues=False)
+    assert [[*day.train_days] for day in whole] == [[one, two], [one, two, three], DAYS]
     assert planned(DAYS, warm=True) == [(four, [four], None)]
     assert planned(DAYS, three, warm=True) == [(three, [three], four), (four, [four], None)]
     for day, trained in ((two, [one, two]), (four, [four])):
@@ -364,7 +367,16 @@ def test_command(days: Places) -> None:
     assert result.exit_code == 0, result.output
     assert "2026-01-02" in result.stdout and "days.parquet" in result.stdout
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
-    assert second.run.warm_parts == ["images", "model", "ids", "optimizers"]
+    assert (second.data.train_days, second.run.warm_start, second.train.epochs) == (DAYS[:2], None, 1)
+    # It is the run that trainer.main trains on these days.
+    alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
+    train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
+    mine, theirs = tensors(days.folder / "runs" / "c" / DAYS[1]), tensors(days.folder / "runs" / "alone")
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    refused = CliRunner().invoke(
+        app, [*options, "--warm-start", str(days.folder / "runs" / "alone"), "--set", *settings]
+    )
+    assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
     result = CliRunner().invoke(app, ["--first-day", "monday"])
     assert (result.exit_code, result.stderr) == (2, "error: --first-day monday is not a day; write it as 2026-01-31\n")
     code = "import sys, trainer.daily; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
