@@ -178,7 +178,9 @@ def by_period(data: DataSet, folder: Path) -> DataSet:
             day: pa.concat_tables([pq.read_table(Path(data.samples) / file, partitioning=None) for file in files])
             for day, files in by_day.items()
         }
-        end_D = np.cumsum([sum(map(len, table.column("label").to_pylist())) for table in tables.values()])
+        end_D = np.cumsum(
+            [sum(len(row or ()) for row in table.column("label").to_pylist()) for table in tables.values()]
+        )
         period_D = np.minimum((end_D * PERIODS - 1) // end_D[-1], PERIODS - 1)
         for period in np.unique(period_D):
             own = [day for day, of in zip(tables, period_D.tolist(), strict=True) if of == period]
