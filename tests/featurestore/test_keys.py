@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.keys import (
@@ -47,6 +47,7 @@ def test_key_of_uri_is_xxh3_64_as_a_signed_number() -> None:
 
 
 @pytest.mark.long
+@settings(deadline=None)
 @given(
     st.lists(st.text(max_size=4) | st.integers().map(str) | st.sampled_from(["007", " 7 ", "-0", "1\0002", "", "٣"]))
 )
@@ -70,6 +71,7 @@ def test_splitmix64_is_the_published_sequence() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(ANY_KEY)
 def test_splitmix64_is_one_to_one(key: int) -> None:
     assert inverse_splitmix64(int(splitmix64([key])[0])) == key % 2**64
@@ -81,6 +83,7 @@ def test_splitmix64_leaves_its_argument_alone() -> None:
     assert keys.tolist() == [0, 1, 2, 3, 4]
 
 
+@settings(deadline=None)
 @given(st.lists(ANY_KEY, max_size=50), st.integers(0, 16))
 def test_shards_are_the_top_bits_so_hash_order_is_shard_order(keys: list[int], log2: int) -> None:
     hashes = splitmix64(np.array(keys, dtype=np.int64))

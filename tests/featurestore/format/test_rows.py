@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore import FeatureRows, StoreInfo, to_bits, to_float32
@@ -19,6 +19,7 @@ def nearest_even_bfloat16(value: np.float32) -> int:
     return low + (rest > 0x8000 or (rest == 0x8000 and low % 2 == 1))
 
 
+@settings(deadline=None)
 @given(st.floats(width=32, allow_nan=False))
 def test_bfloat16_rounds_to_nearest_even(value: float) -> None:
     single = np.float32(value)

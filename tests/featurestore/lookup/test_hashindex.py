@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.keys import shard_of_hash
@@ -39,6 +39,7 @@ def test_every_hash_is_found_and_no_other(num_shards, num_ranks, count):
     check(index, asked_U, num_shards, owned)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40), st.sampled_from([1, 4, 16]))
 def test_hashes_of_any_kind(numbers, num_shards):
     hash_N = np.array(numbers, np.uint64)

@@ -156,6 +156,7 @@ def flip(file: Path, at: float) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # it compiles a network
 class TestFiles:
     def test_compiled_code_gives_the_trainers_logits(self, small: Path) -> None:
         settings = config(images="none", base="lr")
