@@ -12,8 +12,14 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:.+")  # as the client has it; s
 def check_address(address: str) -> None:
     """Raise AddressError where an address of S3 has no bucket (its variable was not set), or no possible name of one.
 
-    Also where its scheme is in capital letters. What is no address of S3 is not looked at.
+    Also where its scheme is in capital letters, and for HDFS without a server. No other address is looked at.
     """
+    if address.startswith("hdfs:///"):
+        path = address.removeprefix("hdfs:///")
+        raise AddressError(
+            f"{address} has no server: write hdfs://HOST:PORT/{path}, or hdfs://default/{path} for the server that"
+            " Hadoop's configuration names"
+        )
     match = _S3.fullmatch(address)
     if match is None:
         return

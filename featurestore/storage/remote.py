@@ -9,13 +9,14 @@ import errno
 import logging
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from featurestore.errors import AddressError, PasswordError, StorageError
+from featurestore.errors import AddressError, PasswordError, StorageError, UnsafeBackendError
 from featurestore.storage.address import S3_PROTOCOLS, check_address, leads_out
-from featurestore.storage.local import StorageEntry
+from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import in_threads
 from featurestore.text.plain import one_line, without_passwords
 
@@ -47,6 +48,8 @@ _S3_OPTIONS = {
 _PARTS_AT_ONCE = 10  # of a large file that is written
 _PIECE_BYTES = 16 << 20
 _DELETE_THREADS = 16  # waiting for answers, not computing
+HDFS = "hdfs"
+_HADOOP_LIBRARIES = ("libhdfs", "libjvm")
 _clients: dict[tuple[object, ...], Any] = {}
 _clients_lock = threading.Lock()
 _memory_lock = threading.Lock()
@@ -88,18 +91,22 @@ class RemoteFiles:
 
     def __init__(self, protocol: str, root: str) -> None:
         self._protocol = protocol
-        self._root = root
+        self._server, self._root = "", root
+        if protocol == HDFS:
+            self._server, _, path = root.partition("/")
+            self._root = f"/{path}"
         self._client: tuple[int, Any] | None = None
 
     @property
     def client(self) -> Any:
         """fsspec's file system, made once in each process."""
         if self._client is None or self._client[0] != os.getpid():
-            self._client = os.getpid(), _client(self._protocol)
+            self._client = os.getpid(), _client(self._protocol, self._server)
         return self._client[1]
 
     def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end))
+        options = reading_options(self._protocol)
+        data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end, **options))
         return data
 
     def read_into(self, path: str, out: memoryview) -> int:
@@ -112,11 +119,21 @@ class RemoteFiles:
         return size_bytes
 
     def write_bytes(self, path: str, data: bytes | bytearray) -> None:
+        if self._protocol == HDFS:  # it shows a file while it is written
+            temporary = self._full(f"{path.rpartition('/')[0]}/{TEMPORARY}{uuid.uuid4().hex}".lstrip("/"))
+            persist(lambda: self.client.pipe_file(temporary, data))
+            persist(lambda: self.client.mv(temporary, self._full(path)))
+            return
         parts = {"max_concurrency": _PARTS_AT_ONCE} if self._protocol in S3_PROTOCOLS else {}
         persist(lambda: self.client.pipe_file(self._full(path), data, **parts))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Do one conditional put; the answer may be lost, or be about one's own file."""
+        if self._protocol == HDFS:
+            raise UnsafeBackendError(
+                "hdfs:// has no create that fails where the file exists, as pyarrow's client overwrites it, so commits"
+                " could be lost: write to a disk or to S3, and copy the folder; what was copied there can be read"
+            )
         # fsspec's memory files have no atomic create of their own.
         guard = _memory_lock if self._protocol == "memory" else contextlib.nullcontext()
 
@@ -273,12 +290,14 @@ def reason_of(error: BaseException | None) -> str:
     return without_passwords(one_line(str(error) or type(error).__name__))
 
 
-def _client(protocol: str) -> Any:
-    """Return fsspec's file system, one for each process and setting of the environment: making one takes 0.5 s."""
+def _client(protocol: str, server: str = "") -> Any:
+    """Return fsspec's file system, one for each process and setting of the environment: making one takes 0.5 s.
+
+    `server`: of HDFS, as host:port or default."""
     import fsspec
 
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
-    key = (os.getpid(), protocol, *settings)
+    key = (os.getpid(), protocol, server, *settings)
     with _clients_lock:
         if key not in _clients:
             try:
@@ -286,11 +305,36 @@ def _client(protocol: str) -> Any:
                     check_endpoint()
                     _clients[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **_S3_OPTIONS)
                     _clients[key].retries = 1
+                elif protocol == HDFS:
+                    _clients[key] = hdfs(server)
                 else:
                     _clients[key] = fsspec.filesystem(protocol)
             except (ValueError, ImportError) as error:
                 raise AddressError(f"{protocol}:// cannot be opened: {error}") from error
         return _clients[key]
+
+
+def reading_options(protocol: str) -> dict[str, Any]:
+    """Return what `cat_file` needs: fsspec opens a whole file of HDFS as a stream, which it then cannot read."""
+    return {"seekable": True} if protocol == HDFS else {}
+
+
+def hdfs(server: str) -> Any:
+    """Open HDFS by pyarrow's client, through fsspec. Raises AddressError where Hadoop's library is not installed."""
+    import fsspec
+
+    host, _, port = server.partition(":")
+    if port and not (port.isascii() and port.isdecimal()):
+        raise AddressError(f"hdfs://{server}: {port} is not a port; write hdfs://HOST:PORT/...")
+    try:
+        return fsspec.filesystem(HDFS, host=host, port=int(port or 0))
+    except OSError as error:
+        if any(library in str(error) for library in _HADOOP_LIBRARIES):
+            raise AddressError(
+                f"hdfs://{server} cannot be opened, as libhdfs or libjvm is not found: set"
+                " HADOOP_HOME or ARROW_LIBHDFS_DIR, JAVA_HOME, and CLASSPATH to what `hadoop classpath --glob` prints"
+            ) from error
+        raise
 
 
 def _forget_clients() -> None:

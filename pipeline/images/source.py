@@ -20,7 +20,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponen
 
 from featurestore.errors import PasswordError
 from featurestore.keys import key_of_bytes, key_of_uri
-from featurestore.storage.remote import check_endpoint, check_password
+from featurestore.storage.remote import HDFS, check_endpoint, check_password, hdfs, reading_options
 from featurestore.text.csvlines import CsvTextError, long_rows
 from featurestore.text.plain import without_passwords
 from pipeline.errors import BadImageError, SourceError, SourceNotFoundError
@@ -106,7 +106,7 @@ def _read(location: str, most_bytes: int | None) -> bytes:
     if isinstance(fs, LocalFileSystem):
         return read_regular(path, most_bytes)
     if most_bytes is None:
-        whole: bytes = fs.cat_file(path)
+        whole: bytes = fs.cat_file(path, **reading_options(split_protocol(location)[0] or ""))
         return whole
     with fs.open(path, "rb", cache_type="none") as file:  # s3fs's cat_file takes a start of 0 for the end of the file
         first: bytes = file.read(most_bytes)
@@ -122,7 +122,7 @@ def _open_fs(address: str) -> tuple[Any, str]:
     if "::" in protocol:
         fs, chained = url_to_fs(address)
         return fs, str(chained)
-    client = file_system(protocol)
+    client = hdfs(path.partition("/")[0]) if protocol == HDFS else file_system(protocol)
     return client, str(client._strip_protocol(address))
 
 
@@ -143,19 +143,27 @@ def _list_folder(fs: Any, root: str, address: str) -> Listing:
         nonlocal num_ignored
         with _source_errors(f"list {address}"):
             for path, entry in _entries(fs, root):
-                uri = path.removeprefix(root).lstrip("/")
+                uri = path.lstrip("/").removeprefix(root.lstrip("/")).lstrip("/")
                 if _extension(uri) not in IMAGE_EXTENSIONS or entry["type"] != "file":
                     num_ignored += 1
                 elif not is_text(uri):
                     yield ImageRef(key_of_bytes(os.fsencode(uri)), spelled(uri), "", "", -1, NOT_TEXT)
                 else:
-                    yield ImageRef(key_of_uri(uri), uri, fs.unstrip_protocol(path), _tag(entry), _size(entry))
+                    yield ImageRef(key_of_uri(uri), uri, _address_of(fs, path, address), _tag(entry), _size(entry))
 
-    table = ImageTable.of(images(), f"{fs.unstrip_protocol(root)}/", by_uri=True)
+    table = ImageTable.of(images(), f"{_address_of(fs, root, address)}/", by_uri=True)
     if not len(table):
         ignored = f" ({num_ignored} other files)" if num_ignored else ""
         raise SourceNotFoundError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
     return Listing(table, num_ignored)
+
+
+def _address_of(fs: Any, path: str, address: str) -> str:
+    """Write the address of a path in the file system of `address`; fsspec forgets the server of HDFS."""
+    protocol, place = split_protocol(address)
+    if protocol == HDFS:
+        return f"{HDFS}://{place.partition('/')[0]}/{path.lstrip('/')}"
+    return str(fs.unstrip_protocol(path))
 
 
 def _extension(uri: str) -> str:
@@ -227,7 +235,7 @@ def _list_table(fs: Any, path: str, address: str) -> Listing:
     names = _column(table, name, pa.int64() if name == "key" else pa.string(), address)
     if not len(uris):
         raise SourceError(f"{address} has no rows")
-    folder = fs.unstrip_protocol(path).rsplit("/", 1)[0]
+    folder = _address_of(fs, path, address).rsplit("/", 1)[0]
 
     def is_whole(uri: str) -> bool:
         return split_protocol(uri)[0] is not None or uri.startswith("/")

@@ -1,8 +1,11 @@
 """The quarantine: rows leave it when they are settled, and none gets lost on the way."""
 
+import subprocess
+import sys
+
 import pytest
 
-from featurestore import quarantine
+from featurestore import FeatureStore, quarantine
 from featurestore.errors import StorageError
 from featurestore.quarantine import QuarantineRow
 from featurestore.storage.storage import Storage
@@ -54,3 +57,18 @@ def test_a_file_that_vanishes_while_others_are_read_is_no_damage(storage):
 
     assert {found.key for found in quarantine.read(FaultyStorage(storage, {"list": stale}))} == {1, 2, 3}
     assert len(calls) == 2
+
+
+def test_a_reading_starts_no_threads(store: FeatureStore) -> None:
+    """Threads of Arrow that were still starting when the command was done have aborted it (134)."""
+    store.add_quarantine([QuarantineRow(1, "a", "bad", 1.0)])
+    read = """
+import os, sys
+from featurestore import FeatureStore
+store = FeatureStore.open(sys.argv[1])
+before = len(os.listdir("/proc/self/task"))
+assert len(store.quarantine_rows()) == 1
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", read, store.url], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"

@@ -16,9 +16,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from featurestore.errors import AddressError, CorruptFileError, NotAFolderError, StorageError
+from featurestore.errors import USAGE, AddressError, CorruptFileError, NotAFolderError, StorageError, UnsafeBackendError
 from featurestore.storage.local import DiskFiles
+from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
+from tests.hdfs import folder_as_hdfs
 from tests.servers import client_of, fill
 
 
@@ -338,3 +340,34 @@ def test_what_a_client_says_in_several_lines_is_one(monkeypatch: pytest.MonkeyPa
     with pytest.raises(StorageError) as raised:
         storage.read_bytes("a")
     assert str(raised.value) == "cannot read memory://several-lines/a: Unable to load libx dlopen(libx.so) failed"
+
+
+def test_hdfs_is_read_and_written_but_holds_no_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stores" / "a").mkdir(parents=True)
+    opened = folder_as_hdfs(tmp_path, monkeypatch)
+    storage = Storage("hdfs://namenode:8020/stores/a")
+    assert storage.url == "hdfs://namenode:8020/stores/a"
+    storage.write_bytes("x.json", b"one")
+    storage.write_bytes("x.json", b"two")
+    assert [each.name for each in (tmp_path / "stores" / "a").iterdir()] == ["x.json"], "no half of a file is seen"
+    assert storage.read_bytes("x.json") == b"two" and storage.list() == ["x.json"]
+    (entry,) = storage.entries()
+    assert (entry.path, entry.size_bytes) == ("x.json", 3) and abs(entry.mtime_s - storage.now()) < 60
+    with storage.open_input("x.json") as file:
+        assert file.read() == b"two"
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("nosuch")
+    for use in (lambda: storage.create_exclusive("y", b""), lambda: refuse_unsafe(storage)):
+        with pytest.raises(UnsafeBackendError, match="no create that fails where the file exists"):
+            use()
+    assert opened == [{"protocol": "hdfs", "host": "namenode", "port": 8020}]
+    storage.delete("x.json")
+    assert storage.entries() == []
+
+
+@pytest.mark.parametrize("address", ["hdfs://nn:8020/store", "hdfs://nn:x/store", "hdfs:///store"])
+def test_hdfs_without_library_port_or_server_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROW_LIBHDFS_DIR", "/nosuch")
+    with pytest.raises(AddressError) as caught:
+        Storage(address).read_bytes("store.json")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == USAGE

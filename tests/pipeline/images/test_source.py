@@ -1,6 +1,7 @@
 """Folders, addresses and tables of images: keys, tags, order, and every mistake in a table."""
 
 import os
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -13,6 +14,7 @@ from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri
 from pipeline.errors import BadImageError, SourceError
 from pipeline.images.source import file_system, list_images, read_image
+from tests.hdfs import folder_as_hdfs
 from tests.servers import fill
 
 
@@ -316,3 +318,13 @@ def test_s3_without_credentials(folder):
     with pytest.raises(BadImageError, match="cannot be read: Unable to locate credentials"):
         read_image("s3://photos/in/b.jpg")
     assert list_images(write_csv(folder, "uri\ns3://photos/in/b.jpg\n")).images[0].source_tag == ""
+
+
+def test_images_on_hdfs_keep_their_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shop" / "deep").mkdir(parents=True)
+    (tmp_path / "shop" / "deep" / "a.jpg").write_bytes(b"a picture")
+    opened = folder_as_hdfs(tmp_path, monkeypatch)
+    (image,) = list_images("hdfs://namenode:8020/shop").images
+    assert (image.uri, image.location) == ("deep/a.jpg", "hdfs://namenode:8020/shop/deep/a.jpg")
+    assert read_image(image.location) == b"a picture"
+    assert {(each["host"], each["port"]) for each in opened} == {("namenode", 8020)}
