@@ -142,9 +142,9 @@ def test_sentences(pages: TestClient) -> None:
     assert "there is no ad 'abc': ads are" in html.unescape(pages.get("/impressions/both/3?ad=abc&now=1").text)
     text = pages.get("/impressions/both/3?ad=1&now=1").text
     assert "Effect of what is missing</th>" in text
-    assert "every image missing (not trained for it)</th>" in text  # whose samples name no image that the store lacks
+    assert "every image missing</th>" in text  # not: not trained for it
     for each in (text, pages.get("/impressions?run=both&now=1").text):
-        assert "This run was not trained for missing images: it met none" in each
+        assert "While it was trained, this run met images without a feature" in each
     assert re.search(r"without images [\d.]+ %, rank \d+ \(", text)
 
 
