@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from serving.errors import NotFiniteError
+from serving.scoring.request import sizes_of
 from serving.scoring.scorer import Scorer
 from trainer.comm import SoloComm
 from trainer.errors import DataError
@@ -19,8 +20,6 @@ from trainer.samples.reader import SampleIndex, open_index, read_row_groups
 ScoreTable = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
 """The logits of each row of a table."""
 
-_BLOCK_CANDIDATES, _BLOCK_ROWS = 2_000, 500
-
 
 def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, Rule]) -> Iterator[NDArray[np.float64]]:
     """Score the impressions of each row group of `index`, (B,), in its order. `columns`: those of the model.
@@ -28,13 +27,12 @@ def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, R
     Raises RequestError, DataError.
     """
     for row_group, table in read_row_groups(index.storage, index.row_groups, list(columns)):
-        rows = max(1, min(_BLOCK_ROWS, _BLOCK_CANDIDATES * row_group.num_groups // row_group.num_samples))
         logits: list[NDArray[np.float32]] = []
-        for start in range(0, table.num_rows, rows):
+        for piece in sizes_of(table, columns).pieces():
             try:
-                logits += score(table.slice(start, rows))
+                logits += score(table.slice(piece.start, piece.stop - piece.start))
             except NotFiniteError as failure:
-                first = f"{index.storage.full(row_group.file)}, from row {row_group.first_row + start}"
+                first = f"{index.storage.full(row_group.file)}, from row {row_group.first_row + piece.start}"
                 raise DataError(f"{first}: {failure}") from None
         yield np.concatenate(logits).astype(np.float64)
 
