@@ -62,9 +62,11 @@ def _compared(ours: SavedRun, in_use: RunInUse, store_version: VersionName | Non
     theirs = read_run(in_use.folder, in_use.checkpoint)
     if theirs.digest != in_use.digest:
         raise CheckpointError(f"{theirs.path} has been trained again since it was published")
+    if ours.config.data.test_days == []:
+        raise DataNotFoundError(
+            f"{ours.folder} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"
+        )
     rows = open_test(comm, ours.config, ours.schema, None)
-    if rows.num_samples == 0:
-        raise DataNotFoundError(f"{ours.folder} has no evaluation rows")
     same = open_index(comm, ours.config.data.samples, TEST, theirs.schema, ours.config.data.test_days)
     new, old = _predictions(ours, rows, store_version, comm), _predictions(theirs, same, None, comm)
     found = compare([new], [old], metrics=[metric for metric, _, _ in _GATES])

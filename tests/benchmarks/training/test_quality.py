@@ -280,7 +280,7 @@ def test_days_are_measured_alike_and_many_are_cut_into_periods(
     monkeypatch.setattr(days, "MEASURED", (-1,))
     monkeypatch.setattr(days, "WAYS", {"new_ids_each_day": days.WAYS["new_ids_each_day"]})
     data = DataSet("small", str(place / "samples"), None, 64)
-    bench = Bench([data], tmp_path / "kept", ["dnn"], range(2), 1, False, Progress())
+    bench = Bench([data], tmp_path / "kept", ["dnn"], range(1), 1, False, Progress())
     (section,) = days.days_section(bench)
     figures = section.flat()
     assert figures["gauc_daily_minus_all_days_small"] == 0  # the first run of the daily command is that of all days

@@ -76,7 +76,7 @@ def test_what_cannot_be_compared_does_not_pass(places: Places, tmp_path: Path) -
     again = RunInUse(folder=used.folder, checkpoint=used.checkpoint, digest="0" * 64)
     assert "has been trained again" in why_not(new, again)
     untested = trained(places, "untested", data__train_days="[2026-01-01]", data__test_days="[]")
-    assert "no test samples" in why_not(untested, used)
+    assert "no evaluation rows" in why_not(untested, used)
     values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     values["fields"].append({"name": "ad_serial", "side": "ad", "kind": "id", "table": "category"})
     schema = tmp_path / "schema.yaml"
