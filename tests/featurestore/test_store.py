@@ -213,7 +213,7 @@ class StoreContract:
     def test_a_part_that_was_never_staged_is_named(self, store: FeatureStore) -> None:
         with pytest.raises(InvalidRowsError, match="nope"):
             build_shard(store, "run", 0, ["nope"])
-        with pytest.raises(InvalidRowsError, match="no name"):
+        with pytest.raises(InvalidRowsError, match="cannot have this name"):
             store.staged_parts("../data")
 
     def test_two_racing_first_extracts_make_a_base_and_a_delta(self, store: FeatureStore, make_rows) -> None:
