@@ -274,6 +274,7 @@ def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path:
     assert [len(list((Path(each) / "train").iterdir())) for each in made[:2]] == [2, 1]
 
 
+@pytest.mark.slow
 def test_days_are_measured_alike_and_many_are_cut_into_periods(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
