@@ -7,6 +7,8 @@ ResultT = TypeVar("ResultT")
 
 Steps = Generator[None, None, ResultT]
 """Work that yields after each piece, and returns its result at the end."""
+CHUNK = 10_000
+"""Values that are converted in one piece."""
 
 
 def finished(steps: Steps[ResultT]) -> ResultT:

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
 from featurestore.text.plain import one_line
 from serving.errors import OverflowingInputError, RequestError
-from serving.network.steps import Steps, finished
+from serving.network.steps import CHUNK, Steps, finished
 from serving.scoring.columns import RequestColumns
-from serving.scoring.decode import CHUNK, CROSSED_CHUNK, Bool, DecodedRequests, batch_of
+from serving.scoring.decode import CROSSED_CHUNK, Bool, DecodedRequests, batch_of
 from trainer.errors import DataError, OverflowingValueError, SchemaError
 from trainer.samples.batch import Jagged
 from trainer.samples.columns import Index, Rule, check_types, decode_unlabelled, unwrapped

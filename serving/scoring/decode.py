@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import OverflowingInputError, RequestError
-from serving.network.steps import Steps, finished
+from serving.network.steps import CHUNK, Steps, finished
 from serving.scoring import values as of_values
 from serving.scoring.columns import RequestColumns, expected
 from serving.scoring.request import Request
@@ -29,8 +29,6 @@ from trainer.schema import Field
 Bool = NDArray[np.bool_]
 Result = TypeVar("Result")
 
-CHUNK = 10_000
-"""Values that are converted at a time."""
 CROSSED_CHUNK = 2_000
 """Crossed values that are made at a time; each takes some microseconds."""
 

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from serving.errors import RequestError
 from serving.http.codec import parse_json
-from serving.network.steps import Steps
+from serving.network.steps import CHUNK, Steps
 from serving.scoring.budget import Budget
-from serving.scoring.decode import CHUNK
 from serving.scoring.values import shown
 
 HEADER = "inference-header-content-length"
