@@ -27,6 +27,17 @@ TENSORBOARD = "tensorboard"
 _QUIET_S = 600.0
 """A run that has written nothing for so long is not running."""
 _THREADS = 8
+_NUMBERS = (
+    "global_step",
+    "images_per_step",
+    "image_references_per_step",
+    "num_ranks",
+    "samples",
+    "samples_per_s",
+    "wall_s",
+)
+"""What pages write as numbers, of a report beside its metrics."""
+_MOST = 1e300  # a larger whole number cannot be written with decimals
 _MOST_CONFIG_BYTES = 256_000  # a run writes some 10,000
 _saved: Kept["_SavedSettings"] = Kept(512)
 
@@ -58,7 +69,7 @@ class RunFacts:
         """The metrics of the last evaluation of training; empty before."""
         found = self.report.get("metrics")
         values = found.items() if isinstance(found, dict) else ()
-        return {name: value if isinstance(value, int | float) else None for name, value in values}
+        return {name: _number_or_none(value) for name, value in values}
 
     @property
     def images(self) -> str:
@@ -164,7 +175,14 @@ def _report(folder: RunPath) -> Mapping[str, Any]:
     report = report_of(folder) or {}
     if not isinstance(report, dict):
         raise ValueError(f"{folder / 'report.json'} is no report of a run")
-    return report
+    devices = report.get("devices")
+    shown = {name: _number_or_none(report[name]) for name in _NUMBERS if name in report}
+    return {**report, **shown, "devices": [*map(str, devices)] if isinstance(devices, list) else []} if report else {}
+
+
+def _number_or_none(value: object) -> float | int | None:
+    """Return a number that a page can write; None for any other value, as whoever wrote the file may have any."""
+    return value if isinstance(value, int | float) and abs(value) < _MOST else None
 
 
 def _checkpoints(folder: RunPath) -> list[str]:
