@@ -132,7 +132,7 @@ def use(
     try:
         manifest = read_version(storage, version)
     except BrokenBundleError as error:
-        raise BrokenBundleError(f"version {version} of {storage.url} is damaged{stays}:\n{error}") from error
+        raise BrokenBundleError(f"version {version} of {storage.url} is damaged{stays}: {error}") from error
     with progress_bar("files") as progress:
         damage = damage_of(storage, manifest, digests=not quick, progress=progress)
     if damage := damage or _problem_of_opening(storage.url, version):

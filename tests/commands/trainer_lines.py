@@ -291,7 +291,7 @@ TRAINER = [
     ("trainer.schema lookup {run}", 2, "Missing argument"),
     ("trainer.schema lookup {missing} 3", 2, "has no ids.parquet"),
     ("trainer.schema inspect {emptydir}", 2, ""),
-    ("trainer.schema inspect {garbage_parquet}", 2, ""),
+    ("trainer.schema inspect {garbage_parquet}", 1, "garbage.parquet"),
     ("trainer.schema inspect ''", 2, ""),
     ("trainer.schema inspect {samples} --rows 0", 2, "--rows"),
     (f"trainer.schema inspect {{samples}} --rows {HUGE}", 2, HUGE),

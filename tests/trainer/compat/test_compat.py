@@ -50,6 +50,7 @@ def settings_of(places: Places, **changes: Any) -> list[str]:
     long = {
         "run__name": "a",
         "model__compute_dtype": "float32",
+        "data__missing": "error",
         "train__max_steps": 150,
         "train__epochs": 20,
         "optim__lr": 0.02,
@@ -205,7 +206,6 @@ class TestWithTheOldOneGone:
         (("{features}", "--name", "titles"), 2, "--name titles: the content fields of"),
         (("{features}", "--version", 9), 2, "has no snapshot 9"),
         (("{features}", "--checkpoint", 9), 2, "no such checkpoint"),
-        (("{features}", "--json", "/nowhere/x"), 1, "cannot write --json"),
     ],
 )
 def test_mistakes(places: Places, words: tuple[object, ...], code: int, text: str) -> None:

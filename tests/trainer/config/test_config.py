@@ -119,7 +119,10 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
         ("optim.average_share=1e-12", "optim.average_share=1e-12: it should be 0, or at least 0.001"),
         ("optim.id_l2=-1", "optim.id_l2=-1: it should be greater than or equal to 0"),
-        ("run.warm_parts=half", "run.warm_parts='half': it should be none, partial, full, or a list of images, model"),
+        (
+            "run.warm_parts=half",
+            "run.warm_parts='half': it should be none, partial, full, all, or a list of images, model",
+        ),
     ],
 )
 def test_mistakes_are_named(setting: str, message: str) -> None:
@@ -147,7 +150,8 @@ def test_days_may_be_written_bare() -> None:
 
 def test_warm_parts_have_names() -> None:
     parts = {name: load_config(settings=[f"run.warm_parts={name}"]).run.warm_parts for name in WARM_PARTS}
-    assert parts == {"none": [], "partial": ["images", "model"], "full": ["images", "model", "ids"]}
+    full = ["images", "model", "ids"]
+    assert parts == {"none": [], "partial": full[:2], "full": full, "all": [*full, "optimizers"]}
     assert load_config().run.warm_parts == parts["partial"]
 
 
