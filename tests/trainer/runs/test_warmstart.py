@@ -117,7 +117,7 @@ def test_options_of_the_command(own: Places, before: Path) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert "run.warm_parts.0='most': it should be 'images', 'model', 'ids' or 'optimizers'" in result.stderr
     result = CliRunner().invoke(main.app, ["--set", "run.warm_parts=most"])
-    assert "it should be none, partial, full, or a list of images, model, ids" in result.stderr
+    assert "it should be none, partial, full, all, or a list of images, model, ids" in result.stderr
 
 
 @pytest.mark.parametrize(
