@@ -225,6 +225,7 @@ def test_another_countrys_csv_is_found_out_or_said(job, place):
     )
     assert "visits.csv: times such as 1770200000000 are in ms since 1970" in text
     assert "all 3 rows are bad (timestamp is no time: 3, as '05/02/2026 10:00'); say in the mapping" in text
+    assert 'time_format: "%d/%m/%Y %H:%M:%S"' in text, "a day alone would fit none of these times"
     first = inspect("inspect", place / "logs/shows/a.csv")
     assert yaml.safe_load(first)["time_format"] == "%d/%m/%Y %H:%M"
     assert yaml.safe_load(first)["csv"] == {"delimiter": ";", "encoding": "latin-1", "decimal": ","}

@@ -233,7 +233,8 @@ def lacking_images(
 def _described(found: LackingImages, place: StorePlace) -> str:
     share = f"{found.impressions:,} of {found.of:,} impressions, {found.behaviors:,} behaviours"
     without = f", {found.without:,} of the impressions without any image" if found.without else ""
-    return f"{place.url} lacks {found.images:,} images that the samples name ({share}{without})"
+    images = f"{found.images:,} image{'' if found.images == 1 else 's'}"
+    return f"{place.url} lacks {images} that the samples name ({share}{without})"
 
 
 def _list_command(config: Config, place: StorePlace) -> str:

@@ -143,7 +143,8 @@ def missing(
         print_rows(table.column_names, rows, ("impressions", "behaviors"))
     more = f"; --out NAME.csv writes all of them, here are {SHOWN_IMAGES} lines" if len(table) > SHOWN_IMAGES else ""
     count = sum(bool(name) for name in table.column("image").to_pylist())
-    print_summary(f"{count:,} images of {data} have no feature in {store}{more}")
+    found = f"1 image of {data} has" if count == 1 else f"{count:,} images of {data} have"
+    print_summary(f"{found} no feature in {store}{more}")
 
 
 @app.command(
