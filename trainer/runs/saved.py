@@ -116,6 +116,12 @@ class SavedRun:
         count = (report_of(self.folder) or {}).get("missing_lookups")
         return count if isinstance(count, int) else None
 
+    @property
+    def met_missing_often(self) -> bool:
+        """Whether it looked up such an image at least once in 100 samples: of fewer a model learns next to nothing."""
+        samples = (report_of(self.folder) or {}).get("samples")
+        return bool(self.missing_met) and isinstance(samples, int) and 100 * self.missing_met >= samples
+
     def named(self) -> dict[str, str]:
         """Say which run and checkpoint an exported file is of, for its metadata."""
         return {"run": str(self.folder), "checkpoint": self.path.name, "checkpoint_digest": self.digest}

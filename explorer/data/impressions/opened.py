@@ -81,8 +81,8 @@ class OpenedRun:
 
     @property
     def knows_missing(self) -> bool:
-        """Whether training showed the model images that are missing, or the preset's share of ads without theirs."""
-        return bool(self.trained.saved.missing_met or self.trained.config.model.image_dropout)
+        """Whether training showed the model missing images often enough, or a set share of ads without theirs."""
+        return bool(self.trained.saved.met_missing_often or self.trained.config.model.image_dropout)
 
     @property
     def sees_images(self) -> bool:

@@ -39,7 +39,7 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
 def on_missing(opened: OpenedRun) -> str:
     """Say whether a run was trained for missing images, so that its scores without them mean something."""
     model, met = opened.trained.config.model, opened.trained.saved.missing_met
-    if met:
+    if opened.trained.saved.met_missing_often:
         return (
             f"While it was trained, this run met images without a feature {met:,} times: it has learned to do without."
         )
@@ -47,10 +47,12 @@ def on_missing(opened: OpenedRun) -> str:
         return (
             f"This run was trained with model.image_dropout={model.image_dropout}, so it has met ads without a picture."
         )
-    met_none = "met none" if met == 0 else "is not known to have met any"
+    seen = (
+        "is not known to have met any" if met is None else f"met {met:,}, too few to learn from" if met else "met none"
+    )
     return (
-        f"This run was not trained for missing images: it {met_none}. What it gives without images comes of zeros that "
-        "it has never seen, and says nothing of what they are worth: compare it with a run of IDs alone for that."
+        f"This run was not trained for missing images: it {seen}. What it gives without images says nothing of what "
+        "they are worth: compare it with a run of IDs alone for that."
     )
 
 

@@ -247,7 +247,9 @@ def test_only_the_nearest_behaviour_weighs_and_only_its_picture_counts(
     assert len({*places}) > 1
 
 
-def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
+def test_the_sentence_says_what_the_table_has(
+    trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained("finalmlp"), trained("images_none")
     number = with_history(sample_places)[0]
     with runs.use("finalmlp") as opened, runs.use("images_none") as ids:
@@ -265,6 +267,8 @@ def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRun
     with runs.use("exact") as strict:
         assert "is not known" in sentence(explain(strict, number, 0), {})
         assert "was not trained for missing images: it met none" in on_missing(strict)
+        monkeypatch.setattr(type(strict.trained.saved), "missing_met", property(lambda saved: 1))
+        assert not strict.knows_missing and "it met 1, too few to learn from" in on_missing(strict)
     assert f"{100 * found.chosen.score.probability:.2f} %" in said
     assert f"{100 * found.chosen.without_images.probability:.2f} %" in said
     assert f"rank {found.chosen.rank} of {len(found.candidates)}" in said
