@@ -119,8 +119,8 @@ class SavedRun:
     @property
     def met_missing_often(self) -> bool:
         """Whether it looked up such an image at least once in 100 samples: of fewer a model learns next to nothing."""
-        samples = (report_of(self.folder) or {}).get("samples")
-        return bool(self.missing_met) and isinstance(samples, int) and 100 * self.missing_met >= samples
+        met, samples = self.missing_met, (report_of(self.folder) or {}).get("samples")
+        return met is not None and isinstance(samples, int) and 0 < samples <= 100 * met
 
     def named(self) -> dict[str, str]:
         """Say which run and checkpoint an exported file is of, for its metadata."""

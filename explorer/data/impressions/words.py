@@ -47,9 +47,8 @@ def on_missing(opened: OpenedRun) -> str:
         return (
             f"This run was trained with model.image_dropout={model.image_dropout}, so it has met ads without a picture."
         )
-    seen = (
-        "is not known to have met any" if met is None else f"met {met:,}, too few to learn from" if met else "met none"
-    )
+    known = f"met {met:,}, too few to learn from" if met else "met none"
+    seen = "is not known to have met any" if met is None else known
     return (
         f"This run was not trained for missing images: it {seen}. What it gives without images says nothing of what "
         "they are worth: compare it with a run of IDs alone for that."
