@@ -53,10 +53,10 @@ def main() -> None:
 def signalling(
     train_step: Callable[[Engine, PreparedBatch], StepResult], at: int
 ) -> Callable[[Engine, PreparedBatch], StepResult]:
-    """`train_step` with a SIGTERM to this process during step number `at`."""
+    """`train_step` with a SIGTERM to this process during step number `at` of a run, whose first one is its own."""
 
     def step(engine: Engine, prepared: PreparedBatch) -> StepResult:
-        if engine.num_steps == at - 1:
+        if engine.num_steps - engine.first_step == at - 1:
             signal.raise_signal(signal.SIGTERM)
         return train_step(engine, prepared)
 

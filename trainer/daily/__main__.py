@@ -52,6 +52,8 @@ marked samples_changed. Exit codes are those of trainer.main.
 
 LATER_RATES = 0.3
 """Of optim.lr and optim.ids_lr: the rates of a run that continues another one (docs/RESULTS.md)."""
+CONTINUES = False
+"""Whether later runs continue the run before, where nothing is said."""
 
 app = CommandApp(rich_markup_mode="markdown")
 
@@ -80,7 +82,7 @@ def main(
             help="Go once through each new day, from all that the run before has learned: cheaper, and a little worse "
             "in GAUC. Else each run trains on all days up to its own.",
         ),
-    ] = False,
+    ] = CONTINUES,
     file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
@@ -150,7 +152,7 @@ def plan(
     last: str | None = None,
     *,
     warm: bool = False,
-    continues: bool = True,
+    continues: bool = CONTINUES,
 ) -> list[Day]:
     """Plan the runs of `days`, ascending, up to `last`; those that `folder` has train on what they have begun with.
 
@@ -188,7 +190,7 @@ def folder_of(base: Config) -> RunPath:
 
 
 def follow(
-    base: Config, comm: "Comm", first: str | None = None, last: str | None = None, *, continues: bool = True
+    base: Config, comm: "Comm", first: str | None = None, last: str | None = None, *, continues: bool = CONTINUES
 ) -> None:
     """Train all days that are not done yet, one after the other, and write the table. Every rank calls it.
 
@@ -217,10 +219,10 @@ def follow(
         def next_run(day: Day = day) -> tuple[Config, dict[str, Any] | None] | None:
             if day.is_done:
                 return None
-            before = _run_before(day) if continues else None
+            before = _run_before(day)
             if before and day.report() is None:
                 _check_stores(before, base)
-            return day.config(base, before), day.report()
+            return day.config(base, before if continues else None), day.report()
 
         coming = comm.on_rank_0(next_run)
         if coming is not None:
@@ -373,7 +375,7 @@ def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: RunPath) -> 
 
 
 def _check_stores(before: RunPath, base: Config) -> None:
-    """Raise AnotherStoreError where a day would continue the day before on another store: a table of days has one.
+    """Raise AnotherStoreError where the day before was trained on another store: a table of days has one.
 
     A single run may begin so, see trainer.runs.warmstart; a table of days would not show where it changed."""
     from featurestore.store import FeatureStore

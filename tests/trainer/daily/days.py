@@ -19,7 +19,7 @@ from trainer.daily.__main__ import follow as follow_days
 from trainer.engine.engine import Engine
 from trainer.main import train
 
-follow = partial(follow_days, first="2026-01-01")
+follow = partial(follow_days, first="2026-01-01", continues=True)
 
 
 def main() -> None:

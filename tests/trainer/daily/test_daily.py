@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from tests.ranks import StandingRanks
 from tests.trainer.alike import alike
 from trainer.comm import SoloComm
 from trainer.config.config import Config, load_config, save_config
-from trainer.daily.__main__ import app, follow, plan
+from trainer.daily.__main__ import app, plan
+from trainer.daily.__main__ import follow as follow_days
 from trainer.daily.table import run_of_days
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.main import train
@@ -37,6 +39,7 @@ pytestmark = pytest.mark.long  # they train whole runs
 WORKER = Path(__file__).parent / "days.py"
 DAYS = [f"2026-01-0{n}" for n in range(1, 5)]
 Places = Any
+follow = partial(follow_days, continues=True)
 EXACT = {"model__compute_dtype": "float32"}  # of runs whose numbers are compared between numbers of ranks
 
 
@@ -80,14 +83,17 @@ def assert_same(found: Path, expected: Path, days: list[str] = DAYS) -> None:
 
 def test_plan(tmp_path: Path) -> None:
     def planned(days: list[str], *given: str | None, warm: bool = False) -> list[tuple[str, list[str], str | None]]:
-        return [(day.name, [*day.train_days], day.test_day) for day in plan(days, tmp_path, *given, warm=warm)]
+        return [
+            (day.name, [*day.train_days], day.test_day)
+            for day in plan(days, tmp_path, *given, warm=warm, continues=True)
+        ]
 
     one, two, three, four = DAYS
     assert planned(DAYS) == [(three, [one, two, three], four), (four, [four], None)]
     assert planned(DAYS[:1]) == [(one, [one], None)]
     assert planned(DAYS, one, two) == [(one, [one], two), (two, [two], three)]
     assert planned(DAYS, None, two) == [(two, [one, two], three)]
-    whole = plan(DAYS, tmp_path, two, continues=False)
+    whole = plan(DAYS, tmp_path, two)
     assert [[*day.train_days] for day in whole] == [[one, two], [one, two, three], DAYS]
     assert planned(DAYS, warm=True) == [(four, [four], None)]
     assert planned(DAYS, three, warm=True) == [(three, [three], four), (four, [four], None)]

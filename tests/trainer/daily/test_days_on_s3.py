@@ -26,7 +26,7 @@ def test_days_on_s3_are_those_of_a_disk(
     far, near = run_path(f"{s3_url}/runs/d"), tmp_path / "runs" / "d"
     for folder in (far, near, far):
         capsys.readouterr()
-        follow(config_of(places, run__name="d", run__dir=folder.parent), SoloComm(), DAYS[0])
+        follow(config_of(places, run__name="d", run__dir=folder.parent), SoloComm(), DAYS[0], continues=True)
     assert "step 1/" not in capsys.readouterr().out
     days, expected = (json.loads((each / "days.json").read_bytes()) for each in (far, near))
     assert [{**row, "warm_start": None} for row in days] == [{**row, "warm_start": None} for row in expected]

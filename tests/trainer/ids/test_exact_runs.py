@@ -131,13 +131,12 @@ def test_days_let_go_of_what_was_not_used(places: Places, tmp_path: Path) -> Non
         data__samples=samples,
         run__dir=tmp_path,
         run__name="daily",
-        run__warm_parts="full",
         model__tables=tables,
         model__images="none",
         data__global_batch_size=64,
         train__epochs=1,
     )
-    follow(load_config(settings=settings), SoloComm())
+    follow(load_config(settings=settings), SoloComm(), first="2026-01-01", continues=True)
     runs = sorted((tmp_path / "daily").glob("2026-*"))
     seen = [items_of(samples / "train" / f"day={run.name}.parquet") for run in runs]
     have: dict[int, int] = {}

@@ -40,6 +40,8 @@ def command(name: str, run: Supervised) -> list[str]:
     return [
         "-m",
         "trainer.daily",
+        "--first-day",
+        DAYS[0],
         "--last-day",
         DAYS[2],
         *(f"--set={each}" for each in [*run.settings, f"run.name={name}"]),

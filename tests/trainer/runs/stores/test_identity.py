@@ -268,12 +268,13 @@ class TestTheSame:
             resume(places, train__max_steps=4)
 
 
-def test_days_have_one_store(make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+@pytest.mark.parametrize("continues", [True, False])
+def test_days_have_one_store(make_places: Callable[[Path], Places], tmp_path: Path, continues: bool) -> None:
     places = make_places(tmp_path)
     test = tmp_path / "samples" / "test"
     (test / "day=2026-01-01.parquet").rename(test / "day=2026-01-04.parquet")
     config = load_config(settings=places.settings(run__name="d", train__max_steps=2))
-    follow(config, SoloComm(), last="2026-01-02")
+    follow(config, SoloComm(), first="2026-01-01", last="2026-01-02", continues=continues)
     store = FeatureStore.open(tmp_path / "features")
     rows = json.loads((tmp_path / "runs" / "d" / "days.json").read_text())
     snapshot = SnapshotId.of(store.snapshot())
@@ -281,11 +282,11 @@ def test_days_have_one_store(make_places: Callable[[Path], Places], tmp_path: Pa
     kept = shutil.copytree(tmp_path / "features", tmp_path / "kept")
     made = rebuild(tmp_path / "features")
     with pytest.raises(AnotherStoreError, match=f"2026-01-02.* of store {made.info.store_id[:8]} at"):
-        follow(config, SoloComm())
+        follow(config, SoloComm(), continues=continues)
     assert not (tmp_path / "runs" / "d" / "2026-01-03").exists()
     shutil.rmtree(tmp_path / "features")
     shutil.copytree(kept, tmp_path / "features")
     store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
-    follow(config, SoloComm())
+    follow(config, SoloComm(), continues=continues)
     rows = json.loads((tmp_path / "runs" / "d" / "days.json").read_text())
     assert [row["store_version"] for row in rows] == [1, 1, 2, 2]
