@@ -90,7 +90,10 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
 def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> bool:
     """Put manifests back into the log that expired/ still has; return whether there were any.
 
-    The oldest first: a repair that was cut off finds the others again."""
+    The oldest first: a repair that was cut off finds the others again. None where one of the two folders is a link out
+    of the store: what it holds cannot be listed, and the problem is left for people."""
+    if any(problem.kind == "folder" and problem.path in (log.LOG, log.EXPIRED) for problem in problems):
+        return False
     damaged = {version for problem in problems if problem.kind == "manifest" for version in problem.versions}
     found = recoverable(store.storage, damaged)
     for manifest in found:
