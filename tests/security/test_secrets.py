@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import httpx2
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import trustme
 from PIL import Image
 
-from featurestore.store import FeatureStore
 from tests.commands.calls import call
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.security.test_listening import started
@@ -102,11 +103,14 @@ class TestKeysOfAnObjectStore:
 
     def test_a_training_that_fails_on_the_way(self, work: Work, places: Places) -> None:
         """Run folder, configuration and logs are there when a rank cannot go on."""
-        store = FeatureStore.open(shutil.copytree(places.folder / "features", work.folder / "features"))
-        store.delete(list(range(1_000, 1_010)))
-        settings = places.settings(run__name="b", run__dir=str(work.folder / "runs"), data__store=store.url)
+        samples = Path(shutil.copytree(places.folder / "samples", work.folder / "samples"))
+        bad = samples / "train" / "day=2026-01-02.parquet"
+        table = pq.read_table(bad)
+        labels = pa.array([[2] * len(row) for row in table["label"]], table.schema.field("label").type)
+        pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), bad)
+        settings = places.settings(run__name="b", run__dir=str(work.folder / "runs"), data__samples=str(samples))
         words = [f"--set={each}" for each in settings]
-        work.fails_here("trainer.main", *words, because="no feature")
+        work.fails_here("trainer.main", *words, because=bad.name)
         assert (work.folder / "runs" / "b" / "config.yaml").is_file()
         work.check(SECRET, SESSION)
 

@@ -83,12 +83,14 @@ def test_logs_at_another_address_and_in_folders_by_day(options, client, tmp_path
 
 
 def test_rerun_replaces_everything(build, tmp_path):
-    build([shown(0), shown(5 * DAY_S)], [done(0)])
-    rows, _ = build([shown(DAY_S)], [done(0)])
+    build([shown(0, image="old.jpg"), shown(5 * DAY_S)], [done(0, image="old.jpg")])
+    rows, _ = build([shown(DAY_S, image="new.jpg")], [done(0, image="b.jpg")])
     assert [row["day"] for row in rows] == ["2026-01-02"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
-        "quarantine.parquet", "summary.json", "test", "train",
+        "images.parquet", "quarantine.parquet", "summary.json", "test", "train",
     ]  # fmt: skip
+    named = pq.read_table(tmp_path / "samples" / "images.parquet")
+    assert sorted(named["uri"].to_pylist()) == ["b.jpg", "new.jpg"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "samples"]
 
 
