@@ -162,7 +162,7 @@ class RunConfig(Section):
     """Begin with parameters of this run (its folder, or a checkpoint); the schedule starts afresh."""
     warm_parts: list[WarmPart] = Field(default="partial", validate_default=True)
     """What a warm start takes: none, partial (all but the ID vectors), full, all (full and the optimisers' state), or a
-    list of images (E), model, ids."""
+    list of images (E), model, ids; optimizers only with all three."""
     overwrite: bool = False
     """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
     device: Device = "auto"
