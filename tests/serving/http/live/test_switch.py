@@ -258,3 +258,20 @@ def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_p
         assert all(model.closed for model in source.opened)
 
     asyncio.run(run())
+
+
+def test_a_model_that_fails_its_warm_up_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FakeSource(write_state(tmp_path, version=1))
+    live = LiveModel(source, Recorder(4), ServingMetrics(), poll_s=0.01)
+
+    def fails(model: object, recorder: object) -> int:
+        raise MemoryError
+
+    async def run() -> None:
+        await live.start()
+        monkeypatch.setattr("serving.http.live.switch.warm_up", fails)
+        write_state(tmp_path, version=2)
+        await live.look()
+
+    asyncio.run(run())
+    assert [model.closed for model in source.opened] == [False, True]
