@@ -5,7 +5,6 @@ rises, by more than its limit and by more than noise: the interval of the paired
 of zero. So a small day, on which nothing can be told, stops no model that is as good.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,8 +102,3 @@ def _result(found: Difference, limit: float, sign: int, where: str) -> GateResul
         f"({LEVEL:.0%} interval {found.low:+.4f} to {found.high:+.4f}) on {where}"
     )
     return GateResult(gate=found.metric, value=found.value, limit=limit, holds=holds, text=text)
-
-
-def failing(results: Sequence[GateResult]) -> list[GateResult]:
-    """List the gates that do not hold."""
-    return [each for each in results if not each.holds]
