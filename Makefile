@@ -5,6 +5,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BREAKS_ARGS ?=
 # One more than two cores: a test that waits leaves its core to another.
 TEST_WORKERS ?= 3
 # All tests of a file run in one process, which makes what they share once; in the order of tests/conftest.py.
@@ -27,7 +28,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint format docs tree bench gpu-check clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks format docs tree bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -86,9 +87,13 @@ lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/mypy --python-version $(NEWEST_PYTHON) $(addprefix -p ,$(PACKAGES))
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check
+	$(BIN)/python tools/breaks.py --check
 	$(BIN)/python tools/commands.py --check
 	$(BIN)/python tools/settings.py --check
 	$(BIN)/python tools/api.py --check
+
+breaks: $(INSTALLED) ## Plant 60 small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
+	$(ON_PATH) $(BIN)/python -m tools.breaks $(BREAKS_ARGS)
 
 format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
