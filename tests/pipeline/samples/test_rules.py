@@ -1,11 +1,14 @@
 """What belongs into a sample group, rule by rule."""
 
+from datetime import UTC, datetime
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from featurestore.keys import key_of_uri
 from pipeline.samples.build import build_samples
+from pipeline.samples.texts import parse_times
 from tests.pipeline.samples.rows import DAY_S, START_S, behavior_items, done, read, replaced, shown, table, write
 
 # Rules, one by one
@@ -48,6 +51,8 @@ def test_ages_are_whole_seconds_before_the_groups_first_impression(build):
 def test_session_over_midnight_is_one_group_of_its_first_day(build):
     rows, _ = build([shown(DAY_S - 60), shown(DAY_S + 60), shown(DAY_S + 3000)], [done(0)])
     assert [(row["day"], len(row["label"])) for row in rows] == [("2026-01-01", 3)]
+    rows, _ = build([shown(DAY_S - 60), shown(DAY_S + 3540)], [done(0)])  # a pause of exactly midnight_pause_s
+    assert [(row["day"], len(row["label"])) for row in rows] == [("2026-01-01", 2)]
 
 
 def test_session_number_used_again_on_another_day_is_another_group(build):
@@ -114,6 +119,13 @@ def test_time_in_any_unit(unit, options, client, tmp_path):
     build_samples(options, client)
     (row,) = read(options.samples)
     assert (row["timestamp"], len(row["behavior_item"])) == (START_S + 100, 1)
+
+
+def test_digits_are_a_time_of_the_given_format_and_only_otherwise_a_number():
+    time_N, wrong_N = parse_times(pa.chunked_array([["20260320", "1767261610", "20261399"]]), "s", "%Y%m%d")
+    day_s = int(datetime(2026, 3, 20, tzinfo=UTC).timestamp())
+    assert time_N.tolist() == [day_s * 1_000_000, 1767261610_000_000, 20261399_000_000]
+    assert not wrong_N.any()
 
 
 def test_columns_of_other_encodings(options, client, tmp_path):

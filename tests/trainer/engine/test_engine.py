@@ -1,6 +1,7 @@
 """The engine alone: what it refuses, what it reports, and that its state is all there is to resume."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,18 @@ def test_loss_falls_on_one_batch(partition: FeaturePartition) -> None:
     engine = engine_of(partition)
     losses = [engine.train_step(engine.prepare(batch_of(0))).loss for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_part_of_a_batch_counts_as_its_share_of_the_whole(partition: FeaturePartition) -> None:
+    """Where ranks have its other two thirds: losses are summed over ranks, and gradients as well."""
+    whole, part = engine_of(partition), engine_of(partition)
+    losses, gradients = [], []
+    for engine, samples in ((whole, 6), (part, 18)):
+        losses.append(engine.train_step(engine.prepare(replace(batch_of(0), global_samples=samples))).loss)
+        gradients.append({name: value.grad for name, value in engine.model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0] / 3)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient / 3)
 
 
 def test_preparing_ahead_changes_nothing(partition: FeaturePartition) -> None:

@@ -62,6 +62,13 @@ class TestRoom:
         train(table, [IDS[ROWS + 1]])  # there is one left
         assert table.tally() == {"rows": 32, "served": 36, "cold": 0, "refused": 0, "evicted": 2, "expired": 0}
 
+    def test_rows_that_moved_keep_the_step_of_their_last_use(self) -> None:
+        """The newest rows take the places of the oldest, which go first, and not also their steps."""
+        table = filled()
+        train(table, [IDS[ROWS]])
+        train(table, IDS[ROWS + 1 : ROWS + 4])
+        assert have_rows(table, IDS) == {*IDS[4 : ROWS + 4]}
+
     def test_as_many_as_are_needed_where_that_is_more(self) -> None:
         table = filled()
         train(table, IDS[ROWS : ROWS + 7])

@@ -198,6 +198,21 @@ class TestPlainForms:
 
         self.compare(table, move)
 
+    def test_rowwise_adam_has_one_variance_a_row_and_counts_its_own_steps(self) -> None:
+        table = Table(ids="rowwise_adam", beta1=0.8, beta2=0.9)
+        momentum, variance, counts = torch.zeros_like(table.dense), torch.zeros(ROWS, dtype=torch.float64), [0] * ROWS
+
+        def move(table: Table, rows_Q: Tensor, gradient_QV: Tensor) -> None:
+            lr = rates_at(table.config, table.num_steps - 1).ids_lr
+            for row, gradient_V in zip(rows_Q.tolist(), gradient_QV, strict=True):
+                counts[row] += 1
+                momentum[row] = 0.8 * momentum[row] + 0.2 * gradient_V
+                variance[row] = 0.9 * variance[row] + 0.1 * (gradient_V**2).mean()
+                deviation = (variance[row] / (1 - 0.9 ** counts[row])).sqrt() + table.config.eps
+                table.dense[row] -= lr * momentum[row] / (1 - 0.8 ** counts[row]) / deviation
+
+        self.compare(table, move)
+
     @pytest.mark.parametrize("settings", [{}, {"ftrl_l1": 0.4, "ftrl_l2": 0.5, "ftrl_beta": 0.1}])
     def test_ftrl_is_algorithm_1_of_mcmahan(self, settings: dict[str, float]) -> None:
         table = Table(ids="ftrl", **settings)

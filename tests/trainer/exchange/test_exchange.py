@@ -1,0 +1,117 @@
+"""Vectors and gradients of several ranks, played by threads of one process, against plain lookups in whole tables."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.comm.solo import SoloComm
+from trainer.exchange.exchange import Exchange, FieldVectors
+from trainer.exchange.routing import Int64, unique
+from trainer.samples.batch import Jagged
+
+WIDTHS = {"items": 3, "shops": 3, "images": 2}
+SOURCE_OF_FIELD = {"seen": "items", "ad": "items", "shop": "shops", "image": "images"}
+KEYS = 40
+"""Of each source."""
+
+
+class ThreadComm(SoloComm):
+    """One of several ranks that are threads: each leaves what it sends where the others find it."""
+
+    def __init__(self, rank: int, boxes: list[list[Tensor]], barrier: threading.Barrier) -> None:
+        super().__init__()
+        self.rank, self.size, self._boxes, self._barrier = rank, len(boxes), boxes, barrier
+
+    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        self._boxes[self.rank] = list(rows_N.split(splits_P.tolist()))
+        self._barrier.wait()
+        pieces = [box[self.rank] for box in self._boxes]
+        received = torch.cat(pieces), torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
+        self._barrier.wait()
+        return received
+
+
+@dataclass
+class Served:
+    keys_Q: Int64
+    inverse_R: Int64
+
+    @property
+    def num_unique(self) -> int:
+        return len(self.keys_Q)
+
+
+class WholeTable:
+    """A source whose ranks all hold the same whole table; each gets the gradient of the keys that it owns."""
+
+    def __init__(self, width: int, num_ranks: int) -> None:
+        draw = torch.Generator().manual_seed(width)
+        self.width, self._num_ranks = width, num_ranks
+        self.rows = torch.randn(KEYS, width, dtype=torch.float64, generator=draw).requires_grad_()
+
+    def owner_of(self, keys_U: Int64) -> Int64:
+        return keys_U % self._num_ranks
+
+    def serve(self, keys_R: Int64, kind: str) -> Served:
+        return Served(*unique(keys_R))
+
+    def expect(self, served: Served) -> None: ...
+
+    def vectors(self, served: Served) -> Tensor:
+        return self.rows[torch.from_numpy(served.keys_Q)]
+
+    def release(self, served: Served) -> None: ...
+
+
+def fields_of(rank: int) -> dict[str, Jagged]:
+    """Keys that ranks, fields and rows have in common, and a field without any on the last rank."""
+    draw = np.random.default_rng(rank)
+    counts = {"seen": 30, "ad": 10, "shop": 0 if rank == 2 else 12, "image": 25}
+    return {name: Jagged(draw.integers(0, KEYS, n), np.ones(n, np.int32)) for name, n in counts.items()}
+
+
+def loss_of(fields: dict[str, Jagged], values_of: Callable[[str], Tensor]) -> Tensor:
+    """Sum all numbers, each with a factor of its own, so that no two gradients are equal."""
+    total = torch.zeros((), dtype=torch.float64)
+    for number, name in enumerate(fields):
+        values_NV = values_of(name)
+        factor_NV = torch.arange(1, 1 + values_NV.numel(), dtype=torch.float64).view_as(values_NV) + 1000 * number
+        total = total + (factor_NV * values_NV).sum()
+    return total
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_vectors_and_gradients_are_those_of_plain_lookups(num_ranks: int) -> None:
+    boxes: list[list[Tensor]] = [[] for _ in range(num_ranks)]
+    barrier = threading.Barrier(num_ranks, timeout=60)
+    tables = [{name: WholeTable(width, num_ranks) for name, width in WIDTHS.items()} for _ in range(num_ranks)]
+    plain = {name: WholeTable(width, 1).rows for name, width in WIDTHS.items()}
+
+    def step(rank: int) -> None:
+        comm = ThreadComm(rank, boxes, barrier)
+        exchange = Exchange(comm, tables[rank], SOURCE_OF_FIELD, dtype=torch.float64)
+        request = exchange.request(fields_of(rank), "step")
+        found: dict[str, FieldVectors] = exchange.vectors(request)
+        for name, field in fields_of(rank).items():
+            expected_NV = plain[SOURCE_OF_FIELD[name]][field.values_N]
+            assert torch.equal(found[name].vectors_UV[found[name].index_N], expected_NV)
+        loss_of(fields_of(rank), lambda name: found[name].vectors_UV[found[name].index_N]).backward()
+        exchange.release(request)
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        list(pool.map(step, range(num_ranks)))
+    for rank in range(num_ranks):
+        fields = fields_of(rank)
+        loss_of(fields, lambda name, fields=fields: plain[SOURCE_OF_FIELD[name]][fields[name].values_N]).backward()
+    for name, rows in plain.items():
+        summed = sum(each[name].rows.grad for each in tables)
+        torch.testing.assert_close(summed, rows.grad, rtol=0, atol=1e-9)
+        for rank, each in enumerate(tables):
+            not_own = np.arange(KEYS) % num_ranks != rank
+            assert each[name].rows.grad[not_own].count_nonzero() == 0
