@@ -290,7 +290,11 @@ def table(breaks: Sequence[Break], results: Sequence[Result]) -> str:
     named = {each.number: each for each in breaks}
     for result in results:
         each = named[result.number]
-        by = result.by.rpartition("::")[2] if result.status == "noticed" else f"{result.status} {result.by}".strip()
+        by = (
+            result.by.partition("[")[0].rpartition("::")[2]
+            if result.status == "noticed"
+            else f"{result.status} {result.by}".strip()
+        )
         rows.append((str(each.number), each.package, each.harm, by, f"{result.seconds:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
