@@ -60,7 +60,7 @@ class Break:
 class Result:
     """What became of a fault; `by`: the test that failed first, or why the result is unsound.
 
-    Unsound: the tests fail without the fault too, or cannot be collected with it.
+    Unsound: the tests fail without the fault too, or cannot be collected with it, or do not end.
     """
 
     number: int
@@ -152,7 +152,7 @@ class Pytest:
             process = subprocess.Popen(
                 [*command, f"--basetemp={copy}-tmp", *options, *nodes],
                 cwd=copy,
-                env=os.environ | {"PYTHONPATH": str(copy)},
+                env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": ""},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -306,11 +306,15 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.breaks", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only look whether every text and test is there once")
     parser.add_argument("--list", action="store_true", help="print the faults")
-    parser.add_argument("--only", help="numbers of faults, as 3,7")
+    parser.add_argument("--only", type=_numbers, help="numbers of faults, as 3,7", default=())
     parser.add_argument("--workers", type=int, default=1, help="how many run side by side, in copies of their own")
     parser.add_argument("--baseline", choices=["once", "each", "no"], default="once", help="the tests without a fault")
     parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -328,8 +332,10 @@ def main() -> int:
         return 1
     if asked.check:
         return 0
-    wanted = {int(number) for number in asked.only.split(",")} if asked.only else {each.number for each in breaks}
-    chosen = [each for each in breaks if each.number in wanted]
+    if unknown := [number for number in asked.only if number not in range(1, len(breaks) + 1)]:
+        print(f"--only {unknown[0]}: there are {len(breaks)} faults, see --list", file=sys.stderr)
+        return 2
+    chosen = [each for each in breaks if not asked.only or each.number in asked.only]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     start = time.monotonic()
