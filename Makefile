@@ -12,6 +12,7 @@ TEST_WORKERS ?= 3
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
+REFERENCE_ARGS ?= record data/reference.json
 CLUSTER_DIR ?= data/cluster
 DOCS_DIR ?= data/docs-site
 BROWSER_DIR ?= data/browser
@@ -28,7 +29,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks format docs tree bench gpu-check clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-versions test-browser screenshots lint breaks format docs tree bench gpu-check reference clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -128,6 +129,9 @@ gpu-check: $(INSTALLED) ## Compare training on a GPU with the CPU, and measure i
 	mkdir -p $(BENCH_DIR)
 	$(ON_PATH) $(BIN)/python tests/trainer/equivalence/on_device.py --device $(GPU_DEVICE)
 	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
+
+reference: $(INSTALLED) ## Record all that is computed, before a large change; REFERENCE_ARGS="compare data/reference.json" after it
+	$(BIN)/python -m tools.reference $(REFERENCE_ARGS)
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
 	rm -rf $(VENV) $(VERSIONS_DIR) $(DEMO_DIR) $(DOCS_DIR) $(BENCH_DIR) $(CLUSTER_DIR) $(BROWSER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

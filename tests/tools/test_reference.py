@@ -1,0 +1,123 @@
+"""What a comparison of two records lists, what it counts, and what a record says of files."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tools import reference
+from tools.reference import app, digests_of, files_of
+
+RECORD = {
+    "header": {"commit": "a", "torch": "2.13"},
+    "scenarios": {"lr": {"loss 1": (0.75).hex(), "trained item": "12"}, "din": {"loss 1": (0.5).hex()}},
+    "files": {"samples/a.parquet": {"column user": "1", "column ad": "2"}},
+    "settings": {"default": {"model.base": "mlp"}, "model.base=lr": {"model.base": "lr"}},
+}
+
+
+@pytest.fixture
+def compared(tmp_path: Path):
+    """Compare RECORD with itself after some changes: path -> new value, None to remove it."""
+
+    def compare(changes: dict[tuple[str, ...], object]) -> tuple[int, list[str]]:
+        other = json.loads(json.dumps(RECORD))
+        for (*parents, last), value in changes.items():
+            place = other
+            for name in parents:
+                place = place[name]
+            place[last] = value
+            if value is None:
+                del place[last]
+        for name, record in (("old", RECORD), ("new", other)):
+            (tmp_path / name).write_text(json.dumps(record))
+        result = CliRunner().invoke(app, ["compare", str(tmp_path / "old"), str(tmp_path / "new")])
+        return result.exit_code, result.output.splitlines()
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, []),
+        ({("scenarios", "lr"): None}, ["scenarios: gone: lr"]),
+        ({("scenarios", "dcn"): {"loss 1": "1"}}, ["scenarios: new: dcn"]),
+        ({("settings", "model.base=lr"): None}, ["settings: gone: model.base=lr"]),
+        (
+            {("settings", "default", "a.b"): "1", ("settings", "model.base=lr", "a.b"): "1"},
+            ["settings: new: a.b: default (nothing -> 1), model.base=lr"],
+        ),
+        (
+            {("header", "torch"): "2.14", ("header", "commit"): "b"},
+            ["warning: torch was 2.13 and is 2.14; that alone may change bits"],
+        ),
+    ],
+)
+def test_what_is_listed_and_is_no_difference(compared, changes, lines) -> None:
+    code, output = compared(changes)
+    assert code == 0
+    assert output[:-1] == lines
+    assert output[-1].startswith("no differences between a and ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            {("scenarios", "lr", "loss 1"): (0.625).hex(), ("scenarios", "lr", "trained item"): "13"},
+            ["scenarios: changed: lr: loss 1 (0.75 -> 0.625), trained item"],
+        ),
+        ({("scenarios", "lr", "trained item"): None}, ["scenarios: gone: lr: trained item (12 -> nothing)"]),
+        ({("files", "samples/a.parquet"): None}, ["files: gone: samples/a.parquet"]),
+        ({("files", "samples/a.parquet", "column ad"): "3"}, ["files: changed: samples/a.parquet: column ad (2 -> 3)"]),
+        ({("settings", "default", "model.base"): "din"}, ["settings: changed: model.base: default (mlp -> din)"]),
+    ],
+)
+def test_differences(compared, changes, lines) -> None:
+    code, output = compared(changes)
+    assert code == 1
+    assert output == [*lines, f"{len(changes)} differences between a and a"]
+
+
+def test_a_renamed_tensor_changes_the_names_alone() -> None:
+    values = {
+        "model.mlp.0.weight": torch.ones(2),
+        "item/0000/weight": torch.zeros(2),
+        "item/0001/weight": torch.ones(0),
+    }
+    before = digests_of(values)
+    after = digests_of({name.replace("mlp.0", "mlp.first"): value for name, value in values.items()})
+    assert [name for name in before if before[name] != after[name]] == ["names"]
+    assert digests_of(values | {"item/0000/weight": -torch.zeros(2)})["item/weight"] != before["item/weight"]
+
+
+def test_ids_and_times_are_left_out_of_files_and_of_their_names(tmp_path: Path) -> None:
+    records = []
+    for digit, columns in (("a", ["x", "y"]), ("b", ["x", "y"]), ("b", ["y", "x"])):
+        folder = tmp_path / str(len(records))
+        (folder / "features" / "data").mkdir(parents=True)
+        content = {"store_id": 32 * digit, "time_s": ord(digit), "url": str(folder / "features"), "rows": 3}
+        (folder / "features" / "store.json").write_text(json.dumps(content))
+        table = pa.table({"x": [1.5, None], "y": [[1], []]}).select(columns)
+        pq.write_table(
+            table.replace_schema_metadata({"of": 40 * digit}), folder / f"features/data/{32 * digit}.parquet"
+        )
+        records.append(files_of(folder))
+    alike, other, swapped = records
+    assert sorted(alike) == ["features/data/*.parquet", "features/store.json"]
+    assert alike["features/store.json"] == {"store_id": '"*"', "url": '"WORLD/features"', "rows": "3"}
+    assert other == alike
+    changed = list(reference.changes({"files": alike}, {"files": swapped}))
+    assert [(each.entry, each.key) for each in changed] == [("features/data/*.parquet", "columns")]
+
+
+def test_a_command_that_fails_ends_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(reference.typer.Exit) as end:
+        reference.run("python -c 'raise SystemExit(\"no room\")'", tmp_path)
+    assert end.value.exit_code == 2
+    assert "no room" in capsys.readouterr().err
