@@ -8,7 +8,7 @@ processor and on torch. Everything runs in one thread, in float32 or float64. A 
 
 scenarios  Every run of tests/trainer/equivalence on one rank, and a few on two: all losses bit for bit, and digests of
            the first gradients and of what is trained. A digest is of a group of tensors (`model.mlp`, `item/weight`)
-           in any order, so that a renamed tensor changes `names` alone.
+           in any order, so that a tensor renamed within its group changes `names` alone.
 files      What the demo's commands write for a tiny catalogue: logs, samples, stores, checkpoints, a bundle, scores.
            Logs and samples are compared by bytes and by column. Other files have times and random ids in them, and in
            their names: tables are compared by column, JSON and YAML by value, safetensors by group, an exported network
@@ -47,17 +47,8 @@ Entries = dict[str, dict[str, str]]
 """A section: entry (a scenario, a file, a configuration) -> key -> value."""
 VOLATILE = {"time_s", "seconds", "writer", "bytes", "file_bytes"}
 """Keys of JSON whose values belong to one run: times, processes, sizes of files with random ids in them."""
-KEPT = (
-    "logs",
-    "images",
-    "samples",
-    "features",
-    "compact",
-    "models",
-    "runs/*/checkpoints",
-    "runs/*/config.yaml",
-    "*.p*",
-)
+KEPT = "logs images samples features compact models runs/*/checkpoints runs/*/config.yaml scores.parquet"
+"""Files and folders that are read."""
 RAW = ("logs/", "samples/")
 """Folders whose files have the same bytes in every run."""
 MAY_GO = ("scenarios", "settings")
@@ -185,7 +176,7 @@ def four_digits(text: str) -> Any:
 def files_of(folder: Path) -> Entries:
     """Read every file of KEPT; an image is a part of its folder's entry."""
     found, by_name = Entries(), defaultdict[str, list[dict[str, str]]](list)
-    tops = [top for kept in KEPT for top in folder.glob(kept)]
+    tops = [top for kept in KEPT.split() for top in folder.glob(kept)]
     for path in sorted(path for top in tops for path in (top, *top.rglob("*")) if path.is_file()):
         name = without_ids(str(path.relative_to(folder)), folder)
         if path.suffix == ".jpg":
@@ -339,17 +330,20 @@ def lines_of(found: Iterable[Change]) -> Iterator[str]:
         if members[0].key is None:
             yield f"{section}: {state}: {name}"
             continue
+        others = [name for name in others if not name.startswith("loss ")]  # they follow from the first one
         more = [*others[:MOST_KEYS], *([f"{len(others) - MOST_KEYS} more"] if len(others) > MOST_KEYS else [])]
-        values = f"{readable(members[0].old)} -> {readable(members[0].new)}"
-        yield f"{section}: {state}: {name}: {', '.join([f'{first} ({values})', *more])}"
+        yield f"{section}: {state}: {name}: {', '.join([f'{first} ({both(members[0])})', *more])}"
 
 
-def readable(value: str | None) -> str:
-    """Write a value so that it fits into a line, and a loss in decimals."""
-    if value and re.fullmatch(r"-?0x\d\.[0-9a-f]+p[+-]\d+", value):
-        return repr(float.fromhex(value))
-    text = "nothing" if value is None else value
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+def both(change: Change) -> str:
+    """Write the old and the new value, losses in decimals, long ones from a little before they differ."""
+    texts = ["nothing" if value is None else value for value in (change.old, change.new)]
+    if all(re.fullmatch(r"-?0x\d\.[0-9a-f]+p[+-]\d+", text) for text in texts):
+        texts = [repr(float.fromhex(text)) for text in texts]
+    equal = next((n for n, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), 0)
+    start = max(0, equal - MOST_CHARACTERS // 2)
+    cut = [f"...{text[start:]}" if start else text for text in texts]
+    return " -> ".join(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..." for text in cut)
 
 
 @app.command()

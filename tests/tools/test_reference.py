@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from tools import reference
 from tools.reference import app, digests_of, files_of
 
+COLUMNS = " ".join(f"name{number}" for number in range(100))
 RECORD = {
     "header": {"commit": "a", "torch": "2.13"},
     "scenarios": {"lr": {"loss 1": (0.75).hex(), "trained item": "12"}, "din": {"loss 1": (0.5).hex()}},
-    "files": {"samples/a.parquet": {"column user": "1", "column ad": "2"}},
+    "files": {"samples/a.parquet": {"columns": COLUMNS, "column user": "1", "column ad": "2"}},
     "settings": {"default": {"model.base": "mlp"}, "model.base=lr": {"model.base": "lr"}},
 }
 
@@ -71,6 +72,14 @@ def test_what_is_listed_and_is_no_difference(compared, changes, lines) -> None:
         (
             {("scenarios", "lr", "loss 1"): (0.625).hex(), ("scenarios", "lr", "trained item"): "13"},
             ["scenarios: changed: lr: loss 1 (0.75 -> 0.625), trained item"],
+        ),
+        (
+            {("files", "samples/a.parquet", "columns"): COLUMNS.replace("name95", "price")},
+            [
+                "files: changed: samples/a.parquet: columns "
+                "(...name90 name91 name92 name93 name94 name95 name96 name97 name98 name... -> "
+                "...name90 name91 name92 name93 name94 price name96 name97 name98 name9...)"
+            ],
         ),
         ({("scenarios", "lr", "trained item"): None}, ["scenarios: gone: lr: trained item (12 -> nothing)"]),
         ({("files", "samples/a.parquet"): None}, ["files: gone: samples/a.parquet"]),
