@@ -52,10 +52,10 @@ def open_source(options: ImportOptions) -> "VectorSource":
     if (wanted == "npy") != (options.keys is not None):
         raise typer.BadParameter("a .npy matrix needs its keys, and no other format has any", param_hint="--keys")
     if wanted == "npy":
-        return matrix.plan(address, str(options.keys), options.binary_dtype)
+        return matrix.plan_matrix(address, str(options.keys), options.binary_dtype)
     if wanted == "parquet" or (wanted == "auto" and not xdl.looks_like(address)):
-        return parquet.plan(address, options.dim, options.binary_dtype, options.feature_column)
-    return xdl.plan(address, options.dim)
+        return parquet.plan_parquet(address, options.dim, options.binary_dtype, options.feature_column)
+    return xdl.plan_xdl(address, options.dim)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def images(
 
     with connect() as client:
         summary = import_vectors(
-            xdl.plan(address, dim), ImportOptions(address=address, store=store, origin=origin), client
+            xdl.plan_xdl(address, dim), ImportOptions(address=address, store=store, origin=origin), client
         )
     print_summary(str(summary))
     draw_counts("Rows", summary.counts)

@@ -8,10 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import KeyFileError
+from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array, keys_of_uris
 from featurestore.storage.regular import read_regular, read_text
-
-KEY, URI = "key", "uri"
 
 
 def read_keys(file: Path) -> Int64Array:

@@ -6,14 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from featurestore import log
+from featurestore import log as manifests
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.published.channels import VersionName, read_channels
 from featurestore.spec import LAST_SECOND, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 
-PINS = log.PINS
+PINS = manifests.PINS
 _SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 PIN_NAME_RULE = "{name!r} is no name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'"
@@ -42,12 +42,14 @@ def pin(store: FeatureStore, name: str, version: VersionName | None = None) -> P
     wanted = store.snapshot(version).version
     if wanted == 0:
         raise SnapshotNotFoundError(f"{store.url} has no commit that could be pinned; 0 is the empty store")
-    mine = Pin(name=name, version=wanted, writer=log.writer_name(), time_s=time.time())
+    mine = Pin(name=name, version=wanted, writer=manifests.writer_name(), time_s=time.time())
     kept = create_sealed(storage, path, mine)
     if kept.version != wanted:
         raise PinError(f"{name!r} keeps snapshot {kept.version} already: unpin it first, or take another name")
     # `expire` puts a copy aside before it looks at the pins for the last time: one of the two sees the other.
-    if not _is_there(storage, log.manifest_path(wanted)) or _is_there(storage, log.manifest_path(wanted, log.EXPIRED)):
+    if not _is_there(storage, manifests.manifest_path(wanted)) or _is_there(
+        storage, manifests.manifest_path(wanted, manifests.EXPIRED)
+    ):
         if kept == mine:
             storage.delete(path)
         raise SnapshotNotFoundError(f"snapshot {wanted} of {store.url} is expiring just now: pin a newer one")

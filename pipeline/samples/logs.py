@@ -125,7 +125,7 @@ def _arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple
     if kind == "time" and layout.time_format is not None and pa.types.is_integer(column.type):
         return _text_arrays(column.cast(pa.string()), "any_time", latest_s, layout)
     if kind == "time":
-        value_N, faults = _times(column, latest_s, layout.unit)
+        value_N, faults = _times_us(column, latest_s, layout.unit)
         return value_N, null | faults
     if kind in ("label", "seconds", "dense"):
         value_N, faults = _numbers(column.cast(pa.float64()).fill_null(0).to_numpy(), kind)
@@ -181,7 +181,7 @@ def _numbers(number_N: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[
     return number_N, {"is not finite": ~np.isfinite(number_N), "is negative": number_N < 0}
 
 
-def _times(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64], Faults]:
+def _times_us(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64], Faults]:
     """Convert times to microseconds since 1970; a whole number is one of unit `whole`.
 
     Nanoseconds are cut off, a timestamp without a time zone is in UTC."""

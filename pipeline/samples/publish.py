@@ -24,7 +24,7 @@ from featurestore.published import (
     publish,
     upload,
 )
-from featurestore.storage import contents
+from featurestore.storage.contents import digest_of
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
@@ -119,7 +119,7 @@ def replaced_files(
 def digest_of(storage: Storage, path: str) -> str:
     """Compute the xxh3-128 of the bytes of a file. Raises SampleError."""
     try:
-        return contents.digest_of(storage, path)
+        return digest_of(storage, path)
     except (OSError, StorageError) as error:
         raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from featurestore.storage.storage import Storage
-from trainer.schema.suggest_schema import inspect_samples, render
+from trainer.schema.suggest_schema import inspect_samples, render_schema
 from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, settings_text
 
 LOOKED_AT = 200_000  # groups from which a schema is suggested
@@ -16,7 +16,7 @@ def write_suggested(folder: Path, samples: str) -> None:
     Raises SchemaError.
     """
     schema, made, table = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
-    write_schema(folder, samples, render(schema, made, table, samples), made.tables)
+    write_schema(folder, samples, render_schema(schema, made, table, samples), made.tables)
 
 
 def write_schema(

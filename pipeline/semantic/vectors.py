@@ -116,8 +116,8 @@ def open_file(address: str, keys: str | None) -> FileVectors:
             raise VectorImportError(
                 f"{address} is a matrix: --keys names its keys, a .npy of int64 or a text file of ids"
             )
-        return FileVectors(address, matrix.plan(address, keys, None), _origin_of_file(address))
-    return FileVectors(address, parquet.plan(address, None, None, None), _origin_in(address))
+        return FileVectors(address, matrix.plan_matrix(address, keys, None), _origin_of_file(address))
+    return FileVectors(address, parquet.plan_parquet(address, None, None, None), _origin_in(address))
 
 
 def _origin_of_file(address: str) -> dict[str, Any]:

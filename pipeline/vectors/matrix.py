@@ -105,7 +105,7 @@ class MatrixSlice:
                 yield VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND)
 
 
-def plan(address: str, keys_address: str, dtype: DType | None) -> VectorSource:
+def plan_matrix(address: str, keys_address: str, dtype: DType | None) -> VectorSource:
     """Cut a matrix and its keys into slices of some megabytes; `dtype` bfloat16 for its bits in uint16.
 
     Raises VectorImportError.

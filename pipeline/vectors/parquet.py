@@ -101,7 +101,7 @@ class ParquetSlice:
         return [(key, uri) if key is not None and uri else None for key, uri in zip(keys, uris, strict=True)]
 
 
-def plan(address: str, dim: int | None, dtype: DType | None, feature: str | None) -> VectorSource:
+def plan_parquet(address: str, dim: int | None, dtype: DType | None, feature: str | None) -> VectorSource:
     """Cut the file or folder into slices of row groups; `dtype` is that of binary features, `dim` of lists.
 
     Raises VectorImportError.

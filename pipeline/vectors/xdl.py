@@ -80,7 +80,7 @@ def looks_like(address: str) -> bool:
     return any(NAME.fullmatch(entry.path) for entry in find_files(address)[1])
 
 
-def plan(address: str, dim: int | None) -> VectorSource:
+def plan_xdl(address: str, dim: int | None) -> VectorSource:
     """Cut the folder of files into slices of some megabytes. Raises VectorImportError."""
     dim = dim or XDL_DIM
     storage, entries = find_files(address)

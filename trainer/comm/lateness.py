@@ -9,7 +9,7 @@ from typing import TypeVar
 _GRACE_S = 2.0
 """Between the ends of two ranks' patience: how long a rank waits for the others to say that they wait too."""
 Answer = TypeVar("Answer")
-_WAY_OUT = "start again, with run.resume=latest and the run's name where it has a checkpoint"
+_AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it has a checkpoint"
 
 
 class Bulletin:
@@ -40,7 +40,7 @@ class Bulletin:
 
 def loss(rank: int, name: str) -> str:
     """Say that another rank has gone, or is out of reach, in the middle of collective `name`."""
-    return f"rank {rank} lost another rank in the middle of collective {name}; {_WAY_OUT}"
+    return f"rank {rank} lost another rank in the middle of collective {name}; {_AFTER_A_LOSS}"
 
 
 def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:

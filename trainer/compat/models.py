@@ -23,11 +23,11 @@ from trainer.evaluation.predict import Predictions
 from trainer.runs.saved import TEST, SavedRun, open_test, read_run
 from trainer.samples.reader import SampleIndex, open_index
 
-MAX_GAUC_LOSS, MAX_LOGLOSS_RISE = 0.002, 0.002
+MAX_MODEL_GAUC_LOSS, MAX_MODEL_LOGLOSS_RISE = 0.002, 0.002
 """Of a new model, against the one in use."""
 MOST_ROWS = 200_000
 """Evaluation rows that are scored; of more, about as many are drawn."""
-_GATES = (("gauc", MAX_GAUC_LOSS, 1), ("logloss", MAX_LOGLOSS_RISE, -1))
+_GATES = (("gauc", MAX_MODEL_GAUC_LOSS, 1), ("logloss", MAX_MODEL_LOGLOSS_RISE, -1))
 """Metric, limit, and the sign of a better value."""
 _SAME_DRAW = {"data": {"shuffle_window_groups": 128}, "train": {"eval_batch_size": 8192}}
 

@@ -161,7 +161,7 @@ def plan(
     trains on all days up to its own too, or where it `continues` the run before on its own and those that came too late
     for that run. Raises ConfigError where the first run is of another day already.
     """
-    begun = {each.name: _train_days_of(each) for each in daytable.days(folder)}
+    begun = {each.name: _train_days_of(each) for each in daytable.day_folders(folder)}
     if begun and first not in (None, min(begun)):
         raise ConfigError(f"--first-day {first}: the first run in {folder} is that of {min(begun)}; leave it out")
     may_begin = [day for day in days if day <= (last or day) and (warm or day < days[-1])]

@@ -24,10 +24,10 @@ _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc"
 
 def runs(folder: RunPath) -> list[RunPath]:
     """List the folders of the days that were trained to the end, oldest first."""
-    return [each for each in days(folder) if report_of(each) is not None]
+    return [each for each in day_folders(folder) if report_of(each) is not None]
 
 
-def days(folder: RunPath) -> list[RunPath]:
+def day_folders(folder: RunPath) -> list[RunPath]:
     """List the folders of the days that have begun, oldest first; none where there is no such folder."""
     below: list[RunPath] = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
     return [each for each in below if DAY.fullmatch(each.name)]

@@ -12,6 +12,7 @@ from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm, SoloComm
 from trainer.errors import TrainerError
+from trainer.evaluation.bootstrap import Float
 from trainer.evaluation.impressions import Impressions, places, read_impressions
 from trainer.evaluation.metrics import measure
 from trainer.runs.saved import Opened, RunSource, open_source
@@ -19,7 +20,6 @@ from trainer.samples.batch import Batch
 from trainer.samples.columns import Index
 from trainer.samples.prefetch import ReadAhead
 
-Float = NDArray[np.float64]
 Metrics = dict[str, float | int | None]
 
 

@@ -20,8 +20,9 @@ import pyarrow as pa
 
 from trainer.comm import Comm
 from trainer.errors import DataError
+from trainer.evaluation.bootstrap import Float
 from trainer.evaluation.impressions import seconds_of
-from trainer.evaluation.predict import Float, predict
+from trainer.evaluation.predict import predict
 from trainer.files import output_at
 from trainer.runs.export import parquet_file
 from trainer.runs.saved import RunSource, open_source

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore.keys import UInt64Array, splitmix64
+from trainer.exchange.routing import Int64
 
-Int64 = NDArray[np.int64]
 Counts = NDArray[np.uint8]
 
 MOST_COUNT = 255

@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 _MOST_DEGREES = 40
 _NEGLIGIBLE = {torch.float32: 2.0**-30, torch.float64: 2.0**-60}
 _LONGEST_WINDOW = 20_000
-_STEPS = (1, 2, 5, 20, 100, 1000, 20_000)  # where errors are looked at
+_STEP_COUNTS = (1, 2, 5, 20, 100, 1000, 20_000)  # where errors are looked at
 
 Floats = NDArray[np.float64]
 
@@ -178,7 +178,7 @@ def degree_of(beta1: float, beta2: float, dtype: torch.dtype) -> int:
         return 1  # without momentum nothing moves
     with np.errstate(all="ignore"):
         for degree in range(3, _MOST_DEGREES):
-            cases = itertools.product(_STEPS, _STEPS)
+            cases = itertools.product(_STEP_COUNTS, _STEP_COUNTS)
             if all(polynomial_error(beta1, beta2, dtype, degree, *case) <= TOLERANCE[dtype] for case in cases):
                 return degree
     raise ConfigError(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from featurestore import FeatureStore
 from featurestore.snapshot import Snapshot
-from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
 from trainer.config.config import Config
 from trainer.engine.wiring import model_name, table_shapes

@@ -13,7 +13,7 @@ from featurestore.published.paths import RunPath, write_json_file
 from trainer.comm import Comm
 from trainer.runs.samples_digest import remember, remembered
 from trainer.samples.reader import SampleIndex
-from trainer.samples.statistics import FOUND, fill_in, lacking, measure
+from trainer.samples.statistics import FOUND, fields_to_measure, fill_in, measure
 from trainer.schema import Schema
 
 FILE = "inputs.json"
@@ -30,7 +30,7 @@ def with_statistics(
 
     What is measured is kept in the cache folder of rank 0's machine, by the digest of the samples. Every rank calls it.
     Raises DataError on all ranks together."""
-    fields = lacking(schema)
+    fields = fields_to_measure(schema)
     if not fields:
         return schema
     asked = [_METHOD, samples_digest, [field.model_dump(mode="json") for field in fields]]

@@ -62,10 +62,10 @@ def store_places(config: Config, schema: Schema) -> list[StorePlace]:
     elsewhere = [name for name in names if name in config.data.stores]
     here = [name for name in names if name not in elsewhere]
     if len(here) > 1 or (here and elsewhere and here != [DEFAULT_STORE]):
-        lacking = next(name for name in here if name != DEFAULT_STORE)
+        without = next(name for name in here if name != DEFAULT_STORE)
         raise ConfigError(
             f"the schema's content fields name the stores {', '.join(names)}; data.store={config.data.store} is "
-            f"{DEFAULT_STORE} where there are several, and {lacking} has no address: set data.stores.{lacking}"
+            f"{DEFAULT_STORE} where there are several, and {without} has no address: set data.stores.{without}"
         )
     known = {field.store_name for field in schema.of_kind("content")}
     for name in config.data.stores.keys() | config.data.store_versions.keys():

@@ -63,7 +63,7 @@ def fill_in(schema: Schema, found: Mapping[str, Mapping[str, Any]]) -> Schema:
     return schema.model_copy(update={"fields": tuple(_filled_in(field, found) for field in schema.fields)})
 
 
-def lacking(schema: Schema) -> tuple[Field, ...]:
+def fields_to_measure(schema: Schema) -> tuple[Field, ...]:
     """List the fields that the training samples have to tell something of."""
     return tuple(field for field in schema.fields if field.lacks_statistics)
 
@@ -74,7 +74,7 @@ def measure(comm: Comm, index: SampleIndex, schema: Schema) -> dict[str, dict[st
     Each rank reads every P-th row group, of the columns needed. Raises DataError on all ranks together, where a value
     cannot be used or a field has none.
     """
-    fields, rules = lacking(schema), rules_of(schema)
+    fields, rules = fields_to_measure(schema), rules_of(schema)
     if not fields:
         return {}
     budget = max(_LEAST_KEPT, _KEPT_VALUES // max(len(index.row_groups), 1))

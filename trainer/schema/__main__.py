@@ -63,8 +63,8 @@ def inspect(
     the first texts of its dictionary of IDs.
     """
     from featurestore.published import open_published
-    from trainer.schema import suggest_mapping as logs
-    from trainer.schema import suggest_schema as samples
+    from trainer.schema.suggest_mapping import inspect_logs, render_mapping
+    from trainer.schema.suggest_schema import inspect_samples, render_schema
 
     if (run_path(data) / "config.yaml").is_file():
         if out is not None:
@@ -74,10 +74,10 @@ def inspect(
     folder, file = place_of_file(data)
     storage = open_published(folder)
     if file is None and has_lists(storage):
-        schema, made, table = samples.inspect_samples(storage, label, group, rows)
-        text = samples.render(schema, made, table, data)
+        schema, made, table = inspect_samples(storage, label, group, rows)
+        text = render_schema(schema, made, table, data)
     else:
-        text = logs.render(logs.inspect_logs(storage, rows, file), folder)
+        text = render_mapping(inspect_logs(storage, rows, file), folder)
     if out is None:
         sys.stdout.write(text)
     else:

@@ -3,10 +3,11 @@
 import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+import pydantic
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:
-    from trainer.schema.fields import Field as SchemaField
+    from trainer.schema.fields import Field
 
 Transform = Literal["standardize", "log1p", "log_standardize"]
 STANDARDIZED: frozenset[Transform | None] = frozenset({"standardize", "log_standardize"})
@@ -29,15 +30,15 @@ def _ascending(values: object) -> object:
 
 
 OptionalTransform = Annotated[Transform | None, BeforeValidator(_no_text)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Numbers = tuple[Finite, ...]
-Positive = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
+Positive = tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...]
 Boundaries = Annotated[tuple[float, ...], BeforeValidator(_ascending)]
-Buckets = Annotated[int, Field(ge=2, le=65_536)] | Literal["log2"]
+Buckets = Annotated[int, pydantic.Field(ge=2, le=65_536)] | Literal["log2"]
 Fill = Literal["mean", "bucket"] | Finite
 
 
-def check_numbers(field: "SchemaField") -> None:
+def check_numbers(field: "Field") -> None:
     """Raise ValueError where the settings of a field's numbers do not fit its kind or each other."""
     name, width = f"field {field.name}", field.width or 1
     is_dense = field.kind == "dense"

@@ -73,7 +73,7 @@ def inspect_logs(storage: Storage, most_rows: int, file: str | None = None) -> l
     return sorted(logs, key=lambda log: log.name != "impressions")
 
 
-def render(logs: list[Log], where: str) -> str:
+def render_mapping(logs: list[Log], where: str) -> str:
     """Write the mapping as YAML, with what was found as comments."""
     lines = [
         f"# First mapping of {where}: look through it, then make samples of it:",

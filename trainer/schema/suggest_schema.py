@@ -88,7 +88,7 @@ def suggest(table: TableProfile, label: str) -> Suggestion:
     return made
 
 
-def render(schema: Schema, made: Suggestion, table: TableProfile, where: str) -> str:
+def render_schema(schema: Schema, made: Suggestion, table: TableProfile, where: str) -> str:
     """Write the schema as YAML with comments: what was found, and what is left out."""
     header = [
         f"First schema of {where}: look through it, then continue with python -m trainer.schema check.",

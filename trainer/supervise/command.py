@@ -55,10 +55,10 @@ class DaysCommand(TrainCommand):
 
     def newest_step(self) -> int:
         """Return the steps of the newest checkpoints of all days, together."""
-        from trainer.daily.table import days
+        from trainer.daily.table import day_folders
 
         steps = dict(self._before)
-        for day in days(self.folder):
+        for day in day_folders(self.folder):
             if day.name not in steps:
                 steps[day.name] = _newest_step(day)
         self._before.update(sorted(steps.items())[:-1])

@@ -126,7 +126,7 @@ def exit_code(last: Past, asked_to_stop: bool) -> int | None:
     return STOPPED if asked_to_stop else None
 
 
-def pause_s(past: Sequence[Past], base_s: float, most_s: float, drawn: float) -> float:
+def back_off_s(past: Sequence[Past], base_s: float, most_s: float, drawn: float) -> float:
     """Return how long to wait before the next start: nothing after progress, else longer each time.
 
     `drawn` in [0, 1) takes up to half of it away, so that several supervisors do not come back at the same moment.

@@ -119,7 +119,7 @@ class Supervisor:
                     "giving up (--max-restarts-without-progress)"
                 )
                 return FAILED
-            pause_s = policy.pause_s(self.past, self.options.backoff_s, self.options.most_backoff_s, random.random())
+            pause_s = policy.back_off_s(self.past, self.options.backoff_s, self.options.most_backoff_s, random.random())
             if pause_s >= 1:
                 self.printer.say(f"starting again in {pause_s:.0f} s")
             await self._pause(pause_s)

@@ -24,7 +24,7 @@ from featurestore.upkeep.remake.remaking import (
     sample,
 )
 
-REPORT_PATH = "reports/recode.json"
+RECODE_REPORT = "reports/recode.json"
 
 
 class RecodeReport(Sealed):
@@ -70,41 +70,41 @@ def recode(
     plan = remake.plan()
     if plan is None:
         if not remake.check_free():
-            return _finished(remake, dtype, version)
-        plan = _make_plan(remake, dtype, version, sample_rows)
+            return _finished_recode(remake, dtype, version)
+        plan = _plan_recode(remake, dtype, version, sample_rows)
     snapshot = remake.planned_snapshot(plan, {"dtype": dtype}, version)
     made = remake.make(plan, snapshot, _unchanged, threads or default_threads(), progress)
-    report = _report(plan, snapshot, made)
-    remake.end(REPORT_PATH, report)
+    report = _report_recode(plan, snapshot, made)
+    remake.end(RECODE_REPORT, report)
     return report
 
 
-def read_report(storage: Storage) -> RecodeReport | None:
+def read_recode_report(storage: Storage) -> RecodeReport | None:
     """Read the report of the recode that made the store at this place, if one did. Raises CorruptFileError."""
-    return read_or_none(storage, REPORT_PATH, RecodeReport)
+    return read_or_none(storage, RECODE_REPORT, RecodeReport)
 
 
 def _unchanged(values_ND: Float32Array) -> Float32Array:
     return values_ND
 
 
-def _finished(remake: Remake, dtype: DType, version: int | None) -> RecodeReport:
+def _finished_recode(remake: Remake, dtype: DType, version: int | None) -> RecodeReport:
     """Return the report of the store that is there, if this recode made it. Raises StoreExistsError."""
-    report, wanted = read_report(remake.storage), remake.source.snapshot(version)
+    report, wanted = read_recode_report(remake.storage), remake.source.snapshot(version)
     if report is None or report.dtype != dtype or report.source_commit_id != wanted.manifest.commit_id:
         made = f", made of snapshot {report.source_version} of {report.source} as {report.dtype}" if report else ""
         raise StoreExistsError(f"{remake.storage.url} is a store already{made}: name another place, or remove it")
     return report
 
 
-def _make_plan(remake: Remake, dtype: DType, version: int | None, sample_rows: int) -> RemakePlan:
+def _plan_recode(remake: Remake, dtype: DType, version: int | None, sample_rows: int) -> RemakePlan:
     source, changes = remake.source, dict[str, object](dtype=dtype, codec=None)
     if (basis := basis_of(source.info, source.storage)) is not None:
         changes["reduction"] = write_basis(remake.storage, basis)
     return remake.make_plan(source.snapshot(version), source.info.model_copy(update=changes), _unchanged, sample_rows)
 
 
-def _report(plan: RemakePlan, snapshot: Snapshot, made: Made) -> RecodeReport:
+def _report_recode(plan: RemakePlan, snapshot: Snapshot, made: Made) -> RecodeReport:
     """Compare rows that are read back from the new store."""
     keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
     new = made.snapshot

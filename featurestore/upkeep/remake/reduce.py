@@ -32,7 +32,7 @@ from featurestore.upkeep.remake.remaking import (
     sample,
 )
 
-REPORT_PATH = "reports/reduce.json"
+REDUCE_REPORT = "reports/reduce.json"
 
 
 class ReduceReport(Sealed):
@@ -94,15 +94,15 @@ def reduce(
     plan = remake.plan()
     if plan is None:
         if not remake.check_free():
-            return _finished(remake, dims, dtype, version)
+            return _finished_reduce(remake, dims, dtype, version)
         snapshot = source.snapshot(version)
         read = partial(principal_components, threads=threads, progress=_part(progress, 0))
-        plan = _make_plan(remake, snapshot, (find or read)(snapshot, dims), dtype, sample_rows)
+        plan = _plan_reduce(remake, snapshot, (find or read)(snapshot, dims), dtype, sample_rows)
     snapshot = remake.planned_snapshot(plan, {"dim": dims, "dtype": dtype}, version)
     basis = _planned_basis(remake, plan)
     made = remake.make(plan, snapshot, basis.project, threads or default_threads(), _part(progress, 1))
-    report = _report(plan, snapshot, made, basis)
-    remake.end(REPORT_PATH, report)
+    report = _report_reduce(plan, snapshot, made, basis)
+    remake.end(REDUCE_REPORT, report)
     return report
 
 
@@ -111,14 +111,14 @@ def _part(progress: Progress | None, reading: int) -> Progress | None:
     return None if progress is None else lambda done, total: progress(reading * total + done, 2 * total)
 
 
-def read_report(storage: Storage) -> ReduceReport | None:
+def read_reduce_report(storage: Storage) -> ReduceReport | None:
     """Read the report of the reduction that made the store at this place, if one did. Raises CorruptFileError."""
-    return read_or_none(storage, REPORT_PATH, ReduceReport)
+    return read_or_none(storage, REDUCE_REPORT, ReduceReport)
 
 
-def _finished(remake: Remake, dims: int, dtype: DType, version: int | None) -> ReduceReport:
+def _finished_reduce(remake: Remake, dims: int, dtype: DType, version: int | None) -> ReduceReport:
     """Return the report of the store that is there, if this reduction made it. Raises StoreExistsError."""
-    report, wanted = read_report(remake.storage), remake.source.snapshot(version)
+    report, wanted = read_reduce_report(remake.storage), remake.source.snapshot(version)
     asked = dims, dtype, wanted.manifest.commit_id
     if report is None or (report.dim, report.dtype, report.source_commit_id) != asked:
         info = FeatureStore.open(remake.storage.url).info
@@ -131,7 +131,7 @@ def _finished(remake: Remake, dims: int, dtype: DType, version: int | None) -> R
     return report
 
 
-def _make_plan(remake: Remake, snapshot: Snapshot, basis: Basis, dtype: DType, sample_rows: int) -> RemakePlan:
+def _plan_reduce(remake: Remake, snapshot: Snapshot, basis: Basis, dtype: DType, sample_rows: int) -> RemakePlan:
     changes = {
         "dim": basis.dim,
         "dtype": dtype,
@@ -149,7 +149,7 @@ def _planned_basis(remake: Remake, plan: RemakePlan) -> Basis:
     return basis
 
 
-def _report(plan: RemakePlan, snapshot: Snapshot, made: Made, basis: Basis) -> ReduceReport:
+def _report_reduce(plan: RemakePlan, snapshot: Snapshot, made: Made, basis: Basis) -> ReduceReport:
     """Compare rows that are read back from the new store."""
     keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
     new = made.snapshot

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import CorruptFileError, StorageError
+from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.text.parsing import parse_json
-from featurestore.upkeep.keyfiles import KEY, URI, read_names
+from featurestore.upkeep.keyfiles import read_names
 
 _THREADS = 4
 _PARQUET = b"PAR1"

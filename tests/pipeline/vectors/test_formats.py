@@ -106,7 +106,7 @@ def test_ids_meet_their_rows_in_every_slice(tmp_path, vectors_ND, monkeypatch):
     np.save(tmp_path / "a.npy", vectors_ND)
     for end in ("", "\n"):
         (tmp_path / "ids").write_text("\n".join(f"é{n}" for n in range(40)) + end)
-        source = matrix.plan(str(tmp_path / "a.npy"), str(tmp_path / "ids"), None)
+        source = matrix.plan_matrix(str(tmp_path / "a.npy"), str(tmp_path / "ids"), None)
         blocks = [block for piece in source.slices for block in piece.read(3)]
         assert [uri for block in blocks for uri in block.uris] == [f"é{n}" for n in range(40)]
         np.testing.assert_array_equal(np.concatenate([block.vectors_ND for block in blocks]), vectors_ND)

@@ -18,7 +18,7 @@ from trainer.runs import known_statistics as known
 from trainer.runs.known_statistics import with_statistics
 from trainer.samples import statistics
 from trainer.samples.reader import SampleIndex, open_index
-from trainer.samples.statistics import fill_in, lacking, measure, part_of, quantile_boundaries
+from trainer.samples.statistics import fields_to_measure, fill_in, measure, part_of, quantile_boundaries
 from trainer.schema import Field, Schema
 
 TRAIN = "train"
@@ -87,7 +87,7 @@ def test_equal_to_numpy_over_all_values(index: SampleIndex, columns: dict[str, n
     np.testing.assert_allclose(fields["place"].mean, place.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(fields["place"].std, place.std(axis=0), rtol=1e-12)
     assert fields["same"].std == (1.0,)
-    assert not lacking(Schema(fields=tuple(fields.values())))
+    assert not fields_to_measure(Schema(fields=tuple(fields.values())))
 
 
 def test_buckets_are_equally_full(index: SampleIndex, columns: dict[str, np.ndarray]) -> None:
@@ -171,7 +171,7 @@ class TestRemembered:
         monkeypatch.setattr(known, "measure", counted)
         first = with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path))
         assert with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path)) == first
-        assert not lacking(first)
+        assert not fields_to_measure(first)
         assert len(calls) == 1
         with_statistics(SoloComm(), index, SCHEMA, "other samples", str(tmp_path))
         more = SCHEMA.model_copy(
@@ -187,7 +187,7 @@ class TestRemembered:
     def test_what_cannot_be_kept_is_measured_again(self, index: SampleIndex, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file in the place of the folder")
         found = with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path / "cache"))
-        assert not lacking(found)
+        assert not fields_to_measure(found)
 
 
 def test_only_what_was_declared_the_same_is_taken_over() -> None:

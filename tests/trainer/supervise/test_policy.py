@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.supervise.policy import HostSlots, Past, RankEnd, exit_code, fruitless, is_over, pause_s, place, trusted
+from trainer.supervise.policy import HostSlots, Past, RankEnd, back_off_s, exit_code, fruitless, is_over, place, trusted
 from trainer.supervise.report import LastWords, past_text, start_text
 
 A, B, C = HostSlots("a", 4), HostSlots("b", 4), HostSlots("c", 2)
@@ -55,10 +55,10 @@ def test_a_host_that_fails_again_and_again_is_left_out_where_others_suffice() ->
 
 def test_pauses_grow_without_progress_alone() -> None:
     stuck = [past()] * 6
-    assert [pause_s(stuck[:count], 5, 60, 0) for count in range(7)] == [0, 5, 10, 20, 40, 60, 60]
-    assert pause_s(stuck, 5, 60, 0.999) == pytest.approx(30, abs=0.1)
-    assert pause_s([*stuck, past(before=10, after=20)], 5, 60, 0) == 0
-    assert pause_s([past(asked=True)], 5, 60, 0) == 0, "it was stopped to take more hosts in"
+    assert [back_off_s(stuck[:count], 5, 60, 0) for count in range(7)] == [0, 5, 10, 20, 40, 60, 60]
+    assert back_off_s(stuck, 5, 60, 0.999) == pytest.approx(30, abs=0.1)
+    assert back_off_s([*stuck, past(before=10, after=20)], 5, 60, 0) == 0
+    assert back_off_s([past(asked=True)], 5, 60, 0) == 0, "it was stopped to take more hosts in"
 
 
 def test_it_gives_up_after_restarts_without_a_newer_checkpoint() -> None:

@@ -25,7 +25,7 @@ from featurestore.storage.storage import Storage
 from featurestore.text.dtypes import DType
 from featurestore.upkeep.remake import recode as recode_module
 from featurestore.upkeep.remake import remaking
-from featurestore.upkeep.remake.recode import read_report, recode
+from featurestore.upkeep.remake.recode import read_recode_report, recode
 from featurestore.upkeep.remake.remaking import sample
 from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
@@ -121,7 +121,7 @@ def test_the_report_measures_what_was_lost(source: FeatureStore, tmp_path: Path)
     outside = np.abs(exact - kept) > 0.501 * int8.codec.step_D + 1e-5
     assert 0 < report.clipped_share == pytest.approx(outside.mean())
     assert report.recall_at_10 is not None and 0.5 < report.recall_at_10 < 0.99  # a sample of 40 cuts off much
-    assert report.bytes == int8.snapshot().manifest.file_bytes and read_report(int8.storage) == report
+    assert report.bytes == int8.snapshot().manifest.file_bytes and read_recode_report(int8.storage) == report
     good = recode(source, tmp_path / "good", "int8")
     assert good.clipped_share == 0 and good.recall_at_10 is not None and good.recall_at_10 > 0.97
     assert good.relative_error_p99 is not None and good.relative_error_p99 < 0.02
@@ -285,7 +285,7 @@ def test_the_command(source: FeatureStore, tmp_path: Path) -> None:
     assert code == 0, output
     table = {cells[0]: cells[1:] for line in output.splitlines() if (cells := re.findall(r"[^│┃]+(?=[│┃])", line))}
     shown = {name.strip(): [cell.strip() for cell in cells] for name, cells in table.items()}
-    report = read_report(Storage(tmp_path / "new"))
+    report = read_recode_report(Storage(tmp_path / "new"))
     assert report is not None and report.sampled_rows == 300
     assert shown["rows"] == ["870", "870"] and shown["bytes"] == [f"{report.source_bytes:,}", f"{report.bytes:,}"]
     assert shown["cosine, least"] == ["", f"{report.cosine_min:.6f}"]

@@ -27,7 +27,7 @@ from featurestore.upkeep.remake import components as components_module
 from featurestore.upkeep.remake import remaking
 from featurestore.upkeep.remake.components import CoMoments, principal_components
 from featurestore.upkeep.remake.recode import recode
-from featurestore.upkeep.remake.reduce import read_report, reduce
+from featurestore.upkeep.remake.reduce import read_reduce_report, reduce
 from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
@@ -176,7 +176,7 @@ def test_rows_are_coordinates_and_keep_what_is_known_of_them(source: FeatureStor
     left = ((values - restored).astype(np.float64) ** 2).sum() / ((values - basis.mean_D) ** 2).sum()
     assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
     assert report.cosine_min is not None and report.cosine_min > 0.999
-    assert read_report(new.storage) == report == reduce(source, tmp_path / "new", 8, dtype)
+    assert read_reduce_report(new.storage) == report == reduce(source, tmp_path / "new", 8, dtype)
 
 
 def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp_path: Path) -> None:
