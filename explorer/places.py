@@ -57,7 +57,7 @@ class Places:
             if not Path(images).is_dir():
                 raise ExplorerError(f"--images {images}: there is no such folder; name the folder of your images")
             return
-        from featurestore.storage.address import S3_PROTOCOLS
+        from featurestore.storage.remote import S3_PROTOCOLS
         from featurestore.storage.storage import Storage
         from pipeline.images.source import file_system
 
@@ -79,7 +79,7 @@ class Places:
         if not self.scorer.startswith(("http://", "https://")):
             raise ExplorerError(f"--scorer {self.scorer} is no address of a server: http://HOST:PORT or https://…")
         if self.scorer_token_file is not None:
-            from featurestore.console.tokens import read_tokens
+            from featurestore.console.files import read_tokens
 
             read_tokens(self.scorer_token_file, "--scorer-token-file")
         if self.scorer_ca is not None:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from featurestore.format.statistics import FeatureStatistics
     from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
     from featurestore.lookup.partition import FeaturePartition, Lookup
-    from featurestore.quarantine import QuarantineRow
     from featurestore.snapshot import Snapshot
     from featurestore.spec import CodecSpec, ExtractorSpec, StoreInfo
+    from featurestore.staging import QuarantineRow
     from featurestore.store import FeatureStore
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _MODULES = (
-    "format.codec", "format.rows", "format.statistics", "keys", "lookup.partition", "quarantine", "snapshot", "spec",
+    "format.codec", "format.rows", "format.statistics", "keys", "lookup.partition", "snapshot", "spec", "staging",
     "store",
 )  # fmt: skip
 _CLIENT, _OF_CLIENT = "flight.client", ("FeatureClient", "connect")  # nobody else needs to load Arrow Flight

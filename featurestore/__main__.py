@@ -1,6 +1,6 @@
 """python -m featurestore: look at a store, go through its history, check every file, serve it, ask it in SQL."""
 
-from featurestore.commands import channels, check, history, look, purge, recode, reduce, serve, sql
+from featurestore.commands import channels, check, history, look, purge, remake, serve, sql
 from featurestore.console.commandline import CommandApp, run_app
 
 app = CommandApp(
@@ -9,7 +9,7 @@ app = CommandApp(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (look, history, channels, check, purge, recode, reduce, serve, sql):
+for commands in (look, history, channels, check, purge, remake, remake, serve, sql):
     app.add_typer(commands.app)
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from featurestore import log
 from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Manifest, SourceSnapshot, StoreInfo

@@ -8,11 +8,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurestore.errors import MissingKeysError
-from featurestore.format.arrow import live_batches, live_schema
 from featurestore.format.codec import Codec, codec_of
 from featurestore.format.datafile import rows_of, schema_of
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.shard import ShardReader, live_batches, live_schema
 from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import Int64Array, shard_of
 from featurestore.spec import Manifest, StoreInfo

@@ -21,8 +21,7 @@ from pydantic import (
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 from featurestore.storage.storage import Storage
-from featurestore.text.dtypes import DType
-from featurestore.text.parsing import first_mistake, parse_json
+from featurestore.text import DType, first_mistake, parse_json
 
 FORMAT_VERSION = 1
 LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it
@@ -131,7 +130,7 @@ class CodecSpec(Frozen):
 
 
 class ReductionSpec(Frozen):
-    """The basis of a compact store, whose rows are made of wider ones: `featurestore.format.basis` has the file."""
+    """The basis of a compact store, whose rows are made of wider ones: `featurestore.format.codec` has the file."""
 
     kind: Literal["principal components"] = "principal components"
     path: StorePath

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurestore import log, quarantine, staging
+from featurestore import log, staging
 from featurestore.commit import Commit, Shards, live_uris
 from featurestore.errors import (
     AnotherStoreError,
@@ -20,16 +20,14 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from featurestore.format.basis import ENDING, Basis, basis_of
-from featurestore.format.codec import Codec, codec_of
+from featurestore.format.codec import ENDING, Basis, Codec, basis_of, codec_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
-from featurestore.format.shard_reader import newest_rows, take_rows
-from featurestore.format.shard_writer import write_shard_file
+from featurestore.format.shard import newest_rows, take_rows, write_shard_file
 from featurestore.published.channels import VersionName, find_channel
-from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
+from featurestore.staging import QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import cached_property, in_threads
@@ -225,15 +223,15 @@ class FeatureStore:
 
     def add_quarantine(self, rows: Iterable[QuarantineRow]) -> None:
         """Keep images that have no feature, with the reason."""
-        quarantine.add(self.storage, list(rows))
+        staging.add(self.storage, list(rows))
 
     def quarantine_rows(self) -> list[QuarantineRow]:
         """Read the newest row of each key in quarantine, by time."""
-        return quarantine.read(self.storage)
+        return staging.read(self.storage)
 
     def resolve_quarantine(self, rows: Sequence[QuarantineRow]) -> None:
         """Take `rows` out of quarantine: their images are good now, or are none any more."""
-        quarantine.resolve(self.storage, rows)
+        staging.resolve(self.storage, rows)
 
     def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
         keys_N, uris = live_uris(table)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary, print_warning
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import draw_counts, print_summary, print_warning, progress_bar
 from featurestore.spec import IndexKind
 from featurestore.storage.storage import Storage
 from trainer.cli import StoreVersion, WhichCheckpoint

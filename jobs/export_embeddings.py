@@ -7,8 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import check_ending
-from featurestore.console.output import print_summary
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import print_summary, progress_bar
 from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:

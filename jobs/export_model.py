@@ -10,13 +10,12 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import draw_counts, print_problem, print_summary
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import draw_counts, print_problem, print_summary, progress_bar
 from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
 from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:
-    from featurestore.upkeep.promotion.gates import GateResult
+    from featurestore.upkeep.promotion import GateResult
     from serving.bundle.export import Exported, ExportOptions
     from serving.bundle.manifest import BundleManifest
 

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from featurestore.console.commandline import CommandApp, on_this_machine, run_app
-from featurestore.console.output import draw_counts, print_summary
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import draw_counts, print_summary, progress_bar
 from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, takes
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from trainer.schema.text import SETTINGS_FILE

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, on_this_machine, run_app
-from featurestore.console.output import draw_counts, figure, print_summary
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import draw_counts, figure, print_summary, progress_bar
 from pipeline.demo.options import DemoOptions, Taste
 
 if TYPE_CHECKING:

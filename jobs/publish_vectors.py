@@ -7,8 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import draw_counts, print_summary
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import draw_counts, print_summary, progress_bar
 from serving.bundle import EPS, MODELS
 from trainer.cli import StoreVersion
 

@@ -11,7 +11,7 @@ from typer.models import ParameterInfo
 
 from featurestore.console.commandline import power_of_two
 from featurestore.lookup.compute_dtype import AutoDType
-from featurestore.text.dtypes import DType, FloatDType
+from featurestore.text import DType, FloatDType
 from pipeline.network import DEFAULT_BACKBONE
 
 Options = TypeVar("Options")

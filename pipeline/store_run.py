@@ -14,14 +14,12 @@ import xxhash
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.format.basis import Basis, reduction_of, write_basis
-from featurestore.format.codec import write_codec
+from featurestore.format.codec import Basis, reduction_of, write_basis, write_codec
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, key_of_uri, splitmix64
-from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
-from featurestore.staging import STAGING
+from featurestore.staging import STAGING, QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore, Reduction

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from featurestore.errors import AddressError, StorageError
 from featurestore.published.paths import FarPath
-from featurestore.storage.regular import read_text
+from featurestore.storage.local import read_text
 from featurestore.storage.storage import Storage
-from featurestore.text.parsing import parse_yaml
+from featurestore.text import parse_yaml
 from trainer.errors import TrainerError
 
 PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)

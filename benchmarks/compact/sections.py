@@ -11,13 +11,12 @@ from benchmarks.train.rounds import Run, check_losses, interleaved
 from benchmarks.train.sections import FUXICTR, fuxictr_python
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
-from featurestore.format.basis import Basis
+from featurestore.format.codec import Basis
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text.dtypes import DType
-from featurestore.upkeep.remake.components import principal_components
-from featurestore.upkeep.remake.reduce import read_report, reduce
+from featurestore.text import DType
+from featurestore.upkeep.remake import principal_components, read_reduce_report, reduce
 from trainer.experiments.grid import experiments
 from trainer.experiments.results import read
 from trainer.experiments.tables import SeedMean, seed_mean
@@ -106,6 +105,6 @@ def gauc_section(path: Path) -> Section:
 def _share(folder: Path, dims: int, dtype: DType) -> float:
     """Divide the bytes of a compact row by those of a full one, as the store of the experiments has it."""
     for place in sorted((folder / "stores").glob(f"*-{dims}-{dtype}")):
-        if (report := read_report(Storage(place))) is not None:
+        if (report := read_reduce_report(Storage(place))) is not None:
             return report.row_bytes_share
     raise UserError(f"{folder}/stores lacks the store of {dims} components in {dtype} that the table was made of")

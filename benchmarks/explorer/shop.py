@@ -64,7 +64,7 @@ def _fill(place: Path, images: int, dim: int, progress: Progress) -> None:
     """Write all images at once, then some days on which images change, go and break."""
     from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
     from featurestore.keys import keys_of_uris
-    from featurestore.quarantine import QuarantineRow
+    from featurestore.staging import QuarantineRow
 
     spec = ExtractorSpec(
         backbone="drawn", layer="none", weights_digest="none", preprocessing="none", compute_dtype="bfloat16"

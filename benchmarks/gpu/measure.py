@@ -18,7 +18,7 @@ from benchmarks.report import Figure, Section
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import PreparedBatch

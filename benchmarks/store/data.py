@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits, to_float32
-from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake import recode
 
 DIM = 4096
 NUM_DELTAS = 10

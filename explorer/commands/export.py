@@ -41,7 +41,7 @@ def export(
     from explorer.html.filters import size
     from explorer.places import Places
     from explorer.server.export import export as write
-    from featurestore.console.progress import progress_bar
+    from featurestore.console.output import progress_bar
 
     places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
     places.check()

@@ -9,7 +9,7 @@ from explorer.commands.installed import check_installed
 from explorer.commands.options import Samples, Store
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_problem, print_summary
-from featurestore.text.plain import refusal
+from featurestore.text import refusal
 
 app = CommandApp()
 

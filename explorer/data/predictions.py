@@ -20,7 +20,7 @@ from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.console.files import replace_file
 from featurestore.errors import StorageError, UserError
-from featurestore.text.plain import refusal
+from featurestore.text import refusal
 
 if TYPE_CHECKING:
     from trainer.evaluation.predict import Predictions

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from featurestore.keys import Int64Array
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.published.paths import RunPath
-from featurestore.storage.private import claim
+from featurestore.storage.local import claim
 
 if TYPE_CHECKING:
     from trainer.runs.export import FoundNetwork, ImageNetwork

@@ -7,7 +7,7 @@ from rich.filesize import decimal
 
 from featurestore.console.output import figure
 from featurestore.log import utc_text
-from featurestore.text.plain import count_text, printable
+from featurestore.text import count_text, printable
 
 DASH = "–"
 

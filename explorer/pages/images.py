@@ -32,7 +32,7 @@ from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from featurestore.text.plain import count_text, one_line
+from featurestore.text import count_text, one_line
 
 PER_PAGE = 48
 NUM_NEIGHBOURS = 12

@@ -38,7 +38,7 @@ from explorer.pages.kind import PageKind
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 
 LIST, PER_PAGE, PER_FROZEN_PAGE = "/impressions", 24, 12
 _DRAWN, _SHOWN_BEST, _SHOWN_WORST, _MOST_ADS = 100, 6, 3, 60

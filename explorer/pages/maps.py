@@ -24,7 +24,7 @@ from explorer.html import mapcharts
 from explorer.html.site import NavItem, Question
 from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 
 _MOST_RUNS = 30
 """Runs whose maps are offered: those that changed last."""

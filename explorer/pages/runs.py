@@ -24,7 +24,7 @@ from explorer.pages.kind import PageKind
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import RunPath
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from trainer.schema.text import SETTINGS_FILE
 
 _PER_PAGE = 50

@@ -20,7 +20,7 @@ from explorer.html.asked import number_of
 from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from serving.scoring.remote import RemoteScorer, trusted
 
 SCORER = "/scorer"
@@ -120,7 +120,7 @@ class ScorerPages(PageKind):
     @cached_property
     def _running(self) -> RemoteScorer:
         """What asks the scorer that was named to the explorer."""
-        from featurestore.console.tokens import read_tokens
+        from featurestore.console.files import read_tokens
 
         places = self.site.places
         assert places.scorer is not None

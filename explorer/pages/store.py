@@ -27,10 +27,10 @@ from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore import log
 from featurestore.errors import UserError
-from featurestore.quarantine import QUARANTINE
 from featurestore.snapshot import Snapshot
+from featurestore.staging import QUARANTINE
 from featurestore.store import FeatureStore
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 
 PER_PAGE, GROUPS_PER_PAGE, SHARDS_PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 10, 128, 40
 _SHOWN_OF_GROUP = 12

@@ -27,7 +27,7 @@ from explorer.pages.runs import RunPages
 from explorer.pages.scorer import ScorerPages
 from explorer.pages.store import StorePages
 from featurestore.errors import UserError
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from serving.http.limits import RefusedError
 
 logger = logging.getLogger("explorer")

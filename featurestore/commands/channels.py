@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from featurestore.keys import Int64Array
     from featurestore.published.channels import ChannelMove
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.promotion.gates import Gate, GateLimits
-    from featurestore.upkeep.promotion.promote import Decision
+    from featurestore.upkeep.promotion import Decision, Gate, GateLimits
 
 app = CommandApp()
 
@@ -78,7 +77,7 @@ def channel(
     """
     from featurestore.published.channels import find_channel, read_channels, read_moves
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.promotion.moving import move_channel, remove_channel
+    from featurestore.upkeep.history import move_channel, remove_channel
 
     store = FeatureStore.open(url)
     if remove:
@@ -136,7 +135,7 @@ def promote(
     if keys is None:
         wanted = None
     else:
-        from featurestore.upkeep.keyfiles import read_names
+        from featurestore.upkeep.purge import read_names
 
         wanted = read_names(keys)[0]
     decide(url, source, target, limits, keys=wanted, more=(), dry_run=dry_run, force=force, json_file=json_file)
@@ -144,7 +143,7 @@ def promote(
 
 def limits_of(file: Path | None, **given: float | None) -> "GateLimits":
     """Return the limits of a file, or the default ones, with those options over them that were given."""
-    from featurestore.upkeep.promotion.gates import GateLimits, read_limits
+    from featurestore.upkeep.promotion import GateLimits, read_limits
 
     limits = GateLimits() if file is None else read_limits(file)
     return limits.model_copy(update={name: value for name, value in given.items() if value is not None})
@@ -164,8 +163,8 @@ def decide(
 ) -> None:
     """Promote, and print what the gates found. Raises typer.Exit with 1 where the channel stays because one fails."""
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.promotion.promote import failures, lines
-    from featurestore.upkeep.promotion.promote import promote as promote_channel
+    from featurestore.upkeep.promotion import failures, lines
+    from featurestore.upkeep.promotion import promote as promote_channel
 
     store = FeatureStore.open(url)
     decision = promote_channel(store, source, target, limits, keys=keys, more=more, dry_run=dry_run, force=force)

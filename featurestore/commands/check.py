@@ -9,10 +9,9 @@ import typer
 
 from featurestore.commands.common import WHICH, DryRun, Url, read_version_name
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import draw_counts, print_problem, print_summary
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import draw_counts, print_problem, print_summary, progress_bar
 from featurestore.errors import UnsafeBackendError
-from featurestore.text.plain import count_text
+from featurestore.text import count_text
 
 NOT_TRIED = 3  # exit code of a check that found nothing out
 
@@ -86,7 +85,7 @@ def verify(
 def _prove_absent(url: str, file: Path) -> None:
     from featurestore.commands.purge import show_absence
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.takedown.absence import Images, find_traces
+    from featurestore.upkeep.purge import Images, find_traces
 
     images, store = Images.of_file(file), FeatureStore.open(url)
     with progress_bar("files") as progress:
@@ -96,7 +95,7 @@ def _prove_absent(url: str, file: Path) -> None:
 
 def _verify_cache(place: str | None) -> NoReturn:
     from featurestore.lookup.cache import default_cache_dir
-    from featurestore.upkeep.cachecheck import verify_cache
+    from featurestore.upkeep.verify import verify_cache
 
     folder = Path(place) if place else default_cache_dir()
     with progress_bar("shards") as progress:

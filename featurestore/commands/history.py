@@ -9,9 +9,8 @@ from rich.filesize import decimal as bytes_text
 
 from featurestore.commands.common import WHICH, DryRun, Url, read_version_name
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_problem, print_rows, print_summary
-from featurestore.console.progress import progress_bar
-from featurestore.text.plain import count_text, ranges_text
+from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
+from featurestore.text import count_text, ranges_text
 from featurestore.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ app = CommandApp()
 
 
 def _pin_name(name: str) -> str:
-    from featurestore.upkeep.pins import PIN_NAME_RULE, is_pin_name
+    from featurestore.upkeep.history import PIN_NAME_RULE, is_pin_name
 
     if not is_pin_name(name):
         raise typer.BadParameter(PIN_NAME_RULE.format(name=name))
@@ -105,7 +104,7 @@ def pin(
 ) -> None:
     """Keep a snapshot, whatever the options of `expire`, until it is unpinned."""
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.pins import pin as pin_snapshot
+    from featurestore.upkeep.history import pin as pin_snapshot
 
     made = pin_snapshot(FeatureStore.open(url), name, version)
     print_summary(f"{name} keeps snapshot {made.version}")
@@ -115,7 +114,7 @@ def pin(
 def unpin(url: Url, name: PinName) -> None:
     """Remove a pin. The next `expire` decides about its snapshot."""
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.pins import unpin as unpin_snapshot
+    from featurestore.upkeep.history import unpin as unpin_snapshot
 
     unpin_snapshot(FeatureStore.open(url), name)
     print_summary(f"{name} is no pin any more")

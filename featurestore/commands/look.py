@@ -12,7 +12,7 @@ from featurestore.commands.common import At, Url, Version, chosen_snapshot
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows
 from featurestore.errors import FeatureStoreError
-from featurestore.text.plain import refusal
+from featurestore.text import refusal
 
 if TYPE_CHECKING:
     from featurestore.store import FeatureStore
@@ -121,7 +121,7 @@ def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.
     import pyarrow as pa
 
     from featurestore.console.files import replaced_file
-    from featurestore.storage.regular import check_regular
+    from featurestore.storage.local import check_regular
 
     try:
         if path.exists():

@@ -7,14 +7,12 @@ import typer
 
 from featurestore.commands.common import DryRun, Url
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_problem, print_summary
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
-from featurestore.text.plain import count_text, printable, ranges_text
+from featurestore.text import count_text, printable, ranges_text
 
 if TYPE_CHECKING:
-    from featurestore.upkeep.takedown.absence import AbsenceReport, Images
-    from featurestore.upkeep.takedown.purge import PurgeReport
+    from featurestore.upkeep.purge import AbsenceReport, Images, PurgeReport
 
 _MOST_NAMED = 10
 
@@ -51,9 +49,8 @@ def purge(
     what was made of the rows are elsewhere: docs/OPERATIONS.md.
     """
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.keyfiles import read_keys, read_uris
-    from featurestore.upkeep.takedown.absence import Images
-    from featurestore.upkeep.takedown.purge import purge as purge_store
+    from featurestore.upkeep.purge import Images, read_keys, read_uris
+    from featurestore.upkeep.purge import purge as purge_store
 
     if (keys is None) == (uris is None):
         raise typer.BadParameter("give one of them", param_hint="--keys, --uris")

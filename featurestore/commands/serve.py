@@ -7,8 +7,7 @@ import typer
 
 from featurestore.commands.common import WHICH, Url, read_version_name
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_summary, print_warning
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import print_summary, print_warning, progress_bar
 
 if TYPE_CHECKING:
     from featurestore.flight.server import Listening
@@ -64,9 +63,8 @@ def serve(
 
     Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
     """
-    from featurestore.flight.opened import OpenSnapshots
-    from featurestore.flight.service import ServingOptions, ended_by_sigterm, parse_shards
-    from featurestore.flight.service import serve as serve_store
+    from featurestore.flight.server import OpenSnapshots, ServingOptions, ended_by_sigterm, parse_shards
+    from featurestore.flight.server import serve as serve_store
     from featurestore.store import FeatureStore
 
     _check_pair(tls_cert, tls_key)
@@ -92,10 +90,8 @@ def _listening(
     host: str, port: int, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None
 ) -> "Listening":
     """Read who may connect; warn of a certificate that has expired, or soon will."""
-    from featurestore.console.certificates import problem_of_dates
-    from featurestore.console.tokens import read_tokens
-    from featurestore.flight.server import Listening
-    from featurestore.flight.service import read_tls
+    from featurestore.console.files import problem_of_dates, read_tokens
+    from featurestore.flight.server import Listening, read_tls
 
     tls = read_tls(tls_cert, tls_key) if tls_cert and tls_key else None
     listening = Listening(host=host, port=port, tls=tls, tokens=read_tokens(token_file) if token_file else ())

@@ -28,7 +28,7 @@ from typer.main import get_command
 
 from featurestore.console.page.option import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
-from featurestore.text.plain import one_line, printable, refusal
+from featurestore.text import one_line, printable, refusal
 
 OK, STOPPED = 0, 130
 STOPPED_BY_PERSON = "stopped by Ctrl-C"

@@ -1,4 +1,4 @@
-"""Files that commands write: complete or not at all; numbers that JSON does not have become null."""
+"""Files named on a command line: outputs replaced whole, certificates and tokens."""
 
 import errno
 import json
@@ -6,13 +6,15 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
+from cryptography import x509
 
-from featurestore.errors import OutputPlaceError, UserError
-from featurestore.text.plain import refusal
+from featurestore.errors import OutputPlaceError, TokenFileError, UserError
+from featurestore.text import refusal
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -103,3 +105,56 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_SOON_DAYS = 14
+
+
+def problem_of_dates(file: Path) -> str | None:
+    """Say where the first certificate of a PEM file has expired, is not valid yet, or expires soon.
+
+    Returns None where it is well. Raises OSError, and ValueError for a file without a certificate."""
+    certificate, now = x509.load_pem_x509_certificates(file.read_bytes())[0], datetime.now(UTC)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    refused = "clients that check certificates will refuse it"
+    if end < now:
+        return f"{file} expired at {end:%Y-%m-%d %H:%M:%S} UTC: {refused}"
+    if begin > now:
+        return f"{file} is not valid before {begin:%Y-%m-%d %H:%M:%S} UTC: {refused}"
+    days = (end - now).days
+    return f"{file} expires in {days} days" if days < _SOON_DAYS else None
+
+
+FEWEST_CHARACTERS = 16
+_EXAMPLE = "e.g. of `openssl rand -hex 32`"
+
+
+def read_tokens(file: Path, option: str = "--token-file") -> list[str]:
+    """Read the tokens in a file, one a line; empty lines and those that begin with # do not count.
+
+    `option`: the one that names the file, for messages. Raises TokenFileError where there is no token, or one that is
+    short or no plain ASCII.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="ascii").splitlines()]
+    except OSError as error:
+        raise TokenFileError(f"{option} {file}: {error.strerror}; name a file with a token a line") from error
+    except UnicodeDecodeError as error:
+        raise TokenFileError(
+            f"{option} {file} is no ASCII text; a token is a line of letters, digits and signs, {_EXAMPLE}"
+        ) from error
+    tokens = [line for line in lines if line and not line.startswith("#")]
+    if not tokens:
+        raise TokenFileError(f"{option} {file} has no token; write one a line, {_EXAMPLE}")
+    for number, token in enumerate(tokens, start=1):
+        if len(token) < FEWEST_CHARACTERS:
+            raise TokenFileError(
+                f"{option} {file}: token {number} has {len(token)} characters and can be guessed; write "
+                f"{FEWEST_CHARACTERS} or more, {_EXAMPLE}"
+            )
+        if not token.isprintable() or " " in token:
+            raise TokenFileError(
+                f"{option} {file}: token {number} has a space or a control character; a token is letters, digits "
+                f"and signs, {_EXAMPLE}"
+            )
+    return tokens

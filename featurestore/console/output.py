@@ -1,18 +1,30 @@
-"""Printing of all commands: text as it is, and tables in which no number is cut, on a terminal and in a pipe.
+"""Output of commands: tables, texts, warnings and progress.
 
 What `print_table`, `print_line`, `print_summary`, `print_problem` and `print_warning` print is put on the command's
 page as well, where it has one (option --html).
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +32,7 @@ from rich.text import Text
 from featurestore.console.page.page import ReportPage
 from featurestore.console.page.plots import Mark, bars
 from featurestore.console.page.recording import current_page
-from featurestore.text.plain import printable
+from featurestore.text import printable
 
 _SUMMARY_LINE = re.compile(r"(\S+(?: \S+)*) {2,}(?<=^.{13})(.*)")  # a name, and what comes from column 13 on
 _ENDLESS = 1 << 16  # columns; wider than any table
@@ -177,3 +189,53 @@ def _print_blocks(console: Console, table: Table) -> None:
         for name, cell in zip(names, cells, strict=True):
             if str(cell):
                 console.print(Text(f"{name:{width}}  ", style="bold").append(str(cell), style="not bold"))
+
+
+LINE_EVERY_S = 10.0
+
+
+class ProgressBar:
+    """A progress bar: `advance` it by what was finished since the last call, or call it with all that is finished."""
+
+    def __init__(self, bars: Progress, title: str, total: int, done: int) -> None:
+        self._bars, self._title, self._total, self._done = bars, title, total, done
+        self._task: TaskID | None = None
+        self._started_s = self._shown_s = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Show `count` more of the total."""
+        self(self._done + count, self._total)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are finished."""
+        if self._bars.disable:
+            self._print_line(done, total)
+        elif self._task is None:
+            self._task = self._bars.add_task(self._title, total=total, completed=done)
+        else:
+            self._bars.update(self._task, description=self._title, completed=done, total=total)
+        self._done, self._total = done, total
+
+    def doing(self, what: str) -> None:
+        """Show what is being done, in the place of the title until the next number; in a log every 10 s."""
+        if not self._bars.disable:
+            if self._task is not None:
+                self._bars.update(self._task, description=what)
+        elif time.monotonic() - self._shown_s >= LINE_EVERY_S:
+            self._shown_s = time.monotonic()
+            print(f"{self._title}: {what}", file=sys.stderr, flush=True)
+
+    def _print_line(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._shown_s >= LINE_EVERY_S or (done >= total > self._done and self._shown_s > self._started_s):
+            self._shown_s = now_s
+            print(f"{self._title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bar(title: str, total: int = 0, done: int = 0) -> Iterator[ProgressBar]:
+    """Show progress on stderr: a bar until the end of the block; in a log a line every 10 s, none for quick work."""
+    console = text_console(stderr=True)
+    columns = (text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with progress_bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield ProgressBar(bars, title, total, done)

@@ -19,7 +19,7 @@ from featurestore.format.datafile import FEATURE, KEY, schema_of
 from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.spec import StoreInfo
-from featurestore.text.parsing import first_mistake
+from featurestore.text import first_mistake
 
 DESCRIBE = "snapshot"  # the action that describes a snapshot
 FOUND = "found"

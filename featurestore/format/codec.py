@@ -1,23 +1,29 @@
-"""The codec of a store: from numbers to what the store keeps of them, and back. That of int8 has parameters.
+"""Codecs of features: float types, int8 and the basis of compact stores.
 
 Letters of shapes: N rows, D feature width.
+
+Letters of shapes: N rows, D width of the wider rows, K components, which is the width of the compact ones.
 """
 
 import io
+import threading
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors import numpy as tensors
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import digest_of, read_verified
-from featurestore.format.npy import read_npy
 from featurestore.format.rows import FeatureRows, finite_rows, to_bits, to_float32
-from featurestore.spec import STORAGE_DTYPES, CodecSpec, StoreInfo
+from featurestore.spec import STORAGE_DTYPES, CodecSpec, ExtractorSpec, Frozen, OptionalId, ReductionSpec, StoreInfo
 from featurestore.storage.storage import Storage
-from featurestore.text.dtypes import DType
+from featurestore.text import DType, first_mistake, parse_json
 
 CODECS = "codec"
 _BLOCK_NUMBERS = 1 << 16  # in the processor's cache over all passes
@@ -151,3 +157,160 @@ def write_codec(storage: Storage, codec: Codec) -> CodecSpec | None:
     storage.write_bytes(spec.path, buffer.getvalue())
     read_verified(storage, spec.path, "sha256", spec.sha256)
     return spec
+
+
+ENDING = ".safetensors"
+_ABOUT = "origin"  # the one key of the file's metadata: safetensors writes several in any order
+_BLOCK_ROWS = 1024
+
+Float64Array = npt.NDArray[np.float64]
+
+
+class BasisOrigin(Frozen):
+    """What a basis was made of: a snapshot by its ids, the network whose rows it has, and their number and variance."""
+
+    store_id: OptionalId
+    version: int
+    commit_id: OptionalId
+    extractor: ExtractorSpec
+    num_rows: int
+    total_variance: float
+    """Sum over all D dimensions."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The K directions in which rows vary most, the first one most of all; all in float64.
+
+    `components_KD` are orthonormal, the largest number of each above zero; `spectrum_K` are the variances of the rows
+    along them (of the population), descending.
+    """
+
+    mean_D: Float64Array
+    components_KD: Float64Array
+    spectrum_K: Float64Array
+    origin: BasisOrigin
+
+    @property
+    def full_dim(self) -> int:
+        """Width of a full row, D."""
+        return int(self.components_KD.shape[1])
+
+    @property
+    def dim(self) -> int:
+        """Number of components, K."""
+        return int(self.components_KD.shape[0])
+
+    @property
+    def variance_kept(self) -> float:
+        """Share of the total variance that the components have; 1 where nothing varies."""
+        total = self.origin.total_variance
+        return min(1.0, float(self.spectrum_K.sum()) / total) if total else 1.0
+
+    def first(self, dims: int) -> "Basis":
+        """Return the basis of the first `dims` components."""
+        return replace(self, components_KD=self.components_KD[:dims], spectrum_K=self.spectrum_K[:dims])
+
+    def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+        """Return the coordinates (N, K) of full rows (N, D): of their distance from the mean along each component.
+
+        Computed in float64, rounded once. Numbers that are not finite give such coordinates. Raises InvalidRowsError
+        for another width. Cost: N x K x D multiplications.
+        """
+        self._check_width(values_ND, self.full_dim)
+        out_NK = np.empty((len(values_ND), self.dim), np.float32)
+        for start in range(0, len(values_ND), _BLOCK_ROWS):
+            centred = values_ND[start : start + _BLOCK_ROWS] - self.mean_D
+            with np.errstate(invalid="ignore", over="ignore"):
+                out_NK[start : start + _BLOCK_ROWS] = centred @ self.components_KD.T
+        return out_NK
+
+    def restored(self, coordinates_NK: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+        """Return the full rows (N, D) that coordinates (N, K) describe: nothing is left of other directions."""
+        self._check_width(coordinates_NK, self.dim)
+        rows_ND = coordinates_NK.astype(np.float64) @ self.components_KD + self.mean_D
+        return rows_ND.astype(np.float32)
+
+    def to_bytes(self) -> bytes:
+        """Return a safetensors file with `mean`, `components`, `spectrum`, and the origin as JSON in its metadata."""
+        arrays = {"mean": self.mean_D, "components": self.components_KD, "spectrum": self.spectrum_K}
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return tensors.save(contiguous, metadata={_ABOUT: self.origin.model_dump_json()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str) -> "Basis":
+        """Read what `to_bytes` wrote. Raises CorruptFileError naming `path`."""
+        try:
+            arrays = tensors.load(data)
+            mean_D, components_KD, spectrum_K = (arrays[name] for name in ("mean", "components", "spectrum"))
+            origin = BasisOrigin.model_validate_json(file_metadata(data)[_ABOUT])
+        except (SafetensorError, KeyError, ValueError) as error:
+            why = first_mistake(error) if isinstance(error, ValidationError) else error
+            raise CorruptFileError(f"{path} is no basis of a compact store: {why}") from error
+        shapes = (components_KD.shape[1:], components_KD.shape[:1])
+        if components_KD.ndim != 2 or (mean_D.shape, spectrum_K.shape) != shapes:
+            raise CorruptFileError(
+                f"{path} is no basis of a compact store: mean {mean_D.shape}, components {components_KD.shape} and"
+                f" spectrum {spectrum_K.shape} do not fit together"
+            )
+        if any(each.dtype != np.float64 or not np.isfinite(each).all() for each in arrays.values()):
+            raise CorruptFileError(f"{path} is no basis of a compact store: not all of its numbers are finite float64")
+        return cls(mean_D, components_KD, spectrum_K, origin)
+
+    def _check_width(self, rows: npt.NDArray[Any], width: int) -> None:
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise InvalidRowsError(
+                f"rows have shape {rows.shape}, and the basis is of (N, {self.full_dim}) for (N, {self.dim}): it takes"
+                f" (N, {width}) here"
+            )
+
+
+def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
+    """Read the basis of the store of `info`; None where it is not compact. Raises CorruptFileError."""
+    if info.reduction is None:
+        return None
+    path = storage.full(info.reduction.path)
+    try:
+        data = read_verified(storage, info.reduction.path, "sha256", info.reduction.sha256)
+    except FileNotFoundError as error:
+        raise CorruptFileError(f"{path} is missing: without it nobody can make rows for the store") from error
+    basis = Basis.from_bytes(data, path)
+    if (basis.dim, basis.full_dim) != (info.dim, info.full_dim):
+        raise CorruptFileError(
+            f"{path} is a basis of {basis.full_dim} numbers for {basis.dim}, and the store's is of {info.full_dim} for"
+            f" {info.dim}"
+        )
+    return basis
+
+
+def reduction_of(basis: Basis) -> ReductionSpec:
+    """Return what the spec of a store of this basis says: equal for equal numbers and origins."""
+    sha256 = digest_of(basis.to_bytes(), "sha256")
+    return ReductionSpec(path=f"{CODECS}/{sha256}{ENDING}", sha256=sha256, full_dim=basis.full_dim)
+
+
+def write_basis(storage: Storage, basis: Basis) -> ReductionSpec:
+    """Keep a basis in a file named by its digest, for a store that is made next; the same one again changes nothing."""
+    spec = reduction_of(basis)
+    storage.write_bytes(spec.path, basis.to_bytes())
+    read_verified(storage, spec.path, "sha256", spec.sha256)
+    return spec
+
+
+def file_metadata(data: bytes) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file, which `tensors.load` leaves out."""
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = parse_json(data[8 : 8 + length])["__metadata__"]
+    return found
+
+
+# numpy reads a file's header by ast.literal_eval, which Python 3.11 may fail in two threads at once: "AST constructor
+# recursion depth mismatch" (cpython#106905).
+_lock = threading.Lock()
+
+
+def read_npy(data: bytes | memoryview) -> NDArray[Any]:
+    """Read the array in the bytes of an .npy file. Raises ValueError where they are none; nothing is unpickled."""
+    with _lock:
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    return array

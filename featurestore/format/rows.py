@@ -13,7 +13,7 @@ import numpy.typing as npt
 from featurestore.errors import InvalidRowsError, KeyCollisionError
 from featurestore.keys import Int64Array, keys_of_uris
 from featurestore.spec import STORAGE_DTYPES, StoreInfo
-from featurestore.text.dtypes import DType
+from featurestore.text import DType
 
 DIGEST_DTYPE = np.dtype("V16")
 _NO_DIGEST = bytes(16)

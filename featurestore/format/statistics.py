@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError
-from featurestore.format.codec import Codec
-from featurestore.format.npy import read_npy
+from featurestore.format.codec import Codec, read_npy
 from featurestore.format.rows import to_float32
-from featurestore.text.dtypes import DType
+from featurestore.text import DType
 
 Scaling = Literal["each", "common"]
 

@@ -18,7 +18,7 @@ the machine, known by its boot id (they are not waited for on their way to the d
 leave zeros), and where the file is not the one that was checked last, by its inode and the time of its last change. A
 bit that the disk itself flips later is found by the next restart, or by `verify --cache` (`featurestore.upkeep`).
 
-The folder belongs to one user (`featurestore.storage.private`). Who can write files as that user is trusted.
+The folder belongs to one user (`featurestore.storage.local`). Who can write files as that user is trusted.
 """
 
 import contextlib
@@ -38,12 +38,11 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.format.buffers import FileMemory
-from featurestore.format.npy import read_npy
-from featurestore.format.shard_reader import RowBlock, ShardReader
+from featurestore.format.codec import read_npy
+from featurestore.format.datafile import FileMemory
+from featurestore.format.shard import RowBlock, ShardReader
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
-from featurestore.storage.private import claim, is_private, open_private
-from featurestore.storage.regular import open_regular
+from featurestore.storage.local import claim, is_private, open_private, open_regular
 from featurestore.storage.threads import Progress, in_threads
 
 SUFFIXES = (".keys.npy", ".rows.bin", ".json")

@@ -13,15 +13,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featurestore.published.files import (
+    from featurestore.published.versions import (
         FILES,
         VERSIONS,
         PublishedFile,
         PublishedFiles,
         PublishedVersion,
+        expire,
+        missing,
         open_published,
+        publish,
+        upload,
     )
-    from featurestore.published.publishing import expire, missing, publish, upload
 
 __all__ = [
     "FILES",
@@ -36,7 +39,7 @@ __all__ = [
     "upload",
 ]
 
-_MODULES = ("files", "publishing")
+_MODULES = ("versions",)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from featurestore.errors import ChannelError, CorruptFileError
 from featurestore.log import CHANNELS, manifest_path, versions, writer_name
-from featurestore.published.numbered import append_numbered
+from featurestore.published.versions import append_numbered
 from featurestore.spec import LAST_SECOND, MAX_VERSION, OptionalId, RandomId, Sealed, Version, read_sealed
 from featurestore.storage.storage import Storage
 
@@ -95,7 +95,7 @@ def add_move(
 ) -> ChannelMove:
     """Move a channel; without a version, remove it. `after` as in `append_numbered`.
 
-    For `featurestore.upkeep.promotion.moving`, which sees that the snapshot does not expire meanwhile.
+    For `featurestore.upkeep.history`, which sees that the snapshot does not expire meanwhile.
     """
     writer, now_s, nonce = writer_name(), time.time(), uuid.uuid4().hex
 

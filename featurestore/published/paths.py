@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from featurestore.console.files import json_text, replace_file
-from featurestore.storage.address import check_address
-from featurestore.storage.regular import open_regular, read_regular
+from featurestore.storage.local import open_regular, read_regular
+from featurestore.storage.remote import check_address
 
 if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
@@ -144,7 +144,7 @@ RunPath = Path | FarPath
 
 def _open(address: str) -> "Storage":
     """Open the newest version; loaded late, as --help of commands needs no client of an object store."""
-    from featurestore.published.files import open_published
+    from featurestore.published.versions import open_published
 
     return open_published(address)
 

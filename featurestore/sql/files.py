@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from featurestore.console.files import replaced_file
 from featurestore.errors import FeatureStoreError, QueryError
-from featurestore.storage.regular import check_regular
-from featurestore.text.plain import refusal
+from featurestore.storage.local import check_regular
+from featurestore.text import refusal
 
 ENDINGS = (".parquet", ".csv", ".arrow")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from featurestore.errors import FeatureStoreError, QueryError
-from featurestore.format.arrow import LIVE_COLUMNS
-from featurestore.lookup.mmap import physical_memory_bytes
+from featurestore.format.shard import LIVE_COLUMNS
+from featurestore.lookup.partition import physical_memory_bytes
 from featurestore.snapshot import Snapshot
 from featurestore.sql.tables import IMAGES, ScannedTable, images_table, tables_of
 from featurestore.store import FeatureStore

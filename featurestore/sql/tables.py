@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from featurestore.errors import FeatureStoreError
-from featurestore.format.arrow import LIVE_COLUMNS, live_schema
 from featurestore.format.datafile import FEATURE
+from featurestore.format.shard import LIVE_COLUMNS, live_schema
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from featurestore.upkeep import history

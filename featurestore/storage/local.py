@@ -1,16 +1,22 @@
-"""Files of a folder: written under another name, then renamed or linked, and on the disk when the call returns."""
+"""Storage on a local disk: regular files, private folders, exclusive creates.
+
+What is in a cache is taken for what this user's own runs wrote. That holds where the folder is theirs, and nobody else
+may write into it; and of each file where it is theirs, and nobody else may write to it.
+"""
 
 import contextlib
+import errno
+import io
 import os
+import pwd
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from featurestore.errors import CorruptFileError
-from featurestore.storage.regular import check_mode, open_regular, read_regular
+from featurestore.errors import CorruptFileError, StorageError
 
 TEMPORARY = ".tmp-"  # how names of files begin that are not complete
 
@@ -175,3 +181,111 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class IrregularFileError(OSError):
+    """What is at a path is no regular file; callers that report OSError report this too."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file for reading, as `open` does; never waits for another process. Raises OSError."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - returned; Path has no opener
+    try:
+        check_mode(os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a file. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a file in UTF-8, each line's end as \\n. Raises OSError, UnicodeDecodeError."""
+    return read_regular(path).decode().replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where code that opens the file on its own would find none, or could wait."""
+    mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    check_mode(mode)
+
+
+def check_mode(mode: int) -> None:
+    """Raise IrregularFileError unless a mode, of `stat`, is that of a regular file."""
+    if not stat.S_ISREG(mode):
+        raise IrregularFileError(errno.EINVAL, "no regular file but a pipe, a socket or a device")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # changes nothing for regular files; a pipe opens at once
+
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def claim(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Make a folder for this user alone, or make sure that nobody else can write into it.
+
+    One that others may look into is closed to them where all names in it are `is_ours`; a home, or a place with other
+    things in it, stays as it is. Raises StorageError where it is another user's, or others can still write into it.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_owner(folder)
+        mode = folder.stat().st_mode
+        is_shared = mode & stat.S_ISVTX  # as /tmp is
+        if mode & _OTHERS and not is_shared and all(map(is_ours, os.listdir(folder))):  # noqa: PTH208 - names alone
+            with contextlib.suppress(OSError):  # a disk that may only be read: what is left decides
+                folder.chmod(0o700)
+            mode = folder.stat().st_mode
+    except OSError as error:
+        raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
+    if mode & _OTHERS_WRITE:
+        raise StorageError(
+            f"other users can write into the cache folder {folder} (mode {stat.S_IMODE(mode):04o}): they could put any"
+            " rows into it. It is not closed to them by itself if it holds other things, is shared as /tmp is, or its"
+            f" disk has no permissions. Choose a new folder for data.cache_dir, or chmod 700 {folder}"
+        )
+
+
+def check_owner(folder: Path) -> None:
+    """Raise StorageError where a folder is another user's; OSError where it is not there."""
+    owner, mine = _owner(folder), os.geteuid()
+    if owner != mine:
+        raise StorageError(
+            f"the cache folder {folder} belongs to {_user(owner)}, and this run is {_user(mine)}'s: rows in it could be"
+            " anybody's. Choose another data.cache_dir, as a new folder that this run makes, or give this one to the"
+            f" run's user: chown -R {mine} {folder} (in a container, run as the user who owns the mounted folder)"
+        )
+
+
+def is_private(found: os.stat_result) -> bool:
+    """Return whether that is a regular file of this user, which nobody else may write to."""
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open, as `opener` of `open`, files that only this user may read and write."""
+    return os.open(path, flags, 0o600)
+
+
+def _owner(folder: Path) -> int:
+    return folder.stat().st_uid
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {uid} ({pwd.getpwuid(uid).pw_name})"
+    except KeyError:  # in a container, most are only numbers
+        return f"user {uid}"

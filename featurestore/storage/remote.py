@@ -1,4 +1,4 @@
-"""Files of an object store through fsspec, each request tried again while that may help.
+"""Storage at object stores: addresses, clients, retries and exclusive creates.
 
 The clients' own retries are switched off: one layer decides, with one patience, and says at the end how often it tried.
 fsspec and tenacity are imported with the first request: a quarter of the start of a command whose files are on a disk.
@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,13 +16,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import AddressError, PasswordError, StorageError, UnsafeBackendError
-from featurestore.storage.address import S3_PROTOCOLS, check_address, leads_out
 from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import in_threads
-from featurestore.text.plain import one_line, without_passwords
+from featurestore.text import one_line, without_passwords
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
+
 
 PATIENCE_S = 60.0  # a restarted server is back by then
 _WARN_AFTER_S = 5.0
@@ -363,3 +364,47 @@ def _time_of(found: Mapping[str, Any]) -> float:
     if isinstance(time, int | float):
         return float(time)
     raise StorageError(f"the storage gives no time of {found.get('name')}: ages of files cannot be known there")
+
+
+S3_PROTOCOLS = ("s3", "s3a")
+_S3 = re.compile(r"(s3a?):(?:/{1,2}([^/]*).*)?", re.IGNORECASE | re.DOTALL)  # pathlib makes one slash of two, or none
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:.+")  # as the client has it; servers are stricter
+
+
+def check_address(address: str) -> None:
+    """Raise AddressError where an address of S3 has no bucket (its variable was not set), or no possible name of one.
+
+    Also where its scheme is in capital letters, and for HDFS without a server. No other address is looked at.
+    """
+    if address.startswith("hdfs:///"):
+        path = address.removeprefix("hdfs:///")
+        raise AddressError(
+            f"{address} has no server: write hdfs://HOST:PORT/{path}, or hdfs://default/{path} for the server that"
+            " Hadoop's configuration names"
+        )
+    match = _S3.fullmatch(address)
+    if match is None:
+        return
+    scheme, bucket = match[1], match[2]
+    if not bucket:
+        raise AddressError(f"{address} has no bucket: write s3://BUCKET/...; is a variable in it not set?")
+    if scheme not in S3_PROTOCOLS:
+        raise AddressError(f"{address}: {scheme}:// is not known; write {scheme.lower()}://")
+    if not _BUCKET.fullmatch(bucket):
+        raise AddressError(
+            f"{address}: {bucket} is no name of a bucket; those have letters, digits, dots, hyphens and underscores"
+        )
+
+
+def leads_out(path: str) -> bool:
+    """Return whether a path, relative to a place, has a part that may lead out of it, or that no file has: .., a NUL.
+
+    "." and an absolute path are of these; "", the place itself, is not.
+    """
+    return path.startswith("/") or "\0" in path or any(part in (".", "..") for part in path.split("/"))
+
+
+def check_below(path: str, place: str, writing: bool) -> None:
+    """Raise StorageError where a path is not below its place; `writing`: where it is the place itself as well."""
+    if leads_out(path) or (writing and not path):
+        raise StorageError(f"{path!r} is not a path below {place}: nothing is {'changed' if writing else 'read'} there")

@@ -21,10 +21,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from featurestore.errors import StorageError, UnsafeBackendError
-from featurestore.storage.interrupt import interrupt_blocked
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress
+from featurestore.storage.threads import Progress, interrupt_blocked
 
 _SHORT_THREADS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
 _START_TIMEOUT_S = 300.0

@@ -1,4 +1,4 @@
-"""The one door to files: a folder, file://, s3:// and whatever else fsspec opens (memory:// in tests).
+"""Storage: files below one address, on a disk or at an object store.
 
 Foreign errors are translated here: a missing file is FileNotFoundError, everything else StorageError with its cause.
 """
@@ -7,18 +7,21 @@ import contextlib
 import errno
 import io
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, NotAFolderError, StorageError
-from featurestore.storage.address import check_below
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.storage.remote import (
     Names,
     OutOfPatienceError,
     RemoteFiles,
+    check_below,
     check_password,
     is_passing,
     lacks_bucket,
@@ -26,7 +29,7 @@ from featurestore.storage.remote import (
     protocol_and_path,
     reason_of,
 )
-from featurestore.text.plain import refusal
+from featurestore.text import refusal
 
 _READ_AHEAD_BYTES = 256 << 10
 
@@ -302,3 +305,22 @@ class _RangeReader(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+_BLOCK_BYTES = 8 << 20
+_SETTLED_S = 2.0  # a file that changes twice within a tick of the clock may keep its tag
+
+
+def digest_of(storage: Storage, path: str) -> str:
+    """Compute the xxh3-128 of the bytes of a file. Raises OSError, StorageError."""
+    digest = xxhash.xxh3_128()
+    with storage.open_input(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def settled_tags(entries: Iterable[StorageEntry]) -> dict[str, str]:
+    """Give the tags of files by path: of those that are old enough that another content has another tag."""
+    settled_s = time.time() - _SETTLED_S
+    return {entry.path: entry.tag for entry in entries if entry.tag and entry.mtime_s < settled_s}

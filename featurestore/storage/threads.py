@@ -1,7 +1,10 @@
-"""Work on many things in a few threads, report how far it is, and keep what was computed without a lock."""
+"""Threads for requests: pools that stop at the first error and at Ctrl-C."""
 
+import signal
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Generic, Self, TypeVar, overload
 
 Progress = Callable[[int, int], None]  # things done, things in all
@@ -49,3 +52,17 @@ class cached_property(Generic[ResultT]):  # noqa: N801 - it takes the place of f
         result: ResultT = self._compute(instance)
         instance.__dict__[self._name] = result
         return result
+
+
+@contextmanager
+def interrupt_blocked() -> Iterator[None]:
+    """Let the threads and processes that start in here never see SIGINT, so that the command ends in its own way.
+
+    The mask is inherited by what they start themselves, also later.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it with the first process, and unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import DataFile, open_entry, row_group_rows, schema_of
-from featurestore.format.shard_reader import ShardReader, take_rows
-from featurestore.format.shard_writer import check_digest, write_shard_file
+from featurestore.format.shard import ShardReader, check_digest, take_rows, write_shard_file
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo

@@ -22,7 +22,7 @@ from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep import DATA, GRACE_DAYS, KEEP_DAYS, KEEP_LAST, damage
-from featurestore.upkeep.pins import kept_versions as kept_by_name
+from featurestore.upkeep.history import kept_versions as kept_by_name
 
 _DAY_S = 86_400.0
 _THREADS = 8  # waiting for answers, not computing

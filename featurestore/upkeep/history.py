@@ -1,20 +1,27 @@
-"""History of a store: its snapshots, what differs between two, and the way back to one.
+"""A store's history: commits, pins, what they cost, and channels that move.
 
 Letters of shapes: K rows that may differ, N keys.
+
+reports/extraction-00000000000000000003.json    of the job that made snapshot 3
 """
 
+import re
+import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from featurestore import log as manifests
 from featurestore.commit import Commit, Shards
-from featurestore.errors import CorruptFileError
+from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.format.datafile import (
     KEY,
     METADATA_COLUMNS,
@@ -26,12 +33,19 @@ from featurestore.format.datafile import (
     text_column,
 )
 from featurestore.keys import Int64Array
-from featurestore.published.channels import VersionName, read_channels
+from featurestore.published.channels import (
+    ChannelMove,
+    VersionName,
+    add_move,
+    check_channel_name,
+    find_channel,
+    read_channels,
+)
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, Manifest
+from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed, seal
+from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep.pins import read_pins
 
 _THREADS = 4
 _COMPARED = [name for name in METADATA_COLUMNS if name not in (KEY, "source_tag")]  # a touched image has not changed
@@ -206,3 +220,167 @@ def _diff_of(tables: Iterable[pa.Table]) -> SnapshotDiff:
 
 def _rows(table: pa.Table) -> NamedRows:
     return NamedRows(numpy_column(table, KEY), text_column(table, URI))
+
+
+PINS = manifests.PINS
+_SUFFIX = ".json"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+PIN_NAME_RULE = "{name!r} is no name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'"
+
+
+class Pin(Sealed):
+    """One name, and the snapshot that it keeps."""
+
+    name: str
+    version: Version
+    writer: str
+    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people
+
+
+def is_pin_name(name: str) -> bool:
+    """Return whether a pin may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def pin(store: FeatureStore, name: str, version: VersionName | None = None) -> Pin:
+    """Keep a snapshot, the newest by default, until `unpin`. To make the same pin again is no error.
+
+    Raises PinError where the name keeps another snapshot, SnapshotNotFoundError where `expire` was first.
+    """
+    path, storage = _path(name), store.storage
+    wanted = store.snapshot(version).version
+    if wanted == 0:
+        raise SnapshotNotFoundError(f"{store.url} has no commit that could be pinned; 0 is the empty store")
+    mine = Pin(name=name, version=wanted, writer=manifests.writer_name(), time_s=time.time())
+    kept = create_sealed(storage, path, mine)
+    if kept.version != wanted:
+        raise PinError(f"{name!r} keeps snapshot {kept.version} already: unpin it first, or take another name")
+    # `expire` puts a copy aside before it looks at the pins for the last time: one of the two sees the other.
+    if not _is_there(storage, manifests.manifest_path(wanted)) or _is_there(
+        storage, manifests.manifest_path(wanted, manifests.EXPIRED)
+    ):
+        if kept == mine:
+            storage.delete(path)
+        raise SnapshotNotFoundError(f"snapshot {wanted} of {store.url} is expiring just now: pin a newer one")
+    return kept
+
+
+def unpin(store: FeatureStore, name: str) -> None:
+    """Remove a pin, damaged ones too. Raises PinError where there is none."""
+    path = _path(name)
+    if not _is_there(store.storage, path):
+        names = [found.removesuffix(_SUFFIX) for found in store.storage.list(PINS)]
+        raise PinError(f"{store.url} has no pin {name!r}; it has {', '.join(names) or 'none'}")
+    store.storage.delete(path)
+
+
+def read_pins(storage: Storage) -> list[Pin]:
+    """Read all pins, by name. Raises CorruptFileError: what a damaged one keeps is not known."""
+    found = []
+    for name in storage.list(PINS):
+        pin_name = name.removesuffix(_SUFFIX)
+        try:
+            found.append(read_pin(storage, pin_name))
+        except FileNotFoundError:
+            continue  # unpinned meanwhile
+        except CorruptFileError as error:
+            way_out = f"python -m featurestore unpin {storage.url} {pin_name}, and pin the snapshot again"
+            raise CorruptFileError(f"{error}: {way_out}") from error
+    return found
+
+
+def kept_versions(storage: Storage) -> set[int]:
+    """Return the snapshots that a pin or a channel keeps. Raises CorruptFileError.
+
+    Pins are read first: who moves a channel pins its snapshot until the channel points there.
+    """
+    pinned = {pin.version for pin in read_pins(storage)}
+    return pinned | {move.version for move in read_channels(storage) if move.version is not None}
+
+
+def read_pin(storage: Storage, name: str) -> Pin:
+    """Read one pin. Raises FileNotFoundError, CorruptFileError."""
+    path = f"{PINS}/{name}{_SUFFIX}"
+    found = read_sealed(storage, path, Pin)
+    if found.name != name:
+        raise CorruptFileError(f"{storage.full(path)} is the pin {found.name!r}")
+    return found
+
+
+def _path(name: str) -> str:
+    if not is_pin_name(name):
+        raise PinError(PIN_NAME_RULE.format(name=name))
+    return f"{PINS}/{name}{_SUFFIX}"
+
+
+def _is_there(storage: Storage, path: str) -> bool:
+    try:
+        storage.entry(path)
+    except FileNotFoundError:
+        return False
+    except CorruptFileError:  # a link out of the store
+        return True
+    return True
+
+
+_FOLDER, _PREFIX = "reports", "extraction-"
+Count = Annotated[int, Field(ge=0)]
+
+
+class ExtractionCost(Sealed):
+    """One job: `num_computed` images went through the network in its own `seconds`; reading and writing are in them."""
+
+    version: Version
+    operation: str
+    num_computed: Count
+    seconds: Annotated[float, Field(ge=0)]
+    num_workers: Count  # threads of the cluster
+
+
+def keep_cost(storage: Storage, cost: ExtractionCost) -> None:
+    """Keep what a job has cost."""
+    storage.write_bytes(f"{_FOLDER}/{_PREFIX}{cost.version:020d}.json", seal(cost))
+
+
+def seconds_per_image(storage: Storage, until: int) -> float | None:
+    """Return the mean seconds of an image over all jobs up to a snapshot; None where none was kept.
+
+    Raises CorruptFileError.
+    """
+    names = [name for name in storage.list(_FOLDER) if name.startswith(_PREFIX)]
+    costs = [read_sealed(storage, f"{_FOLDER}/{name}", ExtractionCost) for name in names]
+    counted = [cost for cost in costs if cost.version <= until and cost.num_computed]
+    images = sum(cost.num_computed for cost in counted)
+    return sum(cost.seconds for cost in counted) / images if images else None
+
+
+def move_channel(
+    store: FeatureStore, name: str, version: VersionName, reason: str = "set", after: int | None = None
+) -> ChannelMove:
+    """Let a channel point to a snapshot, which `expire` keeps from then on; it is made where it is not there.
+
+    `after`: the number of the move that the caller saw as the newest, 0 for none: where another writer has moved the
+    channel since, CommitConflictError is raised, and nothing happens. Where it points there already, and no `after` is
+    given, nothing is written. Raises ChannelError, SnapshotNotFoundError where `expire` was first.
+    """
+    check_channel_name(name)
+    snapshot = store.snapshot(version)
+    if snapshot.version == 0:
+        raise SnapshotNotFoundError(f"{store.url} has no commit that a channel could point to; 0 is the empty store")
+    # A pin first: of this and an expiry one sees the other. An expiry reads the pins before the channels, so the
+    # snapshot is kept at every moment. A kill in between leaves the pin, which keeps too much rather than too little.
+    guard = f"moving-{name}-{uuid.uuid4().hex[:8]}"
+    pin(store, guard, snapshot.version)
+    try:
+        return add_move(store.storage, name, snapshot.version, snapshot.manifest.commit_id, reason, after)
+    finally:
+        unpin(store, guard)
+
+
+def remove_channel(store: FeatureStore, name: str) -> ChannelMove:
+    """Remove a channel; its history stays, and the next `expire` decides about its snapshot.
+
+    Raises ChannelError where there is none.
+    """
+    found = find_channel(store.storage, name)
+    return add_move(store.storage, name, None, "", f"removed; it was at snapshot {found.version}")

@@ -24,16 +24,22 @@ from featurestore import log
 from featurestore.commit import Commit
 from featurestore.format.datafile import table_of
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard_reader import ShardReader, newest_rows
-from featurestore.format.shard_writer import write_shard_file
+from featurestore.format.shard import ShardReader, newest_rows, write_shard_file
 from featurestore.keys import Int64Array
-from featurestore.quarantine import QuarantineRow
 from featurestore.spec import FileEntry
+from featurestore.staging import QuarantineRow
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
-from featurestore.upkeep.damage import newest_good, put_back, rebuild_info, recommit, recoverable, was_committed
-from featurestore.upkeep.filecheck import readable_keys
+from featurestore.upkeep.damage import (
+    newest_good,
+    put_back,
+    readable_keys,
+    rebuild_info,
+    recommit,
+    recoverable,
+    was_committed,
+)
 from featurestore.upkeep.verify import Problem, verify
 
 OPERATION = "repair"

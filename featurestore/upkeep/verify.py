@@ -1,25 +1,31 @@
-"""Check of every file of a store: names each that is not what was written, and the command that repairs it."""
+"""Verification: every file, shard and cache of a store against what its log says."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from featurestore import log, quarantine
-from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StoreNotFoundError
-from featurestore.format.basis import basis_of
-from featurestore.format.buffers import FileMemory
-from featurestore.format.codec import CODECS, codec_of
-from featurestore.format.shard_reader import read_moments
+import xxhash
+from pydantic import ValidationError
+
+from featurestore import log, staging
+from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
+from featurestore.format.codec import CODECS, basis_of, codec_of
+from featurestore.format.datafile import FileMemory
+from featurestore.format.shard import read_moments
+from featurestore.lookup.cache import SEAL, STEM_DIGITS, SUFFIXES, CacheSeal, digest_of_file
 from featurestore.published import channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING
+from featurestore.storage.local import check_owner, is_private
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
-from featurestore.upkeep import DATA, damage, pins
-from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
+from featurestore.upkeep import DATA, damage, history
+from featurestore.upkeep.damage import FileKeys, check_file, collisions
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
@@ -34,7 +40,7 @@ _FOLDERS = (
     log.CHANNELS,
     DATA,
     CODECS,
-    quarantine.QUARANTINE,
+    staging.QUARANTINE,
     STAGING,
     damage.DAMAGED,
 )
@@ -174,10 +180,10 @@ def _small_files(store: FeatureStore) -> Iterator[_SmallFile]:
     if store.info.reduction is not None:
         way_out = "Put it back from a backup, or from another store of the same basis, where it has the same name"
         yield "basis", store.info.reduction.path, partial(basis_of, store.info, storage), way_out
-    for name in storage.list(quarantine.QUARANTINE):
+    for name in storage.list(staging.QUARANTINE):
         way_out = _repair(url, "moves it to damaged/; the next refresh tries its images again")
-        path = f"{quarantine.QUARANTINE}/{name}"
-        yield "quarantine", path, partial(quarantine.read_file, storage, name), way_out
+        path = f"{staging.QUARANTINE}/{name}"
+        yield "quarantine", path, partial(staging.read_file, storage, name), way_out
 
 
 def _folders_inside(store: FeatureStore) -> Iterator[Problem]:
@@ -196,11 +202,11 @@ def _strays(store: FeatureStore) -> Iterator[Problem]:
 
 def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[Problem]:
     storage = store.storage
-    for name in storage.list(pins.PINS):
-        path, pin_name = f"{pins.PINS}/{name}", name.removesuffix(".json")
+    for name in storage.list(history.PINS):
+        path, pin_name = f"{history.PINS}/{name}", name.removesuffix(".json")
         way_out = f"`python -m featurestore unpin {store.url} {pin_name}`, and pin the snapshot again"
         try:
-            pin = pins.read_pin(storage, pin_name)
+            pin = history.read_pin(storage, pin_name)
         except FileNotFoundError:
             continue
         except CorruptFileError as error:
@@ -331,3 +337,82 @@ def _way_out(url: str, versions: Sequence[int], newest: int) -> str:
 def _old(url: str, versions: Sequence[int]) -> str:
     which = f"snapshot {versions[0]}" if len(versions) == 1 else f"snapshots {versions[0]} to {versions[-1]}"
     return f"The newest snapshot is whole; {_repair(url, f'notes that {which} cannot be read in full')}"
+
+
+_KEYS, _ROWS, _ = SUFFIXES
+
+
+@dataclass
+class CacheReport:
+    """Counts of what was checked, and a line for each shard that is not what was built, with the way out."""
+
+    num_shards: int = 0
+    num_bytes: int = 0
+    num_other: int = 0  # shards of another version of this program, which nothing opens any more
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_cache(folder: Path, progress: Progress | None = None) -> CacheReport:
+    """Read every file of a cache folder, and compare it with its seal, and the seal with its own name.
+
+    Changes nothing. Files that a run removes meanwhile are no problem. Raises StorageError where the folder is not
+    there, is another user's, or cannot be read.
+    """
+    report = CacheReport()
+    try:
+        check_owner(folder)
+        seals = sorted(path for path in folder.iterdir() if path.name.startswith("shard-") and path.suffix == SEAL)
+        for done, path in enumerate(seals, start=1):
+            _check(path, report)
+            if progress is not None:
+                progress(done, len(seals))
+    except OSError as error:
+        raise StorageError(f"cannot read the cache folder {folder}: {error}") from error
+    return report
+
+
+def _check(path: Path, report: CacheReport) -> None:
+    stem = path.name.removesuffix(SEAL)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    try:
+        seal = CacheSeal.model_validate_json(data)
+    except ValidationError:
+        if _is_of_another_version(data):
+            report.num_other += 1
+            return
+        wrong = "its seal cannot be read"
+    else:
+        wrong = _wrong(path.parent, stem, seal, report)
+    report.num_shards += 1
+    if wrong and path.exists():
+        way_out = f"the next run builds it anew, also after rm {path.parent}/{stem}.*"
+        report.problems.append(f"{path.parent / stem}: {wrong}; {way_out}")
+
+
+def _wrong(folder: Path, stem: str, seal: CacheSeal, report: CacheReport) -> str:
+    """Say what is wrong with the files of a seal; empty where nothing is."""
+    keys, rows = folder / f"{stem}{_KEYS}", folder / f"{stem}{_ROWS}"
+    if stem.rpartition("-")[2] != seal.made_from[:STEM_DIGITS]:
+        return "its seal is that of another"
+    for path in (keys, rows, folder / f"{stem}{SEAL}"):
+        if not path.exists():
+            return f"{path.name} is missing"
+        if not is_private(path.lstat()):
+            return f"{path.name} is no regular file of this user's, or others may write to it"
+    report.num_bytes += keys.stat().st_size + rows.stat().st_size
+    if xxhash.xxh3_128_hexdigest(keys.read_bytes()) != seal.keys_xxh3_128:
+        return f"{keys.name} is not what was built"
+    if rows.stat().st_size != seal.num_rows * seal.row_bytes or digest_of_file(rows) != seal.rows_xxh3_128:
+        return f"{rows.name} is not what was built"
+    return ""
+
+
+def _is_of_another_version(data: bytes) -> bool:
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and "rows_xxh3_128" in fields and "made_from" not in fields

@@ -19,7 +19,7 @@ from distributed.comm.core import CommClosedError
 from distributed.comm.core import connect as connect_comm
 from distributed.security import Security
 
-from featurestore.storage.interrupt import interrupt_blocked
+from featurestore.storage.threads import interrupt_blocked
 from pipeline.cluster.checks import check_address
 from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
 
@@ -95,7 +95,7 @@ def address_in_file(path: Path, timeout_s: float) -> str:
 
     Raises SchedulerUnreachableError when the file has no address after `timeout_s`.
     """
-    from featurestore.storage.regular import read_regular  # not above: pipeline.cluster.submit says why
+    from featurestore.storage.local import read_regular  # not above: pipeline.cluster.submit says why
 
     deadline = time.monotonic() + timeout_s
     while True:

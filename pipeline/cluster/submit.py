@@ -54,7 +54,7 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
 
 
 def _script(_: click.Context, __: click.Parameter, value: Path) -> Path:
-    from featurestore.storage.regular import check_regular
+    from featurestore.storage.local import check_regular
 
     try:
         check_regular(value)

@@ -12,7 +12,7 @@ from dask.typing import Key
 from distributed import Client, Future, KilledWorker, Worker, as_completed
 from distributed.protocol import pickle
 
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
 from pipeline.errors import SCHEDULER_LOST, ClusterError, PipelineError
 

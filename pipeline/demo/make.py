@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 
 from featurestore.console.files import write_json
-from featurestore.storage.regular import read_regular
-from featurestore.text.parsing import parse_json
+from featurestore.storage.local import read_regular
+from featurestore.text import parse_json
 from pipeline.demo import truth
 from pipeline.demo.catalogue import Catalogue
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from featurestore.storage.regular import open_regular
+from featurestore.storage.local import open_regular
 from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
 from pipeline.errors import BadImageError, DemoError
 from pipeline.images.decode import decode

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard_reader import take_rows
+from featurestore.format.shard import take_rows
 from featurestore.keys import Int64Array, shard_of, splitmix64
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore

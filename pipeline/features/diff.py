@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from featurestore.errors import KeyCollisionError
 from featurestore.format.datafile import digest_column
-from featurestore.format.shard_reader import take_rows
+from featurestore.format.shard import take_rows
 from featurestore.keys import Int64Array, shard_of_hash, splitmix64
 from featurestore.snapshot import Snapshot
 from pipeline.images.imagetable import ImageRef, ImageTable

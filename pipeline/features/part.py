@@ -24,8 +24,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text.dtypes import DType
-from featurestore.text.parsing import parse_json
+from featurestore.text import DType, parse_json
 from pipeline.errors import BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.imagetable import ImageRef

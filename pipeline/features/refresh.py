@@ -19,8 +19,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import NetworkName, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.costs import ExtractionCost, keep_cost
-from featurestore.upkeep.promotion.moving import move_channel
+from featurestore.upkeep.history import ExtractionCost, keep_cost, move_channel
 from pipeline.cluster.tasks import num_threads
 from pipeline.errors import StoreRunError
 from pipeline.features.diff import (

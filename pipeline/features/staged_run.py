@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 from distributed import Client
 
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import progress_bar
 from featurestore.keys import Int64Array
-from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
+from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import StoreRunError

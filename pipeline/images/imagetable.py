@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.errors import KeyCollisionError
-from featurestore.format.shard_reader import take_rows
+from featurestore.format.shard import take_rows
 from featurestore.keys import Int64Array
 from pipeline.errors import SourceError
 

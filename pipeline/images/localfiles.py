@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
-from featurestore.storage import regular
+from featurestore.storage import local
 from pipeline.errors import BadImageError
 
 NOT_TEXT = "the file's name is not UTF-8 (%XX means a byte of it): rename the file"
@@ -68,9 +68,9 @@ def read_regular(path: str, most_bytes: int | None = None) -> bytes:
 
     Raises BadImageError for others, OSError."""
     try:
-        with regular.open_regular(path) as file:
+        with local.open_regular(path) as file:
             return file.read(most_bytes)
-    except regular.IrregularFileError as error:
+    except local.IrregularFileError as error:
         raise BadImageError(str(error)) from error
 
 

@@ -21,8 +21,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponen
 from featurestore.errors import PasswordError
 from featurestore.keys import key_of_bytes, key_of_uri
 from featurestore.storage.remote import HDFS, check_endpoint, check_password, hdfs, reading_options
-from featurestore.text.csvlines import CsvTextError, long_rows
-from featurestore.text.plain import without_passwords
+from featurestore.text import CsvTextError, long_rows, without_passwords
 from pipeline.errors import BadImageError, SourceError, SourceNotFoundError
 from pipeline.images.imagetable import BATCH_ROWS, ImageRef, ImageTable, Listing
 from pipeline.images.localfiles import NOT_TEXT, check_reachable, files_below, is_text, read_regular, spelled

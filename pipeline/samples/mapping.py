@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from featurestore.storage.regular import read_text
-from featurestore.text.csvlines import CsvStyle
-from featurestore.text.parsing import mistakes, parse_yaml
+from featurestore.storage.local import read_text
+from featurestore.text import CsvStyle, mistakes, parse_yaml
 from pipeline.errors import SampleOptionError
 
 TimeUnit = Literal["s", "ms", "us"]

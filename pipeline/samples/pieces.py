@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from featurestore.console.output import print_summary
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
-from featurestore.text.csvlines import CsvStyle
+from featurestore.text import CsvStyle
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.mapping import CsvSettings, TableLayout
 from pipeline.samples.texts import csv_beginning, csv_names, unit_of

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import progress_bar
 from featurestore.errors import CommitConflictError, StorageError
 from featurestore.published import (
     FILES,
@@ -24,9 +24,9 @@ from featurestore.published import (
     publish,
     upload,
 )
-from featurestore.storage.contents import digest_of
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
+from featurestore.storage.storage import digest_of as digest_of_file
 from featurestore.storage.threads import in_threads
 from pipeline.errors import SampleError, SampleOptionError
 
@@ -119,7 +119,7 @@ def replaced_files(
 def digest_of(storage: Storage, path: str) -> str:
     """Compute the xxh3-128 of the bytes of a file. Raises SampleError."""
     try:
-        return digest_of(storage, path)
+        return digest_of_file(storage, path)
     except (OSError, StorageError) as error:
         raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
 

@@ -20,7 +20,7 @@ from pyarrow import csv
 from featurestore.errors import StorageError
 from featurestore.keys import id_of_text
 from featurestore.storage.storage import Storage
-from featurestore.text.csvlines import (
+from featurestore.text import (
     STYLE_BYTES,
     CsvStyle,
     CsvTextError,

@@ -3,12 +3,12 @@
 from typing import Any
 
 from featurestore.console.files import write_json
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import progress_bar
 from featurestore.errors import StorageError
 from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import DEFAULT_STORE, SemanticOptions
 from pipeline.samples.publish import CODEBOOK_FILE, MARK, SEMANTIC_IDS, replaced_files

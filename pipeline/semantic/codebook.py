@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 from safetensors import numpy as tensors
 
 from featurestore.errors import StorageError
-from featurestore.format.basis import file_metadata
+from featurestore.format.codec import file_metadata
 from featurestore.identity import SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
 from featurestore.storage.storage import Storage
-from featurestore.text.parsing import parse_json
-from featurestore.text.plain import one_line
+from featurestore.text import one_line, parse_json
 from pipeline.errors import SampleError
 
 Float32Array = npt.NDArray[np.float32]

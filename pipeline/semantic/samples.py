@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
-from featurestore.storage.contents import settled_tags
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, settled_tags
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.publish import NewFiles, digest_of
 from pipeline.semantic.codes import NO_CODE, CodeIndex

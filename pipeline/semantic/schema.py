@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.storage.storage import Storage
-from featurestore.text.parsing import parse_yaml
+from featurestore.text import parse_yaml
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.schema import write_schema
 from pipeline.semantic.samples import code_columns

@@ -17,7 +17,7 @@ from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.remake.remaking import sample as sample_of_store
+from featurestore.upkeep.remake import sample as sample_of_store
 from pipeline.errors import VectorImportError
 from pipeline.vectors import matrix, parquet
 from pipeline.vectors.source import VectorSource, block_rows

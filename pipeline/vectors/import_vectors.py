@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from distributed import Client
 
-from featurestore.console.progress import progress_bar
+from featurestore.console.output import progress_bar
 from featurestore.keys import Int64Array
 from featurestore.spec import ExtractorSpec
 from featurestore.store import FeatureStore

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from featurestore.format.rows import to_float32
 from featurestore.keys import Int64Array, keys_of_uris
 from featurestore.storage.storage import Storage
-from featurestore.text.dtypes import DType
+from featurestore.text import DType
 from pipeline.errors import VectorImportError
 from pipeline.store_run import BadRow
 from pipeline.vectors.source import (

@@ -18,7 +18,7 @@ from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.spec import STORAGE_DTYPES
 from featurestore.storage.storage import Storage
-from featurestore.text.dtypes import DType, FloatDType
+from featurestore.text import DType, FloatDType
 from pipeline.errors import VectorImportError
 from pipeline.store_run import BadRow
 from pipeline.vectors.source import (

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from featurestore.format.npy import read_npy
+from featurestore.format.codec import read_npy
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 from pipeline.store_run import BadRow
 from pipeline.vectors.source import VectorBlock, VectorSlice, gathered
 

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
 from featurestore.published import open_published
-from featurestore.storage.contents import settled_tags
-from featurestore.storage.storage import Storage
-from featurestore.text.parsing import parse_json
+from featurestore.storage.storage import Storage, settled_tags
+from featurestore.text import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import XdlOptions
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, digest_of

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.format.shard_writer import HashedOutput, check_digest
+from featurestore.format.shard import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.spec import is_random_id
-from featurestore.storage.private import claim, open_private
+from featurestore.storage.local import claim, open_private
 from featurestore.storage.storage import Storage
 from serving.bundle.manifest import BundleFile, BundleManifest
 from serving.errors import BrokenBundleError

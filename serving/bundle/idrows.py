@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
-from featurestore.lookup.hashindex import HashIndex
+from featurestore.lookup.partition import HashIndex
 from serving.bundle import RowDType
 from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows
 

@@ -31,8 +31,7 @@ from featurestore.format.datafile import (
     text_column,
 )
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard_reader import ShardReader, newest_rows, take_rows
-from featurestore.format.shard_writer import write_shard_file
+from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
 from featurestore.identity import SnapshotId
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
 from featurestore.lookup.signatures import Planes

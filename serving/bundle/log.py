@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from featurestore.errors import CorruptFileError
 from featurestore.log import manifest_path, versions, writer_name
-from featurestore.published.numbered import SealedT, append_numbered
+from featurestore.published.versions import SealedT, append_numbered
 from featurestore.spec import read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH

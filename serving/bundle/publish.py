@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.shard import ShardReader
 from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.lookup.signatures import BITS

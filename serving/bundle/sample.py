@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from serving.bundle.files import WrittenFiles
 from serving.bundle.manifest import SAMPLE
 from trainer.comm import SoloComm

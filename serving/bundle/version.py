@@ -7,7 +7,7 @@ from typing import Self, TypeVar
 from pydantic import ValidationError
 
 from featurestore.storage.storage import Storage
-from featurestore.text.parsing import first_mistake, parse_json
+from featurestore.text import first_mistake, parse_json
 from serving.bundle.files import LocalFiles
 from serving.bundle.log import read_version
 from serving.bundle.manifest import MODEL, SCHEMA, BundleManifest, VectorsOf

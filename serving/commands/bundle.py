@@ -119,7 +119,7 @@ def use(
     All of its files are read first and compared with what was published, and the version is opened once as a scorer
     does. One that is damaged, or that does not open, is refused; the version that was in use stays.
     """
-    from featurestore.console.progress import progress_bar
+    from featurestore.console.output import progress_bar
     from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version, version_in_use
     from serving.bundle.log import use as use_version
@@ -145,7 +145,7 @@ def use(
 def _problem_of_opening(url: str, version: int) -> list[str]:
     """Say in one line why a version whose files are sound cannot be opened; empty where it can. Raises StorageError."""
     from featurestore.errors import StorageError, UserError
-    from featurestore.text.plain import one_line
+    from featurestore.text import one_line
     from serving.bundle.open import Bundle
     from serving.scoring.scorer import Scorer
 

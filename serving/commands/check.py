@@ -48,7 +48,7 @@ def check(
 
     The run's engine looks images up in the snapshot that the model's vectors are of.
     """
-    from featurestore.console.tokens import read_tokens
+    from featurestore.console.files import read_tokens
     from serving.bundle.version import ModelVersion
     from serving.errors import ServingError
     from serving.scoring.check import compare

@@ -7,7 +7,7 @@ from rich.filesize import decimal as bytes_text
 
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_summary
-from featurestore.text.plain import count_text, ranges_text
+from featurestore.text import count_text, ranges_text
 from serving.bundle.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from serving.commands.bundle import Url
 

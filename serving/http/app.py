@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from featurestore.text.plain import printable
+from featurestore.text import printable
 from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
 from serving.http.errors import error_response, response_of
 from serving.http.inference.protocol import SERVER, TensorBody, model_metadata

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from featurestore.console.certificates import problem_of_dates
-from featurestore.console.tokens import read_tokens
+from featurestore.console.files import problem_of_dates, read_tokens
 from featurestore.errors import TokenFileError
 from serving.errors import ServerSettingsError
 from serving.http.errors import error_response

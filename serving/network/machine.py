@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from featurestore.storage.regular import read_regular
+from featurestore.storage.local import read_regular
 
 
 def compiled_name() -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from serving.errors import OverflowingInputError, RequestError
 from serving.network.steps import CHUNK, Steps, finished
 from serving.scoring.columns import RequestColumns

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from serving.errors import ServerSettingsError, ServingError
 
 _ARROW = "application/vnd.apache.arrow.stream"

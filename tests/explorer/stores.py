@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, key_of_uri
-from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake import recode
 
 DIM = 6
 ADDED = tuple(f"b/{number}.jpg" for number in range(5))

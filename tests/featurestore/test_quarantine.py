@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from featurestore import FeatureStore, quarantine
+from featurestore import FeatureStore, staging
 from featurestore.errors import StorageError
-from featurestore.quarantine import QuarantineRow
+from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import Storage
 from tests.faulty import FaultyStorage, fails
 
@@ -19,33 +19,33 @@ def row(key, time_s, reason="broken"):
 @pytest.fixture
 def storage(tmp_path):
     storage = Storage(tmp_path)
-    quarantine.add(storage, [row(1, 1.0), row(2, 1.0)])
-    quarantine.add(storage, [row(1, 2.0, "still broken"), row(3, 2.0)])
+    staging.add(storage, [row(1, 1.0), row(2, 1.0)])
+    staging.add(storage, [row(1, 2.0, "still broken"), row(3, 2.0)])
     return storage
 
 
 def test_settled_rows_go_and_the_others_stand_in_one_file(storage):
-    quarantine.resolve(storage, [row(1, 2.0, "still broken"), row(7, 9.0)])
-    assert quarantine.read(storage) == [row(2, 1.0), row(3, 2.0)]
+    staging.resolve(storage, [row(1, 2.0, "still broken"), row(7, 9.0)])
+    assert staging.read(storage) == [row(2, 1.0), row(3, 2.0)]
     assert len(storage.list("quarantine")) == 1
-    quarantine.resolve(storage, [])
-    quarantine.resolve(storage, [row(9, 9.0)])
-    assert quarantine.read(storage) == [row(2, 1.0), row(3, 2.0)]
-    quarantine.resolve(storage, quarantine.read(storage))
-    assert quarantine.read(storage) == [] == storage.list("quarantine")
+    staging.resolve(storage, [])
+    staging.resolve(storage, [row(9, 9.0)])
+    assert staging.read(storage) == [row(2, 1.0), row(3, 2.0)]
+    staging.resolve(storage, staging.read(storage))
+    assert staging.read(storage) == [] == storage.list("quarantine")
 
 
 def test_what_another_adds_meanwhile_stays(storage):
-    read = quarantine.read(storage)
-    quarantine.add(storage, [row(1, 3.0, "broken again")])
-    quarantine.resolve(storage, read)
-    assert quarantine.read(storage) == [row(1, 3.0, "broken again")]
+    read = staging.read(storage)
+    staging.add(storage, [row(1, 3.0, "broken again")])
+    staging.resolve(storage, read)
+    assert staging.read(storage) == [row(1, 3.0, "broken again")]
 
 
 def test_rows_are_not_lost_when_it_stops_half_way(storage):
     with pytest.raises(StorageError):
-        quarantine.resolve(FaultyStorage(storage, {"delete": fails("the power went out")}), [row(1, 2.0)])
-    assert {found.key for found in quarantine.read(storage)} == {1, 2, 3}
+        staging.resolve(FaultyStorage(storage, {"delete": fails("the power went out")}), [row(1, 2.0)])
+    assert {found.key for found in staging.read(storage)} == {1, 2, 3}
 
 
 def test_a_file_that_vanishes_while_others_are_read_is_no_damage(storage):
@@ -55,7 +55,7 @@ def test_a_file_that_vanishes_while_others_are_read_is_no_damage(storage):
         calls.append(path)
         return [*names(path), "gone.parquet"] if len(calls) == 1 else names(path)
 
-    assert {found.key for found in quarantine.read(FaultyStorage(storage, {"list": stale}))} == {1, 2, 3}
+    assert {found.key for found in staging.read(FaultyStorage(storage, {"list": stale}))} == {1, 2, 3}
     assert len(calls) == 2
 
 

@@ -11,7 +11,7 @@ from featurestore.errors import CorruptFileError, SnapshotNotFoundError
 from featurestore.log import manifest_path, version_of, versions
 from featurestore.spec import MAX_VERSION, Manifest, seal
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.pins import pin, unpin
+from featurestore.upkeep.history import pin, unpin
 from featurestore.upkeep.repair import RepairReport, repair
 from featurestore.upkeep.verify import verify
 

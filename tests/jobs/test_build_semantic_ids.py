@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 from jobs.build_semantic_ids import app
 from pipeline.semantic.codebook import load
 from tests.jobs.semantic import (

@@ -11,8 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore
-from featurestore.upkeep.remake.recode import recode
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import recode, reduce
 from jobs import build_semantic_ids
 from jobs.export_embeddings import app
 from tests.trainer.conftest import Places, make_places

@@ -22,7 +22,7 @@ import torch
 from typer.testing import CliRunner
 
 from featurestore.keys import NO_IMAGE
-from featurestore.quarantine import QuarantineRow
+from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.samples.schema import write_suggested
 from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of

@@ -60,8 +60,7 @@ def main(
 
     def work(comm: "Comm") -> None:
         # Torch takes seconds to load: not for --help.
-        from featurestore.console.output import print_rows
-        from featurestore.console.progress import progress_bar
+        from featurestore.console.output import print_rows, progress_bar
         from featurestore.published.paths import run_path
         from trainer.compat import check, show
 

@@ -10,7 +10,7 @@ from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from featurestore.upkeep.promotion.gates import GateLimits, GateResult
+from featurestore.upkeep.promotion import GateLimits, GateResult
 from trainer.comm import SoloComm
 from trainer.compat.scores import drawn_batches, keys_of, score
 from trainer.errors import ConfigError

@@ -13,7 +13,7 @@ from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-from featurestore.upkeep.likeness import Likeness, compare
+from featurestore.upkeep.promotion import Likeness, compare
 from trainer.comm import Comm
 from trainer.compat import MAX_LOGLOSS_CHANGE, SAMPLE
 from trainer.compat.scores import CanaryScores, drawn_batches, score

@@ -12,7 +12,7 @@ import numpy as np
 from featurestore.errors import UserError
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
-from featurestore.upkeep.promotion.gates import GateResult
+from featurestore.upkeep.promotion import GateResult
 from trainer.comm import Comm, SoloComm
 from trainer.compat.scores import drawn_batches, score
 from trainer.errors import CheckpointError, DataNotFoundError

@@ -82,7 +82,7 @@ def main(
     decision is kept with the channel, unless it is a dry run.
     """
     from featurestore.published.paths import run_path
-    from featurestore.upkeep.keyfiles import read_names
+    from featurestore.upkeep.purge import read_names
     from trainer.compat.canary import Canary
 
     limits = limits_of(

@@ -25,8 +25,7 @@ from featurestore.errors import StorageError
 from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.spec import MissingPolicy
-from featurestore.text.parsing import parse_yaml
-from featurestore.text.plain import one_line, without_passwords
+from featurestore.text import one_line, parse_yaml, without_passwords
 from trainer.config import legacy
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig
 from trainer.config.validate import Section, validated

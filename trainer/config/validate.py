@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from featurestore.text.plain import without_passwords
+from featurestore.text import without_passwords
 from trainer.errors import TrainerError
 
 KIND = "kind:"

@@ -17,7 +17,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 from trainer.config import legacy
 from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
 from trainer.daily import SHARED

@@ -6,7 +6,7 @@ Source of the figures: Ge et al., "Image Matters" (arXiv 1711.06505), tables 3, 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from featurestore.text.dtypes import DType
+from featurestore.text import DType
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, read_file, write_file, write_json_file, written_locally
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
 from trainer.experiments.tables import Row, as_markdown, as_values, rows_of, show

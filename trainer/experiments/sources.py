@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
-from featurestore.format.basis import Basis
+from featurestore.format.codec import Basis
 from featurestore.identity import SnapshotId
 from featurestore.published import open_published
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from featurestore.text.dtypes import DType
-from featurestore.upkeep.costs import seconds_per_image
-from featurestore.upkeep.remake.components import principal_components
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.text import DType
+from featurestore.upkeep.history import seconds_per_image
+from featurestore.upkeep.remake import principal_components, reduce
 from trainer.comm import Comm
 from trainer.config.config import Config
 from trainer.errors import DataError, DataNotFoundError

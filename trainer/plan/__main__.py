@@ -12,7 +12,7 @@ from featurestore.console.files import JsonOption, replace_file, write_json_opti
 from featurestore.console.output import text_console
 from featurestore.console.page.option import PAGE
 from featurestore.errors import UserError
-from featurestore.text.plain import refusal
+from featurestore.text import refusal
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 

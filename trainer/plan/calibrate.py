@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
-from featurestore.lookup.mmap import physical_memory_bytes
+from featurestore.lookup.partition import physical_memory_bytes
 from trainer.comm.connecting import launcher_of
 from trainer.config.config import Config, save_config
 from trainer.config.options import TableConfig

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from featurestore.text.dtypes import DType
+from featurestore.text import DType
 from trainer.config.options import Count
 from trainer.config.validate import Section, validated
 from trainer.errors import ConfigError

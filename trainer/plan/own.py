@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from featurestore.lookup.embedding import EmbeddingModel
-from featurestore.lookup.mmap import physical_memory_bytes
+from featurestore.lookup.partition import physical_memory_bytes
 from trainer.config.config import Config
 from trainer.engine.machine import uses_cuda
 from trainer.engine.wiring import model_name, table_shapes

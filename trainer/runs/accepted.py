@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
 from featurestore.published.paths import RunPath, read_file, write_file
-from featurestore.text.parsing import first_mistake
+from featurestore.text import first_mistake
 from trainer.config.validate import Section
 from trainer.errors import CheckpointError
 

@@ -27,7 +27,7 @@ from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import digest_of_file
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.spec import FileName
-from featurestore.text.parsing import first_mistake, parse_json
+from featurestore.text import first_mistake, parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.validate import Section

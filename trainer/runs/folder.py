@@ -11,7 +11,7 @@ from typing import Any
 from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.published.paths import FarPath, RunPath, read_file, run_path
 from featurestore.storage.local import sync
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 from trainer.config.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
 from trainer.files import PathT, checkpoints_of

@@ -20,10 +20,8 @@ import xxhash
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.lookup.cache import SAMPLES, default_cache_dir, is_cache_file
-from featurestore.storage.contents import digest_of, settled_tags
-from featurestore.storage.local import StorageEntry
-from featurestore.storage.private import claim, is_private
-from featurestore.storage.storage import Storage
+from featurestore.storage.local import StorageEntry, claim, is_private
+from featurestore.storage.storage import Storage, digest_of, settled_tags
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.runs.checkpoint import Origin

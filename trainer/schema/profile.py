@@ -18,7 +18,7 @@ from pyarrow import csv
 from featurestore.errors import StorageError
 from featurestore.keys import id_of_text
 from featurestore.storage.storage import Storage
-from featurestore.text.csvlines import STYLE_BYTES, CsvStyle, CsvTextError, find_style, long_rows
+from featurestore.text import STYLE_BYTES, CsvStyle, CsvTextError, find_style, long_rows
 from trainer.errors import DataError
 from trainer.schema.distinct import DistinctCount
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import yaml
 
 from featurestore.storage.storage import Storage
-from featurestore.text.csvlines import CsvStyle
+from featurestore.text import CsvStyle
 from trainer.errors import DataError, DataNotFoundError
 from trainer.schema.profile import Column, TableProfile, data_files, look, read_tables, style_of
 from trainer.schema.suggest_schema import column_note

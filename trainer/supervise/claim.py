@@ -16,7 +16,7 @@ from featurestore.console.commandline import say_error
 from featurestore.errors import StorageError
 from featurestore.published.paths import FarPath, RunPath
 from featurestore.storage.storage import Storage
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 from trainer.errors import ConfigError, TrainerError
 
 LEASE_S = 60.0

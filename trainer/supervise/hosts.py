@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from featurestore.storage.regular import read_text
-from featurestore.text.plain import one_line
+from featurestore.storage.local import read_text
+from featurestore.text import one_line
 from trainer.errors import ConfigError
 from trainer.supervise.policy import HostSlots
 

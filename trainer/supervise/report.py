@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import TextIO
 
-from featurestore.text.plain import printable
+from featurestore.text import printable
 from trainer.supervise.policy import HostSlots, Past, RankEnd
 
 _LAST_LINES_S = 10.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from featurestore.console.commandline import STOPPED
 from featurestore.errors import FAILED, USAGE, UserError
-from featurestore.text.plain import count_text
+from featurestore.text import count_text
 from trainer.launch.variables import By
 from trainer.supervise import policy
 from trainer.supervise.command import TrainCommand

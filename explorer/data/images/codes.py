@@ -14,7 +14,7 @@ from explorer.data.kept import Kept
 from featurestore.errors import StorageError
 from featurestore.published import open_published
 from featurestore.snapshot import Snapshot
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 
 if TYPE_CHECKING:
     from pipeline.semantic.codebook import Codebook

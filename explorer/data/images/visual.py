@@ -21,7 +21,7 @@ from featurestore.errors import UserError
 from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath, read_text, run_path
 from featurestore.snapshot import Snapshot
-from featurestore.text.parsing import parse_yaml
+from featurestore.text import parse_yaml
 from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
 

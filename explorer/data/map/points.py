@@ -28,7 +28,7 @@ from explorer.places import Places
 from featurestore.console.files import replaced_file
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 
 Method = Literal["pca", "umap"]
 _PREFIX, _PLANE = "map-", "plane-"

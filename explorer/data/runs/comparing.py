@@ -8,7 +8,7 @@ from explorer.data.background import Task
 from explorer.data.predictions import predictions_of
 from explorer.places import Places
 from featurestore.errors import UserError
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 
 if TYPE_CHECKING:
     from trainer.evaluation import compare as compared

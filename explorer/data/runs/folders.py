@@ -14,8 +14,7 @@ from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import RunPath, read_file, run_path
-from featurestore.text.parsing import parse_json, parse_yaml
-from featurestore.text.plain import one_line
+from featurestore.text import one_line, parse_json, parse_yaml
 from trainer.daily import SHARED
 from trainer.files import checkpoints_of
 

@@ -14,7 +14,7 @@ from collections import deque
 from threading import Event, Lock, Thread
 from typing import Literal, NamedTuple
 
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from serving.scoring.remote import RemoteScorer
 
 Phase = Literal["starting", "ready", "ended"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from explorer.data.pictures import Pictures
-from featurestore.quarantine import QuarantineRow
+from featurestore.staging import QuarantineRow
 from featurestore.storage.threads import in_threads
 
 _THREADS = 8

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from featurestore.log import CHANNELS
 from featurestore.published.channels import ChannelMove, is_channel_name, read_moves
 from featurestore.store import FeatureStore
-from featurestore.upkeep.promotion.promote import Decision, read_decisions
+from featurestore.upkeep.promotion import Decision, read_decisions
 
 MOST = 20
 """Moves and decisions of a channel that are shown, the newest ones."""

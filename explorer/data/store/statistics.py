@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.snapshot import Snapshot
-from featurestore.upkeep.remake.remaking import sample
+from featurestore.upkeep.remake import sample
 
 DRAWN_ROWS = 2_000
 MOST_POINTS = 256

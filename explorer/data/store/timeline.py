@@ -10,7 +10,7 @@ from featurestore.published.channels import read_channels
 from featurestore.spec import Manifest
 from featurestore.storage.threads import in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep.pins import read_pins
+from featurestore.upkeep.history import read_pins
 
 _THREADS = 4
 _MANY_FILES = 6_000

@@ -11,7 +11,7 @@ from typing import Literal
 from featurestore.console.files import check_place, replace_file
 from featurestore.console.page.plots import Plot
 from featurestore.errors import UserError
-from featurestore.text.plain import printable, refusal, without_passwords
+from featurestore.text import printable, refusal, without_passwords
 
 MOST_BYTES = 300_000
 """Of a page. Rows and lines that would make it larger are left out, and the page says how many."""

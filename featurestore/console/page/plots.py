@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from featurestore.text.plain import printable
+from featurestore.text import printable
 
 _ROW_PX, _HEADING_PX, _AXIS_PX = 38, 30, 24
 _CURVE_PX, _CURVE_TOP_PX, _CURVE_BOTTOM_PX = 280, 24, 230

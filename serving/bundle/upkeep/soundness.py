@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from featurestore.errors import CorruptFileError, FeatureStoreError, StorageError
-from featurestore.format.shard_writer import check_digest
+from featurestore.format.shard import check_digest
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore

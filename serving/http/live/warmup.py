@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from featurestore.text.plain import one_line
+from featurestore.text import one_line
 from serving.errors import BrokenBundleError, NotFiniteError, RequestError
 from serving.http.codec import as_json, parse_json, request_of
 from serving.http.live.model import Model

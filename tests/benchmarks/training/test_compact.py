@@ -11,7 +11,7 @@ from benchmarks.compact.__main__ import app
 from benchmarks.compact.sections import gauc_section
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import UserError
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 
 TINY = ["--images", "200", "--dim", "16", "--dims", "4", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from featurestore.keys import key_of_uri
-from featurestore.text.plain import printable
+from featurestore.text import printable
 from tests.explorer.browser.watching.crawl import settle
 from tests.explorer.serving import pages_of
 from tests.explorer.world import BROKEN_IN, HOSTILE, HOSTILE_BROKEN, NO_IMAGE

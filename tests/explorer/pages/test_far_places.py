@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from featurestore import key_of_uri
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 from tests.explorer.pages.reading import Reader
 from tests.explorer.stores import DIM, make_store, rows, storied
 from tests.pipeline.conftest import draw_photo, encode_image

@@ -16,7 +16,7 @@ from explorer.places import Places
 from explorer.server.app import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 from pipeline.semantic.codes import read_codes
 from tests.explorer.pages.reading import Reader, Reading
 from tests.explorer.stores import make_store, rows, storied

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 
 from featurestore.keys import key_of_uri
-from featurestore.quarantine import QuarantineRow
+from featurestore.staging import QuarantineRow
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.pins import pin
-from featurestore.upkeep.promotion.gates import GateLimits
-from featurestore.upkeep.promotion.moving import move_channel
-from featurestore.upkeep.promotion.promote import promote
-from featurestore.upkeep.takedown.absence import Images
-from featurestore.upkeep.takedown.purge import purge
+from featurestore.upkeep.history import move_channel, pin
+from featurestore.upkeep.promotion import GateLimits, promote
+from featurestore.upkeep.purge import Images, purge
 from tests.explorer.pages.reading import Reader
 from tests.explorer.stores import int8_copy, make_store, rows, storied
 from tests.explorer.world import (

@@ -10,7 +10,7 @@ import pytest
 from featurestore import FeaturePartition, key_of_uri
 from featurestore.errors import CorruptFileError, FeatureStoreError
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.pins import pin
+from featurestore.upkeep.history import pin
 from tests.faulty import faulty, preceded_by
 
 DAY_S = 86400.0

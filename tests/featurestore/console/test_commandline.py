@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, say_error
 from featurestore.console.output import print_table, progress_bars, text_column, text_console
 from featurestore.errors import StorageError, StoreNotFoundError
-from featurestore.text.plain import one_line, printable
+from featurestore.text import one_line, printable
 
 NASTY = ("[/x]", "[bold]", "a[red]b", ":smile:", "[link=http://x]y[/link]")
 

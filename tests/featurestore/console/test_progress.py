@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from featurestore.console import progress
-from featurestore.console.progress import progress_bar
+from featurestore.console import output
+from featurestore.console.output import progress_bar
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of the bar alone, in a list of one, which a test sets: loops of other threads live by the real one."""
     now = [100.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.console.tokens import read_tokens
+from featurestore.console.files import read_tokens
 from featurestore.errors import USAGE, TokenFileError
 
 

@@ -9,7 +9,7 @@ from pyarrow import flight
 
 from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
 from featurestore.errors import AccessError, FeatureStoreError, ServerError
-from featurestore.flight.service import read_tls
+from featurestore.flight.server import read_tls
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import ServeSmall
 

@@ -19,8 +19,7 @@ from featurestore.errors import (
     DeadlineError,
     UnavailableError,
 )
-from featurestore.flight.client import addresses
-from featurestore.flight.link import Answer
+from featurestore.flight.client import Answer, addresses
 from featurestore.flight.protocol import KEYS_SCHEMA, keys_batch
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve, ServerProcess, ServeSmall

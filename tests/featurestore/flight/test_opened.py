@@ -8,7 +8,7 @@ import pytest
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, UnavailableError
-from featurestore.flight.opened import Follower, OpenSnapshots
+from featurestore.flight.server import Follower, OpenSnapshots
 from tests.featurestore.conftest import MakeRows
 
 

@@ -11,7 +11,7 @@ from featurestore.errors import CorruptFileError, InvalidRowsError, SpecMismatch
 from featurestore.format.codec import codec_of, write_codec
 from featurestore.index import nearest, train_ranges
 from featurestore.storage.storage import Storage
-from featurestore.text.dtypes import DType
+from featurestore.text import DType
 from tests.featurestore.staged import build_shard
 
 DIM = 24

@@ -20,7 +20,7 @@ from featurestore.log import manifest_path
 from featurestore.spec import Manifest, unseal
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.pins import pin
+from featurestore.upkeep.history import pin
 from featurestore.upkeep.verify import verify
 
 KINDS = {

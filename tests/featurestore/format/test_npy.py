@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from featurestore.format.npy import read_npy
+from featurestore.format.codec import read_npy
 
 
 def written(array: np.ndarray) -> bytes:

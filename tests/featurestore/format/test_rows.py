@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from featurestore import FeatureRows, StoreInfo, to_bits, to_float32
 from featurestore.errors import InvalidRowsError, KeyCollisionError
-from featurestore.text.dtypes import DType
+from featurestore.text import DType
 
 
 def nearest_even_bfloat16(value: np.float32) -> int:

@@ -10,7 +10,7 @@ import pytest
 from featurestore import FeatureStore, StoreInfo, to_bits
 from featurestore.errors import KeyCollisionError
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.shard import ShardReader
 from featurestore.keys import shard_of
 from tests.faulty import faulty
 

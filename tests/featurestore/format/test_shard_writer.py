@@ -12,8 +12,7 @@ import pytest
 from featurestore import FeatureStore, StoreInfo
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import matrix_of, open_entry
-from featurestore.format.shard_reader import read_moments
-from featurestore.format.shard_writer import check_digest, write_shard_file
+from featurestore.format.shard import check_digest, read_moments, write_shard_file
 from featurestore.format.statistics import Moments
 from featurestore.spec import FileEntry
 from featurestore.staging import sorted_table
@@ -86,7 +85,7 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(
             self.path(path).write_bytes(data)
 
     monkeypatch.setattr(DiskFiles, "open_output", flipping)
-    monkeypatch.setattr("featurestore.format.shard_writer._CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("featurestore.format.shard._CHUNK_BYTES", chunk_bytes)
     with pytest.raises(CorruptFileError, match=rf"{suffix} is damaged"):
         write(one, table)
 
@@ -95,7 +94,7 @@ def test_a_disk_that_keeps_other_bytes_is_noticed(
 def test_a_file_is_checked_in_pieces(
     one: FeatureStore, table: pa.Table, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr("featurestore.format.shard_writer._CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("featurestore.format.shard._CHUNK_BYTES", chunk_bytes)
     entry = write(one, table)
     check_digest(one.storage, entry.path, entry.bytes, "xxh3_128", entry.xxh3_128)
     with pytest.raises(CorruptFileError, match="missing"):

@@ -13,8 +13,7 @@ import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.format.buffers import FileMemory
-from featurestore.format.datafile import DataFile
+from featurestore.format.datafile import DataFile, FileMemory
 from featurestore.lookup.cache import default_cache_dir, open_or_build, prune
 
 DAY_S = 24 * 3600

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from featurestore import FeaturePartition, FeatureRows, FeatureStore
 from featurestore.__main__ import app
 from featurestore.errors import StorageError
-from featurestore.upkeep.cachecheck import verify_cache
+from featurestore.upkeep.verify import verify_cache
 
 OTHER = 12_345
 IS_ROOT = os.geteuid() == 0

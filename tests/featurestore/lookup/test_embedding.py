@@ -17,7 +17,7 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReL
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 
 DIM = 32
 

@@ -16,7 +16,7 @@ from featurestore.errors import (
 )
 from featurestore.keys import sampled, splitmix64
 from featurestore.lookup import partition
-from featurestore.lookup.mmap import huge_page_bytes, sum_huge_pages
+from featurestore.lookup.partition import huge_page_bytes, sum_huge_pages
 
 
 @pytest.mark.long
@@ -76,8 +76,8 @@ FilePmdMapped:      2048 kB
 def test_the_system_is_asked_of_a_huge_page_and_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = np.zeros(1)
     (tmp_path / "smaps").touch()
-    monkeypatch.setattr("featurestore.lookup.mmap._SMAPS", tmp_path / "smaps")
-    monkeypatch.setattr("featurestore.lookup.mmap.sum_huge_pages", lambda *_: 2 << 20)
+    monkeypatch.setattr("featurestore.lookup.partition._SMAPS", tmp_path / "smaps")
+    monkeypatch.setattr("featurestore.lookup.partition.sum_huge_pages", lambda *_: 2 << 20)
     assert [huge_page_bytes(matrix, size) for size in (0, (2 << 20) - 1, 2 << 20)] == [0, 0, 2 << 20]
 
 

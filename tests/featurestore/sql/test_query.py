@@ -11,12 +11,12 @@ import pytest
 
 from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri
 from featurestore.errors import CorruptFileError, FeatureStoreError, QueryError
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.shard import ShardReader
 from featurestore.sql import query
 from featurestore.sql.query import sql_reader
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.pins import pin
+from featurestore.upkeep.history import pin
 from tests.featurestore.conftest import MakeRows
 
 DIM = 8

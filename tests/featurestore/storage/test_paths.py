@@ -23,7 +23,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep import damage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.pins import pin, unpin
+from featurestore.upkeep.history import pin, unpin
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 

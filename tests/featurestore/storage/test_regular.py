@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.storage.regular import IrregularFileError, check_regular, open_regular, read_regular, read_text
+from featurestore.storage.local import IrregularFileError, check_regular, open_regular, read_regular, read_text
 from featurestore.storage.storage import Storage, StorageError
 
 DOORS: list[Callable[[Path], object]] = [open_regular, read_regular, read_text, check_regular]

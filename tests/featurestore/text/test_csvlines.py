@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
-from featurestore.text.csvlines import MOST_BREAKS, CsvTextError, LongRow, long_rows
+from featurestore.text import MOST_BREAKS, CsvTextError, LongRow, long_rows
 
 
 def rows(text: str, delimiter: str = ",", most_lines: int | None = None) -> dict[int, LongRow]:

@@ -18,7 +18,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import CodecSpec, seal
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
-from featurestore.upkeep.pins import pin, unpin
+from featurestore.upkeep.history import pin, unpin
 from featurestore.upkeep.repair import repair
 from tests.faulty import faulty
 from tests.featurestore.staged import build_shard

@@ -16,8 +16,7 @@ from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire
-from featurestore.upkeep.history import restore
-from featurestore.upkeep.pins import Pin, pin
+from featurestore.upkeep.history import Pin, pin, restore
 from tests.featurestore.staged import build_shard
 
 DAY_S = 86_400.0
@@ -185,7 +184,7 @@ def test_a_copy_that_another_expiry_takes_away_is_made_again(
         storage.delete(log.manifest_path(1, log.EXPIRED))
         return []
 
-    monkeypatch.setattr("featurestore.upkeep.pins.read_pins", without_pins)
+    monkeypatch.setattr("featurestore.upkeep.history.read_pins", without_pins)
     expire_to(store, 1)
     assert log.versions(store.storage, log.EXPIRED) == [1, 2]
     assert needs(reader) <= files_of(store)

@@ -17,9 +17,8 @@ from featurestore.errors import (
 )
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import diff, restore
+from featurestore.upkeep.history import diff, pin, restore
 from featurestore.upkeep.history import log as log_of
-from featurestore.upkeep.pins import pin
 from tests.faulty import faulty, preceded_by
 from tests.featurestore.staged import build_shard
 

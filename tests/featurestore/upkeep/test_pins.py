@@ -16,8 +16,7 @@ from featurestore.errors import (
 )
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import restore
-from featurestore.upkeep.pins import pin, read_pins, unpin
+from featurestore.upkeep.history import pin, read_pins, restore, unpin
 from tests.faulty import faulty, made_but_lost, preceded_by
 from tests.featurestore.staged import build_shard
 
@@ -83,7 +82,7 @@ class TestPins:
                 refused.append(True)
             return read_pins(storage)
 
-        monkeypatch.setattr("featurestore.upkeep.pins.read_pins", pin_in_between)
+        monkeypatch.setattr("featurestore.upkeep.history.read_pins", pin_in_between)
         expire_all_but_the_newest(nine)
         assert refused and store_versions(nine) == [9] and read_pins(nine.storage) == []
 
@@ -98,7 +97,7 @@ class TestPins:
                 calls.append(pin(nine, "early", 4))
             return found
 
-        monkeypatch.setattr("featurestore.upkeep.pins.read_pins", pin_right_after)
+        monkeypatch.setattr("featurestore.upkeep.history.read_pins", pin_right_after)
         expire_all_but_the_newest(nine)
         assert store_versions(nine) == [4, 9]
         assert store_versions(nine, log.EXPIRED) == [1, 2, 3, 5, 6, 7, 8]

@@ -21,13 +21,13 @@ from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo,
 from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, FormatVersionError, SnapshotNotFoundError, StorageError
 from featurestore.format.datafile import encode, schema_of, table_of
-from featurestore.format.shard_reader import newest_rows
+from featurestore.format.shard import newest_rows
 from featurestore.log import manifest_path
 from featurestore.spec import FileEntry, Manifest, seal, unseal
 from featurestore.storage.local import DiskFiles
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.pins import pin
+from featurestore.upkeep.history import pin
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 
@@ -275,7 +275,7 @@ def test_two_uris_of_one_key_are_found_and_a_new_one_after_a_delete_is_none(
     store.delete(rows.keys_N)
     store.put(other)
     assert problems_of(store) == []
-    monkeypatch.setattr("featurestore.format.shard_reader.ShardReader.check_uris", lambda *_: None)
+    monkeypatch.setattr("featurestore.format.shard.ShardReader.check_uris", lambda *_: None)
     store.put(rows)
     store.put(rows)
     found = problems_of(store)

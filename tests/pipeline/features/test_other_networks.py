@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from featurestore.format.codec import codec_of
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake import recode
 from jobs import extract_features
 from pipeline.network.backbone import backbone
 

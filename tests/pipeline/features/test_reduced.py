@@ -6,8 +6,7 @@ import pytest
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.recode import recode
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import recode, reduce
 from featurestore.upkeep.verify import verify
 from tests.pipeline.features.conftest import change_everything, counts, rows_of
 

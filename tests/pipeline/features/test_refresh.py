@@ -10,7 +10,7 @@ from featurestore.published.channels import read_moves
 from featurestore.spec import read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.costs import ExtractionCost, seconds_per_image
+from featurestore.upkeep.history import ExtractionCost, seconds_per_image
 from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
 from pipeline.features.extract import extract

@@ -12,8 +12,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.recode import recode
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import recode, reduce
 from jobs import import_features
 from pipeline.vectors import stage
 from pipeline.vectors.import_vectors import extractor_of

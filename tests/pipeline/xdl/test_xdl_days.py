@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.published import open_published
-from featurestore.text.parsing import parse_json
+from featurestore.text import parse_json
 from jobs import import_xdl
 
 FIRST = [

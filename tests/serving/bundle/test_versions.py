@@ -123,7 +123,7 @@ def test_two_exports_at_once_both_get_a_version(url: str, made: Exported, monkey
         return found
 
     monkeypatch.setattr("serving.bundle.export.remove_leftovers", lambda storage: None)
-    monkeypatch.setattr("featurestore.published.numbered.versions", overtaken)
+    monkeypatch.setattr("featurestore.published.versions.versions", overtaken)
     manifest = export(url, made.run)
     assert raced == [1, 2]
     assert manifest.version == 3

@@ -12,9 +12,8 @@ from typer.testing import CliRunner, Result
 from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.promotion.gates import GateLimits
-from featurestore.upkeep.promotion.moving import move_channel
-from featurestore.upkeep.promotion.promote import read_decisions
+from featurestore.upkeep.history import move_channel
+from featurestore.upkeep.promotion import GateLimits, read_decisions
 from trainer.comm import SoloComm
 from trainer.compat.canary import Canary
 from trainer.compat.promote import app

@@ -16,7 +16,7 @@ from featurestore.errors import AnotherStoreError, SpecMismatchError
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
-from featurestore.upkeep.likeness import compare
+from featurestore.upkeep.promotion import compare
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app
 from trainer.config.config import load_config

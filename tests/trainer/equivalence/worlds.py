@@ -15,8 +15,7 @@ from scenarios import DIM, NUM_SHARDS, SEED, TEXT_DIM, Scenario
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
-from featurestore.upkeep.remake.recode import recode
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import recode, reduce
 from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import decode, rules_of
 from trainer.samples.reader import assemble

@@ -10,9 +10,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
-from featurestore.upkeep.costs import ExtractionCost, keep_cost, seconds_per_image
-from featurestore.upkeep.remake.recode import recode
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.history import ExtractionCost, keep_cost, seconds_per_image
+from featurestore.upkeep.remake import recode, reduce
 from tests.pages import check_page
 from trainer.experiments.__main__ import app
 

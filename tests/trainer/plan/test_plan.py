@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 from tests.ranks import command_of
 from tests.trainer.plan.machine import MACHINE, NETWORK, RATES, WIDTHS
 from tests.trainer.standing_ranks import run as run_here

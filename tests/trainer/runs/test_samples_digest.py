@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore.storage import contents
+from featurestore.storage import storage
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -189,7 +189,7 @@ class TestMemory:
     def test_an_object_store_says_the_same_and_is_read_once(
         self, samples: Path, read: list[str], tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(contents, "_SETTLED_S", -60.0)
+        monkeypatch.setattr(storage, "_SETTLED_S", -60.0)
         there = Storage(s3_url)
         for file in samples.glob("*/*.parquet"):
             there.write_bytes(f"{file.parent.name}/{file.name}", file.read_bytes())

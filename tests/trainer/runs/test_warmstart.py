@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake import recode
 from trainer import main
 from trainer.comm import SoloComm
 from trainer.config.config import load_config

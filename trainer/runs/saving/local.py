@@ -10,7 +10,7 @@ import xxhash
 
 from featurestore.lookup.cache import RUNS, default_cache_dir, is_cache_file
 from featurestore.published.paths import FarPath, RunPath
-from featurestore.storage.private import claim
+from featurestore.storage.local import claim
 from featurestore.storage.storage import Storage
 from trainer.errors import DamagedCheckpointError
 

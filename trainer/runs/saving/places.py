@@ -33,8 +33,7 @@ from featurestore.log import writer_name
 from featurestore.lookup.cache import digest_of_file
 from featurestore.published import FILES, PublishedFile, PublishedFiles, expire, missing, open_published, publish
 from featurestore.published.paths import DAMAGED, FarPath, RunPath
-from featurestore.storage.local import sync
-from featurestore.storage.regular import read_regular
+from featurestore.storage.local import read_regular, sync
 from featurestore.storage.storage import Storage
 from trainer.errors import CheckpointError
 from trainer.runs.folder import finished, place, remove, step_of

@@ -7,7 +7,7 @@ from explorer.data.images import neighbours
 from explorer.data.images.compare import Space, keys_of, only_in, shared
 from explorer.data.images.neighbours import Neighbour, Neighbours, cosines, nearest_features, nearest_vectors
 from featurestore import FeatureStore, key_of_uri
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 from tests.explorer.stores import DIM, int8_copy, make_store, rows, storied
 
 

@@ -8,9 +8,8 @@ from explorer.data.store.timeline import Timeline
 from featurestore import FeatureStore, key_of_uri
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.pins import pin
-from featurestore.upkeep.takedown.absence import Images
-from featurestore.upkeep.takedown.purge import purge
+from featurestore.upkeep.history import pin
+from featurestore.upkeep.purge import Images, purge
 from tests.explorer.stores import make_store, rows, storied
 
 

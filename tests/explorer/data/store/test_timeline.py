@@ -5,10 +5,8 @@ from explorer.data.store.shards import shard_lines
 from explorer.data.store.timeline import Timeline
 from featurestore import log
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.pins import pin
-from featurestore.upkeep.promotion.gates import GateLimits
-from featurestore.upkeep.promotion.moving import move_channel, remove_channel
-from featurestore.upkeep.promotion.promote import promote
+from featurestore.upkeep.history import move_channel, pin, remove_channel
+from featurestore.upkeep.promotion import GateLimits, promote
 from tests.explorer.stores import make_store, rows, storied
 
 

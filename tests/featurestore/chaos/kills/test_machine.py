@@ -19,8 +19,7 @@ from featurestore.errors import SnapshotNotFoundError
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import restore
-from featurestore.upkeep.pins import pin, unpin
+from featurestore.upkeep.history import pin, restore, unpin
 from tests.featurestore.staged import build_shard
 from tests.metadata import metadata_of
 

@@ -18,14 +18,13 @@ from featurestore.errors import (
     SnapshotNotFoundError,
     StorageError,
 )
-from featurestore.flight.opened import OpenSnapshots
+from featurestore.flight.server import OpenSnapshots
 from featurestore.published import channels
 from featurestore.published.channels import last_number, read_channels, read_moves, version_name
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
-from featurestore.upkeep.pins import read_pins
-from featurestore.upkeep.promotion.moving import move_channel, remove_channel
+from featurestore.upkeep.history import move_channel, read_pins, remove_channel
 from featurestore.upkeep.verify import verify
 from tests.faulty import faulty, made_but_lost, preceded_by
 
@@ -148,7 +147,7 @@ class TestWriters:
                 move_channel(nine, "stable", 4)
             return read(storage)
 
-        monkeypatch.setattr("featurestore.upkeep.pins.read_channels", moved_meanwhile)
+        monkeypatch.setattr("featurestore.upkeep.history.read_channels", moved_meanwhile)
         expire(nine, keep_last=1, keep_days=0)
         assert log.versions(nine.storage) == [4, 9] and nine.snapshot("stable").version == 4
 
@@ -163,8 +162,8 @@ class TestWriters:
         def die(*arguments: object) -> None:
             raise Killed
 
-        monkeypatch.setattr("featurestore.upkeep.promotion.moving.add_move", die)
-        monkeypatch.setattr("featurestore.upkeep.promotion.moving.unpin", die)
+        monkeypatch.setattr("featurestore.upkeep.history.add_move", die)
+        monkeypatch.setattr("featurestore.upkeep.history.unpin", die)
         with pytest.raises(Killed):
             move_channel(nine, "stable", 5)
         assert nine.snapshot("stable").version == 2

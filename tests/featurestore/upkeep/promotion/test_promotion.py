@@ -11,18 +11,20 @@ from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, to
 from featurestore.__main__ import app
 from featurestore.errors import ChannelError, CommitConflictError, InvalidRowsError
 from featurestore.snapshot import Snapshot
-from featurestore.upkeep.keyfiles import read_keys, read_names, read_uris
-from featurestore.upkeep.promotion.gates import (
+from featurestore.upkeep.history import move_channel
+from featurestore.upkeep.promotion import (
+    Decision,
     GateLimits,
     GateResult,
     coverage,
     drift,
     neighbours,
+    promote,
     quarantine,
+    read_decisions,
     read_limits,
 )
-from featurestore.upkeep.promotion.moving import move_channel
-from featurestore.upkeep.promotion.promote import Decision, promote, read_decisions
+from featurestore.upkeep.purge import read_keys, read_names, read_uris
 
 NUM = 400
 

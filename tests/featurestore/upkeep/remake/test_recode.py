@@ -22,11 +22,10 @@ from featurestore.errors import (
 )
 from featurestore.spec import FileEntry
 from featurestore.storage.storage import Storage
-from featurestore.text.dtypes import DType
-from featurestore.upkeep.remake import recode as recode_module
-from featurestore.upkeep.remake import remaking
-from featurestore.upkeep.remake.recode import read_recode_report, recode
-from featurestore.upkeep.remake.remaking import sample
+from featurestore.text import DType
+from featurestore.upkeep import remake
+from featurestore.upkeep import remake as recode_module
+from featurestore.upkeep.remake import read_recode_report, recode, sample
 from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
@@ -142,7 +141,7 @@ def test_a_sample_is_of_live_rows_and_reads_from_many_shards(source: FeatureStor
 def test_a_recode_that_was_cut_off_goes_on(
     source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = remaking.write_shard_file, []
+    write, written = remake.write_shard_file, []
 
     def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
         if len(written) == 4:
@@ -151,10 +150,10 @@ def test_a_recode_that_was_cut_off_goes_on(
         written.append(shard)
         return entry
 
-    monkeypatch.setattr(remaking, "write_shard_file", fails_in_the_fifth)
+    monkeypatch.setattr(remake, "write_shard_file", fails_in_the_fifth)
     with pytest.raises(StorageError, match="full"):
         recode(source, tmp_path / "new", "int8", threads=1)
-    monkeypatch.setattr(remaking, "write_shard_file", write)
+    monkeypatch.setattr(remake, "write_shard_file", write)
     new = FeatureStore.open(tmp_path / "new")
     assert new.snapshot().version == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new" / "data").rglob("*.parquet")}
@@ -220,14 +219,14 @@ def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureSt
 def test_rows_put_before_the_end_are_not_overwritten(
     source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = remaking.write_shard_file
+    write = remake.write_shard_file
 
     def others_put(storage: Storage, info: StoreInfo, shard: int, *arguments: Any) -> FileEntry:
         if shard == 7:
             FeatureStore.open(storage.url).put(rows_of(0, 5, seed=9))
         return write(storage, info, shard, *arguments)
 
-    monkeypatch.setattr(remaking, "write_shard_file", others_put)
+    monkeypatch.setattr(remake, "write_shard_file", others_put)
     with pytest.raises(CommitConflictError, match="other rows before its recode was done"):
         recode(source, tmp_path / "new", "bfloat16")
     new = FeatureStore.open(tmp_path / "new")

@@ -18,16 +18,14 @@ from typer.testing import CliRunner
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, to_bits
 from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, InvalidRowsError, SpecMismatchError, StorageError, StoreExistsError
-from featurestore.format.basis import basis_of
+from featurestore.format.codec import basis_of
 from featurestore.storage.storage import Storage
+from featurestore.upkeep import remake
+from featurestore.upkeep import remake as components_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.likeness import compare
-from featurestore.upkeep.remake import components as components_module
-from featurestore.upkeep.remake import remaking
-from featurestore.upkeep.remake.components import CoMoments, principal_components
-from featurestore.upkeep.remake.recode import recode
-from featurestore.upkeep.remake.reduce import read_reduce_report, reduce
+from featurestore.upkeep.promotion import compare
+from featurestore.upkeep.remake import CoMoments, principal_components, read_reduce_report, recode, reduce
 from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
@@ -303,7 +301,7 @@ def test_verify_finds_a_flipped_bit_and_expiry_keeps_the_basis(source: FeatureSt
 
 
 def test_a_reduction_that_was_cut_off_goes_on(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
-    write, written = remaking.write_shard_file, []
+    write, written = remake.write_shard_file, []
 
     def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
         if len(written) == 4:
@@ -311,10 +309,10 @@ def test_a_reduction_that_was_cut_off_goes_on(source: FeatureStore, tmp_path: Pa
         written.append(shard)
         return write(storage, info, shard, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(remaking, "write_shard_file", fails_in_the_fifth)
+    monkeypatch.setattr(remake, "write_shard_file", fails_in_the_fifth)
     with pytest.raises(StorageError, match="full"):
         reduce(source, tmp_path / "new", 8, threads=1)
-    monkeypatch.setattr(remaking, "write_shard_file", write)
+    monkeypatch.setattr(remake, "write_shard_file", write)
     assert FeatureStore.open(tmp_path / "new").snapshot().version == 0
     expected = principal_components(source.snapshot(), 8)
     source.put(rows_of(3000, 10, seed=4))  # the snapshot that was begun with is kept to
@@ -338,7 +336,7 @@ def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, t
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(remaking, "write_shard_file", fails)
+        patch.setattr(remake, "write_shard_file", fails)
         with pytest.raises(StorageError, match="full"):
             reduce(source, tmp_path / "new", 8, threads=1)
     shutil.rmtree(tmp_path / "source")

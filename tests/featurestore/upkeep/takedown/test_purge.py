@@ -14,14 +14,11 @@ from featurestore import FeaturePartition, FeatureRows, FeatureStore, Quarantine
 from featurestore.__main__ import app
 from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
+from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.history import restore
-from featurestore.upkeep.pins import pin, read_pins
-from featurestore.upkeep.promotion.moving import move_channel
-from featurestore.upkeep.takedown import purge as purge_module
-from featurestore.upkeep.takedown.absence import Images, find_traces
-from featurestore.upkeep.takedown.purge import PurgeReport
-from featurestore.upkeep.takedown.purge import purge as purge_store
+from featurestore.upkeep.history import move_channel, pin, read_pins, restore
+from featurestore.upkeep.purge import Images, PurgeReport, find_traces
+from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage
 

@@ -11,9 +11,8 @@ import pytest
 from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
-from featurestore.upkeep.keyfiles import read_keys
-from featurestore.upkeep.promotion.moving import move_channel
-from featurestore.upkeep.takedown.absence import Images
+from featurestore.upkeep.history import move_channel
+from featurestore.upkeep.purge import Images, read_keys
 from featurestore.upkeep.verify import verify
 from tests.faulty import FaultyStorage
 from tests.featurestore.upkeep.takedown.test_purge import GONE, Killed, contents, purge, run, without

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from featurestore.errors import ChannelError
 from featurestore.identity import SnapshotId
 from featurestore.store import FeatureStore
-from featurestore.upkeep.promotion.moving import move_channel
+from featurestore.upkeep.history import move_channel
 from jobs.export_embeddings import app as export_app
 from trainer.comm import SoloComm
 from trainer.config.config import load_config

@@ -11,7 +11,7 @@ import torch
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.reduce import reduce
+from featurestore.upkeep.remake import reduce
 from tests.trainer.runs.stores.short import Places, dense, train_on
 from trainer.errors import CheckpointError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake import recode
 from tests.trainer.runs.stores.short import Places, dense, train_on
 from trainer.errors import CheckpointError
 

@@ -1,35 +1,199 @@
-"""Purge: rows of some images leave a store with all of its history, for takedowns; a proof ends it.
+"""Takedowns: rows that leave all history, and the proof that they are gone.
 
 The newest snapshot is committed again from files without the rows. Then every snapshot whose files have them goes, and
 the files themselves, whether a snapshot names them or not. Every step can be cut off anywhere: the next run continues.
 No file is changed, so a reader finds what it opened, or misses a file, and never reads another row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from featurestore import log, quarantine
+from featurestore import log, staging
 from featurestore.commit import Commit
-from featurestore.errors import CommitConflictError, CorruptFileError, PinError
+from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileError, PinError, StorageError
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
-from featurestore.format.shard_writer import check_digest, write_shard_file
+from featurestore.format.shard import check_digest, write_shard_file
+from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.published.channels import ChannelMove, read_channels
-from featurestore.quarantine import QuarantineRow
 from featurestore.spec import FileEntry, Manifest
-from featurestore.staging import STAGING
-from featurestore.storage.local import TEMPORARY
-from featurestore.storage.threads import Progress
+from featurestore.staging import STAGING, QuarantineRow
+from featurestore.storage.local import TEMPORARY, StorageEntry, read_regular, read_text
+from featurestore.storage.storage import Storage
+from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
+from featurestore.text import parse_json
 from featurestore.upkeep import DATA
 from featurestore.upkeep.damage import DAMAGED
 from featurestore.upkeep.expiry import move_aside
-from featurestore.upkeep.pins import Pin, read_pins, unpin
-from featurestore.upkeep.promotion.moving import move_channel
-from featurestore.upkeep.takedown.absence import AbsenceReport, Images, Trace, find_traces
+from featurestore.upkeep.history import Pin, move_channel, read_pins, unpin
+
+_THREADS = 4
+_PARQUET = b"PAR1"
+_BLOCK_ROWS = 65_536  # of keys and uris
+_FEW = 1_000  # uris that are looked for within texts too; of more, a text is one of them or not
+_WITH_KEYS = ("staging/", "reports/")  # JSON files that may name keys; numbers elsewhere mean something else
+
+TraceKind = Literal["rows", "text", "unread"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a takedown: keys (N,), ascending, and uris; what has one of either is theirs."""
+
+    keys_N: Int64Array
+    uris: frozenset[str]
+
+    @classmethod
+    def of_keys(cls, keys: Int64Array) -> "Images":
+        """Name images by keys."""
+        return cls(np.unique(keys), frozenset())
+
+    @classmethod
+    def of_uris(cls, uris: list[str]) -> "Images":
+        """Name images by uris; each names the key that it has by itself, and any that it was stored under."""
+        return cls(np.unique(keys_of_uris(uris)), frozenset(uris))
+
+    @classmethod
+    def of_file(cls, file: Path) -> "Images":
+        """Read a file of keys or of uris, see `read_names`. Raises InvalidRowsError."""
+        keys, uris = read_names(file)
+        return cls.of_uris(uris) if uris else cls.of_keys(keys)
+
+    @property
+    def described(self) -> str:
+        """Say how many there are, and by what they are named."""
+        names, count = ("uri", len(self.uris)) if self.uris else ("key", len(self.keys_N))
+        return f"{count:,} {names}{'' if count == 1 else 's'}"
+
+    def are_in(self, keys_N: Int64Array, uris: Any) -> npt.NDArray[np.bool_]:
+        """Return which rows are theirs, (N,); `uris` is an Arrow array, or None where there are none."""
+        found_N = np.isin(keys_N, self.keys_N)
+        if self.uris and uris is not None:
+            found_N |= np.array([uri in self.uris for uri in uris.to_pylist()], np.bool_)
+        return found_N
+
+    def without_rows(self, found: Collection[int | str]) -> list[str]:
+        """List those of which neither key nor uri was found, in ascending order."""
+        if self.uris:
+            return [uri for uri in sorted(self.uris) if uri not in found and key_of_uri(uri) not in found]
+        return [str(key) for key in self.keys_N.tolist() if key not in found]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A file that has rows of the images, a text that names one, or one that cannot be read, so that nobody knows."""
+
+    kind: TraceKind
+    path: str
+    rows: int
+    text: str
+    """For people, with the full address."""
+
+
+@dataclass
+class AbsenceReport:
+    """What was read of a store, and the traces that were found."""
+
+    num_files: int = 0
+    num_bytes: int = 0
+    traces: list[Trace] = field(default_factory=list)
+    found: set[int | str] = field(default_factory=set)
+    """Keys and uris of the images' rows, each of a row that has it."""
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether every file could be read, and none has a trace."""
+        return not self.traces
+
+
+def find_traces(storage: Storage, images: Images, progress: Progress | None = None) -> AbsenceReport:
+    """Read every file below the store's address, also those that no snapshot names, and find rows of the images.
+
+    Of Parquet files keys and uris are read, tombstones among them; of JSON files below staging/ and reports/ what
+    names a key or a uri; in all other files the bytes of the uris are looked for. Files that vanish meanwhile are left
+    out. Cost: the key and uri columns of all data files. Raises StorageError.
+    """
+    entries, report = storage.entries(), AbsenceReport()
+
+    def look(entry: StorageEntry) -> tuple[Trace | None, set[int | str]]:
+        found: set[int | str] = set()
+        try:
+            return _trace(storage, entry, images, found), found
+        except FileNotFoundError:
+            return None, set()
+
+    for entry, (trace, found) in zip(entries, in_threads(look, entries, _THREADS, progress), strict=True):
+        report.num_files += 1
+        report.num_bytes += entry.size_bytes
+        report.found |= found
+        if trace is not None:
+            report.traces.append(trace)
+    return report
+
+
+def _trace(storage: Storage, entry: StorageEntry, images: Images, found: set[int | str]) -> Trace | None:
+    path = entry.path
+    try:
+        with storage.open_input(path) as source:
+            is_parquet = source.read(len(_PARQUET)) == _PARQUET
+            if is_parquet or path.endswith(".parquet"):
+                source.seek(0)
+                rows = sum(_rows(source, images, found))
+            else:
+                return _text_trace(storage, path, images)
+    except (CorruptFileError, pa.ArrowException, OSError, KeyError) as error:
+        if isinstance(error, FileNotFoundError | StorageError):
+            raise
+        text = f"{storage.full(path)} cannot be read, so nobody knows what is in it: {error}"
+        return Trace("unread", path, 0, text)
+    return Trace("rows", path, rows, f"{storage.full(path)} has {rows:,} of their rows") if rows else None
+
+
+def _rows(source: Any, images: Images, found: set[int | str]) -> Iterator[int]:
+    """Count the rows of the images in a Parquet file, block by block, and add their keys and uris to `found`."""
+    file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+    names = [name for name in (KEY, URI) if name in file.schema_arrow.names]
+    if KEY not in names:
+        raise KeyError(f"it has no column {KEY}, so it is no file of a store")
+    for batch in file.iter_batches(_BLOCK_ROWS, columns=names, use_threads=False):
+        keys_K = np.asarray(batch[KEY].to_numpy(zero_copy_only=False), np.int64)
+        uris = batch[URI] if URI in names else None
+        theirs_K = images.are_in(keys_K, uris)
+        found.update(keys_K[theirs_K].tolist())
+        if uris is not None:
+            found.update(uri for uri in uris.filter(pa.array(theirs_K)).to_pylist() if uri is not None)
+        yield int(theirs_K.sum())
+
+
+def _text_trace(storage: Storage, path: str, images: Images) -> Trace | None:
+    data = storage.read_bytes(path)
+    try:
+        value = parse_json(data)
+    except ValueError:
+        found = any(uri.encode() in data for uri in images.uris)
+    else:
+        keys = frozenset(images.keys_N.tolist()) if path.startswith(_WITH_KEYS) else frozenset[int]()
+        found = _names_one(value, keys, images.uris, False)
+    return Trace("text", path, 0, f"{storage.full(path)} names one of them") if found else None
+
+
+def _names_one(value: Any, keys: frozenset[int], uris: frozenset[str], is_key: bool) -> bool:
+    """Return whether a JSON value has one of the uris, also within a text, or one of the keys where a key is meant."""
+    if isinstance(value, dict):
+        return any(_names_one(each, keys, uris, KEY in name) or name in uris for name, each in value.items())
+    if isinstance(value, list):  # an image in a report of a part is a list that begins with its key
+        return any(_names_one(each, keys, uris, is_key or not place) for place, each in enumerate(value))
+    if isinstance(value, str):
+        return value in uris or (len(uris) <= _FEW and any(uri in value for uri in uris))
+    return is_key and isinstance(value, int) and value in keys
+
 
 PURGE = "purge"
 _ATTEMPTS = 5
@@ -150,7 +314,7 @@ class _Purge:
                 return False  # somebody restored or committed such a file in the meantime
         self.report.num_quarantined += len(quarantined)
         if not self.dry_run:
-            quarantine.resolve(self.storage, quarantined)
+            staging.resolve(self.storage, quarantined)
         # A purge that was cut off may have taken them out of the log already.
         expired = [log.find(self.storage, version) for version in log.versions(self.storage, log.EXPIRED)]
         gone = [*affected.values(), *(each for each in expired if each is not None)]
@@ -232,8 +396,8 @@ class _Purge:
 
     def _quarantined(self) -> list[QuarantineRow]:
         """Read all of their rows in quarantine, older ones of a key too. Raises CorruptFileError."""
-        names = self.storage.list(quarantine.QUARANTINE)
-        rows = [row for name in names for row in quarantine.read_file(self.storage, name)]
+        names = self.storage.list(staging.QUARANTINE)
+        rows = [row for name in names for row in staging.read_file(self.storage, name)]
         keys = set(self.images.keys_N.tolist())
         theirs = [row for row in rows if row.key in keys or row.uri in self.images.uris]
         return sorted(theirs, key=lambda row: row.time_s)
@@ -272,3 +436,83 @@ class _Purge:
 
 def _paths(manifest: Manifest) -> set[str]:
     return {entry.path for entry in manifest.entries}
+
+
+def read_keys(file: Path) -> Int64Array:
+    """Read keys of images, ascending, each once.
+
+    The file has a whole number on each line, or is an int64 .npy, or a .parquet with the column `key`. Raises
+    KeyFileError where there is none, or something else."""
+    try:
+        if file.suffix == ".npy":
+            keys = np.load(file, allow_pickle=False)
+        elif file.suffix == ".parquet":
+            keys = _column(file, KEY).to_numpy(zero_copy_only=False)
+        else:
+            keys = np.array([*map(_key, _numbered_lines(file))], np.int64)
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise KeyFileError(f"{file} is no file of keys: {error}") from error
+    if not keys.size:
+        raise KeyFileError(f"{file} has no keys: name a file with one at least")
+    if keys.dtype != np.int64 or keys.ndim != 1:
+        raise KeyFileError(f"{file} has {keys.dtype} of shape {keys.shape}: keys are one list of int64")
+    return np.unique(keys)
+
+
+def read_uris(file: Path) -> list[str]:
+    """Read uris of images, each once: one on each line, or the column `uri` of a .parquet. Raises KeyFileError."""
+    try:
+        uris: list[str | None] = _column(file, URI).to_pylist() if file.suffix == ".parquet" else [*_lines(file)]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise KeyFileError(f"{file} is no file of uris: {error}") from error
+    named = [uri for uri in uris if uri]
+    if not named or len(named) < len(uris):
+        raise KeyFileError(f"{file} has no uris, or an empty one")
+    return list(dict.fromkeys(named))
+
+
+def read_names(file: Path) -> tuple[Int64Array, list[str]]:
+    """Read a file of keys, or of uris; return the keys (N,), ascending, and the uris where it has those.
+
+    It has keys where it is a .npy, has a column `key`, or where each line is a whole number. Raises KeyFileError."""
+    try:
+        if file.suffix == ".parquet":
+            has_uris = KEY not in pq.read_schema(file).names
+        else:
+            has_uris = file.suffix != ".npy" and not all(_is_number(line) for line in _lines(file))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise KeyFileError(f"{file} is no file of keys or uris: {error}") from error
+    if has_uris:
+        uris = read_uris(file)
+        return np.unique(keys_of_uris(uris)), uris
+    return read_keys(file), []
+
+
+def _lines(file: Path) -> list[str]:
+    return [line for _, line in _numbered_lines(file)]
+
+
+def _numbered_lines(file: Path) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(read_text(file).splitlines(), 1) if line.strip()]
+
+
+def _key(numbered: tuple[int, str]) -> int:
+    number, line = numbered
+    if not _is_number(line):
+        raise ValueError(f"line {number:,} is no whole number: {line[:80]!r}; if these are uris, give them by --uris")
+    return int(line)
+
+
+def _column(file: Path, name: str) -> Any:
+    table = pq.read_table(pa.BufferReader(read_regular(file)), columns=[name])
+    if name not in table.column_names:
+        raise ValueError(f"it has no column {name}")
+    return table[name]
+
+
+def _is_number(line: str) -> bool:
+    try:
+        int(line)
+    except ValueError:
+        return False
+    return True

@@ -1,34 +1,48 @@
-"""One shard: its files read as one, the newest row of each key first.
+"""Shards: the reader and the writer of the rows of one, and its rows as Arrow.
 
 Letters of shapes: N rows of all files, M live rows, K rows of a block or a file, D feature width.
+
+Letters of shapes: K rows of a block, D feature width.
+
+Letters of shapes: N rows of a batch, D feature width.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+import hashlib
+import uuid
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 
-from featurestore.errors import CorruptFileError
-from featurestore.format.buffers import FileMemory
+from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.format.codec import Codec
 from featurestore.format.datafile import (
     DELETED,
     FEATURE,
     KEY,
+    METADATA_COLUMNS,
     URI,
     DataFile,
+    Digest,
+    FileMemory,
+    damaged_message,
+    encoder,
     matrix_of,
     numpy_column,
     open_entry,
     read_verified,
+    row_group_rows,
+    schema_of,
     text_column,
 )
 from featurestore.format.rows import check_collisions
 from featurestore.format.statistics import Moments
-from featurestore.keys import Int64Array, splitmix64
-from featurestore.spec import FileEntry, StoreInfo
+from featurestore.keys import Int64Array, shard_of_hash, splitmix64
+from featurestore.spec import FileEntry, FileKind, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import cached_property
 
@@ -266,3 +280,144 @@ def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> npt.
         here_K = group_K == group
         features_KD[here_K] = matrix_of(file.read([FEATURE], [int(group)]), info)[rows_K[here_K] - starts[group]]
     return features_KD
+
+
+_STATISTICS_SHARE = 4  # statistics are kept where the features take at least this many times their bytes
+_CHUNK_BYTES = 8 << 20
+
+
+def write_shard_file(
+    storage: Storage, info: StoreInfo, shard: int, blocks: Iterable[pa.Table], kind: FileKind, based_on: int
+) -> FileEntry:
+    """Write rows of one shard as a new immutable file, with statistics in a second one.
+
+    There are no statistics where they would be larger than a quarter of the rows' features. Over all blocks the rows
+    are in the order of splitmix64, each key once.
+
+    Both are read back and compared before the entry is returned. Nothing is visible before a commit names the entry.
+    On a disk the memory of one block is needed, on an object store that of the file. Raises InvalidRowsError.
+    """
+    name = f"data/{shard:04d}/{uuid.uuid4().hex}"
+    rows = _WrittenRows(info, shard)
+    with storage.open_output(f"{name}.parquet") as output:
+        hashed = HashedOutput(output)
+        with encoder(hashed, info) as writer:
+            for block in blocks:
+                rows.add(block)
+                writer.write_table(block, row_group_rows(info))
+    sha256 = hashed.sha256.hexdigest()
+    check_digest(storage, f"{name}.parquet", hashed.size_bytes, "sha256", sha256)
+    statistics: dict[str, str] = {}
+    if rows.count * info.row_bytes >= _STATISTICS_SHARE * rows.moments.size_bytes:
+        path, data = f"{name}.stats.npy", rows.moments.to_bytes()
+        storage.write_bytes(path, data)
+        digest = hashlib.sha256(data).hexdigest()
+        check_digest(storage, path, len(data), "sha256", digest)
+        statistics = {"statistics_path": path, "statistics_sha256": digest}
+    return FileEntry(
+        path=f"{name}.parquet",
+        bytes=hashed.size_bytes,
+        rows=rows.count,
+        num_deleted=rows.count - rows.moments.count,
+        sha256=sha256,
+        xxh3_128=hashed.xxh3_128.hexdigest(),
+        kind=kind,
+        info_digest=info.digest,
+        based_on=based_on,
+        **statistics,
+    )
+
+
+def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: Digest, expected: str) -> None:
+    """Read a file in pieces, and raise CorruptFileError where it is not what was written, or is missing."""
+    digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+    try:
+        if size_bytes <= _CHUNK_BYTES:  # one request
+            digest.update(storage.read_bytes(path))
+        else:
+            with storage.open_input(path) as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+    except FileNotFoundError as error:
+        raise CorruptFileError(f"{storage.full(path)} is missing") from error
+    if digest.hexdigest() != expected:
+        raise CorruptFileError(damaged_message(storage.full(path), algorithm))
+
+
+class _WrittenRows:
+    """Counts and moments of the rows written so far; refuses rows that are out of place."""
+
+    def __init__(self, info: StoreInfo, shard: int) -> None:
+        self.info, self.shard = info, shard
+        self.count = 0
+        self.moments = Moments.empty(info.dim)  # of the live rows
+        self._last_hash: int = -1
+
+    def add(self, block: pa.Table) -> None:
+        keys_K, deleted_K = numpy_column(block, KEY), numpy_column(block, DELETED)
+        hash_K = splitmix64(keys_K)
+        strays = keys_K[shard_of_hash(hash_K, self.info.num_shards) != self.shard]
+        if len(strays):
+            raise InvalidRowsError(f"key {strays[0]} and {len(strays) - 1} more do not belong to shard {self.shard}")
+        assert len(block) == 0 or int(hash_K[0]) > self._last_hash, "blocks out of order"
+        assert bool((hash_K[1:] > hash_K[:-1]).all()), "rows out of order"
+        features_KD = matrix_of(block, self.info)
+        live = features_KD[~deleted_K] if deleted_K.any() else features_KD
+        self.moments = self.moments.merged(Moments.of(live, self.info.dtype))
+        self.count += len(block)
+        self._last_hash = int(hash_K[-1]) if len(block) else self._last_hash
+
+
+class HashedOutput:
+    """A file to write, and the digests of what went into it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256, self.xxh3_128 = hashlib.sha256(), xxhash.xxh3_128()
+        self.size_bytes = 0
+        self.closed = False  # by the writer, which closes the file itself does not
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.xxh3_128.update(data)
+        self.size_bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+LIVE_COLUMNS = [*METADATA_COLUMNS, FEATURE]
+
+
+def live_schema(info: StoreInfo, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Schema:
+    """Return the columns of `live_batches`: LIVE_COLUMNS by default. Raises ValueError for a column of another name."""
+    names = LIVE_COLUMNS if columns is None else list(columns)
+    unknown = [name for name in names if name not in LIVE_COLUMNS]
+    if unknown or not names or len(set(names)) != len(names):
+        raise ValueError(f"columns={names}: choose from {', '.join(LIVE_COLUMNS)}, each once, one at least")
+    fields = {field.name: field for field in schema_of(info)}
+    if decode:
+        fields[FEATURE] = pa.field(FEATURE, pa.list_(pa.float32(), info.dim), nullable=False)
+    return pa.schema([fields[name] for name in names])
+
+
+def live_batches(
+    reader: ShardReader, codec: Codec, columns: Sequence[str] | None = None, decode: bool = True
+) -> Iterator[pa.RecordBatch]:
+    """Read columns of the live rows of a shard, a few megabytes at a time, file by file, the oldest first.
+
+    `decode` makes the features fixed-size lists of float32; else they are bytes as stored. Only the columns asked for
+    are read, and of more than one file key and tombstones. Raises ValueError, CorruptFileError.
+    """
+    schema = live_schema(reader.info, columns, decode)
+    for table in reader.live_tables(schema.names):
+        arrays: list[Any] = table.columns
+        if decode and FEATURE in schema.names:
+            values_ND = codec.decode(matrix_of(table, reader.info))
+            feature = pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(values_ND)), reader.info.dim)
+            arrays[schema.names.index(FEATURE)] = feature
+        yield from pa.Table.from_arrays(arrays, schema=schema).to_batches()

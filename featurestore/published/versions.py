@@ -1,0 +1,242 @@
+"""Published versions: numbered files, of which the first writer wins, and the parts they name."""
+
+import contextlib
+import itertools
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Annotated, NoReturn, TypeVar
+
+from pydantic import Field
+
+from featurestore.errors import CommitConflictError, StorageError
+from featurestore.log import manifest_path, versions, writer_name
+from featurestore.spec import Frozen, OptionalId, Sealed, StorePath, Version, read_sealed, seal
+from featurestore.storage.local import StorageEntry
+from featurestore.storage.remote import Names
+from featurestore.storage.storage import Entries, Storage
+
+VERSIONS, FILES = "versions", "files"
+
+
+class PublishedFile(Frozen):
+    """A file of a version: where it lies, relative to the address."""
+
+    path: StorePath
+    size_bytes: Annotated[int, Field(ge=0)]
+
+
+class PublishedVersion(Sealed):
+    """The files of a version, by name."""
+
+    version: Version
+    publication: OptionalId
+    """Random, so that no other's is the same."""
+    writer: str
+    time_s: float
+    """For people; order comes from the version alone."""
+    files: dict[StorePath, PublishedFile]
+
+
+class PublishedFiles(Storage):
+    """The files of one version, read like those of a folder; nothing is written here. Pickles with the version."""
+
+    def __init__(self, url: str, published: PublishedVersion) -> None:
+        super().__init__(url)
+        self.published = published
+        self._plain = Storage(url)
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str, PublishedVersion]]:  # type: ignore[override]
+        return PublishedFiles, (self.url, self.published)
+
+    def full(self, path: str) -> str:
+        """Return the address at which the file of this name lies."""
+        file = self.published.files.get(path)
+        return self._plain.full(file.path if file else path)
+
+    def list(self, path: str = "") -> Names:
+        """List names of files and folders directly below `path`, sorted."""
+        start = f"{path}/" if path else ""
+        return sorted({name[len(start) :].split("/")[0] for name in self.published.files if name.startswith(start)})
+
+    def entries(self, path: str = "", recursive: bool = True) -> Entries:
+        """List the files below `path`, by name, with sizes, times and tags of the places where they lie."""
+        start = f"{path}/" if path else ""
+        named = {
+            name: file.path
+            for name, file in self.published.files.items()
+            if name.startswith(start) and (recursive or "/" not in name[len(start) :])
+        }
+        folders = {place.rpartition("/")[0] for place in named.values()}
+        found = {each.path: each for folder in folders for each in self._plain.entries(folder, recursive=False)}
+        return sorted(found[place]._replace(path=name) for name, place in named.items() if place in found)
+
+    def entry(self, path: str) -> StorageEntry:
+        return self._plain.entry(self._place(path))._replace(path=path)
+
+    def size(self, path: str) -> int:
+        self._place(path)
+        return self.published.files[path].size_bytes
+
+    def read_bytes(self, path: str) -> bytes:
+        return self._plain.read_bytes(self._place(path))
+
+    def read_into(self, path: str, out: memoryview) -> int:
+        return self._plain.read_into(self._place(path), out)
+
+    def open_input(self, path: str) -> IO[bytes]:
+        return self._plain.open_input(self._place(path))
+
+    def create_exclusive(self, path: str, data: bytes) -> NoReturn:
+        raise self._refusal(path)
+
+    def write_bytes(self, path: str, data: bytes | bytearray) -> NoReturn:
+        raise self._refusal(path)
+
+    def open_output(self, path: str) -> NoReturn:
+        raise self._refusal(path)
+
+    def delete(self, path: str) -> NoReturn:
+        raise self._refusal(path)
+
+    def delete_files(self, paths: Iterable[str]) -> NoReturn:
+        raise self._refusal("")
+
+    def _refusal(self, path: str) -> StorageError:
+        return StorageError(f"{self.full(path)}: version {self.published.version} is published and never changes")
+
+    def _place(self, path: str) -> str:
+        try:
+            return self.published.files[path].path
+        except KeyError:
+            raise FileNotFoundError(f"{self.url}, version {self.published.version}, has no file {path}") from None
+
+
+def open_published(url: str | os.PathLike[str]) -> Storage:
+    """Open the files of the newest version at an address, or of the plain folder that it is where there is none.
+
+    Several ranks open it on one of them and send the others what it returns, so that all have one version. Raises
+    CorruptFileError, StorageError.
+    """
+    storage = Storage(url)
+    if storage.is_local and not Path(storage.url).is_dir():
+        return storage  # a file, or nothing: who reads it says so
+    known = versions(storage, VERSIONS)
+    return PublishedFiles(storage.url, read_version(storage, known[-1])) if known else storage
+
+
+def read_version(storage: Storage, version: int) -> PublishedVersion:
+    """Read what a version has. Raises FileNotFoundError, CorruptFileError."""
+    return read_sealed(storage, manifest_path(version, VERSIONS), PublishedVersion)
+
+
+_MAX_ATTEMPTS = 300
+_OURS = re.compile(FILES + r"/[^/]*-[0-9a-f]{32}(\.[^/.]*)?")
+
+
+def upload(storage: Storage, file: Path, name: str) -> PublishedFile:
+    """Write a file of this machine to a place of its own, where nobody sees it until a version names it.
+
+    Holds its bytes in memory on the way to an object store."""
+    last = PurePosixPath(name)
+    place, data = f"{FILES}/{last.stem}-{uuid.uuid4().hex}{last.suffix}", file.read_bytes()
+    storage.write_bytes(place, data)
+    return PublishedFile(path=place, size_bytes=len(data))
+
+
+def publish(
+    storage: Storage, files: Mapping[str, PublishedFile], after: int | None = None, publication: str | None = None
+) -> PublishedVersion:
+    """Create the next version, of these files by name, all of which have to be there already.
+
+    `after`: the version that it was made from, 0 where there was none: where another one is the newest by then,
+    CommitConflictError is raised. None: it needs none, and becomes the newest. `publication`: by which the caller knows
+    it again where an answer is lost; by default one that is drawn. Killed at any moment, it is published
+    or not. Raises CommitConflictError also for a file that is gone, StorageError: then nobody knows whether it was
+    published.
+    """
+    _check_there(storage, files)
+    for _ in range(_MAX_ATTEMPTS):
+        newest = max(versions(storage, VERSIONS), default=0)
+        if after is not None and newest != after:
+            break
+        mine = PublishedVersion(
+            version=newest + 1,
+            publication=publication or uuid.uuid4().hex,
+            writer=writer_name(),
+            time_s=time.time(),
+            files=dict(sorted(files.items())),
+        )
+        data = seal(mine)
+        if storage.create_or_read(manifest_path(mine.version, VERSIONS), data) == data:
+            return mine
+    raise CommitConflictError(f"{storage.url} was published by another writer meanwhile; run it again")
+
+
+def expire(storage: Storage, keep_s: float) -> list[str]:
+    """Remove versions that were replaced longer than `keep_s` ago, and files that no version names and that are as old.
+
+    Those that a killed writer left are among these. The newest version stays, and whatever was at the address before
+    there were versions. Ages are by the storage's clock. Returns the paths that were removed, versions first.
+    """
+    since_s = storage.now() - keep_s
+    published = [each for each in storage.entries(VERSIONS, recursive=False) if each.path in _paths(storage)]
+    old = [each.path for each, after in itertools.pairwise(published) if after.mtime_s < since_s]
+    storage.delete_files(old)
+    named: set[str] = set()
+    for version in versions(storage, VERSIONS):
+        with contextlib.suppress(FileNotFoundError):  # another expiry is at work
+            named |= {file.path for file in read_version(storage, version).files.values()}
+    unnamed = [
+        each.path
+        for each in storage.entries(FILES, recursive=False)
+        if each.path not in named and each.mtime_s < since_s and _OURS.fullmatch(each.path)
+    ]
+    storage.delete_files(unnamed)
+    return [*old, *unnamed]
+
+
+def _paths(storage: Storage) -> set[str]:
+    return {manifest_path(version, VERSIONS) for version in versions(storage, VERSIONS)}
+
+
+def missing(storage: Storage, files: Iterable[PublishedFile]) -> list[str]:
+    """List the places of files that are not there, sorted. Raises StorageError."""
+    places = {file.path for file in files}
+    folders = {place.rpartition("/")[0] for place in places}
+    found = {each.path for folder in folders for each in storage.entries(folder, recursive=False)}
+    return sorted(places - found)
+
+
+def _check_there(storage: Storage, files: Mapping[str, PublishedFile]) -> None:
+    if gone := missing(storage, files.values()):
+        raise CommitConflictError(f"{storage.full(gone[0])} was removed before it was published; run it again")
+
+
+SealedT = TypeVar("SealedT", bound=Sealed)
+
+
+def append_numbered(
+    storage: Storage, folder: str, model_of: Callable[[int], SealedT], after: int | None = None
+) -> SealedT:
+    """Create the next file of a folder; where another writer was first, the one after it.
+
+    `model_of` makes what the file of a number holds, which must be like no other's. `after`: the number that was the
+    highest when the caller looked, 0 for none; where it is another by now, nothing is written. Raises
+    CommitConflictError then, and after hundreds of lost races; StorageError: then nobody knows whether it was created.
+    """
+    for _ in range(_MAX_ATTEMPTS):
+        highest = max(versions(storage, folder), default=0)
+        if after is not None and highest != after:
+            raise CommitConflictError(
+                f"another writer was first: {storage.full(folder)} has number {highest} by now, and not {after}; look"
+                " again, and retry"
+            )
+        mine = model_of(highest + 1)
+        data = seal(mine)  # like no other's; read back, a NaN in it would be null
+        if storage.create_or_read(manifest_path(highest + 1, folder), data) == data:
+            return mine
+    raise CommitConflictError(f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: run it again")

@@ -1,0 +1,706 @@
+"""Stores made of another one: other float types, or fewer numbers a row.
+
+Letters of shapes: N rows, K of them queries, D feature width.
+
+Letters of shapes: N rows of a block, D feature width, K components.
+
+Source of the merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979. Blocks are merged in
+the order of shards and rows, so neither compaction nor the number of files changes a bit.
+
+What is done is noted in `staging/KIND` of the new store, so a command that was killed continues where it stopped.
+Letters of shapes: M live rows of a shard, K of them in a block, D feature width.
+
+Letters of shapes: N rows, D width of the full rows, K components.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy import linalg
+from threadpoolctl import threadpool_limits
+
+from featurestore import log
+from featurestore.commit import Commit
+from featurestore.errors import (
+    CommitConflictError,
+    CorruptFileError,
+    DimsError,
+    InvalidRowsError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
+from featurestore.format.codec import Basis, BasisOrigin, Codec, Float64Array, basis_of, write_basis, write_codec
+from featurestore.format.datafile import URI, live_table, matrix_of
+from featurestore.format.shard import ShardReader, write_shard_file
+from featurestore.index import nearest, train_ranges
+from featurestore.keys import Int64Array
+from featurestore.snapshot import Snapshot
+from featurestore.spec import SAMPLE_ROWS, FileEntry, ModelT, OptionalId, Sealed, StoreInfo, read_sealed, seal
+from featurestore.staging import STAGING
+from featurestore.storage.safety import refuse_unsafe
+from featurestore.storage.storage import Storage
+from featurestore.storage.threads import Progress, in_threads
+from featurestore.store import FeatureStore
+from featurestore.text import DType
+from featurestore.upkeep.compaction import merged_blocks
+
+NUM_NEIGHBOURS = 10
+_MOST_QUERIES = 500
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Errors of `num_compared` rows; None where there were too few of them, or all were zero."""
+
+    num_compared: int
+    num_queries: int
+    relative_error_mean: float | None  # distance of a row from what was kept of it, by the row's length
+    relative_error_p99: float | None
+    cosine_mean: float | None
+    cosine_min: float | None
+    recall_at_10: float | None  # share of a row's exact nearest neighbours that are so among the kept rows too
+
+
+def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]) -> Accuracy:
+    """Compare rows before and after, in the same order; at most a tenth ask for their neighbours among the others.
+
+    Rows of zeros have no relative error and no angle. Cost: K x N x D multiplications, twice.
+    """
+    error_N, cosine_N = _errors(exact_ND, kept_ND)
+    num_queries = min(_MOST_QUERIES, len(exact_ND) // 10)
+    enough = bool(len(error_N))
+    return Accuracy(
+        num_compared=len(exact_ND),
+        num_queries=num_queries,
+        relative_error_mean=float(error_N.mean()) if enough else None,
+        relative_error_p99=float(np.percentile(error_N, 99)) if enough else None,
+        cosine_mean=float(cosine_N.mean()) if enough else None,
+        cosine_min=float(cosine_N.min()) if enough else None,
+        recall_at_10=_recall(exact_ND, kept_ND, num_queries) if len(exact_ND) > 2 * NUM_NEIGHBOURS else None,
+    )
+
+
+def _errors(
+    exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return relative error and cosine of each row that is not zero."""
+    difference_ND = exact_ND - kept_ND
+    pairs = (exact_ND, exact_ND), (kept_ND, kept_ND), (exact_ND, kept_ND), (difference_ND, difference_ND)
+    length_N, kept_length_N, dot_N, distance_N = (np.einsum("nd,nd->n", *pair, dtype=np.float64) for pair in pairs)
+    nonzero_N = length_N > 0
+    error_N = np.sqrt(distance_N[nonzero_N] / length_N[nonzero_N])
+    both_N = np.sqrt(length_N[nonzero_N]) * np.sqrt(kept_length_N[nonzero_N])
+    return error_N, np.divide(dot_N[nonzero_N], both_N, out=np.zeros_like(both_N), where=both_N > 0)
+
+
+def _recall(exact_ND: npt.NDArray[Any], kept_ND: npt.NDArray[Any], num_queries: int) -> float:
+    """Return the share of neighbours that are kept. Queries are the first rows: no row is its own neighbour."""
+    wanted_KN, found_KN = (
+        nearest(rows[num_queries:], rows[:num_queries], NUM_NEIGHBOURS) for rows in (exact_ND, kept_ND)
+    )
+    hits = [len(np.intersect1d(wanted, found)) for wanted, found in zip(wanted_KN, found_KN, strict=True)]
+    return float(np.mean(hits)) / NUM_NEIGHBOURS
+
+
+_PANEL = 512  # columns of a product; its numbers are summed in the same order wherever they are computed
+
+
+def principal_components(
+    snapshot: Snapshot, dims: int, *, threads: int | None = None, progress: Progress | None = None
+) -> Basis:
+    """Find the `dims` principal components of all live rows of `snapshot`.
+
+    Reads every row once, a few megabytes at a time, and holds one float64 (D, D) and the K x D result: .5 GB at
+    D = 8,192. Cost: N x D x D multiplications, and about 2 D^3 at the end. Raises InvalidRowsError where the rows vary
+    in fewer directions, or hold a number that is not finite.
+    """
+    info = snapshot.info
+    if not 1 <= dims <= info.dim:
+        raise DimsError(f"dims={dims}: {snapshot.storage.url} has rows of {info.dim} numbers; choose 1 to {info.dim}")
+    num_rows = snapshot.num_rows
+    if dims >= num_rows:
+        raise InvalidRowsError(
+            f"dims={dims}: snapshot {snapshot.version} of {snapshot.storage.url} has {num_rows} rows, which vary in"
+            f" {max(0, num_rows - 1)} directions at most: choose fewer dims, or add rows"
+        )
+    shards = sorted(snapshot.manifest.shards)
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        moments = CoMoments(info.dim, pool)
+        for number, shard in enumerate(shards, start=1):
+            reader = snapshot.shard_reader(shard)
+            for block in merged_blocks(reader):
+                values_ND = snapshot.codec.decode(matrix_of(block, info))
+                _check_finite(values_ND, block, snapshot.storage.url)
+                moments.add(values_ND)
+            if progress is not None:
+                progress(number, len(shards))
+        total_variance = moments.total_variance()
+        spectrum_K, components_KD = moments.components(dims)
+    rank = int(np.count_nonzero(spectrum_K > info.dim * np.finfo(np.float64).eps * spectrum_K[0]))
+    if not rank:
+        raise InvalidRowsError(f"all rows of {snapshot.storage.url} are equal: there is nothing to reduce")
+    if rank < dims:
+        raise InvalidRowsError(
+            f"dims={dims}: the rows of {snapshot.storage.url} vary in {rank} directions alone; choose up to {rank}"
+        )
+    origin = BasisOrigin(
+        store_id=info.store_id,
+        version=snapshot.version,
+        commit_id=snapshot.manifest.commit_id,
+        extractor=info.extractor,
+        num_rows=moments.count,
+        total_variance=total_variance,
+    )
+    return Basis(moments.mean_D, components_KD, spectrum_K, origin)
+
+
+class CoMoments:
+    """Count, mean and co-moments (sums of products of distances from the mean) of rows that are added block by block.
+
+    Its products run in `pool`; the caller holds BLAS to one thread each, so that sums have one order.
+    """
+
+    def __init__(self, dim: int, pool: ThreadPoolExecutor) -> None:
+        self.count = 0
+        self.mean_D: Float64Array = np.zeros(dim)
+        self._comoment_DD: Float64Array = np.zeros((dim, dim))  # panels on and above the diagonal alone
+        edges = [*range(0, dim, _PANEL), dim]
+        columns = [slice(first, end) for first, end in itertools.pairwise(edges)]
+        self._panels = list(itertools.combinations_with_replacement(columns, 2))
+        self._pool = pool
+
+    def add(self, values_ND: npt.NDArray[np.floating]) -> None:
+        """Merge a block of rows."""
+        if not len(values_ND):
+            return
+        rows = np.empty((len(values_ND) + 1, len(self.mean_D)))
+        mean_D = values_ND.mean(axis=0, dtype=np.float64)
+        np.subtract(values_ND, mean_D, out=rows[:-1])
+        count = self.count + len(values_ND)
+        delta_D = mean_D - self.mean_D
+        # What the distance of the two means adds is one more row of the product.
+        rows[-1] = delta_D * np.sqrt(self.count * (len(values_ND) / count))
+
+        def multiply(panel: tuple[slice, slice]) -> None:
+            self._comoment_DD[panel] += rows[:, panel[0]].T @ rows[:, panel[1]]
+
+        list(self._pool.map(multiply, self._panels))
+        self.mean_D = self.mean_D + delta_D * (len(values_ND) / count)
+        self.count = count
+
+    def total_variance(self) -> float:
+        """Return the sum of all variances (of the population)."""
+        return float(np.trace(self._comoment_DD)) / max(1, self.count)
+
+    def components(self, dims: int) -> tuple[Float64Array, Float64Array]:
+        """Return the largest variances, (K,), and their directions, (K, D), as `Basis` has them.
+
+        It uses up the co-moments: nothing can be added after it.
+        """
+        dim = len(self.mean_D)
+        # Transposed, the memory is in LAPACK's order and what is above the diagonal is below it: nothing is copied.
+        values_K, vectors_DK = linalg.eigh(
+            self._comoment_DD.T,
+            lower=True,
+            subset_by_index=(dim - dims, dim - 1),
+            driver="evr",
+            overwrite_a=True,
+            check_finite=False,
+        )
+        spectrum_K = np.maximum(values_K[::-1], 0) / max(1, self.count)
+        components_KD = np.ascontiguousarray(vectors_DK.T[::-1])
+        largest_K = np.abs(components_KD).argmax(axis=1)
+        components_KD *= np.sign(components_KD[np.arange(dims), largest_K])[:, None]
+        return spectrum_K, components_KD
+
+
+def _check_finite(values_ND: npt.NDArray[np.float32], block: pa.Table, url: str) -> None:
+    finite_N = np.isfinite(values_ND).all(axis=1)
+    if not finite_N.all():
+        first = block[URI][int(np.flatnonzero(~finite_N)[0])]
+        raise InvalidRowsError(
+            f"{first} in {url} has numbers that are not finite: no store should hold such a row; delete its key, or"
+            " extract it again"
+        )
+
+
+TRAINING_SEED, COMPARED_SEED = 0, 1
+COMPARED_ROWS = 5_000
+_THREADS = 4
+_SAMPLED_SHARDS = 64
+
+Float32Array = npt.NDArray[np.float32]
+Transform = Callable[[Float32Array], Float32Array]  # (N, D) as the source means them to (N, K) for the new store
+
+
+class RemakePlan(Sealed):
+    """What is made of what; written before the new store, whose codec and basis are there by then."""
+
+    source: str
+    source_version: int
+    source_commit_id: OptionalId
+    sampled_rows: int
+    info: StoreInfo
+
+
+class _DoneShard(Sealed):
+    """A shard whose file is written; without an entry where it has no live rows."""
+
+    entry: FileEntry | None
+    num_clipped: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """The new store's first snapshot, and how many numbers its codec had to clip."""
+
+    snapshot: Snapshot
+    num_clipped: int
+
+
+@dataclass(frozen=True)
+class Remake:
+    """One new store at `storage`, made of `source`."""
+
+    kind: Literal["recode", "reduce"]
+    source: FeatureStore
+    storage: Storage
+
+    def check_free(self) -> bool:
+        """Return whether a store can be made here; False where one is there already.
+
+        Before anything is written: the new store itself comes after codec, basis and plan. Raises StoreExistsError
+        where the place is that of the source itself, or inside it, UnsafeBackendError."""
+        if self.storage.url == self.source.url:
+            raise StoreExistsError(f"{self.storage.url} is the source itself: name another place for the new store")
+        if self.storage.url.startswith(f"{self.source.url.rstrip('/')}/"):  # what cleans the source up would find it
+            raise StoreExistsError(f"{self.storage.url} is inside the source: name another place for the new store")
+        with contextlib.suppress(StoreNotFoundError):
+            FeatureStore.open(self.storage.url)
+            return False
+        refuse_unsafe(self.storage)
+        return True
+
+    def plan(self) -> RemakePlan | None:
+        """Read what an earlier call planned and did not end."""
+        return read_or_none(self.storage, self._plan_path, RemakePlan)
+
+    def make_plan(self, snapshot: Snapshot, info: StoreInfo, transform: Transform, sample_rows: int) -> RemakePlan:
+        """Train the codec of `info`, whose own does not count, and keep what is to be done.
+
+        Of several who start at once all follow the first. Raises InvalidRowsError where there is nothing to train on.
+        """
+        codec, sampled = Codec(info.dtype), 0
+        if codec.has_codes:
+            _, sample_ND = sample(snapshot, sample_rows, TRAINING_SEED)
+            sampled = len(sample_ND)
+            if not sampled:
+                raise InvalidRowsError(
+                    f"snapshot {snapshot.version} of {self.source.url} has no rows: nothing to take ranges from"
+                )
+            codec = Codec(info.dtype, train_ranges(transform(sample_ND)))
+        kind = info.model_dump() | {"codec": write_codec(self.storage, codec), "store_id": ""}
+        plan = RemakePlan(
+            source=self.source.url,
+            source_version=snapshot.version,
+            source_commit_id=snapshot.manifest.commit_id,
+            sampled_rows=sampled,
+            info=StoreInfo.model_validate(kind),
+        )
+        self.storage.create_exclusive(self._plan_path, seal(plan))
+        first = self.plan()
+        assert first is not None, "the plan was made just now"
+        return first
+
+    def planned_snapshot(self, plan: RemakePlan, wanted: dict[str, object], version: int | None) -> Snapshot:
+        """Open the snapshot of the plan.
+
+        Raises StoreExistsError where the plan has other fields than `wanted`, or is of another snapshot."""
+        asked = wanted, plan.source_version if version is None else version
+        found = {name: getattr(plan.info, name) for name in wanted}
+        snapshot = self.source.snapshot(plan.source_version)
+        if asked != (found, plan.source_version) or snapshot.manifest.commit_id != plan.source_commit_id:
+            raise StoreExistsError(
+                f"{self.storage.url} is becoming a store of snapshot {plan.source_version} of {plan.source} as"
+                f" {described(plan.info)}: continue with that, name another place, or remove it"
+            )
+        return snapshot
+
+    def make(
+        self, plan: RemakePlan, snapshot: Snapshot, transform: Transform, threads: int, progress: Progress | None
+    ) -> Made:
+        """Make all shards that are not done yet, and publish them by one commit.
+
+        A commit that was made before a kill, or by a twin, is found. Raises CommitConflictError, InvalidRowsError,
+        CorruptFileError."""
+        target = FeatureStore.open_or_create(self.storage.url, plan.info)
+        shards = sorted(snapshot.manifest.shards)
+        done = {shard: found for shard in shards if (found := self._done_shard(shard)) is not None}
+        work = [shard for shard in shards if shard not in done]
+
+        def make_shard(shard: int) -> _DoneShard:
+            return self._make_shard(snapshot, target, transform, shard)
+
+        for shard, made in zip(work, in_threads(make_shard, work, threads), strict=True):
+            done[shard] = made
+            if progress is not None:
+                progress(len(done), len(shards))
+        target.add_quarantine(self.source.quarantine_rows())
+        return Made(self._publish(target, plan, done), sum(shard.num_clipped for shard in done.values()))
+
+    def end(self, report_path: str, report: Sealed) -> None:
+        """Keep the report, and remove the notes of what was done."""
+        self.storage.write_bytes(report_path, seal(report))
+        FeatureStore.open(self.storage.url).discard_staging(self.kind)
+
+    def _make_shard(self, snapshot: Snapshot, target: FeatureStore, transform: Transform, shard: int) -> _DoneShard:
+        reader = snapshot.shard_reader(shard)
+        entry, num_clipped = None, list[int]()
+        if reader.num_rows:
+            blocks = _encoded_blocks(reader, snapshot.codec, target, transform, num_clipped)
+            entry = write_shard_file(target.storage, target.info, shard, blocks, "base", 0)
+        done = _DoneShard(entry=entry, num_clipped=sum(num_clipped))
+        target.storage.write_bytes(self._done_path(shard), seal(done))
+        return done
+
+    def _done_shard(self, shard: int) -> _DoneShard | None:
+        done = read_or_none(self.storage, self._done_path(shard), _DoneShard)
+        if done is not None and done.entry is not None:
+            with contextlib.suppress(FileNotFoundError):
+                return done if self.storage.size(done.entry.path) == done.entry.bytes else None
+            return None
+        return done
+
+    def _publish(self, target: FeatureStore, plan: RemakePlan, done: dict[int, _DoneShard]) -> Snapshot:
+        operation = f"{self.kind} of snapshot {plan.source_version} ({plan.source_commit_id})"
+        entries = {shard: [each.entry] for shard, each in done.items() if each.entry is not None}
+        storage, info = target.storage, target.info
+        try:
+            return Commit(storage=storage, info=info, operation=operation, entries=entries, only_after=0).publish()
+        except CommitConflictError as error:
+            first = log.find(storage, 1)
+            if first is None or first.operation != operation:
+                message = f"{target.url} got other rows before its {self.kind} was done: remove it, and start anew"
+                raise CommitConflictError(message) from error
+            return Snapshot(storage, info, first)
+
+    @property
+    def _plan_path(self) -> str:
+        return f"{STAGING}/{self.kind}/plan.json"
+
+    def _done_path(self, shard: int) -> str:
+        return f"{STAGING}/{self.kind}/shard-{shard:04d}.json"
+
+
+def _encoded_blocks(
+    reader: ShardReader, codec: Codec, target: FeatureStore, transform: Transform, num_clipped: list[int]
+) -> Iterator[pa.Table]:
+    """Encode the live rows of a shard as the new store keeps them.
+
+    The clipped numbers of each block go to `num_clipped`."""
+    for block in merged_blocks(reader):
+        values_KD = transform(codec.decode(matrix_of(block, reader.info)))
+        bits_KD, storable_K = target.codec.encode_storable(values_KD)
+        if not storable_K.all():
+            uri = block[URI][int(np.flatnonzero(~storable_K)[0])]
+            raise InvalidRowsError(
+                f"{uri} and others have numbers that {target.info.dtype} cannot hold: choose bfloat16, float32 or int8"
+            )
+        num_clipped.append(target.codec.num_clipped(values_KD))
+        yield live_table(block, bits_KD, target.info)
+
+
+def default_threads() -> int:
+    """Count the threads of a remake where none are asked for."""
+    return min(_THREADS, len(os.sched_getaffinity(0)))
+
+
+def described(info: StoreInfo) -> str:
+    """Say what a store keeps, for messages, e.g. 'int8, 256 of 4,096 numbers'."""
+    return f"{info.dtype}, {info.width_text} numbers" if info.reduction else info.dtype
+
+
+def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, Float32Array]:
+    """Draw keys (N,) and decoded features (N, D) of random live rows, at most `num_rows`.
+
+    From each of up to 64 random shards rows that are neighbours there, so that few row groups are read: keys are
+    hashed, so neighbours have nothing in common.
+    """
+    draw = np.random.default_rng(seed)
+    shards = draw.permutation(sorted(snapshot.manifest.shards))[:_SAMPLED_SHARDS]
+    if not len(shards):
+        return np.empty(0, np.int64), np.empty((0, snapshot.info.dim), np.float32)
+    starts, most = draw.random(len(shards)), -(-num_rows // len(shards))
+
+    def some(place: tuple[int, float]) -> tuple[Int64Array, Float32Array]:
+        shard, start = place
+        reader = snapshot.shard_reader(shard)
+        keys_M = reader.keys()
+        place_K = (int(start * len(keys_M)) + np.arange(min(most, len(keys_M)))) % max(1, len(keys_M))
+        return keys_M[place_K], snapshot.codec.decode(reader.features(keys_M[place_K])[0])
+
+    places = list(zip(shards.tolist(), starts.tolist(), strict=True))
+    keys, features = zip(*in_threads(some, places, _THREADS), strict=True)
+    return np.concatenate(keys)[:num_rows], np.concatenate(features)[:num_rows]
+
+
+def read_or_none(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT | None:
+    """Read a sealed file; None where it is not there."""
+    try:
+        return read_sealed(storage, path, model_class)
+    except FileNotFoundError:
+        return None
+
+
+RECODE_REPORT = "reports/recode.json"
+
+
+class RecodeReport(Sealed):
+    """Results of a recode, and what it cost in accuracy; `reports/recode.json` of the new store."""
+
+    source: str
+    source_version: int
+    source_commit_id: OptionalId
+    source_dtype: DType
+    dtype: DType
+    num_rows: int
+    source_bytes: int
+    bytes: int
+    sampled_rows: int  # the ranges come from these; 0 where the dtype has none
+    clipped_share: float  # of all numbers: further than half a step outside of the ranges
+    num_compared: int
+    num_queries: int
+    relative_error_mean: float | None
+    relative_error_p99: float | None
+    cosine_mean: float | None
+    cosine_min: float | None
+    recall_at_10: float | None
+
+
+def recode(
+    source: FeatureStore,
+    target_url: str | os.PathLike[str],
+    dtype: DType,
+    *,
+    version: int | None = None,
+    sample_rows: int = SAMPLE_ROWS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> RecodeReport:
+    """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure what it keeps.
+
+    That of a compact store has its basis. The same call again continues after a kill, with the same snapshot, and gives
+    the report where all is done. Needs the memory of a few blocks for each thread, and of `sample_rows` in float32.
+    Raises StoreExistsError where something else is at the place, InvalidRowsError where there are no rows to take
+    ranges from or `dtype` cannot hold one, CorruptFileError before anything of a damaged file is used.
+    """
+    remake = Remake("recode", source, Storage(target_url, keep_inside=True))
+    plan = remake.plan()
+    if plan is None:
+        if not remake.check_free():
+            return _finished_recode(remake, dtype, version)
+        plan = _plan_recode(remake, dtype, version, sample_rows)
+    snapshot = remake.planned_snapshot(plan, {"dtype": dtype}, version)
+    made = remake.make(plan, snapshot, _unchanged, threads or default_threads(), progress)
+    report = _report_recode(plan, snapshot, made)
+    remake.end(RECODE_REPORT, report)
+    return report
+
+
+def read_recode_report(storage: Storage) -> RecodeReport | None:
+    """Read the report of the recode that made the store at this place, if one did. Raises CorruptFileError."""
+    return read_or_none(storage, RECODE_REPORT, RecodeReport)
+
+
+def _unchanged(values_ND: Float32Array) -> Float32Array:
+    return values_ND
+
+
+def _finished_recode(remake: Remake, dtype: DType, version: int | None) -> RecodeReport:
+    """Return the report of the store that is there, if this recode made it. Raises StoreExistsError."""
+    report, wanted = read_recode_report(remake.storage), remake.source.snapshot(version)
+    if report is None or report.dtype != dtype or report.source_commit_id != wanted.manifest.commit_id:
+        made = f", made of snapshot {report.source_version} of {report.source} as {report.dtype}" if report else ""
+        raise StoreExistsError(f"{remake.storage.url} is a store already{made}: name another place, or remove it")
+    return report
+
+
+def _plan_recode(remake: Remake, dtype: DType, version: int | None, sample_rows: int) -> RemakePlan:
+    source, changes = remake.source, dict[str, object](dtype=dtype, codec=None)
+    if (basis := basis_of(source.info, source.storage)) is not None:
+        changes["reduction"] = write_basis(remake.storage, basis)
+    return remake.make_plan(source.snapshot(version), source.info.model_copy(update=changes), _unchanged, sample_rows)
+
+
+def _report_recode(plan: RemakePlan, snapshot: Snapshot, made: Made) -> RecodeReport:
+    """Compare rows that are read back from the new store."""
+    keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
+    new = made.snapshot
+    accuracy = measure_accuracy(exact_ND, new.codec.decode(new.get(keys_N)))
+    num_rows = new.manifest.file_rows
+    return RecodeReport(
+        source=plan.source,
+        source_version=plan.source_version,
+        source_commit_id=plan.source_commit_id,
+        source_dtype=snapshot.info.dtype,
+        dtype=new.info.dtype,
+        num_rows=num_rows,
+        source_bytes=snapshot.manifest.file_bytes,
+        bytes=new.manifest.file_bytes,
+        sampled_rows=plan.sampled_rows,
+        clipped_share=made.num_clipped / max(1, num_rows * new.info.dim),
+        **asdict(accuracy),
+    )
+
+
+REDUCE_REPORT = "reports/reduce.json"
+
+
+class ReduceReport(Sealed):
+    """Results of a reduction, and what it kept; `reports/reduce.json` of the new store.
+
+    Errors, angles and neighbours are of the full rows that the stored ones describe, their rounding included.
+    """
+
+    source: str
+    source_version: int
+    source_commit_id: OptionalId
+    source_dtype: DType
+    dtype: DType
+    source_dim: int
+    dim: int
+    basis_sha256: str
+    num_rows: int
+    source_bytes: int
+    bytes: int
+    row_bytes_share: float  # of a feature here, by one of the source
+    variance_kept: float  # share of the variance of all rows
+    sampled_rows: int  # the ranges of int8 come from these
+    clipped_share: float
+    num_compared: int
+    num_queries: int
+    relative_error_mean: float | None
+    relative_error_p99: float | None
+    cosine_mean: float | None
+    cosine_min: float | None
+    recall_at_10: float | None
+
+
+def reduce(
+    source: FeatureStore,
+    target_url: str | os.PathLike[str],
+    dims: int,
+    dtype: DType | None = None,
+    *,
+    version: int | None = None,
+    sample_rows: int = SAMPLE_ROWS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    find: Callable[[Snapshot, int], Basis] | None = None,
+) -> ReduceReport:
+    """Make a compact store at `target_url`: a snapshot's live rows along their `dims` principal components.
+
+    The coordinates are in `dtype` (None: as the source, bfloat16 for int8). Reads all rows twice, for the components
+    and for the rows; `progress` counts the shards of both times. `find` gives the components where they are known
+    already. After a kill the same call again continues with the rows, while components that were not found yet are
+    begun anew; it gives the report where all is done. `principal_components` says what memory and time it needs, and
+    when it raises InvalidRowsError; StoreExistsError where something else is at the place; CorruptFileError.
+    """
+    remake = Remake("reduce", source, Storage(target_url, keep_inside=True))
+    dtype = dtype or ("bfloat16" if source.info.dtype == "int8" else source.info.dtype)
+    if source.info.reduction is not None:
+        raise InvalidRowsError(
+            f"{source.url} is compact already, {described(source.info)}: reduce the store that it was made of"
+        )
+    plan = remake.plan()
+    if plan is None:
+        if not remake.check_free():
+            return _finished_reduce(remake, dims, dtype, version)
+        snapshot = source.snapshot(version)
+        read = partial(principal_components, threads=threads, progress=_part(progress, 0))
+        plan = _plan_reduce(remake, snapshot, (find or read)(snapshot, dims), dtype, sample_rows)
+    snapshot = remake.planned_snapshot(plan, {"dim": dims, "dtype": dtype}, version)
+    basis = _planned_basis(remake, plan)
+    made = remake.make(plan, snapshot, basis.project, threads or default_threads(), _part(progress, 1))
+    report = _report_reduce(plan, snapshot, made, basis)
+    remake.end(REDUCE_REPORT, report)
+    return report
+
+
+def _part(progress: Progress | None, reading: int) -> Progress | None:
+    """Return what counts shards of the first reading of two (0), or of the second (1)."""
+    return None if progress is None else lambda done, total: progress(reading * total + done, 2 * total)
+
+
+def read_reduce_report(storage: Storage) -> ReduceReport | None:
+    """Read the report of the reduction that made the store at this place, if one did. Raises CorruptFileError."""
+    return read_or_none(storage, REDUCE_REPORT, ReduceReport)
+
+
+def _finished_reduce(remake: Remake, dims: int, dtype: DType, version: int | None) -> ReduceReport:
+    """Return the report of the store that is there, if this reduction made it. Raises StoreExistsError."""
+    report, wanted = read_reduce_report(remake.storage), remake.source.snapshot(version)
+    asked = dims, dtype, wanted.manifest.commit_id
+    if report is None or (report.dim, report.dtype, report.source_commit_id) != asked:
+        info = FeatureStore.open(remake.storage.url).info
+        made = ""
+        if report is not None:
+            made = f", made of snapshot {report.source_version} of {report.source} as {described(info)}"
+        elif info.reduction is not None:
+            made = f" with another basis, {described(info)}"
+        raise StoreExistsError(f"{remake.storage.url} is a store already{made}: name another place, or remove it")
+    return report
+
+
+def _plan_reduce(remake: Remake, snapshot: Snapshot, basis: Basis, dtype: DType, sample_rows: int) -> RemakePlan:
+    changes = {
+        "dim": basis.dim,
+        "dtype": dtype,
+        "codec": None,
+        "reduction": write_basis(remake.storage, basis),
+    }
+    info = snapshot.info.model_copy(update=changes)
+    return remake.make_plan(snapshot, info, basis.project, sample_rows)
+
+
+def _planned_basis(remake: Remake, plan: RemakePlan) -> Basis:
+    basis = basis_of(plan.info, remake.storage)
+    if basis is None:
+        raise CorruptFileError(f"the plan of {remake.storage.url} names no basis: remove it, and start anew")
+    return basis
+
+
+def _report_reduce(plan: RemakePlan, snapshot: Snapshot, made: Made, basis: Basis) -> ReduceReport:
+    """Compare rows that are read back from the new store."""
+    keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
+    new = made.snapshot
+    kept_ND = basis.restored(new.codec.decode(new.get(keys_N)))
+    num_rows, info = new.manifest.file_rows, new.info
+    assert info.reduction is not None
+    return ReduceReport(
+        source=plan.source,
+        source_version=plan.source_version,
+        source_commit_id=plan.source_commit_id,
+        source_dtype=snapshot.info.dtype,
+        dtype=info.dtype,
+        source_dim=snapshot.info.dim,
+        dim=info.dim,
+        basis_sha256=info.reduction.sha256,
+        num_rows=num_rows,
+        source_bytes=snapshot.manifest.file_bytes,
+        bytes=new.manifest.file_bytes,
+        row_bytes_share=info.row_bytes / snapshot.info.row_bytes,
+        variance_kept=basis.variance_kept,
+        sampled_rows=plan.sampled_rows,
+        clipped_share=made.num_clipped / max(1, num_rows * info.dim),
+        **asdict(measure_accuracy(exact_ND, kept_ND.astype(np.float32))),
+    )

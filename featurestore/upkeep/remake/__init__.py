@@ -1,1 +1,0 @@
-"""Stores that are made of another one: in another dtype, or of fewer numbers."""
