@@ -2,7 +2,8 @@
 
 python -m benchmarks.tables --json data/bench/tables.json
 
-Letters of shapes as in trainer/samples/batch.py. Ids are drawn by Zipf's law; every variant trains on the same batches.
+Letters of shapes as in trainer/samples/batch.py. Ids are drawn by Zipf's law, and every variant trains on the same
+batches.
 A step is the preparation of its batch and the step itself, one after the other, so nothing is hidden behind anything.
 """
 

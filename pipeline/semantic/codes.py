@@ -3,8 +3,9 @@
 Letters of shapes: N rows, M images, L levels, C codes of each.
 """
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class AssignedCodes:
     """The codes of all images, and what was measured on the way."""
 
     index: CodeIndex
-    left_share: list[float] = field(default_factory=list)  # of the squared length, after each level
+    left_share: list[float] = dataclasses.field(default_factory=list)  # of the squared length, after each level
 
     def report(self) -> dict[str, Any]:
         """Measure usage and entropy of each level, prefixes, and how many images share their whole code."""

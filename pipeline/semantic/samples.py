@@ -3,8 +3,9 @@
 Letters of shapes: G groups, N values of a column.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class FileCounts:
 class RewrittenSamples:
     """The counts of rewritten samples, by the paths of their files, and the images without a code in each."""
 
-    files: dict[str, FileCounts] = field(default_factory=dict)
-    keys_without_code: dict[str, set[int]] = field(default_factory=dict)
+    files: dict[str, FileCounts] = dataclasses.field(default_factory=dict)
+    keys_without_code: dict[str, set[int]] = dataclasses.field(default_factory=dict)
     kept: int = 0
     """Files that are as they were."""
 

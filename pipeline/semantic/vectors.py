@@ -3,9 +3,10 @@
 Letters of shapes: N rows, D feature width.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -66,8 +67,8 @@ class FileVectors:
 
     address: str
     source: VectorSource
-    origin: dict[str, Any] = field(default_factory=dict)
-    unusable: dict[int, int] = field(default_factory=dict)  # rows left out, by part
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unusable: dict[int, int] = dataclasses.field(default_factory=dict)  # rows left out, by part
 
     @property
     def dim(self) -> int:

@@ -1,9 +1,10 @@
 """The fields of XDL's text samples and their kinds: seen in all lines, then decided once for all files."""
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -47,9 +48,9 @@ class SeenField:
     whole: int = 0  # lines of plain whole numbers
     other: int = 0  # lines of other plain numbers, or of what is none
     weighted: int = 0  # lines with another weight than 1
-    lengths: Counter[int] = field(default_factory=Counter)
-    distinct: DistinctCount = field(default_factory=DistinctCount)
-    _ids: list[int] = field(default_factory=list)
+    lengths: Counter[int] = dataclasses.field(default_factory=Counter)
+    distinct: DistinctCount = dataclasses.field(default_factory=DistinctCount)
+    _ids: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def num_lines(self) -> int:

@@ -3,8 +3,9 @@
 The columns are those of DESIGN's sample groups: user fields once, ad fields a list with one entry for each line.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -58,7 +59,7 @@ class XdlGroup:
 
     gkey: str
     user: dict[str, Any]
-    samples: list[XdlSample] = field(default_factory=list)
+    samples: list[XdlSample] = dataclasses.field(default_factory=list)
 
 
 def read_sample(line: XdlLine, rules: ReadRules) -> XdlSample:

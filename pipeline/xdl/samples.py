@@ -3,11 +3,12 @@
 A file is one task, so a group never spans two files: write the lines of a group one after the other.
 """
 
+import dataclasses
 import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,10 @@ class WrittenGroups:
     """The outcome for one file's lines, and for their groups in each split."""
 
     num_lines: int = 0
-    bad: list[dict[str, Any]] = field(default_factory=list)
-    groups: Counter[str] = field(default_factory=Counter)
-    samples: Counter[str] = field(default_factory=Counter)
-    clicks: Counter[str] = field(default_factory=Counter)
+    bad: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    groups: Counter[str] = dataclasses.field(default_factory=Counter)
+    samples: Counter[str] = dataclasses.field(default_factory=Counter)
+    clicks: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:

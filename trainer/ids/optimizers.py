@@ -137,7 +137,7 @@ class RowOptimizer:
 class Adam(RowOptimizer):
     """Adam with moments of each weight, which shrink in every step: as torch.optim.Adam on the whole table.
 
-    A row is moved by the steps that touch it; when it is read, it makes up for the others (trainer/ids/drift.py). Its
+    A row is moved by the steps that touch it; when it is read, it makes up for the others. Its
     weight in memory is that after step `last_step`, its last; what a lookup, a checkpoint or an export gets is newer.
     """
 

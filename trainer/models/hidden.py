@@ -4,8 +4,9 @@ What needs all rows of a step takes them of the global batch. What is drawn depe
 the rank. Letters here: M rows on this rank, W units of a layer.
 """
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,10 @@ _NORM, _DICE = (1e-5, 0.1), (1e-9, 0.01)
 class StepPlace:
     """Where in the training this rank's rows are. The engine sets it; layers that need it have the same object."""
 
-    comm: Comm = field(default_factory=SoloComm)
+    comm: Comm = dataclasses.field(default_factory=SoloComm)
     seed: int = 0
     step: int = 0
-    place_B: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    place_B: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """Place of each sample in the global batch."""
 
 

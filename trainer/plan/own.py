@@ -152,11 +152,11 @@ def _extrapolated(question: PlanQuestion, sampled: SampledKeys) -> list[str]:
     """Say which figures go beyond the data, and by what law."""
     lines = []
     largest = max(question.global_size(ranks) for ranks in question.ranks)
-    for name, population in (("images", sampled.images), ("ids", sampled.ids)):
-        law, drawn = population.curve.beyond, population.curve.points[-1].samples
-        if population.curve.is_extrapolated(largest):
+    for name, known in (("images", sampled.images), ("ids", sampled.ids)):
+        law, drawn = known.curve.beyond, known.curve.points[-1].samples
+        if known.curve.is_extrapolated(largest):
             how = f"Zipf's law with exponent {law.exponent:.2g} over {law.keys:,.3g} keys" if law else "Heaps' law"
-            error = population.curve.error
+            error = known.curve.error
             known = f"; fitted to half of them it was {error:.1%} off at all of them" if error is not None else ""
             lines.append(f"Batches above {drawn:,} samples are extrapolated: {name} by {how}{known}.")
     return lines

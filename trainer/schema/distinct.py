@@ -1,6 +1,7 @@
 """How many different integers a long stream has, roughly, in a fixed amount of memory."""
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ class DistinctCount:
     are spread evenly over [0, 1) is about k / n. The standard error is 1 / sqrt(k - 2).
     """
 
-    hashes_K: UInt64Array = field(default_factory=lambda: np.empty(0, np.uint64))  # ascending
+    hashes_K: UInt64Array = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))  # ascending
 
     def with_values(self, values_N: npt.ArrayLike) -> "DistinctCount":
         """Add these int64 values to what was seen."""

@@ -3,9 +3,10 @@
 Letters of shapes: M rows, N values.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ class Column:
     nulls: int = 0
     missing: int = 0  # values that are null or NaN, those in lists too
     values: int = 0
-    distinct: DistinctCount = field(default_factory=DistinctCount)
+    distinct: DistinctCount = dataclasses.field(default_factory=DistinctCount)
     shortest: int | None = None  # of the innermost lists
     longest: int = 0
     like_label: bool = True  # the outer lists are as long as the labels'
@@ -58,7 +59,7 @@ class Column:
 class TableProfile:
     """Columns of some files, and whether all of their rows were read."""
 
-    columns: dict[str, Column] = field(default_factory=dict)
+    columns: dict[str, Column] = dataclasses.field(default_factory=dict)
     rows: int = 0
     complete: bool = True
 

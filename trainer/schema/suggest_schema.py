@@ -1,7 +1,8 @@
 """A first schema of sample groups, suggested by what is in their columns."""
 
+import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from featurestore.storage.storage import Storage
@@ -24,10 +25,10 @@ USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 class Suggestion:
     """Fields with a comment each, rows of their tables, and why other columns are left out."""
 
-    fields: list[Field] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
-    ids_of_table: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    fields: list[Field] = dataclasses.field(default_factory=list)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    ids_of_table: dict[str, int] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def tables(self) -> dict[str, int]:
