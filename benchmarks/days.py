@@ -44,7 +44,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Of both; medians count.", min=1)] = 3,
 ) -> None:
     """Build all days, then add the last one to the others; prints the figures."""
-    from pipeline.cluster.connect import connect
+    from pipeline.cluster.tasks import connect
 
     for name in ("logs", "earlier", "all", "before", "added"):
         shutil.rmtree(folder / name, ignore_errors=True)

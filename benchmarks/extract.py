@@ -6,7 +6,7 @@ Without --images the pictures of the demo are drawn into a temporary folder.
 
 Both sides run in one worker process with the same torch threads and the same built network, in turns over the same
 images, and count nothing of the start: not the processes, not the making of the weights. Bare: the network alone on
-batches that lie in memory ready normalised in the compute dtype. Extract: all of `pipeline.features.extract`, from the
+batches that lie in memory ready normalised in the compute dtype. Extract: all of `pipeline.features.refresh`, from the
 listing to the commit, each time into a new store. The ratio is the median over the rounds, each of one turn per side,
 so that a neighbour who takes the processor for a while moves one round and not the figure.
 """
@@ -68,10 +68,8 @@ def draw_images(folder: Path, count: int) -> None:
 
 def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str, Figure]:
     """Measure both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
-    from pipeline.cluster.connect import connect
-    from pipeline.cluster.tasks import run_alone
-    from pipeline.network.described import describe_network
-    from pipeline.network.weights import UntrainedWeightsWarning
+    from pipeline.cluster.tasks import connect, run_alone
+    from pipeline.network.backbone import UntrainedWeightsWarning, describe_network
 
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)
@@ -126,7 +124,7 @@ def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: "Auto
 
 def extract_seconds(client: "Client", locations: Sequence[str], batch_size: int) -> float:
     """Measure seconds of a whole extraction of these images into a new store. Raises StoreRunError where one is bad."""
-    from pipeline.features.extract import extract
+    from pipeline.features.refresh import extract
     from pipeline.options import ExtractOptions
     from pipeline.store_run import describe_bad
 

@@ -54,11 +54,9 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
     """Measure the figures of `limit` images in a store below `folder`. Raises PipelineError, FeatureStoreError."""
 
     from benchmarks.written import count_writes
-    from pipeline.cluster.connect import connect
-    from pipeline.features.extract import extract
-    from pipeline.features.refresh import refresh
-    from pipeline.network.described import describe_network
-    from pipeline.network.weights import UntrainedWeightsWarning
+    from pipeline.cluster.tasks import connect
+    from pipeline.features.refresh import extract, refresh
+    from pipeline.network.backbone import UntrainedWeightsWarning, describe_network
     from pipeline.options import ExtractOptions, RefreshOptions
 
     photos, fresh = folder / "images", folder / "fresh"

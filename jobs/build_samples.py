@@ -29,7 +29,7 @@ def main(options: SampleOptions) -> None:
     kept in SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json. With --mapping a schema and
     settings for the trainer are written to SAMPLES too. --days and --since add days to samples that are there.
     """
-    from pipeline.cluster.connect import connect
+    from pipeline.cluster.tasks import connect
     from pipeline.samples.added import add_days
     from pipeline.samples.build import build_samples
 
@@ -71,7 +71,7 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def _bad(log: dict[str, Any]) -> str:
-    from pipeline.samples.summary import bad_reasons
+    from pipeline.samples.build import bad_reasons
 
     reasons = bad_reasons(log["quarantined"], log["examples"])
     return f"{sum(log['quarantined'].values()):,} quarantined" + (f" ({reasons})" if reasons else "")

@@ -33,7 +33,7 @@ def main(options: SemanticOptions) -> None:
     An image column gets the code of each level (_sid0, _sid1 …) and the first two, three … codes as one id
     (_sid_prefix2 …). An image without a vector gets -1. OUT/summary.json has usage, entropy, collisions, error.
     """
-    from pipeline.semantic.build import build_semantic_ids
+    from pipeline.semantic.samples import build_semantic_ids
 
     if options.store and options.vectors:
         raise typer.BadParameter("give one of --store and --vectors", param_hint="--store")

@@ -27,9 +27,9 @@ def main(options: ExtractOptions) -> None:
     Images that cannot be read or decoded are kept in the store's quarantine with the reason. A killed run continues
     when the same command runs again; images that are unchanged in the store are not computed again.
     """
-    from pipeline.cluster.connect import connect
-    from pipeline.features.extract import extract
-    from pipeline.network.weights import UntrainedWeightsWarning, check_network
+    from pipeline.cluster.tasks import connect
+    from pipeline.features.refresh import extract
+    from pipeline.network.backbone import UntrainedWeightsWarning, check_network
 
     if options.weights.startswith("random:"):
         print_warning(f"the weights {options.weights} are NOT pretrained")

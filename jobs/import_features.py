@@ -10,7 +10,7 @@ from featurestore.console.output import draw_counts, print_summary
 from pipeline.options import ImportOptions, takes
 
 if TYPE_CHECKING:
-    from pipeline.vectors.source import VectorSource
+    from pipeline.vectors.formats import VectorSource
 
 EXAMPLES = """Examples:
 
@@ -32,7 +32,7 @@ def main(options: ImportOptions) -> None:
     Rows need a key (int64) or an id (text, whose hash is the key, as for images). Bad rows are kept in the store's
     quarantine with the reason. Running it again imports what has changed; a killed run continues.
     """
-    from pipeline.cluster.connect import connect
+    from pipeline.cluster.tasks import connect
     from pipeline.vectors.import_vectors import import_vectors
 
     source = open_source(options)
@@ -44,7 +44,7 @@ def main(options: ImportOptions) -> None:
 
 def open_source(options: ImportOptions) -> "VectorSource":
     """Find what is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not fit."""
-    from pipeline.vectors import matrix, parquet, xdl
+    from pipeline.vectors import formats
 
     address, wanted = options.address, options.file_format
     if wanted == "auto" and (suffix := PurePosixPath(address).suffix) in (".npy", ".parquet"):
@@ -52,10 +52,10 @@ def open_source(options: ImportOptions) -> "VectorSource":
     if (wanted == "npy") != (options.keys is not None):
         raise typer.BadParameter("a .npy matrix needs its keys, and no other format has any", param_hint="--keys")
     if wanted == "npy":
-        return matrix.plan_matrix(address, str(options.keys), options.binary_dtype)
-    if wanted == "parquet" or (wanted == "auto" and not xdl.looks_like(address)):
-        return parquet.plan_parquet(address, options.dim, options.binary_dtype, options.feature_column)
-    return xdl.plan_xdl(address, options.dim)
+        return formats.plan_matrix(address, str(options.keys), options.binary_dtype)
+    if wanted == "parquet" or (wanted == "auto" and not formats.looks_like(address)):
+        return formats.plan_parquet(address, options.dim, options.binary_dtype, options.feature_column)
+    return formats.plan_xdl(address, options.dim)
 
 
 if __name__ == "__main__":

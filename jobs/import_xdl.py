@@ -42,7 +42,7 @@ def samples(options: XdlOptions) -> None:
     Neighbouring lines with equal group key and user part are one group. Bad lines are counted and kept, with number and
     reason, in SAMPLES/quarantine.parquet.
     """
-    from pipeline.cluster.connect import connect
+    from pipeline.cluster.tasks import connect
     from pipeline.xdl.samples import import_samples
 
     with connect() as client:
@@ -62,13 +62,13 @@ def images(
     origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
 ) -> None:
     """Import binary images into a feature store; jobs/import_features.py does the same with more options."""
-    from pipeline.cluster.connect import connect
-    from pipeline.vectors import xdl
+    from pipeline.cluster.tasks import connect
+    from pipeline.vectors import formats
     from pipeline.vectors.import_vectors import import_vectors
 
     with connect() as client:
         summary = import_vectors(
-            xdl.plan_xdl(address, dim), ImportOptions(address=address, store=store, origin=origin), client
+            formats.plan_xdl(address, dim), ImportOptions(address=address, store=store, origin=origin), client
         )
     print_summary(str(summary))
     draw_counts("Rows", summary.counts)
@@ -84,7 +84,7 @@ def export_samples(
     split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
 ) -> None:
     """Export sample groups as text samples, one line an impression."""
-    from pipeline.samples.schema import schema_of_samples
+    from pipeline.samples.build import schema_of_samples
     from pipeline.xdl.export import export_samples as write_lines
     from trainer.schema import load_schema
 
@@ -101,7 +101,7 @@ def export_images(
 ) -> None:
     """Export the features of a store as binary images."""
     from featurestore.store import FeatureStore
-    from pipeline.xdl.images import export_images as write_records
+    from pipeline.xdl.line import export_images as write_records
 
     snapshot = FeatureStore.open(store).snapshot(version)
     with progress_bar("writing images", snapshot.num_rows) as bar:

@@ -7,7 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, on_this_machine, run_app
 from featurestore.console.output import draw_counts, figure, print_summary, progress_bar
-from pipeline.demo.options import DemoOptions, Taste
+from pipeline.demo.world import DemoOptions, Taste
 
 if TYPE_CHECKING:
     from pipeline.demo.make import DemoSummary

@@ -26,7 +26,7 @@ def main(options: RefreshOptions) -> None:
     decoded are kept in quarantine and tried again by the next run. A killed run continues when the same command
     runs again.
     """
-    from pipeline.cluster.connect import connect
+    from pipeline.cluster.tasks import connect
     from pipeline.features.refresh import refresh
 
     # One process with all cores for the network: copies of the network would share the same cores.

@@ -139,7 +139,7 @@ def client() -> Iterator["Client"]:
     import dask
     from distributed import Client, LocalCluster
 
-    from pipeline.cluster.connect import WORKER_CONFIG
+    from pipeline.cluster.tasks import WORKER_CONFIG
 
     with (
         pytest.MonkeyPatch.context() as patch,

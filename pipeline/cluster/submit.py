@@ -1,4 +1,4 @@
-"""dask-submit: run a script with a Dask cluster, the one that is there or one for this run alone.
+"""dask-submit: checks of a cluster, and a script that runs on it as a child process.
 
 Also `dask submit`, through Dask's entry-point group dask_cli; hence click, which Dask itself uses, and not typer.
 Dask's own commands import this file, on workers too: Dask and our packages are imported where they are needed.
@@ -6,16 +6,33 @@ Dask's own commands import this file, on workers too: Dask and our packages are 
 
 import contextlib
 import dataclasses
+import ipaddress
 import logging
 import math
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any, Self, cast
 
 import click
+import dask
+from distributed import Client
+from distributed.comm.addressing import parse_address, parse_host_port
+from distributed.comm.registry import backends
+
+from pipeline.errors import (
+    InsecureSchedulerError,
+    MissingPackagesError,
+    MissingWorkersError,
+    SchedulerUnreachableError,
+    VersionMismatchError,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -115,14 +132,13 @@ def submit(
     script: Path,
     args: Sequence[str],
 ) -> None:
-    """Run the Python SCRIPT with its ARGS and a Dask cluster, which `pipeline.cluster.connect` finds by itself.
+    """Run the Python SCRIPT with its ARGS and a Dask cluster, which `pipeline.cluster.tasks` finds by itself.
 
     The cluster is the scheduler of --scheduler, --scheduler-file, DASK_SCHEDULER_ADDRESS or DASK_SCHEDULER_FILE.
     Without any of these, or with -n, --threads-per-worker or --memory-limit, it is a local one that ends with the
     script. Our options go before SCRIPT; all that follows is for the script.
     """
     from featurestore.console.commandline import STOPPED, STOPPED_BY_PERSON
-    from pipeline.cluster.script import ScriptRunner
     from pipeline.errors import ClusterError
 
     local = LocalSize(workers, threads_per_worker, memory_limit)
@@ -162,7 +178,7 @@ def _remote_address(scheduler: str | None, file: Path | None, local: LocalSize, 
     """Find the running scheduler to use, None for a local cluster. Options go before the environment."""
     if scheduler is not None:
         return scheduler
-    from pipeline.cluster.connect import address_in_file, configured_address
+    from pipeline.cluster.tasks import address_in_file, configured_address
 
     if file is not None:
         return address_in_file(file, timeout_s)
@@ -174,8 +190,7 @@ def _prepared_cluster(
     address: str | None, local: LocalSize, wait_workers: int | None, timeout_s: float, insecure: bool
 ) -> Iterator[str]:
     """Give the scheduler's address, checked, with its workers; a local cluster where `address` is None."""
-    from pipeline.cluster.checks import check_address
-    from pipeline.cluster.connect import local_cluster
+    from pipeline.cluster.tasks import local_cluster
 
     if address is None:
         with local_cluster(local.workers, local.threads_per_worker, local.memory_limit) as cluster:
@@ -190,8 +205,7 @@ def _prepared_cluster(
 
 def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
     """Print the cluster once it is fit to run a script; `timeout_s` is for connecting and waiting together."""
-    from pipeline.cluster.checks import check_packages, check_versions, wait_for_workers
-    from pipeline.cluster.connect import open_client
+    from pipeline.cluster.tasks import open_client
 
     deadline = time.monotonic() + timeout_s
     with open_client(address, timeout_s) as client:
@@ -208,7 +222,6 @@ def script_environment(address: str, insecure: bool) -> dict[str, str]:
     """Make the script's environment: ours, with the scheduler's address and output that is not buffered.
 
     The address goes before a file's. Also whether an insecure one was accepted, as `connect` checks it again."""
-    from pipeline.cluster.checks import INSECURE_VARIABLE
 
     accepted = {INSECURE_VARIABLE: "True"} if insecure else {}
     return dict(os.environ) | accepted | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
@@ -230,3 +243,152 @@ def main() -> None:
     except click.Abort:
         sys.exit(STOPPED)
     sys.exit(code)
+
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNAL_EXIT = 128  # a shell's exit code for a death by signal is this plus the signal's number
+
+
+class ScriptRunner:
+    """Runs a script, and hands it the signals SIGINT, SIGTERM and SIGHUP that come from `with` on.
+
+    Before the script runs they raise KeyboardInterrupt or SystemExit here, while it runs they go to it, and afterwards
+    they are ignored, so that closing is not cut short.
+
+    The script's process has its own group, so that a terminal's ctrl-C reaches it once, by way of us. A second signal
+    kills the whole group. Use in the main thread; `run` once.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starting = False
+        self._pending: int | None = None
+        self._ending = False  # the first signal was passed on
+        self._handlers_before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in FORWARDED:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup asked for that
+            self._handlers_before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Run `command`, with our output as its output, and return its exit code: 128 + n when signal n ended it.
+
+        Its input is ours too, except a terminal: a background group that reads one is stopped for ever.
+        """
+        stdin = subprocess.DEVNULL if sys.stdin is not None and sys.stdin.isatty() else None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._starting = True  # a signal between fork and assignment must not lose the child
+        self._process = subprocess.Popen(list(command), env=dict(environment), stdin=stdin, process_group=0)
+        self._starting = False
+        if self._pending is not None:
+            self._on_signal(self._pending, None)
+        code = self._process.wait()
+        return SIGNAL_EXIT - code if code < 0 else code
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._starting:
+            self._pending = number
+        elif not self._ending:
+            self._ending = True
+            if self._process is None:
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                raise SystemExit(SIGNAL_EXIT + number)
+            self._process.send_signal(number)
+        elif self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+SAFE_PROTOCOLS = ("tls", "wss", "inproc")  # encrypted, or inside this process
+INSECURE_KEY = "crossmedia.insecure-scheduler"  # of Dask's configuration
+INSECURE_VARIABLE = "DASK_CROSSMEDIA__INSECURE_SCHEDULER"  # the same as an environment variable
+OUR_PACKAGES = ("featurestore", "pipeline")
+COMPARED_PACKAGES = ("python", "dask", "distributed")
+IMPORT_OURS = "\n".join(f"import {package}" for package in OUR_PACKAGES)
+
+
+def check_address(address: str, insecure: bool = False) -> None:
+    """Raise InsecureSchedulerError unless `address` is encrypted, or every IP of its host is loopback.
+
+    Not where a person has accepted it: by `insecure` (dask-submit's option), or for jobs and all by Dask's
+    configuration. Raises SchedulerUnreachableError when the host's name has no IP, or the address no meaning.
+    """
+    if insecure or dask.config.get(INSECURE_KEY, False) in (True, 1):
+        return
+    try:
+        protocol, location = parse_address(address)
+        if protocol in SAFE_PROTOCOLS:
+            return
+        if protocol not in backends:
+            raise ValueError(f"{protocol}:// is none of {', '.join(sorted(backends))}")
+        host, _ = parse_host_port(location, 0)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise SchedulerUnreachableError(address, str(error)) from error
+    if not all(ipaddress.ip_address(sockaddr[0]).is_loopback for *_, sockaddr in found):
+        raise InsecureSchedulerError(
+            f"the scheduler {address} is beyond loopback and without TLS: Dask sends pickles, so anyone who reaches"
+            " that port can run code on every worker. Use tls:// with certificates in Dask's configuration"
+            " (distributed.comm.tls), or on a network that you trust pass --insecure to dask-submit, or set"
+            f" {INSECURE_VARIABLE}=True for jobs that you run without it"
+        )
+
+
+def wait_for_workers(client: Client, address: str, count: int, timeout_s: float) -> None:
+    """Return once `count` workers are there. Raises MissingWorkersError after `timeout_s`."""
+    if count == 0:
+        return
+    try:
+        client.wait_for_workers(count, timeout=timeout_s)
+    except TimeoutError as error:
+        raise MissingWorkersError(
+            f"{len(client.nthreads())} of {count} workers are at {address} after {timeout_s:g} s; start more with"
+            f" `dask worker {address}`, or lower --wait-workers, or raise --timeout"
+        ) from error
+
+
+def check_versions(versions: Mapping[str, Any]) -> None:
+    """Raise VersionMismatchError where major.minor of Python, dask or distributed differ from the client's.
+
+    `versions` is what `Client.get_versions()` gives. A patch version may differ: Dask's protocol does not.
+    """
+    here = versions["client"]["packages"]
+    nodes = {"the scheduler": versions["scheduler"]} | {f"worker {a}": node for a, node in versions["workers"].items()}
+    differences = [
+        f"{package} is {theirs} on {name} and {here[package]} here"
+        for name, node in nodes.items()
+        for package in COMPARED_PACKAGES
+        if _major_minor(theirs := node["packages"].get(package)) != _major_minor(here[package])
+    ]
+    if differences:
+        raise VersionMismatchError(
+            f"versions on the cluster differ from those here: {'; '.join(differences)}. Install the same ones on every"
+            " machine"
+        )
+
+
+def _major_minor(version: str | None) -> list[str] | None:
+    return version.split(".")[:2] if version else None
+
+
+def check_packages(client: Client) -> None:
+    """Raise MissingPackagesError, with the reason, for workers that cannot import our packages.
+
+    `exec` and not a function of ours is sent: to read that, the worker would have to import us.
+    """
+    answers = client.run(exec, IMPORT_OURS, {}, on_error="return")
+    failures = [f"{worker}: {answer!r}" for worker, answer in answers.items() if isinstance(answer, Exception)]
+    if failures:
+        raise MissingPackagesError(
+            f"{len(failures)} workers cannot import this project ({'; '.join(failures[:3])}). Install it on every"
+            " worker's machine, in the environment that runs `dask worker`: `pip install .` in the project's folder"
+        )

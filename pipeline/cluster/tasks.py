@@ -1,20 +1,40 @@
-"""Many equal tasks on a Dask cluster: a bounded number at once, and lost workers distinguished from bad input."""
+"""Clients of a Dask cluster, and tasks that run on its workers."""
 
 import asyncio
 import contextlib
 import itertools
+import json
+import logging
+import os
+import struct
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import Any
 
+import dask
+import dask.system
 from dask.typing import Key
-from distributed import Client, Future, KilledWorker, Worker, as_completed
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, as_completed
+from distributed.client import ClosedClientError
+from distributed.comm.core import CommClosedError
+from distributed.comm.core import connect as connect_comm
 from distributed.protocol import pickle
+from distributed.security import Security
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
-from pipeline.errors import SCHEDULER_LOST, ClusterError, PipelineError
+from featurestore.storage.threads import interrupt_blocked
+from pipeline.cluster.submit import check_address
+from pipeline.errors import (
+    SCHEDULER_LOST,
+    ClusterError,
+    MissingCertificatesError,
+    PipelineError,
+    SchedulerUnreachableError,
+)
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 SENT_TOGETHER = 16  # in one message of the client, whose size is that of their arguments
@@ -143,3 +163,145 @@ def _result(future: Future[Any]) -> Any:
     if isinstance(result, MISTAKES):
         raise result
     return result
+
+
+CONNECT_TIMEOUT_S = 10.0
+SEND_INTERVAL_S = 0.001
+# The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
+# process for ever (python/cpython#106883: a garbage collection inside sys._current_frames waits for its own lock).
+# And Dask has workers give memory back at every 64 kB, and so the C library maps each larger array anew: samples took a
+# fifth more of the processor's time by that, for an eighth less of memory.
+WORKER_CONFIG = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 64 << 20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 32 << 20,
+}
+
+
+@contextlib.contextmanager
+def connect(
+    workers: int | None = None,
+    threads_per_worker: int | None = None,
+    memory_limit: str | int | None = None,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+) -> Iterator[Client]:
+    """Open a client of the configured scheduler, else of a local cluster; all that was started is closed at the end.
+
+    A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
+    or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
+    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError, InsecureSchedulerError
+    before anything is sent; in the block, ClusterError in place of what Dask raises when the scheduler dies.
+    """
+    address = configured_address(timeout_s)
+    if address is not None:
+        check_address(address)
+        with _loss_named(), open_client(address, timeout_s) as client:
+            yield _prompt(client)
+        return
+    with _loss_named(), local_cluster(workers, threads_per_worker, memory_limit) as cluster, Client(cluster) as client:
+        yield _prompt(client)
+
+
+def _prompt(client: Client) -> Client:
+    """Send tasks at once: by default a client that has just forgotten those of one stage keeps the next for 10 ms."""
+    if client.scheduler_comm is not None:
+        client.scheduler_comm.interval = SEND_INTERVAL_S
+    return client
+
+
+@contextlib.contextmanager
+def _loss_named() -> Iterator[None]:
+    """Raise one error when the scheduler is lost, in place of the client's log and one of many errors."""
+    log = logging.getLogger("distributed.client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (CommClosedError, CancelledError, ClosedClientError) as error:
+        raise ClusterError(SCHEDULER_LOST) from error
+    finally:
+        log.setLevel(level)
+
+
+def configured_address(timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:
+    """Find the scheduler's address in the environment or Dask's configuration; an address goes before a file."""
+    address = os.environ.get("DASK_SCHEDULER_ADDRESS") or dask.config.get("scheduler-address", None)
+    if address:
+        return str(address)
+    file = os.environ.get("DASK_SCHEDULER_FILE") or dask.config.get("scheduler-file", None)
+    return address_in_file(Path(file), timeout_s) if file else None
+
+
+def address_in_file(path: Path, timeout_s: float) -> str:
+    """Read the address that `dask scheduler --scheduler-file PATH` writes; wait for it, as it may be starting.
+
+    Raises SchedulerUnreachableError when the file has no address after `timeout_s`.
+    """
+    from featurestore.storage.local import read_regular  # not above: pipeline.cluster.submit says why
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return str(json.loads(read_regular(path))["address"])
+        except FileNotFoundError:
+            reason = "there is no such file"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"not a scheduler file: {error!r}"
+        if time.monotonic() > deadline:
+            raise SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Client]:
+    """Open a client of the running scheduler at `address`, which stays running.
+
+    Raises SchedulerUnreachableError, MissingCertificatesError.
+    """
+    try:
+        asyncio.run(asyncio.wait_for(_shake_hands(address, timeout_s), 2 * timeout_s))
+        client = Client(address, timeout=timeout_s)
+    except TypeError as error:  # so says distributed.comm where it has no certificates
+        raise MissingCertificatesError(
+            f"the scheduler {address} needs TLS certificates, and Dask's configuration has none: set"
+            " DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and"
+            " DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
+        ) from error
+    except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
+        raise SchedulerUnreachableError(address, "what answers there is no scheduler") from error
+    except (OSError, ValueError) as error:  # ValueError: an unknown protocol
+        reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
+        raise SchedulerUnreachableError(address, reason) from error
+    with client:
+        yield client
+
+
+async def _shake_hands(address: str, timeout_s: float) -> None:
+    """Connect once, as Client does; but that waits for ever where a service is no scheduler, and stays half open."""
+    comm = await connect_comm(address, timeout=timeout_s, **Security().get_connection_args("client"))
+    await comm.close()
+
+
+@contextlib.contextmanager
+def local_cluster(
+    workers: int | None = None, threads_per_worker: int | None = None, memory_limit: str | int | None = None
+) -> Iterator[LocalCluster]:
+    """Start a scheduler and worker processes on loopback, closed at the end; the dashboard has a free port.
+
+    Without numbers it is one worker with all cores as threads, which suits torch: one copy of a network, batches
+    that share it. `threads_per_worker` is by default an equal part of the cores; `memory_limit` is per worker.
+    """
+    num_workers = workers or 1
+    limits = {} if memory_limit is None else {"memory_limit": memory_limit}
+    with dask.config.set(WORKER_CONFIG), interrupt_blocked():
+        cluster = LocalCluster(
+            n_workers=num_workers,
+            threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+            **limits,
+        )
+    with cluster:
+        yield cluster

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
+from pipeline.demo.world import Catalogue, FloatArray, standardize
 
 CANVAS_PX = 480  # drawn at twice the size, then reduced: smooth edges
 SIDE_PX = 240

@@ -1,4 +1,4 @@
-"""The work on one part of the images, inside a Dask worker: read, decode, network, stage.
+"""One part of an extraction: its images decoded, run through the network, or copied.
 
 Threads read and decode ahead of the network, so that it never waits. Bytes that were seen before in the part are
 neither decoded nor computed again: their row is a copy under its own key. torch is imported where the network is: a
@@ -17,15 +17,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import xxhash
 from distributed import get_worker
 
 from featurestore.format.rows import FeatureRows
+from featurestore.format.shard import take_rows
+from featurestore.keys import Int64Array, shard_of, splitmix64
 from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import DType, parse_json
 from pipeline.errors import BadImageError, WeightsError
+from pipeline.features.diff import ImageCopy
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.imagetable import ImageRef
 from pipeline.images.source import bytes_of
@@ -33,6 +38,7 @@ from pipeline.store_run import BadRow
 
 if TYPE_CHECKING:
     from pipeline.network.backbone import Backbone
+
 
 DEADLY = "brings down the process that decodes it"
 DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
@@ -313,3 +319,41 @@ class _PartRows:
 
 def _report_path(run_id: str, part: str) -> str:
     return f"staging/{run_id}/{part}.json"
+
+
+_DESCRIPTION = ["key", "content_digest", "width", "height"]
+
+
+def copy_part(store: FeatureStore, run_id: str, part: str, version: int, copies: Sequence[ImageCopy]) -> None:
+    """Stage a row for each of `copies` as `part` of the run: its own key, uri and tag, all else from its source.
+
+    Reads the row groups around the sources in snapshot `version`. Raises MissingKeysError where a source is not in it.
+    """
+    snapshot = store.snapshot(version)
+    sources_K = np.array([copy.source_key for copy in copies], np.int64)
+    features_KD = snapshot.get(sources_K)
+    described = _described(snapshot, sources_K)
+    digests: list[Any] = described["content_digest"].to_pylist()
+    rows = FeatureRows.of(
+        [copy.ref.uri for copy in copies],
+        features_KD,
+        keys=np.array([copy.ref.key for copy in copies], np.int64),
+        content_digests=digests,
+        source_tags=[copy.ref.source_tag for copy in copies],
+        widths=described["width"].to_numpy(),
+        heights=described["height"].to_numpy(),
+    )
+    store.stage_part(run_id, part, rows)
+
+
+def _described(snapshot: Snapshot, keys_K: Int64Array) -> pa.Table:
+    """Read the small columns of `keys_K`, which are all there, in their order."""
+    shard_K = shard_of(keys_K, snapshot.info.num_shards)
+    tables, order = [], []
+    for shard in np.unique(shard_K):
+        here_K = np.flatnonzero(shard_K == shard)
+        table = snapshot.shard_reader(int(shard)).read(_DESCRIPTION)
+        place_K = np.searchsorted(splitmix64(table["key"].to_numpy()), splitmix64(keys_K[here_K]))
+        tables.append(take_rows(table, place_K))
+        order.append(here_K)
+    return take_rows(pa.concat_tables(tables), np.argsort(np.concatenate(order)))

@@ -49,20 +49,22 @@ from pipeline.samples.build import (
     shuffle,
     write,
 )
-from pipeline.samples.files import (
+from pipeline.samples.groups import (
+    DAY,
     HOURS_PER_DAY,
+    QUARANTINE,
     FilePlan,
     GroupedBucket,
+    ShuffledPiece,
     columns_of_groups,
     name_of_day,
     plan_files,
     take_groups,
+    write_names,
+    write_quarantine,
 )
-from pipeline.samples.groups import DAY
-from pipeline.samples.logs import users_of
-from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, replaced_files
-from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, write_names, write_quarantine
 from trainer.schema.text import IMAGES_FILE
 
 SPLITS = ("train", "test")

@@ -1,4 +1,4 @@
-"""Impression and behaviour logs to sample groups, over Dask.
+"""Samples built from logs: the whole run, its schema and its summary.
 
 Three steps, each a task per part: the logs are shuffled by user into buckets (shuffle), each bucket's groups are made
 (groups), and the groups of some hours of all buckets become one sorted file (files). All of it happens in a folder
@@ -11,34 +11,39 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from distributed import Client
 
 from featurestore.console.files import write_json
+from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
-from pipeline.samples.files import (
+from pipeline.samples.groups import (
+    FORMAT,
     FilePlan,
     GroupedBucket,
+    GroupRules,
+    ShuffledPiece,
     WrittenFile,
     get_groups,
     group_bucket,
     plan_files,
+    shuffle_pieces,
     write_file,
+    write_names,
+    write_quarantine,
 )
-from pipeline.samples.groups import GroupRules
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
-from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from pipeline.samples.schema import write_suggested
-from pipeline.samples.shuffle import ShuffledPiece, shuffle_pieces, write_names, write_quarantine
-from pipeline.samples.summary import bad_reasons, examples_of, summarise
-from trainer.schema.text import IMAGES_FILE
+from trainer.schema.suggest_schema import inspect_samples, render_schema
+from trainer.schema.text import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, settings_text
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
@@ -246,3 +251,142 @@ def write(
         ]
         tasks.append((plan, parts, str(folder.absolute())))
     return run_all(client, "write samples", write_file, tasks, FEWER_ROWS)
+
+
+def summarise(
+    options: Mapping[str, Any],
+    shown: Sequence[ShuffledPiece],
+    done: Sequence[ShuffledPiece],
+    grouped: Sequence[GroupedBucket],
+    written: Sequence[WrittenFile],
+) -> dict[str, Any]:
+    """Count what became of every row of the impressions (`shown`) and behaviours (`done`), and the samples.
+
+    `rows` is the sum of the counts of its log from `kept` or `used` to `quarantined`; `examples` has a bad value for
+    each reason, and `without_image` counts good rows that name no image. `used` behaviours are in at least one group;
+    one can be in many, so `behaviors_in_groups` counts it again.
+    """
+    rows_shown, bad_shown = _rows(shown)
+    rows_done, bad_done = _rows(done)
+    num_short = sum(part.num_short for part in done)
+    distinct_shown = sum(part.num_impressions for part in grouped)
+    distinct_done, used = sum(part.num_behaviors for part in grouped), sum(part.num_used for part in grouped)
+    return {
+        "format": FORMAT,
+        "options": dict(options),
+        "impressions": {
+            "rows": rows_shown,
+            "kept": distinct_shown,
+            "duplicates": rows_shown - bad_shown.total() - distinct_shown,
+            "quarantined": dict(sorted(bad_shown.items())),
+            "examples": examples_of(shown),
+            "without_image": sum(part.num_without_image for part in shown),
+        },
+        "behaviors": {
+            "rows": rows_done,
+            "used": used,
+            "unused": distinct_done - used,
+            "short_dwell": num_short,
+            "duplicates": rows_done - bad_done.total() - num_short - distinct_done,
+            "quarantined": dict(sorted(bad_done.items())),
+            "examples": examples_of(done),
+            "without_image": sum(part.num_without_image for part in done),
+        },
+        "users": sum(part.num_users for part in grouped),
+        "groups": sum(part.num_groups for part in written),
+        "groups_without_behaviors": sum(part.num_without for part in grouped),
+        "behaviors_in_groups": sum(part.num_references for part in grouped),
+        "behaviors_over_limit": sum(part.num_over_limit for part in grouped),
+        **{split: _split(written, split) for split in ("train", "test")},
+        "new_ads": _new_ads(written),
+        "groups_of_file": {part.plan.name: part.num_groups for part in written},
+    }
+
+
+def bad_reasons(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
+    """List reasons of bad rows, the most frequent first, with counts and a value as an example."""
+    ordered = sorted(counts.items(), key=lambda each: -each[1])
+    return ", ".join(f"{why}: {count:,}{f', as {examples[why]}' if why in examples else ''}" for why, count in ordered)
+
+
+def _rows(parts: Sequence[ShuffledPiece]) -> tuple[int, Counter[str]]:
+    bad = sum((part.quarantined for part in parts), Counter[str]())
+    return sum(part.num_rows for part in parts), bad
+
+
+def examples_of(parts: Sequence[ShuffledPiece]) -> dict[str, str]:
+    """Give a bad value for each reason: that of the first piece which has one."""
+    found: dict[str, str] = {}
+    for part in parts:
+        found = {**part.examples, **found}
+    return dict(sorted(found.items()))
+
+
+def _split(written: Sequence[WrittenFile], split: str) -> dict[str, Any]:
+    files = [part for part in written if part.plan.split == split]
+    days = sorted({part.plan.day for part in files})
+    impressions = sum(part.num_impressions for part in files)
+    return {
+        "first_day": days[0] if days else None,
+        "last_day": days[-1] if days else None,
+        "days": len(days),
+        "files": len(files),
+        "groups": sum(part.num_groups for part in files),
+        "impressions": impressions,
+        "ads": len(_items(files)[0]),
+        "positive_rate": _share(sum(part.num_clicks for part in files), impressions),
+    }
+
+
+def _new_ads(written: Sequence[WrittenFile]) -> dict[str, Any]:
+    """Count the ads (items) of the test days that were never shown on the training days."""
+    known, _ = _items([part for part in written if part.plan.split == "train"])
+    items, counts = _items([part for part in written if part.plan.split == "test"])
+    is_new = ~np.isin(items, known)
+    return {
+        "ads": int(is_new.sum()),
+        "share_of_test_ads": _share(int(is_new.sum()), len(items)),
+        "share_of_test_impressions": _share(int(counts[is_new].sum()), int(counts.sum())),
+    }
+
+
+def _items(files: Sequence[WrittenFile]) -> tuple[np.ndarray, np.ndarray]:
+    """List the distinct items of the files' ads, and count impressions of each."""
+    if not files:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    items, inverse = np.unique(np.concatenate([part.items for part in files]), return_inverse=True)
+    counts = np.zeros(len(items), np.int64)
+    np.add.at(counts, inverse, np.concatenate([part.impressions_of_item for part in files]))
+    return items, counts
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+LOOKED_AT = 200_000  # groups from which a schema is suggested
+
+
+def write_suggested(folder: Path, samples: str) -> None:
+    """Suggest a schema from the samples in `folder`, which will be at `samples`, and write it there.
+
+    Raises SchemaError.
+    """
+    schema, made, table = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
+    write_schema(folder, samples, render_schema(schema, made, table, samples), made.tables)
+
+
+def write_schema(
+    folder: Path, samples: str | Path, schema: str, tables: Mapping[str, int], store: str | None = None
+) -> None:
+    """Write the text of a schema, and settings with the rows of its ID tables, for samples at `samples`."""
+    address = Storage(samples).full(SCHEMA_FILE) if "://" in str(samples) else str(Path(samples) / SCHEMA_FILE)
+    settings = settings_text(str(samples), address, tables, store)
+    for name, text in {SCHEMA_FILE: schema, SETTINGS_FILE: settings}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def schema_of_samples(samples: str) -> str | None:
+    """Find the schema in a folder of samples, None where there is none."""
+    storage = Storage(samples)
+    return storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None

@@ -1,15 +1,33 @@
-"""Sample groups out of rows: pure functions on sorted arrays.
+"""Sessions and their impressions: grouped, shuffled and written.
 
 Letters of shapes: N impressions, H behaviours (the history of all users at hand), G groups, K behaviours in groups.
+
+The files are Arrow IPC files in a folder that all workers see; batch b is bucket b, so a bucket is read without the
+rest.
 """
 
+import contextlib
+import itertools
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipeline.samples.logs import Columns
-from pipeline.samples.pieces import MICROSECONDS
+from featurestore.errors import StorageError
+from featurestore.keys import NO_IMAGE, splitmix64
+from featurestore.storage.storage import Storage
+from pipeline.errors import SampleError
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, NAMES, Columns, LogPiece, read_piece
+from pipeline.samples.mapping import TableLayout
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -147,3 +165,380 @@ def _count_covered(low_G: Int64Array, high_G: Int64Array, size: int) -> int:
     """Count how many of `size` positions are in at least one of the ranges [low, high)."""
     change = np.bincount(low_G, minlength=size + 1) - np.bincount(high_G, minlength=size + 1)
     return int(np.count_nonzero(np.cumsum(change)[:size] > 0))
+
+
+_QUARANTINE_TYPES: dict[str, pa.DataType] = {
+    "log": pa.string(),
+    "file": pa.string(),
+    "row": pa.int64(),  # in the file, the first is 0
+    "reason": pa.string(),
+}
+QUARANTINE = pa.schema(_QUARANTINE_TYPES)
+_NAME_BUCKETS = 256
+
+
+@dataclass(frozen=True)
+class ShuffledPiece:
+    """The outcome of shuffling one piece."""
+
+    num_rows: int
+    num_short: int  # behaviours below the least dwell time
+    quarantined: Counter[str]  # rows for each reason
+    quarantine_path: str | None
+    examples: Mapping[str, str]  # a bad value by reason
+    num_without_image: int  # good rows
+    names_path: str | None  # what its images are called
+
+
+def shuffle_pieces(
+    pieces: Sequence[LogPiece],
+    first: int,
+    folder: str,
+    num_buckets: int,
+    min_dwell_s: float,
+    latest_s: int,
+    compress: bool,
+) -> list[ShuffledPiece]:
+    """Shuffle pieces one after the other, the first of which has number `first`. Raises SampleError."""
+    return [
+        shuffle_piece(piece, index, folder, num_buckets, min_dwell_s, latest_s, compress)
+        for index, piece in enumerate(pieces, first)
+    ]
+
+
+def shuffle_piece(
+    piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int, compress: bool
+) -> ShuffledPiece:
+    """Read one piece and write its good rows by bucket, and the bad ones to a file. Raises SampleError."""
+    rows = read_piece(piece, latest_s)
+    columns = rows.good
+    num_short = 0
+    if piece.log == BEHAVIORS:
+        is_long_N = columns.pop("dwell_s") >= min_dwell_s
+        num_short = int(np.count_nonzero(~is_long_N))
+        columns = {name: values_N[is_long_N] for name, values_N in columns.items()}
+    path = _path(folder, piece.log, index)
+    write_batches(path, _buckets(columns, num_buckets), compress)
+    quarantine_path = None
+    if rows.bad_reason:
+        quarantine_path = path.with_suffix(".bad")
+        bad = [
+            {"log": piece.log, "file": piece.path, "row": row, "reason": reason}
+            for row, reason in zip(rows.bad_row.tolist(), rows.bad_reason, strict=True)
+        ]
+        write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)], compress)
+    return ShuffledPiece(
+        rows.num_rows,
+        num_short,
+        Counter(rows.bad_reason),
+        None if quarantine_path is None else str(quarantine_path),
+        rows.examples,
+        int(np.count_nonzero(columns["image"] == NO_IMAGE)),
+        _write_names(path.with_suffix(".names"), rows.names, compress),
+    )
+
+
+def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> Columns:
+    """Read all rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
+    batches = [read_batch(str(_path(folder, log, index)), bucket) for index in range(num_pieces)]
+    return {
+        name: np.concatenate([batch.column(name).to_numpy() for batch in batches]) for name in batches[0].schema.names
+    }
+
+
+def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
+    """Write all bad rows of the logs as one Parquet file, in the order of the parts; empty where none is."""
+    with pq.ParquetWriter(path, QUARANTINE) as writer:
+        for part in parts:
+            if part.quarantine_path is not None:
+                writer.write_batch(read_batch(part.quarantine_path, 0))
+
+
+def _write_names(path: Path, names: pa.Table, compress: bool) -> str | None:
+    if not len(names):
+        return None
+    bucket_N = _name_bucket(names.column("key").to_numpy())
+    names = names.take(np.argsort(bucket_N, kind="stable")).combine_chunks()
+    edges = np.searchsorted(np.sort(bucket_N), np.arange(_NAME_BUCKETS + 1)).tolist()
+    batches = names.to_batches()[0]
+    write_batches(path, [batches.slice(low, high - low) for low, high in itertools.pairwise(edges)], compress)
+    return str(path)
+
+
+def _name_bucket(keys_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the top bits of each key, as a number from 0 on: all keys of one are below those of the next."""
+    bucket_N: npt.NDArray[np.int64] = (keys_N >> 56) + _NAME_BUCKETS // 2
+    return bucket_N
+
+
+def write_names(path: Path, parts: Sequence[ShuffledPiece], before: Storage | None = None) -> None:
+    """Write what the images of all pieces, and of the samples `before`, are called; no file where none has a name.
+
+    By key, in a row group for each of 256 ranges of keys; in memory are the names of one range.
+    """
+    paths = [part.names_path for part in parts if part.names_path is not None]
+    with contextlib.ExitStack() as opened:
+        old = None
+        if before is not None:
+            with contextlib.suppress(FileNotFoundError):
+                file = opened.enter_context(before.open_input(path.name))
+                old = opened.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
+        if not paths and old is None:
+            return
+        writer = opened.enter_context(pq.ParquetWriter(path, NAMES, compression="zstd", write_page_checksum=True))
+        for bucket in range(_NAME_BUCKETS):
+            known = [] if old is None else [old.read_row_group(bucket).cast(NAMES)]
+            names = pa.concat_tables([*known, *(pa.Table.from_batches([read_batch(each, bucket)]) for each in paths)])
+            names = names.group_by("key").aggregate([("uri", "min")]).sort_by("key").rename_columns(NAMES.names)
+            writer.write_table(names.cast(NAMES), row_group_size=max(1, len(names)))
+
+
+def _path(folder: str, log: str, index: int) -> Path:
+    return Path(folder, f"{log}-{index:06d}.arrow")
+
+
+def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
+    bucket_N = splitmix64(columns["user"]) % np.uint64(num_buckets)
+    order_N = np.argsort(bucket_N, kind="stable")
+    table = pa.record_batch({name: pa.array(values_N[order_N]) for name, values_N in columns.items()})
+    edges = np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1, dtype=np.uint64))
+    return [table.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch], compress: bool) -> None:
+    """Write one Arrow file of `batches` (at least one), named only once it is whole: a task may run twice.
+
+    `compress` by LZ4: half the bytes, for an eighth more of the time that all of a day takes.
+    """
+    iterator = iter(batches)
+    first = next(iterator)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    options = pa.ipc.IpcWriteOptions(compression="lz4" if compress else None, use_threads=False)
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, first.schema, options=options) as writer:
+        writer.write_batch(first)
+        for batch in iterator:
+            writer.write_batch(batch)
+    temporary.replace(path)
+
+
+def read_batch(path: str, index: int) -> pa.RecordBatch:
+    """Read batch `index` of a file of write_batches, without reading the others."""
+    with pa.memory_map(path) as file:
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False)).get_batch(index)
+
+
+HOUR_S = 3_600
+HOURS_PER_DAY = 24
+ROW_GROUP_SIZE = 2_048
+FORMAT = "crossmedia samples 1"
+SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
+    ("timestamp", "ascending"),
+    ("user", "ascending"),
+    ("session", "ascending"),
+]
+AD_LISTS = ("item", "image", "category", "scene")
+
+
+@dataclass(frozen=True)
+class GroupedBucket:
+    """The groups of one bucket: where those of each hour (since 1970) are, and counts."""
+
+    path: str
+    batch_of_hour: dict[int, int]
+    groups_of_hour: dict[int, int]
+    num_users: int
+    num_impressions: int  # distinct ones
+    num_behaviors: int  # distinct ones
+    num_used: int  # behaviours in at least one group
+    num_references: int  # behaviours in groups
+    num_over_limit: int  # behaviours that did not fit into their group
+    num_without: int  # groups without behaviours
+    latest_of_day: dict[int, int]  # by day since 1970: the last impression (µs) of groups that begin then
+
+
+def get_groups(get: Callable[[], GroupedBucket]) -> GroupedBucket:
+    """Run one of the functions below, whose arguments are bound, so that both kinds are tasks of one stage."""
+    return get()
+
+
+def group_bucket(
+    bucket: int,
+    folder: str,
+    num_pieces: tuple[int, int],
+    rules: GroupRules,
+    user_columns: Sequence[str],
+    ad_columns: Sequence[str] = (),
+    compress: bool = True,
+) -> GroupedBucket:
+    """Make the groups of one bucket of users from the shuffled logs in `folder`, and write them there by hour.
+
+    `num_pieces` is how many pieces the impressions and the behaviours have. `user_columns` are once in a group,
+    `ad_columns` once for each impression, with `ad_` before their names.
+    """
+    impressions = read_bucket(folder, IMPRESSIONS, num_pieces[0], bucket)
+    groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
+    table = _table(groups, user_columns, ad_columns).sort_by(SORT)
+    path = Path(folder, f"groups-{bucket:06d}.arrow")
+    batch_of_hour, groups_of_hour = _write_hours(path, table, compress)
+    return GroupedBucket(
+        str(path),
+        batch_of_hour,
+        groups_of_hour,
+        len(np.unique(groups.impressions["user"])),
+        len(groups.impressions["user"]),
+        groups.num_behaviors,
+        groups.num_used,
+        int(groups.take_G.sum()),
+        int(groups.over_limit_G.sum()),
+        int(np.count_nonzero(groups.take_G == 0)),
+        _latest_of_day(groups),
+    )
+
+
+def columns_of_groups(layout: TableLayout, rules: GroupRules) -> pa.Schema:
+    """Describe what `group_bucket` writes of impressions that are read so."""
+    nobody = {name: np.empty(0, np.float32 if kind == "dense" else np.int64) for name, kind in layout.kinds.items()}
+    nobody |= {name: np.empty(0, np.int64) for name in layout.constants}
+    nothing = {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
+    schema: pa.Schema = _table(make_groups(nobody, nothing, rules), layout.user_columns, layout.ad_columns).schema
+    return schema
+
+
+def take_groups(
+    before: Storage, name: str, share: tuple[int, int], users_path: str, schema: pa.Schema, folder: str
+) -> GroupedBucket:
+    """Write the groups of one file of samples to `folder` by hour, but those of the users in a .npy file.
+
+    `share`: which of how many parts of its row groups. `schema`: the columns of `group_bucket`, which they have to
+    have. Raises SampleError.
+    """
+    part, parts = share
+    try:
+        with pq.ParquetFile(before.open_input(name), page_checksum_verification=True) as file:
+            count = file.num_row_groups
+            mine = range(part * count // parts, (part + 1) * count // parts)
+            table = file.read_row_groups(list(mine), use_threads=False)
+        table = table.replace_schema_metadata(None).select(schema.names).cast(schema)
+    except (pa.ArrowException, KeyError, OSError, StorageError) as error:
+        raise SampleError(
+            f"{before.full(name)} cannot be read, or does not have the columns of the new days: {error}; make all days"
+            " anew"
+        ) from error
+    is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
+    path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
+    batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)), compress=False)
+    return GroupedBucket(str(path), batch_of_hour, groups_of_hour, 0, 0, 0, 0, 0, 0, 0, {})
+
+
+def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int, int], dict[int, int]]:
+    """Write sorted groups with a batch for each hour; return the place and the size of each hour's batch."""
+    hour_G = table.column("timestamp").to_numpy() // HOUR_S
+    hours, starts = np.unique(hour_G, return_index=True)
+    sizes = np.diff(starts, append=len(hour_G))
+    batches = [
+        table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
+    ]
+    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)], compress)
+    return {int(h): n for n, h in enumerate(hours)}, {int(h): int(n) for h, n in zip(hours, sizes, strict=True)}
+
+
+def _latest_of_day(groups: LogGroups) -> dict[int, int]:
+    time_N = groups.impressions["timestamp"]
+    day_G, last_G = time_N[groups.start_G] // DAY, time_N[groups.start_G + groups.size_G - 1]
+    return {int(day): int(last_G[day_G == day].max()) for day in np.unique(day_G)}
+
+
+def _table(groups: LogGroups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
+    """Make one row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
+    impressions, first_G = groups.impressions, groups.start_G
+    columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}
+    columns["timestamp"] = impressions["timestamp"][first_G] // MICROSECONDS
+    columns["day"] = pc.strftime(pa.array(columns["timestamp"]).cast(pa.timestamp("s")), format="%Y-%m-%d")
+    columns |= {name: impressions[name][first_G] for name in user_columns}
+    columns |= {f"behavior_{name}": _lists(groups.behaviors[name], groups.take_G) for name in groups.behaviors}
+    columns |= {f"ad_{name}": _lists(impressions[name], groups.size_G) for name in (*AD_LISTS, *ad_columns)}
+    columns["label"] = _lists(impressions["label"].astype(np.int8), groups.size_G)
+    return pa.table(columns)
+
+
+def _lists(values_N: npt.NDArray[Any], sizes_G: npt.NDArray[np.int64]) -> Any:
+    """Make lists of the given sizes, one per group, as an Arrow array."""
+    offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes_G)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values_N))
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file of samples to write: its day, its number in it, its hours."""
+
+    day: str  # as 2026-01-31
+    number: int  # of the file in the day
+    split: str
+    hours: tuple[int, ...]  # since 1970
+
+    @property
+    def name(self) -> str:
+        return f"day={self.day}-{self.number:03d}.parquet"
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of samples that was written, and counts of it."""
+
+    plan: FilePlan
+    num_groups: int
+    num_impressions: int
+    num_clicks: int
+    items: npt.NDArray[np.int64]  # ads' items, distinct
+    impressions_of_item: npt.NDArray[np.int64]
+
+
+def plan_files(
+    groups_of_hour: Mapping[int, int], test_days: int, groups_per_file: int, last_day: int | None = None
+) -> list[FilePlan]:
+    """Plan files by day, a long day in several of whole hours; the last `test_days` days are for testing.
+
+    The plan hangs on the hours' counts alone, so not on the number of buckets. `last_day`: of all samples (since 1970),
+    where these are not the last ones.
+    """
+    days: dict[int, list[list[int]]] = {}
+    room = 0
+    for hour in sorted(groups_of_hour):
+        files = days.setdefault(hour // HOURS_PER_DAY, [])
+        if not files or groups_of_hour[hour] > room:
+            files.append([])
+            room = groups_per_file
+        files[-1].append(hour)
+        room -= groups_of_hour[hour]
+    first_test_day = (max(days) if last_day is None else last_day) - test_days + 1
+    return [
+        FilePlan(
+            name_of_day(day),
+            number,
+            "test" if day >= first_test_day else "train",
+            tuple(hours),
+        )
+        for day, files in days.items()
+        for number, hours in enumerate(files)
+    ]
+
+
+def name_of_day(day: int) -> str:
+    """Write a day since 1970 as 2026-01-31."""
+    return f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}"
+
+
+def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) -> WrittenFile:
+    """Write one file of samples from (file, batch) `parts` of group_bucket, sorted by time, user and session."""
+    table = pa.Table.from_batches([read_batch(path, batch) for path, batch in parts]).combine_chunks().sort_by(SORT)
+    table = table.replace_schema_metadata({"format": FORMAT})
+    pq.write_table(
+        table,
+        Path(folder, plan.split, plan.name),
+        row_group_size=ROW_GROUP_SIZE,
+        compression="zstd",
+        write_page_checksum=True,
+    )
+    items, counts = np.unique(pc.list_flatten(table.column("ad_item")).to_numpy(), return_counts=True)
+    clicks = pc.list_flatten(table.column("label")).to_numpy()
+    return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), items, counts)

@@ -1,25 +1,285 @@
-"""The codes of all images: assigned part by part, written as Parquet, measured, and looked up by key.
+"""Semantic IDs: codebooks trained on vectors, and the codes of each image.
+
+Letters of shapes: N rows, D feature width, L levels, C codes of each.
+
+Letters of shapes: N rows, D feature width.
 
 Letters of shapes: N rows, M images, L levels, C codes of each.
 """
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors import numpy as tensors
 
 from featurestore.errors import StorageError
-from featurestore.keys import Int64Array
+from featurestore.format.codec import file_metadata
+from featurestore.identity import VECTORS_OF, SnapshotId
+from featurestore.index import encode_residual, train_residual_quantizer
+from featurestore.keys import Int64Array, splitmix64
+from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError
-from pipeline.semantic.codebook import Codebook
-from pipeline.semantic.vectors import Vectors
+from featurestore.text import one_line, parse_json
+from featurestore.upkeep.remake import sample as sample_of_store
+from pipeline.errors import SampleError, VectorImportError
+from pipeline.vectors import formats
+from pipeline.vectors.formats import VectorSource, block_rows
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """A residual quantiser: `source` says of what it was trained; `digest` is the sha256 of its file."""
+
+    codebooks_LCD: Float32Array
+    mean_D: Float32Array
+    std_D: Float32Array
+    source: dict[str, Any]
+
+    @property
+    def num_levels(self) -> int:
+        return int(self.codebooks_LCD.shape[0])
+
+    @property
+    def num_codes(self) -> int:
+        return int(self.codebooks_LCD.shape[1])
+
+    @property
+    def dim(self) -> int:
+        return int(self.codebooks_LCD.shape[2])
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Write the file's content; equal codebooks give equal bytes."""
+        arrays = {"codebooks": self.codebooks_LCD, "mean": self.mean_D, "std": self.std_D}
+        return bytes(tensors.save(arrays, {"source": json.dumps(self.source, sort_keys=True)}))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, place: str) -> "Codebook":
+        """Read what `to_bytes` wrote. Raises SampleError, which names the place."""
+        try:
+            arrays = tensors.load(data)
+            source = parse_json(file_metadata(data)["source"])
+            return cls(arrays["codebooks"], arrays["mean"], arrays["std"], source)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise SampleError(f"{place} is no codebook of this job: {error}") from error
+
+    def standardize(self, vectors_ND: Float32Array) -> Float32Array:
+        """Move vectors to the space in which codes are nearest neighbours."""
+        return ((vectors_ND - self.mean_D) / self.std_D).astype(np.float32, copy=False)
+
+    def encode(
+        self, vectors_ND: Float32Array
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Compute codes (N, L), squared lengths of the standardised vectors (N,), what each level leaves (N, L)."""
+        rows_ND = self.standardize(vectors_ND)
+        length_N = np.einsum("nd,nd->n", rows_ND, rows_ND, dtype=np.float64)
+        codes_NL, left_NL = encode_residual(self.codebooks_LCD, rows_ND)
+        return codes_NL, length_N, left_NL
+
+
+def fit(
+    sample_ND: Float32Array,
+    num_levels: int,
+    num_codes: int,
+    seed: int,
+    source: dict[str, Any],
+    standardize: bool = True,
+) -> Codebook:
+    """Train on a sample.
+
+    Every dimension counts alike after `standardize`: features of a ReLU are close to their mean, and a few large
+    dimensions would take all codes. Raises SampleError where there are fewer rows than codes."""
+    if len(sample_ND) < num_codes:
+        raise SampleError(
+            f"{len(sample_ND):,} vectors are too few for {num_codes} codes a level; give more, or fewer --codes"
+        )
+    mean_D, std_D = np.zeros(sample_ND.shape[1], np.float32), np.ones(sample_ND.shape[1], np.float32)
+    if standardize:
+        mean_D = sample_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
+        std_D = sample_ND.std(axis=0, dtype=np.float64).astype(np.float32)
+        std_D[std_D == 0] = 1
+    codebooks_LCD = train_residual_quantizer((sample_ND - mean_D) / std_D, num_levels, num_codes, seed)
+    return Codebook(codebooks_LCD, mean_D, std_D, source)
+
+
+def check_source(fitted: dict[str, Any], found: dict[str, Any], path: str, accept_store: bool) -> None:
+    """Refuse vectors among which the codes of a codebook do not mean what they meant where it was fitted.
+
+    `fitted` and `found`: what the vectors of then and of now say of themselves. Features have to be of one network,
+    exported vectors of one checkpoint, and both of one store, unless `accept_store`: another one of the same network,
+    computed anew, say. Raises SampleError, AnotherStoreError.
+    """
+    then, now = ({**each, **each.get("of", {})} for each in (fitted, found))
+    for name in ("extractor", "checkpoint_digest", "network"):
+        if name in then and name in now and then[name] != now[name]:
+            shown = "checkpoint" if name == "checkpoint_digest" else name
+            raise SampleError(
+                f"{path} was fitted to vectors of another {shown}: {then.get(shown)}, these are of {now.get(shown)}; "
+                "fit a new one, without --codebook"
+            )
+    try:
+        recorded, mine = SnapshotId.from_named(then), SnapshotId.from_named(now)
+    except ValueError as error:
+        raise SampleError(f"{path}, or the vectors, name a snapshot that no store has: {one_line(error)}") from error
+    if recorded and mine and not accept_store:
+        recorded.check(
+            mine,
+            f"the codebook {path}",
+            "fit a new one, without --codebook, or, where it holds the same images computed anew, add --accept-store",
+        )
+
+
+def load(address: str | os.PathLike[str]) -> Codebook:
+    """Load the codebook of an earlier run, from a file or an address. Raises SampleError."""
+    address = os.fspath(address)
+    folder, slash, name = address.rpartition("/")
+    try:
+        data = Storage(folder or slash or ".").read_bytes(name)
+    except (OSError, StorageError) as error:
+        raise SampleError(f"{address} is no codebook of this job: {error}") from error
+    return Codebook.from_bytes(data, address)
+
+
+Blocks = Iterator[tuple[Int64Array, Float32Array]]
+
+
+@dataclass(frozen=True)
+class StoreVectors:
+    """The live rows of a snapshot; a part is a shard."""
+
+    snapshot: Snapshot
+
+    @property
+    def dim(self) -> int:
+        return self.snapshot.info.dim
+
+    @property
+    def are_components(self) -> bool:
+        """Whether they are principal components, the weak ones of which would be blown up by standardising each."""
+        return self.snapshot.info.reduction is not None
+
+    @property
+    def num_parts(self) -> int:
+        return self.snapshot.info.num_shards
+
+    def describe(self) -> dict[str, Any]:
+        identity = SnapshotId.of(self.snapshot)
+        return {**identity.named(), "extractor": self.snapshot.info.extractor.model_dump()}
+
+    def sample(self, num_rows: int, seed: int) -> Float32Array:
+        return sample_of_store(self.snapshot, num_rows, seed)[1]
+
+    def blocks(self, part: int) -> Blocks:
+        for block in self.snapshot.shard_reader(part).verified_blocks():
+            yield block.keys_K, self.snapshot.codec.decode(block.features_KD)
+
+
+@dataclass
+class FileVectors:
+    """A .npy matrix with its keys, or Parquet files; see pipeline.vectors. A part is a slice of a file.
+
+    `origin`: of which run, checkpoint and snapshot jobs/export_embeddings.py made them; empty for other vectors.
+    """
+
+    address: str
+    source: VectorSource
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unusable: dict[int, int] = dataclasses.field(default_factory=dict)  # rows left out, by part
+
+    @property
+    def dim(self) -> int:
+        return self.source.dim
+
+    @property
+    def are_components(self) -> bool:
+        return False
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.source.slices)
+
+    def describe(self) -> dict[str, Any]:
+        of = {"of": self.origin} if self.origin else {}
+        return {"vectors": self.address, "unusable_rows": sum(self.unusable.values()), **of}
+
+    def sample(self, num_rows: int, seed: int) -> Float32Array:
+        """Draw those with the smallest hashes: reads everything once."""
+        rank_N, kept_ND = np.empty(0, np.uint64), np.empty((0, self.dim), np.float32)
+        for part in range(self.num_parts):
+            for keys_N, vectors_ND in self.blocks(part):
+                rank_N = np.concatenate([rank_N, splitmix64(keys_N ^ seed)])
+                kept_ND = np.concatenate([kept_ND, vectors_ND])
+                chosen = np.argsort(rank_N, kind="stable")[:num_rows]
+                rank_N, kept_ND = rank_N[chosen], kept_ND[chosen]
+        return kept_ND
+
+    def blocks(self, part: int) -> Blocks:
+        unusable = 0
+        for block in self.source.slices[part].read(block_rows(self.dim)):
+            is_finite_N = np.isfinite(block.vectors_ND).all(axis=1)
+            unusable += len(block.bad) + int((~is_finite_N).sum())
+            yield block.keys_N[is_finite_N], block.vectors_ND[is_finite_N]
+        self.unusable[part] = unusable
+
+
+Vectors = StoreVectors | FileVectors
+"""Vectors by key, all of one width; `blocks` gives the finite ones of a part, some megabytes at a time."""
+
+
+def open_file(address: str, keys: str | None) -> FileVectors:
+    """Open vectors that another job exported. Raises VectorImportError."""
+    if PurePosixPath(address).suffix == ".npy":
+        if keys is None:
+            raise VectorImportError(
+                f"{address} is a matrix: --keys names its keys, a .npy of int64 or a text file of ids"
+            )
+        return FileVectors(address, formats.plan_matrix(address, keys, None), _origin_of_file(address))
+    return FileVectors(address, formats.plan_parquet(address, None, None, None), _origin_in(address))
+
+
+def _origin_of_file(address: str) -> dict[str, Any]:
+    """Read NAME.npy.json, in the folder of NAME.npy."""
+    folder, slash, name = address.rpartition("/")
+    try:
+        return _mapping(Storage(folder or slash or ".").read_bytes(f"{name}.json"))
+    except FileNotFoundError:
+        return {}
+
+
+def _origin_in(address: str) -> dict[str, Any]:
+    """Read the metadata of a Parquet file; of a folder nothing is known."""
+    folder, slash, name = address.rpartition("/")
+    storage = Storage(folder or slash or ".")
+    if not name.endswith(".parquet"):
+        return {}
+    with storage.open_input(name) as file:
+        return _mapping((pq.read_schema(file).metadata or {}).get(VECTORS_OF.encode(), b"{}"))
+
+
+def _mapping(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object; nothing where it is none: another program may use the same names."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
 
 FOLDER = "codes"
 NO_CODE = -1  # of an image without a vector

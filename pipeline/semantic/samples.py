@@ -1,4 +1,4 @@
-"""Sample files with the codes of their images as further columns, row group by row group.
+"""Samples with semantic IDs: built from samples and codes.
 
 Letters of shapes: G groups, N values of a column.
 """
@@ -13,12 +13,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featurestore.console.files import write_json
+from featurestore.console.output import progress_bar
 from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
+from featurestore.published import open_published
 from featurestore.storage.storage import Storage, settled_tags
+from featurestore.store import FeatureStore
+from featurestore.text import parse_json, parse_yaml
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.publish import NewFiles, digest_of
-from pipeline.semantic.codes import NO_CODE, CodeIndex
+from pipeline.options import DEFAULT_STORE, SemanticOptions
+from pipeline.samples.build import schema_of_samples, write_schema
+from pipeline.samples.publish import CODEBOOK_FILE, MARK, SEMANTIC_IDS, NewFiles, digest_of, replaced_files
+from pipeline.semantic import codes as books
+from pipeline.semantic.codes import (
+    FOLDER,
+    NO_CODE,
+    AssignedCodes,
+    Codebook,
+    CodeIndex,
+    StoreVectors,
+    Vectors,
+    assign,
+    changed_keys,
+    open_file,
+    read_codes,
+)
+from trainer.schema import Field, Schema, load_schema
+from trainer.schema.text import SETTINGS_FILE, schema_text, table_rows
 
 SPLITS = ("train", "test")
 WITHOUT_CODE = "without_code.parquet"
@@ -207,3 +229,157 @@ def _with_codes(
         ids_N = index.code(full_N, number) if what == "level" else index.prefix(full_N, number)
         table = table.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(ids_N)))
     return table
+
+
+_LARGEST_CODE = 1 << 62
+
+
+def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
+    """Make `options.out` anew: codebook, codes by key, and the samples with codes as columns; return its summary.
+
+    Equal vectors, samples and options give equal files on one machine. Schema and settings for the trainer are written
+    with the samples. With the codebook of what is there already, files of samples that would get the same bytes are
+    kept. Holds 16 bytes an image, then 32. Raises SampleError, VectorImportError, SchemaError, FeatureStoreError.
+    """
+    schema: Schema | None = None
+    samples = open_published(options.samples) if options.samples else None
+    if samples is not None:
+        sample_files(samples)  # before the store is read through
+        schema = load_schema(options.schema or schema_of_samples(samples.url))
+        image_columns(schema, options.store_name)
+    vectors = _open(options)
+    if options.num_codes & (options.num_codes - 1) or options.num_codes < 2:
+        raise SampleOptionError(f"--codes {options.num_codes} is not a power of two; try 256")
+    if options.num_codes**options.num_levels > _LARGEST_CODE:
+        raise SampleOptionError(f"--levels {options.num_levels} of --codes {options.num_codes} do not fit into 62 bits")
+    codebook = _codebook(vectors, options)
+    before, recorded = _before(options, codebook)
+    with replaced_files(
+        options.out, SEMANTIC_IDS, before=before, scratch=options.scratch, keep_days=options.keep_days
+    ) as new:
+        folder = new.folder
+        (folder / CODEBOOK_FILE).write_bytes(codebook.to_bytes())
+        with progress_bar("assigning codes", vectors.num_parts) as bar:
+            assigned = assign(vectors, codebook, folder / FOLDER, bar.advance)
+        rewritten: RewrittenSamples | None = None
+        if samples is not None and schema:
+            columns = image_columns(schema, options.store_name)
+            earlier = _earlier(before, recorded, list(columns), assigned)
+            rewritten = rewrite(samples, new, columns, assigned.index, earlier)
+            rewritten.write_keys(folder / WITHOUT_CODE)
+        summary = _summary(vectors, options, codebook, assigned, rewritten)
+        if samples is not None and schema:
+            summary["samples"]["columns"] = list(columns)
+            write_code_schema(folder, options.out, samples, schema, options.store_name, summary)
+        write_json(folder / MARK, summary)
+    return summary
+
+
+def _before(options: SemanticOptions, codebook: Codebook) -> tuple[Storage | None, dict[str, Any]]:
+    """Open what an earlier run made with the same codebook, and read its summary; None where there is no such thing."""
+    if options.codebook is None or not options.samples:
+        return None, {}
+    before = open_published(options.out)
+    try:
+        recorded: dict[str, Any] = parse_json(before.read_bytes(MARK))
+        is_same = recorded["codebook"]["sha256"] == codebook.digest
+    except (FileNotFoundError, StorageError, ValueError, KeyError, TypeError):
+        return None, {}
+    return (before, recorded) if is_same else (None, {})
+
+
+def _earlier(
+    before: Storage | None, recorded: dict[str, Any], columns: list[str], assigned: AssignedCodes
+) -> EarlierSamples | None:
+    if before is None or recorded.get("samples", {}).get("columns") != columns:
+        return None
+    changed = changed_keys(read_codes(before, assigned.index.num_codes), assigned.index)
+    return earlier_samples(before, recorded, changed)
+
+
+def _open(options: SemanticOptions) -> Vectors:
+    if options.vectors is not None:
+        return open_file(options.vectors, options.keys)
+    return StoreVectors(FeatureStore.open(options.store or DEFAULT_STORE).snapshot())
+
+
+def _codebook(vectors: Vectors, options: SemanticOptions) -> Codebook:
+    if options.codebook is None:
+        sample_ND = vectors.sample(options.sample_rows, options.seed)
+        source = vectors.describe() | {"sample_rows": len(sample_ND), "seed": options.seed}
+        standardize = not vectors.are_components if options.standardize is None else options.standardize
+        return books.fit(sample_ND, options.num_levels, options.num_codes, options.seed, source, standardize)
+    codebook = books.load(options.codebook)
+    if codebook.dim != vectors.dim:
+        raise SampleError(f"{options.codebook} is for vectors of {codebook.dim} numbers, these have {vectors.dim}")
+    books.check_source(codebook.source, vectors.describe(), options.codebook, options.accept_store)
+    return codebook
+
+
+def _summary(
+    vectors: Vectors,
+    options: SemanticOptions,
+    codebook: Codebook,
+    assigned: AssignedCodes,
+    rewritten: RewrittenSamples | None,
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "source": vectors.describe(),
+        "codebook": {
+            "sha256": codebook.digest,
+            "fitted": options.codebook is None,
+            "levels": codebook.num_levels,
+            "codes": codebook.num_codes,
+            "of": codebook.source,
+        },
+        **assigned.report(),
+    }
+    if rewritten is not None:
+        summary["samples"] = {"from": options.samples, "kept": rewritten.kept, **rewritten.report()}
+    return summary
+
+
+def image_columns(schema: Schema, store_name: str) -> dict[str, Field]:
+    """Find the first content field of one store for each column. Raises SampleOptionError where there is none."""
+    fields = list(schema.of_kind("content"))
+    columns: dict[str, Field] = {}
+    for field in fields:
+        if field.store_name == store_name:
+            columns.setdefault(field.column_name, field)
+    if not columns:
+        known = ", ".join(sorted({field.store_name for field in fields})) or "none"
+        raise SampleOptionError(
+            f"the schema has no content field of store {store_name}; its stores: {known} (--store-name)"
+        )
+    return columns
+
+
+def write_code_schema(
+    folder: Path, target: str, samples: Storage, schema: Schema, store_name: str, summary: dict[str, Any]
+) -> None:
+    """Write the schema with the codes as ID fields, and settings with their tables, for samples at `target`."""
+    fields, tables = list(schema.fields), _tables_of(samples)
+    levels = summary["levels"]
+    for field in image_columns(schema, store_name).values():
+        for name, (what, number) in code_columns(field.column_name, len(levels)).items():
+            table = f"{store_name}_sid{number}" if what == "level" else f"{store_name}_sid_prefix{number}"
+            used = levels[number]["used"] if what == "level" else levels[number - 1]["distinct_prefixes"]
+            tables[table] = table_rows(used + 1)
+            kind: Any = "id" if field.side == "ad" else "multi_id"
+            fields.append(Field(name=name, side=field.side, kind=kind, table=table))
+    header = [
+        "Fields of the samples, and the codes of their images: _sid0 is the first code, _sid_prefix2 the first two.",
+        f"Codebook {summary['codebook']['sha256'][:16]}; -1 is an image without a code.",
+    ]
+    made = schema.model_copy(update={"fields": tuple(fields)})
+    write_schema(folder, target, schema_text(made, header), tables, summary["source"].get("store"))
+
+
+def _tables_of(samples: Storage) -> dict[str, int]:
+    """Read the tables of the settings that are with the samples already."""
+    try:
+        return dict(parse_yaml(samples.read_bytes(SETTINGS_FILE).decode())["model"]["tables"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise SampleError(f"{samples.full(SETTINGS_FILE)} has no model.tables: {error}") from error

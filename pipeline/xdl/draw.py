@@ -39,8 +39,8 @@ def draw(options: DrawOptions, target: Path, advance: Callable[[int], None] = la
 
     Equal options give equal bytes. Raises SampleError where the folder holds anything else, or cannot be written.
     """
-    from pipeline.vectors.xdl import NUM_FILES  # loads pyarrow: not for the help of the job
-    from pipeline.xdl.images import append_records
+    from pipeline.vectors.formats import NUM_FILES  # loads pyarrow: not for the help of the job
+    from pipeline.xdl.line import append_records
 
     with replaced_folder(target, CONTENT) as folder:
         with (folder / TEXT_FILE).open("w", encoding="utf-8") as file:

@@ -12,8 +12,7 @@ from featurestore.errors import StorageError
 from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.xdl.fields import WEIGHT_SUFFIX
-from pipeline.xdl.line import Part, XdlLine, format_ids, format_line, format_number
+from pipeline.xdl.line import WEIGHT_SUFFIX, Part, XdlLine, format_ids, format_line, format_number
 from trainer.schema import Field, Schema
 
 _RESERVED_IN_NAMES = "|;@,:"

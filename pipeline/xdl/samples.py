@@ -1,4 +1,6 @@
-"""An import of XDL's text samples over Dask: look through all files, decide on the fields, write, publish at once.
+"""XDL's packed samples: groups, and the samples made of them.
+
+The columns are those of DESIGN's sample groups: user fields once, ad fields a list with one entry for each line.
 
 A file is one task, so a group never spans two files: write the lines of a group one after the other.
 """
@@ -7,44 +9,423 @@ import dataclasses
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from distributed import Client
 
 from featurestore.console.files import write_json
+from featurestore.errors import StorageError
 from featurestore.keys import key_of_uri, splitmix64
+from featurestore.published import open_published
+from featurestore.storage.storage import Storage, settled_tags
+from featurestore.text import parse_json
 from pipeline.cluster.tasks import run_all
-from pipeline.errors import SampleError
-from pipeline.options import XdlOptions
-from pipeline.samples.files import FORMAT
+from pipeline.errors import SampleError, SampleOptionError
+from pipeline.options import XdlOptions, XdlWeights
+from pipeline.samples.groups import FORMAT
 from pipeline.samples.mapping import names_in
-from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from pipeline.vectors.source import find_files
-from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan, seen_table
-from pipeline.xdl.groups import ReadRules, XdlGroup, group_samples, read_sample, schema_of, table_of
-from pipeline.xdl.imported import (
-    SEEN_FILE,
-    SEEN_FOLDER,
-    SPLITS,
-    TextFile,
-    as_made,
-    check_fields,
-    earlier_import,
-    in_order_of_files,
-    keep_parts,
-    kept_import,
-    new_files_of,
-    part_name,
-    total,
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, digest_of, replaced_files
+from pipeline.vectors.formats import find_files
+from pipeline.xdl.line import (
+    WEIGHT_SUFFIX,
+    BadLineError,
+    Part,
+    SeenFields,
+    Tokens,
+    XdlField,
+    XdlLine,
+    decide,
+    merged,
+    parse_line,
+    read_ids,
+    read_int,
+    read_number,
+    read_numbers,
+    scan,
+    seen_of_table,
+    seen_table,
+    write_field_schema,
 )
-from pipeline.xdl.line import BadLineError, XdlLine, parse_line
-from pipeline.xdl.schema import write_field_schema
+
+
+@dataclass(frozen=True)
+class ReadRules:
+    """The rules by which lines are read.
+
+    `weights`: of sparse ids, other than 1: keep them in columns of their own, drop them, or refuse such lines.
+    """
+
+    fields: tuple[XdlField, ...]
+    weights: XdlWeights = "keep"
+    label_threshold: float | None = None  # None: labels are 0 or 1
+    label_index: int | None = None  # None: a line has one label
+    fill_dense: float | None = None  # for dense fields that a line lacks; None: such a line is bad
+
+    @cached_property
+    def known(self) -> frozenset[tuple[str, str]]:
+        """Part and name of every field."""
+        return frozenset((each.part, each.name) for each in self.fields)
+
+    @property
+    def weighted(self) -> tuple[XdlField, ...]:
+        """Fields whose weights get a column."""
+        return tuple(each for each in self.fields if each.is_weighted) if self.weights == "keep" else ()
+
+
+@dataclass(frozen=True)
+class XdlSample:
+    """One line, read: values by column."""
+
+    skey: str
+    gkey: str
+    label: int
+    ts: int
+    user: dict[str, Any]
+    ad: dict[str, Any]
+
+
+@dataclass
+class XdlGroup:
+    """Neighbouring lines with one group key and equal user fields."""
+
+    gkey: str
+    user: dict[str, Any]
+    samples: list[XdlSample] = dataclasses.field(default_factory=list)
+
+
+def read_sample(line: XdlLine, rules: ReadRules) -> XdlSample:
+    """Read the line's values as the columns want them. Raises BadLineError."""
+    user: dict[str, Any] = {}
+    ad: dict[str, Any] = {}
+    if unknown := [name for part in ("user", "ad") for name in _part(line, part) if (part, name) not in rules.known]:
+        raise BadLineError(f"{unknown[0]} was not there when the files were looked through")
+    for each in rules.fields:
+        _read_field(each, _part(line, each.part).get(each.name), rules, user if each.part == "user" else ad)
+    return XdlSample(line.skey, line.gkey, _label(line.label, rules), read_int("ts", line.ts), user, ad)
+
+
+def group_samples(samples: Iterable[XdlSample]) -> Iterator[XdlGroup]:
+    """Group samples in the order of the lines; a group ends where the key or a value of the user part changes."""
+    group: XdlGroup | None = None
+    for sample in samples:
+        if group is None or group.gkey != sample.gkey or group.user != sample.user:
+            if group is not None:
+                yield group
+            group = XdlGroup(sample.gkey, sample.user)
+        group.samples.append(sample)
+    if group is not None:
+        yield group
+
+
+def schema_of(rules: ReadRules) -> pa.Schema:
+    """List the columns of the samples."""
+    types: dict[str, pa.DataType] = {"user": pa.int64(), "gkey": pa.string(), "timestamp": pa.int64()}
+    types |= {each.column: _type(each) for each in rules.fields}
+    types |= {each.column + WEIGHT_SUFFIX: _weight_type(each) for each in rules.weighted}
+    types |= {"skey": pa.list_(pa.string()), "ad_timestamp": pa.list_(pa.int64()), "label": pa.list_(pa.int8())}
+    return pa.schema(types)
+
+
+def table_of(groups: Sequence[XdlGroup], rules: ReadRules) -> pa.Table:
+    """Make one row for each group; `user` is the hash of its key, `timestamp` that of the first line."""
+    values: dict[str, list[Any]] = {
+        "user": [key_of_uri(group.gkey) for group in groups],
+        "gkey": [group.gkey for group in groups],
+        "timestamp": [group.samples[0].ts for group in groups],
+        "skey": [[sample.skey for sample in group.samples] for group in groups],
+        "ad_timestamp": [[sample.ts for sample in group.samples] for group in groups],
+        "label": [[sample.label for sample in group.samples] for group in groups],
+    }
+    columns = [(each.part, each.column) for each in rules.fields]
+    columns += [(each.part, each.column + WEIGHT_SUFFIX) for each in rules.weighted]
+    for part, column in columns:
+        if part == "user":
+            values[column] = [group.user[column] for group in groups]
+        else:
+            values[column] = [[sample.ad[column] for sample in group.samples] for group in groups]
+    return pa.table(values, schema=schema_of(rules))
+
+
+def _part(line: XdlLine, part: str) -> Part:
+    return line.user if part == "user" else line.ad
+
+
+def _read_field(each: XdlField, tokens: Tokens | None, rules: ReadRules, into: dict[str, Any]) -> None:
+    if each.is_dense:
+        into[each.column] = _dense(each, tokens, rules)
+        return
+    ids, weights = read_ids(each.name, tokens or [])
+    if rules.weights == "refuse" and any(weight != 1 for weight in weights):
+        raise BadLineError(f"{each.name} has weights other than 1; give --weights keep or drop")
+    one = _is_one(each)
+    if one and len(ids) != 1:
+        raise BadLineError(f"{each.name} has not one id")
+    into[each.column] = ids[0] if one else ids
+    if rules.weights == "keep" and each.is_weighted:
+        into[each.column + WEIGHT_SUFFIX] = weights[0] if one else weights
+
+
+def _dense(each: XdlField, tokens: Tokens | None, rules: ReadRules) -> float | list[float]:
+    if tokens is None:
+        if rules.fill_dense is None:
+            raise BadLineError(f"{each.name} is missing; --fill-dense 0 does as XDL does")
+        numbers = [rules.fill_dense] * each.width
+    else:
+        numbers = read_numbers(each.name, tokens)
+    if len(numbers) != each.width:
+        raise BadLineError(f"{each.name} has not {each.width} numbers")
+    return numbers[0] if each.width == 1 else numbers
+
+
+def _label(tokens: Tokens, rules: ReadRules) -> int:
+    if rules.label_index is None and len(tokens) != 1:
+        raise BadLineError("several labels; --label-index says which")
+    index = rules.label_index or 0
+    if index >= len(tokens):
+        raise BadLineError(f"no label {index}")
+    value = read_number("label", tokens[index])
+    if rules.label_threshold is not None:
+        return int(value >= rules.label_threshold)
+    if value not in (0, 1):
+        raise BadLineError("label is not 0 or 1; --label-threshold makes it so")
+    return int(value)
+
+
+def _is_one(each: XdlField) -> bool:
+    return each.kind == "id" or (each.kind == "content" and each.part == "ad")
+
+
+def _type(each: XdlField) -> pa.DataType:
+    number = pa.float32() if each.is_dense else pa.int64()
+    one = each.width == 1 if each.is_dense else _is_one(each)
+    return _listed(number, int(not one) + (each.part == "ad"))
+
+
+def _weight_type(each: XdlField) -> pa.DataType:
+    return _listed(pa.float32(), int(not _is_one(each)) + (each.part == "ad"))
+
+
+def _listed(kind: pa.DataType, depth: int) -> pa.DataType:
+    for _ in range(depth):
+        kind = pa.list_(kind)
+    return kind
+
+
+SPLITS = ("train", "test")
+SEEN_FILE = "fields.parquet"
+SEEN_FOLDER = "seen"
+"""Of each file what SEEN_FILE has of all together, under its number."""
+Place = tuple[bool, str, str]
+_FREE = ("source", "samples", "test_source", "add", "scratch", "keep_days")
+"""Options that may differ from those of the samples that files are added to."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of lines."""
+
+    url: str
+    path: str
+    split: str | None  # None: by the hash of the group key
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Read number, from 1, and bytes of each line."""
+        with Storage(self.url).open_input(self.path) as file:
+            yield from enumerate(file, 1)
+
+
+@dataclass(frozen=True)
+class ImportedFile:
+    """A file of lines that was imported, and what shows whether it is the same; its place in a list is its number."""
+
+    split: str | None
+    url: str
+    path: str
+    tag: str
+    digest: str
+    counts: dict[str, Any] | None = None
+    """Of its lines, as `total` sums them up; None where an earlier version imported it."""
+
+    @property
+    def place(self) -> Place:
+        """What files are sorted by: those of test samples last, then by name."""
+        return self.split == "test", self.url, self.path
+
+
+@dataclass(frozen=True)
+class EarlierImport:
+    """Samples that are there, to which files are added."""
+
+    storage: Storage
+    summary: dict[str, Any]
+    seen: SeenFields
+
+    @property
+    def files(self) -> list[ImportedFile]:
+        """List what was imported."""
+        return [ImportedFile(**each) for each in self.summary["sources"]]
+
+
+@dataclass(frozen=True)
+class KeptImport:
+    """What stays of an earlier import when some of its files have changed since, or when none has."""
+
+    storage: Storage
+    files: dict[int, ImportedFile]
+    """By their numbers."""
+    counts: dict[str, Any]
+    seen: dict[Place | None, SeenFields]
+    """Of each file; where none has changed, of all together, under None."""
+    bad: pa.Table
+
+
+def earlier_import(options: XdlOptions) -> EarlierImport:
+    """Open the samples that files are added to. Raises SampleOptionError where there are none, SampleError."""
+    storage = open_published(options.samples)
+    try:
+        summary = parse_json(storage.read_bytes(MARK))
+        if "good_lines" in summary:
+            return EarlierImport(storage, summary, seen_of_table(read_table(storage, SEEN_FILE)))
+    except StorageError:
+        if not storage.is_local:
+            raise
+    except (FileNotFoundError, ValueError, TypeError):
+        pass
+    raise SampleOptionError(
+        f"{options.samples} has no samples of this job that files can be added to; import them without --add first"
+    )
+
+
+def as_made(options: XdlOptions, recorded: Mapping[str, Any]) -> XdlOptions:
+    """Complete the options by those of the import that is there. Raises SampleOptionError where one differs."""
+    made = {name: ",".join(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    changes: dict[str, Any] = {}
+    for each in dataclass_fields(options):
+        mine = getattr(options, each.name)
+        if each.name in _FREE or mine == made.get(each.name, each.default):
+            continue
+        if mine != each.default:
+            raise SampleOptionError(
+                f"--{each.name.replace('_', '-')} {mine}: {options.samples} was made with {made[each.name]}; leave the "
+                "option out, or import all files anew, without --add"
+            )
+        changes[each.name] = made[each.name]
+    return replace(options, **changes)
+
+
+def new_files_of(files: Sequence[TextFile], imported: Sequence[ImportedFile]) -> list[ImportedFile]:
+    """List the files that are not imported yet, or were with another content."""
+    known = {each.place: each for each in imported}
+    tags: dict[str, dict[str, str]] = {}
+    found = []
+    for file in files:
+        storage = Storage(file.url)
+        if file.url not in tags:
+            tags[file.url] = settled_tags([storage.entry(each.path) for each in files if each.url == file.url])
+        tag = tags[file.url].get(file.path, "")
+        before = known.get(ImportedFile(file.split, file.url, file.path, "", "").place)
+        if before is None or not before.tag == tag != "":
+            found.append(ImportedFile(file.split, file.url, file.path, tag, digest_of(storage, file.path)))
+    changed = {each.place for each in found if each.place in known and known[each.place].digest != each.digest}
+    # The same file of a folder that was moved is there already.
+    digests = {each.digest for each in imported if each.place not in changed}
+    return [each for each in found if each.place in changed or each.digest not in digests]
+
+
+def kept_import(earlier: EarlierImport, new_files: Sequence[ImportedFile]) -> KeptImport:
+    """Take what stays of an earlier import where `new_files` are imported, some of them perhaps again.
+
+    Raises SampleError where one has changed, and what was counted of each file is not there, or does not show
+    which bad lines were its own.
+    """
+    storage, imported = earlier.storage, dict(enumerate(earlier.files))
+    places, bad = {each.place for each in new_files}, read_table(storage, QUARANTINE_FILE)
+    changed = [each for each in imported.values() if each.place in places]
+    if not changed:
+        return KeptImport(storage, imported, total([earlier.summary]), {None: earlier.seen}, bad)
+    count_of_path = Counter(each.path for each in imported.values())
+    if any(each.counts is None for each in imported.values()) or any(count_of_path[each.path] > 1 for each in changed):
+        raise SampleError(
+            f"{Storage(changed[0].url).full(changed[0].path)} has changed since it was imported; "
+            "import all files anew, without --add"
+        )
+    kept = {number: each for number, each in imported.items() if each.place not in places}
+    seen: dict[Place | None, SeenFields] = {
+        each.place: seen_of_table(read_table(storage, f"{SEEN_FOLDER}/{part_name(number)}"))
+        for number, each in kept.items()
+    }
+    paths = pa.array([each.path for each in changed], pa.string())
+    bad = bad.filter(pc.invert(pc.is_in(bad["file"], paths)))
+    return KeptImport(storage, kept, total(each.counts or {} for each in kept.values()), seen, bad)
+
+
+def total(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up the counts of lines, of good ones, of bad ones by reason, and of groups, samples and clicks by split."""
+    lines, nested = Counter[str](), {name: Counter[str]() for name in ("quarantined", *SPLITS)}
+    for part in parts:
+        lines.update({name: part[name] for name in ("lines", "good_lines")})
+        for name, counts in nested.items():
+            counts.update(part[name])
+    return {**dict.fromkeys(("lines", "good_lines"), 0), **lines, **{name: dict(each) for name, each in nested.items()}}
+
+
+def in_order_of_files(bad: pa.Table, files: Collection[ImportedFile]) -> pa.Table:
+    """Sort bad lines as importing all files at once has them."""
+    number = {each.path: number for number, each in reversed(list(enumerate(files)))}
+    order = pa.array([number[str(path)] for path in bad["file"].to_pylist()], pa.int64())
+    return bad.take(pc.array_sort_indices(order)) if len(bad) else bad
+
+
+def check_fields(options: XdlOptions, fields: Sequence[XdlField], recorded: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse fields that all files together would have, where those that are there have others."""
+    now, before = [_shown(asdict(each)) for each in fields], [_shown(each) for each in recorded]
+    if now != before:
+        shown = ", ".join([each for each in now if each not in before] or now)
+        raise SampleError(
+            f"with the new files of {options.source}, fields would be others than in {options.samples}: {shown}; "
+            "import all files anew, without --add"
+        )
+
+
+def _shown(field: Mapping[str, Any]) -> str:
+    """Format what samples need to be the same of a field."""
+    width = f", {field['width']} numbers" if field["kind"] == "dense" else ""
+    column = f" in column {field['column']}" if field["column"] != field["name"] else ""
+    weighted = ", weighted" if field["is_weighted"] else ""
+    return f"{field['part']} {field['name']}{column} ({field['kind']}{width}{weighted})"
+
+
+def keep_parts(new: NewFiles, imported: Mapping[int, ImportedFile], numbers: Mapping[Place, int]) -> None:
+    """Keep the samples of files that were imported, under the numbers that these have now."""
+    for folder in (*SPLITS, SEEN_FOLDER):
+        names = set(new.before.list(folder))
+        for number, each in imported.items():
+            if (name := part_name(number)) in names:
+                new.keep(f"{folder}/{part_name(numbers[each.place])}", f"{folder}/{name}")
+
+
+def read_table(storage: Storage, name: str) -> pa.Table:
+    """Read a table of an earlier import. Raises SampleError."""
+    try:
+        with storage.open_input(name) as file:
+            return pq.read_table(file)
+    except (pa.ArrowException, FileNotFoundError) as error:
+        raise SampleError(f"{storage.full(name)} cannot be read: {error}; import all files anew") from error
+
+
+def part_name(number: int) -> str:
+    """Name the samples of the file of this number."""
+    return f"part-{number:05d}.parquet"
+
 
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "file": pa.string(),

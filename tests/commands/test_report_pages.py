@@ -205,7 +205,7 @@ def test_the_summary_of_a_job_on_a_cluster_is_its_page(
     line: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(
-        "pipeline.cluster.connect.connect", lambda *_, **__: contextlib.nullcontext(request.getfixturevalue("client"))
+        "pipeline.cluster.tasks.connect", lambda *_, **__: contextlib.nullcontext(request.getfixturevalue("client"))
     )
     (tmp_path / "ids.txt").write_text("a\nb\n<script>\n")
     drawn = tmp_path / "drawn"

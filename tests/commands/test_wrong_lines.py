@@ -29,7 +29,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixtu
     def same(*_: object, **__: object) -> Iterator[Client]:
         yield request.getfixturevalue("client")
 
-    monkeypatch.setattr("pipeline.cluster.connect.connect", same)
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", same)
 
 
 def test_there_are_enough_of_them() -> None:

@@ -122,9 +122,8 @@ def complete(world: World) -> World:
 def _extract(world: World, client: "Client") -> None:
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import compact
-    from pipeline.features.extract import extract
-    from pipeline.features.refresh import refresh
-    from pipeline.network.weights import UntrainedWeightsWarning
+    from pipeline.features.refresh import extract, refresh
+    from pipeline.network.backbone import UntrainedWeightsWarning
     from pipeline.options import ExtractOptions, RefreshOptions
 
     images = world.images
@@ -185,7 +184,7 @@ def _write_samples(world: World) -> None:
 
 def _make_codes(world: World) -> None:
     from pipeline.options import SemanticOptions
-    from pipeline.semantic.build import build_semantic_ids
+    from pipeline.semantic.samples import build_semantic_ids
 
     build_semantic_ids(
         SemanticOptions(out=str(world.semantic), store=str(world.store), samples=str(world.samples), num_codes=4)

@@ -87,7 +87,7 @@ def test_numbers_without_sense_are_usage_errors(options):
 def inside(place, client, monkeypatch):
     """Runs the job in this process and in `place`, on the tests' cluster; gives its exit code and error."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run_inside(*options: object) -> tuple[int, str]:
         done = CliRunner().invoke(app, [str(option) for option in options])

@@ -17,7 +17,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import reduce
 from jobs.build_semantic_ids import app
-from pipeline.semantic.codebook import load
+from pipeline.semantic.codes import load
 from tests.jobs.semantic import (
     CODES,
     DIM,

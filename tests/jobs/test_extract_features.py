@@ -36,7 +36,7 @@ def job(tmp_path, monkeypatch):
         def nthreads(self):
             return {}
 
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(NoScheduler()))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(NoScheduler()))
     monkeypatch.chdir(tmp_path)
     return run
 
@@ -63,7 +63,7 @@ def test_mistakes_are_one_message(job, tmp_path):
 
 def test_weights_are_looked_at_before_a_cluster_starts(job, tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
-    monkeypatch.setattr("pipeline.cluster.connect.connect", None)
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
     message = "text.pth: not a state dict that torch can load safely (UnpicklingError); one is"
     assert_message(job("--weights", "text.pth"), 2, message)
 

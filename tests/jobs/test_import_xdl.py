@@ -32,7 +32,7 @@ LINES = [
 @pytest.fixture
 def job(client, monkeypatch):
     """Runs a command of the job on the tests' cluster; its output in one line."""
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(*args, code=0):
         result = CliRunner().invoke(import_xdl.app, [str(arg) for arg in args])

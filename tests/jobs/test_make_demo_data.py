@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from jobs.make_demo_data import app
-from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, find_pieces
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, find_pieces
 
 pytestmark = pytest.mark.long  # they draw whole data sets
 

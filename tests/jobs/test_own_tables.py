@@ -59,7 +59,7 @@ def place(tmp_path):
 @pytest.fixture
 def job(client, monkeypatch, place):
     """Runs build_samples on the tests' cluster with a mapping."""
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(mapping=MAPPING, *args, code=0):
         path = place / "mapping.yaml"

@@ -15,7 +15,7 @@ from pipeline.store_run import BadRow
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Runs the job without a cluster."""
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(None))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(None))
     monkeypatch.chdir(tmp_path)
     return lambda *args: CliRunner().invoke(refresh_features.app, args)
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from featurestore.keys import NO_IMAGE
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
-from pipeline.samples.schema import write_suggested
+from pipeline.samples.build import write_suggested
 from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
 from tests.trainer.alike import all_alike
 from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone, tensors

@@ -17,8 +17,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.text import parse_json
 
 if TYPE_CHECKING:
-    from pipeline.semantic.codebook import Codebook
-    from pipeline.semantic.codes import CodeIndex
+    from pipeline.semantic.codes import Codebook, CodeIndex
 
 _MARK = "summary.json"
 
@@ -116,7 +115,7 @@ def encode(ids: SemanticIds, vector_D: npt.NDArray[np.float32]) -> list[int] | N
 
 def _codebook(address: str) -> "Codebook":
     from pipeline.samples.publish import CODEBOOK_FILE
-    from pipeline.semantic.codebook import Codebook
+    from pipeline.semantic.codes import Codebook
 
     place = open_published(address)
     return Codebook.from_bytes(place.read_bytes(CODEBOOK_FILE), place.full(CODEBOOK_FILE))

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from pipeline.cluster.connect import connect, open_client
+from pipeline.cluster.tasks import connect, open_client
 from pipeline.errors import InsecureSchedulerError, MissingCertificatesError, SchedulerUnreachableError
 from tests.commands.calls import call
 
@@ -146,7 +146,7 @@ def test_wrong_protocol_is_named(monkeypatch: pytest.MonkeyPatch):
 
 INTERRUPTED_JOB = """
 import os, time
-from pipeline.cluster.connect import connect
+from pipeline.cluster.tasks import connect
 if __name__ == "__main__":
     with connect(workers=1) as client:
         try:
@@ -258,7 +258,7 @@ def test_a_job_goes_to_a_scheduler_beyond_loopback_that_a_person_has_accepted(
 ):
     script = tmp_path / "job.py"
     script.write_text(
-        "from pipeline.cluster.connect import connect\nwith connect() as client:\n    print(client.scheduler.address)\n"
+        "from pipeline.cluster.tasks import connect\nwith connect() as client:\n    print(client.scheduler.address)\n"
     )
     host = listener.getsockname()[0]
     with LocalCluster(

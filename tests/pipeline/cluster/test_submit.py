@@ -45,7 +45,7 @@ def submit(*args: object, command: str = "dask-submit", **environment: str) -> s
 def script(tmp_path: Path):
     def write(body: str) -> Path:
         path = tmp_path / "script.py"
-        path.write_text("import json, os, signal, sys, time\nfrom pipeline.cluster.connect import connect\n" + body)
+        path.write_text("import json, os, signal, sys, time\nfrom pipeline.cluster.tasks import connect\n" + body)
         return path
 
     return write

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.demo.catalogue import standardize
 from pipeline.demo.draw import PATTERNS, SHAPES, SIDE_PX, Garment, catalogue_of, draw_garment, plan_garments
+from pipeline.demo.world import standardize
 
 
 def _pixels(data: bytes) -> np.ndarray:

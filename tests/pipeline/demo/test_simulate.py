@@ -7,11 +7,10 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from pipeline.demo import truth
-from pipeline.demo.browse import match_of
+from pipeline.demo import world as truth
 from pipeline.demo.draw import catalogue_of, plan_garments
-from pipeline.demo.oracle import auc, ceilings, gauc, mean_looks, variance_shares
-from pipeline.demo.simulate import World, simulate
+from pipeline.demo.measure import auc, ceilings, gauc, mean_looks, variance_shares
+from pipeline.demo.world import World, match_of, simulate
 
 DAYS = 19
 START_S = 1_772_323_200

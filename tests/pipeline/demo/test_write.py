@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.demo.draw import catalogue_of, plan_garments
-from pipeline.demo.simulate import World, simulate
-from pipeline.demo.write import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_logs
+from pipeline.demo.make import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_logs
+from pipeline.demo.world import World, simulate
 
 START_S = 1_772_323_200
 DAYS = 4

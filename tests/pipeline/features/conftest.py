@@ -7,8 +7,7 @@ import shutil
 import pytest
 
 from featurestore.store import FeatureStore
-from pipeline.features.extract import extract
-from pipeline.features.refresh import refresh
+from pipeline.features.refresh import extract, refresh
 from pipeline.network.backbone import backbone
 from pipeline.options import ExtractOptions, RefreshOptions
 from tests.metadata import metadata_of

@@ -18,10 +18,9 @@ from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
-from pipeline.features.extract import extract
 from pipeline.features.part import in_order
-from pipeline.network.backbone import backbone
-from pipeline.network.described import describe_network
+from pipeline.features.refresh import extract
+from pipeline.network.backbone import backbone, describe_network
 from pipeline.options import ExtractOptions
 from tests.metadata import metadata_of
 

@@ -20,10 +20,9 @@ from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from distributed.utils import get_mp_context
 
 from featurestore.store import FeatureStore
-from pipeline.cluster.connect import WORKER_CONFIG
+from pipeline.cluster.tasks import WORKER_CONFIG
 from pipeline.features import part as parts
-from pipeline.features.extract import extract
-from pipeline.features.refresh import refresh
+from pipeline.features.refresh import extract, refresh
 from pipeline.options import ExtractOptions, RefreshOptions
 from tests.metadata import metadata_of
 

@@ -21,7 +21,7 @@ from pipeline.network.backbone import backbone
 @pytest.fixture
 def job(client, tmp_path, monkeypatch):
     """Runs the job on the tests' cluster, into a store beside the images."""
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(images, *args, store="features", code=0):
         settings = ["--images", str(images), "--store", str(tmp_path / store), "--compute-dtype", "float32"]
@@ -66,7 +66,7 @@ def test_a_store_of_resnet18(job, photos, tmp_path):
 
 
 def test_a_wrong_name_is_a_usage_error_before_a_cluster_starts(job, photos, monkeypatch):
-    monkeypatch.setattr("pipeline.cluster.connect.connect", None)
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
     text = " ".join(job(photos, "--backbone", "resnet18:avgpol", code=2).split())
     assert "error: backbone 'resnet18:avgpol': resnet18 has no layer 'avgpol'; near: avgpool" in text
     assert "resnet18:avgpool (512)" in text

@@ -11,7 +11,8 @@ from fsspec import AbstractFileSystem
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import keys_of_uris
-from pipeline.features import refresh, staged_run
+from pipeline.features import refresh
+from pipeline.features import refresh as staged_run
 from pipeline.features.part import PartReport, PartSettings
 from pipeline.images.source import list_images
 

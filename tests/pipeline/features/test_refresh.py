@@ -13,10 +13,8 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.history import ExtractionCost, seconds_per_image
 from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
-from pipeline.features.extract import extract
-from pipeline.features.refresh import refresh
-from pipeline.images.localfiles import files_below
-from pipeline.images.source import read_image
+from pipeline.features.refresh import extract, refresh
+from pipeline.images.source import files_below, read_image
 from pipeline.options import ExtractOptions, RefreshOptions
 from tests.pipeline.features.conftest import NETWORK, change_everything, counts, files_of, quarantine, rows_of, touch
 

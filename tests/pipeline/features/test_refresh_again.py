@@ -12,7 +12,7 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from pipeline.errors import BadImageError, StoreRunError
-from pipeline.features.staged_run import ImageRun
+from pipeline.features.refresh import ImageRun
 from pipeline.images.source import list_images, read_image
 from tests.pipeline.features.conftest import change_everything, counts, files_of, num_staged, quarantine, rows_of, touch
 

@@ -18,10 +18,8 @@ from PIL import Image
 from featurestore import FeatureStore
 from featurestore.keys import key_of_uri
 from pipeline.errors import BadImageError, SourceError
-from pipeline.features.extract import extract
-from pipeline.features.refresh import refresh
-from pipeline.images.localfiles import NOT_TEXT
-from pipeline.images.source import bytes_of, list_images, read_image
+from pipeline.features.refresh import extract, refresh
+from pipeline.images.source import NOT_TEXT, bytes_of, list_images, read_image
 from pipeline.options import ExtractOptions, RefreshOptions
 
 NETWORK = "mobilenet_v3_small:avgpool"

@@ -13,10 +13,9 @@ from torchvision import models
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
 from pipeline.network import DEFAULT_BACKBONE, backbone
-from pipeline.network import weights as weights_module
-from pipeline.network.backbone import Backbone
+from pipeline.network import backbone as weights_module
+from pipeline.network.backbone import Backbone, check_network, check_weights_name, load_weights, weights_digest
 from pipeline.network.layers import feature_dim, network_of
-from pipeline.network.weights import check_network, check_weights_name, load_weights, weights_digest
 
 pytestmark = pytest.mark.long  # they make whole networks
 

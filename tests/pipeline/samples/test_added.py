@@ -18,9 +18,8 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
-from pipeline.samples.files import take_groups
-from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS
-from pipeline.samples.shuffle import read_batch
+from pipeline.samples.groups import read_batch, take_groups
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS
 from tests.pipeline.samples.rows import (
     DAY_S,
     START_S,
@@ -72,7 +71,7 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     """Sessions go on over midnights, some for days; at the end, late rows of one day. Three of the 24 are not slow."""
     rng = random.Random(seed)
     monkeypatch.setattr("pipeline.samples.added.num_threads", lambda client: rng.choice([1, 3]))
-    monkeypatch.setattr("pipeline.samples.files.ROW_GROUP_SIZE", 2)  # so that a file has several
+    monkeypatch.setattr("pipeline.samples.groups.ROW_GROUP_SIZE", 2)  # so that a file has several
     impressions, behaviors = random_logs(rng)
     behaviors += [done(9 * DAY_S + 20_000, user=99, image=7)]
     for day in (12, 13, 14):  # a session that goes on for three days
@@ -142,9 +141,9 @@ class TestAddDays:
         only those of the day's users."""
         read: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
         users: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
-        from pipeline.samples import shuffle
+        from pipeline.samples import groups
 
-        original = shuffle.read_piece
+        original = groups.read_piece
 
         def noted(piece: Any, latest_s: int) -> Any:
             rows = original(piece, latest_s)
@@ -152,7 +151,7 @@ class TestAddDays:
             users[piece.log] |= set(rows.good["user"].tolist())
             return rows
 
-        monkeypatch.setattr(shuffle, "read_piece", noted)
+        monkeypatch.setattr(groups, "read_piece", noted)
         options = SampleOptions(samples=made.samples, days="2026-01-04")
         assert add_days(options, client)["groups"] == 5
         first = START_S // DAY_S
@@ -222,7 +221,7 @@ class TestAddDays:
 
     def test_nothing_is_missing(self, made: SampleOptions, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         """Which the footers of the logs tell."""
-        monkeypatch.setattr("pipeline.samples.shuffle.read_piece", lambda *_: pytest.fail("a row was read"))
+        monkeypatch.setattr("pipeline.samples.groups.read_piece", lambda *_: pytest.fail("a row was read"))
         before = all_bytes(made.samples)
         assert add_days(SampleOptions(samples=made.samples, since="2026-01-02"), client)["days"] == []
         assert all_bytes(made.samples) == before
@@ -305,7 +304,7 @@ def test_groups_that_stay_are_taken_once_in_any_number_of_parts(
     made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
     """Of 23 users in row groups of 3, all but two."""
-    monkeypatch.setattr("pipeline.samples.files.ROW_GROUP_SIZE", 3)
+    monkeypatch.setattr("pipeline.samples.groups.ROW_GROUP_SIZE", 3)
     impressions = [shown(hour * 3_600 + user, user=user) for user in range(23) for hour in (user % 5, user % 5)]
     write(tmp_path / "logs", [table(impressions)], [table([done(0)])])
     build_samples(dataclasses.replace(made, test_days=0), client)

@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 from featurestore.keys import NO_IMAGE, key_of_uri
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import ClusterError, SampleError
-from pipeline.samples import pieces as pieces_module
+from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import FEWER_ROWS, build_samples
 from tests.pipeline.samples.rows import (
     DAY_S,

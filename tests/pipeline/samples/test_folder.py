@@ -10,10 +10,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples import pieces as pieces_module
+from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.publish import MARK, SAMPLES, SEMANTIC_IDS, FolderContent, replaced_folder
-from pipeline.xdl import draw, images
+from pipeline.xdl import draw, line
 from tests.pipeline.samples.rows import (
     DAY_S,
     all_bytes,
@@ -27,7 +27,7 @@ from tests.pipeline.samples.rows import (
     write,
 )
 
-CONTENTS = (SAMPLES, SEMANTIC_IDS, draw.CONTENT, images.CONTENT)
+CONTENTS = (SAMPLES, SEMANTIC_IDS, draw.CONTENT, line.CONTENT)
 
 
 def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, client, tmp_path, monkeypatch):

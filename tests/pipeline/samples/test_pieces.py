@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.samples.pieces import WantedRows
+from pipeline.samples.logs import WantedRows
 
 
 @pytest.mark.parametrize("ids", ["near zero", "of all 64 bits", "with the same last bits"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.options import SampleOptions
-from pipeline.samples import pieces as pieces_module
+from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
 from tests.pipeline.samples.rows import DAY_S, Row, in_pieces, random_logs, read, write
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
 from jobs import import_features
-from pipeline.vectors import xdl
+from pipeline.vectors import formats
 from tests.metadata import metadata_of
 
 DIM = 6
@@ -18,7 +18,7 @@ DIM = 6
 @pytest.fixture
 def job(client, tmp_path, monkeypatch):
     """Runs the job on the tests' cluster into tmp_path/features."""
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(source, *args, code=0, store=None):
         settings = ["--from", str(source), "--store", str(store or tmp_path / "features"), *map(str, args)]
@@ -35,7 +35,7 @@ def draw_vectors():
     return np.random.default_rng(0).normal(size=(40, DIM)).astype(np.float32)
 
 
-def write_xdl(folder, keys, vectors_ND, number_of=lambda key: key % xdl.NUM_FILES):
+def write_xdl(folder, keys, vectors_ND, number_of=lambda key: key % formats.NUM_FILES):
     folder.mkdir(exist_ok=True)
     for key, vector_D in zip(keys, vectors_ND, strict=False):
         with (folder / f"data.{number_of(int(key))}").open("ab") as file:

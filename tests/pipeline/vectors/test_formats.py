@@ -8,8 +8,8 @@ import pytest
 from featurestore.format.rows import to_bits
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
-from pipeline.vectors import xdl
-from pipeline.vectors.source import VectorBlock, gathered, pack
+from pipeline.vectors import formats
+from pipeline.vectors.formats import VectorBlock, gathered, pack
 from tests.pipeline.vectors.conftest import DIM, fixed_binary, stored, uris, write_xdl
 
 
@@ -30,7 +30,7 @@ PARQUET_COLUMNS = {
 
 @pytest.mark.parametrize("kind", PARQUET_COLUMNS)
 def test_parquet_in_every_form_of_a_vector(job, tmp_path, vectors_ND, kind, monkeypatch):
-    monkeypatch.setattr("pipeline.vectors.parquet.block_rows", lambda dim: 10)  # so that a file has several slices
+    monkeypatch.setattr("pipeline.vectors.formats.block_rows", lambda dim: 10)  # so that a file has several slices
     ids = [f"item/{n}" for n in range(40)]
     table = pa.table({"id": ids, "title": ["x"] * 40, "vector": PARQUET_COLUMNS[kind](vectors_ND)})
     (tmp_path / "text").mkdir()
@@ -99,14 +99,14 @@ def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):
 
 
 def test_ids_meet_their_rows_in_every_slice(tmp_path, vectors_ND, monkeypatch):
-    from pipeline.vectors import matrix
+    from pipeline.vectors import formats
 
-    monkeypatch.setattr(matrix, "block_rows", lambda dim: 7)
-    monkeypatch.setattr(matrix, "_CHUNK_BYTES", 5)
+    monkeypatch.setattr(formats, "block_rows", lambda dim: 7)
+    monkeypatch.setattr(formats, "_CHUNK_BYTES", 5)
     np.save(tmp_path / "a.npy", vectors_ND)
     for end in ("", "\n"):
         (tmp_path / "ids").write_text("\n".join(f"é{n}" for n in range(40)) + end)
-        source = matrix.plan_matrix(str(tmp_path / "a.npy"), str(tmp_path / "ids"), None)
+        source = formats.plan_matrix(str(tmp_path / "a.npy"), str(tmp_path / "ids"), None)
         blocks = [block for piece in source.slices for block in piece.read(3)]
         assert [uri for block in blocks for uri in block.uris] == [f"é{n}" for n in range(40)]
         np.testing.assert_array_equal(np.concatenate([block.vectors_ND for block in blocks]), vectors_ND)
@@ -162,7 +162,7 @@ def test_slices_are_packed_and_blocks_gathered():
         keys_N = np.arange(first, first + count)
         return VectorBlock(keys_N, [str(key) for key in keys_N], np.zeros((count, 2), np.float32))
 
-    pieces = [xdl.XdlSlice("", "", 0, 0, count, 1) for count in (3, 3, 9, 1, 0, 2)]
+    pieces = [formats.XdlSlice("", "", 0, 0, count, 1) for count in (3, 3, 9, 1, 0, 2)]
     assert [[piece.num_rows for piece in unit] for unit in pack(pieces, 6)] == [[3, 3], [9], [1, 0, 2]]
     joined = list(gathered([block(0, 2), block(2, 3), block(5, 1)], 4))
     assert [it.keys_N.tolist() for it in joined] == [[0, 1, 2, 3, 4], [5]]

@@ -14,7 +14,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import recode, reduce
 from jobs import import_features
-from pipeline.vectors import stage
+from pipeline.vectors import import_vectors
 from pipeline.vectors.import_vectors import extractor_of
 from tests.pipeline.vectors.conftest import DIM, fixed_binary, stored, write_xdl
 
@@ -81,10 +81,10 @@ def test_a_run_that_failed_goes_on_where_it_was(job, tmp_path, vectors_ND, monke
     np.save(tmp_path / "a.npy", vectors_ND)
     np.save(tmp_path / "keys.npy", keys)
     arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy", "--part-size", 10, "--dtype", "float32")
-    monkeypatch.setattr("pipeline.vectors.matrix.block_rows", lambda dim: 10)
+    monkeypatch.setattr("pipeline.vectors.formats.block_rows", lambda dim: 10)
     read = []
-    whole = stage.gathered
-    monkeypatch.setattr(stage, "gathered", lambda blocks, rows: (read.append(rows), whole(blocks, rows))[1])
+    whole = import_vectors.gathered
+    monkeypatch.setattr(import_vectors, "gathered", lambda blocks, rows: (read.append(rows), whole(blocks, rows))[1])
     with monkeypatch.context() as broken:
         broken.setattr(FeatureStore, "commit", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(AssertionError):
@@ -221,5 +221,5 @@ def test_a_store_made_anew_at_the_same_address_is_indexed_anew(tmp_path):
     for keys in ([1], [2, 3, 4]):
         store = FeatureStore.create(tmp_path / "features", info)
         store.put(FeatureRows.of([str(key) for key in keys], np.ones((len(keys), 1), np.float32), keys=keys))
-        assert stage.stored_index(store, 1)["key"].tolist() == keys
+        assert import_vectors.stored_index(store, 1)["key"].tolist() == keys
         shutil.rmtree(tmp_path / "features")

@@ -27,7 +27,7 @@ THIRD = [
 @pytest.fixture
 def job(client, monkeypatch):
     """Runs the command on the tests' cluster; its output in one line."""
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(*args, code=0):
         result = CliRunner().invoke(import_xdl.app, ["samples", *map(str, args)])

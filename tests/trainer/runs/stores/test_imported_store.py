@@ -18,7 +18,7 @@ def test_a_run_on_imported_vectors(make_places, tmp_path, monkeypatch, client):
     places = make_places(tmp_path)
     np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32))
     np.save(tmp_path / "keys.npy", np.arange(1_000, 1_050))
-    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
     options = ["--keys", str(tmp_path / "keys.npy"), "--store", str(tmp_path / "features-text"), "--name", "text"]
     result = CliRunner().invoke(import_features.app, ["--from", str(tmp_path / "text.npy"), *options])
     assert result.exit_code == 0, result.output

@@ -15,7 +15,7 @@ from featurestore.errors import MissingKeysError
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
-from pipeline.samples.texts import parse_ids
+from pipeline.samples.mapping import parse_ids
 from tests.trainer.alike import all_alike
 from tests.trainer.samples.texts.wordy import hashed, replaced, rewrite, written
 from trainer.comm import SoloComm

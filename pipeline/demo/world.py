@@ -1,0 +1,503 @@
+"""The demo's world: a catalogue, users, ads, and what they click."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DemoError
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items of a demo, in a fixed order.
+
+    `look_IK` holds the attributes of each picture, every column with mean 0 and standard deviation 1. `weight_K` says
+    how much each attribute counts in a taste.
+    """
+
+    uris: tuple[str, ...]
+    category_I: IntArray
+    category_names: tuple[str, ...]
+    look_IK: FloatArray
+    look_names: tuple[str, ...]
+    weight_K: FloatArray
+    vivid: int  # the column of look_IK that says how vivid the picture is
+
+    @property
+    def num_items(self) -> int:
+        """Number of items."""
+        return len(self.uris)
+
+
+def standardize(values_IK: FloatArray) -> FloatArray:
+    """Scale columns to mean 0 and standard deviation 1; a column without any variation becomes 0."""
+    centred_IK = values_IK - values_IK.mean(axis=0)
+    std_K = centred_IK.std(axis=0)
+    flat_K = std_K < 1e-9 * (1 + np.abs(values_IK).max(axis=0, initial=0))
+    return np.where(flat_K, 0.0, centred_IK / np.where(flat_K, 1.0, std_K))
+
+
+NUM_AGES = 5
+NUM_GENDERS = 2
+SHARE_WITHOUT_CLICKS = 0.06
+SHARE_LATE = 0.25
+
+
+@dataclass(frozen=True)
+class People:
+    """Hidden truth about the users; D counts the days of history before the log, then the days of the log."""
+
+    age_U: IntArray  # 1 .. NUM_AGES
+    gender_U: IntArray  # 1 .. NUM_GENDERS
+    taste_UDK: FloatArray  # length 1: which looks please on that day, not how much
+    category_taste_UC: FloatArray
+    mood_UD: FloatArray  # how much vivid things please today
+    activity_U: FloatArray  # plain readiness to click
+    browsing_U: FloatArray  # organic clicks expected in 14 days
+    sessions_U: FloatArray  # sessions with ads expected in a day
+    first_day_U: IntArray  # of the log, 0-based: no ads before it
+
+    @property
+    def num_users(self) -> int:
+        """Number of users."""
+        return len(self.age_U)
+
+
+def make_people(catalogue: Catalogue, num_users: int, history_days: int, log_days: int, seed: int) -> People:
+    """Draw `num_users` people whose tastes are independent of the catalogue's categories."""
+    rng = np.random.default_rng([seed, 2])
+    age_U = rng.integers(1, NUM_AGES + 1, size=num_users)
+    gender_U = rng.integers(1, NUM_GENDERS + 1, size=num_users)
+    num_attributes = catalogue.look_IK.shape[1]
+    segment_SK = rng.normal(size=(NUM_AGES * NUM_GENDERS, num_attributes))
+    segment_U = (age_U - 1) * NUM_GENDERS + gender_U - 1
+    num_days = history_days + log_days
+    constant_UDK = np.sqrt(SEGMENT_SHARE) * segment_SK[segment_U][:, None] + np.sqrt(LASTING_SHARE) * rng.normal(
+        size=(num_users, 1, num_attributes)
+    )
+    passing_UDK = _wander(rng, (num_users, num_days, num_attributes), TASTE_MEMORY)
+    taste_UDK = constant_UDK + np.sqrt(1 - SEGMENT_SHARE - LASTING_SHARE) * passing_UDK
+    taste_UDK *= catalogue.weight_K
+    taste_UDK /= np.linalg.norm(taste_UDK, axis=2, keepdims=True)
+    level_U1 = rng.normal(size=(num_users, 1))
+    mood_UD = np.sqrt(0.5) * (level_U1 + _wander(rng, (num_users, num_days), MOOD_MEMORY))
+    browsing_U = np.clip(rng.lognormal(mean=np.log(18), sigma=0.7, size=num_users), 1, 60)
+    browsing_U[rng.random(num_users) < SHARE_WITHOUT_CLICKS] = 0
+    late_U = rng.random(num_users) < SHARE_LATE
+    return People(
+        age_U=age_U,
+        gender_U=gender_U,
+        taste_UDK=taste_UDK,
+        category_taste_UC=rng.normal(size=(num_users, len(catalogue.category_names))),
+        mood_UD=mood_UD,
+        activity_U=rng.normal(size=num_users),
+        browsing_U=browsing_U,
+        sessions_U=np.clip(rng.lognormal(mean=np.log(SESSIONS), sigma=SESSIONS_SIGMA, size=num_users), 0.1, 3),
+        first_day_U=np.where(late_U, rng.integers(0, log_days, size=num_users), 0),
+    )
+
+
+def _wander(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> FloatArray:
+    """Draw a first-order autoregression along axis 1, the days: variance 1, correlation `memory` day to day."""
+    wave = rng.normal(size=shape)
+    for day in range(1, shape[1]):
+        wave[:, day] = memory * wave[:, day - 1] + np.sqrt(1 - memory**2) * wave[:, day]
+    return wave
+
+
+@dataclass(frozen=True)
+class ShownAds:
+    """The ads shown, to whom and when, in order of time. Times are whole seconds since the epoch."""
+
+    time_N: IntArray
+    day_N: IntArray  # 0 is the first day of the log
+    user_N: IntArray
+    session_N: IntArray
+    scene_N: IntArray
+    item_N: IntArray
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """The labels of the ads shown, and their true logit as bias + the sum of its parts."""
+
+    label_N: IntArray
+    parts: dict[str, FloatArray]
+    bias: float
+
+    def logit(self, *names: str) -> FloatArray:
+        """Add the named parts to the bias, (N,)."""
+        total_N: FloatArray = np.full(len(self.label_N), self.bias)
+        for name in names:
+            total_N = total_N + self.parts[name]
+        return total_N
+
+
+def show_ads(people: People, launch_day_I: IntArray, num_days: int, seed: int, start_s: int) -> ShownAds:
+    """Draw the sessions of every day and the ads in them; 10 % of the last day's ads show items new on that day."""
+    rng = np.random.default_rng([seed, 6])
+    exposure_I = rng.normal(0, 0.7, size=len(launch_day_I))
+    days: list[ShownAds] = []
+    num_sessions = 0
+    for day in range(num_days):
+        shown = _one_day(rng, people, launch_day_I, exposure_I, day, num_days, start_s, num_sessions)
+        num_sessions = int(shown.session_N.max(initial=num_sessions - 1)) + 1
+        days.append(shown)
+    columns = {name: np.concatenate([getattr(day, name) for day in days]) for name in ShownAds.__dataclass_fields__}
+    order = np.lexsort((columns["session_N"], columns["time_N"]))
+    return ShownAds(**{name: column[order] for name, column in columns.items()})
+
+
+def click(catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: ShownAds, seed: int) -> Clicks:
+    """Draw labels from the logit; its bias is set so that `CLICK_RATE` of the ads are clicked."""
+    rng = np.random.default_rng([seed, 7])
+    raw = _raw_parts(rng, catalogue, people, popularity_I, shown)
+    parts = {name: sd * _standard(raw[name]) for name, sd in LOGIT_PARTS.items()}
+    total_N: FloatArray = np.sum(list(parts.values()), axis=0)
+    bias = _bias_for(total_N, CLICK_RATE)
+    label_N = (rng.random(len(total_N)) < _sigmoid(total_N + bias)).astype(np.int64)
+    return Clicks(label_N, parts, bias)
+
+
+def _one_day(
+    rng: np.random.Generator,
+    people: People,
+    launch_day_I: IntArray,
+    exposure_I: FloatArray,
+    day: int,
+    num_days: int,
+    start_s: int,
+    first_session: int,
+) -> ShownAds:
+    """Draw one day's ads; S sessions with up to A ads each, none twice in one session."""
+    last = day == num_days - 1
+    low, high = ADS_PER_SESSION
+    rate_U = people.sessions_U * (TEST_DAY_TRAFFIC if last else 1.0) * (people.first_day_U <= day)
+    user_S = np.repeat(np.arange(people.num_users), rng.poisson(rate_U))
+    scene_S = rng.integers(1, NUM_SCENES + 1, size=len(user_S))
+    begin_S = start_s + day * DAY_S + rng.integers(7 * 3600, 23 * 3600, size=len(user_S))
+    item_SA = _pick(rng, exposure_I, np.flatnonzero(launch_day_I <= min(day, num_days - 2)), len(user_S))
+    if last:
+        new_SA = _pick(rng, exposure_I, np.flatnonzero(launch_day_I == day), len(user_S))
+        item_SA = np.where((rng.random(item_SA.shape) < NEW_AD_SHARE) & (new_SA >= 0), new_SA, item_SA)
+    time_SA = begin_S[:, None] + np.cumsum(rng.integers(4, 60, size=item_SA.shape), axis=1)
+    shown_SA = np.arange(high) < rng.integers(low, high + 1, size=len(user_S))[:, None]
+    shown_SA &= item_SA >= 0
+    row_N = np.nonzero(shown_SA)[0]
+    return ShownAds(
+        time_N=time_SA[shown_SA],
+        day_N=np.full(len(row_N), day, dtype=np.int64),
+        user_N=user_S[row_N],
+        session_N=first_session + row_N,
+        scene_N=scene_S[row_N],
+        item_N=item_SA[shown_SA],
+    )
+
+
+def _pick(rng: np.random.Generator, exposure_I: FloatArray, live_L: IntArray, num_sessions: int) -> IntArray:
+    """Pick different items for each session (S, A) by exposure (Gumbel top-k); -1 where too few are on sale."""
+    high = ADS_PER_SESSION[1]
+    picked_SA = np.full((num_sessions, high), -1, dtype=np.int64)
+    if len(live_L) == 0 or num_sessions == 0:
+        return picked_SA
+    score_SL = exposure_I[live_L] + rng.gumbel(size=(num_sessions, len(live_L)))
+    count = min(high, len(live_L))
+    picked_SA[:, :count] = live_L[np.argsort(-score_SL, axis=1, kind="stable")[:, :count]]
+    return picked_SA
+
+
+def _raw_parts(
+    rng: np.random.Generator, catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: ShownAds
+) -> dict[str, FloatArray]:
+    """Compute the parts of the logit in any unit, (N,) each."""
+    num_attributes = catalogue.look_IK.shape[1]
+    season_K = rng.normal(size=num_attributes)
+    season_EK = 0.7 * season_K + 0.7 * rng.normal(size=(NUM_GENDERS, num_attributes))
+    trend_EI = _standard((season_EK * catalogue.weight_K) @ catalogue.look_IK.T)
+    scene_C = rng.normal(size=NUM_SCENES + 1)
+    user_N, item_N = shown.user_N, shown.item_N
+    return {
+        "match": np.einsum("nk,nk->n", people.taste_UDK[user_N, shown.day_N + HISTORY_DAYS], catalogue.look_IK[item_N]),
+        "trend": trend_EI[people.gender_U[user_N] - 1, item_N],
+        "mood": people.mood_UD[user_N, shown.day_N + HISTORY_DAYS],
+        "category": people.category_taste_UC[user_N, catalogue.category_I[item_N]],
+        "popularity": popularity_I[item_N],
+        "activity": people.activity_U[user_N],
+        "scene": scene_C[shown.scene_N],
+        "noise": rng.normal(size=len(user_N)),
+    }
+
+
+def _standard(values: NDArray[Any]) -> FloatArray:
+    """Scale to mean 0 and standard deviation 1; zeros where nothing varies."""
+    centred: FloatArray = values - values.mean()
+    std = float(centred.std())
+    return centred / std if std > 1e-12 else np.zeros_like(centred)
+
+
+def _sigmoid(logit_N: FloatArray) -> FloatArray:
+    return 1 / (1 + np.exp(-logit_N))
+
+
+def _bias_for(logit_N: FloatArray, rate: float) -> float:
+    """Find the bias with which mean(sigmoid(logit + bias)) is `rate`, by bisection."""
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _sigmoid(logit_N + middle).mean() < rate else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Behaviors:
+    """Organic clicks in order of time. Times are whole seconds since the epoch."""
+
+    time_N: IntArray
+    user_N: IntArray
+    item_N: IntArray
+    dwell_s_N: FloatArray
+    seller_N: IntArray  # 0 where an item has one seller
+
+
+def match_of(catalogue: Catalogue, taste_UK: FloatArray) -> FloatArray:
+    """Measure how well each picture fits each taste (U, I), standard deviation 1 over all pairs."""
+    match_UI: FloatArray = taste_UK @ catalogue.look_IK.T
+    return match_UI / max(float(match_UI.std()), 1e-12)
+
+
+def browse(
+    catalogue: Catalogue,
+    people: People,
+    launch_day_I: IntArray,
+    popularity_I: FloatArray,
+    num_days: int,
+    seed: int,
+    start_s: int,
+) -> Behaviors:
+    """Draw the organic clicks of the history and of every day of the log, none on items new on the last day."""
+    rng = np.random.default_rng([seed, 5])
+    steady_UI = BROWSE_POPULARITY * popularity_I + BROWSE_CATEGORY * people.category_taste_UC[:, catalogue.category_I]
+    vivid_I = catalogue.look_IK[:, catalogue.vivid]
+    days: list[Behaviors] = []
+    for day in range(-HISTORY_DAYS, num_days):
+        live_L = np.flatnonzero(launch_day_I <= min(day, num_days - 2))
+        user_N = np.repeat(np.arange(people.num_users), rng.poisson(people.browsing_U / HISTORY_DAYS))
+        today = day + HISTORY_DAYS
+        score_UI = steady_UI + BROWSE_MATCH * match_of(catalogue, people.taste_UDK[:, today])
+        score_UI += BROWSE_MOOD * people.mood_UD[:, today, None] * vivid_I
+        wanted_N = live_L[_draw_columns(rng, score_UI[:, live_L], user_N)]
+        any_N = live_L[rng.integers(len(live_L), size=len(user_N))]
+        accident_N = rng.random(len(user_N)) < ACCIDENT_SHARE
+        time_N = start_s + day * DAY_S + rng.integers(7 * 3600, DAY_S, size=len(user_N))
+        item_N = np.where(accident_N, any_N, wanted_N)
+        days.append(Behaviors(time_N, user_N, item_N, _dwell_s(rng, accident_N), np.zeros_like(item_N)))
+    return _by_time(days)
+
+
+def _dwell_s(rng: np.random.Generator, accident_N: NDArray[np.bool_]) -> FloatArray:
+    """Draw seconds spent: a moment after an accident, half a minute or so otherwise; they hardly overlap."""
+    short_s_N = rng.lognormal(np.log(2.0), 0.35, size=len(accident_N))
+    long_s_N = 8 + rng.lognormal(np.log(30), 0.8, size=len(accident_N))
+    dwell_s_N: FloatArray = np.where(accident_N, short_s_N, long_s_N).round(1)
+    return dwell_s_N
+
+
+def _draw_columns(rng: np.random.Generator, score_UL: FloatArray, user_N: IntArray) -> IntArray:
+    """Draw one column for each of `user_N`, with probability softmax(the scores of that user)."""
+    mass_UL = np.cumsum(np.exp(score_UL - score_UL.max(axis=1, keepdims=True)), axis=1)
+    draw_N = rng.random(len(user_N)) * mass_UL[user_N, -1]
+    column_N: IntArray = (mass_UL[user_N] <= draw_N[:, None]).sum(axis=1)
+    return column_N.clip(max=score_UL.shape[1] - 1)
+
+
+def _by_time(days: list[Behaviors]) -> Behaviors:
+    time_N = np.concatenate([day.time_N for day in days])
+    order = np.argsort(time_N, kind="stable")
+    return Behaviors(
+        time_N=time_N[order],
+        user_N=np.concatenate([day.user_N for day in days])[order],
+        item_N=np.concatenate([day.item_N for day in days])[order],
+        dwell_s_N=np.concatenate([day.dwell_s_N for day in days])[order],
+        seller_N=np.concatenate([day.seller_N for day in days])[order],
+    )
+
+
+HISTORY_DAYS = 14  # organic clicks before the first day of the log, so that its users have a past
+DAY_S = 86_400
+
+MIN_ITEMS = 20  # fewer make no session
+
+# With taste "pictures": ads are few and well known, and people look at offers that hardly anyone else looks at.
+ADVERTISED_SHARE = 0.1  # of the items; the others are offered by sellers, and never advertised
+MIN_OFFERED = 180
+SELLERS = 25  # of each item that is not advertised: equal pictures, each under an item ID and an image of its own
+
+NUM_SCENES = 4
+ADS_PER_SESSION = (3, 9)
+CLICK_RATE = 0.22
+TEST_DAY_TRAFFIC = 2.0  # the last day is a busy one: a test set of useful size from a small simulation
+LAUNCHED_DURING_LOG = 0.35  # share of the items that come in while the log runs
+NEW_ITEM_SHARE = 0.09  # share of the items that come in on the last day
+NEW_AD_SHARE = 0.10  # share of the last day's impressions that show them
+
+# Standard deviation of each part of the logit, over the impressions.
+LOGIT_PARTS = {
+    "match": 1.5,
+    "trend": 0.7,
+    "mood": 0.9,
+    "category": 0.6,
+    "popularity": 0.4,
+    "activity": 0.3,
+    "scene": 0.2,
+    "noise": 0.3,
+}
+WHERE = {
+    "match": "pixels of the ad and of the behaviours together: the user's taste of that day meets the picture's look",
+    "trend": "pixels of the ad: looks that everybody, or one gender, likes this season",
+    "mood": "pixels of the behaviours: people who look at vivid things just now click more",
+    "category": "IDs: the user's taste for categories",
+    "popularity": "IDs: of the item, whatever its look",
+    "activity": "IDs: of the user",
+    "scene": "IDs",
+    "noise": "nowhere",
+}
+ORACLE_MEANS = {
+    "everything": "knows the true logit but for its noise",
+    "without_pixels": "knows only the parts that IDs carry",
+    "ids_and_memory": "knows those, and how each item that is not new does with the average user",
+    "behavior_pictures": "knows those, and reads tastes and moods from the pictures of a user's last 14 days",
+}
+PIXEL_PARTS = ("match", "trend", "mood")
+ID_PARTS = ("category", "popularity", "activity", "scene")
+
+# Organic clicks: an item is drawn with probability softmax(sum of these times the standardised part).
+BROWSE_MATCH = 2.2
+BROWSE_MOOD = 1.5
+BROWSE_CATEGORY = 0.7
+BROWSE_POPULARITY = 0.3
+ACCIDENT_SHARE = 0.2  # of the organic clicks: on anything, and short
+
+# Sessions with ads per user and day are log-normal: many see few ads, so a user's id alone says little of the taste.
+SESSIONS = 0.15  # median
+SESSIONS_SIGMA = 0.7
+
+# A taste is made of three independent parts; the shares are of its variance, what is left over passes.
+SEGMENT_SHARE = 0.1  # common to the users of one age and gender
+LASTING_SHARE = 0.3  # the user's own, for ever
+TASTE_MEMORY = 0.93  # correlation of the passing part from one day to the next
+MOOD_MEMORY = 0.8  # the same of the passing half of a mood
+
+
+Taste = Literal["items", "pictures"]
+"""What shows a taste: IDs and pictures of well-known items, or pictures alone, where the IDs are rarely seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What to make. `items` counts drawings; with `images` all readable ones of that folder are the items."""
+
+    out: Path
+    items: int = 1400
+    users: int = 8000
+    days: int = 19
+    seed: int = 0
+    images: Path | None = None
+    labels: Path | None = None
+    taste: Taste = "items"
+    force: bool = False
+
+
+_NEVER = 10**6  # days
+
+
+@dataclass(frozen=True)
+class World:
+    """A simulated shop: what is on sale, who looks, and what happened."""
+
+    catalogue: Catalogue
+    people: People
+    taste: Taste
+    advertised_I: BoolArray
+    launch_day_I: IntArray  # day of the log on which an item comes in; negative: before the log
+    popularity_I: FloatArray
+    behaviors: Behaviors
+    shown: ShownAds
+    clicks: Clicks
+    num_days: int
+    start_s: int
+
+
+def simulate(
+    catalogue: Catalogue, num_users: int, num_days: int, seed: int, start_s: int, taste: Taste = "items"
+) -> World:
+    """Simulate the whole world; `start_s` is midnight (UTC) of the first day of the log. Some seconds of numpy.
+
+    With taste "items" every item is advertised and looked at. With "pictures" a few items are advertised, so that their
+    looks can be learned by their IDs; people look at the others, each offered by `truth.SELLERS` sellers under IDs of
+    their own, of which a model sees too little to learn their looks. Raises DemoError for too few items.
+    """
+    people = make_people(catalogue, num_users, HISTORY_DAYS, num_days, seed)
+    advertised_I, launch_day_I = _supply(catalogue.num_items, num_days, seed, taste)
+    popularity_I = np.random.default_rng([seed, 3]).normal(size=catalogue.num_items)
+    ad_day_I = np.where(advertised_I, launch_day_I, _NEVER)
+    offer_day_I = launch_day_I if taste == "items" else np.where(advertised_I, _NEVER, launch_day_I)
+    shown = show_ads(people, ad_day_I, num_days, seed, start_s)
+    behaviors = browse(catalogue, people, offer_day_I, popularity_I, num_days, seed, start_s)
+    if taste == "pictures":
+        sellers = np.random.default_rng([seed, 8]).integers(SELLERS, size=len(behaviors.item_N))
+        behaviors = replace(behaviors, seller_N=sellers)
+    return World(
+        catalogue=catalogue,
+        people=people,
+        taste=taste,
+        advertised_I=advertised_I,
+        launch_day_I=launch_day_I,
+        popularity_I=popularity_I,
+        behaviors=behaviors,
+        shown=shown,
+        clicks=click(catalogue, people, popularity_I, shown, seed),
+        num_days=num_days,
+        start_s=start_s,
+    )
+
+
+def advertised(num_items: int, seed: int, taste: Taste) -> BoolArray:
+    """Choose which items are shown as ads, (I,). Raises DemoError where too few are left to be looked at."""
+    advertised_I = np.ones(num_items, dtype=np.bool_)
+    if taste == "pictures":
+        num_ads = max(MIN_ITEMS, round(ADVERTISED_SHARE * num_items))
+        if num_items - num_ads < MIN_OFFERED:
+            needed = MIN_ITEMS + MIN_OFFERED
+            raise DemoError(f"taste=pictures needs at least {needed} items, and items={num_items}; give more --items")
+        order = np.random.default_rng([seed, 9]).permutation(num_items)
+        advertised_I[order[num_ads:]] = False
+    return advertised_I
+
+
+def _supply(num_items: int, num_days: int, seed: int, taste: Taste) -> tuple[BoolArray, IntArray]:
+    """Choose which items are advertised, and when each comes in; with few ads, some are new on the last day."""
+    advertised_I, launch_day_I = advertised(num_items, seed, taste), launch_days(num_items, num_days, seed)
+    if taste == "pictures":
+        launch_day_I[advertised_I] = launch_days(int(advertised_I.sum()), num_days, seed)
+    return advertised_I, launch_day_I
+
+
+def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:
+    """Draw the day of each item: most before the log, some in it, `NEW_ITEM_SHARE` on its last day."""
+    rng = np.random.default_rng([seed, 4])
+    num_new = max(1, round(NEW_ITEM_SHARE * num_items))
+    num_during = round(LAUNCHED_DURING_LOG * num_items)
+    order = rng.permutation(num_items)
+    launch_day_I = np.full(num_items, -HISTORY_DAYS, dtype=np.int64)
+    launch_day_I[order[:num_new]] = num_days - 1
+    if num_days > 2:
+        during = order[num_new : num_new + num_during]
+        launch_day_I[during] = rng.integers(1, num_days - 1, size=len(during))
+    return launch_day_I

@@ -1,0 +1,626 @@
+"""Formats of vectors of others: matrices, Parquet, and XDL's text.
+
+Letters of shapes: N rows of a block, D feature width.
+
+Letters of shapes: N rows, D feature width.
+
+Letters of shapes: N rows, D feature width.
+
+Key k is in file k modulo 1024. Letters of shapes: N records, D feature width.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, Protocol, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from featurestore.format.rows import to_float32
+from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
+from featurestore.spec import STORAGE_DTYPES
+from featurestore.storage.local import StorageEntry
+from featurestore.storage.storage import Storage
+from featurestore.text import DType, FloatDType
+from pipeline.errors import VectorImportError, VectorsNotFoundError
+from pipeline.options import XDL_DIM
+from pipeline.store_run import BadRow
+
+BLOCK_BYTES = 32 << 20  # of float32: what a task holds a few times
+
+
+@dataclass(frozen=True)
+class VectorBlock:
+    """Rows as a format gives them: values may still be NaN or infinite, keys may repeat."""
+
+    keys_N: Int64Array
+    uris: list[str]
+    vectors_ND: npt.NDArray[np.float32]
+    bad: tuple[BadRow, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys_N)
+
+
+class VectorSlice(Protocol):
+    """Some rows of one file, which pickle as their place."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, bad ones included."""
+
+    @property
+    def place(self) -> str:
+        """Name of the place for messages."""
+
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the rows in their order, about `block_rows` at a time. Raises VectorImportError, StorageError."""
+
+
+@dataclass(frozen=True)
+class VectorSource:
+    """The vectors to import: their slices, and their width."""
+
+    dim: int
+    slices: tuple[VectorSlice, ...]
+    fingerprint: str  # changes when a file does
+
+
+def uri_of_key(key: int) -> str:
+    """Name a row that came with an int64 key alone."""
+    return f"key:{key}"
+
+
+def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[Storage, list[StorageEntry]]:
+    """Find the file at `address`, or those below it that end with `suffix`, and the storage of their paths.
+
+    Hidden files are left out. Raises VectorImportError where there is none.
+    """
+    storage = Storage(address)
+    found = [
+        entry
+        for entry in storage.entries()
+        if entry.path.endswith(suffix) and not any(part.startswith((".", "_")) for part in Path(entry.path).parts)
+    ]
+    if found:
+        return storage, found
+    folder, _, name = storage.url.rstrip("/").rpartition("/")
+    try:
+        if storage.is_local and Path(storage.url).is_dir():
+            raise FileNotFoundError
+        return Storage(folder), [Storage(folder).entry(name)]
+    except FileNotFoundError:
+        absent = f"are no files that end with {suffix}" if suffix else "is nothing"
+        raise VectorsNotFoundError(f"there {absent} at {address}: give the file or folder of your {what}") from None
+
+
+def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:
+    """Write what changes when a file of the import does."""
+    return f"{storage.url} " + " ".join(f"{entry.path}:{entry.size_bytes}:{entry.mtime_s}" for entry in entries)
+
+
+def block_rows(dim: int) -> int:
+    """Count the rows of a block of BLOCK_BYTES."""
+    return max(1, BLOCK_BYTES // (4 * dim))
+
+
+def pack(slices: Iterable[VectorSlice], rows: int) -> list[tuple[VectorSlice, ...]]:
+    """Group slices one after the other, about `rows` rows each."""
+    packed: list[tuple[VectorSlice, ...]] = []
+    current: list[VectorSlice] = []
+    count = 0
+    for piece in slices:
+        if current and count + piece.num_rows > rows:
+            packed.append(tuple(current))
+            current, count = [], 0
+        current.append(piece)
+        count += piece.num_rows
+    return [*packed, tuple(current)] if current else packed
+
+
+def gathered(blocks: Iterable[VectorBlock], rows: int) -> Iterator[VectorBlock]:
+    """Join the rows in blocks of at least `rows`, but for the last; one block where there are no rows."""
+    waiting: list[VectorBlock] = []
+    num_blocks = 0
+    for block in blocks:
+        waiting.append(block)
+        if sum(map(len, waiting)) >= rows:
+            yield _joined(waiting)
+            waiting = []
+            num_blocks += 1
+    if waiting or not num_blocks:
+        yield _joined(waiting)
+
+
+def _joined(blocks: list[VectorBlock]) -> VectorBlock:
+    if len(blocks) == 1:
+        return blocks[0]
+    if not blocks:
+        return VectorBlock(np.empty(0, np.int64), [], np.empty((0, 0), np.float32))
+    return VectorBlock(
+        np.concatenate([block.keys_N for block in blocks]),
+        [uri for block in blocks for uri in block.uris],
+        np.concatenate([block.vectors_ND for block in blocks]),
+        tuple(bad for block in blocks for bad in block.bad),
+    )
+
+
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class NpyArray:
+    """The array of a .npy file."""
+
+    url: str
+    path: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int  # bytes before the numbers
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read rows `start` to `stop`."""
+        row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        with Storage(self.url).open_input(self.path) as file:
+            file.seek(self.offset + start * row_bytes)
+            data = file.read((stop - start) * row_bytes)
+        if len(data) != (stop - start) * row_bytes:
+            raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
+        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class IdLines:
+    """Some lines of a text file: bytes `start` to `stop`."""
+
+    url: str
+    path: str
+    start: int
+    stop: int
+
+    def texts(self) -> list[str]:
+        """Read one text for each line. Raises VectorImportError."""
+        with Storage(self.url).open_input(self.path) as file:
+            file.seek(self.start)
+            data = file.read(self.stop - self.start)
+        try:
+            return data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise VectorImportError(f"{self.path} is no text in UTF-8: {error}") from error
+
+
+@dataclass(frozen=True)
+class MatrixSlice:
+    """Rows `start` to `stop` of a matrix with their keys."""
+
+    matrix: NpyArray
+    keys: NpyArray | IdLines
+    start: int
+    stop: int
+    dtype: DType | None  # of the numbers, where numpy has no such type
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+    @property
+    def place(self) -> str:
+        """Name of the place for messages."""
+        return f"{self.matrix.path}, rows {self.start} to {self.stop}"
+
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the rows; those with an empty id are bad."""
+        uris = self.keys.texts() if isinstance(self.keys, IdLines) else None
+        for first in range(self.start, self.stop, block_rows):
+            last = min(first + block_rows, self.stop)
+            stored_ND = self.matrix.rows(first, last)
+            vectors_ND = to_float32(stored_ND, self.dtype) if self.dtype else _single(stored_ND)
+            if uris is not None:
+                yield _named(self.matrix.path, first, uris[first - self.start : last - self.start], vectors_ND)
+            else:
+                keys_N: Int64Array = cast("NpyArray", self.keys).rows(first, last).astype(np.int64)
+                yield VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND)
+
+
+def plan_matrix(address: str, keys_address: str, dtype: DType | None) -> VectorSource:
+    """Cut a matrix and its keys into slices of some megabytes; `dtype` bfloat16 for its bits in uint16.
+
+    Raises VectorImportError.
+    """
+    matrix, fingerprint = _open_array(address, 2)
+    kinds = "u" if dtype == "bfloat16" else "f"
+    if matrix.dtype.kind != kinds or (dtype == "bfloat16" and matrix.dtype.itemsize != 2):
+        raise VectorImportError(
+            f"{address} holds {matrix.dtype}: give floating point numbers, or, for bits of bfloat16 in uint16,"
+            " --binary-dtype bfloat16"
+        )
+    rows = block_rows(matrix.shape[1])
+    starts = range(0, matrix.shape[0], rows)
+    if keys_address.endswith(".npy"):
+        array, keys_fingerprint = _open_array(keys_address, 1)
+        if array.dtype.kind not in "iu" or array.dtype == np.uint64:
+            raise VectorImportError(f"{keys_address} holds {array.dtype}, not int64 keys")
+        num_keys = array.shape[0]
+        keys: list[NpyArray | IdLines] = [array] * len(starts)
+    else:
+        lines, num_keys, keys_fingerprint = _scan_lines(keys_address, rows)
+        keys = list(lines)
+    if num_keys != matrix.shape[0]:
+        raise VectorImportError(f"{keys_address} has {num_keys:,} keys and {address} {matrix.shape[0]:,} rows")
+    slices: list[VectorSlice] = [
+        MatrixSlice(matrix, part, start, min(start + rows, num_keys), dtype)
+        for start, part in zip(starts, keys, strict=True)
+    ]
+    return VectorSource(matrix.shape[1], tuple(slices), f"{fingerprint} {keys_fingerprint} {dtype}")
+
+
+def _named(path: str, first: int, uris: list[str], vectors_ND: npt.NDArray[np.float32]) -> VectorBlock:
+    named_N = np.array([uri != "" for uri in uris], np.bool_)
+    bad = tuple(BadRow.at(path, first + int(row), "empty id") for row in np.flatnonzero(~named_N))
+    uris = [uri for uri in uris if uri]
+    return VectorBlock(keys_of_uris(uris), uris, vectors_ND[named_N], bad)
+
+
+def _single(values_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # infinite then, and refused
+        return values_ND.astype(np.float32)
+
+
+def _open_array(address: str, num_dimensions: int) -> tuple[NpyArray, str]:
+    storage, entries = find_files(address)
+    path = entries[0].path
+    with storage.open_input(path) as file:
+        try:
+            shape, is_fortran, dtype = _read_header(file)
+        except (ValueError, SyntaxError) as error:
+            raise VectorImportError(f"{address} is no .npy file: {error}") from error
+        offset = file.tell()
+    if len(shape) != num_dimensions or dtype.hasobject or 0 in shape:
+        raise VectorImportError(f"{address} holds {dtype} {shape}, not {num_dimensions} dimension(s) of numbers")
+    if is_fortran and num_dimensions > 1:
+        raise VectorImportError(f"{address} is stored column by column: save numpy.ascontiguousarray of it")
+    size = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if entries[0].size_bytes != size:
+        raise VectorImportError(f"{address} is truncated: {entries[0].size_bytes:,} bytes instead of {size:,}")
+    return NpyArray(storage.url, path, dtype, shape, offset), fingerprint_of(storage, entries)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"format {version} is for arrays of records")
+
+
+def _scan_lines(address: str, rows: int) -> tuple[list[IdLines], int, str]:
+    """Find where each `rows` lines begin and end, and count the lines."""
+    storage, entries = find_files(address)
+    path, size = entries[0].path, entries[0].size_bytes
+    bounds, num_lines, position, last = [0], 0, 0, b"\n"
+    with storage.open_input(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            ends_L = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + position + 1
+            first = rows - 1 - num_lines % rows
+            bounds += ends_L[first::rows].tolist()
+            num_lines += len(ends_L)
+            position += len(chunk)
+            last = chunk[-1:]
+    num_lines += last != b"\n"  # a last line without its end
+    if bounds[-1] != size:
+        bounds.append(size)
+    lines = [IdLines(storage.url, path, start, stop) for start, stop in pairwise(bounds)]
+    return lines, num_lines, fingerprint_of(storage, entries)
+
+
+FLOATS: tuple[DType, ...] = get_args(FloatDType)
+FOOTER_THREADS = 16  # waiting for answers, not computing
+
+
+@dataclass(frozen=True)
+class ParquetColumns:
+    """The columns of one file: names and types of what is needed."""
+
+    key: str
+    is_text: bool
+    uri: str | None
+    feature: str
+    dtype: DType | None  # of binary features
+    dim: int | None  # None: lists of any length
+
+
+@dataclass(frozen=True)
+class ParquetSlice:
+    """Row groups of one file, one after the other."""
+
+    url: str
+    path: str
+    columns: ParquetColumns
+    groups: tuple[int, ...]
+    first_row: int
+    num_rows: int
+    dim: int
+
+    @property
+    def place(self) -> str:
+        """Name of the place for messages."""
+        return f"{self.path}, rows {self.first_row} to {self.first_row + self.num_rows}"
+
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the rows; those without key or feature, or of another width, are bad."""
+        wanted = [self.columns.key, self.columns.feature, *([self.columns.uri] if self.columns.uri else [])]
+        first = self.first_row
+        try:
+            with pq.ParquetFile(Storage(self.url).open_input(self.path), page_checksum_verification=True) as file:
+                for batch in file.iter_batches(block_rows, list(self.groups), wanted, use_threads=False):
+                    yield self._block(batch, first)
+                    first += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            raise VectorImportError(f"{self.path} cannot be read: {error}") from error
+
+    def _block(self, batch: pa.RecordBatch, first: int) -> VectorBlock:
+        reasons_N = np.full(len(batch), "", object)
+        vectors_ND = _vectors(batch.column(self.columns.feature), self.columns.dtype, self.dim, reasons_N)
+        has_vector_N = reasons_N == ""
+        names = self._names(batch)
+        has_name_N = np.array([name is not None for name in names], np.bool_)
+        bad = []
+        for row in np.flatnonzero(~(has_vector_N & has_name_N)).tolist():
+            name, reason = names[row], reasons_N[row] or "no key or uri"
+            bad.append(BadRow(*name, reason) if name else BadRow.at(self.path, first + row, reason))
+        good = [name for name, has_vector in zip(names, has_vector_N, strict=True) if name and has_vector]
+        keys_N = np.array([key for key, _ in good], np.int64)
+        return VectorBlock(keys_N, [uri for _, uri in good], vectors_ND[has_name_N[has_vector_N]], tuple(bad))
+
+    def _names(self, batch: pa.RecordBatch) -> list[tuple[int, str] | None]:
+        """Read key and uri of each row; None where one is missing."""
+        keys: list[Any] = batch.column(self.columns.key).to_pylist()
+        if self.columns.is_text:
+            keys, texts = [key_of_uri(text) if text else None for text in keys], keys
+        else:
+            texts = [uri_of_key(key) for key in keys]
+        uris: list[Any] = batch.column(self.columns.uri).to_pylist() if self.columns.uri else texts
+        return [(key, uri) if key is not None and uri else None for key, uri in zip(keys, uris, strict=True)]
+
+
+def plan_parquet(address: str, dim: int | None, dtype: DType | None, feature: str | None) -> VectorSource:
+    """Cut the file or folder into slices of row groups; `dtype` is that of binary features, `dim` of lists.
+
+    Raises VectorImportError.
+    """
+    storage, entries = find_files(address, ".parquet")
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda entry: _footer(storage, entry.path), entries))
+    columns = [_columns(schema, path.path, feature, dtype) for path, (schema, _) in zip(entries, footers, strict=True)]
+    widths = {each.dim for each in columns if each.dim is not None} | ({dim} if dim else set())
+    if len(widths) > 1:
+        raise VectorImportError(f"{address} has features of different widths: {sorted(widths)}")
+    width = widths.pop() if widths else _first_width(storage, [entry.path for entry in entries], columns)
+    slices: list[VectorSlice] = []
+    for entry, each, (_, counts) in zip(entries, columns, footers, strict=True):
+        slices += _slices(storage.url, entry.path, each, counts, width)
+    fingerprint = f"{fingerprint_of(storage, entries)} {feature} {dtype}"
+    return VectorSource(width, tuple(slices), fingerprint)
+
+
+def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
+    try:
+        with pq.ParquetFile(storage.open_input(path)) as file:
+            metadata = file.metadata
+            return file.schema_arrow, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        raise VectorImportError(f"{storage.full(path)} is no Parquet file that can be read: {error}") from error
+
+
+def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> list[VectorSlice]:
+    slices: list[VectorSlice] = []
+    groups: list[int] = []
+    first, rows = 0, 0
+    for group, count in enumerate(counts):
+        groups.append(group)
+        rows += count
+        if rows >= block_rows(dim) or group == len(counts) - 1:
+            slices.append(ParquetSlice(url, path, columns, tuple(groups), first, rows, dim))
+            groups, first, rows = [], first + rows, 0
+    return slices
+
+
+def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | None) -> ParquetColumns:
+    names = schema.names
+    key = next((name for name in ("key", "id") if name in names), None)
+    if key is None:
+        raise VectorImportError(f"{path} has no column key (int64) or id (text), only {', '.join(names)}")
+    is_text = key == "id"
+    kind = schema.field(key).type
+    if not (_is_text(kind) if is_text else pa.types.is_integer(kind) and kind != pa.uint64()):
+        raise VectorImportError(f"{path}: column {key} is {kind}; key has to be int64, and id text")
+    uri = "uri" if "uri" in names and _is_text(schema.field("uri").type) else None
+    if feature is None:
+        found = [name for name in names if _is_vector(schema.field(name).type)]
+        feature = "feature" if "feature" in found else found[0] if len(found) == 1 else None
+        if feature is None:
+            raise VectorImportError(f"{path}: which column is the feature? --feature-column is one of {found or names}")
+    if feature not in names or not _is_vector(schema.field(feature).type):
+        raise VectorImportError(f"{path} has no column {feature!r} of lists of numbers or fixed-size binary")
+    width, dtype = _width(schema.field(feature), path, dtype)
+    return ParquetColumns(key, is_text, uri, feature, dtype, width)
+
+
+def _width(field: "pa.Field[Any]", path: str, dtype: DType | None) -> tuple[int | None, DType | None]:
+    kind: Any = getattr(field.type, "storage_type", field.type)
+    if not pa.types.is_fixed_size_binary(kind):
+        return (kind.list_size if pa.types.is_fixed_size_list(kind) else None), None
+    recorded = (field.metadata or {}).get(b"dtype", b"").decode()
+    named = dtype or next((each for each in FLOATS if each == recorded), None)
+    if named is None:
+        which = f"{recorded} cannot be read back" if recorded else "nothing says of which numbers"
+        raise VectorImportError(f"{path}: column {field.name} is binary, and {which}: give --binary-dtype float32, say")
+    itemsize = np.dtype(STORAGE_DTYPES[named]).itemsize
+    if kind.byte_width % itemsize:
+        raise VectorImportError(f"{path}: column {field.name} has {kind.byte_width} bytes, no number of {named}")
+    return kind.byte_width // itemsize, named
+
+
+def _first_width(storage: Storage, paths: list[str], columns: list[ParquetColumns]) -> int:
+    """Measure the first list that there is."""
+    for path, each in zip(paths, columns, strict=True):
+        with pq.ParquetFile(storage.open_input(path)) as file:
+            for batch in file.iter_batches(64, columns=[each.feature]):
+                lengths = [length for length in pc.list_value_length(batch.column(0)).to_pylist() if length]
+                if lengths:
+                    return int(lengths[0])
+    raise VectorImportError(f"{storage.url} has no features at all")
+
+
+def _vectors(column: Any, dtype: DType | None, dim: int, reasons_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Read the rows that have `dim` numbers, float32 (N, D); `reasons_N` gets why another row has not."""
+    column = getattr(column, "storage", column)
+    valid = np.asarray(column.is_valid())
+    reasons_N[~valid] = "no feature"
+    if dtype is not None:
+        data = column.filter(pa.array(valid))
+        width = data.type.byte_width
+        raw = memoryview(data.buffers()[1])[data.offset * width : (data.offset + len(data)) * width]
+        return to_float32(np.frombuffer(raw, STORAGE_DTYPES[dtype]).reshape(-1, dim), dtype)
+    if not pa.types.is_fixed_size_list(column.type):
+        lengths = pc.list_value_length(column).fill_null(dim).to_numpy(zero_copy_only=False)
+        for row in np.flatnonzero(lengths != dim):
+            reasons_N[row] = f"{lengths[row]} numbers instead of {dim}"
+        valid &= lengths == dim
+    numbers = column.filter(pa.array(valid)).flatten().to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # infinite then, and refused
+        return np.asarray(numbers.astype(np.float32).reshape(-1, dim))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_vector(kind: Any) -> bool:
+    kind = getattr(kind, "storage_type", kind)
+    if pa.types.is_fixed_size_binary(kind):
+        return True
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+
+
+NUM_FILES = 1024
+NAME = re.compile(r"(?:.*/)?data\.(\d{1,4})")
+PROBED_FILES, PROBED_RECORDS = 8, 9
+MAX_TORN_SHARE = 0.1  # of files that end within a record: beyond, it is the width that is wrong
+WRONG_FILE = "key in the wrong file"
+TRUNCATED = "truncated record"
+
+
+@dataclass(frozen=True)
+class XdlSlice:
+    """Records `start` to `stop` of one file; `torn_bytes` of one more that is not whole."""
+
+    url: str
+    path: str
+    number: int
+    start: int
+    stop: int
+    dim: int
+    torn_bytes: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Number of records, the torn one included."""
+        return self.stop - self.start + (self.torn_bytes > 0)
+
+    @property
+    def place(self) -> str:
+        """Name of the place for messages."""
+        return f"{self.path}, records {self.start} to {self.stop}"
+
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the records; those of other files are bad."""
+        record = record_dtype(self.dim)
+        with Storage(self.url).open_input(self.path) as file:
+            file.seek(self.start * record.itemsize)
+            for first in range(self.start, self.stop, block_rows):
+                count = min(block_rows, self.stop - first)
+                data = file.read(count * record.itemsize)
+                if len(data) != count * record.itemsize:
+                    raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
+                yield self._block(np.frombuffer(data, record))
+            if self.torn_bytes:
+                bad = (BadRow.at(self.path, self.stop, TRUNCATED),)
+                yield VectorBlock(np.empty(0, np.int64), [], np.empty((0, self.dim), np.float32), bad)
+
+    def _block(self, records_N: npt.NDArray[np.void]) -> VectorBlock:
+        keys_N = records_N["key"].astype(np.int64)
+        fits_N = (keys_N & (NUM_FILES - 1)) == self.number
+        bad = tuple(BadRow(key, uri_of_key(key), WRONG_FILE) for key in keys_N[~fits_N].tolist())
+        keys_N = keys_N[fits_N]
+        vectors_ND = records_N["vector"][fits_N].astype(np.float32)
+        return VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND, bad)
+
+
+def record_dtype(dim: int) -> np.dtype[np.void]:
+    """Give the type of one record."""
+    return np.dtype([("key", "<i8"), ("vector", "<f4", (dim,))])
+
+
+def looks_like(address: str) -> bool:
+    """Return whether an address has files that are named as these."""
+    return any(NAME.fullmatch(entry.path) for entry in find_files(address)[1])
+
+
+def plan_xdl(address: str, dim: int | None) -> VectorSource:
+    """Cut the folder of files into slices of some megabytes. Raises VectorImportError."""
+    dim = dim or XDL_DIM
+    storage, entries = find_files(address)
+    record_bytes = record_dtype(dim).itemsize
+    slices: list[XdlSlice] = []
+    used, torn = [], []
+    for entry in entries:
+        match = NAME.fullmatch(entry.path)
+        if match is None or int(match[1]) >= NUM_FILES:
+            continue
+        used.append(entry)
+        count, rest = divmod(entry.size_bytes, record_bytes)
+        if rest:
+            torn.append(entry.path)
+        rows = block_rows(dim)
+        for start in range(0, max(count, 1), rows):
+            stop = min(start + rows, count)
+            torn_bytes = rest if stop == count else 0
+            slices.append(XdlSlice(storage.url, entry.path, int(match[1]), start, stop, dim, torn_bytes))
+    if not used:
+        raise VectorsNotFoundError(f"{address} has no files data.0 to data.{NUM_FILES - 1}, as XDL writes them")
+    is_empty = not any(piece.stop for piece in slices)
+    if is_empty and not torn:
+        raise VectorImportError(f"all {len(used)} files of {address} are empty")
+    if is_empty or len(torn) > max(1, MAX_TORN_SHARE * len(used)):
+        raise VectorImportError(
+            f"{len(torn)} of {len(used)} files, {torn[0]} first, are not a number of records of {record_bytes} bytes"
+            f" (a key and {dim} float32): is --dim {dim} right?"
+        )
+    _probe([piece for piece in slices if piece.start == 0][:PROBED_FILES], dim)
+    return VectorSource(dim, tuple(slices), fingerprint_of(storage, used))
+
+
+def _probe(slices: Sequence[XdlSlice], dim: int) -> None:
+    """Raise VectorImportError where many of the first records, but for the very first, are not of their files.
+
+    Before a store is made, whose width is for ever.
+    """
+    probes = [replace(piece, start=1, stop=max(1, min(piece.stop, PROBED_RECORDS)), torn_bytes=0) for piece in slices]
+    blocks = [block for probe in probes for block in probe.read(PROBED_RECORDS)]
+    num_good, num_bad = (sum(map(len, lists)) for lists in (blocks, [block.bad for block in blocks]))
+    if num_bad > 1 and 2 * num_bad > num_good:
+        raise VectorImportError(
+            f"{num_bad} of the first {num_good + num_bad} keys are in the wrong file (key k belongs in data.(k mod"
+            f" {NUM_FILES})): is --dim {dim} right?"
+        )
