@@ -52,7 +52,7 @@ def main(
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
 ) -> None:
     """Compare Horovod with torch.distributed, by whole runs and by single collectives."""
-    from trainer.plan.sample import numbers
+    from trainer.plan.calibrate import numbers
 
     counts = numbers(ranks)
     with progress_bars() as progress:
@@ -87,7 +87,7 @@ def collectives(scratch: Path, ranks: int, rounds: int) -> Section:
     for _ in range(rounds):
         for name, prefix in launchers(ranks).items():
             log = scratch / "collectives.txt"
-            run_to_end([*prefix, sys.executable, "-m", "trainer.plan.collectives"], log)
+            run_to_end([*prefix, sys.executable, "-m", "trainer.plan.cost"], log)
             output = log.read_text()
             seen[name].append(json.loads(output[output.index('{"ranks"') :].splitlines()[0]))
     grid: dict[str, dict[str, Figure]] = {}

@@ -41,7 +41,7 @@ def main(
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
-    from trainer.plan.sample import numbers
+    from trainer.plan.calibrate import numbers
 
     counts = numbers(ranks)
     with progress_bars() as progress:
@@ -53,8 +53,7 @@ def main(
 
 def compare(workload: Workload, ranks: tuple[int, ...]) -> dict[str, Figure]:
     """Compare predicted and measured figures of each number of ranks; the time's largest error is `worst_error`."""
-    from trainer.plan.own import plan_own
-    from trainer.plan.sample import PlanQuestion
+    from trainer.plan.calibrate import PlanQuestion, plan_own
 
     config = load_config(workload.config)
     question = PlanQuestion(

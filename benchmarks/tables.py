@@ -2,7 +2,7 @@
 
 python -m benchmarks.tables --json data/bench/tables.json
 
-Letters of shapes as in trainer/samples/batch.py. Ids are drawn by Zipf's law, and every variant trains on the same
+Letters of shapes as in trainer/samples/reader.py. Ids are drawn by Zipf's law, and every variant trains on the same
 batches.
 A step is the preparation of its batch and the step itself, one after the other, so nothing is hidden behind anything.
 """
@@ -17,7 +17,7 @@ import typer
 from benchmarks.report import JsonPath, Section, write_sections
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig
-from trainer.samples.batch import Batch, Jagged
+from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
 
 if TYPE_CHECKING:

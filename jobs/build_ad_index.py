@@ -14,8 +14,8 @@ from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import INDEX, MAX_GONE, MIN_RECALL
 
 if TYPE_CHECKING:
-    from trainer.prerank.ads import Ads
     from trainer.prerank.artifact import AdChanges, AdIndex, Vectors
+    from trainer.prerank.vectors import Ads
     from trainer.runs.saved import TrainedRun
 
 EXAMPLES = """Examples:
@@ -174,8 +174,8 @@ def _check_options(given: set[str]) -> None:
 
 def _removed(out: str, ads: list[str]) -> "tuple[AdIndex, AdChanges]":
     """Take ads out of the index, by their keys or the files that have them."""
-    from trainer.prerank.ads import keys_to_remove
     from trainer.prerank.artifact import AdIndex
+    from trainer.prerank.vectors import keys_to_remove
 
     old = AdIndex.open(out)
     return old.remove(keys_to_remove(ads, old.state.origin.key_column))
@@ -193,8 +193,7 @@ def _known(trained: "TrainedRun", out: str) -> "AdIndex":
 
 def _vectors(trained: "TrainedRun", table: str | None, samples: str | None, batch_size: int) -> "tuple[Ads, Vectors]":
     """Read the ads of a table, else of samples, and compute their vectors."""
-    from trainer.prerank.ads import ads_of_samples, ads_of_table
-    from trainer.prerank.vectors import ad_vectors, towers
+    from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
 
     fields = towers(trained).ad_fields
     if table:

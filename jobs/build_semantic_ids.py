@@ -9,7 +9,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import draw_counts, print_summary
 from pipeline.options import DEFAULT_SAMPLES, SemanticOptions, takes
-from trainer.schema.text import SETTINGS_FILE
+from trainer.schema.profile import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 

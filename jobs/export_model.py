@@ -85,7 +85,7 @@ def main(
     compared with it, is published and not put in use.
     """
     from serving.bundle.export import ExportOptions
-    from trainer.daily.table import run_of_days
+    from trainer.daily import run_of_days
     from trainer.runs.folder import run_or_newest
 
     start = time.monotonic()
@@ -137,7 +137,7 @@ def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> lis
     from featurestore.published.paths import run_path
     from featurestore.storage.storage import Storage
     from serving.bundle import log
-    from trainer.compat.models import RunInUse, gate_model
+    from trainer.compat.canary import RunInUse, gate_model
 
     storage = Storage(out)
     found: list[GateResult] = []

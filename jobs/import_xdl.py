@@ -9,7 +9,7 @@ from featurestore.console.commandline import CommandApp, on_this_machine, run_ap
 from featurestore.console.output import draw_counts, print_summary, progress_bar
 from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, takes
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
-from trainer.schema.text import SETTINGS_FILE
+from trainer.schema.profile import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 

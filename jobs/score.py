@@ -12,7 +12,7 @@ from trainer.cli import WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
-    from trainer.evaluation.scores import Written
+    from trainer.evaluation.predict import Written
 
 EXAMPLES = """Examples:
 
@@ -65,7 +65,7 @@ def main(
     def work(comm: "Comm") -> None:
         # Torch takes seconds to load: not for --help.
         from trainer.errors import ConfigError
-        from trainer.evaluation.scores import score_run
+        from trainer.evaluation.predict import score_run
         from trainer.runs.folder import run_or_newest
         from trainer.runs.saved import RunSource
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from trainer.launch.variables import By
-from trainer.supervise.environments import LOOPBACK, Reach, environments
+from trainer.launch import By
+from trainer.supervise.hosts import LOOPBACK, Reach, environments
 from trainer.supervise.policy import HostSlots
 
 HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))

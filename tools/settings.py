@@ -18,8 +18,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from trainer.config.config import Config
-from trainer.config.options import ExactTableConfig
-from trainer.config.validate import Section
+from trainer.config.options import ExactTableConfig, Section
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET, PAGE = ROOT / "trainer/presets/dicm.yaml", ROOT / "docs/SETTINGS.md"

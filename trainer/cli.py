@@ -75,7 +75,7 @@ def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None
 
 
 def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
-    from trainer.loop.signals import StoppedError
+    from trainer.loop.training import StoppedError
 
     try:
         if page := current_page():

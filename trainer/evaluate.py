@@ -83,7 +83,7 @@ def main(
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import FarPath, run_path
         from trainer.evaluation.compare import compare_runs
-        from trainer.evaluation.full import EvaluationOptions, evaluate_run
+        from trainer.evaluation.predict import EvaluationOptions, evaluate_run
         from trainer.runs.saved import RunSource
 
         source = RunSource(run_path(folder), checkpoint, samples, store, store_version)

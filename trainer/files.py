@@ -11,6 +11,9 @@ from featurestore.storage.storage import Storage
 from featurestore.text import parse_yaml
 from trainer.errors import TrainerError
 
+DAYS_FILE = "daily.json"
+"""File of what the runs of a daily training share; their folders are next to it."""
+
 PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
 
 

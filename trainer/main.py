@@ -111,12 +111,9 @@ def train(config: Config, comm: "Comm") -> None:
     from featurestore.console.output import text_console
     from featurestore.published.paths import DAMAGED
     from trainer.loop import summary
-    from trainer.loop.profiling import PLACE, traces_text
-    from trainer.loop.progress import ProgressLog
-    from trainer.loop.signals import StopSignals
-    from trainer.loop.training import Training, total_steps
-    from trainer.runs.claim import claim_folder
-    from trainer.runs.open import open_run
+    from trainer.loop.progress import PLACE, ProgressLog, traces_text
+    from trainer.loop.training import StopSignals, Training, total_steps
+    from trainer.runs.open import claim_folder, open_run
     from trainer.runs.warmstart import not_taken
 
     started = time.time()
@@ -170,8 +167,7 @@ def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
 
     Where one cannot, that is reported: the report matters more. Every rank calls it.
     """
-    from trainer.loop.profiling import PLACE
-    from trainer.loop.progress import TENSORBOARD
+    from trainer.loop.progress import PLACE, TENSORBOARD
 
     names = (TENSORBOARD, PLACE) if run.comm.rank == 0 else (PLACE,)
     try:
@@ -184,10 +180,9 @@ def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
 
 def _is_finished(run: "Run") -> bool:
     """Tell whether an earlier start has trained the run to its end and written its report, which then stays."""
-    from trainer.loop.stopping import has_finished
-    from trainer.loop.training import total_steps
-    from trainer.runs.claim import resumed_folder
+    from trainer.loop.training import has_finished, total_steps
     from trainer.runs.folder import report_of
+    from trainer.runs.open import resumed_folder
 
     if run.resumed is None or resumed_folder(run) != run.folder:
         return False

@@ -23,11 +23,10 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import device_name
-from trainer.exchange.content import ContentRequest
+from trainer.exchange.exchange import ContentRequest
 from trainer.ids.tables import RowRequest
 from trainer.runs.open import Run, open_run
-from trainer.samples.batch import Batch
-from trainer.samples.prefetch import ReadAhead, prepare_ahead
+from trainer.samples.reader import Batch, ReadAhead, prepare_ahead
 
 _WARM_UP, _PROFILED = 3, 3
 _PLACE_BYTES = 8

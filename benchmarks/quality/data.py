@@ -7,7 +7,7 @@ from pathlib import Path
 
 from featurestore.published import open_published
 from trainer.errors import DataError
-from trainer.samples.days import files_by_day
+from trainer.samples.columns import files_by_day
 
 JOBS = Path(__file__).parents[2] / "jobs"
 NETS = ("dnn", "din", "dcnv2", "finalmlp")

@@ -22,10 +22,10 @@ from featurestore.console.files import write_json
 from featurestore.published import open_published
 from trainer.comm import SoloComm
 from trainer.config.config import WARM_PARTS, Config, load_config
-from trainer.daily.__main__ import LATER_RATES, follow
+from trainer.daily import LATER_RATES, follow
 from trainer.experiments.tables import seed_mean
 from trainer.main import train
-from trainer.samples.days import files_by_day
+from trainer.samples.columns import files_by_day
 
 PERIODS, MANY_DAYS = 15, 30
 MEASURED = (-5, -3, -1)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from benchmarks.quality.rows import PADDING, Layout, Rows, Vocabulary, read, vocabularies
 from benchmarks.quality.runs import Spec
 from featurestore import FeatureStore
-from trainer.evaluation.metrics import measure
+from trainer.evaluation.bootstrap import measure
 from trainer.schema import Field, load_schema
 
 _PLAIN = {"optimizer": "adam", "loss": "binary_crossentropy", "task": "binary_classification", "metrics": ["AUC"]}

@@ -1,6 +1,6 @@
 """The impressions of some samples as FuxiCTR wants them: a row each, IDs as numbers of a vocabulary, histories padded.
 
-Letters of shapes as in trainer/samples/batch.py; L is the longest history.
+Letters of shapes as in trainer/samples/reader.py; L is the longest history.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from trainer.comm import SoloComm
 from trainer.errors import SchemaError
-from trainer.models.nets.din import paired_fields
-from trainer.samples.batch import Batch, Jagged
-from trainer.samples.reader import SampleReader, open_index
+from trainer.models.nets import paired_fields
+from trainer.samples.reader import Batch, Jagged, SampleReader, open_index
 from trainer.schema import Field, Schema
 
 PADDING = 0

@@ -20,7 +20,7 @@ from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.evaluation.metrics import measure
+from trainer.evaluation.bootstrap import measure
 from trainer.evaluation.predict import predict_run
 from trainer.main import train
 from trainer.samples.reader import open_index

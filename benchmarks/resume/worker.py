@@ -18,10 +18,8 @@ from trainer.comm import Comm
 from trainer.config.config import Config, load_config
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.loop.progress import ProgressLog
-from trainer.loop.signals import StopSignals
-from trainer.loop.training import Training, total_steps
-from trainer.runs.claim import claim_folder
-from trainer.runs.open import open_run
+from trainer.loop.training import StopSignals, Training, total_steps
+from trainer.runs.open import claim_folder, open_run
 
 DIES = "this rank dies now"
 

@@ -23,7 +23,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import SoloComm
 from trainer.exchange.exchange import FieldVectors
 from trainer.runs.saved import TrainedRun, open_trained
-from trainer.samples.batch import Batch, Jagged
+from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field
 
 if TYPE_CHECKING:

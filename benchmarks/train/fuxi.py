@@ -2,7 +2,7 @@
 
 Runs in the environment that tools/install.sh makes for FuxiCTR. Its layer holds the features of all images of the store
 in float32, frozen, and one linear layer from their width to the visual width, without a hidden layer. Letters of shapes
-as in trainer/samples/batch.py.
+as in trainer/samples/reader.py.
 """
 
 import json
@@ -20,7 +20,7 @@ from featurestore.lookup.partition import FeaturePartition
 from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.routing import Int64
 from trainer.runs.open import Run
-from trainer.samples.batch import Batch
+from trainer.samples.reader import Batch
 
 
 class FuxiCtr:

@@ -1,7 +1,7 @@
 """The trainer's model, ID path, losses and optimiser, with another way to come by the vectors of the images.
 
 Every variant of the benchmark takes its batches, its initial values and everything but the images from here, so that
-what differs between two of them is the image path alone. Letters of shapes as in trainer/samples/batch.py.
+what differs between two of them is the image path alone. Letters of shapes as in trainer/samples/reader.py.
 """
 
 import itertools
@@ -19,9 +19,8 @@ from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, Gath
 from trainer.exchange.exchange import Exchange, FieldVectors, KeyRequest
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.runs.open import Run
-from trainer.samples.batch import Batch, Jagged
 from trainer.samples.columns import ranges
-from trainer.samples.prefetch import ReadAhead
+from trainer.samples.reader import Batch, Jagged, ReadAhead
 from trainer.schema import Field
 
 Images = Mapping[str, FieldVectors]

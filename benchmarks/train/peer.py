@@ -17,9 +17,9 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import Comm, connect
 from trainer.config.config import load_config
-from trainer.engine.memory import objects_frozen
+from trainer.engine.machine import objects_frozen
 from trainer.runs.open import Run, open_run
-from trainer.samples.prefetch import prepare_ahead
+from trainer.samples.reader import prepare_ahead
 
 _PIECES = 16
 

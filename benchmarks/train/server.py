@@ -1,6 +1,6 @@
 """Store in server: features lie with their owners as with ours, but travel raw, and E runs where they are asked for.
 
-A rank asks for each image of its part of the batch once. Letters of shapes as in trainer/samples/batch.py.
+A rank asks for each image of its part of the batch once. Letters of shapes as in trainer/samples/reader.py.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from benchmarks.train.model import Images, Model
 from featurestore.keys import owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
-from trainer.engine.wiring import model_name
+from trainer.engine.engine import model_name
 from trainer.exchange.exchange import FieldVectors, KeyRequest
 from trainer.exchange.routing import Int64, bucketize_by_owner, unique
 from trainer.runs.open import Run
-from trainer.samples.batch import Batch
+from trainer.samples.reader import Batch
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The batches are those of the trainer, written to Parquet with the features in the rows: fixed-size bytes, uncompressed,
 as drawn features do not shrink. `grouped`: the images that a group has seen stand in its row once; else each sample is
-a row of its own. Letters of shapes as in trainer/samples/batch.py.
+a row of its own. Letters of shapes as in trainer/samples/reader.py.
 """
 
 import itertools
@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train.model import Images, Model, StoredFeatures, occurrences, per_sample
 from featurestore.lookup.partition import FeaturePartition
-from trainer.engine.wiring import model_name
+from trainer.engine.engine import model_name
 from trainer.exchange.exchange import KeyRequest
 from trainer.runs.open import Run
-from trainer.samples.batch import Batch, Jagged
+from trainer.samples.reader import Batch, Jagged
 
 KEPT_BATCHES = 2
 """On disk, read over and over: a batch of the paper's shape is 0.8 GB."""

@@ -103,8 +103,8 @@ def _digest(saved: "SavedRun", places: Places, store: str | None) -> str:
 
 
 def _read(file: Path) -> "Predictions | None":
-    from trainer.evaluation.impressions import Impressions
     from trainer.evaluation.predict import Predictions
+    from trainer.evaluation.slices import Impressions
 
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -121,7 +121,7 @@ def _read(file: Path) -> "Predictions | None":
 
 
 def _write(file: Path, found: "Predictions") -> None:
-    from trainer.evaluation.impressions import Impressions
+    from trainer.evaluation.slices import Impressions
 
     columns = {each.name: getattr(found.impressions, each.name) for each in fields(Impressions)}
     arrays: dict[str, Any] = {name: values for name, values in columns.items() if values is not None}

@@ -11,7 +11,7 @@ from featurestore.console.commandline import CommandApp
 from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import print_problem, print_rows, print_summary
 from featurestore.errors import FAILED
-from featurestore.upkeep.promotion import MAX_DRIFT, MAX_QUARANTINE, MIN_COVERAGE, MIN_NEIGHBOURS
+from featurestore.upkeep import MAX_DRIFT, MAX_QUARANTINE, MIN_COVERAGE, MIN_NEIGHBOURS
 
 if TYPE_CHECKING:
     from featurestore.keys import Int64Array
@@ -122,7 +122,7 @@ def promote(
 ) -> None:
     """Move a channel to the snapshot of another one, if the gates hold: coverage, quarantine, drift, neighbours.
 
-    Else it stays, exit code 1, and a line for each gate that fails. `python -m trainer.compat.promote` evaluates a run
+    Else it stays, exit code 1, and a line for each gate that fails. `python -m trainer.compat.canary` evaluates a run
     as well. Each decision is kept with the channel, unless it is a dry run.
     """
     limits = limits_of(

@@ -33,12 +33,9 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.text import first_mistake, parse_yaml
+from featurestore.upkeep import MAX_DRIFT, MAX_GAUC_LOSS, MAX_QUARANTINE, MIN_COVERAGE, MIN_NEIGHBOURS
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import sample
-
-MIN_COVERAGE, MAX_QUARANTINE, MAX_DRIFT, MIN_NEIGHBOURS, MAX_GAUC_LOSS = 0.99, 0.01, 0.25, 0.9, 0.001
-"""Limits of the gates where nobody names others; here, as a command's help shows them, and loads nothing for that."""
-
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(ge=0)]

@@ -42,8 +42,8 @@ from pipeline.samples.groups import (
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.suggest_schema import inspect_samples, render_schema
-from trainer.schema.text import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, settings_text
+from trainer.schema.profile import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, settings_text
+from trainer.schema.suggest import inspect_samples, render_schema
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours

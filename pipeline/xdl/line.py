@@ -27,8 +27,7 @@ from pipeline.samples.build import write_schema
 from pipeline.samples.publish import MARK, FolderContent, replaced_folder
 from pipeline.vectors.formats import NUM_FILES, record_dtype
 from trainer.schema import Field, Kind, Schema
-from trainer.schema.distinct import DistinctCount
-from trainer.schema.text import schema_text, table_rows
+from trainer.schema.profile import DistinctCount, schema_text, table_rows
 
 SEGMENT, FIELD, NAME, VALUE, WEIGHT = "|", ";", "@", ",", ":"
 NUM_SEGMENTS = 6

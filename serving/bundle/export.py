@@ -34,7 +34,7 @@ from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.writerows import SavedTables, write_rows
 from serving.errors import BrokenBundleError
 from serving.network.exporting import export_network
-from trainer.models.build import build_model
+from trainer.models.nets import build_model
 from trainer.runs.checkpoint import read_dense
 from trainer.runs.export import load_part
 from trainer.runs.folder import report_of

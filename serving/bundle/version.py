@@ -15,7 +15,7 @@ from serving.errors import BrokenBundleError
 from trainer.config.legacy import up_to_date
 from trainer.config.options import ModelConfig
 from trainer.errors import TrainerError
-from trainer.models.fields import used_fields
+from trainer.models.layers import used_fields
 from trainer.schema import Field, Schema, load_schema
 
 ResultT = TypeVar("ResultT")

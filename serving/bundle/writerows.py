@@ -17,12 +17,11 @@ from serving.bundle.files import WrittenFiles
 from serving.bundle.idrows import Bool, Float32, encoded
 from serving.bundle.manifest import TRAINED, RowsFile, TableRows
 from serving.errors import ServingError
-from trainer.engine.wiring import table_shapes
+from trainer.engine.engine import table_shapes
 from trainer.ids.exact import IDS, ExactShape
-from trainer.ids.optimizers import state_of
-from trainer.ids.rows import WEIGHT
+from trainer.ids.optimizers import WEIGHT, state_of
 from trainer.ids.tables import TableShape, initial_rows
-from trainer.models.fields import used_fields
+from trainer.models.layers import used_fields
 from trainer.runs.checkpoint import read_rows
 from trainer.runs.saved import SavedRun, finite
 

@@ -21,9 +21,8 @@ from serving.network.slots import Slots
 from trainer.config.options import ModelConfig
 from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
-from trainer.models.fields import nearest_of, tiers_of
-from trainer.models.layers import chosen_values
-from trainer.models.pooling.galleries import gallery_vectors
+from trainer.models.layers import chosen_values, nearest_of, tiers_of
+from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field
 
 PORTABLE = "network.pt2"

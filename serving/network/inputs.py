@@ -1,6 +1,6 @@
 """What the network of a bundle takes: the rows of each field, looked up, for some users and all their candidates.
 
-The shapes are those of a batch of the trainer (trainer/samples/batch.py): G users, B candidates of all of them, one
+The shapes are those of a batch of the trainer (trainer/samples/reader.py): G users, B candidates of all of them, one
 user's after the other's; M = G on the user side and B on the ad side; N values of a field; V width of its vectors.
 """
 
@@ -46,6 +46,6 @@ class NetworkInputs:
     num_groups: int
     fields: Mapping[str, FieldRows]
     dense: Mapping[str, Float32] = field(default_factory=dict)
-    """Every dense field, (M, width), as the model takes it (trainer/samples/transform.py)."""
+    """Every dense field, (M, width), as the model takes it (trainer/samples/values.py)."""
     similar: Mapping[str, NearestRows] = field(default_factory=dict)
     """By behaviour field, where the model compares images."""

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from serving.network.inputs import FieldRows, NetworkInputs
 from trainer.config.options import ModelConfig
 from trainer.models.ctr import CtrModel
-from trainer.models.fields import width_of
-from trainer.models.nets.din import Din
+from trainer.models.layers import width_of
+from trainer.models.nets import Din
 from trainer.schema import Field
 
 Part = Literal["rows_NV", "weights_N", "sizes_K", "lengths_M", "dense", "tiers_BT", "nearest_N", "lengths_B"]

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from serving.errors import RequestError
 from serving.scoring.request import Request
 from serving.scoring.values import as_list, shown
-from trainer.config.validate import near_match
+from trainer.config.options import near_match
 from trainer.samples.columns import Rule, aligned_columns, rules_of, source_columns
 from trainer.schema import Field, Schema
 

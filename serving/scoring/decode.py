@@ -20,10 +20,9 @@ from serving.scoring.columns import RequestColumns, expected
 from serving.scoring.request import Request
 from serving.scoring.values import UnusableValueError, as_list, flattened
 from trainer.errors import OverflowingValueError
-from trainer.samples.batch import Batch, Jagged
 from trainer.samples.columns import Index, Rule, Values, sizes_of
-from trainer.samples.reader import inputs_of
-from trainer.samples.texts import cross
+from trainer.samples.reader import Batch, Jagged, inputs_of
+from trainer.samples.values import cross
 from trainer.schema import Field
 
 Bool = NDArray[np.bool_]

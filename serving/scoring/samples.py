@@ -12,7 +12,7 @@ from serving.scoring.request import sizes_of
 from serving.scoring.scorer import Scorer
 from trainer.comm import SoloComm
 from trainer.errors import DataError
-from trainer.evaluation.scores import Written, open_scores
+from trainer.evaluation.predict import Written, open_scores
 from trainer.runs.saved import TEST
 from trainer.samples.columns import Rule
 from trainer.samples.reader import SampleIndex, open_index, read_row_groups
@@ -40,7 +40,7 @@ def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, R
 def score_model(url: str, samples: str, out: str, version: int | None = None) -> Written:
     """Score the impressions of test/ of `samples` with a bundle, by default the version in use, into the file `out`.
 
-    The file is that of `trainer.evaluation.scores`. Raises ServingError, TrainerError, FeatureStoreError.
+    The file is that of `trainer.evaluation.predict`. Raises ServingError, TrainerError, FeatureStoreError.
     """
     with contextlib.closing(Scorer.open(url, version)) as scorer:
         manifest, schema = scorer.bundle.manifest, scorer.bundle.schema

@@ -18,7 +18,7 @@ from serving.scoring.decode import Bool, DecodedRequests, request_steps
 from serving.scoring.inputs import InputMaker, Lookups
 from serving.scoring.request import Places, Request, Scored, Sizes, sizes_of
 from trainer.errors import DataError
-from trainer.models.nets.din import behaviors_of, check_equal_lists
+from trainer.models.nets import behaviors_of, check_equal_lists
 from trainer.samples.columns import Rule
 from trainer.schema import Field
 

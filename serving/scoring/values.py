@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
 from trainer.samples.columns import Index
-from trainer.samples.texts import Encoded, TextKind, encode_numbers
+from trainer.samples.values import Encoded, TextKind, encode_numbers
 
 _SHOWN = 60  # characters
 

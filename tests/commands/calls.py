@@ -31,7 +31,7 @@ PROGRAMS = {
     "tools.site",
     "tools.tree",
     "tools.tutorial",
-    "trainer.plan.collectives",
+    "trainer.plan.cost",
     "trainer.slurm.rank",
     "trainer.supervise.agent",
 }

@@ -170,8 +170,8 @@ def functions(app: CommandApp) -> Iterator[Any]:
     ("line", "place"),
     [
         ("trainer.main", "trainer.main.load_config"),
-        ("trainer.daily", "trainer.daily.__main__.load_config"),
-        ("trainer.evaluate run", "trainer.evaluation.full.evaluate_run"),
+        ("trainer.daily", "trainer.daily.load_config"),
+        ("trainer.evaluate run", "trainer.evaluation.predict.evaluate_run"),
     ],
 )
 def test_ctrl_c_on_ranks(line: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,13 +21,13 @@ from trainer.evaluation.report import number, range_of
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.results import show_section
 from trainer.experiments.tables import as_values, rows_of
-from trainer.plan.show import duration, size
+from trainer.plan.build import duration, size
 
 WITH_PAGES = sorted(
     line
     for line in LEAVES
     if line.startswith(("jobs/", "benchmarks.", "trainer.experiments", "trainer.evaluate", "trainer.plan"))
-    or line in ("featurestore verify", "trainer.compat.promote")
+    or line in ("featurestore verify", "trainer.compat.canary")
     or any("--html" in each.opts for each in LEAVES[line].params)
 )
 """Commands that have to have the option, and others that have it."""

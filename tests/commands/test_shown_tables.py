@@ -11,15 +11,14 @@ import pytest
 from benchmarks.report import write_report
 from featurestore.console.output import print_rows, text_console
 from tools import demo
+from trainer import daily as daytable
 from trainer.config.config import load_config, save_config
-from trainer.daily import table as daytable
 from trainer.evaluation import report
 from trainer.evaluation.bootstrap import METRICS
 from trainer.evaluation.figures import Estimate, Figures, Measured, SlicedBy
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.tables import rows_of, show
-from trainer.ids.collisions import Collisions
-from trainer.ids.figures import ExactFigures
+from trainer.ids.figures import Collisions, ExactFigures
 from trainer.loop import summary
 
 LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90

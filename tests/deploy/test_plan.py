@@ -8,8 +8,8 @@ import pytest
 from tests.deploy.commandlines import horovodrun, torchrun
 from tests.deploy.manifests import KUBERNETES, Manifest, build, check, pods
 from tests.deploy.test_kubernetes import words_in
+from trainer.plan.build import PAPER, load_input, plan_input
 from trainer.plan.emit import ResourceRequest, emit, kubernetes_component
-from trainer.plan.inputs import PAPER, load_input, plan_input
 
 COMPONENT = Path("plan", "kustomization.yaml")
 

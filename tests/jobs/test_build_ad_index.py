@@ -246,7 +246,7 @@ def test_the_best_ads_of_a_trained_run_are_found(kind: str, run_on_tastes: Path,
 
 
 def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.prerank.recall.reach", lambda *_: 0.41)
+    monkeypatch.setattr("trainer.prerank.artifact.reach", lambda *_: 0.41)
     result = job(folder, "--out", out, "--index", "hnsw", "--min-recall", 0.8)
     assert result.exit_code == 0
     assert result.stderr.splitlines()[-1].startswith(

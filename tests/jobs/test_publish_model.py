@@ -28,10 +28,9 @@ from tests.serving.bundle.conftest import VARIANTS, train_run
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
-from trainer.samples.batch import BatchPosition
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.reader import assemble
-from trainer.samples.stream import Piece
+from trainer.samples.order import Piece
+from trainer.samples.reader import BatchPosition, assemble
 
 pytestmark = pytest.mark.long
 

@@ -122,7 +122,7 @@ def test_a_failed_score_leaves_the_file_as_it_was(run: Path, tmp_path: Path, mon
     def fail(*_: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("trainer.evaluation.scores.ScoreFile.add", fail)
+    monkeypatch.setattr("trainer.evaluation.predict.ScoreFile.add", fail)
     assert job("--run", run, "--out", tmp_path / "scores.parquet").exit_code == 1
     assert (tmp_path / "scores.parquet").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]

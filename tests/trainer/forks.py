@@ -26,7 +26,7 @@ IMPORTED = (
     "trainer.daily",
     "trainer.engine.engine",
     "trainer.evaluate",
-    "trainer.evaluation.full",
+    "trainer.evaluation.predict",
     "trainer.evaluation.plots",
     "trainer.loop.training",
     "trainer.prerank",

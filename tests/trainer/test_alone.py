@@ -231,6 +231,6 @@ class TestRefusals:
         def refuse(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("trainer.runs.claim.save_config", refuse)
+        monkeypatch.setattr("trainer.runs.open.save_config", refuse)
         with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*No space left"):
             run_alone(places, run__name="x", run__dir=tmp_path)

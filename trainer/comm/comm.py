@@ -1,4 +1,4 @@
-"""Collectives between ranks: what the trainer asks of them, whatever carries them.
+"""Collectives: their interface, those of a single rank, and ranks that are late or lost.
 
 A collective has a fixed name per kind, so that collectives of several kinds may be under way at once, from several
 threads; every rank calls those of one kind in the same order, from one thread at a time, also with zero rows.
@@ -7,8 +7,11 @@ threads; every rank calls those of one kind in the same order, from one thread a
 import contextlib
 import math
 import pickle
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -151,3 +154,90 @@ def unpickled(data_N: Tensor) -> object:
     """Read what `pickled` wrote on another rank a moment ago; never what lay in a file."""
     value: object = pickle.loads(data_N.numpy().tobytes())
     return value
+
+
+class SoloComm(Comm):
+    """One rank alone: every collective returns what it was given."""
+
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        super().__init__(deadline_s)
+        self.rank, self.size, self.moves_cuda_tensors = 0, 1, True
+
+    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        return rows_N, splits_P
+
+    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
+        return _nothing
+
+    def allgather(self, rows_N: Tensor, name: str) -> Tensor:
+        return rows_N
+
+    def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
+        return [value]
+
+    def broadcast_object(self, value: Object, root: int = 0) -> Object:
+        return value
+
+    def carrier(self, device: torch.device) -> str | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def _nothing() -> None:
+    """End a collective of one rank."""
+
+
+_GRACE_S = 2.0
+"""Between the ends of two ranks' patience: how long a rank waits for the others to say that they wait too."""
+Answer = TypeVar("Answer")
+_AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it has a checkpoint"
+
+
+class Bulletin:
+    """A board where ranks past their deadline say in which collectives they are.
+
+    `put` and `get` are those of a store of texts that all ranks reach: the launcher's own. `get` returns None for a key
+    that is not there; both swallow the errors of a store that is gone.
+    A rank may wait in two collectives at once: that of its step, and that of the thread ahead.
+    """
+
+    def __init__(self, rank: int, put: Callable[[str, str], object], get: Callable[[str], str | None]) -> None:
+        self._rank, self._put, self._get = rank, put, get
+
+    def lateness(self, name: str, size: int, deadline_s: float) -> str:
+        """Say which of `size` ranks have not come to collective `name` before its deadline, and where they are."""
+        self._put(f"{self._rank}.{name}", name)
+        self._put(str(self._rank), name)
+        time.sleep(_GRACE_S)
+        late = [rank for rank in range(size) if rank != self._rank and self._get(f"{rank}.{name}") is None]
+        where = {rank: self._get(str(rank)) for rank in late}
+        ranks = ", ".join(f"rank {rank}" + (f" (in {at})" if at else "") for rank, at in where.items())
+        return (
+            f"collective {name} has taken more than run.deadline_s={deadline_s:g} on rank {self._rank}; "
+            f"not there: {ranks or 'nobody is missing, so look at the network'}. See what that rank is doing "
+            "(pip install py-spy; py-spy dump), or raise run.deadline_s; start again with run.resume=latest"
+        )
+
+
+def loss(rank: int, name: str) -> str:
+    """Say that another rank has gone, or is out of reach, in the middle of collective `name`."""
+    return f"rank {rank} lost another rank in the middle of collective {name}; {_AFTER_A_LOSS}"
+
+
+def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
+    """Return what the store says. Raises TimeoutError where it says nothing: its client would wait for ever.
+
+    The store may be in a process that hangs, or on a host that has lost its power.
+    """
+    answer: Future[Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(patience_s)

@@ -6,10 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from trainer.comm.comm import DEADLINE_S, Comm
+from trainer.comm.comm import DEADLINE_S, Comm, SoloComm
 from trainer.comm.distributed import TorchComm
 from trainer.comm.horovod import HorovodComm
-from trainer.comm.solo import SoloComm
 from trainer.errors import ConfigError
 
 _HOROVOD = (

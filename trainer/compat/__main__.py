@@ -62,7 +62,8 @@ def main(
         # Torch takes seconds to load: not for --help.
         from featurestore.console.output import print_rows, progress_bar
         from featurestore.published.paths import run_path
-        from trainer.compat import check, show
+        from trainer.compat import check
+        from trainer.compat import check as show
 
         if comm.size > 1:
             raise ConfigError("trainer.compat is for one rank; start it without horovodrun or torchrun")

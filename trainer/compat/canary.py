@@ -1,24 +1,52 @@
-"""A canary evaluation: the GAUC of a trained run on test impressions, with the features of two snapshots.
+"""Gates of a release: a canary's scores, models against the one in use, and promotion.
 
 Only the rows are read that the impressions name. Both are measured on the same resamples of users.
+
+Both score the same rows, each with the newest features of its stores. A model is worse where GAUC falls, or log loss
+rises, by more than its limit and by more than noise: the interval of the paired difference, over users, is on that side
+of zero. So a small day, on which nothing can be told, stops no model that is as good.
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from featurestore.errors import SnapshotNotFoundError
+import numpy as np
+import typer
+
+from featurestore.commands.channels import (
+    Force,
+    GatesFile,
+    Keys,
+    MaxDrift,
+    MaxQuarantine,
+    MinCoverage,
+    MinNeighbours,
+    PromoteDryRun,
+    Source,
+    Target,
+    decide,
+    limits_of,
+)
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import JsonOption
+from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import Int64Array
+from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
+from featurestore.upkeep import MAX_GAUC_LOSS
 from featurestore.upkeep.promotion import GateLimits, GateResult
-from trainer.comm import SoloComm
-from trainer.compat.scores import drawn_batches, keys_of, score
-from trainer.errors import ConfigError
+from trainer.cli import WhichCheckpoint
+from trainer.comm import Comm, SoloComm
+from trainer.compat.check import drawn_batches, keys_of, score
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
 from trainer.evaluation.bootstrap import LEVEL
 from trainer.evaluation.compare import Difference, compare
-from trainer.evaluation.impressions import read_impressions
 from trainer.evaluation.predict import Predictions
-from trainer.runs.saved import open_test, read_run
+from trainer.evaluation.slices import Impressions, read_impressions
+from trainer.runs.saved import TEST, SavedRun, open_test, read_run
+from trainer.samples.reader import SampleIndex, open_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +147,179 @@ class CanaryGate:
             f" {found.missing_stable:,} and now {found.missing_candidate:,} of {found.num_images:,} images missing"
         )
         return GateResult(gate="gauc", value=low, limit=limit, holds=low >= limit, text=text)
+
+
+EXAMPLES = """
+Examples:
+
+    python -m trainer.compat.canary data/runs/both data/features
+
+    python -m trainer.compat.canary s3://shop/runs/day s3://shop/features --samples s3://shop/samples
+
+    python -m trainer.compat.canary data/runs/both data/features --gates gates.yaml --max-gauc-loss 0.002 --dry-run
+
+    python -m trainer.compat.canary data/runs/both data/features --force "new camera, looked at by hand"
+
+Exit codes: 0 the channel points to the new snapshot, 1 it stays, as a gate or something else failed, 2 wrong options.
+"""
+
+CanarySamples = Annotated[
+    str | None, typer.Option(help="Samples whose test/ is evaluated.", show_default="those of the run")
+]
+StoreName = Annotated[
+    str | None, typer.Option(help="Which store of the run, by its name in the schema.", show_default="the first")
+]
+MaxGaucLoss = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="By how much GAUC may fall, at the lower end of its interval.", show_default=f"{MAX_GAUC_LOSS}"
+    ),
+]
+
+app = CommandApp(report=True, rich_markup_mode="markdown")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
+    source: Source = "candidate",
+    target: Target = "stable",
+    checkpoint: WhichCheckpoint = None,
+    samples: CanarySamples = None,
+    name: StoreName = None,
+    gates_file: GatesFile = None,
+    keys: Keys = None,
+    min_coverage: MinCoverage = None,
+    max_quarantine: MaxQuarantine = None,
+    max_drift: MaxDrift = None,
+    min_neighbours: MinNeighbours = None,
+    max_gauc_loss: MaxGaucLoss = None,
+    bootstrap: Annotated[int, typer.Option(min=1, max=1_000_000, help="Resamples of users.")] = 1000,
+    dry_run: PromoteDryRun = False,
+    force: Force = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Move a channel of a feature store to a new snapshot if its gates hold.
+
+    The gates of python -m featurestore promote, and one more: a trained run scores its test impressions with the
+    features of both snapshots, and its GAUC must not fall. The images that have to have a row are those of these
+    impressions, unless --keys names others. If a gate fails, the channel stays, and a line says which one and why. Each
+    decision is kept with the channel, unless it is a dry run.
+    """
+    from featurestore.published.paths import run_path
+    from featurestore.upkeep.purge import read_names
+
+    limits = limits_of(
+        gates_file,
+        min_coverage=min_coverage,
+        max_quarantine=max_quarantine,
+        max_drift=max_drift,
+        min_neighbours=min_neighbours,
+        max_gauc_loss=max_gauc_loss,
+    )
+    canary = Canary(
+        run_path(run),
+        store,
+        checkpoint=checkpoint,
+        samples=samples,
+        name=name,
+        resamples=bootstrap,
+        seed=limits.seed,
+    )
+    decide(
+        store,
+        source,
+        target,
+        limits,
+        keys=canary.keys() if keys is None else read_names(keys)[0],
+        more=(canary.gate(limits),),
+        dry_run=dry_run,
+        force=force,
+        json_file=json_file,
+    )
+
+
+MAX_MODEL_GAUC_LOSS, MAX_MODEL_LOGLOSS_RISE = 0.002, 0.002
+"""Of a new model, against the one in use."""
+MOST_ROWS = 200_000
+"""Evaluation rows that are scored; of more, about as many are drawn."""
+_GATES = (("gauc", MAX_MODEL_GAUC_LOSS, 1), ("logloss", MAX_MODEL_LOGLOSS_RISE, -1))
+"""Metric, limit, and the sign of a better value."""
+_SAME_DRAW = {"data": {"shuffle_window_groups": 128}, "train": {"eval_batch_size": 8192}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInUse:
+    """The run whose model is in use: its folder, the checkpoint that was published and its digest."""
+
+    folder: RunPath
+    checkpoint: str
+    digest: str
+
+
+def gate_model(
+    folder: RunPath, checkpoint: str | None, in_use: RunInUse, *, store_version: VersionName | None = None
+) -> list[GateResult]:
+    """Compare the run in `folder` with the one in use on its evaluation rows; what cannot be compared does not hold.
+
+    `store_version`: the snapshot of the new run's first store. For one rank.
+    """
+    try:
+        return _compared(read_run(folder, checkpoint), in_use, store_version, SoloComm())
+    except UserError as failure:
+        text = f"it cannot be compared with the model in use: {failure}"
+        return [GateResult(gate="comparison", value=None, limit=0, holds=False, text=text)]
+
+
+def _compared(ours: SavedRun, in_use: RunInUse, store_version: VersionName | None, comm: Comm) -> list[GateResult]:
+    if ours.digest == in_use.digest:
+        return [GateResult(gate="comparison", value=0, limit=0, holds=True, text="it is the checkpoint that is in use")]
+    theirs = read_run(in_use.folder, in_use.checkpoint)
+    if theirs.digest != in_use.digest:
+        raise CheckpointError(f"{theirs.path} has been trained again since it was published")
+    if ours.config.data.test_days == []:
+        raise DataNotFoundError(
+            f"{ours.folder} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"
+        )
+    rows = open_test(comm, ours.config, ours.schema, None)
+    same = open_index(comm, ours.config.data.samples, TEST, theirs.schema, ours.config.data.test_days)
+    new, old = _predictions(ours, rows, store_version, comm), _predictions(theirs, same, None, comm)
+    found = compare([new], [old], metrics=[metric for metric, _, _ in _GATES])
+    where = f"{len(new.logit_N):,} impressions of {', '.join(ours.config.data.test_days or ()) or 'the test samples'}"
+    return [_result(found[metric], limit, sign, where) for metric, limit, sign in _GATES]
+
+
+def _predictions(saved: SavedRun, index: SampleIndex, version: VersionName | None, comm: Comm) -> Predictions:
+    """Score the rows; those drawn of many are the same for every run."""
+    drawn = replace(saved, config=saved.config.changed(**_SAME_DRAW))
+    batches = drawn_batches(drawn, index, None if index.num_samples <= MOST_ROWS else MOST_ROWS)
+    versions = {place.name: version if number == 0 else None for number, place in enumerate(drawn.places)}
+    snapshots = {place.name: drawn.snapshot(place, versions[place.name]) for place in drawn.places}
+    ad = drawn.schema.new_ad_field
+    rows = Impressions(
+        label_N=np.concatenate([batch.label_B for batch in batches]),
+        user_N=np.concatenate([batch.group_id_B for batch in batches]),
+        ad_N=np.concatenate([batch.fields[ad].values_N for batch in batches]),
+        image_N=None,
+        history_N=None,
+        time_s_N=None,
+    )
+    return Predictions(score(drawn, snapshots, batches, comm).logit_N, rows)
+
+
+def _result(found: Difference, limit: float, sign: int, where: str) -> GateResult:
+    if found.value is None or found.low is None or found.high is None or found.ours is None or found.baseline is None:
+        text = f"{found.metric} of {where} has no interval: fewer than ten users with and without a click"
+        return GateResult(gate=found.metric, value=None, limit=limit, holds=False, text=text)
+    best = found.high if sign > 0 else found.low
+    holds = sign * found.value >= -limit or sign * best >= 0
+    text = (
+        f"{found.metric} is {found.ours:.4f}, that of the model in use {found.baseline:.4f}: {found.value:+.4f} "
+        f"({LEVEL:.0%} interval {found.low:+.4f} to {found.high:+.4f}) on {where}"
+    )
+    return GateResult(gate=found.metric, value=found.value, limit=limit, holds=holds, text=text)
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,13 +1,23 @@
-"""Check whether a run may use a store: same network, same rows, same scores, as far as each can still be found out."""
+"""Compatibility: whether a run may use a snapshot, its scores on both, and the report.
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+Of a store of any size only the rows are read that the impressions name: they go into a small store of their own.
+Letters of shapes: N impressions, U unique keys.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
+from featurestore.format.rows import FeatureRows
 from featurestore.identity import SnapshotId
+from featurestore.keys import Int64Array, shard_of
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
@@ -16,11 +26,116 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.promotion import Likeness, compare
 from trainer.comm import Comm
 from trainer.compat import MAX_LOGLOSS_CHANGE, SAMPLE
-from trainer.compat.scores import CanaryScores, drawn_batches, score
+from trainer.engine.machine import share_machine
 from trainer.errors import ConfigError, TrainerError
-from trainer.runs import accepted, checkpoint
-from trainer.runs.saved import SavedRun, open_test, read_run
-from trainer.runs.stores import StorePlace, kind_of_features, recorded_kind
+from trainer.evaluation.bootstrap import log_loss
+from trainer.models.layers import used_fields
+from trainer.runs import checkpoint
+from trainer.runs import folder as accepted
+from trainer.runs.saved import SavedRun, open_test, read_run, with_rows
+from trainer.runs.stores import StorePlace, kind_of_features, open_partition, recorded_kind
+from trainer.samples.reader import Batch, SampleIndex, SampleReader
+
+Float = NDArray[np.float64]
+_SHARDS, _ROWS_A_PUT = 8, 8_192
+
+
+@dataclass(frozen=True)
+class CanaryScores:
+    """Logits and labels of N impressions, in the order of the batches, and how many of their images have no feature."""
+
+    logit_N: Float
+    label_N: Float
+    num_images: int
+    num_missing: int
+
+    @property
+    def logloss(self) -> float | None:
+        """Mean binary cross entropy; None without impressions."""
+        return log_loss(self.logit_N, self.label_N)
+
+
+def drawn_batches(saved: SavedRun, index: SampleIndex, count: int | None) -> list[Batch]:
+    """Draw about `count` impressions out of windows of the files that a fixed seed draws; all of them for None."""
+    data, size = saved.config.data, saved.config.train.eval_batch_size
+    seed, window = (None, 1) if count is None else (0, data.shuffle_window_groups)
+    size = size if count is None else min(size, count)
+    reader = SampleReader(index, saved.schema, batch_size=size, seed=seed, window_groups=window)
+    steps = reader.steps_per_epoch if count is None else min(reader.steps_per_epoch, -(-count // size))
+    batches = reader.batches()
+    return [next(batches) for _ in range(steps)]
+
+
+def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[Batch], comm: Comm) -> CanaryScores:
+    """Score the impressions of `batches` by the run's checkpoint, each store's features from the snapshot of its name.
+
+    For one rank. Raises TrainerError where a logit is not finite, and FeatureStoreError.
+    """
+    device = share_machine(saved.config, comm)
+    with TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+        config = saved.config.changed(data={"cache_dir": f"{folder}/cache"})
+        partitions, images, missing = {}, 0, 0
+        for place in saved.places:
+            keys_U = keys_of(saved, place.name, batches)
+            small = _small_store(Path(folder) / place.name, snapshots[place.name], keys_U)
+            here = SnapshotId.of(small.snapshot())
+            partition = opened.enter_context(open_partition(config, comm, replace(place, url=here.url), here))
+            partitions[place.name] = partition
+            images, missing = images + len(keys_U), missing + len(keys_U) - partition.num_rows
+        engine = with_rows(saved, config, comm, saved.places, partitions, device).engine
+        logits: list[Any] = [np.empty(0), *(engine.predict(engine.prepare(batch, "eval")) for batch in batches)]
+    logit_N = np.concatenate(logits).astype(np.float64)
+    if not np.isfinite(logit_N).all():
+        raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
+    labels: list[Any] = [np.empty(0), *(batch.label_B for batch in batches)]
+    return CanaryScores(logit_N, np.concatenate(labels).astype(np.float64), images, missing)
+
+
+def keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:
+    """Return all that content fields of the store ask for in the batches, ascending."""
+    names = [
+        each.name
+        for each in used_fields(saved.schema, saved.config.model)
+        if each.kind == "content" and each.store_name == store
+    ]
+    values = [batch.fields[name].values_N for name in names for batch in batches]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *values]))
+
+
+def _small_store(folder: Path, snapshot: Snapshot, keys_U: Int64Array) -> FeatureStore:
+    """A store with those of the keys that the snapshot has, their features as they are."""
+    info = snapshot.info
+    store = FeatureStore.create(folder, info.model_copy(update={"num_shards": min(_SHARDS, info.num_shards)}))
+    for file in (info.codec, info.reduction):
+        if file is not None:
+            store.storage.write_bytes(file.path, snapshot.storage.read_bytes(file.path))
+    keys, features, count = [np.empty(0, np.int64)], [np.empty((0, info.dim), info.storage_dtype)], 0
+    for some_K in _by_shard(keys_U, info.num_shards):
+        features_KD, found_K = snapshot.shard_reader(int(shard_of(some_K[:1], info.num_shards)[0])).features(some_K)
+        keys.append(some_K[found_K])
+        features.append(features_KD[found_K])
+        count += len(keys[-1])
+        if count >= _ROWS_A_PUT:
+            _put(store, keys, features)
+            keys, features, count = keys[:1], features[:1], 0
+    _put(store, keys, features)
+    return store
+
+
+def _by_shard(keys_U: Int64Array, num_shards: int) -> Iterator[Int64Array]:
+    """The keys of each shard, some thousands at a time."""
+    shard_U = shard_of(keys_U, num_shards)
+    for shard in np.unique(shard_U):
+        here_K = keys_U[shard_U == shard]
+        yield from np.split(here_K, range(_ROWS_A_PUT, len(here_K), _ROWS_A_PUT))
+
+
+def _put(store: FeatureStore, keys: Sequence[Int64Array], features: Sequence[NDArray[Any]]) -> None:
+    keys_K = np.concatenate(keys)
+    if len(keys_K):
+        uris = [f"key/{key}" for key in keys_K]
+        store.put(FeatureRows.of(uris, np.concatenate(features), keys=keys_K))
+
 
 Relation = Literal["the same snapshot", "the same store", "another store", "unknown"]
 Verdict = Literal["compatible", "not compatible", "unknown"]
@@ -282,3 +397,80 @@ def _reported(saved: SavedRun, impressions: int) -> float | None:
 
 def _mean_change(old: CanaryScores, here: CanaryScores) -> float | None:
     return float(np.abs(here.logit_N - old.logit_N).mean()) if len(old.logit_N) else None
+
+
+_IDENTITY = {
+    "the same snapshot": "the same snapshot that the run was trained on: nothing to compare",
+    "the same store": "the same store, another snapshot",
+    "another store": "another store than the one that the run was trained on",
+    "unknown": "not known: the checkpoint has no ids",
+}
+
+
+def lines(found: Compatibility) -> list[str]:
+    """Say what was compared with what."""
+    recorded = found.recorded.described() if found.recorded else "not known"
+    if found.recorded and found.can_read_recorded is False:
+        recorded += " (cannot be read any more)"
+    return [
+        f"run          {found.run}, {found.checkpoint.name}",
+        f"trained on   {recorded}",
+        f"found        {found.found.described()}",
+        f"features     {found.kind}",
+        f"identity     {_IDENTITY[found.relation]}",
+    ]
+
+
+def figures(found: Compatibility) -> list[tuple[str, str]]:
+    """List names and values of the table; empty where nothing was compared."""
+    return [*_rows(found), *_scores(found)]
+
+
+def ending(found: Compatibility) -> list[str]:
+    """List notes, what speaks against the store, and the verdict."""
+    against = [f"against it   {each}" for each in found.problems]
+    return [*(f"note         {each}" for each in found.notes), *against, f"verdict      {found.verdict}"]
+
+
+def _rows(found: Compatibility) -> list[tuple[str, str]]:
+    rows = found.rows
+    if rows is None:
+        return []
+    table = [
+        ("images before", f"{rows.num_old:,}"),
+        ("images here", f"{rows.num_new:,}"),
+        ("  gained", f"{rows.num_gained:,}"),
+        ("  lost", f"{rows.num_lost:,}"),
+        ("  changed (another image under the key)", f"{rows.num_changed:,}"),
+        ("features compared, of unchanged images", f"{rows.num_sampled:,}"),
+    ]
+    if rows.mean_cosine is None or rows.largest_difference is None:
+        return table
+    return [
+        *table,
+        ("  equal to the bit", f"{rows.num_equal / rows.num_sampled:.2%}"),
+        ("  others", f"{rows.num_other / rows.num_sampled:.2%}"),
+        ("  mean cosine", f"{rows.mean_cosine:.6f}"),
+        ("  largest difference, of a feature's length", f"{rows.largest_difference:.2e}"),
+    ]
+
+
+def _scores(found: Compatibility) -> list[tuple[str, str]]:
+    scores = found.scores
+    if scores is None:
+        return []
+    before = "log loss before" if found.can_read_recorded else "log loss, as the run reported it"
+    return [
+        ("test impressions scored", f"{scores.impressions:,}"),
+        (f"  {before}", _text(scores.before, ".5f")),
+        ("  log loss here", _text(scores.here, ".5f")),
+        ("  change", _text(scores.change, "+.3%")),
+        ("  mean change of a logit", _text(scores.mean_logit_change, ".2e")),
+        ("images of these impressions", f"{scores.images:,}"),
+        ("  without a feature before", _text(scores.missing_before, ",")),
+        ("  without a feature here", f"{scores.missing_here:,}"),
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "not known" if value is None else format(value, form)

@@ -27,8 +27,7 @@ from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.spec import MissingPolicy
 from featurestore.text import one_line, parse_yaml, without_passwords
 from trainer.config import legacy
-from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig
-from trainer.config.validate import Section, validated
+from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig, Section, validated
 from trainer.errors import ConfigError
 
 PRESETS = Path(__file__).parents[1] / "presets"

@@ -1,10 +1,14 @@
-"""Threads and the device that a rank takes of its machine, and checks that all ranks have the same ones."""
+"""The machine: threads, memory and number types of a rank."""
 
+import contextlib
+import ctypes
+import gc
 import hashlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
@@ -12,11 +16,12 @@ import torch
 from torch import Tensor
 
 from featurestore.console.output import print_warning
+from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
 from trainer.comm import Comm
 from trainer.config.config import Config, Device
-from trainer.engine.memory import free_bytes, keep_freed_memory
+from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.ids.rows import StatePart
+from trainer.ids.optimizers import StatePart
 from trainer.ids.tables import TableShape, owned_bytes
 
 _MOST_THREADS = 4  # for each core
@@ -164,3 +169,90 @@ def check_same(comm: Comm, state: Mapping[str, Tensor]) -> None:
             f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
             "start all with one configuration, one seed and one version of the store"
         )
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of mallopt(3)
+_LARGEST_KEPT = 32 << 20  # more glibc does not allow
+_KEPT_IN_ALL = 512 << 20
+_MEMINFO = Path("/proc/meminfo")
+_GROUP = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_bytes() -> int | None:
+    """Return the memory that processes of this machine can still take, swap and the limits of a container included.
+
+    None where the system does not say.
+    """
+    known = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = (line.split(":") for line in _MEMINFO.read_text().splitlines())
+        found = {name: int(value.split()[0]) << 10 for name, value in lines}
+        known.append(found["MemAvailable"] + found["SwapFree"])
+    return min([*known, *_limits()], default=None)
+
+
+def _limits() -> Iterator[int]:
+    """Return the limits of the control groups (version 2) that this process is in: in a container its own alone."""
+    with contextlib.suppress(OSError):
+        group = _GROUPS / _GROUP.read_text().strip().rpartition(":")[2].lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(_GROUPS):
+                with contextlib.suppress(OSError, ValueError):  # "max", or no such file
+                    yield int((folder / "memory.max").read_text())
+
+
+def keep_freed_memory() -> None:
+    """Keep freed blocks of up to 32 MB, half a gigabyte in all, for the next allocation.
+
+    By default glibc hands large blocks back at once, and each step has the kernel find and clear the same pages anew:
+    a tenth of the time of E's forward and backward. Nothing happens where the C library is another one.
+    """
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        libc.mallopt(_TRIM_THRESHOLD, _KEPT_IN_ALL)
+
+
+@contextlib.contextmanager
+def objects_frozen() -> Iterator[None]:
+    """Let Python's garbage collector pass over the objects that are there now, within the block.
+
+    To look at all that the imported libraries hold takes a fifth of a second. The collector does so once in a while, on
+    each rank at a moment of its own, and all ranks wait. Nothing happens where the process has frozen objects already:
+    the one who did it lets go of them.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, recorded: str | None) -> ModelConfig:
+    """Settle model.compute_dtype, the same on every rank.
+
+    It is what the setting says; for "auto" it is `recorded` (in the checkpoint that a run continues), else what rank
+    0's environment names, else bfloat16 where the hardware of every rank is quick at it, and float32 elsewhere. All
+    ranks call it. Raises ConfigError on all where the environment names no such type.
+    """
+    if config.compute_dtype != "auto":
+        return config
+    settled = recorded or comm.on_rank_0(_named_dtype) or _agreed_dtype(comm, device)
+    return config.model_copy(update={"compute_dtype": settled})
+
+
+def _named_dtype() -> AutoDType | None:
+    try:
+        return dtype_of_environment()
+    except ValueError as failure:
+        raise ConfigError(str(failure)) from failure
+
+
+def _agreed_dtype(comm: Comm, device: torch.device) -> AutoDType:
+    of_ranks = comm.allgather_object(dtype_of_machine(device.type), name="compute dtypes")
+    return "bfloat16" if set(of_ranks) == {"bfloat16"} else "float32"

@@ -5,7 +5,7 @@ SimTier (Taobao, "Enhancing Taobao Display Advertising with Multimodal Represent
 nearest behaviours is the search of SIM (Pi et al., CIKM 2020) by images instead of categories. The store's features,
 standardised, are compared, not the trained vectors.
 
-Letters of shapes as in trainer/samples/batch.py; N pairs of a sample and a behaviour, T tiers, W words of a signature.
+Letters of shapes as in trainer/samples/reader.py; N pairs of a sample and a behaviour, T tiers, W words of a signature.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from trainer.comm import Comm
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import KeyRequest, splits_of
-from trainer.samples.batch import Batch
 from trainer.samples.columns import ranges
+from trainer.samples.reader import Batch
 from trainer.schema import Field
 from trainer.stages import Stages
 

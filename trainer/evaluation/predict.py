@@ -1,24 +1,51 @@
-"""Predictions of a run for every test impression, as arrays; and the few metrics of them that a run itself reports."""
+"""Predictions of a run on its evaluation rows, with one rank or all.
+
+Its columns:
+
+- user and ad: the schema's `group` and `new_ad_field` as the samples have them, text where one of the files has text;
+  of crossed columns a JSON list. time: seconds since 1970, null where the samples have no column `time`. label.
+- logit, and probability = 1 / (1 + exp(-logit)).
+- file, row, place: the sample file below the samples' folder, the sample group in it, the impression in the group, all
+  from 0.
+"""
 
 import contextlib
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from featurestore.console.output import print_line, text_console
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm, SoloComm
-from trainer.errors import TrainerError
-from trainer.evaluation.bootstrap import Float
-from trainer.evaluation.impressions import Impressions, places, read_impressions
-from trainer.evaluation.metrics import measure
+from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.evaluation import report
+from trainer.evaluation.bootstrap import Float, measure
+from trainer.evaluation.figures import Figures
+from trainer.evaluation.report import measure_all
+from trainer.evaluation.slices import (
+    Impressions,
+    Slicing,
+    ad_image_field,
+    places,
+    read_impressions,
+    seconds_of,
+    seen_in_training,
+    slicings,
+)
+from trainer.files import output_at
+from trainer.runs.export import parquet_file
 from trainer.runs.saved import Opened, RunSource, open_source
-from trainer.samples.batch import Batch
-from trainer.samples.columns import Index
-from trainer.samples.prefetch import ReadAhead
+from trainer.samples.columns import Index, decode, rules_of, source_columns, texts_of
+from trainer.samples.reader import Batch, ReadAhead, RowGroup, SampleIndex, read_row_group
+from trainer.schema import Schema
 
 Metrics = dict[str, float | int | None]
 
@@ -118,3 +145,186 @@ def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: In
         for prefix, chosen in {"": slice(None), "new_ad_": whole_N2[:, 1] == 1}.items():
             metrics |= measure(real_N2[chosen, 0], real_N2[chosen, 1], whole_N2[chosen, 0]).named(prefix)
     return comm.broadcast_object(metrics)
+
+
+HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How to measure, and where the report goes: by default to RUN/evaluation, and no further JSON file."""
+
+    resamples: int = 1000
+    seed: int = 0
+    missing_curve: bool = False
+    out: RunPath | None = None
+    json_file: Path | None = None
+
+
+def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> Figures | None:
+    """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
+
+    Raises TrainerError or FeatureStoreError.
+    """
+    console = text_console(quiet=comm.rank != 0)
+    with contextlib.closing(open_source(source, comm)) as opened:
+        if options.missing_curve and not opened.run.engine.services:
+            raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
+        count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
+        print_line(console, f"{opened.saved.path}: {count}")
+        impressions = read_impressions(comm, opened.test, opened.run.schema)
+        cuts = _slicings(opened, impressions)
+        logits = {0.0: predict(opened)}
+        num_missing = opened.run.missing_lookups()
+        if options.missing_curve:
+            logits |= {share: predict_without(opened, share, options.seed) for share in HIDDEN_SHARES}
+        about = report.about(opened, num_missing, options.missing_curve, options.resamples, options.seed)
+    if comm.rank != 0:
+        return None
+    curve: dict[float, Float] = logits if options.missing_curve else {}
+    figures = measure_all(logits[0.0], impressions, cuts, curve, resamples=options.resamples, seed=options.seed)
+    out = options.out or source.folder / "evaluation"
+    report.write_report(out, about, figures, options.json_file)
+    report.show(console, about, figures, out)
+    return figures
+
+
+def _slicings(opened: Opened, impressions: Impressions) -> list[Slicing]:
+    schema, comm = opened.run.schema, opened.run.comm
+    seen = seen_in_training(comm, opened.train, schema, impressions)
+    image = ad_image_field(schema)
+    return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
+
+
+SCORES_OF = "scores"
+"""Name of the metadata that say what the scores are of."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file of scores has: what it is of, its rows, and the means of labels and of probabilities."""
+
+    about: Mapping[str, Any]
+    impressions: int
+    mean_label: float
+    mean_probability: float
+    notes: tuple[str, ...] = ()
+
+
+def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
+    """Score the test impressions of a run, or of other samples, into the file `out`; every rank calls it.
+
+    Rows and their order are the same at any number of ranks, logits up to the rounding of float32. Rank 0 writes, and
+    returns what it has written. Raises TrainerError, FeatureStoreError.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(contextlib.closing(open_source(source, comm)))
+        about = {
+            **opened.saved.named(),
+            "samples": opened.test.storage.url,
+            "missing": opened.run.config.data.missing,
+            "stores": {name: record.model_dump() for name, record in opened.run.stores.items()},
+        }
+        file: ScoreFile | None = None
+        with comm.agreed():  # a place that cannot be written is found before the work
+            if comm.rank == 0:
+                file = stack.enter_context(open_scores(out, opened.test, opened.run.schema, about))
+        logit_N = predict(opened)
+        notes = opened.saved.notes_on_missing(opened.run.missing_lookups())
+        if file is None:
+            return None
+        start = 0
+        for row_group in opened.test.row_groups:
+            file.add(row_group, logit_N[start : start + row_group.num_samples])
+            start += row_group.num_samples
+        return file.written((*opened.notes, *notes))
+
+
+class ScoreFile:
+    """A file of scores that is being written; see `open_scores`."""
+
+    def __init__(
+        self, write: Callable[[pa.Table], None], index: SampleIndex, schema: Schema, about: Mapping[str, Any]
+    ) -> None:
+        self._write, self._index, self._schema, self._about = write, index, schema, about
+        wanted = {schema.label, schema.group, schema.new_ad_column}
+        self._rules = {name: rule for name, rule in rules_of(schema).items() if name in wanted}
+        self._sums = np.zeros(3)  # of impressions, labels and probabilities
+
+    def add(self, row_group: RowGroup, logit_B: Float) -> None:
+        """Write the impressions of a row group, whose logits these are; all are added in the order of the index.
+
+        Raises DataError, SchemaError.
+        """
+        if not np.isfinite(logit_B).all():
+            impression = int((~np.isfinite(logit_B)).argmax())
+            file = self._index.storage.full(row_group.file)
+            where = f"{file}, impression {impression} of the row group from row {row_group.first_row}"
+            raise DataError(f"{where}: its logit is {logit_B[impression]}; correct its values, or leave it out")
+        table = self._rows(row_group, logit_B.astype(np.float64))
+        self._write(table)
+        sums = [len(table), *(table[name].to_numpy().sum(dtype=np.float64) for name in ("label", "probability"))]
+        self._sums += sums
+
+    def written(self, notes: tuple[str, ...] = ()) -> Written:
+        """Sum up what has been added."""
+        count, labels, probabilities = self._sums.tolist()
+        return Written(self._about, round(count), labels / count, probabilities / count, notes)
+
+    def _rows(self, row_group: RowGroup, logit_B: Float) -> pa.Table:
+        storage, schema = self._index.storage, self._schema
+        table = read_row_group(storage, row_group, [*source_columns(self._rules), schema.time])
+        full = storage.full(row_group.file)
+        groups = decode(table, self._rules, schema.label, full, row_group.first_row)
+        counts_G = np.diff(groups.sample_offsets)
+        group_B = np.repeat(np.arange(len(counts_G)), counts_G)
+
+        def written(column: str) -> Any:
+            """Give the values as the samples have them: a group's own value once, an ad's in each place."""
+            if column not in self._index.text_columns:
+                return pa.array(groups.columns[column].values)
+            encoded = texts_of(table, column, self._rules[column], full, row_group.first_row)
+            return pa.array(encoded.texts_U, pa.string()).take(encoded.index_N)
+
+        time_G: Any = pa.nulls(len(counts_G), pa.int64())
+        if schema.time in table.column_names:
+            time_G = seconds_of(table.column(schema.time), schema.time, full).combine_chunks()
+        columns: dict[str, Any] = {
+            "user": written(schema.group).take(group_B),
+            "ad": written(schema.new_ad_column),
+            "time": time_G.take(group_B),
+            "label": groups.columns[schema.label].values.astype(np.int8),
+            "logit": logit_B.astype(np.float32),
+            "probability": (1 / (1 + np.exp(-logit_B))).astype(np.float32),
+            "file": pa.array(np.full(len(group_B), row_group.file, object), pa.string()),
+            "row": row_group.first_row + group_B,
+            "place": (np.arange(len(group_B)) - groups.sample_offsets[group_B]).astype(np.int32),
+        }
+        return pa.table(columns)
+
+
+@contextlib.contextmanager
+def open_scores(out: str, index: SampleIndex, schema: Schema, about: Mapping[str, Any]) -> Iterator[ScoreFile]:
+    """Open a file of scores of the impressions of `index`, which gets its name `out` at the end of the block.
+
+    `about` is written into its metadata. Raises FeatureStoreError where the place refuses.
+    """
+    kinds: dict[str, pa.DataType] = {
+        "user": _type_of(schema.group, index),
+        "ad": _type_of(schema.new_ad_column, index),
+        "time": pa.int64(),
+        "label": pa.int8(),
+        "logit": pa.float32(),
+        "probability": pa.float32(),
+        "file": pa.string(),
+        "row": pa.int64(),
+        "place": pa.int32(),
+    }
+    fields: list[Any] = [pa.field(name, kind, nullable=name == "time") for name, kind in kinds.items()]
+    storage, name = output_at(out)
+    with parquet_file(storage, name, pa.schema(fields, metadata={SCORES_OF: json.dumps(about)})) as write:
+        yield ScoreFile(write, index, schema, about)
+
+
+def _type_of(column: str, index: SampleIndex) -> pa.DataType:
+    return pa.string() if column in index.text_columns else pa.int64()

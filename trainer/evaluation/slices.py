@@ -1,16 +1,188 @@
-"""Slices of the test impressions: every impression is in one slice of each slicing.
+"""Slices of impressions, and metrics for each.
+
+Letters of shapes: N test impressions, A distinct ads and I distinct ad images among them. What training saw is counted
+for those alone, in one pass over the training samples, each rank over its share.
 
 Letters of shapes as in impressions.py; S slices of a slicing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 
-from trainer.evaluation.impressions import NEVER, Impressions, SeenInTraining
-from trainer.samples.columns import Index
+from trainer.comm import Comm
+from trainer.errors import SchemaError
+from trainer.samples.columns import DecodedGroups, Index, Rule, decode, rules_of, sizes_of, source_columns
+from trainer.samples.reader import RowGroup, SampleIndex, read_row_groups
+from trainer.schema import Field, Schema
+
+NEVER = np.iinfo(np.int64).max
+_TIME = "time of the group"  # the schema's time column in seconds, under a name that no file has
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """N test impressions in the order of the files; what the schema or the samples lack is None."""
+
+    label_N: NDArray[np.float32]
+    user_N: Index
+    ad_N: Index
+    """The schema's `new_ad_field`."""
+    image_N: Index | None
+    """Key of the ad image: the first content field of side ad, those with galleries left out."""
+    history_N: Index | None
+    """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
+    time_s_N: Index | None
+    """Time of the impression's group, in seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class SeenInTraining:
+    """What training has seen of each of `ad_A` and `image_I`.
+
+    Of an ad: its impressions, and the time of the first (NEVER where there is none, or no time). Of an image: whether
+    training met it, shown or in a history.
+    """
+
+    ad_A: Index
+    impressions_A: Index
+    first_s_A: Index
+    image_I: Index
+    met_I: NDArray[np.bool_]
+
+
+def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressions:
+    """Read the impressions of a split, the same on every rank; each rank reads its share of the files.
+
+    Raises DataError or SchemaError on all ranks together.
+    """
+    image, history, ad = ad_image_field(schema), _history_field(schema), _ad_field(schema)
+    rules = _rules(schema, {field.column_name for field in (ad, image, history) if field} | {schema.group})
+    share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
+    parts: list[DecodedGroups] = []
+    with comm.agreed():
+        parts = list(_read(index, [index.row_groups[each] for each in share], schema, rules))
+
+    def gathered(name: str, values: Iterable[Index]) -> Index:
+        own = np.concatenate([np.empty(0, np.int64), *values]).astype(np.int64)
+        whole: Index = comm.allgather(torch.from_numpy(own), name=f"impressions.{name}").numpy()
+        return whole
+
+    has_time = all(comm.allgather_object(all(_TIME in part.columns for part in parts)))
+    return Impressions(
+        label_N=gathered("label", (part.columns[schema.label].values for part in parts)).astype(np.float32),
+        user_N=gathered("user", (_of_samples(part, part.columns[schema.group].values) for part in parts)),
+        ad_N=gathered("ad", (part.columns[ad.column_name].values for part in parts)),
+        image_N=gathered("image", (part.columns[image.column_name].values for part in parts)) if image else None,
+        history_N=gathered("history", (_lengths(part, history.column_name) for part in parts)) if history else None,
+        time_s_N=gathered("time", (_of_samples(part, part.columns[_TIME].values) for part in parts))
+        if has_time
+        else None,
+    )
+
+
+def seen_in_training(comm: Comm, index: SampleIndex, schema: Schema, impressions: Impressions) -> SeenInTraining:
+    """Count what the split `index` holds of the ads and ad images of `impressions`; the same on every rank.
+
+    Raises DataError or SchemaError on all ranks together.
+    """
+    ad_A = np.unique(impressions.ad_N)
+    image_I = np.unique(impressions.image_N) if impressions.image_N is not None else np.empty(0, np.int64)
+    own = SeenInTraining(
+        ad_A, np.zeros(len(ad_A), np.int64), np.full(len(ad_A), NEVER), image_I, np.zeros(len(image_I), np.bool_)
+    )
+    with comm.agreed():
+        _count(own, index, index.row_groups[comm.rank :: comm.size], schema)
+    counts = torch.from_numpy(np.concatenate([own.impressions_A, own.met_I.astype(np.int64)]))
+    total = comm.allreduce_sum_(counts, "seen").numpy()
+    first_PA = comm.allgather(torch.from_numpy(own.first_s_A[None]), "first_seen").numpy()
+    return SeenInTraining(ad_A, total[: len(ad_A)], first_PA.min(axis=0), image_I, total[len(ad_A) :] > 0)
+
+
+def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema) -> None:
+    """Adds what these row groups hold to `seen`."""
+    image, ad_column = ad_image_field(schema), _ad_field(schema).column_name
+    of_store = {f.column_name for f in schema.of_kind("content") if image and f.store_name == image.store_name}
+    rules = _rules(schema, {ad_column, *of_store})
+    for groups in _read(index, row_groups, schema, rules):
+        at_N, is_in_N = places(seen.ad_A, groups.columns[ad_column].values)
+        seen.impressions_A[:] += np.bincount(at_N[is_in_N], minlength=len(seen.ad_A))
+        if _TIME in groups.columns:
+            time_s_N = _of_samples(groups, groups.columns[_TIME].values)
+            np.minimum.at(seen.first_s_A, at_N[is_in_N], time_s_N[is_in_N])
+        for column in of_store:
+            at_K, is_in_K = places(seen.image_I, groups.columns[column].values)
+            seen.met_I[at_K[is_in_K]] = True
+
+
+def ad_image_field(schema: Schema) -> Field | None:
+    """Find the field whose keys are the ads' images, one each; None where the schema has none."""
+    return next((field for field in schema.of_kind("content", side="ad") if field.gallery is None), None)
+
+
+def _ad_field(schema: Schema) -> Field:
+    return next(field for field in schema.fields if field.name == schema.new_ad_field)
+
+
+def _history_field(schema: Schema) -> Field | None:
+    contents = schema.of_kind("content", side="user")
+    return next(contents, None) or next(schema.of_kind("multi_id", side="user"), None)
+
+
+def _rules(schema: Schema, columns: set[str]) -> dict[str, Rule]:
+    return {name: rule for name, rule in rules_of(schema).items() if name in columns | {schema.label}}
+
+
+def _of_samples(groups: DecodedGroups, values_G: Index) -> Index:
+    """A group's value for each of its samples."""
+    return np.repeat(values_G, np.diff(groups.sample_offsets))
+
+
+def _lengths(groups: DecodedGroups, column: str) -> Index:
+    """The length of a user-side list, for each sample; of galleries the number of behaviours."""
+    offsets = groups.columns.get(sizes_of(column), groups.columns[column]).offsets
+    assert offsets is not None
+    return _of_samples(groups, np.diff(offsets))
+
+
+def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
+    """Find where each value is in `sorted_A`, and whether it is."""
+    if len(sorted_A) == 0:
+        return np.zeros(len(values_N), np.int64), np.zeros(len(values_N), np.bool_)
+    at_N = np.minimum(np.searchsorted(sorted_A, values_N), len(sorted_A) - 1)
+    return at_N, sorted_A[at_N] == values_N
+
+
+def _read(
+    index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema, rules: dict[str, Rule]
+) -> Iterator[DecodedGroups]:
+    """These columns of each row group, and the time where the samples have it."""
+    for row_group, table in read_row_groups(index.storage, row_groups, [*source_columns(rules), schema.time]):
+        file = index.storage.full(row_group.file)
+        taken, own_rules = table, rules
+        if schema.time in table.column_names:
+            taken = table.append_column(_TIME, seconds_of(table.column(schema.time), schema.time, file))
+            own_rules = {**rules, _TIME: Rule("user", 0, "integer")}
+        yield decode(taken, own_rules, schema.label, file, row_group.first_row)
+
+
+def seconds_of(column: Any, name: str, file: str) -> Any:
+    """Compute whole seconds since 1970 as int64. Raises SchemaError for a column of another kind."""
+    if pa.types.is_timestamp(column.type):
+        return pc.floor_temporal(column, unit="second").cast(pa.timestamp("s", tz=column.type.tz)).cast(pa.int64())
+    if pa.types.is_integer(column.type) and column.type != pa.uint64():
+        return column.cast(pa.int64())
+    raise SchemaError(
+        f"{file}: column {name} is {column.type}, expected a timestamp or whole seconds since 1970; "
+        "name another column by time: in the schema file"
+    )
+
 
 DAY_S = 86_400
 AGE_DAYS = (1, 3, 7, 14)

@@ -1,8 +1,11 @@
-"""The exchange: keys to their owners, vectors back, gradients home; two collectives forward and one backward a step.
+"""The exchange: keys to their owners, vectors back, gradients the same way.
 
 A *source* is what has vectors for keys: one E over one store, or one ID table. Fields of one source share its keys, so
 a key in several fields is asked for once. All sources ride in one alltoall of keys; those of one width in one alltoall
-of vectors. See trainer/samples/batch.py for the letters of shapes; here also S sources.
+of vectors. See trainer/samples/reader.py for the letters of shapes; here also S sources.
+
+An atomic add of floating numbers, as `index_add_` does on a GPU, takes them in whatever order they come. Integers may
+be added so: their sum is the same in any order.
 """
 
 from collections.abc import Mapping
@@ -14,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.lookup.embedding import on_device
+from featurestore.keys import owner_of, shard_of
+from featurestore.lookup.embedding import EmbeddingService, Gathered, on_device
 from trainer.comm import Comm
 from trainer.config.options import ExchangeConfig
 from trainer.exchange.routing import (
@@ -30,8 +34,7 @@ from trainer.exchange.routing import (
     unique,
     unpack_key_blocks,
 )
-from trainer.exchange.sums import sum_rows
-from trainer.samples.batch import Jagged
+from trainer.samples.reader import Jagged
 from trainer.stages import Kind, Stages, StageSequence
 
 
@@ -387,3 +390,97 @@ def _rows_of(plan: WidthPlan, failed: bool) -> Tensor:
 def splits_of(counts_P: Int64) -> Tensor:
     """Convert counts to the type that Horovod wants."""
     return torch.from_numpy(counts_P.astype(np.int32))
+
+
+@dataclass
+class ContentRequest:
+    """Gathered features of the unique keys whose vectors E makes now: all of them, unless `reuse.ReusingSource`."""
+
+    gathered: Gathered
+    inverse_R: Int64
+    num_unique: int
+
+    @property
+    def num_computed(self) -> int:
+        """Count the keys whose vectors E makes now."""
+        return len(self.gathered.features_QD)
+
+
+class ContentSource:
+    """A source of visual vectors: one E of an embedding service."""
+
+    def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
+        self._service, self._model, self._num_ranks = service, model, num_ranks
+        self._num_shards = service.partition.info.num_shards
+        self.width = service.width(model)
+
+    def owner_of(self, keys_U: Int64) -> Int64:
+        return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
+
+    def places(self, keys_Q: Int64) -> Int64:
+        """Return the row of each key in the partition, -1 for one without a feature."""
+        return self._service.partition.places(keys_Q)
+
+    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
+        keys_Q, inverse_R = unique(keys_R)
+        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
+
+    def expect(self, served: ContentRequest) -> None:
+        """Do nothing: the features are gathered already."""
+
+    def vectors(self, served: ContentRequest) -> Tensor:
+        return self._service.embed(self._model, served.gathered)
+
+    def release(self, served: ContentRequest) -> None:
+        self._service.release(served.gathered)
+
+
+def take_rows(vectors_UV: Tensor, index_N: Tensor) -> Tensor:
+    """Return `vectors_UV[index_N]`, (N, V); backward sums the gradients of equal rows in the order of N."""
+    taken: Tensor = _TakeRows.apply(vectors_UV, index_N)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def sum_rows(rows_NV: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    """Return the sums (num_rows, V) of the rows that have the same number in `index_N`, in the order of N."""
+    if len(index_N) == 0:
+        return rows_NV.new_zeros(num_rows, *rows_NV.shape[1:])
+    counts_U = torch.zeros(num_rows, dtype=torch.int64, device=index_N.device)
+    counts_U.scatter_add_(0, index_N, torch.ones_like(index_N))  # torch.bincount asks the GPU for the largest number
+    return reduce_segments(rows_NV.index_select(0, _stable_order(index_N, num_rows)), "sum", counts_U)
+
+
+def reduce_segments(rows_N: Tensor, reduction: str, lengths_M: Tensor) -> Tensor:
+    """Reduce the next `lengths_M[m]` rows for each m, (M, V).
+
+    The lengths have to add up to N: that is not checked, as the check would wait for the GPU.
+    """
+    return torch.segment_reduce(rows_N, reduction, lengths=lengths_M, axis=0, unsafe=True)
+
+
+def _stable_order(index_N: Tensor, num_rows: int) -> Tensor:
+    """As `torch.argsort(index_N, stable=True)` of numbers below `num_rows`, at most 2**32.
+
+    On a CPU numpy sorts 16 bits by counting: an eighth of the time for 20,000 numbers, a fifth for 100,000.
+    """
+    if index_N.device.type != "cpu":
+        return torch.argsort(index_N, stable=True)
+    numbers_N = index_N.numpy()
+    order_N = np.argsort(numbers_N.astype(np.uint16), kind="stable")  # of the low bits
+    if num_rows > 1 << 16:
+        high_N = (numbers_N >> 16).astype(np.uint16)
+        order_N = order_N[np.argsort(high_N[order_N], kind="stable")]
+    return torch.from_numpy(order_N)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vectors_UV: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.num_rows = vectors_UV.shape[0]
+        return vectors_UV.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NV: Tensor) -> tuple[Tensor, None]:
+        (index_N,) = ctx.saved_tensors
+        return sum_rows(gradient_NV, index_N, ctx.num_rows), None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.lookup.embedding import on_device
-from trainer.exchange.content import ContentRequest, ContentSource
+from trainer.exchange.exchange import ContentRequest, ContentSource
 from trainer.exchange.routing import Int64, unique
 from trainer.stages import Kind
 

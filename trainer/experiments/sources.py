@@ -15,9 +15,9 @@ from featurestore.upkeep.remake import principal_components, reduce
 from trainer.comm import Comm
 from trainer.config.config import Config
 from trainer.errors import DataError, DataNotFoundError
-from trainer.runs.samples_digest import samples_digest
+from trainer.runs.checkpoint import samples_digest
 from trainer.runs.stores import StorePlace, missing_places
-from trainer.samples.days import files_by_day
+from trainer.samples.columns import files_by_day
 from trainer.samples.reader import open_index
 from trainer.schema import Schema
 

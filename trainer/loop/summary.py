@@ -18,8 +18,7 @@ from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
 from trainer.errors import TrainerError
-from trainer.exchange.content import ContentRequest
-from trainer.exchange.exchange import KeyRequest
+from trainer.exchange.exchange import ContentRequest, KeyRequest
 from trainer.stages import AHEAD, WAIT, Stages
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]

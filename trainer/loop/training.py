@@ -1,32 +1,164 @@
-"""The training loop: batches to steps, evaluations and checkpoints when they are due, and a clean end on a signal."""
+"""The training loop: epochs, evaluation, early stopping, checkpoints and signals.
 
+What E and the networks know by heart of known pictures says nothing of new ones, and no sample of the training can tell
+how much that is. So an evaluation scores the ads that are in no training sample twice, and what ranks these better, by
+AUC, holds in scoring and serving until another evaluation finds otherwise. Ads with a trained ID row keep their
+pictures either way, so only the others tell.
+"""
+
+import contextlib
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from types import FrameType, TracebackType
+from typing import Any
 
 import numpy as np
+import torch
 
-from trainer.config.config import config_digest
+from trainer.comm import Comm
+from trainer.config.config import RunConfig, config_digest
 from trainer.engine.engine import PreparedBatch
-from trainer.engine.memory import objects_frozen
-from trainer.errors import CheckpointError, TrainerError
-from trainer.evaluation.metrics import Float
+from trainer.engine.machine import objects_frozen
+from trainer.errors import CheckpointError, RemoteRankError, TrainerError
+from trainer.evaluation.bootstrap import Float
 from trainer.evaluation.predict import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
-from trainer.loop import stopping, summary
-from trainer.loop.pictures import can_tell, checked
-from trainer.loop.profiling import PLACE, tracing
-from trainer.loop.progress import TENSORBOARD, ProgressLog
-from trainer.loop.signals import StoppedError, StopSignals, stopped_together
+from trainer.loop import summary
+from trainer.loop.progress import PLACE, TENSORBOARD, ProgressLog, tracing
+from trainer.models.newads import NewAds
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
 from trainer.runs.open import Run
-from trainer.runs.saving.beside import Outcome, SavesBeside
-from trainer.samples.batch import Batch, BatchPosition
-from trainer.samples.prefetch import ReadAhead, prepare_ahead
+from trainer.runs.saving import Outcome, SavesBeside
+from trainer.samples.reader import Batch, BatchPosition, ReadAhead, prepare_ahead
 from trainer.stages import WAIT, Kind
+
+History = Sequence[Mapping[str, Any]]
+
+
+def best_step(history: History) -> int | None:
+    """Return the step of the evaluation with the highest GAUC, the earliest of equal ones; None without any evaluation.
+
+    Raises TrainerError where a GAUC is not defined.
+    """
+    for entry in history:
+        if entry["gauc"] is None:
+            raise TrainerError(
+                f"train.early_stopping goes by GAUC, which the evaluation after step {entry['step']} has not: no user "
+                "of the test samples has both a click and an impression without; give more of them, or set it to null"
+            )
+    best = max(history, key=lambda entry: (entry["gauc"], -entry["step"]), default=None)
+    return None if best is None else int(best["step"])
+
+
+def has_ended(history: History, patience: int | None) -> bool:
+    """Return whether the last `patience` evaluations were all no better than the best one before them."""
+    if patience is None:
+        return False
+    best = best_step(history)
+    return best is not None and sum(entry["step"] > best for entry in history) >= patience
+
+
+def has_finished(report: Mapping[str, Any], step: int, total_steps: int, patience: int | None, tested: bool) -> bool:
+    """Return whether the run that wrote this report has nothing left to do after `step`, its newest checkpoint.
+
+    With early stopping that is the best step, which may be long before the last. `tested`: there are test samples.
+    """
+    if report["global_step"] != step or (tested and not report["metrics"]):
+        return False
+    last = max([step, *(entry["step"] for entry in report["history"])]) if patience is not None else step
+    return last >= total_steps or has_ended(report["history"], patience)
+
+
+def metrics_of(history: History, step: int) -> dict[str, Any]:
+    """Return what the evaluation after `step` measured."""
+    (entry, *_) = (entry for entry in history if entry["step"] == step)
+    return {name: value for name, value in entry.items() if name != "step"}
+
+
+LEAST = 1_000
+"""Impressions of ads without a trained row that decide; an evaluation with fewer leaves all as it was."""
+_ROUNDING = 1e-5  # two evaluations of the same may differ by it, on a GPU
+
+
+def can_tell(run: RunConfig) -> bool:
+    """Return whether an ad without a trained row is new to E as well: not where E continues and ID rows begin anew."""
+    return run.warm_start is None or "images" not in run.warm_parts or "ids" in run.warm_parts
+
+
+def checked(
+    measured: Callable[[], tuple[Metrics, Float]], new_ads: NewAds, comm: Comm, say: Callable[[str], None]
+) -> Metrics:
+    """Decide by one evaluation whether pictures count, and return its metrics as they are then. All ranks call it.
+
+    `measured`: metrics of all test impressions, the same on every rank, and the logits of this rank's. Costs it twice
+    where there are enough new ads. Stopped in between, all stays as it was.
+    """
+    earlier = new_ads.pictures_count
+    metrics, logit_N = measured()
+    num_new = int(metrics["new_ad_impressions"] or 0)
+    if num_new < LEAST or metrics["new_ad_auc"] is None:
+        return metrics
+    try:
+        new_ads.decide(pictures_count=not earlier)
+        others, other_N = measured()
+    finally:
+        new_ads.decide(pictures_count=earlier)
+    differing = (~np.isclose(logit_N, other_N, rtol=_ROUNDING, atol=_ROUNDING)).sum()
+    num_telling = int(comm.allreduce_sum_(torch.tensor([int(differing)]), "new ads that tell"))
+    counted = f"new ads: {num_telling:,} of {num_new:,} impressions are of ads without a trained ID row"
+    if num_telling < LEAST:
+        say(f"{counted}, and {LEAST:,} would tell whether their pictures count; that stays as it was")
+        return metrics
+    found = {earlier: metrics, not earlier: others}
+    own, none = (float(found[count]["new_ad_auc"] or 0) for count in (True, False))
+    if own != none:
+        new_ads.decide(pictures_count=own > none)
+    kept = "keep them" if new_ads.pictures_count else "have none"
+    say(f"{counted}; AUC {own:.4f} with their pictures, {none:.4f} without; from here on they {kept}")
+    return found[new_ads.pictures_count]
+
+
+class StoppedError(TrainerError):
+    """A signal asked for the run to end. It travels to the other ranks as any error does, instead of a batch."""
+
+
+@contextlib.contextmanager
+def stopped_together() -> Iterator[None]:
+    """Raise StoppedError in the block where another rank has raised it."""
+    try:
+        yield
+    except RemoteRankError as failure:
+        if failure.kind == StoppedError.__name__:
+            raise StoppedError(failure.text) from None
+        raise
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM within the block; the second one acts as without it."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._before[number])
 
 
 class Training:
@@ -72,7 +204,7 @@ class Training:
         """Measure the parameters, or their averages, unless that was just done; without test samples, do nothing."""
         run = self._run
         if self._is_evaluated():
-            self.metrics = stopping.metrics_of(run.history, self._engine.num_steps)
+            self.metrics = metrics_of(run.history, self._engine.num_steps)
             return
         if run.test_reader.num_samples == 0:
             return
@@ -223,7 +355,7 @@ class Training:
 
     def _is_over(self) -> bool:
         at_end = self._engine.num_steps == total_steps(self._run)
-        return at_end or (self._is_evaluated() and stopping.has_ended(self._run.history, self._patience))
+        return at_end or (self._is_evaluated() and has_ended(self._run.history, self._patience))
 
     def _is_evaluated(self) -> bool:
         """Return whether early stopping has just evaluated these parameters."""
@@ -232,7 +364,7 @@ class Training:
 
     def _best(self) -> int | None:
         """Return the step whose parameters early stopping ends with."""
-        return None if self._patience is None else stopping.best_step(self._run.history)
+        return None if self._patience is None else best_step(self._run.history)
 
     def _finish(self) -> None:
         """Save a checkpoint; or, where early stopping saw better parameters before, let theirs become the last."""
@@ -243,7 +375,7 @@ class Training:
             self._save()
         elif run.comm.broadcast_object(run.place.has(best)):
             path = checkpoint.end_with(run.comm, run.place, best, self._engine, run.config.data.cache_dir)
-            self.metrics = stopping.metrics_of(run.history, best)
+            self.metrics = metrics_of(run.history, best)
             self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")
         else:
             self._progress.say(f"step {best} had the best GAUC, but before this run: there is no checkpoint of it here")

@@ -1,23 +1,29 @@
-"""What all base nets share: which inputs a sample has, put side by side, images aggregated.
+"""The base class of CTR models: from vectors of fields to logits.
 
-Letters of shapes as in trainer/samples/batch.py; W is any width.
+Letters of shapes as in trainer/samples/reader.py; W is any width.
 """
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import FieldVectors
-from trainer.exchange.sums import take_rows
-from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
-from trainer.models.hidden import HiddenLayers, StepPlace
-from trainer.models.layers import value_rows
+from trainer.exchange.exchange import FieldVectors, take_rows
+from trainer.models.layers import HiddenLayers, StepPlace, nearest_of, tiers_of, used_fields, value_rows, width_of
 from trainer.models.newads import build_id_proxy, build_new_ads
-from trainer.models.pooling.aggregators import build_aggregator, mean_pool, sum_pool
-from trainer.samples.batch import Batch
+from trainer.models.pooling import (
+    AttentivePooling,
+    PairWeights,
+    TransformerPooling,
+    build_aggregator,
+    mean_pool,
+    sum_pool,
+)
+from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, Side
 
 Fields = Mapping[str, FieldVectors]
@@ -178,3 +184,30 @@ class CtrModel(nn.Module):
 def one_each(field: FieldVectors) -> Tensor:
     """Return the vector of each row of a field that has one value a row, times its weight, (M, V)."""
     return value_rows(field)
+
+
+@contextlib.contextmanager
+def noted_weights(model: CtrModel) -> Iterator[dict[str, PairWeights]]:
+    """Note the weights that a model's aggregators give to behaviours: of each field, those of the newest pass.
+
+    Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
+    aggregators.
+    """
+    found: dict[str, PairWeights] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, aggregator in model.aggregators.items():
+            if isinstance(aggregator, AttentivePooling | TransformerPooling):
+                hooks.callback(aggregator.register_forward_pre_hook(_Note(name, found)).remove)
+        yield found
+
+
+class _Note:
+    """Called with what an aggregator is about to be called with."""
+
+    def __init__(self, name: str, found: dict[str, PairWeights]) -> None:
+        self._name, self._found = name, found
+
+    def __call__(self, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(aggregator, AttentivePooling | TransformerPooling)
+        with torch.no_grad():
+            self._found[self._name] = aggregator.weights(*arguments)

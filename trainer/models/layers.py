@@ -1,19 +1,242 @@
-"""Building blocks of the networks. Jagged sums go by lengths, never by atomic adds: the same bits in every run.
+"""Layers: fields put together, MLPs, and inputs that training hides.
+
+What needs all rows of a step takes them of the global batch. What is drawn depends on a sample's place in it, not on
+the rank. Letters here: M rows on this rank, W units of a layer.
 
 `torch.segment_reduce` over sorted rows took a fifth of the time of `index_add_` on 99,000 rows of 12 (CPU, 2 cores).
 Under torch.export, which has no compiled form of it, what has uneven lengths goes by the row of each value instead.
+
+So the model learns to go by the rest.
+
+A new ad has a known category and a picture, but rows that nobody trained: of its own ID and of its image's ID. After
+DropoutNet (Volkovs et al., NIPS 2017), which drops the whole preference vector of an item, both are dropped together,
+and nothing is scaled up in return. They become zero, which is the mean of rows before their first step. A picture that
+is dropped is zero as well, as one without features may be (data.missing=zeros).
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
-from trainer.exchange.sums import reduce_segments, take_rows
-from trainer.models.hidden import HiddenLayers
+from featurestore.keys import splitmix64, stream_start, unit_interval
+from featurestore.lookup.embedding import PReLU, on_device
+from trainer.comm import Comm, SoloComm
+from trainer.config.options import ModelConfig
+from trainer.errors import ConfigError
+from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths, reduce_segments, take_rows
+from trainer.samples.reader import Batch
+from trainer.schema import Field, Schema, Side
+
+_SIDES: dict[str, frozenset[Side]] = {
+    "none": frozenset(),
+    "ad": frozenset({"ad"}),
+    "behavior": frozenset({"user"}),
+    "both": frozenset({"user", "ad"}),
+}
+
+
+def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
+    """Return the fields that the model looks at: all ID and dense ones, and content ones as `images` says.
+
+    Logistic regression has one weight for each id: ID fields are one wide there, whatever the schema says.
+    Raises ConfigError where `images` asks for a side on which the schema has no content field.
+    """
+    wanted = _SIDES[config.images]
+    for side in sorted(wanted):
+        if not any(field.kind == "content" and field.side == side for field in schema.fields):
+            raise ConfigError(
+                f"model.images={config.images} needs a field of kind content on side {side}, and the schema has none; "
+                "add one to the schema, or set model.images to what it has"
+            )
+    fields = tuple(f for f in schema.fields if f.kind != "content" or f.side in wanted)
+    if config.base == "lr":
+        fields = tuple(f.model_copy(update={"width": 1}) if f.is_id else f for f in fields)
+    _check_names(fields)
+    if not any(field.is_id or field.kind == "content" for field in fields):
+        raise ConfigError("the schema has no field of kind id, multi_id or content; the model needs one")
+    return fields
+
+
+def tiers_of(behaviors: str) -> str:
+    """Name the dense input that says how similar a behaviour field's images are to the ad's, (B, T)."""
+    return f"{behaviors}.tiers"
+
+
+def nearest_of(behaviors: str) -> str:
+    """Name the vectors of a behaviour field that are nearest to the ad, a list for each sample, not each group."""
+    return f"{behaviors}.nearest"
+
+
+def _check_names(fields: tuple[Field, ...]) -> None:
+    """Refuse names of content fields and stores that cannot name modules: a few are taken, and dots divide."""
+    taken = nn.ModuleDict()
+    for field in fields:
+        names = {"name": field.name, "store": field.store_name} if field.kind == "content" else {}
+        for what, name in names.items():
+            if "." in name or hasattr(taken, name):
+                raise ConfigError(
+                    f"field {field.name}: {what}={name} cannot name a part of the model; "
+                    f"choose another, as my_{name.replace('.', '_')}"
+                )
+
+
+def width_of(field: Field, config: ModelConfig) -> int:
+    """Return the width of a field's vectors: the schema's, else the model's for its kind; dense: numbers a row."""
+    if field.width is not None:
+        return field.width
+    if field.kind == "dense":
+        return 1
+    return config.visual_width if field.kind == "content" else config.id_width
+
+
+# Of FuxiCTR and torch: eps and the share of a step in the running values.
+_NORM, _DICE = (1e-5, 0.1), (1e-9, 0.01)
+
+
+@dataclass
+class StepPlace:
+    """Where in the training this rank's rows are. The engine sets it; layers that need it have the same object."""
+
+    comm: Comm = dataclasses.field(default_factory=SoloComm)
+    seed: int = 0
+    step: int = 0
+    place_B: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """Place of each sample in the global batch."""
+
+
+class HiddenLayers:
+    """Makes the modules that follow the linear layers of one model, as its configuration says."""
+
+    def __init__(self, config: ModelConfig, place: StepPlace) -> None:
+        self._config, self._place = config, place
+        self._num_norms = self._num_dropouts = 0
+
+    def activation(self, width: int) -> nn.Module:
+        """Make `model.activation` for a layer of `width` units."""
+        match self._config.activation:
+            case "relu":
+                return nn.ReLU()
+            case "prelu":
+                return PReLU()
+            case "dice":
+                return Dice(width, self._norm(width, *_DICE, affine=False))
+
+    def after(self, layer: int, width: int) -> Iterator[tuple[str, nn.Module]]:
+        """Return names and modules that follow linear layer number `layer`.
+
+        The activation's name is the same with any setting: a checkpoint of a model without dropout fits one with it.
+        """
+        if self._config.batch_norm:
+            yield f"norm{layer}", self._norm(width, *_NORM, affine=True)
+        yield str(2 * layer + 1), self.activation(width)
+        if self._config.dropout:
+            self._num_dropouts += 1
+            yield f"dropout{layer}", PlacedDropout(self._config.dropout, self._place, self._num_dropouts)
+
+    def _norm(self, width: int, eps: float, momentum: float, *, affine: bool) -> "GlobalBatchNorm":
+        self._num_norms += 1
+        name = f"step.norm.{self._num_norms}"
+        return GlobalBatchNorm(width, self._place, name, eps=eps, momentum=momentum, affine=affine)
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm with mean and variance over the rows of the global batch, however they are spread over ranks.
+
+    One allreduce forward (number of rows, sums, sums of squares) and one backward: every rank's rows have a part in the
+    gradient through mean and variance. In evaluation running values are used, and no collective.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int, place: StepPlace, name: str, *, eps: float, momentum: float, affine: bool) -> None:
+        super().__init__()
+        self._place, self._name, self._eps, self._momentum = place, name, eps, momentum
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, input_MW: Tensor) -> Tensor:
+        """Return the normalised inputs, (M, W)."""
+        mean_W, variance_W = self._of_step(input_MW) if self.training else (self.running_mean, self.running_var)
+        output_MW = (input_MW - mean_W) * torch.rsqrt(variance_W + self._eps)
+        if self.weight is None or self.bias is None:
+            return output_MW
+        return output_MW * self.weight + self.bias
+
+    def _of_step(self, input_MW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance over all ranks' rows; move the running values, whose variance is unbiased."""
+        start_W = self.running_mean.clone()  # sums around it lose fewer digits
+        shifted_MW = input_MW - start_W
+        count_1 = input_MW.new_full((1,), len(input_MW))
+        parts = [count_1, shifted_MW.sum(0), shifted_MW.square().sum(0)]
+        sums: Tensor = _SumOverRanks.apply(torch.cat(parts), self._place.comm, self._name)  # type: ignore[no-untyped-call]
+        count = sums[0].detach()
+        mean_W, square_W = (sums[1:] / count.clamp_min(1)).chunk(2)
+        variance_W = (square_W - mean_W.square()).clamp_min(0)
+        share = (count > 0).to(count.dtype) * self._momentum  # without rows nothing moves
+        unbiased_W = variance_W.detach() * (count / (count - 1).clamp_min(1))
+        self.running_mean.lerp_(start_W + mean_W.detach(), share)
+        self.running_var.lerp_(unbiased_W, share)
+        return start_W + mean_W, variance_W
+
+
+class Dice(nn.Module):
+    """p x + (1 - p) alpha x, p = sigmoid of the standardised x, alpha a number for each unit, 0 at first.
+
+    Zhou et al., KDD 2018, section 5.3; eps 1e-9 and running values that move by a hundredth, as in FuxiCTR.
+    """
+
+    def __init__(self, width: int, norm: GlobalBatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, input_MW: Tensor) -> Tensor:
+        """Return the activations, (M, W)."""
+        share_MW = torch.sigmoid(self.norm(input_MW))
+        return input_MW * torch.lerp(self.alpha, torch.ones_like(self.alpha), share_MW)
+
+
+class PlacedDropout(nn.Module):
+    """Dropout whose units depend on (seed, step, place of the sample in the global batch, layer) alone."""
+
+    def __init__(self, rate: float, place: StepPlace, layer: int) -> None:
+        super().__init__()
+        self._place, self._layer = place, layer
+        self._below = round(rate * 65536)  # drawn numbers have 16 bits
+
+    def forward(self, input_BW: Tensor) -> Tensor:
+        """Return the inputs, (B, W): in training, dropped units are 0 and the others grow by 1 / (1 - rate)."""
+        if not self.training or len(input_BW) == 0:
+            return input_BW
+        place, width = self._place, input_BW.shape[1]
+        words = -(-width // 4)  # of 64 bits a sample
+        stream = f"{place.seed}/dropout/{self._layer}/{place.step}"
+        drawn = random_words(stream, (place.place_B[:, None] * words + np.arange(words)).ravel())
+        kept_BW = on_device(drawn.view("<u2").reshape(len(input_BW), -1)[:, :width] >= self._below, input_BW.device)
+        return input_BW * (kept_BW.to(input_BW.dtype) * (1 / (1 - self._below / 65536)))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks; backward, the sum over ranks of what each rank's loss wants of it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, comm: Comm, name: str) -> Tensor:
+        ctx.comm, ctx.name = comm, name
+        return comm.allreduce_sum_(values.clone(), name=name)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.comm.allreduce_sum_(gradient.clone(), name=f"{ctx.name}.gradients"), None, None
 
 
 class Mlp(nn.Sequential):
@@ -142,3 +365,106 @@ class _SegmentMax(torch.autograd.Function):
         is_highest_N = (rows_N == highest_NV).to(rows_N.dtype)
         share_MV = gradient_MV / segment_sum(is_highest_N, lengths_M).clamp_min(1)
         return torch.repeat_interleave(share_MV, lengths_M, dim=0, output_size=len(rows_N)) * is_highest_N, None
+
+
+HELD_OUT_RATE = 0.5
+"""Of the samples of ads whose images are held out of E's training (model.image_holdout)."""
+
+
+HeldOut = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+
+
+class IdDropout:
+    """Drops the own IDs, or the visual vectors, of the ads of some training samples.
+
+    IDs are dropped of a share `rate` of samples, and of half of those whose ad's images are all held out; visual
+    vectors of a share `image_rate`.
+
+    `held_out`: by content field of the ad, which of the images of these keys are.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        rate: float,
+        seed: int,
+        held_out: Mapping[str, HeldOut] | None = None,
+        *,
+        image_rate: float = 0.0,
+    ) -> None:
+        self.rate, self._seed, self._held_out, self._image_rate = rate, seed, held_out or {}, image_rate
+        self.fields = own_ids_of_ads(schema)
+        self._images = tuple(field.name for field in schema.of_kind("content", side="ad"))
+
+    def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
+        """Replace the vectors of dropped samples by zeros that have no gradient, for training step `step`."""
+        result = dict(vectors)
+        if self.rate or self._held_out:
+            rate: float | NDArray[np.float64] = self.rate
+            if self._held_out:
+                rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
+            dropped_B = dropped(self._seed, step, batch.places, rate)
+            result |= {name: _zeroed(result[name], dropped_B) for name in self.fields if name in result}
+        if self._image_rate:
+            dropped_B = dropped(self._seed, step, batch.places, self._image_rate, "image_dropout")
+            result |= {name: _zeroed(result[name], dropped_B) for name in self._images if name in result}
+        return result
+
+
+def _all_held_out(batch: Batch, held_out: Mapping[str, HeldOut]) -> NDArray[np.bool_]:
+    """Return which ads have images that are all held out, (B,): of each content one, or a gallery."""
+    num_images_B, num_known_B = np.zeros(batch.num_samples), np.zeros(batch.num_samples)
+    for name, is_held_out in held_out.items():
+        is_known_N = ~is_held_out(batch.fields[name].values_N)
+        sizes_B = batch.galleries[name].values_N if name in batch.galleries else np.ones(batch.num_samples, np.int64)
+        sample_N = np.repeat(np.arange(batch.num_samples), sizes_B)
+        num_images_B += sizes_B
+        num_known_B += np.bincount(sample_N, weights=is_known_N, minlength=batch.num_samples)
+    is_all_B: NDArray[np.bool_] = (num_known_B == 0) & (num_images_B > 0)
+    return is_all_B
+
+
+def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
+    """Return the fields whose value is new with a new ad: `new_ad_field`, and the IDs of its contents.
+
+    An ID field of the ad side is a content's ID when it reads the column of a content field. One that crosses such
+    columns with others is new with a new ad too.
+    """
+    own = {f.column_name for f in schema.fields if f.name == schema.new_ad_field}
+    own |= {field.column_name for field in schema.of_kind("content", side="ad")}
+    return tuple(
+        field.name
+        for field in schema.of_kind("id", "multi_id", side="ad")
+        if field.name == schema.new_ad_field or own & {field.column_name, *(field.columns or ())}
+    )
+
+
+def dropped(
+    seed: int, step: int, place_B: NDArray[np.int64], rate: float | NDArray[np.float64], what: str = "id_dropout"
+) -> NDArray[np.bool_]:
+    """Return whether the samples at these places of the global batch are dropped, (B,). `rate`: one, or each's.
+
+    Counter based: the number at the sample's place in the global batch, of a stream for (seed, what, step). So it
+    depends neither on the number of ranks nor on what was drawn before.
+    """
+    is_dropped_B: NDArray[np.bool_] = unit_interval(random_words(f"{seed}/{what}/{step}", place_B)) < rate
+    return is_dropped_B
+
+
+def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the random 64 bits of these numbers in a stream, (N,), whatever was drawn before.
+
+    They are splitmix64 of the stream's start plus the number.
+    """
+    counter_N = number_N.astype(np.uint64) + stream_start(stream)
+    return splitmix64(counter_N.view(np.int64))
+
+
+def _zeroed(field: FieldVectors, dropped_B: NDArray[np.bool_]) -> FieldVectors:
+    """Point the values of dropped rows to a row of zeros behind the others."""
+    vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
+    assert isinstance(field.lengths_M, Tensor)
+    of_row_B = on_device(dropped_B, field.index_N.device)
+    dropped_N = torch.repeat_interleave(of_row_B, field.lengths_M, output_size=len(field.index_N))
+    index_N = field.index_N.masked_fill(dropped_N, len(field.vectors_UV))
+    return replace(field, vectors_UV=vectors_UV, index_N=index_N)

@@ -79,13 +79,13 @@ def main(
         raise ConfigError("--emit-to names a file for what --emit writes; add --emit slurm or --emit kubernetes")
     if paper or described is not None:
         _refuse_beside(context, "--paper" if paper else "--input")
-        from trainer.plan.inputs import PAPER, load_input, plan_input
+        from trainer.plan.build import PAPER, load_input, plan_input
 
         plan = plan_input(load_input(described or PAPER))
     else:
         config = _config(file, settings or [], samples, store, device)
-        from trainer.plan.inputs import bytes_per_s
-        from trainer.plan.sample import PlanQuestion
+        from trainer.plan.build import bytes_per_s
+        from trainer.plan.calibrate import PlanQuestion
 
         question = PlanQuestion(
             ranks=_numbers_of_ranks(ranks, ranks_per_machine, scheduler),
@@ -96,7 +96,7 @@ def main(
             latency_s=latency_us / 1e6,
             samples_per_day=samples_per_day,
         )
-        from trainer.plan.own import plan_own
+        from trainer.plan.calibrate import plan_own
 
         plan = plan_own(config, question, _say)
     _report(plan, json_file, scheduler, emit_to)
@@ -110,7 +110,7 @@ def _batch_size(samples_per_rank: int | None, global_batch_size: int | None) -> 
 
 def _numbers_of_ranks(ranks: str, ranks_per_machine: int, scheduler: "Scheduler | None") -> tuple[int, ...]:
     """Read --ranks. Raises ConfigError where a scheduler is to be asked for parts of machines."""
-    from trainer.plan.sample import numbers
+    from trainer.plan.calibrate import numbers
 
     counts = numbers(ranks)
     if scheduler is not None and all(count % min(count, ranks_per_machine) for count in counts):
@@ -123,8 +123,8 @@ def _numbers_of_ranks(ranks: str, ranks_per_machine: int, scheduler: "Scheduler 
 
 def _report(plan: "TrainingPlan", json_file: Path | None, scheduler: "Scheduler | None", emit_to: Path | None) -> None:
     """Print the plan, and write the files that are asked for."""
+    from trainer.plan.build import as_json, show
     from trainer.plan.emit import emit
-    from trainer.plan.show import as_json, show
 
     show(plan, text_console(stderr=scheduler is not None and emit_to is None))
     write_json_option(json_file, as_json(plan))

@@ -1,9 +1,39 @@
-"""A plan: for each number of ranks what a step costs in the three designs, and which one to choose."""
+"""Plans: their inputs, how they are built, and how they are shown."""
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
-from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, Machine, StepCost, Widths, step_cost
+from pydantic import Field, field_validator
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from featurestore.console.output import print_line, print_table
+from featurestore.console.page.plots import Mark, Plot, bars
+from featurestore.console.page.recording import current_page
+from featurestore.text import DType
+from trainer.config.options import Count, Section, validated
+from trainer.errors import ConfigError
+from trainer.files import read_mapping
+from trainer.plan.cost import (
+    DESIGNS,
+    BatchCounts,
+    Design,
+    KeyCounts,
+    KeyPopulation,
+    Machine,
+    NetworkSpeed,
+    StageRate,
+    StageRates,
+    StepCost,
+    Widths,
+    step_cost,
+)
+from trainer.plan.growth import GrowthCurve, GrowthPoint
 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
@@ -198,3 +228,359 @@ def even_shards(ranks: int) -> int:
     while most_shards(shards, ranks) * ranks > _SKEW_WORTH_A_WORD * shards:
         shards *= 2
     return shards
+
+
+PAPER = Path(__file__).parent.parent / "presets" / "plan-paper.yaml"
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+_OTHER_LATENCIES_US = (50.0, 100.0, 400.0)
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SPEED = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?-i:b)(?:its?|ps|it/s)?", re.IGNORECASE)  # B would be bytes
+
+
+class KeysInput(Section):
+    """Keys of one kind: the different ones in numbers of samples, two at least; between and beyond by Heaps' law."""
+
+    references_per_sample: Positive
+    unique_of_samples: Annotated[dict[int, Positive], Field(min_length=2)]
+    num_shards: Count
+    vector_bytes: Positive
+
+    def population(self) -> KeyPopulation:
+        """Return the same, as the plan takes it."""
+        points = tuple(GrowthPoint(samples, unique) for samples, unique in sorted(self.unique_of_samples.items()))
+        return KeyPopulation(self.references_per_sample, GrowthCurve(points), self.num_shards)
+
+
+class ReferenceInput(Section):
+    """A run whose time is known: the compute of a node is what is left of its step without the wire."""
+
+    ranks: Count
+    hours: Positive
+    samples: Count
+
+
+class NetworkInput(Section):
+    """A network between machines: the latency of a message, a speed, and what an empty collective costs."""
+
+    speed: str
+    latency_us: NotNegative
+    call_ms: NotNegative
+
+    @field_validator("speed")
+    @classmethod
+    def _known_unit(cls, value: str) -> str:
+        try:
+            bytes_per_s(value)
+        except ConfigError as failure:
+            raise ValueError(str(failure)) from failure
+        return value
+
+
+class PlanInput(Section):
+    """A cluster that was not measured but is written down; every line of `assumptions` is printed with the plan."""
+
+    title: str
+    global_batch_size: Count
+    ranks: Annotated[list[Count], Field(min_length=1)]
+    samples_per_day: Count
+    images: KeysInput
+    ids: KeysInput
+    dim: Count
+    dtype: DType
+    store_rows: Count
+    dense_bytes: Count
+    reference: ReferenceInput
+    network: NetworkInput
+    jitter: NotNegative
+    assumptions: list[str]
+
+    def counts(self, ranks: int) -> BatchCounts:
+        """Count the keys of a global batch on `ranks`."""
+        size = self.global_batch_size
+        images, ids = (each.population().keys(size, ranks) for each in (self.images, self.ids))
+        return BatchCounts(size, ranks, size / ranks, images, ids)
+
+    @property
+    def widths(self) -> Widths:
+        """Return the bytes of what travels."""
+        return Widths(
+            self.dim * FEATURE_ITEM_BYTES[self.dtype],
+            int(self.images.vector_bytes),
+            self.ids.vector_bytes,
+            self.dense_bytes,
+        )
+
+    def machine(self) -> Machine:
+        """Derive a node as fast as the reference run says: all of its time but the wire goes with its images."""
+        speed = bytes_per_s(self.network.speed)
+        network = NetworkSpeed(self.network.call_ms / 1e3, self.network.latency_us / 1e6, speed, speed)
+        known, counts = self.reference, self.counts(self.reference.ranks)
+        steps = known.samples / self.global_batch_size
+        idle = Machine(_image_bound(0.0, self.jitter), network, cores=1)
+        wire_s = step_cost("exchange", counts, self.widths, idle).seconds
+        one = dataclasses.replace(idle, rates=_image_bound(1.0, self.jitter))
+        per_image_s = (known.hours * 3600 / steps - wire_s) / (
+            step_cost("exchange", counts, self.widths, one).seconds - wire_s
+        )
+        if per_image_s <= 0:
+            raise ConfigError(f"reference.hours={known.hours}: the wire alone takes longer; check network and hours")
+        return dataclasses.replace(idle, rates=_image_bound(per_image_s, self.jitter))
+
+
+def load_input(path: Path) -> PlanInput:
+    """Load the cluster that a YAML file describes. Raises ConfigError naming the file and the field."""
+    return validated(PlanInput, read_mapping(path, "--input ", ConfigError), str(path), ConfigError)
+
+
+def plan_input(described: PlanInput) -> TrainingPlan:
+    """Make the plan of what the file says; efficiency is against its smallest number of ranks."""
+    machine, known, network = described.machine(), described.reference, described.network
+    derived = (
+        f"Compute of a node: {machine.rates.embed.unit_s * 1e6:.3g} us per unique image, which is what {known.hours} h "
+        f"for {known.samples:,} samples on {known.ranks} nodes leave when the wire is taken off; it falls with the "
+        "number of nodes, but for what the busiest owner has more than the mean.",
+        f"Network: {network.speed} each way, {network.latency_us:g} us a message, {network.call_ms:g} ms a collective; "
+        "an alltoall is P - 1 messages of each node, a ring allreduce 2 (P - 1); three alltoalls, one of them hidden "
+        "behind the step before, and one allreduce a step.",
+        f"Steps of a node vary by {described.jitter:.0%}, and the slowest of P nodes counts.",
+    )
+    stored = StoredBytes(
+        rows=described.store_rows,
+        dim=described.dim,
+        dtype=described.dtype,
+        shards=described.images.num_shards,
+        table_bytes=0,
+        table_shards=described.ids.num_shards,
+    )
+    return _built(described, stored, [*described.assumptions, *derived, *_sensitivity(described, stored)])
+
+
+def bytes_per_s(speed: str) -> float:
+    """Return the bytes per second of a network speed in bits, as 10Gb, 400Mbit, 1 Gbit/s. Raises ConfigError."""
+    found = _SPEED.fullmatch(speed.strip().removesuffix("/s"))
+    value = float(found.group(1)) * _UNITS[found.group(2).lower()] / 8 if found else 0.0
+    if value <= 0:
+        raise ConfigError(f"network speed {speed!r}: write bits (b, not B) per second above zero, as 10Gb or 400Mbit")
+    return value
+
+
+def _image_bound(per_image_s: float, jitter: float) -> StageRates:
+    """Return the rates of a node of which only the time per image is known."""
+    nothing = StageRate(0.0, 0.0, 0.0)
+    embed = StageRate(0.0, per_image_s, 0.0)
+    return StageRates(nothing, nothing, nothing, embed, nothing, nothing, jitter)
+
+
+def _sensitivity(described: PlanInput, stored: StoredBytes) -> list[str]:
+    """Say what another latency, which is the least known, would make of the efficiency."""
+    lines = []
+    for latency_us in _OTHER_LATENCIES_US:
+        network = described.network.model_copy(update={"latency_us": latency_us})
+        rows = _built(described.model_copy(update={"network": network}), stored, []).rows
+        figures = ", ".join(f"{row.efficiency['exchange']:.0%} on {row.ranks}" for row in rows[1:])
+        lines.append(f"With {latency_us:g} us a message instead the efficiency would be {figures} nodes.")
+    return lines
+
+
+def _built(described: PlanInput, stored: StoredBytes, assumptions: list[str]) -> TrainingPlan:
+    return build(
+        title=described.title,
+        counts_of=described.counts,
+        ranks=sorted(described.ranks),
+        base_ranks=min(described.ranks),
+        widths=described.widths,
+        machines={1: described.machine()},
+        stored=stored,
+        samples_per_day=described.samples_per_day,
+        assumptions=assumptions,
+    )
+
+
+_Groups = Mapping[str, Sequence[Mark]]
+
+
+def as_json(plan: TrainingPlan) -> dict[str, Any]:
+    """Return everything in the plan as plain values; `ranks` maps each number of ranks to its row."""
+    rows = {
+        str(row.ranks): {
+            "counts": dataclasses.asdict(row.counts),
+            "choose": row.best,
+            "stored_bytes_per_rank": dict(row.stored),
+            "memory_bytes_per_rank": row.rank_bytes,
+            "sample_feature_bytes_per_day": row.sample_day_bytes,
+            "designs": {
+                design: {
+                    "step_s": cost.seconds,
+                    "samples_per_s": cost.samples_per_s,
+                    "day_s": row.day_s[design],
+                    "efficiency": row.efficiency[design],
+                    "bytes_by_part": dict(cost.bytes_by_part),
+                    "bytes_sent": cost.bytes_sent,
+                    "stages_s": {name: stage.seconds for name, stage in cost.stages.items()},
+                }
+                for design, cost in row.costs.items()
+            },
+        }
+        for row in plan.rows
+    }
+    return {
+        "title": plan.title,
+        "base_ranks": plan.base_ranks,
+        "samples_per_day": plan.samples_per_day,
+        "ranks": rows,
+        "machines": {str(local): dataclasses.asdict(machine) for local, machine in plan.machines.items()},
+        "advice": list(plan.advice),
+        "assumptions": list(plan.assumptions),
+    }
+
+
+def show(plan: TrainingPlan, console: Console) -> None:
+    """Print tables of counts, memory, bytes and times, then what to choose and what was taken for granted."""
+    print_line(console, plan.title, style="bold")
+    for draw in (_counts, _stored, _bytes, _times, _stages):
+        print_table(console, draw(plan))
+        if (page := current_page()) and draw in _PLOTS:
+            page.add_plot(_PLOTS[draw](plan))
+    print_line(console, "What to choose", style="bold")
+    for line in plan.advice:
+        print_line(console, f"- {line}")
+    print_line(console, "Taken for granted", style="bold")
+    for line in plan.assumptions:
+        print_line(console, f"- {line}")
+
+
+def size(count: float) -> str:
+    """Format bytes with a unit, as 1.23 MB."""
+    return decimal(round(count), precision=2)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds, as 1.23 ms, 12.3 s, 4.56 h."""
+    if seconds == 0:
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 600:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"
+
+
+def _counts(plan: TrainingPlan) -> Table:
+    table = _table("A global batch (~ is extrapolated)", "ranks", "samples", "images", "of a rank", "images used")
+    for name in ("busiest owner", "ids", "ids of a rank"):
+        table.add_column(name, justify="right")
+    for row in plan.rows:
+        images, ids = row.counts.images, row.counts.ids
+        mark = "~" if images.extrapolated or ids.extrapolated else ""
+        skew = images.owned * row.ranks / images.unique if images.unique else 1.0
+        figures = (images.unique, images.asked, images.references)
+        table.add_row(
+            str(row.ranks),
+            f"{row.counts.samples:,}",
+            *(f"{mark}{value:,.0f}" for value in figures),
+            f"{skew - 1:+.1%}",
+            *(f"{mark}{value:,.0f}" for value in (ids.unique, ids.asked)),
+        )
+    return table
+
+
+def _stored(plan: TrainingPlan) -> Table:
+    table = _table("Features of a rank, by dtype of the store", "ranks", *plan.rows[0].stored, "with ID rows, as it is")
+    for row in plan.rows:
+        table.add_row(str(row.ranks), *(size(value) for value in row.stored.values()), size(row.rank_bytes))
+    return table
+
+
+def _bytes(plan: TrainingPlan) -> Table:
+    parts = list(dict.fromkeys(part for row in plan.rows for cost in row.costs.values() for part in cost.bytes_by_part))
+    table = _table("Bytes of a step, out of each rank; samples are read, not sent", "ranks", "design", *parts, "sent")
+    table.columns[1].justify = "left"
+    for row in plan.rows:
+        for design in DESIGNS:
+            cost = row.costs[design]
+            cells = [size(cost.bytes_by_part[part]) if part in cost.bytes_by_part else "" for part in parts]
+            table.add_row(str(row.ranks), design, *cells, size(cost.bytes_sent))
+    return table
+
+
+def _times(plan: TrainingPlan) -> Table:
+    against = f"efficiency against its own {plan.base_ranks}"
+    table = _table("Time", "ranks", "design", "step", "samples/s", f"a day of {plan.samples_per_day:,.0f}", against)
+    table.columns[1].justify = "left"
+    for row in plan.rows:
+        for design in DESIGNS:
+            cost, style = row.costs[design], "bold" if design == row.best else None
+            cells = (duration(cost.seconds), f"{cost.samples_per_s:,.0f}", duration(row.day_s[design]))
+            table.add_row(str(row.ranks), design, *cells, f"{row.efficiency[design]:.0%}", style=style)
+    return table
+
+
+def _stages(plan: TrainingPlan) -> Table:
+    names = list(plan.rows[0].costs["exchange"].stages)
+    table = _table("Stages of a step of the exchange, each by itself", "ranks", *names)
+    for row in plan.rows:
+        stages: Mapping[str, Any] = row.costs["exchange"].stages
+        table.add_row(str(row.ranks), *(duration(stages[name].seconds) for name in names))
+    return table
+
+
+def _by_design(plan: TrainingPlan, value: Callable[[StepCost], float], text: Callable[[float], str]) -> _Groups:
+    """Make marks of a figure of the three designs, for each number of ranks; the design to choose is marked."""
+    return {
+        _ranks(row.ranks): [
+            Mark(
+                f"{design}, to choose" if design == row.best else design,
+                value(row.costs[design]),
+                figure=text(value(row.costs[design])),
+                is_good=design == row.best,
+            )
+            for design in DESIGNS
+        ]
+        for row in plan.rows
+    }
+
+
+def _plot_of_memory(plan: TrainingPlan) -> Plot | None:
+    marks = [Mark(_ranks(row.ranks), row.rank_bytes, figure=size(row.rank_bytes)) for row in plan.rows]
+    return bars("Features and ID rows of a rank", marks)
+
+
+def _plot_of_bytes(plan: TrainingPlan) -> Plot | None:
+    return bars("Bytes sent in a step, out of each rank", _by_design(plan, lambda cost: cost.bytes_sent, size))
+
+
+def _plot_of_times(plan: TrainingPlan) -> Plot | None:
+    return bars("Time of a step", _by_design(plan, lambda cost: cost.seconds, duration))
+
+
+def _plot_of_stages(plan: TrainingPlan) -> Plot | None:
+    marks = {
+        _ranks(row.ranks): [
+            Mark(name, stage.seconds, figure=duration(stage.seconds))
+            for name, stage in row.costs["exchange"].stages.items()
+            if stage.seconds
+        ]
+        for row in plan.rows
+    }
+    return bars("Stages of a step of the exchange", marks)
+
+
+_PLOTS: Mapping[Callable[[TrainingPlan], Table], Callable[[TrainingPlan], Plot | None]] = {
+    _stored: _plot_of_memory,
+    _bytes: _plot_of_bytes,
+    _times: _plot_of_times,
+    _stages: _plot_of_stages,
+}
+
+
+def _ranks(count: int) -> str:
+    return f"{count:,} rank{'s' * (count > 1)}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

@@ -1,4 +1,4 @@
-"""Measure this machine by short runs of the trainer on a part of the samples; the figures are those of their reports.
+"""Calibration: what this machine needs for samples of one's own.
 
 For L ranks on a machine, L runs of one rank each go at the same time: the machine is as full as it will be, and no wire
 is in their stages. What a collective costs is measured apart, on ranks of its own.
@@ -7,10 +7,14 @@ is in their stages. What a collective costs is measured apart, on ranks of its o
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -18,21 +22,162 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
+from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.partition import physical_memory_bytes
+from featurestore.snapshot import Snapshot
+from trainer.comm import SoloComm
 from trainer.comm.connecting import launcher_of
 from trainer.config.config import Config, save_config
 from trainer.config.options import TableConfig
-from trainer.engine.machine import check_threads
-from trainer.errors import PlanError
+from trainer.engine.engine import model_name, table_shapes
+from trainer.engine.machine import check_threads, uses_cuda
+from trainer.errors import ConfigError, PlanError
 from trainer.exchange.routing import Int64
-from trainer.plan.cost import Machine, NetworkSpeed, StageCost, StageRate, StageRates, step_seconds
-from trainer.plan.sample import LARGEST_MEASURED, PlanQuestion, SampledKeys
-from trainer.samples.columns import rules_of, source_columns
-from trainer.samples.days import name_of
-from trainer.samples.reader import read_row_group
+from trainer.ids.optimizers import state_of
+from trainer.ids.tables import owned_bytes
+from trainer.models.layers import used_fields, width_of
+from trainer.models.nets import build_model
+from trainer.plan.build import StoredBytes, TrainingPlan, build
+from trainer.plan.cost import (
+    BatchCounts,
+    DrawnSamples,
+    KeyPopulation,
+    Machine,
+    NetworkSpeed,
+    StageCost,
+    StageRate,
+    StageRates,
+    Widths,
+    population,
+    step_seconds,
+)
+from trainer.runs.open import train_reader
+from trainer.runs.stores import store_places, with_rough_statistics
+from trainer.samples.columns import name_of, rules_of, source_columns
+from trainer.samples.reader import SampleIndex, SampleReader, open_index, read_row_group
+from trainer.schema import Schema, load_schema
 from trainer.stages import AHEAD, WAIT
+
+_DRAWN_BATCHES = 4
+_LEAST_DRAWN, _MOST_DRAWN = 100_000, 1_000_000
+LARGEST_MEASURED = 3_000
+"""Samples of the batches on which this machine is measured, at most."""
+
+
+@dataclass(frozen=True)
+class PlanQuestion:
+    """The ranks, batch and network of a plan. `per_rank`: the batch size is each rank's, not of all together."""
+
+    ranks: tuple[int, ...]
+    batch_size: int
+    per_rank: bool
+    ranks_per_machine: int
+    link_bytes_per_s: float
+    latency_s: float
+    samples_per_day: int | None = None
+
+    def global_size(self, ranks: int) -> int:
+        """Return the samples of one step of `ranks` ranks."""
+        return self.batch_size * ranks if self.per_rank else self.batch_size
+
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """Return the samples of one rank, and of all of them."""
+        size = self.global_size(ranks)
+        return max(1, size // ranks), size
+
+    def check(self) -> None:
+        """Raise ConfigError where ranks would be without samples."""
+        for count in self.ranks:
+            if self.global_size(count) < count:
+                raise ConfigError(
+                    f"a global batch of {self.batch_size} samples leaves some of {count} ranks without any; "
+                    f"give --global-batch-size of at least {count}, or --samples-per-rank"
+                )
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse numbers of ranks, ascending. Raises ConfigError."""
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(found) < 1:
+        raise ConfigError(f"--ranks {text}: write numbers from 1 on with commas between them, as 8,20,40")
+    return tuple(sorted(set(found)))
+
+
+@dataclass(frozen=True)
+class SampledKeys:
+    """The samples and the store of a configuration, and what batches drawn from them say."""
+
+    schema: Schema
+    index: SampleIndex
+    snapshot: Snapshot
+    images: KeyPopulation
+    ids: KeyPopulation
+    id_vector_floats: float
+    image_keys_U: Int64
+    """Keys of the first batches, for a store in the place of one too large."""
+    read: StageRate
+    """Per sample decoded, from Parquet to a batch."""
+    config: Config
+
+    def counts(self, size: int, ranks: int) -> BatchCounts:
+        """Count the keys of a global batch of `size` samples on `ranks`, and what the rank decodes that has most to."""
+        reader = train_reader(self.config.changed(data={"global_batch_size": size}), self.index, self.schema)
+        decoded = size / ranks * max(reader.decode_shares(ranks))
+        return BatchCounts(size, ranks, decoded, self.images.keys(size, ranks), self.ids.keys(size, ranks))
+
+
+def sample(config: Config, question: PlanQuestion) -> SampledKeys:
+    """Draw batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
+    data = config.data
+    schema = load_schema(data.schema_file)
+    places = store_places(config, schema)
+    if not places:
+        raise ConfigError("model.images=none: a plan is about training with images; set it to ad, behavior or both")
+    if len(places) > 1:
+        raise ConfigError(
+            f"a plan is made for one feature store, and the schema's content fields name {len(places)} "
+            f"({', '.join(place.name for place in places)}); give it a schema with the largest one alone"
+        )
+    fields = used_fields(schema, config.model)
+    index = open_index(SoloComm(), data.samples, "train", schema, data.train_days)
+    schema = with_rough_statistics(SoloComm(), index, schema)
+    snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
+    sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
+    total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * sizes[-1]), sizes[-1]))
+    seed, window = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
+    reader = SampleReader(index, schema, batch_size=total, seed=seed, window_groups=window)
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    batch = next(reader.batches())
+    read_s, read_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+    of_user = frozenset(field.name for field in schema.fields if field.side == "user")
+
+    def drawn(source_of: dict[str, str], shards: int) -> DrawnSamples:
+        names = [[f for f, s in source_of.items() if s == source] for source in dict.fromkeys(source_of.values())]
+        return DrawnSamples(batch, tuple(tuple(each) for each in names), of_user, shards)
+
+    content = {f.name: model_name(f, config.model) for f in fields if f.kind == "content"}
+    images = drawn(content, snapshot.info.num_shards)
+    shapes = {shape.name: shape for shape in table_shapes(fields, config.model)}
+    id_fields = {f.name: f.table_name for f in fields if f.is_id}
+    ids = drawn(id_fields, config.model.table_shards)
+    unique_T = [len(np.unique(keys_N)) for keys_N in ids.keys_of(range(min(total, sizes[-1])))]
+    widths_T = [shapes[name].width for name in dict.fromkeys(id_fields.values())]
+    first = images.keys_of(range(min(total, 16 * LARGEST_MEASURED)))
+    return SampledKeys(
+        schema=schema,
+        index=index,
+        snapshot=snapshot,
+        images=population(images, sizes, float(snapshot.num_rows * len(set(content.values())))),
+        ids=population(ids, sizes, float("inf")),
+        id_vector_floats=float(np.average(widths_T, weights=unique_T)) if sum(unique_T) else 0.0,
+        image_keys_U=np.unique(np.concatenate(first)),
+        read=StageRate(0.0, read_s / reader.num_decoded, read_cpu_s / read_s),
+        config=config,
+    )
+
 
 _STEPS = 15
 _TIMEOUT_S = 300
@@ -162,8 +307,8 @@ def interference(measured: TimedSteps, machine: Machine) -> float:
 
 
 def measure_collectives(ranks: int) -> dict[str, float]:
-    """Run `trainer.plan.collectives` with these ranks on this machine; return its figures."""
-    (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.plan.collectives"]])
+    """Run `trainer.plan.cost` with these ranks on this machine; return its figures."""
+    (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.plan.cost"]])
     found: dict[str, float] = json.loads(output[output.index("{") :].splitlines()[0])
     return found
 
@@ -254,3 +399,143 @@ def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
             said = errors[0] if errors else "\n".join((each.stderr or each.stdout).strip().splitlines()[-5:])
             raise PlanError(f"measuring this machine failed ({len(commands)} processes): {said}")
     return [each.stdout for each in done]
+
+
+_FLOAT_BYTES = 4
+_MOST_LOAD = 0.5
+_DAY = re.compile(r"day=(\d{4}-\d{2}-\d{2})")
+
+Say = Callable[[str], None]
+
+
+def plan_own(config: Config, question: PlanQuestion, say: Say) -> TrainingPlan:
+    """Draw batches, measure this machine, and make the plan. Raises TrainerError, FeatureStoreError."""
+    question.check()
+    busy = busy_machine(os.getloadavg()[0], len(os.sched_getaffinity(0)))
+    say("reading samples")
+    sampled = sample(config, question)
+    locals_ = sorted({min(count, question.ranks_per_machine) for count in (1, *question.ranks)})
+    machines: dict[int, Machine] = {}
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        calibration = Calibration(config, question, sampled, Path(folder))
+        for local in locals_:
+            say(f"measuring this machine with {local} rank{'s' if local > 1 else ''} on it")
+            machines[local] = calibration.machine(local)
+    return build(
+        title=f"{config.data.samples} and {config.data.store}, snapshot {sampled.snapshot.version}",
+        counts_of=lambda ranks: sampled.counts(question.global_size(ranks), ranks),
+        ranks=question.ranks,
+        base_ranks=1,
+        widths=widths(config, sampled),
+        machines=machines,
+        stored=stored_bytes(config, sampled),
+        samples_per_day=samples_per_day(question, sampled)[0],
+        assumptions=assumptions(question, sampled, machines, config.exchange.reuse_steps),
+        warnings=busy,
+        device="cuda" if uses_cuda(config.run.device, torch.cuda.is_available(), None) else "cpu",
+    )
+
+
+def widths(config: Config, sampled: SampledKeys) -> Widths:
+    """Return the bytes of what travels, from the schema, the model's settings and the store."""
+    model, dim = config.model, sampled.snapshot.info.dim
+    on_wire = 2 if config.exchange.wire_dtype == "bfloat16" else _FLOAT_BYTES
+    content = {model_name(f, model): f for f in used_fields(sampled.schema, model) if f.kind == "content"}
+    widths_of_model = [width_of(field, model) for field in content.values()]
+    with torch.device("meta"):
+        networks = [
+            build_model(sampled.schema, model),
+            *(EmbeddingModel(dim, model.embed_hidden, width) for width in widths_of_model),
+        ]
+    dense = sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return Widths(
+        feature_bytes=sampled.snapshot.info.row_bytes,
+        image_vector_bytes=max(widths_of_model) * on_wire,
+        id_vector_bytes=sampled.id_vector_floats * on_wire,
+        dense_bytes=dense * _FLOAT_BYTES,
+    )
+
+
+def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:
+    """Tell what is held: the store's rows, all ID tables with their optimiser's state, and in how much memory."""
+    info, shapes = sampled.snapshot.info, table_shapes(used_fields(sampled.schema, config.model), config.model)
+    state = state_of(config.optim)
+    return StoredBytes(
+        rows=sampled.snapshot.num_rows,
+        dim=info.dim,
+        dtype=info.dtype,
+        shards=info.num_shards,
+        table_bytes=sum(owned_bytes(shape, 0, 1, state, torch.float32) for shape in shapes),
+        table_shards=config.model.table_shards,
+        machine_memory_bytes=physical_memory_bytes(),
+        copied=config.train.checkpoint_beside,
+    )
+
+
+def busy_machine(load: float, cores: int) -> list[str]:
+    """Return a line of advice where other programs keep many cores busy (`load`): a measurement says little then."""
+    if load <= _MOST_LOAD * cores:
+        return []
+    return [f"This machine was busy before it was measured ({load:.2g} of {cores} cores, the last minute): repeat."]
+
+
+def samples_per_day(question: PlanQuestion, sampled: SampledKeys) -> tuple[float, str]:
+    """Return the samples of a day, and where the number is from."""
+    if question.samples_per_day is not None:
+        return question.samples_per_day, "as given"
+    days = {found.group(1) for group in sampled.index.row_groups if (found := _DAY.search(group.file))}
+    total = sampled.index.num_samples
+    if not days:
+        return total, "all training samples, as their files name no day; --samples-per-day says otherwise"
+    return total / len(days), f"the training samples of {len(days)} days, by the names of their files"
+
+
+def assumptions(
+    question: PlanQuestion, sampled: SampledKeys, machines: Mapping[int, Machine], reuse_steps: int
+) -> list[str]:
+    """List the assumptions, a line each; `machines` by ranks on one machine."""
+    per_machine, speed = question.ranks_per_machine, question.link_bytes_per_s * 8 / 1e9
+    per_day, origin = samples_per_day(question, sampled)
+    lines = [
+        f"Every machine is like this one, with {per_machine} rank{'s' if per_machine > 1 else ''} on it; "
+        f"they are joined by a network of {speed:g} Gbit/s each way with {question.latency_s * 1e6:g} us for a message "
+        "(--network, --latency-us); nobody else uses it.",
+        f"A day of logs is {per_day:,.0f} samples: {origin}.",
+        "Features lie in memory (or in the cache of files): see the bytes that a rank holds. ID rows count twice where "
+        "checkpoints are written during the training, from a copy (train.checkpoint_beside).",
+        "Store in worker: samples carry the features of each group once, come over the same network, cost nothing to "
+        "decode but a copy, and E runs once per occurrence. Store in server: a rank's unique features travel a step "
+        "ahead. ID vectors, reading and the worker model are those of the exchange in both.",
+        "Evaluation, checkpoints and the start of a run are left out.",
+    ]
+    lines += [
+        f"Measured with {local} on a machine: a step of the real loop takes {machine.interference:.2f} times what its "
+        f"stages say; steps vary by {machine.rates.jitter:.1%}; a collective costs {machine.network.call_s * 1e3:.2g} "
+        f"ms, a rank moves {machine.network.local_bytes_per_s / 1e9:.2g} GB/s."
+        for local, machine in machines.items()
+    ]
+    if reuse_steps:
+        lines.append(
+            f"exchange.reuse_steps={reuse_steps}: E was measured at one rank, with the share of vectors that it reuses."
+        )
+    lines += _extrapolated(question, sampled)
+    if is_large(sampled.snapshot.info, sampled.snapshot.num_rows):
+        lines.append(
+            "The store is larger than a quarter of this machine's memory: drawn features stood in for it while E "
+            "and the gather were measured."
+        )
+    return lines
+
+
+def _extrapolated(question: PlanQuestion, sampled: SampledKeys) -> list[str]:
+    """Say which figures go beyond the data, and by what law."""
+    lines = []
+    largest = max(question.global_size(ranks) for ranks in question.ranks)
+    for name, keys in (("images", sampled.images), ("ids", sampled.ids)):
+        law, drawn = keys.curve.beyond, keys.curve.points[-1].samples
+        if keys.curve.is_extrapolated(largest):
+            how = f"Zipf's law with exponent {law.exponent:.2g} over {law.keys:,.3g} keys" if law else "Heaps' law"
+            error = keys.curve.error
+            known = f"; fitted to half of them it was {error:.1%} off at all of them" if error is not None else ""
+            lines.append(f"Batches above {drawn:,} samples are extrapolated: {name} by {how}{known}.")
+    return lines

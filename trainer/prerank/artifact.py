@@ -1,6 +1,8 @@
-"""An index of ads on a disk or object store: versions, each made of whole files and published by one exclusive create.
+"""Ad indexes: files of vectors and faiss indexes, published, and their recall.
 
-    ad-index/
+Letters of shapes: N ads, K queries, C candidates found of each, W width of the vectors.
+
+ad-index/
       index-00000002.json               version 2: what it was made of, and the files below with their digests
       ads-00000001-<random>.parquet     key, vector (fixed-size binary of float32): what each build or addition computed
       ads-00000002-<random>.parquet     a later file's vector of a key counts; a key without one was removed
@@ -9,16 +11,21 @@
 
 The highest version counts. The one before it stays, for readers that have just opened it; older ones are removed.
 Letters of shapes: N ads, R removed ads, W width of the vectors.
+
+Letters of shapes: N rows, W width of the vectors.
 """
 
 import contextlib
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
@@ -30,8 +37,69 @@ from featurestore.spec import FORMAT_VERSION, FileName, IndexKind, seal, unseal
 from featurestore.storage.storage import Storage
 from trainer.errors import AdIndexError, AdIndexNotFoundError
 from trainer.prerank import MAX_GONE, MIN_RECALL
-from trainer.prerank.recall import COUNT, Queries, QuerySource, best_index, reach, sample_of
-from trainer.prerank.vectorfile import from_parquet, merge, to_parquet
+
+Keys = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+QuerySource = Literal["users", "ads"]
+
+COUNT = 10  # candidates of a query whose recall is measured when an index is written
+NUM_QUERIES = 500
+# Scores of two structures differ in the last bits; what is nearer than this is as good.
+_TIE = 1e-5
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What an index is measured with: vectors of users, or of some of its own ads where there are no users."""
+
+    vectors_KW: Vectors
+    source: QuerySource
+
+
+def sample_of(vectors_NW: Vectors, source: QuerySource) -> Queries:
+    """Draw at most NUM_QUERIES of these vectors by a fixed seed."""
+    chosen_K = np.random.default_rng(0).permutation(len(vectors_NW))[:NUM_QUERIES]
+    return Queries(np.ascontiguousarray(vectors_NW[np.sort(chosen_K)]), source)
+
+
+def recall_at(
+    index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count: int, effort: int | None = None
+) -> float:
+    """Measure the share of the `count` best of `exact`, a flat index of the same ads, that `index` finds; K >= 1.
+
+    An ad whose score is that of the last of the best is one of them: ads with equal vectors must not count as misses.
+    """
+    _, best_KC = exact.search(queries_KW, count)
+    _, found_KC = index.search(queries_KW, count, effort)
+    last_K1 = best_KC[:, : found_KC.shape[1]][:, -1:]
+    return float((found_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
+
+
+def best_index(
+    kind: IndexKind, keys_N: Keys, vectors_NW: Vectors, exact: VectorIndex, queries: Queries, limit: float
+) -> tuple[VectorIndex, float]:
+    """Build an index of these ads whose recall@COUNT is `limit`, or as near as it gets; returns that recall too.
+
+    Where hnsw is below it, its graph in the other space is tried too, and the better one taken: which of the two finds
+    more depends on the vectors.
+    """
+    index = VectorIndex.build(kind, keys_N, vectors_NW)
+    recall = reach(index, exact, queries, 0)
+    if kind == "hnsw" and recall < limit:
+        lifted = VectorIndex.build(kind, keys_N, vectors_NW, lifted=True)
+        if reach(lifted, exact, queries, 0) > recall:
+            index = lifted
+    return index, reach(index, exact, queries, limit)
+
+
+def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float) -> float:
+    """Measure recall@COUNT of the index, whose effort is doubled while that is below `limit` and more effort helps."""
+    recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+    while recall < limit and index.effort and index.largest_effort and index.effort < index.largest_effort:
+        index.effort = min(2 * index.effort, index.largest_effort)
+        recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+    return recall
+
 
 _MAX_UNUSED = 0.25
 _OTHERS: dict[IndexKind, str] = {"hnsw": "ivf or flat", "ivf": "flat", "flat": "flat"}
@@ -40,8 +108,6 @@ _PART = re.compile(r"(?:ads|queries)-(\d{8,})-[0-9a-f]{32}\.(?:parquet|npz|faiss
 # Batches of another make-up move the last bits of a vector; what is nearer than this is the same.
 _SAME = 1e-5
 
-Keys = NDArray[np.int64]
-Vectors = NDArray[np.float32]
 _NONE: Keys = np.empty(0, np.int64)
 
 
@@ -382,3 +448,51 @@ def _clean(storage: Storage, state: IndexState) -> None:
         if match and int(match[1]) <= state.version and name not in needed:
             old.append(name)
     storage.delete_files(old)
+
+
+KEY, VECTOR = "key", "vector"
+Mask = NDArray[np.bool_]
+
+
+def to_parquet(keys_N: Keys, vectors_NW: Vectors, removed_R: Keys | None = None) -> bytes:
+    """Write columns key and vector, removed keys last; dtype and shape of the vector are in its field's metadata."""
+    width, removed_R = vectors_NW.shape[1], np.empty(0, np.int64) if removed_R is None else removed_R
+    values = np.concatenate([vectors_NW, np.zeros((len(removed_R), width), np.float32)]).astype(np.float32)
+    has_vector_N = np.arange(len(values)) < len(keys_N)
+    valid = pa.array(has_vector_N).buffers()[1] if len(removed_R) else None
+    vector = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(4 * width), len(values), [valid, pa.py_buffer(values.tobytes())]
+    )
+    field = pa.field(VECTOR, vector.type)
+    schema = pa.schema(
+        [
+            pa.field(KEY, pa.int64(), nullable=False),
+            field.with_metadata({"dtype": "float32", "shape": f"[{width}]"}),
+        ]
+    )
+    sink = pa.BufferOutputStream()
+    columns: list[Any] = [pa.array(np.concatenate([keys_N, removed_R])), vector]
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="lz4", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors, Mask]:
+    """Read what `to_parquet` wrote: keys (N,), vectors (N, W), and which rows have one (N,).
+
+    Raises CorruptFileError.
+    """
+    table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+    vector: Any = table[VECTOR].combine_chunks()
+    if vector.type != pa.binary(4 * width):
+        raise CorruptFileError(f"{path} has vectors of {vector.type}, not {width} numbers of float32")
+    has_vector_N = vector.is_valid().to_numpy(zero_copy_only=False)
+    values = np.frombuffer(vector.buffers()[1], np.float32).reshape(-1, width)
+    return table[KEY].to_numpy(), values[vector.offset : vector.offset + len(vector)], has_vector_N
+
+
+def merge(parts: Sequence[tuple[Keys, Vectors, Mask]]) -> tuple[Keys, Vectors]:
+    """Merge several files, oldest first, into keys, ascending, and their vectors."""
+    keys_N, vectors_NW, has_vector_N = (np.concatenate(each) for each in zip(*parts, strict=True))
+    last_M = len(keys_N) - 1 - np.unique(keys_N[::-1], return_index=True)[1]
+    last_M = last_M[has_vector_N[last_M]]
+    return keys_N[last_M], vectors_NW[last_M]

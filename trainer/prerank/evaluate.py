@@ -18,15 +18,12 @@ from featurestore.index import VectorIndex, use_threads
 from featurestore.keys import id_of_text
 from trainer.errors import DataError, DataNotFoundError, SchemaError
 from trainer.evaluation.predict import Metrics, evaluate
-from trainer.prerank.artifact import AdIndex
-from trainer.prerank.recall import NUM_QUERIES, Queries, recall_at, sample_of
+from trainer.prerank.artifact import NUM_QUERIES, AdIndex, Queries, recall_at, sample_of
 from trainer.prerank.vectors import towers, user_vectors
+from trainer.runs.checkpoint import samples_digest
 from trainer.runs.open import test_reader
-from trainer.runs.samples_digest import samples_digest
 from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test
-from trainer.samples.batch import Batch
-from trainer.samples.prefetch import ReadAhead
-from trainer.samples.reader import SampleIndex, SampleReader, known_ads, open_index
+from trainer.samples.reader import Batch, ReadAhead, SampleIndex, SampleReader, known_ads, open_index
 
 Vectors = NDArray[np.float32]
 

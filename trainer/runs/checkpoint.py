@@ -1,6 +1,6 @@
-"""Checkpoints: a folder of safetensors and one JSON file, published by one rename, readable at any number of ranks.
+"""Checkpoints: what they hold, the samples they are of, and which one to resume from.
 
-    checkpoints/step-00000050/
+checkpoints/step-00000050/
       state.json                         position, seed, what data, model and store they belong to, digest of each file
       dense.safetensors                  rank 0: what is the same on every rank: parameters, their Adam state, counts
       rows-00000-of-00002.safetensors    one per rank: its ID rows and their optimiser's state, by table and shard
@@ -8,35 +8,51 @@
 Parts are written into a hidden folder and synced; when all are there, rank 0 writes state.json and renames the folder.
 So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save; a removal
 hides a folder first. All ranks write to one place: with several machines it is a shared disk, or an address of an
-object store, where a version that names all files is published instead (`trainer.runs.saving.places`).
+object store, where a version that names all files is published instead (`trainer.runs.places`).
+
+Names and counts of rows do not tell: labels can be turned round in place. Nor does a checksum in a file's metadata:
+tools that read, change and write a table copy it. So each file is read once, by one of the ranks, and read again only
+when its tag (inode, size and times; an ETag on an object store) is another one.
+
+That a checkpoint is damaged shows when it is loaded, as each of its files is read then and compared with its digest.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import xxhash
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
-from featurestore.lookup.cache import digest_of_file
+from featurestore.lookup.cache import SAMPLES, default_cache_dir, digest_of_file, is_cache_file
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.spec import FileName
+from featurestore.storage.local import StorageEntry, claim, is_private
+from featurestore.storage.storage import Storage, digest_of, settled_tags
 from featurestore.text import first_mistake, parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
-from trainer.config.validate import Section
-from trainer.errors import CheckpointError, DamagedCheckpointError, OtherRunError
-from trainer.runs import accepted
-from trainer.runs.folder import unrelated
-from trainer.runs.saving.local import local_copy
-from trainer.runs.saving.places import STATE, CheckpointPlace, WrittenPart, place_of
-from trainer.samples.batch import BatchPosition
+from trainer.config.config import Config
+from trainer.config.options import Section
+from trainer.errors import CheckpointError, DamagedCheckpointError, DataError, OtherRunError, RemoteRankError
+from trainer.files import checkpoints_of
+from trainer.runs import folder as accepted
+from trainer.runs.folder import find_checkpoint, finished, pinned, unrelated
+from trainer.runs.places import STATE, CheckpointPlace, WrittenPart, local_copy, place_of
+from trainer.samples.columns import SPLITS, in_either_split
+from trainer.samples.reader import BatchPosition, SampleIndex
 
 _SAMPLES = "data.samples_digest"  # among the values of an origin
 FORMAT_VERSION = 3  # 2: the ids of the stores; 3: the optimiser of ID rows
@@ -372,3 +388,196 @@ def _read_named(path: Path, wanted: set[str] | None) -> dict[str, Tensor]:
 
 def _json_digest(values: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
+_NAME = "samples_digest"  # in the origin of a checkpoint
+_KIND = "bytes:"  # the beginning of one of contents
+_THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
+_REPORTED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class SamplesDigest:
+    """Digests of samples: checkpoints keep the `content`; early ones kept the `layout`, names and counts alone."""
+
+    content: str
+    layout: str
+
+    def is_of(self, recorded: Origin) -> bool:
+        """Tell whether these are the samples of a checkpoint."""
+        return recorded.data.get(_NAME) == self.as_recorded(recorded)[_NAME]
+
+    def as_recorded(self, recorded: Origin) -> dict[str, str]:
+        """Return the digest of the kind that a checkpoint has, to compare with it."""
+        return {_NAME: self.content if str(recorded.data.get(_NAME)).startswith(_KIND) else self.layout}
+
+
+def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> SamplesDigest:
+    """Read the files of `index` that are not known yet, each rank its share; every rank calls it.
+
+    What is known is kept in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
+    """
+    files = list(dict.fromkeys(each.file for each in index.row_groups))  # by name, whichever split they are in
+    memory = _Memory(index.storage, Path(cache_dir or default_cache_dir()) / SAMPLES)
+    known, unknown = comm.on_rank_0(lambda: memory.split(files))
+    size_bytes = sum(unknown.values())
+    if size_bytes > _REPORTED_BYTES:
+        console = text_console(quiet=comm.rank != 0)
+        console.print(f"reading {size_bytes / 1e9:.1f} GB of samples in {index.storage.url} to tell them from others")
+    with comm.agreed():
+        by_size = sorted(unknown, key=lambda file: (-unknown[file], file))  # so that no rank has much more to read
+        found = _digests(index.storage, by_size[comm.rank :: comm.size])
+    for share in comm.allgather_object(found, name="samples_digest"):
+        known |= share
+    comm.on_rank_0(lambda: memory.keep(known))
+    layout = index.layout_digest
+    each = xxhash.xxh3_128_hexdigest("\n".join([layout, *(known[file] for file in files)]).encode())
+    return SamplesDigest(f"{_KIND}{each}", layout)
+
+
+def _digests(storage: Storage, files: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(files, pool.map(lambda file: _digest(storage, file), files), strict=True))
+
+
+def _digest(storage: Storage, file: str) -> str:
+    try:
+        return in_either_split(partial(digest_of, storage), file)
+    except (OSError, StorageError) as failure:
+        raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
+
+
+class _Memory:
+    """Digests of earlier starts by the files' tags.
+
+    Where it cannot be read or kept, or other users may write to it, it is empty."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self._storage = storage
+        self._file = folder / f"{xxhash.xxh3_64_hexdigest(storage.url.encode())}.json"
+        self._entries: dict[str, StorageEntry] = {}
+        self._tags: dict[str, str] = {}
+        """Of the files whose digests may be kept."""
+
+    def split(self, files: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
+        """Digests of the files that are known, and sizes in bytes of the others."""
+        listed = [each for split in SPLITS for each in self._storage.entries(split, recursive=False)]
+        self._entries = {each.path: each for each in listed}
+        kept, settled = self._read(), settled_tags(listed)
+        known: dict[str, str] = {}
+        for file in files:
+            if file in settled:
+                self._tags[file] = settled[file]
+                tag, digest = kept.get(file, ("", ""))
+                if tag == settled[file]:
+                    known[file] = digest
+        sizes = {file: entry.size_bytes for file, entry in self._entries.items()}
+        return known, {file: sizes.get(file, 0) for file in files if file not in known}
+
+    def keep(self, digests: Mapping[str, str]) -> None:
+        """Writes what is new, and forgets files that are gone."""
+        kept = {file: value for file, value in self._read().items() if file in self._entries}
+        mine = {file: [tag, digests[file]] for file, tag in self._tags.items()}
+        if all(kept.get(file) == (tag, digest) for file, (tag, digest) in mine.items()):
+            return
+        remember(self._file, kept | mine)
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        try:
+            return {str(file): (str(tag), str(digest)) for file, (tag, digest) in remembered(self._file).items()}
+        except (ValueError, TypeError):
+            return {}
+
+
+def remembered(file: Path) -> dict[str, Any]:
+    """Read what `remember` wrote; nothing where it cannot be read, or where other users may write to it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember(file: Path, values: Mapping[str, Any]) -> None:
+    """Keep `values` as JSON in a file of the cache folder for samples; do nothing where it cannot be written."""
+    part = file.with_name(f".tmp-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError, StorageError):
+        claim(file.parent.parent, is_cache_file)
+        claim(file.parent, lambda _: True)
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(values), encoding="utf-8")
+        part.replace(file)
+
+
+Resumed = tuple[RunPath, CheckpointState]
+Opened = TypeVar("Opened")
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A damaged checkpoint that a run does not continue from, and what is wrong with it."""
+
+    path: RunPath
+    why: str
+
+
+def continued(
+    comm: Comm,
+    config: Config,
+    folder: RunPath,
+    open_at: Callable[[Resumed | None, list[PassedOver]], Opened],
+    *,
+    reading: bool = False,
+) -> Opened:
+    """Return what `open_at` opens at the checkpoint that `run.resume` says, or at None for a run that begins.
+
+    Where that is the newest one, and it is damaged, `open_at` gets the one before it and what was passed over, newest
+    first; unless `run.skip_damaged` is off or the run is just read (`reading`). Raises what `open_at` does, and of
+    checkpoints that are all damaged the error of the newest. Every rank calls it.
+    """
+    may_skip = config.run.skip_damaged and not reading and config.run.resume in ("latest", "auto")
+    passed_over: list[PassedOver] = []
+    newest: Exception | None = None
+    while (path := _chosen(comm, config, folder, passed_over)) is not None:
+        try:
+            state = comm.on_all(partial(read_state, path))
+            return open_at((path, state), passed_over)
+        except (DamagedCheckpointError, RemoteRankError) as failure:
+            is_other = isinstance(failure, RemoteRankError) and failure.kind != DamagedCheckpointError.__name__
+            if is_other or not may_skip:
+                raise
+            newest = newest or failure
+            passed_over = [*passed_over, PassedOver(path, _what(comm, failure))]
+        if not comm.on_rank_0(partial(_left, folder, passed_over)):
+            raise newest
+    return open_at(None, [])
+
+
+def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[PassedOver]) -> RunPath | None:
+    """Return the checkpoint to try, the same on all ranks: while they look, another one may become the newest."""
+
+    def find() -> RunPath | None:
+        if passed_over:
+            return _left(folder, passed_over)[-1]
+        resume = config.run.resume
+        if resume == "auto":
+            resume = "latest" if finished(checkpoints_of(folder)) else None
+        return None if resume is None else find_checkpoint(folder, resume, "run.resume=")
+
+    if config.run.resume is None:
+        return None
+    if isinstance(folder, FarPath):
+        return comm.on_rank_0(find)
+    return comm.broadcast_object(comm.on_all(find))  # a host without the disk says so
+
+
+def _left(folder: RunPath, passed_over: list[PassedOver]) -> list[RunPath]:
+    """List the checkpoints, oldest first, without those that were passed over."""
+    gone = {each.path.name for each in passed_over}
+    return [path for path in finished(pinned(checkpoints_of(folder))) if path.name not in gone]
+
+
+def _what(comm: Comm, failure: DamagedCheckpointError | RemoteRankError) -> str:
+    """Return what is damaged, as the first rank says that found it. Every rank calls it."""
+    own = failure.what if isinstance(failure, DamagedCheckpointError) else ""
+    return next(filter(None, comm.allgather_object(own, name="damage")))

@@ -31,13 +31,13 @@ from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
 from trainer.config.options import ExactTableConfig
+from trainer.engine.engine import image_model, networks_of
 from trainer.engine.machine import share_machine
-from trainer.engine.wiring import image_model, networks_of
 from trainer.errors import ConfigError, DataError
 from trainer.files import output_at
 from trainer.ids.exact import IDS, LAST_USE
-from trainer.ids.rows import WEIGHT
-from trainer.models.fields import used_fields
+from trainer.ids.optimizers import WEIGHT
+from trainer.models.layers import used_fields
 from trainer.optim import check_names
 from trainer.runs.checkpoint import read_dense, read_rows
 from trainer.runs.saved import SavedRun, finite, read_run

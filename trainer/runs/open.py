@@ -1,4 +1,4 @@
-"""Open a run: samples, feature store, engine and, on resumption, a checkpoint; each checked before the next one.
+"""A run, claimed by one start of it, and opened: model, tables, stores and samples.
 
 Every rank calls the same functions; what can go wrong on one of them is agreed on, so that all raise together.
 """
@@ -21,22 +21,25 @@ from featurestore.published.paths import FarPath, RunPath, remove_all, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
-from trainer.config.config import Config
+from trainer.config.config import Config, save_config
 from trainer.config.options import OptimConfig
-from trainer.engine.engine import Engine
-from trainer.engine.machine import share_machine
-from trainer.engine.precision import with_compute_dtype
-from trainer.engine.wiring import check_tables
-from trainer.errors import DataNotFoundError
+from trainer.engine.engine import Engine, check_tables
+from trainer.engine.machine import share_machine, with_compute_dtype
+from trainer.errors import ConfigError, DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import checkpoint, warmstart
-from trainer.runs.checkpoint import CheckpointState, Origin
-from trainer.runs.folder import check_folder
-from trainer.runs.known_statistics import with_statistics
-from trainer.runs.resuming import PassedOver, Resumed, continued
-from trainer.runs.samples_digest import SamplesDigest, samples_digest
-from trainer.runs.saving.local import local_folder, upload_new
-from trainer.runs.saving.places import CheckpointPlace, place_of
+from trainer.runs import folder as accepted
+from trainer.runs.checkpoint import (
+    CheckpointState,
+    Origin,
+    PassedOver,
+    Resumed,
+    SamplesDigest,
+    continued,
+    samples_digest,
+)
+from trainer.runs.folder import check_folder, finished, in_the_way, naming_run_dir, same_place
+from trainer.runs.places import CheckpointPlace, local_folder, place_of, upload_new
 from trainer.runs.stores import (
     StorePlace,
     kinds_by_store,
@@ -46,13 +49,14 @@ from trainer.runs.stores import (
     records,
     snapshot_of,
     store_places,
+    with_statistics,
+    write_statistics,
 )
 from trainer.runs.warmstart import WarmStart
-from trainer.samples.batch import BatchPosition
-from trainer.samples.columns import Index
-from trainer.samples.days import newest_day, sample_files
+from trainer.samples import dictionary
+from trainer.samples.columns import Index, newest_day, rules_of, sample_files
 from trainer.samples.order import streams_of
-from trainer.samples.reader import SampleIndex, SampleReader, known_ads, open_index
+from trainer.samples.reader import BatchPosition, SampleIndex, SampleReader, known_ads, open_index
 from trainer.samples.statistics import fill_in
 from trainer.schema import Schema, load_schema
 
@@ -391,3 +395,74 @@ def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) 
     """Make the reader of samples to evaluate on: of one part of them for each rank."""
     batch_size = config.train.eval_batch_size
     return SampleReader(index, schema, rank=comm.rank, num_ranks=comm.size, batch_size=batch_size, by_part=True)
+
+
+def claim_folder(run: Run) -> list[RunPath]:
+    """Make the run's folder and write config.yaml and, where the samples have texts, ids.parquet.
+
+    Returns the checkpoints that run.overwrite removed before that. Every rank calls it, when all else is open. Killed
+    at any point, it leaves the earlier run at one of its steps, or this one at its first. Raises ConfigError where the
+    folder cannot be written to.
+    """
+
+    def claim() -> list[RunPath]:
+        with naming_run_dir(run.config):
+            run.place.claim([each.path for each in run.passed_over])
+            _check_still_free(run)
+            removed = _overwrite(run) if run.config.run.overwrite else []
+            run.folder.mkdir(parents=True, exist_ok=True)
+            if resumed_folder(run) != run.folder:
+                (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not continue
+            save_config(run.config, run.folder / "config.yaml")
+            write_statistics(run.folder, run.schema, run.origin.data)
+        return removed
+
+    removed_paths = run.comm.on_rank_0(claim)
+    _keep_dictionary(run)
+    return removed_paths
+
+
+def _keep_dictionary(run: Run) -> None:
+    """Write ids.parquet, unless the run is continued and has it.
+
+    It begins with the entries of the run whose ID rows this one continues, or begins with, in another folder. Raises
+    DataError, ConfigError on all ranks together.
+    """
+    if run.comm.on_rank_0((run.folder / dictionary.FILE).is_file):
+        return  # `claim_folder` removes another run's
+    warm = run.warm_start
+    before = run.comm.on_rank_0(lambda: resumed_folder(run))
+    if before is None and warm is not None and "ids" in warm.parts:
+        before = warm.path.absolute().parent.parent
+    earlier = before / dictionary.FILE if before is not None else None
+    with naming_run_dir(run.config):
+        dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
+
+
+def resumed_folder(run: Run) -> RunPath | None:
+    """Give the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
+    if run.resumed is None:
+        return None
+    path = run.resumed.absolute()
+    is_own = run.checkpoints.is_dir() and same_place(path.parent, run.checkpoints)
+    return run.folder if is_own else path.parent.parent
+
+
+def _overwrite(run: Run) -> list[RunPath]:
+    """Remove what this run does not continue of the one in its folder; returns the checkpoints among that."""
+    removed = in_the_way(run.folder, run.resumed)
+    (run.folder / "report.json").unlink(missing_ok=True)
+    run.place.remove(removed)
+    if not finished(run.checkpoints):
+        remove_all(run.folder / "tensorboard")
+        remove_all(run.local / "tensorboard")
+        (run.folder / accepted.FILE).unlink(missing_ok=True)
+    return removed
+
+
+def _check_still_free(run: Run) -> None:
+    """Raise ConfigError where another start of the run has published a checkpoint since this one looked."""
+    if isinstance(run.folder, FarPath) and not run.config.run.overwrite and in_the_way(run.folder, run.resumed):
+        raise ConfigError(
+            f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with run.resume=latest"
+        )

@@ -40,7 +40,7 @@ from trainer.runs.stores import (
     snapshot_of,
     store_places,
 )
-from trainer.samples.days import sample_files
+from trainer.samples.columns import sample_files
 from trainer.samples.reader import SampleIndex, SampleReader, open_index
 from trainer.samples.statistics import fill_in
 from trainer.schema import Schema, load_schema

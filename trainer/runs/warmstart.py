@@ -20,7 +20,7 @@ from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
 from trainer.config.options import NewAdSettings
-from trainer.engine.wiring import NO_IMAGES
+from trainer.engine.engine import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint

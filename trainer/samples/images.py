@@ -24,11 +24,10 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
-from trainer.samples.columns import Rule, rules_of, texts_of, values_of
-from trainer.samples.days import SPLITS, sample_files
+from trainer.samples.columns import SPLITS, Rule, rules_of, sample_files, texts_of, values_of
 from trainer.samples.reader import RowGroup, SampleIndex, open_index, read_row_groups
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
-from trainer.schema.text import IMAGES_FILE, SCHEMA_FILE
+from trainer.schema.profile import IMAGES_FILE, SCHEMA_FILE
 
 _HELD = 1 << 20  # uses that wait to be merged
 _SHOWN = 3

@@ -1,4 +1,8 @@
-"""Sample groups from Parquet as global batches, the same for any number of ranks.
+"""Samples read into batches, ahead of the step that takes them.
+
+Letters of shapes, here and in the whole package: P ranks, G groups and B samples on this rank, M rows of a side
+(G on the user side, B on the ad side), N values of a field, U unique keys asked, R keys received, Q unique among R,
+D feature width, V vector width.
 
 The order of an epoch depends on the seed alone: the row groups of all files are shuffled and dealt out to streams (see
 trainer.samples.order), and inside each window of a stream the sample groups are shuffled. A global batch has its part
@@ -8,41 +12,105 @@ batches or two ranks, appears on both sides, with its user fields repeated.
 Cost: a rank decodes the streams that it has a share of, and holds one or two windows of each. So with as many streams
 as ranks, or more, it decodes little else than its own samples; with one stream, all of them. Evaluation needs no order:
 there each rank has one contiguous part of the files and decodes that alone.
+
+numpy, Arrow and Horovod let go of the interpreter for most of it. Where the threads of the step leave no core free, the
+work ahead runs while the step waits for other ranks.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from numpy.typing import NDArray
 
 from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.errors import DataError, DataNotFoundError
-from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import (
     DecodedGroups,
     Index,
     Rule,
     check_types,
     decode,
+    files_of,
+    in_either_split,
+    name_of,
     ranges,
     rules_of,
+    sample_files,
     sizes_of,
     source_columns,
     text_columns,
     values_of,
 )
-from trainer.samples.days import files_of, in_either_split, name_of, sample_files
-from trainer.samples.order import batch_parts, deal, decode_shares, shares_by_rank, windows_of
-from trainer.samples.stream import Piece, Stream
-from trainer.samples.transform import bucket_ids, dense_values
+from trainer.samples.order import Piece, Stream, batch_parts, deal, decode_shares, shares_by_rank, windows_of
+from trainer.samples.values import bucket_ids, dense_values
 from trainer.schema import Field, Schema
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Rows of uneven length: row m holds the next `lengths_M[m]` of `values_N`."""
+
+    values_N: NDArray[np.int64]
+    lengths_M: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class BatchPosition:
+    """Where in the run a global batch is; both count from zero."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one global batch that this rank has; G = B = 0 is a valid batch on any rank."""
+
+    fields: Mapping[str, Jagged]
+    """Every id, multi_id and content field; M = G on the user side, M = B on the ad side."""
+    dense: Mapping[str, NDArray[np.float32]]
+    """Every dense field, (M, width)."""
+    group_of_sample_B: NDArray[np.int64]
+    """Row of the user side that each sample belongs to, in [0, G)."""
+    label_B: NDArray[np.float32]
+    group_id_B: NDArray[np.int64]
+    """The user of each sample, for GAUC."""
+    global_samples: int
+    """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
+    weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Of the fields whose ids have weights, one for each value (N,)."""
+    galleries: Mapping[str, Jagged] = field(default_factory=dict)
+    """Of content fields with galleries: `values_N` are the numbers of images of each ad or behaviour (in `fields` their
+    keys stand one after the other), `lengths_M` the ads (1) or behaviours of a row."""
+    position: BatchPosition = field(default=BatchPosition(0, 0))
+    place_B: NDArray[np.int64] | None = None
+    """Place of each sample in the global batch; None: in this order, from 0 on."""
+
+    @property
+    def num_samples(self) -> int:
+        """The number B of samples."""
+        return len(self.label_B)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Place of each sample in the global batch."""
+        return np.arange(self.num_samples) if self.place_B is None else self.place_B
 
 
 @dataclass(frozen=True)
@@ -77,7 +145,7 @@ class SampleIndex:
 
     @property
     def layout_digest(self) -> str:
-        """xxh3-128 of names and counts, not of what the rows hold: see trainer.runs.samples_digest."""
+        """xxh3-128 of names and counts, not of what the rows hold: see trainer.runs.checkpoint."""
         row_groups = self.row_groups
         if self.by_day:
             row_groups = tuple(replace(each, file=name_of(each.file)) for each in row_groups)
@@ -362,3 +430,96 @@ def _arrow_type(rule: Rule) -> pa.DataType:
     for _ in range(rule.depth):
         kind = pa.list_(kind)
     return kind
+
+
+Result = TypeVar("Result")
+
+_LOWEST_PRIORITY = 19
+_LATE, _TIMES = 0.2, 3  # of the time of a step; one after the other
+
+
+class ReadAhead(Iterator[Batch]):
+    """The same batches, read by a thread up to `depth` ahead (0: none); an error is raised where its batch would come.
+
+    The thread begins at once, with the priority of who made it, not of who first asks for a batch; `close` ends it.
+    """
+
+    def __init__(self, batches: Iterator[Batch], depth: int) -> None:
+        self._batches = batches
+        self._pool = ThreadPoolExecutor(1, "read-samples") if depth else None
+        self._coming = deque(self._pool.submit(next, batches) for _ in range(depth)) if self._pool else deque()
+
+    def __next__(self) -> Batch:
+        if self._pool is None:
+            return next(self._batches)
+        if not self._coming:
+            raise StopIteration
+        try:
+            batch = self._coming.popleft().result()
+        except BaseException:  # StopIteration among them
+            self.close()
+            raise
+        self._coming.append(self._pool.submit(next, self._batches))
+        return batch
+
+    def close(self) -> None:
+        """End the thread; no more batches come. Safe to call twice."""
+        self._coming.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def prepare_ahead(
+    count: int, prepare: Callable[[], Result], *, in_background: bool = True
+) -> Generator[Callable[[], Result], None, None]:
+    """Call `prepare` `count` times in a thread, a call ahead; gives functions that wait for each result, or raise.
+
+    Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
+    in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.
+
+    `in_background`: at the lowest priority, for work that takes less time than the step beside it. Where results are
+    late again and again, because other processes keep the cores busy, a thread of normal priority takes over.
+    """
+    pool = ThreadPoolExecutor(1, "prepare", initializer=_step_back if in_background else None)
+    lateness = _Lateness()
+    try:
+        coming = pool.submit(prepare) if count else None
+        for left in range(count - 1, -1, -1):
+            assert coming is not None
+            current = coming
+            if in_background and lateness.is_habit():
+                pool.shutdown()  # ends with the call that it has begun: one after the other
+                pool, in_background = ThreadPoolExecutor(1, "prepare"), False
+            coming = pool.submit(prepare) if left else None
+            yield partial(lateness.timed, current.result)
+    finally:
+        pool.shutdown()
+
+
+class _Lateness:
+    """Whether those who ask for results have to wait long, compared with the time from one question to the next."""
+
+    def __init__(self) -> None:
+        self._asked_s: float | None = None
+        self._times_late = 0
+
+    def timed(self, result: Callable[[], Result]) -> Result:
+        """Wait for the result and return it."""
+        start_s = time.perf_counter()
+        value = result()
+        if self._asked_s is not None:
+            late = time.perf_counter() - start_s > _LATE * (start_s - self._asked_s)
+            self._times_late = self._times_late + 1 if late else 0
+        self._asked_s = start_s
+        return value
+
+    def is_habit(self) -> bool:
+        """Tell whether the last results were all late."""
+        return self._times_late >= _TIMES
+
+
+def _step_back() -> None:
+    """Gives this thread the lowest priority: whatever the step does goes first. Where that is refused, so be it."""
+    if sys.platform == "linux":  # elsewhere priorities are those of processes
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

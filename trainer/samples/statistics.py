@@ -19,9 +19,9 @@ from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.samples.columns import Rule, rules_of, values_of
 from trainer.samples.reader import RowGroup, SampleIndex, read_row_groups
-from trainer.samples.transform import before_scaling, filled
+from trainer.samples.values import before_scaling, filled
 from trainer.schema import Field, Schema
-from trainer.schema.numbers import STANDARDIZED
+from trainer.schema.fields import STANDARDIZED
 
 Float64 = NDArray[np.float64]
 _KEPT_VALUES = 1 << 20

@@ -63,8 +63,7 @@ def inspect(
     the first texts of its dictionary of IDs.
     """
     from featurestore.published import open_published
-    from trainer.schema.suggest_mapping import inspect_logs, render_mapping
-    from trainer.schema.suggest_schema import inspect_samples, render_schema
+    from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
 
     if (run_path(data) / "config.yaml").is_file():
         if out is not None:
@@ -94,7 +93,7 @@ def check(
     Of numbers that are scaled or cut into buckets, what the training samples say of them is printed.
     """
     from trainer.comm import SoloComm
-    from trainer.runs.known_statistics import statistics_of
+    from trainer.runs.stores import statistics_of
     from trainer.samples.reader import SampleReader, open_index
     from trainer.samples.statistics import fill_in, measure
 
@@ -208,7 +207,7 @@ def has_lists(storage: "Storage") -> bool:
     no file.
     """
     from trainer.schema.profile import content_of, data_files, inner_type, read_tables
-    from trainer.schema.suggest_schema import sample_files
+    from trainer.schema.suggest import sample_files
 
     files = sample_files(storage) or data_files(storage)
     if not files:

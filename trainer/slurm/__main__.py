@@ -15,8 +15,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app, say_error
 from featurestore.errors import FAILED
 from trainer.errors import ConfigError
-from trainer.launch.rendezvous import free_port, horovod_rendezvous
-from trainer.launch.variables import By
+from trainer.launch import By, free_port, horovod_rendezvous
 from trainer.slurm.allocation import Allocation, find_allocation
 
 EXAMPLES = """

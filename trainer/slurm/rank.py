@@ -11,7 +11,7 @@ import struct
 import sys
 from collections.abc import Mapping, Sequence
 
-from trainer.launch.variables import By, Place, Variables, horovod_variables, torch_variables
+from trainer.launch import By, Place, Variables, horovod_variables, torch_variables
 
 _SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 _DISCARD = 9

@@ -11,13 +11,11 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.errors import ConfigError
-from trainer.launch.variables import By
+from trainer.launch import By
 from trainer.supervise.claim import claimed
-from trainer.supervise.command import TrainCommand, parse_command
-from trainer.supervise.hosts import LOOK_BY_SCRIPT_S, LOOK_S, check_ssh, hosts_of
+from trainer.supervise.hosts import LOOK_BY_SCRIPT_S, LOOK_S, TrainCommand, check_ssh, hosts_of, parse_command
 from trainer.supervise.policy import HostSlots
-from trainer.supervise.report import Printer
-from trainer.supervise.supervisor import Options, Supervisor
+from trainer.supervise.supervisor import Options, Printer, Supervisor
 
 EXAMPLES = """
 Examples:

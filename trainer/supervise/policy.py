@@ -31,7 +31,7 @@ class RankEnd:
     code: int | None
     """As of subprocess: below 0 the signal; None where its host is out of reach."""
     error: str | None = None
-    """What it said last on stderr, see `trainer.supervise.report.LastWords`."""
+    """What it said last on stderr, see `trainer.supervise.supervisor.LastWords`."""
     was_killed: bool = False
     """Whether the supervisor sent SIGKILL, as the rank did not end by itself."""
 

@@ -1,24 +1,114 @@
-"""The supervisor: generation after generation, until the run is done, is stopped, or does not get on any more."""
+"""The supervisor: generations of ranks, restarts, and the report."""
 
 import asyncio
 import contextlib
+import os
+import queue
 import random
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
 
-from featurestore.console.commandline import STOPPED
+from featurestore.console.commandline import OK, STOPPED
 from featurestore.errors import FAILED, USAGE, UserError
-from featurestore.text import count_text
-from trainer.launch.variables import By
+from featurestore.text import count_text, printable
+from trainer.launch import By, Variables
 from trainer.supervise import policy
-from trainer.supervise.command import TrainCommand
-from trainer.supervise.environments import environments, reach_of
-from trainer.supervise.generation import Generation
-from trainer.supervise.link import Link, News
-from trainer.supervise.policy import HostSlots, Past
-from trainer.supervise.report import Printer, past_text, start_text
+from trainer.supervise.hosts import Link, News, TrainCommand, environments, reach_of
+from trainer.supervise.policy import HostSlots, Past, RankEnd
+
+_LAST_LINES_S = 10.0
+_ERROR, _LONG = "error: ", 500
+
+
+class Printer:
+    """Prints in a thread: a terminal that has been stopped must not keep the supervisor from its hosts."""
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[tuple[TextIO, str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._print, daemon=True)
+        self._thread.start()
+
+    def line(self, stream: TextIO, text: str) -> None:
+        """Print a line, soon."""
+        self._lines.put((stream, f"{text}\n"))
+
+    def say(self, text: str) -> None:
+        """Print a line of the supervisor's own."""
+        self.line(sys.stderr, f"supervise: {printable(text)}")
+
+    def close(self) -> None:
+        """Wait until all is printed, but not for ever."""
+        self._lines.put(None)
+        self._thread.join(_LAST_LINES_S)
+
+    def _print(self) -> None:
+        while (line := self._lines.get()) is not None:
+            stream, text = line
+            with contextlib.suppress(OSError):  # nobody reads any more
+                stream.write(text)
+                stream.flush()
+
+
+class LastWords:
+    """What a rank said last on stderr, in one line: its last error with the lines indented below it, else any line."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._goes_on = False
+
+    def add(self, line: str) -> None:
+        """Take in the next line of stderr."""
+        is_error = line.startswith(_ERROR)
+        if self._goes_on and line.startswith("  ") and len(self.text) < _LONG:
+            self.text += f"{' ' if self.text.endswith(':') else '; '}{line.strip()}"
+        elif is_error or (line.strip() and not self.text.startswith(_ERROR)):
+            self.text = line.strip()
+        self._goes_on = is_error or (self._goes_on and line.startswith("  "))
+
+
+def end_text(end: RankEnd) -> str:
+    """Say how a rank ended, e.g. "rank 3 on b died (signal 9)"."""
+    who = f"rank {end.rank} on {end.host}"
+    if end.code is None:
+        return f"{who} is out of reach" + (f" ({end.error})" if end.error else "")
+    if end.was_killed:
+        return f"{who} did not end by itself and was killed"
+    if end.code < 0:
+        why = f": {end.error}" if end.gave_up and end.error else ""
+        return f"{who} died (signal {-end.code}{_name(-end.code)}{why})"
+    return f"{who} ended with exit code {end.code}" + (f" ({end.error})" if end.error else "")
+
+
+def _name(number: int) -> str:
+    return f", {signal.Signals(number).name}" if number in set(signal.Signals) else ""
+
+
+def past_text(past: Past) -> str:
+    """Say why a generation ended: the end of its culprit, and what the first other rank said of it, or any rank."""
+    if past.asked and past.first is None:
+        return "stopped after a checkpoint, to continue with more hosts"
+    ends = [past.culprit or past.ends[0]]
+    if past.first and past.first is not past.culprit:
+        ends.append(past.first)
+    if (ends[0].code or 0) > 0 and not any(each.error for each in ends):  # rank 0 has the word, and may end later
+        ends += [each for each in past.ends if each.error and each.error.startswith(_ERROR)][:1]
+    return "; ".join(map(end_text, ends))
+
+
+def start_text(step: int, hosts: Sequence[HostSlots], slots_left: int, slots: int) -> str:
+    """Say with what the next generation begins."""
+    ranks = sum(each.count for each in hosts)
+    where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
+    begin = f"resuming at step {step:,}" if step else "starting at the first step"
+    return f"{slots_left} of {slots} slots left; {begin} on {ranks} rank{'s' * (ranks != 1)} ({where})"
+
 
 _SETTLE_S = 3.0
 """After enough hosts are there, for the others to come too."""
@@ -257,3 +347,107 @@ class Supervisor:
         if code == STOPPED:
             return f"stopped {after}; the same command continues the run"
         return f"{past_text(last)}; not started again"
+
+
+DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
+"""How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
+NUMBER = "SUPERVISE_GENERATION"
+_KILL_S = 20.0
+"""After SIGKILL; a host that does not say by then that its ranks are gone is given up."""
+_OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")
+"""Variables, or beginnings of them, that are a host's own."""
+
+
+class Generation:
+    """Ranks of one start. `ends`: how they ended, in that order."""
+
+    def __init__(
+        self, hosts: Sequence[HostSlots], links: Mapping[str, Link], news: "asyncio.Queue[News]", printer: Printer
+    ) -> None:
+        names = [each.host for each in hosts for _ in range(each.count)]
+        self._host_of = dict(enumerate(names))
+        self._links, self._news = {name: links[name] for name in names}, news
+        self._printer = printer
+        self._alive = set(self._host_of)
+        self._killed: set[int] = set()
+        self._last: dict[int, LastWords] = defaultdict(LastWords)
+        self._kill_at = float("inf")
+        self.ends: list[RankEnd] = []
+        self.started_s = time.monotonic()
+
+    def start(self, command: Sequence[str], environments: Sequence[Variables], number: int) -> None:
+        """Let the agents start the ranks, which find the `number` of the generation in their environment."""
+        shared = {**inherited(os.environ), "PYTHONUNBUFFERED": "1", NUMBER: str(number)}
+        for host, link in self._links.items():
+            ranks = [rank for rank, name in self._host_of.items() if name == host]
+            link.send(
+                {
+                    "do": "start",
+                    "command": list(command),
+                    "folder": str(Path.cwd()),
+                    "environment": shared,
+                    "ranks": [{"rank": rank, "environment": environments[rank]} for rank in ranks],
+                }
+            )
+
+    def stop(self, grace_s: float) -> None:
+        """Ask all ranks to write a checkpoint and end; those that have not after `grace_s` are killed."""
+        self._signal(signal.SIGTERM)
+        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
+
+    @property
+    def is_over(self) -> bool:
+        return not self._alive
+
+    async def next_news(self, most_s: float) -> None:
+        """Wait for news, at most so long, and take it in; kill ranks whose time is up."""
+        wait_s = min(most_s, max(self._kill_at - time.monotonic(), 0))
+        try:
+            self._take(await asyncio.wait_for(self._news.get(), wait_s))
+        except TimeoutError:
+            if time.monotonic() >= self._kill_at:
+                self._kill()
+
+    def _take(self, news: News) -> None:
+        kind = news.what["is"]
+        if kind == "lost" and news.host in self._links:
+            for rank in sorted(each for each in self._alive if self._host_of[each] == news.host):
+                self._end(rank, None, news.what["why"])
+        elif kind in ("line", "end") and self._host_of.get(news.what["rank"]) == news.host:
+            if kind == "line":
+                self._show(news.what)
+            elif news.what["rank"] in self._alive:
+                self._end(news.what["rank"], news.what["code"], self._last[news.what["rank"]].text or None)
+
+    def _end(self, rank: int, code: int | None, error: str | None) -> None:
+        self._alive.discard(rank)
+        end = RankEnd(rank=rank, host=self._host_of[rank], code=code, error=error, was_killed=rank in self._killed)
+        self.ends.append(end)
+        grace_s = END_GRACE_S if code in (OK, STOPPED) else FAILURE_GRACE_S if end.gave_up else DEATH_GRACE_S
+        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
+
+    def _kill(self) -> None:
+        """Kill what is alive; the second time, give up the hosts that have not said that it is gone."""
+        if self._killed:
+            for host in {self._host_of[rank] for rank in self._alive}:
+                self._links[host].drop("its ranks did not end by SIGKILL")
+        self._killed |= self._alive
+        self._signal(signal.SIGKILL)
+        self._kill_at = time.monotonic() + _KILL_S
+
+    def _signal(self, number: int) -> None:
+        for link in self._links.values():
+            link.send({"do": "signal", "number": number})
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        """Print a line of a rank: that of rank 0 as it is."""
+        rank, text = line["rank"], line["text"]
+        if line["stream"] == "err":
+            self._last[rank].add(text)
+        stream = sys.stderr if line["stream"] == "err" else sys.stdout
+        self._printer.line(stream, text if rank == 0 else f"[rank {rank}] {text}")
+
+
+def inherited(environment: Mapping[str, str]) -> Variables:
+    """Return the variables of this process that ranks on any host get."""
+    return {name: value for name, value in environment.items() if not name.startswith(_OWN)}

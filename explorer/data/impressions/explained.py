@@ -24,8 +24,8 @@ from explorer.data.impressions.opened import Logits, OpenedRun
 from explorer.errors import NotHereError
 
 if TYPE_CHECKING:
-    from trainer.models.pooling.attention import PairWeights
-    from trainer.samples.batch import Batch
+    from trainer.models.pooling import PairWeights
+    from trainer.samples.reader import Batch
 
 MOST_BEHAVIORS = 200
 """The newest behaviours whose effect is computed."""

@@ -19,9 +19,8 @@ from explorer.errors import NotHereError
 from featurestore.keys import key_of_uri
 
 if TYPE_CHECKING:
-    from trainer.samples.batch import Batch
     from trainer.samples.columns import DecodedGroups, Rule
-    from trainer.samples.reader import RowGroup, SampleIndex
+    from trainer.samples.reader import Batch, RowGroup, SampleIndex
     from trainer.schema import Field
 
 Row = dict[str, Any]
@@ -155,9 +154,8 @@ class GroupColumns:
 
     def batch(self, groups: "DecodedGroups", chosen: slice = slice(None)) -> "Batch":
         """Make a batch of decoded groups, all their impressions."""
-        from trainer.samples.batch import BatchPosition
-        from trainer.samples.reader import assemble
-        from trainer.samples.stream import Piece
+        from trainer.samples.order import Piece
+        from trainer.samples.reader import BatchPosition, assemble
 
         group_G = np.arange(len(groups.sample_offsets) - 1)[chosen]
         begin_G, end_G = groups.sample_offsets[:-1][chosen], groups.sample_offsets[1:][chosen]
@@ -199,7 +197,7 @@ class SampleGroup:
     @cached_property
     def time_s(self) -> float | None:
         """When it was, in seconds since 1970; None where the samples do not say."""
-        from trainer.evaluation.impressions import seconds_of
+        from trainer.evaluation.slices import seconds_of
 
         name = self.columns.opened.schema.time
         if name not in self.whole.column_names:

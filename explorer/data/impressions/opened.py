@@ -26,10 +26,9 @@ from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from trainer.models.pooling.attention import PairWeights
+    from trainer.models.pooling import PairWeights
     from trainer.runs.saved import TrainedRun
-    from trainer.samples.batch import Batch
-    from trainer.samples.reader import SampleIndex
+    from trainer.samples.reader import Batch, SampleIndex
     from trainer.schema import Schema
 
 Logits = NDArray[np.float64]
@@ -121,7 +120,7 @@ class OpenedRun:
 
     def logits_and_weights(self, batch: "Batch") -> tuple[Logits, dict[str, "PairWeights"]]:
         """Predict a batch, and note how the model's aggregators weigh the behaviours of its samples, by field."""
-        from trainer.models.pooling.noted import noted_weights
+        from trainer.models.ctr import noted_weights
 
         with noted_weights(self.trained.engine.model) as weights:
             logits_B = self.logits(batch)

@@ -47,7 +47,7 @@ def read_ads(index: "SampleIndex", schema: "Schema") -> AdImages | None:
 
     Raises DataError, SchemaError.
     """
-    from trainer.evaluation.impressions import ad_image_field
+    from trainer.evaluation.slices import ad_image_field
 
     image, category = ad_image_field(schema), category_field(schema)
     if image is None:

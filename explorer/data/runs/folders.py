@@ -15,8 +15,7 @@ from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import RunPath, read_file, run_path
 from featurestore.text import one_line, parse_json, parse_yaml
-from trainer.daily import SHARED
-from trainer.files import checkpoints_of
+from trainer.files import DAYS_FILE, checkpoints_of
 
 State = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -93,7 +92,7 @@ def run_names(places: Places) -> list[str]:
     root = run_path(places.runs)
     with ThreadPoolExecutor(_THREADS) as threads:
         found, others = _with_file({each.name: each for each in root.iterdir()}, "config.yaml", threads)
-        series, _ = _with_file(others, SHARED, threads)
+        series, _ = _with_file(others, DAYS_FILE, threads)
         days = {f"{name}/{day.name}": day for name, folder in series.items() for day in folder.iterdir()}
         found |= _with_file(days, "config.yaml", threads)[0]
     names = sorted(name for name in found if _is_text(name))

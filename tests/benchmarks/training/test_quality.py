@@ -27,7 +27,7 @@ from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from trainer.config.config import DEFAULT_PRESET
 from trainer.errors import DataError
-from trainer.samples.batch import Jagged
+from trainer.samples.reader import Jagged
 from trainer.schema import load_schema
 
 ITEMS, USERS = 30, 40

@@ -7,7 +7,7 @@ import pytest
 from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations, watched
 from tests.explorer.browser.watching.crawl import Site, crawl, routes, settle
 from tests.explorer.serving import serving
-from trainer.daily import SHARED
+from trainer.files import DAYS_FILE
 
 BY_FORMS = ("/runs/compare?run=both&run=ids-only",)
 """Pages that only a form leads to."""
@@ -33,7 +33,7 @@ def explorer(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("days")
     own = world.copy(folder / "world")
     shutil.copytree(own.runs / "ids-only", own.runs / "days" / "2026-03-19")
-    (own.runs / "days" / SHARED).write_text("{}")
+    (own.runs / "days" / DAYS_FILE).write_text("{}")
     with serving(folder, *own.options(model=True)) as server:
         yield server
 

@@ -17,8 +17,8 @@ from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server.app import application
 from tests.explorer.world import World
-from trainer.daily import SHARED
-from trainer.loop.events import EventsFile
+from trainer.files import DAYS_FILE
+from trainer.loop.progress import EventsFile
 from trainer.main import app as main
 
 HOSTILE = [
@@ -139,7 +139,7 @@ def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, c
 def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClient, changing_world: World) -> None:
     for name in ("both", "ids-only"):
         shutil.copytree(changing_world.runs / name, changing_world.runs / "daily" / name)
-    (changing_world.runs / "daily" / SHARED).write_text("{}")
+    (changing_world.runs / "daily" / DAYS_FILE).write_text("{}")
     listed = page(changing, "/runs")
     assert 'href="/runs/daily/both"' in listed
     assert 'value="daily/both"' in listed

@@ -22,10 +22,10 @@ from pipeline.samples.publish import MARK, replaced_files
 from tests.fuse import FORK, Fuse
 from tests.pipeline.samples.rows import DAY_S, all_bytes, day_of, done, in_pieces, random_logs, shown, table, write
 from trainer.comm import SoloComm
-from trainer.samples.days import files_by_day
+from trainer.samples.columns import files_by_day
 from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import load_schema
-from trainer.schema.text import SETTINGS_FILE
+from trainer.schema.profile import SETTINGS_FILE
 
 
 def bytes_at(url: str) -> dict[str, bytes]:

@@ -9,11 +9,10 @@ import torch
 from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
 from trainer.config.options import ModelConfig
 from trainer.exchange.exchange import FieldVectors
-from trainer.models.build import build_model
 from trainer.models.ctr import CtrModel
-from trainer.models.fields import nearest_of, tiers_of, width_of
-from trainer.models.layers import chosen_values
-from trainer.models.pooling.galleries import gallery_vectors
+from trainer.models.layers import chosen_values, nearest_of, tiers_of, width_of
+from trainer.models.nets import build_model
+from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field, Schema
 
 _PAIRED = ("behavior_item", "behavior_shop", "behavior_age")

@@ -13,10 +13,9 @@ from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import decode_requests
 from serving.scoring.values import all_integers
 from tests.serving.scoring.wide import SCHEMA, groups, request_of, table_of
-from trainer.samples.batch import Batch, BatchPosition
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.reader import assemble
-from trainer.samples.stream import Piece
+from trainer.samples.order import Piece
+from trainer.samples.reader import Batch, BatchPosition, assemble
 
 COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)
 TEXTUAL = [name for name, rule in COLUMNS.sources.items() if rule.text]

@@ -30,7 +30,7 @@ from serving.scoring.scorer import Scorer
 from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
 from trainer.config.options import BaseNet, ModelConfig, Pooling
 from trainer.evaluation.predict import predict_run
-from trainer.models.build import build_model
+from trainer.models.nets import build_model
 from trainer.runs.export import open_table
 
 pytestmark = pytest.mark.long

@@ -8,7 +8,7 @@ import pytest
 from trainer.comm import SoloComm, connect
 from trainer.comm.connecting import launcher_of
 from trainer.errors import ConfigError
-from trainer.launch.variables import Place, horovod_variables
+from trainer.launch import Place, horovod_variables
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 HOROVODRUN = horovod_variables(Place([2], 0, 0), "localhost", "127.0.0.1", 29500, None)

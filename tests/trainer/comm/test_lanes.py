@@ -7,10 +7,17 @@ import psutil
 import pytest
 
 from tests.ranks import Forks
-from trainer.comm.distributed import TorchComm
-from trainer.comm.lanes import Meeting, RankAddress, check_reach, has_gpu_for_each, listening_address, own_address
+from trainer.comm.distributed import (
+    Meeting,
+    RankAddress,
+    TorchComm,
+    check_reach,
+    has_gpu_for_each,
+    listening_address,
+    own_address,
+)
 from trainer.errors import ConfigError, LostRankError
-from trainer.launch.rendezvous import free_port
+from trainer.launch import free_port
 
 
 @pytest.mark.services

@@ -13,8 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.ranks import Forks, Job
-from trainer.launch.rendezvous import free_port, horovod_rendezvous
-from trainer.launch.variables import Place, Variables, horovod_variables, torch_variables
+from trainer.launch import Place, Variables, free_port, horovod_rendezvous, horovod_variables, torch_variables
 from trainer.main import app
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(200)]

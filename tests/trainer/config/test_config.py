@@ -9,8 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from trainer.config.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
-from trainer.config.options import ExactTableConfig, ModelConfig
-from trainer.config.validate import LONGEST_NAME, near_match
+from trainer.config.options import LONGEST_NAME, ExactTableConfig, ModelConfig, near_match
 from trainer.errors import ConfigError
 
 

@@ -25,9 +25,8 @@ from tests.ranks import StandingRanks
 from tests.trainer.alike import alike
 from trainer.comm import SoloComm
 from trainer.config.config import Config, load_config, save_config
-from trainer.daily.__main__ import app, plan
-from trainer.daily.__main__ import follow as follow_days
-from trainer.daily.table import run_of_days
+from trainer.daily import app, plan, run_of_days
+from trainer.daily import follow as follow_days
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
@@ -182,10 +181,10 @@ def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapsh
 def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     cut = config_of(followed, run__name=f"cut-{point}", train__checkpoint_every=2)
     place = {
-        "claim": "trainer.runs.claim.claim_folder",
+        "claim": "trainer.runs.open.claim_folder",
         "step": "trainer.engine.engine.Engine.train_step",
         "report": "trainer.loop.summary.write_report",
-        "table": "trainer.daily.table.write",
+        "table": "trainer.daily.write",
     }[point]
     module, _, name = place.rpartition(".")
     owner = sys.modules["trainer.engine.engine"].Engine if point == "step" else sys.modules[module]

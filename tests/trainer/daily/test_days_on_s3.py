@@ -12,7 +12,7 @@ import pytest
 from featurestore.published.paths import run_path
 from tests.trainer.daily.test_daily import DAYS, config_of, make_days
 from trainer.comm import SoloComm
-from trainer.daily.__main__ import follow
+from trainer.daily import follow
 
 Places = Any
 

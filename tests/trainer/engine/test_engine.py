@@ -12,10 +12,10 @@ from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig, OptimConfig
-from trainer.engine import precision
+from trainer.engine import machine
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.samples.batch import Batch, Jagged
+from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
 
 SCHEMA = Schema(
@@ -226,15 +226,15 @@ def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, m
     capabilities["amx_bf16"] = False
     assert dtype_of_auto() == torch.float32
     config, cpu = ModelConfig(), torch.device("cpu")
-    assert precision.with_compute_dtype(config, SoloComm(), cpu, "bfloat16").compute_dtype == "bfloat16"
+    assert machine.with_compute_dtype(config, SoloComm(), cpu, "bfloat16").compute_dtype == "bfloat16"
     capabilities["amx_bf16"] = True
-    assert precision.with_compute_dtype(config, TwoKinds(), cpu, None).compute_dtype == "float32"
+    assert machine.with_compute_dtype(config, TwoKinds(), cpu, None).compute_dtype == "float32"
     chosen = ModelConfig(compute_dtype="float64")
-    assert precision.with_compute_dtype(chosen, SoloComm(), cpu, "bfloat16") is chosen
+    assert machine.with_compute_dtype(chosen, SoloComm(), cpu, "bfloat16") is chosen
     capabilities["amx_bf16"] = False
     monkeypatch.setenv(VARIABLE, "bfloat16")
     assert dtype_of_auto() == torch.bfloat16, "the environment goes before the hardware"
-    assert precision.with_compute_dtype(config, SoloComm(), cpu, "float32").compute_dtype == "float32"
+    assert machine.with_compute_dtype(config, SoloComm(), cpu, "float32").compute_dtype == "float32"
     monkeypatch.setenv(VARIABLE, "float16")
     with pytest.raises(ConfigError, match=r"CROSSMEDIA_COMPUTE_DTYPE=float16 is neither bfloat16 nor float32"):
         dtype_of_auto()

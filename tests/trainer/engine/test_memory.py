@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.trainer import frozen
-from trainer.engine.memory import keep_freed_memory, objects_frozen
+from trainer.engine.machine import keep_freed_memory, objects_frozen
 
 pytestmark = pytest.mark.long
 

@@ -9,7 +9,7 @@ from featurestore.lookup.signatures import BITS, WORDS, cosines
 from trainer.config.options import ModelConfig
 from trainer.engine.similarity import pairs_of_fields, similarity
 from trainer.errors import ConfigError
-from trainer.samples.batch import Batch, Jagged
+from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field
 
 FIELDS = (

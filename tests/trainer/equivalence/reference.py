@@ -28,10 +28,10 @@ from torch.nn import functional
 from worlds import Sample, features, steps, texts
 
 from featurestore.lookup.feature_dropout import EmbeddingDropout
-from trainer.engine.wiring import shape_of
+from trainer.engine.engine import shape_of
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape, initial_rows
-from trainer.models.id_dropout import HELD_OUT_RATE, dropped, random_words
+from trainer.models.layers import HELD_OUT_RATE, dropped, random_words
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 

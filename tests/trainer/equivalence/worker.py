@@ -28,9 +28,7 @@ from trainer.comm import Comm, connect
 from trainer.config.options import ExchangeConfig
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
-from trainer.samples.batch import Batch
-from trainer.samples.prefetch import prepare_ahead
-from trainer.samples.reader import open_index
+from trainer.samples.reader import Batch, open_index, prepare_ahead
 from trainer.samples.statistics import measure
 from trainer.stages import Stages
 

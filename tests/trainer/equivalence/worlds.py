@@ -16,11 +16,10 @@ from scenarios import DIM, NUM_SHARDS, SEED, TEXT_DIM, Scenario
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.remake import recode, reduce
-from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.reader import assemble
-from trainer.samples.stream import Piece
-from trainer.samples.transform import bucket_ids, dense_values
+from trainer.samples.order import Piece
+from trainer.samples.reader import Batch, BatchPosition, Jagged, assemble
+from trainer.samples.values import bucket_ids, dense_values
 from trainer.schema import Schema
 
 

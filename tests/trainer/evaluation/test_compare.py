@@ -13,12 +13,11 @@ from tests.pages import check_page
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.evaluation import compare as comparing
-from trainer.evaluation.bootstrap import draws, probability
+from trainer.evaluation.bootstrap import auc, draws, grouped_auc, probability
 from trainer.evaluation.compare import compare, compare_new_ads, compare_runs
-from trainer.evaluation.impressions import Impressions
-from trainer.evaluation.metrics import auc, grouped_auc
 from trainer.evaluation.predict import Predictions
 from trainer.evaluation.report import number, range_of
+from trainer.evaluation.slices import Impressions
 from trainer.runs.saved import RunSource
 
 USERS, EACH = 120, 8

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from trainer.evaluation.metrics import auc, auc_of_groups, grouped_auc, log_loss, measure
+from trainer.evaluation.bootstrap import auc, auc_of_groups, grouped_auc, log_loss, measure
 
 
 def _impressions(seed: int, count: int, users: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

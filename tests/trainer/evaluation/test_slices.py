@@ -11,8 +11,15 @@ import pytest
 
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
-from trainer.evaluation.impressions import NEVER, Impressions, SeenInTraining, read_impressions, seen_in_training
-from trainer.evaluation.slices import Slicing, slicings
+from trainer.evaluation.slices import (
+    NEVER,
+    Impressions,
+    SeenInTraining,
+    Slicing,
+    read_impressions,
+    seen_in_training,
+    slicings,
+)
 from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore.keys import shard_of, splitmix64
-from trainer.ids.admission import CountingFilter, counters_for
+from trainer.ids.exact import CountingFilter, counters_for
 
 SHARDS = 8
 

@@ -6,12 +6,10 @@ import torch
 
 from trainer.comm import SoloComm
 from trainer.config.options import OptimConfig
-from trainer.ids.collisions import Collisions, collisions_of, rows_for
-from trainer.ids.figures import gather_figures
+from trainer.ids.figures import Collisions, collisions_of, gather_figures, rows_for
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.tables import TableShape, build_tables
-from trainer.schema.distinct import DistinctCount
-from trainer.schema.text import table_rows
+from trainer.schema.profile import DistinctCount, table_rows
 
 READER = RowOptimizer(OptimConfig())
 IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)

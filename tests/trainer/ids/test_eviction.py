@@ -20,8 +20,7 @@ from tests.trainer.ids.exact_tables import (
     vector_of,
 )
 from trainer.config.options import IdOptimizer
-from trainer.ids.eviction import longest_unused
-from trainer.ids.exact import ExactTable
+from trainer.ids.exact import ExactTable, longest_unused
 
 ROWS = 32  # of a shard: two make room at once
 IDS = ids_of_shard(3, ROWS + 20)

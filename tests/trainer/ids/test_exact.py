@@ -24,7 +24,7 @@ from tests.trainer.ids.exact_tables import (
 )
 from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.rows import WEIGHT
+from trainer.ids.optimizers import WEIGHT
 from trainer.ids.tables import TableShape, apply_gradients, owned_bytes
 
 

@@ -17,7 +17,7 @@ from jobs.export_embeddings import app
 from tests.trainer.ids.saved import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.daily.__main__ import follow
+from trainer.daily import follow
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.exact import ExactTable
 from trainer.main import train

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from trainer.config.options import OptimConfig
 from trainer.errors import ConfigError
-from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
-from trainer.ids.rows import IdRows, row_bytes
+from trainer.ids.optimizers import IdRows, RowOptimizer, row_bytes, row_optimizer, state_of
 from trainer.optim import rates_at
 
 ROWS, WIDTH, STEPS = 30, 4, 450

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore.keys import owned_shards, shard_of, splitmix64
-from trainer.ids.rowmap import Int64, RowMap, map_bytes
+from trainer.ids.exact import Int64, RowMap, map_bytes
 
 SHARDS = 8
 

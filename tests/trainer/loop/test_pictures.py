@@ -19,9 +19,9 @@ from tests.trainer.alike import alike, all_alike
 from tests.trainer.conftest import Places, sample_table
 from tests.trainer.whole_runs import report_of, run_alone, tensors
 from trainer.comm import SoloComm
-from trainer.evaluation.metrics import auc, log_loss
+from trainer.evaluation.bootstrap import auc, log_loss
 from trainer.evaluation.predict import Metrics, predict, predict_run
-from trainer.loop.pictures import LEAST, checked
+from trainer.loop.training import LEAST, checked
 from trainer.models.newads import NewAds
 from trainer.runs.saved import Opened, RunSource, open_source
 

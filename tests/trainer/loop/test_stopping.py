@@ -15,8 +15,7 @@ from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import ConfigError, TrainerError
 from trainer.loop import training as train_module
-from trainer.loop.signals import StoppedError
-from trainer.loop.stopping import best_step, has_ended, has_finished, metrics_of
+from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint

@@ -9,9 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
-from trainer.models.build import build_model
-from trainer.models.hidden import Dice, GlobalBatchNorm, HiddenLayers, PlacedDropout, StepPlace
-from trainer.models.layers import Mlp
+from trainer.models.layers import Dice, GlobalBatchNorm, HiddenLayers, Mlp, PlacedDropout, StepPlace
+from trainer.models.nets import build_model
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(fields=(Field(name="user", side="user", kind="id"), Field(name="ad", side="ad", kind="id")))

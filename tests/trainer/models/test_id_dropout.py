@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from trainer.exchange.exchange import FieldVectors
-from trainer.models.id_dropout import IdDropout, dropped, own_ids_of_ads
-from trainer.samples.batch import Batch, Jagged
+from trainer.models.layers import IdDropout, dropped, own_ids_of_ads
+from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(

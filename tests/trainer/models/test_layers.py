@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from trainer.config.options import ModelConfig
-from trainer.exchange.sums import take_rows
-from trainer.models.hidden import HiddenLayers, StepPlace
-from trainer.models.layers import Mlp, expand_rows, segment_max, segment_softmax, segment_sum
+from trainer.exchange.exchange import take_rows
+from trainer.models.layers import HiddenLayers, Mlp, StepPlace, expand_rows, segment_max, segment_softmax, segment_sum
 
 LENGTHS = torch.tensor([2, 0, 3])
 INDEX = torch.tensor([1, 1, 0, 3, 1])

@@ -7,7 +7,7 @@ from trainer.config.config import load_config
 from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
-from trainer.models.build import build_model
+from trainer.models.nets import build_model
 from trainer.models.newads import NewAds, build_new_ads
 from trainer.schema import Field, Schema
 

@@ -18,16 +18,15 @@ from trainer.config.options import ModelConfig
 from trainer.errors import DataError, SchemaError
 from trainer.exchange.exchange import FieldVectors
 from trainer.main import train
-from trainer.models.build import build_model
-from trainer.models.pooling.aggregators import mean_pool, sum_pool
-from trainer.prerank.ads import ads_of_samples, ads_of_table
+from trainer.models.nets import build_model
+from trainer.models.pooling import mean_pool, sum_pool
 from trainer.prerank.evaluate import reader_of_tests
-from trainer.prerank.vectors import ad_vectors, towers, user_vectors
+from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers, user_vectors
 from trainer.runs.saved import open_trained
 from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.text import schema_text
+from trainer.schema.profile import schema_text
 
 WORDS = Field(name="ad_words", side="ad", kind="multi_id", weights="ad_words_weight")
 Edit = Callable[[pa.Table], pa.Table]

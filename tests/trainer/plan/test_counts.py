@@ -8,12 +8,11 @@ import pytest
 
 from featurestore.keys import owner_of, shard_of
 from trainer.config.config import load_config
-from trainer.plan.draws import DrawnSamples, drawn_keys, population
+from trainer.plan.calibrate import PlanQuestion, sample
+from trainer.plan.cost import DrawnSamples, drawn_keys, population
 from trainer.plan.growth import GrowthCurve, GrowthPoint, expected_unique, fit
-from trainer.plan.sample import PlanQuestion, sample
 from trainer.runs.open import train_reader
-from trainer.samples.batch import Batch, Jagged
-from trainer.samples.reader import SampleReader
+from trainer.samples.reader import Batch, Jagged, SampleReader
 
 Places = Any
 

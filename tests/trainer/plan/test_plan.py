@@ -25,13 +25,19 @@ from trainer.config.options import ExactTableConfig
 from trainer.errors import ConfigError, PlanError
 from trainer.plan import calibrate
 from trainer.plan.__main__ import app
-from trainer.plan.build import RankPlan, StoredBytes, advise, build
-from trainer.plan.calibrate import TimedSteps, interference, line, timed
+from trainer.plan.build import PAPER, RankPlan, StoredBytes, advise, build, bytes_per_s, load_input, plan_input
+from trainer.plan.calibrate import (
+    PlanQuestion,
+    TimedSteps,
+    busy_machine,
+    interference,
+    line,
+    sample,
+    stored_bytes,
+    timed,
+)
 from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, StageRate, StepCost
-from trainer.plan.inputs import PAPER, bytes_per_s, load_input, plan_input
-from trainer.plan.own import busy_machine, stored_bytes
-from trainer.plan.sample import PlanQuestion, sample
-from trainer.samples.days import newest_day
+from trainer.samples.columns import newest_day
 from trainer.samples.reader import open_index
 from trainer.stages import WAIT
 

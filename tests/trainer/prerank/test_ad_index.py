@@ -14,8 +14,7 @@ from tests.faulty import Fault, opened_faulty
 from tests.featurestore.storage.test_paths import sealed
 from tests.featurestore.test_index import two_towers
 from trainer.errors import AdIndexError
-from trainer.prerank.artifact import AdIndex, IndexOrigin
-from trainer.prerank.recall import Queries, reach
+from trainer.prerank.artifact import AdIndex, IndexOrigin, Queries, reach
 
 WIDTH = 4
 ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)

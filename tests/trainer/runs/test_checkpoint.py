@@ -13,7 +13,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, DamagedCheckpointError, RemoteRankError
 from trainer.runs import checkpoint
 from trainer.runs.folder import find_checkpoint, finished
-from trainer.runs.saving.places import WrittenPart
+from trainer.runs.places import WrittenPart
 
 
 def _save(folder: Path, step: int = 50, value: float = 1.0, size: int = 1, keep: int = 3) -> Path:

@@ -15,14 +15,13 @@ from featurestore.storage import storage
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.daily.__main__ import follow
+from trainer.daily import follow
 from trainer.errors import CheckpointError
 from trainer.main import train
-from trainer.runs import samples_digest as content
-from trainer.runs.checkpoint import read_state
+from trainer.runs import checkpoint as content
+from trainer.runs.checkpoint import SamplesDigest, read_state, samples_digest
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
-from trainer.runs.samples_digest import SamplesDigest, samples_digest
 from trainer.samples.reader import SampleIndex, open_index
 from trainer.schema import load_schema
 

@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.comm import SoloComm
-from trainer.samples.batch import Batch
-from trainer.samples.reader import SampleReader, open_index
+from trainer.samples.reader import Batch, SampleReader, open_index
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(

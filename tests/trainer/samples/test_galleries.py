@@ -21,13 +21,11 @@ from trainer.errors import ConfigError, DataError, SchemaError
 from trainer.evaluate import app as evaluate_app
 from trainer.exchange.exchange import FieldVectors
 from trainer.main import train
-from trainer.models.pooling.galleries import gallery_vectors
-from trainer.prerank.ads import ads_of_samples, ads_of_table
-from trainer.prerank.vectors import ad_vectors, towers
+from trainer.models.pooling import gallery_vectors
+from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
-from trainer.samples.batch import Batch
-from trainer.samples.reader import SampleReader, open_index
+from trainer.samples.reader import Batch, SampleReader, open_index
 from trainer.schema import DEFAULT_SCHEMA, Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from tests.trainer.samples.reading import reader_of, rows_of, serials_of
-from trainer.samples.batch import Batch
 from trainer.samples.order import batch_parts, deal, windows_of
+from trainer.samples.reader import Batch
 
 pytestmark = pytest.mark.long
 

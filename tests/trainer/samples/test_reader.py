@@ -17,10 +17,8 @@ from tests.faulty import FaultyStorage
 from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows_of, serials_of
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
-from trainer.samples.batch import Batch
 from trainer.samples.columns import aligned_columns, rules_of
-from trainer.samples.prefetch import ReadAhead
-from trainer.samples.reader import SampleReader, known_ads, open_index
+from trainer.samples.reader import Batch, ReadAhead, SampleReader, known_ads, open_index
 from trainer.schema import Field, Schema
 
 Write = Callable[..., list[pa.Table]]

@@ -14,8 +14,8 @@ import pytest
 from tests.trainer.samples.conftest import SCHEMA
 from trainer.comm import SoloComm
 from trainer.errors import DataError
-from trainer.runs import known_statistics as known
-from trainer.runs.known_statistics import with_statistics
+from trainer.runs import stores as known
+from trainer.runs.stores import with_statistics
 from trainer.samples import statistics
 from trainer.samples.reader import SampleIndex, open_index
 from trainer.samples.statistics import fields_to_measure, fill_in, measure, part_of, quantile_boundaries

@@ -17,16 +17,15 @@ from trainer.config.config import Config, load_config
 from trainer.errors import CheckpointError
 from trainer.evaluate import app as evaluate
 from trainer.main import train
-from trainer.prerank.ads import ads_of_samples, ads_of_table
-from trainer.prerank.vectors import ad_vectors, towers
+from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
-from trainer.runs.known_statistics import FILE, write_statistics
 from trainer.runs.saved import open_trained
+from trainer.runs.stores import FILE, write_statistics
 from trainer.samples.columns import rules_of
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
-from trainer.schema.text import schema_text
+from trainer.schema.profile import schema_text
 
 
 def settings_of(places: Any, name: str, **changes: Any) -> list[str]:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.suggest_mapping import match_columns
-from trainer.schema.text import schema_text, settings_text, table_rows
+from trainer.schema.profile import schema_text, settings_text, table_rows
+from trainer.schema.suggest import match_columns
 
 
 def run(*args, code=0):

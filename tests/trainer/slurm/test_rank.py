@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.launch.variables import By
+from trainer.launch import By
 from trainer.slurm.rank import interface_towards, variables_of
 
 RANKS = [2, 3, 1]

@@ -13,15 +13,22 @@ import pytest
 from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from trainer.errors import ConfigError, TrainerError
-from trainer.launch.variables import By
+from trainer.launch import By
 from trainer.supervise.agent import addresses
 from trainer.supervise.claim import claimed
-from trainer.supervise.command import parse_command
-from trainer.supervise.environments import Reach, environments, reach_of
-from trainer.supervise.generation import inherited
-from trainer.supervise.hosts import AGENT, agent_command, check_ssh, hosts_of, parse_hosts
+from trainer.supervise.hosts import (
+    AGENT,
+    Reach,
+    agent_command,
+    check_ssh,
+    environments,
+    hosts_of,
+    parse_command,
+    parse_hosts,
+    reach_of,
+)
 from trainer.supervise.policy import HostSlots
-from trainer.supervise.supervisor import StopRequest
+from trainer.supervise.supervisor import StopRequest, inherited
 
 TRAIN = ["python", "-m", "trainer.main"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.supervise.policy import HostSlots, Past, RankEnd, back_off_s, exit_code, fruitless, is_over, place, trusted
-from trainer.supervise.report import LastWords, past_text, start_text
+from trainer.supervise.supervisor import LastWords, past_text, start_text
 
 A, B, C = HostSlots("a", 4), HostSlots("b", 4), HostSlots("c", 2)
 

@@ -24,8 +24,7 @@ from tests.serving.scoring.variants import GONE, TABLES
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.evaluation.predict import predict_run, predict_without
-from trainer.evaluation.scores import score_run
+from trainer.evaluation.predict import predict_run, predict_without, score_run
 from trainer.main import train
 from trainer.runs.saved import RunSource, open_source
 from trainer.schema import DEFAULT_SCHEMA

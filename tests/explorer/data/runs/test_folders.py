@@ -12,7 +12,7 @@ from explorer.data.runs.folders import RunFacts, list_runs, open_run, read_facts
 from explorer.errors import NotHereError
 from explorer.places import Places
 from tests.explorer.world import World
-from trainer.daily import SHARED
+from trainer.files import DAYS_FILE
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_runs_are_listed_by_their_last_change_in_pages(runs: Path) -> None:
 def test_days_of_trainer_daily_are_runs_of_two_names(runs: Path) -> None:
     for name in ("daily/2026-01-02", "daily/2026-01-03", "other/both"):
         shutil.copytree(runs / "both", runs / name)
-    (runs / "daily" / SHARED).write_text("{}")
+    (runs / "daily" / DAYS_FILE).write_text("{}")
     (runs / "daily" / "2026-01-04").mkdir()  # not begun
     places = Places(runs=str(runs))
     for number, name in enumerate(("daily/2026-01-02", "both", "daily/2026-01-03", "both-longer", "ids-only")):

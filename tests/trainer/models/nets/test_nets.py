@@ -9,11 +9,9 @@ import torch
 from trainer.config.options import BaseNet, ModelConfig, Pooling, SeenImages
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.exchange import FieldVectors
-from trainer.models.build import build_model
-from trainer.models.fields import used_fields, width_of
-from trainer.models.nets.dcn import CrossNetwork
-from trainer.models.nets.din import Din
-from trainer.samples.batch import Batch, Jagged
+from trainer.models.layers import used_fields, width_of
+from trainer.models.nets import CrossNetwork, Din, build_model
+from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
 
 SCHEMA = Schema(

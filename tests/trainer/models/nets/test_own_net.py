@@ -26,7 +26,7 @@ from trainer.config.options import ModelConfig
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import app as evaluate
 from trainer.evaluation.predict import predict_run
-from trainer.models.build import build_model
+from trainer.models.nets import build_model
 from trainer.schema import load_schema
 
 ROOT = Path(__file__).parents[4]

@@ -8,11 +8,9 @@ from torch import Tensor
 
 from trainer.config.options import ModelConfig, Pooling
 from trainer.exchange.exchange import FieldVectors
-from trainer.models.hidden import HiddenLayers, StepPlace
-from trainer.models.pooling import transformer
-from trainer.models.pooling.aggregators import build_aggregator, sum_pool
-from trainer.models.pooling.attention import ActivationUnit, BehaviorAttention
-from trainer.models.pooling.transformer import TransformerPooling
+from trainer.models import pooling as transformer
+from trainer.models.layers import HiddenLayers, StepPlace
+from trainer.models.pooling import ActivationUnit, BehaviorAttention, TransformerPooling, build_aggregator, sum_pool
 
 WIDTH, LENGTH, HIDDEN = 3, 4, 6
 QUERY_WIDTHS = {"attentive": [2], "multi_query": [2, 5], "transformer": [2, 5]}

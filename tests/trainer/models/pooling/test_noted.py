@@ -18,9 +18,8 @@ from tests.trainer.models.pooling.test_aggregators import (
     score,
     values,
 )
-from trainer.models.pooling.attention import PairWeights
-from trainer.models.pooling.noted import noted_weights
-from trainer.models.pooling.transformer import TokenPlaces
+from trainer.models.ctr import noted_weights
+from trainer.models.pooling import PairWeights, TokenPlaces
 
 SAMPLES = torch.tensor(GROUP_OF_SAMPLE)
 WEIGHED = ["attentive", "multi_query", "transformer"]

@@ -14,7 +14,7 @@ from tests.trainer.ids.saved import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError
-from trainer.evaluation.metrics import measure
+from trainer.evaluation.bootstrap import measure
 from trainer.evaluation.predict import predict_run
 from trainer.main import train
 from trainer.runs.checkpoint import read_state

@@ -149,7 +149,7 @@ def test_killed_between_the_old_steps_and_the_new_ones(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.runs.claim.save_config", killed)
+        patched.setattr("trainer.runs.open.save_config", killed)
         with pytest.raises(KeyboardInterrupt):
             runs.branch("a", run__overwrite=True)
     run = runs.folder / "a"

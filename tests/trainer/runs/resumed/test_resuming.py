@@ -18,9 +18,9 @@ from trainer.config.config import load_config
 from trainer.errors import DamagedCheckpointError, RemoteRankError
 from trainer.main import train
 from trainer.runs import checkpoint
+from trainer.runs.checkpoint import PassedOver, Resumed, continued
 from trainer.runs.folder import finished, place
-from trainer.runs.resuming import PassedOver, Resumed, continued
-from trainer.runs.saving.places import place_of
+from trainer.runs.places import place_of
 
 Places = Any
 ROWS = "rows-00000-of-00001.safetensors"

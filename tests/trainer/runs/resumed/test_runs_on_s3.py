@@ -25,7 +25,7 @@ from trainer.evaluation.predict import predict_run
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint, finished
-from trainer.runs.saving.places import DiskPlace, place_of
+from trainer.runs.places import DiskPlace, place_of
 
 Places = Any
 

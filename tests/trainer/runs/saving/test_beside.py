@@ -18,9 +18,8 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
-from trainer.runs.saving.beside import Outcome, SavesBeside
-from trainer.runs.saving.packed import PackedTensors, write_tensors
-from trainer.runs.saving.places import DiskPlace, WrittenPart
+from trainer.runs.places import DiskPlace, PackedTensors, WrittenPart, write_tensors
+from trainer.runs.saving import Outcome, SavesBeside
 
 
 def nothing() -> None:
@@ -170,7 +169,7 @@ def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -
 
 
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.runs.saving.beside.free_bytes", lambda: 100)
+    monkeypatch.setattr("trainer.runs.saving.free_bytes", lambda: 100)
     saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
     monkeypatch.setattr(PackedTensors, "pack", None)
     saves.begin(Trained(), state_at(50), 3, None)
@@ -233,8 +232,8 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s, self.processor_s = 0.0, 0.0
         for name in ("monotonic", "perf_counter"):
-            monkeypatch.setattr(f"trainer.runs.saving.beside.time.{name}", lambda: self.now_s)
-        monkeypatch.setattr("trainer.runs.saving.beside.time.thread_time", lambda: self.processor_s)
+            monkeypatch.setattr(f"trainer.runs.saving.time.{name}", lambda: self.now_s)
+        monkeypatch.setattr("trainer.runs.saving.time.thread_time", lambda: self.processor_s)
 
 
 @pytest.mark.parametrize(("step_s", "every_s", "most_looks"), [(0.1, 60.0, 16), (2.0, 60.0, 10), (90.0, 60.0, 1)])

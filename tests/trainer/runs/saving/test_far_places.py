@@ -18,7 +18,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
 from trainer.runs.folder import find_checkpoint, finished, pinned
-from trainer.runs.saving.places import FarPlace, place_of
+from trainer.runs.places import FarPlace, place_of
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +188,8 @@ class TestReaders:
             checkpoint.read_state(pinned(FarPath(held.url)))
 
     def test_after_the_grace_it_is_gone(self, folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("trainer.runs.saving.places.KEEP_REMOVED_S", -5.0)
-        monkeypatch.setattr("trainer.runs.saving.places.EXPIRE_EVERY_S", 0.0)
+        monkeypatch.setattr("trainer.runs.places.KEEP_REMOVED_S", -5.0)
+        monkeypatch.setattr("trainer.runs.places.EXPIRE_EVERY_S", 0.0)
         place = FarPlace(folder)
         for step in (50, 60, 70):
             save(place, step, keep=1)

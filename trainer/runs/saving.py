@@ -1,4 +1,4 @@
-"""Checkpoints written during the training: the state is copied between two steps, and a thread writes the copy.
+"""Checkpoints saved in the background.
 
 The thread takes part in no collective. Every rank writes its own part, and says how far it is when all ranks look,
 between two steps that all of them know; when all parts are there, a thread of rank 0 publishes the checkpoint. A part
@@ -20,11 +20,10 @@ from torch import Tensor
 
 from featurestore.errors import StorageError
 from trainer.comm import Comm
-from trainer.engine.memory import free_bytes
+from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError
 from trainer.runs.checkpoint import DENSE, CheckpointState, Trained, rows_name, state_bytes
-from trainer.runs.saving.packed import PackedTensors, packed_bytes
-from trainer.runs.saving.places import CheckpointPlace, WrittenPart
+from trainer.runs.places import CheckpointPlace, PackedTensors, WrittenPart, packed_bytes
 
 _FAILURES = (OSError, StorageError, SafetensorError, MemoryError)
 _WAIT_S = 0.01

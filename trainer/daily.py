@@ -1,10 +1,12 @@
-"""Train each day on all days up to it, or from the run of the day before, evaluate it on the next, and keep a table.
+"""Daily training: python -m trainer.daily trains on the days that are new.
 
 `python -m trainer.daily` is one rank; `horovodrun -np P python -m trainer.daily` is P of them. What is done is in the
 runs' folders alone, so a job that was killed at any time continues where it stopped.
 """
 
 import contextlib
+import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -13,22 +15,139 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import print_table, text_console
 from featurestore.errors import AnotherStoreError, StorageError
-from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
+from featurestore.published.paths import RunPath, read_file, run_path, write_file, write_json_file
 from featurestore.text import parse_json
 from trainer.config import legacy
 from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
-from trainer.daily import SHARED
-from trainer.daily import table as daytable
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
-from trainer.files import checkpoints_of
+from trainer.files import DAYS_FILE, checkpoints_of
 from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import finished, report_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from trainer.comm import Comm
+
+
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
+
+
+def runs(folder: RunPath) -> list[RunPath]:
+    """List the folders of the days that were trained to the end, oldest first."""
+    return [each for each in day_folders(folder) if report_of(each) is not None]
+
+
+def day_folders(folder: RunPath) -> list[RunPath]:
+    """List the folders of the days that have begun, oldest first; none where there is no such folder."""
+    below: list[RunPath] = sorted(folder.iterdir(), key=str) if folder.is_dir() else []
+    return [each for each in below if DAY.fullmatch(each.name)]
+
+
+def run_of_days(folder: RunPath) -> RunPath:
+    """Return the newest evaluated run of a daily job's folder, or the folder where it is another's.
+
+    Raises ConfigError where no day is evaluated yet.
+    """
+    if not (folder / DAYS_FILE).is_file():
+        return folder
+    evaluated = [run for run in runs(folder) if (report_of(run) or {})["metrics"]]
+    if not evaluated:
+        raise ConfigError(
+            f"no day of {folder} is evaluated yet; wait for the samples of the next day, or name a run, as {folder}/DAY"
+        )
+    return evaluated[-1]
+
+
+def rows(folder: RunPath) -> list[dict[str, Any]]:
+    """List the trained days, oldest first, with the columns of `_schema`; None where a day is not evaluated yet.
+
+    `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
+    """
+    return [_row(run, report_of(run) or {}) for run in runs(folder)]
+
+
+def write(folder: RunPath) -> None:
+    """Write `folder`/days.json and days.parquet, each replaced as a whole.
+
+    Raises TrainerError where the disk refuses.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found, parquet = rows(folder), io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(found, schema=_schema()), parquet)
+    try:
+        write_json_file(folder / "days.json", found)
+        write_file(folder / "days.parquet", parquet.getvalue())
+    except (OSError, StorageError) as failure:
+        raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure
+
+
+def show(folder: RunPath) -> None:
+    """Print the table."""
+    console = text_console()
+    table = Table(title=str(folder))
+    for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows(folder):
+        before = run_path(row["warm_start"]).name if row["warm_start"] else None
+        cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
+        table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
+    print_table(console, table)
+    for row in rows(folder):
+        if row["samples_changed"]:
+            console.print(f"{row['day']}: its training samples had changed before it was evaluated")
+    console.print(f"written to {folder / 'days.json'} and days.parquet")
+
+
+def _schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "day": pa.string(),
+            "train_days": pa.list_(pa.string()),
+            "steps": pa.int64(),
+            "warm_start": pa.string(),
+            "store_version": pa.int64(),
+            "store_id": pa.string(),
+            "commit_id": pa.string(),
+            "samples_changed": pa.bool_(),
+            "test_day": pa.string(),
+            "impressions": pa.int64(),
+            **{name: pa.float64() for name in _METRICS[1:]},
+        }
+    )
+
+
+def _row(run: RunPath, report: Mapping[str, Any]) -> dict[str, Any]:
+    config = load_saved(run / "config.yaml")
+    first_store: dict[str, Any] = next(iter(report.get("stores", {}).values()), {})
+    return {
+        "day": run.name,
+        "train_days": config.data.train_days,
+        "steps": report["global_step"],
+        "warm_start": config.run.warm_start,
+        "store_version": report["store_version"],
+        **{name: first_store.get(name) or None for name in ("store_id", "commit_id")},
+        "samples_changed": report.get("samples_changed", False),
+        "test_day": config.data.test_days[0] if config.data.test_days and report["metrics"] else None,
+        **{name: report["metrics"].get(name) for name in _METRICS},
+    }
+
+
+def _text(value: str | int | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
 
 EXAMPLES = """
 Examples:
@@ -161,7 +280,7 @@ def plan(
     trains on all days up to its own too, or where it `continues` the run before on its own and those that came too late
     for that run. Raises ConfigError where the first run is of another day already.
     """
-    begun = {each.name: _train_days_of(each) for each in daytable.day_folders(folder)}
+    begun = {each.name: _train_days_of(each) for each in day_folders(folder)}
     if begun and first not in (None, min(begun)):
         raise ConfigError(f"--first-day {first}: the first run in {folder} is that of {min(begun)}; leave it out")
     may_begin = [day for day in days if day <= (last or day) and (warm or day < days[-1])]
@@ -235,8 +354,8 @@ def follow(
             except (CheckpointError, AnotherStoreError) as failure:
                 kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
                 raise kind(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
-            comm.on_rank_0(lambda: daytable.write(folder))
-    comm.on_rank_0(lambda: daytable.show(folder))
+            comm.on_rank_0(lambda: write(folder))
+    comm.on_rank_0(lambda: show(folder))
 
 
 def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: "Comm") -> None:
@@ -246,9 +365,8 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
     Raises TrainerError, FeatureStoreError.
     """
     from trainer.loop.progress import ProgressLog
-    from trainer.loop.signals import StopSignals
     from trainer.loop.summary import ranks_text
-    from trainer.loop.training import Training
+    from trainer.loop.training import StopSignals, Training
     from trainer.runs.open import open_run
 
     comm.deadline_s = config.run.deadline_s
@@ -301,7 +419,7 @@ def _is_day(text: str) -> bool:
         date.fromisoformat(text)
     except ValueError:
         return False
-    return daytable.DAY.fullmatch(text) is not None
+    return DAY.fullmatch(text) is not None
 
 
 def _check_base(base: Config) -> None:
@@ -325,7 +443,7 @@ def _check_base(base: Config) -> None:
 
 def _days_of(samples: str) -> list[str]:
     from featurestore.published import open_published
-    from trainer.samples.days import files_by_day
+    from trainer.samples.columns import files_by_day
 
     days = list(files_by_day(open_published(samples)))
     if not days:
@@ -350,9 +468,9 @@ def _claim(folder: RunPath, base: Config) -> None:
             mode="json", exclude={"store_version", "store_versions", "cache_dir", "prefetch_batches"}
         ),
     }
-    file = folder / SHARED
+    file = folder / DAYS_FILE
     try:
-        if file.is_file() and any(daytable.DAY.fullmatch(each.name) for each in folder.iterdir()):
+        if file.is_file() and any(DAY.fullmatch(each.name) for each in folder.iterdir()):
             _check_same(mine, parse_json(read_file(file)), file)
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -394,7 +512,7 @@ def _check_stores(before: RunPath, base: Config) -> None:
 
 def _run_before(day: Day) -> RunPath | None:
     """The newest finished run of an earlier day, also where its samples are gone by now."""
-    before = [each for each in daytable.runs(day.folder.parent) if each.name < day.name]
+    before = [each for each in runs(day.folder.parent) if each.name < day.name]
     return before[-1] if before else None
 
 

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are published: a folder of a disk, or an address of an object store.
+"""Places of checkpoints: on a disk or at an object store, their files packed.
 
 On a disk, parts are written into a hidden folder, which is renamed when all are there (`trainer.runs.checkpoint`). On
 an object store, each part has a place of its own, and a new version of the address `RUN/checkpoints` names all that
@@ -16,28 +16,161 @@ hold an earlier one.
 """
 
 import contextlib
+import json
+import os
 import shutil
+import tempfile
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 import xxhash
 from torch import Tensor
 
 from featurestore.console.files import replace_file
 from featurestore.errors import CommitConflictError
 from featurestore.log import writer_name
-from featurestore.lookup.cache import digest_of_file
+from featurestore.lookup.cache import RUNS, default_cache_dir, digest_of_file, is_cache_file
 from featurestore.published import FILES, PublishedFile, PublishedFiles, expire, missing, open_published, publish
 from featurestore.published.paths import DAMAGED, FarPath, RunPath
-from featurestore.storage.local import read_regular, sync
+from featurestore.storage.local import claim, read_regular, sync
 from featurestore.storage.storage import Storage
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DamagedCheckpointError
 from trainer.runs.folder import finished, place, remove, step_of
-from trainer.runs.saving.packed import PackedTensors, write_tensors
+
+_BLOCK_BYTES = 8 << 20
+
+
+def local_folder(path: RunPath, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a folder of this machine for what belongs to a run: its own, or of an address one in the cache folder."""
+    if not isinstance(path, FarPath):
+        return path
+    folder = _cache(cache_dir) / f"{path.name}-{xxhash.xxh3_64_hexdigest(path.url.encode())}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def upload_new(folder: Path, names: tuple[str, ...], to: RunPath, known: dict[str, int]) -> None:
+    """Copy files of these folders below `folder` to an address, but for those whose size is that in `known`.
+
+    Does nothing where the run is on a disk. Raises OSError, StorageError."""
+    if not isinstance(to, FarPath):
+        return
+    storage = Storage(to.url)
+    for file in sorted(each for name in names for each in (folder / name).rglob("*") if each.is_file()):
+        name, data = str(file.relative_to(folder)), file.read_bytes()
+        if known.get(name) != len(data):
+            storage.write_bytes(name, data)
+            known[name] = len(data)
+
+
+@contextlib.contextmanager
+def local_copy(path: RunPath, digest: str, cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Give a file of this machine with the content of `path`: itself, or a copy in the cache folder for the block.
+
+    `digest`: the xxh3-128 that a copy has to have; a file of a disk is not looked at. Raises DamagedCheckpointError for
+    another one, or where the file is gone, OSError, StorageError.
+    """
+    if not isinstance(path, FarPath):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(dir=_cache(cache_dir), prefix=".tmp-", suffix=f"-{path.name}") as copy:
+        found = xxhash.xxh3_128()
+        try:
+            with path.open_input() as file:
+                while block := file.read(_BLOCK_BYTES):
+                    found.update(block)
+                    copy.write(block)
+        except FileNotFoundError as failure:
+            raise DamagedCheckpointError(f"{path} is missing") from failure
+        copy.flush()
+        if found.hexdigest() != digest:
+            raise DamagedCheckpointError(f"{path} is damaged: its digest is not the one in state.json")
+        yield Path(copy.name)
+
+
+def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
+    folder = Path(cache_dir or default_cache_dir())
+    claim(folder, is_cache_file)
+    claim(folder / RUNS, lambda _: True)
+    return folder / RUNS
+
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+_ALIGNMENT = 8
+
+
+class PackedTensors:
+    """The bytes of one safetensors file. Packing as many bytes again takes the same memory.
+
+    Library calls that write such files copy all tensors first, and again into the file's bytes; this copies each tensor
+    once, to its place, at the speed of memory.
+    """
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        """The file's bytes, until the next `pack`."""
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> "PackedTensors":
+        """Copy the tensors, on whichever device; afterwards they may change. Raises MemoryError."""
+        beginning, ordered = _laid_out(tensors)
+        start = len(beginning)
+        if len(self.data) != (size := start + packed_bytes(tensors)):
+            self.data = bytearray()  # gone before the new one is made
+            self.data = bytearray(size)
+        self.data[:start] = beginning
+        for tensor in ordered:
+            if tensor.numel():
+                target = torch.frombuffer(self.data, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+                target.view(tensor.shape).copy_(tensor.detach())
+            start += tensor.nbytes
+        return self
+
+
+def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return about how many bytes the tensors take when they are packed."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    """Write the bytes that `PackedTensors` would hold. No more than one tensor is copied at a time. Raises OSError."""
+    beginning, ordered = _laid_out(tensors)
+    file.write(beginning)
+    for tensor in ordered:
+        if tensor.numel():
+            copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+            file.write(copied.view(-1).view(torch.uint8).numpy().data)
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
+    """Return what comes before the numbers, the header's length and the header in JSON, and the tensors in order."""
+    header: dict[str, dict[str, object]] = {}
+    offset = 0
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in ordered:
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
+
 
 STATE = "state.json"
 KEEP_REMOVED_S = 600.0

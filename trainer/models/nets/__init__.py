@@ -1,1 +1,0 @@
-"""The base nets: what becomes of the vectors of one sample."""

@@ -1,1 +1,0 @@
-"""Poolings: many behaviour vectors of a sample become one."""
