@@ -24,6 +24,7 @@ PROGRAMS = {
     "benchmarks.train.peer",
     "explorer.data.map.projection",
     "tools.api",
+    "tools.breaks",
     "tools.browser.screenshots",
     "tools.commands",
     "tools.horovod_plan",

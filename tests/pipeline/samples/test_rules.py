@@ -8,7 +8,7 @@ import pytest
 
 from featurestore.keys import key_of_uri
 from pipeline.samples.build import build_samples
-from pipeline.samples.texts import parse_times
+from pipeline.samples.mapping import parse_times
 from tests.pipeline.samples.rows import DAY_S, START_S, behavior_items, done, read, replaced, shown, table, write
 
 # Rules, one by one

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.comm.solo import SoloComm
+from trainer.comm.comm import SoloComm
 from trainer.exchange.exchange import Exchange, FieldVectors
 from trainer.exchange.routing import Int64, unique
-from trainer.samples.batch import Jagged
+from trainer.samples.reader import Jagged
 
 WIDTHS = {"items": 3, "shops": 3, "images": 2}
 SOURCE_OF_FIELD = {"seen": "items", "ad": "items", "shop": "shops", "image": "images"}
