@@ -40,11 +40,15 @@ def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
     return FeaturePartition.load(drawn_store(folder), cache_dir=folder / "cache")
 
 
-def engine_of(partition: FeaturePartition, comm: SoloComm | None = None, seed: int = 0, **model: object) -> Engine:
+def engine_of(
+    partition: FeaturePartition,
+    comm: SoloComm | None = None,
+    seed: int = 0,
+    optim: OptimConfig = OptimConfig(lr=0.01),
+    **model: object,
+) -> Engine:
     config = {"tables": {"item": 64}, "mlp": [6], "embed_hidden": [6], "compute_dtype": "float32", **model}
-    return Engine(
-        comm or SoloComm(), SCHEMA, {"images": partition}, ModelConfig(**config), OptimConfig(lr=0.01), seed=seed
-    )
+    return Engine(comm or SoloComm(), SCHEMA, {"images": partition}, ModelConfig(**config), optim, seed=seed)
 
 
 def batch_of(number: int, samples: int = 6) -> Batch:
@@ -84,6 +88,17 @@ def test_a_part_of_a_batch_counts_as_its_share_of_the_whole(partition: FeaturePa
     assert losses[1] == pytest.approx(losses[0] / 3)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient / 3)
+
+
+def test_the_schedule_of_a_run_that_continues_another_begins_with_its_own_first_step(
+    partition: FeaturePartition,
+) -> None:
+    """Else the rates of a daily job would shrink from day to day."""
+    engine, rates = engine_of(partition, optim=OptimConfig(lr=0.01, lr_gamma=0.5, lr_every=2, warmup_steps=0)), []
+    for _ in range(2):
+        engine.first_step = engine.num_steps
+        rates.append([engine.train_step(engine.prepare(batch_of(0))).learning_rate for _ in range(3)])
+    assert rates == [[0.01, 0.01, 0.005]] * 2
 
 
 def test_preparing_ahead_changes_nothing(partition: FeaturePartition) -> None:

@@ -64,7 +64,7 @@ class TestAdmission:
         before = state_of(table)
         for _ in range(3):
             vector_of(table, 5)
-            table.vectors(table.serve(np.array([5, 9]), "eval"))  # with gradients, as if they were wanted
+            table.vectors(table.serve(np.array([5, 9, 13]), "eval"))  # with gradients, as if they were wanted
             with torch.no_grad():
                 table.vectors(table.serve(np.array([5, 9]), "step"))
         assert_same(state_of(table), before)
