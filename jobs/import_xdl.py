@@ -1,7 +1,7 @@
-"""Import and export XDL's example formats, text samples and binary images, or draw random data like the example's."""
+"""Import XDL's example formats, text samples and binary images, or draw random data like the example's."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -18,10 +18,7 @@ python jobs/import_xdl.py random --out data/xdl
 python jobs/import_xdl.py images --from data/xdl/imgs --store data/features-xdl
 python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
 python jobs/import_xdl.py samples --from data/xdl-days --samples data/samples-xdl --add
-python jobs/import_xdl.py export-samples --samples data/samples-xdl --to lines.txt
-python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
 """
-Split = Literal["train", "test", "both"]
 SPLITS = ("train", "test")
 
 app = CommandApp(
@@ -30,7 +27,7 @@ app = CommandApp(
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
-    help="Import and export XDL's example formats, text samples and binary images, or draw such data at random.",
+    help="Import XDL's example formats, text samples and binary images, or draw such data at random.",
 )
 
 
@@ -72,41 +69,6 @@ def images(
         )
     print_summary(str(summary))
     draw_counts("Rows", summary.counts)
-
-
-@app.command()
-def export_samples(
-    samples: Annotated[str, typer.Option(help="Folder of sample groups, imported or of your own.")],
-    to: Annotated[str, typer.Option(help="Text file to write.")],
-    schema: Annotated[
-        Path | None, typer.Option(help="Which columns are what.", show_default="SAMPLES/schema.yaml, if there")
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
-) -> None:
-    """Export sample groups as text samples, one line an impression."""
-    from pipeline.samples.build import schema_of_samples
-    from pipeline.xdl.export import export_samples as write_lines
-    from trainer.schema import load_schema
-
-    splits = SPLITS if split == "both" else (split,)
-    count = write_lines(samples, to, load_schema(schema or schema_of_samples(samples)), splits)
-    print_summary(f"lines        {count:,}\nfile         {to}")
-
-
-@app.command()
-def export_images(
-    store: Annotated[str, typer.Option(help="Folder or address of the feature store.")],
-    to: Annotated[Path, typer.Option(help="Folder to write: data.0 to data.1023.", callback=on_this_machine)],
-    version: Annotated[int | None, typer.Option(help="Snapshot.", show_default="the newest")] = None,
-) -> None:
-    """Export the features of a store as binary images."""
-    from featurestore.store import FeatureStore
-    from pipeline.xdl.line import export_images as write_records
-
-    snapshot = FeatureStore.open(store).snapshot(version)
-    with progress_bar("writing images", snapshot.num_rows) as bar:
-        count = write_records(snapshot, to, bar.advance)
-    print_summary(f"images       {count:,} of snapshot {snapshot.version}\nfolder       {to}")
 
 
 @app.command()

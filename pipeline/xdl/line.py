@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurestore.console.files import write_json
 from featurestore.keys import Int64Array
-from featurestore.snapshot import Snapshot
 from pipeline.errors import SampleError
 from pipeline.samples.build import write_schema
-from pipeline.samples.publish import MARK, FolderContent, replaced_folder
 from pipeline.vectors.formats import NUM_FILES, record_dtype
 from trainer.schema import Field, Kind, Schema
 from trainer.schema.profile import DistinctCount, schema_text, table_rows
@@ -112,18 +109,6 @@ def read_number(name: str, text: str) -> float:
     if not math.isfinite(value):
         raise BadLineError(f"{name} is not finite")
     return value
-
-
-def format_ids(ids: Sequence[int], weights: Sequence[float] | None = None) -> Tokens:
-    """Write the values of a sparse field; without weights they are 1."""
-    if weights is None:
-        return [f"{number}{WEIGHT}1" for number in ids]
-    return [f"{number}{WEIGHT}{format_number(weight)}" for number, weight in zip(ids, weights, strict=True)]
-
-
-def format_number(value: float) -> str:
-    """Write the shortest text that is the same float32."""
-    return str(np.float32(value)).removesuffix(".0")
 
 
 def _part(side: str, text: str) -> Part:
@@ -353,29 +338,6 @@ def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField], k
     write_schema(folder, samples, schema_text(schema, HEADER, notes), tables)
 
 
-CONTENT = FolderContent("XDL's files", (MARK, "data.0"))
-
-
-def export_images(snapshot: Snapshot, target: Path, advance: Callable[[int], None] = lambda rows: None) -> int:
-    """Write each live row, as float32, below the folder `target`, which appears as a whole; return their number.
-
-    Shard by shard; in a file the rows are in the order of shards. Equal snapshots give equal files. Raises SampleError
-    where the folder holds anything else, or cannot be written; CorruptFileError.
-    """
-    num_rows = 0
-    with replaced_folder(target, CONTENT) as folder:
-        for number in range(NUM_FILES):
-            (folder / f"data.{number}").touch()  # XDL opens all of them
-        for shard in sorted(snapshot.manifest.shards):
-            for block in _in_order(snapshot, shard):
-                append_records(folder, *block)
-                num_rows += len(block[0])
-                advance(len(block[0]))
-        content = {"store": snapshot.storage.url, "snapshot": snapshot.version, "rows": num_rows}
-        write_json(folder / MARK, content | {"dim": snapshot.info.dim})
-    return num_rows
-
-
 def append_records(folder: Path, keys_K: Int64Array, features_KD: npt.NDArray[np.float32]) -> None:
     """Add records to the files of `folder`, each in the order given."""
     records_K = np.empty(len(keys_K), record_dtype(features_KD.shape[1]))
@@ -384,14 +346,3 @@ def append_records(folder: Path, keys_K: Int64Array, features_KD: npt.NDArray[np
     for number in np.unique(number_K):
         with (folder / f"data.{number}").open("ab") as file:
             file.write(records_K[number_K == number].tobytes())
-
-
-def _in_order(snapshot: Snapshot, shard: int) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:
-    """Read the shard's live rows, by splitmix64; as a whole where deltas put them out of order."""
-    reader = snapshot.shard_reader(shard)
-    if not reader.is_plain:
-        rows = snapshot.read_shard(shard)
-        yield rows.keys_N, snapshot.codec.decode(rows.features_ND)
-        return
-    for block in reader.verified_blocks():
-        yield block.keys_K, snapshot.codec.decode(block.features_KD)

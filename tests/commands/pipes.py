@@ -31,8 +31,6 @@ PIPES = [
     ("jobs/import_xdl samples --from {pipe} --samples {new}", 1, A_PIPE),
     ("jobs/import_xdl samples --from {xdl} --test-from {pipe} --samples {new}", 1, A_PIPE),
     ("jobs/import_xdl images --from {pipeimages} --store {new}", 1, "are empty"),
-    ("jobs/import_xdl export-samples --samples {samples} --to {new} --schema {pipe}", 2, A_PIPE),
-    ("jobs/import_xdl export-samples --samples {pipesamples} --to {new}", 1, A_PIPE),
     ("jobs/build_ad_index --remove {pipe} --out {index}", 2, "no text file"),
     ("jobs/build_ad_index --remove {pipe_parquet} --out {index}", 1, A_PIPE),
     ("jobs/build_ad_index --run {towers} --sync {pipe_parquet} --out {index}", 1, A_PIPE),

@@ -176,7 +176,6 @@ JOBS = [
     "jobs/build_semantic_ids --store {store} --levels 2 --codes 4 --no-samples --out {new}",
     "jobs/make_demo_data --out {new} --items 20 --users 10 --days 2",
     "jobs/import_xdl random --out {new} --lines 20 --images 20 --ids 10 --dim 4",
-    "jobs/import_xdl export-images --store {store} --to {new}",
 ]
 
 

@@ -1,4 +1,4 @@
-"""XDL's formats through the job: out and in again is the same, bad lines are told, and the random example trains."""
+"""XDL's formats through the job: lines come in as they are, bad ones are reported, the random example trains."""
 
 import contextlib
 import json
@@ -78,28 +78,33 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
     assert fields["price"].width == 2
 
 
-def test_out_and_in_again_is_the_same(job, lines, tmp_path):
-    random = [format_line(line) for line in draw_lines(DrawOptions(num_lines=40, num_ids=30))]
-    keep = ["--label-threshold", 0.5, "--test-share", 0.3]
-    first, second = tmp_path / "first", tmp_path / "second"
-    job("samples", "--from", lines(random), "--samples", first, *keep)
-    assert "lines 40" in job("export-samples", "--samples", first, "--to", tmp_path / "out.txt")
-    job("samples", "--from", tmp_path / "out.txt", "--samples", second, *keep)
-    for split in ("train", "test"):
-        assert len(rows(first, split)) > 5
-        assert rows(second, split) == rows(first, split)
-    assert (second / "schema.yaml").read_text() == (first / "schema.yaml").read_text()
-    weights = {field.name: field.weights for field in load_schema(first / "schema.yaml").fields}
+def test_random_lines_are_imported_as_they_are(job, tmp_path):
+    """Ids, weights, numbers, labels and groups, from the text as it was drawn."""
+    job("random", "--out", tmp_path / "x", "--lines", 40, "--images", 30, "--dim", 2, "--ids", 30)
+    source, samples = tmp_path / "x/data.txt", tmp_path / "s"
+    job("samples", "--from", source, "--samples", samples, "--label-threshold", 0.5, "--test-share", 0.3)
+    found = {row["gkey"]: row for split in ("train", "test") for row in rows(samples, split)}
+    assert len(rows(samples)) > 5 and len(rows(samples, "test")) > 5
+    lines = source.read_text().splitlines()
+    assert len(found) == len(lines) == 40
+    for line in lines:
+        skey, gkey, user, ad, label, ts = line.split("|")
+        row, times = found[gkey], (int(ts), [int(ts)])
+        assert (row["skey"], row["label"]) == ([skey], [int(float(label) >= 0.5)])
+        assert (row["user"], row["timestamp"], row["ad_timestamp"]) == (key_of_uri(gkey), *times)
+        for text in user.split(";"):
+            name, _, values = text.partition("@")
+            pairs = [value.split(":") for value in values.split(",")]
+            assert row[name] == [int(number) for number, _ in pairs]
+            assert row[f"{name}_weight"] == [float(np.float32(weight)) for _, weight in pairs]
+        for text in ad.split(";"):
+            name, _, value = text.partition("@")
+            number, _, weight = value.partition(":")
+            expected = float(np.float32(number)) if not weight else int(number)
+            assert row[name] == [expected]
+            assert not weight or row[f"{name}_weight"] == [float(np.float32(weight))]
+    weights = {field.name: field.weights for field in load_schema(samples / "schema.yaml").fields}
     assert (weights["user0"], weights["ad_img_id"], weights["ad0"]) == ("user0_weight", "ad_img_weight", None)
-
-
-def test_exported_lines_are_those_that_came_in(job, lines, tmp_path):
-    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
-    job("export-samples", "--samples", tmp_path / "s", "--to", tmp_path / "out.txt", "--split", "train")
-    text = (tmp_path / "out.txt").read_text()
-    for exported, given in {"age@3:1": "age@3", "age@4:1": "age@4", "0.001": "1e-3"}.items():
-        text = text.replace(exported, given)
-    assert text.splitlines() == LINES
 
 
 def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
@@ -178,42 +183,16 @@ def test_samples_of_test_from_lines_of_their_own_or_by_group(job, lines, tmp_pat
     assert shares[2] == 1
 
 
-def test_samples_built_elsewhere_are_exported_with_their_schema(job, sample_files, tmp_path):
-    job("export-samples", "--samples", sample_files, "--to", tmp_path / "out.txt")
-    text = (tmp_path / "out.txt").read_text().splitlines()
-    assert text == [
-        "sample0|7|user@7:1;behavior_item@1:1,2:1;behavior_category@;behavior_image@3:1|"
-        "ad_item@4:1;ad_category@5:1;ad_scene@6:1;ad_image@8:1|1|99"
-    ]
-
-
-@pytest.fixture
-def sample_files(tmp_path):
-    import pyarrow as pa
-
-    lists = {"behavior_item": [1, 2], "behavior_image": [3], "ad_item": [4], "ad_category": [5], "ad_scene": [6],
-             "ad_image": [8], "label": [1]}  # fmt: skip
-    columns = {name: [value] for name, value in lists.items()}
-    columns["behavior_category"] = pa.array([[]], pa.list_(pa.int64()))
-    (tmp_path / "own/test").mkdir(parents=True)
-    pq.write_table(pa.table(columns | {"user": [7], "timestamp": [99]}), tmp_path / "own/test/a.parquet")
-    return tmp_path / "own"
-
-
-def test_images_out_and_in_again(job, tmp_path):
+def test_images_are_imported_as_they_are(job, tmp_path):
     job("random", "--out", tmp_path / "x", "--lines", 1, "--images", 60, "--dim", 6, "--ids", 9)
     job("images", "--from", tmp_path / "x/imgs", "--store", tmp_path / "store", "--dim", 6)
     store = FeatureStore.open(tmp_path / "store")
     assert store.snapshot().keys().tolist() == list(range(1, 61))
-    store.delete([5])  # a shard with a tombstone is read in another way
-    job("export-images", "--store", tmp_path / "store", "--to", tmp_path / "out")
-    job("images", "--from", tmp_path / "out", "--store", tmp_path / "again", "--dim", 6)
-    keys = [key for key in range(1, 61) if key != 5]
-    again = FeatureStore.open(tmp_path / "again").snapshot()
-    assert again.keys().tolist() == keys
-    np.testing.assert_array_equal(again.get(keys), store.snapshot().get(keys))
-    assert len(list((tmp_path / "out").glob("data.*"))) == 1024
-    assert (tmp_path / "out/data.7").stat().st_size == 8 + 4 * 6
+    assert len(list((tmp_path / "x/imgs").glob("data.*"))) == 1024
+    record = (tmp_path / "x/imgs/data.7").read_bytes()
+    assert record[:8] == (7).to_bytes(8, "little")
+    (vector_D,) = store.codec.decode(store.snapshot().get([7]))
+    np.testing.assert_allclose(vector_D, np.frombuffer(record[8:], "<f4"), rtol=2**-8)
 
 
 def test_more_images_than_ids_are_drawn_as_asked(job, tmp_path):
@@ -224,12 +203,6 @@ def test_more_images_than_ids_are_drawn_as_asked(job, tmp_path):
     assert {file.name for file in (tmp_path / "x/imgs").iterdir() if file.stat().st_size} == {
         f"data.{key}" for key in range(1, 6)
     }
-
-
-def test_the_folder_of_an_exported_file_is_made(job, lines, tmp_path):
-    job("samples", "--from", lines(LINES), "--samples", tmp_path / "samples", "--weights", "drop")
-    job("export-samples", "--samples", tmp_path / "samples", "--to", tmp_path / "no/such/lines.txt")
-    assert len((tmp_path / "no/such/lines.txt").read_text().splitlines()) == len(LINES)
 
 
 def test_random_data_is_that_of_the_example():
@@ -266,8 +239,6 @@ def test_mistakes_are_one_message(job, lines, tmp_path):
     assert "there is nothing at" in job("samples", "--from", tmp_path / "no", "--samples", tmp_path / "s", code=2)
     assert "not one line of the form" in job("samples", "--from", lines(["x"]), "--samples", tmp_path / "s", code=1)
     assert "only empty files" in job("samples", "--from", lines([]), "--samples", tmp_path / "s", code=1)
-    assert "no store at" in job("export-images", "--store", tmp_path / "no", "--to", tmp_path / "o", code=2)
-    assert "no sample group" in job("export-samples", "--samples", tmp_path / "no", "--to", tmp_path / "o", code=2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis").touch()
     assert "mine has files that are no random data" in job("random", "--out", tmp_path / "mine", code=2)
