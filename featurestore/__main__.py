@@ -1,15 +1,15 @@
-"""python -m featurestore: look at a store, go through its history, check every file, serve it, ask it in SQL."""
+"""python -m featurestore: look at a store, go through its history, check every file, serve it."""
 
-from featurestore.commands import channels, check, history, look, purge, remake, serve, sql
+from featurestore.commands import channels, check, history, look, purge, remake, serve
 from featurestore.console.commandline import CommandApp, run_app
 
 app = CommandApp(
-    help="Look at a feature store, go through its history, check every file, serve it, ask it in SQL.",
+    help="Look at a feature store, go through its history, check every file, serve it.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (look, history, channels, check, purge, remake, remake, serve, sql):
+for commands in (look, history, channels, check, purge, remake, serve):
     app.add_typer(commands.app)
 
 

@@ -18,7 +18,7 @@ FeatureStoreError
 ├── MissingKeysError        keys without a feature
 ├── CommitConflictError     another writer was in the way: read again and retry
 ├── CorruptFileError        a file is not what was written
-├── QueryError              a query that SQL does not understand
+├── QueryError              a request that a feature server does not understand
 ├── PasswordError           a password in an address, which logs would show
 ├── AddressError            an address without a bucket, or of a scheme that nothing here opens
 ├── TokenFileError          a file of tokens is not there, or has none that is long enough
@@ -133,7 +133,7 @@ class CorruptFileError(FeatureStoreError):
 
 
 class QueryError(FeatureStoreError):
-    """A query that SQL does not understand, or that asks for more than rows of a store."""
+    """A request that a feature server does not understand."""
 
     exit_code = USAGE
 

@@ -1,14 +1,19 @@
 """Live rows as Arrow tables: the numbers that the codec decodes, the columns asked for, and no row twice."""
 
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from featurestore import Codec, FeatureRows, FeatureStore, StoreInfo, keys_of_uris
+from featurestore.errors import CorruptFileError
 from featurestore.format.codec import write_codec
+from featurestore.format.shard import ShardReader
 from featurestore.storage.storage import Storage
+from featurestore.upkeep.compaction import compact
 from tests.featurestore.conftest import MakeRows
 
 
@@ -59,3 +64,73 @@ def test_a_stream_has_the_shards_asked_for(store: FeatureStore, info: StoreInfo,
     for shards in ([], [3], [5, 1]):
         expected = [key for shard in shards for key in snapshot.read_shard(shard).keys_N.tolist()]
         assert snapshot.arrow_reader(["key"], shards=shards).read_all()["key"].to_pylist() == expected
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_random_commits_against_a_dict(seed: int, store: FeatureStore) -> None:
+    """Every snapshot has the newest row of each key, and no deleted one."""
+    rng = random.Random(seed)
+    live: dict[str, tuple[int, list[float]]] = {}
+    snapshots: dict[int, dict[str, tuple[int, list[float]]]] = {}
+    for _ in range(10):
+        uris = rng.sample([f"{number}.jpg" for number in range(60)], rng.randint(1, 25))
+        kind = rng.choice(["put", "put", "put", "delete", "compact"])
+        if kind == "put":
+            rows = {uri: (rng.randint(1, 999), [float(rng.randint(-99, 99)) for _ in range(8)]) for uri in uris}
+            live |= rows
+            values = np.array([feature for _, feature in rows.values()], np.float32)
+            store.put(FeatureRows.of(uris, values, widths=[width for width, _ in rows.values()]))
+        elif kind == "delete":
+            live = {uri: row for uri, row in live.items() if uri not in uris}
+            store.delete(keys_of_uris(uris))
+        else:
+            compact(store, force=True)
+        snapshots[store.snapshot().version] = dict(live)
+    for version, expected in snapshots.items():
+        rows_M = store.snapshot(version).to_arrow().to_pylist()
+        assert {row["uri"]: (row["width"], row["feature"]) for row in rows_M} == expected
+        assert len(rows_M) == len(expected)
+
+
+@pytest.mark.parametrize("columns", [["uri", "width"], ["feature"], None])
+def test_only_the_named_columns_are_read(
+    columns: list[str] | None,
+    store: FeatureStore,
+    info: StoreInfo,
+    make_rows: MakeRows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.put(make_rows(20, info))
+    read: set[str] = set()
+    live_tables = ShardReader.live_tables
+
+    def noted(self: ShardReader, names: Any) -> Any:
+        read.update(names)
+        return live_tables(self, names)
+
+    monkeypatch.setattr(ShardReader, "live_tables", noted)
+    table = store.snapshot().arrow_reader(columns).read_all()
+    assert len(table) == 20 and read == set(table.schema.names)
+
+
+def test_a_damaged_file_is_named(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> None:
+    store.put(make_rows(200, info))
+    path = Path(store.url) / store.snapshot().manifest.entries[0].path
+    data = bytearray(path.read_bytes())
+    data[200:260] = bytes(60)
+    path.write_bytes(data)
+    with pytest.raises(CorruptFileError, match=path.name):
+        store.snapshot().to_arrow()
+
+
+@pytest.mark.long
+def test_a_stream_holds_a_part_of_the_rows(info: StoreInfo, make_rows: MakeRows, tmp_path: Path) -> None:
+    wide = FeatureStore.create(tmp_path / "wide", info.model_copy(update={"dim": 4096}))
+    wide.put(make_rows(4_000, wide.info))
+    before = pa.total_allocated_bytes()
+    most, count = 0, 0
+    for batch in wide.snapshot().arrow_reader(["key", "feature"]):
+        count += len(batch)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert count == 4_000 and most < 4_000 * wide.info.dim * 4 / 2
