@@ -1,6 +1,5 @@
 """One way to show and keep the figures of a benchmark run."""
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +11,9 @@ from rich.table import Table
 
 from featurestore.console.files import write_json
 from featurestore.console.output import figure, print_table, text_console
-from featurestore.console.page.plots import Mark, Plot, bars
-from featurestore.console.page.recording import current_page
 from featurestore.errors import UserError
 
 Figure = float | int | str | bool | None
-_RATIO = re.compile(r"_(vs|over)_|_ratio$")
-_OF_A_UNIT = re.compile(r"(?P<rest>.+?)_(?P<unit>[a-z]+_per_s|us|ms|s|bytes|kb|mb|gb|share)")
-_UNITS = {"us": "microseconds", "ms": "milliseconds", "s": "seconds", "kb": "kB", "mb": "MB", "gb": "GB"}
 
 
 @dataclass(frozen=True)
@@ -41,21 +35,6 @@ class Section:
         }
         return {**self.figures, **cells}
 
-    def plots(self) -> list[Plot]:
-        """Draw bars of what can be compared: ratios, figures of one unit by their names, each column of the grid."""
-        compared: dict[str, list[Mark]] = {}
-        for name, value in self.figures.items():
-            if _RATIO.search(name):
-                compared.setdefault("ratios", []).append(_mark(name, value))
-            elif match := _OF_A_UNIT.fullmatch(name):
-                title = _UNITS.get(match["unit"], match["unit"])
-                compared.setdefault(title, []).append(_mark(match["rest"], value))
-        for row, cells in self.grid.items():
-            for column, value in cells.items():
-                compared.setdefault(column, []).append(_mark(row, value))
-        found = (bars(title.replace("_", " "), marks) for title, marks in compared.items() if len(marks) > 1)
-        return [plot for plot in found if plot]
-
     def tables(self) -> list[Table]:
         """Return the tables of the figures."""
         shown = []
@@ -74,11 +53,6 @@ class Section:
                 table.add_row(row.replace("_", " "), *(figure(cells[c]) if c in cells else "" for c in columns))
             shown.append(table)
         return shown
-
-
-def _mark(name: str, value: Figure) -> Mark:
-    number = float(value) if isinstance(value, float | int) and not isinstance(value, bool) else None
-    return Mark(name.replace("_", " "), number, figure=figure(value))
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -105,9 +79,6 @@ def write_sections(sections: Sequence[Section], path: Path | None = None) -> Non
     for section in sections:
         for table in section.tables():
             print_table(console, table)
-        if page := current_page():
-            for plot in section.plots():
-                page.add_plot(plot)
     if path is not None:
         figures = {name: value for section in sections for name, value in section.flat().items()}
         path.parent.mkdir(parents=True, exist_ok=True)

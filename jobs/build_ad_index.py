@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary, print_warning, progress_bar
+from featurestore.console.output import print_summary, print_warning, progress_bar
 from featurestore.spec import IndexKind
 from featurestore.storage.storage import Storage
 from trainer.cli import StoreVersion, WhichCheckpoint
@@ -119,7 +119,6 @@ def main(
             else:
                 index, changes = _changed(trained, known, chosen, vectors_NW, max_gone if sync else None)
     print_summary("\n".join([*lines[:2], *summary_text(index, changes, out, time.monotonic() - start), *lines[2:]]))
-    _draw(changes)
     if index.warning:
         print_warning(index.warning)
 
@@ -226,16 +225,6 @@ def _changed(
     if max_gone is None:
         return known.add(chosen.keys_N, vectors_NW, origin_of(trained))
     return known.sync(chosen.keys_N, vectors_NW, origin_of(trained), max_gone)
-
-
-def _draw(changes: "AdChanges") -> None:
-    ads_by_change = {
-        "new": changes.num_new,
-        "changed": changes.num_replaced,
-        "unchanged": changes.num_unchanged,
-        "removed": changes.num_removed,
-    }
-    draw_counts("Ads", ads_by_change)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from typing import Any
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary
+from featurestore.console.output import print_summary
 from pipeline.options import SampleOptions, takes
 
 EXAMPLES = """Examples:
@@ -37,12 +37,6 @@ def main(options: SampleOptions) -> None:
         with connect() as client:
             summary = build_samples(options, client)
         print_summary(summary_text(summary))
-        for title, log in (("Rows of impressions", "impressions"), ("Rows of behaviours", "behaviors")):
-            kept = {name: summary[log].get(name) for name in ("kept", "used", "unused", "short_dwell", "duplicates")}
-            named = {name.replace("_", " "): count for name, count in kept.items()}
-            bad = {f"quarantined: {reason}": count for reason, count in summary[log]["quarantined"].items()}
-            draw_counts(title, named | bad)
-        draw_counts("Impressions", {name: summary[name].get("impressions") for name in ("train", "test")})
         return
     with connect() as client:
         made = add_days(options, client)

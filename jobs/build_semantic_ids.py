@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary
+from featurestore.console.output import print_summary
 from pipeline.options import DEFAULT_SAMPLES, SemanticOptions, takes
 from trainer.schema.profile import SETTINGS_FILE
 
@@ -43,10 +43,6 @@ def main(options: SemanticOptions) -> None:
         options = replace(options, samples=DEFAULT_SAMPLES)
     summary = build_semantic_ids(options)
     print_summary(summary_text(summary, options.out))
-    levels = {f"level {number}": level for number, level in enumerate(summary["levels"])}
-    draw_counts("Codes used", {name: level["used"] for name, level in levels.items()})
-    draw_counts("Entropy of the codes, bits", {name: level["entropy_bits"] for name, level in levels.items()})
-    draw_counts("Error after each level", {name: level["reconstruction_error"] for name, level in levels.items()})
 
 
 def summary_text(summary: dict[str, Any], out: str) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import draw_counts, print_problem, print_summary, progress_bar
+from featurestore.console.output import print_problem, print_summary, progress_bar
 from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
 from trainer.cli import StoreVersion, WhichCheckpoint
 
@@ -122,8 +122,6 @@ def _report(
     exported: "Exported", out: str, in_use: bool, seconds: float, gates: Sequence["GateResult"], json_file: Path | None
 ) -> None:
     print_summary(summary_text(exported, out, in_use, seconds, gates))
-    draw_counts("Bytes of the files", {file.name: file.bytes for file in exported.manifest.files})
-    draw_counts("Images with vectors, by feature store", exported.num_images)
     found = [each.model_dump(mode="json") for each in gates]
     figures = {"in_use": in_use, "gates": found, "seconds": seconds}
     write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), **figures})

@@ -3,7 +3,7 @@
 import warnings
 
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary, print_warning
+from featurestore.console.output import print_summary, print_warning
 from pipeline.options import ExtractOptions, takes
 
 EXAMPLES = """Examples:
@@ -39,7 +39,6 @@ def main(options: ExtractOptions) -> None:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
         summary = extract(options, client)
     print_summary(str(summary))
-    draw_counts("Images", summary.counts)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary
+from featurestore.console.output import print_summary
 from pipeline.options import ImportOptions, takes
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def main(options: ImportOptions) -> None:
     with connect() as client:
         summary = import_vectors(source, options, client)
     print_summary(str(summary))
-    draw_counts("Rows", summary.counts)
 
 
 def open_source(options: ImportOptions) -> "VectorSource":

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, on_this_machine, run_app
-from featurestore.console.output import draw_counts, print_summary, progress_bar
+from featurestore.console.output import print_summary, progress_bar
 from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, takes
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from trainer.schema.profile import SETTINGS_FILE
@@ -45,8 +45,6 @@ def samples(options: XdlOptions) -> None:
     with connect() as client:
         summary = import_samples(options, client)
     print_summary(summary_text(summary))
-    draw_counts("Samples", {name: summary[name]["samples"] for name in SPLITS})
-    draw_counts("Lines in quarantine, by reason", summary["quarantined"])
 
 
 @app.command()
@@ -68,7 +66,6 @@ def images(
             formats.plan_xdl(address, dim), ImportOptions(address=address, store=store, origin=origin), client
         )
     print_summary(str(summary))
-    draw_counts("Rows", summary.counts)
 
 
 @app.command()

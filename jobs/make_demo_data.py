@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, on_this_machine, run_app
-from featurestore.console.output import draw_counts, figure, print_summary, progress_bar
+from featurestore.console.output import figure, print_summary, progress_bar
 from pipeline.demo.world import DemoOptions, Taste
 
 if TYPE_CHECKING:
@@ -77,9 +77,6 @@ def main(
     with progress_bar("measuring" if images else "drawing", options.items) as bar:
         summary = make_demo(options, bar.advance)
     print_summary(summary_text(options, summary))
-    draw_counts("Counts", summary.content["counts"])
-    for name, metrics in summary.content["oracle"].items():
-        draw_counts(f"Ceiling: {summary.content['oracle_means'][name]}", metrics)
 
 
 def _check_options(images: Path | None, labels: Path | None, items: int | None, taste: Taste) -> None:

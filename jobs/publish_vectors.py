@@ -7,7 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import draw_counts, print_summary, progress_bar
+from featurestore.console.output import print_summary, progress_bar
 from serving.bundle import EPS, MODELS
 from trainer.cli import StoreVersion
 
@@ -104,8 +104,6 @@ def _published(
             progress=progress,
         )
     print_summary(summary_text(report, eps))
-    moved_images = {"new": report.added, "changed": report.changed, "gone": report.removed, "stayed": report.stayed}
-    draw_counts(f"Images of {report.store}", moved_images)
     if report.most_files > 1 + MAX_DELTAS:
         print_summary(f"next         python -m featurestore compact {url}")
     return report

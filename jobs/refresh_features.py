@@ -1,7 +1,7 @@
 """Bring a feature store up to date with its images: new, changed and vanished ones, in one commit."""
 
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from featurestore.console.output import draw_counts, print_summary
+from featurestore.console.output import print_summary
 from pipeline.options import RefreshOptions, takes
 
 EXAMPLES = """Examples:
@@ -33,7 +33,6 @@ def main(options: RefreshOptions) -> None:
     with connect(workers=1, threads_per_worker=1) as client:
         summary = refresh(options, client)
     print_summary(str(summary))
-    draw_counts("Images", summary.counts)
 
 
 if __name__ == "__main__":

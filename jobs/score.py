@@ -7,7 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import check_ending
-from featurestore.console.output import draw_counts, print_summary
+from featurestore.console.output import print_summary
 from trainer.cli import WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
@@ -80,8 +80,6 @@ def main(
             written = score_run(source, out, comm)
         if written:
             print_summary("\n".join(summary_text(written, comm.size, out, time.monotonic() - start)))
-            means = {"mean prediction": written.mean_probability, "share of clicks": written.mean_label}
-            draw_counts("Predicted and clicked", means)
 
     raise typer.Exit(run_on_ranks(work))
 

@@ -1,7 +1,6 @@
 """Commands verify, repair and check-backend: find broken files, repair them, and test a place for a store."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -9,7 +8,7 @@ import typer
 
 from featurestore.commands.common import WHICH, DryRun, Url, read_version_name
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import draw_counts, print_problem, print_summary, progress_bar
+from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import UnsafeBackendError
 from featurestore.text import count_text
 
@@ -76,9 +75,6 @@ def verify(
         print_summary(f"known, in older snapshots alone: {problem.message}")
     looked_at = f"{count_text(report.num_manifests, 'manifest')}, {count_text(report.num_files, 'file')}"
     print_summary(f"{count_text(len(report.problems), 'problem')} in {looked_at}, {report.num_bytes:,} bytes")
-    checked = {"manifests": report.num_manifests, "files": report.num_files, "problems": len(report.problems)}
-    draw_counts("What was checked", checked)
-    draw_counts("Problems by kind", Counter(problem.kind for problem in report.problems))
     raise typer.Exit(1 if report.problems else 0)
 
 
@@ -109,10 +105,6 @@ def _verify_cache(place: str | None) -> NoReturn:
         print_summary(f"nothing to check: {folder} has no cached shards")
     if report.num_other:
         print_summary(f"{report.num_other:,} more are of another version, and go when 30 days old")
-    whole = max(0, report.num_shards - len(report.problems))
-    draw_counts(
-        "Cached shards", {"whole": whole, "broken": len(report.problems), "of another version": report.num_other}
-    )
     raise typer.Exit(1 if report.problems else 0)
 
 

@@ -7,7 +7,7 @@ page as well, where it has one (option --html).
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,6 @@ from rich.table import Table
 from rich.text import Text
 
 from featurestore.console.page.page import ReportPage
-from featurestore.console.page.plots import Mark, bars
 from featurestore.console.page.recording import current_page
 from featurestore.text import printable
 
@@ -147,21 +146,6 @@ def print_problem(text: str) -> None:
 def print_warning(text: str) -> None:
     """Print a line on stderr that says what may be wrong, while the command continues."""
     print_problem(f"warning: {text}")
-
-
-def draw_counts(title: str, counts: Mapping[str, float | None], text: Callable[[float], str] | None = None) -> None:
-    """Put bars of these numbers on the page, where there is one; what is None is left out. `text`: of a number."""
-    if page := current_page():
-        page.add_plot(
-            bars(
-                title,
-                [
-                    Mark(name, value, figure=(text or figure)(value))
-                    for name, value in counts.items()
-                    if value is not None
-                ],
-            )
-        )
 
 
 def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> None:

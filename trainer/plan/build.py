@@ -13,8 +13,6 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from featurestore.console.output import print_line, print_table
-from featurestore.console.page.plots import Mark, Plot, bars
-from featurestore.console.page.recording import current_page
 from featurestore.text import DType
 from trainer.config.options import Count, Section, validated
 from trainer.errors import ConfigError
@@ -398,9 +396,6 @@ def _built(described: PlanInput, stored: StoredBytes, assumptions: list[str]) ->
     )
 
 
-_Groups = Mapping[str, Sequence[Mark]]
-
-
 def as_json(plan: TrainingPlan) -> dict[str, Any]:
     """Return everything in the plan as plain values; `ranks` maps each number of ranks to its row."""
     rows = {
@@ -441,8 +436,6 @@ def show(plan: TrainingPlan, console: Console) -> None:
     print_line(console, plan.title, style="bold")
     for draw in (_counts, _stored, _bytes, _times, _stages):
         print_table(console, draw(plan))
-        if (page := current_page()) and draw in _PLOTS:
-            page.add_plot(_PLOTS[draw](plan))
     print_line(console, "What to choose", style="bold")
     for line in plan.advice:
         print_line(console, f"- {line}")
@@ -524,59 +517,6 @@ def _stages(plan: TrainingPlan) -> Table:
         stages: Mapping[str, Any] = row.costs["exchange"].stages
         table.add_row(str(row.ranks), *(duration(stages[name].seconds) for name in names))
     return table
-
-
-def _by_design(plan: TrainingPlan, value: Callable[[StepCost], float], text: Callable[[float], str]) -> _Groups:
-    """Make marks of a figure of the three designs, for each number of ranks; the design to choose is marked."""
-    return {
-        _ranks(row.ranks): [
-            Mark(
-                f"{design}, to choose" if design == row.best else design,
-                value(row.costs[design]),
-                figure=text(value(row.costs[design])),
-                is_good=design == row.best,
-            )
-            for design in DESIGNS
-        ]
-        for row in plan.rows
-    }
-
-
-def _plot_of_memory(plan: TrainingPlan) -> Plot | None:
-    marks = [Mark(_ranks(row.ranks), row.rank_bytes, figure=size(row.rank_bytes)) for row in plan.rows]
-    return bars("Features and ID rows of a rank", marks)
-
-
-def _plot_of_bytes(plan: TrainingPlan) -> Plot | None:
-    return bars("Bytes sent in a step, out of each rank", _by_design(plan, lambda cost: cost.bytes_sent, size))
-
-
-def _plot_of_times(plan: TrainingPlan) -> Plot | None:
-    return bars("Time of a step", _by_design(plan, lambda cost: cost.seconds, duration))
-
-
-def _plot_of_stages(plan: TrainingPlan) -> Plot | None:
-    marks = {
-        _ranks(row.ranks): [
-            Mark(name, stage.seconds, figure=duration(stage.seconds))
-            for name, stage in row.costs["exchange"].stages.items()
-            if stage.seconds
-        ]
-        for row in plan.rows
-    }
-    return bars("Stages of a step of the exchange", marks)
-
-
-_PLOTS: Mapping[Callable[[TrainingPlan], Table], Callable[[TrainingPlan], Plot | None]] = {
-    _stored: _plot_of_memory,
-    _bytes: _plot_of_bytes,
-    _times: _plot_of_times,
-    _stages: _plot_of_stages,
-}
-
-
-def _ranks(count: int) -> str:
-    return f"{count:,} rank{'s' * (count > 1)}"
 
 
 def _table(title: str, *columns: str) -> Table:

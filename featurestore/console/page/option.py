@@ -58,7 +58,5 @@ def _program(name: str) -> list[str]:
 
 _HTML = Annotated[
     Path | None,
-    typer.Option(
-        "--html", metavar="FILE", help="Write what is printed as a page as well, with plots.", callback=_page_of
-    ),
+    typer.Option("--html", metavar="FILE", help="Write what is printed as a page as well.", callback=_page_of),
 ]

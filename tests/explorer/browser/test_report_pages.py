@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from featurestore.console.output import draw_counts, print_line, print_problem, print_summary, print_table, text_console
+from featurestore.console.output import print_line, print_problem, print_summary, print_table, text_console
 from featurestore.console.page.page import ReportPage
 from featurestore.console.page.plots import Curve, Mark, Point, intervals
 from featurestore.console.page.recording import recorded
@@ -34,7 +34,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
             print_summary(f"images       {text}")
             print_problem(text)
             print_table(text_console(), table)
-            draw_counts(text, {text: 1.0, "other": -2.0})
             page.add_plot(intervals(text, {text: [Mark(text, 1.0, 0.5, 1.5, text, is_good=True)]}, band=(0.6, 0.7)))
             page.add_plot(Curve(title=text, x_name=text, y_name=text, points=[Point(1, 2), Point(2, 3, 2, 4)]).plot())
     return path

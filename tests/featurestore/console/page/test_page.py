@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 
 from featurestore.console.output import (
-    draw_counts,
     print_line,
     print_problem,
     print_summary,
@@ -54,7 +53,6 @@ def test_hostile_text_is_inert_wherever_it_stands(text: str, tmp_path: Path) -> 
         print_summary(f"images       {text}")
         print_problem(text)
         print_table(text_console(), table)
-        draw_counts(text, {text: 1.0})
         page.add_plot(intervals(text, {text: [Mark(text, 1.0, 0.5, 1.5, text)]}))
         page.add_plot(Curve(title=text, x_name=text, y_name=text, points=[Point(1, 2)]).plot())
     read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
@@ -105,7 +103,6 @@ def test_a_large_table_is_cut_and_the_page_says_so(tmp_path: Path) -> None:
         for number in range(20_000):
             page.add_line(f"problem {number}", is_problem=True)
         page.add_line("x" * 500_000)
-        draw_counts("many", {f"name {number}": float(number) for number in range(5_000)})
     read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
     told = [each for each in read.texts if each.endswith(" more rows are not shown here.")]
     assert told and int(told[0].split()[0].replace(",", "")) + len(read.rows) - 1 == 20_000
@@ -219,7 +216,6 @@ def test_the_terminal_is_the_same_with_a_page(tmp_path: Path, capsys: pytest.Cap
         print_table(text_console(), table)
         print_summary("images       12")
         print_problem("warning: x")
-        draw_counts("counts", {"a": 1})
         return capsys.readouterr()
 
     without = printed()
