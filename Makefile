@@ -45,7 +45,7 @@ endif
 
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (four minutes), or not: HOROVOD=no
 
-$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/horovod_plan.py \
+$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh \
               tools/requirements-s3-server.txt tools/requirements-moto-server.txt tools/requirements-deploy.txt tools/requirements-docs.txt
 	tools/install.sh $(VENV)
 

@@ -3,8 +3,9 @@
 #
 #   tools/build_horovod.sh PYTHON [CACHE_DIR]
 #
-# HOROVOD_GPU_OPERATIONS=NCCL asks for NCCL (not tried by the authors), =CPU for collectives by Gloo. Without it an
-# environment keeps what it was last asked for; a new one is built for the CPU. tools/horovod_plan.py decides.
+# HOROVOD_GPU_OPERATIONS=NCCL builds with NCCL (not tried by the authors): it and the other variables of Horovod's
+# installation guide (HOROVOD_NCCL_HOME, HOROVOD_NCCL_LINK, HOROVOD_CUDA_HOME) are passed to Horovod's own build. =CPU builds
+# for the CPU, with collectives by Gloo. Without it an environment keeps what it was last asked for; a new one is built for the CPU.
 set -euo pipefail
 
 python=$1
@@ -12,15 +13,15 @@ cache_root=${2:-${XDG_CACHE_HOME:-$HOME/.cache}/crossmedia}
 version=0.28.1
 
 record=$("$python" -c 'import sys; print(sys.prefix)')/.horovod
-if [ -z "${HOROVOD_GPU_OPERATIONS:-}" ] && [ -f "$record" ]; then
-  HOROVOD_GPU_OPERATIONS=$(sed 's/.*-//' "$record")
-  export HOROVOD_GPU_OPERATIONS
+operations=${HOROVOD_GPU_OPERATIONS:-}
+if [ -z "$operations" ] && [ -f "$record" ]; then
+  operations=$(sed 's/.*-//' "$record")
 fi
-plan=$("$python" "$(dirname "$0")/horovod_plan.py")
-# Horovod's build knows many variables of such names; only what the plan says reaches it.
-unset "${!HOROVOD_GPU@}"
-operations=  # the plan says it
-eval "$plan"
+case ${operations:=CPU} in
+  CPU) unset "${!HOROVOD_GPU@}" ;; # Horovod's build takes no "CPU", and HOROVOD_GPU_ALLREDUCE would ask for GPUs too
+  NCCL) export HOROVOD_GPU_OPERATIONS=NCCL ;;
+  *) echo "HOROVOD_GPU_OPERATIONS=$operations: it should be NCCL, or CPU for collectives by Gloo" >&2; exit 1 ;;
+esac
 tag=$("$python" -c 'import platform, sys, torch
 print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 build=horovod-$version-$tag-$operations
@@ -32,11 +33,6 @@ build_wheel() {
   bin=$(dirname "$("$python" -c 'import sys; print(sys.executable)')")
   export PATH="$bin:$PATH" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
     HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_NVTX=1
-  if [ "$operations" = NCCL ]; then
-    mkdir "$work/nccl"
-    ln -s "$NCCL_LIBRARY" "$work/nccl/libnccl.so"
-    export HOROVOD_NCCL_LIB="$work/nccl" HOROVOD_NCCL_LINK=SHARED
-  fi
   "$python" -m pip install --quiet "cmake<4" "setuptools<81" wheel packaging
   "$python" -m pip download --quiet --no-deps --no-binary horovod --no-build-isolation --dest "$work" "horovod==$version"
   tar -xzf "$work/horovod-$version.tar.gz" -C "$work"

@@ -27,7 +27,6 @@ PROGRAMS = {
     "tools.breaks",
     "tools.browser.screenshots",
     "tools.commands",
-    "tools.horovod_plan",
     "tools.settings",
     "tools.site",
     "tools.tree",

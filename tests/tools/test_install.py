@@ -27,7 +27,7 @@ case "$*" in
   *find_spec*) echo "$home/horovod" ;;
   "-m pip install "*fuxictr*) [ -z "${{NO_FUXICTR:-}}" ] || {{ echo "no wheel for this Python"; exit 1; }} ;;
   "-m pip install "*dev,bench*) echo "$*" >>"$home/installs" ;;
-  "-m pip download "*) for n in {{1..5000}}; do echo "error: $n"; done; exit 1 ;;
+  "-m pip download "*) env >"$home/environment"; for n in {{1..5000}}; do echo "error: $n"; done; exit 1 ;;
   "-m pip list "*) cat "$home/packages" 2>/dev/null || true ;;
   "-m pip uninstall "*) rm -f "$home/packages" ;;
   "-m pip install "*horovod*)
@@ -39,8 +39,6 @@ case "$*" in
     echo "    global_rendezv_port = rendezvous.start()" >"$home/horovod/runner/gloo_run.py" ;;
   "-c import sys; print(sys.prefix)") echo "$home" ;;
   *"import platform"*) echo {tag} ;;
-  */horovod_plan.py) [ -z "${{NO_CUDA:-}}" ] || {{ echo "no CUDA here" >&2; exit 1; }}
-    echo "operations=${{HOROVOD_GPU_OPERATIONS:-CPU}}" ;;
 esac
 """
 
@@ -199,15 +197,33 @@ class TestHorovod:
         installed.build(HOROVOD_GPU_OPERATIONS="CPU")
         assert installed.wheels() == [self.CPU, self.NCCL, self.CPU]
 
-    def test_nccl_that_cannot_be_had_changes_nothing(self, installed: Place) -> None:
-        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL", NO_CUDA="1")
-        assert (done.returncode, done.stdout, done.stderr) == (1, "", "no CUDA here\n")
+    def test_an_unknown_word_is_one_line_and_changes_nothing(self, installed: Place) -> None:
+        done = installed.build(HOROVOD_GPU_OPERATIONS="MPI")
+        told = "HOROVOD_GPU_OPERATIONS=MPI: it should be NCCL, or CPU for collectives by Gloo\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
         assert installed.wheels() == [self.CPU]
         assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
 
+    @pytest.mark.parametrize(
+        ("operations", "passed"),
+        [("CPU", []), ("NCCL", ["HOROVOD_GPU_ALLREDUCE=NCCL", "HOROVOD_GPU_OPERATIONS=NCCL"])],
+    )
+    def test_horovods_own_build_gets_what_was_asked_for(
+        self, installed: Place, operations: str, passed: list[str]
+    ) -> None:
+        """For the CPU none of its variables for GPUs, of which one alone would ask for a CUDA toolkit."""
+        shutil.rmtree(installed.folder / "cache")
+        (installed.venv / ".horovod").unlink()
+        others = {"HOROVOD_GPU_ALLREDUCE": "NCCL", "HOROVOD_NCCL_HOME": "/nccl"}
+        done = installed.build(HOROVOD_GPU_OPERATIONS=operations, **others)
+        assert done.returncode == 1, "the download fails"
+        got = (installed.venv / "environment").read_text().splitlines()
+        assert sorted(line for line in got if line.startswith("HOROVOD_GPU")) == passed
+        assert "HOROVOD_NCCL_HOME=/nccl" in got
+
     def test_a_build_that_fails_is_told_and_leaves_what_is_there(self, installed: Place) -> None:
         shutil.rmtree(installed.folder / "cache" / self.NCCL)
-        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL", NCCL_LIBRARY="/usr/lib/libnccl.so.2")
+        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")
         assert done.returncode == 1
         told = done.stderr.splitlines()
         assert "error: 1" in told and len(told) < 20
@@ -325,7 +341,7 @@ def test_other_pythons_of_this_machine_compile_all_files(version: str) -> None:
         [python, "-W", "error::SyntaxWarning", "-c", code], input="\n".join(files), text=True,
         stderr=subprocess.PIPE, check=False,
     )  # fmt: skip
-    assert len(files) > 500 and done.returncode == 0, done.stderr
+    assert len(files) > 200 and done.returncode == 0, done.stderr
 
 
 def test_the_range_of_pythons_is_the_same_everywhere() -> None:

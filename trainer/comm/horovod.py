@@ -33,7 +33,10 @@ _SETTINGS = {"HOROVOD_CYCLE_TIME": "2"}
 """Milliseconds between two looks at what is to be done; each talks to the other ranks, and takes the processor from the
 step: two ranks of one core are a fifth faster with this than with 0.3, a small collective takes one or two ms more. The
 environment's own value wins."""
-WITHOUT_NCCL = "this Horovod was built without NCCL; build it with NCCL: HOROVOD_GPU_OPERATIONS=NCCL make install"
+WITHOUT_NCCL = (
+    "this Horovod was built without NCCL; start the ranks by torchrun, whose NCCL needs no build, "
+    "or build Horovod with it: HOROVOD_GPU_OPERATIONS=NCCL make install"
+)
 
 
 class HorovodComm(Comm):
