@@ -68,8 +68,6 @@ def test_a_plan_has_the_figures_of_its_json(tmp_path: Path) -> None:
         for design, cost in row["designs"].items():
             times = [duration(cost["step_s"]), f"{cost['samples_per_s']:,.0f}", duration(cost["day_s"])]
             assert [ranks, design, *times, f"{cost['efficiency']:.0%}"] in read.rows
-    emitted = call(words_of("trainer.plan --paper --emit slurm --html {page}", {"page": page}))
-    assert emitted.code == 0 and len(written(page).rows) == len(read.rows)
 
 
 @nothing_drawn()  # the page draws its own

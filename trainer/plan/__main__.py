@@ -3,22 +3,19 @@
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import JsonOption, replace_file, write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import text_console
 from featurestore.console.page.option import PAGE
-from featurestore.errors import UserError
-from featurestore.text import refusal
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.plan.build import TrainingPlan
-    from trainer.plan.emit import Scheduler
 
 EXAMPLES = """
 Examples:
@@ -29,13 +26,11 @@ Examples:
 
     python -m trainer.plan --paper
 
-    python -m trainer.plan --samples s3://shop/samples --store s3://shop/features --emit slurm > head.sh
-
 The first draws batches from the samples, measures this machine for a minute or two, and computes the rest.
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 
-_NOT_OF_THE_FILE = ("paper", "described", "json_file", "scheduler", "emit_to", PAGE)
+_NOT_OF_THE_FILE = ("paper", "described", "json_file", PAGE)
 
 app = CommandApp(report=True, rich_markup_mode="markdown")
 
@@ -66,17 +61,10 @@ def main(
         Path | None, typer.Option("--input", help="Plan a cluster written down as presets/plan-paper.yaml is.")
     ] = None,
     json_file: JsonOption = None,
-    scheduler: Annotated[
-        Literal["slurm", "kubernetes"] | None,
-        typer.Option("--emit", help="Write what the recommended plan asks a scheduler for; tables go to stderr."),
-    ] = None,
-    emit_to: Annotated[Path | None, typer.Option(help="Write that into this file, and not to stdout.")] = None,
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, and for two other designs."""
     if not math.isfinite(latency_us):
         raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
-    if emit_to is not None and scheduler is None:
-        raise ConfigError("--emit-to names a file for what --emit writes; add --emit slurm or --emit kubernetes")
     if paper or described is not None:
         _refuse_beside(context, "--paper" if paper else "--input")
         from trainer.plan.build import PAPER, load_input, plan_input
@@ -85,10 +73,10 @@ def main(
     else:
         config = _config(file, settings or [], samples, store, device)
         from trainer.plan.build import bytes_per_s
-        from trainer.plan.calibrate import PlanQuestion
+        from trainer.plan.calibrate import PlanQuestion, numbers, plan_own
 
         question = PlanQuestion(
-            ranks=_numbers_of_ranks(ranks, ranks_per_machine, scheduler),
+            ranks=numbers(ranks),
             batch_size=_batch_size(samples_per_rank, global_batch_size) or config.data.global_batch_size,
             per_rank=samples_per_rank is not None,
             ranks_per_machine=ranks_per_machine,
@@ -96,10 +84,8 @@ def main(
             latency_s=latency_us / 1e6,
             samples_per_day=samples_per_day,
         )
-        from trainer.plan.calibrate import plan_own
-
         plan = plan_own(config, question, _say)
-    _report(plan, json_file, scheduler, emit_to)
+    _report(plan, json_file)
 
 
 def _batch_size(samples_per_rank: int | None, global_batch_size: int | None) -> int | None:
@@ -108,38 +94,12 @@ def _batch_size(samples_per_rank: int | None, global_batch_size: int | None) -> 
     return samples_per_rank or global_batch_size
 
 
-def _numbers_of_ranks(ranks: str, ranks_per_machine: int, scheduler: "Scheduler | None") -> tuple[int, ...]:
-    """Read --ranks. Raises ConfigError where a scheduler is to be asked for parts of machines."""
-    from trainer.plan.calibrate import numbers
-
-    counts = numbers(ranks)
-    if scheduler is not None and all(count % min(count, ranks_per_machine) for count in counts):
-        raise ConfigError(
-            f"--emit {scheduler}: none of --ranks {ranks} fills whole machines of --ranks-per-machine "
-            f"{ranks_per_machine}; give multiples of it"
-        )
-    return counts
-
-
-def _report(plan: "TrainingPlan", json_file: Path | None, scheduler: "Scheduler | None", emit_to: Path | None) -> None:
-    """Print the plan, and write the files that are asked for."""
+def _report(plan: "TrainingPlan", json_file: Path | None) -> None:
+    """Print the plan, and write the file that is asked for."""
     from trainer.plan.build import as_json, show
-    from trainer.plan.emit import emit
 
-    show(plan, text_console(stderr=scheduler is not None and emit_to is None))
+    show(plan, text_console())
     write_json_option(json_file, as_json(plan))
-    if scheduler is not None:
-        _write(emit_to, emit(plan, scheduler))
-
-
-def _write(file: Path | None, text: str) -> None:
-    if file is None:
-        print(text, end="")
-    else:
-        try:
-            replace_file(file, text)
-        except OSError as error:
-            raise UserError(f"cannot write --emit-to {file}: {refusal(error)}") from error
 
 
 def _refuse_beside(context: typer.Context, option: str) -> None:

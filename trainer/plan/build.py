@@ -38,6 +38,10 @@ _SKEW_WORTH_A_WORD = 1.05
 _DECODED_WORTH_A_WORD = 1.31
 MOST_OF_MEMORY = 0.8
 """Of a machine's, for features and ID rows."""
+LEAST_EFFICIENCY = 0.5
+"""More ranks are recommended as long as each does at least so much of what it would do alone."""
+PROGRAM_BYTES = 2 * 2**30
+"""Memory of a rank besides features and ID rows: Python and torch (.6 GB), batches that are read ahead, activations."""
 _TIE = 1.2  # times are right within a fifth (docs/PLAN.md)
 
 
@@ -103,8 +107,14 @@ class TrainingPlan:
     assumptions: tuple[str, ...]
     memory_bytes: int | None = None
     """Of a machine, where it is known."""
-    device: str = "cpu"
-    """Where ranks compute: cpu or cuda, each rank on a GPU of its own."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The number of ranks to take, and why; None where the ranks of no row fit into the machines' memory."""
+
+    ranks: int | None
+    reason: str
 
 
 def build(
@@ -118,7 +128,6 @@ def build(
     samples_per_day: float,
     assumptions: Sequence[str],
     warnings: Sequence[str] = (),
-    device: str = "cpu",
 ) -> TrainingPlan:
     """Make the plan for each of `ranks`; `machines` has one for every number of ranks that share a machine.
 
@@ -163,7 +172,6 @@ def build(
         advice=tuple(dict.fromkeys(advice)),
         assumptions=tuple(assumptions),
         memory_bytes=stored.machine_memory_bytes,
-        device=device,
     )
 
 
@@ -197,6 +205,38 @@ def advise(row: RankPlan, stored: StoredBytes, local_ranks: int = 1) -> list[str
             "the times. Take more machines, or a store of a smaller dtype (python -m featurestore recode)."
         )
     return lines
+
+
+def recommend(plan: TrainingPlan) -> Recommendation:
+    """Recommend the most ranks whose efficiency is half or more, of those whose memory a machine has.
+
+    Where all are less efficient it is the fewest ranks that fit.
+    """
+    there = plan.memory_bytes
+    fitting = [row for row in plan.rows if there is None or machine_bytes(plan, row) <= there]
+    if not fitting:
+        least = min(plan.rows, key=lambda row: machine_bytes(plan, row))
+        return Recommendation(
+            None,
+            f"None of {', '.join(str(row.ranks) for row in plan.rows)} ranks fits: with {least.ranks} a machine needs "
+            f"{machine_bytes(plan, least) / 1e9:,.3g} GB and this one has {(there or 0) / 1e9:,.3g} GB. Plan with more "
+            "--ranks, or with a store of a smaller dtype (python -m featurestore recode).",
+        )
+    efficient = [row for row in fitting if row.efficiency["exchange"] >= LEAST_EFFICIENCY]
+    row = max(efficient, key=lambda row: row.ranks) if efficient else min(fitting, key=lambda row: row.ranks)
+    why = "the most that are" if efficient else "the fewest, as none is"
+    who, efficiency = "1 rank" if row.ranks == 1 else f"{row.ranks} ranks", row.efficiency["exchange"]
+    return Recommendation(
+        row.ranks,
+        f"{who}: {why} at least {LEAST_EFFICIENCY:.0%} efficient ({efficiency:.0%}). "
+        f"A machine needs {machine_bytes(plan, row) / 1e9:,.3g} GB of memory.",
+    )
+
+
+def machine_bytes(plan: TrainingPlan, row: RankPlan) -> float:
+    """Return the memory that a machine needs for its ranks: features, ID rows and programs; a fifth stays free."""
+    local = min(row.ranks, max(plan.machines))
+    return local * (row.rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY
 
 
 def _uneven(keys: KeyCounts, ranks: int) -> float:
@@ -425,6 +465,7 @@ def as_json(plan: TrainingPlan) -> dict[str, Any]:
         "base_ranks": plan.base_ranks,
         "samples_per_day": plan.samples_per_day,
         "ranks": rows,
+        "recommended_ranks": recommend(plan).ranks,
         "machines": {str(local): dataclasses.asdict(machine) for local, machine in plan.machines.items()},
         "advice": list(plan.advice),
         "assumptions": list(plan.assumptions),
@@ -436,6 +477,8 @@ def show(plan: TrainingPlan, console: Console) -> None:
     print_line(console, plan.title, style="bold")
     for draw in (_counts, _stored, _bytes, _times, _stages):
         print_table(console, draw(plan))
+    print_line(console, "Recommended", style="bold")
+    print_line(console, f"- {recommend(plan).reason}")
     print_line(console, "What to choose", style="bold")
     for line in plan.advice:
         print_line(console, f"- {line}")

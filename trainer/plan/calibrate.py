@@ -33,7 +33,7 @@ from trainer.comm.connecting import launcher_of
 from trainer.config.config import Config, save_config
 from trainer.config.options import TableConfig
 from trainer.engine.engine import model_name, table_shapes
-from trainer.engine.machine import check_threads, uses_cuda
+from trainer.engine.machine import check_threads
 from trainer.errors import ConfigError, PlanError
 from trainer.exchange.routing import Int64
 from trainer.ids.optimizers import state_of
@@ -432,7 +432,6 @@ def plan_own(config: Config, question: PlanQuestion, say: Say) -> TrainingPlan:
         samples_per_day=samples_per_day(question, sampled)[0],
         assumptions=assumptions(question, sampled, machines, config.exchange.reuse_steps),
         warnings=busy,
-        device="cuda" if uses_cuda(config.run.device, torch.cuda.is_available(), None) else "cpu",
     )
 
 
