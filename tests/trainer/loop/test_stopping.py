@@ -90,14 +90,14 @@ def whole(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return _run(places, "whole", tmp_path_factory.mktemp("stopping"))
 
 
-def _run(places: Places, name: str, folder: Path, **changes: Any) -> Path:
+def _run(places: Places, name: str, folder: Path, checkpoint_every: int | str = 1, **changes: Any) -> Path:
     settings = places.settings(
         run__name=name,
         run__dir=folder,
         train__eval_every=2,
         train__early_stopping=2,
         train__keep_checkpoints=1,
-        train__checkpoint_every=1,
+        train__checkpoint_every=checkpoint_every,
         **changes,
     )
     train(load_config(settings=settings), SoloComm())
@@ -120,6 +120,16 @@ def test_the_run_ends_with_the_best_evaluation(places: Places, whole: Path, tmp_
     settings = places.settings(run__name="six", run__dir=tmp_path, **plain)
     train(load_config(settings=settings), SoloComm())
     mine, theirs = _tensors(whole), _tensors(tmp_path / "six")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.long
+def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int]
+) -> None:
+    seldom = _run(places, "seldom", tmp_path, checkpoint_every="null", train__checkpoint_every_s="null")
+    mine, theirs = _tensors(seldom), _tensors(whole)
+    assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
