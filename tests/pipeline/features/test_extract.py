@@ -18,7 +18,7 @@ from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
-from pipeline.features.part import in_order
+from pipeline.features.part import PartSettings, extract_part, in_order
 from pipeline.features.refresh import extract
 from pipeline.network.backbone import backbone, describe_network
 from pipeline.options import ExtractOptions
@@ -222,6 +222,22 @@ def test_features_of_another_network_or_dtype_are_refused(run, photos):
     with pytest.raises(SpecMismatchError, match="num_shards is 4 instead of 8"):
         run(photos, num_shards=8)
     assert run(photos, num_shards=None).num_unchanged == 4
+
+
+def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path):
+    settings = PartSettings(
+        store=str(tmp_path),
+        run_id="run",
+        backbone=NETWORK,
+        weights="random:0",
+        spec_digest=backbone(NETWORK, "random:1", "float32").spec.digest,
+        compute_dtype="float32",
+        dtype="float32",
+        batch_size=2,
+    )
+    with pytest.raises(WeightsError, match="weights random:0: other values on this worker than on the first one"):
+        extract_part(settings, "part", [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_in_options_are_refused_before_any_work(run, photos, tmp_path):
