@@ -17,7 +17,6 @@ EXAMPLES = """Examples:
 python jobs/import_xdl.py random --out data/xdl
 python jobs/import_xdl.py images --from data/xdl/imgs --store data/features-xdl
 python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
-python jobs/import_xdl.py samples --from data/xdl-days --samples data/samples-xdl --add
 """
 SPLITS = ("train", "test")
 
@@ -102,12 +101,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     ]
     fields = ", ".join(f"{each['column']} ({each['part']} {each['kind']})" for each in summary["fields"])
     where = summary["options"]["samples"]
-    added = (
-        [f"added        {summary['added']:,} of {len(summary['sources']):,} files"] if summary["options"]["add"] else []
-    )
     return "\n".join(
         [
-            *added,
             f"lines        {summary['lines']:,}",
             f"quarantined  {sum(bad.values()):,}" + (f" ({reasons})" if reasons else ""),
             *split_lines,

@@ -354,13 +354,5 @@ class XdlOptions:
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
     label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None
     fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None
-    add: Annotated[
-        bool,
-        typer.Option(
-            "--add",
-            help="Keep the samples of files that were imported, and import those that are new or have changed; options "
-            "as then.",
-        ),
-    ] = False
     scratch: ScratchOption = None
     keep_days: KeepDaysOption = 7

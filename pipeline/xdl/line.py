@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from featurestore.keys import Int64Array
 from pipeline.errors import SampleError
@@ -199,15 +198,6 @@ class SeenField:
 
 
 SeenFields = dict[tuple[PartName, str], SeenField]
-_COUNTS = ("sparse", "whole", "other", "weighted")
-_SEEN_TYPES: dict[str, pa.DataType] = {
-    "part": pa.string(),
-    "name": pa.string(),
-    **dict.fromkeys(_COUNTS, pa.int64()),
-    "lengths": pa.list_(pa.struct([("length", pa.int64()), ("lines", pa.int64())])),
-    "hashes": pa.list_(pa.uint64()),
-}
-_SEEN = pa.schema(_SEEN_TYPES)
 
 
 def scan(lines: Iterable[XdlLine]) -> tuple[int, SeenFields]:
@@ -232,28 +222,6 @@ def merged(parts: Iterable[SeenFields]) -> SeenFields:
         for key, seen in part.items():
             total.setdefault(key, SeenField()).merge(seen)
     return total
-
-
-def seen_table(seen: SeenFields) -> pa.Table:
-    """Write what was seen of each field as a table, at most 32 KB each."""
-    rows = []
-    for (part, name), each in seen.items():
-        counts = {column: getattr(each, column) for column in _COUNTS}
-        lengths = [{"length": length, "lines": lines} for length, lines in sorted(each.lengths.items())]
-        hashes = each.distinct.hashes_K.tolist()
-        rows.append({"part": part, "name": name, **counts, "lengths": lengths, "hashes": hashes})
-    return pa.Table.from_pylist(rows, schema=_SEEN)
-
-
-def seen_of_table(table: pa.Table) -> SeenFields:
-    """Read what `seen_table` wrote."""
-    seen: SeenFields = {}
-    for row in table.to_pylist():
-        lengths = Counter({each["length"]: each["lines"] for each in row["lengths"]})
-        distinct = DistinctCount(np.array(row["hashes"], np.uint64))
-        counts = {column: row[column] for column in _COUNTS}
-        seen[row["part"], row["name"]] = SeenField(**counts, lengths=lengths, distinct=distinct)
-    return seen
 
 
 def decide(

@@ -9,31 +9,26 @@ import dataclasses
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from dataclasses import fields as dataclass_fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from distributed import Client
 
 from featurestore.console.files import write_json
-from featurestore.errors import StorageError
 from featurestore.keys import key_of_uri, splitmix64
-from featurestore.published import open_published
-from featurestore.storage.storage import Storage, settled_tags
-from featurestore.text import parse_json
+from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
-from pipeline.errors import SampleError, SampleOptionError
+from pipeline.errors import SampleError
 from pipeline.options import XdlOptions, XdlWeights
 from pipeline.samples.groups import FORMAT
 from pipeline.samples.mapping import names_in
-from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, digest_of, replaced_files
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
 from pipeline.vectors.formats import find_files
 from pipeline.xdl.line import (
     WEIGHT_SUFFIX,
@@ -51,8 +46,6 @@ from pipeline.xdl.line import (
     read_number,
     read_numbers,
     scan,
-    seen_of_table,
-    seen_table,
     write_field_schema,
 )
 
@@ -221,12 +214,6 @@ def _listed(kind: pa.DataType, depth: int) -> pa.DataType:
 
 
 SPLITS = ("train", "test")
-SEEN_FILE = "fields.parquet"
-SEEN_FOLDER = "seen"
-"""Of each file what SEEN_FILE has of all together, under its number."""
-Place = tuple[bool, str, str]
-_FREE = ("source", "samples", "test_source", "add", "scratch", "keep_days")
-"""Options that may differ from those of the samples that files are added to."""
 
 
 @dataclass(frozen=True)
@@ -243,183 +230,14 @@ class TextFile:
             yield from enumerate(file, 1)
 
 
-@dataclass(frozen=True)
-class ImportedFile:
-    """A file of lines that was imported, and what shows whether it is the same; its place in a list is its number."""
-
-    split: str | None
-    url: str
-    path: str
-    tag: str
-    digest: str
-    counts: dict[str, Any] | None = None
-    """Of its lines, as `total` sums them up; None where an earlier version imported it."""
-
-    @property
-    def place(self) -> Place:
-        """What files are sorted by: those of test samples last, then by name."""
-        return self.split == "test", self.url, self.path
-
-
-@dataclass(frozen=True)
-class EarlierImport:
-    """Samples that are there, to which files are added."""
-
-    storage: Storage
-    summary: dict[str, Any]
-    seen: SeenFields
-
-    @property
-    def files(self) -> list[ImportedFile]:
-        """List what was imported."""
-        return [ImportedFile(**each) for each in self.summary["sources"]]
-
-
-@dataclass(frozen=True)
-class KeptImport:
-    """What stays of an earlier import when some of its files have changed since, or when none has."""
-
-    storage: Storage
-    files: dict[int, ImportedFile]
-    """By their numbers."""
-    counts: dict[str, Any]
-    seen: dict[Place | None, SeenFields]
-    """Of each file; where none has changed, of all together, under None."""
-    bad: pa.Table
-
-
-def earlier_import(options: XdlOptions) -> EarlierImport:
-    """Open the samples that files are added to. Raises SampleOptionError where there are none, SampleError."""
-    storage = open_published(options.samples)
-    try:
-        summary = parse_json(storage.read_bytes(MARK))
-        if "good_lines" in summary:
-            return EarlierImport(storage, summary, seen_of_table(read_table(storage, SEEN_FILE)))
-    except StorageError:
-        if not storage.is_local:
-            raise
-    except (FileNotFoundError, ValueError, TypeError):
-        pass
-    raise SampleOptionError(
-        f"{options.samples} has no samples of this job that files can be added to; import them without --add first"
-    )
-
-
-def as_made(options: XdlOptions, recorded: Mapping[str, Any]) -> XdlOptions:
-    """Complete the options by those of the import that is there. Raises SampleOptionError where one differs."""
-    made = {name: ",".join(value) if isinstance(value, list) else value for name, value in recorded.items()}
-    changes: dict[str, Any] = {}
-    for each in dataclass_fields(options):
-        mine = getattr(options, each.name)
-        if each.name in _FREE or mine == made.get(each.name, each.default):
-            continue
-        if mine != each.default:
-            raise SampleOptionError(
-                f"--{each.name.replace('_', '-')} {mine}: {options.samples} was made with {made[each.name]}; leave the "
-                "option out, or import all files anew, without --add"
-            )
-        changes[each.name] = made[each.name]
-    return replace(options, **changes)
-
-
-def new_files_of(files: Sequence[TextFile], imported: Sequence[ImportedFile]) -> list[ImportedFile]:
-    """List the files that are not imported yet, or were with another content."""
-    known = {each.place: each for each in imported}
-    tags: dict[str, dict[str, str]] = {}
-    found = []
-    for file in files:
-        storage = Storage(file.url)
-        if file.url not in tags:
-            tags[file.url] = settled_tags([storage.entry(each.path) for each in files if each.url == file.url])
-        tag = tags[file.url].get(file.path, "")
-        before = known.get(ImportedFile(file.split, file.url, file.path, "", "").place)
-        if before is None or not before.tag == tag != "":
-            found.append(ImportedFile(file.split, file.url, file.path, tag, digest_of(storage, file.path)))
-    changed = {each.place for each in found if each.place in known and known[each.place].digest != each.digest}
-    # The same file of a folder that was moved is there already.
-    digests = {each.digest for each in imported if each.place not in changed}
-    return [each for each in found if each.place in changed or each.digest not in digests]
-
-
-def kept_import(earlier: EarlierImport, new_files: Sequence[ImportedFile]) -> KeptImport:
-    """Take what stays of an earlier import where `new_files` are imported, some of them perhaps again.
-
-    Raises SampleError where one has changed, and what was counted of each file is not there, or does not show
-    which bad lines were its own.
-    """
-    storage, imported = earlier.storage, dict(enumerate(earlier.files))
-    places, bad = {each.place for each in new_files}, read_table(storage, QUARANTINE_FILE)
-    changed = [each for each in imported.values() if each.place in places]
-    if not changed:
-        return KeptImport(storage, imported, total([earlier.summary]), {None: earlier.seen}, bad)
-    count_of_path = Counter(each.path for each in imported.values())
-    if any(each.counts is None for each in imported.values()) or any(count_of_path[each.path] > 1 for each in changed):
-        raise SampleError(
-            f"{Storage(changed[0].url).full(changed[0].path)} has changed since it was imported; "
-            "import all files anew, without --add"
-        )
-    kept = {number: each for number, each in imported.items() if each.place not in places}
-    seen: dict[Place | None, SeenFields] = {
-        each.place: seen_of_table(read_table(storage, f"{SEEN_FOLDER}/{part_name(number)}"))
-        for number, each in kept.items()
-    }
-    paths = pa.array([each.path for each in changed], pa.string())
-    bad = bad.filter(pc.invert(pc.is_in(bad["file"], paths)))
-    return KeptImport(storage, kept, total(each.counts or {} for each in kept.values()), seen, bad)
-
-
 def total(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum up the counts of lines, of good ones, of bad ones by reason, and of groups, samples and clicks by split."""
+    """Sum up the counts of lines, of bad ones by reason, and of groups, samples and clicks by split."""
     lines, nested = Counter[str](), {name: Counter[str]() for name in ("quarantined", *SPLITS)}
     for part in parts:
-        lines.update({name: part[name] for name in ("lines", "good_lines")})
+        lines["lines"] += part["lines"]
         for name, counts in nested.items():
             counts.update(part[name])
-    return {**dict.fromkeys(("lines", "good_lines"), 0), **lines, **{name: dict(each) for name, each in nested.items()}}
-
-
-def in_order_of_files(bad: pa.Table, files: Collection[ImportedFile]) -> pa.Table:
-    """Sort bad lines as importing all files at once has them."""
-    number = {each.path: number for number, each in reversed(list(enumerate(files)))}
-    order = pa.array([number[str(path)] for path in bad["file"].to_pylist()], pa.int64())
-    return bad.take(pc.array_sort_indices(order)) if len(bad) else bad
-
-
-def check_fields(options: XdlOptions, fields: Sequence[XdlField], recorded: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse fields that all files together would have, where those that are there have others."""
-    now, before = [_shown(asdict(each)) for each in fields], [_shown(each) for each in recorded]
-    if now != before:
-        shown = ", ".join([each for each in now if each not in before] or now)
-        raise SampleError(
-            f"with the new files of {options.source}, fields would be others than in {options.samples}: {shown}; "
-            "import all files anew, without --add"
-        )
-
-
-def _shown(field: Mapping[str, Any]) -> str:
-    """Format what samples need to be the same of a field."""
-    width = f", {field['width']} numbers" if field["kind"] == "dense" else ""
-    column = f" in column {field['column']}" if field["column"] != field["name"] else ""
-    weighted = ", weighted" if field["is_weighted"] else ""
-    return f"{field['part']} {field['name']}{column} ({field['kind']}{width}{weighted})"
-
-
-def keep_parts(new: NewFiles, imported: Mapping[int, ImportedFile], numbers: Mapping[Place, int]) -> None:
-    """Keep the samples of files that were imported, under the numbers that these have now."""
-    for folder in (*SPLITS, SEEN_FOLDER):
-        names = set(new.before.list(folder))
-        for number, each in imported.items():
-            if (name := part_name(number)) in names:
-                new.keep(f"{folder}/{part_name(numbers[each.place])}", f"{folder}/{name}")
-
-
-def read_table(storage: Storage, name: str) -> pa.Table:
-    """Read a table of an earlier import. Raises SampleError."""
-    try:
-        with storage.open_input(name) as file:
-            return pq.read_table(file)
-    except (pa.ArrowException, FileNotFoundError) as error:
-        raise SampleError(f"{storage.full(name)} cannot be read: {error}; import all files anew") from error
+    return {"lines": lines["lines"], **{name: dict(each) for name, each in nested.items()}}
 
 
 def part_name(number: int) -> str:
@@ -451,81 +269,40 @@ class WrittenGroups:
 
 
 def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
-    """Make `options.samples` anew, with schema and settings; return the summary that is its summary.json too.
+    """Make `options.samples`, with schema and settings; return the summary that is its summary.json too.
 
     A row is a group: neighbouring lines of one file with equal group key and equal user part. Bad lines are counted and
-    kept, text and all, in quarantine.parquet. Every line is read twice. With `options.add`, files that were imported
-    are kept as they are, the others are added, and those that have changed take the place of their samples: what
-    importing all of them would make, where new ones come last by name. Raises SampleError where there is nothing to
-    train on, where the fields of all files would be others than before, and for changed files of an earlier version.
+    kept, text and all, in quarantine.parquet. Every line is read twice. Raises SampleError where there is nothing to
+    train on.
     """
-    earlier = earlier_import(options) if options.add else None
-    options = as_made(options, earlier.summary["options"]) if earlier else options
-    new_files = new_files_of(_files(options), earlier.files if earlier else [])
-    if earlier and not new_files:
-        return earlier.summary | {"added": 0, "options": earlier.summary["options"] | {"add": True}}
-    kept = kept_import(earlier, new_files) if earlier else None
-    with replaced_files(
-        options.samples,
-        before=earlier.storage if earlier else None,
-        scratch=options.scratch,
-        keep_days=options.keep_days,
-    ) as new:
-        for name in (*SPLITS, SEEN_FOLDER):
+    files = _files(options)
+    with replaced_files(options.samples, scratch=options.scratch, keep_days=options.keep_days) as new:
+        for name in SPLITS:
             (new.folder / name).mkdir()
-        text_files = [TextFile(each.url, each.path, each.split) for each in new_files]
-        scanned = run_all(client, "looking through lines", scan_file, [(file,) for file in text_files], SMALLER)
-        seen_of_new = {each.place: seen for each, (_, seen) in zip(new_files, scanned, strict=True)}
-        files = sorted([*(kept.files.values() if kept else []), *new_files], key=lambda each: each.place)
-        seen_of_file = (kept.seen if kept else {}) | seen_of_new
-        seen = merged(seen_of_file[place] for place in (None, *(each.place for each in files)) if place in seen_of_file)
-        num_good = sum(count for count, _ in scanned) + (kept.counts["good_lines"] if kept else 0)
+        scanned = run_all(client, "looking through lines", scan_file, [(file,) for file in files], SMALLER)
+        seen, num_good = merged(seen for _, seen in scanned), sum(count for count, _ in scanned)
         if not num_good:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
         names = _images(options, seen), names_in(options.sparse), names_in(options.dense)
         fields = decide(seen, num_good, *names)
-        if earlier:
-            check_fields(options, fields, earlier.summary["fields"])
-        numbers = {each.place: number for number, each in enumerate(files)}
-        numbered = [(file, numbers[each.place]) for file, each in zip(text_files, new_files, strict=True)]
-        written = _write_samples(options, client, new.folder, tuple(fields), numbered)
-        counts_of_new = {
-            each.place: _counts(count, groups)
-            for each, (count, _), groups in zip(new_files, scanned, written, strict=True)
-        }
-        summary = _summary(options, fields, [*([kept.counts] if kept else []), *counts_of_new.values()])
-        sources = [replace(each, counts=counts_of_new.get(each.place, each.counts)) for each in files]
-        summary |= {"sources": [asdict(each) for each in sources], "added": len(new_files)}
+        written = _write_samples(options, client, new.folder, tuple(fields), files)
+        summary = _summary(options, fields, [_counts(each) for each in written])
         _check(options, summary)
         bad = pa.Table.from_pylist([row for each in written for row in each.bad], schema=QUARANTINE)
-        if kept:
-            bad = in_order_of_files(pa.concat_tables([kept.bad, bad]), files)
-            keep_parts(new, kept.files, numbers)
         pq.write_table(bad, new.folder / QUARANTINE_FILE)
-        _write_seen(new.folder, seen, {numbers[place]: each for place, each in seen_of_new.items()})
         write_field_schema(new.folder, options.samples, fields, options.weights == "keep")
         write_json(new.folder / MARK, summary)
     return summary
 
 
 def _write_samples(
-    options: XdlOptions,
-    client: Client,
-    folder: Path,
-    fields: tuple[XdlField, ...],
-    files: list[tuple[TextFile, int]],
+    options: XdlOptions, client: Client, folder: Path, fields: tuple[XdlField, ...], files: Sequence[TextFile]
 ) -> list[WrittenGroups]:
-    """Write the samples of files, each with its number, as Dask tasks."""
+    """Write the samples of files, each under its number, as Dask tasks."""
     rules = ReadRules(fields, options.weights, options.label_threshold, options.label_index, options.fill_dense)
-    calls = [(*each, rules, options.test_share, str(folder.absolute())) for each in files]
+    where = options.test_share, str(folder.absolute())
+    calls = [(file, number, rules, *where) for number, file in enumerate(files)]
     return run_all(client, "writing samples", write_file, calls, SMALLER)
-
-
-def _write_seen(folder: Path, seen: SeenFields, seen_of_file: dict[int, SeenFields]) -> None:
-    """Write what all files have of every field, and each new file by its number: a later import begins with that."""
-    pq.write_table(seen_table(seen), folder / SEEN_FILE)
-    for number, each in seen_of_file.items():
-        pq.write_table(seen_table(each), folder / SEEN_FOLDER / part_name(number))
 
 
 def scan_file(file: TextFile) -> tuple[int, SeenFields]:
@@ -567,7 +344,8 @@ def _files(options: XdlOptions) -> list[TextFile]:
     sources += [(options.test_source, "test")] if options.test_source else []
     for address, split in sources:
         storage, entries = find_files(address, what="samples")
-        files += [TextFile(storage.url, entry.path, split) for entry in entries if entry.size_bytes]
+        paths = sorted(entry.path for entry in entries if entry.size_bytes)
+        files += [TextFile(storage.url, path, split) for path in paths]
     if not files:
         raise SampleError(f"{options.source}: only empty files")
     return files
@@ -618,12 +396,11 @@ def _write(
     result.clicks[split] += sum(labels)
 
 
-def _counts(num_good: int, written: WrittenGroups) -> dict[str, Any]:
+def _counts(written: WrittenGroups) -> dict[str, Any]:
     """Count what one file has, as `total` sums it up."""
     by_split = {"groups": written.groups, "samples": written.samples, "clicks": written.clicks}
     return {
         "lines": written.num_lines,
-        "good_lines": num_good,
         "quarantined": dict(Counter(row["reason"] for row in written.bad)),
         **{split: {name: counts[split] for name, counts in by_split.items()} for split in SPLITS},
     }
@@ -632,7 +409,7 @@ def _counts(num_good: int, written: WrittenGroups) -> dict[str, Any]:
 def _summary(
     options: XdlOptions, fields: Sequence[XdlField], counts_of_files: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Count what was written, and what is there already."""
+    """Count what was written."""
     counts = total(counts_of_files)
     return {
         "format": FORMAT,

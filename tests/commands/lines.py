@@ -111,8 +111,6 @@ JOBS = [
     ("jobs/import_xdl samples --from {empty} --samples {new}", 1, ""),
     ("jobs/import_xdl samples --from {brackets} --samples {new}", 2, "[/x]"),
     ("jobs/import_xdl samples --from '' --samples {new}", 2, "--from"),
-    ("jobs/import_xdl samples --from {garbage} --samples {new} --add", 2, "{new}"),
-    ("jobs/import_xdl samples --from {garbage} --samples {empty} --add", 2, "{empty}"),
     ("jobs/import_xdl samples --from {garbage} --samples ''", 2, "--samples"),
     ("jobs/import_xdl samples --from {garbage} --samples {empty}", 2, "{empty} is a file"),
     ("jobs/import_xdl samples --from {garbage} --samples {new} --test-share nan", 2, "--test-share"),

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
+from featurestore.published import open_published
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from jobs import import_xdl
 from pipeline.xdl.draw import DrawOptions, draw_lines
@@ -49,6 +51,7 @@ def lines(tmp_path):
 
     def write(content, name="data.txt"):
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{line}\n" for line in content))
         return path
 
@@ -170,6 +173,17 @@ def test_equal_names_in_both_parts_and_reserved_ones_get_columns_of_their_own(jo
     job("samples", "--from", path, "--samples", tmp_path / "s", "--test-share", 0)
     (row,) = rows(tmp_path / "s")
     assert (row["user_x"], row["ad_x"], row["user_label"], row["label"]) == (1, [3], 2, [1])
+
+
+def test_samples_at_an_address_are_those_of_a_disk(job, lines, s3_url, tmp_path):
+    lines(LINES[:2], "day/b.txt"), lines([*LINES[2:], "a line that is none"], "day/a.txt")
+    for place in (tmp_path / "s", f"{s3_url}/samples"):
+        job("samples", "--from", tmp_path / "day", "--samples", place, "--test-share", 0.3)
+    here, there = Storage(tmp_path / "s"), open_published(f"{s3_url}/samples")
+    names = sorted(each.path for each in here.entries() if each.path.endswith(".parquet"))
+    assert names[0] == "quarantine.parquet" and "train/part-00001.parquet" in names
+    assert [name for name in names if there.read_bytes(name) != here.read_bytes(name)] == []
+    assert rows(tmp_path / "s")[-1]["gkey"] == "g0"  # files by name
 
 
 def test_samples_of_test_from_lines_of_their_own_or_by_group(job, lines, tmp_path):
