@@ -1,14 +1,12 @@
 """Import XDL's example formats, text samples and binary images, or draw random data like the example's."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, on_this_machine, run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary, progress_bar
-from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, takes
-from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
+from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, XdlRandomOptions, takes
 from trainer.schema.profile import SETTINGS_FILE
 
 EXAMPLES = """Examples:
@@ -39,7 +37,7 @@ def samples(options: XdlOptions) -> None:
     reason, in SAMPLES/quarantine.parquet.
     """
     from pipeline.cluster.tasks import connect
-    from pipeline.xdl.samples import import_samples
+    from pipeline.xdl import import_samples
 
     with connect() as client:
         summary = import_samples(options, client)
@@ -68,25 +66,21 @@ def images(
 
 
 @app.command()
-def random(
-    out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.", callback=on_this_machine)],
-    lines: Annotated[int, typer.Option(min=1, help="Text samples.")] = DrawOptions.num_lines,
-    image_count: Annotated[int, typer.Option("--images", min=1, help="Images.")] = DrawOptions.num_images,
-    dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = DrawOptions.dim,
-    ids: Annotated[int, typer.Option(min=1, help="Ids are 1 to this, those of images too.")] = DrawOptions.num_ids,
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
-) -> None:
+@takes(XdlRandomOptions)
+def random(options: XdlRandomOptions) -> None:
     """Draw random data as the example's randtxt and randimg do, in their sizes (64 MB)."""
-    if ids > image_count:
+    from pipeline.xdl import IMAGE_FOLDER, TEXT_FILE, draw
+
+    if options.num_ids > options.num_images:
         raise typer.BadParameter(
-            f"{ids} is more than --images {image_count}: keys would have no image", param_hint="--ids"
+            f"{options.num_ids} is more than --images {options.num_images}: keys would have no image",
+            param_hint="--ids",
         )
-    sizes = DrawOptions(num_lines=lines, num_images=image_count, dim=dim, num_ids=ids, seed=seed)
-    with progress_bar("drawing images", image_count) as bar:
-        draw(sizes, out, bar.advance)
+    with progress_bar("drawing images", options.num_images) as bar:
+        draw(options, bar.advance)
     print_summary(
-        f"samples      {lines:,} lines: {out / TEXT_FILE}\n"
-        f"images       {image_count:,} of {dim:,} numbers: {out / IMAGE_FOLDER}"
+        f"samples      {options.num_lines:,} lines: {options.out / TEXT_FILE}\n"
+        f"images       {options.num_images:,} of {options.dim:,} numbers: {options.out / IMAGE_FOLDER}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 from typer.models import ParameterInfo
 
-from featurestore.console.commandline import power_of_two
+from featurestore.console.commandline import on_this_machine, power_of_two
 from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.text import DType, FloatDType
 from pipeline.network import DEFAULT_BACKBONE
@@ -356,3 +356,15 @@ class XdlOptions:
     fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None
     scratch: ScratchOption = None
     keep_days: KeepDaysOption = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class XdlRandomOptions:
+    """Sizes of random data as XDL's example draws it; the defaults are the example's."""
+
+    out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.", callback=on_this_machine)]
+    num_lines: Annotated[int, typer.Option("--lines", min=1, help="Text samples.")] = 1024
+    num_images: Annotated[int, typer.Option("--images", min=1, help="Images.")] = 4096
+    dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = XDL_DIM
+    num_ids: Annotated[int, typer.Option("--ids", min=1, help="Ids are 1 to this, those of images too.")] = 1024
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0

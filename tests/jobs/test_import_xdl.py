@@ -14,9 +14,8 @@ from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from jobs import import_xdl
-from pipeline.xdl.draw import DrawOptions, draw_lines
-from pipeline.xdl.line import format_line
-from pipeline.xdl.samples import split_of
+from pipeline.options import XdlRandomOptions
+from pipeline.xdl import draw_lines, parse_line, split_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
@@ -117,10 +116,10 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
         "s||age@3|x|1|1": "no group key",
         LINES[0].replace("|1|100", "|2|100"): "label is not 0 or 1; --label-threshold makes it so",
         LINES[0].replace("|1|100", "|1,0|100"): "several labels; --label-index says which",
-        LINES[0].replace("|100", "|soon"): "ts is no whole number",
+        LINES[0].replace("|100", "|soon"): "ts is not a whole number",
         LINES[0].replace("age@3", "age@3;age@4"): "user part: age is there twice",
         LINES[0].replace("age@3", "age"): "user part: a field without a name",
-        LINES[0].replace("7:1", "7:x"): "a weight of user_img is no number",
+        LINES[0].replace("7:1", "7:x"): "a weight of user_img is not a number",
         LINES[0].replace("7:1", f"{2**63}:1"): "user_img does not fit into 64 bits",
         LINES[0].replace("ad_img@1:1", "ad_img@1:1,2:1"): "ad_img has not one id",
         LINES[0].replace("price@0.5,2", "price@nan,2"): "price is not finite",
@@ -143,7 +142,9 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
 def test_weights_are_kept_dropped_or_refused(job, lines, tmp_path):
     refuse = ["--weights", "refuse"]
     text = job("samples", "--from", lines(LINES[:2]), "--samples", tmp_path / "s", *refuse, code=1)
-    assert "all 2 lines are bad (item has weights other than 1; give --weights keep or drop" in text
+    assert (
+        "no good line is left to train on, of 2 (item has weights other than 1; give --weights keep or drop: 2)" in text
+    )
     assert not (tmp_path / "s").exists()
     job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
     assert "item_weight" not in rows(tmp_path / "s")[0]
@@ -202,7 +203,6 @@ def test_images_are_imported_as_they_are(job, tmp_path):
     job("images", "--from", tmp_path / "x/imgs", "--store", tmp_path / "store", "--dim", 6)
     store = FeatureStore.open(tmp_path / "store")
     assert store.snapshot().keys().tolist() == list(range(1, 61))
-    assert len(list((tmp_path / "x/imgs").glob("data.*"))) == 1024
     record = (tmp_path / "x/imgs/data.7").read_bytes()
     assert record[:8] == (7).to_bytes(8, "little")
     (vector_D,) = store.codec.decode(store.snapshot().get([7]))
@@ -220,15 +220,16 @@ def test_more_images_than_ids_are_drawn_as_asked(job, tmp_path):
 
 
 def test_random_data_is_that_of_the_example():
-    drawn = list(draw_lines(DrawOptions()))
-    assert len(drawn) == 1024
-    assert [format_line(line) for line in draw_lines(DrawOptions())] == [format_line(line) for line in drawn]
-    assert drawn != list(draw_lines(DrawOptions(seed=1)))
-    lengths = {len(line.user["user_img"]) for line in drawn}
+    text = list(draw_lines(XdlRandomOptions(out=Path())))
+    assert len(text) == 1024
+    assert list(draw_lines(XdlRandomOptions(out=Path()))) == text
+    assert list(draw_lines(XdlRandomOptions(out=Path(), seed=1))) != text
+    drawn = [parse_line(line.encode()).parts for line in text]
+    lengths = {len(parts["user"]["user_img"]) for parts in drawn}
     assert (min(lengths), max(lengths)) == (1, 31)
-    ids = [int(token.partition(":")[0]) for line in drawn for token in line.user["user0"]]
+    ids = [int(token.partition(":")[0]) for parts in drawn for token in parts["user"]["user0"]]
     assert (min(ids) < 10, max(ids) > 1015, max(ids) <= 1024) == (True, True, True)
-    assert list(drawn[0].ad) == ["ad0", "ad1", "ad2", "ad3", "ad_img"]
+    assert list(drawn[0]["ad"]) == ["ad0", "ad1", "ad2", "ad3", "ad_img"]
 
 
 def test_random_data_trains(job, tmp_path):

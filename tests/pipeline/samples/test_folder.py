@@ -13,7 +13,7 @@ from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.publish import MARK, SAMPLES, SEMANTIC_IDS, FolderContent, replaced_folder
-from pipeline.xdl import draw
+from pipeline.xdl import RANDOM_DATA
 from tests.pipeline.samples.rows import (
     DAY_S,
     all_bytes,
@@ -27,7 +27,7 @@ from tests.pipeline.samples.rows import (
     write,
 )
 
-CONTENTS = (SAMPLES, SEMANTIC_IDS, draw.CONTENT)
+CONTENTS = (SAMPLES, SEMANTIC_IDS, RANDOM_DATA)
 
 
 def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, client, tmp_path, monkeypatch):

@@ -1,0 +1,508 @@
+"""XDL's example formats: the import of text samples as sample groups, and random data like the example's.
+
+A line is `skey|gkey|user part|ad part|label|ts`, a part `name@value,value;name@value`. A value is `id:weight`, or a
+plain number: an id of weight 1 in the user part, which XDL takes for sparse, and a number of a dense field in the ad
+part. Neighbouring lines of a file with equal group key and equal user part are one group, a row of the samples: user
+fields once, ad fields as lists with one entry for each line. A file is a task, so a group never spans two files.
+"""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from distributed import Client
+
+from featurestore.console.files import write_json
+from featurestore.keys import key_of_uri, splitmix64
+from featurestore.storage.storage import Storage
+from pipeline.cluster.tasks import run_all
+from pipeline.errors import SampleError
+from pipeline.options import XdlOptions, XdlRandomOptions
+from pipeline.samples.build import LOOKED_AT, bad_reasons, write_schema
+from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
+from pipeline.samples.mapping import names_in
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, FolderContent, replaced_files, replaced_folder
+from pipeline.vectors.formats import NUM_FILES, find_files, record_dtype
+from trainer.schema import Field, Kind, Schema
+from trainer.schema.profile import look, schema_text, table_rows
+from trainer.schema.suggest import WEIGHT_SUFFIX, sample_files
+
+SPLITS = ("train", "test")
+RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
+TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
+RANDOM_DATA = FolderContent("random data", (MARK, TEXT_FILE))
+_TYPES: dict[str, pa.DataType] = {"file": pa.string(), "line": pa.int64(), "reason": pa.string(), "text": pa.binary()}
+QUARANTINE = pa.schema(_TYPES)
+SMALLER = "give them more memory, or cut the files"  # a file is a task
+
+PartName = Literal["user", "ad"]
+Tokens = list[str]
+Key = tuple[PartName, str]
+"""Part and name of a field."""
+
+
+class BadLineError(Exception):
+    """A line that cannot be used; its text is the reason that goes into quarantine."""
+
+
+@dataclass(frozen=True)
+class XdlLine:
+    """One sample as text."""
+
+    skey: str
+    gkey: str
+    parts: dict[PartName, dict[str, Tokens]]
+    label: Tokens
+    ts: str
+
+
+def parse_line(data: bytes) -> XdlLine:
+    """Take a line apart. Raises BadLineError."""
+    try:
+        text = data.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise BadLineError("no UTF-8") from error
+    if not text.strip():
+        raise BadLineError("empty line")
+    segments = text.split("|")
+    if len(segments) != 6:
+        raise BadLineError(f"{len(segments)} segments instead of 6")
+    skey, gkey, user, ad, label, ts = segments
+    if not gkey:
+        raise BadLineError("no group key")
+    return XdlLine(skey, gkey, {"user": _part("user", user), "ad": _part("ad", ad)}, label.split(","), ts.strip())
+
+
+def _part(side: PartName, text: str) -> dict[str, Tokens]:
+    part: dict[str, Tokens] = {}
+    for field in text.split(";") if text else []:
+        name, separator, values = field.partition("@")
+        if not separator or not name:
+            raise BadLineError(f"{side} part: a field without a name")
+        if name in part:
+            raise BadLineError(f"{side} part: {name} is there twice")
+        part[name] = values.split(",") if values else []
+    return part
+
+
+def read_ids(name: str, tokens: Sequence[str]) -> tuple[list[int], list[float]]:
+    """Read the ids of a sparse field and their weights. Raises BadLineError."""
+    ids, weights = [], []
+    for token in tokens:
+        number, separator, weight = token.partition(":")
+        ids.append(read_int(name, number))
+        weights.append(read_number(f"a weight of {name}", weight) if separator else 1.0)
+    return ids, weights
+
+
+def read_int(name: str, text: str) -> int:
+    """Read a whole number of 64 bits. Raises BadLineError."""
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise BadLineError(f"{name} is not a whole number") from error
+    if not -(1 << 63) <= value < 1 << 63:
+        raise BadLineError(f"{name} does not fit into 64 bits")
+    return value
+
+
+def read_number(name: str, text: str) -> float:
+    """Read a number that is finite as float32, which is what XDL makes of it. Raises BadLineError."""
+    try:
+        with np.errstate(over="ignore"):
+            value = float(np.float32(text))
+    except ValueError as error:
+        raise BadLineError(f"{name} is not a number") from error
+    if not math.isfinite(value):
+        raise BadLineError(f"{name} is not finite")
+    return value
+
+
+@dataclass(frozen=True)
+class XdlField:
+    """A field, and the column of the samples that it becomes."""
+
+    part: PartName
+    name: str
+    kind: Kind
+    width: int  # numbers a line, of dense
+    column: str
+    is_weighted: bool = False  # some id has another weight than 1
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each line has one value."""
+        if self.kind == "dense":
+            return self.width == 1
+        return self.kind == "id" or (self.kind == "content" and self.part == "ad")
+
+    def type_of(self, number: pa.DataType) -> pa.DataType:
+        """Choose the type of a column of such numbers: lists for several numbers a line, and for the lines of ads."""
+        for _ in range((not self.is_single) + (self.part == "ad")):
+            number = pa.list_(number)
+        return number
+
+
+@dataclass
+class SeenFields:
+    """Counts of good lines, by the fields in the order in which they come."""
+
+    num_lines: int = 0
+    lengths: defaultdict[Key, Counter[int]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
+    with_weights: Counter[Key] = dataclasses.field(default_factory=Counter)  # lines of id:weight
+    other_weights: Counter[Key] = dataclasses.field(default_factory=Counter)  # lines with a weight that is not 1
+
+    def add(self, key: Key, tokens: Tokens) -> None:
+        """Add one line's values of a field."""
+        self.lengths[key][len(tokens)] += 1
+        if any(":" in token for token in tokens):
+            self.with_weights[key] += 1
+            with contextlib.suppress(BadLineError):  # reported when the line is read again
+                self.other_weights[key] += any(weight != 1 for weight in read_ids("", tokens)[1])
+
+    def merge(self, other: "SeenFields") -> None:
+        """Add the counts of another file."""
+        self.num_lines += other.num_lines
+        for key, lengths in other.lengths.items():
+            self.lengths[key] += lengths
+        self.with_weights += other.with_weights
+        self.other_weights += other.other_weights
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of lines."""
+
+    url: str
+    path: str
+    split: str | None  # None: by the hash of the group key
+
+    def lines(self) -> Iterator[bytes]:
+        """Read the lines."""
+        with Storage(self.url).open_input(self.path) as file:
+            yield from file
+
+
+def scan_file(file: TextFile) -> SeenFields:
+    """Count the good lines of a file, and their values of each field."""
+    seen = SeenFields()
+    for data in file.lines():
+        with contextlib.suppress(BadLineError):  # reported when the file is read again
+            line = parse_line(data)
+            seen.num_lines += 1
+            for part, fields in line.parts.items():
+                for name, tokens in fields.items():
+                    seen.add((part, name), tokens)
+    return seen
+
+
+def decide(options: XdlOptions, seen: SeenFields) -> list[XdlField]:
+    """Decide the kind of every field: an option says it, else the part and the weights show it.
+
+    Fields of the user part are sparse, as XDL takes them; those of the ad part are where most lines have weights.
+    Raises SampleError for names that no line has, and for samples without an id of the ad.
+    """
+    names = {name for _, name in seen.lengths}
+    images, sparse, dense = (names_in(text) for text in (options.images, options.sparse, options.dense))
+    if options.images == XdlOptions.images:  # of the example's names those that are there
+        images = tuple(name for name in images if name in names)
+    if unknown := [name for name in (*images, *sparse, *dense) if name not in names]:
+        raise SampleError(f"no line has a field {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+    if both := set(dense) & {*images, *sparse}:
+        raise SampleError(f"{', '.join(sorted(both))} cannot be dense and sparse (or an image) at once")
+    fields = []
+    for (key, lengths), column in zip(seen.lengths.items(), _columns(list(seen.lengths)), strict=True):
+        part, name = key
+        is_sparse = part == "user" or 2 * seen.with_weights[key] > lengths.total() or not max(lengths)
+        kind: Kind = "dense"
+        if name in images:
+            kind = "content"
+        elif name in sparse or (name not in dense and is_sparse):
+            kind = "id" if lengths == {1: seen.num_lines} else "multi_id"
+        width = max(lengths, key=lambda length: (length > 0, lengths[length]))
+        fields.append(XdlField(part, name, kind, width, column, kind != "dense" and seen.other_weights[key] > 0))
+    if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
+        raise SampleError(
+            "no field of the ad part has one id in each line; the trainer knows new ads by such a field: name the ad's "
+            "image with --images, or add one"
+        )
+    return fields
+
+
+def _columns(keys: Sequence[Key]) -> list[str]:
+    """Name a column for each field: its own name, with the part before it where that is taken."""
+    count = Counter(name for _, name in keys)
+    taken = {*RESERVED, *(f"{name}{WEIGHT_SUFFIX}" for _, name in keys)}
+    columns = [f"{part}_{name}" if count[name] > 1 or name in taken else name for part, name in keys]
+    if len(set(columns)) < len(columns):
+        raise SampleError(f"fields {', '.join(sorted(name for _, name in keys))} do not make different column names")
+    return columns
+
+
+def write_field_schema(folder: Path, options: XdlOptions, fields: Sequence[XdlField]) -> None:
+    """Write schema and settings for imported fields; an image field gives its content, and its ids as an ID field."""
+    storage = Storage(folder)
+    profile = look(storage, sample_files(storage), "label", LOOKED_AT)
+    made: list[Field] = []
+    tables: dict[str, int] = {}
+    notes: dict[str, str] = {}
+    for each in fields:
+        side: dict[str, Any] = {"side": each.part, "column": None}
+        weights = f"{each.column}{WEIGHT_SUFFIX}" if each.is_weighted and options.weights == "keep" else None
+        if each.kind == "dense":
+            made.append(Field(name=each.column, kind="dense", width=None if each.is_single else each.width, **side))
+            continue
+        name, table = each.column, each.column
+        if each.kind == "content":
+            made.append(Field(name=each.column, kind="content", store="images", **side))
+            name, table = f"{each.column}_id", "image"
+            side |= {"table": table, "column": each.column}
+        made.append(Field(name=name, kind="id" if each.is_single else "multi_id", weights=weights, **side))
+        column = profile.columns[each.column]
+        num_ids, most = column.distinct.estimate, 1 if each.is_single else column.longest
+        tables[table] = max(tables.get(table, 0), table_rows(num_ids))
+        notes[name] = f"about {num_ids:,} ids, {most} a line at most"
+    new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
+    schema = Schema(fields=tuple(made), new_ad_field=new_ad)
+    header = "Fields of XDL's text samples, as they were found.", "kind: id | multi_id | dense | content (image keys)."
+    write_schema(folder, options.samples, schema_text(schema, header, notes), tables)
+
+
+def schema_of(fields: Iterable[XdlField], options: XdlOptions) -> pa.Schema:
+    """List the columns of the samples."""
+    types: dict[str, pa.DataType] = {"user": pa.int64(), "gkey": pa.string(), "timestamp": pa.int64()}
+    for each in fields:
+        types[each.column] = each.type_of(pa.float32() if each.kind == "dense" else pa.int64())
+    if options.weights == "keep":
+        types |= {each.column + WEIGHT_SUFFIX: each.type_of(pa.float32()) for each in fields if each.is_weighted}
+    types |= {"skey": pa.list_(pa.string()), "ad_timestamp": pa.list_(pa.int64()), "label": pa.list_(pa.int8())}
+    return pa.schema(types, metadata={"format": FORMAT})
+
+
+@dataclass(frozen=True)
+class XdlSample:
+    """One line, read: values by column."""
+
+    skey: str
+    gkey: str
+    label: int
+    ts: int
+    user: dict[str, Any]
+    ad: dict[str, Any]
+
+
+def read_sample(line: XdlLine, fields: Iterable[XdlField], options: XdlOptions) -> XdlSample:
+    """Read the line's values as the columns want them. Raises BadLineError."""
+    values: dict[PartName, dict[str, Any]] = {"user": {}, "ad": {}}
+    for each in fields:
+        tokens = line.parts[each.part].get(each.name)
+        values[each.part] |= (_dense if each.kind == "dense" else _sparse)(each, tokens, options)
+    return XdlSample(line.skey, line.gkey, _label(line.label, options), read_int("ts", line.ts), **values)
+
+
+def _sparse(each: XdlField, tokens: Tokens | None, options: XdlOptions) -> dict[str, Any]:
+    ids, weights = read_ids(each.name, tokens or [])
+    if options.weights == "refuse" and any(weight != 1 for weight in weights):
+        raise BadLineError(f"{each.name} has weights other than 1; give --weights keep or drop")
+    if each.is_single and len(ids) != 1:
+        raise BadLineError(f"{each.name} has not one id")
+    values: dict[str, Any] = {each.column: ids[0] if each.is_single else ids}
+    if options.weights == "keep" and each.is_weighted:
+        values[each.column + WEIGHT_SUFFIX] = weights[0] if each.is_single else weights
+    return values
+
+
+def _dense(each: XdlField, tokens: Tokens | None, options: XdlOptions) -> dict[str, Any]:
+    if tokens is not None:
+        numbers = [read_number(each.name, token) for token in tokens]
+    elif options.fill_dense is not None:
+        numbers = [options.fill_dense] * each.width
+    else:
+        raise BadLineError(f"{each.name} is missing; --fill-dense 0 does as XDL does")
+    if len(numbers) != each.width:
+        raise BadLineError(f"{each.name} has not {each.width} numbers")
+    return {each.column: numbers[0] if each.is_single else numbers}
+
+
+def _label(tokens: Tokens, options: XdlOptions) -> int:
+    if options.label_index is None and len(tokens) != 1:
+        raise BadLineError("several labels; --label-index says which")
+    index = options.label_index or 0
+    if index >= len(tokens):
+        raise BadLineError(f"no label {index}")
+    value = read_number("label", tokens[index])
+    if options.label_threshold is not None:
+        return int(value >= options.label_threshold)
+    if value not in (0, 1):
+        raise BadLineError("label is not 0 or 1; --label-threshold makes it so")
+    return int(value)
+
+
+def row_of(group: Sequence[XdlSample]) -> dict[str, Any]:
+    """Make the row of a group; `user` is the hash of its key, `timestamp` that of the first line."""
+    first = group[0]
+    lists = {column: [sample.ad[column] for sample in group] for column in first.ad}
+    lists |= {name: [getattr(sample, name) for sample in group] for name in ("skey", "label")}
+    lists["ad_timestamp"] = [sample.ts for sample in group]
+    return {"user": key_of_uri(first.gkey), "gkey": first.gkey, "timestamp": first.ts, **first.user, **lists}
+
+
+@dataclass
+class WrittenGroups:
+    """The outcome for one file's lines, and for their groups in each split."""
+
+    num_lines: int = 0
+    bad: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    counts: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: {name: Counter() for name in SPLITS})
+
+
+def write_file(
+    file: TextFile, number: int, fields: Sequence[XdlField], options: XdlOptions, folder: str
+) -> WrittenGroups:
+    """Write the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
+    result, schema = WrittenGroups(), schema_of(fields, options)
+    samples = _read(file, fields, options, result)
+    groups = (list(group) for _, group in groupby(samples, lambda sample: (sample.gkey, sample.user)))
+    scratch = Path(folder, f".part-{number}-{uuid.uuid4().hex}")  # a task may run twice
+    scratch.mkdir()
+    writers: dict[str, pq.ParquetWriter] = {}
+    try:
+        with contextlib.ExitStack() as stack:
+            while batch := list(islice(groups, ROW_GROUP_SIZE)):
+                of_split: dict[str, list[list[XdlSample]]] = {}
+                for group in batch:
+                    split = file.split or split_of(group[0].gkey, options.test_share)
+                    of_split.setdefault(split, []).append(group)
+                for split, here in of_split.items():
+                    if split not in writers:
+                        place = scratch / split
+                        writer = pq.ParquetWriter(place, schema, compression="zstd", write_page_checksum=True)
+                        writers[split] = stack.enter_context(writer)
+                    writers[split].write_table(pa.Table.from_pylist([row_of(group) for group in here], schema))
+                    labels = [sample.label for group in here for sample in group]
+                    result.counts[split].update(groups=len(here), samples=len(labels), clicks=sum(labels))
+        for split in writers:
+            (scratch / split).replace(Path(folder, split, f"part-{number:05d}.parquet"))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return result
+
+
+def split_of(gkey: str, test_share: float) -> str:
+    """Choose the split of a group by the hash of its key: all of a user's samples are in one."""
+    place = int(splitmix64([key_of_uri(gkey)])[0]) >> 32
+    return "test" if place < test_share * (1 << 32) else "train"
+
+
+def _read(
+    file: TextFile, fields: Sequence[XdlField], options: XdlOptions, result: WrittenGroups
+) -> Iterator[XdlSample]:
+    for data in file.lines():
+        result.num_lines += 1
+        try:
+            yield read_sample(parse_line(data), fields, options)
+        except BadLineError as error:
+            result.bad.append(
+                {"file": file.path, "line": result.num_lines, "reason": str(error), "text": data.rstrip(b"\r\n")}
+            )
+
+
+def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
+    """Make `options.samples`, with schema and settings; return the summary that is its summary.json too.
+
+    Bad lines are counted and kept, text and all, in quarantine.parquet. Every line is read twice: once for the kinds of
+    the fields, and once for the samples. Raises SampleError where there is nothing to train on.
+    """
+    files = _files(options)
+    with replaced_files(options.samples, scratch=options.scratch, keep_days=options.keep_days) as new:
+        for name in SPLITS:
+            (new.folder / name).mkdir()
+        seen = SeenFields()
+        for each in run_all(client, "looking through lines", scan_file, [(file,) for file in files], SMALLER):
+            seen.merge(each)
+        if not seen.num_lines:
+            raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
+        fields = decide(options, seen)
+        calls = [(file, number, fields, options, str(new.folder.absolute())) for number, file in enumerate(files)]
+        written = run_all(client, "writing samples", write_file, calls, SMALLER)
+        summary = _summary(options, fields, written)
+        if not summary["train"]["samples"]:
+            raise SampleError(
+                f"{options.source}: no good line is left to train on, of {summary['lines']:,} "
+                f"({bad_reasons(summary['quarantined'], {})}); give more lines or a smaller --test-share"
+            )
+        bad = [row for each in written for row in each.bad]
+        pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), new.folder / QUARANTINE_FILE)
+        write_field_schema(new.folder, options, fields)
+        write_json(new.folder / MARK, summary)
+    return summary
+
+
+def _files(options: XdlOptions) -> list[TextFile]:
+    """List the files of lines, those of the test samples last."""
+    sources = [(options.source, "train" if options.test_source else None)]
+    sources += [(options.test_source, "test")] if options.test_source else []
+    files = []
+    for address, split in sources:
+        storage, entries = find_files(address, what="samples")
+        paths = sorted(entry.path for entry in entries if entry.size_bytes)
+        files += [TextFile(storage.url, path, split) for path in paths]
+    if not files:
+        raise SampleError(f"{options.source}: only empty files")
+    return files
+
+
+def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[WrittenGroups]) -> dict[str, Any]:
+    counts = {split: sum((each.counts[split] for each in written), Counter[str]()) for split in SPLITS}
+    return {
+        "format": FORMAT,
+        "options": asdict(options) | {name: names_in(getattr(options, name)) for name in ("images", "sparse", "dense")},
+        "lines": sum(each.num_lines for each in written),
+        "quarantined": dict(sorted(Counter(row["reason"] for each in written for row in each.bad).items())),
+        **{split: {name: counts[split][name] for name in ("groups", "samples", "clicks")} for split in SPLITS},
+        "fields": [asdict(each) for each in fields],
+    }
+
+
+def draw(options: XdlRandomOptions, advance: Callable[[int], None]) -> None:
+    """Draw data.txt and imgs/data.0 to data.1023 in the folder `options.out`, which appears as a whole.
+
+    By default as large as the example's (alibaba/x-deeplearning, CrossMedia, randtxt.py and randimg.py). Equal options
+    give equal bytes. Raises SampleError where the folder holds anything else, or cannot be written.
+    """
+    with replaced_folder(options.out, RANDOM_DATA) as folder:
+        (folder / TEXT_FILE).write_text("".join(f"{line}\n" for line in draw_lines(options)))
+        images = folder / IMAGE_FOLDER
+        images.mkdir()
+        random = np.random.default_rng([options.seed, 1])
+        for key in range(1, options.num_images + 1):
+            record = np.array([(key, random.normal(size=options.dim))], record_dtype(options.dim))
+            with (images / f"data.{key % NUM_FILES}").open("ab") as file:
+                file.write(record.tobytes())
+            advance(1)
+        write_json(folder / MARK, {name: value for name, value in asdict(options).items() if name != "out"})
+
+
+def draw_lines(options: XdlRandomOptions) -> Iterator[str]:
+    """Draw the text samples: weighted ids of the user, numbers of the ad, images of both, a label between 0 and 1."""
+    random = np.random.default_rng([options.seed, 0])
+
+    def sparse(most: int) -> str:
+        ids = random.integers(1, options.num_ids + 1, random.integers(1, most + 1))
+        return ",".join(f"{number}:{random.random():f}" for number in ids)
+
+    for number in range(options.num_lines):
+        user = [f"user{field}@{sparse(4)}" for field in range(4)] + [f"user_img@{sparse(31)}"]
+        ad = [f"ad{field}@{random.random():f}" for field in range(4)] + [f"ad_img@{sparse(1)}"]
+        yield f"skey{number}|gkey{number}|{';'.join(user)}|{';'.join(ad)}|{random.random():f}|1543622400"
