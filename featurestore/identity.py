@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from featurestore import log
 from featurestore.errors import AnotherStoreError
 from featurestore.snapshot import Snapshot
-from featurestore.spec import OptionalId, SourceSnapshot
+from featurestore.spec import OptionalId, RandomId, SourceSnapshot
 from featurestore.storage.storage import Storage
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): what they are of, as JSON
@@ -16,17 +16,14 @@ _SHOWN = 8  # digits of an id that show at a glance that it is another
 
 
 class SnapshotId(BaseModel):
-    """Store and commit of a snapshot, by random ids: a store that was made anew has others, also at the same place.
-
-    Empty ids: written before they were kept. Such a record is never refused, as nothing can be compared.
-    """
+    """Store and commit of a snapshot, by random ids: a store that was made anew has others, also at the same place."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     url: str
     version: int
-    store_id: OptionalId = ""
-    commit_id: OptionalId = ""
+    store_id: RandomId
+    commit_id: OptionalId  # empty of an empty store, which has no commit
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> "SnapshotId":
@@ -56,18 +53,13 @@ class SnapshotId(BaseModel):
         """Read the fields of `named` from a report; None where it names no snapshot."""
         if "store" not in report or "snapshot" not in report:
             return None
-        ids = {name: str(report.get(name, "")) for name in ("store_id", "commit_id")}
+        ids = {name: str(report[name]) for name in ("store_id", "commit_id")}
         return cls(url=str(report["store"]), version=int(report["snapshot"]), **ids)
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there is an id to compare."""
-        return bool(self.store_id or self.commit_id)
 
     def described(self) -> str:
         """Format for a message: `snapshot 3 (commit 0a1b2c3d) of store 4e5f6a7b at URL`."""
-        store, commit = self.store_id[:_SHOWN] or "without an id", self.commit_id[:_SHOWN] or "unknown"
-        return f"snapshot {self.version} (commit {commit}) of store {store} at {self.url}"
+        commit = self.commit_id[:_SHOWN] or "none"
+        return f"snapshot {self.version} (commit {commit}) of store {self.store_id[:_SHOWN]} at {self.url}"
 
     def is_same(self, found: "SnapshotId") -> bool:
         """Return whether `found` is this snapshot or another one of its store.
@@ -77,7 +69,7 @@ class SnapshotId(BaseModel):
         """
         if self.commit_id and self.version == found.version:
             return self.commit_id == found.commit_id
-        if not self.store_id or self.store_id == found.store_id:
+        if self.store_id == found.store_id:
             return True
         kept = log.find(Storage(found.url), self.version)
         return kept is not None and kept.commit_id == self.commit_id

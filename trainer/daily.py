@@ -22,7 +22,6 @@ from featurestore.console.output import print_table, text_console
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.published.paths import RunPath, read_file, run_path, write_file, write_json_file
 from featurestore.text import parse_json
-from trainer.config import legacy
 from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.files import DAYS_FILE, checkpoints_of
@@ -482,8 +481,7 @@ def _claim(folder: RunPath, base: Config) -> None:
 def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: RunPath) -> None:
     from trainer.runs.checkpoint import flat
 
-    here, there, preset = (dict(flat(each)) for each in (mine, legacy.up_to_date(theirs), load_config().model_dump()))
-    there = {name: preset[name] for name in here.keys() & preset.keys()} | there  # written before there was the setting
+    here, there = dict(flat(mine)), dict(flat(theirs))
     differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
     if differing:
         lines = [f"{name} is {here.get(name)!r} here, {there.get(name)!r} there" for name in differing]

@@ -12,7 +12,6 @@ from serving.bundle.files import LocalFiles
 from serving.bundle.log import read_version
 from serving.bundle.manifest import MODEL, SCHEMA, BundleManifest, VectorsOf
 from serving.errors import BrokenBundleError
-from trainer.config.legacy import up_to_date
 from trainer.config.options import ModelConfig
 from trainer.errors import TrainerError
 from trainer.models.layers import used_fields
@@ -61,5 +60,4 @@ class ModelVersion:
 
 
 def _read_model(path: Path) -> ModelConfig:
-    values = parse_json(path.read_bytes())
-    return ModelConfig.model_validate(up_to_date({"model": values})["model"])
+    return ModelConfig.model_validate(parse_json(path.read_bytes()))

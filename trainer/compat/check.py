@@ -137,7 +137,7 @@ def _put(store: FeatureStore, keys: Sequence[Int64Array], features: Sequence[NDA
         store.put(FeatureRows.of(uris, np.concatenate(features), keys=keys_K))
 
 
-Relation = Literal["the same snapshot", "the same store", "another store", "unknown"]
+Relation = Literal["the same snapshot", "the same store", "another store"]
 Verdict = Literal["compatible", "not compatible", "unknown"]
 # The share of the compared features that may differ: an image that was replaced without a new digest, say.
 OTHER_SHARE = 0.001
@@ -184,12 +184,12 @@ class ScoreDrift:
 
 @dataclass
 class Compatibility:
-    """What was found. `recorded` is None where the checkpoint was written before ids were kept."""
+    """What was found. `recorded`: the snapshot that the run was trained on."""
 
     run: str
     checkpoint: RunPath
     store_name: str
-    recorded: SnapshotId | None
+    recorded: SnapshotId
     found: SnapshotId
     relation: Relation
     kind: str
@@ -215,7 +215,7 @@ class Compatibility:
         return {
             **asdict(self),
             "checkpoint": self.checkpoint.name,
-            "recorded": self.recorded.model_dump() if self.recorded else None,
+            "recorded": self.recorded.model_dump(),
             "found": self.found.model_dump(),
             "rows": rows,
             "scores": scores,
@@ -233,8 +233,7 @@ def examine(
     saved = read_run(folder, options.checkpoint)
     place = _place(saved, options.store_name)
     snapshot = FeatureStore.open(url).snapshot(options.version)
-    recorded = checkpoint.read_recorded(saved.path).stores.get(place.name)
-    recorded = recorded if recorded and recorded.is_known else None
+    recorded = checkpoint.read_recorded(saved.path).stores[place.name]
     info = snapshot.info
     result = Compatibility(
         run=str(folder),
@@ -248,8 +247,6 @@ def examine(
     result.problems += _kind_differences(saved, place.name, snapshot)
     if result.problems or result.relation == "the same snapshot":
         return result
-    if recorded is None:
-        result.notes.append("the checkpoint was written before ids were kept: what it was trained on is not known")
     before = _still_there(recorded, url)
     result.can_read_recorded = before is not None
     if before is not None:
@@ -266,8 +263,8 @@ def accept(found: Compatibility) -> str:
     """
     if found.problems:
         raise TrainerError(f"not accepted: {found.problems[0]}")
-    if found.recorded is None or found.relation != "another store":
-        back = found.recorded and accepted.withdraw(found.checkpoint, found.store_name, found.recorded)
+    if found.relation != "another store":
+        back = accepted.withdraw(found.checkpoint, found.store_name, found.recorded)
         return f"no other store any more: {back}" if back else "nothing to accept: it would not be refused"
     figures = {name: found.report()[name] for name in ("rows", "scores", "notes", "verdict")}
     entry = accepted.AcceptedStore(
@@ -285,9 +282,7 @@ def _place(saved: SavedRun, name: str | None) -> StorePlace:
     return places[name] if name is not None else next(iter(places.values()))
 
 
-def _relation(recorded: SnapshotId | None, found: SnapshotId) -> Relation:
-    if recorded is None:
-        return "unknown"
+def _relation(recorded: SnapshotId, found: SnapshotId) -> Relation:
     if recorded.commit_id == found.commit_id:
         return "the same snapshot"
     return "the same store" if recorded.is_same(found) else "another store"
@@ -303,14 +298,14 @@ def _kind_differences(saved: SavedRun, name: str, snapshot: Snapshot) -> list[st
     ]
 
 
-def _still_there(recorded: SnapshotId | None, url: str) -> Snapshot | None:
+def _still_there(recorded: SnapshotId, url: str) -> Snapshot | None:
     """The snapshot that the run was trained on, at either address."""
-    for each in (url, recorded.url) if recorded else ():
+    for each in (url, recorded.url):
         try:
-            snapshot = FeatureStore.open(each).snapshot(recorded.version if recorded else None)
+            snapshot = FeatureStore.open(each).snapshot(recorded.version)
         except FeatureStoreError:
             continue
-        if recorded and snapshot.manifest.commit_id == recorded.commit_id:
+        if snapshot.manifest.commit_id == recorded.commit_id:
             return snapshot
     return None
 
@@ -361,12 +356,12 @@ def _score(
 
 def _other(saved: SavedRun, place: StorePlace, result: Compatibility) -> Snapshot:
     """The snapshot of a store of the run that is not asked about: the one trained on, else the newest, and a note."""
-    store, recorded = FeatureStore.open(place.url), saved.state.stores.get(place.name)
+    store, recorded = FeatureStore.open(place.url), saved.state.stores[place.name]
     try:
         snapshot = store.snapshot(saved.state.version_of(place.name))
     except SnapshotNotFoundError:
         snapshot = store.snapshot()
-    if recorded and SnapshotId.of(snapshot).commit_id != recorded.commit_id:
+    if SnapshotId.of(snapshot).commit_id != recorded.commit_id:
         result.notes.append(f"store {place.name} is not as in training either: {SnapshotId.of(snapshot).described()}")
     return snapshot
 
@@ -403,14 +398,13 @@ _IDENTITY = {
     "the same snapshot": "the same snapshot that the run was trained on: nothing to compare",
     "the same store": "the same store, another snapshot",
     "another store": "another store than the one that the run was trained on",
-    "unknown": "not known: the checkpoint has no ids",
 }
 
 
 def lines(found: Compatibility) -> list[str]:
     """Say what was compared with what."""
-    recorded = found.recorded.described() if found.recorded else "not known"
-    if found.recorded and found.can_read_recorded is False:
+    recorded = found.recorded.described()
+    if found.can_read_recorded is False:
         recorded += " (cannot be read any more)"
     return [
         f"run          {found.run}, {found.checkpoint.name}",

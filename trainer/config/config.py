@@ -26,7 +26,6 @@ from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.spec import MissingPolicy
 from featurestore.text import one_line, parse_yaml, without_passwords
-from trainer.config import legacy
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig, Section, validated
 from trainer.errors import ConfigError
 
@@ -250,25 +249,18 @@ the run that one begins with, are compared by themselves."""
 
 def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
     """Merge the preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
-    if file is not None and legacy.is_saved(file):
-        return load_saved(file, settings)
     return _checked([] if file is None else [(_read(file), str(file))], settings)
 
 
-def load_saved(file: RunPath, settings: Sequence[str] = ()) -> Config:
-    """Do as `load_config`, with a `file` that an earlier version of the project may have saved. Raises ConfigError."""
+def load_saved(file: RunPath) -> Config:
+    """Read the configuration that a run has written into its folder. Raises ConfigError."""
     text = _text(file)
-    if settings or "${" in text:  # of the environment, which may be another one the next time
-        return _saved(text, file, settings)
-    return _saved_as_it_is(text, file)
+    if "${" in text:  # of the environment, which may be another one the next time
+        return _saved(text, file)
+    return _saved_once(text, file)
 
 
-@lru_cache(_KEPT)
-def _saved_as_it_is(text: str, file: RunPath) -> Config:
-    return _saved(text, file, ())
-
-
-def _saved(text: str, file: RunPath, settings: Sequence[str]) -> Config:
+def _saved(text: str, file: RunPath) -> Config:
     """Parse and check the text of a saved file: some 30 ms."""
     if not text.strip():  # as a file of settings it would be the preset
         raise ConfigError(f"{file} is empty: the settings of a run are missing in it; put it back from a copy")
@@ -277,7 +269,10 @@ def _saved(text: str, file: RunPath, settings: Sequence[str]) -> Config:
             parse_yaml(text, aliases=False)
         except ValueError as failure:
             raise _unreadable(file, failure) from failure
-    return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_parsed(text, file)))), str(file))], settings)
+    return _checked([(_parsed(text, file), str(file))], ())
+
+
+_saved_once = lru_cache(_KEPT)(_saved)
 
 
 def _checked(files: Sequence[tuple[DictConfig, str]], settings: Sequence[str]) -> Config:
@@ -295,8 +290,6 @@ def _merged_in_order(layers: Iterable[tuple[DictConfig, str]]) -> DictConfig:
     """Merge layers, each with its source, one after the other over the preset. Raises ConfigError, which names it."""
     merged: DictConfig = pickle.loads(_preset(DEFAULT_PRESET))
     for above, source in layers:
-        if lines := [f"{source}: {old} is {new} now" for old, new in legacy.moved(_plain(above))]:
-            raise ConfigError("\n".join(lines))
         merged = _merge(merged, above, source)
     return merged
 
@@ -358,13 +351,6 @@ def _parsed(text: str, path: RunPath) -> DictConfig:
 
 def _unreadable(path: RunPath, failure: Exception) -> ConfigError:
     return ConfigError(f"{path} is not a readable YAML file: {one_line(failure)}")
-
-
-def _plain(values: DictConfig) -> dict[str, Any]:
-    """The values by section, interpolations as they were written."""
-    plain = OmegaConf.to_container(values, resolve=False)
-    assert isinstance(plain, dict)
-    return {str(name): value for name, value in plain.items()}
 
 
 def _parse_setting(setting: str) -> DictConfig:

@@ -58,7 +58,7 @@ class Sources:
 
         def look() -> str:
             index = open_index(self._comm, data.samples, split, schema, days)
-            return samples_digest(self._comm, index, data.cache_dir).content
+            return samples_digest(self._comm, index, data.cache_dir)
 
         return self._once(("digest", data.samples, split, data.schema_file, str(days)), look)
 

@@ -420,8 +420,6 @@ class Training:
             step_in_epoch=run.position.step,
             num_ranks=run.comm.size,
             origin=run.origin,
-            store_url=next((store.url for store in run.stores.values()), None),
-            store_version=run.partition.snapshot_version if run.partition else None,
             stores=run.stores,
             config_digest=config_digest(self._config.model_dump(mode="json")),
             history=[*run.history],

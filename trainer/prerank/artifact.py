@@ -16,7 +16,6 @@ Letters of shapes: N rows, W width of the vectors.
 """
 
 import contextlib
-import json
 import re
 import uuid
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict
 
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
@@ -104,7 +103,7 @@ def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float
 _MAX_UNUSED = 0.25
 _OTHERS: dict[IndexKind, str] = {"hnsw": "ivf or flat", "ivf": "flat", "flat": "flat"}
 _METADATA = re.compile(r"index-(\d{8,})\.json")
-_PART = re.compile(r"(?:ads|queries)-(\d{8,})-[0-9a-f]{32}\.(?:parquet|npz|faiss)")
+_PART = re.compile(r"(?:ads|queries)-(\d{8,})-[0-9a-f]{32}\.(?:parquet|npz)")
 # Batches of another make-up move the last bits of a vector; what is nearer than this is the same.
 _SAME = 1e-5
 
@@ -126,12 +125,7 @@ class IndexOrigin(_Frozen):
     bias: float
     """Logit = inner product + bias + what the context of the impression adds."""
     stores: dict[str, SnapshotId] = {}
-    """Where the images were looked up, by the store's name. An index from before they were kept has none."""
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        return fields if self.stores else {name: value for name, value in fields.items() if name != "stores"}
+    """Where the images were looked up, by the store's name; empty for a model without images."""
 
 
 class PartFile(_Frozen):
@@ -152,8 +146,6 @@ class IndexState(_Frozen):
     """The content of index-N.json, which describes a version of an index of ads."""
 
     format_version: int = FORMAT_VERSION
-    layout: Literal[2] = 2
-    """1 had hnsw and ivf of the plain vectors, which miss the best ads."""
     version: int
     kind: IndexKind
     metric: Literal["inner_product"] = "inner_product"
@@ -367,20 +359,7 @@ def _read_state(storage: Storage, version: int) -> IndexState:
         data = storage.read_bytes(name)
     except FileNotFoundError as failure:
         raise AdIndexError(f"{storage.full(name)} was replaced meanwhile; run again") from failure
-    if _is_of_first_layout(data):
-        raise AdIndexError(
-            f"{storage.full(name)} was written by an earlier version of this code, whose hnsw and ivf miss the best"
-            " ads; build it anew, without --add, --remove and --sync: python jobs/build_ad_index.py"
-        )
     return unseal(data, IndexState, storage.full(name))
-
-
-def _is_of_first_layout(data: bytes) -> bool:
-    try:
-        fields = json.loads(data)
-    except ValueError:
-        return False  # damaged
-    return isinstance(fields, dict) and "num_replaced" in fields and "layout" not in fields
 
 
 def _read(storage: Storage, part: PartFile) -> bytes:

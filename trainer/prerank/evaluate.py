@@ -90,7 +90,8 @@ def score(trained: TrainedRun, samples: str | None) -> TowerScore:
         metrics = evaluate(comm, predicted(ahead), known_ads(comm, train, trained.schema), trained.schema.new_ad_field)
     users_KW = finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
     notes = trained.saved.notes_on_missing(trained.missing_lookups())
-    changed = not samples_digest(comm, train, data.cache_dir).is_of(trained.saved.state.origin)
+    recorded = trained.saved.state.origin.data.get("samples_digest")
+    changed = samples_digest(comm, train, data.cache_dir) != recorded
     return TowerScore(metrics, users_KW, [*trained.saved.notes_on_samples(changed), *notes])
 
 

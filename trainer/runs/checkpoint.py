@@ -43,7 +43,6 @@ from featurestore.storage.local import StorageEntry, claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
 from featurestore.text import first_mistake, parse_json
 from trainer.comm import Comm
-from trainer.config import legacy
 from trainer.config.config import Config
 from trainer.config.options import Section
 from trainer.errors import CheckpointError, DamagedCheckpointError, DataError, OtherRunError, RemoteRankError
@@ -55,7 +54,7 @@ from trainer.samples.columns import SPLITS, in_either_split
 from trainer.samples.reader import BatchPosition, SampleIndex
 
 _SAMPLES = "data.samples_digest"  # among the values of an origin
-FORMAT_VERSION = 3  # 2: the ids of the stores; 3: the optimiser of ID rows
+FORMAT_VERSION = 1
 DENSE = "dense.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -92,14 +91,9 @@ class Origin(Section):
     """What the optimiser's state means: which one moves ID rows, and its betas where those move rows between steps."""
 
     def check_same(self, recorded: "Origin", path: RunPath) -> None:
-        """Raise OtherRunError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
-
-        A setting that the checkpoint does not know yet was as `legacy.BEFORE` says, or at its default.
-        """
+        """Raise OtherRunError naming every value that `recorded`, of the checkpoint at `path`, has otherwise."""
         self.check_store(recorded, path)
-        unknown = {"data": legacy.BEFORE["data"], "model": legacy.model_before(), "optim": legacy.BEFORE["optim"]}
-        theirs = {**recorded.model_dump(), "model": legacy.with_tables_up_to_date(recorded.model)}
-        lines = _differing(self.model_dump(), theirs, unknown)
+        lines = _differing(self.model_dump(), recorded.model_dump())
         if lines:
             raise OtherRunError(
                 f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)
@@ -137,10 +131,8 @@ class CheckpointState(Section):
     step_in_epoch: int
     num_ranks: int
     origin: Origin
-    store_url: str | None
-    store_version: int | None
-    stores: dict[str, SnapshotId] = Field(default={})
-    """The snapshot of every store by name; the two above are of the first one."""
+    stores: dict[str, SnapshotId]
+    """The snapshot of every store by name."""
     config_digest: str
     history: list[dict[str, Any]]
     files: dict[FileName, str]
@@ -152,8 +144,8 @@ class CheckpointState(Section):
         return BatchPosition(self.epoch, self.step_in_epoch)
 
     def version_of(self, store: str) -> int | None:
-        """Return the snapshot of that store; of a checkpoint that knows no names, of the only one."""
-        return self.stores[store].version if store in self.stores else None if self.stores else self.store_version
+        """Return the snapshot of that store; None for a store that the checkpoint does not have."""
+        return self.stores[store].version if store in self.stores else None
 
 
 def save(
@@ -329,12 +321,9 @@ def agreed(comm: Comm, what: str) -> Iterator[None]:
             raise CheckpointError(f"{what}: {failure}") from failure
 
 
-def _differing(
-    mine: Mapping[str, Any], theirs: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> list[str]:
-    """One line for each value that is another; `theirs` may lack one that `mine` has at its default."""
-    here, there, default = (dict(flat(values)) for values in (mine, theirs, defaults or {}))
-    there = {name: default[name] for name in default.keys() & here.keys()} | there
+def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """One line for each value that differs."""
+    here, there = dict(flat(mine)), dict(flat(theirs))
     names = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
     lines = {name: f"{name} is {here.get(name)!r} here, {there.get(name)!r} in the checkpoint" for name in names}
     if _SAMPLES in lines:
@@ -390,30 +379,14 @@ def _json_digest(values: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
-_NAME = "samples_digest"  # in the origin of a checkpoint
-_KIND = "bytes:"  # the beginning of one of contents
 _THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
 _REPORTED_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
-class SamplesDigest:
-    """Digests of samples: checkpoints keep the `content`; early ones kept the `layout`, names and counts alone."""
+def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> str:
+    """Compute the digest of the samples' names, counts and contents, which checkpoints keep.
 
-    content: str
-    layout: str
-
-    def is_of(self, recorded: Origin) -> bool:
-        """Tell whether these are the samples of a checkpoint."""
-        return recorded.data.get(_NAME) == self.as_recorded(recorded)[_NAME]
-
-    def as_recorded(self, recorded: Origin) -> dict[str, str]:
-        """Return the digest of the kind that a checkpoint has, to compare with it."""
-        return {_NAME: self.content if str(recorded.data.get(_NAME)).startswith(_KIND) else self.layout}
-
-
-def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> SamplesDigest:
-    """Read the files of `index` that are not known yet, each rank its share; every rank calls it.
+    The files of `index` that are not known yet are read, by each rank its share; every rank calls it.
 
     What is known is kept in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
     """
@@ -430,9 +403,7 @@ def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None 
     for share in comm.allgather_object(found, name="samples_digest"):
         known |= share
     comm.on_rank_0(lambda: memory.keep(known))
-    layout = index.layout_digest
-    each = xxhash.xxh3_128_hexdigest("\n".join([layout, *(known[file] for file in files)]).encode())
-    return SamplesDigest(f"{_KIND}{each}", layout)
+    return xxhash.xxh3_128_hexdigest("\n".join([index.layout_digest, *(known[file] for file in files)]).encode())
 
 
 def _digests(storage: Storage, files: Sequence[str]) -> dict[str, str]:

@@ -34,7 +34,6 @@ from trainer.runs.checkpoint import (
     Origin,
     PassedOver,
     Resumed,
-    SamplesDigest,
     continued,
     samples_digest,
 )
@@ -179,10 +178,10 @@ def _open_run(
         config, comm, places, lambda place: snapshot_of(place, resumed), measured=not resumed
     )
     digest = samples_digest(comm, train, config.data.cache_dir)
-    schema = _with_statistics(config, comm, schema, train, digest.content, recorded, warm)
-    origin = _origin(config, schema, digest.content, streams_of(config.data, len(train.row_groups)), partitions)
+    schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
+    origin = _origin(config, schema, digest, streams_of(config.data, len(train.row_groups)), partitions)
     if resumed:
-        _check_origin(origin, digest, *resumed, reading=reading)
+        _check_origin(origin, *resumed, reading=reading)
     engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
     if resumed:
         with _closed_on_failure(partitions.values()):  # an earlier checkpoint may be tried
@@ -209,7 +208,7 @@ def _open_run(
         resumed=resumed[0] if resumed else None,
         passed_over=passed_over,
         warm_start=warm,
-        samples_changed=recorded is not None and not digest.is_of(recorded),
+        samples_changed=recorded is not None and digest != recorded.data.get("samples_digest"),
         lacked=[] if reading else lacking_images(config, comm, schema, places, partitions, [train, test]),
     )
 
@@ -231,14 +230,12 @@ def _closed_on_failure(partitions: Iterable[FeaturePartition]) -> Iterator[None]
         opened.pop_all()
 
 
-def _check_origin(
-    origin: Origin, digest: SamplesDigest, path: RunPath, state: CheckpointState, *, reading: bool
-) -> None:
+def _check_origin(origin: Origin, path: RunPath, state: CheckpointState, *, reading: bool) -> None:
     """Raise CheckpointError where the checkpoint is of another run; `reading`: of another model or store."""
     recorded = state.origin
     if reading:
         recorded = recorded.model_copy(update={name: getattr(origin, name) for name in ("data", "train", "optim")})
-    origin.model_copy(update={"data": origin.data | digest.as_recorded(recorded)}).check_same(recorded, path)
+    origin.check_same(recorded, path)
 
 
 def open_stores(

@@ -261,7 +261,7 @@ def _counted(
 ) -> LackingImages:
     """Count what one store lacks, or remember it."""
     fields = _fields_of(config, schema, place)
-    digests = [samples_digest(comm, each, config.data.cache_dir).content for each in indexes]
+    digests = [samples_digest(comm, each, config.data.cache_dir) for each in indexes]
     columns = sorted({(field.column_name, field.side) for field in fields})
     key = xxhash.xxh3_128_hexdigest(json.dumps([digests, columns, partition.snapshot_id.commit_id]).encode())
     name = f"{xxhash.xxh3_64_hexdigest(indexes[0].storage.url.encode())}-images.json"

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm
-from trainer.config import legacy
 from trainer.config.config import WarmPart
 from trainer.config.options import NewAdSettings
 from trainer.engine.engine import NO_IMAGES
@@ -138,7 +137,7 @@ def not_taken(model: Mapping[str, Any], warm: WarmStart) -> list[str]:
 
 def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
     """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
-    theirs = _settings_of(warm)
+    theirs = warm.state.origin.model
     differing = [name for name in sorted(_meaning(model) | _meaning(theirs)) if model[name] != theirs[name]]
     if _maps_new_ads(model) != _maps_new_ads(theirs):
         differing.append("image_holdout")
@@ -181,7 +180,7 @@ def _sees_ads(model: Mapping[str, Any]) -> bool:
 
 def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
     """Rows of the same shape may be of other buckets, or lie where this run does not take them for untrained."""
-    theirs = _settings_of(warm)
+    theirs = warm.state.origin.model
     for name in model["fields"].keys() & theirs["fields"].keys():
         here, there = ([each["fields"][name].get(key) for key in ("buckets", "boundaries")] for each in (model, theirs))
         if here != there:
@@ -205,11 +204,6 @@ def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
             f"warm start from {warm.path}, part optimizers: it was trained with {warm.state.origin.optim}, this run "
             f"has {optim}; their state fits the same optimiser without optim.average_share: set run.warm_parts=full"
         )
-
-
-def _settings_of(warm: WarmStart) -> dict[str, Any]:
-    """The earlier run's model, settings that it did not know yet as they were then."""
-    return legacy.model_before() | warm.state.origin.model
 
 
 def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:

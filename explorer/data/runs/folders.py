@@ -234,15 +234,13 @@ def _settings(file: RunPath) -> Mapping[str, Any]:
 
 def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
     """Read a saved configuration as the trainer would, but for its check; some 10 ms."""
-    from trainer.config.legacy import up_to_date
-
     try:
         if size_bytes > _MOST_CONFIG_BYTES:
             raise ValueError(f"config.yaml has {size_bytes:,} bytes; a run writes at most {_MOST_CONFIG_BYTES:,}")
         loaded = parse_yaml(read_file(file).decode(), aliases=False)
         if not isinstance(loaded, dict):
             raise ValueError("config.yaml is no configuration of a run")
-        return _SavedSettings({**_preset(), **flat(up_to_date(loaded))}, "")
+        return _SavedSettings({**_preset(), **flat(loaded)}, "")
     except (UserError, ValueError) as error:
         return _SavedSettings({}, one_line(error))
 

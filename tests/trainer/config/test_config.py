@@ -8,7 +8,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainer.config.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
+from trainer.config.config import (
+    DEFAULT_PRESET,
+    WARM_PARTS,
+    Config,
+    config_digest,
+    load_config,
+    load_saved,
+    save_config,
+)
 from trainer.config.options import LONGEST_NAME, ExactTableConfig, ModelConfig, near_match
 from trainer.errors import ConfigError
 
@@ -228,3 +236,15 @@ def test_rows_that_have_no_number_are_refused_with_the_shards_that_would_do() ->
     assert str(caught.value).endswith("lower it, or set model.table_shards=8")
     assert "\n" not in str(caught.value)
     load(4 * most + 1, 8)
+
+
+def test_a_saved_file_that_changes_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file said the last time is kept only for the same text, and not where it names the environment."""
+    file = tmp_path / "config.yaml"
+    for lr in (0.5, 0.25):
+        save_config(load_config(settings=[f"optim.lr={lr}"]), file)
+        assert load_saved(file) == load_saved(file) == load_config(settings=[f"optim.lr={lr}"])
+    file.write_text("optim: {lr: '${oc.decode:${oc.env:OWN_LR}}'}")
+    for lr in ("0.5", "0.25"):
+        monkeypatch.setenv("OWN_LR", lr)
+        assert load_saved(file).optim.lr == float(lr)

@@ -1,6 +1,5 @@
 """Runs with each optimiser of ID rows: resumed, evaluated, begun with, refused; rows begun anew with each epoch."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import xxhash
-import yaml
 from torch import Tensor
 
 from tests.trainer.ids.saved import tensors_of
@@ -141,41 +138,3 @@ class TestAnotherOptimizer:
         run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=5, run__resume="latest")
         rates = tensors_of(run)["ids/learning_rates"]
         assert rates.tolist() == [0.01] * 4 + [1e-9]
-
-
-class TestEarlierVersions:
-    """Their checkpoints say nothing of the optimiser, which was row-wise Adam."""
-
-    @pytest.fixture
-    def run(self, trained: Train) -> Path:
-        folder = trained("old", optim__ids="rowwise_adam", model__id_init_std=0.05, train__max_steps=5)
-        file = find_checkpoint(folder) / "state.json"
-        state = json.loads(file.read_text())
-        del state["origin"]["optim"], state["digest"]
-        state["format_version"] = 2
-        digest = xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
-        file.write_text(json.dumps({**state, "digest": digest}))
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        optim = config.pop("optim")
-        config["train"] |= {name: optim[name] for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
-        del config["model"]["id_init_std"]
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        return folder
-
-    def test_go_on(self, run: Path, trained: Train) -> None:
-        as_then = {"optim__ids": "rowwise_adam", "model__id_init_std": 0.05}
-        trained("old", **as_then, train__max_steps=7, run__resume="latest")
-        assert read_state(find_checkpoint(run)).step == 7
-
-    def test_go_on_from_their_own_configuration(self, run: Path) -> None:
-        train(load_config(run / "config.yaml", ["run.resume=latest", "train.max_steps=7"]), SoloComm())
-        assert read_state(find_checkpoint(run)).step == 7
-
-    def test_are_evaluated(self, run: Path) -> None:
-        reader = open_trained(run, SoloComm())
-        assert reader.config.optim.ids == "rowwise_adam"
-        reader.close()
-
-    def test_are_refused_by_another_optimizer(self, run: Path, trained: Train) -> None:
-        with pytest.raises(CheckpointError, match=r"optim\.ids is 'adam' here, 'rowwise_adam' in the checkpoint"):
-            trained("old", optim__ids="adam", run__resume="latest")

@@ -291,15 +291,3 @@ class TestRecall:
     def test_without_users_it_is_of_ads(self, tmp_path: Path) -> None:
         ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(2_000), vectors(2_000), ORIGIN)
         assert ads.state.queries and ads.state.queries.source == "ads"
-
-
-def test_an_index_of_an_earlier_layout_is_refused_and_can_be_replaced(url: str) -> None:
-    file = Path(url) / "index-00000001.json"
-    fields = json.loads(file.read_text())
-    for name in ("layout", "num_unused", "recall", "min_recall", "queries"):
-        del fields[name]
-    file.write_text(json.dumps(fields | {"num_replaced": 0}))
-    with pytest.raises(AdIndexError, match=r"was written by an earlier version of this code.*build it anew"):
-        AdIndex.open(url)
-    AdIndex.build(url, "hnsw", KEYS, vectors(4), ORIGIN)
-    assert AdIndex.open(url).state.version == 2

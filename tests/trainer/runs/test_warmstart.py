@@ -134,6 +134,8 @@ def test_options_of_the_command(own: Places, before: Path) -> None:
             {"model__pooling": "sum"},
             r"part model: it was trained with model\.pooling=attentive, .* has model\.pooling=sum; .*leave model out",
         ),
+        ("partial", {"model__multi_hot": "sum"}, r"trained with model\.multi_hot=mean, .* has model\.multi_hot=sum; "),
+        ("partial", {"model__activation": "prelu"}, r"with model\.activation=relu, .* has model\.activation=prelu; "),
     ],
 )
 def test_other_shapes_are_named(own: Places, before: Path, parts: str, changes: dict[str, Any], message: str) -> None:
