@@ -22,16 +22,15 @@ from trainer.plan.cost import (
     BatchCounts,
     Design,
     KeyCounts,
-    KeyPopulation,
     Machine,
     NetworkSpeed,
     StageRate,
     StageRates,
     StepCost,
     Widths,
+    owner_skew,
     step_cost,
 )
-from trainer.plan.growth import GrowthCurve, GrowthPoint
 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
@@ -278,17 +277,17 @@ _SPEED = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?-i:b)(?:its?|ps|it/s)?", re.I
 
 
 class KeysInput(Section):
-    """Keys of one kind: the different ones in numbers of samples, two at least; between and beyond by Heaps' law."""
+    """Keys of one kind: references and different ones in a global batch, of which no two nodes ask for the same."""
 
     references_per_sample: Positive
-    unique_of_samples: Annotated[dict[int, Positive], Field(min_length=2)]
+    unique: Positive
     num_shards: Count
     vector_bytes: Positive
 
-    def population(self) -> KeyPopulation:
-        """Return the same, as the plan takes it."""
-        points = tuple(GrowthPoint(samples, unique) for samples, unique in sorted(self.unique_of_samples.items()))
-        return KeyPopulation(self.references_per_sample, GrowthCurve(points), self.num_shards)
+    def keys(self, samples: int, ranks: int) -> KeyCounts:
+        """Count the keys of a global batch of `samples` samples on `ranks` nodes."""
+        asked, skew = self.unique / ranks, owner_skew(self.unique, ranks, self.num_shards)
+        return KeyCounts(self.references_per_sample * samples, asked, asked * skew, self.unique, asked * skew)
 
 
 class ReferenceInput(Section):
@@ -337,7 +336,7 @@ class PlanInput(Section):
     def counts(self, ranks: int) -> BatchCounts:
         """Count the keys of a global batch on `ranks`."""
         size = self.global_batch_size
-        images, ids = (each.population().keys(size, ranks) for each in (self.images, self.ids))
+        images, ids = (each.keys(size, ranks) for each in (self.images, self.ids))
         return BatchCounts(size, ranks, size / ranks, images, ids)
 
     @property
@@ -504,20 +503,19 @@ def duration(seconds: float) -> str:
 
 
 def _counts(plan: TrainingPlan) -> Table:
-    table = _table("A global batch (~ is extrapolated)", "ranks", "samples", "images", "of a rank", "images used")
+    table = _table("A global batch", "ranks", "samples", "images", "of a rank", "images used")
     for name in ("busiest owner", "ids", "ids of a rank"):
         table.add_column(name, justify="right")
     for row in plan.rows:
         images, ids = row.counts.images, row.counts.ids
-        mark = "~" if images.extrapolated or ids.extrapolated else ""
         skew = images.owned * row.ranks / images.unique if images.unique else 1.0
         figures = (images.unique, images.asked, images.references)
         table.add_row(
             str(row.ranks),
             f"{row.counts.samples:,}",
-            *(f"{mark}{value:,.0f}" for value in figures),
+            *(f"{value:,.0f}" for value in figures),
             f"{skew - 1:+.1%}",
-            *(f"{mark}{value:,.0f}" for value in (ids.unique, ids.asked)),
+            *(f"{value:,.0f}" for value in (ids.unique, ids.asked)),
         )
     return table
 

@@ -44,14 +44,12 @@ from trainer.plan.build import StoredBytes, TrainingPlan, build
 from trainer.plan.cost import (
     BatchCounts,
     DrawnSamples,
-    KeyPopulation,
     Machine,
     NetworkSpeed,
     StageCost,
     StageRate,
     StageRates,
     Widths,
-    population,
     step_seconds,
 )
 from trainer.runs.open import train_reader
@@ -113,8 +111,8 @@ class SampledKeys:
     schema: Schema
     index: SampleIndex
     snapshot: Snapshot
-    images: KeyPopulation
-    ids: KeyPopulation
+    images: DrawnSamples
+    ids: DrawnSamples
     id_vector_floats: float
     image_keys_U: Int64
     """Keys of the first batches, for a store in the place of one too large."""
@@ -143,9 +141,14 @@ def sample(config: Config, question: PlanQuestion) -> SampledKeys:
         )
     fields = used_fields(schema, config.model)
     index = open_index(SoloComm(), data.samples, "train", schema, data.train_days)
+    sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
+    if sizes[-1] > index.num_samples:
+        raise ConfigError(
+            f"a global batch of {sizes[-1]:,} samples is larger than all {index.num_samples:,} training samples, "
+            f"in which its keys are counted; give --global-batch-size of at most {index.num_samples}, or more samples"
+        )
     schema = with_rough_statistics(SoloComm(), index, schema)
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
-    sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * sizes[-1]), sizes[-1]))
     seed, window = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
     reader = SampleReader(index, schema, batch_size=total, seed=seed, window_groups=window)
@@ -170,8 +173,8 @@ def sample(config: Config, question: PlanQuestion) -> SampledKeys:
         schema=schema,
         index=index,
         snapshot=snapshot,
-        images=population(images, sizes, float(snapshot.num_rows * len(set(content.values())))),
-        ids=population(ids, sizes, float("inf")),
+        images=images,
+        ids=ids,
         id_vector_floats=float(np.average(widths_T, weights=unique_T)) if sum(unique_T) else 0.0,
         image_keys_U=np.unique(np.concatenate(first)),
         read=StageRate(0.0, read_s / reader.num_decoded, read_cpu_s / read_s),
@@ -499,6 +502,7 @@ def assumptions(
         f"Every machine is like this one, with {per_machine} rank{'s' if per_machine > 1 else ''} on it; "
         f"they are joined by a network of {speed:g} Gbit/s each way with {question.latency_s * 1e6:g} us for a message "
         "(--network, --latency-us); nobody else uses it.",
+        f"Keys are counted in batches drawn from the samples: measured up to {sampled.images.num_samples:,} samples.",
         f"A day of logs is {per_day:,.0f} samples: {origin}.",
         "Features lie in memory (or in the cache of files): see the bytes that a rank holds. ID rows count twice where "
         "checkpoints are written during the training, from a copy (train.checkpoint_beside).",
@@ -517,24 +521,9 @@ def assumptions(
         lines.append(
             f"exchange.reuse_steps={reuse_steps}: E was measured at one rank, with the share of vectors that it reuses."
         )
-    lines += _extrapolated(question, sampled)
     if is_large(sampled.snapshot.info, sampled.snapshot.num_rows):
         lines.append(
             "The store is larger than a quarter of this machine's memory: drawn features stood in for it while E "
             "and the gather were measured."
         )
-    return lines
-
-
-def _extrapolated(question: PlanQuestion, sampled: SampledKeys) -> list[str]:
-    """Say which figures go beyond the data, and by what law."""
-    lines = []
-    largest = max(question.global_size(ranks) for ranks in question.ranks)
-    for name, keys in (("images", sampled.images), ("ids", sampled.ids)):
-        law, drawn = keys.curve.beyond, keys.curve.points[-1].samples
-        if keys.curve.is_extrapolated(largest):
-            how = f"Zipf's law with exponent {law.exponent:.2g} over {law.keys:,.3g} keys" if law else "Heaps' law"
-            error = keys.curve.error
-            known = f"; fitted to half of them it was {error:.1%} off at all of them" if error is not None else ""
-            lines.append(f"Batches above {drawn:,} samples are extrapolated: {name} by {how}{known}.")
     return lines

@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -22,10 +22,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from featurestore.keys import owner_of, shard_of, splitmix64
+from featurestore.keys import owner_of, shard_of
 from trainer.comm import Comm, connect
 from trainer.exchange.routing import Int64
-from trainer.plan.growth import GrowthCurve, GrowthPoint, fit
 from trainer.samples.reader import Batch
 
 _ROUNDS = 15
@@ -91,8 +90,6 @@ class KeyCounts:
     """In the whole batch."""
     owned: float
     """Unique keys of the busiest owner."""
-    extrapolated: bool = False
-    """The batch is larger than the data that was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -353,8 +350,6 @@ def owner_skew(unique: float, num_ranks: int, num_shards: int) -> float:
 
 
 _SPANS = 8
-_SMALLEST = 64
-_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -382,16 +377,6 @@ class DrawnSamples:
         """Return the keys of a sample, user fields once per group."""
         return sum(len(keys_N) for keys_N in self.keys_of(range(self.num_samples))) / self.num_samples
 
-    def draws(self) -> float:
-        """Return the keys of a sample, without those that repeat within a group."""
-        total = 0
-        for names in self.sources:
-            found = [self._values(name, range(self.num_samples)) for name in names]
-            values_N = splitmix64(np.concatenate([values for values, _ in found]))
-            groups_N = np.concatenate([groups for _, groups in found]).astype(np.uint64)
-            total += len(np.unique(values_N ^ (groups_N * _ODD)))
-        return total / self.num_samples
-
     def spans(self, samples: int) -> Iterator[range]:
         """Yield up to eight spans of `samples` samples, evenly spread, none of them overlapping another."""
         count = min(_SPANS, self.num_samples // samples)
@@ -399,10 +384,11 @@ class DrawnSamples:
             start = (self.num_samples - samples) * number // max(1, count - 1)
             yield range(start, start + samples)
 
-    def unique(self, samples: int) -> float:
-        """Count the different keys among those of `samples` samples, mean over spans."""
-        counts = [sum(len(np.unique(keys_N)) for keys_N in self.keys_of(span)) for span in self.spans(samples)]
-        return float(np.mean(counts))
+    def keys(self, samples: int, ranks: int) -> KeyCounts:
+        """Count the keys of global batches that are cut into the slices of `ranks` ranks, mean over the batches."""
+        found = np.array([_of_batch(self, span, ranks) for span in self.spans(samples)]).mean(axis=0)
+        asked, served, unique, owned = (float(each) for each in found)
+        return KeyCounts(self.references() * samples, asked, served, unique, owned)
 
     def _values(self, name: str, span: range) -> tuple[Int64, Int64]:
         """Return the values of a field, and the group of each."""
@@ -416,49 +402,6 @@ class DrawnSamples:
         first = int(ends_M[rows.start]) - int(jagged.lengths_M[rows.start])
         group_M = np.arange(rows.start, rows.stop) if of_user else group_B[rows.start : rows.stop]
         return jagged.values_N[first : int(ends_M[rows.stop - 1])], np.repeat(group_M, lengths_M)
-
-
-@dataclass(frozen=True)
-class KeyPopulation:
-    """Keys of one kind, in any number of samples and ranks: drawn where there is so much data, else by the curve."""
-
-    references: float
-    curve: GrowthCurve
-    num_shards: int
-    drawn: DrawnSamples | None = None
-
-    def keys(self, samples: int, ranks: int) -> KeyCounts:
-        """Count the keys of a global batch of `samples` on `ranks`."""
-        if self.drawn is not None and samples <= self.drawn.num_samples:
-            return drawn_keys(self.drawn, samples, ranks, self.references)
-        unique, asked = self.curve.unique(samples), self.curve.unique(samples / ranks)
-        skew = owner_skew(unique, ranks, self.num_shards)
-        return KeyCounts(
-            references=self.references * samples,
-            asked=asked,
-            served=asked * skew,
-            unique=unique,
-            owned=unique * skew / ranks,
-            extrapolated=self.curve.is_extrapolated(samples),
-        )
-
-
-def population(drawn: DrawnSamples, sizes: Sequence[int], most: float) -> KeyPopulation:
-    """Make the population of the keys in `drawn`, its curve with all `sizes` that have data. `most`: keys at all."""
-    wanted = {size for size in sizes if size <= drawn.num_samples} | {drawn.num_samples}
-    size = drawn.num_samples // 2
-    while size >= _SMALLEST:
-        wanted.add(size)
-        size //= 2
-    points = [GrowthPoint(size, drawn.unique(size)) for size in sorted(wanted)]
-    return KeyPopulation(drawn.references(), fit(points, drawn.draws(), most), drawn.num_shards, drawn)
-
-
-def drawn_keys(drawn: DrawnSamples, samples: int, ranks: int, references: float) -> KeyCounts:
-    """Count the keys of global batches that are cut into the slices of `ranks` ranks, mean over the batches."""
-    found = np.array([_of_batch(drawn, span, ranks) for span in drawn.spans(samples)]).mean(axis=0)
-    asked, served, unique, owned = (float(each) for each in found)
-    return KeyCounts(references * samples, asked, served, unique, owned)
 
 
 def _of_batch(drawn: DrawnSamples, span: range, ranks: int) -> tuple[float, float, float, float]:

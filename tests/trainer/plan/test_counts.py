@@ -1,6 +1,5 @@
-"""How many different keys there are: the law beside real draws, and drawn batches beside the readers."""
+"""How many different keys there are: drawn batches beside the readers."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,46 +7,13 @@ import pytest
 
 from featurestore.keys import owner_of, shard_of
 from trainer.config.config import load_config
+from trainer.errors import ConfigError
 from trainer.plan.calibrate import PlanQuestion, sample
-from trainer.plan.cost import DrawnSamples, drawn_keys, population
-from trainer.plan.growth import GrowthCurve, GrowthPoint, expected_unique, fit
+from trainer.plan.cost import DrawnSamples
 from trainer.runs.open import train_reader
 from trainer.samples.reader import Batch, Jagged, SampleReader
 
 Places = Any
-
-
-class TestGrowth:
-    @pytest.mark.parametrize(("exponent", "keys"), [(0.8, 20_000), (1.2, 200_000), (0.0, 3_000)])
-    def test_extrapolation_against_real_draws(self, exponent: float, keys: int) -> None:
-        """Ten times the data: within 5 %, where a power law through the last two points is further off."""
-        popularity = np.arange(1, keys + 1.0) ** -exponent
-        draws = np.random.default_rng(2).choice(keys, size=400_000, p=popularity / popularity.sum())
-        points = [GrowthPoint(n, len(np.unique(draws[: 20 * n]))) for n in (64, 125, 250, 500, 1_000, 2_000)]
-        truth = len(np.unique(draws))
-        curve = fit(points, draws=20)
-        assert curve.unique(20_000) == pytest.approx(truth, rel=0.05)
-        assert curve.error is not None and curve.error < 0.05
-        by_power = GrowthCurve(tuple(points)).unique(20_000)
-        assert abs(by_power / truth - 1) > abs(curve.unique(20_000) / truth - 1)
-
-    def test_expected_unique_is_the_sum_over_keys(self) -> None:
-        popularity = np.arange(1, 5_001.0) ** -0.7
-        exact = -np.expm1(-9_000 * popularity / popularity.sum()).sum()
-        assert expected_unique(0.7, 5_000, 9_000) == pytest.approx(exact, rel=1e-3)
-
-    def test_measured_points_are_kept_and_limits_hold(self) -> None:
-        points = [GrowthPoint(100, 900.0), GrowthPoint(200, 1_500.0), GrowthPoint(400, 2_400.0)]
-        curve = fit(points, draws=12, most=3_000)
-        assert [curve.unique(point.samples) for point in points] == pytest.approx([900, 1_500, 2_400])
-        assert 1_500 < curve.unique(300) < 2_400
-        assert 2_400 < curve.unique(800) <= curve.unique(10**9) <= 3_000
-        assert (curve.is_extrapolated(400), curve.is_extrapolated(401)) == (False, True)
-
-    def test_few_points_or_no_keys(self) -> None:
-        assert fit([GrowthPoint(10, 0.0)], draws=0).unique(1_000) == 0
-        linear = fit([GrowthPoint(10, 50.0)], draws=5)
-        assert linear.beyond is None and linear.unique(100) == 500
 
 
 def batch_of(groups: int, seed: int) -> Batch:
@@ -78,7 +44,7 @@ class TestDraws:
         batch, shards, ranks = batch_of(60, seed=3), 16, 3
         drawn = DrawnSamples(batch, (("seen", "ad"),), frozenset({"seen"}), shards)
         size = batch.num_samples
-        found = drawn_keys(drawn, size, ranks, references=2.0)
+        found = drawn.keys(size, ranks)
         asked, served = [], np.zeros(ranks, int)
         for rank in range(ranks):
             keys_U = np.unique(values_by_hand(batch, range(size * rank // ranks, size * (rank + 1) // ranks)))
@@ -87,23 +53,26 @@ class TestDraws:
         whole_U = np.unique(values_by_hand(batch, range(size)))
         owned = np.bincount(owner_of(shard_of(whole_U, shards), ranks), minlength=ranks)
         assert (found.asked, found.served) == (np.mean(asked), served.max())
-        assert (found.unique, found.owned, found.references) == (len(whole_U), owned.max(), 2.0 * size)
+        assert (found.unique, found.owned, found.references) == (
+            len(whole_U),
+            owned.max(),
+            len(values_by_hand(batch, range(size))),
+        )
 
     def test_sources_do_not_share_keys(self) -> None:
         batch = batch_of(60, seed=3)
         both = DrawnSamples(batch, (("seen",), ("ad",)), frozenset({"seen"}), 16)
         alone = [DrawnSamples(batch, ((name,),), frozenset({"seen"}), 16) for name in ("seen", "ad")]
         size = batch.num_samples
-        expected = sum(drawn_keys(each, size, 2, 1.0).unique for each in alone)
-        assert drawn_keys(both, size, 2, 1.0).unique == expected
+        expected = sum(each.keys(size, 2).unique for each in alone)
+        assert both.keys(size, 2).unique == expected
 
     def test_counts_of_drawn_batches_are_those_of_the_readers(self, places: Places) -> None:
         """What the plan counts for two ranks is what two readers hand to two ranks, images and ids."""
         config = load_config(settings=places.settings())
         question = PlanQuestion((2,), 64, False, 1, 1e9, 0.0)
         sampled = sample(config, question)
-        drawn = sampled.images.drawn
-        assert drawn is not None and drawn.num_samples == sampled.index.num_samples
+        assert sampled.images.num_samples == sampled.index.num_samples
         found, asked, whole = sampled.images.keys(64, 2), [], []
         for rank in range(2):
             options: dict[str, Any] = {"rank": rank, "num_ranks": 2, "window_groups": 3}
@@ -115,8 +84,6 @@ class TestDraws:
         unique = [len(np.unique(np.r_[a, b])) for a, b in zip(*whole, strict=True)]
         assert found.asked == pytest.approx(np.mean(asked), rel=0.05)
         assert found.unique == pytest.approx(np.mean(unique), rel=0.05)
-        assert not found.extrapolated and sampled.images.keys(10_000, 2).extrapolated
-        assert sampled.images.keys(10**6, 2).unique == pytest.approx(40, rel=0.1)  # all items with an image
         assert sampled.ids.keys(64, 2).unique > found.unique
 
     @pytest.mark.parametrize(("size", "ranks", "streams"), [(64, 2, 1), (64, 2, 4), (300, 4, 8)])
@@ -134,9 +101,9 @@ class TestDraws:
         assert max(decoded) == pytest.approx(sampled.counts(size, ranks).decoded * mean_size / size, rel=0.15)
         assert (max(decoded) > 0.9 * mean_size) == (streams == 1)
 
-    def test_points_of_the_curve(self) -> None:
-        drawn = DrawnSamples(batch_of(200, seed=4), (("ad",),), frozenset({"seen"}), 16)
-        curve = population(drawn, [100, 10**6], math.inf).curve
-        assert {point.samples for point in curve.points} >= {100, drawn.num_samples}
-        assert all(point.unique <= 300 for point in curve.points)
-        assert drawn.references() == 1.0 and drawn.draws() <= 1.0
+    def test_a_batch_above_all_samples_is_refused(self, places: Places) -> None:
+        config = load_config(settings=places.settings())
+        with pytest.raises(
+            ConfigError, match=r"of 100,000 samples is larger than all .* give --global-batch-size of at"
+        ):
+            sample(config, PlanQuestion((2,), 100_000, False, 1, 1e9, 0.0))
