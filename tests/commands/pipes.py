@@ -14,7 +14,6 @@ PIPES = [
     ("trainer.main --set data.samples={samples} --set data.store={store} --warm-start {piperun}", 1, A_PIPE),
     ("trainer.evaluate {piperun}", 1, A_PIPE),
     ("trainer.evaluate {run} --samples {pipesamples}", 1, ""),
-    ("trainer.plan --input {pipe}", 2, A_PIPE),
     ("trainer.plan --config {pipe}", 2, A_PIPE),
     ("trainer.plan --samples {pipesamples} --store {store}", 1, A_PIPE),
     ("trainer.experiments images --config {pipe}", 2, A_PIPE),

@@ -40,7 +40,6 @@ PROCESSES = [
     "featurestore info {deepstore}",
     "featurestore get {store} 1000 --out {pipe}",
     "dask-submit --memory-limit nan {script}",
-    "trainer.plan --input {missing}",
     "jobs/export_embeddings --run {run} --out .npy",
     "benchmarks.explorer --images 1000 --pictures 10 --dir {empty}",
 ]
@@ -97,12 +96,3 @@ def test_what_looks_wrong_and_is_right(line: str, text: str, names: dict[str, ob
     called = call(words_of(line, names | {"new": tmp_path / "new"}))
     assert (called.code, called.trace) == (0, "") and "error" not in called.err
     assert text.format_map(names) in called.out
-
-
-def test_each_mistake_in_a_file_has_a_line(names: dict[str, object]) -> None:
-    """Where a file has many mistakes, each is told at once, as of a configuration."""
-    called = call(words_of("trainer.plan --input {wrongshape}", names))
-    first, *others = called.err.splitlines()
-    assert (called.code, called.trace) == (2, "") and first.startswith("error: ")
-    assert all(each.startswith(f"{names['wrongshape']}: ") for each in [first.removeprefix("error: "), *others])
-    assert any("ranks is missing" in each for each in others)

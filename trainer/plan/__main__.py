@@ -30,7 +30,7 @@ The first draws batches from the samples, measures this machine for a minute or 
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 
-_NOT_OF_THE_FILE = ("paper", "described", "json_file", PAGE)
+_WITH_PAPER = ("paper", "json_file", PAGE)
 
 app = CommandApp(report=True, rich_markup_mode="markdown")
 
@@ -57,19 +57,16 @@ def main(
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Plan the paper's cluster; measures nothing.")] = False,
-    described: Annotated[
-        Path | None, typer.Option("--input", help="Plan a cluster written down as presets/plan-paper.yaml is.")
-    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, and for two other designs."""
     if not math.isfinite(latency_us):
         raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
-    if paper or described is not None:
-        _refuse_beside(context, "--paper" if paper else "--input")
-        from trainer.plan.build import PAPER, load_input, plan_input
+    if paper:
+        _refuse_beside(context)
+        from trainer.plan.build import load_paper, plan_paper
 
-        plan = plan_input(load_input(described or PAPER))
+        plan = plan_paper(load_paper())
     else:
         config = _config(file, settings or [], samples, store, device)
         from trainer.plan.build import bytes_per_s
@@ -102,18 +99,15 @@ def _report(plan: "TrainingPlan", json_file: Path | None) -> None:
     write_json_option(json_file, as_json(plan))
 
 
-def _refuse_beside(context: typer.Context, option: str) -> None:
-    """Raise ConfigError for any other option: a plan of a file measures nothing and takes nothing but the file."""
+def _refuse_beside(context: typer.Context) -> None:
+    """Raise ConfigError for any other option: --paper measures nothing, and takes everything from its file."""
     beside = []
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if source and source.name == "COMMANDLINE" and parameter.name not in _NOT_OF_THE_FILE:
+        if source and source.name == "COMMANDLINE" and parameter.name not in _WITH_PAPER:
             beside.append(parameter.opts[0])
     if beside:
-        names = ", ".join(beside)
-        raise ConfigError(
-            f"{option} takes all from its file: leave out {names}, or change a copy of trainer/presets/plan-paper.yaml"
-        )
+        raise ConfigError(f"--paper takes all from trainer/presets/plan-paper.yaml: leave out {', '.join(beside)}")
 
 
 def _config(file: Path | None, settings: list[str], samples: str | None, store: str | None, device: str) -> Config:
