@@ -105,9 +105,8 @@ def summary_text(options: DemoOptions, summary: "DemoSummary") -> str:
         f"{content['new_ad_share_of_test']:.1%} of new ads",
         f"clicked      {content['click_rate']:.1%} of the impressions",
     ]
-    for name, metrics in content["oracle"].items():
-        shown = ", ".join(f"{metric} {figure(value)}" for metric, value in metrics.items())
-        lines.append(f"ceiling      {shown}: {content['oracle_means'][name]}")
+    ceiling = ", ".join(f"{metric} {figure(value)}" for metric, value in content["ceiling"].items())
+    lines.append(f"ceiling      {ceiling}: knows the true logit but for its noise")
     if content.get("num_unreadable"):
         lines.append(f"unreadable   {content['num_unreadable']:,} images left out, listed in demo.json")
     if content.get("num_unlabelled"):

@@ -21,8 +21,7 @@ from featurestore.storage.local import read_regular
 from featurestore.text import parse_json
 from pipeline.demo import world as truth
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
-from pipeline.demo.measure import ceilings, variance_shares
-from pipeline.demo.world import Catalogue, DemoOptions, IntArray, World, advertised, simulate
+from pipeline.demo.world import Catalogue, DemoOptions, IntArray, World, advertised, ceiling, simulate
 from pipeline.errors import DemoError
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
@@ -288,10 +287,11 @@ def behaviors_table(world: World) -> pa.Table:
 
 
 def describe_truth(world: World) -> dict[str, Any]:
-    """Collect what the simulation knows and the logs do not say: parts of the logit, ceilings, counts."""
+    """Collect what the simulation knows and the logs do not say: parts of the logit, the ceiling, counts."""
     last = world.shown.day_N == world.num_days - 1
     new_T = world.launch_day_I[world.shown.item_N[last]] == world.num_days - 1
-    shares = variance_shares(world)
+    variance = {name: float(np.var(part_N)) for name, part_N in world.clicks.parts.items()}
+    total = sum(variance.values()) or 1.0
     return {
         "first_day": day_name(world.start_s, 0),
         "test_day": day_name(world.start_s, world.num_days - 1),
@@ -307,15 +307,14 @@ def describe_truth(world: World) -> dict[str, Any]:
         "click_rate": round(float(world.clicks.label_N.mean()), 4),
         "new_ad_share_of_test": round(float(new_T.mean()), 4) if len(new_T) else 0.0,
         "logit": {
-            name: {"sd": sd, "share_of_variance": round(shares[name], 4), "where": truth.WHERE[name]}
+            name: {"sd": sd, "share_of_variance": round(variance[name] / total, 4), "where": truth.WHERE[name]}
             for name, sd in truth.LOGIT_PARTS.items()
         },
         "look": {
             name: round(float(weight), 3)
             for name, weight in zip(world.catalogue.look_names, world.catalogue.weight_K, strict=True)
         },
-        "oracle": ceilings(world),
-        "oracle_means": truth.ORACLE_MEANS,
+        "ceiling": ceiling(world),
         "categories": {name: FIRST_CATEGORY + index for index, name in enumerate(world.catalogue.category_names)},
     }
 

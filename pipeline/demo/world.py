@@ -368,12 +368,6 @@ WHERE = {
     "scene": "IDs",
     "noise": "nowhere",
 }
-ORACLE_MEANS = {
-    "everything": "knows the true logit but for its noise",
-    "without_pixels": "knows only the parts that IDs carry",
-    "ids_and_memory": "knows those, and how each item that is not new does with the average user",
-    "behavior_pictures": "knows those, and reads tastes and moods from the pictures of a user's last 14 days",
-}
 PIXEL_PARTS = ("match", "trend", "mood")
 ID_PARTS = ("category", "popularity", "activity", "scene")
 
@@ -501,3 +495,41 @@ def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:
         during = order[num_new : num_new + num_during]
         launch_day_I[during] = rng.integers(1, num_days - 1, size=len(during))
     return launch_day_I
+
+
+def ceiling(world: World) -> dict[str, float]:
+    """Compute AUC, GAUC and new-ad AUC on the test day of the true logit but for its noise."""
+    test_T = np.flatnonzero(world.shown.day_N == world.num_days - 1)
+    new_T = world.launch_day_I[world.shown.item_N[test_T]] == world.num_days - 1
+    score_T = world.clicks.logit(*PIXEL_PARTS, *ID_PARTS)[test_T]
+    label_T = world.clicks.label_N[test_T]
+    return {
+        "auc": auc(score_T, label_T),
+        "gauc": gauc(score_T, label_T, world.shown.user_N[test_T]),
+        "new_ad_auc": auc(score_T[new_T], label_T[new_T]),
+    }
+
+
+# The trainer has an AUC and a GAUC too (evaluation/metrics.py), but this package may import its schema alone.
+def auc(score_N: FloatArray, label_N: IntArray) -> float:
+    """Compute the area under the ROC curve, ties counted half (Mann-Whitney); NaN where one class is missing."""
+    num_clicks = int(label_N.sum())
+    num_others = len(label_N) - num_clicks
+    if num_clicks == 0 or num_others == 0:
+        return float("nan")
+    _, inverse_N, count = np.unique(score_N, return_inverse=True, return_counts=True)
+    middle_rank = np.cumsum(count) - (count - 1) / 2
+    rank_sum = float(middle_rank[inverse_N][label_N == 1].sum())
+    return (rank_sum - num_clicks * (num_clicks + 1) / 2) / (num_clicks * num_others)
+
+
+def gauc(score_N: FloatArray, label_N: IntArray, user_N: IntArray) -> float:
+    """Average the AUC of each user, weighted by the user's rows; users with one class are left out."""
+    order = np.argsort(user_N, kind="stable")
+    total, weight = 0.0, 0
+    for rows in np.split(order, np.flatnonzero(np.diff(user_N[order])) + 1):
+        value = auc(score_N[rows], label_N[rows])
+        if not np.isnan(value):
+            total += value * len(rows)
+            weight += len(rows)
+    return total / weight if weight else float("nan")
