@@ -7,7 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, on_this_machine, run_app
 from featurestore.console.output import figure, print_summary, progress_bar
-from pipeline.demo.world import DemoOptions, Taste
+from pipeline.demo.world import DemoOptions
 
 if TYPE_CHECKING:
     from pipeline.demo.make import DemoSummary
@@ -17,7 +17,6 @@ EXAMPLES = """Examples:
 \b
 python jobs/make_demo_data.py
 python jobs/make_demo_data.py --small --out /tmp/demo --seed 7
-python jobs/make_demo_data.py --taste pictures --out data/demo-pictures
 python jobs/make_demo_data.py --images photos --labels photos.csv --out data/demo-photos
 """
 DEFAULT = DemoOptions(out=Path("data"))
@@ -46,13 +45,6 @@ def main(
     labels: Annotated[
         Path | None, typer.Option(help="CSV with the columns image and label: the photographs' categories.")
     ] = None,
-    taste: Annotated[
-        Taste,
-        typer.Option(
-            help="What shows a taste: IDs and pictures (items), or pictures alone (pictures): people look at offers of "
-            "rarely seen IDs, and ads are few and well known."
-        ),
-    ] = "items",
     force: Annotated[bool, typer.Option("--force", help="Replace a demo made with other options.")] = False,
 ) -> None:
     """Make demo data: pictures of clothes, and the raw logs of simulated people who look at them.
@@ -62,7 +54,7 @@ def main(
     """
     from pipeline.demo.make import make_demo
 
-    _check_options(images, labels, items, taste)
+    _check_options(images, labels, items)
     options = DemoOptions(
         out=out,
         items=items or (SMALL["items"] if small else DEFAULT.items),
@@ -71,7 +63,6 @@ def main(
         seed=seed,
         images=images,
         labels=labels,
-        taste=taste,
         force=force,
     )
     with progress_bar("measuring" if images else "drawing", options.items) as bar:
@@ -79,14 +70,12 @@ def main(
     print_summary(summary_text(options, summary))
 
 
-def _check_options(images: Path | None, labels: Path | None, items: int | None, taste: Taste) -> None:
+def _check_options(images: Path | None, labels: Path | None, items: int | None) -> None:
     """Raise BadParameter for options that do not go together."""
     if images and items:
         raise typer.BadParameter(
             "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
         )
-    if images and taste == "pictures":
-        raise typer.BadParameter("pictures goes with drawn clothes: sellers need copies of them", param_hint="--taste")
     if labels and not images:
         raise typer.BadParameter("goes with --images", param_hint="--labels")
 

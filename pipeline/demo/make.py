@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,14 +20,14 @@ from featurestore.storage.local import read_regular
 from featurestore.text import parse_json
 from pipeline.demo import world as truth
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
-from pipeline.demo.world import Catalogue, DemoOptions, IntArray, World, advertised, ceiling, simulate
+from pipeline.demo.world import Catalogue, DemoOptions, IntArray, World, ceiling, simulate
 from pipeline.errors import DemoError
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
 START_S = int(FIRST_DAY.timestamp())
 MAX_LISTED = 20  # unreadable photographs in demo.json
 FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
-DRAWN_NAME = re.compile(r"item-\d{5}(-\d\d)?\.jpg")
+DRAWN_NAME = re.compile(r"item-\d{5}\.jpg")
 LOG_NAME = re.compile(r"day=\d{4}-\d\d-\d\d\.parquet")
 
 Progress = Callable[[int], None]
@@ -50,11 +49,6 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
     options is replaced only with `force`, and files that this job did not make are never touched. Raises DemoError,
     SourceError.
     """
-    if options.taste == "pictures" and options.images is not None:
-        raise DemoError(
-            "taste=pictures needs copies of the pictures, and --images copies none; leave one of the two out"
-        )
-    advertised_I = advertised(options.items, options.seed, options.taste)
     wanted = _parameters(options)
     found = _read_demo(options.out)
     images = options.images.resolve() if options.images else options.out / "images"
@@ -75,8 +69,7 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
         write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
         if options.images is None:
             _draw(options.out, catalogue.uris, garments, drawn)
-            _offer(options.out, [catalogue.uris[item] for item in np.flatnonzero(~advertised_I)])
-        world = simulate(catalogue, options.users, options.days, options.seed, START_S, options.taste)
+        world = simulate(catalogue, options.users, options.days, options.seed, START_S)
         write_logs(world, options.out)
         content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
         write_json(options.out / DEMO_FILE, content)
@@ -95,8 +88,6 @@ def _os_errors(out: Path) -> Iterator[None]:
 def _parameters(options: DemoOptions) -> dict[str, Any]:
     """Collect all that decides the bytes, as it comes back from JSON."""
     parameters: dict[str, Any] = {"format": FORMAT, "users": options.users, "days": options.days, "seed": options.seed}
-    if options.taste != "items":
-        parameters["taste"] = options.taste
     if options.images is None:
         return parameters | {"items": options.items, "images": None}
     return parameters | {
@@ -143,9 +134,7 @@ def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
         return False
     if not all(path.is_file() for path in log_files(options.out, START_S, options.days)):
         return False
-    num_offered = int((~advertised(options.items, options.seed, options.taste)).sum())
-    num_images = options.items + truth.SELLERS * num_offered
-    return options.images is not None or len(_own_images(options.out)) == num_images
+    return options.images is not None or len(_own_images(options.out)) == options.items
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -195,18 +184,6 @@ def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progre
             raise
 
 
-def _offer(out: Path, uris: Sequence[str]) -> None:
-    """Give every seller an image of its own, a hard link where the disk knows them."""
-    for uri in uris:
-        for seller in range(truth.SELLERS):
-            image = out / "images" / offer_uri(uri, seller)
-            image.unlink(missing_ok=True)
-            try:
-                image.hardlink_to(out / "images" / uri)
-            except OSError:
-                shutil.copyfile(out / "images" / uri, image)
-
-
 def _measure(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, Any]]:
     """Measure the photographs as a catalogue; return it, and what demo.json has of those that are not in it."""
     from pipeline.demo.measure import measure_folder
@@ -220,7 +197,6 @@ def _measure(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, An
 
 # Users, items and categories have numbers as a shop would give them, not positions in an array.
 FIRST_USER, FIRST_ITEM, FIRST_CATEGORY, FIRST_SESSION = 100_001, 500_001, 11, 1
-FIRST_OFFER = 1_000_001  # item IDs of what sellers offer, with taste=pictures
 DEMO_FILE = "demo.json"
 LOGS = ("impressions", "behaviors")
 
@@ -239,11 +215,6 @@ def log_files(out: Path, start_s: int, num_days: int) -> list[Path]:
         for log in LOGS
         for day in range(first[log], num_days)
     ]
-
-
-def offer_uri(uri: str, seller: int) -> str:
-    """Name the image of a seller, of an item that others offer with equal pictures: shape/item-00012-07.jpg."""
-    return f"{uri.removesuffix('.jpg')}-{seller:02d}.jpg"
 
 
 def write_logs(world: World, out: Path) -> None:
@@ -280,7 +251,7 @@ def behaviors_table(world: World) -> pa.Table:
     columns: dict[str, Any] = {
         "timestamp": _timestamps(done.time_N),
         "user": FIRST_USER + done.user_N,
-        **(_item_columns(world, done.item_N) if world.taste == "items" else _offer_columns(world)),
+        **_item_columns(world, done.item_N),
         "dwell_s": done.dwell_s_N,
     }
     return pa.table(columns)
@@ -302,7 +273,7 @@ def describe_truth(world: World) -> dict[str, Any]:
             "behaviors": len(world.behaviors.time_N),
             "train_impressions": int((~last).sum()),
             "test_impressions": int(last.sum()),
-            "new_items": int((world.advertised_I & (world.launch_day_I == world.num_days - 1)).sum()),
+            "new_items": int((world.launch_day_I == world.num_days - 1).sum()),
         },
         "click_rate": round(float(world.clicks.label_N.mean()), 4),
         "new_ad_share_of_test": round(float(new_T.mean()), 4) if len(new_T) else 0.0,
@@ -329,11 +300,3 @@ def _item_columns(world: World, item_N: IntArray) -> dict[str, Any]:
         "image": [world.catalogue.uris[item] for item in item_N],
         "category": FIRST_CATEGORY + world.catalogue.category_I[item_N],
     }
-
-
-def _offer_columns(world: World) -> dict[str, Any]:
-    """Make the columns of `_item_columns` for what sellers offer."""
-    item_N, seller_N = world.behaviors.item_N, world.behaviors.seller_N
-    uris = [offer_uri(uri, seller) for uri in world.catalogue.uris for seller in range(truth.SELLERS)]
-    offer_N = item_N * truth.SELLERS + seller_N
-    return _item_columns(world, item_N) | {"item": FIRST_OFFER + offer_N, "image": [uris[offer] for offer in offer_N]}

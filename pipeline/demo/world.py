@@ -1,15 +1,12 @@
 """The demo's world: a catalogue, users, ads, and what they click."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import DemoError
-
-BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
@@ -263,7 +260,6 @@ class Behaviors:
     user_N: IntArray
     item_N: IntArray
     dwell_s_N: FloatArray
-    seller_N: IntArray  # 0 where an item has one seller
 
 
 def match_of(catalogue: Catalogue, taste_UK: FloatArray) -> FloatArray:
@@ -297,7 +293,7 @@ def browse(
         accident_N = rng.random(len(user_N)) < ACCIDENT_SHARE
         time_N = start_s + day * DAY_S + rng.integers(7 * 3600, DAY_S, size=len(user_N))
         item_N = np.where(accident_N, any_N, wanted_N)
-        days.append(Behaviors(time_N, user_N, item_N, _dwell_s(rng, accident_N), np.zeros_like(item_N)))
+        days.append(Behaviors(time_N, user_N, item_N, _dwell_s(rng, accident_N)))
     return _by_time(days)
 
 
@@ -325,7 +321,6 @@ def _by_time(days: list[Behaviors]) -> Behaviors:
         user_N=np.concatenate([day.user_N for day in days])[order],
         item_N=np.concatenate([day.item_N for day in days])[order],
         dwell_s_N=np.concatenate([day.dwell_s_N for day in days])[order],
-        seller_N=np.concatenate([day.seller_N for day in days])[order],
     )
 
 
@@ -333,11 +328,6 @@ HISTORY_DAYS = 14  # organic clicks before the first day of the log, so that its
 DAY_S = 86_400
 
 MIN_ITEMS = 20  # fewer make no session
-
-# With taste "pictures": ads are few and well known, and people look at offers that hardly anyone else looks at.
-ADVERTISED_SHARE = 0.1  # of the items; the others are offered by sellers, and never advertised
-MIN_OFFERED = 180
-SELLERS = 25  # of each item that is not advertised: equal pictures, each under an item ID and an image of its own
 
 NUM_SCENES = 4
 ADS_PER_SESSION = (3, 9)
@@ -389,10 +379,6 @@ TASTE_MEMORY = 0.93  # correlation of the passing part from one day to the next
 MOOD_MEMORY = 0.8  # the same of the passing half of a mood
 
 
-Taste = Literal["items", "pictures"]
-"""What shows a taste: IDs and pictures of well-known items, or pictures alone, where the IDs are rarely seen."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """What to make. `items` counts drawings; with `images` all readable ones of that folder are the items."""
@@ -404,11 +390,7 @@ class DemoOptions:
     seed: int = 0
     images: Path | None = None
     labels: Path | None = None
-    taste: Taste = "items"
     force: bool = False
-
-
-_NEVER = 10**6  # days
 
 
 @dataclass(frozen=True)
@@ -417,8 +399,6 @@ class World:
 
     catalogue: Catalogue
     people: People
-    taste: Taste
-    advertised_I: BoolArray
     launch_day_I: IntArray  # day of the log on which an item comes in; negative: before the log
     popularity_I: FloatArray
     behaviors: Behaviors
@@ -428,59 +408,23 @@ class World:
     start_s: int
 
 
-def simulate(
-    catalogue: Catalogue, num_users: int, num_days: int, seed: int, start_s: int, taste: Taste = "items"
-) -> World:
-    """Simulate the whole world; `start_s` is midnight (UTC) of the first day of the log. Some seconds of numpy.
-
-    With taste "items" every item is advertised and looked at. With "pictures" a few items are advertised, so that their
-    looks can be learned by their IDs; people look at the others, each offered by `truth.SELLERS` sellers under IDs of
-    their own, of which a model sees too little to learn their looks. Raises DemoError for too few items.
-    """
+def simulate(catalogue: Catalogue, num_users: int, num_days: int, seed: int, start_s: int) -> World:
+    """Simulate the whole world; `start_s` is midnight (UTC) of the first day of the log. Some seconds of numpy."""
     people = make_people(catalogue, num_users, HISTORY_DAYS, num_days, seed)
-    advertised_I, launch_day_I = _supply(catalogue.num_items, num_days, seed, taste)
+    launch_day_I = launch_days(catalogue.num_items, num_days, seed)
     popularity_I = np.random.default_rng([seed, 3]).normal(size=catalogue.num_items)
-    ad_day_I = np.where(advertised_I, launch_day_I, _NEVER)
-    offer_day_I = launch_day_I if taste == "items" else np.where(advertised_I, _NEVER, launch_day_I)
-    shown = show_ads(people, ad_day_I, num_days, seed, start_s)
-    behaviors = browse(catalogue, people, offer_day_I, popularity_I, num_days, seed, start_s)
-    if taste == "pictures":
-        sellers = np.random.default_rng([seed, 8]).integers(SELLERS, size=len(behaviors.item_N))
-        behaviors = replace(behaviors, seller_N=sellers)
+    shown = show_ads(people, launch_day_I, num_days, seed, start_s)
     return World(
         catalogue=catalogue,
         people=people,
-        taste=taste,
-        advertised_I=advertised_I,
         launch_day_I=launch_day_I,
         popularity_I=popularity_I,
-        behaviors=behaviors,
+        behaviors=browse(catalogue, people, launch_day_I, popularity_I, num_days, seed, start_s),
         shown=shown,
         clicks=click(catalogue, people, popularity_I, shown, seed),
         num_days=num_days,
         start_s=start_s,
     )
-
-
-def advertised(num_items: int, seed: int, taste: Taste) -> BoolArray:
-    """Choose which items are shown as ads, (I,). Raises DemoError where too few are left to be looked at."""
-    advertised_I = np.ones(num_items, dtype=np.bool_)
-    if taste == "pictures":
-        num_ads = max(MIN_ITEMS, round(ADVERTISED_SHARE * num_items))
-        if num_items - num_ads < MIN_OFFERED:
-            needed = MIN_ITEMS + MIN_OFFERED
-            raise DemoError(f"taste=pictures needs at least {needed} items, and items={num_items}; give more --items")
-        order = np.random.default_rng([seed, 9]).permutation(num_items)
-        advertised_I[order[num_ads:]] = False
-    return advertised_I
-
-
-def _supply(num_items: int, num_days: int, seed: int, taste: Taste) -> tuple[BoolArray, IntArray]:
-    """Choose which items are advertised, and when each comes in; with few ads, some are new on the last day."""
-    advertised_I, launch_day_I = advertised(num_items, seed, taste), launch_days(num_items, num_days, seed)
-    if taste == "pictures":
-        launch_day_I[advertised_I] = launch_days(int(advertised_I.sum()), num_days, seed)
-    return advertised_I, launch_day_I
 
 
 def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:

@@ -81,31 +81,6 @@ def test_the_truth_is_written_down(demo: Path) -> None:
     assert truth["complete"]
 
 
-def test_taste_in_pictures_alone(tmp_path: Path) -> None:
-    wanted = ["--items", "200", "--users", "60", "--days", "5", "--taste", "pictures"]
-    assert _make(tmp_path, *wanted).exit_code == 0
-    images = tmp_path / "images"
-    drawn = {path.relative_to(images).as_posix(): path.read_bytes() for path in images.rglob("*.jpg")}
-    assert len(drawn) == 200 + 180 * 25
-    shown, done = (pq.read_table(tmp_path / "logs" / log) for log in ("impressions", "behaviors"))
-    assert len(set(shown["image"].to_pylist())) <= 20
-    offers = dict(zip(done["item"].to_pylist(), done["image"].to_pylist(), strict=True))
-    assert len(set(offers.values())) == len(offers) > 300, "an image of its own for each offer"
-    assert not set(offers) & set(shown["item"].to_pylist())
-    for image in offers.values():
-        assert drawn[image] == drawn[image[: -len("-00.jpg")] + ".jpg"], "equal pictures, computed once"
-    assert "nothing to do" in _make(tmp_path, *wanted).output
-    assert "taste: pictures there, None wanted" in _make(tmp_path, *wanted[:-2]).output
-
-
-def test_taste_in_pictures_needs_items_and_drawings(tmp_path: Path) -> None:
-    refused = _make(tmp_path, *TINY, "--taste", "pictures")
-    assert refused.exit_code == 1
-    assert "taste=pictures needs at least 200 items, and items=40; give more --items" in refused.output
-    assert not list(tmp_path.iterdir())
-    assert _make(tmp_path, "--images", str(tmp_path), "--taste", "pictures").exit_code == 2
-
-
 @pytest.mark.services  # a job in another process
 @pytest.mark.parametrize("hash_seed", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_equal_seeds_give_equal_bytes_in_any_process(demo: Path, tmp_path: Path, hash_seed: str) -> None:

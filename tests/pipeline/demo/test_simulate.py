@@ -154,26 +154,6 @@ def test_who_cannot_see_stays_far_below_the_ceiling(world: World, last: np.ndarr
     assert known["new_ad_auc"] > auc(blind_N[new], label_N[new]) + 0.15
 
 
-@pytest.fixture(scope="module")
-def pictures(world: World) -> World:
-    return simulate(world.catalogue, num_users=1200, num_days=DAYS, seed=0, start_s=START_S, taste="pictures")
-
-
-def test_with_taste_in_pictures_ads_are_well_known_and_offers_are_not(pictures: World) -> None:
-    done, shown = pictures.behaviors, pictures.shown
-    assert pictures.advertised_I.sum() == 60
-    assert pictures.advertised_I[shown.item_N].all()
-    assert not pictures.advertised_I[done.item_N].any()
-    assert np.median(np.unique(shown.item_N, return_counts=True)[1]) > 200
-    assert np.median(np.unique(done.item_N * truth.SELLERS + done.seller_N, return_counts=True)[1]) < 8
-    assert set(done.seller_N) == set(range(truth.SELLERS))
-    last = shown.day_N == DAYS - 1
-    new = np.flatnonzero(pictures.advertised_I & (pictures.launch_day_I == DAYS - 1))
-    assert len(new) == round(truth.NEW_ITEM_SHARE * 60)
-    assert np.isin(shown.item_N[last], new).mean() == pytest.approx(truth.NEW_AD_SHARE, abs=0.03)
-    assert not np.isin(shown.item_N[~last], new).any()
-
-
 def test_auc_is_that_of_torchmetrics_with_ties() -> None:
     rng = np.random.default_rng(0)
     score_N, label_N = rng.integers(0, 20, size=500) / 20, rng.integers(0, 2, size=500)
