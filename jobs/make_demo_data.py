@@ -1,13 +1,12 @@
 """Make demo data: pictures of clothes, and the raw logs of simulated people who look at them."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, on_this_machine, run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import figure, print_summary, progress_bar
-from pipeline.demo.world import DemoOptions
+from pipeline.options import DemoOptions, takes
 
 if TYPE_CHECKING:
     from pipeline.demo.make import DemoSummary
@@ -19,64 +18,32 @@ python jobs/make_demo_data.py
 python jobs/make_demo_data.py --small --out /tmp/demo --seed 7
 python jobs/make_demo_data.py --images photos --labels photos.csv --out data/demo-photos
 """
-DEFAULT = DemoOptions(out=Path("data"))
-SMALL = {"items": 200, "users": 1500}
-
 app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
-def main(
-    out: Annotated[
-        Path, typer.Option(help="Folder to write: images, logs and demo.json.", callback=on_this_machine)
-    ] = DEFAULT.out,
-    items: Annotated[int | None, typer.Option(min=20, help="Clothes to draw.", show_default=str(DEFAULT.items))] = None,
-    users: Annotated[
-        int | None, typer.Option(min=10, help="People to simulate.", show_default=str(DEFAULT.users))
-    ] = None,
-    days: Annotated[int, typer.Option(min=2, max=366, help="Days of the log; the last is the test day.")] = 19,
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
-    small: Annotated[
-        bool, typer.Option("--small", help=f"{SMALL['items']} clothes and {SMALL['users']} people: quick, and noisy.")
-    ] = False,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of your own photographs, in place of drawn clothes; nothing is copied.")
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="CSV with the columns image and label: the photographs' categories.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a demo made with other options.")] = False,
-) -> None:
+@takes(DemoOptions)
+def main(options: DemoOptions) -> None:
     """Make demo data: pictures of clothes, and the raw logs of simulated people who look at them.
 
     Colour and pattern are independent of the category, and taste is for looks: that part of the signal is in the
-    pixels alone. OUT/demo.json says how much, and which AUC the truth itself would reach.
+    pixels alone. OUT/demo.json says which AUC the truth itself would reach.
     """
     from pipeline.demo.make import make_demo
 
-    _check_options(images, labels, items)
-    options = DemoOptions(
-        out=out,
-        items=items or (SMALL["items"] if small else DEFAULT.items),
-        users=users or (SMALL["users"] if small else DEFAULT.users),
-        days=days,
-        seed=seed,
-        images=images,
-        labels=labels,
-        force=force,
-    )
-    with progress_bar("measuring" if images else "drawing", options.items) as bar:
+    _check_options(options)
+    with progress_bar("measuring" if options.images else "drawing", options.num_items) as bar:
         summary = make_demo(options, bar.advance)
     print_summary(summary_text(options, summary))
 
 
-def _check_options(images: Path | None, labels: Path | None, items: int | None) -> None:
+def _check_options(options: DemoOptions) -> None:
     """Raise BadParameter for options that do not go together."""
-    if images and items:
+    if options.images and options.items:
         raise typer.BadParameter(
             "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
         )
-    if labels and not images:
+    if options.labels and not options.images:
         raise typer.BadParameter("goes with --images", param_hint="--labels")
 
 

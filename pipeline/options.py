@@ -368,3 +368,34 @@ class XdlRandomOptions:
     dim: Annotated[int, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.")] = XDL_DIM
     num_ids: Annotated[int, typer.Option("--ids", min=1, help="Ids are 1 to this, those of images too.")] = 1024
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What to make; with `images` all readable photographs of that folder are the items."""
+
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: images, logs and demo.json.", callback=on_this_machine)
+    ] = Path("data")
+    items: Annotated[int | None, typer.Option(min=20, help="Clothes to draw.", show_default="1400")] = None
+    users: Annotated[int | None, typer.Option(min=10, help="People to simulate.", show_default="8000")] = None
+    days: Annotated[int, typer.Option(min=2, max=366, help="Days of the log; the last is the test day.")] = 19
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0
+    small: Annotated[bool, typer.Option("--small", help="200 clothes and 1500 people: quick, and noisy.")] = False
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of your own photographs, in place of drawn clothes; nothing is copied.")
+    ] = None
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV with the columns image and label: the photographs' categories.")
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace a demo made with other options.")] = False
+
+    @property
+    def num_items(self) -> int:
+        """Clothes to draw."""
+        return self.items or (200 if self.small else 1400)
+
+    @property
+    def num_users(self) -> int:
+        """People to simulate."""
+        return self.users or (1500 if self.small else 8000)

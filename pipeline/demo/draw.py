@@ -5,14 +5,13 @@ So a category (the shape) says nothing about colour or pattern: who knows only I
 
 import colorsys
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from pipeline.demo.world import Catalogue, FloatArray, standardize
+from pipeline.demo.world import Catalogue, standardize
 
 CANVAS_PX = 480  # drawn at twice the size, then reduced: smooth edges
 SIDE_PX = 240
@@ -101,7 +100,7 @@ def plan_garments(num_items: int, seed: int) -> list[Garment]:
 def draw_garment(garment: Garment) -> bytes:
     """Draw the JPEG of one garment, 240 x 240; equal garments give equal bytes."""
     main, second = _colours(garment)
-    covered = PATTERN_MASKS[garment.pattern](CANVAS_PX, garment.pattern_px)
+    covered = pattern_mask(garment.pattern, CANVAS_PX, garment.pattern_px)
     cloth = Image.fromarray(np.where(covered[..., None], second, main).astype(np.uint8))
     rng = np.random.default_rng(garment.noise_seed)
     level = 255 * garment.background
@@ -121,31 +120,23 @@ def draw_garment(garment: Garment) -> bytes:
 def catalogue_of(garments: list[Garment]) -> Catalogue:
     """Make the catalogue of drawn garments; looks come from what was drawn."""
     shapes = tuple(SHAPES)
-    names, weights, columns = _look_columns(garments)
-    return Catalogue(
-        uris=tuple(f"{garment.shape}/item-{index:05d}.jpg" for index, garment in enumerate(garments)),
-        category_I=np.array([shapes.index(garment.shape) for garment in garments], dtype=np.int64),
-        category_names=shapes,
-        look_IK=standardize(columns),
-        look_names=names,
-        weight_K=weights,
-        vivid=names.index("vivid"),
-    )
-
-
-def _look_columns(garments: list[Garment]) -> tuple[tuple[str, ...], FloatArray, FloatArray]:
-    """Give names, weights in a taste, and values (I, K) of the attributes that were drawn."""
     hue_I = np.deg2rad([garment.hue_deg for garment in garments])
-    table: dict[str, tuple[float, NDArray[np.float64]]] = {
+    looks: dict[str, tuple[float, NDArray[np.float64]]] = {  # each with its weight in a taste
         "hue_red_cyan": (2.0, np.cos(hue_I)),
         "hue_yellow_blue": (2.0, np.sin(hue_I)),
         "vivid": (0.4, np.array([garment.saturation for garment in garments])),
         "light": (0.3, np.array([garment.value for garment in garments])),
     }
     for pattern in PATTERNS[1:]:
-        table[pattern] = (0.4, np.array([float(garment.pattern == pattern) for garment in garments]))
-    weights = np.array([weight for weight, _ in table.values()])
-    return tuple(table), weights, np.stack([values for _, values in table.values()], axis=1)
+        looks[pattern] = (0.4, np.array([float(garment.pattern == pattern) for garment in garments]))
+    return Catalogue(
+        uris=tuple(f"{garment.shape}/item-{index:05d}.jpg" for index, garment in enumerate(garments)),
+        category_I=np.array([shapes.index(garment.shape) for garment in garments], dtype=np.int64),
+        category_names=shapes,
+        look_IK=standardize(np.stack([values for _, values in looks.values()], axis=1)),
+        weight_K=np.array([weight for weight, _ in looks.values()]),
+        vivid=tuple(looks).index("vivid"),
+    )
 
 
 def _colours(garment: Garment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -170,40 +161,17 @@ def _outline(garment: Garment) -> Image.Image:
     return mask
 
 
-BoolImage = NDArray[np.bool_]
-
-
-def _plain(side_px: int, period_px: float) -> BoolImage:
-    return np.zeros((side_px, side_px), dtype=np.bool_)
-
-
-def _stripes(side_px: int, period_px: float) -> BoolImage:
-    rows = np.arange(side_px)[:, None] % period_px < period_px / 2
-    return np.broadcast_to(rows, (side_px, side_px))
-
-
-def _dots(side_px: int, period_px: float) -> BoolImage:
-    offset = (np.arange(side_px) % period_px) - period_px / 2
-    return offset[:, None] ** 2 + offset[None, :] ** 2 < (0.33 * period_px) ** 2
-
-
-def _checks(side_px: int, period_px: float) -> BoolImage:
-    half = np.arange(side_px) // (0.75 * period_px) % 2 == 0
-    squares: BoolImage = half[:, None] ^ half[None, :]
-    return squares
-
-
-def _zigzag(side_px: int, period_px: float) -> BoolImage:
-    x = np.arange(side_px)[None, :]
-    tooth = np.abs(x % (2 * period_px) - period_px)
-    lines: BoolImage = (np.arange(side_px)[:, None] + tooth) % (1.2 * period_px) < 0.5 * period_px
-    return lines
-
-
-PATTERN_MASKS: dict[str, Callable[[int, float], BoolImage]] = {
-    "plain": _plain,
-    "stripes": _stripes,
-    "dots": _dots,
-    "checks": _checks,
-    "zigzag": _zigzag,
-}
+def pattern_mask(pattern: str, side_px: int, period_px: float) -> NDArray[np.bool_]:
+    """Draw where the cloth has its second colour."""
+    x, y = np.arange(side_px)[None, :], np.arange(side_px)[:, None]
+    mask = np.zeros((side_px, side_px), dtype=np.bool_)
+    if pattern == "stripes":
+        mask |= y % period_px < period_px / 2
+    elif pattern == "dots":
+        mask |= (x % period_px - period_px / 2) ** 2 + (y % period_px - period_px / 2) ** 2 < (0.33 * period_px) ** 2
+    elif pattern == "checks":
+        mask |= (x // (0.75 * period_px) % 2 == 0) ^ (y // (0.75 * period_px) % 2 == 0)
+    elif pattern == "zigzag":
+        tooth = np.abs(x % (2 * period_px) - period_px)
+        mask |= (y + tooth) % (1.2 * period_px) < 0.5 * period_px
+    return mask

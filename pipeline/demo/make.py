@@ -1,10 +1,8 @@
 """The demo's files: made, and written."""
 
-import contextlib
 import datetime
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +18,14 @@ from featurestore.storage.local import read_regular
 from featurestore.text import parse_json
 from pipeline.demo import world as truth
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
-from pipeline.demo.world import Catalogue, DemoOptions, IntArray, World, ceiling, simulate
+from pipeline.demo.measure import measure_folder
+from pipeline.demo.world import IntArray, World, ceiling, simulate
 from pipeline.errors import DemoError
+from pipeline.options import DemoOptions
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
 START_S = int(FIRST_DAY.timestamp())
-MAX_LISTED = 20  # unreadable photographs in demo.json
 FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
-DRAWN_NAME = re.compile(r"item-\d{5}\.jpg")
-LOG_NAME = re.compile(r"day=\d{4}-\d\d-\d\d\.parquet")
-
 Progress = Callable[[int], None]
 
 
@@ -54,12 +50,16 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
     images = options.images.resolve() if options.images else options.out / "images"
     if found and found["parameters"] == wanted and _is_whole(options, found):
         return DemoSummary(found, images, already_there=True)
-    garments = plan_garments(options.items, options.seed) if options.images is None else []
+    garments = plan_garments(options.num_items, options.seed) if options.images is None else []
     if options.images is None:
-        catalogue, notes = catalogue_of(garments), {"duplicates": options.items - len(set(garments))}
+        catalogue, notes = catalogue_of(garments), {"duplicates": options.num_items - len(set(garments))}
     else:
-        catalogue, notes = _measure(options.images, options.labels)
-    with _os_errors(options.out):
+        catalogue, notes = measure_folder(options.images, options.labels)
+        if catalogue.num_items < truth.MIN_ITEMS:
+            raise DemoError(
+                f"{catalogue.num_items} readable images in {options.images}: at least {truth.MIN_ITEMS} make a demo"
+            )
+    try:
         if found is None:
             _refuse_foreign(options.out)
         elif found["parameters"] != wanted:
@@ -69,27 +69,21 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
         write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
         if options.images is None:
             _draw(options.out, catalogue.uris, garments, drawn)
-        world = simulate(catalogue, options.users, options.days, options.seed, START_S)
+        world = simulate(catalogue, options.num_users, options.days, options.seed, START_S)
         write_logs(world, options.out)
         content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
         write_json(options.out / DEMO_FILE, content)
-    return DemoSummary(_read_demo(options.out) or content, images, already_there=False)
-
-
-@contextlib.contextmanager
-def _os_errors(out: Path) -> Iterator[None]:
-    """Raise DemoError in place of an OSError: a full disk, a folder that cannot be written."""
-    try:
-        yield
     except OSError as error:
-        raise DemoError(f"cannot write the demo to {out}: {error}") from error
+        raise DemoError(f"cannot write the demo to {options.out}: {error}") from error
+    return DemoSummary(_read_demo(options.out) or content, images, already_there=False)
 
 
 def _parameters(options: DemoOptions) -> dict[str, Any]:
     """Collect all that decides the bytes, as it comes back from JSON."""
-    parameters: dict[str, Any] = {"format": FORMAT, "users": options.users, "days": options.days, "seed": options.seed}
+    parameters: dict[str, Any] = {"format": FORMAT, "users": options.num_users}
+    parameters |= {"days": options.days, "seed": options.seed}
     if options.images is None:
-        return parameters | {"items": options.items, "images": None}
+        return parameters | {"items": options.num_items, "images": None}
     return parameters | {
         "images": str(options.images.resolve()),
         "images_digest": _folder_digest(options.images),
@@ -134,7 +128,7 @@ def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
         return False
     if not all(path.is_file() for path in log_files(options.out, START_S, options.days)):
         return False
-    return options.images is not None or len(_own_images(options.out)) == options.items
+    return options.images is not None or len(_own_images(options.out)) == options.num_items
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -155,14 +149,12 @@ def _refuse_other(options: DemoOptions, found: dict[str, Any], wanted: dict[str,
 
 
 def _own_images(out: Path) -> list[Path]:
-    return [
-        path for shape in SHAPES for path in (out / "images" / shape).glob("item-*.jpg") if DRAWN_NAME.match(path.name)
-    ]
+    return [path for shape in SHAPES for path in (out / "images" / shape).glob(f"item-{'[0-9]' * 5}.jpg")]
 
 
 def _remove_own(out: Path) -> None:
     """Remove the pictures and logs that this job makes, and nothing else."""
-    logs = [path for log in LOGS for path in (out / "logs" / log).glob("day=*.parquet") if LOG_NAME.match(path.name)]
+    logs = [path for log in LOGS for path in (out / "logs" / log).glob("day=[0-9]*-[0-9][0-9]-[0-9][0-9].parquet")]
     for path in _own_images(out) + logs:
         path.unlink()
 
@@ -182,17 +174,6 @@ def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progre
         except BaseException:  # Ctrl-C too, while all are still being handed over
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _measure(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, Any]]:
-    """Measure the photographs as a catalogue; return it, and what demo.json has of those that are not in it."""
-    from pipeline.demo.measure import measure_folder
-
-    catalogue, unreadable, num_unlabelled = measure_folder(images, labels)
-    if catalogue.num_items < truth.MIN_ITEMS:
-        raise DemoError(f"{catalogue.num_items} readable images in {images}: at least {truth.MIN_ITEMS} make a demo")
-    listed = dict(unreadable[:MAX_LISTED])
-    return catalogue, {"unreadable": listed, "num_unreadable": len(unreadable), "num_unlabelled": num_unlabelled}
 
 
 # Users, items and categories have numbers as a shop would give them, not positions in an array.
@@ -258,11 +239,9 @@ def behaviors_table(world: World) -> pa.Table:
 
 
 def describe_truth(world: World) -> dict[str, Any]:
-    """Collect what the simulation knows and the logs do not say: parts of the logit, the ceiling, counts."""
+    """Collect what the simulation knows and the logs do not say: the ceiling and counts."""
     last = world.shown.day_N == world.num_days - 1
     new_T = world.launch_day_I[world.shown.item_N[last]] == world.num_days - 1
-    variance = {name: float(np.var(part_N)) for name, part_N in world.clicks.parts.items()}
-    total = sum(variance.values()) or 1.0
     return {
         "first_day": day_name(world.start_s, 0),
         "test_day": day_name(world.start_s, world.num_days - 1),
@@ -277,14 +256,6 @@ def describe_truth(world: World) -> dict[str, Any]:
         },
         "click_rate": round(float(world.clicks.label_N.mean()), 4),
         "new_ad_share_of_test": round(float(new_T.mean()), 4) if len(new_T) else 0.0,
-        "logit": {
-            name: {"sd": sd, "share_of_variance": round(variance[name] / total, 4), "where": truth.WHERE[name]}
-            for name, sd in truth.LOGIT_PARTS.items()
-        },
-        "look": {
-            name: round(float(weight), 3)
-            for name, weight in zip(world.catalogue.look_names, world.catalogue.weight_K, strict=True)
-        },
         "ceiling": ceiling(world),
         "categories": {name: FIRST_CATEGORY + index for index, name in enumerate(world.catalogue.category_names)},
     }

@@ -5,11 +5,9 @@ Looks are standardised over the catalogue, so a taste is for "redder than most",
 
 import csv
 import io
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,23 +23,17 @@ SIDE_PX = 96  # measured on a small copy: quick, and blind to the grain of the c
 CENTRE = slice(SIDE_PX // 5, SIDE_PX - SIDE_PX // 5)
 THREADS = 4
 NO_LABEL = "unlabelled"
+MAX_LISTED = 20  # unreadable photographs in demo.json
 # How much each attribute counts in a taste: colour first, as in the drawn clothes.
 ATTRIBUTES = {"red_green": 1.0, "yellow_blue": 1.0, "light": 1.0, "vivid": 0.6, "contrast": 0.4, "texture": 0.4}
 
 
-class MeasuredFolder(NamedTuple):
-    """The catalogue of a folder, and what is not in it."""
-
-    catalogue: Catalogue
-    unreadable: list[tuple[str, str]]  # uri, reason
-    num_unlabelled: int
-
-
-def measure_folder(images: Path, labels: Path | None) -> MeasuredFolder:
+def measure_folder(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, Any]]:
     """Measure each readable image below `images` as an item; its category is from `labels` (image, label).
 
     The uri is the path below `images`; `image` in the table is that path, or the file's name, with or without its
-    extension. Raises SourceError (no images) and DemoError (none readable, a table without the columns).
+    extension. Returns the catalogue, and what demo.json has of images that are not in it. Raises SourceError (no
+    images) and DemoError (none readable, a table without the columns).
     """
     refs = list_images(str(images)).images
     label_of = _read_labels(labels) if labels else {}
@@ -58,11 +50,11 @@ def measure_folder(images: Path, labels: Path | None) -> MeasuredFolder:
         category_I=np.array([names.index(label) for label in labels_I], dtype=np.int64),
         category_names=tuple(names),
         look_IK=standardize(np.stack([look for _, look in good])),
-        look_names=tuple(ATTRIBUTES),
         weight_K=np.array(list(ATTRIBUTES.values())),
         vivid=tuple(ATTRIBUTES).index("vivid"),
     )
-    return MeasuredFolder(catalogue, unreadable, labels_I.count(NO_LABEL) if labels else 0)
+    listed, num_unlabelled = dict(unreadable[:MAX_LISTED]), labels_I.count(NO_LABEL) if labels else 0
+    return catalogue, {"unreadable": listed, "num_unreadable": len(unreadable), "num_unlabelled": num_unlabelled}
 
 
 def measure(image: Image.Image) -> FloatArray:
@@ -100,20 +92,15 @@ def _try_measure(ref: ImageRef) -> FloatArray | str:
 
 def _read_labels(path: Path) -> dict[str, str]:
     """Read the label of each value of the column `image`."""
-    with _opened(path) as rows:
-        if not {"image", "label"} <= set(rows.fieldnames or ()):
-            found = ", ".join(rows.fieldnames or ()) or "none"
-            raise DemoError(f"{path} needs the columns image and label; it has {found}")
-        return {row["image"]: row["label"] for row in rows if row["image"] and row["label"]}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator["csv.DictReader[str]"]:
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
-            yield csv.DictReader(file, strict=True)
+            rows = csv.DictReader(file, strict=True)
+            names = rows.fieldnames or ()
+            if {"image", "label"} <= set(names):
+                return {row["image"]: row["label"] for row in rows if row["image"] and row["label"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DemoError(f"cannot read the labels {path}: {error}") from error
+    raise DemoError(f"{path} needs the columns image and label; it has {', '.join(names) or 'none'}")
 
 
 def _label(uri: str, label_of: dict[str, str]) -> str:

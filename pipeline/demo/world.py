@@ -1,7 +1,7 @@
 """The demo's world: a catalogue, users, ads, and what they click."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ class Catalogue:
     category_I: IntArray
     category_names: tuple[str, ...]
     look_IK: FloatArray
-    look_names: tuple[str, ...]
     weight_K: FloatArray
     vivid: int  # the column of look_IK that says how vivid the picture is
 
@@ -122,6 +121,16 @@ class ShownAds:
 
 
 @dataclass(frozen=True)
+class Behaviors:
+    """Organic clicks in order of time. Times are whole seconds since the epoch."""
+
+    time_N: IntArray
+    user_N: IntArray
+    item_N: IntArray
+    dwell_s_N: FloatArray
+
+
+@dataclass(frozen=True)
 class Clicks:
     """The labels of the ads shown, and their true logit as bias + the sum of its parts."""
 
@@ -147,9 +156,14 @@ def show_ads(people: People, launch_day_I: IntArray, num_days: int, seed: int, s
         shown = _one_day(rng, people, launch_day_I, exposure_I, day, num_days, start_s, num_sessions)
         num_sessions = int(shown.session_N.max(initial=num_sessions - 1)) + 1
         days.append(shown)
-    columns = {name: np.concatenate([getattr(day, name) for day in days]) for name in ShownAds.__dataclass_fields__}
+    columns = _joined(days)
     order = np.lexsort((columns["session_N"], columns["time_N"]))
     return ShownAds(**{name: column[order] for name, column in columns.items()})
+
+
+def _joined(days: Sequence[ShownAds | Behaviors]) -> dict[str, NDArray[Any]]:
+    """Join the columns of all days."""
+    return {name: np.concatenate([getattr(day, name) for day in days]) for name in vars(days[0])}
 
 
 def click(catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: ShownAds, seed: int) -> Clicks:
@@ -252,16 +266,6 @@ def _bias_for(logit_N: FloatArray, rate: float) -> float:
     return (low + high) / 2
 
 
-@dataclass(frozen=True)
-class Behaviors:
-    """Organic clicks in order of time. Times are whole seconds since the epoch."""
-
-    time_N: IntArray
-    user_N: IntArray
-    item_N: IntArray
-    dwell_s_N: FloatArray
-
-
 def match_of(catalogue: Catalogue, taste_UK: FloatArray) -> FloatArray:
     """Measure how well each picture fits each taste (U, I), standard deviation 1 over all pairs."""
     match_UI: FloatArray = taste_UK @ catalogue.look_IK.T
@@ -294,7 +298,9 @@ def browse(
         time_N = start_s + day * DAY_S + rng.integers(7 * 3600, DAY_S, size=len(user_N))
         item_N = np.where(accident_N, any_N, wanted_N)
         days.append(Behaviors(time_N, user_N, item_N, _dwell_s(rng, accident_N)))
-    return _by_time(days)
+    columns = _joined(days)
+    order = np.argsort(columns["time_N"], kind="stable")
+    return Behaviors(**{name: column[order] for name, column in columns.items()})
 
 
 def _dwell_s(rng: np.random.Generator, accident_N: NDArray[np.bool_]) -> FloatArray:
@@ -313,17 +319,6 @@ def _draw_columns(rng: np.random.Generator, score_UL: FloatArray, user_N: IntArr
     return column_N.clip(max=score_UL.shape[1] - 1)
 
 
-def _by_time(days: list[Behaviors]) -> Behaviors:
-    time_N = np.concatenate([day.time_N for day in days])
-    order = np.argsort(time_N, kind="stable")
-    return Behaviors(
-        time_N=time_N[order],
-        user_N=np.concatenate([day.user_N for day in days])[order],
-        item_N=np.concatenate([day.item_N for day in days])[order],
-        dwell_s_N=np.concatenate([day.dwell_s_N for day in days])[order],
-    )
-
-
 HISTORY_DAYS = 14  # organic clicks before the first day of the log, so that its users have a past
 DAY_S = 86_400
 
@@ -339,24 +334,14 @@ NEW_AD_SHARE = 0.10  # share of the last day's impressions that show them
 
 # Standard deviation of each part of the logit, over the impressions.
 LOGIT_PARTS = {
-    "match": 1.5,
-    "trend": 0.7,
-    "mood": 0.9,
-    "category": 0.6,
-    "popularity": 0.4,
-    "activity": 0.3,
+    "match": 1.5,  # the user's taste of that day meets the picture's look
+    "trend": 0.7,  # looks that everybody, or one gender, likes this season
+    "mood": 0.9,  # people who look at vivid things just now click more
+    "category": 0.6,  # the user's taste for categories
+    "popularity": 0.4,  # of the item, whatever its look
+    "activity": 0.3,  # of the user
     "scene": 0.2,
     "noise": 0.3,
-}
-WHERE = {
-    "match": "pixels of the ad and of the behaviours together: the user's taste of that day meets the picture's look",
-    "trend": "pixels of the ad: looks that everybody, or one gender, likes this season",
-    "mood": "pixels of the behaviours: people who look at vivid things just now click more",
-    "category": "IDs: the user's taste for categories",
-    "popularity": "IDs: of the item, whatever its look",
-    "activity": "IDs: of the user",
-    "scene": "IDs",
-    "noise": "nowhere",
 }
 PIXEL_PARTS = ("match", "trend", "mood")
 ID_PARTS = ("category", "popularity", "activity", "scene")
@@ -379,20 +364,6 @@ TASTE_MEMORY = 0.93  # correlation of the passing part from one day to the next
 MOOD_MEMORY = 0.8  # the same of the passing half of a mood
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """What to make. `items` counts drawings; with `images` all readable ones of that folder are the items."""
-
-    out: Path
-    items: int = 1400
-    users: int = 8000
-    days: int = 19
-    seed: int = 0
-    images: Path | None = None
-    labels: Path | None = None
-    force: bool = False
-
-
 @dataclass(frozen=True)
 class World:
     """A simulated shop: what is on sale, who looks, and what happened."""
@@ -400,7 +371,6 @@ class World:
     catalogue: Catalogue
     people: People
     launch_day_I: IntArray  # day of the log on which an item comes in; negative: before the log
-    popularity_I: FloatArray
     behaviors: Behaviors
     shown: ShownAds
     clicks: Clicks
@@ -418,7 +388,6 @@ def simulate(catalogue: Catalogue, num_users: int, num_days: int, seed: int, sta
         catalogue=catalogue,
         people=people,
         launch_day_I=launch_day_I,
-        popularity_I=popularity_I,
         behaviors=browse(catalogue, people, launch_day_I, popularity_I, num_days, seed, start_s),
         shown=shown,
         clicks=click(catalogue, people, popularity_I, shown, seed),
@@ -442,19 +411,18 @@ def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:
 
 
 def ceiling(world: World) -> dict[str, float]:
-    """Compute AUC, GAUC and new-ad AUC on the test day of the true logit but for its noise."""
+    """Compute AUC and new-ad AUC on the test day of the true logit but for its noise."""
     test_T = np.flatnonzero(world.shown.day_N == world.num_days - 1)
     new_T = world.launch_day_I[world.shown.item_N[test_T]] == world.num_days - 1
     score_T = world.clicks.logit(*PIXEL_PARTS, *ID_PARTS)[test_T]
     label_T = world.clicks.label_N[test_T]
     return {
         "auc": auc(score_T, label_T),
-        "gauc": gauc(score_T, label_T, world.shown.user_N[test_T]),
         "new_ad_auc": auc(score_T[new_T], label_T[new_T]),
     }
 
 
-# The trainer has an AUC and a GAUC too (evaluation/metrics.py), but this package may import its schema alone.
+# The trainer has an AUC too (evaluation/metrics.py), but this package may import its schema alone.
 def auc(score_N: FloatArray, label_N: IntArray) -> float:
     """Compute the area under the ROC curve, ties counted half (Mann-Whitney); NaN where one class is missing."""
     num_clicks = int(label_N.sum())
@@ -465,15 +433,3 @@ def auc(score_N: FloatArray, label_N: IntArray) -> float:
     middle_rank = np.cumsum(count) - (count - 1) / 2
     rank_sum = float(middle_rank[inverse_N][label_N == 1].sum())
     return (rank_sum - num_clicks * (num_clicks + 1) / 2) / (num_clicks * num_others)
-
-
-def gauc(score_N: FloatArray, label_N: IntArray, user_N: IntArray) -> float:
-    """Average the AUC of each user, weighted by the user's rows; users with one class are left out."""
-    order = np.argsort(user_N, kind="stable")
-    total, weight = 0.0, 0
-    for rows in np.split(order, np.flatnonzero(np.diff(user_N[order])) + 1):
-        value = auc(score_N[rows], label_N[rows])
-        if not np.isnan(value):
-            total += value * len(rows)
-            weight += len(rows)
-    return total / weight if weight else float("nan")

@@ -56,21 +56,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_all_readable_images_become_items(folder: Path) -> None:
-    measured = measure_folder(folder, None)
-    assert measured.catalogue.uris == ("green.jpeg", "more/blue.png", "red.jpg")
-    assert measured.catalogue.category_names == (NO_LABEL,)
-    assert [uri for uri, _ in measured.unreadable] == ["broken.jpg"]
-    np.testing.assert_allclose(measured.catalogue.look_IK.mean(axis=0), 0, atol=1e-9)
-    assert measured.catalogue.look_IK[:, COLUMN["red_green"]].argmax() == 2
+    catalogue, notes = measure_folder(folder, None)
+    assert catalogue.uris == ("green.jpeg", "more/blue.png", "red.jpg")
+    assert catalogue.category_names == (NO_LABEL,)
+    assert (list(notes["unreadable"]), notes["num_unreadable"]) == (["broken.jpg"], 1)
+    np.testing.assert_allclose(catalogue.look_IK.mean(axis=0), 0, atol=1e-9)
+    assert catalogue.look_IK[:, COLUMN["red_green"]].argmax() == 2
 
 
 def test_labels_are_found_by_path_or_name_with_or_without_extension(folder: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("image,label,kids\nred,dress,no\nmore/blue.png,hat,no\nelsewhere,shoe,no\n")
-    measured = measure_folder(folder, labels)
-    names, category_I = measured.catalogue.category_names, measured.catalogue.category_I
+    catalogue, notes = measure_folder(folder, labels)
+    names, category_I = catalogue.category_names, catalogue.category_I
     assert [names[category] for category in category_I] == [NO_LABEL, "hat", "dress"]
-    assert measured.num_unlabelled == 1
+    assert notes["num_unlabelled"] == 1
 
 
 def test_a_table_without_the_columns_is_refused_with_what_it_has(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from pipeline.demo import world as truth
 from pipeline.demo.draw import catalogue_of, plan_garments
-from pipeline.demo.world import World, auc, ceiling, gauc, match_of, simulate
+from pipeline.demo.world import World, auc, ceiling, match_of, simulate
 
 DAYS = 19
 START_S = 1_772_323_200
@@ -126,7 +126,7 @@ def test_each_part_of_the_logit_has_its_size(world: World) -> None:
     for name, sd in truth.LOGIT_PARTS.items():
         assert world.clicks.parts[name].std() == pytest.approx(sd), name
         assert abs(world.clicks.parts[name].mean()) < 1e-9, name
-    assert set(truth.LOGIT_PARTS) == {*truth.PIXEL_PARTS, *truth.ID_PARTS, "noise"} == set(truth.WHERE)
+    assert set(truth.LOGIT_PARTS) == {*truth.PIXEL_PARTS, *truth.ID_PARTS, "noise"}
     variance = {name: part_N.var() for name, part_N in world.clicks.parts.items()}
     assert sum(variance[name] for name in truth.PIXEL_PARTS) > 0.6 * sum(variance.values())
 
@@ -148,9 +148,8 @@ def test_ads_are_shown_without_regard_to_taste(world: World) -> None:
 def test_who_cannot_see_stays_far_below_the_ceiling(world: World, last: np.ndarray) -> None:
     known, blind_N = ceiling(world), world.clicks.logit(*truth.ID_PARTS)
     new = last & (world.launch_day_I[world.shown.item_N] == DAYS - 1)
-    label_N, user_N = world.clicks.label_N, world.shown.user_N
+    label_N = world.clicks.label_N
     assert known["auc"] > auc(blind_N[last], label_N[last]) + 0.15
-    assert known["gauc"] > gauc(blind_N[last], label_N[last], user_N[last]) + 0.15
     assert known["new_ad_auc"] > auc(blind_N[new], label_N[new]) + 0.15
 
 
@@ -160,14 +159,6 @@ def test_auc_is_that_of_torchmetrics_with_ties() -> None:
     expected = binary_auroc(torch.tensor(score_N), torch.tensor(label_N)).item()
     assert auc(score_N, label_N) == pytest.approx(expected, abs=1e-6)
     assert np.isnan(auc(score_N, np.ones(500, dtype=np.int64)))
-
-
-def test_gauc_weights_users_by_rows_and_leaves_out_one_class() -> None:
-    user_N = np.array([7, 7, 5, 5, 5, 5, 9, 9])
-    label_N = np.array([1, 0, 1, 0, 0, 1, 1, 1])
-    score_N = np.array([0.9, 0.1, 0.2, 0.1, 0.3, 0.4, 0.1, 0.2])
-    assert gauc(score_N, label_N, user_N) == pytest.approx((2 * 1 + 4 * 0.75) / 6)
-    assert np.isnan(gauc(score_N[6:], label_N[6:], user_N[6:]))
 
 
 def test_a_catalogue_without_variation_still_makes_a_world(world: World) -> None:
