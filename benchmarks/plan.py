@@ -24,7 +24,7 @@ from trainer.config.config import load_config
 from trainer.errors import PlanError
 
 if TYPE_CHECKING:
-    from trainer.plan.build import RankPlan, TrainingPlan
+    from trainer.plan.table import RankPlan, TrainingPlan
 
 STEPS = 12
 _LOOPBACK_BYTES_PER_S = 1e9  # not used: all ranks are on this machine
@@ -91,7 +91,7 @@ def run(workload: Workload, ranks: int) -> dict[str, Any]:
 
 
 def _compared(plan: "TrainingPlan", row: "RankPlan", reports: list[dict[str, Any]]) -> dict[str, Figure]:
-    cost = row.costs["exchange"]
+    cost = row.cost
     machine = plan.machines[min(row.ranks, max(plan.machines))]
     report, step_s = reports[0], statistics.mean(row.counts.samples / each["samples_per_s"] for each in reports)
     sent = cost.bytes_sent * row.ranks

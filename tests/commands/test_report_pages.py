@@ -21,7 +21,7 @@ from trainer.evaluation.report import number, range_of
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.results import show_section
 from trainer.experiments.tables import as_values, rows_of
-from trainer.plan.build import duration, size
+from trainer.plan.table import duration, size
 
 WITH_PAGES = sorted(
     line
@@ -63,11 +63,9 @@ def test_a_plan_has_the_figures_of_its_json(tmp_path: Path) -> None:
     read, plan = written(page), json.loads(file.read_text())
     assert plan["title"] in read.texts and all(line in read.texts for line in (*plan["advice"], *plan["assumptions"]))
     for ranks, row in plan["ranks"].items():
-        stored = [*map(size, row["stored_bytes_per_rank"].values()), size(row["memory_bytes_per_rank"])]
-        assert [ranks, *stored] in read.rows
-        for design, cost in row["designs"].items():
-            times = [duration(cost["step_s"]), f"{cost['samples_per_s']:,.0f}", duration(cost["day_s"])]
-            assert [ranks, design, *times, f"{cost['efficiency']:.0%}"] in read.rows
+        bytes_of, cost = [size(row["rank_bytes"]), size(sum(row["cost"]["bytes_by_part"].values()))], row["cost"]
+        times = [duration(cost["seconds"]), f"{cost['samples_per_s']:,.0f}", duration(row["epoch_s"])]
+        assert [ranks, *bytes_of, *times, f"{row['efficiency']:.0%}"] in read.rows
 
 
 @nothing_drawn()  # the page draws its own

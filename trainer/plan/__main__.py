@@ -15,7 +15,7 @@ from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.plan.build import TrainingPlan
+    from trainer.plan.table import TrainingPlan
 
 EXAMPLES = """
 Examples:
@@ -47,10 +47,9 @@ def main(
     samples_per_rank: Annotated[
         int | None, typer.Option(help="Instead: samples of a step of each rank.", min=1)
     ] = None,
-    network: Annotated[str, typer.Option(help="Speed between machines in bits per second.")] = "10Gb",
+    network_gbit: Annotated[float, typer.Option(help="Gbit/s between machines, each way.", min=0)] = 10.0,
     latency_us: Annotated[float, typer.Option(help="Of a message between machines.", min=0)] = 50.0,
     ranks_per_machine: Annotated[int, typer.Option(help="Ranks that share a machine like this one.", min=1)] = 1,
-    samples_per_day: Annotated[int | None, typer.Option(help="Default: as the samples' files say.", min=1)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, as run.device.")] = "auto",
     file: Annotated[Path | None, typer.Option("--config", help="YAML file over the trainer's preset.")] = None,
     settings: Annotated[
@@ -59,17 +58,18 @@ def main(
     paper: Annotated[bool, typer.Option("--paper", help="Plan the paper's cluster; measures nothing.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, and for two other designs."""
+    """Predict unique images and ids, memory, bytes, time and efficiency for more ranks; recommend a number of ranks."""
     if not math.isfinite(latency_us):
         raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
+    if not (math.isfinite(network_gbit) and network_gbit > 0):
+        raise ConfigError(f"--network-gbit {network_gbit}: give Gbit/s above zero, as 10")
     if paper:
         _refuse_beside(context)
-        from trainer.plan.build import load_paper, plan_paper
+        from trainer.plan.table import load_paper, plan_paper
 
         plan = plan_paper(load_paper())
     else:
         config = _config(file, settings or [], samples, store, device)
-        from trainer.plan.build import bytes_per_s
         from trainer.plan.calibrate import PlanQuestion, numbers, plan_own
 
         question = PlanQuestion(
@@ -77,9 +77,8 @@ def main(
             batch_size=_batch_size(samples_per_rank, global_batch_size) or config.data.global_batch_size,
             per_rank=samples_per_rank is not None,
             ranks_per_machine=ranks_per_machine,
-            link_bytes_per_s=bytes_per_s(network),
+            link_bytes_per_s=network_gbit * 1e9 / 8,
             latency_s=latency_us / 1e6,
-            samples_per_day=samples_per_day,
         )
         plan = plan_own(config, question, _say)
     _report(plan, json_file)
@@ -93,7 +92,7 @@ def _batch_size(samples_per_rank: int | None, global_batch_size: int | None) -> 
 
 def _report(plan: "TrainingPlan", json_file: Path | None) -> None:
     """Print the plan, and write the file that is asked for."""
-    from trainer.plan.build import as_json, show
+    from trainer.plan.table import as_json, show
 
     show(plan, text_console())
     write_json_option(json_file, as_json(plan))

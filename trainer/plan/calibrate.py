@@ -7,7 +7,6 @@ is in their stages. What a collective costs is measured apart, on ranks of its o
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -40,18 +39,17 @@ from trainer.ids.optimizers import state_of
 from trainer.ids.tables import owned_bytes
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model
-from trainer.plan.build import StoredBytes, TrainingPlan, build
 from trainer.plan.cost import (
     BatchCounts,
     DrawnSamples,
     Machine,
     NetworkSpeed,
-    StageCost,
     StageRate,
     StageRates,
     Widths,
     step_seconds,
 )
+from trainer.plan.table import StoredBytes, TrainingPlan, build
 from trainer.runs.open import train_reader
 from trainer.runs.stores import store_places, with_rough_statistics
 from trainer.samples.columns import name_of, rules_of, source_columns
@@ -75,7 +73,6 @@ class PlanQuestion:
     ranks_per_machine: int
     link_bytes_per_s: float
     latency_s: float
-    samples_per_day: int | None = None
 
     def global_size(self, ranks: int) -> int:
         """Return the samples of one step of `ranks` ranks."""
@@ -300,10 +297,7 @@ def line(small: TimedSteps, large: TimedSteps, name: str) -> StageRate:
 
 def interference(measured: TimedSteps, machine: Machine) -> float:
     """Divide a measured step by what its stages let expect on a machine that is as full as this one was."""
-    stages: dict[str, StageCost] = {}
-    for name, units in measured.units.items():
-        piece: StageRate = getattr(machine.rates, name)
-        stages[name] = StageCost(piece.seconds(units), piece.seconds(units) * piece.cores)
+    stages = {name: getattr(machine.rates, name).cost(units) for name, units in measured.units.items()}
     # The runs wait for nobody: the expected time is that of ranks without a wire, and without jitter among them.
     calm = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, jitter=0.0))
     return measured.step_s / step_seconds(stages, machine.network.ranks_per_machine, calm)
@@ -406,7 +400,6 @@ def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
 
 _FLOAT_BYTES = 4
 _MOST_LOAD = 0.5
-_DAY = re.compile(r"day=(\d{4}-\d{2}-\d{2})")
 
 Say = Callable[[str], None]
 
@@ -417,11 +410,10 @@ def plan_own(config: Config, question: PlanQuestion, say: Say) -> TrainingPlan:
     busy = busy_machine(os.getloadavg()[0], len(os.sched_getaffinity(0)))
     say("reading samples")
     sampled = sample(config, question)
-    locals_ = sorted({min(count, question.ranks_per_machine) for count in (1, *question.ranks)})
     machines: dict[int, Machine] = {}
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         calibration = Calibration(config, question, sampled, Path(folder))
-        for local in locals_:
+        for local in sorted({min(count, question.ranks_per_machine) for count in (1, *question.ranks)}):
             say(f"measuring this machine with {local} rank{'s' if local > 1 else ''} on it")
             machines[local] = calibration.machine(local)
     return build(
@@ -432,8 +424,8 @@ def plan_own(config: Config, question: PlanQuestion, say: Say) -> TrainingPlan:
         widths=widths(config, sampled),
         machines=machines,
         stored=stored_bytes(config, sampled),
-        samples_per_day=samples_per_day(question, sampled)[0],
-        assumptions=assumptions(question, sampled, machines, config.exchange.reuse_steps),
+        samples=sampled.index.num_samples,
+        assumptions=assumptions(question, sampled, machines),
         warnings=busy,
     )
 
@@ -450,23 +442,16 @@ def widths(config: Config, sampled: SampledKeys) -> Widths:
             *(EmbeddingModel(dim, model.embed_hidden, width) for width in widths_of_model),
         ]
     dense = sum(parameter.numel() for network in networks for parameter in network.parameters())
-    return Widths(
-        feature_bytes=sampled.snapshot.info.row_bytes,
-        image_vector_bytes=max(widths_of_model) * on_wire,
-        id_vector_bytes=sampled.id_vector_floats * on_wire,
-        dense_bytes=dense * _FLOAT_BYTES,
-    )
+    return Widths(max(widths_of_model) * on_wire, sampled.id_vector_floats * on_wire, dense * _FLOAT_BYTES)
 
 
 def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:
     """Tell what is held: the store's rows, all ID tables with their optimiser's state, and in how much memory."""
-    info, shapes = sampled.snapshot.info, table_shapes(used_fields(sampled.schema, config.model), config.model)
+    snapshot, shapes = sampled.snapshot, table_shapes(used_fields(sampled.schema, config.model), config.model)
     state = state_of(config.optim)
     return StoredBytes(
-        rows=sampled.snapshot.num_rows,
-        dim=info.dim,
-        dtype=info.dtype,
-        shards=info.num_shards,
+        feature_bytes=snapshot.num_rows * snapshot.info.row_bytes,
+        shards=snapshot.info.num_shards,
         table_bytes=sum(owned_bytes(shape, 0, 1, state, torch.float32) for shape in shapes),
         table_shards=config.model.table_shards,
         machine_memory_bytes=physical_memory_bytes(),
@@ -481,34 +466,16 @@ def busy_machine(load: float, cores: int) -> list[str]:
     return [f"This machine was busy before it was measured ({load:.2g} of {cores} cores, the last minute): repeat."]
 
 
-def samples_per_day(question: PlanQuestion, sampled: SampledKeys) -> tuple[float, str]:
-    """Return the samples of a day, and where the number is from."""
-    if question.samples_per_day is not None:
-        return question.samples_per_day, "as given"
-    days = {found.group(1) for group in sampled.index.row_groups if (found := _DAY.search(group.file))}
-    total = sampled.index.num_samples
-    if not days:
-        return total, "all training samples, as their files name no day; --samples-per-day says otherwise"
-    return total / len(days), f"the training samples of {len(days)} days, by the names of their files"
-
-
-def assumptions(
-    question: PlanQuestion, sampled: SampledKeys, machines: Mapping[int, Machine], reuse_steps: int
-) -> list[str]:
+def assumptions(question: PlanQuestion, sampled: SampledKeys, machines: Mapping[int, Machine]) -> list[str]:
     """List the assumptions, a line each; `machines` by ranks on one machine."""
     per_machine, speed = question.ranks_per_machine, question.link_bytes_per_s * 8 / 1e9
-    per_day, origin = samples_per_day(question, sampled)
     lines = [
         f"Every machine is like this one, with {per_machine} rank{'s' if per_machine > 1 else ''} on it; "
         f"they are joined by a network of {speed:g} Gbit/s each way with {question.latency_s * 1e6:g} us for a message "
-        "(--network, --latency-us); nobody else uses it.",
+        "(--network-gbit, --latency-us); nobody else uses it.",
         f"Keys are counted in batches drawn from the samples: measured up to {sampled.images.num_samples:,} samples.",
-        f"A day of logs is {per_day:,.0f} samples: {origin}.",
-        "Features lie in memory (or in the cache of files): see the bytes that a rank holds. ID rows count twice where "
-        "checkpoints are written during the training, from a copy (train.checkpoint_beside).",
-        "Store in worker: samples carry the features of each group once, come over the same network, cost nothing to "
-        "decode but a copy, and E runs once per occurrence. Store in server: a rank's unique features travel a step "
-        "ahead. ID vectors, reading and the worker model are those of the exchange in both.",
+        "Features lie in memory (or in the cache of files). ID rows count twice where checkpoints are written during "
+        "the training, from a copy (train.checkpoint_beside).",
         "Evaluation, checkpoints and the start of a run are left out.",
     ]
     lines += [
@@ -517,10 +484,6 @@ def assumptions(
         f"ms, a rank moves {machine.network.local_bytes_per_s / 1e9:.2g} GB/s."
         for local, machine in machines.items()
     ]
-    if reuse_steps:
-        lines.append(
-            f"exchange.reuse_steps={reuse_steps}: E was measured at one rank, with the share of vectors that it reuses."
-        )
     if is_large(sampled.snapshot.info, sampled.snapshot.num_rows):
         lines.append(
             "The store is larger than a quarter of this machine's memory: drawn features stood in for it while E "

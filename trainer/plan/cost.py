@@ -2,11 +2,7 @@
 
 Every collective is timed with almost nothing in it and with much in it: what a call costs, and what a byte costs.
 
-- "exchange": this trainer. E runs at the owner, once per unique image of the global batch; V numbers travel per image.
-- "store in server": features are sharded, but travel: each rank gets those of its own unique images and runs E on them.
-- "store in worker": features lie in the samples; E runs on each rank once per occurrence of an image in a group.
-
-ID vectors, the worker model and the dense gradients are the same in all three. Every time is a mean over steps.
+Every time is a mean over steps.
 """
 
 import json
@@ -17,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 import torch
@@ -69,10 +64,8 @@ def _median_s(comm: Comm, collective: Callable[[], None]) -> float:
     return max(comm.allgather_object(statistics.median(seconds), name="plan.seconds"))
 
 
-Design = Literal["exchange", "store in server", "store in worker"]
-DESIGNS: tuple[Design, ...] = ("exchange", "store in server", "store in worker")
 KEY_BYTES = 8
-LANES: tuple[frozenset[str], ...] = (frozenset({"read", "samples"}), frozenset({"route", "keys", "gather", "features"}))
+LANES: tuple[frozenset[str], ...] = (frozenset({"read"}), frozenset({"route", "keys", "gather"}))
 """Stages that need no weights, so that those of step t + 1 run during step t: a thread reads, another one prepares."""
 
 
@@ -104,6 +97,14 @@ class BatchCounts:
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """What one stage of a step takes of a rank; `busy_s` is processor time."""
+
+    seconds: float
+    busy_s: float
+
+
+@dataclass(frozen=True)
 class StageRate:
     """A stage of the step, timed at two sizes: a constant and so much per unit; `cores` were busy meanwhile."""
 
@@ -114,6 +115,10 @@ class StageRate:
     def seconds(self, units: float) -> float:
         """Return the wall time of `units`."""
         return self.fixed_s + self.unit_s * units
+
+    def cost(self, units: float) -> StageCost:
+        """Return the wall time and the processor time of `units`."""
+        return StageCost(self.seconds(units), self.seconds(units) * self.cores)
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,8 @@ class StageRates:
 
 @dataclass(frozen=True)
 class Widths:
-    """The bytes of a feature, a vector and the dense gradients, as they travel."""
+    """The bytes of a vector and of the dense gradients, as they travel."""
 
-    feature_bytes: int
     image_vector_bytes: int
     id_vector_bytes: float
     dense_bytes: int
@@ -200,21 +204,9 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """What one stage of a step takes of a rank; `busy_s` is processor time."""
-
-    seconds: float
-    busy_s: float
-
-
-@dataclass(frozen=True)
 class StepCost:
-    """The bytes and seconds of one step of one design.
+    """The bytes and seconds of one step. Bytes leave a rank, mean over ranks."""
 
-    Bytes leave a rank, mean over ranks; those of "samples" come from where samples lie.
-    """
-
-    design: Design
     seconds: float
     samples_per_s: float
     bytes_by_part: Mapping[str, float]
@@ -223,7 +215,7 @@ class StepCost:
     @property
     def bytes_sent(self) -> float:
         """Return the bytes that one rank sends to others in a step."""
-        return sum(size for part, size in self.bytes_by_part.items() if part != "samples")
+        return sum(self.bytes_by_part.values())
 
 
 def ring_bytes(ranks: int, size_bytes: float) -> float:
@@ -231,32 +223,26 @@ def ring_bytes(ranks: int, size_bytes: float) -> float:
     return 2 * size_bytes * (ranks - 1) / ranks
 
 
-def bytes_by_part(design: Design, counts: BatchCounts, widths: Widths) -> dict[str, float]:
+def bytes_by_part(counts: BatchCounts, widths: Widths) -> dict[str, float]:
     """Return the bytes that leave a rank in a step, mean over ranks: of its keys, (P - 1) / P belong to others."""
     away = (counts.ranks - 1) / counts.ranks
-    images = 0.0 if design == "store in worker" else counts.images.asked
-    parts = {
-        "keys": KEY_BYTES * away * (images + counts.ids.asked),
-        "id vectors": widths.id_vector_bytes * away * counts.ids.asked,
-        "id gradients": widths.id_vector_bytes * away * counts.ids.asked,
+    images, ids = (width * away for width in (widths.image_vector_bytes, widths.id_vector_bytes))
+    return {
+        "keys": KEY_BYTES * away * (counts.images.asked + counts.ids.asked),
+        "image vectors": images * counts.images.asked,
+        "image gradients": images * counts.images.asked,
+        "id vectors": ids * counts.ids.asked,
+        "id gradients": ids * counts.ids.asked,
         "dense gradients": ring_bytes(counts.ranks, widths.dense_bytes),
     }
-    match design:
-        case "exchange":
-            parts["image vectors"] = parts["image gradients"] = widths.image_vector_bytes * away * images
-        case "store in server":
-            parts["features"] = widths.feature_bytes * away * images
-        case "store in worker":
-            parts["samples"] = widths.feature_bytes * counts.images.references / counts.ranks
-    return parts
 
 
-def step_cost(design: Design, counts: BatchCounts, widths: Widths, machine: Machine) -> StepCost:
-    """Compute the step of `design`. Every step waits for the busiest owner."""
-    sizes = bytes_by_part(design, counts, widths)
-    stages = {**_computed(design, counts, machine), **_sent(design, counts, sizes, machine.network)}
+def step_cost(counts: BatchCounts, widths: Widths, machine: Machine) -> StepCost:
+    """Compute the step of a global batch. Every step waits for the busiest owner."""
+    sizes = bytes_by_part(counts, widths)
+    stages = {**_computed(counts, machine), **_sent(counts, sizes, machine.network)}
     seconds = step_seconds(stages, counts.ranks, machine)
-    return StepCost(design, seconds, counts.samples / seconds, sizes, stages)
+    return StepCost(seconds, counts.samples / seconds, sizes, stages)
 
 
 def step_seconds(stages: Mapping[str, StageCost], ranks: int, machine: Machine) -> float:
@@ -273,56 +259,36 @@ def step_seconds(stages: Mapping[str, StageCost], ranks: int, machine: Machine) 
     return max(*lanes, own, busy) * machine.interference * (1 + wait)
 
 
-def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str, StageCost]:
-    """Return the stages that a rank computes; `images` and `gathered` are those of the busiest rank."""
-    occurrences = counts.images.references / counts.ranks
-    images, gathered = {
-        "exchange": (counts.images.owned, counts.images.owned),
-        "store in server": (counts.images.asked, counts.images.served),
-        "store in worker": (occurrences, occurrences),
-    }[design]
+def _computed(counts: BatchCounts, machine: Machine) -> dict[str, StageCost]:
+    """Return the stages that a rank computes; the images are those of the busiest owner."""
     rates, own_samples = machine.rates, counts.samples / counts.ranks
     units = {
         "read": (rates.read, counts.decoded),
         "route": (rates.route, own_samples),
-        "gather": (rates.gather, gathered),
-        "embed": (rates.embed, images),
+        "gather": (rates.gather, counts.images.owned),
+        "embed": (rates.embed, counts.images.owned),
         "worker": (rates.worker, own_samples),
         "rows": (rates.rows, counts.ids.owned),
     }
-    return {name: _stage(piece, count) for name, (piece, count) in units.items()}
+    return {name: rate.cost(count) for name, (rate, count) in units.items()}
 
 
-def _sent(
-    design: Design, counts: BatchCounts, sizes: Mapping[str, float], network: NetworkSpeed
-) -> dict[str, StageCost]:
+def _sent(counts: BatchCounts, sizes: Mapping[str, float], network: NetworkSpeed) -> dict[str, StageCost]:
     """Return the stages on the wire: the busiest owner sends more vectors than the mean."""
-    ranks = counts.ranks
+    ranks, dense = counts.ranks, sizes["dense gradients"]
     image_skew, id_skew = (k.served / k.asked if k.asked else 1.0 for k in (counts.images, counts.ids))
-    vectors = image_skew * sizes.get("image vectors", 0.0) + id_skew * sizes["id vectors"]
-    seconds = {
-        "keys": network.alltoall_s(ranks, max(image_skew, id_skew) * sizes["keys"]),
-        "vectors": network.alltoall_s(ranks, vectors),
-        "gradients": network.alltoall_s(ranks, vectors),
-        "dense gradients": network.allreduce_s(ranks, sizes["dense gradients"] * ranks / max(1, 2 * (ranks - 1))),
-    }
-    if design == "store in server":
-        seconds["features"] = network.alltoall_s(ranks, image_skew * sizes["features"])
-    if design == "store in worker" and ranks > network.ranks_per_machine:
-        seconds["samples"] = sizes["samples"] * network.ranks_per_machine / network.link_bytes_per_s
+    vectors = image_skew * sizes["image vectors"] + id_skew * sizes["id vectors"]
+    keys_s = network.alltoall_s(ranks, max(image_skew, id_skew) * sizes["keys"])
+    vectors_s = network.alltoall_s(ranks, vectors)
+    dense_s = network.allreduce_s(ranks, dense * ranks / max(1, 2 * (ranks - 1)))
     # What two ranks of a machine send each other, its processor copies; a network card works alone.
-    copied = 1.0 if ranks <= network.ranks_per_machine else 0.0
-    moved = {"keys": sizes["keys"], "vectors": vectors, "gradients": vectors, "features": sizes.get("features", 0.0)}
-    moved["dense gradients"] = sizes["dense gradients"]
+    busy_per_byte_s = 1 / network.local_bytes_per_s if ranks <= network.ranks_per_machine else 0.0
     return {
-        name: StageCost(each, copied * moved.get(name, 0.0) / network.local_bytes_per_s)
-        for name, each in seconds.items()
+        "keys": StageCost(keys_s, sizes["keys"] * busy_per_byte_s),
+        "vectors": StageCost(vectors_s, vectors * busy_per_byte_s),
+        "gradients": StageCost(vectors_s, vectors * busy_per_byte_s),
+        "dense gradients": StageCost(dense_s, dense * busy_per_byte_s),
     }
-
-
-def _stage(piece: StageRate, units: float) -> StageCost:
-    seconds = piece.seconds(units)
-    return StageCost(seconds, seconds * piece.cores)
 
 
 def highest_of(count: int) -> float:

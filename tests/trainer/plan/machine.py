@@ -9,7 +9,7 @@ COUNTS = BatchCounts(
     images=KeyCounts(references=8000, asked=1000, served=1100, unique=2000, owned=600),
     ids=KeyCounts(references=9000, asked=2000, served=2200, unique=5000, owned=1300),
 )
-WIDTHS = Widths(feature_bytes=8192, image_vector_bytes=48, id_vector_bytes=48.0, dense_bytes=4_000_000)
+WIDTHS = Widths(image_vector_bytes=48, id_vector_bytes=48.0, dense_bytes=4_000_000)
 RATES = StageRates(
     read=StageRate(0.0, 1e-5),
     route=StageRate(0.001, 2e-6),

@@ -8,17 +8,16 @@ import pytest
 
 from featurestore.keys import owner_of, shard_of
 from tests.trainer.plan.machine import COUNTS, MACHINE, NETWORK, RATES, WIDTHS
-from trainer.plan.build import even_shards
 from trainer.plan.cost import StageRate, bytes_by_part, highest_of, owner_skew, step_cost
+from trainer.plan.table import even_shards
 
 Places = Any
 
 
 class TestCost:
-    def test_bytes_of_each_design(self) -> None:
-        ours = bytes_by_part("exchange", COUNTS, WIDTHS)
+    def test_bytes_of_each_part(self) -> None:
         away = 0.75  # a quarter of a rank's keys are its own
-        assert ours == {
+        assert bytes_by_part(COUNTS, WIDTHS) == {
             "keys": 8 * away * 3000,
             "id vectors": 48 * away * 2000,
             "id gradients": 48 * away * 2000,
@@ -26,15 +25,9 @@ class TestCost:
             "image vectors": 48 * away * 1000,
             "image gradients": 48 * away * 1000,
         }
-        server = bytes_by_part("store in server", COUNTS, WIDTHS)
-        assert server["features"] == 8192 * away * 1000
-        assert "image vectors" not in server
-        worker = bytes_by_part("store in worker", COUNTS, WIDTHS)
-        assert worker["samples"] == 8192 * 8000 / 4
-        assert worker["keys"] == 8 * away * 2000
 
     def test_step_is_the_longest_lane(self) -> None:
-        cost = step_cost("exchange", COUNTS, WIDTHS, MACHINE)
+        cost = step_cost(COUNTS, WIDTHS, MACHINE)
         embed, worker, rows = 0.01 + 600 * 2e-5, 0.002 + 250 * 1e-5, 1300 * 1e-7
         # Vectors and gradients: three messages, 10 % more than the mean out of the busiest owner.
         vectors = 1e-3 + 3 * 1e-4 + 1.1 * (48 * 0.75 * 1000 + 48 * 0.75 * 2000) / 1e9
@@ -43,13 +36,13 @@ class TestCost:
         assert cost.samples_per_s == pytest.approx(1000 / cost.seconds)
         assert cost.stages["keys"].seconds == pytest.approx(1e-3 + 3e-4 + 1.1 * 8 * 0.75 * 3000 / 1e9)
         slow_reader = dataclasses.replace(RATES, read=StageRate(0.0, 1e-3))
-        assert step_cost("exchange", COUNTS, WIDTHS, dataclasses.replace(MACHINE, rates=slow_reader)).seconds == 0.3
+        assert step_cost(COUNTS, WIDTHS, dataclasses.replace(MACHINE, rates=slow_reader)).seconds == 0.3
 
     def test_ranks_of_a_machine_share_its_cores_and_its_link(self) -> None:
         crowded = dataclasses.replace(
             MACHINE, cores=1, network=dataclasses.replace(NETWORK, ranks_per_machine=4), rates=RATES
         )
-        cost = step_cost("exchange", COUNTS, WIDTHS, crowded)
+        cost = step_cost(COUNTS, WIDTHS, crowded)
         busy = sum(stage.busy_s for stage in cost.stages.values())
         assert cost.seconds == pytest.approx(4 * busy)
         assert cost.stages["dense gradients"].seconds == pytest.approx(1e-3 + 6e6 / 5e9)  # no latency inside a machine
@@ -59,27 +52,18 @@ class TestCost:
 
     def test_one_rank_has_no_wire(self) -> None:
         alone = dataclasses.replace(COUNTS, ranks=1)
-        cost = step_cost("exchange", alone, WIDTHS, MACHINE)
+        cost = step_cost(alone, WIDTHS, MACHINE)
         assert cost.bytes_sent == 0
         assert cost.stages["vectors"].seconds == cost.stages["dense gradients"].seconds == 0
-
-    def test_designs_compute_and_read_what_they_must(self) -> None:
-        server = step_cost("store in server", COUNTS, WIDTHS, MACHINE)
-        assert server.stages["embed"].seconds == pytest.approx(0.01 + 1000 * 2e-5)
-        assert server.stages["gather"].seconds == pytest.approx(1100 * 1e-6)
-        assert server.stages["features"].seconds == pytest.approx(1e-3 + 3e-4 + 1.1 * 8192 * 750 / 1e9)
-        worker = step_cost("store in worker", COUNTS, WIDTHS, MACHINE)
-        assert worker.stages["embed"].seconds == pytest.approx(0.01 + 2000 * 2e-5)
-        assert worker.stages["samples"].seconds == pytest.approx(8192 * 2000 / 1e9)
 
     @pytest.mark.parametrize("together", [1, 4])
     def test_slowest_rank_counts_and_so_does_interference(self, together: int) -> None:
         network = dataclasses.replace(MACHINE.network, ranks_per_machine=together)
         machine = dataclasses.replace(MACHINE, network=network)
-        plain = step_cost("exchange", COUNTS, WIDTHS, machine).seconds
+        plain = step_cost(COUNTS, WIDTHS, machine).seconds
         uneven = dataclasses.replace(machine, rates=dataclasses.replace(RATES, jitter=0.1), interference=1.2)
         expected = plain * 1.2 * (1 + 0.1 * highest_of(4))
-        assert step_cost("exchange", COUNTS, WIDTHS, uneven).seconds == pytest.approx(expected)
+        assert step_cost(COUNTS, WIDTHS, uneven).seconds == pytest.approx(expected)
 
 
 class TestSkew:
