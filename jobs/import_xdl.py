@@ -1,19 +1,19 @@
-"""Import XDL's example formats, text samples and binary images, or draw random data like the example's."""
+"""Import text samples of XDL's example, or draw random data like the example's, text samples and binary images."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary, progress_bar
-from pipeline.options import MAX_DIM, XDL_DIM, ImportOptions, XdlOptions, XdlRandomOptions, takes
+from pipeline.options import XdlOptions, XdlRandomOptions, takes
 from trainer.schema.profile import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 
 \b
 python jobs/import_xdl.py random --out data/xdl
-python jobs/import_xdl.py images --from data/xdl/imgs --store data/features-xdl
+python jobs/import_features.py --from data/xdl/imgs --store data/features-xdl
 python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
 """
 SPLITS = ("train", "test")
@@ -24,7 +24,7 @@ app = CommandApp(
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
-    help="Import XDL's example formats, text samples and binary images, or draw such data at random.",
+    help="Import text samples of XDL's example, or draw such data at random; import_features reads its binary images.",
 )
 
 
@@ -42,27 +42,6 @@ def samples(options: XdlOptions) -> None:
     with connect() as client:
         summary = import_samples(options, client)
     print_summary(summary_text(summary))
-
-
-@app.command()
-def images(
-    address: Annotated[str, typer.Option("--from", help="Folder of data.0 to data.1023.")],
-    store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")],
-    dim: Annotated[
-        int | None, typer.Option(min=1, max=MAX_DIM, help="Numbers of an image.", show_default=f"{XDL_DIM}")
-    ] = None,
-    origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
-) -> None:
-    """Import binary images into a feature store; jobs/import_features.py does the same with more options."""
-    from pipeline.cluster.tasks import connect
-    from pipeline.vectors import formats
-    from pipeline.vectors.import_vectors import import_vectors
-
-    with connect() as client:
-        summary = import_vectors(
-            formats.plan_xdl(address, dim), ImportOptions(address=address, store=store, origin=origin), client
-        )
-    print_summary(str(summary))
 
 
 @app.command()

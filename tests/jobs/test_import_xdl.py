@@ -13,7 +13,7 @@ from featurestore.keys import key_of_uri
 from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from jobs import import_xdl
+from jobs import import_features, import_xdl
 from pipeline.options import XdlRandomOptions
 from pipeline.xdl import draw_lines, parse_line, split_of
 from trainer.comm import SoloComm
@@ -35,8 +35,8 @@ def job(client, monkeypatch):
     """Runs a command of the job on the tests' cluster; its output in one line."""
     monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
-    def run(*args, code=0):
-        result = CliRunner().invoke(import_xdl.app, [str(arg) for arg in args])
+    def run(*args, code=0, app=import_xdl.app):
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
         assert result.exit_code == code, result.output
         assert code == 0 or isinstance(result.exception, SystemExit)
         return " ".join(result.output.split())
@@ -200,7 +200,7 @@ def test_samples_of_test_from_lines_of_their_own_or_by_group(job, lines, tmp_pat
 
 def test_images_are_imported_as_they_are(job, tmp_path):
     job("random", "--out", tmp_path / "x", "--lines", 1, "--images", 60, "--dim", 6, "--ids", 9)
-    job("images", "--from", tmp_path / "x/imgs", "--store", tmp_path / "store", "--dim", 6)
+    job("--from", tmp_path / "x/imgs", "--store", tmp_path / "store", "--dim", 6, app=import_features.app)
     store = FeatureStore.open(tmp_path / "store")
     assert store.snapshot().keys().tolist() == list(range(1, 61))
     record = (tmp_path / "x/imgs/data.7").read_bytes()
@@ -235,7 +235,7 @@ def test_random_data_is_that_of_the_example():
 def test_random_data_trains(job, tmp_path):
     """The example from end to end, in a small size."""
     job("random", "--out", tmp_path / "x", "--lines", 120, "--images", 50, "--dim", 16, "--ids", 40)
-    job("images", "--from", tmp_path / "x/imgs", "--store", tmp_path / "features", "--dim", 16)
+    job("--from", tmp_path / "x/imgs", "--store", tmp_path / "features", "--dim", 16, app=import_features.app)
     args = ["--samples", tmp_path / "samples", "--label-threshold", 0.5]
     job("samples", "--from", tmp_path / "x/data.txt", *args)
     settings = [
