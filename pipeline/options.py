@@ -25,8 +25,6 @@ XDL_DIM = 4096
 MAX_DIM = 1 << 20
 """Most numbers of a vector that an option may name."""
 
-XdlWeights = Literal["refuse", "drop", "keep"]
-"""What becomes of weights of sparse ids, other than 1."""
 DTypeOption = Annotated[
     DType | None,
     typer.Option(
@@ -344,13 +342,6 @@ class XdlOptions:
     images: Annotated[str, typer.Option(help="Fields whose ids are image keys, with commas.")] = "user_img,ad_img"
     sparse: Annotated[str, typer.Option(help="Fields of ids that look dense, with commas.")] = ""
     dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = ""
-    weights: Annotated[
-        XdlWeights,
-        typer.Option(
-            help="Of ids, other than 1: keep them, so that the trainer multiplies each id's vector by its weight "
-            "(visual vectors have none); drop them; or refuse such lines."
-        ),
-    ] = "keep"
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
     label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None
     fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None

@@ -250,7 +250,7 @@ def _columns(keys: Sequence[Key]) -> list[str]:
     return columns
 
 
-def write_field_schema(folder: Path, options: XdlOptions, fields: Sequence[XdlField]) -> None:
+def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField]) -> None:
     """Write schema and settings for imported fields; an image field gives its content, and its ids as an ID field."""
     storage = Storage(folder)
     profile = look(storage, sample_files(storage), "label", LOOKED_AT)
@@ -259,7 +259,7 @@ def write_field_schema(folder: Path, options: XdlOptions, fields: Sequence[XdlFi
     notes: dict[str, str] = {}
     for each in fields:
         side: dict[str, Any] = {"side": each.part, "column": None}
-        weights = f"{each.column}{WEIGHT_SUFFIX}" if each.is_weighted and options.weights == "keep" else None
+        weights = f"{each.column}{WEIGHT_SUFFIX}" if each.is_weighted else None
         if each.kind == "dense":
             made.append(Field(name=each.column, kind="dense", width=None if each.is_single else each.width, **side))
             continue
@@ -276,16 +276,15 @@ def write_field_schema(folder: Path, options: XdlOptions, fields: Sequence[XdlFi
     new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
     schema = Schema(fields=tuple(made), new_ad_field=new_ad)
     header = "Fields of XDL's text samples, as they were found.", "kind: id | multi_id | dense | content (image keys)."
-    write_schema(folder, options.samples, schema_text(schema, header, notes), tables)
+    write_schema(folder, samples, schema_text(schema, header, notes), tables)
 
 
-def schema_of(fields: Iterable[XdlField], options: XdlOptions) -> pa.Schema:
+def schema_of(fields: Iterable[XdlField]) -> pa.Schema:
     """List the columns of the samples."""
     types: dict[str, pa.DataType] = {"user": pa.int64(), "gkey": pa.string(), "timestamp": pa.int64()}
     for each in fields:
         types[each.column] = each.type_of(pa.float32() if each.kind == "dense" else pa.int64())
-    if options.weights == "keep":
-        types |= {each.column + WEIGHT_SUFFIX: each.type_of(pa.float32()) for each in fields if each.is_weighted}
+    types |= {each.column + WEIGHT_SUFFIX: each.type_of(pa.float32()) for each in fields if each.is_weighted}
     types |= {"skey": pa.list_(pa.string()), "ad_timestamp": pa.list_(pa.int64()), "label": pa.list_(pa.int8())}
     return pa.schema(types, metadata={"format": FORMAT})
 
@@ -313,12 +312,10 @@ def read_sample(line: XdlLine, fields: Iterable[XdlField], options: XdlOptions) 
 
 def _sparse(each: XdlField, tokens: Tokens | None, options: XdlOptions) -> dict[str, Any]:
     ids, weights = read_ids(each.name, tokens or [])
-    if options.weights == "refuse" and any(weight != 1 for weight in weights):
-        raise BadLineError(f"{each.name} has weights other than 1; give --weights keep or drop")
     if each.is_single and len(ids) != 1:
         raise BadLineError(f"{each.name} has not one id")
     values: dict[str, Any] = {each.column: ids[0] if each.is_single else ids}
-    if options.weights == "keep" and each.is_weighted:
+    if each.is_weighted:
         values[each.column + WEIGHT_SUFFIX] = weights[0] if each.is_single else weights
     return values
 
@@ -371,7 +368,7 @@ def write_file(
     file: TextFile, number: int, fields: Sequence[XdlField], options: XdlOptions, folder: str
 ) -> WrittenGroups:
     """Write the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
-    result, schema = WrittenGroups(), schema_of(fields, options)
+    result, schema = WrittenGroups(), schema_of(fields)
     samples = _read(file, fields, options, result)
     groups = (list(group) for _, group in groupby(samples, lambda sample: (sample.gkey, sample.user)))
     scratch = Path(folder, f".part-{number}-{uuid.uuid4().hex}")  # a task may run twice
@@ -444,7 +441,7 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
             )
         bad = [row for each in written for row in each.bad]
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), new.folder / QUARANTINE_FILE)
-        write_field_schema(new.folder, options, fields)
+        write_field_schema(new.folder, options.samples, fields)
         write_json(new.folder / MARK, summary)
     return summary
 

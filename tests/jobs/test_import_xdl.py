@@ -62,13 +62,13 @@ def rows(folder: Path, split="train"):
 
 
 def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
-    text = job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
+    text = job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
     assert "lines 5 quarantined 0 train 5 samples in 4 groups, 3 clicks" in text
     found = rows(tmp_path / "s")
     assert [row["gkey"] for row in found] == ["g0", "g1", "g0", "g0"]  # the last has another user part
     assert found[0] == {
-        "user": key_of_uri("g0"), "gkey": "g0", "timestamp": 100, "age": 3, "item": [5, 6], "user_img": [7, 8],
-        "price": [[0.5, 2], [0.25, 2]], "brand": [[9], [9, 10]], "ad_img": [1, 2],
+        "user": key_of_uri("g0"), "gkey": "g0", "timestamp": 100, "age": 3, "item": [5, 6], "item_weight": [1, 2.5],
+        "user_img": [7, 8], "price": [[0.5, 2], [0.25, 2]], "brand": [[9], [9, 10]], "ad_img": [1, 2],
         "skey": ["s0", "s1"], "ad_timestamp": [100, 101], "label": [1, 0],
     }  # fmt: skip
     fields = {field.name: field for field in load_schema(tmp_path / "s/schema.yaml").fields}
@@ -128,7 +128,7 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
     }
     path = lines([*LINES, *bad])
     path.write_bytes(path.read_bytes() + b"\xff|g\n")
-    text = job("samples", "--from", path, "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
+    text = job("samples", "--from", path, "--samples", tmp_path / "s", "--test-share", 0)
     assert f"lines {len(LINES) + len(bad) + 1} quarantined {len(bad) + 1}" in text
     kept = pq.read_table(tmp_path / "s/quarantine.parquet").to_pylist()
     expected = [*bad.items(), (None, "no UTF-8")]
@@ -139,22 +139,20 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
     assert len(rows(tmp_path / "s")) == 4
 
 
-def test_weights_are_kept_dropped_or_refused(job, lines, tmp_path):
-    refuse = ["--weights", "refuse"]
-    text = job("samples", "--from", lines(LINES[:2]), "--samples", tmp_path / "s", *refuse, code=1)
-    assert (
-        "no good line is left to train on, of 2 (item has weights other than 1; give --weights keep or drop: 2)" in text
-    )
-    assert not (tmp_path / "s").exists()
-    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
-    assert "item_weight" not in rows(tmp_path / "s")[0]
-    assert not any(field.weights for field in load_schema(tmp_path / "s/schema.yaml").fields)
+def test_weights_other_than_one_are_kept(job, lines, tmp_path):
     job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
     assert rows(tmp_path / "s")[0]["item_weight"] == [1, 2.5]
     assert "brand_weight" not in rows(tmp_path / "s")[0]  # all are 1
     weights = {field.name: field.weights for field in load_schema(tmp_path / "s/schema.yaml").fields}
     assert {name for name, column in weights.items() if column} == {"item"}
     assert weights["item"] == "item_weight"
+
+
+def test_nothing_is_written_where_no_line_is_good(job, lines, tmp_path):
+    bad = [line.replace("|1|", "|2|").replace("|0|", "|3|") for line in LINES[:2]]
+    text = job("samples", "--from", lines(bad), "--samples", tmp_path / "s", code=1)
+    assert "left to train on, of 2 (label is not 0 or 1; --label-threshold makes it so: 2)" in text
+    assert not (tmp_path / "s").exists()
 
 
 def test_options_decide_on_fields(job, lines, tmp_path):
@@ -189,7 +187,7 @@ def test_samples_at_an_address_are_those_of_a_disk(job, lines, s3_url, tmp_path)
 
 def test_samples_of_test_from_lines_of_their_own_or_by_group(job, lines, tmp_path):
     test = lines([LINES[2]], "test.txt")
-    args = ["samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop"]
+    args = ["samples", "--from", lines(LINES), "--samples", tmp_path / "s"]
     job(*args, "--test-from", test)
     assert (len(rows(tmp_path / "s")), len(rows(tmp_path / "s", "test"))) == (4, 1)
     shares = [sum(split_of(f"g{n}", share) == "test" for n in range(1000)) / 1000 for share in (0, 0.3, 1)]
