@@ -22,7 +22,7 @@ from trainer.comm import Comm
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.bootstrap import LEVEL, METRICS, Float, MetricSums, bootstrap, interval
 from trainer.evaluation.figures import Estimate
-from trainer.evaluation.plots import METRIC_TITLES, difference_plot
+from trainer.evaluation.plots import METRIC_TITLES, differences
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.evaluation.report import number, range_of
 from trainer.runs.saved import RunSource
@@ -86,7 +86,7 @@ def compare_runs(
     count = f"{new_ads.impressions:,} impressions are" if new_ads.impressions != 1 else "1 impression is"
     print_line(console, f"{count} of new ads, which neither run was trained on")
     if page := current_page():
-        page.add_plot(difference_plot(titled))
+        page.add_plot(differences(titled))
     for note in notes:
         print_line(console, f"note: {note}")
     written = {

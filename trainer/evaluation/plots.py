@@ -1,12 +1,10 @@
-"""Plots of an evaluation: PNG files next to its report, and the same for its page, one metric each, to fit a phone."""
+"""Plots of an evaluation, as figures of matplotlib: PNG files next to its report, SVG on its page."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from featurestore.console.page.plots import Curve, Mark, Plot, Point, intervals
 from trainer.evaluation.bootstrap import METRICS
 from trainer.evaluation.figures import Bin, Estimate, Figures, Hidden, Measured, SlicedBy
 
@@ -17,22 +15,17 @@ METRIC_TITLES = {
     "calibration": "predicted / clicked",
     "ece": "ECE",
 }
-_DPI = 120
 _COLOR = "#1f5fa8"
 
 
-def draw_all(figures: Figures, folder: Path) -> list[Path]:
-    """Write every plot that the figures have data for into `folder`; returns the files."""
+def draw_all(figures: Figures) -> dict[str, Figure]:
+    """Draw every plot that the figures have data for; by the names of their files."""
     drawn = {"reliability": reliability(figures.reliability)}
     for name, sliced in figures.sliced_by.items():
         drawn[f"by_{name}"] = by_slice(sliced, figures.whole)
     if figures.missing_curve:
         drawn["missing_curve"] = missing_curve(figures.missing_curve)
-    paths = []
-    for name, figure in drawn.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=_DPI)
-    return paths
+    return drawn
 
 
 def reliability(bins: Sequence[Bin]) -> Figure:
@@ -81,6 +74,17 @@ def missing_curve(points: Sequence[Hidden]) -> Figure:
     return figure
 
 
+def differences(by_title: Mapping[str, Estimate]) -> Figure:
+    """Plot the differences of two runs with their intervals; on the dashed line there is none."""
+    figure, axes = _one_panel()
+    _points(axes, list(by_title.values()), list(range(len(by_title))))
+    axes.axvline(0, color="grey", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(by_title)), list(by_title))
+    axes.set_ylim(len(by_title) - 0.5, -0.5)
+    axes.set_title("Difference, with its interval")
+    return figure
+
+
 def _one_panel() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -120,54 +124,3 @@ def _reach(values: Sequence[float | Estimate]) -> list[list[float]] | None:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def reliability_curve(figures: Figures) -> Plot | None:
-    """Draw click rate against mean prediction, one point for each bin; on the diagonal, predictions are right."""
-    points = [_point(each.predicted, each.clicked) for each in figures.reliability]
-    return Curve(
-        title="Reliability, bins of equally many impressions; on the dashed line predictions are right",
-        x_name="mean prediction",
-        y_name="click rate",
-        points=[point for point in points if point],
-        has_diagonal=True,
-    ).plot()
-
-
-def slice_plots(figures: Figures) -> Iterator[Plot | None]:
-    """Draw each metric with its intervals for all slices; the band is the interval of all impressions together."""
-    for metric in METRICS:
-        groups = {
-            sliced.title: [_mark(name, each.metrics[metric]) for name, each in sliced.slices.items()]
-            for sliced in figures.sliced_by.values()
-        }
-        whole = figures.whole.metrics[metric]
-        band = None if whole.low is None or whole.high is None else (whole.low, whole.high)
-        title = f"{METRIC_TITLES[metric]} by slice" + ("; shaded: all impressions" if band else "")
-        yield intervals(title, groups, band=band)
-
-
-def missing_images_curve(figures: Figures) -> Plot | None:
-    """Draw GAUC against the share of image keys that are hidden; None where none were."""
-    points = [_point(100 * each.share, each.metrics["gauc"]) for each in figures.missing_curve]
-    return Curve(
-        title="GAUC without some of the images",
-        x_name="images without a feature, %",
-        y_name="GAUC",
-        points=[point for point in points if point],
-    ).plot()
-
-
-def difference_plot(differences: Mapping[str, Estimate]) -> Plot | None:
-    """Draw the differences of two runs, by title, with their intervals; on the dashed line there is none."""
-    marks = [_mark(name, each, signed=True) for name, each in differences.items()]
-    return intervals("Difference, with its interval; on the dashed line there is none", marks, line=0.0)
-
-
-def _mark(name: str, estimate: Estimate, *, signed: bool = False) -> Mark:
-    figure = "" if estimate.value is None else f"{estimate.value:{'+' if signed else ''}.4f}"
-    return Mark(name, estimate.value, estimate.low, estimate.high, figure)
-
-
-def _point(x: float, estimate: Estimate) -> Point | None:
-    return None if estimate.value is None else Point(x, estimate.value, estimate.low, estimate.high)

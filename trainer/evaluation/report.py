@@ -12,7 +12,7 @@ from rich.text import Text
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_line, print_table
-from featurestore.console.page.recording import current_page
+from featurestore.console.page.recording import save_plot
 from featurestore.errors import StorageError
 from featurestore.keys import sampled
 from featurestore.published.paths import RunPath, written_locally
@@ -30,7 +30,7 @@ from trainer.evaluation.bootstrap import (
     interval,
 )
 from trainer.evaluation.figures import Bin, Estimate, Figures, Hidden, Measured, SlicedBy
-from trainer.evaluation.plots import METRIC_TITLES, draw_all, missing_images_curve, reliability_curve, slice_plots
+from trainer.evaluation.plots import METRIC_TITLES, draw_all
 from trainer.evaluation.slices import Impressions, Slicing
 from trainer.runs.saved import TEST, Opened
 
@@ -60,23 +60,23 @@ def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: i
 
 
 def write_report(folder: RunPath, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
-    """Write report.json (also under another name), report.md and the plots.
+    """Write report.json (also under another name), report.md and the plots, which the page of the command gets too.
 
     Raises TrainerError where the disk refuses.
     """
     try:
         with written_locally(folder) as local:
-            plots = draw_all(figures, local)
-            (local / "report.md").write_text(markdown(about, figures, plots), encoding="utf-8")
+            for name, plot in draw_all(figures).items():
+                save_plot(plot, local / f"{name}.png")
+            (local / "report.md").write_text(markdown(about, figures), encoding="utf-8")
             for file in (local / "report.json", *([also] if also else [])):
                 write_json(file, {**about, **asdict(figures)})
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the report to {folder}: {failure}; choose another by --out") from failure
 
 
-def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) -> str:
+def markdown(about: Mapping[str, Any], figures: Figures) -> str:
     """Write the whole report as Markdown; plots are named relative to its folder."""
-    names = {path.stem: f"![{path.stem}]({path.name})\n" for path in plots}
     parts = [
         f"# Evaluation of {about['run']}\n",
         _lines({name: about[name] for name in _ABOUT} | _snapshots(about)),
@@ -84,12 +84,12 @@ def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) 
         _METHOD.format(**about["bootstrap"]) if about["bootstrap"]["resamples"] else "Without intervals.\n",
         "## All test impressions\n",
         _table([("", figures.whole)]),
-        names["reliability"],
+        _plot("reliability"),
     ]
     for name, sliced in figures.sliced_by.items():
-        parts += [f"## By {sliced.title}\n", _table(list(sliced.slices.items())), names[f"by_{name}"]]
+        parts += [f"## By {sliced.title}\n", _table(list(sliced.slices.items())), _plot(f"by_{name}")]
     if figures.missing_curve:
-        parts += ["## Images hidden at random\n", _curve_table(figures.missing_curve), names["missing_curve"]]
+        parts += ["## Images hidden at random\n", _curve_table(figures.missing_curve), _plot("missing_curve")]
     return "\n".join(parts)
 
 
@@ -102,9 +102,6 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: R
         estimate = figures.whole.metrics[metric]
         whole.add_row(METRIC_TITLES[metric], number(estimate.value), range_of(estimate))
     print_table(console, whole)
-    page = current_page()
-    if page:
-        page.add_plot(reliability_curve(figures))
     slices = Table(title="Slices")
     slices.add_column("")
     for heading in ("impressions", *(METRIC_TITLES[each] for each in METRICS)):
@@ -117,12 +114,6 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: R
                 f"  {name}", f"{each.impressions:,}", *(number(each.metrics[metric].value) for metric in METRICS)
             )
     print_table(console, slices)
-    if page:
-        for plot in slice_plots(figures):
-            page.add_plot(plot)
-        if figures.missing_curve:
-            page.add_heading("Images hidden at random")
-            page.add_plot(missing_images_curve(figures))
     for point in figures.missing_curve:
         print_line(console, f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
     for note in about["notes"]:
@@ -164,6 +155,10 @@ def _curve_table(points: Sequence[Hidden]) -> str:
             _row([*counts, with_interval(each.metrics["gauc"]), with_interval(each.gauc_change) if each.share else "-"])
         )
     return "\n".join(lines) + "\n"
+
+
+def _plot(name: str) -> str:
+    return f"![{name}]({name}.png)\n"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -1,17 +1,20 @@
 """Results of all calls: results.json for programs, RESULTS.md for people; a table stays until a call makes it anew."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from featurestore.console.page.recording import save_plot
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, read_file, write_file, write_json_file, written_locally
 from featurestore.text import parse_json
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
 from trainer.experiments.tables import Row, as_markdown, as_values, rows_of, show
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Figures = Mapping[str, Sequence[Mapping[str, float]]]
 """Of one table: the metrics of each variant, by its name, in the order of seeds."""
@@ -53,7 +56,9 @@ def add(folder: RunPath, name: str, figures: Figures, facts: Facts | None = None
     experiment = experiments()[name].as_made(figures)
     rows = rows_of(experiment, *tables[name])
     with written_locally(folder / "plots") as plots:
-        (draw_stores if experiment.of_stores else draw)(experiment.title, rows, plots / f"{name}.png")
+        plots.mkdir(parents=True, exist_ok=True)
+        plot = draw_stores(experiment.title, rows) if experiment.of_stores else draw(experiment.title, rows)
+        save_plot(plot, plots / f"{name}.png")
     write_file(folder / "RESULTS.md", "\n".join(section(each, *tables[each.name]) for each in made))
     write_json_file(folder / "results.json", values)
 
@@ -69,34 +74,29 @@ def show_section(console: Console, experiment: Experiment, figures: Figures, fac
     show(console, experiment, rows_of(experiment, figures, facts), len(next(iter(figures.values()))))
 
 
-def draw(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Write the GAUC of every row with its interval as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw(title: str, rows: Sequence[Row]) -> "Figure":
+    """Plot the GAUC of every row with its interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.9 + 0.38 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         gauc = row.metrics["gauc"]
         marker = "o" if row.gain is not None else "s"
         axes.errorbar(gauc.mean, place, xerr=gauc.half_width, fmt=marker, color="C0", capsize=3)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("GAUC, mean over seeds with its 95 % interval")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def draw_stores(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Write GAUC against the bytes of each store as a PNG: all impressions, and those of new ads."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_stores(title: str, rows: Sequence[Row]) -> "Figure":
+    """Plot GAUC against the bytes of each store: all impressions, and those of new ads."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     for axes, metric, name in zip(panels, ("gauc", "new_ad_gauc"), ("all ads", "new ads"), strict=True):
         for number, row in enumerate(rows):
@@ -112,5 +112,4 @@ def draw_stores(title: str, rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure

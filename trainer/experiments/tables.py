@@ -5,7 +5,7 @@ interval of Student's t (of scipy.special; scipy.stats takes a second to import)
 looks: Holm's correction holds the chance of any false star below 5 %.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,8 +16,6 @@ from rich.table import Table
 from scipy.special import stdtr, stdtrit
 
 from featurestore.console.output import print_line, print_table
-from featurestore.console.page.plots import Mark, Plot, bars, intervals
-from featurestore.console.page.recording import current_page
 from trainer.experiments.grid import Experiment
 
 LEVEL = 0.95
@@ -118,34 +116,11 @@ def show(console: Console, experiment: Experiment, rows: Sequence[Row], num_seed
     for row in rows:
         table.add_row(*_cells(experiment, row))
     print_table(console, table)
-    if page := current_page():
-        for plot in _plots(rows):
-            page.add_plot(plot)
 
 
 def as_values(rows: Sequence[Row]) -> list[dict[str, object]]:
     """Return the rows for JSON."""
     return [asdict(row) for row in rows]
-
-
-def _plots(rows: Sequence[Row]) -> Iterator[Plot | None]:
-    """Draw GAUC and its gain over the baseline, each with its interval."""
-    yield intervals("GAUC, mean over seeds", [_mark(row.name, row.metrics.get("gauc"), _shown) for row in rows])
-    gains = [_mark(row.name, row.gain, _signed) for row in rows if row.gain is not None]
-    if gains:
-        yield intervals("Gain of GAUC over the baseline, on the dashed line none", gains, line=0.0)
-    if any(row.facts for row in rows):
-        cold = [_mark(row.name, row.metrics.get("new_ad_gauc"), _shown) for row in rows]
-        yield intervals("GAUC of new ads, mean over seeds", cold)
-        yield bars("Bytes", [Mark(row.name, row.facts.get("bytes"), figure=_bytes(row.facts)) for row in rows])
-
-
-def _mark(name: str, value: SeedMean | None, text: Callable[[SeedMean], str]) -> Mark:
-    if value is None:
-        return Mark(name, None)
-    half = value.half_width
-    low, high = (None, None) if half is None else (value.mean - half, value.mean + half)
-    return Mark(name, value.mean, low, high, text(SeedMean(value.mean, None)))
 
 
 def _method(num_seeds: int) -> str:

@@ -1,17 +1,21 @@
 """One report page: what a command printed, in that order, collected as plain texts and written as one HTML file."""
 
+import base64
+import io
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from featurestore.console.files import check_place, replace_file
-from featurestore.console.page.plots import Plot
 from featurestore.errors import UserError
 from featurestore.text import printable, refusal, without_passwords
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_BYTES = 300_000
 """Of a page. Rows and lines that would make it larger are left out, and the page says how many."""
@@ -67,6 +71,14 @@ class Summary:
 
 
 Block = Paragraph | Points | PageTable | Summary
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot: what it shows, and its SVG in base 64."""
+
+    title: str
+    svg: str
 
 
 @dataclass
@@ -143,10 +155,16 @@ class ReportPage:
         else:
             blocks.append(Summary(added))
 
-    def add_plot(self, plot: Plot | None) -> None:
-        """Put a plot next to the blocks of the last part; None adds nothing."""
-        if plot is not None:
-            self.parts[-1].plots.append(replace(plot, title=_plain(plot.title), words=printable(plot.words)))
+    def add_plot(self, figure: "Figure") -> None:
+        """Put a figure of matplotlib next to the blocks of the last part, as SVG; its title says what it shows."""
+        from matplotlib import rc_context
+
+        file = io.StringIO()
+        with rc_context({"svg.fonttype": "none"}):
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        title = figure.get_suptitle() or figure.axes[0].get_title() or figure.axes[0].get_title(loc="left")
+        svg = "\n".join(map(printable, file.getvalue().split("\n")))
+        self.parts[-1].plots.append(Plot(_plain(title), base64.b64encode(svg.encode()).decode()))
 
     def html(self) -> str:
         """Write the page as text."""

@@ -3,10 +3,15 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from featurestore.console.page.page import ReportPage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CURRENT: ContextVar[ReportPage | None] = ContextVar("report_page", default=None)
 
@@ -14,6 +19,13 @@ _CURRENT: ContextVar[ReportPage | None] = ContextVar("report_page", default=None
 def current_page() -> ReportPage | None:
     """Return the page of the running command; None without --html."""
     return _CURRENT.get()
+
+
+def save_plot(figure: "Figure", path: Path) -> None:
+    """Write a plot as a PNG file, and put it on the page of the running command, where it has one, as SVG."""
+    figure.savefig(path, dpi=120)
+    if page := current_page():
+        page.add_plot(figure)
 
 
 @contextlib.contextmanager

