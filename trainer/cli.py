@@ -18,7 +18,7 @@ import typer
 
 from featurestore.commands.common import WHICH, read_version_name
 from featurestore.console.commandline import OK, STOPPED, say_error
-from featurestore.console.page.recording import current_page
+from featurestore.console.page import current_page
 from featurestore.errors import UserError
 from trainer.errors import LostRankError
 

@@ -26,7 +26,7 @@ import click
 import typer
 from typer.main import get_command
 
-from featurestore.console.page.option import takes_page
+from featurestore.console.page import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text import one_line, printable, refusal
 

@@ -4,7 +4,6 @@ What `print_table`, `print_line`, `print_summary`, `print_problem` and `print_wa
 page as well, where it has one (option --html).
 """
 
-import re
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -29,11 +28,9 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-from featurestore.console.page.page import ReportPage
-from featurestore.console.page.recording import current_page
+from featurestore.console.page import current_page
 from featurestore.text import printable
 
-_SUMMARY_LINE = re.compile(r"(\S+(?: \S+)*) {2,}(?<=^.{13})(.*)")  # a name, and what comes from column 13 on
 _ENDLESS = 1 << 16  # columns; wider than any table
 
 
@@ -87,14 +84,14 @@ def print_table(console: Console, table: Table) -> None:
     """
     if console.quiet:
         return
-    if page := current_page():
-        _put_on_page(page, table)
-    if table.title:
-        console.print(table.title, style=table.title_style or "bold")
-        table.title = None
+    title, style, table.title = table.title, table.title_style or "bold", None
+    for each in _with_page(console):
+        if title:
+            each.print(title, style=style)
+        if not each.is_terminal:
+            wide = each.options.update(max_width=_ENDLESS)
+            each.print(Segments(each.render(table, wide)), crop=False, end="")
     if not console.is_terminal:
-        wide = console.options.update(max_width=_ENDLESS)
-        console.print(Segments(console.render(table, wide)), crop=False, end="")
         return
     for column in table.columns:
         folded = column.justify != "right"
@@ -108,39 +105,22 @@ def print_table(console: Console, table: Table) -> None:
     console.print(table, soft_wrap=False, crop=False)
 
 
-def _put_on_page(page: ReportPage, table: Table) -> None:
-    columns = [(" ".join(str(column.header).split()), column.justify == "right") for column in table.columns]
-    cells = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
-    bold = ("bold" in str(row.style or "") for row in table.rows)
-    page.add_table(str(table.title or ""), columns, zip(cells, bold, strict=True))
-
-
 def print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line; on a page, a bold one is a heading."""
-    console.print(text, style=style)
-    if (page := current_page()) and not console.quiet:
-        if style == "bold":
-            page.add_heading(text)
-        else:
-            page.add_line(text)
+    """Print a line."""
+    for each in _with_page(console):
+        each.print(text, style=style)
 
 
 def print_summary(text: str) -> None:
     """Print the lines of a job on stdout, each with a name and a text from its 13th column on, or a sentence."""
     typer.echo(text)
-    if page := current_page():
-        for line in text.splitlines():
-            if named := _SUMMARY_LINE.fullmatch(line):
-                page.add_summary([(named[1], named[2])])
-            else:
-                page.add_line(line)
+    _print_on_page(text)
 
 
 def print_problem(text: str) -> None:
     """Print a line on stderr that says what is wrong, or what to be careful with."""
     typer.echo(text, err=True)
-    if page := current_page():
-        page.add_line(text, is_problem=True)
+    _print_on_page(text)
 
 
 def print_warning(text: str) -> None:
@@ -156,6 +136,17 @@ def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Col
     for row in rows:
         table.add_row(*row)
     print_table(text_console(), table)
+
+
+def _with_page(console: Console) -> list[Console]:
+    """Return the console that shows what is printed, and the one that records it for the page of the command."""
+    page = current_page()
+    return [console, page.console] if page and not console.quiet else [console]
+
+
+def _print_on_page(text: str) -> None:
+    if page := current_page():
+        page.console.print(text)
 
 
 def _width(text: str, folded: bool) -> int:

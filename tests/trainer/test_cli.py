@@ -8,8 +8,7 @@ import pytest
 from typer import Exit
 
 from featurestore.console.output import print_line, text_console
-from featurestore.console.page.page import ReportPage
-from featurestore.console.page.recording import recorded
+from featurestore.console.page import ReportPage, recorded
 from tests.pages import ReadPage
 from trainer.cli import run_on_ranks
 from trainer.comm import SoloComm

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_line, print_table, text_console
-from featurestore.console.page.recording import current_page
+from featurestore.console.page import current_page
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from trainer.comm import Comm

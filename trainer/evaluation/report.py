@@ -12,7 +12,7 @@ from rich.text import Text
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_line, print_table
-from featurestore.console.page.recording import save_plot
+from featurestore.console.page import save_plot
 from featurestore.errors import StorageError
 from featurestore.keys import sampled
 from featurestore.published.paths import RunPath, written_locally

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from featurestore.console.page.recording import save_plot
+from featurestore.console.page import save_plot
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, read_file, write_file, write_json_file, written_locally
 from featurestore.text import parse_json

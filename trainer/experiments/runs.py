@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from featurestore.console.page.recording import unrecorded
+from featurestore.console.page import unrecorded
 from featurestore.published.paths import FarPath, RunPath
 from trainer.comm import Comm
 from trainer.config.config import CHANGES_NO_FIGURE, Config, config_digest, load_config

@@ -10,7 +10,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import text_console
-from featurestore.console.page.option import PAGE
+from featurestore.console.page import PAGE
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 

@@ -6,10 +6,9 @@ import pytest
 from rich.table import Table
 
 from featurestore.console.output import print_line, print_problem, print_summary, print_table, text_console
-from featurestore.console.page.page import ReportPage
-from featurestore.console.page.recording import recorded
+from featurestore.console.page import ReportPage, recorded
 from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
-from tests.featurestore.console.page.test_page import HOSTILE, plot_of
+from tests.featurestore.console.test_page import HOSTILE, plot_of
 
 LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 
@@ -41,8 +40,8 @@ def look_at(path: Path, watch, width: int, dark: bool) -> None:
         assert page.seen.asked == [path.as_uri()]
         assert too_wide(page) == []
         assert violations(page) == ""
-        assert page.locator("svg").count() == page.locator("svg[role=img] > title").count() > 0
-        assert page.evaluate("document.scripts.length + document.images.length + document.forms.length") == 0
+        assert page.evaluate("document.scripts.length + document.links.length + document.forms.length") == 0
+        assert page.evaluate("[...document.images].every(each => each.naturalWidth > 0) && document.images.length > 0")
 
 
 @pytest.mark.parametrize(("width", "dark"), LOOKS)
@@ -50,19 +49,11 @@ def test_hostile_texts_are_inert(hostile: Path, width: int, dark: bool, watch) -
     look_at(hostile, watch, width, dark)
 
 
-def test_the_page_allows_itself_no_script(hostile: Path, watch) -> None:
-    with watch(hostile.as_uri()) as page:
-        page.goto(hostile.as_uri())
-        policy = page.locator("meta[http-equiv=Content-Security-Policy]").get_attribute("content")
-        assert policy is not None and "default-src 'none'" in policy and "script-src" not in policy
-
-
 def test_a_wide_table_is_read_by_keyboard(hostile: Path, watch) -> None:
     with watch(hostile.as_uri(), width=NARROW) as page:
         page.goto(hostile.as_uri())
         page.keyboard.press("Tab")
-        reached = page.evaluate("document.activeElement.className")
-        assert reached == "wide"
+        assert page.evaluate("document.activeElement.tagName") == "PRE"
         before = page.evaluate("document.activeElement.scrollLeft")
         page.keyboard.press("ArrowRight")
         for _ in range(100):  # the page's policy forbids what playwright's own waiting would evaluate
@@ -73,9 +64,9 @@ def test_a_wide_table_is_read_by_keyboard(hostile: Path, watch) -> None:
 
 
 def test_colours_follow_the_reader(hostile: Path, watch) -> None:
-    path, colours = hostile, []
+    colours = []
     for dark in (False, True):
-        with watch(path.as_uri(), dark=dark) as page:
-            page.goto(path.as_uri())
-            colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert colours == ["rgb(255, 255, 255)", "rgb(20, 23, 26)"]
+        with watch(hostile.as_uri(), dark=dark) as page:
+            page.goto(hostile.as_uri())
+            colours.append(page.evaluate("getComputedStyle(document.body).color"))
+    assert colours == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.console.page.page import ReportPage
-from featurestore.console.page.recording import recorded
+from featurestore.console.page import ReportPage, recorded
 from tests.pages import check_page
 from trainer.comm import SoloComm
 from trainer.errors import DataError

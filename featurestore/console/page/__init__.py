@@ -1,1 +1,0 @@
-"""Report pages: what a command prints, as one HTML file without scripts that needs nothing else (option --html)."""
