@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
     from featurestore.lookup.partition import FeaturePartition, Lookup
     from featurestore.snapshot import Snapshot
-    from featurestore.spec import CodecSpec, ExtractorSpec, StoreInfo
+    from featurestore.spec import ExtractorSpec, StoreInfo
     from featurestore.staging import QuarantineRow
     from featurestore.store import FeatureStore
 
 __all__ = [
     "Codec",
-    "CodecSpec",
     "ExtractorSpec",
     "FeatureClient",
     "FeaturePartition",

@@ -1,4 +1,4 @@
-"""The one door to faiss: ranges of a scalar quantiser, residual quantisers, nearest neighbours, and indexes by key.
+"""The one door to faiss: residual quantisers, nearest neighbours, and indexes by key.
 
 Letters of shapes: N rows, K queries, C found of each, D width; of a residual quantiser L levels, C codes of each.
 """
@@ -28,19 +28,6 @@ _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 200, 128  # of hnsw; the inner produ
 _LARGEST_EFFORT = 16 * _SEARCH_EFFORT
 # What NumPy and faiss raise for bytes that they do not know.
 _NO_INDEX = (RuntimeError, AttributeError, StopIteration, LookupError, ValueError, EOFError, zipfile.BadZipFile)
-
-
-def train_ranges(sample_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return minimum and width of each dimension's range, float32 (2, D), for codes of 8 bits: faiss's QT_8bit.
-
-    faiss takes the smallest and the largest number of the sample; its codes are cut off, and mean the middles of
-    255 steps. So the range is moved down by half a step: codes then round to nearest, both ends of the sample decode to
-    themselves, and the zeros that a ReLU leaves stay zeros. The parameters are still faiss's: it decodes them alike.
-    """
-    quantizer = faiss.ScalarQuantizer(sample_ND.shape[1], faiss.ScalarQuantizer.QT_8bit)
-    quantizer.train(np.ascontiguousarray(sample_ND, np.float32))
-    minimum_D, range_D = faiss.vector_to_array(quantizer.trained).reshape(2, -1).astype(np.float64)
-    return np.stack([minimum_D - range_D * (0.5 / _LARGEST_CODE), range_D]).astype(np.float32)
 
 
 def nearest(rows_ND: npt.NDArray[np.float32], queries_KD: npt.NDArray[np.float32], count: int) -> npt.NDArray[Any]:

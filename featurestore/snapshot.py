@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurestore.errors import MissingKeysError
-from featurestore.format.codec import Codec, codec_of
+from featurestore.format.codec import Codec
 from featurestore.format.datafile import rows_of, schema_of
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, live_batches, live_schema
@@ -35,10 +35,10 @@ class Snapshot:
         """Number of the commit; 0 is the empty store."""
         return self.manifest.version
 
-    @cached_property
+    @property
     def codec(self) -> Codec:
-        """What the stored features mean. Reads a small file for int8; raises CorruptFileError."""
-        return codec_of(self.info, self.storage)
+        """What makes stored features float32, and float32 stored features."""
+        return Codec(self.info.dtype)
 
     @cached_property
     def num_rows(self) -> int:
@@ -111,14 +111,14 @@ class Snapshot:
             yield from live_batches(self.shard_reader(shard), self.codec, columns, decode)
 
     def statistics(self) -> FeatureStatistics:
-        """Compute mean and standard deviation of each dimension over the live rows, in decoded numbers.
+        """Compute mean and standard deviation of each dimension over the live rows.
 
         From the files' own statistics; small files, and shards with delta files, are read.
         """
         moments = Moments.empty(self.info.dim)
         for part in self._each_shard(lambda reader: reader.moments()):
             moments = moments.merged(part)
-        return moments.decoded(self.codec).statistics()
+        return moments.statistics()
 
     def _each_shard(self, work: Callable[[ShardReader], ResultT]) -> list[ResultT]:
         """Do `work` on every shard that has files, in the order of shards."""

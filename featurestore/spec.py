@@ -16,7 +16,6 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_serializer,
-    model_validator,
 )
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
@@ -27,18 +26,16 @@ FORMAT_VERSION = 1
 LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it
 MAX_VERSION = (1 << 63) - 1  # of a snapshot
 _END = b"\n}"  # of a sealed file
-SAMPLE_ROWS = 10_000  # from which the ranges of an int8 store are taken
 
 FileKind = Literal["base", "delta"]
 IndexKind = Literal["flat", "ivf", "hnsw"]
 MissingPolicy = Literal["error", "zeros", "learned"]
 
-# numpy has no bfloat16: its 16 bits are carried as uint16. An int8 feature is a code from 0 to 255 (see `CodecSpec`).
+# numpy has no bfloat16: its 16 bits are carried as uint16.
 STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {
     "bfloat16": np.uint16,
     "float16": np.float16,
     "float32": np.float32,
-    "int8": np.uint8,
 }
 
 _MOST_NAME, _MOST_PATH = 255, 1_024  # characters: of a name on a disk, of a key of S3
@@ -118,17 +115,6 @@ class NetworkName(Frozen):
     weights: str  # imagenet, random:SEED or a file
 
 
-class CodecSpec(Frozen):
-    """The meaning of an int8 store's codes: faiss's scalar quantiser, 8 bits, each dimension with its own range.
-
-    The file is float32 (2, dim) in .npy: minimum and range. Code c means minimum + (c + 0.5) / 255 * range.
-    """
-
-    kind: Literal["faiss QT_8bit"] = "faiss QT_8bit"
-    path: StorePath
-    sha256: str
-
-
 class ReductionSpec(Frozen):
     """The basis of a compact store, whose rows are made of wider ones: `featurestore.format.codec` has the file."""
 
@@ -146,7 +132,6 @@ class StoreInfo(Sealed):
     dim: Annotated[int, Field(ge=1)]
     dtype: DType = "bfloat16"
     extractor: ExtractorSpec
-    codec: CodecSpec | None = None  # of int8, and of it alone
     network: NetworkName | None = None  # information only
     store_id: OptionalId = ""  # random, given when the store is made: differs from that of others made alike
     reduction: ReductionSpec | None = None  # of a compact store, and of it alone
@@ -161,15 +146,6 @@ class StoreInfo(Sealed):
         if value & (value - 1):
             raise ValueError(f"num_shards={value} is not a power of two")
         return value
-
-    @model_validator(mode="after")
-    def _codec_of_int8(self) -> "StoreInfo":
-        if (self.dtype == "int8") != (self.codec is not None):
-            raise ValueError(
-                f"dtype={self.dtype} with codec={self.codec}: int8 needs a codec and nothing else has one;"
-                " python -m featurestore recode makes an int8 store of another"
-            )
-        return self
 
     @property
     def kind(self) -> "StoreInfo":
@@ -193,7 +169,7 @@ class StoreInfo(Sealed):
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
-        """numpy's dtype of the rows: uint16 bits for bfloat16, uint8 codes for int8, else the dtype itself."""
+        """numpy's dtype of the rows: uint16 bits for bfloat16, else the dtype itself."""
         return np.dtype(STORAGE_DTYPES[self.dtype])
 
     @property
@@ -328,7 +304,7 @@ def _without_none(fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _flat(info: StoreInfo) -> dict[str, Any]:
     fields = info.model_dump(mode="json")
-    groups: dict[str, type[Frozen]] = {"extractor": ExtractorSpec, "codec": CodecSpec, "reduction": ReductionSpec}
+    groups: dict[str, type[Frozen]] = {"extractor": ExtractorSpec, "reduction": ReductionSpec}
     nested = {name: fields.pop(name, None) or dict.fromkeys(each.model_fields) for name, each in groups.items()}
     return {**fields, **{f"{group}.{name}": value for group, each in nested.items() for name, value in each.items()}}
 

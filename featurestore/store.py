@@ -20,7 +20,7 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from featurestore.format.codec import ENDING, Basis, Codec, basis_of, codec_of
+from featurestore.format.codec import ENDING, Basis, Codec, basis_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
 from featurestore.format.shard import newest_rows, take_rows, write_shard_file
@@ -31,6 +31,7 @@ from featurestore.staging import QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import cached_property, in_threads
+from featurestore.text import DType
 
 INFO_PATH = "store.json"
 _THREADS = 4
@@ -51,10 +52,10 @@ class FeatureStore:
         """The store's address."""
         return self.storage.url
 
-    @cached_property
+    @property
     def codec(self) -> Codec:
-        """How the store keeps numbers. Reads a small file for int8; raises CorruptFileError."""
-        return codec_of(self.info, self.storage)
+        """What makes stored features float32, and float32 stored features."""
+        return Codec(self.info.dtype)
 
     @cached_property
     def basis(self) -> Basis | None:
@@ -242,10 +243,10 @@ class FeatureStore:
 
 
 class Reduction(NamedTuple):
-    """What makes rows of a compact store: the basis, and the codec and dtype of the store that has it, if one does."""
+    """What makes rows of a compact store: the basis, and the dtype of the store that has it, if one does."""
 
     basis: Basis
-    codec: Codec | None
+    dtype: DType | None
 
     @classmethod
     def at(cls, address: str) -> "Reduction":
@@ -264,4 +265,4 @@ class Reduction(NamedTuple):
             raise SpecMismatchError(
                 f"{store.url} is not compact: make a compact store of it with `python -m featurestore reduce`"
             )
-        return cls(store.basis, store.codec)
+        return cls(store.basis, store.info.dtype)

@@ -193,8 +193,7 @@ class _Scan:
         )
 
 
-FloatDType = Literal["bfloat16", "float16", "float32"]
-DType = Literal[FloatDType, "int8"]
+DType = Literal["bfloat16", "float16", "float32"]
 """In which a store keeps features."""
 
 

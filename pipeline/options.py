@@ -11,7 +11,7 @@ from typer.models import ParameterInfo
 
 from featurestore.console.commandline import on_this_machine, power_of_two
 from featurestore.lookup.compute_dtype import AutoDType
-from featurestore.text import DType, FloatDType
+from featurestore.text import DType
 from pipeline.network import DEFAULT_BACKBONE
 
 Options = TypeVar("Options")
@@ -28,7 +28,7 @@ MAX_DIM = 1 << 20
 DTypeOption = Annotated[
     DType | None,
     typer.Option(
-        help="In which the store keeps features; int8 only where the store is that already.",
+        help="In which the store keeps features.",
         show_default="the store's; bfloat16 in a new one",
     ),
 ]
@@ -196,7 +196,7 @@ class ImportOptions:
     ] = None
     feature_column: Annotated[str | None, typer.Option(help="Of Parquet.", show_default="the only one")] = None
     binary_dtype: Annotated[
-        FloatDType | None,
+        DType | None,
         typer.Option(help="Of fixed-size binary in Parquet; bfloat16 for uint16 bits in .npy."),
     ] = None
     dtype: DTypeOption = None

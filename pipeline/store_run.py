@@ -14,7 +14,7 @@ import xxhash
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.format.codec import Basis, reduction_of, write_basis, write_codec
+from featurestore.format.codec import Basis, reduction_of, write_basis
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, key_of_uri, splitmix64
 from featurestore.snapshot import Snapshot
@@ -61,16 +61,15 @@ def open_or_make(url: str, asked: Mapping[str, Any], reduction: Reduction | None
     """Open the store at `url`, or make it when it is new: compact, by the basis of `reduction`, where that is given.
 
     `asked` are fields of StoreInfo that the store must have, None: as it has them; its `dim` is that of the rows before
-    a compact store reduces them. A new one gets those of `new` too. Raises SpecMismatchError when the store differs,
-    StoreRunError for a new one in int8 without the codec of another.
+    a compact store reduces them. A new one gets those of `new` too. Raises SpecMismatchError when the store differs.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     store = find_store(url)
     if reduction is not None:
         _check_basis(reduction.basis, given)
         given |= {"dim": reduction.basis.dim, "reduction": reduction_of(reduction.basis)}
-        if store is None and reduction.codec is not None:
-            given.setdefault("dtype", reduction.codec.dtype)
+        if store is None and reduction.dtype is not None:
+            given.setdefault("dtype", reduction.dtype)
     elif store is not None and store.info.reduction is not None:
         if given["dim"] != store.info.full_dim:
             raise SpecMismatchError(
@@ -79,18 +78,8 @@ def open_or_make(url: str, asked: Mapping[str, Any], reduction: Reduction | None
             )
         given["dim"] = store.info.dim
     if store is None:
-        storage = Storage(url, keep_inside=True)
-        codec = reduction.codec if reduction is not None else None
-        if given.get("dtype") == "int8" and codec is not None and codec.has_codes:
-            refuse_unsafe(storage)
-            new["codec"] = write_codec(storage, codec)
-        elif given.get("dtype") == "int8":
-            raise StoreRunError(
-                f"{url} would be a new store in int8, whose codec is trained on features that are there: make a"
-                " bfloat16 store first, and the int8 store of it with `python -m featurestore recode`; that one takes"
-                " new rows too"
-            )
         if reduction is not None:
+            storage = Storage(url, keep_inside=True)
             refuse_unsafe(storage)
             write_basis(storage, reduction.basis)
         return FeatureStore.open_or_create(url, StoreInfo.model_validate(given | new))

@@ -24,7 +24,6 @@ NAMES = {
         "featurestore.FeatureStatistics",
         "featurestore.QuarantineRow",
         "featurestore.Codec",
-        "featurestore.CodecSpec",
         "featurestore.to_bits",
         "featurestore.to_float32",
     ],

@@ -11,17 +11,14 @@ from benchmarks.train.rounds import Run, check_losses, interleaved
 from benchmarks.train.sections import FUXICTR, fuxictr_python
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
-from featurestore.format.codec import Basis
-from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import DType
-from featurestore.upkeep.remake import principal_components, read_reduce_report, reduce
+from featurestore.upkeep.remake import read_reduce_report, reduce
 from trainer.experiments.grid import experiments
 from trainer.experiments.results import read
 from trainer.experiments.tables import SeedMean, seed_mean
 
-DTYPES: tuple[DType, ...] = ("bfloat16", "int8")
 SAME_STEPS = ("compute", "compute_from_numbers")
 """E and the worker model in isolation: what no step can be shorter than."""
 _CHECKED_STEPS = 3
@@ -31,22 +28,16 @@ MOST_BYTES = 1 / 8  # of the full width's: the gap of GAUC is that of rows which
 def speed_sections(
     workload: Workload, scratch: Path, dims: int, rounds: int, steps: int, progress: Progress
 ) -> list[Section]:
-    """Reduce the workload's store, and train on it and on the compact ones in turn."""
+    """Reduce the workload's store, and train on it and on the compact one in turn."""
     full = FeatureStore.open(workload.store)
-    places = {dtype: workload.folder / f"features-{dims}-{dtype}" for dtype in DTYPES}
-    known: dict[int, Basis] = {}
-
-    def find(snapshot: Snapshot, dims: int) -> Basis:
-        if snapshot.version not in known:
-            known[snapshot.version] = principal_components(snapshot, dims)
-        return known[snapshot.version]
-
-    reports = {dtype: reduce(full, place, dims, dtype, find=find) for dtype, place in places.items()}
+    place = workload.folder / f"features-{dims}-bfloat16"
+    report = reduce(full, place, dims, "bfloat16")
     launcher = Launcher(workload, scratch)
-    variants: dict[str, Run] = {"full": partial(launcher.trainer, "full", steps)}
-    for dtype, place in places.items():
-        variants[dtype] = partial(launcher.trainer, dtype, steps, [f"data.store={place}"])
-    compact = [f"data.store={places['bfloat16']}"]
+    compact = [f"data.store={place}"]
+    variants: dict[str, Run] = {
+        "full": partial(launcher.trainer, "full", steps),
+        "bfloat16": partial(launcher.trainer, "bfloat16", steps, compact),
+    }
     for name in SAME_STEPS:
         variants[name] = partial(launcher.peer, name, max(3, steps // 2), compact)
     if (python := fuxictr_python()).exists():
@@ -57,15 +48,13 @@ def speed_sections(
     check_losses({**timed.outcomes, "bfloat16": [checked]}, ("bfloat16", *SAME_STEPS))
     figures: dict[str, Figure] = {
         "compact_vs_full": timed.ratio("bfloat16", "full"),
-        "compact_vs_full_int8": timed.ratio("int8", "full"),
         "step_vs_compute_compact": timed.ratio("compute", "bfloat16"),
         "step_vs_compute_compact_from_numbers": timed.ratio("compute_from_numbers", "bfloat16"),
         "samples_per_s_compact": timed.speed("bfloat16"),
         "vs_fuxictr_compact": timed.ratio("bfloat16", "fuxictr"),
         "vs_fuxictr_compact_grouped": timed.ratio("bfloat16", "fuxictr_grouped"),
-        "compact_bytes_share": reports["int8"].row_bytes_share,
-        "compact_bytes_share_bfloat16": reports["bfloat16"].row_bytes_share,
-        "compact_files_share": reports["int8"].bytes / reports["int8"].source_bytes,
+        "compact_bytes_share": report.row_bytes_share,
+        "compact_files_share": report.bytes / report.source_bytes,
     }
     return [Section("speed and bytes", figures, timed.grid())]
 

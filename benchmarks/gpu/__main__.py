@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --json data/bench/gpu.json
     python -m benchmarks.gpu --device cpu
 
-One process trains on the paper-shaped workload, with full features and with compact ones (int8), which the
-device holds, or which the host sends in each step.
+One process trains on the paper-shaped workload, with full features and with compact ones, which the device
+holds, or which the host sends in each step.
 """
 
 import os

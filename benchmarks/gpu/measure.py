@@ -41,12 +41,12 @@ def check_device(device: str) -> None:
 
 
 def measure(workload: Workload, dims: int, device: str, steps: int, progress: Progress) -> Section:
-    """Train with the workload's features, and with compact ones of `dims` numbers in int8.
+    """Train with the workload's features, and with compact ones of `dims` numbers.
 
     The device holds the compact ones, or they come from the host in each step.
     """
-    compact = workload.folder / f"features-{dims}-int8"
-    reduce(FeatureStore.open(workload.store), compact, dims, "int8")
+    compact = workload.folder / f"features-{dims}"
+    reduce(FeatureStore.open(workload.store), compact, dims)
     grid: dict[str, dict[str, Figure]] = {}
     name = ""
     kinds = {

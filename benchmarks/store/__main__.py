@@ -41,7 +41,6 @@ class Part(StrEnum):
 
     warm = "warm"
     cold = "cold"
-    int8 = "int8"
     build = "build"
     write = "write"
     depth = "depth"
@@ -51,7 +50,7 @@ class Part(StrEnum):
 def measure(
     bench: "Bench", depths: Sequence[int], limit_mb: int, parts: Collection[Part] = tuple(Part)
 ) -> list[Section]:
-    """Measure the sections of these parts, the headline first. int8: the lookups once more, on codes."""
+    """Measure the sections of these parts, the headline first."""
     from benchmarks.store.builds import cache_figures, write_figures
     from benchmarks.store.cold import cold_figures
     from benchmarks.store.depth import depth_figures
@@ -61,7 +60,6 @@ def measure(
 
     held = bench.make_store()
     newest = replace(held, version=bench.add_deltas(held))
-    codes = [bench.recode(held)] if Part.int8 in parts else []
     built = []
     if Part.build in parts:
         built.append(cache_figures(bench, held, newest))
@@ -70,17 +68,15 @@ def measure(
     if Part.depth in parts:
         built.append(depth_figures(bench, held, depths))
     sections = []
-    for each in [held, *codes] if {Part.warm, Part.cold} & set(parts) else []:
-        folder = bench.folder / f"peers-{each.store.info.dtype}"
-        peers = fill_peers(each, folder, bench.progress)
+    if {Part.warm, Part.cold} & set(parts):
+        folder = bench.folder / "peers"
+        peers = fill_peers(held, folder, bench.progress)
         if Part.warm in parts:
-            sections.append(warm_figures(bench, each, peers))
-        if Part.warm in parts and each is held:
+            sections.append(warm_figures(bench, held, peers))
             sections.append(delta_figures(bench, held, newest, peers["store"].folder))
         if Part.cold in parts:
-            sections.append(cold_figures(bench, each, peers))
+            sections.append(cold_figures(bench, held, peers))
         shutil.rmtree(folder)
-    del codes
     sections += [*built, *([limit_figures(bench, limit_mb)] if Part.limit in parts else [])]
     figures = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", {name: figures[name] for name in _HEADLINE if name in figures}), *sections]

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits, to_float32
-from featurestore.upkeep.remake import recode
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
 
 DIM = 4096
 NUM_DELTAS = 10
@@ -92,16 +91,6 @@ class Bench:
             rows = FeatureRows.of(uris_of(rows_K[delta]), held.matrix_ND[sources_K[delta]])
             version = held.store.put(rows).version
         return version
-
-    def recode(self, held: Held) -> Held:
-        """Write the same rows as int8 codes into a store of their own."""
-        target = self.folder / "store-int8"
-        task = self.progress.add_task("recode to int8", total=None)
-        recode(held.store, target, "int8", version=held.version, sample_rows=2000)
-        self.progress.update(task, total=1, completed=1)
-        store = FeatureStore.open(target)
-        codes_ND = store.codec.encode(to_float32(held.matrix_ND, "bfloat16"))
-        return Held(store, store.snapshot().version, held.keys_N, codes_ND)
 
     def sources_of(self, index_U: Indices) -> Indices:
         """Return whose feature each row has in the newest snapshot."""

@@ -9,7 +9,6 @@ from rich.table import Table
 from featurestore.commands.common import Version
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_summary, print_table, progress_bar, text_console
-from featurestore.spec import SAMPLE_ROWS
 from featurestore.text import DType
 
 if TYPE_CHECKING:
@@ -19,23 +18,16 @@ if TYPE_CHECKING:
 app = CommandApp()
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "- `python -m featurestore recode data/features data/features-int8 --dtype int8`\n\n"
-    "- `python -m featurestore recode s3://bucket/features s3://bucket/features-int8 --dtype int8 --sample 50000`"
-)
+@app.command(epilog="Examples:\n\n- `python -m featurestore recode data/features data/features-half --dtype float16`")
 def recode(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// address of the store.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Where the new store goes.")],
     dtype: Annotated[DType, typer.Option("--dtype", help="What the new store keeps.")],
-    sample: Annotated[
-        int, typer.Option("--sample", min=1, help="Random rows to take the ranges of int8 from.")
-    ] = SAMPLE_ROWS,
     version: Version = None,
 ) -> None:
     """Make a new store of another dtype, and measure what it keeps: relative error, angles, nearest neighbours.
 
-    int8 takes half the bytes of bfloat16. After an interruption the same command continues where it stopped.
+    After an interruption the same command continues where it stopped.
     """
     from featurestore.store import FeatureStore
     from featurestore.upkeep.remake import recode as recode_store
@@ -43,7 +35,7 @@ def recode(
     store = FeatureStore.open(source)
     number = store.snapshot(version).version if isinstance(version, str) else version
     with progress_bar("shards") as progress:
-        report = recode_store(store, target, dtype, version=number, sample_rows=sample, progress=progress)
+        report = recode_store(store, target, dtype, version=number, progress=progress)
     show_remade(report, {}, {})
 
 
@@ -62,7 +54,6 @@ def show_remade(
     table.add_row("bytes", f"{report.source_bytes:,}", f"{report.bytes:,}")
     for name, value in {
         **kept,
-        "numbers out of range": f"{report.clipped_share:.4%}" if report.dtype == "int8" else "none",
         "relative error, mean": _shown(report.relative_error_mean),
         "relative error, 99 % of rows below": _shown(report.relative_error_p99),
         "cosine, mean": _shown(report.cosine_mean),
@@ -85,18 +76,13 @@ def _shown(value: float | None) -> str:
 @app.command(
     epilog="Examples:\n\n"
     "- `python -m featurestore reduce data/features data/features-256 --dims 256`\n\n"
-    "- `python -m featurestore reduce s3://bucket/features s3://bucket/features-512 --dims 512 --dtype int8`"
+    "- `python -m featurestore reduce s3://bucket/features s3://bucket/features-512 --dims 512 --dtype float16`"
 )
 def reduce(
     source: Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3:// address of the store.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Where the compact store goes.")],
     dims: Annotated[int, typer.Option("--dims", min=1, help="Numbers of a row in the compact store.")],
-    dtype: Annotated[
-        DType | None, typer.Option("--dtype", help="What it keeps.", show_default="the store's; bfloat16 for int8")
-    ] = None,
-    sample: Annotated[
-        int, typer.Option("--sample", min=1, help="Random rows to take the ranges of int8 from.")
-    ] = SAMPLE_ROWS,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="What it keeps.", show_default="the store's")] = None,
     version: Version = None,
 ) -> None:
     """Make a compact store of another: each row becomes its coordinates along the principal components of all rows.
@@ -111,7 +97,7 @@ def reduce(
     store = FeatureStore.open(source)
     number = store.snapshot(version).version if isinstance(version, str) else version
     with progress_bar("shards, each twice") as progress:
-        report = reduce_store(store, target, dims, dtype, version=number, sample_rows=sample, progress=progress)
+        report = reduce_store(store, target, dims, dtype, version=number, progress=progress)
     show_remade(
         report,
         {

@@ -38,12 +38,12 @@ from featurestore.flight.protocol import (
     SECURE,
     Asked,
     Described,
-    codec_from,
     error_received,
     keys_batch,
     parsed,
 )
 from featurestore.flight.server import bearer
+from featurestore.format.codec import Codec
 from featurestore.format.datafile import matrix_of, numpy_column
 from featurestore.keys import Int64Array, shard_of
 from featurestore.lookup.partition import Lookup, output_for
@@ -73,12 +73,12 @@ class ServerLink:
         self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers)
         self._client = flight.FlightClient(address, tls_root_certs=ca, generic_options=_WINDOW)
 
-    def describe(self, version: int | None) -> tuple[Described, bytes]:
-        """Ask for a snapshot, the newest by default: what the server has of it, and the ranges of an int8 store."""
+    def describe(self, version: int | None) -> Described:
+        """Ask for a snapshot, the newest by default: what the server has of it."""
         action = flight.Action(DESCRIBE, Asked(version=version).model_dump_json().encode())
         with self._translated():
-            described, ranges = (each.body.to_pybytes() for each in self._client.do_action(action, self._options))
-        return parsed(Described, described), ranges
+            (described,) = (each.body.to_pybytes() for each in self._client.do_action(action, self._options))
+        return parsed(Described, described)
 
     def exchange(self, version: int, keys_U: Int64Array, out: "Answer", features: bool = True) -> None:
         """Ask for keys of a snapshot, and put what comes into `out`; `features`: false asks which are there alone."""
@@ -300,16 +300,16 @@ class FeatureClient:
         self._links = links
         self._pool = ThreadPoolExecutor(len(links), thread_name_prefix="features")
         described = self._describe(version)
-        first, ranges = described[0]
+        first = described[0]
         self.info = first.info
-        self.codec = codec_from(first.info, ranges)
+        self.codec = Codec(first.info.dtype)
         self.snapshot_id = first.snapshot_id
         self.snapshot_version = first.snapshot_id.version
         self.num_rows = 0
         self.missing_policy, self.missing_count = missing, 0
         self._lock = threading.Lock()
         self._link_S = np.full(self.info.num_shards, -1, np.int64)  # which server has a shard
-        for number, (each, _) in enumerate(described):
+        for number, each in enumerate(described):
             self._add(number, each)
         lacking = np.flatnonzero(self._link_S < 0)
         if len(lacking):
@@ -325,7 +325,7 @@ class FeatureClient:
 
     @property
     def dtype(self) -> DType:
-        """The store's dtype; bfloat16 rows come as their bits in uint16, int8 rows as codes in uint8: see `codec`."""
+        """The store's dtype; bfloat16 rows come as their bits in uint16."""
         return self.info.dtype
 
     def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
@@ -361,10 +361,10 @@ class FeatureClient:
     def _names(self) -> str:
         return ", ".join(link.address for link in self._links)
 
-    def _describe(self, version: int | None) -> list[tuple[Described, bytes]]:
+    def _describe(self, version: int | None) -> list[Described]:
         """Ask every server for the snapshot: by default the newest one that all of them offer."""
         described = list(self._pool.map(lambda link: link.describe(version), self._links))
-        versions = {each.snapshot_id.version for each, _ in described}
+        versions = {each.snapshot_id.version for each in described}
         if len(versions) > 1:
             oldest = min(versions)
             described = list(self._pool.map(lambda link: link.describe(oldest), self._links))

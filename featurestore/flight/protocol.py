@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import flight
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from featurestore import errors
-from featurestore.format.codec import Codec
 from featurestore.format.datafile import FEATURE, KEY, schema_of
 from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
@@ -81,17 +79,6 @@ def keys_of(batch: pa.RecordBatch) -> Int64Array:
     if batch.schema.names != [KEY] or batch.schema.types != [pa.int64()] or batch.column(0).null_count:
         raise errors.QueryError(f"keys come as one column {KEY!r} of int64 without nulls, not as {batch.schema}")
     return np.asarray(batch.column(0).to_numpy(zero_copy_only=False))
-
-
-def ranges_bytes(codec: Codec) -> bytes:
-    """Return the parameters of an int8 codec as bytes, float32 (2, D); none for other dtypes."""
-    return codec.ranges_2D.tobytes()
-
-
-def codec_from(info: StoreInfo, ranges: bytes) -> Codec:
-    """Make a codec of what `ranges_bytes` returned."""
-    ranges_2D: npt.NDArray[np.float32] = np.frombuffer(ranges, np.float32).reshape(2, -1)
-    return Codec(info.dtype, ranges_2D)
 
 
 def parsed(model_class: type[ModelT], data: bytes) -> ModelT:

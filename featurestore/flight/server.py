@@ -41,7 +41,6 @@ from featurestore.flight.protocol import (
     errors_sent,
     keys_of,
     parsed,
-    ranges_bytes,
 )
 from featurestore.format.shard import live_schema
 from featurestore.keys import Int64Array
@@ -355,7 +354,7 @@ class FeatureServer(flight.FlightServerBase):
             return flight.GeneratorStream(schema, self._scan(context.peer(), asked))
 
     def do_action(self, _context: Any, action: Any) -> Iterator[bytes]:
-        """Describe a snapshot: a `Described` as JSON, then the ranges of an int8 store."""
+        """Describe a snapshot: a `Described` as JSON."""
         with self._answering():
             if action.type != DESCRIBE:
                 raise QueryError(f"this server has no action {action.type!r}, only {DESCRIBE!r}")
@@ -368,11 +367,11 @@ class FeatureServer(flight.FlightServerBase):
                     shards=self._snapshots.shards,
                     num_rows=partition.num_rows,
                 )
-                return iter([described.model_dump_json().encode(), ranges_bytes(partition.codec)])
+                return iter([described.model_dump_json().encode()])
 
     def list_actions(self, _context: Any) -> Any:
         """List the one action."""
-        return [(DESCRIBE, "Store, commit, shards and rows of a snapshot, as JSON; then the ranges of an int8 store.")]
+        return [(DESCRIBE, "Store, commit, shards and rows of a snapshot, as JSON.")]
 
     def list_flights(self, _context: Any, _criteria: Any) -> Iterator[Any]:
         """List the snapshots that can be asked for, the newest first; each with a ticket for every shard."""

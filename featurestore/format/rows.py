@@ -21,7 +21,7 @@ _NO_DIGEST = bytes(16)
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """N rows of a store, features as it keeps them: bfloat16 as its bits in uint16, int8 as codes in uint8.
+    """N rows of a store, features as it keeps them: bfloat16 as its bits in uint16.
 
     `FeatureStore.put` and `stage_part` take features in float32 too, for a store of any dtype.
     """
@@ -122,11 +122,7 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
 
 
 def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[Any]:
-    """Return `values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even.
-
-    Not for int8, whose codes are each store's own: `Codec.encode` is for all dtypes.
-    """
-    _refuse_codes(dtype)
+    """Return `values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):  # an overflow becomes inf, which validate refuses
             return values.astype(STORAGE_DTYPES[dtype], copy=False)
@@ -141,23 +137,15 @@ def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[
 
 
 def to_float32(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
-    """Return the values behind `to_bits`, as float32; exact. Not for int8: `Codec.decode` is for all dtypes."""
-    _refuse_codes(dtype)
+    """Return the values behind `to_bits`, as float32; exact."""
     if dtype != "bfloat16":
         return bits.astype(np.float32, copy=False)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def finite_rows(features_ND: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.bool_]:
-    """Return which stored rows are free of NaN and infinity, (N,); codes always are."""
-    if dtype == "int8":
-        return np.ones(len(features_ND), np.bool_)
+    """Return which stored rows are free of NaN and infinity, (N,)."""
     if dtype == "bfloat16":  # not finite: all bits of the exponent are set
         exponent = np.uint16(0x7F80)
         return np.asarray(((features_ND & exponent) != exponent).all(axis=1))
     return np.asarray(np.isfinite(features_ND).all(axis=1))
-
-
-def _refuse_codes(dtype: DType) -> None:
-    if dtype == "int8":
-        raise InvalidRowsError("int8 codes mean nothing without their store's codec: use encode and decode of that")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError
-from featurestore.format.codec import Codec, read_npy
+from featurestore.format.codec import read_npy
 from featurestore.format.rows import to_float32
 from featurestore.text import DType
 
@@ -72,11 +72,10 @@ class Moments:
 
     @classmethod
     def of(cls, features_ND: npt.NDArray[Any], dtype: DType) -> "Moments":
-        """Compute moments of stored rows, (N, D) in the storage dtype, by blocks; those of int8 are of the codes."""
+        """Compute moments of stored rows, (N, D) in the storage dtype, by blocks."""
         moments = cls.empty(features_ND.shape[1])
         for start in range(0, len(features_ND), _BLOCK_ROWS):
-            stored_ND = features_ND[start : start + _BLOCK_ROWS]
-            block_ND = stored_ND.astype(np.float32) if dtype == "int8" else to_float32(stored_ND, dtype)
+            block_ND = to_float32(features_ND[start : start + _BLOCK_ROWS], dtype)
             mean_D = block_ND.mean(axis=0, dtype=np.float64)
             centred_ND = block_ND - mean_D.astype(np.float32)
             # Distances from the rounded mean: take the rounding back out of the sum of squares.
@@ -95,13 +94,6 @@ class Moments:
         mean_D = self.mean_D + delta_D * (other.count / count)
         m2_D = self.m2_D + other.m2_D + delta_D**2 * (self.count * other.count / count)
         return Moments(count, mean_D, m2_D)
-
-    def decoded(self, codec: Codec) -> "Moments":
-        """Return the moments of the numbers behind codes; of a dtype without codes these moments themselves."""
-        if not codec.has_codes:
-            return self
-        step_D, offset_D = codec.step_D.astype(np.float64), codec.offset_D.astype(np.float64)
-        return Moments(self.count, offset_D + step_D * self.mean_D, step_D**2 * self.m2_D)
 
     def statistics(self) -> FeatureStatistics:
         """Return mean and deviation."""

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featurestore.format.codec import Codec
 from featurestore.format.statistics import Scaling, input_scale
 from featurestore.lookup.compute_dtype import ComputeDType
 from featurestore.lookup.feature_dropout import EmbeddingDropout
@@ -67,16 +66,10 @@ class EmbeddingModel(nn.Module):
     is W / std and its effective bias b - (W / std) mean. Of components, one number takes the place of every std. The
     large product is the same as without; only the (H, D) weight is scaled once per step. Adam moves W, which is as well
     conditioned for one backbone as for another.
-
-    So is the codec of an int8 store: code c means offset + c step, so codes are multiplied by (W / std) step. They
-    enter the product less the whole number that is nearest to their mean: from -255 to 255, exact even in bfloat16, and
-    without a common part that would cost precision. W, mean and std are those of decoded numbers.
     """
 
     mean_D: Tensor
     inverse_std_D: Tensor
-    offset_D: Tensor
-    step_D: Tensor
 
     def __init__(
         self, dim: int, hidden: Sequence[int] = (256, 64), out: int = 12, compute_dtype: ComputeDType = "bfloat16"
@@ -89,8 +82,6 @@ class EmbeddingModel(nn.Module):
         self.activations = nn.ModuleList(PReLU() for _ in hidden)
         self.register_buffer("mean_D", torch.zeros(dim))
         self.register_buffer("inverse_std_D", torch.ones(dim))
-        self.register_buffer("offset_D", torch.zeros(dim))
-        self.register_buffer("step_D", torch.ones(dim))
 
     @torch.no_grad()
     def fold_standardization_(
@@ -100,41 +91,25 @@ class EmbeddingModel(nn.Module):
         self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
         self.inverse_std_D.copy_(torch.from_numpy(input_scale(std_D, scaling)))
 
-    @torch.no_grad()
-    def fold_codec_(self, codec: Codec) -> None:
-        """Take codes of `codec` from now on, inside the first layer; nothing changes for one without codes."""
-        if codec.has_codes:
-            self.offset_D.copy_(torch.from_numpy(codec.offset_D))
-            self.step_D.copy_(torch.from_numpy(codec.step_D))
-
     def forward(self, features_QD: Tensor) -> Tensor:
-        """Return visual vectors (Q, V) of features in any float dtype, or of codes in uint8; Q may be zero."""
-        return self.of_numbers(self.numbers(features_QD), codes=features_QD.dtype == torch.uint8)
+        """Return visual vectors (Q, V) of features in any float dtype; Q may be zero."""
+        return self.of_numbers(self.numbers(features_QD))
 
     @torch.no_grad()
     def numbers(self, features_QD: Tensor, out: Tensor | None = None) -> Tensor:
         """Return features as the first product takes them, in the compute dtype.
 
-        Codes are less the whole number next to their mean. Written into `out` where that is given, and else the
-        features themselves where nothing is to be done."""
-        if out is None:
-            if features_QD.dtype == self.compute_dtype:
-                return features_QD
-            numbers_QD = features_QD.to(self.compute_dtype)
-        else:
-            numbers_QD = out.copy_(features_QD)
-        return numbers_QD.sub_(self._centre()) if features_QD.dtype == torch.uint8 else numbers_QD
+        Written into `out` where that is given, and else the features themselves where nothing is to be done."""
+        return features_QD.to(self.compute_dtype) if out is None else out.copy_(features_QD)
 
-    def of_numbers(self, numbers_QD: Tensor, codes: bool, masks: "StepMasks | None" = None) -> Tensor:
-        """Return visual vectors (Q, V) of what `numbers` made, of `codes` or not; `masks`: what is dropped of them."""
+    def of_numbers(self, numbers_QD: Tensor, masks: "StepMasks | None" = None) -> Tensor:
+        """Return visual vectors (Q, V) of what `numbers` made; `masks`: what is dropped of them."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
-        weight_HD = first.weight * (self.inverse_std_D * self.step_D)
-        zero_D = self.offset_D + self._centre() * self.step_D if codes else self.offset_D
-        bias_H = first.weight @ (self.inverse_std_D * (zero_D - self.mean_D))
+        weight_HD = first.weight * self.inverse_std_D
+        bias_H = first.weight @ (self.inverse_std_D * -self.mean_D)
         if masks is not None and masks.dropout.features:
-            mean_D = self._mean_code() - self._centre() if codes else self.mean_D
-            numbers_QD, grown = masks.features(numbers_QD, mean_D)
+            numbers_QD, grown = masks.features(numbers_QD, self.mean_D)
             weight_HD, bias_H = weight_HD * grown, bias_H * grown
         bias_H = first.bias + bias_H
         hidden_QH = self._product(numbers_QD, weight_HD, bias_H)
@@ -145,15 +120,6 @@ class EmbeddingModel(nn.Module):
                 hidden_QH = masks.hidden(number, hidden_QH)
             hidden_QH = self._product(hidden_QH, layer.weight, layer.bias)
         return hidden_QH
-
-    def _centre(self) -> Tensor:
-        """Return the code nearest to the mean of each dimension; any where there is one code alone."""
-        return self._mean_code().round()
-
-    def _mean_code(self) -> Tensor:
-        """Return the mean of each dimension in codes, not rounded; any from 0 to 255 where there is one code alone."""
-        code_D = (self.mean_D - self.offset_D) / self.step_D.clamp_min(torch.finfo(self.step_D.dtype).tiny)
-        return code_D.clamp(0, 255)
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = self.compute_dtype
@@ -192,8 +158,8 @@ class StepMasks:
 class Gathered:
     """Features of Q keys, and which keys had none.
 
-    On a CPU they are `EmbeddingModel.numbers`; on a GPU, and where the service holds all rows, they are as in the store
-    (int8: codes, in uint8), which is the least to carry.
+    On a CPU they are `EmbeddingModel.numbers`; on a GPU, and where the service holds all rows, they are as in the
+    store, which is the least to carry.
     """
 
     features_QD: Tensor
@@ -245,8 +211,6 @@ class EmbeddingService(nn.Module):
     def __init__(self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel]) -> None:
         super().__init__()
         self.partition = partition
-        for model in models.values():
-            model.fold_codec_(partition.codec)
         self.models = nn.ModuleDict(models)
         self.dropout: EmbeddingDropout | None = None
         """What a training step drops; None: nothing."""
@@ -342,7 +306,7 @@ class EmbeddingService(nn.Module):
         masks = None
         if self.dropout is not None and self.training and gathered.keys_Q is not None:
             masks = StepMasks(self.dropout, name, gathered.keys_Q)
-        visual_QV = model.of_numbers(numbers_QD, codes=self.partition.codec.has_codes, masks=masks)
+        visual_QV = model.of_numbers(numbers_QD, masks)
         if masks is not None and masks.dropout.held_out:
             visual_QV = masks.held_back(visual_QV)
         if gathered.missing_Q is None or self.partition.missing_policy == "error":

@@ -145,7 +145,7 @@ class FeaturePartition:
 
     @property
     def dtype(self) -> DType:
-        """The store's dtype; bfloat16 rows come as their bits in uint16, int8 rows as codes in uint8: see `codec`."""
+        """The store's dtype; bfloat16 rows come as their bits in uint16."""
         return self.info.dtype
 
     @property

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from featurestore import log
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.format.codec import CODECS
+from featurestore.format.codec import BASES
 from featurestore.spec import seal
 from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY, StorageEntry
@@ -232,8 +232,8 @@ class _Expiry:
         Without `data_too` data stays: where there is no manifest, the log may be what was lost; and one that was
         damaged may have named it.
         """
-        needed = named | {each.path for each in (self.store.info.codec, self.store.info.reduction) if each is not None}
-        folders = {CODECS, DATA} if data_too else {CODECS}
+        needed = named if self.store.info.reduction is None else named | {self.store.info.reduction.path}
+        folders = {BASES, DATA} if data_too else {BASES}
         doomed: list[StorageEntry] = []
         by_run: dict[str, list[StorageEntry]] = {}
         for entry in listed:

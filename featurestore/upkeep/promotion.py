@@ -387,7 +387,7 @@ def compare(
     The two may have different numbers of shards. Raises SpecMismatchError where their features are of different kinds,
     CorruptFileError.
     """
-    kinds = [each.info.model_copy(update={"num_shards": 1, "name": "", "codec": None}).digest for each in (old, new)]
+    kinds = [each.info.model_copy(update={"num_shards": 1, "name": ""}).digest for each in (old, new)]
     if kinds[0] != kinds[1]:
         raise SpecMismatchError(
             f"{old.storage.url} and {new.storage.url} have features of different kinds: nothing to compare"

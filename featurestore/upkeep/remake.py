@@ -38,13 +38,13 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from featurestore.format.codec import Basis, BasisOrigin, Codec, Float64Array, basis_of, write_basis, write_codec
+from featurestore.format.codec import Basis, BasisOrigin, Codec, Float64Array, basis_of, write_basis
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
-from featurestore.index import nearest, train_ranges
+from featurestore.index import nearest
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import SAMPLE_ROWS, FileEntry, ModelT, OptionalId, Sealed, StoreInfo, read_sealed, seal
+from featurestore.spec import FileEntry, ModelT, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.staging import STAGING
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
@@ -233,7 +233,7 @@ def _check_finite(values_ND: npt.NDArray[np.float32], block: pa.Table, url: str)
         )
 
 
-TRAINING_SEED, COMPARED_SEED = 0, 1
+COMPARED_SEED = 1
 COMPARED_ROWS = 5_000
 _THREADS = 4
 _SAMPLED_SHARDS = 64
@@ -243,12 +243,11 @@ Transform = Callable[[Float32Array], Float32Array]  # (N, D) as the source means
 
 
 class RemakePlan(Sealed):
-    """What is made of what; written before the new store, whose codec and basis are there by then."""
+    """What is made of what; written before the new store, whose basis is there by then."""
 
     source: str
     source_version: int
     source_commit_id: OptionalId
-    sampled_rows: int
     info: StoreInfo
 
 
@@ -256,15 +255,6 @@ class _DoneShard(Sealed):
     """A shard whose file is written; without an entry where it has no live rows."""
 
     entry: FileEntry | None
-    num_clipped: int
-
-
-@dataclass(frozen=True)
-class Made:
-    """The new store's first snapshot, and how many numbers its codec had to clip."""
-
-    snapshot: Snapshot
-    num_clipped: int
 
 
 @dataclass(frozen=True)
@@ -278,7 +268,7 @@ class Remake:
     def check_free(self) -> bool:
         """Return whether a store can be made here; False where one is there already.
 
-        Before anything is written: the new store itself comes after codec, basis and plan. Raises StoreExistsError
+        Before anything is written: the new store itself comes after basis and plan. Raises StoreExistsError
         where the place is that of the source itself, or inside it, UnsafeBackendError."""
         if self.storage.url == self.source.url:
             raise StoreExistsError(f"{self.storage.url} is the source itself: name another place for the new store")
@@ -294,27 +284,13 @@ class Remake:
         """Read what an earlier call planned and did not end."""
         return read_or_none(self.storage, self._plan_path, RemakePlan)
 
-    def make_plan(self, snapshot: Snapshot, info: StoreInfo, transform: Transform, sample_rows: int) -> RemakePlan:
-        """Train the codec of `info`, whose own does not count, and keep what is to be done.
-
-        Of several who start at once all follow the first. Raises InvalidRowsError where there is nothing to train on.
-        """
-        codec, sampled = Codec(info.dtype), 0
-        if codec.has_codes:
-            _, sample_ND = sample(snapshot, sample_rows, TRAINING_SEED)
-            sampled = len(sample_ND)
-            if not sampled:
-                raise InvalidRowsError(
-                    f"snapshot {snapshot.version} of {self.source.url} has no rows: nothing to take ranges from"
-                )
-            codec = Codec(info.dtype, train_ranges(transform(sample_ND)))
-        kind = info.model_dump() | {"codec": write_codec(self.storage, codec), "store_id": ""}
+    def make_plan(self, snapshot: Snapshot, info: StoreInfo) -> RemakePlan:
+        """Keep what is to be done. Of several who start at once all follow the first."""
         plan = RemakePlan(
             source=self.source.url,
             source_version=snapshot.version,
             source_commit_id=snapshot.manifest.commit_id,
-            sampled_rows=sampled,
-            info=StoreInfo.model_validate(kind),
+            info=info.model_copy(update={"store_id": ""}),
         )
         self.storage.create_exclusive(self._plan_path, seal(plan))
         first = self.plan()
@@ -337,7 +313,7 @@ class Remake:
 
     def make(
         self, plan: RemakePlan, snapshot: Snapshot, transform: Transform, threads: int, progress: Progress | None
-    ) -> Made:
+    ) -> Snapshot:
         """Make all shards that are not done yet, and publish them by one commit.
 
         A commit that was made before a kill, or by a twin, is found. Raises CommitConflictError, InvalidRowsError,
@@ -355,7 +331,7 @@ class Remake:
             if progress is not None:
                 progress(len(done), len(shards))
         target.add_quarantine(self.source.quarantine_rows())
-        return Made(self._publish(target, plan, done), sum(shard.num_clipped for shard in done.values()))
+        return self._publish(target, plan, done)
 
     def end(self, report_path: str, report: Sealed) -> None:
         """Keep the report, and remove the notes of what was done."""
@@ -364,11 +340,11 @@ class Remake:
 
     def _make_shard(self, snapshot: Snapshot, target: FeatureStore, transform: Transform, shard: int) -> _DoneShard:
         reader = snapshot.shard_reader(shard)
-        entry, num_clipped = None, list[int]()
+        entry = None
         if reader.num_rows:
-            blocks = _encoded_blocks(reader, snapshot.codec, target, transform, num_clipped)
+            blocks = _encoded_blocks(reader, snapshot.codec, target, transform)
             entry = write_shard_file(target.storage, target.info, shard, blocks, "base", 0)
-        done = _DoneShard(entry=entry, num_clipped=sum(num_clipped))
+        done = _DoneShard(entry=entry)
         target.storage.write_bytes(self._done_path(shard), seal(done))
         return done
 
@@ -402,20 +378,17 @@ class Remake:
 
 
 def _encoded_blocks(
-    reader: ShardReader, codec: Codec, target: FeatureStore, transform: Transform, num_clipped: list[int]
+    reader: ShardReader, codec: Codec, target: FeatureStore, transform: Transform
 ) -> Iterator[pa.Table]:
-    """Encode the live rows of a shard as the new store keeps them.
-
-    The clipped numbers of each block go to `num_clipped`."""
+    """Encode the live rows of a shard as the new store keeps them."""
     for block in merged_blocks(reader):
         values_KD = transform(codec.decode(matrix_of(block, reader.info)))
         bits_KD, storable_K = target.codec.encode_storable(values_KD)
         if not storable_K.all():
             uri = block[URI][int(np.flatnonzero(~storable_K)[0])]
             raise InvalidRowsError(
-                f"{uri} and others have numbers that {target.info.dtype} cannot hold: choose bfloat16, float32 or int8"
+                f"{uri} and others have numbers that {target.info.dtype} cannot hold: choose bfloat16 or float32"
             )
-        num_clipped.append(target.codec.num_clipped(values_KD))
         yield live_table(block, bits_KD, target.info)
 
 
@@ -425,7 +398,7 @@ def default_threads() -> int:
 
 
 def described(info: StoreInfo) -> str:
-    """Say what a store keeps, for messages, e.g. 'int8, 256 of 4,096 numbers'."""
+    """Say what a store keeps, for messages, e.g. 'bfloat16, 256 of 4,096 numbers'."""
     return f"{info.dtype}, {info.width_text} numbers" if info.reduction else info.dtype
 
 
@@ -475,8 +448,6 @@ class RecodeReport(Sealed):
     num_rows: int
     source_bytes: int
     bytes: int
-    sampled_rows: int  # the ranges come from these; 0 where the dtype has none
-    clipped_share: float  # of all numbers: further than half a step outside of the ranges
     num_compared: int
     num_queries: int
     relative_error_mean: float | None
@@ -492,23 +463,22 @@ def recode(
     dtype: DType,
     *,
     version: int | None = None,
-    sample_rows: int = SAMPLE_ROWS,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> RecodeReport:
     """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure what it keeps.
 
     That of a compact store has its basis. The same call again continues after a kill, with the same snapshot, and gives
-    the report where all is done. Needs the memory of a few blocks for each thread, and of `sample_rows` in float32.
-    Raises StoreExistsError where something else is at the place, InvalidRowsError where there are no rows to take
-    ranges from or `dtype` cannot hold one, CorruptFileError before anything of a damaged file is used.
+    the report where all is done. Needs the memory of a few blocks for each thread. Raises StoreExistsError where
+    something else is at the place, InvalidRowsError where `dtype` cannot hold a row, CorruptFileError before anything
+    of a damaged file is used.
     """
     remake = Remake("recode", source, Storage(target_url, keep_inside=True))
     plan = remake.plan()
     if plan is None:
         if not remake.check_free():
             return _finished_recode(remake, dtype, version)
-        plan = _plan_recode(remake, dtype, version, sample_rows)
+        plan = _plan_recode(remake, dtype, version)
     snapshot = remake.planned_snapshot(plan, {"dtype": dtype}, version)
     made = remake.make(plan, snapshot, _unchanged, threads or default_threads(), progress)
     report = _report_recode(plan, snapshot, made)
@@ -534,17 +504,16 @@ def _finished_recode(remake: Remake, dtype: DType, version: int | None) -> Recod
     return report
 
 
-def _plan_recode(remake: Remake, dtype: DType, version: int | None, sample_rows: int) -> RemakePlan:
-    source, changes = remake.source, dict[str, object](dtype=dtype, codec=None)
+def _plan_recode(remake: Remake, dtype: DType, version: int | None) -> RemakePlan:
+    source, changes = remake.source, dict[str, object](dtype=dtype)
     if (basis := basis_of(source.info, source.storage)) is not None:
         changes["reduction"] = write_basis(remake.storage, basis)
-    return remake.make_plan(source.snapshot(version), source.info.model_copy(update=changes), _unchanged, sample_rows)
+    return remake.make_plan(source.snapshot(version), source.info.model_copy(update=changes))
 
 
-def _report_recode(plan: RemakePlan, snapshot: Snapshot, made: Made) -> RecodeReport:
+def _report_recode(plan: RemakePlan, snapshot: Snapshot, new: Snapshot) -> RecodeReport:
     """Compare rows that are read back from the new store."""
     keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
-    new = made.snapshot
     accuracy = measure_accuracy(exact_ND, new.codec.decode(new.get(keys_N)))
     num_rows = new.manifest.file_rows
     return RecodeReport(
@@ -556,8 +525,6 @@ def _report_recode(plan: RemakePlan, snapshot: Snapshot, made: Made) -> RecodeRe
         num_rows=num_rows,
         source_bytes=snapshot.manifest.file_bytes,
         bytes=new.manifest.file_bytes,
-        sampled_rows=plan.sampled_rows,
-        clipped_share=made.num_clipped / max(1, num_rows * new.info.dim),
         **asdict(accuracy),
     )
 
@@ -584,8 +551,6 @@ class ReduceReport(Sealed):
     bytes: int
     row_bytes_share: float  # of a feature here, by one of the source
     variance_kept: float  # share of the variance of all rows
-    sampled_rows: int  # the ranges of int8 come from these
-    clipped_share: float
     num_compared: int
     num_queries: int
     relative_error_mean: float | None
@@ -602,21 +567,20 @@ def reduce(
     dtype: DType | None = None,
     *,
     version: int | None = None,
-    sample_rows: int = SAMPLE_ROWS,
     threads: int | None = None,
     progress: Progress | None = None,
     find: Callable[[Snapshot, int], Basis] | None = None,
 ) -> ReduceReport:
     """Make a compact store at `target_url`: a snapshot's live rows along their `dims` principal components.
 
-    The coordinates are in `dtype` (None: as the source, bfloat16 for int8). Reads all rows twice, for the components
+    The coordinates are in `dtype` (None: as the source). Reads all rows twice, for the components
     and for the rows; `progress` counts the shards of both times. `find` gives the components where they are known
     already. After a kill the same call again continues with the rows, while components that were not found yet are
     begun anew; it gives the report where all is done. `principal_components` says what memory and time it needs, and
     when it raises InvalidRowsError; StoreExistsError where something else is at the place; CorruptFileError.
     """
     remake = Remake("reduce", source, Storage(target_url, keep_inside=True))
-    dtype = dtype or ("bfloat16" if source.info.dtype == "int8" else source.info.dtype)
+    dtype = dtype or source.info.dtype
     if source.info.reduction is not None:
         raise InvalidRowsError(
             f"{source.url} is compact already, {described(source.info)}: reduce the store that it was made of"
@@ -627,7 +591,7 @@ def reduce(
             return _finished_reduce(remake, dims, dtype, version)
         snapshot = source.snapshot(version)
         read = partial(principal_components, threads=threads, progress=_part(progress, 0))
-        plan = _plan_reduce(remake, snapshot, (find or read)(snapshot, dims), dtype, sample_rows)
+        plan = _plan_reduce(remake, snapshot, (find or read)(snapshot, dims), dtype)
     snapshot = remake.planned_snapshot(plan, {"dim": dims, "dtype": dtype}, version)
     basis = _planned_basis(remake, plan)
     made = remake.make(plan, snapshot, basis.project, threads or default_threads(), _part(progress, 1))
@@ -661,15 +625,13 @@ def _finished_reduce(remake: Remake, dims: int, dtype: DType, version: int | Non
     return report
 
 
-def _plan_reduce(remake: Remake, snapshot: Snapshot, basis: Basis, dtype: DType, sample_rows: int) -> RemakePlan:
+def _plan_reduce(remake: Remake, snapshot: Snapshot, basis: Basis, dtype: DType) -> RemakePlan:
     changes = {
         "dim": basis.dim,
         "dtype": dtype,
-        "codec": None,
         "reduction": write_basis(remake.storage, basis),
     }
-    info = snapshot.info.model_copy(update=changes)
-    return remake.make_plan(snapshot, info, basis.project, sample_rows)
+    return remake.make_plan(snapshot, snapshot.info.model_copy(update=changes))
 
 
 def _planned_basis(remake: Remake, plan: RemakePlan) -> Basis:
@@ -679,10 +641,9 @@ def _planned_basis(remake: Remake, plan: RemakePlan) -> Basis:
     return basis
 
 
-def _report_reduce(plan: RemakePlan, snapshot: Snapshot, made: Made, basis: Basis) -> ReduceReport:
+def _report_reduce(plan: RemakePlan, snapshot: Snapshot, new: Snapshot, basis: Basis) -> ReduceReport:
     """Compare rows that are read back from the new store."""
     keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
-    new = made.snapshot
     kept_ND = basis.restored(new.codec.decode(new.get(keys_N)))
     num_rows, info = new.manifest.file_rows, new.info
     assert info.reduction is not None
@@ -700,7 +661,5 @@ def _report_reduce(plan: RemakePlan, snapshot: Snapshot, made: Made, basis: Basi
         bytes=new.manifest.file_bytes,
         row_bytes_share=info.row_bytes / snapshot.info.row_bytes,
         variance_kept=basis.variance_kept,
-        sampled_rows=plan.sampled_rows,
-        clipped_share=made.num_clipped / max(1, num_rows * info.dim),
         **asdict(measure_accuracy(exact_ND, kept_ND.astype(np.float32))),
     )

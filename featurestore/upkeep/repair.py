@@ -87,9 +87,7 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
         report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
         if not dry_run:
             damage.put_aside(store.storage, problem.path)
-    report.left = [
-        problem for kind in ("folder", "codec", "basis", "order", "pin", "collision") for problem in by_kind[kind]
-    ]
+    report.left = [problem for kind in ("folder", "basis", "order", "pin", "collision") for problem in by_kind[kind]]
     return report
 
 

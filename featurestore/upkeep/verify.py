@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from featurestore import log, staging
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
-from featurestore.format.codec import CODECS, basis_of, codec_of
+from featurestore.format.codec import BASES, basis_of
 from featurestore.format.datafile import FileMemory
 from featurestore.format.shard import read_moments
 from featurestore.lookup.cache import SEAL, STEM_DIGITS, SUFFIXES, CacheSeal, digest_of_file
@@ -30,7 +30,7 @@ from featurestore.upkeep.damage import FileKeys, check_file, collisions
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
 ProblemKind = (
-    Literal["info", "folder", "codec", "basis", "manifest", "stray", "order", "expired"]
+    Literal["info", "folder", "basis", "manifest", "stray", "order", "expired"]
     | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
 )
 _FOLDERS = (
@@ -39,7 +39,7 @@ _FOLDERS = (
     log.PINS,
     log.CHANNELS,
     DATA,
-    CODECS,
+    BASES,
     staging.QUARANTINE,
     STAGING,
     damage.DAMAGED,
@@ -89,7 +89,7 @@ def verify(
 ) -> VerifyReport:
     """Check every file of a store.
 
-    These are store.json, codec, all manifests, pins, channels, quarantine, and each data file that a kept snapshot
+    These are store.json, basis, all manifests, pins, channels, quarantine, and each data file that a kept snapshot
     names (of `version` alone where that is given) with its statistics.
 
     Of a data file: size, sha256, page checksums, columns, row counts, order of keys, shard, duplicates, values, and
@@ -174,9 +174,6 @@ def _small_files(store: FeatureStore) -> Iterator[_SmallFile]:
     for version in log.versions(storage, log.EXPIRED):
         read = partial(log.read, storage, version, log.EXPIRED)
         yield "expired", log.manifest_path(version, log.EXPIRED), read, _repair(url, "moves it to damaged/")
-    if store.info.codec is not None:
-        way_out = "Put it back from a backup: nothing else has its numbers"
-        yield "codec", store.info.codec.path, partial(codec_of, store.info, storage), way_out
     if store.info.reduction is not None:
         way_out = "Put it back from a backup, or from another store of the same basis, where it has the same name"
         yield "basis", store.info.reduction.path, partial(basis_of, store.info, storage), way_out

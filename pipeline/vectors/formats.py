@@ -28,7 +28,7 @@ from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.spec import STORAGE_DTYPES
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
-from featurestore.text import DType, FloatDType
+from featurestore.text import DType
 from pipeline.errors import VectorImportError, VectorsNotFoundError
 from pipeline.options import XDL_DIM
 from pipeline.store_run import BadRow
@@ -322,7 +322,7 @@ def _scan_lines(address: str, rows: int) -> tuple[list[IdLines], int, str]:
     return lines, num_lines, fingerprint_of(storage, entries)
 
 
-FLOATS: tuple[DType, ...] = get_args(FloatDType)
+FLOATS: tuple[DType, ...] = get_args(DType)
 FOOTER_THREADS = 16  # waiting for answers, not computing
 
 

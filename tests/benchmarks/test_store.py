@@ -37,7 +37,7 @@ def test_all_variants_at_a_tiny_size(tmp_path, monkeypatch):
     assert figures["cold_share_left_in_memory"] <= 0.01 or figures["cold_store_open_s"] is None
     assert figures["open_2_deep_files"] > figures["open_2_deep_compacted_files"] == 16
     for peer in ("lookup", "numpy_take", "lmdb_out", "rocksdb_get", "rocksdb_multi_get", "lance_take", "lance_by_key"):
-        for column in ("1_thread", "2_threads", "1_thread_int8", "2_threads_int8"):
+        for column in ("1_thread", "2_threads"):
             assert figures[f"{peer}_{column}_rows_per_s"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name != "store.json"], "nothing is left behind"
 

@@ -6,7 +6,6 @@ import numpy as np
 import xxhash
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, key_of_uri
-from featurestore.upkeep.remake import recode
 
 DIM = 6
 ADDED = tuple(f"b/{number}.jpg" for number in range(5))
@@ -42,9 +41,3 @@ def storied(folder: Path, dtype: str = "float32") -> FeatureStore:
     store.delete([key_of_uri("a/10.jpg"), key_of_uri("a/11.jpg")])
     store.put(rows(["a/10.jpg"], 3, [20]), "refresh")
     return store
-
-
-def int8_copy(store: FeatureStore, folder: Path) -> FeatureStore:
-    """Make an int8 store of the rows of another."""
-    recode(store, folder, "int8")
-    return FeatureStore.open(folder)

@@ -12,7 +12,6 @@ from featurestore import errors
 
 PROMISED = {
     "Codec",
-    "CodecSpec",
     "ExtractorSpec",
     "FeatureClient",
     "FeaturePartition",

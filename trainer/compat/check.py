@@ -106,9 +106,8 @@ def _small_store(folder: Path, snapshot: Snapshot, keys_U: Int64Array) -> Featur
     """A store with those of the keys that the snapshot has, their features as they are."""
     info = snapshot.info
     store = FeatureStore.create(folder, info.model_copy(update={"num_shards": min(_SHARDS, info.num_shards)}))
-    for file in (info.codec, info.reduction):
-        if file is not None:
-            store.storage.write_bytes(file.path, snapshot.storage.read_bytes(file.path))
+    if info.reduction is not None:
+        store.storage.write_bytes(info.reduction.path, snapshot.storage.read_bytes(info.reduction.path))
     keys, features, count = [np.empty(0, np.int64)], [np.empty((0, info.dim), info.storage_dtype)], 0
     for some_K in _by_shard(keys_U, info.num_shards):
         features_KD, found_K = snapshot.shard_reader(int(shard_of(some_K[:1], info.num_shards)[0])).features(some_K)

@@ -37,7 +37,7 @@ Examples:
 
     horovodrun -np 2 python -m trainer.experiments exactness
 
-    python -m trainer.experiments encoders --stores vgg=data/features,int8=data/features-int8,s3://bucket/efficientnet
+    python -m trainer.experiments encoders --stores vgg=data/features,s3://bucket/efficientnet
 
 Runs are kept in OUT/runs and found again by their settings, samples and stores' snapshots: an interrupted call
 continues from the last checkpoint of the run that it was in (train.checkpoint_every), and tables share the runs that

@@ -58,7 +58,6 @@ _PREVIOUS = Variant("the day before", _BEST, days="previous")
 
 
 _WIDTHS = (1024, 512, 256, 128, 64, 32, 16)
-_COMPACT: tuple[tuple[int, DType], ...] = (*((dims, "bfloat16") for dims in _WIDTHS), (512, "int8"), (256, "int8"))
 
 
 def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:
@@ -150,7 +149,7 @@ _EXPERIMENTS = (
         "Beyond the paper: compact features",
         (
             Variant("full width", _BEST),
-            *(Variant(f"{dims:,} components, {dtype}", _BEST, reduced=(dims, dtype)) for dims, dtype in _COMPACT),
+            *(Variant(f"{dims:,} components, bfloat16", _BEST, reduced=(dims, "bfloat16")) for dims in _WIDTHS),
         ),
         "Principal components of the features in data.store (python -m featurestore reduce); widths that its rows do"
         " not span are left out.",

@@ -316,12 +316,8 @@ def is_large(info: StoreInfo, num_rows: int) -> bool:
 
 
 def make_standin(folder: Path, info: StoreInfo, keys_U: Int64) -> FeatureStore:
-    """Make a store of drawn features for `keys_U`, or as many of them as a twentieth of the memory holds.
-
-    int8 becomes bfloat16, which needs no codec.
-    """
-    dtype = "bfloat16" if info.dtype == "int8" else info.dtype
-    small = StoreInfo(num_shards=_SHARDS, dim=info.dim, dtype=dtype, extractor=info.extractor)
+    """Make a store of drawn features for `keys_U`, or as many of them as a twentieth of the memory holds."""
+    small = StoreInfo(num_shards=_SHARDS, dim=info.dim, dtype=info.dtype, extractor=info.extractor)
     store = FeatureStore.create(folder, small)
     draw = np.random.default_rng(0)
     keys_U = keys_U[: max(1, int(_STANDIN_OF_MEMORY * physical_memory_bytes() / small.row_bytes))]
@@ -329,7 +325,7 @@ def make_standin(folder: Path, info: StoreInfo, keys_U: Int64) -> FeatureStore:
         part_U = keys_U[start : start + _ROWS_A_PUT]
         values_UD = np.maximum(draw.standard_normal((len(part_U), info.dim), dtype=np.float32), 0)
         uris = [f"drawn/{key}" for key in part_U]
-        store.put(FeatureRows.of(uris, to_bits(values_UD, dtype), keys=part_U))
+        store.put(FeatureRows.of(uris, to_bits(values_UD, info.dtype), keys=part_U))
     return store
 
 

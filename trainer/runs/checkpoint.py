@@ -84,7 +84,7 @@ class Origin(Section):
     model: dict[str, Any]
     """Section model of the configuration, and the fields of the schema."""
     store: dict[str, Any]
-    """ExtractorSpec, dimension, dtype, codec and basis of the feature store; empty where the model has no images."""
+    """ExtractorSpec, dimension, dtype and basis of the feature store; empty where the model has no images."""
     stores: dict[str, dict[str, Any]] = Field(default={})
     """The same of the further stores, by name, where the model has several contents an item."""
     optim: dict[str, Any] = Field(default={})

@@ -175,10 +175,9 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
 
 
 def kind_of_features(info: StoreInfo) -> dict[str, Any]:
-    """Describe what E must not see change: ExtractorSpec, dimension, dtype, codec and basis."""
-    codec = {"codec": info.codec.sha256} if info.codec else {}
+    """Describe what E must not see change: ExtractorSpec, dimension, dtype and basis."""
     basis = {"basis": info.reduction.sha256} if info.reduction else {}
-    return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(), **codec, **basis}
+    return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(), **basis}
 
 
 def kinds_by_store(partitions: Mapping[str, FeaturePartition]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

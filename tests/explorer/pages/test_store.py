@@ -13,7 +13,7 @@ from featurestore.upkeep.history import move_channel, pin
 from featurestore.upkeep.promotion import GateLimits, promote
 from featurestore.upkeep.purge import Images, purge
 from tests.explorer.pages.reading import Reader
-from tests.explorer.stores import int8_copy, make_store, rows, storied
+from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import (
     ADDED,
     BACK_IN,
@@ -162,11 +162,8 @@ def test_an_expired_snapshot_is_not_there_and_its_neighbours_say_what_is_missing
     assert "kept" in reader.read("/store").text
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
-def test_a_store_without_pictures_has_all_pages(tmp_path, kind):
+def test_a_store_without_pictures_has_all_pages(tmp_path):
     store = storied(tmp_path / "store")
-    if kind == "int8":
-        store = int8_copy(store, tmp_path / "int8")
     reader = Reader(store=store.url)
     for path in PAGES:
         assert reader.read(path).pictures == []

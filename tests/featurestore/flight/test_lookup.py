@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 from featurestore import (
-    Codec,
     FeatureClient,
     FeaturePartition,
     FeatureRows,
@@ -25,8 +24,6 @@ from featurestore.errors import (
     SnapshotNotFoundError,
     UnavailableError,
 )
-from featurestore.format.codec import write_codec
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import ServeSmall
@@ -37,9 +34,6 @@ ROWS = 3_000
 def make_store(folder: Path, info: StoreInfo, rows: int = ROWS) -> FeatureStore:
     """A store of drawn rows, some of which were replaced and removed since."""
     rng = np.random.default_rng(5)
-    if info.dtype == "int8":
-        codec = Codec("int8", np.stack([np.full(info.dim, -3), np.full(info.dim, 6)]).astype(np.float32))
-        info = info.model_copy(update={"codec": write_codec(Storage(folder), codec)})
     store = FeatureStore.create(folder, info)
     for first in (0, rows // 3):
         names = [f"images/{i}.jpg" for i in range(first, rows)]
@@ -85,7 +79,7 @@ def test_keys_that_are_no_whole_numbers_are_refused(info: StoreInfo, serve_small
         assert client.lookup(7).features_UD.shape == (1, info.dim)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info.model_copy(update={"dtype": dtype, "dim": 12}))
     server = serve_small(store)

@@ -8,22 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from featurestore import Codec, FeatureRows, FeatureStore, StoreInfo, keys_of_uris
+from featurestore import FeatureRows, FeatureStore, StoreInfo, keys_of_uris
 from featurestore.errors import CorruptFileError
-from featurestore.format.codec import write_codec
 from featurestore.format.shard import ShardReader
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from tests.featurestore.conftest import MakeRows
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_decoded_and_as_stored(dtype: str, info: StoreInfo, tmp_path: Path) -> None:
     """Against `get`, after a key was replaced and another removed."""
     info = info.model_copy(update={"dtype": dtype})
-    if dtype == "int8":
-        codec = Codec("int8", np.stack([np.full(8, -3), np.full(8, 6)]).astype(np.float32))
-        info = info.model_copy(update={"codec": write_codec(Storage(tmp_path / "store"), codec)})
     store = FeatureStore.create(tmp_path / "store", info)
     uris = [f"{number}.jpg" for number in range(100)]
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, to_bits
 from featurestore.errors import CorruptFileError
-from featurestore.format.codec import Codec, write_codec
+from featurestore.format.codec import Basis, BasisOrigin, write_basis
 from featurestore.format.datafile import DataFile, encode, table_of
 from featurestore.log import manifest_path
 from featurestore.spec import Manifest, unseal
@@ -31,23 +31,25 @@ KINDS = {
     "quarantine": "quarantine/*.parquet",
     "pin": "pins/*.json",
     "expired manifest": "expired/*.json",
-    "codec": "codec/*.npy",
+    "basis": "basis/*.safetensors",
 }
 FLIPS_OF_A_FILE = 8  # at least, in the quick tests
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, info: StoreInfo) -> FeatureStore:
-    """Two shards of int8 codes; a base and deltas, tombstones, and each other kind of file. Tests put back what they
-    change."""
+    """Two shards of a compact store: a base and deltas, tombstones, and each other kind of file.
+
+    Tests put back what they change."""
     folder = tmp_path_factory.mktemp("corruption") / "store"
     values_ND = np.random.default_rng(0).standard_normal((160, 4)).astype(np.float32)
-    ranges_2D = np.stack([values_ND.min(axis=0), np.ptp(values_ND, axis=0)]).astype(np.float32)
-    codec = Codec("int8", ranges_2D)
-    spec = write_codec(Storage(folder), codec)
-    update = {"dim": 4, "num_shards": 2, "dtype": "int8", "codec": spec}
+    origin = BasisOrigin(
+        store_id="", version=1, commit_id="", extractor=info.extractor, num_rows=160, total_variance=6.0
+    )
+    spec = write_basis(Storage(folder), Basis(np.zeros(6), np.eye(4, 6), np.ones(4), origin))
+    update = {"dim": 4, "num_shards": 2, "dtype": "float16", "reduction": spec}
     store = FeatureStore.create(folder, StoreInfo(**{**dict(info), **update}))
-    rows = FeatureRows.of([f"{i}.jpg" for i in range(160)], codec.encode(values_ND))
+    rows = FeatureRows.of([f"{i}.jpg" for i in range(160)], values_ND.astype(np.float16))
     for seed in range(3):
         store.put(rows.take(np.arange(40 * seed, 160)))
     store.delete(rows.keys_N[:30])
@@ -214,7 +216,7 @@ def test_cut_empty_longer_and_missing_files_are_found(full: FeatureStore, kind: 
         path.unlink()
         found = verify(full, threads=1).problems
         # What nothing else names is gone without a trace: a deleted pin, and an old manifest, which expires so, too.
-        leaves_a_trace = kind in ("store.json", "data", "statistics", "codec")
+        leaves_a_trace = kind in ("store.json", "data", "statistics", "basis")
         assert any(path.name in str(problem) for problem in found) or not leaves_a_trace, path
         path.write_bytes(whole)
     assert verify(full).problems == []

@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import MissingKeysError
-from featurestore.format.codec import write_codec
 from featurestore.format.statistics import Scaling
-from featurestore.index import train_ranges
 from featurestore.lookup import embedding
 from featurestore.lookup.compute_dtype import dtype_of_machine, dtype_of_processor
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.remake import reduce
 
 DIM = 32
@@ -28,23 +25,13 @@ def features(count: int = 50) -> np.ndarray:
     return np.maximum(draw.normal(3, 1, (count, DIM)) * draw.uniform(0.5, 20, DIM), 0).astype(np.float32)
 
 
-def flat_features() -> np.ndarray:
-    """The same but for a dimension that never changes."""
-    values = features()
-    values[:, 7] = 4.25
-    return values
-
-
 def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16") -> FeaturePartition:
     spec = ExtractorSpec(
         backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
     )
-    values = flat_features() if dtype == "int8" else features()
-    codec = Codec("int8", train_ranges(values)) if dtype == "int8" else Codec(dtype)
-    codec_spec = write_codec(Storage(folder / "store"), codec)
-    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype=dtype, extractor=spec, codec=codec_spec)
+    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype=dtype, extractor=spec)
     store = FeatureStore.create(str(folder / "store"), info)
-    store.put(FeatureRows.of([str(k) for k in range(50)], values, keys=np.arange(50)))
+    store.put(FeatureRows.of([str(k) for k in range(50)], features(), keys=np.arange(50)))
     return FeaturePartition.load(store, cache_dir=folder / "cache", missing=missing)
 
 
@@ -123,86 +110,6 @@ class TestModel:
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-class TestCodes:
-    """Codes of an int8 store, beside the same network on the numbers that they stand for."""
-
-    def test_they_enter_the_product_exactly_in_bfloat16(self) -> None:
-        codes = torch.arange(256, dtype=torch.uint8)[:, None]
-        for mean in (0.0, 17.375, 128.0, 255.0, 9000.0, -5.0):
-            model = EmbeddingModel(1, (), 1, "bfloat16")
-            model.fold_codec_(Codec("int8", np.array([[-0.5], [255]], np.float32)))  # code c stands for c
-            model.fold_standardization_(np.array([mean]), np.array([1.0]))
-            with torch.no_grad():
-                model.layers[0].weight.fill_(1.0)
-                model.layers[0].bias.fill_(mean - round(min(max(mean, 0), 255)))  # leaves whole numbers
-            assert torch.equal(model(codes), codes.float() - round(min(max(mean, 0), 255)))
-
-    @pytest.mark.parametrize("standardized", [True, False])
-    @pytest.mark.parametrize("missing", ["zeros", "learned"])
-    def test_vectors_and_gradients_are_those_of_decoded_numbers(
-        self, tmp_path: Path, standardized: bool, missing: str
-    ) -> None:
-        partition = partition_of(tmp_path, missing, "int8")
-        torch.manual_seed(1)
-        models = [EmbeddingModel(DIM, (16, 8), 5, "float64") for _ in range(2)]
-        models[1].load_state_dict(models[0].state_dict())
-        service = EmbeddingService(partition, {"e": models[0]}).double()
-        reference = models[1].double()
-        keys = np.array([3, 999, 49, 0, 7, 998, 20])
-        here = np.array([0, 2, 3, 4, 6])
-        codec = partition.codec
-        codes = codec.encode(flat_features()[keys[here]])
-        assert codec.step_D[7] == 0 and codec.offset_D[7] == 4.25
-        decoded = torch.from_numpy(codec.offset_D + codec.step_D.astype(np.float64) * codes)
-        if standardized:
-            mean, std = decoded.mean(0).float().numpy(), decoded.std(0).float().numpy()
-            service.fold_standardization_(mean, std)
-            reference.fold_standardization_(mean, std)
-        visual, expected = service.embed("e", service.gather(keys)), reference(decoded)
-        torch.testing.assert_close(visual[here], expected, rtol=1e-12, atol=1e-12)
-        weight = torch.randn(expected.shape, dtype=torch.float64)
-        (visual[here] * weight).sum().backward()
-        (expected * weight).sum().backward()
-        for (name, a), b in zip(models[0].named_parameters(), reference.parameters(), strict=True):
-            assert a.grad is not None and b.grad is not None
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
-        assert bool(torch.isfinite(visual).all()) and not visual[[1, 5]].any()
-
-    def test_a_common_part_costs_no_precision(self, tmp_path: Path) -> None:
-        """Numbers around 1,000 of deviation 1: rounded to bfloat16 they are all but lost, as codes they are not."""
-        values = np.random.default_rng(2).normal(1000, 1, (400, DIM)).astype(np.float32)
-        codec = Codec("int8", train_ranges(values))
-        torch.manual_seed(0)
-        models = {dtype: EmbeddingModel(DIM, (64,), 12, dtype) for dtype in ("bfloat16", "float32")}
-        models["bfloat16"].load_state_dict(models["float32"].state_dict())
-        visual = {}
-        for dtype, model in models.items():
-            model.fold_codec_(codec)
-            model.fold_standardization_(values.mean(0), values.std(0))
-            visual[dtype] = model(torch.from_numpy(codec.encode(values)))
-            visual[dtype].square().sum().backward()
-        low, full = visual["bfloat16"].detach(), visual["float32"].detach()
-        assert float((low - full).norm()) < 0.01 * float(full.norm())
-        for (name, a), b in zip(models["bfloat16"].named_parameters(), models["float32"].parameters(), strict=True):
-            assert a.grad is not None and b.grad is not None
-            assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm()), name
-
-    def test_the_network_takes_codes_as_they_are(self, tmp_path: Path) -> None:
-        partition = partition_of(tmp_path, dtype="int8")
-        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
-        service.fold_standardization_(features().mean(0), features().std(0))
-        keys = np.arange(30)
-        codes = as_tensor(partition.lookup(keys).features_UD)
-        assert codes.dtype == torch.uint8
-        assert torch.equal(service.models["e"](codes), service.embed("e", service.gather(keys)))
-
-    def test_no_rows(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path, dtype="int8"), {"e": EmbeddingModel(DIM)})
-        visual = service.embed("e", service.gather(np.empty(0, np.int64)))
-        visual.sum().backward()
-        assert visual.shape == (0, 12) and not any(p.grad.any() for p in service.parameters() if p.grad is not None)
-
-
 def test_prelu_is_torchs() -> None:
     x = torch.tensor([[-2.0, -0.0, 0.0], [3.0, -7.0, 1e-30]], dtype=torch.float64)
     upstream = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 6.0]], dtype=torch.float64)
@@ -232,12 +139,12 @@ def test_prelu_of_several_blocks_has_the_gradients_of_torchs(num_rows: int) -> N
 class TestDropout:
     """A training step drops numbers of images, and E learns nothing from those that are held out."""
 
-    @pytest.mark.parametrize("dtype", ["float32", "int8"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_dropped_features_count_as_the_mean_and_the_others_grow(self, tmp_path: Path, dtype: str) -> None:
         partition = partition_of(tmp_path, dtype=dtype)
         model = EmbeddingModel(DIM, (), 3, "float64")
         service = EmbeddingService(partition, {"e": model}).double()
-        mean, std = flat_features().mean(0), flat_features().std(0)
+        mean, std = features().mean(0), features().std(0)
         service.fold_standardization_(mean, std)
         service.dropout = EmbeddingDropout(4, features=0.5, step=3)
         keys = np.array([3, 49, 0, 7])
@@ -288,7 +195,7 @@ class TestService:
     @pytest.mark.long
     @pytest.mark.parametrize("rows", [1, 6, 7, 20])
     @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32", "float64"])
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
     def test_numbers_are_made_ahead(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, compute_dtype: str, rows: int
     ) -> None:

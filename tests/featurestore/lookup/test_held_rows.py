@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import FeatureStoreError, MissingKeysError
-from featurestore.format.codec import write_codec
-from featurestore.index import train_ranges
 from featurestore.lookup import embedding
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, HeldRows, as_tensor, held_bytes
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.storage.storage import Storage
 
 DIM, ROWS = 8, 60
 CPU = torch.device("cpu")
@@ -24,16 +21,14 @@ def partition_of(folder: Path, dtype: str, missing: str = "zeros", ranks: int = 
         backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
     )
     values = np.random.default_rng(0).normal(3, 2, (ROWS, DIM)).astype(np.float32)
-    codec = Codec("int8", train_ranges(values)) if dtype == "int8" else Codec(dtype)
-    codec_spec = write_codec(Storage(folder / "store"), codec)
-    info = StoreInfo(num_shards=8, name="images", dim=DIM, dtype=dtype, extractor=spec, codec=codec_spec)
+    info = StoreInfo(num_shards=8, name="images", dim=DIM, dtype=dtype, extractor=spec)
     store = FeatureStore.create(str(folder / "store"), info)
     store.put(FeatureRows.of([str(k) for k in range(ROWS)], values, keys=np.arange(ROWS)))
     return FeaturePartition.load(store, ranks - 1, ranks, cache_dir=folder / "cache", missing=missing)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_same_bits_as_a_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, ranks: int) -> None:
     monkeypatch.setattr(embedding, "_HELD_BLOCK_ROWS", 3)
     partition = partition_of(tmp_path, dtype, ranks=ranks)
@@ -47,7 +42,7 @@ def test_the_same_bits_as_a_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert held_bytes(partition) == (partition.num_rows + 1) * DIM * taken.element_size()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("missing", ["zeros", "learned"])
 def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: str) -> None:
     partition = partition_of(tmp_path, dtype, missing)

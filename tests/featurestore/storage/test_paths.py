@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from featurestore import CodecSpec, FeaturePartition, FeatureStore, QuarantineRow, StoreInfo
+from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo
 from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError
+from featurestore.format.codec import Basis, BasisOrigin, write_basis
 from featurestore.log import manifest_path
-from featurestore.spec import FileEntry, Manifest, unseal
+from featurestore.spec import FileEntry, Manifest, ReductionSpec, unseal
 from featurestore.storage.storage import Storage
 from featurestore.upkeep import damage
 from featurestore.upkeep.compaction import compact
@@ -120,22 +121,22 @@ def test_a_manifest_that_names_a_path_out_of_the_store_is_damaged(
 
 
 def test_the_paths_that_stores_have_are_accepted_quickly(filled: FeatureStore) -> None:
-    for path in ("data/0003/0a.parquet", "codec/a.npy", "data/0003/ä b+c=d@2..parquet"):
-        assert CodecSpec(path=path, sha256="").path == path
+    for path in ("data/0003/0a.parquet", "basis/a.safetensors", "data/0003/ä b+c=d@2..parquet"):
+        assert ReductionSpec(path=path, sha256="", full_dim=1).path == path
     data = (Path(filled.url) / manifest_path(2)).read_bytes()
     assert unseal(data, Manifest, "x").num_files == 8
 
 
-@pytest.mark.parametrize("path", ["codec/../../outside/c.npy", "/etc/passwd"])
+@pytest.mark.parametrize("path", ["basis/../../outside/c.safetensors", "/etc/passwd"])
 def test_store_json_and_notes_are_held_to_it_too(filled: FeatureStore, path: str) -> None:
     fields = filled.info.model_dump(mode="json")
-    fields["dtype"], fields["codec"] = "int8", {"kind": "faiss QT_8bit", "path": path, "sha256": "0" * 64}
+    fields["reduction"] = {"kind": "principal components", "path": path, "sha256": "0" * 64, "full_dim": 9}
     (Path(filled.url) / "store.json").write_bytes(sealed(fields))
-    with pytest.raises(CorruptFileError, match=r"store.json is damaged: codec.path"):
+    with pytest.raises(CorruptFileError, match=r"store.json is damaged: reduction.path"):
         FeatureStore.open(filled.url)
     assert [problem.kind for problem in verify(filled.url).problems] == ["info"]
     repair(filled.url)
-    assert FeatureStore.open(filled.url).info.codec is None and verify(filled.url).problems == []
+    assert FeatureStore.open(filled.url).info.reduction is None and verify(filled.url).problems == []
     note = {"format_version": 1, "path": path, "reason": "", "time_s": 1.0}
     filled.storage.write_bytes("damaged/note-1.json", sealed(note))
     assert damage.noted_paths(filled.storage) == set()
@@ -201,7 +202,7 @@ def test_pins_and_quarantine_files_behind_links_have_their_ways_out(filled: Feat
     assert verify(filled).problems == [] and files_below(outside) == before
 
 
-@pytest.mark.parametrize("folder", ["log", "data", "quarantine", "pins", "damaged", "staging", "expired", "codec"])
+@pytest.mark.parametrize("folder", ["log", "data", "quarantine", "pins", "damaged", "staging", "expired", "basis"])
 def test_a_folder_of_the_store_that_is_a_link_is_named_and_left_alone(
     filled: FeatureStore, outside: Path, make_rows, folder: str
 ) -> None:
@@ -292,14 +293,12 @@ def test_other_folders_may_have_links_to_files_elsewhere(tmp_path: Path, outside
     assert (entry.path, entry.size_bytes) == ("link.parquet", 4)
 
 
-def test_an_int8_store_whose_codec_is_a_link_says_so(tmp_path: Path, info: StoreInfo, outside: Path) -> None:
-    from featurestore import Codec
-    from featurestore.format.codec import write_codec
-
-    spec = write_codec(Storage(tmp_path / "int8"), Codec("int8", np.ones((2, 8), np.float32)))
-    store = FeatureStore.create(tmp_path / "int8", info.model_copy(update={"dtype": "int8", "codec": spec}))
-    assert spec is not None
+def test_a_compact_store_whose_basis_is_a_link_says_so(tmp_path: Path, info: StoreInfo, outside: Path) -> None:
+    origin = BasisOrigin(store_id="", version=1, commit_id="", extractor=info.extractor, num_rows=9, total_variance=8.0)
+    basis = Basis(np.zeros(9), np.eye(8, 9), np.ones(8), origin)
+    spec = write_basis(Storage(tmp_path / "compact"), basis)
+    store = FeatureStore.create(tmp_path / "compact", info.model_copy(update={"reduction": spec}))
     link_out(store, spec.path, outside)
     with pytest.raises(CorruptFileError, match="is a link that leads to"):
-        _ = FeatureStore.open(store.url).codec
-    assert [problem.kind for problem in verify(store).problems] == ["codec"]
+        _ = FeatureStore.open(store.url).basis
+    assert [problem.kind for problem in verify(store).problems] == ["basis"]

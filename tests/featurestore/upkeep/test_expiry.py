@@ -15,7 +15,7 @@ from featurestore import FeatureRows, FeatureStore, StoreInfo, log
 from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
 from featurestore.snapshot import Snapshot
-from featurestore.spec import CodecSpec, seal
+from featurestore.spec import ReductionSpec, seal
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.history import pin, unpin
@@ -204,14 +204,14 @@ class TestWhatDeadWritersLeft:
         expire_to(merged, 10)
         assert files_of(merged) == everything
 
-    def test_the_codec_of_the_store_stays(self, tmp_path: Path, info: StoreInfo) -> None:
-        codec = CodecSpec(path="codec/mine.npy", sha256="0" * 64)
-        other = FeatureStore.create(tmp_path / "int8", info.model_copy(update={"dtype": "int8", "codec": codec}))
+    def test_the_basis_of_the_store_stays(self, tmp_path: Path, info: StoreInfo) -> None:
+        basis = ReductionSpec(path="basis/mine.safetensors", sha256="0" * 64, full_dim=info.dim + 1)
+        other = FeatureStore.create(tmp_path / "compact", info.model_copy(update={"reduction": basis}))
         for name in ("mine", "orphan"):
-            other.storage.write_bytes(f"codec/{name}.npy", b"x")
+            other.storage.write_bytes(f"basis/{name}.safetensors", b"x")
         age(other, 8)
         assert expire_to(other, 1).num_files == 1
-        assert files_of(other, "codec") == {"codec/mine.npy"}
+        assert files_of(other, "basis") == {"basis/mine.safetensors"}
 
     def test_data_without_a_log_is_not_touched(self, merged: FeatureStore) -> None:
         data = files_of(merged, "data")

@@ -1,4 +1,4 @@
-"""Stores of networks other than the default, through the job: width, spec, a second layer refused, int8."""
+"""Stores of networks other than the default, through the job: width, spec, a second layer refused."""
 
 import contextlib
 import json
@@ -10,10 +10,8 @@ from PIL import Image
 from torchvision import models
 from typer.testing import CliRunner
 
-from featurestore.format.codec import codec_of
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import recode
 from jobs import extract_features
 from pipeline.network.backbone import backbone
 
@@ -34,7 +32,7 @@ def job(client, tmp_path, monkeypatch):
 
 def stored(path, uris):
     store = FeatureStore.open(path)
-    return codec_of(store.info, store.storage).decode(store.snapshot().get([key_of_uri(uri) for uri in uris]))
+    return store.codec.decode(store.snapshot().get([key_of_uri(uri) for uri in uris]))
 
 
 @torch.inference_mode()
@@ -70,22 +68,3 @@ def test_a_wrong_name_is_a_usage_error_before_a_cluster_starts(job, photos, monk
     text = " ".join(job(photos, "--backbone", "resnet18:avgpol", code=2).split())
     assert "error: backbone 'resnet18:avgpol': resnet18 has no layer 'avgpol'; near: avgpool" in text
     assert "resnet18:avgpool (512)" in text
-
-
-def test_images_into_an_int8_store(job, photos, tmp_path, draw, encode):
-    network = ("--backbone", "mobilenet_v3_small:avgpool")
-    refused = job(photos, *network, "--dtype", "int8", code=1)
-    assert "python -m featurestore recode" in refused
-    assert not (tmp_path / "features").exists()
-    job(photos, *network, "--dtype", "float32")
-    recode(FeatureStore.open(tmp_path / "features"), str(tmp_path / "small"), "int8")
-    (photos / "new.jpg").write_bytes(encode(draw(1)))  # as 1.jpg, whose numbers the codec was trained on
-    (photos / "0.jpg").write_bytes(encode(draw(2)))
-    text = job(photos, *network, store="small")
-    assert "new          1\n" in text
-    assert "changed      1\n" in text
-    job(photos, *network)
-    uris = ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "new.jpg"]
-    exact_BD, small_BD = (stored(tmp_path / name, uris) for name in ("features", "small"))
-    assert np.abs(exact_BD - small_BD).max() <= np.ptp(exact_BD, axis=0).max() / 255
-    assert FeatureStore.open(tmp_path / "small").info.dtype == "int8"

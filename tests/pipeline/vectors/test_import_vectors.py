@@ -12,7 +12,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import recode, reduce
+from featurestore.upkeep.remake import reduce
 from jobs import import_features
 from pipeline.vectors import import_vectors
 from pipeline.vectors.import_vectors import extractor_of
@@ -113,23 +113,6 @@ def test_other_vectors_are_refused(job, tmp_path, vectors_ND):
     job(tmp_path / "a.parquet")
     pq.write_table(pa.table({"id": ["a"], "feature": [[2.0] * DIM]}), tmp_path / "b.parquet")
     assert "belongs to two uris, 'x' and 'a'" in job(tmp_path / "b.parquet", code=1)
-
-
-def test_an_int8_store_takes_imports(job, tmp_path, vectors_ND):
-    np.save(tmp_path / "a.npy", vectors_ND)
-    np.save(tmp_path / "keys.npy", range(40))
-    arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy")
-    small = tmp_path / "small"
-    assert "python -m featurestore recode" in " ".join(job(*arguments, "--dtype", "int8", store=small, code=1).split())
-    job(*arguments, "--dtype", "float32")
-    recode(FeatureStore.open(tmp_path / "features"), small, "int8")
-    assert "unchanged 40" in job(*arguments, store=small)
-    vectors_ND[0], vectors_ND[1, 0] = vectors_ND[30], np.nan
-    np.save(tmp_path / "a.npy", vectors_ND)
-    text = job(*arguments, store=small)
-    assert "changed 1 unchanged 38" in text
-    assert "1 not finite in int8 (key:1)" in text
-    np.testing.assert_array_equal(*(stored(small, [key]) for key in (0, 30)))
 
 
 def test_a_compact_store_takes_imports_of_full_vectors(job, tmp_path, vectors_ND):

@@ -4,7 +4,7 @@
 
 writes for each scenario the losses, the first step's gradients and what is trained after the last step, by the names
 that the engine uses. It shares nothing with the engine but what worker.py run alone wrote to INITIAL (initial values,
-and what the codes of an int8 store stand for), the place of an id's row, and the numbers that dropout draws.
+and the rows of a compact store), the place of an id's row, and the numbers that dropout draws.
 """
 
 import functools

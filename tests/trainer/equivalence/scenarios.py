@@ -81,7 +81,6 @@ class Scenario:
     deal: str = "even"
     one_shard: bool = False
     standardized: bool = False
-    int8: bool = False
     compact: bool = False
     id_l2: float = 0.0
     optimizers: dict[str, object] = field(default_factory=dict)
@@ -165,9 +164,7 @@ SCENARIOS = {
     "ids_only": Scenario({"images": "none"}, deal="starve"),
     # With zero images and no bias, units are rounding errors on either side of ReLU's kink; torch's start has a bias.
     "missing_zeros": Scenario({"images": "both", "init": "torch"}, missing="zeros", lacking=True),
-    # Codes go into E as they are; the reference takes the numbers that they stand for.
-    "int8_codes": Scenario({"images": "both"}, missing="learned", lacking=True, standardized=True, int8=True),
-    # The components of a compact store, as codes, all scaled by one number.
+    # The components of a compact store, all scaled by one number.
     "compact": Scenario({"images": "both"}, standardized=True, compact=True),
     # Many ids in one row, which its owner shrinks once a step; samples whose ad is taken for a new one.
     "l2_and_dropout": Scenario(
@@ -237,14 +234,13 @@ SCENARIOS = {
         one_shard=True,
         restart_at=7,
     ),
-    # Masks by image, two E's on int8 codes; images that E learns nothing from, whose ads are taken for new ones.
+    # Masks by image, two E's; images that E learns nothing from, whose ads are taken for new ones.
     "embedding_dropout": Scenario(
         {"feature_dropout": 0.3, "embed_dropout": 0.2, "shared_image_model": False},
         optimizers={"weight_decay": 0.2, "embed_weight_decay": 0.6},
         missing="learned",
         lacking=True,
         standardized=True,
-        int8=True,
     ),
     "image_holdout": Scenario(
         {"image_holdout": 0.4, "feature_dropout": 0.3, "id_dropout": 0.2, "id_init_std": 1e-4},

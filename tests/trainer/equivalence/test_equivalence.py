@@ -36,7 +36,6 @@ RUNS = [
     "ad_colliding_ids/float64",
     "ids_only/float64",
     "missing_zeros/float64",
-    "int8_codes/float64",
     "compact/float64",
     "l2_and_dropout/float64",
     "adam/float64",

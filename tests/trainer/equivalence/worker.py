@@ -35,7 +35,7 @@ from trainer.stages import Stages
 
 def urls_of(store: FeatureStore, scenario: Scenario) -> dict[str, str]:
     """Where the stores of a scenario are, by name."""
-    made = "-int8" if scenario.int8 else "-compact" if scenario.compact else ""
+    made = "-compact" if scenario.compact else ""
     return {"images": f"{store.url}{made}", **({"texts": f"{store.url}-texts"} if scenario.texts else {})}
 
 
@@ -122,7 +122,7 @@ def run(
     return {
         "initial": initial,
         "mean_and_std": {name: mean_and_std(url) for name, url in urls_of(store, scenario).items()},
-        "decoded": decoded(urls_of(store, scenario)["images"]) if scenario.int8 or scenario.compact else None,
+        "decoded": decoded(urls_of(store, scenario)["images"]) if scenario.compact else None,
         "losses_P": comm.allgather_object(losses),
         "calls": calls,
         "gradients": gradients,
@@ -148,11 +148,10 @@ def mean_and_std(url: str) -> list[torch.Tensor]:
 
 
 def decoded(url: str) -> dict[int, torch.Tensor]:
-    """Key -> what its codes stand for, in float64."""
-    store = FeatureStore.open(url)
-    snapshot, codec = store.snapshot(), store.codec
+    """Key -> its stored numbers, in float64."""
+    snapshot = FeatureStore.open(url).snapshot()
     keys = snapshot.keys()
-    values = codec.offset_D + codec.step_D.astype(np.float64) * snapshot.get(keys)
+    values = snapshot.codec.decode(snapshot.get(keys)).astype(np.float64)
     return dict(zip(keys.tolist(), torch.from_numpy(values), strict=True))
 
 

@@ -18,12 +18,12 @@ from trainer.experiments.__main__ import app
 pytestmark = pytest.mark.long  # they train whole runs
 
 Places = Any
-NAMES = {"full width": "features", "int8": "int8", "components": "compact"}
+NAMES = {"full width": "features", "half": "half", "components": "compact"}
 
 
 @pytest.fixture
 def places(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
-    """A store, one of the same rows in int8, and one of four components; the first knows what it has cost."""
+    """A store, one of the same rows in float16, and one of four components; the first knows what it has cost."""
     places = make_places(tmp_path)
     store = FeatureStore.open(tmp_path / "features")
     for version, (num_computed, seconds) in enumerate([(40, 10.0), (10, 40.0)], 1):
@@ -31,7 +31,7 @@ def places(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
             version=version, operation="extract", num_computed=num_computed, seconds=seconds, num_workers=1
         )
         keep_cost(store.storage, cost)
-    recode(store, str(tmp_path / "int8"), "int8")
+    recode(store, str(tmp_path / "half"), "float16")
     reduce(store, str(tmp_path / "compact"), 4, "float32")
     return places
 
@@ -55,7 +55,7 @@ def test_one_run_on_several_stores(places: Places) -> None:
     assert facts["full width"]["bytes"] == snapshot.manifest.file_bytes
     assert facts["full width"]["commit_id"] == snapshot.manifest.commit_id
     assert facts["full width"]["seconds_per_image"] == pytest.approx({1: 10 / 40, 2: 50 / 50}[snapshot.version])
-    assert facts["int8"]["dtype"] == "int8" and facts["int8"]["seconds_per_image"] is None
+    assert facts["half"]["dtype"] == "float16" and facts["half"]["seconds_per_image"] is None
     assert facts["components"]["numbers"].startswith("4 of ")
     mine, baseline = ([each["gauc"] for each in table["runs"][name]] for name in ("components", "full width"))
     gain = next(row for row in table["rows"] if row["name"] == "components")["gain"]["mean"]
@@ -65,8 +65,8 @@ def test_one_run_on_several_stores(places: Places) -> None:
     text = (out / "RESULTS.md").read_text()
     heading = next(line for line in text.splitlines() if line.startswith("| | GAUC"))
     assert heading.endswith("| GAUC, new ads | network | numbers | dtype | images | bytes | s / 1,000 images |")
-    cells = [cell.strip() for cell in next(line for line in text.splitlines() if "| int8 |" in line).split("|")]
-    assert cells[1] == "int8" and cells[-2] == "" and cells[-5] == "int8"
+    cells = [cell.strip() for cell in next(line for line in text.splitlines() if "| half |" in line).split("|")]
+    assert cells[1] == "half" and cells[-2] == "" and cells[-5] == "float16"
     assert (out / "plots/encoders.png").read_bytes().startswith(b"\x89PNG")
     read = check_page(page.read_text(encoding="utf-8"))
     assert len(read.plots) == 1
@@ -103,4 +103,4 @@ def test_costs_up_to_a_snapshot(places: Places) -> None:
     storage = FeatureStore.open(places.folder / "features").storage
     assert seconds_per_image(storage, 1) == pytest.approx(0.25)
     assert seconds_per_image(storage, 2) == pytest.approx(1.0)
-    assert seconds_per_image(FeatureStore.open(places.folder / "int8").storage, 1) is None
+    assert seconds_per_image(FeatureStore.open(places.folder / "half").storage, 1) is None

@@ -129,7 +129,7 @@ def test_a_grid_is_run_once(places: Places, tmp_path: Path) -> None:
 def test_compact_features_are_made_once_and_trained_on(places: Places, tmp_path: Path) -> None:
     settings = places.settings(train__max_steps=2)
     grid = Grid(tmp_path, None, tuple(settings), None, SoloComm())
-    wide, small = Variant("4", reduced=(4, "float32")), Variant("3", reduced=(3, "int8"))
+    wide, small = Variant("4", reduced=(4, "float32")), Variant("3", reduced=(3, "bfloat16"))
     table = Experiment("compact", "", (Variant("full width"), Variant("16", reduced=(16, "float32")), wide, small))
     assert [each.name for each in grid.variants_of(table)] == ["full width", "4", "3"], (
         "16 numbers have no 16 components"

@@ -214,11 +214,11 @@ def test_a_compact_store_is_planned_with_by_its_own_width(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And so is what stands in for one that is too large."""
-    reduce(FeatureStore.open(places.folder / "features"), tmp_path / "compact", 6, "int8")
+    reduce(FeatureStore.open(places.folder / "features"), tmp_path / "compact", 6, "float16")
     config = load_config(settings=places.settings(data__store=tmp_path / "compact"))
     sampled = sample(config, PlanQuestion((1,), 64, False, 1, 1e9, 0.0))
     stored = stored_bytes(config, sampled)
-    assert stored.feature_bytes == 50 * 6
+    assert stored.feature_bytes == 50 * 12
     assert calibrate.config_of_runs(config, sampled, tmp_path / "small").data.store == config.data.store
     monkeypatch.setattr(calibrate, "is_large", lambda *_: True)
     runs = calibrate.config_of_runs(config, sampled, tmp_path / "large")

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import recode
 from trainer import main
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -276,9 +275,6 @@ def _other_store(places: Places, kind: str) -> Path:
     """A store of other features for the same keys."""
     path = places.folder / f"other-{kind}"
     store = FeatureStore.open(places.folder / "features")
-    if kind == "int8":
-        recode(store, path, "int8")
-        return path
     values = dict(store.info)
     match kind:
         case "network":
@@ -300,7 +296,6 @@ def _other_store(places: Places, kind: str) -> Path:
         ("network", r"store\.extractor\.weights_digest is 'other' here, '0' in the checkpoint"),
         ("dim", r"store\.dim is 8 here, 16 in the checkpoint"),
         ("dtype", r"store\.dtype is 'bfloat16' here, 'float32' in the checkpoint"),
-        ("int8", r"store\.dtype is 'int8' here, 'float32' in the checkpoint"),
     ],
 )
 def test_features_of_another_kind_are_refused_and_the_way_out_works(

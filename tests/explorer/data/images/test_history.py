@@ -9,7 +9,7 @@ from explorer.data.images.history import row_of, row_spans
 from featurestore import key_of_uri
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from tests.explorer.stores import digest_of, int8_copy, storied
+from tests.explorer.stores import digest_of, storied
 
 
 @pytest.mark.parametrize("uri", ["a/0.jpg", "a/5.jpg", "a/10.jpg", "a/11.jpg", "b/0.jpg", "nowhere"])
@@ -47,10 +47,3 @@ def test_compaction_is_no_change_and_expired_snapshots_are_left_out(tmp_path):
     assert [(span.first, span.last) for span in row_spans(store, key_of_uri("a/0.jpg"))] == [(1, 1), (2, 5)]
     expire(store, keep_last=2, keep_days=0, grace_days=0)
     assert [(span.first, span.last) for span in row_spans(store, key_of_uri("a/0.jpg"))] == [(4, 5)]
-
-
-def test_of_int8_the_decoded_number_counts(tmp_path):
-    store = int8_copy(storied(tmp_path / "store"), tmp_path / "int8")
-    table = store.snapshot().to_arrow().to_pylist()
-    span = row_spans(store, table[3]["key"])[0]
-    assert span.row.norm == pytest.approx(np.linalg.norm(table[3]["feature"]), rel=1e-5)

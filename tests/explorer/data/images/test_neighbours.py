@@ -8,7 +8,7 @@ from explorer.data.images.compare import Space, keys_of, only_in, shared
 from explorer.data.images.neighbours import Neighbour, Neighbours, cosines, nearest_features, nearest_vectors
 from featurestore import FeatureStore, key_of_uri
 from featurestore.upkeep.remake import reduce
-from tests.explorer.stores import DIM, int8_copy, make_store, rows, storied
+from tests.explorer.stores import DIM, make_store, rows, storied
 
 
 def plainly(snapshot, query_D, most, without):
@@ -21,12 +21,10 @@ def plainly(snapshot, query_D, most, without):
     return [(uri, -cosine) for cosine, key, uri in sorted(near) if key != without][:most]
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "compact"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "compact"])
 @pytest.mark.parametrize("most", [1, 5, 43, 100])
 def test_neighbours_are_those_of_all_rows_at_once(tmp_path, kind, most):
     store = storied(tmp_path / "store", "bfloat16" if kind == "bfloat16" else "float32")
-    if kind == "int8":
-        store = int8_copy(store, tmp_path / "int8")
     if kind == "compact":
         reduce(store, tmp_path / "compact", 3)
         store = FeatureStore.open(tmp_path / "compact")

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.long  # it trains whole runs
 
 @pytest.fixture(scope="module")
 def reduced(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """Samples, a store, and two of its components in `compact` and `int8`."""
+    """Samples, a store, and two of its components in `compact` and `half`."""
     places = make_places(tmp_path_factory.mktemp("compact"))
-    for name, dtype in (("compact", "float32"), ("int8", "int8")):
+    for name, dtype in (("compact", "float32"), ("half", "float16")):
         reduce(FeatureStore.open(places.folder / "features"), places.folder / name, DIMS, dtype)
     return places
 
@@ -60,12 +60,12 @@ def test_resumption_is_exact_and_knows_the_basis(reduced: Places, whole: Path) -
         run(reduced, "halves", run__resume="latest", train__max_steps=36, model__embed_scaling="each")
 
 
-def test_codes_of_components_are_as_good_and_scaled_alike(reduced: Places, whole: Path) -> None:
-    runs = {"compact": whole, "int8": run(reduced, "on-int8", "int8")}
+def test_components_in_float16_are_as_good_and_scaled_alike(reduced: Places, whole: Path) -> None:
+    runs = {"compact": whole, "half": run(reduced, "on-half", "half")}
     metrics = {name: json.loads((path / "report.json").read_text())["metrics"] for name, path in runs.items()}
-    assert metrics["int8"]["logloss"] == pytest.approx(metrics["compact"]["logloss"], abs=0.01)
-    assert len(set(scales(runs["compact"]).tolist())) == 1 and len(scales(runs["int8"])) == DIMS
-    assert scales(runs["int8"])[0] == pytest.approx(float(scales(runs["compact"])[0]), rel=0.01)
+    assert metrics["half"]["logloss"] == pytest.approx(metrics["compact"]["logloss"], abs=0.01)
+    assert len(set(scales(runs["compact"]).tolist())) == 1 and len(scales(runs["half"])) == DIMS
+    assert scales(runs["half"])[0] == pytest.approx(float(scales(runs["compact"])[0]), rel=0.01)
     each = run(reduced, "each", train__max_steps=1, model__embed_scaling="each")
     assert len(set(scales(each).tolist())) > 1
     full = run(reduced, "full", "features", train__max_steps=1)
