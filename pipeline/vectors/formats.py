@@ -1,12 +1,6 @@
-"""Formats of vectors of others: matrices, Parquet, and XDL's text.
+"""Formats of vectors of others: matrices, Parquet, and XDL's binary files, in which key k is in file k modulo 1024.
 
 Letters of shapes: N rows of a block, D feature width.
-
-Letters of shapes: N rows, D feature width.
-
-Letters of shapes: N rows, D feature width.
-
-Key k is in file k modulo 1024. Letters of shapes: N records, D feature width.
 """
 
 import re
