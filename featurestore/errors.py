@@ -23,7 +23,7 @@ FeatureStoreError
 ├── AddressError            an address without a bucket, or of a scheme that nothing here opens
 ├── TokenFileError          a file of tokens is not there, or has none that is long enough
 ├── ServerError             a feature server does not answer as it should
-│   ├── UnavailableError    nobody listens there, or it has too many calls now: try again
+│   ├── UnavailableError    nobody listens there, or the connection broke: try again
 │   ├── DeadlineError       no answer in time
 │   └── AccessError         a token or a certificate is refused
 └── StorageError            the disk or the object store refused
@@ -161,7 +161,7 @@ class ServerError(FeatureStoreError):
 
 
 class UnavailableError(ServerError):
-    """Nobody listens at the address, the connection broke, or the server has too many calls now: try again."""
+    """Nobody listens at the address, or the connection broke: try again."""
 
 
 class DeadlineError(ServerError):

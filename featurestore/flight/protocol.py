@@ -3,8 +3,6 @@
 Letters of shapes: U keys asked, D feature width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,8 +20,10 @@ from featurestore.text import first_mistake
 DESCRIBE = "snapshot"  # the action that describes a snapshot
 FOUND = "found"
 KEYS_SCHEMA = pa.schema([pa.field(KEY, pa.int64(), nullable=False)])
+MAX_KEYS = 1 << 20  # in one message
 SECURE = "grpc+tls"
 SCHEMES = ("grpc", "grpc+tcp", SECURE)
+TOKEN_HEADER = "authorization"
 _MESSAGE_CHARACTERS = 2_000  # gRPC sends no more than 8 kB of them
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -40,27 +40,29 @@ class Asked(_Message):
 
 
 class ScanTicket(_Message):
-    """The ticket of a scan of one shard, or of all that the server has."""
+    """The ticket of a scan: which snapshot, the newest by default, and which columns, by default all."""
 
     version: int | None = None
-    shard: int | None = None
     columns: tuple[str, ...] | None = None
     decode: bool = True  # features as lists of float32; false: bytes as stored
 
 
 class Described(_Message):
-    """A snapshot as one server has it; `ranges` come after it, as bytes."""
+    """A snapshot as the server has it."""
 
     info: StoreInfo
     snapshot_id: SnapshotId
-    newest: int  # the newest snapshot that the server offers
-    shards: tuple[int, ...]
-    num_rows: int  # in these shards
+    num_rows: int
 
 
 class _SentError(_Message):
     name: str
     message: str
+
+
+def bearer(token: str) -> bytes:
+    """Return the value of the header that carries a token."""
+    return f"Bearer {token}".encode()
 
 
 def answer_schema(info: StoreInfo, features: bool) -> pa.Schema:
@@ -69,15 +71,15 @@ def answer_schema(info: StoreInfo, features: bool) -> pa.Schema:
     return pa.schema([found, schema_of(info).field(FEATURE)] if features else [found])
 
 
-def keys_batch(keys_U: Int64Array) -> pa.RecordBatch:
-    """Make a batch of keys to ask for; the numbers are not copied."""
-    return pa.record_batch([pa.array(keys_U)], schema=KEYS_SCHEMA)
-
-
 def keys_of(batch: pa.RecordBatch) -> Int64Array:
-    """Return the keys that a batch asks for, (U,). Raises QueryError for another column than int64 `key`."""
+    """Return the keys that a batch asks for, (U,).
+
+    Raises QueryError for another column than int64 `key`, and for more than MAX_KEYS.
+    """
     if batch.schema.names != [KEY] or batch.schema.types != [pa.int64()] or batch.column(0).null_count:
         raise errors.QueryError(f"keys come as one column {KEY!r} of int64 without nulls, not as {batch.schema}")
+    if len(batch) > MAX_KEYS:
+        raise errors.QueryError(f"a batch of {len(batch):,} keys is above the limit of {MAX_KEYS:,}: send several")
     return np.asarray(batch.column(0).to_numpy(zero_copy_only=False))
 
 
@@ -89,20 +91,15 @@ def parsed(model_class: type[ModelT], data: bytes) -> ModelT:
         raise errors.QueryError(f"{model_class.__name__}: {first_mistake(error)}") from error
 
 
-@contextmanager
-def errors_sent() -> Iterator[None]:
-    """Turn an error of ours into one that Flight sends, with class and message as JSON in it."""
-    try:
-        yield
-    except errors.FeatureStoreError as error:
-        sent = _SentError(name=type(error).__name__, message=str(error)[:_MESSAGE_CHARACTERS])
-        busy = isinstance(error, errors.UnavailableError)
-        kind: Any = flight.FlightUnavailableError if busy else flight.FlightServerError
-        raise kind(sent.message, extra_info=sent.model_dump_json().encode()) from error
+def error_sent(error: errors.FeatureStoreError) -> Any:
+    """Return the error of Flight that carries one of ours, with class and message as JSON in it."""
+    sent = _SentError(name=type(error).__name__, message=str(error)[:_MESSAGE_CHARACTERS])
+    kind: Any = flight.FlightServerError  # its stub does not know extra_info
+    return kind(sent.message, extra_info=sent.model_dump_json().encode())
 
 
 def error_received(error: BaseException) -> errors.FeatureStoreError | None:
-    """Return the error of ours that `errors_sent` has sent; None where it is another one."""
+    """Return the error of ours that `error_sent` has made; None where it is another one."""
     try:
         sent = _SentError.model_validate_json(getattr(error, "extra_info", None) or b"")
     except ValidationError:

@@ -106,13 +106,10 @@ class FeaturePartition:
         threads: int | None = None,
         version: VersionName | None = None,
         progress: Progress | None = None,
-        shards: Sequence[int] | None = None,
     ) -> "FeaturePartition":
         """Open the shards of `rank`, of the newest snapshot or of `version`; missing local files are built.
 
         `version` is a number, or the name of a channel, which is looked up once.
-
-        `shards` names others than those of a rank, for who shares them out in another way (`featurestore.flight`).
 
         `threads` build and look up; by default up to 4 build, and half of the cores but no more than 4 look up: copying
         rows is bound by memory, and other ranks want theirs. A build holds 256 MB of data files, or the largest one,
@@ -128,10 +125,8 @@ class FeaturePartition:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         cores = len(os.sched_getaffinity(0))
         build_threads = threads or min(_MAX_THREADS, cores)
-        owner = f"rank {rank} of {num_ranks}" if shards is None else f"a partition of {len(shards)} shards"
-        held = owned_shards(store.info.num_shards, rank, num_ranks) if shards is None else sorted(set(shards))
-        if held and not 0 <= held[0] <= held[-1] < store.info.num_shards:
-            raise ValueError(f"shards={held[0]} to {held[-1]} are not in [0, num_shards={store.info.num_shards})")
+        owner = f"rank {rank} of {num_ranks}"
+        held = owned_shards(store.info.num_shards, rank, num_ranks)
         cached = open_or_build([snapshot.shard_reader(shard) for shard in held], folder, build_threads, progress)
         try:
             return cls(snapshot, held, cached, missing, threads or max(1, min(_MAX_THREADS, cores // 2)), owner)

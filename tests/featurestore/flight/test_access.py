@@ -8,8 +8,8 @@ import trustme
 from pyarrow import flight
 
 from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
-from featurestore.errors import AccessError, FeatureStoreError, ServerError
-from featurestore.flight.server import read_tls
+from featurestore.commands.serve import read_tls
+from featurestore.errors import AccessError, FeatureStoreError, UnavailableError
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import ServeSmall
 
@@ -52,10 +52,7 @@ def test_tokens(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -
             connect(server.address, token=wrong)
     with flight.FlightClient(server.address) as client:
         for call in (
-            lambda: list(client.list_flights()),
-            lambda: list(client.list_actions()),
             lambda: list(client.do_action(flight.Action("snapshot", b""))),
-            lambda: client.get_flight_info(flight.FlightDescriptor.for_path("newest")),
             lambda: client.do_get(flight.Ticket(b"{}")).read_all(),
             lambda: list(client.do_exchange(flight.FlightDescriptor.for_command(b"{}"))[1]),
         ):
@@ -72,11 +69,11 @@ def test_tls(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> N
     with connect(server.address, ca=good.ca) as client:
         assert not client.lookup(KEYS).missing_U.any()
     for ca in (other.ca, None):
-        with pytest.raises(AccessError, match="its certificate is refused"):
+        with pytest.raises(AccessError, match=r"^the certificate of .* is refused"):
             connect(server.address, ca=ca)
     with pytest.raises(AccessError, match=r"127\.0\.0\.1"):
         connect(f"grpc+tls://127.0.0.1:{server.port}", ca=good.ca)
-    with pytest.raises(ServerError, match=rf"answers by TLS alone: write grpc\+tls://localhost:{server.port}$"):
+    with pytest.raises(UnavailableError, match="only one side uses TLS"):
         connect(f"grpc://localhost:{server.port}", timeout_s=5)
     with pytest.raises(AccessError, match="cannot read"):
         connect(server.address, ca=tmp_path / "nosuch.pem")
@@ -89,9 +86,9 @@ def test_tls(serve_small: ServeSmall, filled: FeatureStore, tmp_path: Path) -> N
 @pytest.mark.long
 def test_tls_to_a_server_without(serve_small: ServeSmall, filled: FeatureStore) -> None:
     server = serve_small(filled)
-    with pytest.raises(ServerError, match=rf"answers without TLS: write grpc://127\.0\.0\.1:{server.port}, or") as told:
+    with pytest.raises(UnavailableError, match="only one side uses TLS") as told:
         connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
-    assert "SSL" not in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.long

@@ -1,11 +1,10 @@
-"""The bits that come over the wire are those of a partition: every dtype, one server and several, any keys."""
+"""The bits that come over the wire are those of a partition: every dtype, any keys."""
 
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from featurestore import (
@@ -18,9 +17,7 @@ from featurestore import (
     keys_of_uris,
 )
 from featurestore.errors import (
-    AnotherStoreError,
     MissingKeysError,
-    ServerError,
     SnapshotNotFoundError,
     UnavailableError,
 )
@@ -85,41 +82,6 @@ def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve_small: Serve
     server = serve_small(store)
     with connect(server.address, missing="zeros") as client:
         assert_same(client, store, tmp_path, any_keys())
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("cuts", [["0-3", "4-7"], ["0,2,4,6", "1,3", "5,7"]])
-def test_servers_that_share_the_shards(
-    cuts: list[str], info: StoreInfo, serve_small: ServeSmall, tmp_path: Path
-) -> None:
-    store = make_store(tmp_path / "store", info)
-    servers = [serve_small(store, "--shards", cut) for cut in cuts]
-    with connect(",".join(server.address for server in servers), missing="zeros") as client:
-        assert_same(client, store, tmp_path, any_keys())
-    with pytest.raises(ServerError, match="lack"):
-        connect(servers[0].address)
-    with pytest.raises(ServerError, match="both have"):
-        connect(f"{servers[0].address},{servers[0].address}")
-    with connect(",".join(server.address for server in servers)) as client, pytest.raises(MissingKeysError, match="17"):
-        client.lookup([17])
-
-
-@pytest.mark.long
-def test_a_partition_of_chosen_shards_refuses_others(info: StoreInfo, tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", info)
-    keys_U = any_keys()
-    with (
-        FeaturePartition.load(store, cache_dir=tmp_path, missing="zeros", shards=[2, 5]) as some,
-        FeaturePartition.load(store, cache_dir=tmp_path, missing="zeros") as whole,
-    ):
-        mine_U = some.owns(keys_U)
-        assert 0 < mine_U.sum() < len(keys_U)
-        expected = whole.lookup(keys_U[mine_U])
-        assert some.lookup(keys_U[mine_U]).features_UD.tobytes() == expected.features_UD.tobytes()
-        with pytest.raises(MissingKeysError, match="belongs to shard"):
-            some.lookup(keys_U[~mine_U][:1])
-        with pytest.raises(ValueError, match="not in"):
-            FeaturePartition.load(store, cache_dir=tmp_path, shards=[8])
 
 
 @pytest.mark.long
@@ -233,44 +195,23 @@ def ask_until_connected(client: FeatureClient, keys_U: np.ndarray, timeout_s: fl
 
 
 @pytest.mark.long
-def test_servers_of_different_snapshots_and_stores(
-    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve_small: ServeSmall, tmp_path: Path
-) -> None:
-    """The newest that all offer is taken; a store of the same kind that is another one is refused."""
-    store.put(make_rows(50, info))
-    low = serve_small(store, "--shards", "0-3", "--poll-s", "1000")
-    store.put(make_rows(60, info, seed=2))
-    high = serve_small(store, "--shards", "4-7")
-    with connect(f"{low.address},{high.address}") as client:
-        assert client.snapshot_version == 1
-    other = FeatureStore.create(tmp_path / "other", info)
-    other.put(make_rows(50, info))
-    with pytest.raises(AnotherStoreError, match="share one store"):
-        connect(f"{low.address},{serve_small(other, '--shards', '4-7').address}")
-
-
-@pytest.mark.long
 def test_other_languages_scan_a_snapshot(info: StoreInfo, serve_small: ServeSmall, tmp_path: Path) -> None:
-    """All that a client of Flight needs is what list_flights gives."""
+    """The live rows of a snapshot, decoded or as stored; a wrong ticket is an error."""
     from pyarrow import flight
 
     store = make_store(tmp_path / "store", info)
-    server = serve_small(store, "--shards", "0-5")
+    server = serve_small(store)
     with flight.FlightClient(server.address) as client:
-        flights = list(client.list_flights())
-        assert [each.descriptor.path for each in flights] == [[b"3"], [b"2"], [b"1"]]
-        newest = client.get_flight_info(flight.FlightDescriptor.for_path("newest"))
-        tables = [client.do_get(endpoint.ticket).read_all() for endpoint in newest.endpoints]
-        whole = client.do_get(flight.Ticket(b'{"columns": ["key"]}')).read_all()
-        raw = client.do_get(flight.Ticket(b'{"shard": 2, "decode": false}')).read_all()
+        whole = client.do_get(flight.Ticket(b"{}")).read_all()
+        first = client.do_get(flight.Ticket(b'{"version": 1, "columns": ["key", "width"]}')).read_all()
+        raw = client.do_get(flight.Ticket(b'{"columns": ["feature"], "decode": false}')).read_all()
         for ticket, word in (
             (b'{"columns": ["x"]}', "choose from"),
-            (b'{"shard": 6}', "shards 0-5"),
+            (b'{"version": 9}', "no snapshot 9"),
             (b"[]", "Ticket"),
         ):
             with pytest.raises(flight.FlightServerError, match=word):
                 client.do_get(flight.Ticket(ticket)).read_all()
-    expected = [store.snapshot().arrow_reader(shards=[shard]).read_all() for shard in range(6)]
-    assert pa.concat_tables(tables).equals(pa.concat_tables(expected))
-    assert newest.total_records == len(whole) == sum(map(len, expected))
-    assert set(raw["feature"].to_pylist()) == {bytes(row) for row in store.snapshot().read_shard(2).features_ND}
+    assert whole.equals(store.snapshot().to_arrow())
+    assert first.equals(store.snapshot(1).to_arrow(["key", "width"]))
+    assert raw.equals(store.snapshot().to_arrow(["feature"], decode=False))

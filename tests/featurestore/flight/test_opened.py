@@ -1,14 +1,15 @@
-"""Which snapshots a server has open: the newest, those that are used, and no more than a few."""
+"""Which snapshots a server has open: the newest, and a few older ones that clients ask for."""
 
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo
-from featurestore.errors import CorruptFileError, SnapshotNotFoundError, UnavailableError
-from featurestore.flight.server import Follower, OpenSnapshots
+from featurestore.errors import CorruptFileError, SnapshotNotFoundError
+from featurestore.flight.server import OpenSnapshots, follow
 from tests.featurestore.conftest import MakeRows
 
 
@@ -21,49 +22,52 @@ def filled(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> Feature
 
 
 def opened(store: FeatureStore, tmp_path: Path, **options: object) -> OpenSnapshots:
-    return OpenSnapshots(store, range(8), cache_dir=tmp_path / "cache", **options)  # type: ignore[arg-type]
+    return OpenSnapshots(store, cache_dir=tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The versions that were opened, in order; each takes a moment."""
+    load, versions = FeaturePartition.load, []
+
+    def noted(*args: object, **options: object) -> FeaturePartition:
+        versions.append(options["version"])
+        time.sleep(0.05)
+        return load(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FeaturePartition, "load", noted)
+    return versions
 
 
 def rows_of(snapshots: OpenSnapshots, version: int | None) -> int:
-    with snapshots.use(version) as partition:
-        return partition.num_rows
+    return snapshots.partition(version).num_rows
 
 
-def test_the_least_used_one_goes_first_and_the_newest_stays(filled: FeatureStore, tmp_path: Path) -> None:
-    snapshots = opened(filled, tmp_path, max_open=3)
-    assert snapshots.versions == [5]
-    assert [rows_of(snapshots, version) for version in (1, 2, 1, None, 3)] == [10, 20, 10, 50, 30]
-    assert snapshots.versions == [1, 3, 5]
-    snapshots.close()
-    assert snapshots.versions == []
+def test_the_least_used_one_goes_first_and_the_newest_stays(
+    filled: FeatureStore, tmp_path: Path, loads: list[int]
+) -> None:
+    snapshots = opened(filled, tmp_path, max_older=2)
+    asked = (1, 2, 1, None, 3, 1, 5, 2)
+    assert [rows_of(snapshots, version) for version in asked] == [10, 20, 10, 50, 30, 10, 50, 20]
+    assert loads == [5, 1, 2, 3, 2]
 
 
-def test_what_is_used_is_not_closed_and_too_many_are_refused(filled: FeatureStore, tmp_path: Path) -> None:
-    snapshots = opened(filled, tmp_path, max_open=3, keep_s=0)
-    with snapshots.use(1) as one, snapshots.use(2) as two:
-        with pytest.raises(UnavailableError, match="3 other snapshots"), snapshots.use(3):
-            pass
-        snapshots.let_go()
-        assert snapshots.versions == [1, 2, 5]
-        keys = filled.snapshot(1).keys()
-        assert len(one.lookup(keys).features_UD) == len(two.lookup(keys).features_UD) == 10
-    assert rows_of(snapshots, 3) == 30
-    snapshots.let_go()
-    assert snapshots.versions == [5]
-
-
-def test_what_nobody_used_for_a_while_goes(filled: FeatureStore, tmp_path: Path) -> None:
-    snapshots = opened(filled, tmp_path, keep_s=1000)
-    rows_of(snapshots, 2)
-    snapshots.let_go()
-    assert snapshots.versions == [2, 5]
+def test_what_is_used_answers_after_others_took_its_place(filled: FeatureStore, tmp_path: Path) -> None:
+    """And is unmapped when nobody uses it any more."""
+    snapshots = opened(filled, tmp_path, max_older=1)
+    one, keys = snapshots.partition(1), filled.snapshot(1).keys()
+    assert [rows_of(snapshots, version) for version in (2, 3)] == [20, 30]
+    assert len(one.lookup(keys).features_UD) == 10
+    unmapped = weakref.ref(one)
+    del one
+    assert unmapped() is None
 
 
 def test_one_snapshot_alone(filled: FeatureStore, tmp_path: Path) -> None:
     snapshots = opened(filled, tmp_path, version=2)
     assert rows_of(snapshots, None) == rows_of(snapshots, 2) == 20 and not snapshots.follow()
-    with pytest.raises(SnapshotNotFoundError, match="snapshot 2 of .* alone"), snapshots.use(5):  # noqa: RUF043
-        pass
+    with pytest.raises(SnapshotNotFoundError, match="snapshot 2 of .* alone"):  # noqa: RUF043
+        snapshots.partition(5)
 
 
 def test_a_snapshot_that_cannot_be_opened_is_tried_again(
@@ -76,38 +80,30 @@ def test_a_snapshot_that_cannot_be_opened_is_tried_again(
             raise CorruptFileError("damaged")
 
         patch.setattr(FeaturePartition, "load", damaged)
-        with pytest.raises(CorruptFileError), snapshots.use(3):
-            pass
-    assert snapshots.versions == [5] and rows_of(snapshots, 3) == 30
+        with pytest.raises(CorruptFileError):
+            snapshots.partition(3)
+    assert rows_of(snapshots, 3) == 30
 
 
-def test_many_threads_open_one_snapshot_once(
-    filled: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_threads_open_one_snapshot_once(filled: FeatureStore, tmp_path: Path, loads: list[int]) -> None:
     snapshots = opened(filled, tmp_path)
-    load, loads = FeaturePartition.load, []
-
-    def counted(*args: object, **options: object) -> FeaturePartition:
-        loads.append(options["version"])
-        time.sleep(0.1)
-        return load(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(FeaturePartition, "load", counted)
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(rows_of(snapshots, 4))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert loads == [4] and found == [40] * 8
+    assert loads == [5, 4] and found == [40] * 8
 
 
-def test_a_follower_reports_each_thing_once(
+def test_following_reports_each_thing_once(
     filled: FeatureStore, info: StoreInfo, make_rows: MakeRows, tmp_path: Path
 ) -> None:
     said: list[str] = []
     snapshots = opened(filled, tmp_path)
-    follower = Follower(snapshots, 0.01, said.append)
+    ended = threading.Event()
+    follower = threading.Thread(target=follow, args=(snapshots, 0.01, said.append, ended))
+    follower.start()
     filled.put(make_rows(70, info, seed=9))
     end = time.monotonic() + 30
     while not said and time.monotonic() < end:
@@ -117,6 +113,7 @@ def test_a_follower_reports_each_thing_once(
     while len(said) < 2 and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.1)
-    follower.stop()
+    ended.set()
+    follower.join()
     assert said[0] == "offers snapshot 6" and said[1].startswith("stays at snapshot 6: ") and len(said) == 2
     assert rows_of(snapshots, None) == 70
