@@ -116,7 +116,7 @@ def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:
     request, batch = prepared.request, prepared.batch
     served = request.served_S
     (service,) = run.engine.services.values()
-    num_images = sum(each.num_computed for each in served if isinstance(each, ContentRequest))
+    num_images = sum(each.num_unique for each in served if isinstance(each, ContentRequest))
     features = num_images * (service.partition.info.row_bytes if service.held is None else _PLACE_BYTES)
     places: list[Tensor] = [*request.index_of_field.values(), *request.lengths_of_field.values()]
     places += [rows for plan in request.plans for rows in (plan.reply_rows, plan.status_rows_P)]

@@ -32,7 +32,7 @@ def of_store(_: Path) -> list[str]:
 
 def show_run(unique_ratio_by_field: dict[str, float]) -> None:
     stages = {"read": {"median_ms": 123456.7, "share_of_step": 0.25, "hidden": 0.5}}
-    figures: dict[str, Any] = dict.fromkeys(("unique_ratio", "owner_skew", "reused_vectors"), 0.123456)
+    figures: dict[str, Any] = dict.fromkeys(("unique_ratio", "owner_skew"), 0.123456)
     figures |= {"samples_per_s": 1234567.8, "bytes_sent_per_step": 98765432, "bytes_by_collective_per_step": {}}
     figures |= {"name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040, "metrics": {"gauc": 0.654321}}
     figures |= {"missing_lookups": 7, "missing_by_store": {}, "seconds": {"wait": 12.5}, "stages": stages}

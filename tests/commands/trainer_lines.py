@@ -75,7 +75,6 @@ SETTINGS = [
     ("model.image_holdout=0.6", "model.image_holdout"),
     ("optim.embed_weight_decay=-1", "optim.embed_weight_decay"),
     ("model.cross_layers=1e400", "model.cross_layers"),
-    ("exchange.reuse_steps=-1", "exchange.reuse_steps"),
     ("optim.lr=nan", "optim.lr"),
     ("optim.lr=inf", "optim.lr"),
     ("optim.lr=-1", "optim.lr"),

@@ -59,7 +59,7 @@ class TestAlone:
         assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
         of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
         assert sum(of_steps) == pytest.approx(1)
-        assert (report["owner_skew"], report["reused_vectors"]) == (1.0, 0.0)
+        assert report["owner_skew"] == 1.0
         assert 0 < report["unique_ratio_by_field"]["behavior_image"] < 1
         met = set(train_ads.tolist())  # in 30 steps, all of them
         items = report["tables"]["item"]
@@ -96,11 +96,6 @@ class TestAlone:
         assert phases.count("wait") == phases.count("compute") == 5
         assert {stages.count(each) for each in stages if each != "read"} == {5}
         assert stages.count("read") >= 5  # and a few more ahead
-
-    def test_reuse_is_counted(self, places: Places) -> None:
-        changes = {"run__name": "reused", "train__max_steps": 12, "data__global_batch_size": 16}
-        report = report_of(run_alone(places, exchange__reuse_steps=3, **changes))
-        assert 0.1 < report["reused_vectors"] < 1
 
     def test_resumption_is_exact(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone-halves", **SHARED}

@@ -349,8 +349,6 @@ class ExchangeConfig(Section):
 
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of vectors and their gradients on the way; bfloat16: rounded, half of the bytes."""
-    reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
-    """An owner may answer with a visual vector that is up to this many steps old; 0: never, which is exact."""
 
 
 _LEAST_SHARE = 0.001

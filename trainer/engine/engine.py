@@ -23,7 +23,6 @@ from trainer.engine.machine import check_memory, check_same, holds_features, wit
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource, FieldVectors, HostLengths, KeyRequest
-from trainer.exchange.reuse import ReusingSource, VectorCache
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.tables import TableShape, apply_gradients, build_tables
@@ -366,21 +365,10 @@ class Engine:
                 network = model_name(field, model)
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 if name not in sources:
-                    sources[name] = self._content_source(self.services[field.store_name], network, config)
+                    sources[name] = ContentSource(self.services[field.store_name], network, self._comm.size)
         exchange = Exchange(self._comm, sources, source_of_field, self._device, self._dtype, config, self.stages)
         numbers = {name: list(sources).index(source) for name, source in source_of_field.items()}
         return exchange, self._comparison_of(model, numbers)
-
-    def _content_source(
-        self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None
-    ) -> ExchangeSource:
-        """Make a source of one E, with a cache of its vectors where they are to be kept for some steps."""
-        source = ContentSource(service, network, self._comm.size)
-        if exchange is None or exchange.reuse_steps == 0:
-            return source
-        rows = service.partition.num_rows
-        cache = VectorCache(rows, source.width, exchange.reuse_steps, self._device, self._dtype)
-        return ReusingSource(source, cache)
 
     def _comparison_of(self, model: ModelConfig, source_of_field: Mapping[str, int]) -> ImageComparison | None:
         """Make what compares images with each other; None where the model does not look at that."""

@@ -394,16 +394,11 @@ def splits_of(counts_P: Int64) -> Tensor:
 
 @dataclass
 class ContentRequest:
-    """Gathered features of the unique keys whose vectors E makes now: all of them, unless `reuse.ReusingSource`."""
+    """Gathered features of the unique keys whose vectors E makes."""
 
     gathered: Gathered
     inverse_R: Int64
     num_unique: int
-
-    @property
-    def num_computed(self) -> int:
-        """Count the keys whose vectors E makes now."""
-        return len(self.gathered.features_QD)
 
 
 class ContentSource:
@@ -416,10 +411,6 @@ class ContentSource:
 
     def owner_of(self, keys_U: Int64) -> Int64:
         return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
-
-    def places(self, keys_Q: Int64) -> Int64:
-        """Return the row of each key in the partition, -1 for one without a feature."""
-        return self._service.partition.places(keys_Q)
 
     def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
         keys_Q, inverse_R = unique(keys_R)

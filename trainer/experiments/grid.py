@@ -159,7 +159,6 @@ _EXPERIMENTS = (
         "Beyond the paper: settings that trade exactness for time",
         (
             _BOTH,
-            *(Variant(f"vectors up to {k} steps old", (*_BEST, f"exchange.reuse_steps={k}")) for k in (1, 4, 16)),
             Variant("bfloat16 on the wire", (*_BEST, "exchange.wire_dtype=bfloat16")),
         ),
         "One rank has no wire: the last row says something from two ranks on.",

@@ -29,20 +29,18 @@ STEP_PHASES: tuple[Phase, ...] = ("wait", "compute")
 class ImageCounts:
     """Images of one step, as this rank counts them.
 
-    They are keys in this rank's batch; unique ones that this rank, as their owner, answers for; those of them that it
-    runs E on (all, unless exchange.reuse_steps is set).
+    They are keys in this rank's batch, and unique ones that this rank, as their owner, runs E on and answers for.
     """
 
     references: int
     served: int
-    computed: int
 
 
 @dataclass
 class StepTotals:
     """Sums over the training steps of one rank since the run, or its resumption, began.
 
-    `image_references`, `images`, `computed_images`: the sums of `ImageCounts`; over all ranks `images` is the number of
+    `image_references`, `images`: the sums of `ImageCounts`; over all ranks `images` is the number of
     unique images of the global batches. `missing_by_store`: lookups of images without a feature, those of evaluations
     included. `unique_by_field`: different and all keys of a field in a rank's batch, summed over the steps that are
     logged. `warm_up_*`: the first step, which also pays for buffers and caches.
@@ -53,7 +51,6 @@ class StepTotals:
     references: int = 0
     image_references: int = 0
     images: int = 0
-    computed_images: int = 0
     missing_by_store: dict[str, int] = field(default_factory=dict)
     unique_by_field: dict[str, tuple[int, int]] = field(default_factory=dict)
     warm_up_samples: int = 0
@@ -80,7 +77,6 @@ class StepTotals:
         self.references += result.num_references
         self.image_references += images.references
         self.images += images.served
-        self.computed_images += images.computed
         if self.steps == 1:
             self.warm_up_samples, self.warm_up_s = self.samples, self.step_seconds
 
@@ -129,7 +125,6 @@ def count_images(request: KeyRequest) -> ImageCounts:
     return ImageCounts(
         references=sum(len(asked.inverse_N) for asked, _ in content),
         served=sum(served.num_unique for _, served in content),
-        computed=sum(served.num_computed for _, served in content),
     )
 
 
@@ -145,11 +140,10 @@ def step_details(
     details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique_by_field.items()}
     sent = {name: each.sent for name, each in comm.traffic.items() if name.startswith("step.")}
     details |= {f"bytes_sent_per_step/{name}": total / totals.steps for name, total in sent.items()}
-    images_R = comm.allgather_object((images.served, images.computed), name="log.images")
-    served = sum(each for each, _ in images_R)
+    served_R = comm.allgather_object(images.served, name="log.images")
+    served = sum(served_R)
     if served:
-        details["images/owner_skew"] = max(each for each, _ in images_R) * len(images_R) / served
-        details["images/reused_vectors"] = 1 - sum(computed for _, computed in images_R) / served
+        details["images/owner_skew"] = max(served_R) * len(served_R) / served
     return details
 
 
@@ -188,7 +182,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
         "bytes_sent_per_step": per_step(sum(sent.values())),
         "bytes_received_per_step": per_step(received),
         "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
-        "reused_vectors": 1 - sum(each.computed_images for each in ranks) / images if images else None,
         "unique_ratio_by_field": _unique_ratios(ranks),
         "owner_skew": max(served) * len(served) / images if images else None,
         "missing_lookups": sum(sum(each.missing_by_store.values()) for each in ranks),
@@ -271,7 +264,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     for name, value in report["metrics"].items():
         table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
     table.add_section()
-    for name in ("samples_per_s", "unique_ratio", "owner_skew", "reused_vectors", "bytes_sent_per_step"):
+    for name in ("samples_per_s", "unique_ratio", "owner_skew", "bytes_sent_per_step"):
         of_all = ", all ranks" if name == "bytes_sent_per_step" else ""
         table.add_row(name.replace("_", " ") + of_all, _text(report[name], "-"))
     for name, value in report["bytes_by_collective_per_step"].items():

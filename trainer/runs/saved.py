@@ -165,7 +165,7 @@ def read_run(folder: RunPath, which: str | None = None, samples: str | None = No
     data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
     if samples and not _has_training_samples(config):
         data["samples"] = samples
-    asked = config.changed(data=data, exchange={"reuse_steps": 0})
+    asked = config.changed(data=data)
     return SavedRun(folder, asked, path, checkpoint.read_state(path), config.data.missing)
 
 

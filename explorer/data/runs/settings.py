@@ -34,7 +34,6 @@ _OF_IMAGES = {
 }
 WITHOUT_IMAGES_IDLE = {
     "data.missing",
-    "exchange.reuse_steps",
     "optim.embed_weight_decay",
     *map("model.{}".format, _OF_IMAGES),
 }

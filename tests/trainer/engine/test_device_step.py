@@ -198,10 +198,6 @@ def test_one_wait_and_no_atomic_add_with_exact_tables(engine_of: Callable[..., E
         check(engine_of({"tables": {"user": 64, "item": exact, "place": 8}, "table_shards": 4}))
 
 
-def test_one_wait_and_no_atomic_add_with_reused_vectors(engine_of: Callable[..., Engine]) -> None:
-    check(engine_of({}, ExchangeConfig(reuse_steps=2)))
-
-
 @pytest.mark.parametrize("ids", ["adam", "rowwise_adam", "adagrad", "rowwise_adagrad", "ftrl"])
 def test_one_wait_and_no_atomic_add_with_every_optimizer(ids: Any, engine_of: Callable[..., Engine]) -> None:
     more = {} if ids in ("adam", "ftrl") else {"id_l2": 0.1, "ids_weight_decay": 0.1}

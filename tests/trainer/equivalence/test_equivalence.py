@@ -258,7 +258,7 @@ class TestModels(Equivalence):
 @pytest.mark.parametrize(
     ("num_ranks", "run"),
     [
-        *((2, run) for run in (*FEW, "delayed", "reused", "rounded", "compared")),
+        *((2, run) for run in (*FEW, "delayed", "rounded", "compared")),
         *((4, run) for run in RUNS if run in FEW),
         *(pytest.param(2, run, marks=pytest.mark.slow) for run in (*RUNS, *MODEL_RUNS) if run not in FEW),
     ],
@@ -291,18 +291,6 @@ class TestOverlap:
         delayed, usual = results_of(num_ranks)["delayed"], results_of(num_ranks)["both_attentive/float64"]
         assert delayed["losses_P"] == usual["losses_P"]
         assert all(torch.equal(delayed["trained"][name], value) for name, value in usual["trained"].items())
-
-    def test_reused_vectors_are_the_same_for_any_number_of_ranks(
-        self, num_ranks: int, results_of: Callable[[int], Results]
-    ) -> None:
-        reused, alone = results_of(num_ranks)["reused"], results_of(1)["reused"]
-        expected = torch.tensor(alone["losses_P"][0], dtype=torch.float64)
-        losses = torch.tensor(reused["losses_P"][0], dtype=torch.float64)
-        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
-        _assert_same(reused["trained"], alone["trained"], 1e-9)
-        exact = torch.tensor(results_of(1)["both_attentive/float64"]["losses_P"][0], dtype=torch.float64)
-        assert losses[0] == pytest.approx(float(exact[0]), rel=1e-9)
-        assert 1e-6 < float((losses - exact).abs().max()) < 0.3
 
     def test_compared_images_are_the_same_for_any_number_of_ranks(
         self, num_ranks: int, results_of: Callable[[int], Results]

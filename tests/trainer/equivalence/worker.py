@@ -1,7 +1,7 @@
 """Every scenario on the ranks that horovodrun starts, or alone:  python worker.py STORE OUT PART
 
 Rank 0 writes to OUT what the engine did: losses on every rank, number of collectives, first gradients, final state; the
-same with delays and with reused vectors; and how each rank ended where one fails.
+same with delays; and how each rank ended where one fails.
 """
 
 import contextlib
@@ -277,16 +277,13 @@ def main(store_url: str, out: Path, part: str) -> None:
 
 
 def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
-    """Run the usual scenario late, with reused, rounded and compared vectors, and with features held in memory."""
+    """Run the usual scenario late, with rounded and compared vectors, and with features held in memory."""
     results: dict[str, object] = {}
     usual = SCENARIOS["both_attentive"]
     with delays(comm.rank):
         results["delayed"] = {**run(comm, store, usual, "float64"), "initial": None}
-    for name, exchange in {
-        "reused": ExchangeConfig(reuse_steps=2),
-        "rounded": ExchangeConfig(wire_dtype="bfloat16"),
-    }.items():
-        results[name] = {**run(comm, store, usual, "float64", exchange), "initial": None}
+    rounding = ExchangeConfig(wire_dtype="bfloat16")
+    results["rounded"] = {**run(comm, store, usual, "float64", rounding), "initial": None}
     compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
     results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
     for name in ("both_attentive", "sum_rank_without_data"):

@@ -21,7 +21,7 @@ Places = Any
 def run(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps, each of which left a checkpoint."""
     places = make_places(tmp_path_factory.mktemp("trained"))
-    changes = {"train__max_steps": 3, "train__checkpoint_every": 1, "exchange__reuse_steps": 2}
+    changes = {"train__max_steps": 3, "train__checkpoint_every": 1}
     train(load_config(settings=places.settings(run__name="a", **changes)), SoloComm())
     return Path(places.folder) / "runs" / "a"
 
@@ -58,7 +58,6 @@ def test_images_without_a_feature_stop_nothing(copy: Path, trained_with: str, op
     (copy / "config.yaml").write_text(text.replace("missing: learned", f"missing: {trained_with}"))
     saved = read_run(copy)
     assert (saved.missing_in_training, saved.config.data.missing) == (trained_with, opened_with)
-    assert saved.config.exchange.reuse_steps == 0
     assert [bool(saved.notes_on_missing(count)) for count in (0, 3)] == [False, True]  # it met none
     report = (copy / "report.json").read_text()
     (copy / "report.json").write_text(report.replace('"missing_lookups": 0', '"missing_lookups": 4'))

@@ -47,9 +47,9 @@ def test_groups_differ_in_their_images_alone() -> None:
 
 
 def test_settings_that_a_run_without_images_has_no_use_for_do_not_count_for_it() -> None:
-    ids = run("ids", "none", **{"data.missing": "error", "model.pooling": "sum", "exchange.reuse_steps": 4})
-    both = run("both", "both", **{"data.missing": "learned", "model.pooling": "attentive", "exchange.reuse_steps": 0})
-    ad = run("ad", "ad", **{"data.missing": "zeros", "model.pooling": "attentive", "exchange.reuse_steps": 0})
+    ids = run("ids", "none", **{"data.missing": "error", "model.pooling": "sum"})
+    both = run("both", "both", **{"data.missing": "learned", "model.pooling": "attentive"})
+    ad = run("ad", "ad", **{"data.missing": "zeros", "model.pooling": "attentive"})
     assert [[each.name for each in group] for group in image_groups([ids, both])] == [["ids", "both"]]
     assert [row.name for row in differing([ids, both]) if row.is_figure] == ["model.images"]
     assert [[each.name for each in group] for group in image_groups([both, ad])] == []  # both see images

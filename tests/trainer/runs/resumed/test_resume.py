@@ -204,15 +204,6 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
     assert names(runs.folder / "a") == steps_of(2, 4, 6)
 
 
-def test_reused_vectors_are_in_no_checkpoint(runs: Runs) -> None:
-    reuse = {"exchange__reuse_steps": 3}
-    whole = runs.train("whole", **reuse)
-    runs.train("halves", train__max_steps=3, **reuse)
-    halves = runs.train("halves", run__resume="latest", **reuse)
-    with pytest.raises(AssertionError, match="model"):
-        assert_same(halves, whole)
-
-
 def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     """As a launcher that starts a job again needs it: run.resume=auto."""
     runs.train("b", run__resume="auto", train__max_steps=4)
