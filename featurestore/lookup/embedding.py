@@ -144,11 +144,6 @@ class StepMasks:
         kept_QH, grown = self._kept(f"hidden{number}", hidden_QH, self.dropout.hidden)
         return hidden_QH * (kept_QH.to(hidden_QH.dtype) * grown)
 
-    def held_back(self, visual_QV: Tensor) -> Tensor:
-        """Return the visual vectors, those of held-out images without a gradient."""
-        is_out_Q = on_device(self.dropout.is_held_out(self.keys_Q), visual_QV.device)
-        return torch.where(is_out_Q.unsqueeze(1), visual_QV.detach(), visual_QV)
-
     def _kept(self, layer: str, rows: Tensor, share: float) -> tuple[Tensor, float]:
         kept, grown = self.dropout.kept(f"{self.name}/{layer}", self.keys_Q, rows.shape[1], share)
         return on_device(kept, rows.device), grown
@@ -307,8 +302,6 @@ class EmbeddingService(nn.Module):
         if self.dropout is not None and self.training and gathered.keys_Q is not None:
             masks = StepMasks(self.dropout, name, gathered.keys_Q)
         visual_QV = model.of_numbers(numbers_QD, masks)
-        if masks is not None and masks.dropout.held_out:
-            visual_QV = masks.held_back(visual_QV)
         if gathered.missing_Q is None or self.partition.missing_policy == "error":
             return visual_QV
         missing_Q1 = on_device(gathered.missing_Q, device).unsqueeze(1)

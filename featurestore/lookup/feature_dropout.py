@@ -9,24 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.keys import key_of_uri, sampled, splitmix64, stream_start
+from featurestore.keys import splitmix64, stream_start
 
 _LEVELS = 256  # of a random byte
 
 
 @dataclass
 class EmbeddingDropout:
-    """The shares of features, outputs and images that E does not see or learn from; `step` is set before each step.
+    """The shares of features and outputs that E does not see; `step` is set before each step.
 
     `features`: share of an image's features that count as the mean of all images. `hidden`: share of the outputs of
-    each hidden layer that are zero. What is left grows by 1 / (1 - share) in both. `held_out`: share of images that E
-    learns nothing from in the whole run.
+    each hidden layer that are zero. What is left grows by 1 / (1 - share) in both.
     """
 
     seed: int
     features: float = 0.0
     hidden: float = 0.0
-    held_out: float = 0.0
     step: int = 0
 
     def kept(self, name: str, keys_Q: NDArray[np.int64], width: int, share: float) -> tuple[NDArray[np.bool_], float]:
@@ -40,7 +38,3 @@ class EmbeddingDropout:
         words_QW = splitmix64((of_key_Q1 + np.arange(-(-width // 8), dtype=np.uint64)).view(np.int64))
         drawn_QW = words_QW.astype("<u8", copy=False).view(np.uint8)[:, :width]
         return drawn_QW >= below, _LEVELS / (_LEVELS - below)
-
-    def is_held_out(self, keys_N: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which images E learns nothing from, (N,)."""
-        return sampled(keys_N, self.held_out, key_of_uri(f"{self.seed}/image_holdout"))

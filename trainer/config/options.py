@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -147,22 +147,6 @@ TableConfig = Annotated[
 ]
 
 
-class NewAdSettings(NamedTuple):
-    """The settings that make a model treat new ads in another way than known ones, and what takes them back."""
-
-    setting: str
-    otherwise: str
-
-    @classmethod
-    def of(cls, image_holdout: float, image_dropout: float) -> "NewAdSettings | None":
-        """Return which of these two settings do; None: neither."""
-        given = {"model.image_holdout": image_holdout, "model.image_dropout": image_dropout}
-        names = [name for name, value in given.items() if value]
-        if not names:
-            return None
-        return cls(" and ".join(f"{name}={given[name]}" for name in names), " and ".join(f"{name}=0" for name in names))
-
-
 class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
@@ -238,9 +222,6 @@ class ModelConfig(Section):
     """Share of an image's features that E takes for their mean in a training step; rounded to a 256th."""
     embed_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
     """Share of the outputs of each of E's hidden layers that are zero in a training step; rounded to a 256th."""
-    image_holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of images that E learns nothing from: on their ads the model learns what a new ad's picture is worth
-    (docs/NEW_ADS.md); needs id_init_std of 0.001 or less."""
     image_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad has no picture: its visual vectors are zero. Evaluations then decide, on ads
     that training has not seen, whether pictures of new ads count, or are zero too (docs/NEW_ADS.md); needs id_init_std
@@ -257,11 +238,6 @@ class ModelConfig(Section):
     )
     """Each ID table by name: a number of rows into which ids are hashed, rounded up to fill every shard; or a row for
     each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30} (docs/ID_TABLES.md)."""
-
-    @property
-    def new_ad_settings(self) -> "NewAdSettings | None":
-        """Return what makes the model treat new ads in another way than known ones; None: it does not."""
-        return NewAdSettings.of(self.image_holdout, self.image_dropout)
 
     @field_validator("base", mode="before")
     @classmethod
@@ -307,11 +283,11 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _new_ads_are_distinct(self) -> "ModelConfig":
-        if (marking := self.new_ad_settings) and self.id_init_std > LARGEST_UNTRAINED:
+        if self.image_dropout and self.id_init_std > LARGEST_UNTRAINED:
             raise ValueError(
-                f"{marking.setting} takes an ad for new while its ID rows lie where rows start, and with "
-                f"model.id_init_std={self.id_init_std} trained rows lie there too; set it to {LARGEST_UNTRAINED} or "
-                "less"
+                f"model.image_dropout={self.image_dropout} takes an ad for new while its ID rows lie where rows start, "
+                f"and with model.id_init_std={self.id_init_std} trained rows lie there too; set it to "
+                f"{LARGEST_UNTRAINED} or less"
             )
         return self
 

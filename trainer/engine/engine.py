@@ -342,17 +342,12 @@ class Engine:
         return on_device(values, self._device).to(dtype=dtype)
 
     def _dropouts(self, schema: Schema, model: ModelConfig, seed: int) -> tuple[EmbeddingDropout, IdDropout]:
-        """Make the dropouts of E and of the ads' own IDs; both hold the same images out."""
-        new_ads = self.model.new_ads
-        of_images = EmbeddingDropout(
-            seed, model.feature_dropout, model.embed_dropout, model.image_holdout if new_ads else 0.0
-        )
+        """Make the dropouts of E and of the ads' own IDs."""
+        of_images = EmbeddingDropout(seed, model.feature_dropout, model.embed_dropout)
         for service in self.services.values():
             service.dropout = of_images
-        images = new_ads.images if new_ads and new_ads.holds_out else ()
-        held_out = dict.fromkeys(images, of_images.is_held_out)
-        image_rate = model.image_dropout if new_ads else 0.0
-        return of_images, IdDropout(schema, model.id_dropout, seed, held_out, image_rate=image_rate)
+        image_rate = model.image_dropout if self.model.new_ads else 0.0
+        return of_images, IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
 
     def _exchange_of(
         self, model: ModelConfig, config: ExchangeConfig | None

@@ -211,7 +211,7 @@ class Training:
 
         new_ads = self._engine.model.new_ads
         with self.totals.timed("evaluate"), self._engine.averaged():
-            if new_ads is not None and new_ads.is_checked and can_tell(run.config.run):
+            if new_ads is not None and can_tell(run.config.run):
                 self.metrics = checked(self._measured, new_ads, run.comm, self._progress.say)
             else:
                 self.metrics, _ = self._measured()
@@ -254,7 +254,7 @@ class Training:
     def new_ad_pictures_count(self) -> bool | None:
         """Return whether pictures of new ads count; None where nothing decides on it (model.image_dropout)."""
         new_ads = self._engine.model.new_ads
-        return new_ads.pictures_count if new_ads is not None and new_ads.is_checked else None
+        return new_ads.pictures_count if new_ads is not None else None
 
     @property
     def checkpoint_stall_ms(self) -> float | None:

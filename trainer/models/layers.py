@@ -16,7 +16,7 @@ is dropped is zero as well, as one without features may be (data.missing=zeros).
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -367,61 +367,27 @@ class _SegmentMax(torch.autograd.Function):
         return torch.repeat_interleave(share_MV, lengths_M, dim=0, output_size=len(rows_N)) * is_highest_N, None
 
 
-HELD_OUT_RATE = 0.5
-"""Of the samples of ads whose images are held out of E's training (model.image_holdout)."""
-
-
-HeldOut = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
-
-
 class IdDropout:
     """Drops the own IDs, or the visual vectors, of the ads of some training samples.
 
-    IDs are dropped of a share `rate` of samples, and of half of those whose ad's images are all held out; visual
-    vectors of a share `image_rate`.
-
-    `held_out`: by content field of the ad, which of the images of these keys are.
+    IDs are dropped of a share `rate` of samples, visual vectors of a share `image_rate`.
     """
 
-    def __init__(
-        self,
-        schema: Schema,
-        rate: float,
-        seed: int,
-        held_out: Mapping[str, HeldOut] | None = None,
-        *,
-        image_rate: float = 0.0,
-    ) -> None:
-        self.rate, self._seed, self._held_out, self._image_rate = rate, seed, held_out or {}, image_rate
+    def __init__(self, schema: Schema, rate: float, seed: int, *, image_rate: float = 0.0) -> None:
+        self.rate, self._seed, self._image_rate = rate, seed, image_rate
         self.fields = own_ids_of_ads(schema)
         self._images = tuple(field.name for field in schema.of_kind("content", side="ad"))
 
     def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
         """Replace the vectors of dropped samples by zeros that have no gradient, for training step `step`."""
         result = dict(vectors)
-        if self.rate or self._held_out:
-            rate: float | NDArray[np.float64] = self.rate
-            if self._held_out:
-                rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
-            dropped_B = dropped(self._seed, step, batch.places, rate)
+        if self.rate:
+            dropped_B = dropped(self._seed, step, batch.places, self.rate)
             result |= {name: _zeroed(result[name], dropped_B) for name in self.fields if name in result}
         if self._image_rate:
             dropped_B = dropped(self._seed, step, batch.places, self._image_rate, "image_dropout")
             result |= {name: _zeroed(result[name], dropped_B) for name in self._images if name in result}
         return result
-
-
-def _all_held_out(batch: Batch, held_out: Mapping[str, HeldOut]) -> NDArray[np.bool_]:
-    """Return which ads have images that are all held out, (B,): of each content one, or a gallery."""
-    num_images_B, num_known_B = np.zeros(batch.num_samples), np.zeros(batch.num_samples)
-    for name, is_held_out in held_out.items():
-        is_known_N = ~is_held_out(batch.fields[name].values_N)
-        sizes_B = batch.galleries[name].values_N if name in batch.galleries else np.ones(batch.num_samples, np.int64)
-        sample_N = np.repeat(np.arange(batch.num_samples), sizes_B)
-        num_images_B += sizes_B
-        num_known_B += np.bincount(sample_N, weights=is_known_N, minlength=batch.num_samples)
-    is_all_B: NDArray[np.bool_] = (num_known_B == 0) & (num_images_B > 0)
-    return is_all_B
 
 
 def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
@@ -440,9 +406,9 @@ def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
 
 
 def dropped(
-    seed: int, step: int, place_B: NDArray[np.int64], rate: float | NDArray[np.float64], what: str = "id_dropout"
+    seed: int, step: int, place_B: NDArray[np.int64], rate: float, what: str = "id_dropout"
 ) -> NDArray[np.bool_]:
-    """Return whether the samples at these places of the global batch are dropped, (B,). `rate`: one, or each's.
+    """Return whether the samples at these places of the global batch are dropped, (B,).
 
     Counter based: the number at the sample's place in the global batch, of a stream for (seed, what, step). So it
     depends neither on the number of ranks nor on what was drawn before.

@@ -5,18 +5,11 @@ training. Here the vector of each of its own IDs is p(v) + row: p a small net of
 clicks with all else, as in IDProxy (arXiv 2603.01590). The row learns what the picture does not say of this ad; a new
 ad has p(v) and a row near zero, or in an exact table the trained row that ids without their own share.
 
-From images held out (model.image_holdout) E learns nothing. The check belongs to model.image_dropout.
-
 E knows the pictures of its training by heart, in part; of a new picture it makes a vector that may mean less, or, with
-poor features, nothing. The networks cannot tell, as long as all ads that they see are known. So a share of the images
-is held out of E's training, and half of their samples lose their ad's own IDs (trainer/models/layers.py): these
-look as a new ad will. A new ad's visual vector goes through a scale and a shift of its own, which
-these samples alone train.
-
-The networks come to know held-out pictures by heart as well, so features that say nothing still take a little away.
-Only ads that no part of the model has seen can tell. With `image_dropout` the model also learns to do without pictures,
-on some samples; an evaluation scores the ads that training has not seen with and without them, and what ranks these
-better holds from then on (trainer/loop/training.py).
+poor features, nothing. The networks cannot tell, as long as all ads that they see are known: only ads that no part of
+the model has seen can tell. With `model.image_dropout` the model learns to do without pictures, on some samples; an
+evaluation scores the ads that training has not seen with and without them, and what ranks these better holds from then
+on (trainer/loop/training.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from trainer.config.options import ExactTableConfig, ModelConfig, NewAdSettings
+from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors, take_rows
 from trainer.models.layers import expand_rows, lengths_of, own_ids_of_ads, segment_max, value_rows, width_of
@@ -73,53 +66,40 @@ _ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)
 
 
 class NewAds(nn.Module):
-    """What the networks see in place of the visual vectors v of new ads.
-
-    With `image_holdout` it is scale * v + shift, scale and shift one number an element; where pictures do not count, v
-    is zero.
+    """What the networks see in place of the visual vectors of new ads: zeros, where pictures do not count.
 
     An ad is new while none of its own IDs has been trained: while every number of their rows lies where rows start, or
     is zero, as ID dropout leaves it. So nothing but the rows themselves has to be known, here and where ads are served.
     """
 
     counts: Tensor
-    """Whether pictures of new ads count, 1 or 0; with `image_dropout` alone."""
+    """Whether pictures of new ads count, 1 or 0."""
 
     def __init__(self, images: Sequence[Field], own_ids: Sequence[str], config: ModelConfig) -> None:
         super().__init__()
         self.images = tuple(field.name for field in images)
         self._own_ids = own_ids
         self._reach = config.id_init_std * 3**0.5 * _ROUNDING  # rows start uniformly around zero
-        self.holds_out, self.is_checked = config.image_holdout > 0, config.image_dropout > 0
-        if self.holds_out:
-            self.scale = nn.ParameterDict({f.name: nn.Parameter(torch.ones(width_of(f, config))) for f in images})
-            self.shift = nn.ParameterDict({f.name: nn.Parameter(torch.zeros(width_of(f, config))) for f in images})
-        if self.is_checked:
-            self.register_buffer("counts", torch.ones(()))
+        self.register_buffer("counts", torch.ones(()))
 
     @property
     def pictures_count(self) -> bool:
         """Return whether new ads keep their pictures."""
-        return not self.is_checked or bool(self.counts)
+        return bool(self.counts)
 
     def decide(self, *, pictures_count: bool) -> None:
         """Settle whether new ads keep their pictures."""
         self.counts.fill_(pictures_count)
 
     def forward(self, fields: Mapping[str, FieldVectors]) -> dict[str, FieldVectors]:
-        """Replace the visual vectors of new ads; each ad then has a vector of its own."""
-        is_decided = self.is_checked and not self.training
-        if not (self.holds_out or is_decided):
+        """Replace the visual vectors of new ads, except in training; each ad then has a vector of its own."""
+        if self.training:
             return dict(fields)
         is_new_B1 = self._are_new(fields).unsqueeze(1)
         result = dict(fields)
         for name in self.images:
-            known_BV = visual_BV = take_rows(fields[name].vectors_UV, fields[name].index_N)
-            if is_decided:
-                visual_BV = visual_BV * self.counts
-            if self.holds_out:
-                visual_BV = torch.addcmul(self.shift[name], visual_BV, self.scale[name])
-            visual_BV = torch.where(is_new_B1, visual_BV, known_BV)
+            known_BV = take_rows(fields[name].vectors_UV, fields[name].index_N)
+            visual_BV = torch.where(is_new_B1, known_BV * self.counts, known_BV)
             index_N = torch.arange(visual_BV.shape[0], device=visual_BV.device)
             result[name] = FieldVectors(visual_BV, index_N, fields[name].lengths_M, fields[name].weights_N)
         return result
@@ -138,14 +118,14 @@ class NewAds(nn.Module):
 def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
     """Make `NewAds`, or return None where the model has no use for it.
 
-    It has none where no image is held out and nothing is checked, or the model sees no picture of the ad, or the ad has
-    no own ID. An ID crossed with the context does not count: an ad's vector is made where there is none
-    (trainer.prerank). Raises ConfigError where an ID table would hide all new ads.
+    It has none without `image_dropout`, or where the model sees no picture of the ad, or the ad has no own ID. An ID
+    crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank). Raises
+    ConfigError where an ID table would hide all new ads.
     """
     images, own_ids = _images_and_ids(schema, fields)
-    if not (config.new_ad_settings and images and own_ids):
+    if not (config.image_dropout and images and own_ids):
         return None
-    _check_tables([field.table_name for field in own_ids], config, config.new_ad_settings)
+    _check_tables([field.table_name for field in own_ids], config)
     return NewAds(images, [field.name for field in own_ids], config)
 
 
@@ -164,13 +144,13 @@ def _images_and_ids(schema: Schema, fields: Sequence[Field]) -> tuple[list[Field
     )
 
 
-def _check_tables(own_tables: Sequence[str], config: ModelConfig, marking: NewAdSettings) -> None:
+def _check_tables(own_tables: Sequence[str], config: ModelConfig) -> None:
     """Refuse tables in which new ids wait for a row: they share a trained one, and would never be those of a new ad."""
     for name in own_tables:
         table = config.tables.get(name)
         if isinstance(table, ExactTableConfig) and table.admit_after > 1:
             raise ConfigError(
-                f"{marking.setting} takes an ad for new while its ID rows are untrained, and with "
-                f"model.tables.{name}.admit_after={table.admit_after} new ids share a trained row; set "
-                f"model.tables.{name}.admit_after=1, or {marking.otherwise}"
+                f"model.image_dropout={config.image_dropout} takes an ad for new while its ID rows are untrained, and "
+                f"with model.tables.{name}.admit_after={table.admit_after} new ids share a trained row; set "
+                f"model.tables.{name}.admit_after=1, or model.image_dropout=0"
             )

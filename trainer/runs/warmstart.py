@@ -18,7 +18,6 @@ from torch import Tensor
 from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm
 from trainer.config.config import WarmPart
-from trainer.config.options import NewAdSettings
 from trainer.engine.engine import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
@@ -139,8 +138,6 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
     """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
     theirs = warm.state.origin.model
     differing = [name for name in sorted(_meaning(model) | _meaning(theirs)) if model[name] != theirs[name]]
-    if _maps_new_ads(model) != _maps_new_ads(theirs):
-        differing.append("image_holdout")
     if differing:
         was, has = (", ".join(f"model.{name}={each[name]}" for name in differing) for each in (theirs, model))
         raise CheckpointError(
@@ -169,11 +166,6 @@ def _meaning(model: Mapping[str, Any]) -> set[str]:
     return names
 
 
-def _maps_new_ads(model: Mapping[str, Any]) -> bool:
-    """Whether the pictures of new ads have a scale and a shift of their own."""
-    return model["image_holdout"] > 0 and _sees_ads(model)
-
-
 def _sees_ads(model: Mapping[str, Any]) -> bool:
     return model["images"] in ("ad", "both")
 
@@ -188,12 +180,12 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
                 f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
                 "its data.schema_file, or leave ids out of run.warm_parts"
             )
-    marking = NewAdSettings.of(model["image_holdout"], model["image_dropout"]) if _sees_ads(model) else None
-    if marking and theirs["id_init_std"] > model["id_init_std"]:
+    marks_new_ads = model["image_dropout"] and _sees_ads(model)
+    if marks_new_ads and theirs["id_init_std"] > model["id_init_std"]:
         raise CheckpointError(
             f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
-            f"and with {marking.setting} an ad is new while its rows lie within this run's {model['id_init_std']}, so "
-            f"none would be; leave ids out of run.warm_parts, or set {marking.otherwise}"
+            f"and with model.image_dropout={model['image_dropout']} an ad is new while its rows lie within this run's "
+            f"{model['id_init_std']}, so none would be; leave ids out of run.warm_parts, or set model.image_dropout=0"
         )
 
 

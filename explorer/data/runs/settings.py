@@ -29,7 +29,6 @@ _OF_IMAGES = {
     "id_proxy",
     "feature_dropout",
     "embed_dropout",
-    "image_holdout",
     "image_dropout",
 }
 WITHOUT_IMAGES_IDLE = {

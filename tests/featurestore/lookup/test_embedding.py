@@ -137,7 +137,7 @@ def test_prelu_of_several_blocks_has_the_gradients_of_torchs(num_rows: int) -> N
 
 
 class TestDropout:
-    """A training step drops numbers of images, and E learns nothing from those that are held out."""
+    """A training step drops numbers of images."""
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_dropped_features_count_as_the_mean_and_the_others_grow(self, tmp_path: Path, dtype: str) -> None:
@@ -175,20 +175,6 @@ class TestDropout:
         service.dropout = EmbeddingDropout(4, features=0.5, hidden=0.5)
         assert torch.equal(service.embed("e", service.gather(np.arange(9))), plain)
         assert not torch.equal(service.train().embed("e", service.gather(np.arange(9))), plain)
-
-    def test_held_out_images_have_vectors_and_no_gradient(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
-        plain = service.embed("e", service.gather(np.arange(50)))
-        service.dropout = EmbeddingDropout(4, held_out=0.3)
-        is_out_Q = torch.from_numpy(service.dropout.is_held_out(np.arange(50)))
-        assert 0 < is_out_Q.sum() < 50
-        visual = service.embed("e", service.gather(np.arange(50)))
-        assert torch.equal(visual, plain)
-        only_out, others = ((visual * mask.unsqueeze(1)).sum() for mask in (is_out_Q, ~is_out_Q))
-        only_out.backward(retain_graph=True)
-        assert not any(p.grad.any() for p in service.parameters())
-        others.backward()
-        assert all(p.grad.any() for p in service.parameters())
 
 
 class TestService:

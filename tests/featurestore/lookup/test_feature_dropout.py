@@ -37,11 +37,3 @@ def test_masks_of_other_steps_layers_seeds_and_neighbouring_keys_are_others() ->
     ]
     assert all(0.45 < (mine == other).mean() < 0.55 for other, _ in others)
     assert abs(np.corrcoef(mine[:-1].ravel(), mine[1:].ravel())[0, 1]) < 0.05
-
-
-def test_held_out_images_are_the_same_in_every_step() -> None:
-    held_out = EmbeddingDropout(1, held_out=0.2).is_held_out(KEYS)
-    assert 0.1 < held_out.mean() < 0.3
-    assert (EmbeddingDropout(1, held_out=0.2, step=5).is_held_out(KEYS) == held_out).all()
-    assert (EmbeddingDropout(2, held_out=0.2).is_held_out(KEYS) != held_out).any()
-    assert not EmbeddingDropout(1).is_held_out(KEYS).any()

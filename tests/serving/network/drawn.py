@@ -103,7 +103,7 @@ class Drawn:
         sizes_K = self.rng.integers(0, 4, count) if field.gallery else None
         rows_NV = self._reals(count if sizes_K is None else int(sizes_K.sum()), width_of(field, self.settings))
         if field.name == "ad_item":
-            rows_NV[::3] *= 1e-7  # new ads, for model.image_holdout
+            rows_NV[::3] *= 1e-7  # new ads, for model.image_dropout
         weights_N = self._reals(count) if field.weights else None
         return FieldRows(rows_NV=rows_NV, lengths_M=lengths_M, weights_N=weights_N, sizes_K=sizes_K)
 

@@ -35,8 +35,8 @@ SETTINGS: list[dict] = [
     {"activation": "prelu"},
     {"base": "dcn", "cross_structure": "stacked"},
     {"base": "finalmlp", "feature_gates": False, "fusion_heads": 2},
-    *({"image_holdout": 0.1, "base": base} for base in ("mlp", "two_tower")),
-    *({"gallery": gallery, "image_holdout": 0.1, "pooling": pooling} for gallery, pooling in
+    *({"image_dropout": 0.1, "base": base} for base in ("mlp", "two_tower")),
+    *({"gallery": gallery, "image_dropout": 0.1, "pooling": pooling} for gallery, pooling in
       (("mean", "attentive"), ("max", "transformer"), ("mean", "concat"), ("max", "max"))),
 ]  # fmt: skip
 USERS: list[tuple[list[int], list[int]]] = [
@@ -77,15 +77,14 @@ def drawn_of(settings: dict) -> Drawn:
     given = dict(settings)
     fields, chosen = schema(gallery=given.pop("gallery", None)), config(**given)
     model = model_of(fields, chosen)
-    if model.new_ads is not None and model.new_ads.is_checked:
+    if model.new_ads is not None:
         model.new_ads.decide(pictures_count=False)
     return Drawn(model, chosen)
 
 
 SOME = [
     {"base": "din", "similarity_tiers": 3, "similarity_top_k": 5},
-    {"gallery": "mean", "image_holdout": 0.1},
-    {"image_dropout": 0.1},
+    {"gallery": "mean", "image_dropout": 0.1},
 ]
 """Lists paired value by value with lists of uneven length a candidate, galleries, and pictures that do not count."""
 

@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query", "model__similarity_tiers": 5},
     "two_tower": {"model__base": "two_tower", "model__pooling": "sum"}
-    | {"model__image_holdout": 0.3, "model__id_dropout": 0.3},
+    | {"model__image_dropout": 0.3, "model__id_dropout": 0.3},
     "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"}
     | {"model__base": "dcn", "model__pooling": "max"},
     "similar": {"schema": "contents", "model__similarity_tiers": 4, "model__similarity_top_k": 2},

@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "batch_norm": {"batch_norm": True, "dropout": 0.2},
     "dice": {"activation": "dice", "pooling": "attentive"},
     "id_dropout": {"id_dropout": 0.5},
-    "new ads": {"image_holdout": 0.3},
+    "new ads": {"image_dropout": 0.3},
     "dropout of images": {"feature_dropout": 0.3, "embed_dropout": 0.3},
     "similarity": {"similarity_tiers": 3, "similarity_top_k": 2, "pooling": "attentive"},
     "ids alone": {"images": "none"},

@@ -94,7 +94,7 @@ def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     if r.config.images == "both":
         nothing = torch.zeros(r.config.visual_width, dtype=r.dtype)
         user.append(sum((_shown(r, key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
-        ad.append(_of_ad(r, s, "image", new_ad))
+        ad.append(_of_ad(r, s, "image"))
     product = _layers(r, "model.user_tower", torch.cat(user)) @ _layers(r, "model.ad_tower", torch.cat(ad))
     return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _price(r, s)
 
@@ -142,16 +142,16 @@ def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
         ids.append(known * r.id_vector("item", pair_of(s)))
     if r.config.id_proxy:
         for place, name in enumerate(["ad_item", "ad_image_id", "ad_pair"][: 3 if r.scenario.words else 2]):
-            ids[place] = _proxy(r, s, name, new_ad) + ids[place]
+            ids[place] = _proxy(r, s, name) + ids[place]
     if r.scenario.numbers:
         ids.append(r.id_vector("ad_price_bucket", sum(s.ad_price[0] >= start for start in (-0.5, 0.0, 0.5))))
     return ids
 
 
-def _proxy(r: "Reference", s: Sample, field: str, new_ad: bool) -> Tensor:
+def _proxy(r: "Reference", s: Sample, field: str) -> Tensor:
     """What the ad's visual vectors say about one of its own IDs."""
     contents = ["image", *(["text"] if r.scenario.texts else [])]
-    net, visual = f"model.id_proxy.nets.{field}", torch.cat([_of_ad(r, s, each, new_ad) for each in contents])
+    net, visual = f"model.id_proxy.nets.{field}", torch.cat([_of_ad(r, s, each) for each in contents])
     hidden = torch.relu(r.dense[f"{net}.0.weight"] @ visual + r.dense[f"{net}.0.bias"])
     return r.dense[f"{net}.2.weight"] @ hidden + r.dense[f"{net}.2.bias"]
 
@@ -163,7 +163,7 @@ def _number(r: "Reference", *values: float) -> Tensor:
 def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     """The ad's visual vectors, then the behaviours' of each content, aggregated."""
     contents = ["image", "text"] if r.scenario.texts else ["image"]
-    of_ad = [_of_ad(r, s, c, new_ad) for c in contents] if r.config.images in ("ad", "both") else []
+    of_ad = [_of_ad(r, s, c) for c in contents] if r.config.images in ("ad", "both") else []
     if r.config.images not in ("behavior", "both"):
         return of_ad
     of_ids = torch.cat([*_ad_ids(r, s, new_ad), _price(r, s)])
@@ -186,9 +186,10 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     return result
 
 
-def _of_ad(r: "Reference", s: Sample, content: str, new_ad: bool) -> Tensor:
-    """The visual vector of the ad; of an ad without a trained row, its scale times it and its shift."""
-    return r.as_new(_shown(r, s.ad_image, f"ad_{content}", f"{content}s"), s, content, new_ad)
+def _of_ad(r: "Reference", s: Sample, content: str) -> Tensor:
+    """The visual vector of the ad, zero where it is dropped."""
+    vector = _shown(r, s.ad_image, f"ad_{content}", f"{content}s")
+    return torch.zeros_like(vector) if r.dropped_pictures_B[r.place] else vector
 
 
 def _shown(r: "Reference", key: int, field: str, store: str) -> Tensor:

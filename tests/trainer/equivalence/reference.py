@@ -31,7 +31,7 @@ from featurestore.lookup.feature_dropout import EmbeddingDropout
 from trainer.engine.engine import shape_of
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape, initial_rows
-from trainer.models.layers import HELD_OUT_RATE, dropped, random_words
+from trainer.models.layers import dropped, random_words
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 
@@ -152,7 +152,7 @@ class Reference:
             if layer < 2:
                 hidden = self.prelu(hidden, f"{at}.activations.{layer}.weight")
                 hidden = self.dropped_of_image(hidden, f"{name}/hidden{layer}", key, self.config.embed_dropout)
-        return hidden.detach() if self.is_held_out(key) else hidden
+        return hidden
 
     def dropped_of_image(self, x: Tensor, layer: str, key: int, share: float) -> Tensor:
         """One image's numbers, standardised: those that are dropped are zero, the others grow."""
@@ -160,27 +160,6 @@ class Reference:
             return x
         kept_1W, grown = EmbeddingDropout(SEED, step=self.number).kept(layer, np.array([key]), len(x), share)
         return x * torch.tensor([grown if kept else 0.0 for kept in kept_1W[0]], dtype=x.dtype)
-
-    def is_held_out(self, key: int) -> bool:
-        """Whether E learns nothing from the image."""
-        if self.config.image_holdout == 0:
-            return False
-        return bool(EmbeddingDropout(SEED, held_out=self.config.image_holdout).is_held_out(np.array([key]))[0])
-
-    def as_new(self, vector: Tensor, s: Sample, content: str, new_ad: bool) -> Tensor:
-        """The ad's visual vector, zero where it is dropped; of an ad without a trained row, its scale times it and its
-        shift."""
-        if self.dropped_pictures_B[self.place]:
-            vector = torch.zeros_like(vector)
-        if not self.config.image_holdout:
-            return vector
-        reach = 1.01 * self.config.id_init_std * 3**0.5
-        rows = [self.id_vector("item", s.ad_item), self.id_vector("image", s.ad_image)]
-        if new_ad or all(float(row.detach().abs().max()) <= reach for row in rows):
-            parts = (f"model.new_ads.{part}.ad_{content}" for part in ("scale", "shift"))
-            scale, shift = (self.dense[name] for name in parts)
-            return scale * vector + shift
-        return vector
 
     def prelu(self, x: Tensor, name: str) -> Tensor:
         """x where positive, slope x elsewhere."""
@@ -273,14 +252,8 @@ class Reference:
         return float(loss.detach()), gradients
 
     def dropped(self, samples: list[Sample], number: int) -> np.ndarray:
-        """Which samples' ads lose their own IDs: at least half of those whose ads' images are held out."""
-        rates = [self.config.id_dropout for _ in samples]
-        if self.config.image_holdout and self.config.images in ("ad", "both"):
-            rates = [
-                max(rate, HELD_OUT_RATE) if self.is_held_out(s.ad_image) else rate
-                for rate, s in zip(rates, samples, strict=True)
-            ]
-        return dropped(SEED, number, np.arange(len(samples)), np.array(rates))
+        """Which samples' ads lose their own IDs."""
+        return dropped(SEED, number, np.arange(len(samples)), self.config.id_dropout)
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that the steps moved, by the engine's names."""

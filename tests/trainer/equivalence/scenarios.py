@@ -234,7 +234,7 @@ SCENARIOS = {
         one_shard=True,
         restart_at=7,
     ),
-    # Masks by image, two E's; images that E learns nothing from, whose ads are taken for new ones.
+    # Masks by image, two E's.
     "embedding_dropout": Scenario(
         {"feature_dropout": 0.3, "embed_dropout": 0.2, "shared_image_model": False},
         optimizers={"weight_decay": 0.2, "embed_weight_decay": 0.6},
@@ -242,14 +242,9 @@ SCENARIOS = {
         lacking=True,
         standardized=True,
     ),
-    "image_holdout": Scenario(
-        {"image_holdout": 0.4, "feature_dropout": 0.3, "id_dropout": 0.2, "id_init_std": 1e-4},
-        standardized=True,
-        deal="starve",
-    ),
     "id_proxy": Scenario({"images": "both", "id_proxy": True, "id_dropout": 0.4}, words=True, deal="starve"),
-    "id_proxy_new_ads_texts": Scenario(
-        {"id_proxy": True, "image_holdout": 0.4, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2
+    "id_proxy_image_dropout_texts": Scenario(
+        {"id_proxy": True, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2
     ),
     "image_dropout": Scenario({"images": "both", "image_dropout": 0.4, "id_init_std": 1e-4}, deal="starve"),
     # Ads without a row of their own: p(v) is added to the cold row of their shard, which they train together.
@@ -258,9 +253,8 @@ SCENARIOS = {
         tables={"user": 40, "item": exact(96, 3), "image": 200},
         most_ranks=2,
     ),
-    "image_holdout_texts": Scenario({"image_holdout": 0.4, "id_init_std": 0.0}, texts=True, most_ranks=2),
-    "image_holdout_two_towers": Scenario(
-        {"base": "two_tower", "image_holdout": 0.4, "id_init_std": 1e-4}, most_ranks=2
+    "image_dropout_two_towers": Scenario(
+        {"base": "two_tower", "image_dropout": 0.4, "id_init_std": 1e-4}, most_ranks=2
     ),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
     # Histories longer than its length, and empty ones; ad image and IDs beside each behaviour, or the IDs alone.

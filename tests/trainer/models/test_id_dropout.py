@@ -5,7 +5,7 @@ import torch
 
 from trainer.exchange.exchange import FieldVectors
 from trainer.models.layers import IdDropout, dropped, own_ids_of_ads
-from trainer.samples.reader import Batch, Jagged
+from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(
@@ -96,53 +96,3 @@ def test_none_dropped_at_zero() -> None:
 def test_a_rank_without_samples() -> None:
     given = IdDropout(SCHEMA, 0.5, seed=1)({"ad_item": _field([])}, _batch(0), 0)
     assert given["ad_item"].index_N.shape == (0,)
-
-
-def test_half_of_the_samples_of_held_out_ads_are_dropped() -> None:
-    images = np.arange(1000)
-    batch = Batch(
-        {"ad_image": Jagged(images, np.ones(1000, np.int32))},
-        {},
-        np.zeros(0),
-        np.zeros(1000, np.float32),
-        np.zeros(0),
-        1000,
-    )
-    vectors = {"ad_item": _field([[1]] * 1000)}
-    for rate, of_others in ((0.0, 0.0), (0.2, 0.2)):
-        given = IdDropout(SCHEMA, rate, 1, {"ad_image": lambda keys_N: keys_N % 4 == 0})(vectors, batch, 0)
-        is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy()
-        assert abs(is_gone[images % 4 == 0].mean() - 0.5) < 0.1
-        assert abs(is_gone[images % 4 != 0].mean() - of_others) < 0.05
-
-
-def test_an_ad_with_a_gallery_is_held_out_where_all_of_its_images_are() -> None:
-    batch = Batch(
-        {"ad_image": Jagged(np.array([0, 4, 4, 1, 1, 8] * 200), np.array([2, 2, 1, 1, 0] * 200, np.int32))},
-        {},
-        np.zeros(0),
-        np.zeros(1000, np.float32),
-        np.zeros(0),
-        1000,
-        galleries={"ad_image": Jagged(np.array([2, 2, 1, 1, 0] * 200), np.ones(1000, np.int32))},
-    )
-    given = IdDropout(SCHEMA, 0.0, 1, {"ad_image": lambda keys_N: keys_N % 4 == 0})(
-        {"ad_item": _field([[1]] * 1000)}, batch, 0
-    )
-    is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy().reshape(200, 5)
-    assert (is_gone.any(0) == [True, False, False, True, False]).all()  # the last has no images
-
-
-def test_an_ad_with_several_contents_is_held_out_where_all_that_it_has_are() -> None:
-    sizes = {"ad_image": [1, 1, 1, 0, 0], "ad_frames": [1, 1, 0, 1, 0]}
-    keys = {"ad_image": [0, 0, 0], "ad_frames": [0, 1, 1]}
-    of_ads = {
-        name: Jagged(np.array(keys[name] * 200), np.array([1] * len(keys[name]) * 200, np.int32)) for name in keys
-    }
-    galleries = {name: Jagged(np.array(sizes[name] * 200), np.ones(1000, np.int32)) for name in sizes}
-    none = np.zeros(0)
-    batch = Batch(of_ads, {}, none, np.zeros(1000, np.float32), none, 1000, galleries=galleries)
-    held_out = dict.fromkeys(keys, lambda keys_N: keys_N == 0)
-    given = IdDropout(SCHEMA, 0.0, 1, held_out)({"ad_item": _field([[1]] * 1000)}, batch, 0)
-    is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy().reshape(200, 5)
-    assert (is_gone.any(0) == [True, False, True, False, False]).all()

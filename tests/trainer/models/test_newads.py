@@ -19,7 +19,7 @@ START = 1e-4
 
 
 def _config(**values: object) -> ModelConfig:
-    return ModelConfig(images="ad", image_holdout=0.1, id_init_std=START, **values)
+    return ModelConfig(images="ad", image_dropout=0.1, id_init_std=START, **values)
 
 
 def _fields(items: list[float], pictures: list[list[float]]) -> dict[str, FieldVectors]:
@@ -34,53 +34,35 @@ def _fields(items: list[float], pictures: list[list[float]]) -> dict[str, FieldV
     }
 
 
-def test_ads_without_a_trained_row_are_new() -> None:
-    gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())
-    with torch.no_grad():
-        gate.scale["ad_image"].copy_(torch.tensor([0.5, 0.0, 2.0]))
-        gate.shift["ad_image"].copy_(torch.tensor([0.0, 7.0, 1.0]))
+def test_where_pictures_do_not_count_those_of_ads_without_a_trained_row_are_zero() -> None:
+    gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config()).eval()
     edge, trained = START * 3**0.5, 1e-3
     fields = _fields([edge, trained, edge, 0.0, edge], [[edge, edge], [edge], [edge, trained], [0.0], []])
-    given = gate(fields)["ad_image"]
     before = fields["ad_image"].vectors_UV[fields["ad_image"].index_N]
-    after = given.vectors_UV[given.index_N]
     is_new = torch.tensor([True, False, False, True, True])
-    expected = before * torch.tensor([0.5, 0.0, 2.0]) + torch.tensor([0.0, 7.0, 1.0])
-    torch.testing.assert_close(after[is_new], expected[is_new])
-    assert torch.equal(after[~is_new], before[~is_new])
-    after[~is_new].sum().backward()
-    assert all(not p.grad.any() for p in gate.parameters())
-    assert fields["ad_image"].vectors_UV.grad is not None
-
-
-def test_it_changes_nothing_before_it_is_trained() -> None:
-    fields = _fields([0.0, 1.0], [[0.0], [0.0]])
-    given = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())(fields)["ad_image"]
-    assert torch.equal(given.vectors_UV, fields["ad_image"].vectors_UV)
-
-
-@pytest.mark.parametrize("image_holdout", [0.0, 0.1])
-def test_where_pictures_do_not_count_those_of_new_ads_are_zero(image_holdout: float) -> None:
-    config = ModelConfig(images="ad", image_holdout=image_holdout, image_dropout=0.1, id_init_std=START)
-    gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), config)
-    fields = _fields([0.0, 1.0], [[0.0], [0.0]])
-    own = fields["ad_image"].vectors_UV
     for counts in (True, False):
         gate.decide(pictures_count=counts)
-        given = gate.eval()(fields)["ad_image"].vectors_UV
-        torch.testing.assert_close(given, torch.stack([own[0] * counts, own[1]]))
-        assert torch.equal(gate.train()(fields)["ad_image"].vectors_UV, own), "training sees all that are not dropped"
+        given = gate(fields)["ad_image"]
+        after = given.vectors_UV[given.index_N]
+        assert torch.equal(after[~is_new], before[~is_new])
+        torch.testing.assert_close(after[is_new], before[is_new] * counts)
+
+
+def test_training_sees_all_pictures_that_are_not_dropped() -> None:
+    fields = _fields([0.0, 1.0], [[0.0], [0.0]])
+    gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())
+    gate.decide(pictures_count=False)
+    assert torch.equal(gate.train()(fields)["ad_image"].vectors_UV, fields["ad_image"].vectors_UV)
 
 
 def test_a_rank_without_samples() -> None:
     fields = _fields([], [])
     fields = {name: FieldVectors(v.vectors_UV.reshape(-1, 3), v.index_N, v.lengths_M) for name, v in fields.items()}
-    given = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())(fields)["ad_image"]
+    given = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config()).eval()(fields)["ad_image"]
     assert given.vectors_UV.shape == (0, 3)
-    given.vectors_UV.sum().backward()
 
 
-@pytest.mark.parametrize("values", [{"images": "none"}, {"image_holdout": 0.0}])
+@pytest.mark.parametrize("values", [{"images": "none"}, {"image_dropout": 0.0}])
 def test_models_that_have_no_use_for_it_have_none(values: dict[str, object]) -> None:
     config = _config(tables={"item": 9, "image": 9}).model_copy(update=values)
     assert build_model(SCHEMA, config).new_ads is None
@@ -93,15 +75,14 @@ def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
     schema = Schema(fields=(*SCHEMA.fields, crossed))
     gate = build_new_ads(schema, schema.fields, _config())
     assert gate is not None
+    gate.eval()
     nothing = FieldVectors(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     given = gate(_fields([0.0, 1.0], [[0.0], [0.0]]) | {"in_scene": nothing})
     assert len(given["ad_image"].vectors_UV) == 2
 
 
 def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:
-    with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
-        load_config(None, ["model.image_holdout=0.1", "model.id_init_std=0.05"])
-    with pytest.raises(ConfigError, match=r"image_dropout=0.1 .* set it to 0.001 or less"):
+    with pytest.raises(ConfigError, match=r"image_dropout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
         load_config(None, ["model.image_dropout=0.1", "model.id_init_std=0.05"])
 
 
@@ -117,10 +98,10 @@ def test_ids_that_wait_for_their_row_cannot_tell_new_ads() -> None:
         config = _config(tables={"item": 9, "image": exact}).model_copy(update=values)
         return build_model(SCHEMA, config).new_ads is not None
 
-    with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* set model.tables.image.admit_after=1, or"):
+    with pytest.raises(
+        ConfigError, match=r"image_dropout=0.1 .* set model.tables.image.admit_after=1, or model.image_dropout=0"
+    ):
         built(2)
-    with pytest.raises(ConfigError, match=r"image_dropout=0.1 .*admit_after=1, or model.image_dropout=0"):
-        built(2, image_holdout=0.0, image_dropout=0.1)
     assert built(1)
-    assert not built(2, image_holdout=0.0)
+    assert not built(2, image_dropout=0.0)
     assert not built(2, images="none")
