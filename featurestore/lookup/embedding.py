@@ -108,9 +108,6 @@ class EmbeddingModel(nn.Module):
         assert isinstance(first, nn.Linear)
         weight_HD = first.weight * self.inverse_std_D
         bias_H = first.weight @ (self.inverse_std_D * -self.mean_D)
-        if masks is not None and masks.dropout.features:
-            numbers_QD, grown = masks.features(numbers_QD, self.mean_D)
-            weight_HD, bias_H = weight_HD * grown, bias_H * grown
         bias_H = first.bias + bias_H
         hidden_QH = self._product(numbers_QD, weight_HD, bias_H)
         for number, (activation, layer) in enumerate(zip(self.activations, self.layers[1:], strict=True)):
@@ -133,11 +130,6 @@ class StepMasks:
     dropout: EmbeddingDropout
     name: str
     keys_Q: NDArray[np.int64]
-
-    def features(self, numbers_QD: Tensor, mean_D: Tensor) -> tuple[Tensor, float]:
-        """Set the dropped numbers to their mean; return all, and what the distance of the others from it grows by."""
-        kept_QD, grown = self._kept("features", numbers_QD, self.dropout.features)
-        return torch.where(kept_QD, numbers_QD, mean_D.to(numbers_QD.dtype)), grown
 
     def hidden(self, number: int, hidden_QH: Tensor) -> Tensor:
         """Return the outputs of a hidden layer with some of them zero, and the others grown."""

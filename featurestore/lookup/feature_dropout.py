@@ -1,4 +1,4 @@
-"""Feature dropout: which numbers of an image are dropped, by the stream's name, the image's key and the column alone.
+"""Dropout in E: which numbers of an image are dropped, by the stream's name, the image's key and the column alone.
 
 So an image has one mask wherever its owner is, and whatever else its owner serves. Letters as in embedding.py; W
 columns.
@@ -16,14 +16,12 @@ _LEVELS = 256  # of a random byte
 
 @dataclass
 class EmbeddingDropout:
-    """The shares of features and outputs that E does not see; `step` is set before each step.
+    """The share of the outputs of each of E's hidden layers that are zero; `step` is set before each step.
 
-    `features`: share of an image's features that count as the mean of all images. `hidden`: share of the outputs of
-    each hidden layer that are zero. What is left grows by 1 / (1 - share) in both.
+    What is left grows by 1 / (1 - share).
     """
 
     seed: int
-    features: float = 0.0
     hidden: float = 0.0
     step: int = 0
 

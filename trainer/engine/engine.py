@@ -343,7 +343,7 @@ class Engine:
 
     def _dropouts(self, schema: Schema, model: ModelConfig, seed: int) -> tuple[EmbeddingDropout, IdDropout]:
         """Make the dropouts of E and of the ads' own IDs."""
-        of_images = EmbeddingDropout(seed, model.feature_dropout, model.embed_dropout)
+        of_images = EmbeddingDropout(seed, model.embed_dropout)
         for service in self.services.values():
             service.dropout = of_images
         image_rate = model.image_dropout if self.model.new_ads else 0.0

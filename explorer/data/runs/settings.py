@@ -27,7 +27,6 @@ _OF_IMAGES = {
     "embed_hidden",
     "embed_scaling",
     "id_proxy",
-    "feature_dropout",
     "embed_dropout",
     "image_dropout",
 }

@@ -139,21 +139,6 @@ def test_prelu_of_several_blocks_has_the_gradients_of_torchs(num_rows: int) -> N
 class TestDropout:
     """A training step drops numbers of images."""
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_dropped_features_count_as_the_mean_and_the_others_grow(self, tmp_path: Path, dtype: str) -> None:
-        partition = partition_of(tmp_path, dtype=dtype)
-        model = EmbeddingModel(DIM, (), 3, "float64")
-        service = EmbeddingService(partition, {"e": model}).double()
-        mean, std = features().mean(0), features().std(0)
-        service.fold_standardization_(mean, std)
-        service.dropout = EmbeddingDropout(4, features=0.5, step=3)
-        keys = np.array([3, 49, 0, 7])
-        values_QD = partition.codec.decode(partition.lookup(keys).features_UD).astype(np.float64)
-        kept_QD, grown = service.dropout.kept("e/features", keys, DIM, 0.5)
-        standard_QD = torch.from_numpy((values_QD - mean) * kept_QD * grown) * model.inverse_std_D
-        expected = standard_QD @ model.layers[0].weight.T + model.layers[0].bias
-        torch.testing.assert_close(service.embed("e", service.gather(keys)), expected, rtol=1e-4, atol=1e-5)
-
     def test_hidden_units_are_dropped(self, tmp_path: Path) -> None:
         model = EmbeddingModel(DIM, (200,), 1, "float32")
         service = EmbeddingService(partition_of(tmp_path), {"e": model})
@@ -172,7 +157,7 @@ class TestDropout:
     def test_evaluation_drops_nothing(self, tmp_path: Path) -> None:
         service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
         plain = service.eval().embed("e", service.gather(np.arange(9)))
-        service.dropout = EmbeddingDropout(4, features=0.5, hidden=0.5)
+        service.dropout = EmbeddingDropout(4, hidden=0.5)
         assert torch.equal(service.embed("e", service.gather(np.arange(9))), plain)
         assert not torch.equal(service.train().embed("e", service.gather(np.arange(9))), plain)
 

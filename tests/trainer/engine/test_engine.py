@@ -155,7 +155,7 @@ def test_ids_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
 
 
 def test_images_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
-    plain, dropping = engine_of(partition), engine_of(partition, feature_dropout=0.5, embed_dropout=0.5)
+    plain, dropping = engine_of(partition), engine_of(partition, embed_dropout=0.5)
     logits = [engine.predict(engine.prepare(batch_of(9))) for engine in (plain, dropping)]
     assert (logits[0] == logits[1]).all()
     assert train(plain, range(9, 10)) != train(dropping, range(9, 10))

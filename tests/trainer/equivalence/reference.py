@@ -144,7 +144,6 @@ class Reference:
             if self.scenario.compact:
                 std = (sum(each**2 for each in std) / len(std)) ** 0.5
             hidden = (hidden - mean) / std
-        hidden = self.dropped_of_image(hidden, f"{name}/features", key, self.config.feature_dropout)
         for layer in range(3):
             at = f"{store}.models.{name}"
             weight, bias = self.dense[f"{at}.layers.{layer}.weight"], self.dense[f"{at}.layers.{layer}.bias"]

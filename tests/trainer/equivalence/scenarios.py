@@ -236,7 +236,7 @@ SCENARIOS = {
     ),
     # Masks by image, two E's.
     "embedding_dropout": Scenario(
-        {"feature_dropout": 0.3, "embed_dropout": 0.2, "shared_image_model": False},
+        {"embed_dropout": 0.2, "shared_image_model": False},
         optimizers={"weight_decay": 0.2, "embed_weight_decay": 0.6},
         missing="learned",
         lacking=True,
