@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from featurestore.format.statistics import Scaling, input_scale
 from featurestore.lookup.compute_dtype import ComputeDType
-from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 
 _HELD_BLOCK_ROWS = 65_536
@@ -102,43 +101,21 @@ class EmbeddingModel(nn.Module):
         Written into `out` where that is given, and else the features themselves where nothing is to be done."""
         return features_QD.to(self.compute_dtype) if out is None else out.copy_(features_QD)
 
-    def of_numbers(self, numbers_QD: Tensor, masks: "StepMasks | None" = None) -> Tensor:
-        """Return visual vectors (Q, V) of what `numbers` made; `masks`: what is dropped of them."""
+    def of_numbers(self, numbers_QD: Tensor) -> Tensor:
+        """Return visual vectors (Q, V) of what `numbers` made."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         weight_HD = first.weight * self.inverse_std_D
-        bias_H = first.weight @ (self.inverse_std_D * -self.mean_D)
-        bias_H = first.bias + bias_H
+        bias_H = first.bias + first.weight @ (self.inverse_std_D * -self.mean_D)
         hidden_QH = self._product(numbers_QD, weight_HD, bias_H)
-        for number, (activation, layer) in enumerate(zip(self.activations, self.layers[1:], strict=True)):
+        for activation, layer in zip(self.activations, self.layers[1:], strict=True):
             assert isinstance(layer, nn.Linear)
-            hidden_QH = activation(hidden_QH)
-            if masks is not None and masks.dropout.hidden:
-                hidden_QH = masks.hidden(number, hidden_QH)
-            hidden_QH = self._product(hidden_QH, layer.weight, layer.bias)
+            hidden_QH = self._product(activation(hidden_QH), layer.weight, layer.bias)
         return hidden_QH
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = self.compute_dtype
         return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype)).to(weight.dtype)
-
-
-@dataclass(frozen=True)
-class StepMasks:
-    """The masks of one training step: what it drops of the images `keys_Q` in the network `name`."""
-
-    dropout: EmbeddingDropout
-    name: str
-    keys_Q: NDArray[np.int64]
-
-    def hidden(self, number: int, hidden_QH: Tensor) -> Tensor:
-        """Return the outputs of a hidden layer with some of them zero, and the others grown."""
-        kept_QH, grown = self._kept(f"hidden{number}", hidden_QH, self.dropout.hidden)
-        return hidden_QH * (kept_QH.to(hidden_QH.dtype) * grown)
-
-    def _kept(self, layer: str, rows: Tensor, share: float) -> tuple[Tensor, float]:
-        kept, grown = self.dropout.kept(f"{self.name}/{layer}", self.keys_Q, rows.shape[1], share)
-        return on_device(kept, rows.device), grown
 
 
 @dataclass
@@ -152,8 +129,6 @@ class Gathered:
     features_QD: Tensor
     missing_Q: NDArray[np.bool_] | None
     """Bool (Q,), or None when no key was missing."""
-    keys_Q: NDArray[np.int64] | None = None
-    """Whose features they are; None: not known here, and nothing of them is dropped."""
     _buffer: Tensor | None = field(default=None, repr=False)
     copied: torch.cuda.Event | None = field(default=None, repr=False)
     """What the GPU has to wait for before it reads them; None: nothing."""
@@ -199,8 +174,6 @@ class EmbeddingService(nn.Module):
         super().__init__()
         self.partition = partition
         self.models = nn.ModuleDict(models)
-        self.dropout: EmbeddingDropout | None = None
-        """What a training step drops; None: nothing."""
         self.no_image = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(model.out)) for name, model in models.items()}
             if partition.missing_policy == "learned"
@@ -250,7 +223,7 @@ class EmbeddingService(nn.Module):
         if self.held is not None:
             place_Q = self.partition.find(keys_Q)
             missing_Q = place_Q < 0
-            return Gathered(self.held.take(place_Q), missing_Q if missing_Q.any() else None, keys_Q)
+            return Gathered(self.held.take(place_Q), missing_Q if missing_Q.any() else None)
         buffer = self._take_buffer(len(keys_Q))
         features_QD = buffer[: len(keys_Q)]
         if features_QD.dtype == self._stored_dtype:
@@ -258,7 +231,7 @@ class EmbeddingService(nn.Module):
         else:
             missing_Q = self._gather_numbers(keys_Q, features_QD)
         features_QD, copied = self._copied(features_QD)
-        return Gathered(features_QD, missing_Q if missing_Q.any() else None, keys_Q, buffer, copied)
+        return Gathered(features_QD, missing_Q if missing_Q.any() else None, buffer, copied)
 
     def _copied(self, features_QD: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
         """Begin to copy rows to the GPU, in a stream of its own; return them and what says that they are there."""
@@ -290,10 +263,7 @@ class EmbeddingService(nn.Module):
             stream.wait_event(gathered.copied)
             gathered.features_QD.record_stream(stream)
         numbers_QD = model.numbers(gathered.features_QD)
-        masks = None
-        if self.dropout is not None and self.training and gathered.keys_Q is not None:
-            masks = StepMasks(self.dropout, name, gathered.keys_Q)
-        visual_QV = model.of_numbers(numbers_QD, masks)
+        visual_QV = model.of_numbers(numbers_QD)
         if gathered.missing_Q is None or self.partition.missing_policy == "error":
             return visual_QV
         missing_Q1 = on_device(gathered.missing_Q, device).unsqueeze(1)

@@ -70,7 +70,6 @@ SETTINGS = [
     ("model.table_shards=4611686018427387904", "model.table_shards"),
     ("model.id_dropout=nan", "model.id_dropout"),
     ("model.id_dropout=1", "model.id_dropout"),
-    ("model.embed_dropout=-0.1", "model.embed_dropout"),
     ("model.image_dropout=1", "model.image_dropout"),
     ("optim.embed_weight_decay=-1", "optim.embed_weight_decay"),
     ("model.cross_layers=1e400", "model.cross_layers"),

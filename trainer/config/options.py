@@ -218,8 +218,6 @@ class ModelConfig(Section):
     id_proxy: bool = False
     """Add to the vectors of the ad's own IDs what a small net makes of its visual vectors, so that a new ad has some
     (docs/NEW_ADS.md)."""
-    embed_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
-    """Share of the outputs of each of E's hidden layers that are zero in a training step; rounded to a 256th."""
     image_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad has no picture: its visual vectors are zero. Evaluations then decide, on ads
     that training has not seen, whether pictures of new ads count, or are zero too (docs/NEW_ADS.md); needs id_init_std

@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, held_bytes, on_device
-from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.lookup.signatures import Signatures
 from trainer.comm import Comm
@@ -120,7 +119,8 @@ class Engine:
                 service.hold_rows()
         self.model.place.comm, self.model.place.seed = comm, seed
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
-        self._embedding_dropout, self._id_dropout = self._dropouts(schema, model, seed)
+        image_rate = model.image_dropout if self.model.new_ads else 0.0
+        self._id_dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
         self._exchange, self._comparison = self._exchange_of(model, exchange)
         check_same(comm, self.dense_state())
 
@@ -305,7 +305,6 @@ class Engine:
             if field.kind == "dense"
         }
         group_of_sample_B = self._on_device(batch.group_of_sample_B)
-        self._embedding_dropout.step = self.num_steps
         vectors = self._exchange.vectors(prepared.request)
         for field in self.fields:
             if field.gallery is not None:
@@ -340,14 +339,6 @@ class Engine:
 
     def _on_device(self, values: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
         return on_device(values, self._device).to(dtype=dtype)
-
-    def _dropouts(self, schema: Schema, model: ModelConfig, seed: int) -> tuple[EmbeddingDropout, IdDropout]:
-        """Make the dropouts of E and of the ads' own IDs."""
-        of_images = EmbeddingDropout(seed, model.embed_dropout)
-        for service in self.services.values():
-            service.dropout = of_images
-        image_rate = model.image_dropout if self.model.new_ads else 0.0
-        return of_images, IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
 
     def _exchange_of(
         self, model: ModelConfig, config: ExchangeConfig | None

@@ -27,7 +27,6 @@ _OF_IMAGES = {
     "embed_hidden",
     "embed_scaling",
     "id_proxy",
-    "embed_dropout",
     "image_dropout",
 }
 WITHOUT_IMAGES_IDLE = {

@@ -12,7 +12,6 @@ from featurestore.format.statistics import Scaling
 from featurestore.lookup import embedding
 from featurestore.lookup.compute_dtype import dtype_of_machine, dtype_of_processor
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
-from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.upkeep.remake import reduce
 
@@ -134,32 +133,6 @@ def test_prelu_of_several_blocks_has_the_gradients_of_torchs(num_rows: int) -> N
         found.append([given.grad, activation.weight.grad])
     for mine, torchs in zip(*found, strict=True):
         torch.testing.assert_close(mine, torchs, rtol=1e-12, atol=1e-12)
-
-
-class TestDropout:
-    """A training step drops numbers of images."""
-
-    def test_hidden_units_are_dropped(self, tmp_path: Path) -> None:
-        model = EmbeddingModel(DIM, (200,), 1, "float32")
-        service = EmbeddingService(partition_of(tmp_path), {"e": model})
-        with torch.no_grad():
-            model.layers[0].weight.zero_()
-            model.layers[0].bias.fill_(1.0)
-            model.layers[1].weight.fill_(1.0)
-            model.layers[1].bias.zero_()
-        keys = np.array([3, 49])
-        service.dropout = EmbeddingDropout(4, hidden=0.5)
-        kept_QH, grown = service.dropout.kept("e/hidden0", keys, 200, 0.5)
-        visual_Q1 = service.embed("e", service.gather(keys))
-        assert visual_Q1.tolist() == [[float(kept.sum() * grown)] for kept in kept_QH]
-        assert 120 < float(visual_Q1[0].detach()) < 280
-
-    def test_evaluation_drops_nothing(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
-        plain = service.eval().embed("e", service.gather(np.arange(9)))
-        service.dropout = EmbeddingDropout(4, hidden=0.5)
-        assert torch.equal(service.embed("e", service.gather(np.arange(9))), plain)
-        assert not torch.equal(service.train().embed("e", service.gather(np.arange(9))), plain)
 
 
 class TestService:

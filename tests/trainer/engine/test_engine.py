@@ -154,13 +154,6 @@ def test_ids_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
     assert (again[0] == again[1]).all()
 
 
-def test_images_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
-    plain, dropping = engine_of(partition), engine_of(partition, embed_dropout=0.5)
-    logits = [engine.predict(engine.prepare(batch_of(9))) for engine in (plain, dropping)]
-    assert (logits[0] == logits[1]).all()
-    assert train(plain, range(9, 10)) != train(dropping, range(9, 10))
-
-
 def test_predicting_changes_nothing(partition: FeaturePartition) -> None:
     engine = engine_of(partition)
     train(engine, range(2))

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional
 from worlds import Sample, features, steps, texts
 
-from featurestore.lookup.feature_dropout import EmbeddingDropout
 from trainer.engine.engine import shape_of
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape, initial_rows
@@ -150,15 +149,7 @@ class Reference:
             hidden = weight @ hidden + bias
             if layer < 2:
                 hidden = self.prelu(hidden, f"{at}.activations.{layer}.weight")
-                hidden = self.dropped_of_image(hidden, f"{name}/hidden{layer}", key, self.config.embed_dropout)
         return hidden
-
-    def dropped_of_image(self, x: Tensor, layer: str, key: int, share: float) -> Tensor:
-        """One image's numbers, standardised: those that are dropped are zero, the others grow."""
-        if share == 0:
-            return x
-        kept_1W, grown = EmbeddingDropout(SEED, step=self.number).kept(layer, np.array([key]), len(x), share)
-        return x * torch.tensor([grown if kept else 0.0 for kept in kept_1W[0]], dtype=x.dtype)
 
     def prelu(self, x: Tensor, name: str) -> Tensor:
         """x where positive, slope x elsewhere."""

@@ -234,9 +234,9 @@ SCENARIOS = {
         one_shard=True,
         restart_at=7,
     ),
-    # Masks by image, two E's.
-    "embedding_dropout": Scenario(
-        {"embed_dropout": 0.2, "shared_image_model": False},
+    # Two E's, with a decay of their own.
+    "embed_weight_decay": Scenario(
+        {"shared_image_model": False},
         optimizers={"weight_decay": 0.2, "embed_weight_decay": 0.6},
         missing="learned",
         lacking=True,
