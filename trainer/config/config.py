@@ -152,9 +152,8 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Folder below run.dir; null: made from the time."""
     resume: Place | None = None
-    """Continue from a checkpoint: latest, a step, or a path; auto: from the latest where there is one, else begin."""
-    skip_damaged: bool = True
-    """Where the newest checkpoint is damaged, latest and auto continue from the one before it; false: the run ends."""
+    """Continue from a checkpoint: latest, a step, or a path; auto: from the latest where there is one, else begin.
+    Where the newest is damaged, latest and auto continue from the one before it."""
     warm_start: Place | None = None
     """Begin with parameters of this run (its folder, or a checkpoint); the schedule starts afresh."""
     warm_parts: list[WarmPart] = Field(default="partial", validate_default=True)
@@ -241,7 +240,7 @@ CHANGES_NO_FIGURE = {
         "checkpoint_failures",
         "keep_checkpoints",
     },
-    "run": {"dir", "name", "resume", "skip_damaged", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
+    "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
 }
 """Settings that say nothing of what is learned. The seed changes figures by chance alone; the fields of the schema, and
 the run that one begins with, are compared by themselves."""

@@ -503,10 +503,10 @@ def continued(
     """Return what `open_at` opens at the checkpoint that `run.resume` says, or at None for a run that begins.
 
     Where that is the newest one, and it is damaged, `open_at` gets the one before it and what was passed over, newest
-    first; unless `run.skip_damaged` is off or the run is just read (`reading`). Raises what `open_at` does, and of
+    first; unless the run is just read (`reading`). Raises what `open_at` does, and of
     checkpoints that are all damaged the error of the newest. Every rank calls it.
     """
-    may_skip = config.run.skip_damaged and not reading and config.run.resume in ("latest", "auto")
+    may_skip = not reading and config.run.resume in ("latest", "auto")
     passed_over: list[PassedOver] = []
     newest: Exception | None = None
     while (path := _chosen(comm, config, folder, passed_over)) is not None:

@@ -57,11 +57,8 @@ def test_a_run_goes_on_from_the_newest_whole_one(
     flip_bit(runs.step("b", 6) / ROWS, -1)
     (runs.step("b", 4) / "state.json").unlink()
     before = content(run)
-    for resume in ({"run__resume": 6}, {"run__resume": "latest", "run__skip_damaged": False}):
-        with pytest.raises(
-            DamagedCheckpointError, match=rf"step-00000006/{ROWS} is damaged: .*; take another checkpoint"
-        ):
-            runs.train("b", **resume)
+    with pytest.raises(DamagedCheckpointError, match=rf"step-00000006/{ROWS} is damaged: .*; take another checkpoint"):
+        runs.train("b", run__resume=6)
     state = runs.step("b", 2) / "state.json"
     whole = state.read_bytes()
     state.write_bytes(whole[:-20])
@@ -142,10 +139,9 @@ def test_all_ranks_take_the_same_one(place_for: str, tmp_path: Path, request: py
         checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
         return trained, passed_over
 
-    def resume(comm: Comm, **changes: Any) -> tuple[Trained, list[PassedOver]]:
-        settings = [f"run.{name}={value}" for name, value in changes.items()]
-        config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", "run.resume=auto", *settings])
-        return continued(comm, config, run, lambda *chosen: open_at(comm, *chosen))
+    def resume(comm: Comm, *, reading: bool = False) -> tuple[Trained, list[PassedOver]]:
+        config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", "run.resume=auto"])
+        return continued(comm, config, run, lambda *chosen: open_at(comm, *chosen), reading=reading)
 
     for size in (1, 2, 3):
         for trained, passed_over in on_ranks(size, resume):
@@ -154,7 +150,7 @@ def test_all_ranks_take_the_same_one(place_for: str, tmp_path: Path, request: py
                 assert ("it lacks item/" if far and how == "names" else name) in path.why
             assert float(trained.dense["layer.weight"][0, 0]) == steps[0]
             assert {int(rows[0]) for rows in trained.rows.values()} <= set(range(steps[0], steps[0] + 8))
-    raised = on_ranks(2, lambda comm: resume(comm, skip_damaged=False))
+    raised = on_ranks(2, lambda comm: resume(comm, reading=True))
     assert {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
     assert all("step-00000057/state.json" in str(each) for each in raised)
     place_of(checkpoints).claim([each.path for each in on_ranks(1, resume)[0][1]])
