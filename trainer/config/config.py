@@ -137,8 +137,6 @@ class TrainConfig(Section):
     steps only."""
     checkpoint_beside: bool = True
     """Write checkpoints during the training, from a copy of its state; false: the training waits for each."""
-    checkpoint_failures: Annotated[int, Field(ge=0)] = 5
-    """Checkpoints in a row that may fail to be written while the training continues; one more ends the run."""
     keep_checkpoints: Count = 3
     """Checkpoints that are kept; older ones are removed."""
 
@@ -237,7 +235,6 @@ CHANGES_NO_FIGURE = {
         "checkpoint_every",
         "checkpoint_every_s",
         "checkpoint_beside",
-        "checkpoint_failures",
         "keep_checkpoints",
     },
     "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},

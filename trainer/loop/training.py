@@ -82,6 +82,8 @@ def metrics_of(history: History, step: int) -> dict[str, Any]:
 
 LEAST = 1_000
 """Impressions of ads without a trained row that decide; an evaluation with fewer leaves all as it was."""
+MOST_FAILURES = 5
+"""Checkpoints in a row that may fail to be written while the training continues; one more ends the run."""
 _ROUNDING = 1e-5  # two evaluations of the same may differ by it, on a GPU
 
 
@@ -335,11 +337,10 @@ class Training:
         """Count a checkpoint that has ended, and say so where it failed. Raises CheckpointError where too many did."""
         if outcome is None:
             return
-        limit = self._config.train.checkpoint_failures
-        if self.checkpoints.add(outcome.error) > limit:
+        if self.checkpoints.add(outcome.error) > MOST_FAILURES:
             raise CheckpointError(
-                f"the checkpoint of step {outcome.step} cannot be written: {outcome.error}; nor could the {limit} "
-                "before it (train.checkpoint_failures); see to that, and continue with run.resume=latest"
+                f"the checkpoint of step {outcome.step} cannot be written: {outcome.error}; nor could the "
+                f"{MOST_FAILURES} before it; see to that, and continue with run.resume=latest"
             )
         if outcome.error:
             self._progress.say(

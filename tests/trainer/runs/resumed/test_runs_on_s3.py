@@ -22,6 +22,7 @@ from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.predict import predict_run
+from trainer.loop import training
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint, finished
@@ -218,12 +219,13 @@ def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
         return write(place, step, name, content)
 
     monkeypatch.setattr(DiskPlace, "write", refuse)
-    run = run_on(tmp_path, train__checkpoint_failures=2)
+    run = run_on(tmp_path)
     told = "warning: the checkpoint of step 2 could not be written: rank 0: [Errno 28] No space left on device"
     assert told in capsys.readouterr().out.replace("\n", " ")
     assert json.loads((run / "report.json").read_bytes())["checkpoints"] == {"written": 1, "failed": 2}
+    monkeypatch.setattr(training, "MOST_FAILURES", 1)
     with pytest.raises(CheckpointError, match=r"step 4 cannot be written: rank 0: .*; nor could the 1 before it"):
-        run_on(tmp_path, "b", train__checkpoint_failures=1)
+        run_on(tmp_path, "b")
 
 
 @pytest.mark.parametrize("setting", ["run.dir", "data.samples", "data.store", "run.resume", "run.warm_start"])
