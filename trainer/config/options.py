@@ -362,8 +362,6 @@ class OptimConfig(Section):
     average_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Evaluate, save and serve an average of all parameters over about this share of the steps so far, the last ones;
     0: the parameters of the last step. At least 0.001, below which rows would not be averaged exactly."""
-    ftrl_beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """FTRL's beta; with 0, a weight without any gradient so far would be 0 / 0."""
     ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """FTRL's L1."""
     ftrl_l2: Annotated[float, Field(ge=0, le=1e6)] = 0.0

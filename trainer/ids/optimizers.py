@@ -324,6 +324,10 @@ class RowwiseAdagrad(RowOptimizer):
         return weight_QV - gradient_QV * step_Q.unsqueeze(1)
 
 
+FTRL_BETA = 1.0
+"""As McMahan et al. take it; with 0, a weight without any gradient so far would be 0 / 0."""
+
+
 class Ftrl(RowOptimizer):
     """FTRL-Proximal by coordinate (McMahan et al., "Ad Click Prediction", KDD 2013, algorithm 1).
 
@@ -335,7 +339,7 @@ class Ftrl(RowOptimizer):
 
     def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         config, linear_QV, sum_QV = self._config, rows.parts["linear"], rows.parts["sum"]
-        alpha, beta, l1, l2 = config.alpha, config.ftrl_beta, config.ftrl_l1, config.ftrl_l2
+        alpha, beta, l1, l2 = config.alpha, FTRL_BETA, config.ftrl_l1, config.ftrl_l2
         started_QV = weight_QV * -(beta / alpha + l2) - weight_QV.sign() * l1
         is_new_Q = ~(sum_QV.any(1) | linear_QV.any(1))
         linear_QV.copy_(torch.where(is_new_Q.unsqueeze(1), started_QV, linear_QV))

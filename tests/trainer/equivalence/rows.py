@@ -122,7 +122,7 @@ class PlainRows:
         self.weight[row] -= lr * g / (self.state["sum"][row].sqrt() + self.optim.eps)
 
     def move_ftrl(self, row: int, g: Tensor, lr: float) -> None:
-        alpha, beta, l1, l2 = self.optim.alpha, self.optim.ftrl_beta, self.optim.ftrl_l1, self.optim.ftrl_l2
+        alpha, beta, l1, l2 = self.optim.alpha, 1.0, self.optim.ftrl_l1, self.optim.ftrl_l2
         w, n, z = self.weight[row].clone(), self.state["sum"][row], self.state["linear"][row]
         if int(self.counts[row]) == 1:
             z.copy_(-w * (beta / alpha + l2) - torch.sign(w) * l1)
