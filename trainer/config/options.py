@@ -183,9 +183,6 @@ class ModelConfig(Section):
     """Width of the vector that E makes where the schema names none; equal to id_width it saves a collective."""
     embed_hidden: list[Width] = Field(default=[256, 64])
     """E's hidden layers: E is 4096-256-64-12."""
-    embed_scaling: Literal["auto", "each", "common"] = "auto"
-    """How features are scaled on their way into E: each dimension to a deviation of 1, or all by one number in common.
-    auto: common for a compact store, whose last components are mostly noise, else each."""
     mlp: list[Width] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
     attention_hidden: Width = 16

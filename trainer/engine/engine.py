@@ -96,8 +96,7 @@ class Engine:
         self._modules.to(device=self._device, dtype=dtype)
         for store, service in self.services.items():
             if statistics and store in statistics:
-                scaling = None if model.embed_scaling == "auto" else model.embed_scaling
-                service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D, scaling)
+                service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
         shapes = table_shapes(self.model.fields, model)
         self._rows = RowOptimizer(optim) if reading else row_optimizer(optim, dtype, self._device)
         check_memory(comm, shapes, self._rows.state, self._device, dtype)

@@ -25,7 +25,6 @@ _OF_IMAGES = {
     "shared_image_model",
     "visual_width",
     "embed_hidden",
-    "embed_scaling",
     "id_proxy",
     "image_dropout",
 }

@@ -56,8 +56,6 @@ def test_resumption_is_exact_and_knows_the_basis(reduced: Places, whole: Path) -
         run(reduced, "halves", "other", run__resume="latest", train__max_steps=36)
     with pytest.raises(CheckpointError, match=r"store\.dim is 16 here, 6"):
         run(reduced, "halves", "features", run__resume="latest", train__max_steps=36)
-    with pytest.raises(CheckpointError, match=r"model\.embed_scaling"):
-        run(reduced, "halves", run__resume="latest", train__max_steps=36, model__embed_scaling="each")
 
 
 def test_components_in_float16_are_as_good_and_scaled_alike(reduced: Places, whole: Path) -> None:
@@ -66,7 +64,5 @@ def test_components_in_float16_are_as_good_and_scaled_alike(reduced: Places, who
     assert metrics["half"]["logloss"] == pytest.approx(metrics["compact"]["logloss"], abs=0.01)
     assert len(set(scales(runs["compact"]).tolist())) == 1 and len(scales(runs["half"])) == DIMS
     assert scales(runs["half"])[0] == pytest.approx(float(scales(runs["compact"])[0]), rel=0.01)
-    each = run(reduced, "each", train__max_steps=1, model__embed_scaling="each")
-    assert len(set(scales(each).tolist())) > 1
     full = run(reduced, "full", "features", train__max_steps=1)
     assert len(set(scales(full).tolist())) > 1, "features of all numbers are scaled each by its own"
