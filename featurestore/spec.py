@@ -298,7 +298,7 @@ def _digest_line(digest: str) -> bytes:
 
 
 def _without_none(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """Leave out a field that is younger than the format where it says nothing: older readers do not know it."""
+    """Leave out a field that says nothing."""
     return fields if fields[name] is not None else {each: value for each, value in fields.items() if each != name}
 
 

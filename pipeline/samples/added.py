@@ -379,7 +379,7 @@ def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
 def _counts(new: NewFiles, recorded: Mapping[str, Any], written: Mapping[str, int]) -> dict[str, Any]:
     """Count the samples of each split; what a file's number of groups does not show is left out.
 
-    `written`: groups of the new files by name. Footers are read only of files that an earlier version made.
+    `written`: groups of the new files by name. Footers are read only of files that the summary does not name.
     """
     known = recorded.get("groups_of_file", {}) | written
     files = {split: [path.name for path in (new.folder / split).iterdir()] for split in SPLITS}

@@ -117,7 +117,7 @@ class EarlierSamples:
 
 
 def earlier_samples(storage: Storage, recorded: dict[str, Any], changed_keys: Int64Array) -> EarlierSamples | None:
-    """Open what an earlier run wrote, by its summary; None where that is of an earlier version of this code."""
+    """Open what an earlier run wrote, by its summary; None where that lacks its files, or one is missing or damaged."""
     try:
         files = {path: FileCounts(**each) for path, each in recorded["samples"]["sources"].items()}
         with storage.open_input(WITHOUT_CODE) as file:

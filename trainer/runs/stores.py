@@ -276,7 +276,7 @@ def _counted(
 
 FILE = "inputs.json"
 """In a run's folder."""
-_METHOD = 1  # another one is counted up, so that what an earlier version remembers is measured again
+_METHOD = 1  # to be raised with another way to measure, so that what is kept is measured again
 _FEW_ROW_GROUPS = 32
 
 

@@ -193,9 +193,7 @@ def test_too_many_equal_images_are_split(monkeypatch):
 def test_the_name_of_a_part_changes_with_its_images():
     names = [parts_of(table(*refs), 9)[0].name for refs in ([ref(1)], [ref(1), ref(2)], [ref(1, tag="new")])]
     assert len(set(names)) == 3
-    assert (
-        names[1] == run_id_of([(1, "tag"), (2, "tag")]) == "54e5273c1bd19ad178087255d185cecd"
-    )  # as in earlier versions, whose runs continue
+    assert names[1] == run_id_of([(1, "tag"), (2, "tag")]) == "54e5273c1bd19ad178087255d185cecd"
 
 
 def test_copies_of_neighbours_stand_in_one_part():
