@@ -263,6 +263,6 @@ class Reduction(NamedTuple):
         store = FeatureStore.open(address)
         if store.basis is None:
             raise SpecMismatchError(
-                f"{store.url} is not compact: make a compact store of it with `python -m featurestore reduce`"
+                f"{store.url} is not compact: make a compact store of it with `python -m featurestore remake --dims`"
             )
         return cls(store.basis, store.info.dtype)

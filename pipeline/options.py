@@ -131,7 +131,7 @@ class ExtractOptions:
         str | None,
         typer.Option(
             metavar="BASIS",
-            help="Make a compact store: by the basis, and in the dtype, of this compact store (featurestore reduce), or"
+            help="Make a compact store: by the basis, and in the dtype, of this compact store (featurestore remake), or"
             " by the basis in a .safetensors file.",
         ),
     ] = None

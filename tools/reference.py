@@ -67,7 +67,7 @@ SET = (
 )
 LATER = (
     f"{ON_DASK}/refresh_features.py --images images --store features {NETWORK}",
-    "python -m featurestore reduce features compact --dims 8",
+    "python -m featurestore remake features compact --dims 8",
     f"{ON_DASK}/build_samples.py --logs logs --samples samples --behavior-age",
     f"python -m trainer.main {SET}=one --set data.store=features",
     f"{TWO_RANKS} -m trainer.main {SET}=two --set data.store=compact --set model.base=din --set model.id_dropout=0.2 "

@@ -14,7 +14,7 @@ from featurestore.errors import UserError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text import DType
-from featurestore.upkeep.remake import read_reduce_report, reduce
+from featurestore.upkeep.remake import read_report, remake
 from trainer.experiments.grid import experiments
 from trainer.experiments.results import read
 from trainer.experiments.tables import SeedMean, seed_mean
@@ -31,7 +31,7 @@ def speed_sections(
     """Reduce the workload's store, and train on it and on the compact one in turn."""
     full = FeatureStore.open(workload.store)
     place = workload.folder / f"features-{dims}-bfloat16"
-    report = reduce(full, place, dims, "bfloat16")
+    report = remake(full, place, dims=dims, dtype="bfloat16")
     launcher = Launcher(workload, scratch)
     compact = [f"data.store={place}"]
     variants: dict[str, Run] = {
@@ -94,6 +94,6 @@ def gauc_section(path: Path) -> Section:
 def _share(folder: Path, dims: int, dtype: DType) -> float:
     """Divide the bytes of a compact row by those of a full one, as the store of the experiments has it."""
     for place in sorted((folder / "stores").glob(f"*-{dims}-{dtype}")):
-        if (report := read_reduce_report(Storage(place))) is not None:
+        if (report := read_report(Storage(place))) is not None:
             return report.row_bytes_share
     raise UserError(f"{folder}/stores lacks the store of {dims} components in {dtype} that the table was made of")

@@ -18,7 +18,7 @@ from benchmarks.report import Figure, Section
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import PreparedBatch
@@ -46,7 +46,7 @@ def measure(workload: Workload, dims: int, device: str, steps: int, progress: Pr
     The device holds the compact ones, or they come from the host in each step.
     """
     compact = workload.folder / f"features-{dims}"
-    reduce(FeatureStore.open(workload.store), compact, dims)
+    remake(FeatureStore.open(workload.store), compact, dims=dims)
     grid: dict[str, dict[str, Figure]] = {}
     name = ""
     kinds = {

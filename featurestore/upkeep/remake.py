@@ -1,16 +1,10 @@
-"""Stores made of another one: other float types, or fewer numbers a row.
+"""Stores made of another one: in another dtype, or with fewer numbers a row.
 
-Letters of shapes: N rows, K of them queries, D feature width.
+What is done is noted in `staging/remake` of the new store, so a command that was killed continues where it stopped.
+Letters of shapes: N rows (of a block, or compared), D width of the full rows, K components or queries.
 
-Letters of shapes: N rows of a block, D feature width, K components.
-
-Source of the merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979. Blocks are merged in
-the order of shards and rows, so neither compaction nor the number of files changes a bit.
-
-What is done is noted in `staging/KIND` of the new store, so a command that was killed continues where it stopped.
-Letters of shapes: M live rows of a shard, K of them in a block, D feature width.
-
-Letters of shapes: N rows, D width of the full rows, K components.
+Source of the merge of moments: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979. Blocks are
+merged in the order of shards and rows, so neither compaction nor the number of files changes a bit.
 """
 
 import contextlib
@@ -18,9 +12,9 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,21 +24,14 @@ from threadpoolctl import threadpool_limits
 
 from featurestore import log
 from featurestore.commit import Commit
-from featurestore.errors import (
-    CommitConflictError,
-    CorruptFileError,
-    DimsError,
-    InvalidRowsError,
-    StoreExistsError,
-    StoreNotFoundError,
-)
-from featurestore.format.codec import Basis, BasisOrigin, Codec, Float64Array, basis_of, write_basis
+from featurestore.errors import CommitConflictError, DimsError, InvalidRowsError, StoreExistsError, StoreNotFoundError
+from featurestore.format.codec import Basis, BasisOrigin, Float64Array, basis_of, write_basis
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, ModelT, OptionalId, Sealed, StoreInfo, read_sealed, seal
+from featurestore.spec import FileEntry, Frozen, ModelT, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.staging import STAGING
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
@@ -53,13 +40,19 @@ from featurestore.store import FeatureStore
 from featurestore.text import DType
 from featurestore.upkeep.compaction import merged_blocks
 
-NUM_NEIGHBOURS = 10
-_MOST_QUERIES = 500
+REPORT = "reports/remake.json"
+_REMAKE = "remake"
+_COMPARED_SEED, _COMPARED_ROWS = 1, 5_000
+_NUM_NEIGHBOURS, _MOST_QUERIES = 10, 500
+_THREADS = 4
+_SAMPLED_SHARDS = 64
+_PANEL = 512  # columns of a product; its numbers are summed in the same order wherever they are computed
+
+Float32Array = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Errors of `num_compared` rows; None where there were too few of them, or all were zero."""
+class Accuracy(Frozen):
+    """Errors of `num_compared` full rows as the stored ones describe them; None where too few had a length."""
 
     num_compared: int
     num_queries: int
@@ -68,6 +61,303 @@ class Accuracy:
     cosine_mean: float | None
     cosine_min: float | None
     recall_at_10: float | None  # share of a row's exact nearest neighbours that are so among the kept rows too
+
+
+class RemakeReport(Sealed):
+    """What a store was made of, and what its rows keep; `reports/remake.json` of the new store."""
+
+    source: str
+    source_version: int
+    source_commit_id: OptionalId
+    source_dtype: DType
+    dtype: DType
+    source_dim: int
+    dim: int
+    basis_sha256: str | None  # of the principal components; None where rows keep all their numbers
+    variance_kept: float | None  # share of the variance of all rows
+    num_rows: int
+    source_bytes: int
+    bytes: int
+    row_bytes_share: float  # of a feature here, by one of the source
+    accuracy: Accuracy
+
+
+def remake(
+    source: FeatureStore,
+    target_url: str | os.PathLike[str],
+    *,
+    dims: int | None = None,
+    dtype: DType | None = None,
+    version: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    find: Callable[[Snapshot, int], Basis] | None = None,
+) -> RemakeReport:
+    """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure what they keep.
+
+    `dtype` None: as the source. With `dims` each row becomes its coordinates along that many principal components of
+    all rows, which takes a second reading; `progress` counts the shards of both. `find` gives components that are known
+    already. Without `dims` rows keep their numbers, and those of a compact store their basis.
+
+    After a kill the same call continues with the shards of the same snapshot; components that were not found yet are
+    computed again. Where all is done it gives the report. Needs the memory of a few blocks for each thread. Raises what
+    `principal_components` raises, StoreExistsError where something else is at the place, InvalidRowsError where `dtype`
+    cannot hold a row, CorruptFileError before anything of a damaged file is used.
+    """
+    if dims is not None and source.info.reduction is not None:
+        raise InvalidRowsError(
+            f"{source.url} is compact already, {_described(source.info)}: reduce the store that it was made of"
+        )
+    work = _Remake(source, Storage(target_url, keep_inside=True), dims, dtype or source.info.dtype, version)
+    plan = work.plan()
+    if plan is None:
+        if not work.check_free():
+            return work.finished()
+        snapshot, basis = source.snapshot(version), source.basis
+        if dims is not None:
+            read = partial(principal_components, threads=threads, progress=_part(progress, 0))
+            basis = (find or read)(snapshot, dims)
+        plan = work.make_plan(snapshot, basis)
+    snapshot = work.planned_snapshot(plan)
+    basis = None if dims is None else basis_of(plan.info, work.storage)
+    counted = progress if dims is None else _part(progress, 1)
+    new = work.make(plan, snapshot, basis, threads or min(_THREADS, len(os.sched_getaffinity(0))), counted)
+    report = _report(plan, snapshot, new, basis)
+    work.end(report)
+    return report
+
+
+def read_report(storage: Storage) -> RemakeReport | None:
+    """Read the report of the remake that made the store at this place, if one did. Raises CorruptFileError."""
+    return _read_or_none(storage, REPORT, RemakeReport)
+
+
+def _part(progress: Progress | None, reading: int) -> Progress | None:
+    """Return what counts shards of the first reading of two (0), or of the second (1)."""
+    return None if progress is None else lambda done, total: progress(reading * total + done, 2 * total)
+
+
+class _Plan(Sealed):
+    """What is made of what; written before the new store, whose basis is there by then."""
+
+    source: str
+    source_version: int
+    source_commit_id: OptionalId
+    dims: int | None  # principal components; None where rows keep their numbers
+    info: StoreInfo
+
+
+class _DoneShard(Sealed):
+    """A shard whose file is written; without an entry where it has no live rows."""
+
+    entry: FileEntry | None
+
+
+@dataclass(frozen=True)
+class _Remake:
+    """One new store at `storage`, as it was asked for."""
+
+    source: FeatureStore
+    storage: Storage
+    dims: int | None
+    dtype: DType
+    version: int | None
+
+    def check_free(self) -> bool:
+        """Return whether a store can be made here; False where one is there already.
+
+        Before anything is written: the new store itself comes after basis and plan. Raises StoreExistsError
+        where the place is that of the source itself, or inside it, UnsafeBackendError."""
+        if self.storage.url == self.source.url:
+            raise StoreExistsError(f"{self.storage.url} is the source itself: name another place for the new store")
+        if self.storage.url.startswith(f"{self.source.url.rstrip('/')}/"):  # what cleans the source up would find it
+            raise StoreExistsError(f"{self.storage.url} is inside the source: name another place for the new store")
+        with contextlib.suppress(StoreNotFoundError):
+            FeatureStore.open(self.storage.url)
+            return False
+        refuse_unsafe(self.storage)
+        return True
+
+    def plan(self) -> _Plan | None:
+        """Read what an earlier call planned and did not end."""
+        return _read_or_none(self.storage, _PLAN, _Plan)
+
+    def make_plan(self, snapshot: Snapshot, basis: Basis | None) -> _Plan:
+        """Keep the basis of the new store and what is to be done. Of several who start at once all follow the first."""
+        changes: dict[str, object] = {"dtype": self.dtype, "store_id": ""}
+        if basis is not None:
+            changes |= {"dim": basis.dim, "reduction": write_basis(self.storage, basis)}
+        plan = _Plan(
+            source=self.source.url,
+            source_version=snapshot.version,
+            source_commit_id=snapshot.manifest.commit_id,
+            dims=self.dims,
+            info=snapshot.info.model_copy(update=changes),
+        )
+        self.storage.create_exclusive(_PLAN, seal(plan))
+        first = self.plan()
+        assert first is not None, "the plan was made just now"
+        return first
+
+    def planned_snapshot(self, plan: _Plan) -> Snapshot:
+        """Open the snapshot of the plan. Raises StoreExistsError where the plan is of something else."""
+        asked = self.dims, self.dtype, plan.source_version if self.version is None else self.version
+        snapshot = self.source.snapshot(plan.source_version)
+        is_same = snapshot.manifest.commit_id == plan.source_commit_id
+        if asked != (plan.dims, plan.info.dtype, plan.source_version) or not is_same:
+            raise StoreExistsError(
+                f"{self.storage.url} is becoming a store of snapshot {plan.source_version} of {plan.source} as"
+                f" {_described(plan.info)}: continue with that, name another place, or remove it"
+            )
+        return snapshot
+
+    def finished(self) -> RemakeReport:
+        """Return the report of the store that is there, if the same remake made it. Raises StoreExistsError."""
+        report, wanted = read_report(self.storage), self.source.snapshot(self.version)
+        if report is not None and report.source_commit_id == wanted.manifest.commit_id:
+            dims = None if report.variance_kept is None else report.dim
+            if (dims, report.dtype) == (self.dims, self.dtype):
+                return report
+        made = ""
+        if report is not None:
+            info = FeatureStore.open(self.storage.url).info
+            made = f", made of snapshot {report.source_version} of {report.source} as {_described(info)}"
+        raise StoreExistsError(f"{self.storage.url} is a store already{made}: name another place, or remove it")
+
+    def make(
+        self, plan: _Plan, snapshot: Snapshot, basis: Basis | None, threads: int, progress: Progress | None
+    ) -> Snapshot:
+        """Make all shards that are not done yet, and publish them by one commit.
+
+        A commit that was made before a kill, or by a twin, is found. Raises CommitConflictError, InvalidRowsError,
+        CorruptFileError."""
+        target = FeatureStore.open_or_create(self.storage.url, plan.info)
+        shards = sorted(snapshot.manifest.shards)
+        done = {shard: found for shard in shards if (found := self._done_shard(shard)) is not None}
+        work = [shard for shard in shards if shard not in done]
+
+        def make_shard(shard: int) -> _DoneShard:
+            reader, entry = snapshot.shard_reader(shard), None
+            if reader.num_rows:
+                blocks = _encoded_blocks(reader, snapshot, target, basis)
+                entry = write_shard_file(target.storage, target.info, shard, blocks, "base", 0)
+            made = _DoneShard(entry=entry)
+            target.storage.write_bytes(_done_path(shard), seal(made))
+            return made
+
+        for shard, made in zip(work, in_threads(make_shard, work, threads), strict=True):
+            done[shard] = made
+            if progress is not None:
+                progress(len(done), len(shards))
+        target.add_quarantine(self.source.quarantine_rows())
+        return self._publish(target, plan, done)
+
+    def end(self, report: RemakeReport) -> None:
+        """Keep the report, and remove the notes of what was done."""
+        self.storage.write_bytes(REPORT, seal(report))
+        FeatureStore.open(self.storage.url).discard_staging(_REMAKE)
+
+    def _done_shard(self, shard: int) -> _DoneShard | None:
+        done = _read_or_none(self.storage, _done_path(shard), _DoneShard)
+        if done is not None and done.entry is not None:
+            with contextlib.suppress(FileNotFoundError):
+                return done if self.storage.size(done.entry.path) == done.entry.bytes else None
+            return None
+        return done
+
+    def _publish(self, target: FeatureStore, plan: _Plan, done: dict[int, _DoneShard]) -> Snapshot:
+        operation = f"{_REMAKE} of snapshot {plan.source_version} ({plan.source_commit_id})"
+        entries = {shard: [each.entry] for shard, each in done.items() if each.entry is not None}
+        storage, info = target.storage, target.info
+        try:
+            return Commit(storage=storage, info=info, operation=operation, entries=entries, only_after=0).publish()
+        except CommitConflictError as error:
+            first = log.find(storage, 1)
+            if first is None or first.operation != operation:
+                message = f"{target.url} got other rows before its remake was done: remove it, and start again"
+                raise CommitConflictError(message) from error
+            return Snapshot(storage, info, first)
+
+
+def _done_path(shard: int) -> str:
+    return f"{STAGING}/{_REMAKE}/shard-{shard:04d}.json"
+
+
+_PLAN = f"{STAGING}/{_REMAKE}/plan.json"
+
+
+def _encoded_blocks(
+    reader: ShardReader, snapshot: Snapshot, target: FeatureStore, basis: Basis | None
+) -> Iterator[pa.Table]:
+    """Yield the live rows of a shard as the new store keeps them."""
+    for block in merged_blocks(reader):
+        values_ND = snapshot.codec.decode(matrix_of(block, reader.info))
+        bits, storable_N = target.codec.encode_storable(values_ND if basis is None else basis.project(values_ND))
+        if not storable_N.all():
+            uri = block[URI][int(np.flatnonzero(~storable_N)[0])]
+            raise InvalidRowsError(
+                f"{uri} and others have numbers that {target.info.dtype} cannot hold: choose bfloat16 or float32"
+            )
+        yield live_table(block, bits, target.info)
+
+
+def _described(info: StoreInfo) -> str:
+    """Say what a store keeps, for messages, e.g. 'bfloat16, 256 of 4,096 numbers'."""
+    return f"{info.dtype}, {info.width_text} numbers" if info.reduction else info.dtype
+
+
+def _read_or_none(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT | None:
+    """Read a sealed file; None where it is not there."""
+    try:
+        return read_sealed(storage, path, model_class)
+    except FileNotFoundError:
+        return None
+
+
+def _report(plan: _Plan, snapshot: Snapshot, new: Snapshot, basis: Basis | None) -> RemakeReport:
+    """Compare rows that are read back from the new store."""
+    keys_N, exact_ND = sample(snapshot, _COMPARED_ROWS, _COMPARED_SEED)
+    kept_ND = new.codec.decode(new.get(keys_N))
+    return RemakeReport(
+        source=plan.source,
+        source_version=plan.source_version,
+        source_commit_id=plan.source_commit_id,
+        source_dtype=snapshot.info.dtype,
+        dtype=new.info.dtype,
+        source_dim=snapshot.info.dim,
+        dim=new.info.dim,
+        basis_sha256=None if new.info.reduction is None else new.info.reduction.sha256,
+        variance_kept=None if basis is None else basis.variance_kept,
+        num_rows=new.manifest.file_rows,
+        source_bytes=snapshot.manifest.file_bytes,
+        bytes=new.manifest.file_bytes,
+        row_bytes_share=new.info.row_bytes / snapshot.info.row_bytes,
+        accuracy=measure_accuracy(exact_ND, kept_ND if basis is None else basis.restored(kept_ND)),
+    )
+
+
+def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, Float32Array]:
+    """Draw keys (N,) and decoded features (N, D) of random live rows, at most `num_rows`.
+
+    From each of up to 64 random shards rows that are neighbours there, so that few row groups are read: keys are
+    hashed, so neighbours have nothing in common.
+    """
+    draw = np.random.default_rng(seed)
+    shards = draw.permutation(sorted(snapshot.manifest.shards))[:_SAMPLED_SHARDS]
+    if not len(shards):
+        return np.empty(0, np.int64), np.empty((0, snapshot.info.dim), np.float32)
+    starts, most = draw.random(len(shards)), -(-num_rows // len(shards))
+
+    def some(place: tuple[int, float]) -> tuple[Int64Array, Float32Array]:
+        shard, start = place
+        reader = snapshot.shard_reader(shard)
+        keys_M = reader.keys()
+        place_K = (int(start * len(keys_M)) + np.arange(min(most, len(keys_M)))) % max(1, len(keys_M))
+        return keys_M[place_K], snapshot.codec.decode(reader.features(keys_M[place_K])[0])
+
+    places = list(zip(shards.tolist(), starts.tolist(), strict=True))
+    keys, features = zip(*in_threads(some, places, _THREADS), strict=True)
+    return np.concatenate(keys)[:num_rows], np.concatenate(features)[:num_rows]
 
 
 def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]) -> Accuracy:
@@ -85,7 +375,7 @@ def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.
         relative_error_p99=float(np.percentile(error_N, 99)) if enough else None,
         cosine_mean=float(cosine_N.mean()) if enough else None,
         cosine_min=float(cosine_N.min()) if enough else None,
-        recall_at_10=_recall(exact_ND, kept_ND, num_queries) if len(exact_ND) > 2 * NUM_NEIGHBOURS else None,
+        recall_at_10=_recall(exact_ND, kept_ND, num_queries) if len(exact_ND) > 2 * _NUM_NEIGHBOURS else None,
     )
 
 
@@ -105,13 +395,10 @@ def _errors(
 def _recall(exact_ND: npt.NDArray[Any], kept_ND: npt.NDArray[Any], num_queries: int) -> float:
     """Return the share of neighbours that are kept. Queries are the first rows: no row is its own neighbour."""
     wanted_KN, found_KN = (
-        nearest(rows[num_queries:], rows[:num_queries], NUM_NEIGHBOURS) for rows in (exact_ND, kept_ND)
+        nearest(rows[num_queries:], rows[:num_queries], _NUM_NEIGHBOURS) for rows in (exact_ND, kept_ND)
     )
     hits = [len(np.intersect1d(wanted, found)) for wanted, found in zip(wanted_KN, found_KN, strict=True)]
-    return float(np.mean(hits)) / NUM_NEIGHBOURS
-
-
-_PANEL = 512  # columns of a product; its numbers are summed in the same order wherever they are computed
+    return float(np.mean(hits)) / _NUM_NEIGHBOURS
 
 
 def principal_components(
@@ -231,435 +518,3 @@ def _check_finite(values_ND: npt.NDArray[np.float32], block: pa.Table, url: str)
             f"{first} in {url} has numbers that are not finite: no store should hold such a row; delete its key, or"
             " extract it again"
         )
-
-
-COMPARED_SEED = 1
-COMPARED_ROWS = 5_000
-_THREADS = 4
-_SAMPLED_SHARDS = 64
-
-Float32Array = npt.NDArray[np.float32]
-Transform = Callable[[Float32Array], Float32Array]  # (N, D) as the source means them to (N, K) for the new store
-
-
-class RemakePlan(Sealed):
-    """What is made of what; written before the new store, whose basis is there by then."""
-
-    source: str
-    source_version: int
-    source_commit_id: OptionalId
-    info: StoreInfo
-
-
-class _DoneShard(Sealed):
-    """A shard whose file is written; without an entry where it has no live rows."""
-
-    entry: FileEntry | None
-
-
-@dataclass(frozen=True)
-class Remake:
-    """One new store at `storage`, made of `source`."""
-
-    kind: Literal["recode", "reduce"]
-    source: FeatureStore
-    storage: Storage
-
-    def check_free(self) -> bool:
-        """Return whether a store can be made here; False where one is there already.
-
-        Before anything is written: the new store itself comes after basis and plan. Raises StoreExistsError
-        where the place is that of the source itself, or inside it, UnsafeBackendError."""
-        if self.storage.url == self.source.url:
-            raise StoreExistsError(f"{self.storage.url} is the source itself: name another place for the new store")
-        if self.storage.url.startswith(f"{self.source.url.rstrip('/')}/"):  # what cleans the source up would find it
-            raise StoreExistsError(f"{self.storage.url} is inside the source: name another place for the new store")
-        with contextlib.suppress(StoreNotFoundError):
-            FeatureStore.open(self.storage.url)
-            return False
-        refuse_unsafe(self.storage)
-        return True
-
-    def plan(self) -> RemakePlan | None:
-        """Read what an earlier call planned and did not end."""
-        return read_or_none(self.storage, self._plan_path, RemakePlan)
-
-    def make_plan(self, snapshot: Snapshot, info: StoreInfo) -> RemakePlan:
-        """Keep what is to be done. Of several who start at once all follow the first."""
-        plan = RemakePlan(
-            source=self.source.url,
-            source_version=snapshot.version,
-            source_commit_id=snapshot.manifest.commit_id,
-            info=info.model_copy(update={"store_id": ""}),
-        )
-        self.storage.create_exclusive(self._plan_path, seal(plan))
-        first = self.plan()
-        assert first is not None, "the plan was made just now"
-        return first
-
-    def planned_snapshot(self, plan: RemakePlan, wanted: dict[str, object], version: int | None) -> Snapshot:
-        """Open the snapshot of the plan.
-
-        Raises StoreExistsError where the plan has other fields than `wanted`, or is of another snapshot."""
-        asked = wanted, plan.source_version if version is None else version
-        found = {name: getattr(plan.info, name) for name in wanted}
-        snapshot = self.source.snapshot(plan.source_version)
-        if asked != (found, plan.source_version) or snapshot.manifest.commit_id != plan.source_commit_id:
-            raise StoreExistsError(
-                f"{self.storage.url} is becoming a store of snapshot {plan.source_version} of {plan.source} as"
-                f" {described(plan.info)}: continue with that, name another place, or remove it"
-            )
-        return snapshot
-
-    def make(
-        self, plan: RemakePlan, snapshot: Snapshot, transform: Transform, threads: int, progress: Progress | None
-    ) -> Snapshot:
-        """Make all shards that are not done yet, and publish them by one commit.
-
-        A commit that was made before a kill, or by a twin, is found. Raises CommitConflictError, InvalidRowsError,
-        CorruptFileError."""
-        target = FeatureStore.open_or_create(self.storage.url, plan.info)
-        shards = sorted(snapshot.manifest.shards)
-        done = {shard: found for shard in shards if (found := self._done_shard(shard)) is not None}
-        work = [shard for shard in shards if shard not in done]
-
-        def make_shard(shard: int) -> _DoneShard:
-            return self._make_shard(snapshot, target, transform, shard)
-
-        for shard, made in zip(work, in_threads(make_shard, work, threads), strict=True):
-            done[shard] = made
-            if progress is not None:
-                progress(len(done), len(shards))
-        target.add_quarantine(self.source.quarantine_rows())
-        return self._publish(target, plan, done)
-
-    def end(self, report_path: str, report: Sealed) -> None:
-        """Keep the report, and remove the notes of what was done."""
-        self.storage.write_bytes(report_path, seal(report))
-        FeatureStore.open(self.storage.url).discard_staging(self.kind)
-
-    def _make_shard(self, snapshot: Snapshot, target: FeatureStore, transform: Transform, shard: int) -> _DoneShard:
-        reader = snapshot.shard_reader(shard)
-        entry = None
-        if reader.num_rows:
-            blocks = _encoded_blocks(reader, snapshot.codec, target, transform)
-            entry = write_shard_file(target.storage, target.info, shard, blocks, "base", 0)
-        done = _DoneShard(entry=entry)
-        target.storage.write_bytes(self._done_path(shard), seal(done))
-        return done
-
-    def _done_shard(self, shard: int) -> _DoneShard | None:
-        done = read_or_none(self.storage, self._done_path(shard), _DoneShard)
-        if done is not None and done.entry is not None:
-            with contextlib.suppress(FileNotFoundError):
-                return done if self.storage.size(done.entry.path) == done.entry.bytes else None
-            return None
-        return done
-
-    def _publish(self, target: FeatureStore, plan: RemakePlan, done: dict[int, _DoneShard]) -> Snapshot:
-        operation = f"{self.kind} of snapshot {plan.source_version} ({plan.source_commit_id})"
-        entries = {shard: [each.entry] for shard, each in done.items() if each.entry is not None}
-        storage, info = target.storage, target.info
-        try:
-            return Commit(storage=storage, info=info, operation=operation, entries=entries, only_after=0).publish()
-        except CommitConflictError as error:
-            first = log.find(storage, 1)
-            if first is None or first.operation != operation:
-                message = f"{target.url} got other rows before its {self.kind} was done: remove it, and start anew"
-                raise CommitConflictError(message) from error
-            return Snapshot(storage, info, first)
-
-    @property
-    def _plan_path(self) -> str:
-        return f"{STAGING}/{self.kind}/plan.json"
-
-    def _done_path(self, shard: int) -> str:
-        return f"{STAGING}/{self.kind}/shard-{shard:04d}.json"
-
-
-def _encoded_blocks(
-    reader: ShardReader, codec: Codec, target: FeatureStore, transform: Transform
-) -> Iterator[pa.Table]:
-    """Encode the live rows of a shard as the new store keeps them."""
-    for block in merged_blocks(reader):
-        values_KD = transform(codec.decode(matrix_of(block, reader.info)))
-        bits_KD, storable_K = target.codec.encode_storable(values_KD)
-        if not storable_K.all():
-            uri = block[URI][int(np.flatnonzero(~storable_K)[0])]
-            raise InvalidRowsError(
-                f"{uri} and others have numbers that {target.info.dtype} cannot hold: choose bfloat16 or float32"
-            )
-        yield live_table(block, bits_KD, target.info)
-
-
-def default_threads() -> int:
-    """Count the threads of a remake where none are asked for."""
-    return min(_THREADS, len(os.sched_getaffinity(0)))
-
-
-def described(info: StoreInfo) -> str:
-    """Say what a store keeps, for messages, e.g. 'bfloat16, 256 of 4,096 numbers'."""
-    return f"{info.dtype}, {info.width_text} numbers" if info.reduction else info.dtype
-
-
-def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, Float32Array]:
-    """Draw keys (N,) and decoded features (N, D) of random live rows, at most `num_rows`.
-
-    From each of up to 64 random shards rows that are neighbours there, so that few row groups are read: keys are
-    hashed, so neighbours have nothing in common.
-    """
-    draw = np.random.default_rng(seed)
-    shards = draw.permutation(sorted(snapshot.manifest.shards))[:_SAMPLED_SHARDS]
-    if not len(shards):
-        return np.empty(0, np.int64), np.empty((0, snapshot.info.dim), np.float32)
-    starts, most = draw.random(len(shards)), -(-num_rows // len(shards))
-
-    def some(place: tuple[int, float]) -> tuple[Int64Array, Float32Array]:
-        shard, start = place
-        reader = snapshot.shard_reader(shard)
-        keys_M = reader.keys()
-        place_K = (int(start * len(keys_M)) + np.arange(min(most, len(keys_M)))) % max(1, len(keys_M))
-        return keys_M[place_K], snapshot.codec.decode(reader.features(keys_M[place_K])[0])
-
-    places = list(zip(shards.tolist(), starts.tolist(), strict=True))
-    keys, features = zip(*in_threads(some, places, _THREADS), strict=True)
-    return np.concatenate(keys)[:num_rows], np.concatenate(features)[:num_rows]
-
-
-def read_or_none(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT | None:
-    """Read a sealed file; None where it is not there."""
-    try:
-        return read_sealed(storage, path, model_class)
-    except FileNotFoundError:
-        return None
-
-
-RECODE_REPORT = "reports/recode.json"
-
-
-class RecodeReport(Sealed):
-    """Results of a recode, and what it cost in accuracy; `reports/recode.json` of the new store."""
-
-    source: str
-    source_version: int
-    source_commit_id: OptionalId
-    source_dtype: DType
-    dtype: DType
-    num_rows: int
-    source_bytes: int
-    bytes: int
-    num_compared: int
-    num_queries: int
-    relative_error_mean: float | None
-    relative_error_p99: float | None
-    cosine_mean: float | None
-    cosine_min: float | None
-    recall_at_10: float | None
-
-
-def recode(
-    source: FeatureStore,
-    target_url: str | os.PathLike[str],
-    dtype: DType,
-    *,
-    version: int | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> RecodeReport:
-    """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure what it keeps.
-
-    That of a compact store has its basis. The same call again continues after a kill, with the same snapshot, and gives
-    the report where all is done. Needs the memory of a few blocks for each thread. Raises StoreExistsError where
-    something else is at the place, InvalidRowsError where `dtype` cannot hold a row, CorruptFileError before anything
-    of a damaged file is used.
-    """
-    remake = Remake("recode", source, Storage(target_url, keep_inside=True))
-    plan = remake.plan()
-    if plan is None:
-        if not remake.check_free():
-            return _finished_recode(remake, dtype, version)
-        plan = _plan_recode(remake, dtype, version)
-    snapshot = remake.planned_snapshot(plan, {"dtype": dtype}, version)
-    made = remake.make(plan, snapshot, _unchanged, threads or default_threads(), progress)
-    report = _report_recode(plan, snapshot, made)
-    remake.end(RECODE_REPORT, report)
-    return report
-
-
-def read_recode_report(storage: Storage) -> RecodeReport | None:
-    """Read the report of the recode that made the store at this place, if one did. Raises CorruptFileError."""
-    return read_or_none(storage, RECODE_REPORT, RecodeReport)
-
-
-def _unchanged(values_ND: Float32Array) -> Float32Array:
-    return values_ND
-
-
-def _finished_recode(remake: Remake, dtype: DType, version: int | None) -> RecodeReport:
-    """Return the report of the store that is there, if this recode made it. Raises StoreExistsError."""
-    report, wanted = read_recode_report(remake.storage), remake.source.snapshot(version)
-    if report is None or report.dtype != dtype or report.source_commit_id != wanted.manifest.commit_id:
-        made = f", made of snapshot {report.source_version} of {report.source} as {report.dtype}" if report else ""
-        raise StoreExistsError(f"{remake.storage.url} is a store already{made}: name another place, or remove it")
-    return report
-
-
-def _plan_recode(remake: Remake, dtype: DType, version: int | None) -> RemakePlan:
-    source, changes = remake.source, dict[str, object](dtype=dtype)
-    if (basis := basis_of(source.info, source.storage)) is not None:
-        changes["reduction"] = write_basis(remake.storage, basis)
-    return remake.make_plan(source.snapshot(version), source.info.model_copy(update=changes))
-
-
-def _report_recode(plan: RemakePlan, snapshot: Snapshot, new: Snapshot) -> RecodeReport:
-    """Compare rows that are read back from the new store."""
-    keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
-    accuracy = measure_accuracy(exact_ND, new.codec.decode(new.get(keys_N)))
-    num_rows = new.manifest.file_rows
-    return RecodeReport(
-        source=plan.source,
-        source_version=plan.source_version,
-        source_commit_id=plan.source_commit_id,
-        source_dtype=snapshot.info.dtype,
-        dtype=new.info.dtype,
-        num_rows=num_rows,
-        source_bytes=snapshot.manifest.file_bytes,
-        bytes=new.manifest.file_bytes,
-        **asdict(accuracy),
-    )
-
-
-REDUCE_REPORT = "reports/reduce.json"
-
-
-class ReduceReport(Sealed):
-    """Results of a reduction, and what it kept; `reports/reduce.json` of the new store.
-
-    Errors, angles and neighbours are of the full rows that the stored ones describe, their rounding included.
-    """
-
-    source: str
-    source_version: int
-    source_commit_id: OptionalId
-    source_dtype: DType
-    dtype: DType
-    source_dim: int
-    dim: int
-    basis_sha256: str
-    num_rows: int
-    source_bytes: int
-    bytes: int
-    row_bytes_share: float  # of a feature here, by one of the source
-    variance_kept: float  # share of the variance of all rows
-    num_compared: int
-    num_queries: int
-    relative_error_mean: float | None
-    relative_error_p99: float | None
-    cosine_mean: float | None
-    cosine_min: float | None
-    recall_at_10: float | None
-
-
-def reduce(
-    source: FeatureStore,
-    target_url: str | os.PathLike[str],
-    dims: int,
-    dtype: DType | None = None,
-    *,
-    version: int | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-    find: Callable[[Snapshot, int], Basis] | None = None,
-) -> ReduceReport:
-    """Make a compact store at `target_url`: a snapshot's live rows along their `dims` principal components.
-
-    The coordinates are in `dtype` (None: as the source). Reads all rows twice, for the components
-    and for the rows; `progress` counts the shards of both times. `find` gives the components where they are known
-    already. After a kill the same call again continues with the rows, while components that were not found yet are
-    begun anew; it gives the report where all is done. `principal_components` says what memory and time it needs, and
-    when it raises InvalidRowsError; StoreExistsError where something else is at the place; CorruptFileError.
-    """
-    remake = Remake("reduce", source, Storage(target_url, keep_inside=True))
-    dtype = dtype or source.info.dtype
-    if source.info.reduction is not None:
-        raise InvalidRowsError(
-            f"{source.url} is compact already, {described(source.info)}: reduce the store that it was made of"
-        )
-    plan = remake.plan()
-    if plan is None:
-        if not remake.check_free():
-            return _finished_reduce(remake, dims, dtype, version)
-        snapshot = source.snapshot(version)
-        read = partial(principal_components, threads=threads, progress=_part(progress, 0))
-        plan = _plan_reduce(remake, snapshot, (find or read)(snapshot, dims), dtype)
-    snapshot = remake.planned_snapshot(plan, {"dim": dims, "dtype": dtype}, version)
-    basis = _planned_basis(remake, plan)
-    made = remake.make(plan, snapshot, basis.project, threads or default_threads(), _part(progress, 1))
-    report = _report_reduce(plan, snapshot, made, basis)
-    remake.end(REDUCE_REPORT, report)
-    return report
-
-
-def _part(progress: Progress | None, reading: int) -> Progress | None:
-    """Return what counts shards of the first reading of two (0), or of the second (1)."""
-    return None if progress is None else lambda done, total: progress(reading * total + done, 2 * total)
-
-
-def read_reduce_report(storage: Storage) -> ReduceReport | None:
-    """Read the report of the reduction that made the store at this place, if one did. Raises CorruptFileError."""
-    return read_or_none(storage, REDUCE_REPORT, ReduceReport)
-
-
-def _finished_reduce(remake: Remake, dims: int, dtype: DType, version: int | None) -> ReduceReport:
-    """Return the report of the store that is there, if this reduction made it. Raises StoreExistsError."""
-    report, wanted = read_reduce_report(remake.storage), remake.source.snapshot(version)
-    asked = dims, dtype, wanted.manifest.commit_id
-    if report is None or (report.dim, report.dtype, report.source_commit_id) != asked:
-        info = FeatureStore.open(remake.storage.url).info
-        made = ""
-        if report is not None:
-            made = f", made of snapshot {report.source_version} of {report.source} as {described(info)}"
-        elif info.reduction is not None:
-            made = f" with another basis, {described(info)}"
-        raise StoreExistsError(f"{remake.storage.url} is a store already{made}: name another place, or remove it")
-    return report
-
-
-def _plan_reduce(remake: Remake, snapshot: Snapshot, basis: Basis, dtype: DType) -> RemakePlan:
-    changes = {
-        "dim": basis.dim,
-        "dtype": dtype,
-        "reduction": write_basis(remake.storage, basis),
-    }
-    return remake.make_plan(snapshot, snapshot.info.model_copy(update=changes))
-
-
-def _planned_basis(remake: Remake, plan: RemakePlan) -> Basis:
-    basis = basis_of(plan.info, remake.storage)
-    if basis is None:
-        raise CorruptFileError(f"the plan of {remake.storage.url} names no basis: remove it, and start anew")
-    return basis
-
-
-def _report_reduce(plan: RemakePlan, snapshot: Snapshot, new: Snapshot, basis: Basis) -> ReduceReport:
-    """Compare rows that are read back from the new store."""
-    keys_N, exact_ND = sample(snapshot, COMPARED_ROWS, COMPARED_SEED)
-    kept_ND = basis.restored(new.codec.decode(new.get(keys_N)))
-    num_rows, info = new.manifest.file_rows, new.info
-    assert info.reduction is not None
-    return ReduceReport(
-        source=plan.source,
-        source_version=plan.source_version,
-        source_commit_id=plan.source_commit_id,
-        source_dtype=snapshot.info.dtype,
-        dtype=info.dtype,
-        source_dim=snapshot.info.dim,
-        dim=info.dim,
-        basis_sha256=info.reduction.sha256,
-        num_rows=num_rows,
-        source_bytes=snapshot.manifest.file_bytes,
-        bytes=new.manifest.file_bytes,
-        row_bytes_share=info.row_bytes / snapshot.info.row_bytes,
-        variance_kept=basis.variance_kept,
-        **asdict(measure_accuracy(exact_ND, kept_ND.astype(np.float32))),
-    )

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from jobs.build_semantic_ids import app
 from pipeline.semantic.codes import load
 from tests.jobs.semantic import (
@@ -283,7 +283,7 @@ def test_mistakes_are_one_message(place):
 
 
 def test_components_of_a_compact_store_are_taken_as_they_are(place):
-    reduce(FeatureStore.open(place / "store"), place / "compact", 4, "float32")
+    remake(FeatureStore.open(place / "store"), place / "compact", dims=4, dtype="float32")
     fitted = {}
     for name, options in {"auto": [], "raw": ["--raw"], "each": ["--standardize"]}.items():
         run(place, "--store", place / "compact", "--no-samples", *options, out=name)

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from jobs import build_semantic_ids
 from jobs.export_embeddings import app
 from tests.trainer.conftest import Places, make_places
@@ -140,7 +140,7 @@ def test_another_snapshot_and_another_e(run: Path, places: Places, tmp_path: Pat
 
 
 def test_components_of_a_compact_store_are_taken_as_the_run_took_them(places: Places, tmp_path: Path) -> None:
-    reduce(FeatureStore.open(places.folder / "features"), tmp_path / "features", 6, "bfloat16")
+    remake(FeatureStore.open(places.folder / "features"), tmp_path / "features", dims=6, dtype="bfloat16")
     run = train_run(Places(tmp_path), "compact", data__samples=places.folder / "samples")
     done("--run", run, "--out", tmp_path / "v.parquet")
     found = read(tmp_path / "v.parquet")

@@ -151,7 +151,7 @@ _EXPERIMENTS = (
             Variant("full width", _BEST),
             *(Variant(f"{dims:,} components, bfloat16", _BEST, reduced=(dims, "bfloat16")) for dims in _WIDTHS),
         ),
-        "Principal components of the features in data.store (python -m featurestore reduce); widths that its rows do"
+        "Principal components of the features in data.store (python -m featurestore remake); widths that its rows do"
         " not span are left out.",
     ),
     Experiment(

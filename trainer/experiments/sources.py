@@ -11,7 +11,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from featurestore.text import DType
 from featurestore.upkeep.history import seconds_per_image
-from featurestore.upkeep.remake import principal_components, reduce
+from featurestore.upkeep.remake import principal_components, remake
 from trainer.comm import Comm
 from trainer.config.config import Config
 from trainer.errors import DataError, DataNotFoundError
@@ -85,7 +85,7 @@ class Sources:
             if dims >= min(snapshot.info.dim, snapshot.num_rows):
                 return None
             place = str(folder / f"{snapshot.manifest.commit_id[:_DIGITS]}-{dims}-{dtype}")
-            reduce(store, place, dims, dtype, version=snapshot.version, find=self._components)
+            remake(store, place, dims=dims, dtype=dtype, version=snapshot.version, find=self._components)
             return place
 
         return self._once(("reduced", data.store, dims, dtype), lambda: self._comm.on_rank_0(look))

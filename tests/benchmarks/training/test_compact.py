@@ -11,7 +11,7 @@ from benchmarks.compact.__main__ import app
 from benchmarks.compact.sections import gauc_section
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import UserError
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 
 TINY = ["--images", "200", "--dim", "16", "--dims", "4", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
 
@@ -25,7 +25,7 @@ def results(tmp_path: Path) -> Path:
     store.put(FeatureRows.of([f"{n}" for n in range(len(rows))], rows))
     folder = tmp_path / "drawn" / "experiments"
     for dims in (32, 128):
-        reduce(store, folder / "stores" / f"abc-{dims}-bfloat16", dims, "bfloat16")
+        remake(store, folder / "stores" / f"abc-{dims}-bfloat16", dims=dims, dtype="bfloat16")
     gauc = {"full width": (0.70, 0.72), "32 components, bfloat16": (0.699, 0.717)}
     gauc["128 components, bfloat16"] = (0.70, 0.72)
     runs = {name: [{"gauc": each} for each in values] for name, values in gauc.items()}

@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from featurestore import key_of_uri
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from tests.explorer.pages.reading import Reader
 from tests.explorer.stores import DIM, make_store, rows, storied
 from tests.pipeline.conftest import draw_photo, encode_image
@@ -49,7 +49,7 @@ def test_on_any_place_that_fsspec_opens():
 
 @pytest.mark.parametrize("dims", [2, 5])
 def test_a_compact_store_says_so_and_compares_its_own_numbers(tmp_path, dims):
-    reduce(storied(tmp_path / "store"), tmp_path / "compact", dims)
+    remake(storied(tmp_path / "store"), tmp_path / "compact", dims=dims)
     reader = Reader(store=tmp_path / "compact")
     assert f"{dims} of {DIM} numbers" in reader.read("/store").text
     page = reader.client.get(f"/images/{key_of_uri('a/5.jpg')}", params={"wait": "spaces"})

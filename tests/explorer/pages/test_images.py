@@ -16,7 +16,7 @@ from explorer.places import Places
 from explorer.server.app import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from pipeline.semantic.codes import read_codes
 from tests.explorer.pages.reading import Reader, Reading
 from tests.explorer.stores import make_store, rows, storied
@@ -247,7 +247,7 @@ def test_a_picture_that_is_sent_finds_its_own_image_first(everything, world):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_of_a_compact_store_a_picture_gets_the_coordinates_of_its_rows(shop, tmp_path, dtype):
     source = FeatureStore.open(shop.store)
-    reduce(source, tmp_path / "compact", 12, dtype)
+    remake(source, tmp_path / "compact", dims=12, dtype=dtype)
     answer = send(Reader(store=tmp_path / "compact"), (shop.images / PLAIN[5]).read_bytes())
     text = Reading(answer.text).text
     assert "Cosine of features of 12 of 576 numbers" in text

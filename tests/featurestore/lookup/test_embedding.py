@@ -13,7 +13,7 @@ from featurestore.lookup import embedding
 from featurestore.lookup.compute_dtype import dtype_of_machine, dtype_of_processor
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 
 DIM = 32
 
@@ -77,7 +77,7 @@ class TestModel:
             service = EmbeddingService(partition, {"e": EmbeddingModel(DIM)})
             assert len(set(_folded(service, tmp_path / "store").tolist())) > 10
             assert len(set(_folded(service, tmp_path / "store", "common").tolist())) == 1
-        reduce(FeatureStore.open(tmp_path / "store"), tmp_path / "small", 4)
+        remake(FeatureStore.open(tmp_path / "store"), tmp_path / "small", dims=4)
         with FeaturePartition.load(tmp_path / "small", cache_dir=tmp_path / "cache") as partition:
             service = EmbeddingService(partition, {"e": EmbeddingModel(4)})
             assert len(set(_folded(service, tmp_path / "small").tolist())) == 1

@@ -1,4 +1,4 @@
-"""Compact stores of images: extraction by a basis gives what reduce makes, a refresh knows its store's basis."""
+"""Compact stores of images: extraction by a basis gives what remake makes, a refresh knows its store's basis."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import recode, reduce
+from featurestore.upkeep.remake import remake
 from featurestore.upkeep.verify import verify
 from tests.pipeline.features.conftest import change_everything, counts, rows_of
 
@@ -34,7 +34,7 @@ def numbers(path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_extraction_makes_the_rows_that_reduce_makes(make, folder, full, tmp_path, dtype):
-    reduce(full, tmp_path / "small", DIMS, dtype)
+    remake(full, tmp_path / "small", dims=DIMS, dtype=dtype)
     summary = make(folder, "direct", reduce=str(tmp_path / "small"), dtype=None)
     small, direct = (FeatureStore.open(tmp_path / name) for name in ("small", "direct"))
     assert summary.num_new == summary.num_computed == 7 and direct.snapshot().num_rows == 7
@@ -46,7 +46,7 @@ def test_extraction_makes_the_rows_that_reduce_makes(make, folder, full, tmp_pat
 
 
 def test_a_basis_file_serves_as_well_and_bad_ones_are_named(make, folder, full, tmp_path):
-    reduce(full, tmp_path / "small", DIMS)
+    remake(full, tmp_path / "small", dims=DIMS)
     small = FeatureStore.open(tmp_path / "small")
     file = str(tmp_path / "small" / small.info.reduction.path)
     make(folder, "direct", reduce=file, dtype=None)
@@ -66,7 +66,7 @@ def test_a_basis_file_serves_as_well_and_bad_ones_are_named(make, folder, full, 
 
 
 def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder, full, computed, tmp_path):
-    reduce(full, tmp_path / "features", DIMS, "float32")
+    remake(full, tmp_path / "features", dims=DIMS, dtype="float32")
     change_everything(folder, write)
     before = sum(computed)
     summary = run(folder)
@@ -82,9 +82,9 @@ def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder,
 
 
 def test_another_basis_is_refused(make, run, folder, full, tmp_path):
-    reduce(full, tmp_path / "features", DIMS)
+    remake(full, tmp_path / "features", dims=DIMS)
     full.put(FeatureRows.of(["mine.jpg"], np.ones((1, full.info.dim), np.float32)))
-    reduce(full, tmp_path / "other", DIMS)
+    remake(full, tmp_path / "other", dims=DIMS)
     with pytest.raises(SpecMismatchError, match=r"reduction\.sha256 is .* instead of"):
         make(folder, "features", reduce=str(tmp_path / "other"))
     with pytest.raises(SpecMismatchError, match="takes rows of 576 numbers"):
@@ -92,8 +92,8 @@ def test_another_basis_is_refused(make, run, folder, full, tmp_path):
 
 
 def test_a_recoded_compact_store_is_refreshed_too(run, write, folder, full, tmp_path):
-    reduce(full, tmp_path / "small", DIMS, "float32")
-    recode(FeatureStore.open(tmp_path / "small"), tmp_path / "features", "float16")
+    remake(full, tmp_path / "small", dims=DIMS, dtype="float32")
+    remake(FeatureStore.open(tmp_path / "small"), tmp_path / "features", dtype="float16")
     write(h=8)
     assert run(folder).num_new == 1
     store = FeatureStore.open(tmp_path / "features")

@@ -12,7 +12,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from jobs import import_features
 from pipeline.vectors import import_vectors
 from pipeline.vectors.import_vectors import extractor_of
@@ -120,7 +120,7 @@ def test_a_compact_store_takes_imports_of_full_vectors(job, tmp_path, vectors_ND
     np.save(tmp_path / "keys.npy", range(40))
     arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy")
     job(*arguments, "--dtype", "float32")
-    reduce(FeatureStore.open(tmp_path / "features"), tmp_path / "small", 3)
+    remake(FeatureStore.open(tmp_path / "features"), tmp_path / "small", dims=3)
     assert "unchanged 40" in job(*arguments, store=tmp_path / "small"), "digests are those of the full vectors"
     vectors_ND[0], vectors_ND[1, 0] = vectors_ND[30], np.nan
     np.save(tmp_path / "a.npy", vectors_ND)

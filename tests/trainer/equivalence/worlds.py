@@ -15,7 +15,7 @@ from scenarios import DIM, NUM_SHARDS, SEED, TEXT_DIM, Scenario
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from trainer.samples.columns import decode, rules_of
 from trainer.samples.order import Piece
 from trainer.samples.reader import Batch, BatchPosition, Jagged, assemble
@@ -95,7 +95,7 @@ def keys_in_one_shard() -> list[int]:
 def make_store(path: Path) -> None:
     """A store of `features`, and beside it one of their components, one of `texts`, and samples."""
     images = _make(str(path), "images", features())
-    reduce(images, f"{path}-compact", 6, "bfloat16")
+    remake(images, f"{path}-compact", dims=6, dtype="bfloat16")
     _make(f"{path}-texts", "texts", texts())
     _write_samples(Path(f"{path}-samples"))
 

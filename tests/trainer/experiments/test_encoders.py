@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import ExtractionCost, keep_cost, seconds_per_image
-from featurestore.upkeep.remake import recode, reduce
+from featurestore.upkeep.remake import remake
 from tests.pages import check_page
 from trainer.experiments.__main__ import app
 
@@ -31,8 +31,8 @@ def places(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
             version=version, operation="extract", num_computed=num_computed, seconds=seconds, num_workers=1
         )
         keep_cost(store.storage, cost)
-    recode(store, str(tmp_path / "half"), "float16")
-    reduce(store, str(tmp_path / "compact"), 4, "float32")
+    remake(store, str(tmp_path / "half"), dtype="float16")
+    remake(store, str(tmp_path / "compact"), dims=4, dtype="float32")
     return places
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from tests.ranks import command_of
 from tests.trainer.plan.machine import MACHINE, NETWORK, RATES, WIDTHS
 from tests.trainer.standing_ranks import run as run_here
@@ -214,7 +214,7 @@ def test_a_compact_store_is_planned_with_by_its_own_width(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And so is what stands in for one that is too large."""
-    reduce(FeatureStore.open(places.folder / "features"), tmp_path / "compact", 6, "float16")
+    remake(FeatureStore.open(places.folder / "features"), tmp_path / "compact", dims=6, dtype="float16")
     config = load_config(settings=places.settings(data__store=tmp_path / "compact"))
     sampled = sample(config, PlanQuestion((1,), 64, False, 1, 1e9, 0.0))
     stored = stored_bytes(config, sampled)

@@ -7,7 +7,7 @@ from explorer.data.images import neighbours
 from explorer.data.images.compare import Space, keys_of, only_in, shared
 from explorer.data.images.neighbours import Neighbour, Neighbours, cosines, nearest_features, nearest_vectors
 from featurestore import FeatureStore, key_of_uri
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from tests.explorer.stores import DIM, make_store, rows, storied
 
 
@@ -26,7 +26,7 @@ def plainly(snapshot, query_D, most, without):
 def test_neighbours_are_those_of_all_rows_at_once(tmp_path, kind, most):
     store = storied(tmp_path / "store", "bfloat16" if kind == "bfloat16" else "float32")
     if kind == "compact":
-        reduce(store, tmp_path / "compact", 3)
+        remake(store, tmp_path / "compact", dims=3)
         store = FeatureStore.open(tmp_path / "compact")
     snapshot, key = store.snapshot(), key_of_uri("a/5.jpg")
     query_D = store.codec.decode(snapshot.get([key]))[0]

@@ -11,7 +11,7 @@ import torch
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.remake import reduce
+from featurestore.upkeep.remake import remake
 from tests.trainer.runs.stores.short import Places, dense, train_on
 from trainer.errors import CheckpointError
 
@@ -25,7 +25,7 @@ def reduced(make_places: Callable[[Path], Places], tmp_path_factory: pytest.Temp
     """Samples, a store, and two of its components in `compact` and `half`."""
     places = make_places(tmp_path_factory.mktemp("compact"))
     for name, dtype in (("compact", "float32"), ("half", "float16")):
-        reduce(FeatureStore.open(places.folder / "features"), places.folder / name, DIMS, dtype)
+        remake(FeatureStore.open(places.folder / "features"), places.folder / name, dims=DIMS, dtype=dtype)
     return places
 
 
@@ -51,7 +51,7 @@ def test_resumption_is_exact_and_knows_the_basis(reduced: Places, whole: Path) -
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     store = FeatureStore.open(reduced.folder / "features")
     store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32)))
-    reduce(store, reduced.folder / "other", DIMS, "float32")
+    remake(store, reduced.folder / "other", dims=DIMS, dtype="float32")
     with pytest.raises(CheckpointError, match=r"store\.basis is '\w{64}' here, '\w{64}' in the checkpoint"):
         run(reduced, "halves", "other", run__resume="latest", train__max_steps=36)
     with pytest.raises(CheckpointError, match=r"store\.dim is 16 here, 6"):

@@ -20,12 +20,11 @@ from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, InvalidRowsError, SpecMismatchError, StorageError, StoreExistsError
 from featurestore.format.codec import basis_of
 from featurestore.storage.storage import Storage
-from featurestore.upkeep import remake
-from featurestore.upkeep import remake as components_module
+from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.promotion import compare
-from featurestore.upkeep.remake import CoMoments, principal_components, read_reduce_report, recode, reduce
+from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake
 from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
@@ -86,7 +85,7 @@ def test_components_are_those_of_an_svd(source: FeatureStore) -> None:
 
 def test_streamed_equals_at_once_over_several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     values = drawn(300) + np.arange(300)[:, None]  # each block has another mean
-    monkeypatch.setattr(components_module, "_PANEL", 16)
+    monkeypatch.setattr(module, "_PANEL", 16)
     with ThreadPoolExecutor(2) as pool:
         blocks, whole = CoMoments(DIM, pool), CoMoments(DIM, pool)
         for block in (values[:7], values[7:7], values[7:100], values[100:]):
@@ -103,9 +102,9 @@ def test_streamed_equals_at_once_over_several_panels(monkeypatch: pytest.MonkeyP
 
 
 def test_the_same_bits_at_any_number_of_threads_and_after_a_compaction(source: FeatureStore, tmp_path: Path) -> None:
-    first = reduce(source, tmp_path / "one", 12, "float32", threads=1)
+    first = remake(source, tmp_path / "one", dims=12, dtype="float32", threads=1)
     with threadpool_limits(2, "blas"):
-        again = reduce(source, tmp_path / "two", 12, "float32", threads=2)
+        again = remake(source, tmp_path / "two", dims=12, dtype="float32", threads=2)
     assert first.basis_sha256 == again.basis_sha256
     one, two = (FeatureStore.open(tmp_path / name) for name in ("one", "two"))
     assert np.array_equal(one.snapshot().get(one.snapshot().keys()), two.snapshot().get(one.snapshot().keys()))
@@ -135,8 +134,8 @@ def test_threads_of_blas_change_no_bit(wide: FeatureStore) -> None:
 
 def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held is the matrix, the keys and some blocks of 64 rows: not the 51 MB that all rows are."""
-    for module in ("upkeep.compaction", "format.shard"):
-        monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 64)
+    for name in ("upkeep.compaction", "format.shard"):
+        monkeypatch.setattr(f"featurestore.{name}.row_group_rows", lambda info: 64)
     compact(wide, force=True)
     snapshot, add, in_arrow = wide.snapshot(), CoMoments.add, [pa.total_allocated_bytes()]
 
@@ -158,7 +157,9 @@ def test_rows_are_streamed(wide: FeatureStore, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rows_are_coordinates_and_keep_what_is_known_of_them(source: FeatureStore, tmp_path: Path, dtype) -> None:
     seen: list[tuple[int, int]] = []
-    report = reduce(source, tmp_path / "new", 8, dtype, progress=lambda done, total: seen.append((done, total)))
+    report = remake(
+        source, tmp_path / "new", dims=8, dtype=dtype, progress=lambda done, total: seen.append((done, total))
+    )
     new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
     assert seen[-1] == (16, 16) and sorted(seen) == seen and len(seen) == 16
     assert new.info.dim == 8 and new.info.dtype == dtype and new.info.full_dim == DIM
@@ -173,13 +174,13 @@ def test_rows_are_coordinates_and_keep_what_is_known_of_them(source: FeatureStor
     restored = basis.restored(new.codec.decode(new.snapshot().get(keys)))
     left = ((values - restored).astype(np.float64) ** 2).sum() / ((values - basis.mean_D) ** 2).sum()
     assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
-    assert report.cosine_min is not None and report.cosine_min > 0.999
-    assert read_reduce_report(new.storage) == report == reduce(source, tmp_path / "new", 8, dtype)
+    assert report.accuracy.cosine_min is not None and report.accuracy.cosine_min > 0.999
+    assert read_report(new.storage) == report == remake(source, tmp_path / "new", dims=8, dtype=dtype)
 
 
 def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp_path: Path) -> None:
     """docs/FORMAT.md alone is enough to read it."""
-    reduce(source, tmp_path / "new", 8, "float32")
+    remake(source, tmp_path / "new", dims=8, dtype="float32")
     fields = json.loads((tmp_path / "new" / "store.json").read_bytes())["reduction"]
     data = (tmp_path / "new" / fields["path"]).read_bytes()
     assert (
@@ -204,17 +205,19 @@ def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp
 
 
 def test_as_many_components_as_numbers_lose_nothing(source: FeatureStore, tmp_path: Path) -> None:
-    report = reduce(source, tmp_path / "new", DIM)
+    report = remake(source, tmp_path / "new", dims=DIM)
     new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
     assert new.basis is not None and report.variance_kept == pytest.approx(1, abs=1e-12)
-    assert report.recall_at_10 == 1
+    assert report.accuracy.recall_at_10 == 1
+    few = remake(source, tmp_path / "few", dims=2).accuracy.recall_at_10
+    assert few is not None and 0.05 < few < 0.9
     np.testing.assert_allclose(new.basis.restored(new.snapshot().get(keys)), values, rtol=1e-6, atol=1e-5)
 
 
 def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
     def refused(match: str, store: FeatureStore = source, dims: int = 8, place: str = "new") -> None:
         with pytest.raises((InvalidRowsError, StoreExistsError), match=match):
-            reduce(store, tmp_path / place, dims)
+            remake(store, tmp_path / place, dims=dims)
         assert not (tmp_path / "new").exists() or Storage(tmp_path / "new").entries() == []
 
     refused("dims=41: .*source has rows of 40 numbers; choose 1 to 40", dims=41)
@@ -231,9 +234,9 @@ def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInf
     two = np.random.default_rng(0).integers(-8, 8, (50, 2)).astype(np.float32)
     plane.put(FeatureRows.of([f"{i}" for i in range(50)], np.tile(two, DIM // 2)))
     refused("vary in 2 directions alone; choose up to 2", plane, 3)
-    assert reduce(plane, tmp_path / "plane2", 2).variance_kept == pytest.approx(1)
+    assert remake(plane, tmp_path / "plane2", dims=2).variance_kept == pytest.approx(1)
     with pytest.raises(InvalidRowsError, match=r"plane2 is compact already, float32, 2 of 40 numbers"):
-        reduce(FeatureStore.open(tmp_path / "plane2"), tmp_path / "plane1", 1)
+        remake(FeatureStore.open(tmp_path / "plane2"), tmp_path / "plane1", dims=1)
 
 
 def test_a_row_that_is_not_finite_is_named(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
@@ -242,13 +245,13 @@ def test_a_row_that_is_not_finite_is_named(source: FeatureStore, tmp_path: Path,
     bad.features_ND[0, 3] = np.nan
     source.put(bad)
     with pytest.raises(InvalidRowsError, match=r"900\.jpg in .*source has numbers that are not finite"):
-        reduce(source, tmp_path / "new", 8)
+        remake(source, tmp_path / "new", dims=8)
 
 
 def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> None:
-    reduce(source, tmp_path / "a", 8)
+    remake(source, tmp_path / "a", dims=8)
     source.put(rows_of(2000, 40, seed=5))
-    reduce(source, tmp_path / "b", 8)
+    remake(source, tmp_path / "b", dims=8)
     a, b = FeatureStore.open(tmp_path / "a"), FeatureStore.open(tmp_path / "b")
     assert (a.info.dim, a.info.dtype, a.info.extractor) == (b.info.dim, b.info.dtype, b.info.extractor)
     entry = b.snapshot().manifest.entries[0]
@@ -265,14 +268,14 @@ def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> No
     with pytest.raises((SpecMismatchError, CorruptFileError)):
         FeaturePartition.load(a.url, rank=0, num_ranks=1, cache_dir=tmp_path / "cache")
     with pytest.raises(StoreExistsError, match=r"made of snapshot 3 of .*source as float32, 8 of 40 numbers"):
-        reduce(source, tmp_path / "a", 8)
+        remake(source, tmp_path / "a", dims=8)
     with pytest.raises(StoreExistsError, match="is a store already"):
-        reduce(source, tmp_path / "b", 9)
+        remake(source, tmp_path / "b", dims=9)
 
 
-def test_a_recoded_compact_store_has_the_same_basis(source: FeatureStore, tmp_path: Path) -> None:
-    reduce(source, tmp_path / "a", 8)
-    report = recode(FeatureStore.open(tmp_path / "a"), tmp_path / "b", "float16")
+def test_a_compact_store_in_another_dtype_has_the_same_basis(source: FeatureStore, tmp_path: Path) -> None:
+    remake(source, tmp_path / "a", dims=8)
+    report = remake(FeatureStore.open(tmp_path / "a"), tmp_path / "b", dtype="float16")
     a, b = FeatureStore.open(tmp_path / "a"), FeatureStore.open(tmp_path / "b")
     assert a.info.reduction == b.info.reduction and b.info.dtype == "float16" and report.num_rows == ROWS - 30
     assert a.basis is not None and b.basis is not None and a.basis.to_bytes() == b.basis.to_bytes()
@@ -280,7 +283,7 @@ def test_a_recoded_compact_store_has_the_same_basis(source: FeatureStore, tmp_pa
 
 
 def test_verify_finds_a_flipped_bit_and_expiry_keeps_the_basis(source: FeatureStore, tmp_path: Path) -> None:
-    reduce(source, tmp_path / "a", 8)
+    remake(source, tmp_path / "a", dims=8)
     a = FeatureStore.open(tmp_path / "a")
     assert a.info.reduction is not None
     a.put(FeatureRows.of(["x.jpg"], np.zeros((1, 8), np.float32)))
@@ -300,8 +303,8 @@ def test_verify_finds_a_flipped_bit_and_expiry_keeps_the_basis(source: FeatureSt
     assert verify(a).problems == []
 
 
-def test_a_reduction_that_was_cut_off_goes_on(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
-    write, written = remake.write_shard_file, []
+def test_components_that_were_cut_off_continue(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
+    write, written = module.write_shard_file, []
 
     def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
         if len(written) == 4:
@@ -309,24 +312,24 @@ def test_a_reduction_that_was_cut_off_goes_on(source: FeatureStore, tmp_path: Pa
         written.append(shard)
         return write(storage, info, shard, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(remake, "write_shard_file", fails_in_the_fifth)
+    monkeypatch.setattr(module, "write_shard_file", fails_in_the_fifth)
     with pytest.raises(StorageError, match="full"):
-        reduce(source, tmp_path / "new", 8, threads=1)
-    monkeypatch.setattr(remake, "write_shard_file", write)
+        remake(source, tmp_path / "new", dims=8, threads=1)
+    monkeypatch.setattr(module, "write_shard_file", write)
     assert FeatureStore.open(tmp_path / "new").snapshot().version == 0
     expected = principal_components(source.snapshot(), 8)
     source.put(rows_of(3000, 10, seed=4))  # the snapshot that was begun with is kept to
     for wrong in ({"dims": 7}, {"dims": 8, "dtype": "float16"}, {"dims": 8, "version": 1}):
         with pytest.raises(StoreExistsError, match=r"becoming a store of snapshot 3 .* as float32, 8 of 40 numbers"):
-            reduce(source, tmp_path / "new", **wrong)
+            remake(source, tmp_path / "new", **wrong)
     half = next((tmp_path / "new" / "data").glob("*/*.parquet"))  # a disk that lost power may have it so
     half.write_bytes(half.read_bytes()[:-9])
     seen: list[int] = []
-    report = reduce(source, tmp_path / "new", 8, progress=lambda done, _: seen.append(done))
+    report = remake(source, tmp_path / "new", dims=8, progress=lambda done, _: seen.append(done))
     assert seen == [12, 13, 14, 15, 16] and report.source_version == 3 and report.num_rows == ROWS - 30
     new = FeatureStore.open(tmp_path / "new")
     assert new.basis is not None and np.array_equal(new.basis.components_KD, expected.components_KD)
-    assert new.storage.list("staging/reduce") == [] and verify(new).problems == []
+    assert new.storage.list("staging/remake") == [] and verify(new).problems == []
 
 
 def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
@@ -336,9 +339,9 @@ def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, t
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(remake, "write_shard_file", fails)
+        patch.setattr(module, "write_shard_file", fails)
         with pytest.raises(StorageError, match="full"):
-            reduce(source, tmp_path / "new", 8, threads=1)
+            remake(source, tmp_path / "new", dims=8, threads=1)
     shutil.rmtree(tmp_path / "source")
     anew = FeatureStore.create(tmp_path / "source", source.info.model_copy(update={"store_id": ""}))
     for seed in range(3):
@@ -347,7 +350,7 @@ def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, t
     with pytest.raises(
         StoreExistsError, match=r"becoming a store of snapshot 3 .* continue with that, name another place"
     ):
-        reduce(anew, tmp_path / "new", 8)
+        remake(anew, tmp_path / "new", dims=8)
 
 
 @pytest.mark.long
@@ -355,16 +358,16 @@ def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, t
 def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
     """Before the basis, before the plan, before the store is made, among the shards, and after the commit."""
     call, methods = (
-        partial(reduce, dims=8, dtype="float16", threads=1),
+        partial(remake, dims=8, dtype="float16", threads=1),
         ("create_exclusive", "open_output", "write_bytes"),
     )
-    places = (("basis", 0), ("staging/reduce/plan", 0), ("store.json", 0), ("staging/reduce/shard", 3), ("reports", 0))
+    places = (("basis", 0), ("staging/remake/plan", 0), ("store.json", 0), ("staging/remake/shard", 3), ("reports", 0))
     for prefix, writes in places:
         kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
         published = list((tmp_path / "new" / "log").glob("0*.json"))
         assert bool(published) == (prefix == "reports")
-    assert reduce(source, tmp_path / "new", 8, "float16").num_rows == ROWS - 30
-    reduce(source, tmp_path / "calm", 8, "float16")
+    assert remake(source, tmp_path / "new", dims=8, dtype="float16").num_rows == ROWS - 30
+    remake(source, tmp_path / "calm", dims=8, dtype="float16")
     new, calm = FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm")
     keys = source.snapshot().keys()
     assert new.info.reduction == calm.info.reduction and new.snapshot().version == 1
@@ -373,14 +376,14 @@ def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
 
 @pytest.mark.services
 def test_to_an_object_store(source: FeatureStore, s3_url: str, tmp_path: Path) -> None:
-    report = reduce(source, f"{s3_url}/compact", 8, "float16")
+    report = remake(source, f"{s3_url}/compact", dims=8, dtype="float16")
     new = FeatureStore.open(f"{s3_url}/compact")
     assert verify(new).problems == [] and new.snapshot().num_rows == report.num_rows == ROWS - 30
-    assert reduce(source, tmp_path / "here", 8, "float16").basis_sha256 == report.basis_sha256
+    assert remake(source, tmp_path / "here", dims=8, dtype="float16").basis_sha256 == report.basis_sha256
 
 
 def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["reduce", source.url, str(tmp_path / "new"), "--dims", "8", "--dtype", "float16"])
+    result = CliRunner().invoke(app, ["remake", source.url, str(tmp_path / "new"), "--dims", "8", "--dtype", "float16"])
     assert result.exit_code == 0, result.output
     assert re.search(r"numbers of a row\W+40\W+8\W", result.output) and "0.1000" in result.output
     assert re.search(r"variance kept\W+99\.\d+%", result.output), result.output
@@ -389,7 +392,7 @@ def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> 
 
 
 def test_bits_of_a_compact_store_are_bits_of_its_dtype(source: FeatureStore, tmp_path: Path) -> None:
-    reduce(source, tmp_path / "new", 8, "bfloat16")
+    remake(source, tmp_path / "new", dims=8, dtype="bfloat16")
     new = FeatureStore.open(tmp_path / "new")
     values = np.arange(8, dtype=np.float32)[None]
     new.put(FeatureRows.of(["mine.jpg"], values))
