@@ -17,11 +17,11 @@ import typer
 from benchmarks.report import JsonPath, Section, write_sections
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig
-from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
 
 if TYPE_CHECKING:
     from trainer.engine.engine import Engine
+    from trainer.samples.reader import Batch
 
 _SCHEMA = Schema(
     fields=(
@@ -36,8 +36,10 @@ _MOST = 1.15
 app = CommandApp(report=True)
 
 
-def batch_of(number: int, samples: int, ids: int, behaviors: int) -> Batch:
+def batch_of(number: int, samples: int, ids: int, behaviors: int) -> "Batch":
     """Draw the batch of a step: single samples with a number of behaviours each."""
+    from trainer.samples.reader import Batch, Jagged
+
     draw = np.random.default_rng(number)
     one = np.ones(samples, np.int32)
     return Batch(

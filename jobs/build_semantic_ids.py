@@ -9,7 +9,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary
 from pipeline.options import DEFAULT_SAMPLES, SemanticOptions, takes
-from trainer.schema.profile import SETTINGS_FILE
+from trainer.schema.fields import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 

@@ -7,7 +7,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary, progress_bar
 from pipeline.options import XdlOptions, XdlRandomOptions, takes
-from trainer.schema.profile import SETTINGS_FILE
+from trainer.schema.fields import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 

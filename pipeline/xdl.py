@@ -35,7 +35,8 @@ from pipeline.samples.mapping import names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, FolderContent, replaced_files, replaced_folder
 from pipeline.vectors.formats import NUM_FILES, find_files, record_dtype
 from trainer.schema import Field, Kind, Schema
-from trainer.schema.profile import look, schema_text, table_rows
+from trainer.schema.fields import schema_text, table_rows
+from trainer.schema.profile import look
 from trainer.schema.suggest import WEIGHT_SUFFIX, sample_files
 
 SPLITS = ("train", "test")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from featurestore.published import open_published
 from trainer.errors import DataError
-from trainer.samples.columns import files_by_day
 
 JOBS = Path(__file__).parents[2] / "jobs"
 NETS = ("dnn", "din", "dcnv2", "finalmlp")
@@ -25,6 +24,8 @@ class DataSet:
 
     def tuning_days(self) -> tuple[list[str], list[str]]:
         """Cut the training days into nine tenths, and a rest on which settings are chosen. Raises DataError."""
+        from trainer.samples.columns import files_by_day
+
         by_day = files_by_day(open_published(self.samples))
         days = [day for day, files in by_day.items() if files[0].startswith("train/")]
         if len(days) < 2:

@@ -25,7 +25,7 @@ from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import RunPath
 from featurestore.text import one_line
-from trainer.schema.profile import SETTINGS_FILE
+from trainer.schema.fields import SETTINGS_FILE
 
 _PER_PAGE = 50
 _MOST_COLUMNS = 4

@@ -122,7 +122,7 @@ def promote(
 ) -> None:
     """Move a channel to the snapshot of another one, if the gates hold: coverage, quarantine, drift, neighbours.
 
-    Else it stays, exit code 1, and a line for each gate that fails. `python -m trainer.compat.canary` evaluates a run
+    Else it stays, exit code 1, and a line for each gate that fails. `python -m trainer.compat.promote` evaluates a run
     as well. Each decision is kept with the channel, unless it is a dry run.
     """
     limits = limits_of(

@@ -27,7 +27,7 @@ from distributed.security import Security
 from featurestore.console.output import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
 from featurestore.storage.threads import interrupt_blocked
-from pipeline.cluster.submit import check_address
+from pipeline.cluster.checks import check_address
 from pipeline.errors import (
     SCHEDULER_LOST,
     ClusterError,

@@ -65,7 +65,7 @@ from pipeline.samples.groups import (
 )
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, replaced_files
-from trainer.schema.profile import IMAGES_FILE
+from trainer.schema.fields import IMAGES_FILE
 
 SPLITS = ("train", "test")
 _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")

@@ -42,7 +42,7 @@ from pipeline.samples.groups import (
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.profile import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, settings_text
+from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 DAY_S = 86_400

@@ -40,7 +40,7 @@ from pipeline.semantic.codes import (
     read_codes,
 )
 from trainer.schema import Field, Schema, load_schema
-from trainer.schema.profile import SETTINGS_FILE, schema_text, table_rows
+from trainer.schema.fields import SETTINGS_FILE, schema_text, table_rows
 
 SPLITS = ("train", "test")
 WITHOUT_CODE = "without_code.parquet"

@@ -25,7 +25,7 @@ WITH_PAGES = sorted(
     line
     for line in LEAVES
     if line.startswith(("jobs/", "benchmarks.", "trainer.experiments", "trainer.evaluate", "trainer.plan"))
-    or line in ("featurestore verify", "trainer.compat.canary")
+    or line in ("featurestore verify", "trainer.compat.promote")
     or any("--html" in each.opts for each in LEAVES[line].params)
 )
 """Commands that have to have the option, and others that have it."""

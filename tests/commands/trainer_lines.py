@@ -321,7 +321,7 @@ TRAINER = [
     ("trainer.supervise --hosts-file {pipe} -- python -m trainer.main", 2, "{pipe}"),
     ("trainer.supervise --host-discovery-script {missing} -- python -m trainer.main", 2, "{missing}"),
     ("trainer.supervise --host-discovery-script {garbage} -- python -m trainer.main", 2, "{garbage} cannot be started"),
-    ("trainer.compat.canary {run} {store} --from 1 --keys {garbage}", 2, "{garbage} is no file of keys or uris"),
+    ("trainer.compat.promote {run} {store} --from 1 --keys {garbage}", 2, "{garbage} is no file of keys or uris"),
     ("trainer.supervise --by mpi --max-np 1 -- python -m trainer.main", 2, "mpi"),
     ("trainer.supervise --lease-s 0 --max-np 1 -- python -m trainer.main", 2, "--lease-s"),
     ("trainer.supervise --backoff-s nan --max-np 1 -- python -m trainer.main", 2, "--backoff-s"),

@@ -30,8 +30,7 @@ from trainer.engine.machine import share_machine
 from trainer.errors import ConfigError, TrainerError
 from trainer.evaluation.bootstrap import log_loss
 from trainer.models.layers import used_fields
-from trainer.runs import checkpoint
-from trainer.runs import folder as accepted
+from trainer.runs import accepted, checkpoint
 from trainer.runs.saved import SavedRun, open_test, read_run, with_rows
 from trainer.runs.stores import StorePlace, kind_of_features, open_partition, recorded_kind
 from trainer.samples.reader import Batch, SampleIndex, SampleReader

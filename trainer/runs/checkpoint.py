@@ -47,7 +47,7 @@ from trainer.config.config import Config
 from trainer.config.options import Section
 from trainer.errors import CheckpointError, DamagedCheckpointError, DataError, OtherRunError, RemoteRankError
 from trainer.files import checkpoints_of
-from trainer.runs import folder as accepted
+from trainer.runs import accepted
 from trainer.runs.folder import find_checkpoint, finished, pinned, unrelated
 from trainer.runs.places import STATE, CheckpointPlace, WrittenPart, local_copy, place_of
 from trainer.samples.columns import SPLITS, in_either_split

@@ -1,27 +1,19 @@
-"""A run's folder: its files, its checkpoints, and which of them are accepted.
-
-They stand in the run's folder, so every command that opens one of its checkpoints finds them; `python -m trainer.compat
-RUN STORE --accept` writes them.
-"""
+"""A run's folder: its files and its checkpoints."""
 
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from featurestore.errors import BucketNotFoundError, StorageError
-from featurestore.identity import SnapshotId
-from featurestore.published.paths import FarPath, RunPath, read_file, run_path, write_file
+from featurestore.published.paths import FarPath, RunPath, read_file, run_path
 from featurestore.storage.local import sync
-from featurestore.text import first_mistake, parse_json
+from featurestore.text import parse_json
 from trainer.config.config import Config, RunConfig
-from trainer.config.options import Section
-from trainer.errors import CheckpointError, CheckpointNotFoundError, ConfigError, TrainerError
+from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
 from trainer.files import PathT, checkpoints_of
 
 _NAME = re.compile(r"step-\d{8,}")
@@ -200,88 +192,3 @@ def naming_run_dir(config: Config) -> Iterator[None]:
         raise ConfigError(f"run.dir={config.run.dir}: {failure}") from failure
     except (OSError, StorageError) as failure:
         raise TrainerError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure
-
-
-FILE = "accepted-stores.json"
-
-
-class AcceptedStore(Section):
-    """A store that replaces the one called `name` in the schema: `accepted` is read where a checkpoint has `recorded`.
-
-    `figures`: what was known of the two when that was decided.
-    """
-
-    name: str
-    recorded: SnapshotId
-    accepted: SnapshotId
-    figures: dict[str, Any]
-
-    def replaces(self, name: str, record: SnapshotId) -> bool:
-        """Tell whether `record` is of the store that was replaced.
-
-        Of one store put back from a backup, it has to be the very snapshot."""
-        if (name, record.store_id) != (self.name, self.recorded.store_id):
-            return False
-        return self.accepted.store_id != record.store_id or record.commit_id == self.recorded.commit_id
-
-
-class _AcceptedStores(Section):
-    accepted: list[AcceptedStore]
-
-
-def standing_in(checkpoint: RunPath, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
-    """Find what is to be read of each store: what was accepted in the place of what the checkpoint recorded, or that.
-
-    Raises CheckpointError where the file of accepted stores is damaged."""
-    found = dict(stores)
-    for each in _read(_file_of(checkpoint)):
-        for name, record in found.items():
-            if each.replaces(name, record):
-                found[name] = each.accepted
-    return found
-
-
-def accept(checkpoint: RunPath, store: AcceptedStore) -> RunPath:
-    """Accept a store for the checkpoint's run, in place of an earlier one for the same; returns the file.
-
-    Raises CheckpointError where it cannot be written.
-    """
-    return _write(checkpoint, [*_others(checkpoint, store.name, store.recorded), store])
-
-
-def withdraw(checkpoint: RunPath, name: str, recorded: SnapshotId) -> RunPath | None:
-    """Take back what was accepted in the place of `recorded`, which is there again.
-
-    Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
-    """
-    left = _others(checkpoint, name, recorded)
-    return _write(checkpoint, left) if len(left) < len(_read(_file_of(checkpoint))) else None
-
-
-def _others(checkpoint: RunPath, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
-    return [each for each in _read(_file_of(checkpoint)) if not each.replaces(name, recorded)]
-
-
-def _write(checkpoint: RunPath, stores: list[AcceptedStore]) -> RunPath:
-    file = _file_of(checkpoint)
-    try:
-        write_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
-    except (OSError, StorageError) as failure:
-        raise CheckpointError(f"{file} cannot be written: {failure}") from failure
-    return file
-
-
-def _file_of(checkpoint: RunPath) -> RunPath:
-    return checkpoint.resolve().parent.parent / FILE
-
-
-def _read(file: RunPath) -> list[AcceptedStore]:
-    try:
-        return _AcceptedStores.model_validate_json(read_file(file)).accepted
-    except FileNotFoundError:
-        return []
-    except (OSError, StorageError, ValidationError) as failure:
-        first = first_mistake(failure) if isinstance(failure, ValidationError) else failure
-        raise CheckpointError(
-            f"{file} is damaged: {first}; remove it, and accept the store again: python -m trainer.compat RUN STORE"
-        ) from failure

@@ -27,8 +27,7 @@ from trainer.engine.engine import Engine, check_tables
 from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.errors import ConfigError, DataNotFoundError
 from trainer.files import checkpoints_of
-from trainer.runs import checkpoint, warmstart
-from trainer.runs import folder as accepted
+from trainer.runs import accepted, checkpoint, warmstart
 from trainer.runs.checkpoint import (
     CheckpointState,
     Origin,

@@ -30,7 +30,7 @@ from trainer.samples.images import LackingImages, lacking, names_of
 from trainer.samples.reader import SampleIndex
 from trainer.samples.statistics import FOUND, fields_to_measure, fill_in, measure
 from trainer.schema import DEFAULT_STORE, Field, Schema
-from trainer.schema.profile import SCHEMA_FILE
+from trainer.schema.fields import SCHEMA_FILE
 
 _REMEMBERED = 16  # of one folder of samples: other days, other snapshots
 _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}

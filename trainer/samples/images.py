@@ -27,7 +27,7 @@ from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import SPLITS, Rule, rules_of, sample_files, texts_of, values_of
 from trainer.samples.reader import RowGroup, SampleIndex, open_index, read_row_groups
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
-from trainer.schema.profile import IMAGES_FILE, SCHEMA_FILE
+from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE
 
 _HELD = 1 << 20  # uses that wait to be merged
 _SHOWN = 3

@@ -14,18 +14,8 @@ import yaml
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
 from trainer.errors import DataError, DataNotFoundError, SchemaError
-from trainer.schema.fields import LOG2, Field, GalleryPooling, Kind, Schema, Side
-from trainer.schema.profile import (
-    Column,
-    Content,
-    TableProfile,
-    data_files,
-    look,
-    read_tables,
-    schema_text,
-    style_of,
-    table_rows,
-)
+from trainer.schema.fields import LOG2, Field, GalleryPooling, Kind, Schema, Side, schema_text, table_rows
+from trainer.schema.profile import Column, Content, TableProfile, data_files, look, read_tables, style_of
 
 # What people call our columns; the first that fits wins.
 SYNONYMS = {

@@ -62,7 +62,7 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, colum
 
 
 def test_only_output_makes_consoles_and_prints_tables() -> None:
-    """So that the tests above are about every command; the consoles of report pages and of the tutorial show nothing."""
+    """So that the tests above are about every command; those of report pages and of the tutorial show nothing."""
     found = []
     for package in ("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools"):
         for file in sorted((ROOT / package).rglob("*.py")):

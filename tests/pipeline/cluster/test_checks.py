@@ -5,7 +5,7 @@ import re
 import pytest
 from distributed import Client
 
-from pipeline.cluster.submit import check_address, check_packages, check_versions
+from pipeline.cluster.checks import check_address, check_packages, check_versions
 from pipeline.errors import (
     InsecureSchedulerError,
     MissingPackagesError,

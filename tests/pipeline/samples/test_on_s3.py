@@ -25,7 +25,7 @@ from trainer.comm import SoloComm
 from trainer.samples.columns import files_by_day
 from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import load_schema
-from trainer.schema.profile import SETTINGS_FILE
+from trainer.schema.fields import SETTINGS_FILE
 
 
 def bytes_at(url: str) -> dict[str, bytes]:

@@ -15,7 +15,8 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.promotion import GateLimits, read_decisions
 from trainer.comm import SoloComm
-from trainer.compat.canary import Canary, app
+from trainer.compat.canary import Canary
+from trainer.compat.promote import app
 from trainer.config.config import load_config
 from trainer.errors import ConfigError
 from trainer.evaluation.compare import compare

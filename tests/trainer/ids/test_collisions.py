@@ -9,7 +9,8 @@ from trainer.config.options import OptimConfig
 from trainer.ids.figures import Collisions, collisions_of, gather_figures, rows_for
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.tables import TableShape, build_tables
-from trainer.schema.profile import DistinctCount, table_rows
+from trainer.schema.fields import table_rows
+from trainer.schema.profile import DistinctCount
 
 READER = RowOptimizer(OptimConfig())
 IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)

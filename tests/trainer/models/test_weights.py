@@ -26,7 +26,7 @@ from trainer.runs.saved import open_trained
 from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.profile import schema_text
+from trainer.schema.fields import schema_text
 
 WORDS = Field(name="ad_words", side="ad", kind="multi_id", weights="ad_words_weight")
 Edit = Callable[[pa.Table], pa.Table]

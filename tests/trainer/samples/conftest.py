@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.schema import Field, Schema, load_schema
-from trainer.schema.profile import schema_text
+from trainer.schema.fields import schema_text
 
 NUMBERS = (
     Field(name="income", side="user", kind="dense", transform="log_standardize", fill="mean"),

@@ -25,7 +25,7 @@ from trainer.runs.stores import FILE, write_statistics
 from trainer.samples.columns import rules_of
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
-from trainer.schema.profile import schema_text
+from trainer.schema.fields import schema_text
 
 
 def settings_of(places: Any, name: str, **changes: Any) -> list[str]:

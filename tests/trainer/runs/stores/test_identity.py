@@ -28,8 +28,7 @@ from trainer.errors import CheckpointError
 from trainer.evaluate import app as evaluate_app
 from trainer.main import train
 from trainer.prerank.__main__ import app as prerank_app
-from trainer.runs import checkpoint
-from trainer.runs import folder as accepted
+from trainer.runs import accepted, checkpoint
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import open_trained
 from trainer.runs.stores import open_partition, store_places
