@@ -27,6 +27,7 @@ PROGRAMS = {
     "tools.breaks",
     "tools.browser.screenshots",
     "tools.commands",
+    "tools.reference",
     "tools.settings",
     "tools.site",
     "tools.tree",
