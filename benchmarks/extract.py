@@ -69,7 +69,8 @@ def draw_images(folder: Path, count: int) -> None:
 def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str, Figure]:
     """Measure both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
     from pipeline.cluster.tasks import connect, run_alone
-    from pipeline.network.backbone import UntrainedWeightsWarning, describe_network
+    from pipeline.network.backbone import UntrainedWeightsWarning
+    from pipeline.network.described import describe_network
 
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)

@@ -56,7 +56,8 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
     from benchmarks.written import count_writes
     from pipeline.cluster.tasks import connect
     from pipeline.features.refresh import extract, refresh
-    from pipeline.network.backbone import UntrainedWeightsWarning, describe_network
+    from pipeline.network.backbone import UntrainedWeightsWarning
+    from pipeline.network.described import describe_network
     from pipeline.options import ExtractOptions, RefreshOptions
 
     photos, fresh = folder / "images", folder / "fresh"

@@ -56,8 +56,7 @@ from pipeline.features.part import (
 )
 from pipeline.images.imagetable import ImageTable, Listing
 from pipeline.images.source import list_images
-from pipeline.network.backbone import check_weights_name, describe_network, warn_if_untrained
-from pipeline.network.layers import feature_dim
+from pipeline.network.described import check_weights_name, describe_network
 from pipeline.options import ExtractOptions, RefreshOptions
 from pipeline.store_run import (
     TOMBSTONES,
@@ -312,6 +311,9 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`, and keeps its
     own basis without the option. Random weights give an UntrainedWeightsWarning.
     """
+    from pipeline.network.backbone import warn_if_untrained  # loads Torch, which a refresh does not need
+    from pipeline.network.layers import feature_dim
+
     start_s = time.monotonic()
     check_channel(options.channel)
     num_shards = options.num_shards

@@ -29,7 +29,7 @@ def test_both_kinds_of_features_on_the_cpu(tmp_path: Path) -> None:
         assert one["busy_share"] > 0 and 0 < one["last_loss"] < 2
         assert one["bytes_per_step"] == one["features_bytes"] + one["places_bytes"] + one["batch_bytes"]
         assert one["batch_bytes"] == pytest.approx(60 * (4 + 8), rel=0.05)
-    images = figures["compact_from_host_features_bytes"] / 4  # 4 codes each
+    images = figures["compact_from_host_features_bytes"] / 8  # 4 numbers in bfloat16 each
     assert figures["full_features_bytes"] == 32 * images > 0, "16 numbers in bfloat16"
     assert figures["compact_features_bytes"] == 8 * images, "their places"
     assert figures["compact_last_loss"] == figures["compact_from_host_last_loss"]

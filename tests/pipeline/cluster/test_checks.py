@@ -79,7 +79,7 @@ def test_missing_package_on_the_scheduler_is_a_mismatch():
 def test_workers_without_this_project_are_named(cluster, monkeypatch):
     with Client(cluster) as client:
         check_packages(client)
-        monkeypatch.setattr("pipeline.cluster.submit.IMPORT_OURS", "import featurestore, no_such_package")
+        monkeypatch.setattr("pipeline.cluster.checks.IMPORT_OURS", "import featurestore, no_such_package")
         with pytest.raises(MissingPackagesError, match="no_such_package") as caught:
             check_packages(client)
     assert all(f"{worker.address}: " in str(caught.value) for worker in cluster.workers.values())

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -344,25 +343,6 @@ def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -
         CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 anew, remove .*/d/2026"
     ):
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
-
-
-def test_days_that_an_earlier_version_began_go_on(days: Places) -> None:
-    """Its settings of the optimiser stood in section train, some had no name."""
-    old = {"run__name": "d", "optim__ids": "rowwise_adam", "optim__ids_lr": "null"}
-    follow(config_of(days, **old), SoloComm(), last=DAYS[0])
-    folder = days.folder / "runs" / "d"
-    for file, read, write in (
-        (folder / "daily.json", json.loads, json.dumps),
-        (folder / DAYS[0] / "config.yaml", yaml.safe_load, yaml.safe_dump),
-    ):
-        values = read(file.read_text())
-        optim = values.pop("optim")
-        values["train"] |= {name: optim[name] for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
-        file.write_text(write(values))
-    follow(config_of(days, **old), SoloComm(), last=DAYS[1])
-    assert [row["day"] for row in table_of(folder)] == DAYS[:2]
-    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.5 here, 0\.01 there"):
-        follow(config_of(days, **old, optim__lr=0.5), SoloComm(), last=DAYS[1])
 
 
 def test_command(days: Places) -> None:

@@ -16,7 +16,7 @@ def totals_of(*seconds: float) -> StepTotals:
     totals = StepTotals()
     for each in seconds:
         totals.seconds["compute"] = totals.seconds.get("compute", 0.0) + each
-        totals.add(STEP, ImageCounts(0, 0, 0))
+        totals.add(STEP, ImageCounts(0, 0))
     return totals
 
 
