@@ -1,10 +1,6 @@
 """Shards: the reader and the writer of the rows of one, and its rows as Arrow.
 
-Letters of shapes: N rows of all files, M live rows, K rows of a block or a file, D feature width.
-
-Letters of shapes: K rows of a block, D feature width.
-
-Letters of shapes: N rows of a batch, D feature width.
+Letters of shapes: N rows of all files or of a batch, M live rows, K rows of a block or a file, D feature width.
 """
 
 import hashlib

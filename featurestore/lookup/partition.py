@@ -1,8 +1,6 @@
 """One rank's partition of a snapshot: rows in memory or mapped, found by a hash index.
 
-Letters of shapes: M rows held, U keys asked, C of them in a piece, D feature width.
-
-Letters of shapes: M hashes held, U hashes asked.
+Letters of shapes: M rows or hashes held, U keys or hashes asked, C of them in a piece, D feature width.
 
 numpy gathers from one matrix at the speed of memory; from one array per file it would need a copy more. The kernel maps
 each file at its own place in a reserved range; nothing is read until a row is touched.

@@ -2,7 +2,7 @@
 
 Letters of shapes: K rows that may differ, N keys.
 
-reports/extraction-00000000000000000003.json    of the job that made snapshot 3
+    reports/extraction-00000000000000000003.json    of the job that made snapshot 3
 """
 
 import re

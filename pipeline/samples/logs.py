@@ -1,8 +1,6 @@
 """Raw logs: their files, read in pieces.
 
 Letters of shapes: N rows of a piece of a log.
-
-Letters of shapes: N rows of a piece of a log.
 """
 
 import contextlib

@@ -1,10 +1,6 @@
 """Semantic IDs: codebooks trained on vectors, and the codes of each image.
 
-Letters of shapes: N rows, D feature width, L levels, C codes of each.
-
-Letters of shapes: N rows, D feature width.
-
-Letters of shapes: N rows, M images, L levels, C codes of each.
+Letters of shapes: N rows, M images, D feature width, L levels, C codes of each.
 """
 
 import dataclasses

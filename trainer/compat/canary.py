@@ -1,10 +1,9 @@
 """Gates of a release: the scores of a run on a new snapshot, and a new model against the one in use.
 
-Only the rows are read that the impressions name. Both are measured on the same resamples of users.
-
-Both score the same rows, each with the newest features of its stores. A model is worse where GAUC falls, or log loss
-rises, by more than its limit and by more than noise: the interval of the paired difference, over users, is on that side
-of zero. So a small day, on which nothing can be told, stops no model that is as good.
+Of a snapshot, only the rows are read that the impressions name. Two snapshots, or two models, are measured on the same
+resamples of users. Two models score the same rows, each with the newest features of its stores. A model is worse where
+GAUC falls, or log loss rises, by more than its limit and by more than noise: the interval of the paired difference,
+over users, is on that side of zero. So a small day, on which nothing can be told, stops no model that is as good.
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,6 @@
 """Predictions of a run on its evaluation rows, with one rank or all.
 
-Its columns:
+Columns of a file of scores:
 
 - user and ad: the schema's `group` and `new_ad_field` as the samples have them, text where one of the files has text;
   of crossed columns a JSON list. time: seconds since 1970, null where the samples have no column `time`. label.

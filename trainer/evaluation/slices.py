@@ -3,7 +3,7 @@
 Letters of shapes: N test impressions, A distinct ads and I distinct ad images among them. What training saw is counted
 for those alone, in one pass over the training samples, each rank over its share.
 
-Letters of shapes as in impressions.py; S slices of a slicing.
+S slices of a slicing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

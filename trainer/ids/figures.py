@@ -1,6 +1,6 @@
 """Figures of ID tables: rows, collisions, memory.
 
-Ids that training has met are noted in a fixed amount of memory; see trainer/ids/figures.py for those of all ranks.
+Ids that training has met are noted in a fixed amount of memory.
 
 Each owner notes the ids that it serves in training; together they know the same of a table for any number of ranks.
 """

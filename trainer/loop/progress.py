@@ -1,9 +1,10 @@
 """Progress of a training: lines, events and profiles.
 
-Not by torch's SummaryWriter: its thread dies of a full disk, and every call after that raises. It leaves half of a
-record too, behind which TensorBoard reads nothing.
+Events are not written by torch's SummaryWriter: its thread dies of a full disk, and every call after that raises. It
+leaves half of a record too, behind which TensorBoard reads nothing.
 
-One that cannot be written ends nothing, and leaves no half of it: torch alone prints an error and leaves half a file.
+A profile that cannot be written ends nothing, and leaves no half of it: torch alone prints an error and leaves half a
+file.
 """
 
 import contextlib

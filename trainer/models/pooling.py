@@ -9,7 +9,7 @@ Letters here: N tokens, which are (sample, behaviour) pairs one after the other 
 H hidden width.
 
 Groups are jagged: a group's behaviours lie in memory once, however many samples look at them. Those that do not look at
-the ad are here and are made once a group; attention.py and transformer.py beside it have those that do. All have a
+the ad are made once a group. All have a
 `width`, and `forward(behaviors, group_of_sample_B, queries) -> (B, width)`; a group without behaviours gives zero.
 """
 

@@ -10,9 +10,7 @@ ad-index/
       queries-00000001-<random>.parquet vectors that recall is measured with; not with flat, which is exact
 
 The highest version counts. The one before it stays, for readers that have just opened it; older ones are removed.
-Letters of shapes: N ads, R removed ads, W width of the vectors.
-
-Letters of shapes: N rows, W width of the vectors.
+Letters of shapes: N ads or rows, R removed ads, W width of the vectors.
 """
 
 import contextlib

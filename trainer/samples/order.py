@@ -5,10 +5,8 @@ takes from each stream in proportion to its length, so all streams end together.
 and the number of streams, not on the number of ranks. What depends on that is who reads: a rank has some of the
 streams to itself, so it decodes these alone. Where whole streams do not come out evenly, two ranks share one.
 
-With one stream that all ranks share, each of them decodes everything: so it was before there were streams.
-Letters of shapes: R row groups, S streams.
-
-Letters of shapes: W windows, G groups.
+With one stream that all ranks share, each of them decodes everything.
+Letters of shapes: R row groups, S streams, W windows, G groups.
 """
 
 import heapq
