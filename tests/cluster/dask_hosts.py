@@ -24,7 +24,7 @@ assert_same_rows(*sys.argv[1:])
 SLOW = """
 import os, time
 from pipeline.features import part
-from pipeline.samples import shuffle
+from pipeline.samples import groups
 def slowed(work):
     def slow(*args):
         with open(DONE, "a") as done:
@@ -32,7 +32,7 @@ def slowed(work):
         time.sleep(0.3)
         return work(*args)
     return slow
-part.prepare, shuffle.shuffle_piece = slowed(part.prepare), slowed(shuffle.shuffle_piece)
+part.prepare, groups.shuffle_piece = slowed(part.prepare), slowed(groups.shuffle_piece)
 """
 """What slow workers load first, so that a test can do something in the midst of a job: each image and each piece of a
 log takes longer, and adds a line to done.txt beside this file."""
