@@ -19,8 +19,9 @@ from pydantic import (
 )
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
+from featurestore.parsing import first_mistake, parse_json
 from featurestore.storage.storage import Storage
-from featurestore.text import DType, first_mistake, parse_json
+from featurestore.text import DType
 
 FORMAT_VERSION = 1
 LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it

@@ -1,4 +1,4 @@
-"""Text: CSV lines, numbers and names of types in files, and what is safe to print.
+"""Text: lines of CSV, names of number types, and what is safe to print.
 
 Quotes count as Arrow takes them: at the beginning of a value alone, doubled within it, with line breaks between them.
 """
@@ -7,16 +7,11 @@ import codecs
 import contextlib
 import csv
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any, Literal
-
-import yaml
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from typing import IO, Literal
 
 MOST_BREAKS = 100  # line breaks in one value; more is taken for a quote that is not closed
 _TO_THE_QUOTE = re.compile(r'(?:[^"]++|"")*+')
@@ -195,65 +190,6 @@ class _Scan:
 
 DType = Literal["bfloat16", "float16", "float32"]
 """In which a store keeps features."""
-
-
-_SHORT = 60  # characters of a value that a message shows
-_TOO_DEEP = "its lists and mappings are nested too deep"
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError, also for nesting that would exhaust the stack."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(_TOO_DEEP) from error
-
-
-class _WithoutAliases(yaml.SafeLoader):
-    """Aliases are refused: a few lines of them stand for more values than a machine can hold."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases (*name), which no program of this project writes")
-        return super().compose_node(parent, index)
-
-
-def parse_yaml(text: str, aliases: bool = True) -> Any:
-    """Return the value of a YAML text, of plain types alone. Raises ValueError.
-
-    `aliases`: whether it may have some; not so for a file of somebody else's, as they can stand for endless values."""
-    try:
-        return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
-    except yaml.YAMLError as error:
-        raise ValueError(one_line(error)) from error
-    except RecursionError as error:
-        raise ValueError(_TOO_DEEP) from error
-
-
-def first_mistake(error: ValidationError) -> str:
-    """Return the first of pydantic's complaints in one line, and how many more there are."""
-    lines = mistakes(error)
-    return lines[0] + (f", and {len(lines) - 1} more" if len(lines) > 1 else "")
-
-
-def mistakes(error: ValidationError, whole: str = "") -> list[str]:
-    """Return pydantic's complaints, one line for each: the field, what it should be, and its value if that is short.
-
-    The value of a field that is not known is not shown: it may be a password. `whole`: what is named where the
-    complaint is of no field."""
-    return [_mistake(details, whole) for details in error.errors(include_url=False, include_context=False)]
-
-
-def _mistake(details: ErrorDetails, whole: str) -> str:
-    message = details["msg"].removeprefix("Value error, ")  # of checks of our own
-    message = message.replace("Input should", "it should").replace("Extra inputs are", "it is")
-    where, given = ".".join(map(str, details["loc"])), details["input"]
-    if details["type"] == "missing":
-        return f"{where} is missing"
-    if isinstance(given, str | int | float | None) and where and details["type"] != "extra_forbidden":
-        shown = without_passwords(repr(given))
-        where += f"={shown}" if len(shown) <= _SHORT else ""
-    return f"{where or whole}: {message}" if where or whole else message
 
 
 _PASSWORD = re.compile(r"(://[^\s/@:]*):[^\s/]*@")

@@ -20,8 +20,8 @@ from rich.table import Table
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_table, text_console
 from featurestore.errors import AnotherStoreError, StorageError
+from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_file, write_json_file
-from featurestore.text import parse_json
 from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.files import DAYS_FILE, checkpoints_of

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from featurestore.errors import AddressError, StorageError
+from featurestore.parsing import parse_yaml
 from featurestore.published.paths import FarPath
 from featurestore.storage.local import read_text
 from featurestore.storage.storage import Storage
-from featurestore.text import parse_yaml
 from trainer.errors import TrainerError
 
 DAYS_FILE = "daily.json"

@@ -8,7 +8,7 @@ import typer
 from explorer.commands.installed import check_installed
 from explorer.commands.options import Images, Model, Nets, Runs, Samples, Store
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_problem, print_summary
+from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
 
@@ -41,7 +41,6 @@ def export(
     from explorer.html.filters import size
     from explorer.places import Places
     from explorer.server.export import export as write
-    from featurestore.console.output import progress_bar
 
     places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
     places.check()

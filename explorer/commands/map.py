@@ -8,7 +8,7 @@ import typer
 from explorer.commands.installed import check_installed
 from explorer.commands.options import Samples, Store
 from featurestore.console.commandline import CommandApp
-from featurestore.console.output import print_problem, print_summary
+from featurestore.console.output import print_problem, print_summary, progress_bars
 from featurestore.text import refusal
 
 app = CommandApp()
@@ -39,7 +39,6 @@ def map(
     from explorer.errors import ExplorerError
     from explorer.places import Places
     from featurestore.console.files import check_ending, replace_file
-    from featurestore.console.output import progress_bars
     from featurestore.published.paths import run_path
 
     if run is None and store is None:

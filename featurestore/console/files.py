@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
-from cryptography import x509
 
 from featurestore.errors import OutputPlaceError, TokenFileError, UserError
 from featurestore.text import refusal
@@ -114,6 +113,8 @@ def problem_of_dates(file: Path) -> str | None:
     """Say where the first certificate of a PEM file has expired, is not valid yet, or expires soon.
 
     Returns None where it is well. Raises OSError, and ValueError for a file without a certificate."""
+    from cryptography import x509  # most commands need no certificates
+
     certificate, now = x509.load_pem_x509_certificates(file.read_bytes())[0], datetime.now(UTC)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     refused = "clients that check certificates will refuse it"

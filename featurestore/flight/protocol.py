@@ -14,8 +14,8 @@ from featurestore import errors
 from featurestore.format.datafile import FEATURE, KEY, schema_of
 from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
+from featurestore.parsing import first_mistake
 from featurestore.spec import StoreInfo
-from featurestore.text import first_mistake
 
 DESCRIBE = "snapshot"  # the action that describes a snapshot
 FOUND = "found"

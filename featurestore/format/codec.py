@@ -18,9 +18,10 @@ from safetensors import numpy as tensors
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.format.rows import FeatureRows, finite_rows, to_bits, to_float32
+from featurestore.parsing import first_mistake, parse_json
 from featurestore.spec import STORAGE_DTYPES, ExtractorSpec, Frozen, OptionalId, ReductionSpec, StoreInfo
 from featurestore.storage.storage import Storage
-from featurestore.text import DType, first_mistake, parse_json
+from featurestore.text import DType
 
 BASES = "basis"
 

@@ -24,6 +24,7 @@ from featurestore.format.datafile import KEY, numpy_column
 from featurestore.index import nearest
 from featurestore.keys import Int64Array, shard_of
 from featurestore.log import CHANNELS, versions
+from featurestore.parsing import first_mistake, parse_yaml
 from featurestore.published.channels import check_channel_name, last_move, last_number
 from featurestore.published.versions import append_numbered
 from featurestore.snapshot import Snapshot
@@ -32,7 +33,6 @@ from featurestore.storage.local import read_text
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-from featurestore.text import first_mistake, parse_yaml
 from featurestore.upkeep import MAX_DRIFT, MAX_GAUC_LOSS, MAX_QUARANTINE, MIN_COVERAGE, MIN_NEIGHBOURS
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import sample

@@ -21,6 +21,7 @@ from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileEr
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
 from featurestore.format.shard import check_digest, write_shard_file
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
+from featurestore.parsing import parse_json
 from featurestore.published.channels import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING, QuarantineRow
@@ -28,7 +29,6 @@ from featurestore.storage.local import TEMPORARY, StorageEntry, read_regular, re
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
-from featurestore.text import parse_json
 from featurestore.upkeep import DATA
 from featurestore.upkeep.damage import DAMAGED
 from featurestore.upkeep.expiry import move_aside

@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from featurestore.console.files import write_json
+from featurestore.parsing import parse_json
 from featurestore.storage.local import read_regular
-from featurestore.text import parse_json
-from pipeline.demo import world as truth
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
 from pipeline.demo.measure import measure_folder
-from pipeline.demo.world import IntArray, World, ceiling, simulate
+from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, IntArray, World, ceiling, simulate
 from pipeline.errors import DemoError
 from pipeline.options import DemoOptions
 
@@ -55,9 +54,9 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
         catalogue, notes = catalogue_of(garments), {"duplicates": options.num_items - len(set(garments))}
     else:
         catalogue, notes = measure_folder(options.images, options.labels)
-        if catalogue.num_items < truth.MIN_ITEMS:
+        if catalogue.num_items < MIN_ITEMS:
             raise DemoError(
-                f"{catalogue.num_items} readable images in {options.images}: at least {truth.MIN_ITEMS} make a demo"
+                f"{catalogue.num_items} readable images in {options.images}: at least {MIN_ITEMS} make a demo"
             )
     try:
         if found is None:
@@ -184,13 +183,13 @@ LOGS = ("impressions", "behaviors")
 
 def day_name(start_s: int, day: int) -> str:
     """Give the ISO date of a day of the log (UTC)."""
-    moment = datetime.datetime.fromtimestamp(start_s + day * truth.DAY_S, tz=datetime.UTC)
+    moment = datetime.datetime.fromtimestamp(start_s + day * DAY_S, tz=datetime.UTC)
     return moment.date().isoformat()
 
 
 def log_files(out: Path, start_s: int, num_days: int) -> list[Path]:
     """List the files that `write_logs` writes: impressions of the days, behaviours of the history too."""
-    first = {"impressions": 0, "behaviors": -truth.HISTORY_DAYS}
+    first = {"impressions": 0, "behaviors": -HISTORY_DAYS}
     return [
         out / "logs" / log / f"day={day_name(start_s, day)}.parquet"
         for log in LOGS
@@ -205,7 +204,7 @@ def write_logs(world: World, out: Path) -> None:
     for path in log_files(out, world.start_s, world.num_days):
         log, date = path.parent.name, path.stem.removeprefix("day=")
         begin_s = int(datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp())
-        first, last = np.searchsorted(time_of[log], [begin_s, begin_s + truth.DAY_S])
+        first, last = np.searchsorted(time_of[log], [begin_s, begin_s + DAY_S])
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(tables[log].slice(int(first), int(last - first)), path)
 

@@ -25,10 +25,11 @@ from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import take_rows
 from featurestore.keys import Int64Array, shard_of, splitmix64
 from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text import DType, parse_json
+from featurestore.text import DType
 from pipeline.errors import BadImageError, WeightsError
 from pipeline.features.diff import ImageCopy
 from pipeline.images.decode import Pixels, Preset, prepare

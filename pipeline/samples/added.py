@@ -27,10 +27,10 @@ from pydantic import BaseModel, NonNegativeInt, StringConstraints
 
 from featurestore.console.files import write_json
 from featurestore.errors import StorageError
+from featurestore.parsing import parse_json
 from featurestore.published import open_published
 from featurestore.spec import FileName
 from featurestore.storage.storage import Storage
-from featurestore.text import parse_json
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from featurestore.errors import StorageError
 from featurestore.keys import id_of_text
+from featurestore.parsing import mistakes, parse_yaml
 from featurestore.storage.local import read_text
 from featurestore.storage.storage import Storage
 from featurestore.text import (
@@ -30,9 +31,7 @@ from featurestore.text import (
     find_style,
     first_rows,
     long_rows,
-    mistakes,
     parse_decimal_comma,
-    parse_yaml,
 )
 from pipeline.errors import SampleError, SampleOptionError
 

@@ -24,9 +24,10 @@ from featurestore.format.codec import file_metadata
 from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
 from featurestore.keys import Int64Array, splitmix64
+from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
-from featurestore.text import one_line, parse_json
+from featurestore.text import one_line
 from featurestore.upkeep.remake import sample as sample_of_store
 from pipeline.errors import SampleError, VectorImportError
 from pipeline.vectors import formats

@@ -17,10 +17,10 @@ from featurestore.console.files import write_json
 from featurestore.console.output import progress_bar
 from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
+from featurestore.parsing import parse_json, parse_yaml
 from featurestore.published import open_published
 from featurestore.storage.storage import Storage, settled_tags
 from featurestore.store import FeatureStore
-from featurestore.text import parse_json, parse_yaml
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import DEFAULT_STORE, SemanticOptions
 from pipeline.samples.build import schema_of_samples, write_schema

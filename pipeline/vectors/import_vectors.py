@@ -26,10 +26,10 @@ from featurestore.console.output import progress_bar
 from featurestore.format.codec import read_npy
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array
+from featurestore.parsing import parse_json
 from featurestore.spec import ExtractorSpec
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text import parse_json
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import VectorImportError
 from pipeline.options import ImportOptions

@@ -6,8 +6,8 @@ from typing import Self, TypeVar
 
 from pydantic import ValidationError
 
+from featurestore.parsing import first_mistake, parse_json
 from featurestore.storage.storage import Storage
-from featurestore.text import first_mistake, parse_json
 from serving.bundle.files import LocalFiles
 from serving.bundle.log import read_version
 from serving.bundle.manifest import MODEL, SCHEMA, BundleManifest, VectorsOf

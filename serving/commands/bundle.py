@@ -8,7 +8,7 @@ from rich.filesize import decimal as bytes_text
 
 from featurestore.console.commandline import CommandApp
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import figure, print_rows, print_summary
+from featurestore.console.output import figure, print_rows, print_summary, progress_bar
 from featurestore.errors import FAILED
 
 if TYPE_CHECKING:
@@ -119,7 +119,6 @@ def use(
     All of its files are read first and compared with what was published, and the version is opened once as a scorer
     does. One that is damaged, or that does not open, is refused; the version that was in use stays.
     """
-    from featurestore.console.output import progress_bar
     from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version, version_in_use
     from serving.bundle.log import use as use_version

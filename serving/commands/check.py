@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp
-from featurestore.console.files import JsonOption, write_json_option
+from featurestore.console.files import JsonOption, read_tokens, write_json_option
 from featurestore.console.output import print_problem, print_summary
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
@@ -48,7 +48,6 @@ def check(
 
     The run's engine looks images up in the snapshot that the model's vectors are of.
     """
-    from featurestore.console.files import read_tokens
     from serving.bundle.version import ModelVersion
     from serving.errors import ServingError
     from serving.scoring.check import compare

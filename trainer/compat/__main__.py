@@ -7,7 +7,7 @@ import typer
 from featurestore.commands.common import Version
 from featurestore.console.commandline import OK, CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import print_summary
+from featurestore.console.output import print_rows, print_summary, progress_bar
 from featurestore.errors import FAILED
 from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.compat import MAX_LOGLOSS_CHANGE, SAMPLE
@@ -60,20 +60,18 @@ def main(
 
     def work(comm: "Comm") -> None:
         # Torch takes seconds to load: not for --help.
-        from featurestore.console.output import print_rows, progress_bar
         from featurestore.published.paths import run_path
         from trainer.compat import check
-        from trainer.compat import check as show
 
         if comm.size > 1:
             raise ConfigError("trainer.compat is for one rank; start it without horovodrun or torchrun")
         options = check.CompatOptions(checkpoint, name, version, sample, max_logloss_change)
         with progress_bar("shards") as progress:
             found = check.examine(run_path(run), store, options, comm, progress)
-        print_summary("\n".join(show.lines(found)))
-        if table := show.figures(found):
+        print_summary("\n".join(check.lines(found)))
+        if table := check.figures(found):
             print_rows(("measure", "value"), table, numbers=("value",))
-        print_summary("\n".join(show.ending(found)))
+        print_summary("\n".join(check.ending(found)))
         write_json_option(json_file, found.report())
         codes.append(OK if found.verdict == "compatible" else FAILED)
         if accept:

@@ -22,10 +22,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from yaml import YAMLError
 
 from featurestore.errors import StorageError
+from featurestore.parsing import parse_yaml
 from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.spec import MissingPolicy
-from featurestore.text import one_line, parse_yaml, without_passwords
+from featurestore.text import one_line, without_passwords
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig, Section, validated
 from trainer.errors import ConfigError
 

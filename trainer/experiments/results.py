@@ -7,8 +7,8 @@ from rich.console import Console
 
 from featurestore.console.page import save_plot
 from featurestore.errors import StorageError
+from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, write_file, write_json_file, written_locally
-from featurestore.text import parse_json
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
 from trainer.experiments.tables import Row, as_markdown, as_values, rows_of, show

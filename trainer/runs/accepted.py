@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
+from featurestore.parsing import first_mistake
 from featurestore.published.paths import RunPath, read_file, write_file
-from featurestore.text import first_mistake
 from trainer.config.options import Section
 from trainer.errors import CheckpointError
 

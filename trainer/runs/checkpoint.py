@@ -37,11 +37,11 @@ from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import SAMPLES, default_cache_dir, digest_of_file, is_cache_file
+from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.spec import FileName
 from featurestore.storage.local import StorageEntry, claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
-from featurestore.text import first_mistake, parse_json
 from trainer.comm import Comm
 from trainer.config.config import Config
 from trainer.config.options import Section

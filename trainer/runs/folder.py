@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import BucketNotFoundError, StorageError
+from featurestore.parsing import parse_json
 from featurestore.published.paths import FarPath, RunPath, read_file, run_path
 from featurestore.storage.local import sync
-from featurestore.text import parse_json
 from trainer.config.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
 from trainer.files import PathT, checkpoints_of

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from featurestore.console.commandline import say_error
 from featurestore.errors import StorageError
+from featurestore.parsing import parse_json
 from featurestore.published.paths import FarPath, RunPath
 from featurestore.storage.storage import Storage
-from featurestore.text import parse_json
 from trainer.errors import ConfigError, TrainerError
 
 LEASE_S = 60.0

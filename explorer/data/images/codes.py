@@ -12,9 +12,9 @@ import numpy.typing as npt
 from explorer.data.images.neighbours import Neighbours, with_names
 from explorer.data.kept import Kept
 from featurestore.errors import StorageError
+from featurestore.parsing import parse_json
 from featurestore.published import open_published
 from featurestore.snapshot import Snapshot
-from featurestore.text import parse_json
 
 if TYPE_CHECKING:
     from pipeline.semantic.codes import Codebook, CodeIndex

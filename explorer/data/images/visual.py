@@ -19,9 +19,9 @@ from explorer.data.vectors import Progress, VisualVectors, visual_vectors
 from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
+from featurestore.parsing import parse_yaml
 from featurestore.published.paths import RunPath, read_text, run_path
 from featurestore.snapshot import Snapshot
-from featurestore.text import parse_yaml
 from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
 

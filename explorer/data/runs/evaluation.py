@@ -7,8 +7,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from explorer.errors import ExplorerError
 from featurestore.errors import StorageError
+from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file
-from featurestore.text import first_mistake, parse_json
 from trainer.evaluation.figures import Figures
 
 

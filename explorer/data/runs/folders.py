@@ -13,8 +13,9 @@ from explorer.data.kept import Kept
 from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
+from featurestore.parsing import parse_json, parse_yaml
 from featurestore.published.paths import RunPath, read_file, run_path
-from featurestore.text import one_line, parse_json, parse_yaml
+from featurestore.text import one_line
 from trainer.files import DAYS_FILE, checkpoints_of
 
 State = Literal["finished", "running", "unfinished", "unreadable"]

@@ -13,8 +13,8 @@ import yaml
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.log import manifest_path
+from featurestore.parsing import parse_json
 from featurestore.storage.storage import Storage
-from featurestore.text import parse_json
 from serving.bundle.export import ExportOptions, export_model
 from serving.bundle.files import WrittenFiles
 from serving.bundle.manifest import NETWORK, BundleManifest, ScoreError

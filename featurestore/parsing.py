@@ -1,0 +1,68 @@
+"""JSON and YAML of files that anybody may have written: whatever is wrong with them is a ValueError of one line."""
+
+import json
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from featurestore.text import one_line, without_passwords
+
+_SHORT = 60  # characters of a value that a message shows
+_TOO_DEEP = "its lists and mappings are nested too deep"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also for nesting that would exhaust the stack."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Aliases are refused: a few lines of them stand for more values than a machine can hold."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which no program of this project writes")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, aliases: bool = True) -> Any:
+    """Return the value of a YAML text, of plain types alone. Raises ValueError.
+
+    `aliases`: whether it may have some; not so for a file of somebody else's, as they can stand for endless values."""
+    try:
+        return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)) from error
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first of pydantic's complaints in one line, and how many more there are."""
+    lines = mistakes(error)
+    return lines[0] + (f", and {len(lines) - 1} more" if len(lines) > 1 else "")
+
+
+def mistakes(error: ValidationError, whole: str = "") -> list[str]:
+    """Return pydantic's complaints, one line for each: the field, what it should be, and its value if that is short.
+
+    The value of a field that is not known is not shown: it may be a password. `whole`: what is named where the
+    complaint is of no field."""
+    return [_mistake(details, whole) for details in error.errors(include_url=False, include_context=False)]
+
+
+def _mistake(details: ErrorDetails, whole: str) -> str:
+    message = details["msg"].removeprefix("Value error, ")  # of checks of our own
+    message = message.replace("Input should", "it should").replace("Extra inputs are", "it is")
+    where, given = ".".join(map(str, details["loc"])), details["input"]
+    if details["type"] == "missing":
+        return f"{where} is missing"
+    if isinstance(given, str | int | float | None) and where and details["type"] != "extra_forbidden":
+        shown = without_passwords(repr(given))
+        where += f"={shown}" if len(shown) <= _SHORT else ""
+    return f"{where or whole}: {message}" if where or whole else message
