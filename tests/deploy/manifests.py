@@ -59,9 +59,8 @@ def check(manifest: Manifest) -> None:
 
 
 def pods(manifest: Manifest) -> Iterator[Manifest]:
-    """Every pod template of an object, wherever it is in it."""
-
-    if manifest["kind"] == "InferenceService":
+    """Every pod template of an object, or of a part of one, wherever it is in it."""
+    if manifest.get("kind") == "InferenceService":
         of_kserve, predictor = fields_of("V1beta1ComponentExtensionSpec"), manifest["spec"]["predictor"]
         spec = {name: value for name, value in predictor.items() if name not in of_kserve}
         yield {"metadata": {"labels": predictor["labels"]}, "spec": spec}
