@@ -18,7 +18,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from trainer.config.config import Config
-from trainer.config.options import ExactTableConfig, Section
+from trainer.config.options import DECISIONS, ExactTableConfig, Section, decision_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET, PAGE = ROOT / "trainer/presets/dicm.yaml", ROOT / "docs/SETTINGS.md"
@@ -30,6 +30,10 @@ Written by `python tools/settings.py` from the classes in `trainer/config`; `mak
 `--set section.name=VALUE` or in a YAML file by `--config`; what is not given is as in `trainer/presets/dicm.yaml`. An
 unknown name, a wrong type and a value out of its limits end the command, with one line each. A run's folder keeps all
 settings in `config.yaml`.
+
+The column `decides` tells which settings may differ between two runs, or two starts of one: resuming accepts other
+values of what decides `training` or `nothing`; `trainer.daily` those of `nothing` alone, for all days of a table.
+{decisions}
 """
 
 
@@ -77,15 +81,22 @@ def preset() -> str:
 
 def page() -> str:
     """Write a table for each section as Markdown."""
-    parts = [INTRODUCTION]
+    meanings = "\n".join(f"- `{name}`: {meaning}." for name, meaning in DECISIONS.items())
+    parts = [INTRODUCTION.format(decisions=f"\n{meanings}")]
     shown: list[tuple[str, type[Section]]] = [*sections(), ("model.tables.NAME", ExactTableConfig)]
     for name, section in shown:
         texts = texts_of(section)
         rows = [
-            (f"`{setting}`", _values(field.annotation, field.metadata), _default(field), texts[setting])
+            (
+                f"`{setting}`",
+                _values(field.annotation, field.metadata),
+                _default(field),
+                decision_of(field),
+                texts[setting],
+            )
             for setting, field in section.model_fields.items()
         ]
-        cells = [("name", "values", "default", "meaning"), ("---",) * 4, *rows]
+        cells = [("name", "values", "default", "decides", "meaning"), ("---",) * 5, *rows]
         table = "\n".join("| " + " | ".join(each.replace("|", "\\|") for each in row) + " |" for row in cells)
         parts.append(f"## {name}\n\n{' '.join((inspect.getdoc(section) or '').split())}\n\n{table}\n")
     return "\n".join(parts)

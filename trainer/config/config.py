@@ -27,7 +27,17 @@ from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.spec import MissingPolicy
 from featurestore.text import one_line, without_passwords
-from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig, Section, validated
+from trainer.config.options import (
+    Count,
+    ExchangeConfig,
+    ModelConfig,
+    Nothing,
+    OptimConfig,
+    Positions,
+    Section,
+    Training,
+    validated,
+)
 from trainer.errors import ConfigError
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -79,97 +89,97 @@ Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_cale
 class DataConfig(Section):
     """What is read, in which order, and how much of it makes one step."""
 
-    samples: Place = "data/samples"
+    samples: Nothing[Place] = "data/samples"
     """Folder or s3:// url with train/*.parquet and test/*.parquet, from jobs/build_samples.py."""
-    train_days: Annotated[list[Day], Field(min_length=1)] | None = None
+    train_days: Positions[Annotated[list[Day], Field(min_length=1)] | None] = None
     """Train on the files day=DAY*.parquet of these days, as [2026-01-01], in train/ or test/; null: all of train/."""
-    test_days: list[Day] | None = None
+    test_days: Training[list[Day] | None] = None
     """Evaluate on these days; []: no evaluation; null: all of test/."""
-    store: Place = "data/features"
+    store: Nothing[Place] = "data/features"
     """Feature store, from jobs/extract_features.py."""
-    store_version: Version | None = None
+    store_version: Nothing[Version | None] = None
     """A snapshot's number, or a channel of the store, as stable, looked up when the run begins; null: the newest.
     On resume, null and a channel mean the snapshot that the checkpoint has recorded."""
-    stores: dict[str, Place] = Field(default={})
+    stores: Nothing[dict[str, Place]] = Field(default={})
     """Further stores of content fields by name, as {titles: data/titles}; data.store is the one named images."""
-    store_versions: dict[str, Version] = Field(default={})
+    store_versions: Nothing[dict[str, Version]] = Field(default={})
     """As store_version, of the stores above."""
-    cache_dir: Place | None = None
+    cache_dir: Nothing[Place | None] = None
     """Folder of the memory-mapped rows of this machine's shards; null: the store's default place."""
-    schema_file: Place | None = None
+    schema_file: Nothing[Place | None] = None
     """Which columns are what; null: trainer/presets/schema.yaml."""
-    global_batch_size: Count = 512
+    global_batch_size: Positions[Count] = 512
     """Samples of one step, over all ranks; raise it with the data (the paper: 60,000)."""
-    shuffle: bool = True
+    shuffle: Positions[bool] = True
     """Read every epoch in another order, drawn from train.seed."""
-    shuffle_window_groups: Count = 128
+    shuffle_window_groups: Positions[Count] = 128
     """Row groups of the files (of 2,048 sample groups) that all ranks together mix, and hold; fewer save memory."""
-    shuffle_streams: Count | None = None
+    shuffle_streams: Positions[Count | None] = None
     """Streams that every batch takes its samples from. Each rank reads some of them: choose a multiple of the ranks.
     null: one for each 64 samples of a batch, at most shuffle_window_groups."""
-    prefetch_batches: Annotated[int, Field(ge=0, le=16)] = 2
+    prefetch_batches: Nothing[Annotated[int, Field(ge=0, le=16)]] = 2
     """Batches read ahead by a thread; 0: none."""
-    missing: MissingPolicy = "learned"
+    missing: Training[MissingPolicy] = "learned"
     """What an image without a feature does: end the run, be zeros, or have a trained "no image" vector."""
 
 
 class TrainConfig(Section):
     """Length of the run, and how often it logs, evaluates and writes a checkpoint."""
 
-    epochs: Count = 2
+    epochs: Training[Count] = 2
     """Passes over the training samples; 2 as in the paper. On the demo a third one overfits with images; with IDs
     alone the best epoch is mostly 3 or 4."""
-    max_steps: Count | None = None
+    max_steps: Training[Count | None] = None
     """Stop after this many steps in all; null: after all epochs."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Positions[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Of the initial parameters and of the order of the samples."""
-    log_every: Count = 10
+    log_every: Nothing[Count] = 10
     """Steps between two entries of TensorBoard and of the log."""
-    eval_every: Count | None = None
+    eval_every: Training[Count | None] = None
     """Steps between two evaluations on the test samples; null: at the end only."""
-    eval_batch_size: Count = 8192
+    eval_batch_size: Training[Count] = 8192
     """Samples of one step of an evaluation, over all ranks."""
-    early_stopping: Count | None = None
+    early_stopping: Training[Count | None] = None
     """Stop after this many evaluations in a row without a better GAUC, and end with the best; null: never."""
-    checkpoint_every: Count | None = 1000
+    checkpoint_every: Nothing[Count | None] = 1000
     """Steps between two checkpoints; null: by the clock and at the end only."""
-    checkpoint_every_s: Annotated[float, Field(gt=0)] | None = 60
+    checkpoint_every_s: Nothing[Annotated[float, Field(gt=0)] | None] = 60
     """Seconds between two checkpoints: what a kill loses; more where they would take over 5 % of the time; null: by
     steps only."""
-    checkpoint_beside: bool = True
+    checkpoint_beside: Nothing[bool] = True
     """Write checkpoints during the training, from a copy of its state; false: the training waits for each."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: Nothing[Count] = 3
     """Checkpoints that are kept; older ones are removed."""
 
 
 class RunConfig(Section):
     """Where the run is written, and whether it continues, or begins with, an earlier one."""
 
-    dir: Place = "data/runs"
+    dir: Nothing[Place] = "data/runs"
     """Folder of runs, on a disk that all ranks share, or an address as s3://bucket/runs; every rank writes its part of
     a checkpoint there."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Nothing[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None] = None
     """Folder below run.dir; null: made from the time."""
-    resume: Place | None = None
+    resume: Nothing[Place | None] = None
     """Continue from a checkpoint: latest, a step, or a path; auto: from the latest where there is one, else begin.
     Where the newest is damaged, latest and auto continue from the one before it."""
-    warm_start: Place | None = None
+    warm_start: Training[Place | None] = None
     """Begin with parameters of this run (its folder, or a checkpoint); the schedule starts afresh."""
-    warm_parts: list[WarmPart] = Field(default="partial", validate_default=True)
+    warm_parts: Training[list[WarmPart]] = Field(default="partial", validate_default=True)
     """What a warm start takes: none, partial (all but the ID vectors), full, all (full and the optimisers' state), or a
     list of images (E), model, ids; optimizers only with all three."""
-    overwrite: bool = False
+    overwrite: Nothing[bool] = False
     """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
-    device: Device = "auto"
+    device: Training[Device] = "auto"
     """What to compute on; auto: cuda if every rank has a GPU and the collectives go by NCCL."""
-    features_on_device: Literal["auto"] | bool = "auto"
+    features_on_device: Nothing[Literal["auto"] | bool] = "auto"
     """Whether a rank holds its features in the memory of its device; auto: on a GPU, where they take at most half of
     what is free."""
-    threads: Count | None = None
+    threads: Nothing[Count | None] = None
     """Threads of torch, for each rank; null: processor cores / ranks on this machine."""
-    deadline_s: Annotated[float, Field(gt=0)] = 600
+    deadline_s: Nothing[Annotated[float, Field(gt=0)]] = 600
     """Seconds; a collective that takes longer ends the run and names the rank that did not come."""
-    profile: bool = False
+    profile: Nothing[bool] = False
     """Write a trace of a few steps, for chrome://tracing, into the run's folder."""
 
     @field_validator("warm_parts", mode="before")

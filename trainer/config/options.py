@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from featurestore.lookup.compute_dtype import ComputeDType
@@ -32,10 +33,40 @@ KIND = "kind:"
 Model = TypeVar("Model", bound=BaseModel)
 
 
+Value = TypeVar("Value")
+Decision = Literal["positions", "parameters", "rows", "training", "nothing"]
+DECISIONS: Mapping[Decision, str] = {
+    "positions": "which sample is in which batch",
+    "parameters": "which parameters there are, their shapes, their start, and what they mean",
+    "rows": "the rows of ID tables and the state of their optimiser",
+    "training": "how the numbers move, and what is measured",
+    "nothing": "speed, places and printing: what lies at a place is compared by itself",
+}
+"""What a setting decides; every one says it in its type. Who compares two runs asks `trainer.config.comparison`."""
+
+
+class Decides(NamedTuple):
+    """The part of a setting's type that says what it decides."""
+
+    what: Decision
+
+
+Positions = Annotated[Value, Decides("positions")]
+Parameters = Annotated[Value, Decides("parameters")]
+Rows = Annotated[Value, Decides("rows")]
+Training = Annotated[Value, Decides("training")]
+Nothing = Annotated[Value, Decides("nothing")]
+
+
 class Section(BaseModel):
     """A part of a configuration: immutable, no unknown names, no silent conversion of a string to a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def decision_of(field: FieldInfo) -> Decision:
+    """Return what the setting of this field decides. Raises StopIteration where its type does not say it."""
+    return next(each.what for each in field.metadata if isinstance(each, Decides))
 
 
 LONGEST_NAME = 200
@@ -118,15 +149,15 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 class ExactTableConfig(Section):
     """An ID table with a row for each id, as model.tables.NAME={kind: exact, max_rows: 1000000} (docs/ID_TABLES.md)."""
 
-    kind: Literal["exact"]
+    kind: Rows[Literal["exact"]]
     """Says that the table has a row for each id."""
-    max_rows: TableRows
+    max_rows: Rows[TableRows]
     """Ids that have rows at a time; every shard takes its part, rounded up."""
-    when_full: Literal["evict", "refuse"] = "evict"
+    when_full: Rows[Literal["evict", "refuse"]] = "evict"
     """What happens to a new id in a full shard: evict removes the rows longest unused; refuse gives it the cold row."""
-    admit_after: Annotated[int, Field(ge=1, le=255)] = 1
+    admit_after: Rows[Annotated[int, Field(ge=1, le=255)]] = 1
     """Training steps in which an id has to occur before it has a row of its own; until then it has the cold row."""
-    expire_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
+    expire_days: Rows[Annotated[int, Field(ge=1, le=36_500)] | None] = None
     """Rows unused for more days are removed when a run of a later day begins; null: never."""
 
 
@@ -150,83 +181,83 @@ TableConfig = Annotated[
 class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
-    base: BaseNet | OwnNet = "mlp"
+    base: Parameters[BaseNet | OwnNet] = "mlp"
     """The net above the inputs: lr, mlp (Embedding&MLP), din, dcn (DCN-v2), finalmlp, two_tower (for pre-ranking), or
     the dotted path of a class of your own, as mypackage.MyNet (docs/CODE.md)."""
-    images: SeenImages = "both"
+    images: Parameters[SeenImages] = "both"
     """Which images the model sees; image ids are ID fields in all four."""
-    pooling: Pooling = "attentive"
+    pooling: Parameters[Pooling] = "attentive"
     """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the
     ad's ids, transformer sees the ad next to each behaviour and costs most; two towers sum."""
-    concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
+    concat_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
     """Pooling concat: behaviours taken, the newest; fewer are filled up with zeros."""
-    transformer_length: Annotated[int, Field(ge=1, le=1_000)] = 32
+    transformer_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
     """Pooling transformer: behaviours taken, the newest."""
-    transformer_width: Width = 32
+    transformer_width: Parameters[Width] = 32
     """Pooling transformer: hidden width of a behaviour's token; it gives twice as many numbers."""
-    transformer_layers: Annotated[int, Field(ge=1, le=8)] = 1
+    transformer_layers: Parameters[Annotated[int, Field(ge=1, le=8)]] = 1
     """Pooling transformer: encoder layers."""
-    transformer_heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 2
+    transformer_heads: Parameters[Annotated[int, Field(ge=1, le=64, validate_default=True)]] = 2
     """Pooling transformer: heads of attention in each layer; transformer_width is a multiple."""
-    image_products: bool = True
+    image_products: Parameters[bool] = True
     """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
     two_tower."""
-    similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
+    similarity_tiers: Parameters[Annotated[int, Field(ge=0, le=256)]] = 0
     """Tiers of SimTier's histogram of how similar the behaviour images are to the ad's; 0: none."""
-    similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
+    similarity_top_k: Parameters[Annotated[int, Field(ge=0, le=10_000)]] = 0
     """Pool only this many behaviours, those whose images are most similar to the ad's; 0: all."""
-    shared_image_model: bool = True
+    shared_image_model: Parameters[bool] = True
     """One E for all content fields of a store, or one for each field."""
-    id_width: Width = 12
+    id_width: Rows[Width] = 12
     """Width of an ID field's vector where the schema names none."""
-    visual_width: Width = 12
+    visual_width: Parameters[Width] = 12
     """Width of the vector that E makes where the schema names none; equal to id_width it saves a collective."""
-    embed_hidden: list[Width] = Field(default=[256, 64])
+    embed_hidden: Parameters[list[Width]] = Field(default=[256, 64])
     """E's hidden layers: E is 4096-256-64-12."""
-    mlp: list[Width] = Field(default=[200, 80], min_length=1)
+    mlp: Parameters[list[Width]] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
-    attention_hidden: Width = 16
+    attention_hidden: Parameters[Width] = 16
     """Hidden units that weigh a behaviour against the ad: its image in attentive pooling, its ids in DIN."""
-    tower_width: Width = 32
+    tower_width: Parameters[Width] = 32
     """Base two_tower: width of user and ad vectors."""
-    cross_layers: Annotated[int, Field(ge=1, le=16)] = 3
+    cross_layers: Parameters[Annotated[int, Field(ge=1, le=16)]] = 3
     """Base dcn: cross layers."""
-    cross_structure: Literal["parallel", "stacked"] = "parallel"
+    cross_structure: Parameters[Literal["parallel", "stacked"]] = "parallel"
     """Base dcn: the MLP next to the cross layers, or on top of them."""
-    feature_gates: bool = True
+    feature_gates: Parameters[bool] = True
     """Base finalmlp: its two streams see the inputs through gates that the user's and the ad's fields set."""
-    gate_hidden: Width = 64
+    gate_hidden: Parameters[Width] = 64
     """Base finalmlp: hidden units that set the gates."""
-    fusion_heads: Annotated[int, Field(ge=1, le=1024)] = 1
+    fusion_heads: Parameters[Annotated[int, Field(ge=1, le=1024)]] = 1
     """Base finalmlp: equal slices of both streams' outputs that are multiplied with each other."""
-    multi_hot: Literal["mean", "sum"] = "mean"
+    multi_hot: Parameters[Literal["mean", "sum"]] = "mean"
     """How the ID vectors of a field with several values a row become one."""
-    activation: Activation = "relu"
+    activation: Parameters[Activation] = "relu"
     """Of the networks' hidden layers, E aside; the paper has prelu."""
-    init: Literal["xavier", "torch"] = "xavier"
+    init: Parameters[Literal["xavier", "torch"]] = "xavier"
     """Start of the networks' linear layers, E aside: normal weights and no bias, or torch's own; base lr
     has torch's."""
-    batch_norm: bool = False
+    batch_norm: Parameters[bool] = False
     """Standardise what goes into each activation of an MLP by mean and variance of the global batch."""
-    dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    dropout: Training[Annotated[float, Field(ge=0, le=0.95)]] = 0.0
     """Share of the units of an MLP's hidden layers that a training sample goes without."""
-    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    id_dropout: Training[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
-    id_proxy: bool = False
+    id_proxy: Parameters[bool] = False
     """Add to the vectors of the ad's own IDs what a small net makes of its visual vectors, so that a new ad has some
     (docs/NEW_ADS.md)."""
-    image_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    image_dropout: Parameters[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of training samples whose ad has no picture: its visual vectors are zero. Evaluations then decide, on ads
     that training has not seen, whether pictures of new ads count, or are zero too (docs/NEW_ADS.md); needs id_init_std
     of 0.001 or less."""
-    compute_dtype: ComputeDType | Literal["auto"] = "auto"
+    compute_dtype: Parameters[ComputeDType | Literal["auto"]] = "auto"
     """Type of E's matrix products; all else is float32, or float64 with them, which is slow and for checks. auto:
     bfloat16 where the hardware of all ranks is quick at it, else float32; a run keeps what it began with."""
-    id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.0001
+    id_init_std: Rows[Annotated[float, Field(ge=0, le=1)]] = 0.0001
     """Standard deviation of an ID vector's first numbers, which are uniform around zero."""
-    table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64
+    table_shards: Rows[Annotated[int, Field(ge=1, le=1 << 20)]] = 64
     """Shards of every ID table, a power of two; a checkpoint needs the same number, at any number of ranks."""
-    tables: dict[str, TableConfig] = Field(
+    tables: Rows[dict[str, TableConfig]] = Field(
         default={"user": 65_536, "item": 65_536, "image": 65_536, "category": 4_096, "scene": 256}
     )
     """Each ID table by name: a number of rows into which ids are hashed, rounded up to fill every shard; or a row for
@@ -316,7 +347,7 @@ class ModelConfig(Section):
 class ExchangeConfig(Section):
     """How vectors travel between ranks."""
 
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    wire_dtype: Training[Literal["float32", "bfloat16"]] = "float32"
     """Type of vectors and their gradients on the way; bfloat16: rounded, half of the bytes."""
 
 
@@ -327,41 +358,41 @@ _LEAST_SHARE = 0.001
 class OptimConfig(Section):
     """Adam for dense parameters, `ids` for the rows of ID tables; every `lr_every` steps rates shrink by `lr_gamma`."""
 
-    lr: LearningRate = 0.001
+    lr: Training[LearningRate] = 0.001
     """Learning rate."""
-    ids: IdOptimizer = "adam"
+    ids: Rows[IdOptimizer] = "adam"
     """Optimiser of ID rows: adam as on the whole table, at the cost of the touched rows; rowwise_adam with one second
     moment a row; the others as McMahan 2013 and Duchi 2011."""
-    ids_lr: LearningRate | None = 0.006
+    ids_lr: Training[LearningRate | None] = 0.006
     """Learning rate of ID rows; null: lr. It is the alpha of ftrl, without warm-up and schedule."""
-    ids_restart: bool = False
+    ids_restart: Training[bool] = False
     """Begin ID rows and their optimiser anew with each epoch (MEDA, KDD 2023); the rest continues."""
-    warmup_steps: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    warmup_steps: Training[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0
     """Of dense matrices, decoupled as in AdamW: lr x this x the weight is taken off in each step."""
-    embed_weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    embed_weight_decay: Training[Annotated[float, Field(ge=0, le=10)] | None] = None
     """The same of E's matrices; null: as weight_decay."""
-    ids_weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    ids_weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0
     """The same of ID rows, in steps that touch them."""
-    lr_gamma: RateDecay = 0.9
+    lr_gamma: Training[RateDecay] = 0.9
     """Both rates times this after every lr_every steps."""
-    lr_every: Count = 24_000
+    lr_every: Training[Count] = 24_000
     """Steps between two times that the rates shrink."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.9
     """Adam: weight of the past in the running mean of gradients."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta2: Rows[Annotated[float, Field(ge=0, lt=1)]] = 0.999
     """Adam: the same of their squares."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Rows[Annotated[float, Field(gt=0)]] = 1e-8
     """Adam: added to the root of the latter."""
-    id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
+    id_l2: Training[Annotated[float, Field(ge=0, le=1)]] = 0.0
     """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
-    average_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    average_share: Parameters[Annotated[float, Field(ge=0, le=1)]] = 0.0
     """Evaluate, save and serve an average of all parameters over about this share of the steps so far, the last ones;
     0: the parameters of the last step. At least 0.001, below which rows would not be averaged exactly."""
-    ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    ftrl_l1: Training[Annotated[float, Field(ge=0, le=1e6)]] = 0.0
     """FTRL's L1."""
-    ftrl_l2: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    ftrl_l2: Training[Annotated[float, Field(ge=0, le=1e6)]] = 0.0
     """FTRL's L2."""
 
     @property

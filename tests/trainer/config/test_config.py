@@ -17,7 +17,15 @@ from trainer.config.config import (
     load_saved,
     save_config,
 )
-from trainer.config.options import LONGEST_NAME, ExactTableConfig, ModelConfig, near_match
+from trainer.config.options import (
+    DECISIONS,
+    LONGEST_NAME,
+    ExactTableConfig,
+    ModelConfig,
+    Section,
+    decision_of,
+    near_match,
+)
 from trainer.errors import ConfigError
 
 
@@ -27,6 +35,14 @@ def test_preset_has_every_setting_at_the_default_of_its_class() -> None:
         name: set(section) for name, section in Config().model_dump().items()
     }
     assert load_config() == Config()
+
+
+@pytest.mark.parametrize(
+    "section", [*(type(getattr(Config(), name)) for name in Config.model_fields), ExactTableConfig]
+)
+def test_every_setting_says_what_it_decides(section: type[Section]) -> None:
+    said = {name: decision_of(field) for name, field in section.model_fields.items()}
+    assert said and {*said.values()} <= {*DECISIONS}
 
 
 def test_texts_of_the_settings_are_those_of_the_classes() -> None:
