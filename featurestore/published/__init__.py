@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         open_published,
         publish,
         upload,
+        write_part,
     )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "open_published",
     "publish",
     "upload",
+    "write_part",
 ]
 
 _MODULES = ("versions",)

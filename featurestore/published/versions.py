@@ -138,11 +138,14 @@ _OURS = re.compile(FILES + r"/[^/]*-[0-9a-f]{32}(\.[^/.]*)?")
 
 
 def upload(storage: Storage, file: Path, name: str) -> PublishedFile:
-    """Write a file of this machine to a place of its own, where nobody sees it until a version names it.
+    """Write a file of this machine to a place of its own, as `write_part`. Holds its bytes in memory on the way."""
+    return write_part(storage, name, file.read_bytes())
 
-    Holds its bytes in memory on the way to an object store."""
+
+def write_part(storage: Storage, name: str, data: bytes | bytearray) -> PublishedFile:
+    """Write the content of a file to a place of its own, where nobody sees it until a version names it."""
     last = PurePosixPath(name)
-    place, data = f"{FILES}/{last.stem}-{uuid.uuid4().hex}{last.suffix}", file.read_bytes()
+    place = f"{FILES}/{last.stem}-{uuid.uuid4().hex}{last.suffix}"
     storage.write_bytes(place, data)
     return PublishedFile(path=place, size_bytes=len(data))
 
@@ -159,21 +162,13 @@ def publish(
     published.
     """
     _check_there(storage, files)
-    for _ in range(_MAX_ATTEMPTS):
-        newest = max(versions(storage, VERSIONS), default=0)
-        if after is not None and newest != after:
-            break
-        mine = PublishedVersion(
-            version=newest + 1,
-            publication=publication or uuid.uuid4().hex,
-            writer=writer_name(),
-            time_s=time.time(),
-            files=dict(sorted(files.items())),
-        )
-        data = seal(mine)
-        if storage.create_or_read(manifest_path(mine.version, VERSIONS), data) == data:
-            return mine
-    raise CommitConflictError(f"{storage.url} was published by another writer meanwhile; run it again")
+    writer, now_s, nonce = writer_name(), time.time(), publication or uuid.uuid4().hex
+    named = dict(sorted(files.items()))
+
+    def version_of(number: int) -> PublishedVersion:
+        return PublishedVersion(version=number, publication=nonce, writer=writer, time_s=now_s, files=named)
+
+    return append_numbered(storage, VERSIONS, version_of, after)
 
 
 def expire(storage: Storage, keep_s: float) -> list[str]:
@@ -232,8 +227,8 @@ def append_numbered(
         highest = max(versions(storage, folder), default=0)
         if after is not None and highest != after:
             raise CommitConflictError(
-                f"another writer was first: {storage.full(folder)} has number {highest} by now, and not {after}; look"
-                " again, and retry"
+                f"another writer was first: {storage.full(folder)} has number {highest} by now, and not {after}; run it"
+                " again"
             )
         mine = model_of(highest + 1)
         data = seal(mine)  # like no other's; read back, a NaN in it would be null

@@ -36,7 +36,7 @@ from featurestore.console.files import replace_file
 from featurestore.errors import CommitConflictError
 from featurestore.log import writer_name
 from featurestore.lookup.cache import RUNS, default_cache_dir, digest_of_file, is_cache_file
-from featurestore.published import FILES, PublishedFile, PublishedFiles, expire, missing, open_published, publish
+from featurestore.published import PublishedFile, PublishedFiles, expire, missing, open_published, publish, write_part
 from featurestore.published.paths import DAMAGED, FarPath, RunPath
 from featurestore.storage.local import claim, read_regular, sync
 from featurestore.storage.storage import Storage
@@ -332,12 +332,12 @@ class FarPlace(CheckpointPlace):
 
     def write(self, step: int, name: str, content: Content) -> WrittenPart:
         packed = content if isinstance(content, PackedTensors) else PackedTensors().pack(content)
-        return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), self._upload(name, packed.data))
+        return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), write_part(self._storage, name, packed.data))
 
     def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
         if self._version is None:
             self._look()
-        stem, published = place(self.folder, step).name, self._upload(STATE, state)
+        stem, published = place(self.folder, step).name, write_part(self._storage, STATE, state)
         added = {f"{stem}/{name}": part.file for name, part in parts.items() if part.file is not None}
         files = {**self._files, **added, f"{stem}/{STATE}": published}
         stems = {name.partition("/")[0] for name in files}
@@ -397,9 +397,3 @@ class FarPlace(CheckpointPlace):
             self._version, self._files = found.version, dict(found.files)
             if self._files != dict(files):  # an earlier one of mine, whose answer was lost
                 self._publish(files)
-
-    def _upload(self, name: str, data: bytes | bytearray) -> PublishedFile:
-        stem, _, suffix = name.rpartition(".")
-        path = f"{FILES}/{stem}-{uuid.uuid4().hex}.{suffix}"
-        self._storage.write_bytes(path, data)
-        return PublishedFile(path=path, size_bytes=len(data))
