@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
+import psutil
+
+_DISCARD = 9
+
 
 @contextmanager
 def horovod_rendezvous(hosts: Sequence[str], ranks: Sequence[int], address: str = "") -> Iterator[int]:
@@ -101,3 +105,16 @@ def torch_variables(place: Place, address: str, port: int, interface: str | None
 
 def _named(interface: str | None, variable: str) -> Variables:
     return {} if interface is None else {variable: interface, "NCCL_SOCKET_IFNAME": interface}
+
+
+def interface_towards(address: str) -> str:
+    """Name the network interface by which this host reaches an address: eth0, or lo for one of its own.
+
+    Without that, Gloo takes the address of the host's name, which on many systems is a loopback one.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, _DISCARD))  # nothing is sent: the kernel chooses the way
+        own = probe.getsockname()[0]
+    return next(
+        (name for name, found in psutil.net_if_addrs().items() if own in [each.address for each in found]), "lo"
+    )

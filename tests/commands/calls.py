@@ -33,7 +33,6 @@ PROGRAMS = {
     "tools.tree",
     "tools.tutorial",
     "trainer.plan.cost",
-    "trainer.slurm.rank",
     "trainer.supervise.agent",
 }
 """Programs that other programs start, or that keep this repository in order: no commands of its users."""

@@ -1,0 +1,60 @@
+"""A rank's place in a Slurm job: what it tells Horovod and torch is what their own launchers would."""
+
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.launch import By, interface_towards
+from trainer.slurm import ranks_of_nodes, variables_of
+
+RANKS = [2, 3, 1]
+"""Of three nodes."""
+
+
+def slurm_of(rank: int) -> dict[str, str]:
+    """What Slurm says to the rank of that number."""
+    node = next(number for number in range(3) if rank < sum(RANKS[: number + 1]))
+    names = {"SLURM_PROCID": rank, "SLURM_NODEID": node, "SLURM_LOCALID": rank - sum(RANKS[:node]), "SLURM_JOB_ID": 7}
+    job = {"SLURM_TASKS_PER_NODE": "2,3,1", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    return {**{name: str(value) for name, value in names.items()}, **job}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1", [1]), ("2(x3)", [2, 2, 2]), ("16(x2),3,1", [16, 16, 3, 1])])
+def test_the_short_form_is_taken_apart(text: str, expected: list[int]) -> None:
+    assert ranks_of_nodes({"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": text}) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "this is not a Slurm job: .* sbatch"),
+        ({"SLURM_TASKS_PER_NODE": "1"}, "this is not a Slurm job"),
+        ({"SLURM_JOB_ID": "7"}, "add --ntasks-per-node=N"),
+        ({"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "2(x3"}, "add --ntasks-per-node=N"),
+    ],
+)
+def test_what_is_missing_is_said(variables: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ranks_of_nodes(variables)
+
+
+def test_horovod_has_the_places_that_horovodrun_gives() -> None:
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+
+    plan = get_host_assignments(parse_hosts("0:2,1:3,2:1"), 6)
+    for slot in plan:
+        expected = {**create_slot_env_vars(slot), **create_run_env_vars("127.0.0.1", ["lo"], "4000")}
+        assert variables_of(By.HOROVOD, slurm_of(slot.rank), 4000) == expected
+
+
+@pytest.mark.parametrize(("rank", "local", "node"), [(0, 0, 0), (1, 1, 0), (4, 2, 1), (5, 0, 2)])
+def test_torch_has_the_places_that_torchrun_gives(rank: int, local: int, node: int) -> None:
+    assert variables_of(By.TORCH, slurm_of(rank), 4000) == {
+        "RANK": str(rank), "WORLD_SIZE": "6", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(RANKS[node]),
+        "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000", "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+
+
+def test_the_interface_is_the_one_on_the_way() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
