@@ -46,7 +46,7 @@ endif
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (four minutes), or not: HOROVOD=no
 
 $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh \
-              tools/requirements-s3-server.txt tools/requirements-moto-server.txt tools/requirements-deploy.txt tools/requirements-docs.txt
+              tools/requirements-s3-server.txt tools/requirements-deploy.txt tools/requirements-docs.txt
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, score, write the explorer's pages

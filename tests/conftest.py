@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
+from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks, StandingRanks, TorchRanks, forks_of_ranks, standing_ranks
 from tests.running.guard import Guard
 from tests.running.spared import check_each_kind_once, parse_services_once, spare_the_disk
-from tests.servers import environment_of, moto, new_bucket, new_buckets, seaweedfs
+from tests.servers import environment_of, new_buckets, seaweedfs
 from tests.trainer.frozen import freeze_for_good
 
 if TYPE_CHECKING:
@@ -31,14 +32,13 @@ SERVICES = {
     "client",
     "cluster",
     "s3_endpoint",
-    "moto_endpoint",
     "make_arena",
     "dies_at",
     "serve",
     "serve_small",
 }
 """Fixtures that start ranks, a Dask cluster, a server or writers to be killed: their tests are marked `services`."""
-SERVERS = {"s3", "seaweedfs", "moto", "s3_url", "moto_url"}
+SERVERS = {"s3", "seaweedfs", "s3_url"}
 """Parameters of tests and fixtures that ask for a server."""
 SELDOM = {
     "distributed.admin.tick.interval": "1s",
@@ -179,20 +179,13 @@ def s3_url(s3_endpoint: str, s3_buckets: list[str]) -> str:
     return s3_buckets.pop()
 
 
-@pytest.fixture(scope="session")
-def moto_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a moto server that lives as long as the tests."""
-    server = moto(tmp_path_factory.mktemp("moto"))
-    parse_services_once()
-    try:
-        server.start()
-        yield server.endpoint
-    finally:
-        server.kill()
-
-
 @pytest.fixture
-def moto_url(moto_endpoint: str) -> Iterator[str]:
-    """An empty bucket of its own on the moto server, as s3://NAME; the environment leads there meanwhile."""
-    with environment_of(moto_endpoint):
-        yield new_bucket()
+def missing_bucket(s3_endpoint: str) -> Iterator[str]:
+    """A bucket that the server of the environment does not have, as s3://NAME."""
+
+    def rule(request: Request) -> Fault | None:
+        return Fault.NO_BUCKET if request.path.startswith("/nobucket") else None
+
+    with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
+        proxy.rule = rule
+        yield "s3://nobucket"

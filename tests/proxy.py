@@ -35,6 +35,7 @@ class Fault(Enum):
     CONFLICT = auto()  # 409 ConditionalRequestConflict
     DROP_CONDITION = auto()  # as a server that does not know conditional puts
     CHECK_THEN_PUT = auto()  # as a server whose conditional put looks first and then writes
+    NO_BUCKET = auto()  # 404, nothing is done; SeaweedFS makes a bucket that is missing
 
 
 ANSWERS = {
@@ -42,6 +43,7 @@ ANSWERS = {
     Fault.SERVER_ERROR: (500, "InternalError"),
     Fault.SERVER_ERROR_AFTER_WORK: (500, "InternalError"),
     Fault.CONFLICT: (409, "ConditionalRequestConflict"),
+    Fault.NO_BUCKET: (404, "NoSuchBucket"),
 }
 
 
@@ -84,7 +86,7 @@ class Proxy:
         fault = self.rule(request)
         if fault is not None:
             self.faults.append(fault)
-        if fault in (Fault.CUT, Fault.SLOW_DOWN, Fault.SERVER_ERROR, Fault.CONFLICT):
+        if fault in (Fault.CUT, Fault.SLOW_DOWN, Fault.SERVER_ERROR, Fault.CONFLICT, Fault.NO_BUCKET):
             answer = None
         elif fault in (Fault.DROP_CONDITION, Fault.CHECK_THEN_PUT):
             answer = self._careless(request, looks_first=fault is Fault.CHECK_THEN_PUT)

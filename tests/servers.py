@@ -1,4 +1,4 @@
-"""Real S3 servers on loopback, for tests: SeaweedFS, and moto as a second one."""
+"""A real S3 server on loopback, for tests: SeaweedFS."""
 
 import contextlib
 import functools
@@ -87,30 +87,6 @@ def weed_command(folder: Path, address: str, s3: int, master: int, volume: int, 
         "volume.max": MAX_VOLUMES,
     }  # fmt: skip
     return [Path(sys.executable).with_name("weed"), "mini", *(f"-{name}={value}" for name, value in options.items())]
-
-
-# moto looks and then writes, without a lock: on a busy machine two of its threads may both win a conditional put.
-# It sends a body after its headers, which would wait 40 ms for the client's word that it has them.
-ONE_REQUEST_AT_A_TIME = """
-import threading
-from moto import server
-from werkzeug.serving import WSGIRequestHandler
-WSGIRequestHandler.disable_nagle_algorithm = True
-lock, answer = threading.Lock(), server.DomainDispatcherApplication.__call__
-def locked(*args):
-    with lock:
-        return answer(*args)
-server.DomainDispatcherApplication.__call__ = locked
-server.main()
-"""
-
-
-def moto(folder: Path) -> Server:
-    """A mock in Python that keeps everything in memory and checks no signature."""
-    (port,) = free_ports(1)
-    python = Path(sys.prefix) / "moto" / "bin" / "python"
-    command: list[str | Path] = [python, "-c", ONE_REQUEST_AT_A_TIME, "-H", "127.0.0.1", "-p", str(port)]
-    return Server(command, f"http://127.0.0.1:{port}", "/moto-api/data.json", folder)
 
 
 @contextlib.contextmanager

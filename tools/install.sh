@@ -69,10 +69,6 @@ pip=(-m pip install --quiet --disable-pip-version-check)
 "$venv/bin/python" "${pip[@]}" -e ".[dev,bench,explorer]" ${TORCH:-}
 "$venv/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-s3-server.txt
 "$venv/bin/python" "${pip[@]}" --require-hashes --no-deps -r tools/requirements-deploy.txt
-if [ ! -x "$venv/moto/bin/python" ]; then
-  "$venv/bin/python" -m venv "$venv/moto"
-fi
-"$venv/moto/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-moto-server.txt
 # The generator of the site: its packages are pinned to the last digit, ours are ranges.
 if [ ! -x "$venv/docs/bin/python" ]; then
   "$venv/bin/python" -m venv "$venv/docs"

@@ -309,15 +309,6 @@ class TestS3Store(StoreContract):
         return f"{s3_url}/store"
 
 
-@pytest.mark.slow
-class TestMotoStore(StoreContract):
-    """A second server; the contract of its files is in storage/test_storage.py."""
-
-    @pytest.fixture
-    def url(self, moto_url: str) -> str:
-        return f"{moto_url}/store"
-
-
 def test_other_tools_find_dtype_and_shape_of_the_feature(info: StoreInfo) -> None:
     field = schema_of(info).field("feature")
     assert field.metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}

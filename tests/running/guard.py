@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 import pytest
 
-PROGRAMS = {"horovodrun", "horovodrun.py", "dask", "dask-submit", "weed", "moto_server"}
+PROGRAMS = {"horovodrun", "horovodrun.py", "dask", "dask-submit", "weed"}
 JOBS = {
     f"{name}.py" for name in ("build_samples", "extract_features", "import_features", "import_xdl", "refresh_features")
 }

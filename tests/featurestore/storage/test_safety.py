@@ -33,9 +33,9 @@ def no_known_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spared, "KNOWN_KINDS", set())
 
 
-@pytest.fixture(params=["disk", "memory", "seaweedfs", "moto"])
+@pytest.fixture(params=["disk", "memory", "seaweedfs"])
 def safe_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    names = {"memory": "memory_url", "seaweedfs": "s3_url", "moto": "moto_url"}
+    names = {"memory": "memory_url", "seaweedfs": "s3_url"}
     return str(tmp_path) if request.param == "disk" else request.getfixturevalue(names[request.param])
 
 

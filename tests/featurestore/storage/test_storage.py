@@ -219,20 +219,15 @@ class TestSeaweedFS(StorageContract):
         assert storage.read_bytes("big") == data
 
 
-class TestMoto(StorageContract):
-    @pytest.fixture
-    def url(self, moto_url: str) -> str:
-        return f"{moto_url}/store"
-
-    def test_where_there_is_no_bucket_writing_is_an_error_and_reading_finds_nothing(self, url: str) -> None:
-        storage = Storage(f"{url.removesuffix('/store')}-nothing/store")
-        for write in (lambda: storage.write_bytes("a", b""), lambda: storage.create_exclusive("a", b"")):
-            with pytest.raises(StorageError, match=r"cannot .* s3://test-.*-nothing/store/a: .*bucket"):
-                write()
-        assert storage.list() == [] == storage.entries()
-        storage.delete("a")
-        with pytest.raises(FileNotFoundError):
-            storage.read_bytes("a")
+def test_where_there_is_no_bucket_writing_is_an_error_and_reading_finds_nothing(missing_bucket: str) -> None:
+    storage = Storage(f"{missing_bucket}/store")
+    for write in (lambda: storage.write_bytes("a", b""), lambda: storage.create_exclusive("a", b"")):
+        with pytest.raises(StorageError, match=r"cannot .* s3://nobucket/store/a: .*bucket"):
+            write()
+    assert storage.list() == [] == storage.entries()
+    storage.delete("a")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a")
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:

@@ -230,10 +230,10 @@ def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
 
 @pytest.mark.parametrize("setting", ["run.dir", "data.samples", "data.store", "run.resume", "run.warm_start"])
 def test_a_bucket_that_is_not_there_is_named_by_one_line(
-    setting: str, places: Places, moto_url: str, tmp_path: Path
+    setting: str, places: Places, missing_bucket: str, tmp_path: Path
 ) -> None:
     settings = places.settings(run__dir=tmp_path, run__name="a")
-    words = [f"--set={each}" for each in [*settings, f"{setting}=s3://nobucket/a"]]
+    words = [f"--set={each}" for each in [*settings, f"{setting}={missing_bucket}/a"]]
     called = call(["trainer.main", *words])
     assert (called.code, called.trace, called.err.count("\n")) == (2, "", 1), called.err
     assert "s3://nobucket" in called.err and "no bucket nobucket" in called.err
