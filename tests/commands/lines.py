@@ -248,7 +248,7 @@ OTHERS = [
     ("benchmarks.scale --dims 0", 2, "--dims"),
     ("benchmarks.scale --dir {empty}", 1, "{empty}"),
     ("benchmarks.scale --json {emptydir}", 1, "{emptydir}"),
-    ("benchmarks.tables --steps 1", 2, "--steps"),
+    ("benchmarks.id_tables --steps 1", 2, "--steps"),
     ("benchmarks.plan --ranks x", 2, "--ranks"),
     ("benchmarks.plan --ranks ''", 2, "--ranks"),
     ("benchmarks.plan --ranks 0,2", 2, "--ranks"),

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.tables import app, batch_of
+from benchmarks.id_tables import app, batch_of
 
 
 @pytest.mark.slow
 def test_figures_are_written(tmp_path: Path) -> None:
-    out = tmp_path / "tables.json"
+    out = tmp_path / "id_tables.json"
     options = ["--steps", "2", "--samples", "16", "--ids", "50", "--behaviors", "3"]
     done = CliRunner().invoke(app, [*options, "--json", str(out)])
     assert done.exit_code == 0, done.output

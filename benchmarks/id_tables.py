@@ -1,6 +1,6 @@
 """Exact ID tables compared with hashed ones of equally many rows: whole training steps, in turn, in one process.
 
-python -m benchmarks.tables --json data/bench/tables.json
+python -m benchmarks.id_tables --json data/bench/id_tables.json
 
 Letters of shapes as in trainer/samples/reader.py. Ids are drawn by Zipf's law, and every variant trains on the same
 batches.
