@@ -1,11 +1,10 @@
-"""Measure compact features: samples per second against the full width, its own products and FuxiCTR; bytes; GAUC.
+"""Measure compact features: samples per second against the full width, its own products and FuxiCTR; and bytes.
 
     python -m benchmarks.compact --json data/bench/compact.json
-    python -m benchmarks.compact --results drawn/experiments/results.json --results photos/experiments/results.json
 
 The paper-shaped workload is trained at both widths in interleaved rounds, each run a process of its own; beside them,
-on the same compact rows, E and the worker model in isolation, and FuxiCTR's layer in the place of E. GAUC is from
-finished tables of `python -m trainer.experiments compact`, one for each data set.
+on the same compact rows, E and the worker model in isolation, and FuxiCTR's layer in the place of E. What they keep of
+GAUC is a table of stores (benchmarks/tables/beyond.yaml).
 """
 
 import os
@@ -34,24 +33,15 @@ def main(
     images: Annotated[int, typer.Option(help="Of the store.", min=100)] = Knobs.images,
     dim: Annotated[int, typer.Option(help="Width of a full row.", min=2)] = Knobs.dim,
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
-    results: Annotated[
-        list[Path] | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="results.json with the table compact; the data set is called as its folder's folder.",
-        ),
-    ] = None,
 ) -> None:
     """Measure compact features compared with the full width."""
-    from benchmarks.compact.sections import gauc_section, speed_sections
+    from benchmarks.compact.sections import speed_sections
 
-    sections = [gauc_section(path) for path in results or ()]
     columns = text_column(), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank)
     with tempfile.TemporaryDirectory(prefix="compact-bench-") as scratch, progress_bars(*columns) as progress:
         workload = make(folder, knobs, progress)
-        sections += speed_sections(workload, Path(scratch), dims, rounds, steps, progress)
+        sections = speed_sections(workload, Path(scratch), dims, rounds, steps, progress)
     run = {"images": images, "dim": dim, "dims": dims, "samples_per_rank": samples_per_rank, "rounds": rounds}
     write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
 

@@ -1,4 +1,4 @@
-"""Figures of compact features: speed and bytes against the full width, and what a table of experiments says of GAUC."""
+"""Figures of compact features: speed and bytes against the full width."""
 
 from functools import partial
 from pathlib import Path
@@ -10,19 +10,12 @@ from benchmarks.train.launch import Launcher
 from benchmarks.train.rounds import Run, check_losses, interleaved
 from benchmarks.train.sections import FUXICTR, fuxictr_python
 from benchmarks.workload import Workload
-from featurestore.errors import UserError
-from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.text import DType
-from featurestore.upkeep.remake import read_report, remake
-from trainer.experiments.grid import experiments
-from trainer.experiments.results import read
-from trainer.experiments.tables import SeedMean, seed_mean
+from featurestore.upkeep.remake import remake
 
 SAME_STEPS = ("compute", "compute_from_numbers")
 """E and the worker model in isolation: what no step can be shorter than."""
 _CHECKED_STEPS = 3
-MOST_BYTES = 1 / 8  # of the full width's: the gap of GAUC is that of rows which take no more
 
 
 def speed_sections(
@@ -57,43 +50,3 @@ def speed_sections(
         "compact_files_share": report.bytes / report.source_bytes,
     }
     return [Section("speed and bytes", figures, timed.grid())]
-
-
-def gauc_section(path: Path) -> Section:
-    """Compare GAUC of compact features with that of the full width, paired by seed, from a table of experiments.
-
-    The gap is what the best width loses among those whose rows take at most an eighth of the bytes, with half of its
-    95 % interval beside it. Raises UserError where the table is not there.
-    """
-    runs = read(path.parent).get("compact")
-    if runs is None:
-        raise UserError(f"{path} has no table compact: make it with `python -m trainer.experiments compact`")
-    name, full = path.absolute().parent.parent.name, [each["gauc"] for each in runs["full width"]]
-    grid: dict[str, dict[str, Figure]] = {}
-    small: dict[str, SeedMean] = {}
-    for variant in experiments()["compact"].variants:
-        if variant.name not in runs:
-            continue
-        gauc = [each["gauc"] for each in runs[variant.name]]
-        gap = seed_mean([a - b for a, b in zip(full, gauc, strict=True)])
-        share = 1.0 if variant.reduced is None else _share(path.parent, *variant.reduced)
-        grid[variant.name] = {"gauc": seed_mean(gauc).mean, "gap": gap.mean, "interval": gap.half_width, "bytes": share}
-        if share <= MOST_BYTES:
-            small[variant.name] = gap
-    if not small:
-        return Section(f"GAUC, {name}", {}, grid, f"{name}_")
-    best = min(small, key=lambda each: small[each].mean)
-    figures: dict[str, Figure] = {
-        f"compact_gauc_gap_{name}": small[best].mean,
-        f"compact_gauc_gap_interval_{name}": small[best].half_width,
-        f"compact_gauc_gap_of_{name}": best,
-    }
-    return Section(f"GAUC, {name}", figures, grid, f"{name}_")
-
-
-def _share(folder: Path, dims: int, dtype: DType) -> float:
-    """Divide the bytes of a compact row by those of a full one, as the store of the experiments has it."""
-    for place in sorted((folder / "stores").glob(f"*-{dims}-{dtype}")):
-        if (report := read_report(Storage(place))) is not None:
-            return report.row_bytes_share
-    raise UserError(f"{folder}/stores lacks the store of {dims} components in {dtype} that the table was made of")

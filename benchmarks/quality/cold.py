@@ -11,8 +11,8 @@ from benchmarks.quality.data import DataSet
 from benchmarks.quality.heldout import JUDGED, hold_out, make_noise, make_rare
 from benchmarks.quality.runs import Spec, curve_of
 from benchmarks.report import Figure, Section
+from benchmarks.seeds import seed_mean
 from trainer.comm import SoloComm
-from trainer.experiments.tables import seed_mean
 from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 

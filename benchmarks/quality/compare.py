@@ -12,7 +12,7 @@ from rich.progress import Progress
 from benchmarks.quality.data import DataSet
 from benchmarks.quality.runs import Epoch, Side, Spec, curve_of
 from benchmarks.report import Figure, Section
-from trainer.experiments.tables import seed_mean
+from benchmarks.seeds import seed_mean
 
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
 GRIDS: Mapping[Side, Sequence[Sequence[Mapping[str, Any]]]] = {

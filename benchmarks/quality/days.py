@@ -18,12 +18,12 @@ import numpy as np
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet
 from benchmarks.report import Figure, Section
+from benchmarks.seeds import seed_mean
 from featurestore.console.files import write_json
 from featurestore.published import open_published
 from trainer.comm import SoloComm
 from trainer.config.config import WARM_PARTS, Config, load_config
 from trainer.daily import LATER_RATES, follow
-from trainer.experiments.tables import seed_mean
 from trainer.main import train
 from trainer.samples.columns import files_by_day
 

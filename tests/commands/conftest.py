@@ -14,7 +14,7 @@ from PIL import Image
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from serving.bundle.export import ExportOptions, export_model
-from tests.commands.calls import call
+from tests.commands.calls import ROOT, call
 from tests.serving.bundle.conftest import no_network, no_scores
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
@@ -45,6 +45,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "towers": folder / "good" / "runs" / "towers",
         "index": folder / "index",
         "model": folder / "model",
+        "tables": ROOT / "benchmarks" / "tables" / "paper.yaml",
         "new": folder / "new",
         "missing": folder / "missing",
         "brackets": folder / "[/x]",

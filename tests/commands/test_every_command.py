@@ -27,6 +27,7 @@ WRITERS = {
     f"benchmarks.{name}"
     for name in (
         "comm",
+        "compact",
         "days",
         "explorer",
         "flight",
@@ -48,9 +49,8 @@ WRITERS = {
 }
 """Commands whose one folder is made where it is not there."""
 FILES = {
-    "file", "described", "semantic", "schema", "mapping", "labels", "codebook", "gates_file", "hosts_file",
+    "file", "config_file", "described", "schema", "mapping", "labels", "codebook", "gates_file", "hosts_file",
     "script", "token_file", "tls_cert", "tls_key", "ca", "scorer_token_file", "scorer_ca", "uris", "absent", "ads",
-    "results",
 }  # fmt: skip
 """Parameters that name a file which a person wrote or chose."""
 TOLD_ELSEWHERE = {("benchmarks.quality", "labels"), ("tools/demo", "labels")}

@@ -3,12 +3,11 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks.report import Section, write_sections
-from featurestore.console.output import figure, text_console
+from featurestore.console.output import figure
 from featurestore.console.page import ReportPage, recorded
 from tests.commands.calls import COMMANDS, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
@@ -16,15 +15,12 @@ from tests.pages import ReadPage, check_page
 from trainer.evaluation.figures import Estimate
 from trainer.evaluation.plots import METRIC_TITLES
 from trainer.evaluation.report import number, range_of
-from trainer.experiments.grid import Experiment, Variant
-from trainer.experiments.results import show_section
-from trainer.experiments.tables import as_values, rows_of
 from trainer.plan.table import duration, size
 
 WITH_PAGES = sorted(
     line
     for line in LEAVES
-    if line.startswith(("jobs/", "benchmarks.", "trainer.experiments", "trainer.evaluate", "trainer.plan"))
+    if line.startswith(("jobs/", "benchmarks.", "trainer.evaluate", "trainer.plan"))
     or line in ("featurestore verify", "trainer.compat.promote")
     or any("--html" in each.opts for each in LEAVES[line].params)
 )
@@ -93,18 +89,6 @@ def test_an_evaluation_that_fails_writes_no_page(names: dict[str, object], tmp_p
     line = "trainer.evaluate {run} --bootstrap 0 --out {empty} --html {page}"
     assert call(words_of(line, {**names, "page": tmp_path / "page.html"})).code == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_tables_of_experiments_have_the_figures_of_their_json(tmp_path: Path) -> None:
-    experiment = Experiment("t", "T", (Variant("base", (), 0.6), Variant("<b>a</b>", (), 0.61)), "Why.")
-    figures = {"base": [{"gauc": 0.61234}, {"gauc": 0.63234}], "<b>a</b>": [{"gauc": 0.71234}, {"gauc": 0.74234}]}
-    with recorded(ReportPage(tmp_path / "page.html", "T", [])):
-        show_section(text_console(), experiment, figures)
-    read = written(tmp_path / "page.html")
-    values: Any = as_values(rows_of(experiment, figures))
-    for row in values:
-        gauc = row["metrics"]["gauc"]
-        assert read.value(row["name"])[0] == f"{gauc['mean']:.4f} ± {gauc['half_width']:.4f}"
 
 
 def test_a_benchmark_has_the_figures_of_its_json(tmp_path: Path) -> None:

@@ -16,8 +16,6 @@ from trainer.config.config import load_config, save_config
 from trainer.evaluation import report
 from trainer.evaluation.bootstrap import METRICS
 from trainer.evaluation.figures import Estimate, Figures, Measured, SlicedBy
-from trainer.experiments.grid import Experiment, Variant
-from trainer.experiments.tables import rows_of, show
 from trainer.ids.figures import Collisions, ExactFigures
 from trainer.loop import summary
 
@@ -69,13 +67,6 @@ def of_days(folder: Path) -> list[str]:
     return ["1,234,567", "7,654,321", "2026-01-01", "2026-01-02", *(f"{value:.4f}" for value in metrics.values())]
 
 
-def of_experiments(_: Path) -> list[str]:
-    experiment = Experiment("t", "T", (Variant("base", (), 0.6), Variant("a", (), 0.61)), "Why.")
-    figures = {"base": [{"gauc": 0.61234}, {"gauc": 0.63234}], "a": [{"gauc": 0.71234}, {"gauc": 0.74234}]}
-    show(text_console(), experiment, rows_of(experiment, figures), 2)
-    return ["0.6223 ± 0.1271", "0.7273 ± 0.1906", "+0.1050 ± 0.0635", "+0.0100"]
-
-
 def of_prerank(_: Path) -> list[str]:
     print_rows(
         ["a measure with a long name", "ivf", "exact"], [("queries per s", "1,234,567", "0.1234")], ["ivf", "exact"]
@@ -96,7 +87,7 @@ def of_the_demo(_: Path) -> list[str]:
 
 
 COMMANDS = [
-    of_store, of_training, of_evaluation, of_days, of_experiments, of_prerank, of_benchmarks, of_the_demo,
+    of_store, of_training, of_evaluation, of_days, of_prerank, of_benchmarks, of_the_demo,
 ]  # fmt: skip
 
 

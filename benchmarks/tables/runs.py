@@ -1,0 +1,184 @@
+"""The runs of the tables: planned before the first one, made once, found again by all that their figures depend on."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from benchmarks.report import Figure
+from benchmarks.tables.variants import Table, Variant
+from featurestore.console.page import unrecorded
+from featurestore.identity import SnapshotId
+from featurestore.published import open_published
+from featurestore.store import FeatureStore
+from featurestore.upkeep.history import seconds_per_image
+from trainer.comm import Comm
+from trainer.config.config import CHANGES_NO_FIGURE, Config, config_digest, load_config
+from trainer.errors import DataError, DataNotFoundError, TrainerError
+from trainer.files import read_mapping
+from trainer.runs.checkpoint import flat, samples_digest
+from trainer.runs.folder import report_of
+from trainer.runs.stores import StorePlace, missing_places, store_places
+from trainer.samples.columns import files_by_day
+from trainer.samples.reader import open_index
+from trainer.schema import Schema, load_schema
+
+METRICS = ("gauc", "auc", "new_ad_auc", "new_ad_gauc", "logloss")
+_DIGITS = 10
+_LEAST_DAYS = 3
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is to be made or found: its configuration, its folder, and the run that it begins with."""
+
+    config: Config
+    folder: Path
+    warm: "Planned | None"
+
+
+class Runner:
+    """All runs of a call, in `folder`. Every rank calls the same functions; all raise together.
+
+    `file` and `settings` are those of every run, below those of tables and variants. Days, samples and snapshots are
+    looked at once, so all runs of a call see the same.
+    """
+
+    def __init__(self, folder: Path, file: Path | None, settings: tuple[str, ...], comm: Comm) -> None:
+        self._folder, self._file, self._settings, self._comm = folder, file, settings, comm
+        self._seen: dict[Any, Any] = {}
+
+    def plan(self, table: Table, variant: Variant, seed: int) -> Planned:
+        """Plan the variant's run with this seed; it trains nothing and looks at samples and stores.
+
+        Raises TrainerError, FeatureStoreError where the run lacks something.
+        """
+        warm = None if variant.warm_start is None else self.plan(table, variant.warm_start, seed)
+        config, digest = self._pinned(table, variant, warm)
+        run = {"dir": str(self._folder / "runs"), "name": f"{digest}-seed-{seed}", "resume": "auto"}
+        if warm is not None:
+            run["warm_start"] = str(warm.folder)
+        return Planned(config.changed(train={"seed": seed}, run=run), self._folder / "runs" / run["name"], warm)
+
+    def metrics(self, planned: Planned) -> dict[str, float]:
+        """Find the METRICS of the run, which is trained first, from its newest checkpoint, unless that was done before.
+
+        Raises TrainerError, FeatureStoreError, from the run or where it has no GAUC.
+        """
+        self._make(planned)
+        return self._comm.on_rank_0(lambda: _metrics_of(planned.folder))
+
+    def store_figures(self, planned: Planned) -> dict[str, Figure]:
+        """Say what the run's feature store has and has cost; the seconds are there where the store has kept them."""
+        data = planned.config.data
+
+        def look() -> dict[str, Figure]:
+            snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
+            cost_s = seconds_per_image(snapshot.storage, snapshot.version)
+            return {
+                "numbers": snapshot.info.dim,
+                "dtype": snapshot.info.dtype,
+                "bytes": snapshot.manifest.file_bytes,
+                "s_per_1000_images": None if cost_s is None else 1000 * cost_s,
+            }
+
+        return self._comm.on_rank_0(look)
+
+    def _make(self, planned: Planned) -> None:
+        from trainer.main import train
+
+        if self._comm.on_rank_0(lambda: self._is_made(planned)):
+            return
+        if planned.warm is not None:
+            self._make(planned.warm)
+        log = self._folder / "logs" / f"{planned.folder.name}.txt" if self._comm.rank == 0 else Path(os.devnull)
+        with log.open("a") as stream, contextlib.redirect_stdout(stream), unrecorded():
+            train(planned.config, self._comm)
+
+    def _is_made(self, planned: Planned) -> bool:
+        try:
+            (self._folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise TrainerError(f"--dir {self._folder} cannot be used: {failure}; choose another") from failure
+        return report_of(planned.folder) is not None
+
+    def _pinned(self, table: Table, variant: Variant, warm: Planned | None) -> tuple[Config, str]:
+        """The variant's configuration for every seed, with its days and snapshots, and the digest of its run."""
+        laid = flat(read_mapping(variant.config, "", TrainerError)) if variant.config else ()
+        over = [f"{name}={value}" for name, value in [*table.settings.items(), *laid, *variant.settings.items()]]
+        config = load_config(self._file, [*self._settings, *over])
+        config = config.changed(data=self._days(config, variant))
+        data, schema = config.data, load_schema(config.data.schema_file)
+        versions: dict[str, Any] = {"store_versions": dict(data.store_versions)}
+        stores = []
+        for place in store_places(config, schema):
+            snapshot = self._snapshot(place)
+            stores.append((place.name, snapshot.store_id, snapshot.commit_id))
+            if place.setting == "data.store":
+                versions["store_version"] = snapshot.version
+            else:
+                versions["store_versions"][place.name] = snapshot.version
+        config = config.changed(data=versions)
+        depends_on = {
+            "config": config.model_dump(mode="json", exclude=CHANGES_NO_FIGURE),
+            "schema": schema.model_dump(mode="json"),
+            "samples": [self._samples(config, schema, split) for split in ("train", "test")],
+            "stores": stores,
+            "ranks": None if config.exchange.wire_dtype == "float32" else self._comm.size,
+            "warm_start": config.run.warm_start if warm is None else warm.folder.name,
+        }
+        return config, config_digest(depends_on)[:_DIGITS]
+
+    def _samples(self, config: Config, schema: Schema, split: str) -> str:
+        """The digest of the files that a run learns from, or is tested on: of names, counts and bytes."""
+        data = config.data
+        days = data.train_days if split == "train" else data.test_days
+
+        def look() -> str:
+            index = open_index(self._comm, data.samples, split, schema, days)
+            return samples_digest(self._comm, index, data.cache_dir)
+
+        return self._once((data.samples, split, data.schema_file, str(days)), look)
+
+    def _snapshot(self, place: StorePlace) -> SnapshotId:
+        def look() -> SnapshotId:
+            if problems := missing_places([place]):
+                raise DataNotFoundError("\n".join(problems))
+            return SnapshotId.of(FeatureStore.open(place.url).snapshot(place.version))
+
+        return self._once(place, lambda: self._comm.on_rank_0(look))
+
+    def _days(self, config: Config, variant: Variant) -> dict[str, list[str]]:
+        """The days to learn and the day to be tested on: one window of days, which "current" moves on by a day."""
+        if variant.days == "all":
+            return {}
+        samples = config.data.samples
+        days = self._once(samples, lambda: self._comm.on_rank_0(lambda: list(files_by_day(open_published(samples)))))
+        if len(days) < _LEAST_DAYS:
+            raise DataError(
+                f"data.samples={samples} has {len(days)} days of samples; warm-up from the day before needs"
+                f" {_LEAST_DAYS} at least, in files that begin with day=2026-01-31 (jobs/build_samples.py writes them)"
+            )
+        window = days[:-1] if variant.days == "previous" else days[1:]
+        return {"train_days": window[:-1], "test_days": window[-1:]}
+
+    def _once(self, key: Any, look: Callable[[], Found]) -> Found:
+        if key not in self._seen:
+            self._seen[key] = look()
+        return cast("Found", self._seen[key])
+
+
+def _metrics_of(run: Path) -> dict[str, float]:
+    """METRICS that are defined, of a finished run. Raises TrainerError without GAUC."""
+    report = report_of(run)
+    assert report is not None
+    metrics = report["metrics"]
+    if metrics.get("gauc") is None:
+        raise TrainerError(
+            f"{run} has no GAUC, which the tables compare: no user of its test samples has impressions with and"
+            " without a click; test on more of them (data.test_days, or test/ in data.samples)"
+        )
+    return {name: float(metrics[name]) for name in METRICS if metrics[name] is not None}

@@ -1,0 +1,278 @@
+"""Tables of variants and seeds: the files that come with them, runs that are made once, and their figures."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from benchmarks.tables.__main__ import app
+from benchmarks.tables.runs import Planned, Runner
+from benchmarks.tables.sections import make, section_of
+from benchmarks.tables.variants import Table, Variant, load_tables
+from featurestore.format.rows import FeatureRows
+from featurestore.store import FeatureStore
+from featurestore.upkeep.history import ExtractionCost, keep_cost
+from featurestore.upkeep.remake import remake
+from tests.pages import check_page
+from tests.ranks import StandingRanks
+from tests.trainer.conftest import Places, make_places
+from trainer.comm import SoloComm, connect
+from trainer.config.config import load_config
+from trainer.engine.engine import Engine, PreparedBatch, StepResult
+from trainer.errors import ConfigError, TrainerError
+
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "tables"
+PAPER = FOLDER / "paper.yaml"
+TWO = {"ids only": Variant(settings={"model.images": "none"}), "with images": Variant(paper_gauc=0.6225)}
+TOWERS = Table(title="towers", settings={"model.base": "two_tower"}, variants=TWO)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    return make_places(tmp_path_factory.mktemp("places"))
+
+
+def call(*words: object, out: Path, settings: list[str]) -> Result:
+    options = [word for setting in settings for word in ("--set", setting)]
+    return CliRunner().invoke(app, [*map(str, words), "--dir", str(out), *options])
+
+
+def plans(out: Path, places: Places, **changes: Any) -> list[Planned]:
+    """Of a run without images and of one with them."""
+    runner = Runner(out, None, tuple(places.settings(**changes)), SoloComm())
+    return [runner.plan(TOWERS, each, 0) for each in TWO.values()]
+
+
+def reports(folder: Path) -> dict[str, int]:
+    """The finished runs, and when each of them ended."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_variant_that_comes_with_it_is_a_valid_configuration(file: Path) -> None:
+    for table in load_tables(file).values():
+        for name, variant in table.variants.items():
+            both = {**table.settings, **variant.settings}
+            load_config(settings=[f"{setting}={value}" for setting, value in both.items()])
+            assert table.baseline_of(name) in table.variants
+
+
+def test_gains_are_paired_by_seed() -> None:
+    variants = {"base": Variant(paper_gauc=0.6), "a": Variant(), "b": Variant(against="a")}
+    gaucs = {"base": [0.60, 0.62, 0.61], "a": [0.61, 0.635, 0.62], "b": [0.60, 0.64, 0.62]}
+    metrics = {name: [{"gauc": each, "auc": 2 * each} for each in values] for name, values in gaucs.items()}
+    grid = section_of("t", Table(title="T", variants=variants), metrics).grid
+    assert "gain" not in grid["base"] and grid["base"]["paper_gauc"] == 0.6
+    assert grid["a"]["gain"] == pytest.approx(0.035 / 3) and grid["b"]["gain"] == pytest.approx(-0.005 / 3)
+    assert grid["a"]["auc"] == pytest.approx(2 * np.mean(gaucs["a"])) and "logloss" not in grid["a"]
+    assert all(0 < float(grid[name]["p"] or 0) <= 1 and float(grid[name]["gain_95"] or 0) > 0 for name in "ab")
+
+
+def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    for text, says in [
+        ("tables: {a: {title: t, variants: {x: {setings: {}}}}}", "setings is unknown"),
+        ("tables: {a: {title: t, variants: {x: {against: y}}}}", "no variant 'y' to compare with"),
+        ("[]", "has to be a mapping"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            load_tables(file)
+    with pytest.raises(ConfigError, match=r"--table nosuch: .* has images, aggregators"):
+        load_tables(PAPER, ["nosuch"])
+
+
+@pytest.mark.long
+class TestCommand:
+    def test_runs_are_made_once(self, places: Places, tmp_path: Path) -> None:
+        settings, page, file = places.settings(train__max_steps=3), tmp_path / "page.html", tmp_path / "file.json"
+        words = (PAPER, "--table", "prerank", "--table", "warmup", "--seeds", 2, "--json", file)
+        done = call(*words, "--html", page, out=tmp_path, settings=settings)
+        assert done.exit_code == 0, done.output
+        made, found = reports(tmp_path), json.loads(file.read_text())
+        assert len(made) == 2 * 2 + 2 * (1 + 3)
+        assert found["prerank_with images_paper_gauc"] == 0.6225 and found["warmup_partial_gauc_95"] is not None
+        gain = found["prerank_with images_gauc"] - found["prerank_ids only_gauc"]
+        assert found["prerank_with images_gain"] == pytest.approx(gain)
+        tested = [load_config(path / "config.yaml").data.test_days for path in (tmp_path / "runs").iterdir()]
+        assert len({each[0] for each in tested if each}) == 2  # the run before is tested a day earlier
+        read = check_page(page.read_text(encoding="utf-8"))
+        assert read.value("with images")[0] == f"{found['prerank_with images_gauc']:.4g}"
+        assert not any("step 0 of 3" in each for each in read.texts), "what the runs print is in their logs"
+        slower = [*settings, "train.checkpoint_every=2", "data.prefetch_batches=0", "run.deadline_s=99"]
+        again = call(*words, out=tmp_path, settings=slower)
+        assert again.exit_code == 0 and reports(tmp_path) == made
+        assert json.loads(file.read_text()) == found
+
+    def test_stores_are_compared_with_what_they_have_and_have_cost(self, tmp_path: Path) -> None:
+        places, file, json_file = make_places(tmp_path), tmp_path / "t.yaml", tmp_path / "t.json"
+        store = FeatureStore.open(tmp_path / "features")
+        for version, (num_computed, seconds) in enumerate([(40, 10.0), (10, 40.0)], 1):
+            cost = ExtractionCost(
+                version=version, operation="extract", num_computed=num_computed, seconds=seconds, num_workers=1
+            )
+            keep_cost(store.storage, cost)
+        remake(store, str(tmp_path / "compact"), dims=4, dtype="float16")
+        variants = {name: {"settings": {"data.store": str(tmp_path / name)}} for name in ("features", "compact")}
+        file.write_text(json.dumps({"tables": {"stores": {"title": "t", "variants": variants}}}))
+        settings = places.settings(train__max_steps=2)
+        done = call(file, "--seeds", 1, "--json", json_file, out=tmp_path / "out", settings=settings)
+        assert done.exit_code == 0, done.output
+        found = json.loads(json_file.read_text())
+        assert found["stores_features_bytes"] == store.snapshot().manifest.file_bytes
+        assert found["stores_features_s_per_1000_images"] == pytest.approx(1000 * 10 / 40)
+        assert (found["stores_compact_numbers"], found["stores_compact_dtype"]) == (4, "float16")
+        assert found["stores_compact_s_per_1000_images"] is None
+
+    def test_an_interrupted_run_continues_from_its_checkpoint(
+        self, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = places.settings(train__max_steps=6, train__checkpoint_every=2)
+        words, train_step = (PAPER, "--table", "prerank", "--seeds", 1, "--json"), Engine.train_step
+
+        def failing(engine: Engine, prepared: PreparedBatch) -> StepResult:
+            if engine.num_steps == 4:
+                raise TrainerError("killed")
+            return train_step(engine, prepared)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "train_step", failing)
+            assert call(*words, tmp_path / "cut.json", out=tmp_path / "cut", settings=settings).exit_code == 1
+        for name in ("cut", "whole"):
+            done = call(*words, tmp_path / f"{name}.json", out=tmp_path / name, settings=settings)
+            assert done.exit_code == 0, done.output
+        paths = (tmp_path / "cut").glob("runs/*/report.json")
+        assert sorted(json.loads(path.read_text())["steps"] for path in paths) == [2, 6]
+        assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+        logs = [path.read_text() for path in (tmp_path / "cut" / "logs").iterdir()]
+        assert any("step 0 of 6" in log and "step 4 of 6" in log for log in logs)
+
+
+@pytest.mark.long
+class TestNames:
+    def test_other_samples_and_another_snapshot(self, tmp_path: Path) -> None:
+        places = make_places(tmp_path)
+
+        def names(**changes: Any) -> list[str]:
+            return [each.folder.name for each in plans(tmp_path / "out", places, **changes)]
+
+        before = names()
+        assert names() == before
+        assert names(train__seed=5) == before  # --seeds sets it
+        for change in ({"data__global_batch_size": 64}, {"run__warm_start": "elsewhere"}):
+            assert set(names(**change)).isdisjoint(before)
+        store = FeatureStore.open(tmp_path / "features")
+        store.put(FeatureRows.of(["new"], np.zeros((1, 16), np.float32), keys=np.array([2_000])))
+        new = names()
+        assert new[0] == before[0] and new[1] != before[1]
+        assert names(data__store_version=1)[1] == before[1]
+        shutil.rmtree(tmp_path / "features")
+        again = FeatureStore.create(tmp_path / "features", store.info)
+        again.put(FeatureRows.of(["new"], np.ones((1, 16), np.float32), keys=np.array([2_000])))
+        assert names(data__store_version=1)[1] != before[1]  # another store in its place
+        new = names()
+        file = tmp_path / "samples" / "test" / "day=2026-01-01.parquet"
+        table = pq.read_table(file, partitioning=None)
+        users = pa.array(np.arange(len(table)) * 10**9)
+        pq.write_table(table.set_column(table.schema.get_field_index("user"), "user", users), file, row_group_size=7)
+        other = names()
+        assert other[0] != new[0] and other[1] != new[1]  # as many samples, other bytes
+
+    def test_all_runs_of_a_call_learn_from_one_snapshot(self, tmp_path: Path) -> None:
+        places = make_places(tmp_path)
+        runner = Runner(tmp_path / "out", None, tuple(places.settings(train__max_steps=1)), SoloComm())
+        runs = [runner.plan(TOWERS, TWO["with images"], seed) for seed in (0, 1)]
+        store = FeatureStore.open(tmp_path / "features")
+        store.put(FeatureRows.of(["new"], np.zeros((1, 16), np.float32), keys=np.array([2_000])))
+        for run in runs:
+            runner.metrics(run)
+        assert [json.loads((run.folder / "report.json").read_text())["store_version"] for run in runs] == [1, 1]
+
+
+@pytest.mark.long
+class TestWhatAVariantLacks:
+    """Told in one line, before the first run where it can be known by then."""
+
+    def test_days(self, tmp_path: Path) -> None:
+        places = make_places(tmp_path)
+        (tmp_path / "samples" / "train" / "day=2026-01-03.parquet").unlink()
+        done = call(PAPER, "--seeds", 1, out=tmp_path / "out", settings=places.settings(train__max_steps=1))
+        assert done.exit_code == 1 and "has 2 days of samples; warm-up" in done.output
+        assert not (tmp_path / "out").exists()
+
+    def test_store(self, places: Places, tmp_path: Path) -> None:
+        done = call(PAPER, out=tmp_path / "out", settings=places.settings(data__store=tmp_path / "nothing"))
+        assert done.exit_code == 2 and "feature store; make it with" in done.output
+        assert not (tmp_path / "out").exists()
+
+    def test_clicks(self, tmp_path: Path) -> None:
+        places = make_places(tmp_path)
+        file = tmp_path / "samples" / "test" / "day=2026-01-01.parquet"
+        table = pq.read_table(file, partitioning=None)
+        labels = pa.array([[0] * len(each) for each in table.column("label").to_pylist()], pa.list_(pa.int8()))
+        table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+        pq.write_table(table, file, row_group_size=7)
+        settings = places.settings(train__max_steps=1)
+        for _ in range(2):  # also of a run that is found again
+            done = call(PAPER, "--table", "images", "--seeds", 1, out=tmp_path / "out", settings=settings)
+            assert done.exit_code == 1 and "has no GAUC, which the tables compare" in done.output
+        assert len(reports(tmp_path / "out")) == 1
+
+
+@pytest.mark.long
+def test_two_ranks_where_one_sees_the_reports_late(places: Places, tmp_path: Path, two_ranks: StandingRanks) -> None:
+    settings = places.settings(train__max_steps=3, run__deadline_s=30)
+    two_ranks.run(Path(__file__), tmp_path / "out", tmp_path / "seen.json", *settings)
+    first, second = json.loads((tmp_path / "seen.json").read_text())
+    assert len(first) == 2 and second == first
+    # One rank gets the same figures, but for numbers that are rounded on the wire between two.
+    done = call(FOLDER / "beyond.yaml", "--table", "exactness", "--seeds", 1, out=tmp_path / "out", settings=settings)
+    assert done.exit_code == 0, done.output
+    assert len(reports(tmp_path / "out").keys() - first.keys()) == 1
+
+
+def main() -> None:
+    """Make a table twice on every rank; the second time rank 1's shared disk does not show the reports yet.
+
+    Arguments: the folder of the runs, the output file, then settings that all runs share.
+    """
+    folder, out, *shared = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+    comm, seen = connect(), []
+    for is_late in (False, comm.rank != 0):
+        with contextlib.ExitStack() as stack:
+            for name in ("stat", "open") if is_late else ():
+                stack.enter_context(mock.patch.object(Path, name, late(getattr(Path, name))))
+            tables = load_tables(FOLDER / "beyond.yaml", ["exactness"])
+            make(tables, range(1), Runner(folder, None, tuple(shared), comm), comm)
+        seen.append(reports(folder))
+    if comm.rank == 0:
+        out.write_text(json.dumps(seen))
+    comm.close()
+
+
+def late(look: Callable[..., Any]) -> Callable[..., Any]:
+    """`look` that finds no report."""
+
+    def look_late(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "report.json":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return look(path, *args, **options)
+
+    return look_late
+
+
+if __name__ == "__main__":
+    main()
