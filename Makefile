@@ -2,6 +2,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+FOR_TESTS := $(VENV)/.for-tests
+FOR_DOCS := $(VENV)/.for-docs
+PEERS := $(VENV)/.for-peers
 DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -45,20 +48,29 @@ endif
 
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (four minutes), or not: HOROVOD=no
 
-$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh \
-              tools/requirements-s3-server.txt tools/requirements-deploy.txt tools/requirements-docs.txt
+$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh
 	tools/install.sh $(VENV)
+
+# What other targets need beyond that comes with the first of them.
+$(FOR_TESTS): $(INSTALLED) tools/install_for.sh tools/requirements-s3-server.txt tools/requirements-deploy.txt
+	tools/install_for.sh $(VENV) tests
+
+$(FOR_DOCS): $(FOR_TESTS) tools/requirements-docs.txt
+	tools/install_for.sh $(VENV) docs
+
+$(PEERS): $(FOR_TESTS)
+	tools/install_for.sh $(VENV) peers
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, score, write the explorer's pages
 	$(ON_PATH) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
 
-test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
+test-fast: $(FOR_TESTS) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)
 
-test: $(INSTALLED) ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"
+test: $(FOR_TESTS) ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster and not browser and not pages" $(TEST_ARGS)
 
-test-slow: $(INSTALLED) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
+test-slow: $(PEERS) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
 	$(ON_PATH) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 test-versions: ## Run `make test` on the newest Python and torch, then on the oldest, each in a new environment: weekly
@@ -67,20 +79,20 @@ test-versions: ## Run `make test` on the newest Python and torch, then on the ol
 	$(MAKE) test VENV=$(VERSIONS_DIR)/oldest PYTHON=python$(OLDEST_PYTHON) TORCH="$(OLDEST_TORCH)"
 
 # Debian's sshd and Slurm are unpacked below data/cluster; the machine itself stays as it is.
-test-cluster: $(INSTALLED) ## Run what needs root, network namespaces, sshd or Slurm; it says what it could not run, and why
+test-cluster: $(FOR_TESTS) ## Run what needs root, network namespaces, sshd or Slurm; it says what it could not run, and why
 	tools/cluster_packages.sh $(CLUSTER_DIR) || true
 	$(ON_PATH) CLUSTER_PACKAGES=$(abspath $(CLUSTER_DIR)) $(BIN)/python -m pytest -m cluster $(TEST_ARGS)
 
 # Debian's Chromium is unpacked below data/browser; CHROMIUM=/path/to/chromium takes another one.
-test-browser: $(INSTALLED) ## Look at the explorer's pages in Chromium; it says so where there is none
+test-browser: $(FOR_TESTS) ## Look at the explorer's pages in Chromium; it says so where there is none
 	tools/browser_packages.sh $(BROWSER_DIR) || true
 	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(BIN)/python -m pytest -m browser $(TEST_ARGS)
 
-screenshots: $(INSTALLED) ## Take the pictures of the explorer for README and docs, of the demo that is there
+screenshots: $(FOR_TESTS) ## Take the pictures of the explorer for README and docs, of the demo that is there
 	tools/browser_packages.sh $(BROWSER_DIR)
 	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(BIN)/python -m tools.browser.screenshots --dir $(DEMO_DIR)
 
-lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of files, and the generated pages
+lint: $(FOR_TESTS) ## Check style, types, import rules, first lines and sizes of files, and the generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
@@ -93,21 +105,21 @@ lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/python tools/settings.py --check
 	$(BIN)/python tools/api.py --check
 
-breaks: $(INSTALLED) ## Plant 60 small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
+breaks: $(FOR_TESTS) ## Plant 60 small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
 	$(ON_PATH) $(BIN)/python -m tools.breaks $(BREAKS_ARGS)
 
-format: $(INSTALLED) ## Rewrite the sources in the project's style
+format: $(FOR_TESTS) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## Build docs/ as a site with search, in data/docs-site, check its links, and run the tutorial and the notebook
+docs: $(FOR_DOCS) ## Build docs/ as a site with search, in data/docs-site, check its links, and run the tutorial and the notebook
 	$(BIN)/python tools/site.py --out $(DOCS_DIR)
 	$(ON_PATH) $(IN_PARALLEL) -m pages tests/docs tests/tools
 
 tree: ## Print every file with the line that says what it is for
 	@python3 tools/tree.py
 
-bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
+bench: $(PEERS) ## Run the benchmarks; the figures go to data/bench/*.json
 	mkdir -p $(BENCH_DIR)
 	$(ON_PATH) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.flight --json $(BENCH_DIR)/flight.json
@@ -125,12 +137,12 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.explorer --dir $(BENCH_DIR)/explorer --json $(BENCH_DIR)/explorer.json
 
-gpu-check: $(INSTALLED) ## Compare training on a GPU with the CPU, and measure it; GPU_DEVICE=cpu runs the same without one
+gpu-check: $(FOR_TESTS) ## Compare training on a GPU with the CPU, and measure it; GPU_DEVICE=cpu runs the same without one
 	mkdir -p $(BENCH_DIR)
 	$(ON_PATH) $(BIN)/python tests/trainer/equivalence/on_device.py --device $(GPU_DEVICE)
 	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
 
-reference: $(INSTALLED) ## Record all that is computed, before a large change; REFERENCE_ARGS="compare data/reference.json" after it
+reference: $(FOR_TESTS) ## Record all that is computed, before a large change; REFERENCE_ARGS="compare data/reference.json" after it
 	$(BIN)/python -m tools.reference $(REFERENCE_ARGS)
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay

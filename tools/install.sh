@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment and installs everything that the project needs, Horovod included unless HOROVOD=no.
+# Makes the virtual environment and installs all that a user needs, Horovod included unless HOROVOD=no. What tests, pages and
+# peers in benchmarks need beyond that, tools/install_for.sh adds.
 #
 #   tools/install.sh VENV
 #
@@ -66,25 +67,7 @@ fi
 rm -f "$venv/.installed"
 pip=(-m pip install --quiet --disable-pip-version-check)
 # shellcheck disable=SC2086 # TORCH is words, e.g. "torch==2.13.0 torchvision==0.28.0"
-"$venv/bin/python" "${pip[@]}" -e ".[dev,bench,explorer]" ${TORCH:-}
-"$venv/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-s3-server.txt
-"$venv/bin/python" "${pip[@]}" --require-hashes --no-deps -r tools/requirements-deploy.txt
-# The generator of the site: its packages are pinned to the last digit, ours are ranges.
-if [ ! -x "$venv/docs/bin/python" ]; then
-  "$venv/bin/python" -m venv "$venv/docs"
-fi
-"$venv/docs/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-docs.txt
-# FuxiCTR, a peer in benchmarks.train: beside our packages, not among them, as it asks for many of its own.
-if [ ! -x "$venv/fuxictr/bin/python" ]; then
-  "$venv/bin/python" -m venv "$venv/fuxictr"
-fi
-packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-echo "import site; site.addsitedir('$("$venv/bin/python" -c "$packages")')" \
-  >"$("$venv/fuxictr/bin/python" -c "$packages")/ours.pth"
-if ! "$venv/fuxictr/bin/python" "${pip[@]}" fuxictr==2.3.10 >"$venv/fuxictr.log" 2>&1; then
-  rm -rf "$venv/fuxictr"
-  echo "FuxiCTR could not be installed ($venv/fuxictr.log says why); benchmarks.train leaves it out, all else works"
-fi
+"$venv/bin/python" "${pip[@]}" -e ".[explorer]" ${TORCH:-}
 without=$venv/.without-horovod
 if [ "${HOROVOD:-}" = no ] || { [ -z "${HOROVOD:-}${HOROVOD_GPU_OPERATIONS:-}" ] && [ -f "$without" ]; }; then
   touch "$without"

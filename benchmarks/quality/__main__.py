@@ -102,7 +102,7 @@ def main(
     chosen = [str(name) for name in only or SECTIONS]
     if {"ids", "images"} & set(chosen) and not fuxictr_python().exists():
         raise QualityRunError(
-            "FuxiCTR is not installed in this environment (make install says why), and it is what is compared"
+            "FuxiCTR is not installed in this environment (make bench installs it), and it is what is compared"
         )
     given = settings_of(settings or [])
     try:

@@ -91,7 +91,7 @@ def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
 
 
 def fuxictr_python() -> Path:
-    """Find the Python of FuxiCTR's environment, which tools/install.sh makes where FuxiCTR can be had."""
+    """Find the Python of FuxiCTR's environment, which tools/install_for.sh makes where FuxiCTR can be had."""
     from benchmarks.train.sections import fuxictr_python as found
 
     return found()

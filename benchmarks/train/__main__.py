@@ -38,7 +38,7 @@ def check_fuxictr(chosen: list[str]) -> None:
     """Print that FuxiCTR is left out where it is not installed; where it was asked for by name, that is an error."""
     if fuxictr_python().exists():
         return
-    missing = "FuxiCTR is not installed in this environment (make install says why)"
+    missing = "FuxiCTR is not installed in this environment (make bench installs it)"
     if asked := [name for name in chosen if name in FUXICTR]:
         raise RunFailedError(f"{', '.join(asked)}: {missing}")
     if not chosen:

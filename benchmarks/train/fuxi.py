@@ -1,8 +1,8 @@
 """The same model with FuxiCTR's own PretrainedEmbedding, once per occurrence, in the place of our image path.
 
-Runs in the environment that tools/install.sh makes for FuxiCTR. Its layer holds the features of all images of the store
-in float32, frozen, and one linear layer from their width to the visual width, without a hidden layer. Letters of shapes
-as in trainer/samples/reader.py.
+Runs in the environment that tools/install_for.sh makes for FuxiCTR. Its layer holds the features of all images of the
+store in float32, frozen, and one linear layer from their width to the visual width, without a hidden layer. Letters of
+shapes as in trainer/samples/reader.py.
 """
 
 import json

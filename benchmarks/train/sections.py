@@ -72,7 +72,7 @@ class Bench:
 
 
 def fuxictr_python() -> Path:
-    """Find the interpreter of the environment that tools/install.sh makes for FuxiCTR."""
+    """Find the interpreter of the environment that tools/install_for.sh makes for FuxiCTR."""
     return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 

@@ -26,7 +26,7 @@ case "$*" in
   *purelib*) echo "$home" ;;
   *find_spec*) echo "$home/horovod" ;;
   "-m pip install "*fuxictr*) [ -z "${{NO_FUXICTR:-}}" ] || {{ echo "no wheel for this Python"; exit 1; }} ;;
-  "-m pip install "*dev,bench*) echo "$*" >>"$home/installs" ;;
+  "-m pip install "*"-e ."*) echo "$*" >>"$home/installs" ;;
   "-m pip download "*) env >"$home/environment"; for n in {{1..5000}}; do echo "error: $n"; done; exit 1 ;;
   "-m pip list "*) cat "$home/packages" 2>/dev/null || true ;;
   "-m pip uninstall "*) rm -f "$home/packages" ;;
@@ -82,7 +82,7 @@ class Place:
 def place(tmp_path: Path) -> Place:
     (tmp_path / "tools").mkdir()
     (tmp_path / "bin").mkdir()
-    for name in ("install.sh", "build_horovod.sh"):
+    for name in ("install.sh", "install_for.sh", "build_horovod.sh"):
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
     names = "bash c++ cat cp dirname env grep ln ls mkdir mktemp rm sed tail touch"
     for name in names.split():
@@ -158,14 +158,34 @@ class TestPython:
         assert (place.venv / "thesis.txt").exists()
 
 
-def test_a_peer_that_cannot_be_installed_is_one_line(place: Place) -> None:
-    place.python("python3", "3.11")
-    done = place.install(NO_FUXICTR="1")
-    assert done.returncode == 0, done.stderr
-    assert "FuxiCTR could not be installed (.venv/fuxictr.log says why); benchmarks.train leaves it out" in done.stdout
-    assert "no wheel" in (place.venv / "fuxictr.log").read_text()
-    assert not (place.venv / "fuxictr").exists(), "where it is, benchmarks.train takes it"
-    assert (place.venv / ".installed").exists()
+class TestWhatTargetsAdd:
+    @pytest.fixture
+    def installed(self, place: Place) -> Place:
+        place.python("python3", "3.11")
+        assert place.install().returncode == 0
+        return place
+
+    def add(self, place: Place, purpose: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return place.run("tools/install_for.sh", ".venv", purpose, **environment)
+
+    @pytest.mark.parametrize("purpose", ["tests", "docs", "peers"])
+    def test_each_is_noted(self, installed: Place, purpose: str) -> None:
+        done = self.add(installed, purpose)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert (installed.venv / f".for-{purpose}").exists()
+        packages = (installed.venv / "installs").read_text()
+        assert ("-e .[dev,bench,explorer]" in packages) is (purpose == "tests")
+
+    def test_a_peer_that_cannot_be_installed_is_one_line(self, installed: Place) -> None:
+        done = self.add(installed, "peers", NO_FUXICTR="1")
+        assert done.returncode == 0, done.stderr
+        assert "FuxiCTR could not be installed (.venv/fuxictr.log says why); the benchmarks leave it out" in done.stdout
+        assert "no wheel" in (installed.venv / "fuxictr.log").read_text()
+        assert not (installed.venv / "fuxictr").exists(), "where it is, benchmarks.train takes it"
+
+    def test_an_unknown_purpose_is_one_line(self, installed: Place) -> None:
+        done = self.add(installed, "fun")
+        assert (done.returncode, done.stderr) == (1, "fun: it should be tests, docs or peers\n")
 
 
 class TestHorovod:
@@ -321,7 +341,7 @@ def test_the_newest_and_the_oldest_versions_have_environments_of_their_own(tmp_p
 def test_named_releases_of_torch_are_installed(place: Place) -> None:
     place.python("python3", "3.11")
     assert place.install(TORCH="torch==2.13.0 torchvision==0.28.0").returncode == 0
-    assert "-e .[dev,bench,explorer] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
+    assert "-e .[explorer] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
 
 
 @pytest.mark.parametrize("version", ["3.12", "3.13"])

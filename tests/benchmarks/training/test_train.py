@@ -46,7 +46,7 @@ def test_peers_train_the_same_model(folder: Path) -> None:
     assert figures["two_ranks_vs_one"] == figures["ours_2_ranks_samples_per_s"] / figures["ours_samples_per_s"]
     assert figures["vs_store_in_server_1gbit"] is None, "was not asked for"
     if len(names) < len(VARIANTS):
-        pytest.skip("FuxiCTR is not installed here: make install says why; all other variants ran")
+        pytest.skip("FuxiCTR is not installed here: make bench installs it; all other variants ran")
 
 
 class TestWorkload:
@@ -159,7 +159,7 @@ def test_a_missing_fuxictr_is_told(
     monkeypatch.setattr("benchmarks.train.__main__.fuxictr_python", lambda: tmp_path / "python")
     result = CliRunner().invoke(app, ["--only", "ours", "--only", "fuxictr", "--dir", str(tmp_path / "workload")])
     assert result.exit_code == 1
-    assert result.stderr == "error: fuxictr: FuxiCTR is not installed in this environment (make install says why)\n"
+    assert result.stderr == "error: fuxictr: FuxiCTR is not installed in this environment (make bench installs it)\n"
     check_fuxictr([])
     assert capsys.readouterr().err.startswith("note: FuxiCTR is not installed")
     check_fuxictr(["ours"])
