@@ -67,7 +67,7 @@ programs; all else may change without a word. Commands are the other way in: [CO
 Letters at the end of an array's name are its shape: P ranks, N rows, M live rows, U unique keys asked, Q unique
 keys of all ranks, C candidates, D width of a feature, V width of a visual vector. Errors are in
 `featurestore.errors`, `trainer.errors` and `serving.errors`; all of them are a `featurestore.errors.UserError`, and
-[ERRORS.md](ERRORS.md) explains their texts.
+[TROUBLE.md](TROUBLE.md) explains their texts.
 """
 
 

@@ -280,7 +280,7 @@ def _(PLACE, mo):
     mo.md(f"""
     ## Next
 
-    - The same model over HTTP: `python -m serving {PLACE / "model"} --port 8080`, and docs/SERVING.md for requests.
+    - The same model over HTTP: `python -m serving {PLACE / "model"} --port 8080`, and docs/SERVE.md for requests.
     - All of this as pages: `python -m explorer --store {PLACE / "features"} --runs {PLACE / "runs"}
       --samples {PLACE / "samples"} --images {PLACE / "images"}`
     - Your own data: docs/GUIDE.md.

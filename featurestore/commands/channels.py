@@ -24,7 +24,7 @@ app = CommandApp()
 Source = Annotated[str, typer.Option("--from", metavar="CHANNEL", help="The channel with the new snapshot.")]
 Target = Annotated[str, typer.Option("--to", metavar="CHANNEL", help="The channel that moves there.")]
 GatesFile = Annotated[
-    Path | None, typer.Option("--gates", metavar="FILE", help="YAML file of limits, see docs/OPERATIONS.md.")
+    Path | None, typer.Option("--gates", metavar="FILE", help="YAML file of limits, see docs/OPERATE.md.")
 ]
 Keys = Annotated[
     Path | None,

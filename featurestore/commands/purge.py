@@ -46,7 +46,7 @@ def purge(
 
     Snapshots whose files have such rows go; the newest is committed again without them. The quarantine and staged parts
     are cleaned too. Let no writer be at work. Exit code 1 where a trace is left: run it again. Caches of readers and
-    what was made of the rows are elsewhere: docs/OPERATIONS.md.
+    what was made of the rows are elsewhere: docs/OPERATE.md.
     """
     from featurestore.store import FeatureStore
     from featurestore.upkeep.purge import Images, read_keys, read_uris

@@ -3,7 +3,7 @@
 A body is decoded as soon as it has come: then its cost is known, which the predicted wait of those behind it counts.
 One task of the event loop takes what waits and scores it in pieces, between which other tasks run; there is no second
 thread. All answers of a body are of one model. On one core, with 200 candidates a request, scoring in the loop was
-faster than in a thread of its own, which has to pass the interpreter's lock to and fro: see docs/SERVING.md.
+faster than in a thread of its own, which has to pass the interpreter's lock to and fro: see docs/SERVE.md.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Ranks on two hosts, started by horovodrun over ssh; samples, features and runs on S3 on a third one (docs/SSH.md)."""
+"""Ranks on two hosts, started by horovodrun over ssh; samples, features and runs on S3 on a third (docs/RANKS.md)."""
 
 import time
 from pathlib import Path

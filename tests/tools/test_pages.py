@@ -168,7 +168,7 @@ def texts_of(source: Path | ast.AST) -> Iterator[str]:
 
 
 def test_messages_that_operations_explains_are_those_of_the_code() -> None:
-    page = (ROOT / "docs" / "OPERATIONS.md").read_text().partition("## When something is wrong")[2]
+    page = (ROOT / "docs" / "OPERATE.md").read_text().partition("## When something is wrong")[2]
     quoted = [
         each for row in re.findall(r"^\| (\".*?) \|", page, re.MULTILINE) for each in re.findall('"([^"]+)"', row)
     ]
@@ -189,7 +189,7 @@ def errors_with_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
     """Each is found in one text of the sources, its parts in their order; and its class is that of an error with it."""
-    rows = re.findall(r"^\| (\".*?) \| (.*?) \| .+ \|$", (ROOT / "docs" / "ERRORS.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\".*?) \| (.*?) \| .+ \|$", (ROOT / "docs" / "TROUBLE.md").read_text(), re.MULTILINE)
     quoted = [each for row, _ in rows for each in re.findall('"([^"]+)"', row)]
     files = [
         path

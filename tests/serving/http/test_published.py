@@ -30,7 +30,7 @@ from tests.serving.http.conftest import NEW_IMAGE, Published
 from tests.serving.http.fuzz import ALLOWED, bodies
 from tests.serving.http.processes import ServerProcess, ended
 
-PAGE = Path(__file__).parents[3] / "docs" / "SERVING.md"
+PAGE = Path(__file__).parents[3] / "docs" / "SERVE.md"
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
 ADS = ("ad_item", "ad_image", "ad_category", "ad_scene")
@@ -278,7 +278,7 @@ def test_no_bundle_is_one_line_before_the_server_listens(published: Published) -
 
 
 def blocks(language: str) -> list[str]:
-    """The blocks of code of docs/SERVING.md in a language."""
+    """The blocks of code of docs/SERVE.md in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
