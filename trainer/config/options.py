@@ -147,7 +147,7 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class ExactTableConfig(Section):
-    """An ID table with a row for each id, as model.tables.NAME={kind: exact, max_rows: 1000000} (docs/ID_TABLES.md)."""
+    """An ID table with a row for each id, as model.tables.NAME={kind: exact, max_rows: 1000000} (docs/CHOICES.md)."""
 
     kind: Rows[Literal["exact"]]
     """Says that the table has a row for each id."""
@@ -261,7 +261,7 @@ class ModelConfig(Section):
         default={"user": 65_536, "item": 65_536, "image": 65_536, "category": 4_096, "scene": 256}
     )
     """Each ID table by name: a number of rows into which ids are hashed, rounded up to fill every shard; or a row for
-    each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30} (docs/ID_TABLES.md)."""
+    each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30} (docs/CHOICES.md)."""
 
     @field_validator("base", mode="before")
     @classmethod

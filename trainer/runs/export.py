@@ -2,7 +2,7 @@
 
 No engine, no samples and no partition of a store are opened. Images are read shard by shard, in the memory of the
 largest data file; of an ID table no more than a shard is in memory. Who looks ids up in the file does as the trainer
-does: an id that is not in it has the cold row of its shard, `shard_of(id, num_shards)` (docs/ID_TABLES.md). A file gets
+does: an id that is not in it has the cold row of its shard, `shard_of(id, num_shards)` (docs/CHOICES.md). A file gets
 its name when it is whole; what was there stays until then.
 
 Letters of shapes: K rows of a block, D feature width, V visual width, N ids of a shard.
