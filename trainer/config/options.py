@@ -245,10 +245,10 @@ class ModelConfig(Section):
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     id_proxy: Parameters[bool] = False
     """Add to the vectors of the ad's own IDs what a small net makes of its visual vectors, so that a new ad has some
-    (docs/NEW_ADS.md)."""
+    (docs/CHOICES.md)."""
     image_dropout: Parameters[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of training samples whose ad has no picture: its visual vectors are zero. Evaluations then decide, on ads
-    that training has not seen, whether pictures of new ads count, or are zero too (docs/NEW_ADS.md); needs id_init_std
+    that training has not seen, whether pictures of new ads count, or are zero too (docs/CHOICES.md); needs id_init_std
     of 0.001 or less."""
     compute_dtype: Parameters[ComputeDType | Literal["auto"]] = "auto"
     """Type of E's matrix products; all else is float32, or float64 with them, which is slow and for checks. auto:
