@@ -4,7 +4,6 @@ Letters of shapes: N rows, K queries, C found of each, D width; of a residual qu
 """
 
 import io
-import math
 import zipfile
 from typing import Any, Self
 
@@ -22,8 +21,7 @@ Vectors = npt.NDArray[np.float32]
 
 NOT_FOUND = np.float32(-np.inf)
 _LARGEST_CODE = 255
-_CLASSES: dict[IndexKind, Any] = {"flat": faiss.IndexFlat, "ivf": faiss.IndexIVFFlat, "hnsw": faiss.IndexHNSWFlat}
-_POINTS_PER_LIST = 39  # fewer, and faiss warns that a centre cannot be learnt
+_CLASSES: dict[IndexKind, Any] = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat}
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 200, 128  # of hnsw; the inner product, no distance, needs more than usual
 _LARGEST_EFFORT = 16 * _SEARCH_EFFORT
 # What NumPy and faiss raise for bytes that they do not know.
@@ -41,26 +39,25 @@ def nearest(rows_ND: npt.NDArray[np.float32], queries_KD: npt.NDArray[np.float32
 class VectorIndex:
     """An index of keys (int64) by the inner product of their vectors with a query, the largest first.
 
-    flat looks at every vector and is exact. ivf looks at the `effort` lists whose centres are nearest to the query,
-    hnsw walks a graph and keeps `effort` candidates: both are approximate, better and slower with more of it.
+    flat looks at every vector and is exact. hnsw walks a graph and keeps `effort` candidates: it is approximate, better
+    and slower with more of them.
 
-    Under ivf and hnsw the vectors lie less their mean c. <q, x - c> is <q, x> less a number that all vectors share, so
-    the order stays; but vectors that share a direction, as those of two towers do, spread round the origin again, and
-    lists and links lead to the best ones. Scores are <q, x> as ever. ivf finds the lists by distance, in the space of
-    one more dimension in which all vectors are equally long and the nearest have the largest inner product
-    (Bachrach et al. 2014, "Speeding Up the Xbox Recommender System"). The graph of hnsw can be of that space too
-    (`lifted`): on some vectors it finds much more then; on others, as of very unequal lengths, or added ones that are
-    longer than all before, much less: measure.
+    Under hnsw the vectors lie less their mean c. <q, x - c> is <q, x> less a number that all vectors share, so the
+    order stays; but vectors that share a direction, as those of two towers do, spread round the origin again, and links
+    lead to the best ones. Scores are <q, x> as ever. The graph can also be of the space of one more dimension in which
+    all vectors are equally long and the nearest have the largest inner product (`lifted`; Bachrach et al. 2014,
+    "Speeding Up the Xbox Recommender System"): on some vectors it finds much more then; on others, as of very unequal
+    lengths, or added ones that are longer than all before, much less: measure.
 
-    `add` appends: nothing is trained or linked anew. `remove` marks. The earlier vector of a key that comes again, and
+    `add` appends: nothing is linked again. `remove` marks. The earlier vector of a key that comes again, and
     that of a removed key, stay where they are, and searches pass over them; `num_unused` counts those, and only a new
     index is without them. Where they lie between the query and its best keys, hnsw finds less: measure.
     """
 
     def __init__(self, index: Any, centre_D: Vectors, radius: float, removed_M: Int64Array) -> None:
-        """`index`: a faiss.IndexIDMap over one of the three; `build` and `load` make it.
+        """`index`: a faiss.IndexIDMap over one of the two; `build` and `load` make it.
 
-        `centre_D` is what the vectors lie less, `radius` the length of the longest of them when ivf was trained, and
+        `centre_D` is what the vectors lie less, `radius` the length of the longest of those that it was built of, and
         `removed_M` are the places of vectors whose key was removed.
         """
         self._index, self._base = index, faiss.downcast_index(index.index)
@@ -74,8 +71,7 @@ class VectorIndex:
     def build(cls, kind: IndexKind, keys_N: Int64Array, vectors_ND: Vectors, lifted: bool = False) -> Self:
         """Build an index of vectors; of a key that comes twice the last one counts. Order N log N for hnsw, else N.
 
-        ivf has 4 sqrt(N) lists, or fewer where a list would have less than 39 vectors. Raises InvalidRowsError
-        where there is no vector, and as `add`. `lifted` is for hnsw.
+        `lifted` is for hnsw. Raises InvalidRowsError where there is no vector, and as `add`.
         """
         if vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
             raise InvalidRowsError(
@@ -86,10 +82,9 @@ class VectorIndex:
         if kind != "flat":
             centre_D = vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
         radius = float(np.sqrt(_squares(vectors_ND - centre_D).max()))
-        num_vectors, dim = vectors_ND.shape
-        base = _empty(kind, num_vectors, dim, lifted)
-        index = cls(faiss.IndexIDMap(base), centre_D, radius, np.empty(0, np.int64))
-        index._base.train(index._stored(vectors_ND))
+        index = cls(
+            faiss.IndexIDMap(_empty(kind, vectors_ND.shape[1], lifted)), centre_D, radius, np.empty(0, np.int64)
+        )
         index.add(keys_N, vectors_ND)
         return index
 
@@ -106,21 +101,17 @@ class VectorIndex:
     @property
     def effort(self) -> int | None:
         """What a search takes by default; None for flat, which has no choice. It is saved with the index."""
-        return None if self.kind == "flat" else int(getattr(*self._effort_field))
+        return int(self._base.hnsw.efSearch) if self.kind == "hnsw" else None
 
     @effort.setter
     def effort(self, value: int) -> None:
-        if self.kind != "flat":
-            setattr(*self._effort_field, value)
-
-    @property
-    def _effort_field(self) -> tuple[Any, str]:
-        return (self._base, "nprobe") if self.kind == "ivf" else (self._base.hnsw, "efSearch")
+        if self.kind == "hnsw":
+            self._base.hnsw.efSearch = value
 
     @property
     def largest_effort(self) -> int | None:
-        """More than this helps no more: all lists of ivf; for hnsw 16 times what it begins with."""
-        return {"flat": None, "hnsw": _LARGEST_EFFORT}.get(self.kind) if self.kind != "ivf" else int(self._base.nlist)
+        """More than this helps no more; None for flat."""
+        return _LARGEST_EFFORT if self.kind == "hnsw" else None
 
     def add(self, keys_N: Int64Array, vectors_ND: Vectors) -> None:
         """Add new keys, and new vectors of keys that are there; none at all is fine.
@@ -169,7 +160,7 @@ class VectorIndex:
         """Return the bytes of a NumPy archive (.npz): `index`, faiss's file of an IndexIDMap, and what __init__ says.
 
         Another program that searches `index` by faiss alone gets the right order, of removed keys too, with scores
-        less <q, centre>, and of a lifted hnsw with distances; to the queries of both that and ivf it appends a zero.
+        less <q, centre>; to the queries of a lifted hnsw it appends a zero, and gets distances.
         """
         file = io.BytesIO()
         index, radius = faiss.serialize_index(self._index), np.float64(self._radius)
@@ -212,7 +203,7 @@ class VectorIndex:
     def _asked(self, queries_KD: Vectors) -> tuple[Vectors, npt.NDArray[np.float64]]:
         """Return the queries as faiss has them, and what its scores are multiplied with, (K, 1).
 
-        To ivf all are as long as its vectors: which lists are nearest depends on it. To a lifted hnsw too.
+        To a lifted hnsw all are as long as its vectors: which are nearest depends on it.
         """
         if not self._is_lifted:
             return queries_KD, np.ones((len(queries_KD), 1))
@@ -235,14 +226,9 @@ class VectorIndex:
         chosen: dict[str, Any] = {}
         if self.num_unused:
             chosen["sel"] = faiss.IDSelectorBitmap(self._live_bits)
-        effort = effort or self.effort
-        match self.kind:
-            case "ivf":
-                return faiss.SearchParametersIVF(nprobe=effort, **chosen)
-            case "hnsw":  # its candidates are unused vectors too
-                assert effort
-                candidates = effort * len(self._keys_N) // self.num_keys
-                return faiss.SearchParametersHNSW(efSearch=candidates, **chosen)
+        if effort := effort or self.effort:  # its candidates are unused vectors too
+            candidates = effort * len(self._keys_N) // self.num_keys
+            return faiss.SearchParametersHNSW(efSearch=candidates, **chosen)
         return faiss.SearchParameters(**chosen)
 
 
@@ -251,21 +237,11 @@ def use_threads(count: int) -> None:
     faiss.omp_set_num_threads(count)
 
 
-def _empty(kind: IndexKind, num_vectors: int, dim: int, lifted: bool) -> Any:
-    match kind:
-        case "flat":
-            return faiss.IndexFlatIP(dim)
-        case "ivf":
-            lists = max(1, min(round(4 * math.sqrt(num_vectors)), num_vectors // _POINTS_PER_LIST))
-            # Lists by distance, vectors in them by inner product.
-            base = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim + 1), dim + 1, lists, faiss.METRIC_INNER_PRODUCT)
-            base.cp.spherical = False
-            base.cp.min_points_per_centroid = 1  # else it warns on stderr
-            base.nprobe = min(lists, 4 * math.ceil(math.sqrt(lists)))
-        case "hnsw":
-            metric = faiss.METRIC_L2 if lifted else faiss.METRIC_INNER_PRODUCT
-            base = faiss.IndexHNSWFlat(dim + lifted, _LINKS, metric)
-            base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
+def _empty(kind: IndexKind, dim: int, lifted: bool) -> Any:
+    if kind == "flat":
+        return faiss.IndexFlatIP(dim)
+    base = faiss.IndexHNSWFlat(dim + lifted, _LINKS, faiss.METRIC_L2 if lifted else faiss.METRIC_INNER_PRODUCT)
+    base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
     return base
 
 

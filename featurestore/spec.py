@@ -29,7 +29,7 @@ MAX_VERSION = (1 << 63) - 1  # of a snapshot
 _END = b"\n}"  # of a sealed file
 
 FileKind = Literal["base", "delta"]
-IndexKind = Literal["flat", "ivf", "hnsw"]
+IndexKind = Literal["flat", "hnsw"]
 MissingPolicy = Literal["error", "zeros", "learned"]
 
 # numpy has no bfloat16: its 16 bits are carried as uint16.

@@ -43,10 +43,8 @@ AdSamples = Annotated[
     str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
 ]
 Out = Annotated[str, typer.Option(help="Folder or address of the index; what is there is replaced.")]
-Kind = Annotated[
-    IndexKind | None, typer.Option("--index", help="flat is exact; ivf and hnsw are faster.", show_default="flat")
-]
-Add = Annotated[bool, typer.Option("--add", help="Add to the index that is there, without building it anew.")]
+Kind = Annotated[IndexKind | None, typer.Option("--index", help="flat is exact; hnsw is faster.", show_default="flat")]
+Add = Annotated[bool, typer.Option("--add", help="Add to the index that is there, without rebuilding it.")]
 LiveAds = Annotated[
     str | None,
     typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
@@ -59,7 +57,7 @@ MaxGone = Annotated[float, typer.Option(min=0, max=1, help="Share of the index's
 MinRecall = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Recall@10 that ivf and hnsw have to reach; less is a warning.", show_default=f"{MIN_RECALL}"
+        min=0, max=1, help="Recall@10 that hnsw has to reach; less is a warning.", show_default=f"{MIN_RECALL}"
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Ads whose vectors are computed at once.")]
@@ -144,18 +142,18 @@ def summary_text(index: "AdIndex", changes: "AdChanges", out: str, seconds: floa
         ads += f", {changes.num_unknown:,} to remove that are not there"
     structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
     if changes.is_rebuilt:
-        structure += "; built anew, with too many unused vectors it finds less"
+        structure += "; rebuilt, as with too many unused vectors it finds less"
     elif state.num_unused:
         structure += f"; {state.num_unused:,} unused vectors go with the next build"
     recall = "exact"
     if state.queries:
-        recall = f"{state.recall:.4f} for vectors of {state.queries.source}, effort {index.index.effort}"
+        recall = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"
     return [
         f"ads          {ads}",
         f"index        {structure}",
         f"recall@10    {recall}",
         f"time         {seconds:.1f} s",
-        f"written to   {out}, version {state.version}",
+        f"written to   {out}, version {index.version}",
     ]
 
 

@@ -11,7 +11,7 @@ TrainerError
 │   ├── DamagedCheckpointError   its files are not those that were written
 │   └── OtherRunError            a checkpoint of another run, or of other settings
 ├── PlanError         this machine could not be measured for a plan
-├── AdIndexError      an index of ads was replaced meanwhile, or is of another checkpoint
+├── AdIndexError      an index of ads is of another checkpoint, or its place has other files
 │   └── AdIndexNotFoundError     no index of ads at the address
 ├── RemoteRankError   another rank failed; kind and text are those of its error
 └── LostRankError     another rank is gone, or out of reach
@@ -95,7 +95,7 @@ class PlanError(TrainerError):
 
 
 class AdIndexError(TrainerError):
-    """An index of ads was replaced meanwhile, or has vectors of another checkpoint."""
+    """An index of ads has vectors of another checkpoint, or its place has other files."""
 
 
 class AdIndexNotFoundError(AdIndexError):

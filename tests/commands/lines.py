@@ -140,7 +140,7 @@ JOBS = [
         2,
         "{garbage} is no *.parquet file",
     ),
-    ("jobs/build_ad_index --add --index ivf", 2, "--index"),
+    ("jobs/build_ad_index --add --index hnsw", 2, "--index"),
     ("jobs/build_ad_index --index [/x]", 2, "--index"),
     ("jobs/build_ad_index --batch-size 0", 2, "--batch-size"),
     (f"jobs/build_ad_index --batch-size {HUGE}", 2, HUGE),

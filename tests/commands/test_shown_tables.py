@@ -69,7 +69,7 @@ def of_days(folder: Path) -> list[str]:
 
 def of_prerank(_: Path) -> list[str]:
     print_rows(
-        ["a measure with a long name", "ivf", "exact"], [("queries per s", "1,234,567", "0.1234")], ["ivf", "exact"]
+        ["a measure with a long name", "hnsw", "exact"], [("queries per s", "1,234,567", "0.1234")], ["hnsw", "exact"]
     )
     return ["1,234,567", "0.1234"]
 

@@ -1,7 +1,6 @@
 """The job as a person types it: ads of samples and of tables, additions, and every mistake in one message."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def items_of(folder: Path) -> set[int]:
     return {item for file in files for row in pq.read_table(file)["ad_item"].to_pylist() for item in row}
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
 def test_the_ads_of_the_run_s_samples(kind: str, folder: Path, out: str) -> None:
     text = done(folder, "--out", out, "--index", kind)
     ads = AdIndex.open(out)
@@ -129,7 +128,7 @@ def test_new_ads_are_added_without_a_rebuild(folder: Path, out: str, tmp_path: P
         query = np.array([after[key]], np.float32)
         keys, scores = ads.index.search(query, 22)
         assert scores[0][keys[0] == key] == pytest.approx(float(query[0] @ query[0]), rel=1e-5)
-    assert ads.state.version == 2
+    assert ads.version == 2
 
 
 def test_ads_are_removed_by_key_and_by_file_without_a_run(folder: Path, out: str, tmp_path: Path) -> None:
@@ -224,12 +223,11 @@ def run_on_tastes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "tastes"
 
 
-@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_the_best_ads_of_a_trained_run_are_found(kind: str, run_on_tastes: Path, out: str) -> None:
-    result = CliRunner().invoke(app, ["--run", str(run_on_tastes), "--out", out, "--index", kind])
+def test_the_best_ads_of_a_trained_run_are_found(run_on_tastes: Path, out: str) -> None:
+    result = CliRunner().invoke(app, ["--run", str(run_on_tastes), "--out", out, "--index", "hnsw"])
     assert result.exit_code == 0, result.stderr
     ads = AdIndex.open(out)
-    assert ads.state.queries and ads.state.queries.source == "users"
+    assert ads.state.queries == "users"
     assert f"recall@10    {ads.state.recall:.4f} for vectors of users, effort {ads.index.effort}" in result.stdout
     with contextlib.closing(open_trained(run_on_tastes, SoloComm())) as trained:
         queries = user_queries(trained)
@@ -242,7 +240,7 @@ def test_the_best_ads_of_a_trained_run_are_found(kind: str, run_on_tastes: Path,
     found = (scores >= tenth_K1 - 1e-5 * np.abs(tenth_K1)).mean()
     assert found == pytest.approx(ads.state.recall, abs=0.01)
     # Training leaves vectors nearly equal; on some processors the graph of hnsw misses many, and the job has to say so.
-    assert found >= 0.95 or (kind == "hnsw" and "warning: recall@10 of this hnsw index is" in result.stderr)
+    assert found >= 0.95 or "warning: recall@10 of this hnsw index is" in result.stderr
 
 
 def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +272,8 @@ def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
 def test_an_index_of_another_checkpoint_is_left_alone(folder: Path, out: str, tmp_path: Path) -> None:
     table = ads_table([1, 2], tmp_path / "a.parquet")
     done(folder, "--out", out, "--ads", table)
-    file = Path(out) / "index-00000001.json"
-    state = json.loads(file.read_text())
-    assert state["origin"]["checkpoint"] == "step-00000002"
+    state = AdIndex.open(out).state
+    assert state.origin.checkpoint == "step-00000002"
     other = folder / "runs" / "longer"
     places = Places(folder)
     towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "longer"}
@@ -286,7 +283,7 @@ def test_an_index_of_another_checkpoint_is_left_alone(folder: Path, out: str, tm
     assert (
         "has vectors of checkpoint step-00000002 of run towers, and not of step-00000003 of run longer" in result.stderr
     )
-    assert json.loads(file.read_text()) == state
+    assert (AdIndex.open(out).state, AdIndex.open(out).version) == (state, 1)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +328,7 @@ def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, 
 
 
 def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
-    for kind in ("flat", "ivf", "hnsw"):
+    for kind in ("flat", "hnsw"):
         text = done(folder, "--out", f"{out}-{kind}", "--index", kind, "--ads", ads_table([7], tmp_path / "ad.parquet"))
         assert f"{kind}, 1 ads" in text
 

@@ -1,8 +1,8 @@
 """python -m trainer.prerank: measure an index of ads, and ask it; the towers are trained by trainer.main."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,8 @@ from trainer.prerank import INDEX
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
+    from trainer.prerank.artifact import AdIndex
+    from trainer.runs.saved import TrainedRun
 
 Run = Annotated[str, typer.Option(help="Folder or address of a run with model.base=two_tower.")]
 Index = Annotated[str, typer.Option(help="Folder or address of the index, from jobs/build_ad_index.py.")]
@@ -39,8 +41,7 @@ def main() -> None:
 @app.command(
     "eval",
     epilog="Examples:\n\n"
-    "    python -m trainer.prerank eval --run data/runs/towers --index data/ad-index\n\n"
-    "    horovodrun -np 2 python -m trainer.prerank eval --run data/runs/towers --k 10,100,1000 --json figures.json\n\n"
+    "    python -m trainer.prerank eval --run data/runs/towers --k 10,100,1000 --json figures.json\n\n"
     "    python -m trainer.prerank eval --run data/runs/towers --effort 16",
 )
 def evaluate_index(
@@ -49,36 +50,37 @@ def evaluate_index(
     k: Annotated[str, typer.Option(metavar="K,K", help="Candidates of a search.")] = "10,100",
     queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
     effort: Annotated[
-        int | None,
-        typer.Option(min=1, help="Lists that ivf looks at, candidates that hnsw keeps.", show_default="the index's"),
+        int | None, typer.Option(min=1, help="Candidates that hnsw keeps.", show_default="the index's")
     ] = None,
     samples: Samples = None,
     checkpoint: WhichCheckpoint = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
 ) -> None:
-    """Measure the GAUC of the run, the recall of the index against exact search, and the time of a search."""
+    """Measure the recall of the index against exact search, and the time of a search.
+
+    The GAUC of the run itself is in its report, and of other samples in that of `python -m trainer.evaluate`.
+    """
     counts = _counts(k)
+    if out is not None:  # before the work
+        check_place(out, "--json")
 
-    def work(comm: "Comm") -> None:
-        if out is not None:  # before the work
-            comm.on_rank_0(partial(check_place, out, "--json"))
-        from trainer.prerank.artifact import AdIndex
-        from trainer.prerank.evaluate import report_of, score, search_figures
-        from trainer.prerank.vectors import origin_of
-        from trainer.runs.saved import open_trained
+    def work(trained: "TrainedRun", ads: "AdIndex") -> None:
+        from trainer.prerank.evaluate import search_figures, users_of_tests
 
-        with contextlib.closing(open_trained(run_path(run), comm, which=checkpoint, samples=samples)) as trained:
-            ads = comm.on_all(lambda: AdIndex.open(index) if comm.rank == 0 else None)
-            origin = comm.on_all(lambda: origin_of(trained))
-            comm.on_all(lambda: ads.check_origin(origin) if ads else None)
-            scored = score(trained, samples)
-            if ads:
-                figures = search_figures(ads, scored.users_KW, counts, queries, effort)
-                report = report_of(trained, ads, scored, figures)
-                _show(report)
-                write_json_option(out, report)
+        users_KW = users_of_tests(trained, samples, queries).vectors_KW
+        notes = trained.saved.notes_on_missing(trained.missing_lookups())
+        report = {
+            "run": str(trained.saved.folder),
+            "checkpoint": trained.saved.path.name,
+            "store_version": trained.store_version,
+            "index": {"version": ads.version, **ads.state.model_dump(include={"kind", "dim", "num_ads", "num_unused"})},
+            "search": asdict(search_figures(ads, users_KW, counts, effort)),
+            "notes": [*notes, *([ads.warning] if ads.warning else [])],
+        }
+        _show(report)
+        write_json_option(out, report)
 
-    raise typer.Exit(run_on_ranks(work))
+    raise typer.Exit(_with_run(work, run, index, checkpoint, samples))
 
 
 @app.command(epilog="Example: `python -m trainer.prerank search --run data/runs/towers --user 17 --k 5`")
@@ -92,29 +94,41 @@ def search(
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
 
-    def work(comm: "Comm") -> None:
-        from trainer.prerank.artifact import AdIndex
+    def work(trained: "TrainedRun", ads: "AdIndex") -> None:
         from trainer.prerank.evaluate import candidates
-        from trainer.prerank.vectors import origin_of
-        from trainer.runs.saved import open_trained
         from trainer.samples.dictionary import IdDictionary
 
+        found = candidates(trained, ads, samples, user, k)
+        names = [ads.state.origin.key_column]
+        rows: list[tuple[str, ...]] = [(str(key), f"{value:.4f}") for key, value in found]
+        if dictionary := IdDictionary.of_run(run_path(run)):
+            texts = dictionary.texts(key for key, _ in found)
+            names.append("text")
+            rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
+        print_rows([*names, "inner product"], rows, numbers=["inner product"])
+        _print_notes(trained.saved.notes_on_missing(trained.missing_lookups()))
+
+    raise typer.Exit(_with_run(work, run, index, checkpoint, samples))
+
+
+def _with_run(
+    work: "Callable[[TrainedRun, AdIndex], None]", run: str, index: str, checkpoint: str | None, samples: str | None
+) -> int:
+    """Do `work` with a run and an index of its ads, on one rank; return the exit code."""
+
+    def opened(comm: "Comm") -> None:
+        from trainer.prerank.artifact import AdIndex
+        from trainer.prerank.vectors import origin_of
+        from trainer.runs.saved import open_trained
+
         if comm.size > 1:
-            raise ConfigError("search is for one rank; start it without horovodrun or torchrun")
+            raise ConfigError("trainer.prerank is for one rank; start it without horovodrun or torchrun")
         with contextlib.closing(open_trained(run_path(run), comm, which=checkpoint, samples=samples)) as trained:
             ads = AdIndex.open(index)
             ads.check_origin(origin_of(trained))
-            found = candidates(trained, ads, samples, user, k)
-            names = [ads.state.origin.key_column]
-            rows: list[tuple[str, ...]] = [(str(key), f"{value:.4f}") for key, value in found]
-            if dictionary := IdDictionary.of_run(run_path(run)):
-                texts = dictionary.texts(key for key, _ in found)
-                names.append("text")
-                rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
-            print_rows([*names, "inner product"], rows, numbers=["inner product"])
-            _print_notes(trained.saved.notes_on_missing(trained.missing_lookups()))
+            work(trained, ads)
 
-    raise typer.Exit(run_on_ranks(work))
+    return run_on_ranks(opened)
 
 
 def _counts(text: str) -> list[int]:
@@ -131,13 +145,12 @@ def _counts(text: str) -> list[int]:
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    index, metrics, figures = report["index"], report["metrics"], report["search"]
+    index, figures = report["index"], report["search"]
     print_summary(
-        f"{report['run']}, {report['checkpoint']}: {metrics['impressions']:,} test impressions, "
-        f"{index['ads']:,} ads under {index['kind']}, {figures['queries']:,} searches on one thread"
+        f"{report['run']}, {report['checkpoint']}: {index['num_ads']:,} ads under {index['kind']}, "
+        f"{figures['queries']:,} searches on one thread"
     )
-    rows = [(name, figure(metrics[name])) for name in ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")]
-    rows += [(f"recall@{count}", f"{recall:.4f}") for count, recall in figures["recall"].items()]
+    rows = [(f"recall@{count}", f"{recall:.4f}") for count, recall in figures["recall"].items()]
     print_rows(["measure", "value"], rows, numbers=["value"])
     names = ("queries_per_s", "p50_ms", "p95_ms", "p99_ms", "batched_queries_per_s")
     exact, mine = figures["exact"], figures["index"]

@@ -256,7 +256,7 @@ def ad_vectors(
 
 
 def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Vectors]]:
-    """Give each batch with the vectors of its groups, (G, W) float32. All ranks take equally many."""
+    """Give each batch with the vectors of its groups, (G, W) float32."""
     model = towers(trained)
 
     def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], _: Tensor) -> Tensor:
