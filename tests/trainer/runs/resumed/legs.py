@@ -18,7 +18,7 @@ from trainer.config.config import PRESETS
 
 WORKER = Path(__file__).parent / "mortal.py"
 TIMEOUT_S = 150
-# Rounding alone stays far below it (docs/RESULTS.md); a lost step, sample or moment is 1e-4 and more.
+# Rounding alone stays far below it; a lost step, sample or moment is 1e-4 and more.
 TOLERANCE = 1e-9
 
 Places = Any
