@@ -101,9 +101,7 @@ lint: $(FOR_TESTS) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check
 	$(BIN)/python tools/breaks.py --check
-	$(BIN)/python tools/commands.py --check
-	$(BIN)/python tools/settings.py --check
-	$(BIN)/python tools/api.py --check
+	$(BIN)/python -m tools.settings --check
 
 breaks: $(FOR_TESTS) ## Plant 60 small faults in a copy, one at a time, and see that the tests notice each; BREAKS_ARGS="--only 3,7"
 	$(ON_PATH) $(BIN)/python -m tools.breaks $(BREAKS_ARGS)
@@ -113,7 +111,7 @@ format: $(FOR_TESTS) ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 docs: $(FOR_DOCS) ## Build docs/ as a site with search, in data/docs-site, check its links, and run the tutorial and the notebook
-	$(BIN)/python tools/site.py --out $(DOCS_DIR)
+	$(BIN)/python -m tools.site --out $(DOCS_DIR)
 	$(ON_PATH) $(IN_PARALLEL) -m pages tests/docs tests/tools
 
 tree: ## Print every file with the line that says what it is for

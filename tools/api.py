@@ -1,19 +1,15 @@
-"""Write docs/API.md, the Python API, from the signatures and docstrings of the sources; nothing is imported.
-
-python tools/api.py            write the page
-python tools/api.py --check    write nothing; exit 1 where the page is not what the sources say
-"""
+"""The page API of the site: the Python API, from the signatures and docstrings of the sources; nothing is imported."""
 
 import inspect
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
 
 import griffe
 
+from tools.tables import table
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "API.md"
 NAMES = {
     "The store": [
         "featurestore.FeatureStore",
@@ -61,8 +57,8 @@ NAMES = {
 """What is public, by the part of the page; all else may change without a word."""
 HEAD = """# Python
 
-Written by `python tools/api.py` from the docstrings; `make lint` checks it. What this page has is meant for your
-programs; all else may change without a word. Commands are the other way in: [COMMANDS.md](COMMANDS.md).
+What your programs may use, from the docstrings; all else may change without a word. Commands are the other way in:
+[COMMANDS.md](COMMANDS.md).
 
 Letters at the end of an array's name are its shape: P ranks, N rows, M live rows, U unique keys asked, Q unique
 keys of all ranks, C candidates, D width of a feature, V width of a visual vector. Errors are in
@@ -90,39 +86,30 @@ def signature(function: griffe.Function, name: str) -> str:
     return f"```python\n{line}\n```\n"
 
 
-def is_public(name: str, member: griffe.Object | griffe.Alias) -> bool:
-    """Tell whether a member of a class belongs on the page: it is its own, has a docstring and no underscore."""
-    return not member.is_alias and not name.startswith("_") and member.docstring is not None
-
-
-def is_value(member: griffe.Object | griffe.Alias) -> bool:
+def is_value(member: griffe.Object) -> bool:
     """Tell whether a member is read without a call: an attribute, a property, or one of our own that is kept."""
-    return not isinstance(member, griffe.Function) or "cached_property" in map(
-        str, [d.value for d in member.decorators]
-    )
+    return not isinstance(member, griffe.Function) or "cached_property" in str([d.value for d in member.decorators])
 
 
 def of_class(each: griffe.Class) -> Iterator[str]:
-    """Yield the sections of a class: what makes one, its values, and its methods."""
-    public = {name: member for name, member in each.members.items() if is_public(name, member)}
+    """Yield what makes a class, its values and its methods, those that have a docstring and no underscore."""
+    own = {
+        name: member
+        for name, member in each.members.items()
+        if isinstance(member, griffe.Object) and not name.startswith("_")
+    }
     fields = [
         f"{name}: {member.annotation}"
-        for name, member in each.attributes.items()
-        if "dataclass" in str([decorator.value for decorator in each.decorators])
-        and not name.startswith("_")
-        and member.annotation
+        for name, member in own.items()
+        if isinstance(member, griffe.Attribute) and "dataclass" in each.labels and member.annotation
     ]
     if fields:
         yield "```python\n" + "\n".join(fields) + "\n```\n"
-    values = [
-        (name, text_of(member))
-        for name, member in public.items()
-        if isinstance(member, griffe.Object) and is_value(member)
-    ]
-    if values:
-        texts = [" ".join(text.split()).replace("|", "\\|") for _, text in values]
-        rows = [f"| `{name}` | {text} |" for (name, _), text in zip(values, texts, strict=True)]
-        yield "\n".join(["| | |", "|---|---|", *rows, ""])
+    public = {name: member for name, member in own.items() if member.docstring}
+    yield table(
+        ("", ""),
+        [(f"`{name}`", " ".join(text_of(member).split())) for name, member in public.items() if is_value(member)],
+    )
     for name, member in public.items():
         if isinstance(member, griffe.Function) and not is_value(member):
             yield f"#### `{each.name}.{name}`\n"
@@ -152,18 +139,3 @@ def page() -> str:
         for path in paths:
             parts += section(path, found(path, loader.modules_collection))
     return "\n".join(parts)
-
-
-def main() -> int:
-    """Write or check the page and return the exit code."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        print("docs/API.md is not what the sources say: run python tools/api.py", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,32 +1,39 @@
 """Writes the settings' pages from their classes: trainer/presets/dicm.yaml, and docs/SETTINGS.md.
 
-python tools/settings.py            rewrite both
-python tools/settings.py --check    exit 1 when one of them does not say what the classes say
+python -m tools.settings            rewrite both
+python -m tools.settings --check    exit 1 when one of them does not say what the classes say
 """
 
 import ast
 import inspect
 import sys
 import textwrap
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import annotated_types as limits
 import yaml
-from pydantic.fields import FieldInfo
 
+from tools.tables import table
 from trainer.config.config import Config
 from trainer.config.options import DECISIONS, ExactTableConfig, Section, decision_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET, PAGE = ROOT / "trainer/presets/dicm.yaml", ROOT / "docs/SETTINGS.md"
 WIDTH, COLUMN = 120, 34
+LIMITS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "`true`, `false`",
+    "string": "text",
+    "null": "`null`",
+    "object": "a mapping, see below",
+}
 INTRODUCTION = """\
 # Settings
 
-Written by `python tools/settings.py` from the classes in `trainer/config`; `make lint` checks it. A setting is given by
+Written by `python -m tools.settings` from the classes in `trainer/config`; `make lint` checks it. A setting is given by
 `--set section.name=VALUE` or in a YAML file by `--config`; what is not given is as in `trainer/presets/dicm.yaml`. An
 unknown name, a wrong type and a value out of its limits end the command, with one line each. A run's folder keeps all
 settings in `config.yaml`.
@@ -66,11 +73,12 @@ def preset() -> str:
     ]
     for name, section in sections():
         lines += ["", f"{name}:"]
-        texts = texts_of(section)
+        texts, properties = texts_of(section), section.model_json_schema()["properties"]
         for setting, field in section.model_fields.items():
             block = isinstance(field.default, dict) and bool(field.default)
             value = f"  {setting}:" if block else f"  {setting}: {_yaml(field.default)}"
-            choices = f"{' | '.join(_choices(field.annotation))}. " if _choices(field.annotation) else ""
+            words = _words(properties[setting])
+            choices = f"{' | '.join(words)}. " if words else ""
             text = textwrap.wrap(choices + texts[setting], WIDTH - COLUMN - 2, break_on_hyphens=False)
             for number, part in enumerate(text):
                 lines.append(f"{'' if number else value:{COLUMN - 1}} # {part}")
@@ -85,78 +93,47 @@ def page() -> str:
     parts = [INTRODUCTION.format(decisions=f"\n{meanings}")]
     shown: list[tuple[str, type[Section]]] = [*sections(), ("model.tables.NAME", ExactTableConfig)]
     for name, section in shown:
-        texts = texts_of(section)
+        texts, properties = texts_of(section), section.model_json_schema()["properties"]
         rows = [
             (
                 f"`{setting}`",
-                _values(field.annotation, field.metadata),
-                _default(field),
+                values(properties[setting]),
+                "needed" if field.is_required() else f"`{_yaml(field.default)}`",
                 decision_of(field),
                 texts[setting],
             )
             for setting, field in section.model_fields.items()
         ]
-        cells = [("name", "values", "default", "decides", "meaning"), ("---",) * 5, *rows]
-        table = "\n".join("| " + " | ".join(each.replace("|", "\\|") for each in row) + " |" for row in cells)
-        parts.append(f"## {name}\n\n{' '.join((inspect.getdoc(section) or '').split())}\n\n{table}\n")
+        head = ("name", "values", "default", "decides", "meaning")
+        about = " ".join((inspect.getdoc(section) or "").split())
+        parts.append(f"## {name}\n\n{about}\n\n{table(head, rows)}")
     return "\n".join(parts)
 
 
 def _yaml(value: Any) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
-        .removesuffix("\n")
-        .removesuffix("\n...")
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _default(field: FieldInfo) -> str:
-    return "needed" if field.is_required() else f"`{_yaml(field.default)}`"
-
-
-def _choices(kind: Any) -> list[str]:
+def _words(schema: dict[str, Any]) -> list[str]:
     """List the words that a setting may be; none where it may be something else."""
-    if get_origin(kind) in (Union, types.UnionType):
-        each = [_choices(part) for part in get_args(kind)]
-        return [word for words in each for word in words] if all(each) else []
-    return [str(each) for each in get_args(kind)] if get_origin(kind) is Literal else []
+    each = [_words(part) for part in schema.get("anyOf", [])]
+    words = [word for part in each for word in part] if all(each) else []
+    return words or schema.get("enum", [schema["const"]] if "const" in schema else [])
 
 
-def _values(kind: Any, metadata: list[Any]) -> str:
-    """Say in words what a setting may be."""
-    origin, inside = get_origin(kind), get_args(kind)
-    if metadata or hasattr(kind, "__metadata__"):
-        return _limited(kind.__origin__ if hasattr(kind, "__metadata__") else kind, [*metadata, *_unfolded(kind)])
-    if words := _choices(kind):
+def values(schema: dict[str, Any]) -> str:
+    """Say in words what a setting may be, by its JSON schema."""
+    if words := _words(schema):
         return ", ".join(f"`{word}`" for word in words)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_values(part, []) for part in inside))
-    if origin in (list, dict):
-        return f"{'list' if origin is list else 'names, each with'}: {_values(inside[-1], [])}"
-    if isinstance(kind, type) and issubclass(kind, Section):
-        return "a mapping, see below"
-    return {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", type(None): "`null`"}[kind]
-
-
-def _unfolded(kind: Any) -> list[Any]:
-    """List the limits of an annotated type, those in its Field(...)s too."""
-    metadata = getattr(kind, "__metadata__", ())
-    return [part for each in metadata for part in (each.metadata if isinstance(each, FieldInfo) else [each])]
-
-
-def _limited(kind: Any, metadata: list[Any]) -> str:
-    bounds = {type(each): each for each in metadata}
-    said = [
-        f"{words} {getattr(bounds[limit], name):,.15g}"
-        for limit, words, name in (
-            (limits.Ge, "from", "ge"),
-            (limits.Gt, "above", "gt"),
-            (limits.Le, "to", "le"),
-            (limits.Lt, "below", "lt"),
-        )
-        if limit in bounds and getattr(bounds[limit], name) != 2**63
-    ]
-    return " ".join([_values(kind, []), *said])
+    if parts := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(dict.fromkeys(map(values, parts)))
+    if "items" in schema:
+        return f"list: {values(schema['items'])}"
+    if "additionalProperties" in schema:
+        return f"names, each with: {values(schema['additionalProperties'])}"
+    limits = [f"{words} {schema[name]:,.15g}" for name, words in LIMITS.items() if schema.get(name, 2**63) != 2**63]
+    return " ".join([TYPES[schema.get("type", "object")], *limits])
 
 
 def main() -> int:

@@ -1,11 +1,12 @@
 """Build the pages of docs/ as a site with search that needs no server and no network, and check every link in it.
 
-python tools/site.py                 write data/docs-site; open data/docs-site/index.html
-python tools/site.py --out FOLDER    write it elsewhere
+python -m tools.site                 write data/docs-site; open data/docs-site/index.html
+python -m tools.site --out FOLDER    write it elsewhere
 
-README.md is the first page. A link to a file of the repository leads to a copy of that file. What is wrong is printed,
-the exit code is 1, and the site that was there stays: a page that the navigation (docs/zensical.toml) lacks, one that
-it has and that is not there, and a link to a page, a section, a picture or a file that is not there.
+README.md is the first page. The pages COMMANDS and API are written from the sources, and are in the site alone. A link
+to a file of the repository leads to a copy of that file. What is wrong is printed, the exit code is 1, and the site
+that was there stays: a page that the navigation (docs/zensical.toml) lacks, one that it has and that is not there, and
+a link to a page, a section, a picture or a file that is not there.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
@@ -26,10 +27,14 @@ from urllib.parse import unquote, urlsplit
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from tools import api, commands
+
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "docs/zensical.toml"
 NAMES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 """Pages outside of docs/, and their names in the site."""
+WRITTEN: dict[str, Callable[[], str]] = {"docs/COMMANDS.md": commands.page, "docs/API.md": api.page}
+"""Pages that are in the site alone, and what writes them."""
 FILES = "files"
 """The folder of the site that has copies of the repository's files."""
 MARKDOWN = MarkdownIt("commonmark").enable("table")
@@ -44,7 +49,12 @@ def pages_of(root: Path) -> dict[str, str]:
     """Name the pages: their path in the repository to their path in the site."""
     docs = root / "docs"
     below = sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
-    return NAMES | {f"docs/{name}": name for name in below}
+    return NAMES | {f"docs/{name}": name for name in below} | {page: Path(page).name for page in WRITTEN}
+
+
+def text_of(root: Path, page: str) -> str:
+    """Return the Markdown of a page."""
+    return WRITTEN[page]() if page in WRITTEN else (root / page).read_text(encoding="utf-8")
 
 
 def targets_of(text: str) -> set[str]:
@@ -110,7 +120,7 @@ def stage(root: Path, folder: Path) -> dict[str, str]:
     (folder / "zensical.toml").write_text(settings, encoding="utf-8")
     shutil.copytree(root / "docs", folder / "pages", ignore=shutil.ignore_patterns("*.md", "*.toml", "__pycache__"))
     for page, name in pages.items():
-        text, files = staged((root / page).read_text(encoding="utf-8"), page, pages, root)
+        text, files = staged(text_of(root, page), page, pages, root)
         place = folder / "pages" / name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text, encoding="utf-8")
@@ -125,7 +135,7 @@ def generate(folder: Path) -> None:
     """Run the generator in `folder`, which writes site/ there. Raises SiteError."""
     program = Path(sys.prefix) / "docs" / "bin" / "zensical"
     if not program.exists():
-        raise SiteError(f"{program} is not there: make install")
+        raise SiteError(f"{program} is not there: make docs")
     done = subprocess.run([program, "build", "--clean"], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (folder / "site" / "index.html").is_file():
         raise SiteError(f"zensical ended with exit code {done.returncode}\n{done.stdout}{done.stderr}".rstrip())

@@ -24,7 +24,7 @@ from trainer.launch import By, Place, Variables
 EXAMPLES = """
 Examples, as lines of a batch script:
 
-    python -m trainer.slurm -- python -m trainer.main --set data.store=s3://bucket/features --set run.resume=auto
+    python -m trainer.slurm -- python -m trainer.main --config run.yaml --set run.name=both --set run.resume=auto
 
     python -m trainer.slurm --by torch -- python -m trainer.main
 

@@ -58,6 +58,6 @@ def test_docstrings_are_there_and_what_is_private_is_not(page: str) -> None:
 def test_every_public_name_of_the_store_is_on_the_page() -> None:
     named = {name for names in api.NAMES.values() for name in names}
     assert {f"featurestore.{name}" for name in featurestore.__all__} <= named
-    text = api.PAGE.read_text()
+    text = api.page()
     titles = re.findall(r"^### `(\w+)`", text, re.MULTILINE)
     assert titles == [name.rpartition(".")[2] for names in api.NAMES.values() for name in names]

@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 from torch.distributed.run import get_args_parser
-from typer.main import get_command
 
-from tools.commands import PAGE, command_files, name_of
+from tools import commands as commands_page
+from tools.site import WRITTEN, text_of
 from trainer.config.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -46,25 +45,22 @@ def anchors(page: Path) -> set[str]:
 
 
 def command_lines() -> Iterator[tuple[str, list[str]]]:
-    """Every command line in a block of code of a page, as words."""
-    for page in PAGES:
-        for block in re.findall(r"^ *```\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+    """Every command line in a block of code of a page, as words; the examples in the help of each command too."""
+    for page in (*NAMES, *WRITTEN):
+        for block in re.findall(r"^ *```\n(.*?)^ *```", text_of(ROOT, page), re.MULTILINE | re.DOTALL):
             for line in map(str.strip, block.replace("\\\n", " ").splitlines()):
-                if page != PAGE and re.match(r"(python|dask-submit|horovodrun|torchrun) ", line):
-                    yield f"{page.name}: {line}", shlex.split(line, comments=True)
+                if re.match(r"(python|dask-submit|horovodrun|torchrun) ", line):
+                    yield f"{Path(page).name}: {line}", shlex.split(line, comments=True)
 
 
 @cache
 def commands() -> dict[str, Any]:
     """The command of each file of a job, and of each module that `python -m` runs."""
-    files = [
-        path
-        for part in ("jobs", "featurestore", "trainer", "serving", "explorer", "benchmarks")
-        for path in command_files(part)
-    ]
     return {
-        name_of(path).split()[-1]: get_command(importlib.import_module(".".join(path.with_suffix("").parts)).app)
-        for path in files
+        name.split()[-1]: command
+        for part in commands_page.PARTS
+        for name, command in commands_page.commands_of(part).items()
+        if name != "dask-submit"  # a command follows it
     }
 
 
@@ -152,9 +148,10 @@ def check_words(line: str, words: list[str]) -> None:
         load_config(None, settings)
 
 
-def test_every_job_and_command_is_on_the_page_of_commands() -> None:
-    titles = re.findall(r"^###+ `(.*)`", PAGE.read_text(), re.MULTILINE)
-    assert {title.split()[-1] for title in titles} >= commands().keys() | {"dask-submit"}
+def test_every_job_and_command_is_on_the_page_of_commands_with_its_help() -> None:
+    sections = re.findall(r"^###+ `(.*)`\n\n(.*)", text_of(ROOT, "docs/COMMANDS.md"), re.MULTILINE)
+    assert {title.split()[-1] for title, _ in sections} >= commands().keys()
+    assert not [title for title, about in sections if not re.match(r"[A-Z].*", about)]
     assert {path.name for path in (ROOT / "jobs").glob("[a-z]*.py")} <= {Path(name).name for name in commands()}
 
 

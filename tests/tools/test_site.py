@@ -66,13 +66,14 @@ def test_nothing_comes_from_the_network(built: Path) -> None:
 def test_pages_look_as_on_a_git_host(built: Path, page: str) -> None:
     """Both make the same lists, tables and blocks of code: the generator is no CommonMark parser."""
     name = re.sub(r"\.md$", ".html", site.pages_of(ROOT)[page])
-    ours = tags_of(site.MARKDOWN.render((ROOT / page).read_text()))
+    ours = tags_of(site.MARKDOWN.render(site.text_of(ROOT, page)))
     assert tags_of((built / name).read_text()) == ours
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of three pages."""
+    monkeypatch.setattr(site, "WRITTEN", {})
     root = tmp_path / "repository"
     (root / "docs").mkdir(parents=True)
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):

@@ -1,7 +1,7 @@
 """The configuration of a run: preset < file < `--set`, merged by OmegaConf, checked by pydantic before all else.
 
 Every setting has its type, limits, default and text in the classes here and in `options.py`; `presets/dicm.yaml` and
-docs/SETTINGS.md are written from them by `python tools/settings.py`.
+docs/SETTINGS.md are written from them by `python -m tools.settings`.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Settings: their classes, types, limits, defaults and checks.
 
-The line below a setting is its text in `presets/dicm.yaml` and docs/SETTINGS.md (`python tools/settings.py` writes
+The line below a setting is its text in `presets/dicm.yaml` and docs/SETTINGS.md (`python -m tools.settings` writes
 both). Quick to import: without torch.
 """
 

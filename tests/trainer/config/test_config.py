@@ -46,7 +46,7 @@ def test_every_setting_says_what_it_decides(section: type[Section]) -> None:
 
 
 def test_texts_of_the_settings_are_those_of_the_classes() -> None:
-    check = [sys.executable, "tools/settings.py", "--check"]
+    check = [sys.executable, "-m", "tools.settings", "--check"]
     assert subprocess.run(check, cwd=Path(__file__).parents[3], check=False).returncode == 0
 
 
