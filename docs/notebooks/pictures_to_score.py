@@ -283,7 +283,7 @@ def _(PLACE, mo):
     - The same model over HTTP: `python -m serving {PLACE / "model"} --port 8080`, and docs/SERVE.md for requests.
     - All of this as pages: `python -m explorer --store {PLACE / "features"} --runs {PLACE / "runs"}
       --samples {PLACE / "samples"} --images {PLACE / "images"}`
-    - Your own data: docs/GUIDE.md.
+    - Your own data: docs/OWN_DATA.md.
     """)
 
 

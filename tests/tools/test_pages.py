@@ -208,14 +208,14 @@ def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
 
 
 def test_tests_that_the_page_of_exactness_names_are_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "EXACTNESS.md").read_text())
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "WHY.md").read_text())
     assert len(named) > 20
     assert not [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
 
 
 def test_the_page_of_exactness_says_which_of_its_tests_are_slow() -> None:
     """By the marks of functions and modules; one value of a parameter that is slow leaves a test in `make test`."""
-    for row in (ROOT / "docs" / "EXACTNESS.md").read_text().splitlines():
+    for row in (ROOT / "docs" / "WHY.md").read_text().splitlines():
         for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row):
             source = (ROOT / file).read_text()
             marks = re.findall(r"^pytestmark = (.*)", source, re.MULTILINE)
