@@ -29,7 +29,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
 from featurestore.staging import QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, file_at
 from featurestore.storage.threads import cached_property, in_threads
 from featurestore.text import DType
 
@@ -255,9 +255,9 @@ class Reduction(NamedTuple):
         Raises StoreNotFoundError, SpecMismatchError for a store that is not compact, CorruptFileError.
         """
         if address.endswith(ENDING):
-            folder, slash, name = address.rpartition("/")
+            storage, name = file_at(address)
             try:
-                return cls(Basis.from_bytes(Storage(folder or slash or ".").read_bytes(name), address), None)
+                return cls(Basis.from_bytes(storage.read_bytes(name), address), None)
             except FileNotFoundError:
                 raise StoreNotFoundError(f"no basis at {address}") from None
         store = FeatureStore.open(address)

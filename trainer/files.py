@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from featurestore.errors import AddressError, StorageError
+from featurestore.errors import StorageError
 from featurestore.parsing import parse_yaml
 from featurestore.published.paths import FarPath
 from featurestore.storage.local import read_text
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, file_at
 from trainer.errors import TrainerError
 
 DAYS_FILE = "daily.json"
@@ -40,14 +40,6 @@ def _text(path: Path | str) -> str:
         return read_text(Path(path))
     storage, name = file_at(str(path))
     return storage.read_bytes(name).decode()
-
-
-def file_at(address: str) -> tuple[Storage, str]:
-    """Split the address of a file into its folder and its name there. Raises AddressError where it has no folder."""
-    folder, slash, name = address.rpartition("/")
-    if "://" in address and "://" not in folder:  # else a folder of this machine: "foo:"
-        raise AddressError(f"{address} is not the address of a file: write it as s3://BUCKET/FOLDER/{name or 'FILE'}")
-    return Storage(folder or slash or "."), name
 
 
 def output_at(address: str) -> tuple[Storage, str]:

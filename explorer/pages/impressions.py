@@ -37,6 +37,7 @@ from explorer.html.upload import read_upload
 from explorer.pages.kind import PageKind
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
+from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
 
@@ -338,7 +339,7 @@ class ImpressionPages(PageKind):
         if self.site.places.model is None or self.site.frozen:
             return False
         with contextlib.suppress(UserError):
-            return read_version(Storage(self.site.places.model)).run.rstrip("/").rpartition("/")[2] == run
+            return run_path(read_version(Storage(self.site.places.model)).run).name == run
         return False
 
     def _names(self, opened: OpenedRun, pictures: Sequence[PictureName]) -> dict[int, str]:

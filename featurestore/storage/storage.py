@@ -311,6 +311,14 @@ _BLOCK_BYTES = 8 << 20
 _SETTLED_S = 2.0  # a file that changes twice within a tick of the clock may keep its tag
 
 
+def file_at(address: str) -> tuple[Storage, str]:
+    """Split the address of a file into its folder and its name there. Raises AddressError where it has no folder."""
+    folder, slash, name = address.rpartition("/")
+    if "://" in address and "://" not in folder:  # else a folder of this machine: "foo:"
+        raise AddressError(f"{address} is not the address of a file: write it as s3://BUCKET/FOLDER/{name or 'FILE'}")
+    return Storage(folder or slash or "."), name
+
+
 def digest_of(storage: Storage, path: str) -> str:
     """Compute the xxh3-128 of the bytes of a file. Raises OSError, StorageError."""
     digest = xxhash.xxh3_128()

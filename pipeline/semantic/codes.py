@@ -26,7 +26,7 @@ from featurestore.index import encode_residual, train_residual_quantizer
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.parsing import parse_json
 from featurestore.snapshot import Snapshot
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, file_at
 from featurestore.text import one_line
 from featurestore.upkeep.remake import sample as sample_of_store
 from pipeline.errors import SampleError, VectorImportError
@@ -145,9 +145,9 @@ def check_source(fitted: dict[str, Any], found: dict[str, Any], path: str, accep
 def load(address: str | os.PathLike[str]) -> Codebook:
     """Load the codebook of an earlier run, from a file or an address. Raises SampleError."""
     address = os.fspath(address)
-    folder, slash, name = address.rpartition("/")
+    storage, name = file_at(address)
     try:
-        data = Storage(folder or slash or ".").read_bytes(name)
+        data = storage.read_bytes(name)
     except (OSError, StorageError) as error:
         raise SampleError(f"{address} is no codebook of this job: {error}") from error
     return Codebook.from_bytes(data, address)
@@ -252,17 +252,16 @@ def open_file(address: str, keys: str | None) -> FileVectors:
 
 def _origin_of_file(address: str) -> dict[str, Any]:
     """Read NAME.npy.json, in the folder of NAME.npy."""
-    folder, slash, name = address.rpartition("/")
+    storage, name = file_at(address)
     try:
-        return _mapping(Storage(folder or slash or ".").read_bytes(f"{name}.json"))
+        return _mapping(storage.read_bytes(f"{name}.json"))
     except FileNotFoundError:
         return {}
 
 
 def _origin_in(address: str) -> dict[str, Any]:
     """Read the metadata of a Parquet file; of a folder nothing is known."""
-    folder, slash, name = address.rpartition("/")
-    storage = Storage(folder or slash or ".")
+    storage, name = file_at(address)
     if not name.endswith(".parquet"):
         return {}
     with storage.open_input(name) as file:

@@ -21,7 +21,7 @@ from featurestore.format.rows import to_float32
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.spec import STORAGE_DTYPES
 from featurestore.storage.local import StorageEntry
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, file_at
 from featurestore.text import DType
 from pipeline.errors import VectorImportError, VectorsNotFoundError
 from pipeline.options import XDL_DIM
@@ -85,11 +85,11 @@ def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[S
     ]
     if found:
         return storage, found
-    folder, _, name = storage.url.rstrip("/").rpartition("/")
+    folder, name = file_at(storage.url.rstrip("/"))
     try:
         if storage.is_local and Path(storage.url).is_dir():
             raise FileNotFoundError
-        return Storage(folder), [Storage(folder).entry(name)]
+        return folder, [folder.entry(name)]
     except FileNotFoundError:
         absent = f"are no files that end with {suffix}" if suffix else "is nothing"
         raise VectorsNotFoundError(f"there {absent} at {address}: give the file or folder of your {what}") from None

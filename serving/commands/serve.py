@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp
+from featurestore.published.paths import run_path
 from serving.http.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def serve(
 
     settings = ServerSettings(
         model=model,
-        name=name or model.rstrip("/").rpartition("/")[2] or "model",
+        name=name or run_path(model).name or "model",
         host=host,
         port=port,
         workers=workers,

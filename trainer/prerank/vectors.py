@@ -15,11 +15,10 @@ from torch import Tensor
 
 from featurestore.errors import StorageError
 from featurestore.published import open_published
-from featurestore.storage.storage import Storage
+from featurestore.storage.storage import Storage, file_at
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError, DataError, DataNotFoundError
 from trainer.exchange.exchange import FieldVectors
-from trainer.files import file_at
 from trainer.models.nets import TwoTower
 from trainer.prerank.artifact import IndexOrigin
 from trainer.runs.saved import TrainedRun, finite

@@ -110,7 +110,7 @@ def run_of(places: Places, model: PublishedModel) -> str:
     from trainer.runs.saved import read_run
 
     manifest = model.in_use
-    name = manifest.run.rstrip("/").rpartition("/")[2]
+    name = run_path(manifest.run).name
     if places.runs is None or not (run_path(places.runs) / name / "config.yaml").is_file():
         raise ExplorerError(
             f"version {manifest.version} was made of the run {manifest.run}, and --runs has none of that name: its "
