@@ -193,5 +193,5 @@ def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
         "ad_rate": (None, "mean"),
     }
     assert fields["ad_item"].weights is None
-    bucket = Field(name="bucket", side="ad", kind="id", column="ad_price", buckets=16, fill="bucket")  # docs/OWN_DATA.md
+    bucket = Field(name="bucket", side="ad", kind="id", column="ad_price", buckets=16, fill="bucket")  # OWN_DATA
     assert rules_of(Schema(fields=(*fields.values(), bucket)))["ad_price"].may_miss
