@@ -87,7 +87,7 @@ def collectives(scratch: Path, ranks: int, rounds: int) -> Section:
     for _ in range(rounds):
         for name, prefix in launchers(ranks).items():
             log = scratch / "collectives.txt"
-            run_to_end([*prefix, sys.executable, "-m", "trainer.plan.cost"], log)
+            run_to_end([*prefix, sys.executable, "-m", "trainer.plan.collectives"], log)
             output = log.read_text()
             seen[name].append(json.loads(output[output.index('{"ranks"') :].splitlines()[0]))
     grid: dict[str, dict[str, Figure]] = {}

@@ -24,7 +24,7 @@ from trainer.config.config import load_config
 from trainer.errors import PlanError
 
 if TYPE_CHECKING:
-    from trainer.plan.table import RankPlan, TrainingPlan
+    from trainer.plan.table import RankPlan
 
 STEPS = 12
 _LOOPBACK_BYTES_PER_S = 1e9  # not used: all ranks are on this machine
@@ -71,7 +71,7 @@ def compare(workload: Workload, ranks: tuple[int, ...]) -> dict[str, Figure]:
         typer.echo(f"training with {count} ranks ...", err=True)
         reports[count].append(run(workload, count))
     for row in plan.rows:
-        figures |= _compared(plan, row, reports[row.ranks])
+        figures |= _compared(row, reports[row.ranks])
     errors = [abs(float(value or 0) - 1) for name, value in figures.items() if name.startswith("step_predicted_over")]
     return {**figures, "worst_error": max(errors)}
 
@@ -90,9 +90,8 @@ def run(workload: Workload, ranks: int) -> dict[str, Any]:
     return report
 
 
-def _compared(plan: "TrainingPlan", row: "RankPlan", reports: list[dict[str, Any]]) -> dict[str, Figure]:
+def _compared(row: "RankPlan", reports: list[dict[str, Any]]) -> dict[str, Figure]:
     cost = row.cost
-    machine = plan.machines[min(row.ranks, max(plan.machines))]
     report, step_s = reports[0], statistics.mean(row.counts.samples / each["samples_per_s"] for each in reports)
     sent = cost.bytes_sent * row.ranks
     at = f"at_{row.ranks}"
@@ -102,9 +101,8 @@ def _compared(plan: "TrainingPlan", row: "RankPlan", reports: list[dict[str, Any
         f"step_predicted_over_measured_{at}": cost.seconds / step_s,
         f"images_predicted_over_measured_{at}": row.counts.images.unique / report["images_per_step"],
         f"bytes_predicted_over_measured_{at}": sent / report["bytes_sent_per_step"] if row.ranks > 1 else None,
-        f"owner_skew_predicted_{at}": row.counts.images.owned * row.ranks / row.counts.images.unique,
+        f"owner_skew_predicted_{at}": row.counts.images.skew(row.ranks),
         f"owner_skew_measured_{at}": report["owner_skew"],
-        f"interference_{at}": machine.interference,
     }
 
 

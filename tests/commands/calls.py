@@ -30,7 +30,7 @@ PROGRAMS = {
     "tools.site",
     "tools.tree",
     "tools.tutorial",
-    "trainer.plan.cost",
+    "trainer.plan.collectives",
     "trainer.supervise.agent",
 }
 """Programs that other programs start, or that keep this repository in order: no commands of its users."""

@@ -59,7 +59,8 @@ def test_a_plan_has_the_figures_of_its_json(tmp_path: Path) -> None:
     for ranks, row in plan["ranks"].items():
         bytes_of, cost = [size(row["rank_bytes"]), size(sum(row["cost"]["bytes_by_part"].values()))], row["cost"]
         times = [duration(cost["seconds"]), f"{cost['samples_per_s']:,.0f}", duration(row["epoch_s"])]
-        assert [ranks, *bytes_of, *times, f"{row['efficiency']:.0%}"] in read.rows
+        images = f"{row['counts']['images']['unique']:,.0f}"
+        assert [ranks, images, *bytes_of, *times, f"{row['efficiency']:.0%}"] in read.rows
 
 
 def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp_path: Path) -> None:

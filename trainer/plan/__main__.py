@@ -3,7 +3,7 @@
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,11 +11,8 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import text_console
 from featurestore.console.page import PAGE
-from trainer.config.config import Config, load_config
+from trainer.config.config import load_config
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trainer.plan.table import TrainingPlan
 
 EXAMPLES = """
 Examples:
@@ -65,33 +62,26 @@ def main(
         raise ConfigError(f"--network-gbit {network_gbit}: give Gbit/s above zero, as 10")
     if paper:
         _refuse_beside(context)
-        from trainer.plan.table import load_paper, plan_paper
+        from trainer.plan.paper import plan_paper
 
-        plan = plan_paper(load_paper())
+        plan = plan_paper()
     else:
-        config = _config(file, settings or [], samples, store, device)
+        if global_batch_size is not None and samples_per_rank is not None:
+            raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
+        places = {"data.samples": samples, "data.store": store, "run.device": device}
+        own = [f"{name}={value}" for name, value in places.items() if value]
+        config = load_config(file, [*own, *(settings or [])])
         from trainer.plan.calibrate import PlanQuestion, numbers, plan_own
 
         question = PlanQuestion(
             ranks=numbers(ranks),
-            batch_size=_batch_size(samples_per_rank, global_batch_size) or config.data.global_batch_size,
+            batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
             per_rank=samples_per_rank is not None,
             ranks_per_machine=ranks_per_machine,
             link_bytes_per_s=network_gbit * 1e9 / 8,
             latency_s=latency_us / 1e6,
         )
-        plan = plan_own(config, question, _say)
-    _report(plan, json_file)
-
-
-def _batch_size(samples_per_rank: int | None, global_batch_size: int | None) -> int | None:
-    if global_batch_size is not None and samples_per_rank is not None:
-        raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
-    return samples_per_rank or global_batch_size
-
-
-def _report(plan: "TrainingPlan", json_file: Path | None) -> None:
-    """Print the plan, and write the file that is asked for."""
+        plan = plan_own(config, question, lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
     from trainer.plan.table import as_json, show
 
     show(plan, text_console())
@@ -99,24 +89,14 @@ def _report(plan: "TrainingPlan", json_file: Path | None) -> None:
 
 
 def _refuse_beside(context: typer.Context) -> None:
-    """Raise ConfigError for any other option: --paper measures nothing, and takes everything from its file."""
+    """Raise ConfigError for any other option: --paper measures nothing, and has its own figures."""
     beside = []
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if source and source.name == "COMMANDLINE" and parameter.name not in _WITH_PAPER:
             beside.append(parameter.opts[0])
     if beside:
-        raise ConfigError(f"--paper takes all from trainer/presets/plan-paper.yaml: leave out {', '.join(beside)}")
-
-
-def _config(file: Path | None, settings: list[str], samples: str | None, store: str | None, device: str) -> Config:
-    own = [f"data.samples={samples}"] if samples else []
-    own += [f"data.store={store}"] if store else []
-    return load_config(file, [*own, f"run.device={device}", *settings])
-
-
-def _say(text: str) -> None:
-    print(f"{text} ...", file=sys.stderr, flush=True)
+        raise ConfigError(f"--paper plans the paper's cluster with the paper's figures: leave out {', '.join(beside)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tests.trainer.plan.machine import COUNTS, MACHINE, WIDTHS
+from tests.trainer.plan.machine import COUNTS, MACHINE, NETWORK, WIDTHS
 from trainer.plan.table import PROGRAM_BYTES, RankPlan, StoredBytes, build, recommend
 
 GIB = 2**30
@@ -10,13 +10,14 @@ GIB = 2**30
 
 def rows_of(ranks: list[int], efficiency: list[float] | None = None, local: int = 1) -> list[RankPlan]:
     """Rows for 16 GiB of features and 4 GiB of ID rows, on machines of 8 cores with `local` ranks each."""
+    network = dataclasses.replace(NETWORK, ranks_per_machine=local)
     plan = build(
         title="drawn",
         counts_of=lambda count: dataclasses.replace(COUNTS, ranks=count),
         ranks=ranks,
         base_ranks=1,
         widths=WIDTHS,
-        machines=dict.fromkeys({1, local}, MACHINE),
+        machine_of=lambda _: dataclasses.replace(MACHINE, network=network),
         stored=StoredBytes(feature_bytes=16 * GIB, shards=64, table_bytes=4 * GIB, table_shards=64),
         samples=1e6,
         assumptions=[],
