@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -182,10 +183,9 @@ class StoreInfo(Sealed):
         """Raise SpecMismatchError, naming every field in which `other` (found at `where`) differs."""
         if self.kind == other.kind:
             return
-        mine, theirs = _flat(self.kind), _flat(other.kind)
-        differing = [name for name in mine if mine[name] != theirs[name]]
-        if differing:
-            fields = "; ".join(f"{name} is {theirs[name]!r} instead of {mine[name]!r}" for name in differing)
+        found = differing(self.kind.model_dump(mode="json"), other.kind.model_dump(mode="json"))
+        if found:
+            fields = "; ".join(f"{name} is {theirs!r} instead of {mine!r}" for name, mine, theirs in found)
             raise SpecMismatchError(f"{where}: {fields}. Features of different kinds do not mix: use another store.")
 
 
@@ -303,11 +303,20 @@ def _without_none(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return fields if fields[name] is not None else {each: value for each, value in fields.items() if each != name}
 
 
-def _flat(info: StoreInfo) -> dict[str, Any]:
-    fields = info.model_dump(mode="json")
-    groups: dict[str, type[Frozen]] = {"extractor": ExtractorSpec, "reduction": ReductionSpec}
-    nested = {name: fields.pop(name, None) or dict.fromkeys(each.model_fields) for name, each in groups.items()}
-    return {**fields, **{f"{group}.{name}": value for group, each in nested.items() for name, value in each.items()}}
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """List names, with dots between the levels, and values of nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List the values that differ in two nested mappings: the name with dots, and both; None where one is missing."""
+    mine, theirs = dict(flat(here)), dict(flat(there))
+    both = ((name, mine.get(name), theirs.get(name)) for name in dict.fromkeys([*mine, *theirs]))
+    return [(name, one, other) for name, one, other in both if one != other]
 
 
 def _encode(fields: dict[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ from featurestore.format.codec import Basis, reduction_of, write_basis
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, key_of_uri, splitmix64
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, StoreInfo
+from featurestore.spec import FileEntry, StoreInfo, differing
 from featurestore.staging import STAGING, QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
@@ -91,8 +91,8 @@ def _check_basis(basis: Basis, given: Mapping[str, Any]) -> None:
     """Raise SpecMismatchError where the basis is of other rows than those to come."""
     made, wanted = basis.origin.extractor, given["extractor"]
     if basis.full_dim != given["dim"] or made != wanted:
-        differing = [name for name in type(made).model_fields if getattr(made, name) != getattr(wanted, name)]
-        of = "; ".join(f"{name} {getattr(made, name)!r}, here {getattr(wanted, name)!r}" for name in differing)
+        found = differing(made.model_dump(), wanted.model_dump())
+        of = "; ".join(f"{name} {its!r}, here {mine!r}" for name, its, mine in found)
         raise SpecMismatchError(
             f"the basis was made of {basis.full_dim:,} numbers of another network; these rows have {given['dim']:,}"
             f"{': ' + of if of else ''}; reduce a store of the same network"

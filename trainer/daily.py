@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_SAME_PLACES = {"data.samples", "data.schema_file", "data.store", "data.stores"}
+"""What all days of a table read; which snapshots of the stores, is chosen day by day."""
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
 
 
@@ -463,9 +465,7 @@ def _claim(folder: RunPath, base: Config) -> None:
         "model": base.model.model_dump(mode="json"),
         "optim": base.optim.model_dump(mode="json"),
         "train": base.train.model_dump(mode="json"),
-        "data": base.data.model_dump(
-            mode="json", exclude={"store_version", "store_versions", "cache_dir", "prefetch_batches"}
-        ),
+        "data": base.data.model_dump(mode="json"),
     }
     file = folder / DAYS_FILE
     try:
@@ -479,15 +479,13 @@ def _claim(folder: RunPath, base: Config) -> None:
 
 
 def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: RunPath) -> None:
-    from trainer.runs.checkpoint import flat
+    """Raise ConfigError where the days that are there have other settings, or read other places."""
+    from trainer.config.comparison import differences
 
-    here, there = dict(flat(mine)), dict(flat(theirs))
-    differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
-    if differing:
-        lines = [f"{name} is {here.get(name)!r} here, {there.get(name)!r} there" for name in differing]
-        raise ConfigError(
-            f"{file} has other settings; set them back, or choose another run.name:\n  " + "\n  ".join(lines)
-        )
+    found = [each for each in differences(mine, theirs) if each.decides != "nothing" or each.setting in _SAME_PLACES]
+    if found:
+        lines = "\n  ".join(each.text("there") for each in found)
+        raise ConfigError(f"{file} has other settings; set them back, or choose another run.name:\n  {lines}")
 
 
 def _check_stores(before: RunPath, base: Config) -> None:

@@ -12,13 +12,15 @@ from benchmarks.tables.variants import Table, Variant
 from featurestore.console.page import unrecorded
 from featurestore.identity import SnapshotId
 from featurestore.published import open_published
+from featurestore.spec import flat
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import seconds_per_image
 from trainer.comm import Comm
-from trainer.config.config import CHANGES_NO_FIGURE, Config, config_digest, load_config
+from trainer.config.comparison import settings_that_decide
+from trainer.config.config import Config, config_digest, load_config
 from trainer.errors import DataError, DataNotFoundError, TrainerError
 from trainer.files import read_mapping
-from trainer.runs.checkpoint import flat, samples_digest
+from trainer.runs.checkpoint import samples_digest
 from trainer.runs.folder import report_of
 from trainer.runs.stores import StorePlace, missing_places, store_places
 from trainer.samples.columns import files_by_day
@@ -122,8 +124,11 @@ class Runner:
             else:
                 versions["store_versions"][place.name] = snapshot.version
         config = config.changed(data=versions)
+        no_figure = settings_that_decide("nothing")
+        no_figure["train"].add("seed")  # which changes figures by chance alone
+        no_figure["run"].add("warm_start")  # compared below
         depends_on = {
-            "config": config.model_dump(mode="json", exclude=CHANGES_NO_FIGURE),
+            "config": config.model_dump(mode="json", exclude=no_figure),
             "schema": schema.model_dump(mode="json"),
             "samples": [self._samples(config, schema, split) for split in ("train", "test")],
             "stores": stores,

@@ -238,22 +238,6 @@ class Config(Section):
         return self
 
 
-CHANGES_NO_FIGURE = {
-    "data": {"cache_dir", "prefetch_batches", "schema_file"},
-    "train": {
-        "seed",
-        "log_every",
-        "checkpoint_every",
-        "checkpoint_every_s",
-        "checkpoint_beside",
-        "keep_checkpoints",
-    },
-    "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
-}
-"""Settings that say nothing of what is learned. The seed changes figures by chance alone; the fields of the schema, and
-the run that one begins with, are compared by themselves."""
-
-
 def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
     """Merge the preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
     return _checked([] if file is None else [(_read(file), str(file))], settings)

@@ -20,7 +20,7 @@ That a checkpoint is damaged shows when it is loaded, as each of its files is re
 import contextlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,8 +43,9 @@ from featurestore.spec import FileName
 from featurestore.storage.local import StorageEntry, claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
 from trainer.comm import Comm
+from trainer.config.comparison import SAMPLES_DIGEST, Difference, differences
 from trainer.config.config import Config
-from trainer.config.options import Section
+from trainer.config.options import Decision, Section
 from trainer.errors import CheckpointError, DamagedCheckpointError, DataError, OtherRunError, RemoteRankError
 from trainer.files import checkpoints_of
 from trainer.runs import accepted
@@ -53,7 +54,9 @@ from trainer.runs.places import STATE, CheckpointPlace, WrittenPart, local_copy,
 from trainer.samples.columns import SPLITS, in_either_split
 from trainer.samples.reader import BatchPosition, SampleIndex
 
-_SAMPLES = "data.samples_digest"  # among the values of an origin
+TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
+TO_READ: tuple[Decision, ...] = ("positions", *TO_RESUME)
+"""What may differ from a checkpoint that a run continues from, and from one that is evaluated or exported."""
 FORMAT_VERSION = 1
 DENSE = "dense.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -78,9 +81,9 @@ class Origin(Section):
     """What a checkpoint belongs to: it is refused where one of these values differs."""
 
     data: dict[str, Any]
-    """What a position in the data means: batch size, order, digest of the samples."""
+    """What a position in the data means: the settings that decide on it, and the digest of the samples."""
     train: dict[str, Any]
-    """The seed."""
+    """The same of this section: the seed."""
     model: dict[str, Any]
     """Section model of the configuration, and the fields of the schema."""
     store: dict[str, Any]
@@ -88,23 +91,25 @@ class Origin(Section):
     stores: dict[str, dict[str, Any]] = Field(default={})
     """The same of the further stores, by name, where the model has several contents an item."""
     optim: dict[str, Any] = Field(default={})
-    """What the optimiser's state means: which one moves ID rows, and its betas where those move rows between steps."""
+    """What the optimiser's state means: the settings that decide on parameters and rows."""
 
-    def check_same(self, recorded: "Origin", path: RunPath) -> None:
-        """Raise OtherRunError naming every value that `recorded`, of the checkpoint at `path`, has otherwise."""
+    def check_same(self, recorded: "Origin", path: RunPath, may_differ: Collection[Decision] = TO_RESUME) -> None:
+        """Raise OtherRunError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
+
+        What decides on one of the kinds `may_differ` is not compared.
+        """
         self.check_store(recorded, path)
-        lines = _differing(self.model_dump(), recorded.model_dump())
-        if lines:
+        found = differences(self.model_dump(), recorded.model_dump(), may_differ)
+        if found:
             raise OtherRunError(
-                f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)
+                f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(map(_text, found))
             )
 
     def check_store(self, recorded: "Origin", path: RunPath) -> None:
         """Raise OtherRunError where E of the checkpoint at `path` was trained on features of another kind."""
-        lines = _differing(
-            {"store": self.store, "stores": self.stores}, {"store": recorded.store, "stores": recorded.stores}
-        )
-        if not lines:
+        mine, theirs = (each.model_dump(include={"store", "stores"}) for each in (self, recorded))
+        found = differences(mine, theirs)
+        if not found:
             return
         if bool(self.store) != bool(recorded.store):
             was = "was trained without images, and this run uses them"
@@ -116,7 +121,7 @@ class Origin(Section):
             )
         raise OtherRunError(
             f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(map(_text, found))
             + "\nset data.store to a store of that kind (data.stores.NAME where stores.NAME differs), or take all but "
             f"E into a new run, which trains an E for this one: --warm-start {path} --warm-parts model,ids"
         )
@@ -321,14 +326,11 @@ def agreed(comm: Comm, what: str) -> Iterator[None]:
             raise CheckpointError(f"{what}: {failure}") from failure
 
 
-def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """One line for each value that differs."""
-    here, there = dict(flat(mine)), dict(flat(theirs))
-    names = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
-    lines = {name: f"{name} is {here.get(name)!r} here, {there.get(name)!r} in the checkpoint" for name in names}
-    if _SAMPLES in lines:
-        lines[_SAMPLES] += ": these are other training samples, or their files have changed since"
-    return list(lines.values())
+def _text(difference: Difference) -> str:
+    text = difference.text("in the checkpoint")
+    if difference.name == SAMPLES_DIGEST:
+        text += ": these are other training samples, or their files have changed since"
+    return text
 
 
 @contextmanager

@@ -21,15 +21,16 @@ from featurestore.published.paths import FarPath, RunPath, remove_all, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
+from trainer.config.comparison import values_that_decide
 from trainer.config.config import Config, save_config
-from trainer.config.options import OptimConfig
 from trainer.engine.engine import Engine, check_tables
 from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.errors import ConfigError, DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import accepted, checkpoint, warmstart
 from trainer.runs.checkpoint import (
-    CheckpointState,
+    TO_READ,
+    TO_RESUME,
     Origin,
     PassedOver,
     Resumed,
@@ -180,7 +181,7 @@ def _open_run(
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
     origin = _origin(config, schema, digest, streams_of(config.data, len(train.row_groups)), partitions)
     if resumed:
-        _check_origin(origin, *resumed, reading=reading)
+        origin.check_same(resumed[1].origin, resumed[0], TO_READ if reading else TO_RESUME)
     engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
     if resumed:
         with _closed_on_failure(partitions.values()):  # an earlier checkpoint may be tried
@@ -227,14 +228,6 @@ def _closed_on_failure(partitions: Iterable[FeaturePartition]) -> Iterator[None]
             opened.callback(each.close)
         yield
         opened.pop_all()
-
-
-def _check_origin(origin: Origin, path: RunPath, state: CheckpointState, *, reading: bool) -> None:
-    """Raise CheckpointError where the checkpoint is of another run; `reading`: of another model or store."""
-    recorded = state.origin
-    if reading:
-        recorded = recorded.model_copy(update={name: getattr(origin, name) for name in ("data", "train", "optim")})
-    origin.check_same(recorded, path)
 
 
 def open_stores(
@@ -341,28 +334,15 @@ def _origin(
     config: Config, schema: Schema, samples: str, streams: int, partitions: Mapping[str, FeaturePartition]
 ) -> Origin:
     store, stores = kinds_by_store(partitions)
+    positions = {**values_that_decide(config.data, "positions"), "shuffle_streams": streams, "samples_digest": samples}
     return Origin(
-        data={
-            "samples_digest": samples,
-            "global_batch_size": config.data.global_batch_size,
-            "shuffle": config.data.shuffle,
-            "shuffle_window_groups": config.data.shuffle_window_groups,
-            "shuffle_streams": streams,
-        },
-        train={"seed": config.train.seed},
-        optim=_optim_of(config.optim),
+        data={name: value for name, value in positions.items() if name != "train_days"},  # the samples tell
+        train=values_that_decide(config.train, "positions"),
+        optim=values_that_decide(config.optim, "parameters", "rows"),
         model=model_of(config, schema),
         store=store,
         stores=stores,
     )
-
-
-def _optim_of(optim: OptimConfig) -> dict[str, Any]:
-    """List what must stay the same: Adam moves ID rows by its betas between the steps that touch them, and averages are
-    kept or not."""
-    betas = {"beta1": optim.beta1, "beta2": optim.beta2, "eps": optim.eps} if optim.ids == "adam" else {}
-    averages = {"average_share": optim.average_share} if optim.average_share else {}
-    return {"ids": optim.ids, **betas, **averages}
 
 
 def model_of(config: Config, schema: Schema) -> dict[str, Any]:

@@ -34,8 +34,7 @@ from trainer.runs.open import OpenRun, Run, engine_of, model_of, open_run, open_
 from trainer.runs.stores import (
     StorePlace,
     check_identity,
-    kind_of_features,
-    recorded_kind,
+    other_features,
     records,
     snapshot_of,
     store_places,
@@ -75,7 +74,8 @@ class SavedRun:
         """The run's schema. Raises SchemaError, and CheckpointError where model or fields are not the checkpoint's."""
         recorded = self.state.origin
         schema = fill_in(load_schema(self.config.data.schema_file), recorded.model.get("fields", {}))
-        recorded.model_copy(update={"model": model_of(self.config, schema)}).check_same(recorded, self.path)
+        mine = recorded.model_copy(update={"model": model_of(self.config, schema)})
+        mine.check_same(recorded, self.path, checkpoint.TO_READ)
         return schema
 
     @cached_property
@@ -90,11 +90,10 @@ class SavedRun:
         AnotherStoreError where it is of another store.
         """
         snapshot = FeatureStore.open(place.url).snapshot(version)
-        recorded, found = recorded_kind(self.state, place.name), kind_of_features(snapshot.info)
-        if found != recorded:
+        if differing := other_features(snapshot.info, self.state, place.name):
             raise CheckpointError(
                 f"{self.path} was trained on features of another kind than {place.url} has now: "
-                f"{recorded} there, {found} here; take a store of the former"
+                f"{'; '.join(differing)}; take a store of the former kind"
             )
         check_identity(place, snapshot, self.path, self.state)
         return snapshot

@@ -21,6 +21,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
+from trainer.config.comparison import differences
 from trainer.config.config import Config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.layers import used_fields
@@ -131,11 +132,10 @@ def snapshot_of(place: StorePlace, resumed: tuple[RunPath, CheckpointState] | No
 def check_identity(place: StorePlace, snapshot: Snapshot, path: RunPath, state: CheckpointState | None) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint at `path` was trained on.
 
-    Features of another kind are found by Origin.check_store, which has better words; a checkpoint from before ids were
-    kept passes.
+    Features of another kind are found by Origin.check_store, which has better words.
     """
     recorded = state.stores.get(place.name) if state else None
-    if state is None or recorded is None or kind_of_features(snapshot.info) != recorded_kind(state, place.name):
+    if state is None or recorded is None or other_features(snapshot.info, state, place.name):
         return
     name = "" if place.setting == "data.store" else f" --name {place.name}"
     recorded.check(
@@ -144,6 +144,12 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: RunPath, state: 
         f"set {place.setting} to the address of that store, or see whether this one will do, and accept it: "
         f"python -m trainer.compat {path.resolve().parent.parent} {place.url}{name}",
     )
+
+
+def other_features(info: StoreInfo, state: CheckpointState, name: str) -> list[str]:
+    """Say what is otherwise in the features of a store than in those of this name that the checkpoint's E has seen."""
+    found = differences(kind_of_features(info), recorded_kind(state, name))
+    return [each.text("in the checkpoint") for each in found]
 
 
 def recorded_kind(state: CheckpointState, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ settings (`all`) is better with them: a day is too short to find new ones (docs/
 steps counted on; only the schedule begins anew, so that rates do not shrink for ever.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm
+from trainer.config.comparison import differences
 from trainer.config.config import WarmPart
 from trainer.engine.engine import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
@@ -30,6 +31,12 @@ _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
 _DECIDED = "model.new_ads.counts"
 """What evaluations settle (model.image_dropout): a run may begin without it, or let it go; so it is with the vectors of
 `NO_IMAGES`, which data.missing decides on."""
+
+_OTHER_LAYERS = {
+    *("model.embed_hidden", "model.shared_image_model", "model.visual_width"),  # E's own, which shapes tell
+    *("model.init", "model.compute_dtype", "model.image_dropout", "model.transformer_length", "model.fields"),
+}
+"""Settings on parameters that may differ where layers are taken; fields are compared by what layers read of them."""
 
 
 class Warmable(Protocol):
@@ -136,38 +143,24 @@ def not_taken(model: Mapping[str, Any], warm: WarmStart) -> list[str]:
 
 def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
     """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
-    theirs = warm.state.origin.model
-    differing = [name for name in sorted(_meaning(model) | _meaning(theirs)) if model[name] != theirs[name]]
-    if differing:
-        was, has = (", ".join(f"model.{name}={each[name]}" for name in differing) for each in (theirs, model))
+    found = [
+        each
+        for each in differences({"model": model}, {"model": warm.state.origin.model}, ("rows", "training", "nothing"))
+        if each.name.startswith("model.") and each.setting not in _OTHER_LAYERS
+    ]
+    if found:
+        was, has = (
+            _settings((each.name, each.there) for each in found),
+            _settings((each.name, each.here) for each in found),
+        )
         raise CheckpointError(
             f"warm start from {warm.path}, part model: it was trained with {was}, this run has {has}; set {was}, or "
             "leave model out of run.warm_parts"
         )
 
 
-def _meaning(model: Mapping[str, Any]) -> set[str]:
-    """The settings that decide on what the layers of a model mean, those alone that its other settings do not make
-    idle. How layers are trained (dropout, their start) may differ; their sizes differ by their shapes."""
-    names = {"base", "images", "multi_hot", "activation", "batch_norm"}
-    is_own = "." in model["base"]  # a user's net, which may read any setting
-    if is_own or model["base"] == "dcn":
-        names.add("cross_structure")
-    if is_own or model["base"] == "finalmlp":
-        names.add("feature_gates")
-    if _sees_ads(model):
-        names.add("id_proxy")
-    if model["images"] in ("behavior", "both") and model["base"] != "two_tower":
-        names |= {"pooling", "similarity_top_k"}
-        if model["base"] != "lr":
-            names.add("image_products")
-        if model["pooling"] == "transformer":
-            names.add("transformer_heads")
-    return names
-
-
-def _sees_ads(model: Mapping[str, Any]) -> bool:
-    return model["images"] in ("ad", "both")
+def _settings(values: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values)
 
 
 def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
@@ -180,7 +173,7 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
                 f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
                 "its data.schema_file, or leave ids out of run.warm_parts"
             )
-    marks_new_ads = model["image_dropout"] and _sees_ads(model)
+    marks_new_ads = model["image_dropout"] and model["images"] in ("ad", "both")
     if marks_new_ads and theirs["id_init_std"] > model["id_init_std"]:
         raise CheckpointError(
             f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
@@ -191,33 +184,35 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
 
 def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
     """State of one optimiser means nothing to another; averages of all steps so far would be of days long ago."""
-    if optim != warm.state.origin.optim or optim.get("average_share"):
+    found = differences({"optim": optim}, {"optim": warm.state.origin.optim})
+    said = "; ".join(each.text("there") for each in found)
+    if optim["average_share"] and not found:
+        said = f"optim.average_share is {optim['average_share']}"
+    if said:
         raise CheckpointError(
-            f"warm start from {warm.path}, part optimizers: it was trained with {warm.state.origin.optim}, this run "
-            f"has {optim}; their state fits the same optimiser without optim.average_share: set run.warm_parts=full"
+            f"warm start from {warm.path}, part optimizers: {said}; their state fits the same optimiser without "
+            "optim.average_share: set run.warm_parts=full"
         )
 
 
 def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
     """The first layer's columns belong to fields by their order, which its shape does not tell; nor does it tell how
     numbers are scaled, and how the values of a row or the images of a gallery become one."""
-    mine, theirs = _described(model["fields"]), _described(warm.state.origin.model["fields"])
-    differing = [
-        f"{name}, {key}" + ("" if key in FOUND else f"={theirs[name][key]}, here {mine[name][key]}")
-        for name in mine.keys() & theirs.keys()
-        for key in mine[name]
-        if mine[name][key] != theirs[name][key]
-    ]
-    differing += [f"{name} is in one of the two alone" for name in mine.keys() ^ theirs.keys()]
-    if differing or list(mine) != list(theirs):
+    mine, theirs = _read_of(model["fields"]), _read_of(warm.state.origin.model["fields"])
+    found = [f"{name} is in one of the two alone" for name in mine.keys() ^ theirs.keys()]
+    both = mine.keys() & theirs.keys()
+    for each in differences({name: mine[name] for name in both}, {name: theirs[name] for name in both}):
+        name, _, key = each.name.rpartition(".")
+        found.append(f"{name}, {key}" + ("" if key in FOUND else f"={each.there}, here {each.here}"))
+    if found or list(mine) != list(theirs):
         raise CheckpointError(
             f"warm start from {warm.path}, part model: its schema has other fields "
-            f"({'; '.join(sorted(differing)) or 'the same in another order'}), so its layers read other inputs; "
+            f"({'; '.join(sorted(found)) or 'the same in another order'}), so its layers read other inputs; "
             "use its data.schema_file, or leave model out of run.warm_parts"
         )
 
 
-def _described(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _read_of(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What decides, by field, on the meaning of what the layers read."""
     keys = ("side", *DECLARED, *FOUND, "gallery")
     return {

@@ -39,11 +39,11 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
 
 def check_kind(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
     """Raise ExplorerError where the store's features are of another kind than those that the run was trained on."""
-    from trainer.runs.stores import kind_of_features, recorded_kind
+    from trainer.runs.stores import other_features
 
     names = {field.store_name for field in opened.trained.engine.fields if field.name in looks}
     for name in names:
-        if recorded_kind(opened.trained.saved.state, name) != kind_of_features(store.info):
+        if other_features(store.info, opened.trained.saved.state, name):
             raise ExplorerError(f"the run {opened.name} was trained on features of another kind than {store.url} has")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from explorer.data.runs.folders import RunFacts
+from trainer.config.comparison import OF_IMAGES, settings_that_decide
 
 IMAGES = "model.images"
 SAMPLES = "data.samples"
@@ -12,26 +13,10 @@ _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versio
 """Settings that say where images are looked up; a finished run that reads a store has recorded which it was."""
 ORDER = ("none", "ad", "behavior", "both")
 """Values of model.images, from the least to the most."""
-_OF_IMAGES = {
-    "pooling",
-    "concat_length",
-    "transformer_length",
-    "transformer_width",
-    "transformer_layers",
-    "transformer_heads",
-    "image_products",
-    "similarity_tiers",
-    "similarity_top_k",
-    "shared_image_model",
-    "visual_width",
-    "embed_hidden",
-    "id_proxy",
-    "image_dropout",
-}
 WITHOUT_IMAGES_IDLE = {
     "data.missing",
     "optim.embed_weight_decay",
-    *map("model.{}".format, _OF_IMAGES),
+    *map("model.{}".format, OF_IMAGES),
 }
 """Settings that a run without images has no use for."""
 _MISSING = object()
@@ -56,10 +41,8 @@ class SettingRow:
 
 def no_figure() -> frozenset[str]:
     """Name the settings that change no figure, with dots; the seed does, by chance."""
-    from trainer.config.config import CHANGES_NO_FIGURE
-
-    names = {f"{section}.{name}" for section, several in CHANGES_NO_FIGURE.items() for name in several}
-    return frozenset(names - {"train.seed", "run.warm_start"})
+    names = {f"{section}.{name}" for section, several in settings_that_decide("nothing").items() for name in several}
+    return frozenset(names - {SAMPLES, *_STORES})
 
 
 def differing(runs: Sequence[RunFacts]) -> list[SettingRow]:

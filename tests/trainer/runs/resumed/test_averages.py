@@ -85,9 +85,9 @@ def test_resumed_at_any_step_it_ends_with_the_same_bits(places: Places, averaged
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize(("share", "shown"), [(0.0, "None"), (0.2, "0.2")])
-def test_another_share_is_refused_on_resume(places: Places, averaged: Path, share: float, shown: str) -> None:
-    message = rf"optim\.average_share is {shown} here, 0\.5 in the checkpoint"
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_another_share_is_refused_on_resume(places: Places, averaged: Path, share: float) -> None:
+    message = rf"optim\.average_share is {share} here, 0\.5 in the checkpoint"
     with pytest.raises(CheckpointError, match=message):
         trained(places, averaged.name, optim__average_share=share, run__resume="latest", train__epochs=3)
 

@@ -1,0 +1,114 @@
+"""Differences between two records of runs: their settings, and the origins of their checkpoints.
+
+A record is a mapping of sections (data, model, optim, ...) to values by name. That of a checkpoint's origin has, beside
+settings, what decides as much: the digest of the samples, the fields of the schema, the kind of the stores' features.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from featurestore.spec import differing
+from trainer.config.config import Config
+from trainer.config.options import Decision, Section, decision_of
+
+SAMPLES_DIGEST = "data.samples_digest"
+_DECISIONS: dict[str, Decision] = {
+    **{
+        f"{section}.{name}": decision_of(field)
+        for section, model in Config.model_fields.items()
+        for name, field in model.annotation.model_fields.items()  # type: ignore[union-attr]
+    },
+    SAMPLES_DIGEST: "positions",
+}
+_OF_NETS = {
+    "dcn": {"cross_layers", "cross_structure"},
+    "finalmlp": {"feature_gates", "fusion_heads", "gate_hidden"},
+    "two_tower": {"tower_width"},
+}
+_OF_POOLINGS = {
+    "concat": {"concat_length"},
+    "transformer": {"transformer_length", "transformer_width", "transformer_layers", "transformer_heads"},
+}
+_OF_BEHAVIORS = {"pooling", "image_products", "similarity_tiers", "similarity_top_k"}.union(*_OF_POOLINGS.values())
+OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
+"""Settings of the model that one without images has no use for."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A value that two records have otherwise: `here` in the first, `there` in the second; None where it is missing."""
+
+    name: str
+    """Section, setting and, inside of its value, further names, with dots between."""
+    here: Any
+    there: Any
+    decides: Decision
+
+    @property
+    def setting(self) -> str:
+        """The setting with its section."""
+        return ".".join(self.name.split(".")[:2])
+
+    def text(self, there: str) -> str:
+        """Say both values; `there` names the second record."""
+        return f"{self.name} is {self.here!r} here, {self.there!r} {there}"
+
+
+def differences(
+    here: Mapping[str, Any], there: Mapping[str, Any], accepted: Collection[Decision] = ()
+) -> list[Difference]:
+    """List what the two records have otherwise, but for what decides one of the kinds `accepted`.
+
+    A setting that the other settings of its model make idle, in both records, counts as equal. What is not a setting
+    decides on parameters, but for the samples.
+    """
+    idle = {f"model.{name}" for name in _idle(here.get("model", {})) & _idle(there.get("model", {}))}
+    found = [Difference(*each, decides_of(each[0])) for each in differing(here, there)]
+    return [each for each in found if each.decides not in accepted and each.setting not in idle]
+
+
+def decides_of(name: str) -> Decision:
+    """Return what the setting of this name decides, or another value of an origin."""
+    return _DECISIONS.get(".".join(name.split(".")[:2]), "parameters")
+
+
+def settings_that_decide(*kinds: Decision) -> dict[str, set[str]]:
+    """List the settings of these kinds by section."""
+    found: dict[str, set[str]] = {}
+    for name, kind in _DECISIONS.items():
+        if kind in kinds and name != SAMPLES_DIGEST:
+            section, _, setting = name.partition(".")
+            found.setdefault(section, set()).add(setting)
+    return found
+
+
+def values_that_decide(section: Section, *kinds: Decision) -> dict[str, Any]:
+    """Return the values of those settings of a section that decide one of these kinds."""
+    return {
+        name: value
+        for name, value in section.model_dump().items()
+        if decision_of(type(section).model_fields[name]) in kinds
+    }
+
+
+def _idle(model: Mapping[str, Any]) -> set[str]:
+    """Name the settings of a model that its others make idle; those of nets not where a user's net may read them."""
+    if "base" not in model:
+        return set()
+    base, images, pooling = model["base"], model["images"], model["pooling"]
+    is_own = "." in base
+    idle = set[str]().union(*(names for net, names in _OF_NETS.items() if net != base and not is_own))
+    idle |= set().union(*(names for kind, names in _OF_POOLINGS.items() if kind != pooling))
+    pools = images in ("behavior", "both") and base != "two_tower"
+    if images == "none":
+        idle |= OF_IMAGES
+    if images == "behavior":
+        idle.add("id_proxy")
+    if not pools:
+        idle |= _OF_BEHAVIORS
+    if base in ("lr", "two_tower"):
+        idle.add("image_products")
+    if base != "din" and not is_own and not (pools and pooling in ("attentive", "multi_query")):
+        idle.add("attention_hidden")
+    return idle
