@@ -73,7 +73,7 @@ class Spec:
         places = ("samples", "judged", "store", "threads")
         described = {name: value for name, value in asdict(self).items() if name not in places}
         depends_on: list[Any] = [described, samples, commit]
-        if self.side == "ours":  # the preset's own values too
+        if self.side == "ours":  # the defaults too
             config = load_config(None, [f"{name}={value}" for name, value in ours_settings(self).items()])
             depends_on.append({section: config.model_dump(mode="json")[section] for section in ("model", "optim")})
         return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:_DIGITS]

@@ -1,4 +1,4 @@
-"""The configuration of a run: preset < file < `--set`, merged by OmegaConf, checked by pydantic before all else.
+"""The configuration of a run: defaults < file < `--set`, merged by OmegaConf, checked by pydantic before all else.
 
 Every setting has its type, limits, default and text in the classes here and in `options.py`; `presets/dicm.yaml` and
 docs/SETTINGS.md are written from them by `python -m tools.settings`.
@@ -7,13 +7,9 @@ docs/SETTINGS.md are written from them by `python -m tools.settings`.
 import hashlib
 import io
 import json
-import pickle
-import re
 from collections.abc import Iterable, Sequence
 from datetime import date
 from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -40,9 +36,6 @@ from trainer.config.options import (
 )
 from trainer.errors import ConfigError
 
-PRESETS = Path(__file__).parents[1] / "presets"
-DEFAULT_PRESET = PRESETS / "dicm.yaml"
-_PLAIN_SETTING = re.compile(r"\w+(\.\w+)+=")
 _KEPT = 64
 """Saved files of which the checked configuration is kept: a page of the explorer asks for that of a run many times."""
 
@@ -239,8 +232,8 @@ class Config(Section):
 
 
 def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
-    """Merge the preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
-    return _checked([] if file is None else [(_read(file), str(file))], settings)
+    """Merge the defaults, over them `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
+    return _checked([*([] if file is None else [_read(file)]), *map(_parse_setting, settings)])
 
 
 def load_saved(file: RunPath) -> Config:
@@ -253,51 +246,38 @@ def load_saved(file: RunPath) -> Config:
 
 def _saved(text: str, file: RunPath) -> Config:
     """Parse and check the text of a saved file: some 30 ms."""
-    if not text.strip():  # as a file of settings it would be the preset
+    if not text.strip():  # as a file of settings it would be the defaults
         raise ConfigError(f"{file} is empty: the settings of a run are missing in it; put it back from a copy")
     if "*" in text:
         try:
             parse_yaml(text, aliases=False)
         except ValueError as failure:
             raise _unreadable(file, failure) from failure
-    return _checked([(_parsed(text, file), str(file))], ())
+    return _checked([_parsed(text, file)])
 
 
 _saved_once = lru_cache(_KEPT)(_saved)
 
 
-def _checked(files: Sequence[tuple[DictConfig, str]], settings: Sequence[str]) -> Config:
-    if files or (merged := _merged_at_once(settings)) is None:
-        merged = _merged_in_order([*files, *((_parse_setting(each), f"--set {each}") for each in settings)])
+def _checked(layers: Iterable[DictConfig]) -> Config:
+    """Merge layers over the defaults, all of which an interpolation may name, and check the result."""
+    values = Config().model_dump(mode="json")
+    for layer in layers:
+        _lay_over(values, OmegaConf.to_container(layer))
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as failure:
         raise ConfigError(f"an interpolation of the configuration leads nowhere: {one_line(failure)}") from failure
-    assert isinstance(values, dict)
-    return validated(Config, {str(name): value for name, value in values.items()}, "configuration", ConfigError)
+    return validated(Config, {str(name): value for name, value in resolved.items()}, "configuration", ConfigError)
 
 
-def _merged_in_order(layers: Iterable[tuple[DictConfig, str]]) -> DictConfig:
-    """Merge layers, each with its source, one after the other over the preset. Raises ConfigError, which names it."""
-    merged: DictConfig = pickle.loads(_preset(DEFAULT_PRESET))
-    for above, source in layers:
-        merged = _merge(merged, above, source)
-    return merged
-
-
-def _merged_at_once(settings: Sequence[str]) -> DictConfig | None:
-    """Merge the settings over the preset as one layer, which is quicker.
-
-    None where one touches what another one sets, so that their order matters, and where something is wrong: to merge
-    them in order finds out with which.
-    """
-    names = sorted(setting.partition("=")[0] for setting in settings if _PLAIN_SETTING.match(setting))
-    if len(names) < len(settings) or any(f"{after}.".startswith(f"{name}.") for name, after in pairwise(names)):
-        return None
-    try:
-        return _merged_in_order([(OmegaConf.from_dotlist(list(settings)), "--set")])
-    except (ConfigError, YAMLError, OmegaConfBaseException, RecursionError):
-        return None
+def _lay_over(below: dict[Any, Any], above: Any) -> None:
+    """Put the values above into the mapping below; two mappings become one, all else is replaced."""
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            _lay_over(below[name], value)
+        else:
+            below[name] = value
 
 
 def save_config(config: Config, path: RunPath) -> None:
@@ -308,12 +288,6 @@ def save_config(config: Config, path: RunPath) -> None:
 def config_digest(values: dict[str, Any]) -> str:
     """Compute the sha256 of a configuration (or a section of it) in canonical JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-@lru_cache(1)
-def _preset(path: Path) -> bytes:
-    """Read the preset, once, and pickle it: to load that takes a third of the time of a deep copy."""
-    return pickle.dumps(_read(path))
 
 
 def _read(path: RunPath) -> DictConfig:
@@ -352,17 +326,3 @@ def _parse_setting(setting: str) -> DictConfig:
         return OmegaConf.from_dotlist([setting])
     except (YAMLError, OmegaConfBaseException, RecursionError) as failure:
         raise ConfigError(f"--set {setting}: the value is not readable as YAML: {one_line(failure)}") from failure
-
-
-def _merge(below: DictConfig, above: DictConfig, source: str) -> DictConfig:
-    """Merge the values above into those below, which are not to be used any more."""
-    try:
-        merged = OmegaConf.unsafe_merge(below, above)  # into `below` itself: to copy it takes most of the time
-    except TypeError as failure:
-        raise ConfigError(
-            f"{source}: there is a list where a mapping of names to values belongs, or the other way round"
-        ) from failure
-    except OmegaConfBaseException as failure:
-        raise ConfigError(f"{source}: {one_line(failure)}") from failure
-    assert isinstance(merged, DictConfig)
-    return merged

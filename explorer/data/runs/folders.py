@@ -241,16 +241,16 @@ def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
         loaded = parse_yaml(read_file(file).decode(), aliases=False)
         if not isinstance(loaded, dict):
             raise ValueError("config.yaml is no configuration of a run")
-        return _SavedSettings({**_preset(), **flat(loaded)}, "")
+        return _SavedSettings({**_defaults(), **flat(loaded)}, "")
     except (UserError, ValueError) as error:
         return _SavedSettings({}, one_line(error))
 
 
 @cache
-def _preset() -> Mapping[str, Any]:
-    from trainer.config.config import DEFAULT_PRESET
+def _defaults() -> Mapping[str, Any]:
+    from trainer.config.config import Config
 
-    return flat(parse_yaml(DEFAULT_PRESET.read_text()))
+    return flat(Config().model_dump(mode="json"))
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:

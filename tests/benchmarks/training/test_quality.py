@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
 from rich.progress import Progress
 from typer.testing import CliRunner
 
@@ -25,7 +24,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import keys_of_uris, sampled
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from trainer.config.config import DEFAULT_PRESET
+from trainer.config.config import load_config
 from trainer.errors import DataError
 from trainer.samples.reader import Jagged
 from trainer.schema import load_schema
@@ -189,15 +188,13 @@ class TestDataSets:
             parse(f"one={tmp_path}", 1).tuning_days()
 
 
-def test_a_run_is_known_by_the_preset_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_known_by_the_defaults_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Spec(side="ours", net="dnn", samples=str(place / "samples"), batch_size=64, epochs=1, seed=0)
     before = spec.digest()
     assert replace(spec, seed=1).digest() != before
     assert replace(spec, threads=2).digest() == before
-    changed = OmegaConf.load(DEFAULT_PRESET)
-    changed.optim.lr = 0.5
-    OmegaConf.save(changed, place / "preset.yaml")
-    monkeypatch.setattr("trainer.config.config.DEFAULT_PRESET", place / "preset.yaml")
+    other = load_config(settings=["optim.lr=0.5"])
+    monkeypatch.setattr("benchmarks.quality.runs.load_config", lambda *_: other)
     assert spec.digest() != before
 
 

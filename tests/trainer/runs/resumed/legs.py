@@ -14,7 +14,7 @@ import yaml
 
 from tests.ranks import Forks, StandingRanks, command_of, environment
 from tests.trainer.standing_ranks import run as run_here
-from trainer.config.config import PRESETS
+from trainer.schema import DEFAULT_SCHEMA
 
 WORKER = Path(__file__).parent / "mortal.py"
 TIMEOUT_S = 150
@@ -26,7 +26,7 @@ Places = Any
 
 def write_schema_with_serials(folder: Path) -> Path:
     """Write the usual schema, in which an impression's number is an id too: it tells which samples a step has."""
-    schema = yaml.safe_load((PRESETS / "schema.yaml").read_text())
+    schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     schema["fields"].append({"name": "ad_serial", "side": "ad", "kind": "id", "table": "serial"})
     file = folder / "schema.yaml"
     file.write_text(yaml.safe_dump(schema))
