@@ -93,14 +93,13 @@ def values_that_decide(section: Section, *kinds: Decision) -> dict[str, Any]:
 
 
 def _idle(model: Mapping[str, Any]) -> set[str]:
-    """Name the settings of a model that its others make idle; those of nets not where a user's net may read them."""
-    if "base" not in model:
+    """Name the settings of a model that its others make idle: none where its net is a user's, which may read any."""
+    base, images, pooling = (model.get(name, "") for name in ("base", "images", "pooling"))
+    if not base or "." in base:
         return set()
-    base, images, pooling = model["base"], model["images"], model["pooling"]
-    is_own = "." in base
-    idle = set[str]().union(*(names for net, names in _OF_NETS.items() if net != base and not is_own))
-    idle |= set().union(*(names for kind, names in _OF_POOLINGS.items() if kind != pooling))
     pools = images in ("behavior", "both") and base != "two_tower"
+    idle = set[str]().union(*(names for net, names in _OF_NETS.items() if net != base))
+    idle |= set().union(*(names for kind, names in _OF_POOLINGS.items() if kind != pooling))
     if images == "none":
         idle |= OF_IMAGES
     if images == "behavior":
@@ -109,6 +108,8 @@ def _idle(model: Mapping[str, Any]) -> set[str]:
         idle |= _OF_BEHAVIORS
     if base in ("lr", "two_tower"):
         idle.add("image_products")
-    if base != "din" and not is_own and not (pools and pooling in ("attentive", "multi_query")):
+    if base == "lr":
+        idle.add("mlp")
+    if base != "din" and not (pools and pooling in ("attentive", "multi_query")):
         idle.add("attention_hidden")
     return idle

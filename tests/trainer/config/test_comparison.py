@@ -49,6 +49,8 @@ def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> No
         ("model.base=mlp", "model.cross_structure=stacked", True),
         ("model.base=dcn", "model.cross_structure=stacked", False),
         ("model.base=mine.MyNet", "model.cross_structure=stacked", False),  # it may read any
+        ("model.base=mine.MyNet", "model.transformer_heads=4", False),
+        ("model.base=lr", "model.mlp=[8]", True),
         ("model.images=none", "model.pooling=sum", True),
         ("model.images=ad", "model.pooling=sum", True),
         ("model.images=ad", "model.id_proxy=true", False),
