@@ -73,7 +73,7 @@ if [ "${HOROVOD:-}" = no ] || { [ -z "${HOROVOD:-}${HOROVOD_GPU_OPERATIONS:-}" ]
   touch "$without"
   rm -f "$venv/.horovod"
   "$venv/bin/python" -m pip uninstall --quiet --yes horovod 2>/dev/null || true
-  echo "Horovod is left out: torchrun starts several ranks (docs/TORCHRUN.md); HOROVOD=yes make install builds it"
+  echo "Horovod is left out: torchrun starts several ranks (docs/RANKS.md); HOROVOD=yes make install builds it"
 else
   rm -f "$without"
   tools/build_horovod.sh "$venv/bin/python"

@@ -1,4 +1,4 @@
-"""What a client and a server of features say to each other: requests, answers and errors; in words in docs/FLIGHT.md.
+"""What a client and a server of features say to each other: requests, answers and errors; in words in docs/OPERATE.md.
 
 Letters of shapes: U keys asked, D feature width.
 """

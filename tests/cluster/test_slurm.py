@@ -1,4 +1,4 @@
-"""Training as a job of Slurm, by the project's own batch scripts (docs/SLURM.md): a node fails, the time is over."""
+"""Training as a job of Slurm, by the project's own batch scripts (docs/RANKS.md): a node fails, the time is over."""
 
 import random
 import subprocess

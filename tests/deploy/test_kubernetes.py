@@ -294,8 +294,8 @@ def test_the_nodes_of_a_training_fit_together() -> None:
 
 
 def test_the_overlay_of_the_page_is_built(tmp_path: Path) -> None:
-    """docs/KUBERNETES.md shows an overlay of one's own: its image, namespace and places are those of all objects."""
-    page = (KUBERNETES.parents[1] / "docs" / "KUBERNETES.md").read_text()
+    """docs/RANKS.md shows an overlay of one's own: its image, namespace and places are those of all objects."""
+    page = (KUBERNETES.parents[1] / "docs" / "RANKS.md").read_text()
     (text,) = re.findall(r"```\n( *# kustomization\.yaml\n.*?)```", page, re.DOTALL)
     shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
     (tmp_path / "kustomization.yaml").write_text(textwrap.dedent(text))
