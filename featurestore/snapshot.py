@@ -68,10 +68,11 @@ class Snapshot:
             found_U[here_U] = np.isin(keys_U[here_U], self.shard_reader(shard).keys())
         return found_U
 
-    def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
-        """Read features in the order asked, (U, D), as they are stored: `codec.decode` makes them float32.
+    def find(self, keys: Sequence[int] | Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Read features in the order asked, (U, D), and which of the keys have one (U,); the others get zeros.
 
-        Raises MissingKeysError. For a few keys; `FeaturePartition` is made for many.
+        Features are as they are stored: `codec.decode` makes them float32. For a few keys; `FeaturePartition` is made
+        for many.
         """
         keys_U = np.asarray(keys, dtype=np.int64)
         shard_U = shard_of(keys_U, self.info.num_shards)
@@ -80,6 +81,12 @@ class Snapshot:
         for shard in np.unique(shard_U):
             here_U = shard_U == shard
             features_UD[here_U], found_U[here_U] = self.shard_reader(int(shard)).features(keys_U[here_U])
+        return features_UD, found_U
+
+    def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
+        """Read features of keys that all have one, as `find` does. Raises MissingKeysError."""
+        keys_U = np.asarray(keys, dtype=np.int64)
+        features_UD, found_U = self.find(keys_U)
         if not found_U.all():
             raise MissingKeysError(missing_message(keys_U[~found_U], f"snapshot {self.version} of {self.storage.url}"))
         return features_UD

@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +16,9 @@ from serving.bundle import MODELS, SAMPLE_GROUPS, RowDType
 from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:
-    from featurestore.upkeep.promotion import GateResult
     from serving.bundle.export import Exported, ExportOptions
     from serving.bundle.manifest import BundleManifest
+    from trainer.compat import GateResult
 
 EXAMPLES = """Examples:
 
@@ -122,7 +123,7 @@ def _report(
     exported: "Exported", out: str, in_use: bool, seconds: float, gates: Sequence["GateResult"], json_file: Path | None
 ) -> None:
     print_summary(summary_text(exported, out, in_use, seconds, gates))
-    found = [each.model_dump(mode="json") for each in gates]
+    found = [asdict(each) for each in gates]
     figures = {"in_use": in_use, "gates": found, "seconds": seconds}
     write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), **figures})
 
@@ -135,7 +136,7 @@ def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> lis
     from featurestore.published.paths import run_path
     from featurestore.storage.storage import Storage
     from serving.bundle import log
-    from trainer.compat.canary import RunInUse, gate_model
+    from trainer.compat.scores import RunInUse, gate_model
 
     storage = Storage(out)
     found: list[GateResult] = []

@@ -192,7 +192,7 @@ class StorePages(PageKind):
         )
 
     def channels(self, request: Request) -> Response:
-        """Show where each channel points to, and what its gates said."""
+        """Show where each channel points to, and why."""
         store, snapshot = self._open(request)
         histories, problem = [], ""
         try:

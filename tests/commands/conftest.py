@@ -71,7 +71,6 @@ def _files(folder: Path) -> dict[str, object]:
         "wrongshape": b"data: [1, 2]\n",
         "unknown": b"data: {smaples: x}\n",
         "badmapping": b"{impressions: {}, behaviors: {}, csv: {delimiter: 5}}\n",
-        "badgates": b"num_rows: many\n",
         "anchor": b"a: &a [*a]\n",
         "script.py": b"print('hello')\n",
     }

@@ -75,31 +75,6 @@ FEATURESTORE = [
     (f"featurestore channel {{store}} stable {HUGE}", 2, HUGE),
     ("featurestore channel {store} stable x", 2, "no channel 'x'"),
     ("featurestore channel {store} --remove", 2, "--remove"),
-    ("featurestore promote {missing}", 2, "no store at"),
-    ("featurestore promote {store}", 2, "no channel 'candidate'; it has none"),
-    ("featurestore promote {store} --from 19", 2, "no name of a channel"),
-    ("featurestore promote {store} --to ../x", 2, "no name of a channel"),
-    ("featurestore promote {store} --min-coverage 1.5", 2, "--min-coverage"),
-    ("featurestore promote {store} --max-drift nan", 2, "--max-drift"),
-    ("featurestore promote {store} --max-drift -1", 2, "--max-drift"),
-    ("featurestore promote {store} --force ''", 2, "--force is empty"),
-    ("featurestore promote {store} --gates {badgates}", 1, "num_rows='many': it should be a valid integer"),
-    ("featurestore promote {store} --keys {missing}", 2, "no file of keys"),
-    ("featurestore promote {store} --keys {empty}", 2, "{empty} has no keys: name a file with one at least"),
-    ("featurestore promote {store} --keys {pipe}", 2, "{pipe}"),
-    *(
-        (f"featurestore promote {{store}} --gates {file}", 1, file)
-        for file in (
-            "{missing}",
-            "{garbage}",
-            "{list}",
-            "{unknown}",
-            "{deepyaml}",
-            "{pipe}",
-            "{pipe_yaml}",
-            "{wrongshape}",
-        )
-    ),
     ("featurestore channel {store} stable --remove", 2, "no channel 'stable'"),
     ("featurestore diff {nanstore} 0 1", 1, "damaged"),
     *(

@@ -21,7 +21,7 @@ WITH_PAGES = sorted(
     line
     for line in LEAVES
     if line.startswith(("jobs/", "benchmarks.", "trainer.evaluate", "trainer.plan"))
-    or line in ("featurestore verify", "trainer.compat.promote")
+    or line in ("featurestore verify", "trainer.compat")
     or any("--html" in each.opts for each in LEAVES[line].params)
 )
 """Commands that have to have the option, and others that have it."""

@@ -1,20 +1,20 @@
-"""Check whether a run may use a store, and whether it was trained on it: python -m trainer.compat RUN STORE."""
+"""Check whether a run may use a store that it was not trained on: python -m trainer.compat RUN STORE."""
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.commands.common import Version
-from featurestore.console.commandline import OK, CommandApp, run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import print_rows, print_summary, progress_bar
+from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
 from featurestore.errors import FAILED
-from trainer.cli import WhichCheckpoint, run_on_ranks
-from trainer.compat import MAX_LOGLOSS_CHANGE, SAMPLE
-from trainer.errors import ConfigError
+from trainer.cli import WhichCheckpoint
+from trainer.compat import GateLimits
 
 if TYPE_CHECKING:
-    from trainer.comm import Comm
+    from featurestore.snapshot import Snapshot
+    from trainer.compat.check import Check, Comparison
 
 EXAMPLES = """
 Examples:
@@ -25,10 +25,29 @@ Examples:
 
     python -m trainer.compat data/runs/both data/features --accept
 
-Exit codes: 0 compatible (or accepted), 1 not, or not known; 2 wrong settings.
-"""
+    python -m trainer.compat data/runs/both data/features --version candidate --promote stable
 
-app = CommandApp(rich_markup_mode="markdown")
+Exit codes: 0 all gates hold, or --force was given; 1 a gate fails; 2 wrong options.
+"""
+LIMITS = GateLimits()
+
+Name = Annotated[
+    str | None, typer.Option(help="Which store of the run, by its name in the schema.", show_default="the first")
+]
+Samples = Annotated[str | None, typer.Option(help="Samples whose test/ is scored.", show_default="those of the run")]
+MinCoverage = Annotated[float, typer.Option(min=0, max=1, help="Share of the impressions' images with a feature.")]
+MaxQuarantine = Annotated[float, typer.Option(min=0, max=1, help="Share of images in quarantine.")]
+MaxGaucLoss = Annotated[float, typer.Option(min=0, help="By how much GAUC may fall, beyond noise.")]
+MaxLoglossRise = Annotated[float, typer.Option(min=0, help="By how much log loss may rise, beyond noise.")]
+Accept = Annotated[
+    bool, typer.Option("--accept", help="From now on let RUN's commands take STORE for the one that it was trained on.")
+]
+Promote = Annotated[
+    str | None, typer.Option(metavar="CHANNEL", help="Compare with the snapshot of this channel instead, and move it.")
+]
+Force = Annotated[str | None, typer.Option(metavar="REASON", help="Accept or promote though gates fail; kept with it.")]
+
+app = CommandApp(report=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
@@ -37,49 +56,68 @@ def main(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
     checkpoint: WhichCheckpoint = None,
     version: Version = None,
-    name: Annotated[
-        str | None, typer.Option(help="Which store of the run, by its name in the schema; by default the first.")
-    ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Features to compare, and test impressions to score.")] = SAMPLE,
-    max_logloss_change: Annotated[
-        float, typer.Option(min=0, help="So much may the log loss change, in parts of itself.")
-    ] = MAX_LOGLOSS_CHANGE,
+    name: Name = None,
+    samples: Samples = None,
+    min_coverage: MinCoverage = LIMITS.min_coverage,
+    max_quarantine: MaxQuarantine = LIMITS.max_quarantine,
+    max_gauc_loss: MaxGaucLoss = LIMITS.max_gauc_loss,
+    max_logloss_rise: MaxLoglossRise = LIMITS.max_logloss_rise,
+    accept: Accept = False,
+    promote: Promote = None,
+    force: Force = None,
     json_file: JsonOption = None,
-    accept: Annotated[
-        bool,
-        typer.Option("--accept", help="From now on let RUN's commands take STORE for the one that it was trained on."),
-    ] = False,
 ) -> None:
-    """Compare a store with the one that a run was trained on: network, identity, rows, features and scores.
+    """Compare a snapshot with the one that a run was trained on: network, rows, features, and the run's scores.
 
     A store that was deleted and computed again may be as good as before, but runs that were trained on the old one
-    refuse it. This compares the two. With --accept, RUN may use the new one, if nothing speaks against it. If the old
-    snapshot cannot be read any more, all test impressions are scored, and compared with the run's own log loss.
+    refuse it: with --accept, RUN may use the new one, if all gates hold. With --promote, a channel of the store moves
+    to the snapshot, if all gates hold.
     """
-    codes: list[int] = []
+    from featurestore.published.paths import run_path
+    from trainer.compat.check import Check
 
-    def work(comm: "Comm") -> None:
-        # Torch takes seconds to load: not for --help.
-        from featurestore.published.paths import run_path
-        from trainer.compat import check
+    if accept and promote is not None:
+        raise typer.BadParameter("give --accept or --promote, not both", param_hint="--promote")
+    limits = GateLimits(
+        min_coverage=min_coverage,
+        max_quarantine=max_quarantine,
+        max_gauc_loss=max_gauc_loss,
+        max_logloss_rise=max_logloss_rise,
+    )
+    with progress_bar("shards") as progress:
+        check = Check(run_path(run), store, limits, which=checkpoint, samples=samples, name=name, progress=progress)
+        candidate = check.store.snapshot(version)
+        if promote is not None:
+            found, outcome = check.promote(version, promote, force)
+        else:
+            found = check.compare(candidate)
+            outcome = "not compatible" if found.failures else "compatible"
+    _print(check, candidate, found)
+    if accept:
+        outcome = f"accepted: {check.accept(candidate, found, force)}"
+    print_summary(outcome)
+    write_json_option(json_file, check.report(candidate, found) | {"outcome": outcome})
+    if found.failures and force is None:
+        raise typer.Exit(FAILED)
 
-        if comm.size > 1:
-            raise ConfigError("trainer.compat is for one rank; start it without horovodrun or torchrun")
-        options = check.CompatOptions(checkpoint, name, version, sample, max_logloss_change)
-        with progress_bar("shards") as progress:
-            found = check.examine(run_path(run), store, options, comm, progress)
-        print_summary("\n".join(check.lines(found)))
-        if table := check.figures(found):
-            print_rows(("measure", "value"), table, numbers=("value",))
-        print_summary("\n".join(check.ending(found)))
-        write_json_option(json_file, found.report())
-        codes.append(OK if found.verdict == "compatible" else FAILED)
-        if accept:
-            print_summary(f"accepted     {check.accept(found)}")
-            codes.append(OK)
 
-    failed = run_on_ranks(work)
-    raise typer.Exit(failed or codes[-1])
+def _print(check: "Check", candidate: "Snapshot", found: "Comparison") -> None:
+    """Print what is compared, the gates, and a line for each gate that fails."""
+    print_summary("\n".join(check.lines(candidate)))
+    rows = [
+        [
+            each.gate,
+            "" if each.value is None else f"{each.value:.4g}",
+            f"{each.limit:g}",
+            "holds" if each.holds else "FAILS",
+            each.text,
+        ]
+        for each in found.gates
+    ]
+    if rows:
+        print_rows(("gate", "value", "limit", "", "of"), rows, numbers=("value", "limit"))
+    for line in found.failures:
+        print_problem(f"error: {line}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Channels of a store: where each points to, how it came there, and what the gates said that let it, or did not."""
+"""Channels of a store: where each points to, and how it came there."""
 
 from dataclasses import dataclass
 
 from featurestore.log import CHANNELS
 from featurestore.published.channels import ChannelMove, is_channel_name, read_moves
 from featurestore.store import FeatureStore
-from featurestore.upkeep.promotion import Decision, read_decisions
 
 MOST = 20
-"""Moves and decisions of a channel that are shown, the newest ones."""
+"""Moves of a channel that are shown, the newest ones."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,6 @@ class ChannelHistory:
     name: str
     moves: tuple[ChannelMove, ...]
     num_moves: int
-    decisions: tuple[Decision, ...]
-    num_decisions: int
 
     @property
     def version(self) -> int | None:
@@ -31,6 +28,6 @@ def channel_histories(store: FeatureStore) -> list[ChannelHistory]:
     """Read all channels, by name. Raises CorruptFileError."""
     found = []
     for name in filter(is_channel_name, store.storage.list(CHANNELS)):
-        moves, decisions = read_moves(store.storage, name)[::-1], read_decisions(store.storage, name)[::-1]
-        found.append(ChannelHistory(name, tuple(moves[:MOST]), len(moves), tuple(decisions[:MOST]), len(decisions)))
+        moves = read_moves(store.storage, name)[::-1]
+        found.append(ChannelHistory(name, tuple(moves[:MOST]), len(moves)))
     return found

@@ -11,7 +11,7 @@ import yaml
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.compat.canary import RunInUse, gate_model
+from trainer.compat.scores import RunInUse, gate_model
 from trainer.config.config import load_config
 from trainer.evaluation.predict import predict_run
 from trainer.main import train
@@ -57,7 +57,7 @@ def test_one_as_good_passes_and_a_worse_one_fails(places: Places) -> None:
     rows = predict_run(bad)
     for name, run in (("bad", rows), ("used", predict_run(in_use(places).folder))):
         assert len(run.logit_N) == 210, name
-    assert "on 210 impressions of the test samples" in found["logloss"].text
+    assert "logloss of 210 impressions, whose logits move by" in found["logloss"].text
     # The other way round it is better, by as much.
     back = {each.gate: each for each in gate_model(in_use(places).folder, None, in_use(places, "bad"))}
     assert all(each.holds for each in back.values())

@@ -6,7 +6,6 @@ from explorer.data.store.timeline import Timeline
 from featurestore import log
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import move_channel, pin, remove_channel
-from featurestore.upkeep.promotion import GateLimits, promote
 from tests.explorer.stores import make_store, rows, storied
 
 
@@ -29,19 +28,16 @@ def test_a_pin_is_seen_on_a_line_that_was_read_before(tmp_path):
     assert timeline.lines(store, [2])[0].pins == ("later",)
 
 
-def test_channels_stand_on_their_lines_and_their_page_says_why_they_moved_or_stayed(tmp_path):
+def test_channels_stand_on_their_lines_and_their_page_says_why_they_moved(tmp_path):
     store = storied(tmp_path / "store")
     move_channel(store, "stable", 1)
     move_channel(store, "candidate", 3)
-    stays = promote(store, "candidate", "stable", GateLimits(min_coverage=1))
-    moves = promote(store, "candidate", "stable", GateLimits(min_coverage=1), force="a <b>sale</b>")
-    assert (stays.moves, moves.moves) == (False, True)
+    move_channel(store, "stable", 3, "promoted")
     assert [line.channels for line in Timeline().lines(store, [4, 3, 2, 1])] == [(), ("candidate", "stable"), (), ()]
     candidate, stable = channel_histories(store)
-    assert (candidate.name, candidate.version, candidate.decisions) == ("candidate", 3, ())
+    assert (candidate.name, candidate.version) == ("candidate", 3)
     assert (stable.name, stable.version) == ("stable", 3)
-    assert [move.version for move in stable.moves] == [3, 1]
-    assert [decision.moves for decision in stable.decisions] == [True, False]
+    assert [(move.version, move.reason) for move in stable.moves] == [(3, "promoted"), (1, "set")]
     remove_channel(store, "candidate")
     assert channel_histories(store)[0].version is None
     assert channel_histories(make_store(tmp_path / "empty")) == []

@@ -23,7 +23,6 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.promotion import compare
 from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake
 from featurestore.upkeep.verify import verify
 from tests.featurestore.upkeep.remake.killed import kill_at
@@ -259,8 +258,6 @@ def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> No
     (tmp_path / "a" / entry.path).write_bytes((tmp_path / "b" / entry.path).read_bytes())
     with pytest.raises(SpecMismatchError, match=r"reduction\.sha256 is .* instead of"):
         a.commit({shard: entry}, "copied")
-    with pytest.raises(SpecMismatchError, match="different kinds"):
-        compare(a.snapshot(), b.snapshot(), 10)
     with pytest.raises(SpecMismatchError, match=r"reduction\.sha256"):
         FeatureStore.open_or_create(a.url, b.info)
     manifest = b.snapshot().manifest

@@ -13,11 +13,11 @@ from typer.testing import CliRunner, Result
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
 from featurestore.__main__ import app
 from featurestore.commit import Commit
-from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
+from featurestore.errors import CorruptFileError, InvalidRowsError, PinError, SnapshotNotFoundError
 from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import move_channel, pin, read_pins, restore
-from featurestore.upkeep.purge import Images, PurgeReport, find_traces
+from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_keys, read_names, read_uris
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage
@@ -388,3 +388,17 @@ def test_a_file_that_vanishes_meanwhile_is_no_trace(filled: FeatureStore) -> Non
 
     storage = FaultyStorage(filled.storage, {"open_input": vanished})
     assert not any(trace.path.startswith("staging/") for trace in find_traces(storage, IMAGES).traces)
+
+
+def test_keys_and_uris(tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("5\n-3\n\n5\n")
+    assert read_keys(file).tolist() == [-3, 5] and read_names(file)[1] == []
+    file.write_text("a.jpg\n5\na.jpg\n")
+    assert read_uris(file) == ["a.jpg", "5"] and read_names(file)[1] == ["a.jpg", "5"]
+    np.save(tmp_path / "keys.npy", np.array([4, 4, 2]))
+    assert read_names(tmp_path / "keys.npy")[0].tolist() == [2, 4]
+    for text in ("", "x\n", "1.5\n", f"{2**63}\n"):
+        file.write_text(text)
+        with pytest.raises(InvalidRowsError, match=r"names\.txt"):
+            read_keys(file)
