@@ -103,7 +103,7 @@ def score_gates(change: ScoreChange, limits: GateLimits) -> list[GateResult]:
     """Hold each difference against its limit; one that is not known does not hold."""
     is_paired, where = change.mean_logit_change is not None, f"{change.num_impressions:,} impressions"
     if is_paired:
-        where = f"{where}, whose logits move by {change.mean_logit_change:.1e} on average,"
+        where = f"{where}, whose logits move by {change.mean_logit_change:.1e} on average"
     return [_gate(each, limits, is_paired, where) for each in change.differences]
 
 
@@ -119,7 +119,7 @@ def _gate(found: Difference, limits: GateLimits, is_paired: bool, where: str) ->
     if found.low is not None and found.high is not None:
         holds = holds or sign * (found.high if sign > 0 else found.low) >= 0
         noise = f" ({LEVEL:.0%} interval {found.low:+.5f} to {found.high:+.5f})"
-    text = f"{gate} of {where} is {found.ours:.5f}, and {found.baseline:.5f} before: {found.value:+.5f}{noise}"
+    text = f"{gate} is {found.ours:.5f}, and {found.baseline:.5f} before: {found.value:+.5f}{noise} on {where}"
     return GateResult(gate=gate, value=found.value, limit=limit, holds=holds, text=text)
 
 

@@ -57,7 +57,7 @@ def test_one_as_good_passes_and_a_worse_one_fails(places: Places) -> None:
     rows = predict_run(bad)
     for name, run in (("bad", rows), ("used", predict_run(in_use(places).folder))):
         assert len(run.logit_N) == 210, name
-    assert "logloss of 210 impressions, whose logits move by" in found["logloss"].text
+    assert "on 210 impressions, whose logits move by" in found["logloss"].text
     # The other way round it is better, by as much.
     back = {each.gate: each for each in gate_model(in_use(places).folder, None, in_use(places, "bad"))}
     assert all(each.holds for each in back.values())
