@@ -42,9 +42,9 @@ from trainer.evaluation.slices import (
 )
 from trainer.files import output_at
 from trainer.runs.export import parquet_file
-from trainer.runs.saved import Opened, RunSource, open_source
+from trainer.runs.saved import EvaluatedRun, RunSource, open_source
 from trainer.samples.columns import Index, decode, rules_of, source_columns, texts_of
-from trainer.samples.reader import Batch, ReadAhead, RowGroup, SampleIndex, read_row_group
+from trainer.samples.reader import Batch, ReadAhead, RowGroup, SampleIndex, known_ads, read_row_group
 from trainer.schema import Schema
 
 Metrics = dict[str, float | int | None]
@@ -78,31 +78,31 @@ def predict_run(
     comm = comm or SoloComm()
     source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
     with contextlib.closing(open_source(source, comm)) as opened:
-        impressions = read_impressions(comm, opened.test, opened.run.schema)
+        impressions = read_impressions(comm, opened.test, opened.schema)
         logit_N = predict(opened)
-        missing = opened.saved.notes_on_missing(opened.run.missing_lookups())
-        is_new_ad_N = ~places(opened.run.known_ads, impressions.ad_N)[1]
+        missing = opened.saved.notes_on_missing(opened.missing_lookups())
+        is_new_ad_N = ~places(known_ads(comm, opened.train, opened.schema), impressions.ad_N)[1]
         return Predictions(logit_N, impressions, (*opened.notes, *missing), is_new_ad_N)
 
 
-def predict(opened: Opened) -> Float:
+def predict(opened: EvaluatedRun) -> Float:
     """Predict logits of all test impressions (N,), the same on every rank; all call it. Raises TrainerError."""
-    run = opened.run
-    with contextlib.closing(ReadAhead(opened.reader.batches(), run.config.data.prefetch_batches)) as ahead:
-        own = np.concatenate([np.empty(0), *(run.engine.predict(each) for each in run.engine.prepared(ahead, "eval"))])
-    logit_N: Float = run.comm.allgather(torch.from_numpy(own), "logits").numpy()
+    engine = opened.engine
+    with contextlib.closing(ReadAhead(opened.reader.batches(), opened.config.data.prefetch_batches)) as ahead:
+        own = np.concatenate([np.empty(0), *(engine.predict(each) for each in engine.prepared(ahead, "eval"))])
+    logit_N: Float = opened.comm.allgather(torch.from_numpy(own), "logits").numpy()
     if len(logit_N) != opened.test.num_samples or not np.isfinite(logit_N).all():
         raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
     return logit_N
 
 
-def predict_without(opened: Opened, share: float, seed: int) -> Float:
+def predict_without(opened: EvaluatedRun, share: float, seed: int) -> Float:
     """Predict logits (N,) as if this share of all image keys had no feature, in every store that the model reads.
 
     Keys are chosen by a hash of key and seed: the same at any number of ranks, and a larger share hides all that a
     smaller one hid. They get what the run gives to images without a feature: zeros, or its trained vector.
     """
-    partitions = [service.partition for service in opened.run.engine.services.values()]
+    partitions = [service.partition for service in opened.engine.services.values()]
     for partition in partitions:
         partition.hide(share, seed)
     try:
@@ -112,13 +112,13 @@ def predict_without(opened: Opened, share: float, seed: int) -> Float:
             partition.hide(0)
 
 
-def has_feature(opened: Opened, store: str, key_I: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+def has_feature(opened: EvaluatedRun, store: str, key_I: NDArray[np.int64]) -> NDArray[np.bool_] | None:
     """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
-    service = opened.run.engine.services.get(store)
+    service = opened.engine.services.get(store)
     if service is None:
         return None
     held_I = torch.from_numpy(service.partition.contains(key_I).astype(np.int64))
-    found: NDArray[np.bool_] = opened.run.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
+    found: NDArray[np.bool_] = opened.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
     return found
 
 
@@ -168,14 +168,14 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
     """
     console = text_console(quiet=comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
-        if options.missing_curve and not opened.run.engine.services:
+        if options.missing_curve and not opened.engine.services:
             raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
         count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
         print_line(console, f"{opened.saved.path}: {count}")
-        impressions = read_impressions(comm, opened.test, opened.run.schema)
+        impressions = read_impressions(comm, opened.test, opened.schema)
         cuts = _slicings(opened, impressions)
         logits = {0.0: predict(opened)}
-        num_missing = opened.run.missing_lookups()
+        num_missing = opened.missing_lookups()
         if options.missing_curve:
             logits |= {share: predict_without(opened, share, options.seed) for share in HIDDEN_SHARES}
         about = report.about(opened, num_missing, options.missing_curve, options.resamples, options.seed)
@@ -189,8 +189,8 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
     return figures
 
 
-def _slicings(opened: Opened, impressions: Impressions) -> list[Slicing]:
-    schema, comm = opened.run.schema, opened.run.comm
+def _slicings(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
+    schema, comm = opened.schema, opened.comm
     seen = seen_in_training(comm, opened.train, schema, impressions)
     image = ad_image_field(schema)
     return slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
@@ -222,15 +222,15 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
         about = {
             **opened.saved.named(),
             "samples": opened.test.storage.url,
-            "missing": opened.run.config.data.missing,
-            "stores": {name: record.model_dump() for name, record in opened.run.stores.items()},
+            "missing": opened.config.data.missing,
+            "stores": {name: record.model_dump() for name, record in opened.stores.items()},
         }
         file: ScoreFile | None = None
         with comm.agreed():  # a place that cannot be written is found before the work
             if comm.rank == 0:
-                file = stack.enter_context(open_scores(out, opened.test, opened.run.schema, about))
+                file = stack.enter_context(open_scores(out, opened.test, opened.schema, about))
         logit_N = predict(opened)
-        notes = opened.saved.notes_on_missing(opened.run.missing_lookups())
+        notes = opened.saved.notes_on_missing(opened.missing_lookups())
         if file is None:
             return None
         start = 0

@@ -32,7 +32,7 @@ from trainer.evaluation.bootstrap import (
 from trainer.evaluation.figures import Bin, Estimate, Figures, Hidden, Measured, SlicedBy
 from trainer.evaluation.plots import METRIC_TITLES, draw_all
 from trainer.evaluation.slices import Impressions, Slicing
-from trainer.runs.saved import TEST, Opened
+from trainer.runs.saved import TEST, EvaluatedRun
 
 _ABOUT = ("checkpoint", "samples", "missing", "missing_lookups")
 _METHOD = f"""\
@@ -42,17 +42,16 @@ In brackets: intervals of {LEVEL:.0%}, from {{resamples:,}} resamples of users (
 _HEADINGS = ("impressions", "users", "clicks", *(METRIC_TITLES[each] for each in METRICS))
 
 
-def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
+def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
     """Say what was evaluated, on what, and how.
 
     `num_missing`: lookups of images that had no feature; `hides`: some were hidden as well."""
-    run = opened.run
     return {
         "run": str(opened.source.folder),
         "checkpoint": opened.saved.path.name,
         "samples": opened.test.storage.full(TEST),
-        "stores": {name: record.model_dump() for name, record in run.stores.items()},
-        "missing": run.config.data.missing,
+        "stores": {name: record.model_dump() for name, record in opened.stores.items()},
+        "missing": opened.config.data.missing,
         "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
         "missing_lookups": num_missing,
         "notes": [*opened.notes, *opened.saved.notes_on_missing(num_missing, hides)],

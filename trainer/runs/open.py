@@ -138,16 +138,13 @@ class Run(OpenRun):
         return local_folder(self.folder, self.config.data.cache_dir)
 
 
-def open_run(config: Config, comm: Comm, *, reading: bool = False, opened: Resumed | None = None) -> Run:
+def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
 
     `reading`: the run is evaluated and not trained further, so its folder may be read-only, and its training samples
-    may have changed; the model and the kind of features still have to be the checkpoint's. `opened`: the checkpoint,
-    where it was read before.
+    may have changed; the model and the kind of features still have to be the checkpoint's.
     """
     folder = run_path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    if opened:
-        return _open_run(config, comm, folder, opened, [], reading=reading)
     return continued(comm, config, folder, partial(_open_run, config, comm, folder, reading=reading), reading=reading)
 
 
@@ -166,7 +163,7 @@ def _open_run(
     if not reading:
         damaged = [each.path for each in passed_over]
         comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None, damaged))
-    samples = comm.on_rank_0(lambda: _open_samples(config, places))
+    samples = comm.on_rank_0(lambda: open_samples(config, places))
     recorded = resumed[1].origin if resumed else None
     warm = None if resumed else comm.on_all(lambda: _checked_warm_start(config, schema))
     device = share_machine(config, comm)
@@ -306,7 +303,7 @@ def engine_of(
     )
 
 
-def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
+def open_samples(config: Config, places: list[StorePlace]) -> Storage:
     """Open the samples that all indexes of the run are of; name the jobs to run for all places that are empty."""
     samples, problems = open_published(config.data.samples), missing_places(places)
     without_store = bool(problems)

@@ -1,11 +1,12 @@
 """Trained runs, opened to be asked and not to be trained: what their folders say, and a model out of a checkpoint.
 
 Every command that looks at runs reads their folders by `read_run`, so a checkpoint is chosen, and an image without a
-feature treated, in one way. `open_trained` opens no samples and looks images up in the newest snapshot; `open_source`
-opens the samples too, and looks images up where training did.
+feature treated, in one way; their engines are opened by `_open_at`. `open_trained` opens no samples and looks images up
+in the newest snapshot; `open_source` opens the samples too, and looks images up where training did.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
+from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published import open_published
 from featurestore.published.channels import VersionName
@@ -28,9 +30,9 @@ from trainer.config.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState
+from trainer.runs.checkpoint import CheckpointState, samples_digest
 from trainer.runs.folder import find_checkpoint, report_of
-from trainer.runs.open import OpenRun, Run, engine_of, model_of, open_run, open_stores, test_reader
+from trainer.runs.open import OpenRun, engine_of, model_of, open_samples, open_stores, test_reader
 from trainer.runs.stores import (
     StorePlace,
     check_identity,
@@ -196,18 +198,29 @@ def open_trained(
     if store is not None:
         saved.config = saved.config.changed(data={"store": store})
     _, places = comm.on_all(lambda: (saved.schema, saved.places))
-    config, comm.deadline_s = saved.config, saved.config.run.deadline_s
-    if device is not None:
-        config = config.changed(run={"device": device})
-    chosen_device = share_machine(config, comm)
+    config = saved.config if device is None else saved.config.changed(run={"device": device})
 
     def chosen(place: StorePlace) -> Snapshot:
         if as_trained:
-            return saved.snapshot(place, snapshot_of(place, (saved.path, saved.state)).version)
+            return _trained_on(saved, place)
         return saved.snapshot(place, store_version if place is places[0] else None)
 
-    partitions, _ = open_stores(config, comm, places, chosen, measured=False)
-    return with_rows(saved, config, comm, places, partitions, chosen_device)
+    return _open_at(saved, config, comm, places, chosen)
+
+
+def _trained_on(saved: SavedRun, place: StorePlace) -> Snapshot:
+    """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
+    return saved.snapshot(place, snapshot_of(place, (saved.path, saved.state)).version)
+
+
+def _open_at(
+    saved: SavedRun, config: Config, comm: Comm, places: list[StorePlace], choose: Callable[[StorePlace], Snapshot]
+) -> TrainedRun:
+    """Open a run's engine and its rows of the snapshots that rank 0 chooses. Every rank calls it."""
+    comm.deadline_s = config.run.deadline_s
+    device = share_machine(config, comm)
+    partitions, _ = open_stores(config, comm, places, choose, measured=False)
+    return with_rows(saved, config, comm, places, partitions, device)
 
 
 def with_rows(
@@ -251,25 +264,20 @@ class RunSource:
         return {"samples": self.samples, "store": self.store, "store_version": self.store_version}
 
 
-@dataclass
-class Opened:
-    """A run with a checkpoint in its engine, and the samples to predict, on the ranks of its `comm`; close it."""
+@dataclass(kw_only=True)
+class EvaluatedRun(TrainedRun):
+    """A run's engine, and the samples to predict and those of training, on the ranks of its `comm`; close it."""
 
     source: RunSource
-    saved: SavedRun
-    run: Run
     train: SampleIndex
     test: SampleIndex
     reader: SampleReader
+    """Of `test`."""
     notes: list[str]
     """What a reader of the figures should know."""
 
-    def close(self) -> None:
-        """Release the stores' rows."""
-        self.run.close()
 
-
-def open_source(source: RunSource, comm: Comm) -> Opened:
+def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
     """Open a run with its newest checkpoint, or another, on as many ranks as there are. Every rank calls it.
 
     Samples, stores and snapshots are those that the run was trained on; `store`, where that one is now, replaces
@@ -280,28 +288,37 @@ def open_source(source: RunSource, comm: Comm) -> Opened:
     """
     saved = _read_on_all(comm, source.folder, source.checkpoint, source.samples)
     config = comm.on_all(lambda: _config_of(source, saved))
-    comm.deadline_s = config.run.deadline_s
+    schema, places = comm.on_all(lambda: (saved.schema, store_places(config, saved.schema)))
     try:
-        run = open_run(config, comm, reading=True, opened=(saved.path, saved.state))
+        samples = comm.on_rank_0(lambda: open_samples(config, places))
     except DataError as failure:
         failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
         raise
-    test = run.test_reader.index  # of the same version of the samples
+    train = open_index(comm, samples, TRAIN, schema, config.data.train_days)
     if source.samples is not None or config.data.test_days == []:
-        test = open_test(comm, config, run.schema, source.samples)
-    reader = test_reader(run.config, comm, test, run.schema)
-    return Opened(source, saved, run, run.train_reader.index, test, reader, _notes(source, saved, run))
+        test = open_test(comm, config, schema, source.samples)
+    else:
+        test = open_index(comm, samples, TEST, schema, config.data.test_days)
+    digest = samples_digest(comm, train, config.data.cache_dir)
+    opened = _open_at(saved, config, comm, places, partial(_trained_on, saved))
+    return EvaluatedRun(
+        **vars(opened),
+        source=source,
+        train=train,
+        test=test,
+        reader=test_reader(config, comm, test, schema),
+        notes=_notes(source, saved, opened.stores, digest),
+    )
 
 
 def _config_of(source: RunSource, saved: SavedRun) -> Config:
-    """The run's configuration as `open_run` is to have it."""
+    """The run's configuration with the places of `source`."""
     data: dict[str, Any] = {}
     if source.samples is not None:
         data["test_days"] = []  # the run's own test samples are not needed
     if source.store is not None and saved.config.model.images != "none":
         data |= {"store": source.store, "store_version": _version_of(source.store, source.store_version)}
-    run = {"dir": str(saved.folder.parent), "name": saved.folder.name, "resume": str(saved.path), "overwrite": False}
-    return saved.config.changed(data=data, run=run)
+    return saved.config.changed(data=data)
 
 
 def _version_of(store: str, version: VersionName | None) -> int:
@@ -311,12 +328,12 @@ def _version_of(store: str, version: VersionName | None) -> int:
         raise ConfigError(f"--store {store}: {failure}") from failure
 
 
-def _notes(source: RunSource, saved: SavedRun, run: Run) -> list[str]:
-    """Say what a reader of the figures should know."""
+def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId], samples: str) -> list[str]:
+    """Say what a reader of the figures should know; `samples`: the digest of those that training has now."""
     notes = []
-    if source.store is not None and all(record.url != source.store for record in run.stores.values()):
+    if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
-    notes += saved.notes_on_samples(run.samples_changed)
+    notes += saved.notes_on_samples(samples != saved.state.origin.data["samples_digest"])
     recorded = checkpoint.read_recorded(saved.path).stores
     for name, record in saved.state.stores.items():
         if record != recorded[name]:
@@ -324,7 +341,7 @@ def _notes(source: RunSource, saved: SavedRun, run: Run) -> list[str]:
             notes.append(
                 f"store {name}: the run was trained on {trained_on}; {record.described()} was accepted in its place"
             )
-    for name, record in run.stores.items():
+    for name, record in stores.items():
         if record.version != saved.state.version_of(name):
             notes.append(
                 f"store {name} is at snapshot {record.version} ({record.url}); the run was trained on snapshot "

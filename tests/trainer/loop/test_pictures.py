@@ -23,7 +23,7 @@ from trainer.evaluation.bootstrap import auc, log_loss
 from trainer.evaluation.predict import Metrics, predict, predict_run
 from trainer.loop.training import LEAST, checked
 from trainer.models.newads import NewAds
-from trainer.runs.saved import Opened, RunSource, open_source
+from trainer.runs.saved import EvaluatedRun, RunSource, open_source
 
 pytestmark = pytest.mark.long
 
@@ -85,9 +85,9 @@ def wrong(made: Places) -> Path:
 
 
 @contextlib.contextmanager
-def _opened(run: Path) -> Iterator[tuple[Opened, NewAds]]:
+def _opened(run: Path) -> Iterator[tuple[EvaluatedRun, NewAds]]:
     with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
-        new_ads = opened.run.engine.model.new_ads
+        new_ads = opened.engine.model.new_ads
         assert new_ads is not None
         yield opened, new_ads
 
