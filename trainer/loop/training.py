@@ -33,7 +33,7 @@ from trainer.models.newads import NewAds
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
 from trainer.runs.open import Run
-from trainer.runs.saving import Outcome, SavesBeside
+from trainer.runs.saving import Checkpointer, Outcome
 from trainer.samples.reader import Batch, BatchPosition, ReadAhead, prepare_ahead
 from trainer.stages import WAIT, Kind
 
@@ -176,7 +176,7 @@ class Training:
         """Of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
         train = run.config.train
-        self._saves = SavesBeside(run.comm, run.place, train.checkpoint_every_s, lambda: run.copy_local(TENSORBOARD))
+        self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, lambda: run.copy_local(TENSORBOARD))
         self.checkpoints = summary.CheckpointCounts()
 
     def fit(self) -> None:
@@ -261,7 +261,7 @@ class Training:
     @property
     def checkpoint_stall_ms(self) -> float | None:
         """Return how long the training stopped for a checkpoint that was written during it, in the mean."""
-        return self._saves.stall_s / self._saves.begun * 1e3 if self._saves.begun else None
+        return self._saves.stall_s / self._saves.num_begun * 1e3 if self._saves.num_begun else None
 
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
@@ -405,10 +405,10 @@ class Training:
 
     def _save(self) -> str:
         """Write a checkpoint, and wait for it. Raises CheckpointError."""
-        run, keep = self._run, self._config.train.keep_checkpoints
+        keep = self._config.train.keep_checkpoints
         with self.totals.timed("checkpoint"):
             self._note_outcome(self._saves.wait())
-            path = checkpoint.save(run.comm, run.place, self._engine, self._state(), keep, self._best())
+            path = self._saves.save(self._engine, self._state(), keep, self._best())
         self.checkpoints.add("")
         return str(path)
 

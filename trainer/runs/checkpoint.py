@@ -50,7 +50,7 @@ from trainer.errors import CheckpointError, DamagedCheckpointError, DataError, O
 from trainer.files import checkpoints_of
 from trainer.runs import accepted
 from trainer.runs.folder import find_checkpoint, finished, pinned, unrelated
-from trainer.runs.places import STATE, CheckpointPlace, WrittenPart, local_copy, place_of
+from trainer.runs.places import STATE, CheckpointPlace, WrittenPart, local_copy
 from trainer.samples.columns import SPLITS, in_either_split
 from trainer.samples.reader import BatchPosition, SampleIndex
 
@@ -151,43 +151,6 @@ class CheckpointState(Section):
     def version_of(self, store: str) -> int | None:
         """Return the snapshot of that store; None for a store that the checkpoint does not have."""
         return self.stores[store].version if store in self.stores else None
-
-
-def save(
-    comm: Comm,
-    into: CheckpointPlace | RunPath,
-    trained: Trained,
-    state: CheckpointState,
-    keep: int,
-    best: int | None = None,
-) -> RunPath:
-    """Write the checkpoint of a step on all ranks together and remove all but the newest `keep`.
-
-    `state.files` is filled in.
-
-    The one of step `best` is kept whatever its age. Does nothing where that step is there already: it is this run's
-    own, as `unrelated` ones are gone by then. Raises CheckpointError on all ranks where one cannot write.
-    """
-    where = into if isinstance(into, CheckpointPlace) else place_of(into)
-    final = where.path(state.step)
-    with agreed(comm, f"cannot write {final}"):
-        is_there = comm.rank == 0 and where.has(state.step)
-    if comm.broadcast_object(is_there):
-        return final
-    with agreed(comm, f"cannot write {final}"):
-        if comm.rank == 0:
-            where.begin(state.step)
-    own: dict[str, WrittenPart] = {}
-    with agreed(comm, f"cannot write {final}"):
-        name = rows_name(comm)
-        own[name] = where.write(state.step, name, trained.shard_state())
-        if comm.rank == 0:
-            own[DENSE] = where.write(state.step, DENSE, trained.dense_state())
-    parts = {name: part for each in comm.allgather_object(own) for name, part in each.items()}
-    with agreed(comm, f"cannot write {final}"):
-        if comm.rank == 0:
-            where.commit(state.step, parts, state_bytes(state, parts), keep, best)
-    return final
 
 
 def rows_name(comm: Comm) -> str:

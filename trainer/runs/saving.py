@@ -1,9 +1,9 @@
-"""Checkpoints saved in the background.
+"""The writer of checkpoints: begin one, then wait for its end, or let it be written in the background.
 
 The thread takes part in no collective. Every rank writes its own part, and says how far it is when all ranks look,
 between two steps that all of them know; when all parts are there, a thread of rank 0 publishes the checkpoint. A part
-that cannot be written (a full disk, an object store that is away) fails this checkpoint alone: it is reported, and the
-training continues.
+that cannot be written in the background (a full disk, an object store that is away) fails this checkpoint alone: it is
+reported, and the training continues.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from featurestore.errors import StorageError
+from featurestore.published.paths import RunPath
 from trainer.comm import Comm
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError
@@ -70,8 +71,8 @@ class Outcome(NamedTuple):
     error: str
 
 
-class SavesBeside:
-    """Writes one checkpoint at a time during the training. Every rank calls the same methods at the same steps.
+class Checkpointer:
+    """Writes one checkpoint at a time. Every rank calls the same methods at the same steps.
 
     `every_s`: a checkpoint is due so long after the last one was begun, and not before checkpoints take no more than a
     twentieth of the time; None: by the clock none is. `before_publishing` is called in the thread of rank 0.
@@ -91,9 +92,9 @@ class SavesBeside:
         self._next_look = 0
         self._cost_s = 0.0
         self._thread: threading.Thread | None = None
-        self.begun = 0
+        self.num_begun = 0
         self.stall_s = 0.0
-        """What this rank's training stood still for all checkpoints."""
+        """What this rank's training stood still for the checkpoints of `begin`."""
 
     @property
     def is_writing(self) -> bool:
@@ -114,8 +115,28 @@ class SavesBeside:
 
         Where memory has no room for copies, it is written before this returns.
         """
+        start_s = time.perf_counter()
+        self.num_begun += 1
+        outcome = self._start(trained, state, keep, best, in_background=True)
+        self.stall_s += time.perf_counter() - start_s
+        return outcome
+
+    def save(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> RunPath:
+        """Write a checkpoint without copies, unless it is there already, wait for its end, and return its path.
+
+        Nothing may be under way. Raises CheckpointError on all ranks where one cannot write.
+        """
+        path = self._place.path(state.step)
+        outcome = self._start(trained, state, keep, best, in_background=False) or self._ended()
+        if outcome is not None and outcome.error:
+            raise CheckpointError(f"cannot write {path}: {outcome.error}")
+        return path
+
+    def _start(
+        self, trained: Trained, state: CheckpointState, keep: int, best: int | None, in_background: bool
+    ) -> Outcome | None:
+        """Write or begin to write this rank's parts. Returns an outcome where that failed at once."""
         start_s, self._begun_s = time.perf_counter(), time.monotonic()
-        self.begun += 1
         step = state.step
         content, error, is_fatal = self._prepared(step, trained)
         needed = sum(packed_bytes(each) for each in content.values())
@@ -125,21 +146,17 @@ class SavesBeside:
         if failed := next((each for each in everyone if each.error), None):
             if failed.is_fatal:
                 raise CheckpointError(failed.error)
-            error = failed.error
-            self.stall_s += time.perf_counter() - start_s
-            return None if error == _THERE else Outcome(step, error)
+            return None if failed.error == _THERE else Outcome(step, failed.error)
         self._step, self._mine = step, _Progress(Phase.WRITING)
         self._publish = lambda parts: self._published(state, parts, keep, best)
-        write = self._with_copies(step, content) if _fits(everyone) else lambda: self._write(step, content)
-        stall_s = time.perf_counter() - start_s
-        self._mine.cost_s = stall_s
-        self.stall_s += stall_s
         self._next_look = step + 1
-        if _fits(everyone):
+        if in_background and _fits(everyone):
+            write = self._with_copies(step, content)
+            self._mine.cost_s = time.perf_counter() - start_s
             self._thread = _in_thread(write)
         else:
-            write()
-            self.stall_s += time.perf_counter() - start_s - stall_s
+            self._mine.cost_s = time.perf_counter() - start_s
+            self._write(step, content)
         return None
 
     def look(self, step: int) -> tuple[Outcome | None, bool]:
@@ -161,12 +178,17 @@ class SavesBeside:
 
     def wait(self) -> Outcome | None:
         """Let all ranks wait for the end of what is under way. Returns how it ended; None where nothing was."""
-        start_s, outcome = time.perf_counter(), None
+        start_s = time.perf_counter()
+        outcome = self._ended()
+        self.stall_s += time.perf_counter() - start_s
+        return outcome
+
+    def _ended(self) -> Outcome | None:
+        outcome = None
         while self.is_writing:
             outcome = self._settled(self._comm.allgather_object(self._mine, name="checkpoint.look"))
             if outcome is None:
                 time.sleep(_WAIT_S)
-        self.stall_s += time.perf_counter() - start_s
         return outcome
 
     def close(self) -> None:
@@ -227,7 +249,7 @@ class SavesBeside:
         if failed or everyone[0].phase is Phase.PUBLISHED:
             self._step, self._mine = None, _Progress()
             self._cost_s = max(each.cost_s for each in everyone)
-            return Outcome(step, f"rank {failed[0][0]}: {failed[0][1]}" if failed else "")
+            return Outcome(step, self._named(*failed[0]) if failed else "")
         if self._comm.rank == 0:
             self._mine.phase = Phase.PUBLISHING
             parts = {name: part for each in everyone for name, part in each.parts.items()}
@@ -235,6 +257,9 @@ class SavesBeside:
         else:
             self._mine.phase = Phase.WRITTEN
         return None
+
+    def _named(self, rank: int, error: str) -> str:
+        return f"rank {rank}: {error}" if self._comm.size > 1 else error
 
     def _schedule(self, step: int, of_rank_0: _Progress) -> bool:
         """Choose the step after which all look again, by the clock of rank 0; return whether a checkpoint is due."""
@@ -253,7 +278,7 @@ class SavesBeside:
 class _Noted:
     """Notes of a block in a thread its processor's time, and an error as the end of this rank's part."""
 
-    def __init__(self, saves: SavesBeside) -> None:
+    def __init__(self, saves: Checkpointer) -> None:
         self._progress = saves._mine
 
     def __enter__(self) -> None:
@@ -261,7 +286,7 @@ class _Noted:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         self._progress.cost_s += time.thread_time() - self._start_s
-        if error is None:
+        if not isinstance(error, Exception):
             return False
         self._progress.is_fatal = not isinstance(error, _FAILURES)
         self._progress.error, self._progress.phase = _text(error), Phase.FAILED

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featurestore.published.paths import RunPath
 from trainer.comm import Comm, SoloComm
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.runs.places import CheckpointPlace, place_of
+from trainer.runs.saving import Checkpointer
 
 SHARDS = 8
 
@@ -81,6 +84,19 @@ class Trained:
 
     def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
         self.rows = {name: state[name] for name in self.rows}
+
+
+def save(
+    comm: Comm,
+    into: CheckpointPlace | RunPath,
+    trained: Trained,
+    state: CheckpointState,
+    keep: int,
+    best: int | None = None,
+) -> RunPath:
+    """Write a checkpoint on all ranks, and wait for it."""
+    place = into if isinstance(into, CheckpointPlace) else place_of(into)
+    return Checkpointer(comm, place, None, lambda: None).save(trained, state, keep, best)
 
 
 def origin_of(**changes: Any) -> Origin:

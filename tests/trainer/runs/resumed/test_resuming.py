@@ -10,6 +10,7 @@ import pytest
 from featurestore.published import PublishedFiles, open_published
 from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.storage.storage import Storage
+from tests.trainer.runs import saved
 from tests.trainer.runs.resumed.test_resume import Runs, assert_same, content, names, steps_of
 from tests.trainer.runs.resumed.test_runs_on_s3 import assert_same as assert_same_far
 from tests.trainer.runs.saved import Trained, flip_bit, on_ranks, state_at
@@ -128,7 +129,7 @@ def test_all_ranks_take_the_same_one(place_for: str, tmp_path: Path, request: py
     ]
     steps = range(50, 51 + len(damages))
     for step in steps:
-        on_ranks(2, lambda comm, step=step: checkpoint.save(comm, checkpoints, _of(comm, step), state_at(step), 99))
+        on_ranks(2, lambda comm, step=step: saved.save(comm, checkpoints, _of(comm, step), state_at(step), 99))
     damage_of = _damage_of(checkpoints)
     for step, (name, how) in zip(steps[1:], damages, strict=True):
         damage_of(step, name, how)

@@ -13,20 +13,21 @@ import torch
 from safetensors.torch import load, save
 
 from tests.fuse import FORK, Fuse
+from tests.trainer.runs import saved
 from tests.trainer.runs.saved import Trained, on_ranks, state_at
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.places import DiskPlace, PackedTensors, WrittenPart, write_tensors
-from trainer.runs.saving import Outcome, SavesBeside
+from trainer.runs.saving import Checkpointer, Outcome
 
 
 def nothing() -> None:
     """Before a checkpoint is published."""
 
 
-def until_the_end(saves: SavesBeside) -> Outcome:
+def until_the_end(saves: Checkpointer) -> Outcome:
     outcome = saves.wait()
     assert outcome is not None
     return outcome
@@ -56,7 +57,7 @@ def test_it_is_the_state_at_the_step_that_began_it(tmp_path: Path, size: int) ->
     place = Held(tmp_path)
 
     def work(comm: Comm) -> float:
-        trained, saves = Trained(comm.rank, comm.size, 1.0), SavesBeside(comm, place, None, nothing)
+        trained, saves = Trained(comm.rank, comm.size, 1.0), Checkpointer(comm, place, None, nothing)
         assert saves.begin(trained, state_at(50), 3, None) is None
         assert saves.is_writing and saves.looks_after(51)
         trained.dense["layer.weight"] += 1  # the next step
@@ -88,7 +89,7 @@ def test_what_failed_is_told_and_the_next_is_written(tmp_path: Path) -> None:
             return super().write(step, name, content)
 
     def work(comm: Comm) -> list[Outcome]:
-        saves, outcomes = SavesBeside(comm, Full(tmp_path), None, nothing), []
+        saves, outcomes = Checkpointer(comm, Full(tmp_path), None, nothing), []
         for step in (50, 60):
             saves.begin(Trained(comm.rank, comm.size, float(step)), state_at(step), 3, None)
             outcomes.append(until_the_end(saves))
@@ -100,7 +101,7 @@ def test_what_failed_is_told_and_the_next_is_written(tmp_path: Path) -> None:
 
 
 def test_a_file_that_gets_no_longer_fails_one_checkpoint(tmp_path: Path) -> None:
-    trained, saves = Trained(), SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    trained, saves = Trained(), Checkpointer(SoloComm(), DiskPlace(tmp_path), None, nothing)
     trained.dense = {"layer.weight": torch.zeros(1_000, 100)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -121,7 +122,7 @@ def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind:
             raise kind("no state")
 
     def work(comm: Comm) -> Outcome | None:
-        saves = SavesBeside(comm, DiskPlace(tmp_path), None, nothing)
+        saves = Checkpointer(comm, DiskPlace(tmp_path), None, nothing)
         return saves.begin((Broken if comm.rank == 1 else Trained)(comm.rank, 2), state_at(50), 3, None)
 
     for outcome in on_ranks(2, work):
@@ -135,7 +136,7 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
             raise CheckpointError("another start of this run continues")
 
     def work(comm: Comm) -> None:
-        saves = SavesBeside(comm, Taken(tmp_path), None, nothing)
+        saves = Checkpointer(comm, Taken(tmp_path), None, nothing)
         saves.begin(Trained(comm.rank, comm.size), state_at(50), 3, None)
         saves.wait()
 
@@ -149,7 +150,7 @@ def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -
     first, second = DiskPlace(tmp_path / "checkpoints"), DiskPlace(tmp_path / "checkpoints")
 
     def work(comm: Comm) -> list[str]:
-        seen, mine = [], SavesBeside(comm, first, None, nothing)
+        seen, mine = [], Checkpointer(comm, first, None, nothing)
         for step, claims in ((50, first), (60, second)):
             comm.on_rank_0(claims.claim)
             try:
@@ -162,15 +163,15 @@ def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -
     for published, refused in on_ranks(size, work):
         assert published == str(Outcome(50, ""))
         assert "is written to by another start of this run, " in refused
-    on_ranks(1, lambda comm: checkpoint.save(comm, second, Trained(), state_at(70), 3))
+    on_ranks(1, lambda comm: saved.save(comm, second, Trained(), state_at(70), 3))
     with pytest.raises(CheckpointError, match="another start of this run"):
-        checkpoint.save(SoloComm(), first, Trained(), state_at(80), 3)
+        saved.save(SoloComm(), first, Trained(), state_at(80), 3)
     assert [path.name for path in finished(tmp_path / "checkpoints")] == ["step-00000050", "step-00000070"]
 
 
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.runs.saving.free_bytes", lambda: 100)
-    saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    saves = Checkpointer(SoloComm(), DiskPlace(tmp_path), None, nothing)
     monkeypatch.setattr(PackedTensors, "pack", None)
     saves.begin(Trained(), state_at(50), 3, None)
     assert (tmp_path / ".step-00000050" / "dense.safetensors").exists()
@@ -179,8 +180,8 @@ def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeyp
 
 
 def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
-    checkpoint.save(SoloComm(), tmp_path, Trained(value=1.0), state_at(50), 3)
-    saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    saved.save(SoloComm(), tmp_path, Trained(value=1.0), state_at(50), 3)
+    saves = Checkpointer(SoloComm(), DiskPlace(tmp_path), None, nothing)
     assert saves.begin(Trained(value=2.0), state_at(50), 3, None) is None
     assert not saves.is_writing and (loaded(tmp_path, 50).dense["layer.weight"] == 1.0).all()
 
@@ -189,7 +190,7 @@ def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
 def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(tmp_path: Path) -> None:
     """On a disk; in the midst of what is written too. On S3: test_far_places.py."""
     folder = tmp_path / "checkpoints"
-    checkpoint.save(SoloComm(), folder, Trained(value=1.0), state_at(1), 2)
+    saved.save(SoloComm(), folder, Trained(value=1.0), state_at(1), 2)
     expected, at, killed = [1], 1, 0
     while True:
         step, fuse = expected[-1] + 1, Fuse(at, tmp_path / "trace")
@@ -197,7 +198,7 @@ def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(
         def writer(fuse: Fuse = fuse, step: int = step) -> None:
             torch.set_num_threads(1)
             fuse.watch_disk(str(folder))
-            saves = SavesBeside(SoloComm(), DiskPlace(folder), None, nothing)
+            saves = Checkpointer(SoloComm(), DiskPlace(folder), None, nothing)
             saves.begin(Trained(value=float(step)), state_at(step), 2, None)
             assert until_the_end(saves).error == ""
 
@@ -219,7 +220,7 @@ def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(
 
 def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path) -> None:
     place = Held(tmp_path)
-    saves = SavesBeside(SoloComm(), place, None, nothing)
+    saves = Checkpointer(SoloComm(), place, None, nothing)
     saves.begin(Trained(), state_at(50), 3, None)
     threading.Timer(0.2, place.free.set).start()
     saves.close()
@@ -241,7 +242,7 @@ def test_one_is_due_by_the_clock_and_few_steps_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float, every_s: float, most_looks: int
 ) -> None:
     clock = Clock(monkeypatch)
-    saves, begun_s, looks = SavesBeside(SoloComm(), DiskPlace(tmp_path), every_s, nothing), [0.0], 0
+    saves, begun_s, looks = Checkpointer(SoloComm(), DiskPlace(tmp_path), every_s, nothing), [0.0], 0
     for step in range(1, int(10 * max(every_s, step_s) / step_s) + 3):
         clock.now_s += step_s
         if saves.looks_after(step):
@@ -270,7 +271,7 @@ def test_a_dear_one_comes_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyP
             clock.processor_s += busy_s.pop()
             return super().write(step, name, content)
 
-    saves = SavesBeside(SoloComm(), Busy(tmp_path), 60.0, nothing)
+    saves = Checkpointer(SoloComm(), Busy(tmp_path), 60.0, nothing)
     stall_s, busy_s = [1.0, 7.0], [1.0, 0.0, 1.0, 2.0]  # the last ones first: 10 s in all, then 2
     due_s = []
     while stall_s:

@@ -13,6 +13,7 @@ from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
 from tests.faulty import FaultyStorage, fails, made_but_lost, while_set
 from tests.fuse import FORK, Fuse
+from tests.trainer.runs import saved
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, state_at
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
@@ -34,9 +35,7 @@ def folder(s3_url: str) -> FarPath:
 
 
 def save(place: FarPlace | FarPath, step: int, value: float = 1.0, size: int = 1, keep: int = 3) -> None:
-    done = on_ranks(
-        size, lambda comm: checkpoint.save(comm, place, Trained(comm.rank, size, value), state_at(step), keep)
-    )
+    done = on_ranks(size, lambda comm: saved.save(comm, place, Trained(comm.rank, size, value), state_at(step), keep))
     for each in done:
         if isinstance(each, Exception):
             raise each
@@ -96,7 +95,7 @@ def test_killed_at_every_write_there_is_the_old_one_or_the_new(folder: FarPath, 
         def writer(fuse: Fuse = fuse, step: int = step) -> None:
             torch.set_num_threads(1)
             fuse.watch_s3({"put_object", "delete_object", "delete_objects"})
-            checkpoint.save(SoloComm(), FarPlace(folder), Trained(value=float(step)), state_at(step), 2)
+            saved.save(SoloComm(), FarPlace(folder), Trained(value=float(step)), state_at(step), 2)
 
         process = FORK.Process(target=writer)
         process.start()
@@ -214,7 +213,7 @@ class TestReaders:
 def test_the_newest_and_the_best_are_kept(folder: FarPath) -> None:
     place = place_of(folder)
     for step in (10, 20, 30, 40):
-        checkpoint.save(SoloComm(), place, Trained(), state_at(step), 2, best=10)
+        saved.save(SoloComm(), place, Trained(), state_at(step), 2, best=10)
     assert steps(folder) == [10, 30, 40]
     assert place.has(10) and not place.has(20)
     place.remove([path for path in finished(folder) if path.name != "step-00000010"])
