@@ -205,7 +205,7 @@ class TestIndex:
         found = SnapshotId.of(made.snapshot())
         accepted.accept(path, accepted.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={}))
         said = invoke(index_app, *words, "--add", code=1)
-        assert f"the index {index} belongs to" in said and "build the index anew, without --add" in said
+        assert f"the index {index} belongs to" in said and "build the index again, without --add" in said
         assert recorded.store_id[:8] in said and found.store_id[:8] in said
         invoke(index_app, *words)
         invoke(index_app, *words, "--add")
