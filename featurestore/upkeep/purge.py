@@ -21,7 +21,6 @@ from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileEr
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
 from featurestore.format.shard import check_digest, write_shard_file
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
-from featurestore.parsing import parse_json
 from featurestore.published.channels import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING, QuarantineRow
@@ -37,10 +36,8 @@ from featurestore.upkeep.history import Pin, move_channel, read_pins, unpin
 _THREADS = 4
 _PARQUET = b"PAR1"
 _BLOCK_ROWS = 65_536  # of keys and uris
-_FEW = 1_000  # uris that are looked for within texts too; of more, a text is one of them or not
-_WITH_KEYS = ("staging/", "reports/")  # JSON files that may name keys; numbers elsewhere mean something else
 
-TraceKind = Literal["rows", "text", "unread"]
+TraceKind = Literal["rows", "unread"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Trace:
-    """A file that has rows of the images, a text that names one, or one that cannot be read, so that nobody knows."""
+    """A file that has rows of the images, or one that cannot be read, so that nobody knows."""
 
     kind: TraceKind
     path: str
@@ -114,11 +111,11 @@ class AbsenceReport:
 
 
 def find_traces(storage: Storage, images: Images, progress: Progress | None = None) -> AbsenceReport:
-    """Read every file below the store's address, also those that no snapshot names, and find rows of the images.
+    """Read every data file below the store's address, also those that no snapshot names, and find rows of the images.
 
-    Of Parquet files keys and uris are read, tombstones among them; of JSON files below staging/ and reports/ what
-    names a key or a uri; in all other files the bytes of the uris are looked for. Files that vanish meanwhile are left
-    out. Cost: the key and uri columns of all data files. Raises StorageError.
+    Data files are those that end in .parquet or begin as Parquet does: their keys and uris are read, tombstones among
+    them. Other files have no rows. Files that vanish meanwhile are left out. Cost: the key and uri columns of all data
+    files. Raises StorageError.
     """
     entries, report = storage.entries(), AbsenceReport()
 
@@ -142,12 +139,10 @@ def _trace(storage: Storage, entry: StorageEntry, images: Images, found: set[int
     path = entry.path
     try:
         with storage.open_input(path) as source:
-            is_parquet = source.read(len(_PARQUET)) == _PARQUET
-            if is_parquet or path.endswith(".parquet"):
-                source.seek(0)
-                rows = sum(_rows(source, images, found))
-            else:
-                return _text_trace(storage, path, images)
+            if source.read(len(_PARQUET)) != _PARQUET and not path.endswith(".parquet"):
+                return None
+            source.seek(0)
+            rows = sum(_rows(source, images, found))
     except (CorruptFileError, pa.ArrowException, OSError, KeyError) as error:
         if isinstance(error, FileNotFoundError | StorageError):
             raise
@@ -170,29 +165,6 @@ def _rows(source: Any, images: Images, found: set[int | str]) -> Iterator[int]:
         if uris is not None:
             found.update(uri for uri in uris.filter(pa.array(theirs_K)).to_pylist() if uri is not None)
         yield int(theirs_K.sum())
-
-
-def _text_trace(storage: Storage, path: str, images: Images) -> Trace | None:
-    data = storage.read_bytes(path)
-    try:
-        value = parse_json(data)
-    except ValueError:
-        found = any(uri.encode() in data for uri in images.uris)
-    else:
-        keys = frozenset(images.keys_N.tolist()) if path.startswith(_WITH_KEYS) else frozenset[int]()
-        found = _names_one(value, keys, images.uris, False)
-    return Trace("text", path, 0, f"{storage.full(path)} names one of them") if found else None
-
-
-def _names_one(value: Any, keys: frozenset[int], uris: frozenset[str], is_key: bool) -> bool:
-    """Return whether a JSON value has one of the uris, also within a text, or one of the keys where a key is meant."""
-    if isinstance(value, dict):
-        return any(_names_one(each, keys, uris, KEY in name) or name in uris for name, each in value.items())
-    if isinstance(value, list):  # an image in a report of a part is a list that begins with its key
-        return any(_names_one(each, keys, uris, is_key or not place) for place, each in enumerate(value))
-    if isinstance(value, str):
-        return value in uris or (len(uris) <= _FEW and any(uri in value for uri in uris))
-    return is_key and isinstance(value, int) and value in keys
 
 
 PURGE = "purge"
@@ -218,7 +190,7 @@ class PurgeReport:
     runs: list[str] = field(default_factory=list)
     """Of which the staged parts were removed."""
     num_files: int = 0
-    """Data files that were deleted, and others with a trace."""
+    """Data files that were deleted."""
     young: list[str] = field(default_factory=list)
     """What a writer may be at work on."""
     proof: AbsenceReport | None = None
