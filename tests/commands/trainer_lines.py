@@ -116,7 +116,7 @@ TRAINER = [
     ("trainer.main --config {unclosed}", 2, "YAML"),
     ("trainer.main --config {deepyaml}", 2, "nesting depth"),
     ("trainer.main --config {utf16}", 2, ""),
-    ("trainer.main --config {wrongshape}", 2, "there is a list where"),
+    ("trainer.main --config {wrongshape}", 2, "data=[1, 2] has to be a mapping"),
     ("trainer.main --config {unknown}", 2, "did you mean data.samples?"),
     ("trainer.main --config {anchor}", 2, ""),
     ("trainer.main --config ''", 2, ""),
