@@ -39,6 +39,7 @@ def test_a_kill_costs_steps_that_are_taken_again(steps: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_of_it(tmp_path: Path) -> None:
     out = tmp_path / "resume.json"
     small = ["--steps", "10", "--dtype", "float64", "--samples", "16", "--dir", str(tmp_path / "workload")]
