@@ -24,10 +24,10 @@ from trainer.evaluation.bootstrap import log_loss
 from trainer.evaluation.compare import Difference
 from trainer.runs import accepted, checkpoint
 from trainer.runs.saved import SavedRun, open_test, read_run
-from trainer.runs.stores import StorePlace, check_identity, kind_of_features, recorded_kind
+from trainer.runs.stores import StorePlace, check_identity, other_features
 
 NETWORK = "network"
-"""The gate that nothing can overrule: the run's E was trained on features of another kind."""
+"""The gate that an acceptance cannot overrule: the run's E was trained on features of another kind."""
 OTHER_SHARE = 0.001
 """Of the features of unchanged images: the share that may differ, such as of an image replaced without a new digest."""
 
@@ -147,7 +147,7 @@ class Check:
 
     def _compare(self, candidate: Snapshot, before: Snapshot | None, *, against_reported: bool) -> Comparison:
         found = Comparison()
-        if differences := self._other_kind(candidate):
+        if differences := other_features(candidate.info, self.saved.state, self.place.name):
             text = "; ".join(differences) + ": its E makes nothing of these"
             found.gates = [GateResult(gate=NETWORK, holds=False, text=text)]
             return found
@@ -176,15 +176,6 @@ class Check:
         found.gates.append(self._coverage(new, old))
         found.gates += score_gates(found.scores, self._limits) if found.scores else []
         return found
-
-    def _other_kind(self, snapshot: Snapshot) -> list[str]:
-        theirs = dict(checkpoint.flat(recorded_kind(self.saved.state, self.place.name)))
-        mine = dict(checkpoint.flat(kind_of_features(snapshot.info)))
-        return [
-            f"{each} is {mine.get(each)!r} here, {theirs.get(each)!r} in the checkpoint"
-            for each in sorted(mine.keys() | theirs.keys())
-            if mine.get(each) != theirs.get(each)
-        ]
 
     def _quarantine(self, candidate: Snapshot) -> GateResult:
         """Measure the share of images in quarantine, of those and the candidate's rows."""

@@ -270,15 +270,6 @@ def read_rows(
         yield lambda name: file_of[name].get_tensor(name)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """List names, with dots between the levels, and values of nested mappings."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 @contextmanager
 def agreed(comm: Comm, what: str) -> Iterator[None]:
     """Run the block on every rank and then raise on all if one failed: CheckpointError, disk errors translated."""

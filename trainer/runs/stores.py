@@ -147,14 +147,9 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: RunPath, state: 
 
 
 def other_features(info: StoreInfo, state: CheckpointState, name: str) -> list[str]:
-    """Say what is otherwise in the features of a store than in those of this name that the checkpoint's E has seen."""
-    found = differences(kind_of_features(info), recorded_kind(state, name))
-    return [each.text("in the checkpoint") for each in found]
-
-
-def recorded_kind(state: CheckpointState, name: str) -> dict[str, Any]:
-    """Return `kind_of_features` of the store of that name, as the checkpoint has it."""
-    return state.origin.stores.get(name, state.origin.store)
+    """List how a store's features differ from those that the checkpoint's E was trained on; `name` is the store's."""
+    recorded = state.origin.stores.get(name, state.origin.store)
+    return [each.text("in the checkpoint") for each in differences(kind_of_features(info), recorded)]
 
 
 def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: SnapshotId) -> FeaturePartition:
