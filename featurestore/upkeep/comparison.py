@@ -39,7 +39,8 @@ class RowChanges:
     @property
     def is_same(self) -> bool:
         """Whether nothing is lost, no image is another one, and their features are the same but for rounding."""
-        return self.num_compared > 0 == self.num_other == self.num_changed == self.num_before - self.num_common
+        num_lost = self.num_before - self.num_common
+        return self.num_compared > 0 and not (num_lost or self.num_changed or self.num_other)
 
 
 def compare_rows(
