@@ -12,8 +12,15 @@ from serving.errors import BrokenBundleError
 from serving.scoring.columns import RequestColumns
 from serving.scoring.samples import ScoreTable, score_samples
 from trainer.comm import SoloComm
+from trainer.config.options import ModelConfig
 from trainer.runs.saved import TrainedRun, open_test, open_trained
 from trainer.samples.reader import SampleIndex, SampleReader
+
+TOLERANCE = 1e-5
+"""Of a logit, where E multiplies in float32 or float64."""
+BFLOAT16_TOLERANCE = 0.01
+"""Of a logit, where E multiplies in bfloat16. The order of an image's sums depends on how many images the product has,
+and where that changes a rounding, a number of the image's vector moves by up to 2 ** -8 of itself."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class LogitsCompared:
     mean: float
     worst_at: str
     """File, row and place of the impression that differs most."""
+    tolerance: float
+    """What rounding alone may make of a logit of this run."""
     notes: tuple[str, ...]
     """What a reader of the figures should know."""
 
@@ -59,6 +68,7 @@ def compare(
         online_N = np.concatenate(list(score_samples(score, index, columns)))
         offline_N = _engine_logits(trained, index)
         notes = trained.saved.notes_on_missing(trained.missing_lookups())
+        tolerance = tolerance_of(trained.config.model)
         used = {name: record.version for name, record in trained.stores.items()}
     for name, version in snapshots.items():
         if used.get(name, version) != version:
@@ -72,8 +82,13 @@ def compare(
     apart_N = np.abs(online_N - offline_N)
     worst = int(apart_N.argmax())
     return LogitsCompared(
-        len(apart_N), float(apart_N[worst]), float(apart_N.mean()), _place(index, worst), tuple(notes)
+        len(apart_N), float(apart_N[worst]), float(apart_N.mean()), _place(index, worst), tolerance, tuple(notes)
     )
+
+
+def tolerance_of(model: ModelConfig) -> float:
+    """Return by how much rounding may move a logit between two ways of scoring one impression."""
+    return BFLOAT16_TOLERANCE if model.compute_dtype == "bfloat16" else TOLERANCE
 
 
 def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

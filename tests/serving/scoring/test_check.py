@@ -26,7 +26,7 @@ from serving.http.live.source import BundleSource
 from serving.http.settings import ServerSettings
 from serving.scoring.scorer import Scorer
 from tests.explorer.serving import in_thread
-from tests.serving.scoring.variants import Exported
+from tests.serving.scoring.variants import Exported, export, train_run
 from trainer.evaluation.predict import predict_run
 from trainer.samples.columns import Rule
 
@@ -69,6 +69,18 @@ def test_a_bundle_of_other_vectors_does_not(model: Exported, tmp_path: Path) -> 
     assert found.exit_code == 1, found.output
     assert "is more than --tolerance 1e-05" in found.stderr and "impression" in found.stdout
     assert check(url, "--tolerance", 100).exit_code == 0
+
+
+def test_a_run_in_bfloat16_has_the_tolerance_of_its_roundings(model: Exported, tmp_path: Path) -> None:
+    run = train_run(model.places, "bfloat16", "contents", model__compute_dtype="bfloat16")
+    url, file = str(tmp_path / "model"), tmp_path / "figures.json"
+    export(run, url)
+    assert check(url, "--json", file).exit_code == 0
+    figures = json.loads(file.read_text())
+    assert figures["tolerance"] == 0.01 >= figures["worst"]
+    (vectors,) = Path(url).glob("bundles/*/vectors/images")
+    FeatureStore.open(vectors).delete(np.arange(1_000, 1_049))
+    assert check(url).exit_code == 1
 
 
 def test_another_checkpoint_is_refused(model: Exported, variants: Variants) -> None:
