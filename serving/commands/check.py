@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from featurestore.console.output import print_problem, print_summary
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
 from serving.commands.bundle import Url
+
+if TYPE_CHECKING:
+    from serving.scoring.check import LogitsCompared
 
 app = CommandApp()
 
@@ -77,12 +80,15 @@ def check(
         )
     print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
     print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
+    _print(found)
+    write_json_option(json_file, asdict(found))
+    if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
+        print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
+        raise typer.Exit(FAILED)
+
+
+def _print(found: "LogitsCompared") -> None:
     print_summary(f"impressions  {found.impressions:,}")
     print_summary(f"logits       differ by {found.worst:.3g} at most ({found.worst_at}), {found.mean:.3g} on average")
     for note in found.notes:
         print_summary(f"note         {note}")
-    write_json_option(json_file, asdict(found))
-    allowed = found.tolerance if tolerance is None else tolerance
-    if not found.worst <= allowed:
-        print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
-        raise typer.Exit(FAILED)
