@@ -71,14 +71,15 @@ test: $(FOR_TESTS) ## Run all that guards a promise, also under horovodrun; TEST
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster and not browser and not pages" $(TEST_ARGS)
 
 test-slow: $(PEERS) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
-	$(ON_PATH) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	$(ON_PATH) $(BIN)/python -m pytest -m "slow and not cluster" $(TEST_ARGS)
 
 test-versions: ## Run `make test` on the newest Python and torch, then on the oldest, each in a new environment: weekly
 	rm -rf $(VERSIONS_DIR)
 	$(MAKE) test VENV=$(VERSIONS_DIR)/newest PYTHON=python$(NEWEST_PYTHON)
 	$(MAKE) test VENV=$(VERSIONS_DIR)/oldest PYTHON=python$(OLDEST_PYTHON) TORCH="$(OLDEST_TORCH)"
 
-# Debian's sshd and Slurm are unpacked below data/cluster; the machine itself stays as it is.
+# Debian's sshd and Slurm are unpacked below data/cluster; the machine itself stays as it is. What takes longest is marked
+# slow as well: TEST_ARGS="-m 'cluster and not slow'" leaves it out.
 test-cluster: $(FOR_TESTS) ## Run what needs root, network namespaces, sshd or Slurm; it says what it could not run, and why
 	tools/cluster_packages.sh $(CLUSTER_DIR) || true
 	$(ON_PATH) CLUSTER_PACKAGES=$(abspath $(CLUSTER_DIR)) $(BIN)/python -m pytest -m cluster $(TEST_ARGS)

@@ -37,6 +37,7 @@ def dask(net: Network, s3: dict[str, str], tmp_path_factory: pytest.TempPathFact
     return hosts
 
 
+@pytest.mark.slow
 def test_an_extraction_whose_workers_host_dies_has_the_rows_of_a_calm_one(
     dask: DaskHosts, s3: dict[str, str], tmp_path: Path
 ) -> None:

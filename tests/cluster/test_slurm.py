@@ -87,7 +87,7 @@ def test_two_nodes_train_by_torch_too(slurm: Slurm, shop: Shop, whole: Leg, tmp_
     assert "torch" in training.log.read_text(), training.output()
 
 
-@pytest.mark.parametrize("node", ["a", "b"])
+@pytest.mark.parametrize("node", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_a_job_whose_node_fails_continues_on_it_later(
     slurm: Slurm, shop: Shop, whole: Leg, tmp_path: Path, node: str
 ) -> None:
@@ -104,6 +104,7 @@ def test_a_job_whose_node_fails_continues_on_it_later(
     assert_no_step_or_sample_is_lost(training.legs(2), whole, STEPS)
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_over_writes_a_checkpoint_and_waits_for_a_drained_node(
     slurm: Slurm, shop: Shop, whole: Leg, tmp_path: Path
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_message(slurm: Slurm, shop: Sho
     assert "s3://shop/nothing" in training.output()
 
 
+@pytest.mark.slow
 def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
     """extract.sbatch: Dask over TLS; its key is on the nodes' own disks, and gone when the job has ended."""
     images, log, head = tmp_path / "images", tmp_path / "log.txt", shop.net["s3"]

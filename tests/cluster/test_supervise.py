@@ -79,6 +79,7 @@ def test_a_host_dies_and_comes_back(shop: Shop, whole: Leg, tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_network_between_two_hosts_is_cut_for_30_seconds(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     """The rank beyond the cut ends before another one is started: it has heard nothing for a lease."""
     run = supervised(shop, tmp_path)
@@ -102,6 +103,7 @@ def test_the_network_between_two_hosts_is_cut_for_30_seconds(shop: Shop, whole: 
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     """The run's folder is on a small disk of host a, which other files fill until a checkpoint could not be written."""
     host = shop.net["a"]
@@ -120,6 +122,7 @@ def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) ->
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_s3_is_away_for_a_minute(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     """Nothing can be read or written: ranks and supervisor wait, or ranks fail and are started again until it is back.
 

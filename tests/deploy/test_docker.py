@@ -128,6 +128,7 @@ def call(image: Built, *words: str, home: Path | None = None) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
 class TestSteps:
