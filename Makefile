@@ -121,17 +121,11 @@ tree: ## Print every file with the line that says what it is for
 bench: $(PEERS) ## Run the benchmarks; the figures go to data/bench/*.json
 	mkdir -p $(BENCH_DIR)
 	$(ON_PATH) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.flight --json $(BENCH_DIR)/flight.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.refresh --json $(BENCH_DIR)/refresh.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.compact --dir $(BENCH_DIR)/compact --json $(BENCH_DIR)/compact.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.comm --dir $(BENCH_DIR)/comm --json $(BENCH_DIR)/comm.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.plan --dir $(BENCH_DIR)/plan --json $(BENCH_DIR)/plan.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.days --dir $(BENCH_DIR)/days --json $(BENCH_DIR)/days.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.read --dir $(BENCH_DIR)/read --json $(BENCH_DIR)/read.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.resume --dir $(BENCH_DIR)/resume --json $(BENCH_DIR)/resume.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.restart --dir $(BENCH_DIR)/restart --json $(BENCH_DIR)/restart.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.scale --dir $(BENCH_DIR)/scale --json $(BENCH_DIR)/scale.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.explorer --dir $(BENCH_DIR)/explorer --json $(BENCH_DIR)/explorer.json

@@ -5,7 +5,7 @@ python -m benchmarks.serve --json data/bench/serve.json
 A model of the paper-shaped workload is trained for a few steps, with images and without, and published for this
 machine. The server has the first core, the client the others; a user has 33 behaviours. Goals: http_p50_ms_200 2,
 http_p99_ms_200 6, images_vs_none 1.05, vs_engine_rps 5, vs_fastapi_eager_rps 2, switch_failed 0, delta_share .03,
-rss_growth_mb 20. flight_vs_local is a figure of benchmarks.flight.
+rss_growth_mb 20.
 """
 
 import os

@@ -21,7 +21,7 @@ from tests.commands.lines import LINES
 
 HEAVY = ("dask", "distributed", "faiss", "matplotlib", "pandas", "pyarrow", "s3fs", "scipy", "sklearn", "torch")
 """Libraries that take longest to import; a help needs none of them."""
-WITHOUT_PLACES = {"benchmarks.quality", "benchmarks.id_tables", "tools/demo", "trainer.slurm"}
+WITHOUT_PLACES = {"benchmarks.quality", "tools/demo", "trainer.slurm"}
 """Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
 WRITERS = {
     f"benchmarks.{name}"

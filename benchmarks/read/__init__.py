@@ -1,1 +1,0 @@
-"""Reading of samples by many ranks: what each decodes, its bytes from S3, and how well samples are mixed."""

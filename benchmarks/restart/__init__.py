@@ -1,1 +1,0 @@
-"""How long a supervised run takes to continue after a loss."""
