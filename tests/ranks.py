@@ -17,8 +17,7 @@ from pathlib import Path
 import psutil
 
 from trainer.launch import By
-from trainer.supervise.hosts import LOOPBACK, Reach, environments
-from trainer.supervise.policy import HostSlots
+from trainer.supervise.hosts import LOOPBACK, HostSlots, Reach, environments
 
 HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
 TIMEOUT_S = 200

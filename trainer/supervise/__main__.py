@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import shlex
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +12,9 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.errors import ConfigError
 from trainer.launch import By
-from trainer.supervise.claim import claimed
-from trainer.supervise.hosts import LOOK_BY_SCRIPT_S, LOOK_S, TrainCommand, check_ssh, hosts_of, parse_command
-from trainer.supervise.policy import HostSlots
-from trainer.supervise.supervisor import Options, Printer, Supervisor
+from trainer.supervise.hosts import count_slots, hosts_of
+from trainer.supervise.run import claimed, parse_command
+from trainer.supervise.supervisor import Printer, Supervisor
 
 EXAMPLES = """
 Examples:
@@ -42,7 +41,6 @@ Hosts = Annotated[
 HostsFile = Annotated[
     Path | None, typer.Option(help="A file with a line HOST:SLOTS for each; it is read again now and then.")
 ]
-HostScript = Annotated[Path | None, typer.Option("--host-discovery-script", help="A program that prints such lines.")]
 app = CommandApp(rich_markup_mode="markdown")
 
 
@@ -54,7 +52,6 @@ def main(
     ],
     hosts: Hosts = None,
     hosts_file: HostsFile = None,
-    script: HostScript = None,
     min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1,
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None,
     by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD,
@@ -64,9 +61,9 @@ def main(
         typer.Option("--max-restarts-without-progress", min=0, help="In a row, without a newer checkpoint between."),
     ] = 5,
     backoff: Annotated[
-        float, typer.Option("--backoff-s", min=0, help="Before the first restart without progress; then doubled.")
+        float,
+        typer.Option("--backoff-s", min=0, help="Before the first restart without progress; doubled up to 60."),
     ] = 5,
-    most_backoff: Annotated[float, typer.Option("--max-backoff-s", min=0, help="The longest of these pauses.")] = 60,
     rejoin_after: Annotated[
         float,
         typer.Option("--rejoin-after-s", min=0, help="From a start to a stop that takes more hosts in, at least."),
@@ -85,36 +82,28 @@ def main(
     """Train a run on several hosts, and start it again by itself when a rank or a host is lost."""
     if max_np is not None and max_np < min_np:
         raise ConfigError(f"--max-np {max_np} is less than --min-np {min_np}")
-    read_hosts = hosts_of(hosts, hosts_file, script, max_np)
-    named = read_hosts()
-    by_ssh = shlex.split(ssh)
-    check_ssh(by_ssh, named)
-    slots = sum(each.count for each in named)
-    if slots < min_np and hosts_file is script is None:
+    read_hosts = hosts_of(hosts, hosts_file, max_np)
+    slots = count_slots(read_hosts())
+    if slots < min_np and hosts_file is None:
         raise ConfigError(f"--min-np {min_np}: --hosts {hosts} has {slots} slots")
-    options = Options(
-        min_ranks=min_np,
-        max_ranks=max_np or 10**6,
-        by=by,
-        ssh=tuple(by_ssh),
-        most_fruitless=fruitless,
-        backoff_s=backoff,
-        most_backoff_s=most_backoff,
-        rejoin_after_s=rejoin_after,
-        wait_for_hosts_s=wait_for_hosts,
-        stop_grace_s=stop_grace,
-        lease_s=lease,
-        look_s=LOOK_S if script is None else LOOK_BY_SCRIPT_S,
-    )
-    raise typer.Exit(_supervise(parse_command(command), read_hosts, options))
-
-
-def _supervise(train: TrainCommand, read_hosts: Callable[[], list[HostSlots]], options: Options) -> int:
-    """Claim the run's folder, and start the run until it ends; return the exit code."""
+    train = parse_command(command)
     with claimed(train.folder), contextlib.closing(Printer()) as printer:
-        if not train.name_was_given:
-            printer.say(f"run.name={train.folder.name}; give it, and the same command continues this run")
-        return asyncio.run(Supervisor(train, read_hosts, options, printer).run())
+        supervisor = Supervisor(
+            command=train,
+            read_hosts=read_hosts,
+            printer=printer,
+            min_ranks=min_np,
+            max_ranks=max_np or sys.maxsize,
+            by=by,
+            ssh=shlex.split(ssh),
+            most_fruitless=fruitless,
+            backoff_s=backoff,
+            rejoin_after_s=rejoin_after,
+            wait_for_hosts_s=wait_for_hosts,
+            stop_grace_s=stop_grace,
+            lease_s=lease,
+        )
+        raise typer.Exit(asyncio.run(supervisor.run()))
 
 
 if __name__ == "__main__":

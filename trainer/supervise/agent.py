@@ -14,12 +14,9 @@ Ranks hold stdout open: its end says that nothing of this process is left.
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -29,7 +26,7 @@ from typing import IO, Any
 AS_RANK = "--as-rank"
 BEATS = 10
 """In a lease."""
-_DEATH_SIGNAL, _ADDRESS_OF = 1, 0x8915  # PR_SET_PDEATHSIG, SIOCGIFADDR
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 class Agent:
@@ -45,9 +42,12 @@ class Agent:
 
     def work(self) -> None:
         """Do what the supervisor says, until it is gone."""
+        import psutil  # which is not there for --as-rank: Python is started without packages
+
         for task in (self._beat, self._watch_lease):
             threading.Thread(target=task, daemon=True).start()
-        self._answer({"is": "here", "interfaces": addresses(), "ssh": os.environ.get("SSH_CONNECTION")})
+        interfaces = {each.address: name for name, found in psutil.net_if_addrs().items() for each in found}
+        self._answer({"is": "here", "interfaces": interfaces, "ssh": os.environ.get("SSH_CONNECTION")})
         for line in sys.stdin:
             asked = json.loads(line)
             if asked["do"] == "beat":
@@ -129,17 +129,6 @@ class Agent:
                     line = line[os.write(self._answers, line) :]
             except OSError:  # nobody reads any more
                 self.end()
-
-
-def addresses() -> dict[str, str]:
-    """Find the name of each network interface by its IPv4 address."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(any_socket, _ADDRESS_OF, struct.pack("256s", name.encode()[:15]))
-                found[socket.inet_ntoa(answer[20:24])] = name
-    return found
 
 
 def become(parent: int, command: list[str]) -> None:

@@ -1,10 +1,13 @@
-"""The supervisor: generations of ranks, restarts, and the report."""
+"""The supervisor: generations of ranks, one after the other, until the run has ended.
+
+A generation is one start of all ranks; it made progress if the run's newest checkpoint is of a later step afterwards.
+What to do next is decided, and said, by pure functions of the generations that are over.
+"""
 
 import asyncio
 import contextlib
 import os
 import queue
-import random
 import signal
 import sys
 import threading
@@ -19,41 +22,135 @@ from featurestore.console.commandline import OK, STOPPED
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text import count_text, printable
 from trainer.launch import By, Variables
-from trainer.supervise import policy
-from trainer.supervise.hosts import Link, News, TrainCommand, environments, reach_of
-from trainer.supervise.policy import HostSlots, Past, RankEnd
+from trainer.supervise.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all
+from trainer.supervise.run import TrainCommand
 
+NUMBER = "SUPERVISE_GENERATION"
+DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
+"""How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
+_LOOK_S = 1.0
+"""Between two readings of the hosts."""
+_SETTLE_S = 3.0
+"""After enough hosts are there, for the others to come too."""
+_KILL_S = 20.0
+"""After SIGKILL; a host that does not say by then that its ranks are gone is given up."""
 _LAST_LINES_S = 10.0
+_OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")
+"""Variables, or beginnings of them, that are a host's own."""
 _ERROR, _LONG = "error: ", 500
+SUSPICIOUS = 2
+"""Fruitless generations that the same host began to end, after which it is left out if there are enough others."""
+MOST_BACKOFF_S = 60.0
 
 
-class Printer:
-    """Prints in a thread: a terminal that has been stopped must not keep the supervisor from its hosts."""
+@dataclass(frozen=True, kw_only=True)
+class RankEnd:
+    """How one rank ended, in the order in which the supervisor heard of it."""
 
-    def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[tuple[TextIO, str] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._print, daemon=True)
-        self._thread.start()
+    rank: int
+    host: str
+    code: int | None
+    """As of subprocess: below 0 the signal; None where its host is out of reach."""
+    error: str | None = None
+    """What it said last on stderr, see LastWords."""
+    was_killed: bool = False
+    """Whether the supervisor sent SIGKILL, as the rank did not end by itself."""
 
-    def line(self, stream: TextIO, text: str) -> None:
-        """Print a line, soon."""
-        self._lines.put((stream, f"{text}\n"))
+    @property
+    def gave_up(self) -> bool:
+        """Whether the rank ended itself, maybe because of another one.
 
-    def say(self, text: str) -> None:
-        """Print a line of the supervisor's own."""
-        self.line(sys.stderr, f"supervise: {printable(text)}")
+        SIGABRT is a program's own: C++ sends it to itself for an error that nobody takes, as Gloo's of a rank that does
+        not come while they connect.
+        """
+        return self.code is not None and (self.code > 0 or self.code == -signal.SIGABRT)
 
-    def close(self) -> None:
-        """Wait until all is printed, but not for ever."""
-        self._lines.put(None)
-        self._thread.join(_LAST_LINES_S)
 
-    def _print(self) -> None:
-        while (line := self._lines.get()) is not None:
-            stream, text = line
-            with contextlib.suppress(OSError):  # nobody reads any more
-                stream.write(text)
-                stream.flush()
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """One generation that is over."""
+
+    hosts: tuple[HostSlots, ...]
+    """With the number of ranks of each."""
+    step_before: int
+    step_after: int
+    ends: tuple[RankEnd, ...]
+    asked: bool = False
+    """Whether the supervisor ended it to continue with more hosts."""
+
+    @property
+    def made_progress(self) -> bool:
+        return self.step_after > self.step_before
+
+    @property
+    def first(self) -> RankEnd | None:
+        """The first end that was neither a good one nor a stop."""
+        return next((end for end in self.ends if end.code not in (OK, STOPPED)), None)
+
+    @property
+    def culprit(self) -> RankEnd | None:
+        """The rank whose end, or hanging, ended the others: one that waited in vain for another says so and fails."""
+        first = self.first
+        stuck = next((end for end in self.ends if end.was_killed), None)
+        return stuck if stuck and first and first.gave_up else first
+
+    @property
+    def suspect(self) -> str | None:
+        """The host whose rank died, hung or was lost; a rank that gives up may do so because of another one."""
+        end = self.culprit
+        return end.host if end and (end.was_killed or not end.gave_up) else None
+
+
+def place(available: Sequence[HostSlots], min_ranks: int, max_ranks: int) -> tuple[HostSlots, ...] | None:
+    """Fill the hosts in their order, each up to its slots; None where they have fewer than `min_ranks`.
+
+    Nothing of a run has to be divisible by the number of ranks.
+    """
+    chosen: list[HostSlots] = []
+    left = max_ranks
+    for each in available:
+        if take := min(each.count, left):
+            chosen.append(HostSlots(each.host, take))
+            left -= take
+    return tuple(chosen) if max_ranks - left >= min_ranks else None
+
+
+def trusted(available: Sequence[HostSlots], past: Sequence[Past], min_ranks: int) -> list[HostSlots]:
+    """Leave out hosts that ended the last generations again and again before a checkpoint, if the others suffice."""
+    blamed = [each.suspect for each in fruitless(past)]
+    suspects = {host for host in blamed if blamed.count(host) >= SUSPICIOUS}
+    others = [each for each in available if each.host not in suspects]
+    return others if count_slots(others) >= min_ranks else list(available)
+
+
+def fruitless(past: Sequence[Past]) -> list[Past]:
+    """Return the last generations without progress, but for those that were ended to take more hosts."""
+    found: list[Past] = []
+    for each in reversed(past):
+        if each.made_progress:
+            break
+        if not each.asked:
+            found.append(each)
+    return found[::-1]
+
+
+def exit_code(last: Past, asked_to_stop: bool) -> int | None:
+    """Return the code to end with after a generation; None where the run is to be started again.
+
+    Wrong settings are wrong the next time too. A stop that nobody asked the supervisor for is a host that goes down.
+    """
+    codes = [end.code for end in last.ends]
+    if all(code == OK for code in codes):
+        return OK
+    if USAGE in codes:
+        return USAGE
+    return STOPPED if asked_to_stop else None
+
+
+def back_off_s(past: Sequence[Past], base_s: float) -> float:
+    """Return how long to wait before the next start: nothing after progress, else twice as long each time."""
+    count = len(fruitless(past))
+    return 0.0 if count == 0 else min(MOST_BACKOFF_S, base_s * 2 ** (count - 1))
 
 
 class LastWords:
@@ -104,33 +201,39 @@ def past_text(past: Past) -> str:
 
 def start_text(step: int, hosts: Sequence[HostSlots], slots_left: int, slots: int) -> str:
     """Say with what the next generation begins."""
-    ranks = sum(each.count for each in hosts)
+    ranks = count_slots(hosts)
     where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
     begin = f"resuming at step {step:,}" if step else "starting at the first step"
     return f"{slots_left} of {slots} slots left; {begin} on {ranks} rank{'s' * (ranks != 1)} ({where})"
 
 
-_SETTLE_S = 3.0
-"""After enough hosts are there, for the others to come too."""
+class Printer:
+    """Prints in a thread: a terminal that has been stopped must not keep the supervisor from its hosts."""
 
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[tuple[TextIO, str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._print, daemon=True)
+        self._thread.start()
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a person may say of a supervision."""
+    def line(self, stream: TextIO, text: str) -> None:
+        """Print a line, soon."""
+        self._lines.put((stream, f"{text}\n"))
 
-    min_ranks: int
-    max_ranks: int
-    by: By
-    ssh: tuple[str, ...]
-    most_fruitless: int
-    backoff_s: float
-    most_backoff_s: float
-    rejoin_after_s: float
-    wait_for_hosts_s: float
-    stop_grace_s: float
-    lease_s: float
-    look_s: float
-    """Between two readings of the hosts."""
+    def say(self, text: str) -> None:
+        """Print a line of the supervisor's own."""
+        self.line(sys.stderr, f"supervise: {printable(text)}")
+
+    def close(self) -> None:
+        """Wait until all is printed, but not for ever."""
+        self._lines.put(None)
+        self._thread.join(_LAST_LINES_S)
+
+    def _print(self) -> None:
+        while (line := self._lines.get()) is not None:
+            stream, text = line
+            with contextlib.suppress(OSError):  # nobody reads any more
+                stream.write(text)
+                stream.flush()
 
 
 class StopRequest:
@@ -154,14 +257,23 @@ class StopRequest:
         self.asked.set()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Supervisor:
-    """All state of a supervision: the hosts' links and the generations that are over."""
+    """The supervision of one run, as its user has asked for it; `past`: the generations that are over."""
 
     command: TrainCommand
     read_hosts: Callable[[], list[HostSlots]]
-    options: Options
     printer: Printer
+    min_ranks: int
+    max_ranks: int
+    by: By
+    ssh: Sequence[str]
+    most_fruitless: int
+    backoff_s: float
+    rejoin_after_s: float
+    wait_for_hosts_s: float
+    stop_grace_s: float
+    lease_s: float
     past: list[Past] = field(default_factory=list)
 
     async def run(self) -> int:
@@ -169,7 +281,7 @@ class Supervisor:
         self._news: asyncio.Queue[News] = asyncio.Queue()
         self._links: dict[str, Link] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._stop = StopRequest(self.printer.say, self.options.stop_grace_s)
+        self._stop = StopRequest(self.printer.say, self.stop_grace_s)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
@@ -192,80 +304,64 @@ class Supervisor:
             self._drain()
             if any(self._links[each.host].hello is None for each in hosts):
                 continue  # lost while the checkpoints were looked at
-            self.printer.say(start_text(step, hosts, self._slots_left(), self._slots()))
+            self.printer.say(start_text(step, hosts, count_slots(self._available(), self.max_ranks), self._slots()))
             if any(link.hello is None for link in self._links.values()):
                 self.printer.say(f"without {self._troubles()}")
-            ends, asked = await self._generation(hosts, step)
-            after = await self._newest_step()
-            self.past.append(Past(hosts=hosts, step_before=step, step_after=after, ends=tuple(ends), asked=asked))
-            code = policy.exit_code(self.past[-1], self._stop.asked.is_set())
+            self.past.append(await self._generation(hosts, step))
+            code = exit_code(self.past[-1], self._stop.asked.is_set())
             if code is not None:
                 self.printer.say(self._last_words(code))
                 return code
             self.printer.say(past_text(self.past[-1]))
-            if policy.is_over(self.past, self.options.most_fruitless):
+            if (tries := len(fruitless(self.past))) > self.most_fruitless:
                 self.printer.say(
-                    f"{len(policy.fruitless(self.past))} starts in a row came to no checkpoint after step {after:,}; "
+                    f"{tries} starts in a row came to no checkpoint after step {self.past[-1].step_after:,}; "
                     "giving up (--max-restarts-without-progress)"
                 )
                 return FAILED
-            pause_s = policy.back_off_s(self.past, self.options.backoff_s, self.options.most_backoff_s, random.random())
+            pause_s = back_off_s(self.past, self.backoff_s)
             if pause_s >= 1:
                 self.printer.say(f"starting again in {pause_s:.0f} s")
             await self._pause(pause_s)
 
-    async def _generation(self, hosts: Sequence[HostSlots], step: int) -> tuple[list[policy.RankEnd], bool]:
-        """Run one generation to its end; returns how its ranks ended, and whether it ended to take more hosts."""
-        chosen = {each.host: self._links[each.host] for each in hosts}
-        hellos = {host: link.hello or {} for host, link in chosen.items()}
-        remote = [hello["ssh"] for host, hello in hellos.items() if not chosen[host].is_here and hello.get("ssh")]
-        head = remote[0].split()[0] if remote else None
-        reach = {
-            host: reach_of(None if chosen[host].is_here else hello.get("ssh"), hello.get("interfaces", {}), head)
-            for host, hello in hellos.items()
-        }
-        generation = Generation(hosts, self._links, self._news, self.printer)
-        asked = stopping = hurrying = False
-        with environments(self.options.by, hosts, reach) as variables:
+    async def _generation(self, hosts: Sequence[HostSlots], step: int) -> Past:
+        """Run one generation to its end."""
+        links = {each.host: self._links[each.host] for each in hosts}
+        generation, asked = Generation(hosts, links, self._news, self.printer), False
+        with environments(self.by, hosts, reach_of_all(list(links.values()))) as variables:
             generation.start(self.command.start(), variables, len(self.past))
             while not generation.is_over:
                 await generation.next_news(1.0)
-                if not stopping and (self._stop.asked.is_set() or self._may_grow(hosts, generation.started_s)):
-                    asked, stopping = not self._stop.asked.is_set(), True
-                    generation.stop(self.options.stop_grace_s)
-                if self._stop.at_once and not hurrying:
-                    hurrying = True
-                    generation.stop(0)
-        return generation.ends, asked
+                if self._stop.asked.is_set():
+                    generation.stop(0 if self._stop.at_once else self.stop_grace_s)
+                elif asked or self._may_grow(hosts, generation.started_s):
+                    asked = True
+                    generation.stop(self.stop_grace_s)
+        after = await self._newest_step()
+        return Past(hosts=tuple(hosts), step_before=step, step_after=after, ends=tuple(generation.ends), asked=asked)
 
     def _may_grow(self, hosts: Sequence[HostSlots], started_s: float) -> bool:
         """Return whether more ranks could run than do, and the last start was long enough ago."""
-        if time.monotonic() - started_s < self.options.rejoin_after_s:
+        if time.monotonic() - started_s < self.rejoin_after_s:
             return False
-        possible = policy.place(self._available(), self.options.min_ranks, self.options.max_ranks)
-        count, now = sum(each.count for each in possible or ()), sum(each.count for each in hosts)
+        count, now = count_slots(self._placed() or ()), count_slots(hosts)
         if count > now:
             self.printer.say(f"{count} slots are there and {now} in use: a checkpoint, and on with all of them")
         return count > now
 
     async def _hosts(self) -> tuple[HostSlots, ...] | None:
-        """Wait until enough hosts are there; None where a person stopped that, or it took too long."""
-        end_s = time.monotonic() + self.options.wait_for_hosts_s
-        settled_s: float | None = None
-        is_reported = False
-        while time.monotonic() < end_s and not self._stop.asked.is_set():
+        """Wait until enough hosts are there; None where a user stopped that, or it took too long."""
+        start_s, settled_s, is_reported = time.monotonic(), float("inf"), False
+        while (waited_s := time.monotonic() - start_s) < self.wait_for_hosts_s and not self._stop.asked.is_set():
             self._drain()
-            if not any(link.may_have_ranks for link in self._links.values()):
-                chosen = policy.place(self._available(), self.options.min_ranks, self.options.max_ranks)
-                everything = sum(each.count for each in self._wanted)
-                if chosen is not None:
-                    settled_s = settled_s or time.monotonic() + _SETTLE_S
-                    whole = sum(each.count for each in chosen) == min(everything, self.options.max_ranks)
-                    if whole or time.monotonic() >= settled_s:
-                        return chosen
-                elif not is_reported and time.monotonic() > end_s - self.options.wait_for_hosts_s + _SETTLE_S:
-                    is_reported = True
-                    self.printer.say(f"waiting for {count_text(self.options.min_ranks, 'slot')}: {self._troubles()}")
+            is_quiet = not any(link.may_have_ranks for link in self._links.values())
+            if is_quiet and (chosen := self._placed()):
+                settled_s = min(settled_s, waited_s + _SETTLE_S)
+                if waited_s >= settled_s or count_slots(chosen) == self._slots():
+                    return chosen
+            elif is_quiet and not is_reported and waited_s > _SETTLE_S:
+                is_reported = True
+                self.printer.say(f"waiting for {count_text(self.min_ranks, 'slot')}: {self._troubles()}")
             await self._pause(0.1)
         return None
 
@@ -274,20 +370,20 @@ class Supervisor:
             self.printer.say("stopped; the same command continues the run")
             return STOPPED
         self.printer.say(
-            f"fewer than --min-np {self.options.min_ranks} slots for {self.options.wait_for_hosts_s:g} s "
+            f"fewer than --min-np {self.min_ranks} slots for {self.wait_for_hosts_s:g} s "
             f"(--wait-for-hosts-s): {self._troubles()}; giving up"
         )
         return FAILED
 
     def _available(self) -> list[HostSlots]:
         up = [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
-        return policy.trusted(up, self.past, self.options.min_ranks)
+        return trusted(up, self.past, self.min_ranks)
+
+    def _placed(self) -> tuple[HostSlots, ...] | None:
+        return place(self._available(), self.min_ranks, self.max_ranks)
 
     def _slots(self) -> int:
-        return min(sum(each.count for each in self._wanted), self.options.max_ranks)
-
-    def _slots_left(self) -> int:
-        return min(sum(each.count for each in self._available()), self.options.max_ranks)
+        return count_slots(self._wanted, self.max_ranks)
 
     def _troubles(self) -> str:
         away = [link for link in self._links.values() if link.hello is None]
@@ -296,14 +392,14 @@ class Supervisor:
     def _keep_links(self) -> None:
         for each in self._wanted:
             if each.host not in self._links:
-                link = Link(each.host, self.options.ssh, self.options.lease_s, self._news)
+                link = Link(each.host, self.ssh, self.lease_s, self._news)
                 self._links[each.host] = link
                 self._keepers[each.host] = asyncio.create_task(link.keep())
 
     async def _look_for_hosts(self) -> None:
         """Read the hosts again and again; where that fails once, those known before remain."""
         while True:
-            await asyncio.sleep(self.options.look_s)
+            await asyncio.sleep(_LOOK_S)
             with contextlib.suppress(UserError):
                 self._wanted = await asyncio.to_thread(self.read_hosts)
                 self._keep_links()
@@ -322,7 +418,7 @@ class Supervisor:
 
     async def _newest_step(self) -> int:
         """Return the step to continue from; while the run's place cannot be read, wait as for hosts."""
-        end_s = time.monotonic() + self.options.wait_for_hosts_s
+        end_s = time.monotonic() + self.wait_for_hosts_s
         while True:
             try:
                 return await asyncio.to_thread(self.command.newest_step)
@@ -331,7 +427,7 @@ class Supervisor:
                 if typed or time.monotonic() > end_s or self._stop.asked.is_set():
                     raise
                 self.printer.say(f"the checkpoints cannot be looked at: {failure}; trying again")
-                await self._pause(self.options.backoff_s)
+                await self._pause(self.backoff_s)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -349,51 +445,36 @@ class Supervisor:
         return f"{past_text(last)}; not started again"
 
 
-DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
-"""How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
-NUMBER = "SUPERVISE_GENERATION"
-_KILL_S = 20.0
-"""After SIGKILL; a host that does not say by then that its ranks are gone is given up."""
-_OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")
-"""Variables, or beginnings of them, that are a host's own."""
-
-
 class Generation:
     """Ranks of one start. `ends`: how they ended, in that order."""
 
     def __init__(
         self, hosts: Sequence[HostSlots], links: Mapping[str, Link], news: "asyncio.Queue[News]", printer: Printer
     ) -> None:
-        names = [each.host for each in hosts for _ in range(each.count)]
-        self._host_of = dict(enumerate(names))
-        self._links, self._news = {name: links[name] for name in names}, news
-        self._printer = printer
+        self._host_of = dict(enumerate(each.host for each in hosts for _ in range(each.count)))
+        self._links, self._news, self._printer = links, news, printer
         self._alive = set(self._host_of)
         self._killed: set[int] = set()
         self._last: dict[int, LastWords] = defaultdict(LastWords)
-        self._kill_at = float("inf")
+        self._grace_s = self._kill_at = float("inf")
         self.ends: list[RankEnd] = []
         self.started_s = time.monotonic()
 
     def start(self, command: Sequence[str], environments: Sequence[Variables], number: int) -> None:
         """Let the agents start the ranks, which find the `number` of the generation in their environment."""
         shared = {**inherited(os.environ), "PYTHONUNBUFFERED": "1", NUMBER: str(number)}
+        folder = str(Path.cwd())
         for host, link in self._links.items():
             ranks = [rank for rank, name in self._host_of.items() if name == host]
-            link.send(
-                {
-                    "do": "start",
-                    "command": list(command),
-                    "folder": str(Path.cwd()),
-                    "environment": shared,
-                    "ranks": [{"rank": rank, "environment": environments[rank]} for rank in ranks],
-                }
-            )
+            own = [{"rank": rank, "environment": environments[rank]} for rank in ranks]
+            link.send({"do": "start", "command": list(command), "folder": folder, "environment": shared, "ranks": own})
 
     def stop(self, grace_s: float) -> None:
-        """Ask all ranks to write a checkpoint and end; those that have not after `grace_s` are killed."""
-        self._signal(signal.SIGTERM)
-        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
+        """Ask all ranks, once, to write a checkpoint and end; those that have not after `grace_s` are killed."""
+        if grace_s < self._grace_s:
+            self._grace_s = grace_s
+            self._signal(signal.SIGTERM)
+            self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
 
     @property
     def is_over(self) -> bool:

@@ -14,20 +14,17 @@ from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from trainer.errors import ConfigError, TrainerError
 from trainer.launch import By
-from trainer.supervise.agent import addresses
-from trainer.supervise.claim import claimed
 from trainer.supervise.hosts import (
     AGENT,
+    HostSlots,
     Reach,
     agent_command,
-    check_ssh,
     environments,
     hosts_of,
-    parse_command,
     parse_hosts,
     reach_of,
 )
-from trainer.supervise.policy import HostSlots
+from trainer.supervise.run import claimed, parse_command
 from trainer.supervise.supervisor import StopRequest, inherited
 
 TRAIN = ["python", "-m", "trainer.main"]
@@ -56,31 +53,20 @@ def test_hosts_that_are_none(lines: list[str], message: str) -> None:
 
 
 def test_where_hosts_come_from(tmp_path: Path) -> None:
-    assert hosts_of(None, None, None, 3)() == [HostSlots("localhost", 3)]
-    assert hosts_of("a:1,b:2", None, None, None)() == [HostSlots("a", 1), HostSlots("b", 2)]
-    file, script = tmp_path / "hosts", tmp_path / "discover"
+    assert hosts_of(None, None, 3)() == [HostSlots("localhost", 3)]
+    assert hosts_of("a:1,b:2", None, None)() == [HostSlots("a", 1), HostSlots("b", 2)]
+    file = tmp_path / "hosts"
     file.write_text("a:1\n")
-    read = hosts_of(None, file, None, None)
+    read = hosts_of(None, file, None)
     assert read() == [HostSlots("a", 1)]
     file.write_text("a:1\nb:1\n")
     assert len(read()) == 2, "it is read again"
-    script.write_text("#!/bin/sh\necho c:5\n")
-    script.chmod(0o755)
-    assert hosts_of(None, None, script, None)() == [HostSlots("c", 5)]
-    script.write_text("#!/bin/sh\necho first >&2\necho 'no route to the list' >&2\nexit 3\n")
-    with pytest.raises(
-        ConfigError, match=r"^--host-discovery-script .*/discover ended with exit code 3: no route to th"
-    ):
-        hosts_of(None, None, script, None)()
-    script.write_text("#!/bin/sh\nkill -9 $$\n")
-    with pytest.raises(ConfigError, match=r"discover ended with signal 9$"):
-        hosts_of(None, None, script, None)()
     with pytest.raises(ConfigError, match="cannot be read"):
-        hosts_of(None, tmp_path / "nowhere", None, None)()
+        hosts_of(None, tmp_path / "nowhere", None)()
     with pytest.raises(ConfigError, match="give one of"):
-        hosts_of("a:1", file, None, None)
+        hosts_of("a:1", file, None)
     with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
-        hosts_of(None, None, None, None)
+        hosts_of(None, None, None)
 
 
 def test_the_agent_of_another_host_is_started_by_ssh() -> None:
@@ -88,16 +74,6 @@ def test_the_agent_of_another_host_is_started_by_ssh() -> None:
     assert command[:3] == ["ssh", "-p", "2222"] and command[-2] == "me@b"
     assert command[-1].startswith("exec ") and command[-1].endswith(f"{AGENT} 20")
     assert agent_command("localhost", ["ssh"], 20, here=True)[1:] == [str(AGENT), "20", "--local"]
-
-
-@pytest.mark.services  # whether a host is here: a socket says it
-def test_an_ssh_that_is_no_command_is_told_where_it_is_needed() -> None:
-    here, away = HostSlots("localhost", 1), HostSlots("far.invalid", 1)
-    check_ssh(["nossh"], [here])
-    check_ssh(["sh", "-p", "2222"], [here, away])
-    for ssh, words in ((["nossh", "-v"], "nossh -v"), ([], "")):
-        with pytest.raises(ConfigError, match=f"^--ssh '{words}': there is no such command, and far.invalid is anoth"):
-            check_ssh(ssh, [here, away])
 
 
 def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
@@ -118,7 +94,7 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
 def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None:
     words = ["python", "-m", "trainer.daily", "--samples-of-days", "s", "--first-day", "2026-01-01"]
     train = parse_command([*words, f"run.dir={tmp_path}"])
-    assert train.folder == tmp_path / "daily" and train.name_was_given and train.newest_step() == 0
+    assert train.folder == tmp_path / "daily" and train.newest_step() == 0
     assert train.start() == [sys.executable, *words[1:], f"run.dir={tmp_path}"]
     seen = []
     for day, step in (("2026-01-01", 7), ("2026-01-02", 3), ("2026-01-02", 5), ("other", 99), ("2026-01-03", 1)):
@@ -127,25 +103,16 @@ def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None
     assert seen == [7, 10, 12, 12, 13]
 
 
-def test_a_run_without_a_name_gets_one_that_stays(tmp_path: Path) -> None:
-    train = parse_command([*TRAIN, f"run.dir={tmp_path}"])
-    assert train.folder.parent == tmp_path and train.folder.name.startswith("run-2") and not train.name_was_given
-    name = ["--set", f"run.name={train.folder.name}"]
-    assert train.start()[len(TRAIN) + 1 :] == [*name, "--set", "run.resume=auto"]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([*TRAIN, "run.nam=a"], "run.nam"),
-        ([*TRAIN, "run.name=a", "run.resume=1000"], "run.resume=1000: a supervised run continues"),
-        ([*TRAIN, "run.name=a", "run.overwrite=true"], "run.overwrite=true would remove"),
+        ([*TRAIN, "run.dir=runs"], "run.name is not set"),
+        ([*TRAIN, "run.name=a", "run.resume=1000"], "leave run.resume and run.overwrite out"),
+        ([*TRAIN, "run.name=a", "run.overwrite=true"], "leave run.resume and run.overwrite out"),
         (["horovodrun", "-np", "2", *TRAIN], "horovodrun is not needed: trainer.supervise starts the ranks"),
-        (
-            ["python", "-m", "trainer.evaluate"],
-            "-m trainer.evaluate: what is supervised is trainer.main or trainer.daily",
-        ),
-        (["sleep", "5"], "'sleep 5' trains no run"),
+        (["python", "-m", "trainer.evaluate"], "'python -m trainer.evaluate' is not trainer.main or trainer.daily"),
+        (["sleep", "5"], "'sleep 5' is not trainer.main or trainer.daily"),
     ],
 )
 def test_commands_that_cannot_be_supervised(words: list[str], message: str) -> None:
@@ -180,7 +147,7 @@ def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: p
     with pytest.raises(ConfigError, match="a is supervised already, by process 1 on another-machine"), claimed(run):
         pass
     time.sleep(2.5)  # S3 has whole seconds
-    with claimed(run, lease_s=0.5):  # shorter than it takes to look whether it stayed
+    with claimed(run, lease_s=0.5):
         assert b"another-machine" not in storage.read_bytes(".a.supervised")
     gone = {"holder": f"process 4194305 on {os.uname().nodename}"}  # a number that no process has
     storage.write_bytes(".a.supervised", json.dumps(gone).encode())
@@ -207,7 +174,6 @@ def test_a_file_that_is_not_a_lease_is_named(s3_url: str) -> None:
 
 
 def test_addresses_by_which_hosts_reach_each_other() -> None:
-    assert addresses()["127.0.0.1"] == "lo"
     assert reach_of(None, {"127.0.0.1": "lo"}, None) == Reach("127.0.0.1", "127.0.0.1", "lo")
     assert reach_of(None, {"10.0.0.1": "eth0"}, "10.0.0.1") == Reach("10.0.0.1", "10.0.0.1", "eth0")
     sshd = "10.0.0.1 50000 10.0.0.2 22"

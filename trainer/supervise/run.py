@@ -1,0 +1,210 @@
+"""The run that is supervised: the command that trains it, its newest checkpoint, and one supervisor for it."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from typer.main import get_command
+
+from featurestore.console.commandline import CommandApp, say_error
+from featurestore.errors import StorageError
+from featurestore.parsing import parse_json
+from featurestore.published.paths import FarPath, RunPath, run_path
+from featurestore.storage.storage import Storage
+from trainer.config.config import Config, load_config
+from trainer.errors import ConfigError, TrainerError
+from trainer.files import checkpoints_of
+from trainer.main import app, warm_settings
+from trainer.runs.folder import finished, step_of
+
+_MAIN, _DAILY = "trainer.main", "trainer.daily"
+_EXAMPLE = f"python -m {_MAIN} --set run.name=NAME"
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """`python -m trainer.main ARGUMENTS`, a script with the same arguments, or `python -m trainer.daily ARGUMENTS`."""
+
+    words: tuple[str, ...]
+    folder: RunPath
+    """Of the run or, of trainer.daily, of the days' runs."""
+    is_daily: bool = False
+
+    def newest_step(self) -> int:
+        """Return the step of the run's newest checkpoint, 0 where it has none; of days, the sum over all days."""
+        if not self.is_daily:
+            return _newest_step(self.folder)
+        from trainer.daily import day_folders
+
+        return sum(_newest_step(day) for day in day_folders(self.folder))
+
+    def start(self) -> list[str]:
+        """Return the command line that begins the run or, where it has a checkpoint, continues it.
+
+        A bare `python` is this one: a service and ssh have other search paths than a terminal.
+        """
+        program = sys.executable if self.words[0] in ("python", "python3") else self.words[0]
+        return [program, *self.words[1:], *([] if self.is_daily else ["--set", "run.resume=auto"])]
+
+
+def parse_command(words: Sequence[str]) -> TrainCommand:
+    """Find out which run a command trains. Raises ConfigError where its settings are wrong, or not ours to restart."""
+    module, arguments = _module_and_arguments(words)
+    if module == _DAILY:
+        from trainer.daily import app as daily
+        from trainer.daily import folder_of
+
+        return TrainCommand(tuple(words), folder_of(_config_of(daily, module, arguments)), is_daily=True)
+    run = _config_of(app, module, arguments).run
+    if run.name is None:
+        raise ConfigError("run.name is not set, so a second start would not find the run; add --set run.name=NAME")
+    if run.overwrite or run.resume not in (None, "latest", "auto"):
+        raise ConfigError(
+            "a supervised run continues from its newest checkpoint: leave run.resume and run.overwrite out"
+        )
+    return TrainCommand(tuple(words), run_path(run.dir) / run.name)
+
+
+def _module_and_arguments(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the module, that of a script being trainer.main, and what follows it."""
+    for place, word in enumerate(words):
+        if Path(word).name in ("horovodrun", "torchrun"):
+            raise ConfigError(f"{word} is not needed: trainer.supervise starts the ranks; write -- {_EXAMPLE}")
+        if word.endswith(".py"):
+            return _MAIN, words[place + 1 :]
+        if word in (_MAIN, _DAILY) and words[place - 1] == "-m":
+            return word, words[place + 1 :]
+    raise ConfigError(f"'{' '.join(words)}' is not {_MAIN} or {_DAILY}; write -- {_EXAMPLE}")
+
+
+def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Config:
+    """Load the settings that the command is given. Raises ConfigError."""
+    given = get_command(command).make_context(module, list(arguments)).params
+    settings = [*(given["settings"] or []), *(given["more"] or [])]
+    settings += warm_settings(given["warm_start"], given.get("warm_parts"))
+    return load_config(given["file"], settings)
+
+
+def _newest_step(run: RunPath) -> int:
+    found = finished(checkpoints_of(run))
+    return step_of(found[-1]) if found else 0
+
+
+LEASE_S = 60.0
+"""After so long without a renewal, a supervisor of another machine counts as gone."""
+_HOLDER = re.compile(r"process (\d{1,10}) on ([\w.-]{1,255})")
+
+
+@contextmanager
+def claimed(folder: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
+    """Hold the run in `folder`: by a lock that ends with this process or, on an object store, by a lease.
+
+    Raises ConfigError where another supervisor has it, else TrainerError. On an object store, SIGTERM comes to this
+    process where another one has taken the run over.
+    """
+    file = folder.parent / f".{folder.name}.supervised"
+    with _lease(file, lease_s) if isinstance(file, FarPath) else _lock(file):
+        yield
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+", encoding="utf-8", errors="replace")
+    except OSError as failure:
+        raise TrainerError(f"{file} cannot be written: {failure}; choose another run.dir") from failure
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as failure:
+            lock.seek(0)
+            raise _held(file, lock.read(200).strip()) from failure
+        except OSError as failure:
+            raise TrainerError(f"{file} cannot be locked: {failure}; choose another run.dir") from failure
+        lock.truncate(0)
+        lock.write(f"{_me()}\n")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def _lease(file: FarPath, lease_s: float) -> Iterator[None]:
+    storage, name = Storage(file.parent.url), file.name
+    holder = _holder(storage, name, lease_s)
+    if holder is not None and holder != _me() and not _is_gone(holder):
+        raise _held(file, f"{holder}, or was until less than {lease_s:g} s ago")
+    storage.delete_files([name])
+    if not storage.create_exclusive(name, _lease_of_mine()):
+        raise _held(file, "one that began at the same moment")
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(storage, name, lease_s, ended), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        with suppress(TrainerError):  # not a lease: somebody else's file
+            if _holder(storage, name, lease_s) == _me():
+                storage.delete_files([name])
+
+
+def _renew(storage: Storage, name: str, lease_s: float, ended: threading.Event) -> None:
+    while not ended.wait(lease_s / 4):
+        try:
+            holder = _holder(storage, name, lease_s)
+            if holder in (None, _me()):
+                storage.write_bytes(name, _lease_of_mine())
+                continue
+        except (OSError, StorageError, TrainerError):
+            continue  # the store is away, or nobody's lease is there: nobody else can take the run either
+        say_error(f"the run is supervised by {holder} now: this supervisor stops")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+
+
+def _lease_of_mine() -> bytes:
+    return json.dumps({"holder": _me()}).encode()
+
+
+def _holder(storage: Storage, name: str, lease_s: float) -> str | None:
+    """Return who holds the lease; None where nobody does, or has not renewed it for so long, by the store's clock.
+
+    Raises TrainerError where the file is not a lease.
+    """
+    try:
+        age_s = storage.now() - storage.entry(name).mtime_s
+        if age_s >= lease_s:
+            return None
+        holder = parse_json(storage.read_bytes(name))["holder"]
+        if isinstance(holder, str) and _HOLDER.fullmatch(holder):
+            return holder
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise TrainerError(f"{storage.full(name)} is not the lease of a supervisor: remove it if no supervisor runs")
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def _is_gone(holder: str) -> bool:
+    """Return whether the holder was a process of this machine that has ended."""
+    match = _HOLDER.fullmatch(holder)
+    return match is not None and match[2] == os.uname().nodename and not Path(f"/proc/{match[1]}").exists()
+
+
+def _held(file: RunPath, holder: str) -> ConfigError:
+    run = file.parent / file.name.removeprefix(".").removesuffix(".supervised")
+    return ConfigError(f"{run} is supervised already, by {holder}; end that first")
