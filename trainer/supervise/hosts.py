@@ -189,15 +189,16 @@ class Link:
         return came
 
     async def _listen(self) -> None:
-        """Take in what the agent says until it ends, or says nothing for half of its lease."""
+        """Take in what the agent says until its end; one that says nothing for half of its lease is dropped."""
         assert self._process is not None and self._process.stdout is not None
-        patience_s = CONNECT_S + _START_S
+        patience_s: float | None = CONNECT_S + _START_S
         while True:
             try:
                 line = await asyncio.wait_for(self._process.stdout.readline(), patience_s)
             except TimeoutError:
                 self.drop("it has not answered in time")
-                return
+                patience_s = None  # the ranks of this machine hold its stdout open until they are gone
+                continue
             if not line:
                 return
             try:
