@@ -33,6 +33,9 @@ class Agent:
     """Ranks of this host. Threads read what they print; the main thread starts them, as they die with it."""
 
     def __init__(self, lease_s: float) -> None:
+        import psutil  # which is not there for --as-rank: Python is started without packages
+
+        self._interfaces = {each.address: name for name, all_of in psutil.net_if_addrs().items() for each in all_of}
         self._lease_s = lease_s
         self._leased_until = time.monotonic() + lease_s
         self._answers = os.dup(1)
@@ -42,12 +45,9 @@ class Agent:
 
     def work(self) -> None:
         """Do what the supervisor says, until it is gone."""
-        import psutil  # which is not there for --as-rank: Python is started without packages
-
         for task in (self._beat, self._watch_lease):
             threading.Thread(target=task, daemon=True).start()
-        interfaces = {each.address: name for name, found in psutil.net_if_addrs().items() for each in found}
-        self._answer({"is": "here", "interfaces": interfaces, "ssh": os.environ.get("SSH_CONNECTION")})
+        self._answer({"is": "here", "interfaces": self._interfaces, "ssh": os.environ.get("SSH_CONNECTION")})
         for line in sys.stdin:
             asked = json.loads(line)
             if asked["do"] == "beat":
