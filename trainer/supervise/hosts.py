@@ -142,8 +142,9 @@ class Link:
         """End the agent, and with it its ranks; returns when it is gone, or cannot be reached."""
         if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
             self._process.stdin.close()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._process.wait(), 5)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._process.wait()
         self.drop("closed")
 
     def send(self, what: dict[str, Any]) -> None:
@@ -173,8 +174,9 @@ class Link:
             self.trouble = None
             try:
                 await self._listen()
-                with contextlib.suppress(asyncio.TimeoutError):  # it has an exit code of its own in a moment
-                    await asyncio.wait_for(process.wait(), 1)
+                with contextlib.suppress(TimeoutError):  # it has an exit code of its own in a moment
+                    async with asyncio.timeout(1):
+                        await process.wait()
             finally:
                 self.drop(self.trouble or "")
                 came, self.hello = self.hello is not None, None
@@ -194,7 +196,8 @@ class Link:
         patience_s: float | None = CONNECT_S + _START_S
         while True:
             try:
-                line = await asyncio.wait_for(self._process.stdout.readline(), patience_s)
+                async with asyncio.timeout(patience_s):  # wait_for loses a cancellation that comes with a line
+                    line = await self._process.stdout.readline()
             except TimeoutError:
                 self.drop("it has not answered in time")
                 patience_s = None  # the ranks of this machine hold its stdout open until they are gone
