@@ -5,7 +5,7 @@ python -m benchmarks.store --json build/bench/store.json
 
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -40,20 +40,14 @@ class Part(StrEnum):
     """What can be measured by itself."""
 
     warm = "warm"
-    cold = "cold"
     build = "build"
     write = "write"
-    depth = "depth"
     limit = "limit"
 
 
-def measure(
-    bench: "Bench", depths: Sequence[int], limit_mb: int, parts: Collection[Part] = tuple(Part)
-) -> list[Section]:
+def measure(bench: "Bench", limit_mb: int, parts: Collection[Part] = tuple(Part)) -> list[Section]:
     """Measure the sections of these parts, the headline first."""
     from benchmarks.store.builds import cache_figures, write_figures
-    from benchmarks.store.cold import cold_figures
-    from benchmarks.store.depth import depth_figures
     from benchmarks.store.limit import limit_figures
     from benchmarks.store.lookup import delta_figures, warm_figures
     from benchmarks.store.peers import fill_peers
@@ -65,31 +59,16 @@ def measure(
         built.append(cache_figures(bench, held, newest))
     if Part.write in parts:
         built.append(write_figures(bench, held))
-    if Part.depth in parts:
-        built.append(depth_figures(bench, held, depths))
     sections = []
-    if {Part.warm, Part.cold} & set(parts):
+    if Part.warm in parts:
         folder = bench.folder / "peers"
         peers = fill_peers(held, folder, bench.progress)
-        if Part.warm in parts:
-            sections.append(warm_figures(bench, held, peers))
-            sections.append(delta_figures(bench, held, newest, peers["store"].folder))
-        if Part.cold in parts:
-            sections.append(cold_figures(bench, held, peers))
+        sections.append(warm_figures(bench, held, peers))
+        sections.append(delta_figures(bench, held, newest, peers["store"].folder))
         shutil.rmtree(folder)
     sections += [*built, *([limit_figures(bench, limit_mb)] if Part.limit in parts else [])]
     figures = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", {name: figures[name] for name in _HEADLINE if name in figures}), *sections]
-
-
-def ascending(text: str) -> list[int]:
-    """Parse numbers between commas."""
-    numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
-    if numbers != sorted(set(numbers)) or numbers[0] < 1:
-        raise typer.BadParameter(
-            f"{text!r} are no ascending numbers from 1 on, such as 1,10,100", param_hint="--depths"
-        )
-    return numbers
 
 
 @contextmanager
@@ -109,7 +88,6 @@ def main(
     folder: Annotated[Path | None, typer.Option("--dir", help="Where to put the data; about 70 kB per row.")] = None,
     threads: Annotated[int, typer.Option(help="That build the cache, on both sides.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Of lookups; builds take a fifth of them.", min=3)] = 60,
-    depths: Annotated[str, typer.Option(help="Snapshots of the stores that are opened, ascending.")] = "1,10,100",
     limit_mb: Annotated[int, typer.Option(help="Memory for serving a store ten times as large.", min=32)] = 288,
     seed: Annotated[int, typer.Option(help="Of the drawn rows and keys.")] = 0,
     only: Annotated[
@@ -117,13 +95,12 @@ def main(
     ] = None,
 ) -> None:
     """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
-    asked_depths = ascending(depths)
     columns = text_column(), BarColumn(), TimeElapsedColumn()
     from benchmarks.store.data import DIM, Bench, cores
 
     with working_folder(folder) as work, progress_bars(*columns) as progress:
         bench = Bench(work, rows, keys, rounds, threads, progress, seed)
-        sections = measure(bench, asked_depths, limit_mb, only or tuple(Part))
+        sections = measure(bench, limit_mb, only or tuple(Part))
     run = {"rows": rows, "dim": DIM, "keys_per_lookup": keys, "threads": threads, "rounds": rounds, "cores": cores()}
     write_sections([*sections, Section("this run", run)], json_path)
 

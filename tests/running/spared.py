@@ -7,7 +7,6 @@ import sys
 from featurestore.storage import safety
 from featurestore.storage.storage import Storage
 
-REAL_FSYNC = os.fsync
 KNOWN_KINDS: set[str] = set()
 """Kinds of places where the short check has found nothing: the disk, and each server."""
 
