@@ -81,9 +81,9 @@ def verify(
 def _prove_absent(url: str, file: Path) -> None:
     from featurestore.commands.purge import show_absence
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.purge import Images, find_traces
+    from featurestore.upkeep.purge import find_traces, read_images
 
-    images, store = Images.of_file(file), FeatureStore.open(url)
+    images, store = read_images(file), FeatureStore.open(url)
     with progress_bar("files") as progress:
         report = find_traces(store.storage, images, progress)
     show_absence(report, images, store.url)

@@ -49,12 +49,15 @@ def purge(
     what was made of the rows are elsewhere: docs/OPERATE.md.
     """
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.purge import Images, read_keys, read_uris
     from featurestore.upkeep.purge import purge as purge_store
+    from featurestore.upkeep.purge import read_images
 
-    if (keys is None) == (uris is None):
+    if keys is not None and uris is None:
+        images = read_images(keys, "key")
+    elif uris is not None and keys is None:
+        images = read_images(uris, "uri")
+    else:
         raise typer.BadParameter("give one of them", param_hint="--keys, --uris")
-    images = Images.of_keys(read_keys(keys)) if keys is not None else Images.of_uris(read_uris(uris or Path()))
     with progress_bar("files") as progress:
         report = purge_store(
             FeatureStore.open(url),

@@ -5,6 +5,9 @@ the files themselves, whether a snapshot names them or not. Every step can be cu
 No file is changed, so a reader finds what it opened, or misses a file, and never reads another row.
 """
 
+import contextlib
+import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,7 @@ from featurestore.storage.local import TEMPORARY, StorageEntry, read_regular, re
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
+from featurestore.text import count_text
 from featurestore.upkeep import DATA
 from featurestore.upkeep.damage import DAMAGED
 from featurestore.upkeep.expiry import move_aside
@@ -37,12 +41,17 @@ _THREADS = 4
 _PARQUET = b"PAR1"
 _BLOCK_ROWS = 65_536  # of keys and uris
 
+PURGE = "purge"
+_ATTEMPTS = 5
+_HOUR_S = 3_600.0
+_WHOLE_NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
+NamedBy = Literal["key", "uri"]
 TraceKind = Literal["rows", "unread"]
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a takedown: keys (N,), ascending, and uris; what has one of either is theirs."""
+    """The images of a takedown: keys (N,), ascending, and uris; a row with one of either is theirs."""
 
     keys_N: Int64Array
     uris: frozenset[str]
@@ -57,17 +66,10 @@ class Images:
         """Name images by uris; each names the key that it has by itself, and any that it was stored under."""
         return cls(np.unique(keys_of_uris(uris)), frozenset(uris))
 
-    @classmethod
-    def of_file(cls, file: Path) -> "Images":
-        """Read a file of keys or of uris, see `read_names`. Raises InvalidRowsError."""
-        keys, uris = read_names(file)
-        return cls.of_uris(uris) if uris else cls.of_keys(keys)
-
     @property
     def described(self) -> str:
         """Say how many there are, and by what they are named."""
-        names, count = ("uri", len(self.uris)) if self.uris else ("key", len(self.keys_N))
-        return f"{count:,} {names}{'' if count == 1 else 's'}"
+        return count_text(len(self.uris), "uri") if self.uris else count_text(len(self.keys_N), "key")
 
     def are_in(self, keys_N: Int64Array, uris: Any) -> npt.NDArray[np.bool_]:
         """Return which rows are theirs, (N,); `uris` is an Arrow array, or None where there are none."""
@@ -85,13 +87,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Trace:
-    """A file that has rows of the images, or one that cannot be read, so that nobody knows."""
+    """A file that has rows of the images, or one that cannot be read and may have some."""
 
     kind: TraceKind
     path: str
     rows: int
-    text: str
-    """For people, with the full address."""
+    text: str  # for people, with the full address
 
 
 @dataclass
@@ -146,7 +147,7 @@ def _trace(storage: Storage, entry: StorageEntry, images: Images, found: set[int
     except (CorruptFileError, pa.ArrowException, OSError, KeyError) as error:
         if isinstance(error, FileNotFoundError | StorageError):
             raise
-        text = f"{storage.full(path)} cannot be read, so nobody knows what is in it: {error}"
+        text = f"{storage.full(path)} cannot be read, and may have their rows: {error}"
         return Trace("unread", path, 0, text)
     return Trace("rows", path, rows, f"{storage.full(path)} has {rows:,} of their rows") if rows else None
 
@@ -156,7 +157,7 @@ def _rows(source: Any, images: Images, found: set[int | str]) -> Iterator[int]:
     file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
     names = [name for name in (KEY, URI) if name in file.schema_arrow.names]
     if KEY not in names:
-        raise KeyError(f"it has no column {KEY}, so it is no file of a store")
+        raise KeyError(f"it has no column {KEY}, so it is not a file of a store")
     for batch in file.iter_batches(_BLOCK_ROWS, columns=names, use_threads=False):
         keys_K = np.asarray(batch[KEY].to_numpy(zero_copy_only=False), np.int64)
         uris = batch[URI] if URI in names else None
@@ -165,11 +166,6 @@ def _rows(source: Any, images: Images, found: set[int | str]) -> Iterator[int]:
         if uris is not None:
             found.update(uri for uri in uris.filter(pa.array(theirs_K)).to_pylist() if uri is not None)
         yield int(theirs_K.sum())
-
-
-PURGE = "purge"
-_ATTEMPTS = 5
-_HOUR_S = 3_600.0
 
 
 @dataclass
@@ -225,25 +221,30 @@ def purge(
     for pins and channels before anything is changed; CommitConflictError where others commit again and again;
     CorruptFileError where the newest snapshot has a damaged file, which `repair` mends.
     """
-    return _Purge(store, images, move_channels, drop_pins, writer_hours * _HOUR_S, dry_run).run(progress)
+    work = _Purge(
+        store=store,
+        storage=store.storage,
+        images=images,
+        move_channels=move_channels,
+        drop_pins=drop_pins,
+        writer_s=writer_hours * _HOUR_S,
+        dry_run=dry_run,
+    )
+    return work.run(progress)
 
 
+@dataclass(kw_only=True)
 class _Purge:
     """One run of a purge."""
 
-    def __init__(
-        self,
-        store: FeatureStore,
-        images: Images,
-        move_channels: bool,
-        drop_pins: bool,
-        writer_s: float,
-        dry_run: bool,
-    ) -> None:
-        self.store, self.storage, self.images = store, store.storage, images
-        self.move_channels, self.drop_pins, self.writer_s = move_channels, drop_pins, writer_s
-        self.dry_run = dry_run
-        self.report = PurgeReport()
+    store: FeatureStore
+    storage: Storage
+    images: Images
+    move_channels: bool
+    drop_pins: bool
+    writer_s: float
+    dry_run: bool
+    report: PurgeReport = field(default_factory=PurgeReport)
 
     def run(self, progress: Progress | None) -> PurgeReport:
         found: set[int | str] = set()
@@ -274,7 +275,7 @@ class _Purge:
         newest = manifests[-1] if manifests else log.EMPTY
         self._check_readable(newest, traces)
         quarantined = self._quarantined()
-        pins, moves = self._kept_by_name(affected, newest)
+        pins, moves = self._pins_and_channels(affected, newest)
         self.report.expired = tuple(sorted({*self.report.expired, *affected}))
         if not self.dry_run:
             if newest.version in affected:
@@ -283,7 +284,7 @@ class _Purge:
             self._follow(pins, moves, newest)
             move_aside(self.store, sorted(affected))
             if any(_paths(log.read(self.storage, version)) & bad for version in log.versions(self.storage)):
-                return False  # somebody restored or committed such a file in the meantime
+                return False  # another process restored or committed such a file meanwhile
         self.report.num_quarantined += len(quarantined)
         if not self.dry_run:
             staging.resolve(self.storage, quarantined)
@@ -298,8 +299,10 @@ class _Purge:
         for path in _paths(newest) & unread.keys():
             raise CorruptFileError(f"{unread[path]}: python -m featurestore repair {self.store.url}, and purge again")
 
-    def _kept_by_name(self, affected: dict[int, Manifest], newest: Manifest) -> tuple[list[Pin], list[ChannelMove]]:
-        """Find pins and channels of snapshots that go. Raises PinError where they may not follow."""
+    def _pins_and_channels(
+        self, affected: dict[int, Manifest], newest: Manifest
+    ) -> tuple[list[Pin], list[ChannelMove]]:
+        """Find pins and channels of snapshots that go. Raises PinError for those that the caller did not allow to."""
         pins = [pin for pin in read_pins(self.storage) if pin.version in affected]
         moves = [move for move in read_channels(self.storage) if move.version in affected]
         # After a kill: the snapshot before a purge's is the same but for the rows.
@@ -340,7 +343,7 @@ class _Purge:
         return commit.publish().manifest
 
     def _without(self, shard: int, entry: FileEntry) -> FileEntry | None:
-        """Write a file anew without the rows; None where none is left. Raises CorruptFileError."""
+        """Write a file again without the rows; None where none is left. Raises CorruptFileError."""
         info = self.store.info
         check_digest(self.storage, entry.path, entry.bytes, "xxh3_128", entry.xxh3_128)
         with open_entry(self.storage, info, entry) as file:
@@ -375,116 +378,62 @@ class _Purge:
         return sorted(theirs, key=lambda row: row.time_s)
 
     def _delete(self, traces: Sequence[Trace], named: set[str]) -> None:
-        """Delete the files with traces, and the statistics of data files; what no snapshot named only if it is old."""
-        now_s = self.storage.now()
-        runs: dict[str, float] = {}
-        doomed: list[str] = []
-        statistics = {entry.path for entry in self.storage.entries(DATA)}
+        """Delete data files with traces and their statistics, and runs that staged one.
+
+        What no snapshot named goes only if it is old: a writer may be at work on it."""
+        now_s, ages_s = self.storage.now(), dict[str, float]()
         for trace in traces:
-            folder, _, name = trace.path.partition("/")
-            try:
-                age_s = now_s - self.storage.entry(trace.path).mtime_s
-            except FileNotFoundError:
-                continue
-            if folder == STAGING and "/" in name:
-                run = name.partition("/")[0]
-                runs[run] = min(age_s, runs.get(run, age_s))
-            elif folder == DATA and trace.path in named:
-                doomed.append(trace.path)
-            elif folder in (DATA, DAMAGED) or trace.path.rpartition("/")[2].startswith(TEMPORARY):
-                (doomed if age_s >= self.writer_s else self.report.young).append(trace.path)
-        for run, age_s in runs.items():
-            if age_s >= self.writer_s:
-                self.report.runs.append(run)
-                if not self.dry_run:
-                    self.storage.delete(f"{STAGING}/{run}")
-            else:
-                self.report.young.append(f"{STAGING}/{run}")
-        next_to_them = [path.removesuffix(".parquet") + ".stats.npy" for path in doomed]
-        self.report.num_files += len(doomed)
+            folder, *between, name = trace.path.split("/")
+            path = f"{STAGING}/{between[0]}" if folder == STAGING and between else trace.path
+            if folder in (DATA, DAMAGED) or path != trace.path or name.startswith(TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):
+                    mtime_s = self.storage.entry(trace.path).mtime_s
+                    age_s = math.inf if trace.path in named else now_s - mtime_s
+                    ages_s[path] = min(age_s, ages_s.get(path, math.inf))
+        self.report.young += [path for path, age_s in ages_s.items() if age_s < self.writer_s]
+        doomed = [path for path, age_s in ages_s.items() if age_s >= self.writer_s]
+        runs = [path for path in doomed if path.startswith(f"{STAGING}/")]
+        files = [path for path in doomed if path not in runs]
+        self.report.runs += [path.removeprefix(f"{STAGING}/") for path in runs]
+        self.report.num_files += len(files)
         if not self.dry_run:
-            self.storage.delete_files([*(path for path in next_to_them if path in statistics), *doomed])
+            for path in runs:
+                self.storage.delete(path)
+            self.storage.delete_files([path.removesuffix(".parquet") + ".stats.npy" for path in files] + files)
 
 
 def _paths(manifest: Manifest) -> set[str]:
     return {entry.path for entry in manifest.entries}
 
 
-def read_keys(file: Path) -> Int64Array:
-    """Read keys of images, ascending, each once.
+def read_images(file: Path, named_by: NamedBy | None = None) -> Images:
+    """Read images from a file of keys or of uris.
 
-    The file has a whole number on each line, or is an int64 .npy, or a .parquet with the column `key`. Raises
-    KeyFileError where there is none, or something else."""
+    The file has one on each line, or in the column `key` or `uri` of a .parquet; an int64 .npy has keys. With None they
+    are keys where the .parquet has that column, or each line is a whole number. Raises KeyFileError.
+    """
     try:
         if file.suffix == ".npy":
-            keys = np.load(file, allow_pickle=False)
-        elif file.suffix == ".parquet":
-            keys = _column(file, KEY).to_numpy(zero_copy_only=False)
-        else:
-            keys = np.array([*map(_key, _numbered_lines(file))], np.int64)
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise KeyFileError(f"{file} is no file of keys: {error}") from error
-    if not keys.size:
-        raise KeyFileError(f"{file} has no keys: name a file with one at least")
-    if keys.dtype != np.int64 or keys.ndim != 1:
-        raise KeyFileError(f"{file} has {keys.dtype} of shape {keys.shape}: keys are one list of int64")
-    return np.unique(keys)
-
-
-def read_uris(file: Path) -> list[str]:
-    """Read uris of images, each once: one on each line, or the column `uri` of a .parquet. Raises KeyFileError."""
-    try:
-        uris: list[str | None] = _column(file, URI).to_pylist() if file.suffix == ".parquet" else [*_lines(file)]
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise KeyFileError(f"{file} is no file of uris: {error}") from error
-    named = [uri for uri in uris if uri]
-    if not named or len(named) < len(uris):
-        raise KeyFileError(f"{file} has no uris, or an empty one")
-    return list(dict.fromkeys(named))
-
-
-def read_names(file: Path) -> tuple[Int64Array, list[str]]:
-    """Read a file of keys, or of uris; return the keys (N,), ascending, and the uris where it has those.
-
-    It has keys where it is a .npy, has a column `key`, or where each line is a whole number. Raises KeyFileError."""
-    try:
+            keys_N = np.load(file, allow_pickle=False)
+            if keys_N.dtype != np.int64 or keys_N.ndim != 1 or not keys_N.size:
+                raise ValueError(f"it has {keys_N.dtype} of shape {keys_N.shape}: keys are one list of int64")
+            return Images.of_keys(keys_N)
         if file.suffix == ".parquet":
-            has_uris = KEY not in pq.read_schema(file).names
+            table = pq.read_table(pa.BufferReader(read_regular(file)))
+            named_by = named_by or ("key" if KEY in table.column_names else "uri")
+            names = ["" if name is None else str(name) for name in table[named_by].to_pylist()]
         else:
-            has_uris = file.suffix != ".npy" and not all(_is_number(line) for line in _lines(file))
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise KeyFileError(f"{file} is no file of keys or uris: {error}") from error
-    if has_uris:
-        uris = read_uris(file)
-        return np.unique(keys_of_uris(uris)), uris
-    return read_keys(file), []
+            names = [line for line in read_text(file).splitlines() if line.strip()]
+            named_by = named_by or ("key" if all(map(_WHOLE_NUMBER.fullmatch, names)) else "uri")
+        if not names or not all(names):
+            raise ValueError(f"it has no {named_by}, or an empty one")
+        return Images.of_uris(names) if named_by == "uri" else Images.of_keys(np.array([*map(_key, names)], np.int64))
+    except (OSError, ValueError, OverflowError, KeyError, pa.ArrowException) as error:
+        wanted = f"{named_by}s" if named_by else "keys or uris"
+        raise KeyFileError(f"{file} is not a file of {wanted}: {error}") from error
 
 
-def _lines(file: Path) -> list[str]:
-    return [line for _, line in _numbered_lines(file)]
-
-
-def _numbered_lines(file: Path) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(read_text(file).splitlines(), 1) if line.strip()]
-
-
-def _key(numbered: tuple[int, str]) -> int:
-    number, line = numbered
-    if not _is_number(line):
-        raise ValueError(f"line {number:,} is no whole number: {line[:80]!r}; if these are uris, give them by --uris")
+def _key(line: str) -> int:
+    if not _WHOLE_NUMBER.fullmatch(line):
+        raise ValueError(f"{line[:80]!r} is not a whole number; if these are uris, give them by --uris")
     return int(line)
-
-
-def _column(file: Path, name: str) -> Any:
-    table = pq.read_table(pa.BufferReader(read_regular(file)), columns=[name])
-    if name not in table.column_names:
-        raise ValueError(f"it has no column {name}")
-    return table[name]
-
-
-def _is_number(line: str) -> bool:
-    try:
-        int(line)
-    except ValueError:
-        return False
-    return True

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
 from featurestore.__main__ import app
 from featurestore.commit import Commit
-from featurestore.errors import CorruptFileError, InvalidRowsError, PinError, SnapshotNotFoundError
+from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
 from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import move_channel, pin, read_pins, restore
-from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_keys, read_names, read_uris
+from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_images
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
 from tests.faulty import Fault, FaultyStorage
@@ -363,7 +365,7 @@ def test_a_purge_names_what_had_no_row_in_any_file(filled: FeatureStore, tmp_pat
 def test_who_gives_uris_as_keys_is_told_which_option_takes_them(filled: FeatureStore, tmp_path: Path) -> None:
     wrong = run("purge", filled.url, "--keys", _written(tmp_path, "\n5\nbag/1.jpg\n"))
     assert wrong.exit_code == 2
-    assert "line 3 is no whole number: 'bag/1.jpg'; if these are uris, give them by --uris" in wrong.output
+    assert "'bag/1.jpg' is not a whole number; if these are uris, give them by --uris" in wrong.output
 
 
 def _written(folder: Path, text: str) -> Path:
@@ -384,13 +386,28 @@ def test_a_file_that_vanishes_meanwhile_is_no_trace(filled: FeatureStore) -> Non
 
 def test_keys_and_uris(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
-    file.write_text("5\n-3\n\n5\n")
-    assert read_keys(file).tolist() == [-3, 5] and read_names(file)[1] == []
+    file.write_text("5\n-3\n\n5\n0\n")
+    assert read_images(file, "key").keys_N.tolist() == read_images(file).keys_N.tolist() == [-3, 0, 5]
+    assert not read_images(file).uris and read_images(file, "uri").uris == {"5", "-3", "0"}
     file.write_text("a.jpg\n5\na.jpg\n")
-    assert read_uris(file) == ["a.jpg", "5"] and read_names(file)[1] == ["a.jpg", "5"]
+    assert read_images(file, "uri").uris == read_images(file).uris == {"a.jpg", "5"}
     np.save(tmp_path / "keys.npy", np.array([4, 4, 2]))
-    assert read_names(tmp_path / "keys.npy")[0].tolist() == [2, 4]
+    assert read_images(tmp_path / "keys.npy").keys_N.tolist() == [2, 4]
     for text in ("", "x\n", "1.5\n", f"{2**63}\n"):
         file.write_text(text)
-        with pytest.raises(InvalidRowsError, match=r"names\.txt"):
-            read_keys(file)
+        with pytest.raises(KeyFileError, match=r"names\.txt is not a file of keys: "):
+            read_images(file, "key")
+
+
+def test_names_in_tables(tmp_path: Path) -> None:
+    file, table = tmp_path / "names.parquet", pa.table({"key": [0, 7], "uri": ["a.jpg", "b.jpg"]})
+    pq.write_table(table, file)
+    assert read_images(file).keys_N.tolist() == read_images(file, "key").keys_N.tolist() == [0, 7]
+    assert read_images(file, "uri").uris == {"a.jpg", "b.jpg"}
+    pq.write_table(table.select(["uri"]), file)
+    assert read_images(file).uris == {"a.jpg", "b.jpg"}
+    wrong = {"x": ["a"]}, {"uri": ["a.jpg", None]}, {"uri": [""]}, {"uri": []}, {"key": [1, None]}, {"key": [1.5]}
+    for columns in wrong:
+        pq.write_table(pa.table(columns), file)
+        with pytest.raises(KeyFileError, match=r"names\.parquet is not a file of "):
+            read_images(file)

@@ -12,7 +12,7 @@ from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, ke
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
 from featurestore.upkeep.history import move_channel
-from featurestore.upkeep.purge import Images, read_keys
+from featurestore.upkeep.purge import read_images
 from featurestore.upkeep.verify import verify
 from tests.faulty import FaultyStorage
 from tests.featurestore.upkeep.takedown.test_purge import GONE, Killed, contents, purge, run, without
@@ -55,7 +55,7 @@ def test_on_s3_killed_at_any_write_the_command_completes_it(
     before = contents(first)
     keys = tmp_path / "keys.txt"
     keys.write_text("".join(f"{key_of_uri(uri)}\n" for uri in GONE))
-    images = Images.of_keys(read_keys(keys))
+    images = read_images(keys, "key")
     whole: list[str] = []
     purge(dying_halfway(first, 0, whole), images)
     assert len(whole) > 12, "it was not killed often"
