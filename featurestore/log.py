@@ -83,8 +83,6 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
     if version is None:
         return _settled(storage, lambda known: read(storage, known[-1]) if known else EMPTY)
     try:
-        if version > MAX_VERSION:
-            raise FileNotFoundError
         return read(storage, version)
     except FileNotFoundError:
         known = versions(storage) or [0]
@@ -117,8 +115,7 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
     """Put a commit onto the newest manifest, and again onto a newer one when another writer was first.
 
     The manifest is read back after success and after every error: what is in the log decides, not the answer. Raises
-    CommitConflictError after hundreds of lost races, CorruptFileError where the newest manifest is damaged, or has the
-    last number that there can be.
+    CommitConflictError after hundreds of lost races, CorruptFileError where the newest manifest is damaged.
     """
     unsure: set[int] = set()  # versions that may be ours, though no answer and no reading said so
     failures = 0
@@ -128,11 +125,6 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
             found = find(storage, version)
             if found is not None and _counts(storage, found, commit.commit_id):
                 return found
-        if parent.version == MAX_VERSION:
-            raise CorruptFileError(
-                f"{storage.full(manifest_path(MAX_VERSION))} has the last number that there can be; no store"
-                f" reaches it by commits: somebody else put it there, so move it out of {LOG}/"
-            )
         manifest = commit.manifest_after(parent)
         try:
             path = manifest_path(manifest.version)

@@ -69,7 +69,7 @@ def explorer_cache() -> Path:
     Raises StorageError.
     """
     folder = default_cache_dir().with_name("explorer")
-    claim(folder, lambda _: True)
+    claim(folder)
     return folder
 
 

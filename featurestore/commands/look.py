@@ -121,11 +121,8 @@ def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.
     import pyarrow as pa
 
     from featurestore.console.files import replaced_file
-    from featurestore.storage.local import check_regular
 
     try:
-        if path.exists():
-            check_regular(path)
         with replaced_file(path) as part, part.open("wb") as file:
             if path.suffix != ".arrow":
                 np.save(file, values_UD)

@@ -1,4 +1,4 @@
-"""Start and end of every command: arguments are text, numbers are finite, and each mistake is one line.
+"""Start and end of every command: arguments are not empty, numbers are finite, and each mistake is one line.
 
 Exit codes:
 0    done
@@ -122,7 +122,7 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that this terminal cannot show is spelled out
             stream.reconfigure(errors="backslashreplace")
-    _check_text(sys.argv[1:], app.may_be_empty)
+    _check_not_empty(sys.argv[1:], app.may_be_empty)
     command = cast("click.Command", get_command(app))
     _check_numbers_of(command)
     try:
@@ -171,28 +171,18 @@ def power_of_two(value: int | None) -> int | None:
     return value
 
 
-def _check_text(arguments: Sequence[str], may_be_empty: Collection[str]) -> None:
-    """Exit with code 2 where an argument is empty, e.g. from a variable that is not set, or is no text.
+def _check_not_empty(arguments: Sequence[str], may_be_empty: Collection[str]) -> None:
+    """Exit with code 2 where an argument is empty, e.g. from a variable that is not set.
 
-    So no command has to check it. An empty path would be the current folder, bytes that are no UTF-8 break Parquet
-    files and JSON, and control characters break every line.
+    So no command has to check it: an empty path would be the current folder.
     """
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument == "" or (argument.startswith("--") and argument.endswith("=")):
             name = argument.rstrip("=") or before
-            if name in may_be_empty:
-                continue
-            where = f"the value of {name}" if name.startswith("-") else "an argument"
-            say_error(f"{where} is empty: give it a value, or leave it out")
-            sys.exit(USAGE)
-        if any("\ud800" <= each <= "\udfff" for each in argument):
-            problem = "is not UTF-8"
-        elif any(each < " " or "\x7f" <= each < "\xa0" for each in argument):
-            problem = "has a control character"
-        else:
-            continue
-        say_error(f"the argument '{printable(argument)}' {problem}: rename the file, or reach it by a link")
-        sys.exit(USAGE)
+            if name not in may_be_empty:
+                where = f"the value of {name}" if name.startswith("-") else "an argument"
+                say_error(f"{where} is empty: give it a value, or leave it out")
+                sys.exit(USAGE)
 
 
 def _check_numbers_of(command: click.Command) -> None:

@@ -47,8 +47,7 @@ from featurestore.storage.threads import Progress, in_threads
 
 SUFFIXES = (".keys.npy", ".rows.bin", ".json")
 SEAL = ".json"
-SAMPLES = "samples"
-RUNS = "runs"
+SAMPLES, RUNS = "samples", "runs"  # folders of the trainer
 TEMPORARY = ".tmp-"
 _DAY_S = 24 * 3600.0
 _UNUSED_S = 30 * _DAY_S
@@ -98,12 +97,6 @@ def default_cache_dir() -> Path:
     return folder / "crossmedia" / "features"
 
 
-def is_cache_file(name: str) -> bool:
-    """Return whether a name in a cache folder is one that we give; `samples` and `runs` are the trainer's folders."""
-    is_shard = name.startswith("shard-") and name.endswith(SUFFIXES)
-    return is_shard or name.startswith(TEMPORARY) or name in (SAMPLES, RUNS)
-
-
 def open_or_build(
     readers: Sequence[ShardReader], folder: Path, threads: int, progress: Progress | None = None
 ) -> list[CachedShard]:
@@ -115,7 +108,7 @@ def open_or_build(
     others may write into it.
     """
     if any(reader.entries for reader in readers):
-        claim(folder, is_cache_file)
+        claim(folder)
     largest = max((entry.bytes for reader in readers for entry in reader.entries), default=0)
     memory = FileMemory(max(largest, _MEMORY_BYTES))
     cached = list(in_threads(lambda reader: _open_or_build(reader, folder, memory), readers, threads, progress))

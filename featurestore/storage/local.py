@@ -8,11 +8,10 @@ import contextlib
 import errno
 import io
 import os
-import pwd
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -105,11 +104,8 @@ class DiskFiles:
         return os.listdir(self.path(path))  # noqa: PTH208 - names alone are wanted
 
     def entry(self, path: str) -> StorageEntry:
-        """Look up size and time of one file, or of a folder. Raises IrregularFileError for what could not be read."""
-        found = self.path(path).stat()
-        if not stat.S_ISDIR(found.st_mode):
-            check_mode(found.st_mode)
-        return _entry(path, found)
+        """Look up size and time of one file, or of a folder."""
+        return _entry(path, self.path(path).stat())
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
         """List the files of a folder and of the folders in it, without those that vanish meanwhile.
@@ -184,20 +180,15 @@ def sync(path: Path) -> None:
 
 
 class IrregularFileError(OSError):
-    """What is at a path is no regular file; callers that report OSError report this too."""
-
-    def __str__(self) -> str:
-        return str(self.strerror)
+    """A pipe, a socket or a device in the place of a file."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a file for reading, as `open` does; never waits for another process. Raises OSError."""
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - returned; Path has no opener
-    try:
-        check_mode(os.fstat(file.fileno()).st_mode)
-    except OSError:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise
+        raise IrregularFileError(errno.EINVAL, "not a regular file (pipe, socket or device)")
     return file
 
 
@@ -212,61 +203,24 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return read_regular(path).decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError where code that opens the file on its own would find none, or could wait."""
-    mode = Path(path).stat().st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    check_mode(mode)
-
-
-def check_mode(mode: int) -> None:
-    """Raise IrregularFileError unless a mode, of `stat`, is that of a regular file."""
-    if not stat.S_ISREG(mode):
-        raise IrregularFileError(errno.EINVAL, "no regular file but a pipe, a socket or a device")
-
-
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # changes nothing for regular files; a pipe opens at once
 
 
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def claim(folder: Path, is_ours: Callable[[str], bool]) -> None:
-    """Make a folder for this user alone, or make sure that nobody else can write into it.
-
-    One that others may look into is closed to them where all names in it are `is_ours`; a home, or a place with other
-    things in it, stays as it is. Raises StorageError where it is another user's, or others can still write into it.
-    """
+def claim(folder: Path) -> None:
+    """Make a folder for this user alone. Raises StorageError where other users could write into one that is there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_owner(folder)
-        mode = folder.stat().st_mode
-        is_shared = mode & stat.S_ISVTX  # as /tmp is
-        if mode & _OTHERS and not is_shared and all(map(is_ours, os.listdir(folder))):  # noqa: PTH208 - names alone
-            with contextlib.suppress(OSError):  # a disk that may only be read: what is left decides
-                folder.chmod(0o700)
-            mode = folder.stat().st_mode
+        found = folder.stat()
     except OSError as error:
         raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
-    if mode & _OTHERS_WRITE:
+    if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
         raise StorageError(
-            f"other users can write into the cache folder {folder} (mode {stat.S_IMODE(mode):04o}): they could put any"
-            " rows into it. It is not closed to them by itself if it holds other things, is shared as /tmp is, or its"
-            f" disk has no permissions. Choose a new folder for data.cache_dir, or chmod 700 {folder}"
-        )
-
-
-def check_owner(folder: Path) -> None:
-    """Raise StorageError where a folder is another user's; OSError where it is not there."""
-    owner, mine = _owner(folder), os.geteuid()
-    if owner != mine:
-        raise StorageError(
-            f"the cache folder {folder} belongs to {_user(owner)}, and this run is {_user(mine)}'s: rows in it could be"
-            " anybody's. Choose another data.cache_dir, as a new folder that this run makes, or give this one to the"
-            f" run's user: chown -R {mine} {folder} (in a container, run as the user who owns the mounted folder)"
+            f"other users can write into the cache folder {folder}, and put any rows into it: choose another"
+            " data.cache_dir, or make it yours alone by chown and chmod 700"
         )
 
 
@@ -278,14 +232,3 @@ def is_private(found: os.stat_result) -> bool:
 def open_private(path: str, flags: int) -> int:
     """Open, as `opener` of `open`, files that only this user may read and write."""
     return os.open(path, flags, 0o600)
-
-
-def _owner(folder: Path) -> int:
-    return folder.stat().st_uid
-
-
-def _user(uid: int) -> str:
-    try:
-        return f"user {uid} ({pwd.getpwuid(uid).pw_name})"
-    except KeyError:  # in a container, most are only numbers
-        return f"user {uid}"

@@ -20,7 +20,7 @@ from featurestore.lookup.cache import SEAL, STEM_DIGITS, SUFFIXES, CacheSeal, di
 from featurestore.published import channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING
-from featurestore.storage.local import check_owner, is_private
+from featurestore.storage.local import is_private
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
@@ -352,12 +352,11 @@ class CacheReport:
 def verify_cache(folder: Path, progress: Progress | None = None) -> CacheReport:
     """Read every file of a cache folder, and compare it with its seal, and the seal with its own name.
 
-    Changes nothing. Files that a run removes meanwhile are no problem. Raises StorageError where the folder is not
-    there, is another user's, or cannot be read.
+    Changes nothing. Files that a run removes meanwhile are not a problem. Raises StorageError where the folder is not
+    there, or cannot be read.
     """
     report = CacheReport()
     try:
-        check_owner(folder)
         seals = sorted(path for path in folder.iterdir() if path.name.startswith("shard-") and path.suffix == SEAL)
         for done, path in enumerate(seals, start=1):
             _check(path, report)
@@ -398,7 +397,7 @@ def _wrong(folder: Path, stem: str, seal: CacheSeal, report: CacheReport) -> str
         if not path.exists():
             return f"{path.name} is missing"
         if not is_private(path.lstat()):
-            return f"{path.name} is no regular file of this user's, or others may write to it"
+            return f"{path.name} is not a regular file of this user's, or others may write to it"
     report.num_bytes += keys.stat().st_size + rows.stat().st_size
     if xxhash.xxh3_128_hexdigest(keys.read_bytes()) != seal.keys_xxh3_128:
         return f"{keys.name} is not what was built"

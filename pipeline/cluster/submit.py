@@ -56,16 +56,6 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
     return value
 
 
-def _script(_: click.Context, __: click.Parameter, value: Path) -> Path:
-    from featurestore.storage.local import check_regular
-
-    try:
-        check_regular(value)
-    except OSError as error:
-        raise click.BadParameter(f"{value}: {error}") from error
-    return value
-
-
 @click.command(
     "submit",
     epilog=EXAMPLES,
@@ -102,7 +92,7 @@ def _script(_: click.Context, __: click.Parameter, value: Path) -> Path:
     help="Seconds for the scheduler to answer and the workers to come.",
 )
 @click.option("--insecure", is_flag=True, help="Accept a scheduler beyond loopback without TLS.")
-@click.argument("script", callback=_script, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def submit(

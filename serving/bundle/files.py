@@ -81,7 +81,7 @@ class LocalFiles:
         else:
             cache = cache_dir or default_cache_dir().parent / "bundles"
             self._folder = cache / manifest.bundle_id
-            claim(self._folder, lambda name: True)
+            claim(self._folder)
             os.utime(self._folder)
             _prune(cache)
 

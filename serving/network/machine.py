@@ -2,10 +2,9 @@
 
 import hashlib
 import platform
+from pathlib import Path
 
 import torch
-
-from featurestore.storage.local import read_regular
 
 
 def compiled_name() -> str:
@@ -21,7 +20,7 @@ def compiled_name() -> str:
 
 def _processor_features() -> str:
     """Return the features that the kernel names of the first core, sorted; cores of one machine have the same."""
-    for line in read_regular("/proc/cpuinfo").decode(errors="replace").splitlines():
+    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
             return " ".join(sorted(value.split()))

@@ -36,7 +36,7 @@ from torch import Tensor
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
-from featurestore.lookup.cache import SAMPLES, default_cache_dir, digest_of_file, is_cache_file
+from featurestore.lookup.cache import SAMPLES, default_cache_dir, digest_of_file
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.spec import FileName
@@ -429,8 +429,8 @@ def remember(file: Path, values: Mapping[str, Any]) -> None:
     """Keep `values` as JSON in a file of the cache folder for samples; do nothing where it cannot be written."""
     part = file.with_name(f".tmp-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError, StorageError):
-        claim(file.parent.parent, is_cache_file)
-        claim(file.parent, lambda _: True)
+        claim(file.parent.parent)
+        claim(file.parent)
         part.touch(mode=0o600)
         part.write_text(json.dumps(values), encoding="utf-8")
         part.replace(file)

@@ -35,7 +35,7 @@ from torch import Tensor
 from featurestore.console.files import replace_file
 from featurestore.errors import CommitConflictError
 from featurestore.log import writer_name
-from featurestore.lookup.cache import RUNS, default_cache_dir, digest_of_file, is_cache_file
+from featurestore.lookup.cache import RUNS, default_cache_dir, digest_of_file
 from featurestore.published import PublishedFile, PublishedFiles, expire, missing, open_published, publish, write_part
 from featurestore.published.paths import DAMAGED, FarPath, RunPath
 from featurestore.storage.local import claim, read_regular, sync
@@ -96,8 +96,8 @@ def local_copy(path: RunPath, digest: str, cache_dir: str | os.PathLike[str] | N
 
 def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
     folder = Path(cache_dir or default_cache_dir())
-    claim(folder, is_cache_file)
-    claim(folder / RUNS, lambda _: True)
+    claim(folder)
+    claim(folder / RUNS)
     return folder / RUNS
 
 

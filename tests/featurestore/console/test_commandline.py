@@ -110,21 +110,6 @@ def featurestore(*arguments: str | bytes, **environment: str) -> "subprocess.Com
     )
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        (b"a\xff", r"the argument 'a\xff' is not UTF-8"),
-        (b"a\nb", r"the argument 'a\nb' has a control character"),
-        (b"a\x1b[31m", r"the argument 'a\x1b[31m' has a control character"),
-    ],
-)
-def test_an_argument_is_text(argument: bytes, message: str) -> None:
-    done = featurestore("info", argument)
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.decode().startswith(f"error: {message}") and done.stderr.count(b"\n") == 1
-
-
 def test_a_usage_error_is_one_line_and_names_the_help() -> None:
     done = featurestore("log", "x", "--last", "0")
     assert done.returncode == 2

@@ -72,23 +72,15 @@ def test_folder_and_files_are_for_their_user_alone(store: FeatureStore, cache: P
     assert {mode_of(path) for path in (cache / "below").iterdir()} == {0o600}
 
 
-@pytest.mark.parametrize("filled", [False, True])
-def test_a_folder_of_another_user_is_refused_with_the_ways_out(
-    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: Callable[[Path], None], filled: bool
+def test_a_folder_of_another_user_is_refused(
+    store: FeatureStore, cache: Path, rows: FeatureRows, give_away: Callable[[Path], None]
 ) -> None:
-    cache.mkdir()
-    if filled:
-        served(store, cache, rows)
+    served(store, cache, rows)
     before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     give_away(cache)
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(StorageError, match=f"can write into the cache folder {cache}, .*data.cache_dir"):
         served(store, cache, rows)
-    message = str(caught.value)
-    assert f"{cache} belongs to user {OTHER}" in message and "\n" not in message
-    assert "data.cache_dir" in message and f"chown -R {os.geteuid()} {cache}" in message
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
-    with pytest.raises(StorageError, match=f"belongs to user {OTHER}"):
-        verify_cache(cache)
 
 
 @pytest.mark.parametrize("suffix", [".rows.bin", ".keys.npy", ".json"])
@@ -100,10 +92,8 @@ def test_files_of_another_user_are_built_again(
     place = file_of(cache, suffix)
     flip(place) if suffix == ".rows.bin" else None
     give_away(place)
-    cache.chmod(0o777)
     assert "others may write to it" in verify_cache(cache).problems[0]
     np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
-    assert mode_of(cache) == 0o700
     if IS_ROOT:
         assert file_of(cache, suffix).stat().st_uid == 0 and verify_cache(cache).problems == []
 
@@ -131,50 +121,22 @@ def test_a_link_in_the_place_of_a_cache_file_is_not_followed(
     assert not place.is_symlink() and (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o750, 0o777, 0o770, 0o775])
-def test_an_own_folder_that_is_open_to_others_is_closed_silently(
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_folder_into_which_others_can_write_is_refused(
     store: FeatureStore, cache: Path, rows: FeatureRows, mode: int
 ) -> None:
-    (cache / "samples").mkdir(parents=True)  # the trainer's
-    served(store, cache, rows)
-    inodes = {path.stat().st_ino for path in cache.iterdir()}
-    cache.chmod(mode)
-    np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
-    assert mode_of(cache) == 0o700
-    assert {path.stat().st_ino for path in cache.iterdir()} == inodes  # nothing had to be built again
-
-
-@pytest.mark.parametrize(("mode", "name"), [(0o777, "thesis.txt"), (0o775, "shard-1.txt"), (0o1777, None)])
-def test_a_place_with_other_things_is_not_closed_and_not_used_where_others_can_write(
-    store: FeatureStore, cache: Path, rows: FeatureRows, mode: int, name: str | None
-) -> None:
     cache.mkdir()
-    if name:
-        (cache / name).touch()
     cache.chmod(mode)
-    with pytest.raises(StorageError, match=rf"can write into the cache folder .*{mode:04o}.*data.cache_dir.*chmod 700"):
+    with pytest.raises(StorageError, match=r"can write into the cache folder .*data.cache_dir.*chmod 700"):
         served(store, cache, rows)
     assert mode_of(cache) == mode
 
 
-def test_a_place_with_other_things_that_others_only_read_stays_as_it_is(
-    store: FeatureStore, cache: Path, rows: FeatureRows
-) -> None:
+def test_a_folder_that_others_only_read_stays_as_it_is(store: FeatureStore, cache: Path, rows: FeatureRows) -> None:
     cache.mkdir()
-    (cache / "thesis.txt").touch()
     cache.chmod(0o755)
     np.testing.assert_array_equal(served(store, cache, rows), rows.features_ND)
     assert mode_of(cache) == 0o755 and mode_of(file_of(cache, ".rows.bin")) == 0o600
-
-
-def test_a_disk_that_keeps_no_permissions_is_named(
-    store: FeatureStore, cache: Path, rows: FeatureRows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache.mkdir()
-    cache.chmod(0o777)
-    monkeypatch.setattr(Path, "chmod", lambda *_: None)
-    with pytest.raises(StorageError, match="its disk has no permissions"):
-        served(store, cache, rows)
 
 
 def test_rows_that_were_changed_since_the_last_opening_are_built_again(
