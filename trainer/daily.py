@@ -443,7 +443,7 @@ def _check_base(base: Config) -> None:
 
 
 def _days_of(samples: str) -> list[str]:
-    from featurestore.published import open_published
+    from featurestore.published.versions import open_published
     from trainer.samples.columns import files_by_day
 
     days = list(files_by_day(open_published(samples)))

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from trainer.errors import DataError
 
 JOBS = Path(__file__).parents[2] / "jobs"

@@ -20,7 +20,7 @@ from benchmarks.quality.data import DataSet
 from benchmarks.report import Figure, Section
 from benchmarks.seeds import seed_mean
 from featurestore.console.files import write_json
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from trainer.comm import SoloComm
 from trainer.config.config import WARM_PARTS, Config, load_config
 from trainer.daily import LATER_RATES, follow

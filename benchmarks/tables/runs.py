@@ -11,7 +11,7 @@ from benchmarks.report import Figure
 from benchmarks.tables.variants import Table, Variant
 from featurestore.console.page import unrecorded
 from featurestore.identity import SnapshotId
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.spec import flat
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import seconds_per_image

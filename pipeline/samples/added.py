@@ -28,7 +28,7 @@ from pydantic import BaseModel, NonNegativeInt, StringConstraints
 from featurestore.console.files import write_json
 from featurestore.errors import StorageError
 from featurestore.parsing import parse_json
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.spec import FileName
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import num_threads, run_all

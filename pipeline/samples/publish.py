@@ -13,7 +13,7 @@ from pathlib import Path
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import CommitConflictError, StorageError
-from featurestore.published import (
+from featurestore.published.versions import (
     FILES,
     VERSIONS,
     PublishedFile,

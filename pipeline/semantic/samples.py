@@ -18,7 +18,7 @@ from featurestore.console.output import progress_bar
 from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
 from featurestore.parsing import parse_json, parse_yaml
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage, settled_tags
 from featurestore.store import FeatureStore
 from pipeline.errors import SampleError, SampleOptionError

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from jobs import import_features, import_xdl

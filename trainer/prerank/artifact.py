@@ -23,7 +23,7 @@ from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.identity import SnapshotId
 from featurestore.index import VectorIndex
-from featurestore.published import (
+from featurestore.published.versions import (
     FILES,
     VERSIONS,
     PublishedFiles,

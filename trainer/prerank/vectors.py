@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.errors import StorageError
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage, file_at
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError, DataError, DataNotFoundError

@@ -36,8 +36,16 @@ from featurestore.console.files import replace_file
 from featurestore.errors import CommitConflictError
 from featurestore.log import writer_name
 from featurestore.lookup.cache import RUNS, default_cache_dir, digest_of_file
-from featurestore.published import PublishedFile, PublishedFiles, expire, missing, open_published, publish, write_part
 from featurestore.published.paths import DAMAGED, FarPath, RunPath
+from featurestore.published.versions import (
+    PublishedFile,
+    PublishedFiles,
+    expire,
+    missing,
+    open_published,
+    publish,
+    write_part,
+)
 from featurestore.storage.local import claim, read_regular, sync
 from featurestore.storage.storage import Storage
 from trainer.errors import CheckpointError, DamagedCheckpointError

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from featurestore.errors import StorageError
 from featurestore.keys import NO_IMAGE, owner_of, shard_of
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.errors import DataError, DataNotFoundError

@@ -62,7 +62,7 @@ def inspect(
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments. Of a run it prints
     the first texts of its dictionary of IDs.
     """
-    from featurestore.published import open_published
+    from featurestore.published.versions import open_published
     from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
 
     if (run_path(data) / "config.yaml").is_file():

@@ -13,7 +13,7 @@ from explorer.data.images.neighbours import Neighbours, with_names
 from explorer.data.kept import Kept
 from featurestore.errors import StorageError
 from featurestore.parsing import parse_json
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.snapshot import Snapshot
 
 if TYPE_CHECKING:

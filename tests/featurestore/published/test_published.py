@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import CommitConflictError, StorageError
-from featurestore.published import PublishedFile, PublishedFiles, expire, open_published, publish, upload
+from featurestore.published.versions import PublishedFile, PublishedFiles, expire, open_published, publish, upload
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from tests.fuse import Fuse, small_process

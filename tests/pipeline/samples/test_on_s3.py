@@ -11,7 +11,7 @@ import pytest
 from distributed import Client
 
 from featurestore.errors import CommitConflictError
-from featurestore.published import PublishedFiles, open_published, upload
+from featurestore.published.versions import PublishedFiles, open_published, upload
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.options import SampleOptions

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
-from featurestore.published import open_published
+from featurestore.published.versions import open_published
 from featurestore.store import FeatureStore
 from jobs.build_semantic_ids import app
 from tests.jobs.semantic import (

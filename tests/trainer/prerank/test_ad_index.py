@@ -9,7 +9,7 @@ import pytest
 
 from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
 from featurestore.index import VectorIndex
-from featurestore.published import open_published, publish, write_part
+from featurestore.published.versions import open_published, publish, write_part
 from featurestore.storage.storage import Storage
 from tests.faulty import Fault, opened_faulty
 from tests.featurestore.storage.test_paths import sealed

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from featurestore.published import PublishedFiles, open_published
 from featurestore.published.paths import FarPath, RunPath, run_path
+from featurestore.published.versions import PublishedFiles, open_published
 from featurestore.storage.storage import Storage
 from tests.trainer.runs import saved
 from tests.trainer.runs.resumed.test_resume import Runs, assert_same, content, names, steps_of

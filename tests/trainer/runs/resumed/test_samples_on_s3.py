@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from featurestore.published import FILES, PublishedFile, publish, upload
 from featurestore.published.paths import run_path
+from featurestore.published.versions import FILES, PublishedFile, publish, upload
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks
