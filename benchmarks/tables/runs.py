@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 from benchmarks.report import Figure
 from benchmarks.tables.variants import Table, Variant
 from featurestore.console.page import unrecorded
-from featurestore.identity import SnapshotId
 from featurestore.published.versions import open_published
+from featurestore.snapshot import SnapshotId
 from featurestore.spec import flat
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import seconds_per_image

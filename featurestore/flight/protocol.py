@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from featurestore import errors
 from featurestore.format.datafile import FEATURE, KEY, schema_of
-from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.parsing import first_mistake
+from featurestore.snapshot import SnapshotId
 from featurestore.spec import StoreInfo
 
 DESCRIBE = "snapshot"  # the action that describes a snapshot

@@ -22,11 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
-from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array, UInt64Array, owned_shards, sampled, shard_of, shard_of_hash, splitmix64
 from featurestore.lookup.cache import CachedShard, default_cache_dir, open_or_build
 from featurestore.published.channels import VersionName
-from featurestore.snapshot import Snapshot, missing_message
+from featurestore.snapshot import Snapshot, SnapshotId, missing_message
 from featurestore.spec import MissingPolicy, StoreInfo
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore

@@ -21,11 +21,10 @@ from safetensors import numpy as tensors
 
 from featurestore.errors import StorageError
 from featurestore.format.codec import file_metadata
-from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.parsing import parse_json
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
 from featurestore.storage.storage import Storage, file_at
 from featurestore.text import one_line
 from featurestore.upkeep.remake import sample as sample_of_store

@@ -32,11 +32,10 @@ from featurestore.format.datafile import (
 )
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
-from featurestore.identity import SnapshotId
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
 from featurestore.lookup.signatures import Planes
 from featurestore.published.channels import VersionName
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader
-from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.lookup.signatures import BITS
 from featurestore.published.channels import VersionName
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import FileEntry
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore

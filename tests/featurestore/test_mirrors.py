@@ -8,8 +8,8 @@ import pytest
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import AnotherStoreError, CommitConflictError
-from featurestore.identity import SnapshotId
 from featurestore.log import manifest_path
+from featurestore.snapshot import SnapshotId
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
 

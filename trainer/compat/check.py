@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
-from featurestore.identity import SnapshotId
 from featurestore.published.channels import VersionName, check_channel_name, last_move
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep.comparison import RowChanges, compare_rows

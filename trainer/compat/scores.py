@@ -20,11 +20,10 @@ import numpy as np
 
 from featurestore.errors import UserError
 from featurestore.format.rows import FeatureRows
-from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm
 from trainer.compat import GateLimits, GateResult

@@ -21,7 +21,6 @@ from pydantic import Field
 
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
-from featurestore.identity import SnapshotId
 from featurestore.index import VectorIndex
 from featurestore.published.versions import (
     FILES,
@@ -32,6 +31,7 @@ from featurestore.published.versions import (
     publish,
     write_part,
 )
+from featurestore.snapshot import SnapshotId
 from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
 from trainer.errors import AdIndexError, AdIndexNotFoundError

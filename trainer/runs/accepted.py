@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from featurestore.errors import StorageError
-from featurestore.identity import SnapshotId
 from featurestore.parsing import first_mistake
 from featurestore.published.paths import RunPath, read_file, write_file
+from featurestore.snapshot import SnapshotId
 from trainer.config.options import Section
 from trainer.errors import CheckpointError
 

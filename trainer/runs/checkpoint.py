@@ -35,10 +35,10 @@ from torch import Tensor
 
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
-from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import SAMPLES, default_cache_dir, digest_of_file
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import FarPath, RunPath, read_file
+from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName
 from featurestore.storage.local import StorageEntry, claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags

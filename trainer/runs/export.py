@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featurestore.format.datafile import KEY, URI
-from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
 from trainer.config.options import ExactTableConfig

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from featurestore.format.statistics import FeatureStatistics
-from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.paths import FarPath, RunPath, remove_all, run_path
 from featurestore.published.versions import open_published
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.config.comparison import values_that_decide

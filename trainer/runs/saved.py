@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
-from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.published.versions import open_published
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
 from featurestore.storage.threads import cached_property
 from featurestore.store import FeatureStore

@@ -12,12 +12,11 @@ import torch
 import xxhash
 
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
-from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path, write_json_file
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from trainer.comm import Comm

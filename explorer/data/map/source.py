@@ -16,9 +16,8 @@ from explorer.data.background import Task
 from explorer.data.vectors import visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
-from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
-from featurestore.snapshot import Snapshot
+from featurestore.snapshot import Snapshot, SnapshotId
 
 if TYPE_CHECKING:
     from trainer.schema import Schema

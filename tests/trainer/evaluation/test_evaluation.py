@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from featurestore.identity import SnapshotId
 from featurestore.keys import sampled
+from featurestore.snapshot import SnapshotId
 from featurestore.store import FeatureStore
 from tests.pages import check_page
 from tests.ranks import StandingRanks

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.errors import ChannelError
-from featurestore.identity import SnapshotId
+from featurestore.snapshot import SnapshotId
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from jobs.export_embeddings import app as export_app

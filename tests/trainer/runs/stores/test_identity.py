@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
-from featurestore.identity import SnapshotId
+from featurestore.snapshot import SnapshotId
 from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
