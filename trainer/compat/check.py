@@ -13,8 +13,7 @@ from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-from featurestore.upkeep.comparison import RowChanges, compare_rows
-from featurestore.upkeep.history import move_channel
+from featurestore.upkeep.history import RowChanges, compare_rows, move_channel
 from trainer.comm import SoloComm
 from trainer.compat import GateLimits, GateResult
 from trainer.compat.scores import MOST_IMPRESSIONS, ScoreChange, Scores, compare_scores, score, score_gates

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
-from featurestore.upkeep.comparison import compare_rows
+from featurestore.upkeep.history import compare_rows
 
 KEYS = np.arange(1_000, 1_050)
 NONE = bytes(16)
