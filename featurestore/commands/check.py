@@ -79,7 +79,7 @@ def verify(
 
 
 def _prove_absent(url: str, file: Path) -> None:
-    from featurestore.commands.purge import show_absence
+    from featurestore.commands.rewrite import show_absence
     from featurestore.store import FeatureStore
     from featurestore.upkeep.purge import find_traces, read_images
 
