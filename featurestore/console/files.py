@@ -28,11 +28,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def replaced_file(path: Path) -> Iterator[Path]:
     """Give a hidden path in the same folder, which is renamed to `path` when the block ends.
 
-    Where the block raises, what it has written is removed. Raises OSError, also where `path` is there and is no file:
-    a device or a pipe would be gone.
+    Where the block raises, what it has written is removed. Raises OSError, also where `path` is a folder, a device or a
+    pipe, which would be gone.
     """
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "it is no file; name another", str(path))
+        raise FileExistsError(errno.EEXIST, "not a regular file; choose another path", str(path))
     part = path.with_name(f".{path.name}")
     try:
         yield part
@@ -56,7 +56,7 @@ def check_place(path: Path, option: str) -> None:
     if path.is_dir():
         raise OutputPlaceError(f"cannot write {option} {path}: it is a folder; name a file in it")
     if path.exists() and not path.is_file():
-        raise OutputPlaceError(f"cannot write {option} {path}: it is no file; name another")
+        raise OutputPlaceError(f"cannot write {option} {path}: not a regular file; choose another path")
     if not path.parent.is_dir():
         raise OutputPlaceError(f"cannot write {option} {path}: there is no folder {path.parent}; make it first")
     part = path.with_name(f".{path.name}")  # as replaced_file does

@@ -21,8 +21,9 @@ from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep import DATA, GRACE_DAYS, KEEP_DAYS, KEEP_LAST, damage
+from featurestore.upkeep import DAMAGED, DATA, GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from featurestore.upkeep.history import kept_versions as kept_by_name
+from featurestore.upkeep.verify import is_manifest
 
 _DAY_S = 86_400.0
 _THREADS = 8  # waiting for answers, not computing
@@ -200,8 +201,8 @@ class _Expiry:
 
     def _num_put_aside(self) -> int:
         """Count manifests that were found damaged within the grace time: readers may have those snapshots open."""
-        aside = self.storage.entries(damage.DAMAGED, recursive=False)
-        return sum(damage.is_manifest(entry.path) and self._age_s(entry) <= self.grace_s for entry in aside)
+        aside = self.storage.entries(DAMAGED, recursive=False)
+        return sum(is_manifest(entry.path) and self._age_s(entry) <= self.grace_s for entry in aside)
 
     def _files(self, versions: Sequence[int], folders: Sequence[str]) -> dict[str, int]:
         """Return the files that the manifests name, and the bytes of those with rows; the first folder counts."""

@@ -32,8 +32,7 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.text import count_text
-from featurestore.upkeep import DATA
-from featurestore.upkeep.damage import DAMAGED
+from featurestore.upkeep import DAMAGED, DATA
 from featurestore.upkeep.expiry import move_aside
 from featurestore.upkeep.history import Pin, move_channel, read_pins, unpin
 

@@ -14,33 +14,48 @@
 - Damaged quarantine files and expired manifests move to damaged/. A damaged store.json is rebuilt from a data file.
 """
 
+import contextlib
+import hashlib
+import time
+import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from featurestore import log
 from featurestore.commit import Commit
-from featurestore.format.datafile import table_of
+from featurestore.errors import CorruptFileError, StorageError
+from featurestore.format.datafile import (
+    DELETED,
+    KEY,
+    URI,
+    DataFile,
+    info_in,
+    read_verified,
+    table_of,
+    text_column,
+)
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, newest_rows, write_shard_file
-from featurestore.keys import Int64Array
-from featurestore.spec import FileEntry
-from featurestore.staging import QuarantineRow
-from featurestore.storage.threads import Progress
-from featurestore.store import FeatureStore
-from featurestore.upkeep import damage
-from featurestore.upkeep.damage import (
-    newest_good,
-    put_back,
-    readable_keys,
-    rebuild_info,
-    recommit,
-    recoverable,
-    was_committed,
+from featurestore.keys import Int64Array, shard_of_hash, splitmix64
+from featurestore.spec import (
+    MAX_VERSION,
+    FileEntry,
+    Manifest,
+    StoreInfo,
+    create_sealed,
+    seal,
 )
-from featurestore.upkeep.verify import Problem, verify
+from featurestore.staging import QuarantineRow
+from featurestore.storage.storage import Storage
+from featurestore.storage.threads import Progress
+from featurestore.store import INFO_PATH, FeatureStore
+from featurestore.upkeep import DAMAGED, DATA
+from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Problem, is_manifest, verify
 
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place
@@ -84,9 +99,9 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
     _mend_manifests(store, by_kind["manifest"], report, dry_run)
     _mend_files(store, [*by_kind["data"], *by_kind["statistics"]], report, dry_run)
     for problem in [problem for kind in _ASIDE for problem in by_kind[kind]]:
-        report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
+        report.actions.append(f"move {problem.path} to {DAMAGED}/")
         if not dry_run:
-            damage.put_aside(store.storage, problem.path)
+            put_aside(store.storage, problem.path)
     report.left = [problem for kind in ("folder", "basis", "order", "pin", "collision") for problem in by_kind[kind]]
     return report
 
@@ -122,10 +137,10 @@ def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: Re
             )
             report.version = None if dry_run else version + 1
             left.add(version + 1)
-        report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
+        report.actions.append(f"move {problem.path} to {DAMAGED}/")
         left.discard(version)
         if not dry_run:
-            damage.put_aside(store.storage, problem.path)
+            put_aside(store.storage, problem.path)
 
 
 def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
@@ -141,7 +156,7 @@ def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: Repair
     if dry_run:
         return
     for path, reason in reasons.items():
-        damage.note(store.storage, path, reason)
+        note(store.storage, path, reason)
     if plan.replacements:
         store.add_quarantine(plan.lost)
         report.version = plan.commit().publish().version
@@ -211,3 +226,186 @@ class _RepairPlan:
         storage, info = self._store.storage, self._store.info
         rows = FeatureRows.tombstones(keys_N[newest_rows(keys_N)], info)
         return write_shard_file(storage, info, shard, [table_of(rows, info)], "delta", 0)
+
+
+_MOST_BETWEEN_PINS = 1 << 32  # commits; more than a century of one each second
+
+
+def note(storage: Storage, path: str, reason: str) -> None:
+    """Remember that a data file is damaged; to note it again is no error."""
+    name = hashlib.sha256(path.encode()).hexdigest()[:32]
+    storage.write_bytes(
+        f"{DAMAGED}/{NOTE_PREFIX}{name}.json", seal(DamageNote(path=path, reason=reason, time_s=storage.now()))
+    )
+
+
+def keep_copy(storage: Storage, path: str) -> None:
+    """Copy a small damaged file to `damaged/`, under its path with dashes.
+
+    The copy is empty where the file cannot be read, or is a link out of the store. The file may be gone already."""
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        return
+    except CorruptFileError:
+        data = b""
+    storage.write_bytes(f"{DAMAGED}/{path.replace('/', '-')}", data)
+
+
+def put_aside(storage: Storage, path: str) -> None:
+    """Move a small damaged file to `damaged/`, as `keep_copy` does."""
+    keep_copy(storage, path)
+    storage.delete_files([path])
+
+
+def rebuild_info(url: str, dry_run: bool) -> str:
+    """Write store.json from the copy in a data file of the newest good manifest; return the path of that file.
+
+    A damaged one is kept in damaged/. The store keeps its `store_id`; where its data files are too old to know it, it
+    gets a new one. Raises CorruptFileError where no file is good.
+    """
+    storage = Storage(url, keep_inside=True)
+    found = _info_of_a_file(storage, newest_good(storage, folders=(log.LOG, log.EXPIRED)))
+    if found is None:
+        raise CorruptFileError(
+            f"{storage.full(INFO_PATH)} cannot be rebuilt, as no data file of the newest snapshot is good: put it back"
+            " from a backup"
+        )
+    path, info = found
+    if not dry_run:
+        keep_copy(storage, INFO_PATH)
+        store_id = info.store_id or uuid.uuid4().hex
+        storage.write_bytes(INFO_PATH, seal(info.model_copy(update={"store_id": store_id})))
+    return path
+
+
+def newest_good(storage: Storage, bad: Collection[int] = (), folders: Sequence[str] = (log.LOG,)) -> Manifest:
+    """Read the newest manifest that is whole and none of the `bad` versions, from the first folder that has one.
+
+    Raises CorruptFileError where none has.
+    """
+    for folder in folders:
+        for version in reversed(log.versions(storage, folder)):
+            if version not in bad:
+                with contextlib.suppress(FileNotFoundError, CorruptFileError):
+                    return log.read(storage, version, folder)
+    raise CorruptFileError(
+        f"no manifest of {storage.url} is good, and none in {log.EXPIRED}/ has all of its files:"
+        f" put {storage.full(log.LOG)} back from a backup"
+    )
+
+
+def recoverable(storage: Storage, damaged: Collection[int]) -> list[Manifest]:
+    """Read the manifests in expired/ that can take the place of damaged ones of the log, ascending.
+
+    These are copies of the damaged ones themselves, and where the newest is damaged all that are newer than the newest
+    good one. Each must be whole, and name only data files that exist.
+    """
+    good = max((version for version in log.versions(storage) if version not in damaged), default=0)
+    newest = max(damaged, default=0)
+    wanted = [v for v in log.versions(storage, log.EXPIRED) if v in damaged or good < v < newest]
+    names = {entry.path for entry in storage.entries(DATA)} if wanted else set()
+    found = []
+    for version in wanted:
+        with contextlib.suppress(FileNotFoundError, CorruptFileError):
+            manifest = log.read(storage, version, log.EXPIRED)
+            if all(entry.path in names for entry in manifest.entries):
+                found.append(manifest)
+    return found
+
+
+def put_back(storage: Storage, manifest: Manifest) -> None:
+    """Move a manifest from expired/ to log/, where a damaged one of its version makes room for it."""
+    path = log.manifest_path(manifest.version)
+    keep_copy(storage, path)
+    storage.write_bytes(path, seal(manifest))
+    storage.delete_files([log.manifest_path(manifest.version, log.EXPIRED)])  # second: a kill loses none
+
+
+def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:
+    """Commit the newest good manifest again as `version`, the number behind that of the newest, which is damaged.
+
+    Readers and writers stop at a damaged newest manifest, and continue with this one. Where another repair was first,
+    its commit stays.
+    """
+    if not dry_run:
+        again = good.model_copy(
+            update={
+                "version": version,
+                "parent": good.commit_id,
+                "commit_id": uuid.uuid4().hex,
+                "writer": log.writer_name(),
+                "time_s": max(time.time(), good.time_s),
+                "operation": operation,
+            }
+        )
+        create_sealed(storage, log.manifest_path(version), again)
+
+
+def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
+    """Return whether a damaged newest manifest was once a commit, as far as can be known: then its number is used up.
+
+    It was where every number between the newest good manifest and it is in log/, expired/ or damaged/. Else there is a
+    gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin or a channel
+    keeps that, so where there are some, and no more numbers in between than commits can be, the gap proves nothing.
+    """
+    aside = [name.partition("-")[2] for name in storage.list(DAMAGED) if is_manifest(name)]
+    known = {*log.versions(storage), *log.versions(storage, log.EXPIRED), *map(log.version_of, aside)}
+    num_between = version - good.version - 1
+    if len([number for number in known if number and good.version < number < version]) == num_between:
+        return version < MAX_VERSION
+    return log.has_kept_by_name(storage) and num_between < min(_MOST_BETWEEN_PINS, MAX_VERSION - version)
+
+
+def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:
+    for entry in manifest.entries:
+        with contextlib.suppress(FileNotFoundError, CorruptFileError):
+            info = info_in(read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path))
+            if info.digest == entry.info_digest:
+                return entry.path, info
+    return None
+
+
+def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntry) -> tuple[FileKeys, list[str]]:
+    """Read the keys that can still be read of a damaged file, and uris (empty where those cannot).
+
+    Row groups whose pages do not fit their checksums are left out. Nothing at all where the file is gone, its footer is
+    broken, or it is another file than the one that was committed: of another size, other rows, or with keys of other
+    shards."""
+    found, uris = [], []
+    try:
+        if storage.size(entry.path) != entry.bytes:
+            return FileKeys.joined([]), []
+        with storage.open_input(entry.path) as source:
+            file = DataFile(source, info, storage.full(entry.path))
+            if file.num_rows != entry.rows:
+                return FileKeys.joined([]), []
+            for group in range(len(file.group_starts) - 1):
+                table = _readable_group(file, group)
+                if table is not None:
+                    found.append(FileKeys.of(table))
+                    uris += text_column(table, URI)
+    except (CorruptFileError, StorageError, FileNotFoundError):
+        pass  # what was read before is good
+    keys = FileKeys.joined(found)
+    if (shard_of_hash(splitmix64(keys.keys_N), info.num_shards) != shard).any():
+        return FileKeys.joined([]), []
+    return keys, uris
+
+
+def _readable_group(file: DataFile, group: int) -> pa.Table | None:
+    try:
+        table = file.read([KEY], [group])
+    except CorruptFileError:
+        return None
+    columns: dict[str, Any] = {
+        URI: pa.array([""] * len(table), pa.string()),
+        DELETED: pa.array(np.zeros(len(table), np.bool_)),
+    }
+    for name in columns:
+        try:
+            columns[name] = file.read([name], [group])[name]
+        except CorruptFileError:
+            continue
+    columns[KEY] = table[KEY]
+    return pa.table(columns)

@@ -1,5 +1,12 @@
-"""Verification: every file, shard and cache of a store against what its log says."""
+"""Verification: every file, shard and cache of a store against what its log says.
 
+In `damaged/` are manifests that a repair took out of the log, and notes of data files that only older snapshots still
+name. Such a file can only come back from a backup: it is reported without alarm until its snapshots expire.
+
+Letters of shapes: N rows of a file, M live rows of several files.
+"""
+
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,27 +15,49 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import xxhash
 from pydantic import ValidationError
 
 from featurestore import log, staging
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
 from featurestore.format.codec import BASES, basis_of
-from featurestore.format.datafile import FileMemory
+from featurestore.format.datafile import (
+    DELETED,
+    KEY,
+    URI,
+    FileMemory,
+    matrix_of,
+    numpy_column,
+    open_entry,
+    schema_of,
+    text_column,
+)
+from featurestore.format.rows import finite_rows
 from featurestore.format.shard import read_moments
+from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
 from featurestore.lookup.cache import SEAL, STEM_DIGITS, SUFFIXES, CacheSeal, digest_of_file
 from featurestore.published import channels
-from featurestore.spec import FileEntry, Manifest
+from featurestore.spec import (
+    FileEntry,
+    Manifest,
+    Sealed,
+    StoreInfo,
+    StorePath,
+    read_sealed,
+)
 from featurestore.staging import STAGING
 from featurestore.storage.local import is_private
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
-from featurestore.upkeep import DATA, damage, history
-from featurestore.upkeep.damage import FileKeys, check_file, collisions
+from featurestore.upkeep import DAMAGED, DATA, history
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
+NOTE_PREFIX = "note-"
 ProblemKind = (
     Literal["info", "folder", "basis", "manifest", "stray", "order", "expired"]
     | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
@@ -42,7 +71,7 @@ _FOLDERS = (
     BASES,
     staging.QUARANTINE,
     STAGING,
-    damage.DAMAGED,
+    DAMAGED,
 )
 FileId = tuple[str, str]  # path and sha256
 _SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, what reads it, and the way out
@@ -269,7 +298,7 @@ def _check_data(
         if progress is not None:
             progress(report.num_files, total)
     if found:
-        kept, noted = set(log.versions(store.storage)), damage.noted_paths(store.storage)
+        kept, noted = set(log.versions(store.storage)), noted_paths(store.storage)
         for problem in found:
             if kept & set(problem.versions):  # else its snapshots have expired meanwhile
                 is_known = problem.path in noted and newest not in problem.versions
@@ -334,6 +363,109 @@ def _way_out(url: str, versions: Sequence[int], newest: int) -> str:
 def _old(url: str, versions: Sequence[int]) -> str:
     which = f"snapshot {versions[0]}" if len(versions) == 1 else f"snapshots {versions[0]} to {versions[-1]}"
     return f"The newest snapshot is whole; {_repair(url, f'notes that {which} cannot be read in full')}"
+
+
+class DamageNote(Sealed):
+    """One file that a repair found damaged, and could not mend where it is."""
+
+    path: StorePath
+    reason: str
+    time_s: float
+
+
+def noted_paths(storage: Storage) -> set[str]:
+    """Return the files that notes name. A note that is damaged itself does not count: its file is reported again."""
+    found = set()
+    for name in storage.list(DAMAGED):
+        if name.startswith(NOTE_PREFIX):
+            with contextlib.suppress(FileNotFoundError, CorruptFileError):
+                found.add(read_sealed(storage, f"{DAMAGED}/{name}", DamageNote).path)
+    return found
+
+
+def is_manifest(path: str) -> bool:
+    """Return whether a file of `damaged/` was put aside from log/ or expired/."""
+    folder, _, name = path.removeprefix(f"{DAMAGED}/").partition("-")
+    return folder in (log.LOG, log.EXPIRED) and log.version_of(name) is not None
+
+
+@dataclass(frozen=True)
+class FileKeys:
+    """What is compared of each row of a file: key, xxh3-64 of its uri, whether it is a tombstone, all (N,)."""
+
+    keys_N: Int64Array
+    uri_hash_N: Int64Array
+    deleted_N: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "FileKeys":
+        """Copy what is compared out of rows of a file."""
+        keys_N, deleted_N = numpy_column(table, KEY), numpy_column(table, DELETED)
+        return cls(keys_N.copy(), keys_of_uris(text_column(table, URI)), deleted_N.copy())
+
+    @classmethod
+    def joined(cls, parts: Sequence["FileKeys"]) -> "FileKeys":
+        """Put the rows of some parts one behind the other."""
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(each.keys_N for each in parts)]),
+            np.concatenate([np.empty(0, np.int64), *(each.uri_hash_N for each in parts)]),
+            np.concatenate([np.empty(0, np.bool_), *(each.deleted_N for each in parts)]),
+        )
+
+
+def check_file(
+    storage: Storage, info: StoreInfo, shard: int, entry: FileEntry, memory: FileMemory
+) -> tuple[list[str], FileKeys | None]:
+    """List what is wrong with a data file, and return its keys, none where it cannot be read.
+
+    Size, sha256, page checksums, columns, row counts, order, duplicates, membership, values. Reads the whole file once;
+    needs its size, from `memory`, and a block. Raises StorageError, except for a broken sector of a local disk.
+    """
+    path = storage.full(entry.path)
+    if entry.info_digest != info.digest:
+        return [f"{path} belongs to a store of another kind: its info_digest is not that of store.json"], None
+    blocks, num_infinite = [], 0
+    try:
+        with open_entry(storage, info, entry, "sha256", memory) as file:
+            for block in file.blocks(schema_of(info).names):
+                num_infinite += int(np.count_nonzero(~finite_rows(matrix_of(block, info), info.dtype)))
+                blocks.append(FileKeys.of(block))
+    except CorruptFileError as error:
+        return [str(error)], None
+    keys = FileKeys.joined(blocks)
+    found = list(_broken_promises(keys, info, shard, entry))
+    if num_infinite:
+        found.append(f"holds {num_infinite} features that are not finite")
+    return [f"{path} {promise}" for promise in found], keys
+
+
+def collisions(files: Sequence[FileKeys]) -> Int64Array:
+    """Return keys that get another uri while they live, in files of one shard, oldest first; deleted keys are free."""
+    keys_M, uri_M = np.empty(0, np.int64), np.empty(0, np.int64)  # live rows, by key
+    broken = []
+    for file in files:
+        is_live_N = ~file.deleted_N
+        new_M, place_M = np.unique(file.keys_N[is_live_N], return_index=True)
+        new_uri_M = file.uri_hash_N[is_live_N][place_M]
+        common, mine, theirs = np.intersect1d(keys_M, new_M, assume_unique=True, return_indices=True)
+        broken.append(common[uri_M[mine] != new_uri_M[theirs]])
+        stays_M = ~np.isin(keys_M, file.keys_N)
+        keys_M, uri_M = np.append(keys_M[stays_M], new_M), np.append(uri_M[stays_M], new_uri_M)
+    return np.unique(np.concatenate([np.empty(0, np.int64), *broken]))
+
+
+def _broken_promises(keys: FileKeys, info: StoreInfo, shard: int, entry: FileEntry) -> Iterator[str]:
+    hash_N = splitmix64(keys.keys_N)
+    if len(np.unique(hash_N)) != len(hash_N):
+        yield "holds a key twice"
+    elif (hash_N[1:] < hash_N[:-1]).any():
+        yield "is not in the order of splitmix64"
+    strays = int((shard_of_hash(hash_N, info.num_shards) != shard).sum())
+    if strays:
+        yield f"holds {strays} keys that do not belong to shard {shard}"
+    num_deleted = int(np.count_nonzero(keys.deleted_N))
+    if num_deleted != entry.num_deleted:
+        yield f"has {num_deleted} tombstones instead of {entry.num_deleted}"
 
 
 _KEYS, _ROWS, _ = SUFFIXES

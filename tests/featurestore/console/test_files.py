@@ -45,6 +45,6 @@ def test_what_is_not_written_whole_leaves_the_old_file_and_no_other(tmp_path: Pa
 
 def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileExistsError, match="it is no file"):
+    with pytest.raises(FileExistsError, match="not a regular file"):
         replace_file(tmp_path / "pipe", "new")
     assert (tmp_path / "pipe").is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -170,7 +170,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     wrong = {
         tmp_path: "it is a folder",
         tmp_path / "missing" / "page.html": "there is no folder",
-        tmp_path / "pipe": "it is no file",
+        tmp_path / "pipe": "not a regular file",
         tmp_path / "file" / "page.html": "there is no folder",
         tmp_path / ("x" * 255): "File name too long",
         Path("/proc/page.html"): "page.html",

@@ -21,12 +21,11 @@ from featurestore.format.codec import Basis, BasisOrigin, write_basis
 from featurestore.log import manifest_path
 from featurestore.spec import FileEntry, Manifest, ReductionSpec, unseal
 from featurestore.storage.storage import Storage
-from featurestore.upkeep import damage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin, unpin
 from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
+from featurestore.upkeep.verify import noted_paths, verify
 
 SHARD = 3
 OUTSIDE = [
@@ -139,7 +138,7 @@ def test_store_json_and_notes_are_held_to_it_too(filled: FeatureStore, path: str
     assert FeatureStore.open(filled.url).info.reduction is None and verify(filled.url).problems == []
     note = {"format_version": 1, "path": path, "reason": "", "time_s": 1.0}
     filled.storage.write_bytes("damaged/note-1.json", sealed(note))
-    assert damage.noted_paths(filled.storage) == set()
+    assert noted_paths(filled.storage) == set()
 
 
 LINKS: dict[str, Callable[[FeatureStore], str]] = {

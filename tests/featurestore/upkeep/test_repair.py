@@ -15,10 +15,9 @@ from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.log import manifest_path
 from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.damage import readable_keys
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import pin, restore
-from featurestore.upkeep.repair import RepairReport, repair
+from featurestore.upkeep.repair import RepairReport, readable_keys, repair
 from featurestore.upkeep.verify import verify
 from tests.faulty import faulty, preceded_by
 from tests.featurestore.upkeep.damaged import SHARD, check_whole, everything, files_of, repair_until, spoil
