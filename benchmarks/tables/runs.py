@@ -3,18 +3,17 @@
 import contextlib
 import os
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from benchmarks.report import Figure
 from benchmarks.tables.variants import Table, Variant
-from featurestore.console.page import unrecorded
 from featurestore.published.versions import open_published
 from featurestore.snapshot import SnapshotId
 from featurestore.spec import flat
 from featurestore.store import FeatureStore
-from featurestore.upkeep.history import seconds_per_image
 from trainer.comm import Comm
 from trainer.config.comparison import settings_that_decide
 from trainer.config.config import Config, config_digest, load_config
@@ -74,17 +73,15 @@ class Runner:
         return self._comm.on_rank_0(lambda: _metrics_of(planned.folder))
 
     def store_figures(self, planned: Planned) -> dict[str, Figure]:
-        """Say what the run's feature store has and has cost; the seconds are there where the store has kept them."""
+        """Say what the run's feature store has."""
         data = planned.config.data
 
         def look() -> dict[str, Figure]:
             snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
-            cost_s = seconds_per_image(snapshot.storage, snapshot.version)
             return {
                 "numbers": snapshot.info.dim,
                 "dtype": snapshot.info.dtype,
                 "bytes": snapshot.manifest.file_bytes,
-                "s_per_1000_images": None if cost_s is None else 1000 * cost_s,
             }
 
         return self._comm.on_rank_0(look)
@@ -97,8 +94,10 @@ class Runner:
         if planned.warm is not None:
             self._make(planned.warm)
         log = self._folder / "logs" / f"{planned.folder.name}.txt" if self._comm.rank == 0 else Path(os.devnull)
-        with log.open("a") as stream, contextlib.redirect_stdout(stream), unrecorded():
-            train(planned.config, self._comm)
+        with log.open("a") as stream, contextlib.redirect_stdout(stream):
+            Context().run(
+                train, planned.config, self._comm
+            )  # without the page of this command
 
     def _is_made(self, planned: Planned) -> bool:
         try:

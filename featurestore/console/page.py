@@ -164,16 +164,6 @@ def recorded(page: ReportPage, *, with_findings: bool = False) -> Iterator[None]
         _CURRENT.reset(before)
 
 
-@contextlib.contextmanager
-def unrecorded() -> Iterator[None]:
-    """Keep what is printed meanwhile out of the page: it is another command's."""
-    before = _CURRENT.set(None)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(before)
-
-
 def takes_page(function: Callable[..., Any], *, on_ranks: bool, with_findings: bool) -> Callable[..., Any]:
     """Give a command the option --html FILE; the function itself does not see it.
 

@@ -1,8 +1,6 @@
-"""A store's history: commits, what differs between them, pins, costs, and channels that move.
+"""A store's history: commits, what differs between them, pins, and channels that move.
 
 Letters of shapes: K rows that may differ, N keys, C rows that both have, D feature width.
-
-    reports/extraction-00000000000000000003.json    of the job that made snapshot 3
 """
 
 import re
@@ -42,7 +40,7 @@ from featurestore.published.channels import (
     read_channels,
 )
 from featurestore.snapshot import Snapshot
-from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed, seal
+from featurestore.spec import LAST_SECOND, FileEntry, Manifest, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
@@ -400,37 +398,6 @@ def _is_there(storage: Storage, path: str) -> bool:
     except CorruptFileError:  # a link out of the store
         return True
     return True
-
-
-_FOLDER, _PREFIX = "reports", "extraction-"
-Count = Annotated[int, Field(ge=0)]
-
-
-class ExtractionCost(Sealed):
-    """One job: `num_computed` images went through the network in its own `seconds`; reading and writing are in them."""
-
-    version: Version
-    operation: str
-    num_computed: Count
-    seconds: Annotated[float, Field(ge=0)]
-    num_workers: Count  # threads of the cluster
-
-
-def keep_cost(storage: Storage, cost: ExtractionCost) -> None:
-    """Keep what a job has cost."""
-    storage.write_bytes(f"{_FOLDER}/{_PREFIX}{cost.version:020d}.json", seal(cost))
-
-
-def seconds_per_image(storage: Storage, until: int) -> float | None:
-    """Return the mean seconds of an image over all jobs up to a snapshot; None where none was kept.
-
-    Raises CorruptFileError.
-    """
-    names = [name for name in storage.list(_FOLDER) if name.startswith(_PREFIX)]
-    costs = [read_sealed(storage, f"{_FOLDER}/{name}", ExtractionCost) for name in names]
-    counted = [cost for cost in costs if cost.version <= until and cost.num_computed]
-    images = sum(cost.num_computed for cost in counted)
-    return sum(cost.seconds for cost in counted) / images if images else None
 
 
 def move_channel(

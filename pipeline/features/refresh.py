@@ -23,8 +23,8 @@ from featurestore.spec import NetworkName, StoreInfo
 from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore, Reduction
-from featurestore.upkeep.history import ExtractionCost, keep_cost, move_channel
-from pipeline.cluster.tasks import Killed, num_threads, run_alone, run_tasks
+from featurestore.upkeep.history import move_channel
+from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import StoreRunError
 from pipeline.features.diff import (
     DIGEST_DTYPE,
@@ -201,7 +201,7 @@ def bring_up_to_date(
     version = run.commit(operation, len(bad), [*resolved, *unlisted])
     if options.channel is not None and not options.dry_run:
         move_channel(store, options.channel, version, operation)
-    summary = _summarise(
+    return _summarise(
         plan,
         reports,
         bad,
@@ -217,17 +217,6 @@ def bring_up_to_date(
         channel=options.channel,
         is_dry=options.dry_run,
     )
-    own = summary.num_computed - summary.num_resumed
-    if own > 0 and version and not options.dry_run:
-        cost = ExtractionCost(
-            version=version,
-            operation=operation,
-            num_computed=own,
-            seconds=summary.seconds,
-            num_workers=num_threads(client),
-        )
-        keep_cost(store.storage, cost)
-    return summary
 
 
 def _summarise(

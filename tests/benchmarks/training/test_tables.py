@@ -24,7 +24,6 @@ from benchmarks.tables.sections import make, section_of
 from benchmarks.tables.variants import Table, Variant, load_tables
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
-from featurestore.upkeep.history import ExtractionCost, keep_cost
 from featurestore.upkeep.remake import remake
 from tests.pages import check_page
 from tests.ranks import StandingRanks
@@ -117,14 +116,9 @@ class TestCommand:
         assert again.exit_code == 0 and reports(tmp_path) == made
         assert json.loads(file.read_text()) == found
 
-    def test_stores_are_compared_with_what_they_have_and_have_cost(self, tmp_path: Path) -> None:
+    def test_stores_are_compared_with_what_they_have(self, tmp_path: Path) -> None:
         places, file, json_file = make_places(tmp_path), tmp_path / "t.yaml", tmp_path / "t.json"
         store = FeatureStore.open(tmp_path / "features")
-        for version, (num_computed, seconds) in enumerate([(40, 10.0), (10, 40.0)], 1):
-            cost = ExtractionCost(
-                version=version, operation="extract", num_computed=num_computed, seconds=seconds, num_workers=1
-            )
-            keep_cost(store.storage, cost)
         remake(store, str(tmp_path / "compact"), dims=4, dtype="float16")
         variants = {name: {"settings": {"data.store": str(tmp_path / name)}} for name in ("features", "compact")}
         file.write_text(json.dumps({"tables": {"stores": {"title": "t", "variants": variants}}}))
@@ -133,9 +127,7 @@ class TestCommand:
         assert done.exit_code == 0, done.output
         found = json.loads(json_file.read_text())
         assert found["stores_features_bytes"] == store.snapshot().manifest.file_bytes
-        assert found["stores_features_s_per_1000_images"] == pytest.approx(1000 * 10 / 40)
         assert (found["stores_compact_numbers"], found["stores_compact_dtype"]) == (4, "float16")
-        assert found["stores_compact_s_per_1000_images"] is None
 
     def test_an_interrupted_run_continues_from_its_checkpoint(
         self, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

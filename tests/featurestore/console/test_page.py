@@ -16,7 +16,7 @@ from featurestore.console.output import (
     print_table,
     text_console,
 )
-from featurestore.console.page import ReportPage, current_page, recorded, save_plot, unrecorded
+from featurestore.console.page import ReportPage, current_page, recorded, save_plot
 from featurestore.errors import USAGE, OutputPlaceError, UserError
 from featurestore.text import printable
 from tests.pages import ReadPage, check_page
@@ -88,8 +88,6 @@ def test_blocks_come_in_the_order_in_which_they_were_printed(
         print_line(text_console(), "- point one")
         print_line(text_console(), "- point two")
         print_summary("images       12\nlast words")
-        with unrecorded():
-            print_line(text_console(), "of another command")
         print_line(text_console(quiet=True), "of another rank")
         print_table(text_console(quiet=True), Table("of another rank"))
         text_console().print("progress")
@@ -99,7 +97,7 @@ def test_blocks_come_in_the_order_in_which_they_were_printed(
     wanted += ["images       12", "last words"]
     places = [read.printed.index(each) for each in wanted]
     assert places == sorted(places)
-    assert all(each in told for each in (*wanted, "of another command", "progress"))
+    assert all(each in told for each in (*wanted, "progress"))
     assert "another" not in read.printed and "progress" not in read.printed
     assert read.value("one") == ["1,234"] and '<span class="r1">A heading</span>' in read.text
 
