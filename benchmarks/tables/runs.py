@@ -95,9 +95,7 @@ class Runner:
             self._make(planned.warm)
         log = self._folder / "logs" / f"{planned.folder.name}.txt" if self._comm.rank == 0 else Path(os.devnull)
         with log.open("a") as stream, contextlib.redirect_stdout(stream):
-            Context().run(
-                train, planned.config, self._comm
-            )  # without the page of this command
+            Context().run(train, planned.config, self._comm)  # without the page of this command
 
     def _is_made(self, planned: Planned) -> bool:
         try:

@@ -114,11 +114,6 @@ def add_move(
     return append_numbered(storage, _folder(name), move_of, after)
 
 
-def last_number(storage: Storage, name: str) -> int:
-    """Return the number of a channel's newest move, a damaged one too; 0 where it never was."""
-    return max(versions(storage, _folder(name)), default=0)
-
-
 def _folder(name: str) -> str:
     return f"{CHANNELS}/{check_channel_name(name)}"
 

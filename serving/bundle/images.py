@@ -33,7 +33,6 @@ from featurestore.format.datafile import (
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
-from featurestore.lookup.signatures import Planes
 from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
@@ -45,7 +44,7 @@ from serving.bundle.version import ModelVersion
 from serving.errors import BrokenBundleError
 from trainer.config.options import ModelConfig
 from trainer.engine.engine import image_model, networks_of
-from trainer.engine.similarity import pairs_of_fields
+from trainer.engine.similarity import Planes, pairs_of_fields
 from trainer.models.layers import used_fields
 from trainer.runs.export import load_part
 from trainer.runs.saved import SavedRun, finite

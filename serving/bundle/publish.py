@@ -15,7 +15,6 @@ from featurestore.errors import CommitConflictError, SnapshotNotFoundError, Spec
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader
 from featurestore.keys import Int64Array
-from featurestore.lookup.signatures import BITS
 from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import FileEntry
@@ -26,6 +25,7 @@ from serving.bundle.images import BATCH_ROWS, ChangedImages, StoreNetworks
 from serving.bundle.manifest import VectorsOf
 from serving.bundle.vectors import SIGNATURE_COLUMNS, Float32
 from serving.errors import ServingError
+from trainer.engine.similarity import BITS
 
 _MAX_ATTEMPTS = 5
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from featurestore.errors import CorruptFileError, StoreNotFoundError
 from featurestore.keys import Int64Array, shard_of
 from featurestore.lookup.partition import FeaturePartition, Lookup
-from featurestore.lookup.signatures import BITS, WORDS, Words
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import VectorsOf
 from serving.errors import BrokenBundleError
+from trainer.engine.similarity import BITS, WORDS, Words
 
 _BITS_OF_A_COLUMN = 16
 SIGNATURE_COLUMNS = BITS // _BITS_OF_A_COLUMN
@@ -115,7 +115,7 @@ class VectorTable:
         return self._columns[network]
 
     def words(self, rows_ND: Float32, missing_N: Bool) -> Words:
-        """Return the signatures of rows that `lookup` gave, (N, W), for `featurestore.lookup.signatures.cosines`."""
+        """Return the signatures of rows that `lookup` gave, (N, W), for `trainer.engine.similarity.cosines`."""
         words_NW = np.zeros((len(rows_ND), WORDS), np.uint64)
         words_NW[:, :-1] = rows_ND[:, -SIGNATURE_COLUMNS:].astype("<u2").view(np.uint64)
         words_NW[:, -1] = ~missing_N

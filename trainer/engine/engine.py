@@ -15,11 +15,10 @@ from torch.nn import functional
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.lookup.signatures import Signatures
 from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
-from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
+from trainer.engine.similarity import ImageComparison, Signatures, Similarity, pairs_of_fields
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource, FieldVectors, HostLengths, KeyRequest
 from trainer.ids.exact import ExactShape, ExactTable

@@ -20,7 +20,7 @@ from featurestore.errors import (
 )
 from featurestore.flight.server import OpenSnapshots
 from featurestore.published import channels
-from featurestore.published.channels import last_number, read_channels, read_moves, version_name
+from featurestore.published.channels import last_move, read_channels, read_moves, version_name
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
@@ -79,8 +79,7 @@ class ChannelContract:
         assert filled.snapshot("stable").version == read_moves(filled.storage, "stable")[-1].version
 
     def test_of_two_writers_that_saw_the_same_one_is_refused(self, filled: FeatureStore) -> None:
-        move_channel(filled, "stable", 1, after=0)
-        seen = last_number(filled.storage, "stable")
+        seen = move_channel(filled, "stable", 1, after=0).number
         other = FeatureStore.open(filled.url)
         move_channel(other, "stable", 3, after=seen)
         with pytest.raises(CommitConflictError, match="number 2 by now, and not 1"):
@@ -143,7 +142,7 @@ class TestWriters:
         read = channels.read_channels
 
         def moved_meanwhile(storage: Storage) -> list:
-            if not last_number(storage, "stable"):
+            if last_move(storage, "stable") is None:
                 move_channel(nine, "stable", 4)
             return read(storage)
 

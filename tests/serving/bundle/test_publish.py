@@ -12,7 +12,6 @@ from featurestore import FeatureRows, FeatureStore
 from featurestore.errors import AnotherStoreError, SpecMismatchError
 from featurestore.format.datafile import open_entry
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.lookup.signatures import Signatures
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
@@ -22,6 +21,7 @@ from serving.bundle.publish import PublishReport, publish, row_distances
 from serving.bundle.vectors import SIGNATURE_COLUMNS
 from tests.serving.bundle.conftest import Exported
 from trainer.comm import SoloComm
+from trainer.engine.similarity import Signatures
 from trainer.runs.saved import open_trained
 
 ALL = np.arange(995, 1_100)

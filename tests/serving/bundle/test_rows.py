@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from featurestore.lookup.signatures import Signatures
 from serving.bundle.open import Bundle
 from tests.serving.bundle.conftest import VARIANTS, Exported
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
+from trainer.engine.similarity import Signatures
 from trainer.ids.exact import ExactTable
 from trainer.runs.saved import TrainedRun, open_trained
 

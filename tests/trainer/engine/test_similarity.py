@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from featurestore.lookup.signatures import BITS, WORDS, cosines
 from trainer.config.options import ModelConfig
-from trainer.engine.similarity import pairs_of_fields, similarity
+from trainer.engine.similarity import BITS, WORDS, cosines, pairs_of_fields, similarity
 from trainer.errors import ConfigError
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field

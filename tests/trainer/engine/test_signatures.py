@@ -8,7 +8,7 @@ import pytest
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.format.statistics import inverse_std
 from featurestore.keys import owner_of, shard_of
-from featurestore.lookup.signatures import BITS, Signatures, cosines
+from trainer.engine.similarity import BITS, Signatures, cosines
 
 DIM, ROWS = 96, 150
 
