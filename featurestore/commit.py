@@ -50,7 +50,7 @@ class Commit:
         """Raise CorruptFileError, InvalidRowsError or SpecMismatchError where a new file is not what its entry says."""
         for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
             if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
-                raise InvalidRowsError(f"{entry.path} is no file of shard {shard} of {self.info.num_shards}")
+                raise InvalidRowsError(f"{entry.path} is not a file of shard {shard} of {self.info.num_shards}")
             try:
                 size_bytes = self.storage.size(entry.path)
             except FileNotFoundError as error:
@@ -112,7 +112,7 @@ class Commit:
 
 
 def live_uris(table: pa.Table) -> tuple[Int64Array, list[str]]:
-    """Return key and uri of each row that is no tombstone."""
+    """Return key and uri of each row that is not a tombstone."""
     live = table.select([KEY, URI]).filter(pa.array(~numpy_column(table, DELETED)))
     return numpy_column(live, KEY), text_column(live, URI)
 

@@ -40,7 +40,7 @@ FAILED, USAGE = 1, 2
 
 
 class UserError(Exception):
-    """An error whose text is one message for the person who started a command, which ends with `exit_code`.
+    """An error whose text is one message for the user who started a command, which ends with `exit_code`.
 
     1: something went wrong. 2: what was typed is wrong, or names what is not there.
     """

@@ -28,7 +28,7 @@ def key_of_uri(uri: str) -> int:
 
 
 def key_of_bytes(name: bytes) -> int:
-    """Return the key of a name that may be no text."""
+    """Return the key of a name that may not be text."""
     unsigned = xxhash.xxh3_64_intdigest(name)
     return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
 

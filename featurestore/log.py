@@ -1,7 +1,7 @@
 """The log of manifests: creating the next one is the commit.
 
 `expire` takes old manifests out of the log again, so that a name in it can become free. The newest manifest never goes:
-by that a writer that was away for a while, and created a version that once was another's, finds out (`_counts`).
+by that a writer that was away for a while, and created a version that once was another's, finds out (`_is_ours`).
 """
 
 import os
@@ -61,7 +61,7 @@ def versions(storage: Storage, folder: str = LOG) -> list[int]:
     return [version for version in map(version_of, storage.list(folder)) if version is not None]
 
 
-def strays(storage: Storage, folder: str = LOG) -> list[str]:
+def unexpected_files(storage: Storage, folder: str = LOG) -> list[str]:
     """List the files in a folder of manifests that have other names: no reader and no commit sees them."""
     paths = [entry.path for entry in storage.entries(folder, recursive=False)]
     names = [path.rpartition("/")[2] for path in paths]
@@ -123,13 +123,13 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
         parent = read_manifest(storage)
         for version in sorted(unsure):
             found = find(storage, version)
-            if found is not None and _counts(storage, found, commit.commit_id):
+            if found is not None and _is_ours(storage, found, commit.commit_id):
                 return found
         manifest = commit.manifest_after(parent)
         try:
             path = manifest_path(manifest.version)
             first = _checked(storage, path, manifest.version, create_sealed(storage, path, manifest))
-            if _counts(storage, first, commit.commit_id):
+            if _is_ours(storage, first, commit.commit_id):
                 return first
         except StorageError:
             unsure.add(manifest.version)
@@ -164,7 +164,7 @@ def has_kept_by_name(storage: Storage) -> bool:
 
 
 def utc_text(time_s: float) -> str:
-    """Format seconds since 1970 for people, also those that no calendar has."""
+    """Format seconds since 1970, also those that no calendar has."""
     try:
         return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, OverflowError, OSError):
@@ -172,7 +172,7 @@ def utc_text(time_s: float) -> str:
 
 
 def _settled(storage: Storage, choose: Callable[[list[int]], Manifest]) -> Manifest:
-    """Return what `choose` reads of the versions in the log, listed anew while `expire` removes what it would read."""
+    """Return what `choose` reads of the versions in the log, listed again while `expire` removes what it would read."""
     for _ in range(_MAX_LISTINGS):
         try:
             return choose(versions(storage))
@@ -210,7 +210,7 @@ def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> M
     return manifest
 
 
-def _counts(storage: Storage, found: Manifest, commit_id: str) -> bool:
+def _is_ours(storage: Storage, found: Manifest, commit_id: str) -> bool:
     """Return whether this is our commit, and the newest manifest comes after it or is it.
 
     Not so where its version was free only because the commit that had it has expired: it is taken away again.
@@ -225,6 +225,6 @@ def _counts(storage: Storage, found: Manifest, commit_id: str) -> bool:
     # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower.
     if follower is None and has_kept_by_name(storage):
         path = storage.full(manifest_path(found.version))
-        raise StorageError(f"cannot find out whether {path} counts: the manifest after it is gone")
+        raise StorageError(f"cannot find out whether {path} is in the log: the manifest after it is gone")
     storage.delete(manifest_path(found.version))
     return False

@@ -149,7 +149,7 @@ def missing_message(keys: Int64Array, where: str) -> str:
 
 
 class SnapshotId(BaseModel):
-    """Store and commit of a snapshot, by random ids: a store that was made anew has others, also at the same place."""
+    """Store and commit of a snapshot, by random ids: a store that was made again has others, also at the same place."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -198,7 +198,7 @@ class SnapshotId(BaseModel):
         """Return whether `found` is this snapshot or another one of its store.
 
         Equal numbers must be one commit. Other numbers must be of one store: of one id, or, where store.json was made
-        anew, with this commit in the log of `found`. Reads a small file for the latter; raises FeatureStoreError.
+        again, with this commit in the log of `found`. Reads a small file for the latter; raises FeatureStoreError.
         """
         if self.commit_id and self.version == found.version:
             return self.commit_id == found.commit_id

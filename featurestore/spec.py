@@ -257,7 +257,7 @@ def read_sealed(storage: Storage, path: str, model_class: type[ModelT]) -> Model
 def create_sealed(storage: Storage, path: str, model: ModelT) -> ModelT:
     """Create a sealed file unless it is there; return what the file holds then, of this writer or of another.
 
-    Raises StorageError: then nobody knows yet whether it was made.
+    Raises StorageError: then it is not known yet whether it was made.
     """
     return unseal(storage.create_or_read(path, seal(model)), type(model), storage.full(path))
 
@@ -275,7 +275,7 @@ def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
     except ValueError as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
     if not isinstance(fields, dict):
-        raise CorruptFileError(f"{path} is damaged: it is no JSON object")
+        raise CorruptFileError(f"{path} is damaged: it is not a JSON object")
     for name in ("format_version", "digest"):
         if name not in fields:
             raise CorruptFileError(f"{path} is damaged: {name} is missing in it")

@@ -118,7 +118,7 @@ class FeatureStore:
         if isinstance(version, str):
             return self._of_channel(version)
         if version is not None and version < 0:
-            raise SnapshotNotFoundError(f"{version} is no version: they count from 0, the empty store")
+            raise SnapshotNotFoundError(f"{version} is not a version: they count from 0, the empty store")
         manifest = log.read_manifest_at(self.storage, at) if at else log.read_manifest(self.storage, version)
         return Snapshot(self.storage, self.info, manifest)
 
@@ -134,7 +134,7 @@ class FeatureStore:
             raise AnotherStoreError(
                 f"channel {name} of {self.url} points to snapshot {move.version} of commit {move.commit_id[:8]}, and"
                 f" snapshot {move.version} is commit {manifest.commit_id[:8]} here: the store was put back from a"
-                f" backup, or made anew; set the channel again: python -m featurestore channel {self.url} {name} N"
+                f" backup, or made again; set the channel again: python -m featurestore channel {self.url} {name} N"
             )
         return Snapshot(self.storage, self.info, manifest)
 
@@ -163,7 +163,7 @@ class FeatureStore:
         """Build a data file of each of some neighbouring shards, of its rows in `parts`.
 
         Of one key's rows that of the last part stays; a shard of which the parts have no row gets no file.
-        The files are invisible until a commit names them; the commit decides anew whether each is base or delta. Rows
+        The files are invisible until a commit names them; the commit decides again whether each is base or delta. Rows
         of all these shards are in memory together; each part is opened once. Raises KeyCollisionError, against the
         store's rows too.
         """
@@ -179,7 +179,7 @@ class FeatureStore:
         return self.commit(self.write(rows), operation)
 
     def delete(self, keys: Sequence[int] | npt.NDArray[np.int64], operation: str = "delete") -> Snapshot:
-        """Remove keys, by tombstones; unknown keys are no error."""
+        """Remove keys, by tombstones; unknown keys are not an error."""
         return self.commit(self.write(FeatureRows.tombstones(keys, self.info)), operation)
 
     def write(self, rows: FeatureRows) -> dict[int, FileEntry]:

@@ -106,7 +106,7 @@ class LongRow:
 
 
 def long_rows(file: IO[bytes], delimiter: str, most_lines: int | None = None) -> dict[int, LongRow]:
-    """Find rows over several lines by their numbers, from 0, the names not counted; empty lines are no rows.
+    """Find rows over several lines by their numbers, from 0, the names not counted; empty lines are not rows.
 
     Reads the file once, or its first `most_lines`. Raises CsvTextError for text in UTF-16 or UTF-32, and for a quoted
     value that does not end, or not within MOST_BREAKS lines.
@@ -124,7 +124,7 @@ def long_rows(file: IO[bytes], delimiter: str, most_lines: int | None = None) ->
 def check_encoding(beginning: bytes) -> None:
     """Raise CsvTextError where the first bytes of a text are not UTF-8's."""
     if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in beginning[:4]:
-        raise CsvTextError("the text is in UTF-16 or UTF-32, not in UTF-8; write it anew, as with: iconv -t UTF-8")
+        raise CsvTextError("the text is in UTF-16 or UTF-32, not in UTF-8; convert it, as with: iconv -t UTF-8")
 
 
 class _Scan:
@@ -235,6 +235,6 @@ def ranges_text(numbers: Sequence[int]) -> str:
 def _spelled(character: str) -> str:
     if character.isprintable():
         return character
-    if "\udc80" <= character <= "\udcff":  # how Python carries a byte that is no UTF-8
+    if "\udc80" <= character <= "\udcff":  # how Python carries a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")

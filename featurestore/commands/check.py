@@ -112,7 +112,7 @@ def _verify_cache(place: str | None) -> NoReturn:
 def repair(url: Url, dry_run: DryRun = False) -> None:
     """Repair what verify finds, in one commit. Rows that are lost with a broken file are computed by the next refresh.
 
-    Exit code 1 when something is left that only a backup or a person can repair.
+    Exit code 1 when something is left that only a backup or you can repair.
     """
     from featurestore.upkeep.repair import repair as repair_store
 

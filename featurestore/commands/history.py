@@ -122,7 +122,7 @@ def unpin(url: Url, name: PinName) -> None:
     from featurestore.upkeep.history import unpin as unpin_snapshot
 
     unpin_snapshot(FeatureStore.open(url), name)
-    print_summary(f"{name} is no pin any more")
+    print_summary(f"{name} is not a pin any more")
 
 
 @app.command(
@@ -242,7 +242,9 @@ def _expire_text(report: "ExpireReport", dry_run: bool) -> str:
         lines.append(f"left {waiting}, of expired snapshots, for the grace time")
     if report.num_damaged:
         damaged = count_text(report.num_damaged, "manifest")
-        lines.append(f"left all data, as nobody knows what {damaged} named that a repair put aside, for the grace time")
+        lines.append(
+            f"left all data, as it is not known what {damaged} named that a repair put aside, for the grace time"
+        )
     lines += [f"  {path}" for path in report.paths] if dry_run else []
     return "".join(f"{line}\n" for line in lines)
 
@@ -277,7 +279,7 @@ def channel(
         if name is None or version is not None:
             raise typer.BadParameter("it takes a NAME and no snapshot", param_hint="--remove")
         removed = remove_channel(store, name)
-        print_summary(f"{removed.channel} is no channel any more")
+        print_summary(f"{removed.channel} is not a channel any more")
     elif name is None:
         moves = read_channels(store.storage)
         if moves:

@@ -76,7 +76,9 @@ def read_tls(certificate: Path, key: Path) -> tuple[str, str]:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
         return certificate.read_text(), key.read_text()
     except (OSError, UnicodeDecodeError) as error:  # ssl.SSLError is an OSError
-        raise FeatureStoreError(f"--tls-cert {certificate} and --tls-key {key} are no pair of PEM: {error}") from error
+        raise FeatureStoreError(
+            f"--tls-cert {certificate} and --tls-key {key} are not a pair in PEM: {error}"
+        ) from error
 
 
 def _listening(

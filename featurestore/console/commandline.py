@@ -31,8 +31,8 @@ from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text import one_line, printable, refusal
 
 OK, STOPPED = 0, 130
-STOPPED_BY_PERSON = "stopped by Ctrl-C"
-CONTINUES = f"{STOPPED_BY_PERSON}; what is finished is kept: run the same command again to continue"
+STOPPED_BY_USER = "stopped by Ctrl-C"
+CONTINUES = f"{STOPPED_BY_USER}; what is finished is kept: run the same command again to continue"
 INT64 = range(-(2**63), 2**63)  # as all whole numbers in files
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path makes one slash of two
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000  # by Python's 700 it looks at what imports make, and keep, for a tenth of a start
@@ -54,7 +54,7 @@ class CommandApp(typer.Typer):
     def __init__(
         self,
         *,
-        stopped: str = STOPPED_BY_PERSON,
+        stopped: str = STOPPED_BY_USER,
         failures: tuple[type[Exception], ...] = (),
         may_be_empty: Collection[str] = (),
         report: bool = False,
@@ -89,7 +89,7 @@ class CommandApp(typer.Typer):
 
 
 @contextmanager
-def command_end(stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def command_end(stopped: str = STOPPED_BY_USER, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn an error of ours, one of `failures`, a lack of memory or Ctrl-C into one line on stderr and typer.Exit.
 
     So is a file that the system refuses, e.g. as its name is too long; one that is not there is not expected here.
@@ -204,7 +204,7 @@ def _number_check(then: Callable[..., Any] | None) -> Callable[..., Any]:
     def check(context: Any, parameter: Any, value: Any) -> Any:
         for each in value if isinstance(value, list | tuple) else [value]:
             if isinstance(each, float) and not math.isfinite(each):
-                raise typer.BadParameter(f"{each} is no finite number", ctx=context, param=parameter)
+                raise typer.BadParameter(f"{each} is not a finite number", ctx=context, param=parameter)
             if isinstance(each, int) and each not in INT64:
                 raise typer.BadParameter(f"{each} is beyond 64 bits, -2^63 to 2^63 - 1", ctx=context, param=parameter)
         return value if then is None else then(context, parameter, value)

@@ -134,7 +134,7 @@ def read_tokens(file: Path, option: str = "--token-file") -> list[str]:
     """Read the tokens in a file, one a line; empty lines and those that begin with # do not count.
 
     `option`: the one that names the file, for messages. Raises TokenFileError where there is no token, or one that is
-    short or no plain ASCII.
+    short or not plain ASCII.
     """
     try:
         lines = [line.strip() for line in file.read_text(encoding="ascii").splitlines()]
@@ -142,7 +142,7 @@ def read_tokens(file: Path, option: str = "--token-file") -> list[str]:
         raise TokenFileError(f"{option} {file}: {error.strerror}; name a file with a token a line") from error
     except UnicodeDecodeError as error:
         raise TokenFileError(
-            f"{option} {file} is no ASCII text; a token is a line of letters, digits and signs, {_EXAMPLE}"
+            f"{option} {file} is not ASCII text; a token is a line of letters, digits and signs, {_EXAMPLE}"
         ) from error
     tokens = [line for line in lines if line and not line.startswith("#")]
     if not tokens:

@@ -256,7 +256,7 @@ def _read(ca: str | os.PathLike[str] | None) -> str | None:
     try:
         text = Path(ca).read_text()
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
-    except (OSError, ValueError) as error:  # what is no certificate is an SSLError, which is an OSError
+    except (OSError, ValueError) as error:  # an SSLError, of a text without a certificate, is an OSError
         reason = "it has no certificate in PEM" if isinstance(error, ssl.SSLError | ValueError) else str(error)
         raise AccessError(f"cannot read the certificates ca={os.fspath(ca)}: {reason}") from error
     return text

@@ -22,11 +22,11 @@ VersionName = int | str
 """The number of a snapshot, or the name of a channel that points to one."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
-# Words that YAML or a person would take for something else.
+# Words that YAML or a user would take for something else.
 _OTHERWISE = {"newest", "latest", "none", "null", "true", "false", "yes", "no", "on", "off", "inf", "nan", "y", "n"}
 CHANNEL_RULE = (
-    "{name!r} is no name of a channel: a letter first, then letters, digits, '.', '_' and '-', up to 64 in all; and no"
-    f" word that means something else ({', '.join(sorted(_OTHERWISE))})"
+    "{name!r} is not the name of a channel: a letter first, then letters, digits, '.', '_' and '-', up to 64 in all;"
+    f" and not a word that means something else ({', '.join(sorted(_OTHERWISE))})"
 )
 
 
@@ -56,7 +56,7 @@ def check_channel_name(name: str) -> str:
 
 
 def version_name(text: str) -> VersionName:
-    """Read what a person typed for a snapshot: its number, or a channel. Raises ValueError."""
+    """Read what a user typed for a snapshot: its number, or a channel. Raises ValueError."""
     if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
     if not is_channel_name(text):

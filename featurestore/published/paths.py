@@ -55,7 +55,7 @@ class FarPath:
         return FarPath(above, self.files if _PUBLISHED.fullmatch(above) else None)
 
     def absolute(self) -> "FarPath":
-        """Return the path: an address is no other from elsewhere."""
+        """Return the path: an address is always absolute."""
         return self
 
     def resolve(self) -> "FarPath":

@@ -158,7 +158,7 @@ def publish(
     `after`: the version that it was made from, 0 where there was none: where another one is the newest by then,
     CommitConflictError is raised. None: it needs none, and becomes the newest. `publication`: by which the caller knows
     it again where an answer is lost; by default one that is drawn. Killed at any moment, it is published
-    or not. Raises CommitConflictError also for a file that is gone, StorageError: then nobody knows whether it was
+    or not. Raises CommitConflictError also for a file that is gone, StorageError: then it is not known whether it was
     published.
     """
     _check_there(storage, files)
@@ -221,7 +221,7 @@ def append_numbered(
 
     `model_of` makes what the file of a number holds, which must be like no other's. `after`: the number that was the
     highest when the caller looked, 0 for none; where it is another by now, nothing is written. Raises
-    CommitConflictError then, and after hundreds of lost races; StorageError: then nobody knows whether it was created.
+    CommitConflictError then, and after hundreds of lost races; StorageError: it may have been created or not.
     """
     for _ in range(_MAX_ATTEMPTS):
         highest = max(versions(storage, folder), default=0)

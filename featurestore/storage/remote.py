@@ -34,9 +34,9 @@ _THROTTLE_CODES = {"SlowDown", "ServiceUnavailable", "TooManyRequests", "Request
 _THROTTLE_CODES |= {"ThrottlingException", "429", "503"}
 _SERVER_CODES = {"InternalError", "RequestTimeout", "IncompleteBody", "BadDigest", "500", "502", "504"}
 _SERVER_STATUSES = {500, 502, 503, 504}
-_PASSING_ERRNOS = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT}
+_TRANSIENT_ERRNOS = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT}
 # By name, as importing the clients takes longer than most commands run.
-_PASSING_CLASSES = {"ConnectionError", "HTTPClientError", "ResponseParserError", "ClientError", "IncompleteRead"}
+_TRANSIENT_CLASSES = {"ConnectionError", "HTTPClientError", "ResponseParserError", "ClientError", "IncompleteRead"}
 _CLIENT_PACKAGES = ("botocore", "aiohttp", "urllib3")
 
 # Listings would hide new commits; one layer retries, this one. With more at once, s3fs asks for the size of each file
@@ -87,7 +87,7 @@ def check_endpoint() -> None:
 class RemoteFiles:
     """Files of an object store, behind `Storage`, whose methods say what these do, with retries.
 
-    Errors are the client's own, or OutOfPatienceError at the end.
+    Errors are the client's own, or RetriesExhaustedError at the end.
     """
 
     def __init__(self, protocol: str, root: str) -> None:
@@ -107,7 +107,7 @@ class RemoteFiles:
 
     def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         options = reading_options(self._protocol)
-        data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end, **options))
+        data: bytes = with_retries(lambda: self.client.cat_file(self._full(path), start=start, end=end, **options))
         return data
 
     def read_into(self, path: str, out: memoryview) -> int:
@@ -122,11 +122,11 @@ class RemoteFiles:
     def write_bytes(self, path: str, data: bytes | bytearray) -> None:
         if self._protocol == HDFS:  # it shows a file while it is written
             temporary = self._full(f"{path.rpartition('/')[0]}/{TEMPORARY}{uuid.uuid4().hex}".lstrip("/"))
-            persist(lambda: self.client.pipe_file(temporary, data))
-            persist(lambda: self.client.mv(temporary, self._full(path)))
+            with_retries(lambda: self.client.pipe_file(temporary, data))
+            with_retries(lambda: self.client.mv(temporary, self._full(path)))
             return
         parts = {"max_concurrency": _PARTS_AT_ONCE} if self._protocol in S3_PROTOCOLS else {}
-        persist(lambda: self.client.pipe_file(self._full(path), data, **parts))
+        with_retries(lambda: self.client.pipe_file(self._full(path), data, **parts))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Do one conditional put; the answer may be lost, or be about one's own file."""
@@ -148,16 +148,16 @@ class RemoteFiles:
                 raise
             return True
 
-        return persist(create, was_not_done)
+        return with_retries(create, was_not_done)
 
     def list(self, path: str) -> Names:
-        found: Names = persist(lambda: self.client.ls(self._full(path), detail=False))
+        found: Names = with_retries(lambda: self.client.ls(self._full(path), detail=False))
         here = self._full(path).strip("/")
         names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
         return [name for name in names if not leads_out(name)]
 
     def entry(self, path: str) -> StorageEntry:
-        found = persist(lambda: self.client.info(self._full(path)))
+        found = with_retries(lambda: self.client.info(self._full(path)))
         if found["type"] != "file":
             raise FileNotFoundError(path)
         return _entry(path, found)
@@ -166,7 +166,7 @@ class RemoteFiles:
         """List the files below a path, from one flat listing or from that of one folder."""
         # Not find(maxdepth=1): it walks, and leaves out what it cannot list instead of raising.
         find = self.client.find if recursive else self.client.ls
-        found = persist(lambda: find(self._full(path), detail=True))
+        found = with_retries(lambda: find(self._full(path), detail=True))
         for each in found.values() if recursive else found:
             name = self._name(each["name"])
             if each["type"] == "file" and name != path and not leads_out(name):  # `find` of a file is that file
@@ -174,7 +174,7 @@ class RemoteFiles:
 
     def delete(self, path: str) -> None:
         # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.
-        below = persist(lambda: self.client.find(self._full(path), detail=False))
+        below = with_retries(lambda: self.client.find(self._full(path), detail=False))
         # Clients take a/../b for b: what has such a key stays.
         self._delete_each([place for place in below or [] if not leads_out(self._name(place))])
 
@@ -184,7 +184,7 @@ class RemoteFiles:
     def _delete_each(self, places: Names) -> None:
         def remove(place: str) -> None:
             with contextlib.suppress(FileNotFoundError):
-                persist(lambda: self.client.rm_file(place))
+                with_retries(lambda: self.client.rm_file(place))
 
         list(in_threads(remove, places, _DELETE_THREADS))
 
@@ -196,7 +196,7 @@ class RemoteFiles:
         return f"{self._root}/{path}" if path else self._root
 
 
-class OutOfPatienceError(Exception):
+class RetriesExhaustedError(Exception):
     """A request has failed for `PATIENCE_S`: its last error, and how often it was tried."""
 
     def __init__(self, last: BaseException, tries: int) -> None:
@@ -204,15 +204,15 @@ class OutOfPatienceError(Exception):
         self.last, self.tries = last, tries
 
 
-def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], bool] | None = None) -> ResultT:
-    """Return the result of `work`, tried again with growing waits for up to `PATIENCE_S` while its error is `worth_it`.
+def with_retries(work: Callable[[], ResultT], retry_if: Callable[[BaseException], bool] | None = None) -> ResultT:
+    """Return the result of `work`, tried again with growing waits for up to `PATIENCE_S` while `retry_if` says so.
 
-    Passing errors by default. Raises OutOfPatienceError when the patience is at its end, other errors at once.
+    By default it says so of transient errors. Raises RetriesExhaustedError at the end, other errors at once.
     """
     from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
     attempts = Retrying(
-        retry=retry_if_exception(worth_it or is_passing),
+        retry=retry_if_exception(retry_if or is_transient),
         stop=stop_after_delay(PATIENCE_S),
         wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=_LONGEST_WAIT_S),
         before_sleep=_warn,
@@ -222,10 +222,10 @@ def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], boo
     except RetryError as failure:
         last = failure.last_attempt.exception()
         assert last is not None
-        raise OutOfPatienceError(last, failure.last_attempt.attempt_number) from last
+        raise RetriesExhaustedError(last, failure.last_attempt.attempt_number) from last
 
 
-def is_passing(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Return whether the same request may succeed later: throttled, failed in the server, cut off, or timed out."""
     if error is None:
         return False
@@ -234,11 +234,11 @@ def is_passing(error: BaseException | None) -> bool:
         return code in _THROTTLE_CODES | _SERVER_CODES | _CONFLICT_CODES or _status(error) in _SERVER_STATUSES
     # Before the errno: some of the clients' classes are OSErrors too, without one.
     families = (kind for kind in type(error).__mro__ if kind.__module__.startswith(_CLIENT_PACKAGES))
-    if any(kind.__name__ in _PASSING_CLASSES for kind in families):
+    if any(kind.__name__ in _TRANSIENT_CLASSES for kind in families):
         return True
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
 
 
 def lacks_bucket(error: BaseException | None) -> bool:
@@ -249,7 +249,7 @@ def lacks_bucket(error: BaseException | None) -> bool:
 def was_not_done(error: BaseException) -> bool:
     """Return whether the server says that it did not do what was asked and that asking again may help.
 
-    Unlike a cut connection, after which nobody knows.
+    Unlike a cut connection, after which it is not known.
     """
     return answer_code(error) in _THROTTLE_CODES | _CONFLICT_CODES
 
@@ -266,7 +266,7 @@ def answer_code(error: BaseException) -> str | None:
 
 
 def _warn(state: "RetryCallState") -> None:
-    """Say what is being waited for, once a call takes long enough for a person to wonder."""
+    """Say what is being waited for, once a call takes long enough for a user to wonder."""
     error, statistics = state.outcome.exception() if state.outcome is not None else None, state.retry_object.statistics
     if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S and not statistics.get("reported"):
         statistics["reported"] = True
@@ -392,7 +392,7 @@ def check_address(address: str) -> None:
         raise AddressError(f"{address}: {scheme}:// is not known; write {scheme.lower()}://")
     if not _BUCKET.fullmatch(bucket):
         raise AddressError(
-            f"{address}: {bucket} is no name of a bucket; those have letters, digits, dots, hyphens and underscores"
+            f"{address}: {bucket} is not the name of a bucket; names have letters, digits, '.', '-' and '_'"
         )
 
 

@@ -19,15 +19,15 @@ from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileEr
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.storage.remote import (
     Names,
-    OutOfPatienceError,
     RemoteFiles,
+    RetriesExhaustedError,
     check_below,
     check_password,
-    is_passing,
+    is_transient,
     lacks_bucket,
-    persist,
     protocol_and_path,
     reason_of,
+    with_retries,
 )
 from featurestore.text import refusal
 
@@ -130,7 +130,7 @@ class Storage:
         """Create the file unless it exists, and return what it holds then: `data` where this call made it.
 
         The file is read back after success and after every error, and decides, not the answer: so `data` must be like
-        no other's. Passing errors are tried again. Raises StorageError: then nobody knows yet whether it was made.
+        no other's. Transient errors are tried again. Raises StorageError: then it is not known whether it was made.
         """
 
         check_below(path, self.url, writing=True)
@@ -149,8 +149,8 @@ class Storage:
                 raise StorageError(f"{self.full(path)} vanished after it was created") from None
 
         try:
-            return settle() if self.is_local else persist(settle, lambda error: is_passing(error.__cause__))
-        except OutOfPatienceError as error:
+            return settle() if self.is_local else with_retries(settle, lambda error: is_transient(error.__cause__))
+        except RetriesExhaustedError as error:
             raise error.last from None
 
     def list(self, path: str = "") -> Names:
@@ -244,7 +244,7 @@ class Storage:
         check_below(path, self.url, writing)
         try:
             yield
-        except OutOfPatienceError as error:
+        except RetriesExhaustedError as error:
             reason = f"{reason_of(error.last)} (tried {error.tries} times)"
             raise StorageError(f"cannot {action} {self.full(path)}: {reason}") from error.last
         except Exception as error:  # each object store's client has its own tree of errors

@@ -22,7 +22,7 @@ from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep import DAMAGED, DATA, GRACE_DAYS, KEEP_DAYS, KEEP_LAST
-from featurestore.upkeep.history import kept_versions as kept_by_name
+from featurestore.upkeep.history import referenced_versions
 from featurestore.upkeep.verify import is_manifest
 
 _DAY_S = 86_400.0
@@ -63,8 +63,8 @@ def expire(
 
     The grace time must be longer than any commit takes from its first file on, and than anybody reads a snapshot
     without a pin. Readers and writers may be at work; run one expiry at a time. Lists all files once, and reads all
-    manifests. Raises CorruptFileError where one of these, a pin or a channel is damaged, as then nobody knows what is
-    needed; nothing is moved or deleted.
+    manifests. Raises CorruptFileError where one of these, a pin or a channel is damaged, so that it is not known what
+    is needed; nothing is moved or deleted.
     """
     for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
         if not value >= 0:
@@ -109,7 +109,7 @@ class _Expiry:
     def run(self, progress: Progress | None) -> ExpireReport:
         """Move manifests aside, and delete files."""
         made_s = _versions_and_times(self.storage.entries(log.LOG, recursive=False))
-        pinned = kept_by_name(self.storage)
+        pinned = referenced_versions(self.storage)
         wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
         leaving = [version for version, _ in made_s if version not in wanted]
         staying = [version for version in log.versions(self.storage) if version not in leaving]
@@ -160,7 +160,7 @@ class _Expiry:
             batch = leaving[start : start + _MOVED_AT_ONCE]
             copied = in_threads(self._copy_aside, batch, _THREADS)
             copies = {version: data for version, data in zip(batch, copied, strict=True) if data}
-            pinned = kept_by_name(self.storage)
+            pinned = referenced_versions(self.storage)
             if self._is_late():
                 return moved
             going = [version for version in copies if version not in pinned]
@@ -174,7 +174,7 @@ class _Expiry:
         return moved
 
     def _copy_aside(self, version: int) -> bytes | None:
-        """Copy a manifest to expired/, anew where it was there, so that its grace begins now; None where it is gone."""
+        """Copy a manifest to expired/, also over a copy, so that its grace begins now; None where it is gone."""
         try:
             data = seal(log.read(self.storage, version))
         except FileNotFoundError:  # another expiry was quicker
@@ -219,8 +219,8 @@ class _Expiry:
             raise CorruptFileError(f"{error}; {way_out}") from error
         if manifest is None:
             raise StorageError(
-                f"the manifest of snapshot {version} of {self.store.url} was removed just now, so nobody knows its"
-                " files any more: run expire again when no repair and no other expire runs"
+                f"the manifest of snapshot {version} of {self.store.url} was removed just now, so its files are not"
+                " known any more: run expire again when no repair and no other expire runs"
             )
         statistics = {e.statistics_path: 0 for e in manifest.entries if e.statistics_path is not None}
         return {entry.path: entry.bytes for entry in manifest.entries} | statistics

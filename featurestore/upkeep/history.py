@@ -135,7 +135,7 @@ class _Restore(Commit):
     version: int
 
     def onto(self, parent: Manifest) -> Shards:
-        """Return the old files, looked up anew each time: the snapshot may expire meanwhile."""
+        """Return the old files, looked up again each time: the snapshot may expire meanwhile."""
         return self.store.snapshot(self.version).manifest.shards
 
     def manifest_after(self, parent: Manifest) -> Manifest:
@@ -302,7 +302,7 @@ def _differences(before: Snapshot, now: Snapshot, keys_K: Int64Array) -> npt.NDA
 PINS = manifests.PINS
 _SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-PIN_NAME_RULE = "{name!r} is no name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'"
+PIN_NAME_RULE = "{name!r} is not the name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'"
 
 
 class Pin(Sealed):
@@ -320,7 +320,7 @@ def is_pin_name(name: str) -> bool:
 
 
 def pin(store: FeatureStore, name: str, version: VersionName | None = None) -> Pin:
-    """Keep a snapshot, the newest by default, until `unpin`. To make the same pin again is no error.
+    """Keep a snapshot, the newest by default, until `unpin`. To make the same pin again is not an error.
 
     Raises PinError where the name keeps another snapshot, SnapshotNotFoundError where `expire` was first.
     """
@@ -366,7 +366,7 @@ def read_pins(storage: Storage) -> list[Pin]:
     return found
 
 
-def kept_versions(storage: Storage) -> set[int]:
+def referenced_versions(storage: Storage) -> set[int]:
     """Return the snapshots that a pin or a channel keeps. Raises CorruptFileError.
 
     Pins are read first: who moves a channel pins its snapshot until the channel points there.

@@ -110,7 +110,7 @@ def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairRe
     """Put manifests back into the log that expired/ still has; return whether there were any.
 
     The oldest first: a repair that was cut off finds the others again. None where one of the two folders is a link out
-    of the store: what it holds cannot be listed, and the problem is left for people."""
+    of the store: what it holds cannot be listed, and the problem is left to the user."""
     if any(problem.kind == "folder" and problem.path in (log.LOG, log.EXPIRED) for problem in problems):
         return False
     damaged = {version for problem in problems if problem.kind == "manifest" for version in problem.versions}
@@ -232,7 +232,7 @@ _MOST_BETWEEN_PINS = 1 << 32  # commits; more than a century of one each second
 
 
 def note(storage: Storage, path: str, reason: str) -> None:
-    """Remember that a data file is damaged; to note it again is no error."""
+    """Remember that a data file is damaged; to note it again is not an error."""
     name = hashlib.sha256(path.encode()).hexdigest()[:32]
     storage.write_bytes(
         f"{DAMAGED}/{NOTE_PREFIX}{name}.json", seal(DamageNote(path=path, reason=reason, time_s=storage.now()))

@@ -124,12 +124,12 @@ def verify(
     Of a data file: size, sha256, page checksums, columns, row counts, order of keys, shard, duplicates, values, and
     that no key of a snapshot has two uris. Of a folder: that no link leads out of the store; else nothing behind it is
     looked at. Reads all bytes once; the threads together hold no more of them than 256 MB, or the largest file. Files
-    that `expire` removes meanwhile are no problem. Raises SnapshotNotFoundError, StoreNotFoundError, StorageError.
+    that `expire` removes meanwhile are not a problem. Raises SnapshotNotFoundError, StoreNotFoundError, StorageError.
     """
     report = VerifyReport()
     url = store if isinstance(store, str) else store.url
     try:
-        store = FeatureStore.open(url)  # anew: what is in memory was good when it was read
+        store = FeatureStore.open(url)  # again: what is in memory was good when it was read
     except (CorruptFileError, StoreNotFoundError) as error:
         if isinstance(error, StoreNotFoundError) and not log.versions(Storage(url, keep_inside=True)):
             raise
@@ -142,7 +142,7 @@ def verify(
     if report.problems:  # what is behind such a link is not the store's
         return report
     manifests = _read_manifests(store, report)
-    report.problems += [*_strays(store), *_unreadable(_small_files(store)), *_pin_problems(store, manifests)]
+    report.problems += [*_unexpected_files(store), *_unreadable(_small_files(store)), *_pin_problems(store, manifests)]
     report.problems += _channel_problems(store, manifests)
     if version is not None:
         if version not in manifests and not any(version in problem.versions for problem in report.problems):
@@ -219,9 +219,9 @@ def _folders_inside(store: FeatureStore) -> Iterator[Problem]:
         yield Problem("folder", path, message, "Move it away, then verify again: nothing else was checked")
 
 
-def _strays(store: FeatureStore) -> Iterator[Problem]:
+def _unexpected_files(store: FeatureStore) -> Iterator[Problem]:
     way_out = _repair(store.url, "moves it to damaged/")
-    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.strays(store.storage, folder)]:
+    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.unexpected_files(store.storage, folder)]:
         message = f"{store.storage.full(path)} has a name that no manifest can have: no reader and no commit sees it"
         yield Problem("stray", path, message, way_out)
 
@@ -250,7 +250,7 @@ def _channel_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) ->
         path = f"{log.CHANNELS}/{name}"
         way_out = f"Set it again: `python -m featurestore channel {store.url} {name} N`"
         if not channels.is_channel_name(name):
-            yield Problem("channel", path, f"{storage.full(path)} is no channel", "Remove it")
+            yield Problem("channel", path, f"{storage.full(path)} is not a channel", "Remove it")
             continue
         try:
             move = channels.last_move(storage, name)
@@ -516,7 +516,7 @@ def _check(path: Path, report: CacheReport) -> None:
         wrong = _wrong(path.parent, stem, seal, report)
     report.num_shards += 1
     if wrong and path.exists():
-        way_out = f"the next run builds it anew, also after rm {path.parent}/{stem}.*"
+        way_out = f"the next run builds it again, also after rm {path.parent}/{stem}.*"
         report.problems.append(f"{path.parent / stem}: {wrong}; {way_out}")
 
 

@@ -114,7 +114,7 @@ def submit(
     Without any of these, or with -n, --threads-per-worker or --memory-limit, it is a local one that ends with the
     script. Our options go before SCRIPT; all that follows is for the script.
     """
-    from featurestore.console.commandline import STOPPED, STOPPED_BY_PERSON
+    from featurestore.console.commandline import STOPPED, STOPPED_BY_USER
     from pipeline.errors import ClusterError
 
     local = LocalSize(workers, threads_per_worker, memory_limit)
@@ -132,7 +132,7 @@ def submit(
         _say(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
-        _say(STOPPED_BY_PERSON)
+        _say(STOPPED_BY_USER)
         code = STOPPED
     context.exit(code)
 

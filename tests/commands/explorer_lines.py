@@ -14,7 +14,7 @@ EXPLORER = [
     ("explorer --images {emptydir} --host nosuch.invalid", 1, "cannot listen on --host nosuch.invalid"),
     ("explorer --images {emptydir} --tls-cert {missing}", 2, "{missing}"),
     ("explorer --images {emptydir} --token-file {empty}", 2, "{empty} has no token"),
-    ("explorer serve --images {emptydir} --token-file {garbage}", 2, "--token-file {garbage} is no ASCII text"),
+    ("explorer serve --images {emptydir} --token-file {garbage}", 2, "--token-file {garbage} is not ASCII text"),
     ("explorer serve --images {emptydir} --tls-cert {garbage} --tls-key {garbage}", 2, "{garbage} has no certificate"),
     (
         f"explorer serve {SCORER}://127.0.0.1:1 --scorer-token-file {{garbage}}",

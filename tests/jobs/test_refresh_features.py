@@ -43,7 +43,7 @@ def assert_message(result, code, text):
 def test_mistakes_are_one_message(job, tmp_path):
     assert_message(job(), 2, "data/features: store.json is not there; jobs/extract_features.py makes one")
     assert_message(job("--max-gone", "2"), 2, "--max-gone")
-    assert_message(job("--channel", "19"), 2, "no name of a channel")
+    assert_message(job("--channel", "19"), 2, "not the name of a channel")
 
 
 def test_what_does_not_fit_the_store_is_one_message(job, store):

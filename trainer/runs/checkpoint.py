@@ -196,7 +196,7 @@ def read_recorded(path: RunPath) -> CheckpointState:
     try:
         values = parse_json(content)
         if not isinstance(values, dict):
-            raise DamagedCheckpointError(f"{file} is damaged: it is no JSON object")
+            raise DamagedCheckpointError(f"{file} is damaged: it is not a JSON object")
         for name in ("digest", "format_version"):
             if name not in values:
                 raise DamagedCheckpointError(f"{file} is damaged: {name} is missing in it")

@@ -22,7 +22,7 @@ def test_tokens_are_lines_that_are_not_empty_and_no_comments(tmp_path: Path) -> 
         (b"0123456789abcdef\nshort\n", "token 2 has 5 characters and can be guessed; write 16 or more"),
         (b"0123456789abcdef with space\n", "token 1 has a space"),
         (b"0123456789\x01abcdef\n", "token 1 has a space or a control character"),
-        ("\u00e4".encode() * 20, "is no ASCII text"),
+        ("\u00e4".encode() * 20, "is not ASCII text"),
         (None, "No such file or directory; name a file"),
     ],
 )

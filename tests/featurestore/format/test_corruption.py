@@ -258,8 +258,8 @@ def test_a_file_replaced_by_an_older_one_is_found(full: FeatureStore, tmp_path: 
     [
         (b"{}", "format_version is missing in it"),
         (b'{"format_version": 1}', "digest is missing in it"),
-        (b"[]", "it is no JSON object"),
-        (b"7", "it is no JSON object"),
+        (b"[]", "it is not a JSON object"),
+        (b"7", "it is not a JSON object"),
     ],
 )
 def test_a_manifest_that_is_something_else_is_told_in_words(data: bytes, words: str) -> None:

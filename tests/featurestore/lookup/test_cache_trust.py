@@ -191,7 +191,7 @@ def test_verify_finds_a_bit_that_flipped_unseen(
     for start in range(0, size, max(1, size // 20)):
         flip(place, start)
         (problem,) = verify_cache(cache).problems or [""]
-        found += place.name.split(".")[0] in problem and "the next run builds it anew" in problem
+        found += place.name.split(".")[0] in problem and "the next run builds it again" in problem
         place.write_bytes(whole)
     flips = len(range(0, size, max(1, size // 20)))
     # Of a seal some characters say when and of which file its digest was checked: the next opening reads the rows then.

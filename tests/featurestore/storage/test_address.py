@@ -24,7 +24,7 @@ def test_an_address_without_a_bucket_is_no_folder_of_this_machine(address: str, 
 @pytest.mark.parametrize("opened", [Storage, run_path])
 @pytest.mark.parametrize(
     ("address", "told"),
-    [("S3://bucket/x", "write s3://"), ("s3://Bad_Bucket!/x", "Bad_Bucket! is no name of a bucket")],
+    [("S3://bucket/x", "write s3://"), ("s3://Bad_Bucket!/x", "Bad_Bucket! is not the name of a bucket")],
 )
 def test_an_address_that_cannot_be_one_gets_a_line(address: str, told: str, opened: Opener) -> None:
     with pytest.raises(AddressError, match=f"^{re.escape(address)}: [^\\n]*{re.escape(told)}[^\\n]*$"):

@@ -194,7 +194,7 @@ class _Four:
 class TestNames:
     @pytest.mark.parametrize("name", ["", "19", "1st", "a/b", "../x", ".hidden", "a b", "newest", "NULL", "x" * 65])
     def test_what_no_channel_may_be_called(self, nine: FeatureStore, name: str) -> None:
-        with pytest.raises(ChannelError, match="no name of a channel"):
+        with pytest.raises(ChannelError, match="not the name of a channel"):
             move_channel(nine, name, 4)
         assert nine.storage.list(log.CHANNELS) == []
 
@@ -281,13 +281,13 @@ class TestCommand:
         shown = {line.split()[0]: line.split()[-1] for line in run("log", nine.url).output.splitlines()[1:]}
         assert (shown["7"], shown["4"]) == ("stable", "candidate")
         assert "snapshot candidate to stable" in run("diff", nine.url, "candidate", "stable").output
-        assert run("channel", nine.url, "candidate", "--remove").output == "candidate is no channel any more\n"
+        assert run("channel", nine.url, "candidate", "--remove").output == "candidate is not a channel any more\n"
         assert "no channel 'candidate'; it has stable" in run("info", nine.url, "--version", "candidate").output
 
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            (["19", 4], "no name of a channel"),
+            (["19", 4], "not the name of a channel"),
             (["stable", "a/b"], "neither the number of a snapshot nor the name of a channel"),
             (["stable", "4", "--remove"], "takes a NAME and no snapshot"),
             (["stable"], "no channel 'stable'; it has none"),

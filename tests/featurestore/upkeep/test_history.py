@@ -252,7 +252,7 @@ class TestCommands:
     def test_restore_pin_and_unpin(self, timed: FeatureStore) -> None:
         assert run("restore", timed.url, 4).output == "snapshot 10 holds what snapshot 4 holds\n"
         assert run("pin", timed.url, "a").output == "a keeps snapshot 10\n"
-        assert run("unpin", timed.url, "a").output == "a is no pin any more\n"
+        assert run("unpin", timed.url, "a").output == "a is not a pin any more\n"
 
     def test_info_and_get_at_a_time(self, timed: FeatureStore, make_rows) -> None:
         result = run("info", timed.url, "--at", "2027-01-15T08:00:45")
@@ -267,7 +267,7 @@ class TestCommands:
             (["diff", "{store}", "1", "12"], 2, "no snapshot 12"),
             (["restore", "{store}", "12"], 2, "no snapshot 12"),
             (["unpin", "{store}", "a"], 2, "no pin 'a'"),
-            (["pin", "{store}", "a/b"], 2, "no name of a pin"),
+            (["pin", "{store}", "a/b"], 2, "not the name of a pin"),
             (["info", "{store}", "--at", "2020-01-01"], 2, "no snapshot of 2020-01-01"),
             (["info", "{store}", "--at", "yesterday"], 2, "does not match"),
             (["info", "{store}", "--at", "2027-01-01", "--version", "1"], 2, "give one of them"),

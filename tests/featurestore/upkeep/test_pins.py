@@ -56,7 +56,7 @@ class TestPins:
         with pytest.raises(PinError, match="no pin 'b'; it has a"):
             unpin(nine, "b")
         for name in ("", ".hidden", "a/b", "a b", "x" * 101):
-            with pytest.raises(PinError, match="no name of a pin"):
+            with pytest.raises(PinError, match="not the name of a pin"):
                 pin(nine, name, 4)
         with pytest.raises(SnapshotNotFoundError, match="no snapshot 12"):
             pin(nine, "c", 12)

@@ -58,7 +58,7 @@ def test_a_refresh_goes_to_its_channel(make, run, write, tmp_path):
     folder = write(a=1, b=2)
     make(folder)
     store = FeatureStore.open(tmp_path / "features")
-    with pytest.raises(ChannelError, match="no name of a channel"):
+    with pytest.raises(ChannelError, match="not the name of a channel"):
         run(folder, channel="19")
     same = run(folder, channel="candidate")
     assert (same.snapshot, store.snapshot("candidate").version) == (1, 1)

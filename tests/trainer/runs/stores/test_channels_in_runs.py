@@ -81,5 +81,5 @@ def test_commands_take_channels(places: Places, tmp_path: Path) -> None:
 def test_what_is_no_channel_is_refused_by_name(places: Places) -> None:
     with pytest.raises(ChannelError, match="no channel 'stabel'; it has stable"):
         trained(places, data__store_version="stabel")
-    with pytest.raises(ConfigError, match=r"data\.store_version.*no name of a channel"):
+    with pytest.raises(ConfigError, match=r"data\.store_version.*not the name of a channel"):
         trained(places, data__store_version="../x")
