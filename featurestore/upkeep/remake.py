@@ -10,10 +10,9 @@ merged in the order of shards and rows, so neither compaction nor the number of 
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,13 +90,12 @@ def remake(
     version: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-    find: Callable[[Snapshot, int], Basis] | None = None,
 ) -> RemakeReport:
     """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure what they keep.
 
     `dtype` None: as the source. With `dims` each row becomes its coordinates along that many principal components of
-    all rows, which takes a second reading; `progress` counts the shards of both. `find` gives components that are known
-    already. Without `dims` rows keep their numbers, and those of a compact store their basis.
+    all rows, which takes a second reading; `progress` counts the shards of both. Without `dims` rows keep their
+    numbers, and those of a compact store their basis.
 
     After a kill the same call continues with the shards of the same snapshot; components that were not found yet are
     computed again. Where all is done it gives the report. Needs the memory of a few blocks for each thread. Raises what
@@ -115,8 +113,7 @@ def remake(
             return work.finished()
         snapshot, basis = source.snapshot(version), source.basis
         if dims is not None:
-            read = partial(principal_components, threads=threads, progress=_part(progress, 0))
-            basis = (find or read)(snapshot, dims)
+            basis = principal_components(snapshot, dims, threads=threads, progress=_part(progress, 0))
         plan = work.make_plan(snapshot, basis)
     snapshot = work.planned_snapshot(plan)
     basis = None if dims is None else basis_of(plan.info, work.storage)
