@@ -5,11 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
-from featurestore.upkeep.history import compare_rows
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
+from trainer.compat.check import compare_rows
 
 KEYS = np.arange(1_000, 1_050)
 NONE = bytes(16)
+
+
+@pytest.fixture
+def info() -> StoreInfo:
+    extractor = ExtractorSpec(
+        backbone="vgg16", layer="fc6", weights_digest="0" * 64, preprocessing="resize 256", compute_dtype="bfloat16"
+    )
+    return StoreInfo(dim=8, num_shards=8, dtype="bfloat16", extractor=extractor)
 
 
 def put(folder: Path, info: StoreInfo, keys: np.ndarray, features_KD: np.ndarray, digests: list[bytes]) -> FeatureStore:
