@@ -68,14 +68,6 @@ def unexpected_files(storage: Storage, folder: str = LOG) -> list[str]:
     return [path for path, name in zip(paths, names, strict=True) if version_of(name) is None and name[0] != "."]
 
 
-def folders_inside(storage: Storage, folder: str = LOG) -> list[str]:
-    """List what lies in a folder of manifests and is a folder itself, or a link to one."""
-    files = {entry.path for entry in storage.entries(folder, recursive=False)}
-    paths = [f"{folder}/{name}" for name in storage.list(folder)]
-    files |= {entry.path for entry in storage.entries(folder, recursive=False)}  # also what came after the first
-    return [path for path in paths if path not in files]
-
-
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
     """Read the manifest of `version`, the newest by default; 0 is the empty store. Raises SnapshotNotFoundError."""
     if version == 0:

@@ -23,7 +23,6 @@ from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep import DAMAGED, DATA, GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from featurestore.upkeep.history import referenced_versions
-from featurestore.upkeep.verify import is_manifest
 
 _DAY_S = 86_400.0
 _THREADS = 8  # waiting for answers, not computing
@@ -202,7 +201,7 @@ class _Expiry:
     def _num_put_aside(self) -> int:
         """Count manifests that were found damaged within the grace time: readers may have those snapshots open."""
         aside = self.storage.entries(DAMAGED, recursive=False)
-        return sum(is_manifest(entry.path) and self._age_s(entry) <= self.grace_s for entry in aside)
+        return sum(_is_manifest(entry.path) and self._age_s(entry) <= self.grace_s for entry in aside)
 
     def _files(self, versions: Sequence[int], folders: Sequence[str]) -> dict[str, int]:
         """Return the files that the manifests name, and the bytes of those with rows; the first folder counts."""
@@ -274,3 +273,9 @@ def _versions_and_times(entries: Iterable[StorageEntry]) -> list[tuple[int, floa
     """Return versions and times of the manifests among files, ascending."""
     found = ((log.version_of(entry.path.rsplit("/", 1)[-1]), entry.mtime_s) for entry in entries)
     return sorted((version, made_s) for version, made_s in found if version is not None)
+
+
+def _is_manifest(path: str) -> bool:
+    """Return whether a file of `damaged/` was put aside from log/ or expired/."""
+    folder, _, name = path.removeprefix(f"{DAMAGED}/").partition("-")
+    return folder in (log.LOG, log.EXPIRED) and log.version_of(name) is not None

@@ -6,8 +6,7 @@
 - A file whose statistics are damaged stays without them: its rows are read instead, until it is compacted.
 - Files that older snapshots alone name are noted, and no alarm any more: those snapshots cannot be changed.
 - A damaged manifest moves to damaged/. Where it was the newest, the newest good one is committed again first, under the
-  next number; the files of the lost commit stay until `expire` removes them. Where nothing was committed under its
-  number, as there is a gap before it, it is a stray file, and the numbers continue after the newest good one.
+  next number; the files of the lost commit stay until `expire` removes them.
 - Where expired/ has manifests that are newer than the newest good one, with all their data files, they are put back
   first; so is a copy of the damaged manifest itself.
 - A file with a name that no manifest can have moves from log/ to damaged/.
@@ -43,7 +42,6 @@ from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, newest_rows, write_shard_file
 from featurestore.keys import Int64Array, shard_of_hash, splitmix64
 from featurestore.spec import (
-    MAX_VERSION,
     FileEntry,
     Manifest,
     StoreInfo,
@@ -55,7 +53,7 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import DAMAGED, DATA
-from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Problem, is_manifest, verify
+from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Problem, verify
 
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place
@@ -123,14 +121,14 @@ def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairRe
 
 
 def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
-    """Mend manifests from the newest on: behind a stray file may be a damaged commit, which is then the newest."""
+    """Move damaged manifests away; where one is the newest, the newest good one is committed again behind it."""
     if not problems:
         return
     left = set(log.versions(store.storage))
     good = newest_good(store.storage, {version for problem in problems for version in problem.versions})
     for problem in sorted(problems, key=lambda problem: problem.versions, reverse=True):
         (version,) = problem.versions
-        if version == max(left, default=0) and was_committed(store.storage, good, version):
+        if version == max(left, default=0):
             recommit(store.storage, good, version + 1, OPERATION, dry_run)
             report.actions.append(
                 f"commit snapshot {good.version} again as {version + 1}: what {version} had changed is lost"
@@ -226,9 +224,6 @@ class _RepairPlan:
         storage, info = self._store.storage, self._store.info
         rows = FeatureRows.tombstones(keys_N[newest_rows(keys_N)], info)
         return write_shard_file(storage, info, shard, [table_of(rows, info)], "delta", 0)
-
-
-_MOST_BETWEEN_PINS = 1 << 32  # commits; more than a century of one each second
 
 
 def note(storage: Storage, path: str, reason: str) -> None:
@@ -340,21 +335,6 @@ def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry
             }
         )
         create_sealed(storage, log.manifest_path(version), again)
-
-
-def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
-    """Return whether a damaged newest manifest was once a commit, as far as can be known: then its number is used up.
-
-    It was where every number between the newest good manifest and it is in log/, expired/ or damaged/. Else there is a
-    gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin or a channel
-    keeps that, so where there are some, and no more numbers in between than commits can be, the gap proves nothing.
-    """
-    aside = [name.partition("-")[2] for name in storage.list(DAMAGED) if is_manifest(name)]
-    known = {*log.versions(storage), *log.versions(storage, log.EXPIRED), *map(log.version_of, aside)}
-    num_between = version - good.version - 1
-    if len([number for number in known if number and good.version < number < version]) == num_between:
-        return version < MAX_VERSION
-    return log.has_kept_by_name(storage) and num_between < min(_MOST_BETWEEN_PINS, MAX_VERSION - version)
 
 
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:

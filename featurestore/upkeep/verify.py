@@ -138,7 +138,6 @@ def verify(
     behind_links = "Then verify again: nothing else was checked"
     folders = ((folder, partial(store.storage.list, folder)) for folder in _FOLDERS)
     report.problems += _unreadable(("folder", folder, read, behind_links) for folder, read in folders)
-    report.problems = report.problems or list(_folders_inside(store))
     if report.problems:  # what is behind such a link is not the store's
         return report
     manifests = _read_manifests(store, report)
@@ -210,13 +209,6 @@ def _small_files(store: FeatureStore) -> Iterator[_SmallFile]:
         way_out = _repair(url, "moves it to damaged/; the next refresh tries its images again")
         path = f"{staging.QUARANTINE}/{name}"
         yield "quarantine", path, partial(staging.read_file, storage, name), way_out
-
-
-def _folders_inside(store: FeatureStore) -> Iterator[Problem]:
-    """Yield folders in the place of manifests: nothing was committed there, and what is in them is not the store's."""
-    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.folders_inside(store.storage, folder)]:
-        message = f"{store.storage.full(path)} is a folder, but manifests are files"
-        yield Problem("folder", path, message, "Move it away, then verify again: nothing else was checked")
 
 
 def _unexpected_files(store: FeatureStore) -> Iterator[Problem]:
@@ -381,12 +373,6 @@ def noted_paths(storage: Storage) -> set[str]:
             with contextlib.suppress(FileNotFoundError, CorruptFileError):
                 found.add(read_sealed(storage, f"{DAMAGED}/{name}", DamageNote).path)
     return found
-
-
-def is_manifest(path: str) -> bool:
-    """Return whether a file of `damaged/` was put aside from log/ or expired/."""
-    folder, _, name = path.removeprefix(f"{DAMAGED}/").partition("-")
-    return folder in (log.LOG, log.EXPIRED) and log.version_of(name) is not None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,20 +157,6 @@ def test_so_it_is_where_the_file_is_small(filled: FeatureStore, monkeypatch: pyt
     repair(filled)
     assert [entry.size_bytes for entry in filled.storage.entries("damaged")] == [0]
     assert verify(filled).problems == [] and FeatureStore.open(filled.url).snapshot().num_rows > 0
-
-
-@pytest.mark.parametrize("path", ["log/5.json", manifest_path(3), "expired/5.json"])
-def test_a_folder_among_the_manifests_is_named_and_left_to_a_person(filled: FeatureStore, path: str) -> None:
-    (Path(filled.url) / path / "mine").mkdir(parents=True)
-    for problems in (verify(filled).problems, repair(filled).left):
-        assert [(problem.kind, problem.path) for problem in problems] == [("folder", path)]
-    if path == manifest_path(3):
-        for read in (filled.snapshot, lambda: expire(filled, keep_last=1, keep_days=0)):
-            with pytest.raises(CorruptFileError, match=f"{path} is a folder"):
-                read()
-    assert filled.storage.list("log")[:2] == [f"{version:020d}.json" for version in (1, 2)]
-    shutil.rmtree(Path(filled.url) / path)
-    assert problems_of(filled) == [] and filled.snapshot().version == 2
 
 
 def test_a_manifest_of_a_newer_program_is_no_damage(filled: FeatureStore) -> None:
