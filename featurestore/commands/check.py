@@ -98,13 +98,11 @@ def _verify_cache(place: str | None) -> NoReturn:
         report = verify_cache(folder, progress)
     for problem in report.problems:
         print_problem(f"broken: {problem}")
-    if report.num_shards or report.num_other:
+    if report.num_shards:
         looked_at = f"{count_text(report.num_shards, 'cached shard')}, {report.num_bytes:,} bytes of {folder}"
         print_summary(f"{count_text(len(report.problems), 'problem')} in {looked_at}")
     else:
         print_summary(f"nothing to check: {folder} has no cached shards")
-    if report.num_other:
-        print_summary(f"{report.num_other:,} more are of another version, and go when 30 days old")
     raise typer.Exit(1 if report.problems else 0)
 
 

@@ -49,7 +49,7 @@ _SHUTDOWN_S = 20.0
 class OpenSnapshots:
     """Partitions of a store, one for each open snapshot. Any number of threads may ask at once.
 
-    The newest one stays open, and up to `max_older` others; the least recently used one is dropped for another, and is
+    The newest one stays open, and up to MAX_OLDER others; the least recently used one is dropped for another, and is
     unmapped when the last call that uses it ends. With a `version` that one alone is offered, and it counts as the
     newest; with a channel the snapshot that it points to does.
     """
@@ -61,10 +61,9 @@ class OpenSnapshots:
         version: VersionName | None = None,
         cache_dir: Path | None = None,
         progress: Progress | None = None,
-        max_older: int = MAX_OLDER,
     ) -> None:
         self.store = store
-        self._version, self._cache_dir, self._max_older = version, cache_dir, max_older
+        self._version, self._cache_dir = version, cache_dir
         self._lock = threading.Lock()  # held while one of the older ones is opened
         self._older: dict[int, FeaturePartition] = {}  # the least recently used first
         self._newest = self._load(store.snapshot(version).version, progress)
@@ -108,7 +107,7 @@ class OpenSnapshots:
         """Note that an older one is used, and drop the least recently used of too many. The lock is held."""
         self._older.pop(partition.snapshot_version, None)
         self._older[partition.snapshot_version] = partition
-        for version in list(self._older)[: -self._max_older]:
+        for version in list(self._older)[:-MAX_OLDER]:
             del self._older[version]
         return partition
 

@@ -121,10 +121,6 @@ class Basis:
         total = self.origin.total_variance
         return min(1.0, float(self.spectrum_K.sum()) / total) if total else 1.0
 
-    def first(self, dims: int) -> "Basis":
-        """Return the basis of the first `dims` components."""
-        return replace(self, components_KD=self.components_KD[:dims], spectrum_K=self.spectrum_K[:dims])
-
     def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
         """Return the coordinates (N, K) of full rows (N, D): of their distance from the mean along each component.
 

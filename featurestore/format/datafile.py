@@ -334,11 +334,11 @@ def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:
-    """Read the StoreInfo in a data file; older files do not know the store's id. Raises CorruptFileError."""
+    """Read the StoreInfo in a data file. Raises CorruptFileError."""
     try:
         metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
         kind = StoreInfo.model_validate_json(metadata[_INFO])
-        return StoreInfo.model_validate(kind.model_dump() | {"store_id": metadata.get(_STORE_ID, b"").decode()})
+        return StoreInfo.model_validate(kind.model_dump() | {"store_id": metadata[_STORE_ID].decode()})
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
 

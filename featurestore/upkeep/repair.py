@@ -256,8 +256,7 @@ def put_aside(storage: Storage, path: str) -> None:
 def rebuild_info(url: str, dry_run: bool) -> str:
     """Write store.json from the copy in a data file of the newest good manifest; return the path of that file.
 
-    A damaged one is kept in damaged/. The store keeps its `store_id`; where its data files are too old to know it, it
-    gets a new one. Raises CorruptFileError where no file is good.
+    A damaged one is kept in damaged/. The store keeps its `store_id`. Raises CorruptFileError where no file is good.
     """
     storage = Storage(url, keep_inside=True)
     found = _info_of_a_file(storage, newest_good(storage, folders=(log.LOG, log.EXPIRED)))
@@ -269,8 +268,7 @@ def rebuild_info(url: str, dry_run: bool) -> str:
     path, info = found
     if not dry_run:
         keep_copy(storage, INFO_PATH)
-        store_id = info.store_id or uuid.uuid4().hex
-        storage.write_bytes(INFO_PATH, seal(info.model_copy(update={"store_id": store_id})))
+        storage.write_bytes(INFO_PATH, seal(info))
     return path
 
 

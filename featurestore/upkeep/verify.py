@@ -7,7 +7,6 @@ Letters of shapes: N rows of a file, M live rows of several files.
 """
 
 import contextlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -463,7 +462,6 @@ class CacheReport:
 
     num_shards: int = 0
     num_bytes: int = 0
-    num_other: int = 0  # shards of another version of this program, which nothing opens any more
     problems: list[str] = field(default_factory=list)
 
 
@@ -494,9 +492,6 @@ def _check(path: Path, report: CacheReport) -> None:
     try:
         seal = CacheSeal.model_validate_json(data)
     except ValidationError:
-        if _is_of_another_version(data):
-            report.num_other += 1
-            return
         wrong = "its seal cannot be read"
     else:
         wrong = _wrong(path.parent, stem, seal, report)
@@ -522,11 +517,3 @@ def _wrong(folder: Path, stem: str, seal: CacheSeal, report: CacheReport) -> str
     if rows.stat().st_size != seal.num_rows * seal.row_bytes or digest_of_file(rows) != seal.rows_xxh3_128:
         return f"{rows.name} is not what was built"
     return ""
-
-
-def _is_of_another_version(data: bytes) -> bool:
-    try:
-        fields = json.loads(data)
-    except ValueError:
-        return False
-    return isinstance(fields, dict) and "rows_xxh3_128" in fields and "made_from" not in fields

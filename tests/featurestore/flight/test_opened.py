@@ -44,17 +44,21 @@ def rows_of(snapshots: OpenSnapshots, version: int | None) -> int:
 
 
 def test_the_least_used_one_goes_first_and_the_newest_stays(
-    filled: FeatureStore, tmp_path: Path, loads: list[int]
+    filled: FeatureStore, tmp_path: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshots = opened(filled, tmp_path, max_older=2)
+    monkeypatch.setattr("featurestore.flight.server.MAX_OLDER", 2)
+    snapshots = opened(filled, tmp_path)
     asked = (1, 2, 1, None, 3, 1, 5, 2)
     assert [rows_of(snapshots, version) for version in asked] == [10, 20, 10, 50, 30, 10, 50, 20]
     assert loads == [5, 1, 2, 3, 2]
 
 
-def test_what_is_used_answers_after_others_took_its_place(filled: FeatureStore, tmp_path: Path) -> None:
+def test_what_is_used_answers_after_others_took_its_place(
+    filled: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And is unmapped when nobody uses it any more."""
-    snapshots = opened(filled, tmp_path, max_older=1)
+    monkeypatch.setattr("featurestore.flight.server.MAX_OLDER", 1)
+    snapshots = opened(filled, tmp_path)
     one, keys = snapshots.partition(1), filled.snapshot(1).keys()
     assert [rows_of(snapshots, version) for version in (2, 3)] == [20, 30]
     assert len(one.lookup(keys).features_UD) == 10
