@@ -28,7 +28,7 @@ from featurestore.flight.protocol import (
     Described,
     bearer,
     error_received,
-    parsed,
+    parse_message,
 )
 from featurestore.format.codec import Codec
 from featurestore.format.datafile import matrix_of, numpy_column
@@ -158,7 +158,7 @@ class FeatureClient:
         action = flight.Action(DESCRIBE, Asked(version=version).model_dump_json().encode())
         with self._translated():
             (answer,) = self._client.do_action(action, self._options)
-        return parsed(Described, answer.body.to_pybytes())
+        return parse_message(Described, answer.body.to_pybytes())
 
     def _ask(self, keys_U: Int64Array, out_UD: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
         """Ask for keys, call by call, and return which are missing; without `out_UD` no features are sent."""

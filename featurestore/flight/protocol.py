@@ -83,7 +83,7 @@ def keys_of(batch: pa.RecordBatch) -> Int64Array:
     return np.asarray(batch.column(0).to_numpy(zero_copy_only=False))
 
 
-def parsed(model_class: type[ModelT], data: bytes) -> ModelT:
+def parse_message(model_class: type[ModelT], data: bytes) -> ModelT:
     """Parse a message. Raises QueryError naming field and value."""
     try:
         return model_class.model_validate_json(data or b"{}")

@@ -31,7 +31,7 @@ from featurestore.flight.protocol import (
     bearer,
     error_sent,
     keys_of,
-    parsed,
+    parse_message,
 )
 from featurestore.format.shard import live_schema
 from featurestore.keys import Int64Array
@@ -165,7 +165,7 @@ class FeatureServer(flight.FlightServerBase):
         Each batch of keys is answered by as many rows, in one batch or several.
         """
         with self._answering():
-            asked = parsed(Asked, descriptor.command)
+            asked = parse_message(Asked, descriptor.command)
             partition = self._snapshots.partition(asked.version)
             block_rows = max(1, BLOCK_BYTES // partition.info.row_bytes) if asked.features else _MASK_ROWS
             writer.begin(answer_schema(partition.info, asked.features))
@@ -177,7 +177,7 @@ class FeatureServer(flight.FlightServerBase):
     def do_get(self, _context: Any, ticket: Any) -> Any:
         """Stream the live rows of a snapshot. The ticket is a `ScanTicket`."""
         with self._answering():
-            asked = parsed(ScanTicket, ticket.ticket)
+            asked = parse_message(ScanTicket, ticket.ticket)
             try:
                 schema = live_schema(self._snapshots.store.info, asked.columns, asked.decode)
             except ValueError as error:
@@ -189,7 +189,7 @@ class FeatureServer(flight.FlightServerBase):
         with self._answering():
             if action.type != DESCRIBE:
                 raise QueryError(f"this server has no action {action.type!r}, only {DESCRIBE!r}")
-            asked = parsed(Asked, action.body.to_pybytes() if action.body else b"")
+            asked = parse_message(Asked, action.body.to_pybytes() if action.body else b"")
             partition = self._snapshots.partition(asked.version)
             described = Described(info=partition.info, snapshot_id=partition.snapshot_id, num_rows=partition.num_rows)
             return iter([described.model_dump_json().encode()])

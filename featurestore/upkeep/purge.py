@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 
 from featurestore import log, staging
 from featurestore.commit import Commit
-from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileError, PinError, StorageError
+from featurestore.errors import CommitConflictError, CorruptFileError, KeyFileError, PinError
 from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, schema_of
 from featurestore.format.shard import check_digest, write_shard_file
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.published.channels import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING, QuarantineRow
-from featurestore.storage.local import TEMPORARY, StorageEntry, read_regular, read_text
+from featurestore.storage.local import TEMPORARY, read_regular, read_text
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
@@ -118,15 +118,8 @@ def find_traces(storage: Storage, images: Images, progress: Progress | None = No
     files. Raises StorageError.
     """
     entries, report = storage.entries(), AbsenceReport()
-
-    def look(entry: StorageEntry) -> tuple[Trace | None, set[int | str]]:
-        found: set[int | str] = set()
-        try:
-            return _trace(storage, entry, images, found), found
-        except FileNotFoundError:
-            return None, set()
-
-    for entry, (trace, found) in zip(entries, in_threads(look, entries, _THREADS, progress), strict=True):
+    looked = in_threads(lambda entry: _look(storage, entry.path, images), entries, _THREADS, progress)
+    for entry, (trace, found) in zip(entries, looked, strict=True):
         report.num_files += 1
         report.num_bytes += entry.size_bytes
         report.found |= found
@@ -135,36 +128,33 @@ def find_traces(storage: Storage, images: Images, progress: Progress | None = No
     return report
 
 
-def _trace(storage: Storage, entry: StorageEntry, images: Images, found: set[int | str]) -> Trace | None:
-    path = entry.path
+def _look(storage: Storage, path: str, images: Images) -> tuple[Trace | None, set[int | str]]:
+    """Find rows of the images in a file, and their keys and uris; none where it vanishes meanwhile."""
+    found, num_rows = set[int | str](), 0
     try:
         with storage.open_input(path) as source:
             if source.read(len(_PARQUET)) != _PARQUET and not path.endswith(".parquet"):
-                return None
+                return None, found
             source.seek(0)
-            rows = sum(_rows(source, images, found))
+            file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+            names = [name for name in (KEY, URI) if name in file.schema_arrow.names]
+            if KEY not in names:
+                raise KeyError(f"it has no column {KEY}, so it is not a file of a store")
+            for batch in file.iter_batches(_BLOCK_ROWS, columns=names, use_threads=False):
+                keys_K = np.asarray(batch[KEY].to_numpy(zero_copy_only=False), np.int64)
+                uris = batch[URI] if URI in names else None
+                theirs_K = images.are_in(keys_K, uris)
+                num_rows += int(theirs_K.sum())
+                found.update(keys_K[theirs_K].tolist())
+                if uris is not None:
+                    found.update(uri for uri in uris.filter(pa.array(theirs_K)).to_pylist() if uri is not None)
+    except FileNotFoundError:
+        return None, set()
     except (CorruptFileError, pa.ArrowException, OSError, KeyError) as error:
-        if isinstance(error, FileNotFoundError | StorageError):
-            raise
         text = f"{storage.full(path)} cannot be read, and may have their rows: {error}"
-        return Trace("unread", path, 0, text)
-    return Trace("rows", path, rows, f"{storage.full(path)} has {rows:,} of their rows") if rows else None
-
-
-def _rows(source: Any, images: Images, found: set[int | str]) -> Iterator[int]:
-    """Count the rows of the images in a Parquet file, block by block, and add their keys and uris to `found`."""
-    file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
-    names = [name for name in (KEY, URI) if name in file.schema_arrow.names]
-    if KEY not in names:
-        raise KeyError(f"it has no column {KEY}, so it is not a file of a store")
-    for batch in file.iter_batches(_BLOCK_ROWS, columns=names, use_threads=False):
-        keys_K = np.asarray(batch[KEY].to_numpy(zero_copy_only=False), np.int64)
-        uris = batch[URI] if URI in names else None
-        theirs_K = images.are_in(keys_K, uris)
-        found.update(keys_K[theirs_K].tolist())
-        if uris is not None:
-            found.update(uri for uri in uris.filter(pa.array(theirs_K)).to_pylist() if uri is not None)
-        yield int(theirs_K.sum())
+        return Trace("unread", path, 0, text), found
+    text = f"{storage.full(path)} has {num_rows:,} of their rows"
+    return Trace("rows", path, num_rows, text) if num_rows else None, found
 
 
 @dataclass

@@ -353,11 +353,11 @@ def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntr
     found, uris = [], []
     try:
         if storage.size(entry.path) != entry.bytes:
-            return FileKeys.joined([]), []
+            return FileKeys.concatenate([]), []
         with storage.open_input(entry.path) as source:
             file = DataFile(source, info, storage.full(entry.path))
             if file.num_rows != entry.rows:
-                return FileKeys.joined([]), []
+                return FileKeys.concatenate([]), []
             for group in range(len(file.group_starts) - 1):
                 table = _readable_group(file, group)
                 if table is not None:
@@ -365,9 +365,9 @@ def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntr
                     uris += text_column(table, URI)
     except (CorruptFileError, StorageError, FileNotFoundError):
         pass  # what was read before is good
-    keys = FileKeys.joined(found)
+    keys = FileKeys.concatenate(found)
     if (shard_of_hash(splitmix64(keys.keys_N), info.num_shards) != shard).any():
-        return FileKeys.joined([]), []
+        return FileKeys.concatenate([]), []
     return keys, uris
 
 

@@ -389,7 +389,7 @@ class FileKeys:
         return cls(keys_N.copy(), keys_of_uris(text_column(table, URI)), deleted_N.copy())
 
     @classmethod
-    def joined(cls, parts: Sequence["FileKeys"]) -> "FileKeys":
+    def concatenate(cls, parts: Sequence["FileKeys"]) -> "FileKeys":
         """Put the rows of some parts one behind the other."""
         return cls(
             np.concatenate([np.empty(0, np.int64), *(each.keys_N for each in parts)]),
@@ -417,7 +417,7 @@ def check_file(
                 blocks.append(FileKeys.of(block))
     except CorruptFileError as error:
         return [str(error)], None
-    keys = FileKeys.joined(blocks)
+    keys = FileKeys.concatenate(blocks)
     found = list(_broken_promises(keys, info, shard, entry))
     if num_infinite:
         found.append(f"holds {num_infinite} features that are not finite")
