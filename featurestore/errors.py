@@ -6,8 +6,8 @@ FeatureStoreError
 ├── StoreNotFoundError      no store at the address
 ├── StoreExistsError        a store is there already
 ├── SnapshotNotFoundError   the version was never committed, or has expired
-├── PinError                the name of a pin is taken, unknown, or no name
-├── ChannelError            the name of a channel is unknown, or no name
+├── PinError                the name of a pin is taken, unknown, or not valid
+├── ChannelError            the name of a channel is unknown, or not valid
 ├── FormatVersionError      written by a newer format than this code reads
 ├── SpecMismatchError       features of another network, dtype or width
 ├── AnotherStoreError       a store of the same kind, but not the one that something was made of
@@ -77,13 +77,13 @@ class SnapshotNotFoundError(FeatureStoreError):
 
 
 class PinError(FeatureStoreError):
-    """The name of a pin is taken, unknown, or no name."""
+    """The name of a pin is taken, unknown, or not valid."""
 
     exit_code = USAGE
 
 
 class ChannelError(FeatureStoreError):
-    """The name of a channel is unknown, or no name."""
+    """The name of a channel is unknown, or not valid."""
 
     exit_code = USAGE
 
@@ -169,7 +169,7 @@ class DeadlineError(ServerError):
 
 
 class AccessError(ServerError):
-    """A feature server refuses the token, or its certificate is not one to trust."""
+    """A feature server refuses the token, or its certificate is not trusted."""
 
 
 class StorageError(FeatureStoreError):

@@ -135,7 +135,7 @@ def check_backend(
     processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
 ) -> None:
-    """Look for what speaks against a store at a place: several winners of one exclusive create, reads that come late.
+    """Test whether a place is fit for a store: an exclusive create has one winner, and reads see every write.
 
     Tries what commits rely on, then lets processes race to create one file, many times. Exit code 1 when the place is
     unsafe: commits would be lost there. Exit code 3 when no race overlapped, so that nothing was found out. No race can

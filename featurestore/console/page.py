@@ -167,7 +167,7 @@ def recorded(page: ReportPage, *, with_findings: bool = False) -> Iterator[None]
 def takes_page(function: Callable[..., Any], *, on_ranks: bool, with_findings: bool) -> Callable[..., Any]:
     """Give a command the option --html FILE; the function itself does not see it.
 
-    That the file can be written is checked before the work begins; where the command runs on ranks, by `run_on_ranks`.
+    Whether the file can be written is checked before the work begins, for a command on ranks by `run_on_ranks`.
     """
 
     @functools.wraps(function)

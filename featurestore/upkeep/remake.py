@@ -135,7 +135,7 @@ def _part(progress: Progress | None, reading: int) -> Progress | None:
 
 
 class _Plan(Sealed):
-    """What is made of what; written before the new store, whose basis is there by then."""
+    """Source and kind of the new store; written before the store itself, and after its basis."""
 
     source: str
     source_version: int
@@ -176,11 +176,11 @@ class _Remake:
         return True
 
     def plan(self) -> _Plan | None:
-        """Read what an earlier call planned and did not end."""
+        """Read the plan of an earlier call that did not end."""
         return _read_or_none(self.storage, _PLAN, _Plan)
 
     def make_plan(self, snapshot: Snapshot, basis: Basis | None) -> _Plan:
-        """Keep the basis of the new store and what is to be done. Of several who start at once all follow the first."""
+        """Write the basis of the new store and the plan; of several calls at once all follow the first one's."""
         changes: dict[str, object] = {"dtype": self.dtype, "store_id": ""}
         if basis is not None:
             changes |= {"dim": basis.dim, "reduction": write_basis(self.storage, basis)}
