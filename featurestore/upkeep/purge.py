@@ -372,9 +372,10 @@ class _Purge:
         What no snapshot named goes only if it is old: a writer may be at work on it."""
         now_s, ages_s = self.storage.now(), dict[str, float]()
         for trace in traces:
-            folder, *between, name = trace.path.split("/")
-            path = f"{STAGING}/{between[0]}" if folder == STAGING and between else trace.path
-            if folder in (DATA, DAMAGED) or path != trace.path or name.startswith(TEMPORARY):
+            *folders, name = trace.path.split("/")
+            is_staged = len(folders) > 1 and folders[0] == STAGING
+            path = "/".join(folders[:2]) if is_staged else trace.path
+            if is_staged or folders[:1] in ([DATA], [DAMAGED]) or name.startswith(TEMPORARY):
                 with contextlib.suppress(FileNotFoundError):
                     mtime_s = self.storage.entry(trace.path).mtime_s
                     age_s = math.inf if trace.path in named else now_s - mtime_s

@@ -317,6 +317,8 @@ class TestProof:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, place)
         assert [(trace.path, trace.kind) for trace in find_traces(filled.storage, IMAGES).traces] == [(where, "rows")]
+        report = purge(filled)
+        assert report.is_complete == (where != "x.parquet") != place.exists(), "a file of somebody else's stays"
 
     def test_tombstones_and_what_cannot_be_read_count(self, filled: FeatureStore) -> None:
         purge(filled)
