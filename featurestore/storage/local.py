@@ -104,8 +104,11 @@ class DiskFiles:
         return os.listdir(self.path(path))  # noqa: PTH208 - names alone are wanted
 
     def entry(self, path: str) -> StorageEntry:
-        """Look up size and time of one file, or of a folder."""
-        return _entry(path, self.path(path).stat())
+        """Look up size and time of one file, or of a folder. A pipe has no size: IrregularFileError."""
+        found = self.path(path).stat()
+        if not stat.S_ISDIR(found.st_mode):
+            _check_regular(found.st_mode)
+        return _entry(path, found)
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
         """List the files of a folder and of the folders in it, without those that vanish meanwhile.
@@ -186,9 +189,11 @@ class IrregularFileError(OSError):
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a file for reading, as `open` does; never waits for another process. Raises OSError."""
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - returned; Path has no opener
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    try:
+        _check_regular(os.fstat(file.fileno()).st_mode)
+    except IrregularFileError:
         file.close()
-        raise IrregularFileError(errno.EINVAL, "not a regular file (pipe, socket or device)")
+        raise
     return file
 
 
@@ -201,6 +206,11 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
 def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a file in UTF-8, each line's end as \\n. Raises OSError, UnicodeDecodeError."""
     return read_regular(path).decode().replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise IrregularFileError(errno.EINVAL, "not a regular file (pipe, socket or device)")
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -50,6 +50,7 @@ def test_a_storage_reads_no_pipe(tmp_path: Path) -> None:
     for read in (
         storage.read_bytes,
         storage.open_input,
+        storage.entry,
         lambda path: storage.read_into(path, memoryview(bytearray(1))),
     ):
         with pytest.raises(StorageError, match="not a regular file"):
