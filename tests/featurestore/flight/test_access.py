@@ -103,5 +103,5 @@ def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
     one, two = Certificates(tmp_path / "one", "localhost"), Certificates(tmp_path / "two", "localhost")
     assert read_tls(one.cert, one.key)[0].startswith("-----BEGIN")
     for cert, key in ((one.cert, two.key), (one.key, one.cert), (one.cert, tmp_path / "nosuch")):
-        with pytest.raises(FeatureStoreError, match="no pair of PEM"):
+        with pytest.raises(FeatureStoreError, match="not a pair in PEM"):
             read_tls(cert, key)

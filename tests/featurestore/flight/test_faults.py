@@ -216,7 +216,7 @@ def test_requests_that_are_none(serve_small: ServeSmall, wide: FeatureStore) -> 
         for command, batch, word in (
             (b"{", keys, "Asked"),
             (b'{"version": "x"}', keys, "version"),
-            (b'{"version": -1}', keys, "-1 is no version"),
+            (b'{"version": -1}', keys, "-1 is not a version"),
             (b'{"nosuch": 1}', keys, "nosuch"),
             (b"{}", pa.record_batch([pa.array(["a"])], names=["key"]), "int64"),
             (b"{}", pa.record_batch([pa.array([1, None])], names=["key"]), "nulls"),
