@@ -251,7 +251,7 @@ class StoreContract:
         store.storage.write_bytes(entry.path, other.storage.read_bytes(entry.path))
         with pytest.raises(SpecMismatchError, match=r"extractor\.layer is 'fc7' instead of 'fc6'"):
             store.commit({0: entry}, "put")
-        with pytest.raises(InvalidRowsError, match="no file of shard 1"):
+        with pytest.raises(InvalidRowsError, match="not a file of shard 1"):
             store.commit({1: entry}, "put")
         store.storage.write_bytes("staging/run/p.parquet", other.storage.read_bytes(entry.path))
         with pytest.raises(SpecMismatchError, match=r"extractor\.layer"):
