@@ -129,7 +129,6 @@ class Runner:
             "schema": schema.model_dump(mode="json"),
             "samples": [self._samples(config, schema, split) for split in ("train", "test")],
             "stores": stores,
-            "ranks": None if config.exchange.wire_dtype == "float32" else self._comm.size,
             "warm_start": config.run.warm_start if warm is None else warm.folder.name,
         }
         return config, config_digest(depends_on)[:_DIGITS]

@@ -51,7 +51,7 @@ def alternatives(texts: list[str]) -> dict[str, list[str]]:
     for text in texts:
         name, colon, settings = text.partition(":")
         if not colon or not name or "=" not in settings:
-            raise typer.BadParameter(f"{text!r} is not as rounded:exchange.wire_dtype=bfloat16", param_hint="--variant")
+            raise typer.BadParameter(f"{text!r} is not as double:model.compute_dtype=float64", param_hint="--variant")
         found[name] = settings.split(",")
     return found
 

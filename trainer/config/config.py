@@ -25,7 +25,6 @@ from featurestore.spec import MissingPolicy
 from featurestore.text import one_line, without_passwords
 from trainer.config.options import (
     Count,
-    ExchangeConfig,
     ModelConfig,
     Nothing,
     OptimConfig,
@@ -202,7 +201,6 @@ class Config(Section):
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    exchange: ExchangeConfig = ExchangeConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()

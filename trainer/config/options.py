@@ -344,13 +344,6 @@ class ModelConfig(Section):
         return value
 
 
-class ExchangeConfig(Section):
-    """How vectors travel between ranks."""
-
-    wire_dtype: Training[Literal["float32", "bfloat16"]] = "float32"
-    """Type of vectors and their gradients on the way; bfloat16: rounded, half of the bytes."""
-
-
 _LEAST_SHARE = 0.001
 """Of steps that are averaged: for less, logarithms of Gamma functions would be too large for their differences."""
 

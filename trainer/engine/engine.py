@@ -16,7 +16,7 @@ from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
-from trainer.config.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig, TableConfig, near_match
+from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Signatures, Similarity, pairs_of_fields
 from trainer.errors import ConfigError
@@ -69,7 +69,6 @@ class Engine:
         partitions: Mapping[str, FeaturePartition],
         model: ModelConfig,
         optim: OptimConfig,
-        exchange: ExchangeConfig | None = None,
         *,
         seed: int,
         statistics: Mapping[str, FeatureStatistics] | None = None,
@@ -119,7 +118,7 @@ class Engine:
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         image_rate = model.image_dropout if self.model.new_ads else 0.0
         self._id_dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
-        self._exchange, self._comparison = self._exchange_of(model, exchange)
+        self._exchange, self._comparison = self._exchange_of(model)
         check_same(comm, self.dense_state())
 
     @property
@@ -338,9 +337,7 @@ class Engine:
     def _on_device(self, values: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
         return on_device(values, self._device).to(dtype=dtype)
 
-    def _exchange_of(
-        self, model: ModelConfig, config: ExchangeConfig | None
-    ) -> tuple[Exchange, ImageComparison | None]:
+    def _exchange_of(self, model: ModelConfig) -> tuple[Exchange, ImageComparison | None]:
         """Make the exchange, ID tables first among its sources, and what compares images by it."""
         sources: dict[str, ExchangeSource] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
@@ -350,7 +347,7 @@ class Engine:
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 if name not in sources:
                     sources[name] = ContentSource(self.services[field.store_name], network, self._comm.size)
-        exchange = Exchange(self._comm, sources, source_of_field, self._device, self._dtype, config, self.stages)
+        exchange = Exchange(self._comm, sources, source_of_field, self._device, self._dtype, self.stages)
         numbers = {name: list(sources).index(source) for name, source in source_of_field.items()}
         return exchange, self._comparison_of(model, numbers)
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from featurestore.keys import owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingService, Gathered, on_device
 from trainer.comm import Comm
-from trainer.config.options import ExchangeConfig
 from trainer.exchange.routing import (
     FAILED,
     OK,
@@ -182,12 +181,10 @@ class Exchange:
         source_of_field: Mapping[str, str],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        config: ExchangeConfig | None = None,
         stages: Stages | None = None,
     ) -> None:
         self._comm, self._device, self._dtype = comm, torch.device(device), dtype
-        self._config, self._stages = config or ExchangeConfig(), stages or Stages()
-        self._sources = list(sources.values())
+        self._sources, self._stages = list(sources.values()), stages or Stages()
         self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in sources]
         self._widths = sorted({source.width for source in self._sources})
 
@@ -254,13 +251,8 @@ class Exchange:
             self._comm.agree(request.error, name=f"{request.kind}.vectors.agree")
 
     def send(self, rows_NV: Tensor, splits_P: Tensor, name: str) -> Tensor:
-        """Send rows to the other ranks, in the wire's dtype on the way. Every rank calls it."""
-        if self._comm.size == 1 or self._config.wire_dtype == "float32":
-            return self._comm.alltoall(rows_NV, splits_P, name=name)[0]
-        # Horovod moves no bfloat16; it moves 16 bits.
-        bits_NV = rows_NV.to(torch.bfloat16).view(torch.int16)
-        received, _ = self._comm.alltoall(bits_NV, splits_P, name=name)
-        return received.view(torch.bfloat16).to(rows_NV.dtype)
+        """Send rows to the other ranks, and return what they send. Every rank calls it."""
+        return self._comm.alltoall(rows_NV, splits_P, name=name)[0]
 
     def release(self, request: KeyRequest) -> None:
         """End a step: the sources may use the request's memory again."""

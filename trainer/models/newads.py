@@ -62,7 +62,7 @@ class IdProxy(nn.Module):
         return result
 
 
-_ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)
+_ROUNDING = 1.01  # a row may be rounded in the type that it is kept in
 
 
 class NewAds(nn.Module):

@@ -244,7 +244,6 @@ def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
 def widths(config: Config, sampled: SampledKeys) -> Widths:
     """Return the bytes of what travels, from the schema, the model's settings and the store."""
     model, dim, fields = config.model, sampled.snapshot.info.dim, used_fields(sampled.schema, config.model)
-    on_wire = 2 if config.exchange.wire_dtype == "bfloat16" else _FLOAT_BYTES
     content = {model_name(field, model): field for field in fields if field.kind == "content"}
     widths_of_model = [width_of(field, model) for field in content.values()]
     id_widths = [shape.width for shape in table_shapes(fields, model)]
@@ -254,7 +253,7 @@ def widths(config: Config, sampled: SampledKeys) -> Widths:
             *(EmbeddingModel(dim, model.embed_hidden, width) for width in widths_of_model),
         ]
     dense = sum(parameter.numel() for network in networks for parameter in network.parameters())
-    return Widths(max(widths_of_model) * on_wire, fmean(id_widths or [0]) * on_wire, dense * _FLOAT_BYTES)
+    return Widths(max(widths_of_model) * _FLOAT_BYTES, fmean(id_widths or [0]) * _FLOAT_BYTES, dense * _FLOAT_BYTES)
 
 
 def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:

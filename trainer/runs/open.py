@@ -292,7 +292,6 @@ def engine_of(
         partitions,
         config.model,
         config.optim,
-        config.exchange,
         seed=config.train.seed,
         statistics={store: each for store, each in (statistics or {}).items() if each is not None},
         device=device,

@@ -75,5 +75,5 @@ def test_an_idle_setting_counts_where_one_of_the_two_uses_it() -> None:
 
 def test_settings_are_listed_by_what_they_decide() -> None:
     assert values_that_decide(Config().train, "positions") == {"seed": 0}
-    assert settings_that_decide("training")["exchange"] == {"wire_dtype"}
+    assert settings_that_decide("positions")["train"] == {"seed"}
     assert decides_of("model.tables.item.max_rows") == "rows"

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig, Pooling
+from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, Pooling
 from trainer.engine.engine import Engine
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
@@ -140,14 +140,12 @@ def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
 
 @pytest.fixture
 def engine_of(partition: FeaturePartition) -> Callable[..., Engine]:
-    def make(model: dict[str, Any], exchange: ExchangeConfig | None = None, optim: OptimConfig | None = None) -> Engine:
+    def make(model: dict[str, Any], optim: OptimConfig | None = None) -> Engine:
         tables = {"user": 64, "item": 64, "place": 8}
         sizes = {"mlp": [6, 6], "embed_hidden": [6], "visual_width": 4, "id_width": 4, "attention_hidden": 4}
         sizes |= {"transformer_width": 4, "transformer_heads": 2, "compute_dtype": "float32"}
         config = ModelConfig(**{"tables": tables, **sizes, **model})
-        return Engine(
-            SoloComm(), SCHEMA, {"images": partition}, config, optim or OptimConfig(lr=0.01), exchange, seed=0
-        )
+        return Engine(SoloComm(), SCHEMA, {"images": partition}, config, optim or OptimConfig(lr=0.01), seed=0)
 
     return make
 

@@ -25,7 +25,6 @@ from featurestore import FeatureStore
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm, connect
-from trainer.config.options import ExchangeConfig
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
 from trainer.samples.reader import Batch, open_index, prepare_ahead
@@ -57,7 +56,6 @@ def engine_of(
     store: FeatureStore,
     scenario: Scenario,
     dtype: str,
-    exchange: ExchangeConfig | None = None,
     device: str = "cpu",
     *,
     held: bool = False,
@@ -72,7 +70,6 @@ def engine_of(
         partitions,
         scenario.config(dtype),
         scenario.optim,
-        exchange,
         seed=SEED,
         statistics=statistics if scenario.standardized else None,
         device=device,
@@ -86,7 +83,6 @@ def run(
     store: FeatureStore,
     scenario: Scenario,
     dtype: str,
-    exchange: ExchangeConfig | None = None,
     device: str = "cpu",
     *,
     held: bool = False,
@@ -95,7 +91,7 @@ def run(
     if scenario.numbers:
         index = open_index(comm, f"{store.url}-samples", "train", SCHEMA_OF_LEARNED)
         scenario = replace(scenario, statistics=measure(comm, index, SCHEMA_OF_LEARNED))
-    engine = engine_of(comm, store, scenario, dtype, exchange, device, held=held)
+    engine = engine_of(comm, store, scenario, dtype, device, held=held)
     initial = {name: parameter.detach().clone() for name, parameter in engine._dense.parameters.items()}
     batches = []
     for number, samples in enumerate(steps(scenario)):
@@ -277,13 +273,11 @@ def main(store_url: str, out: Path, part: str) -> None:
 
 
 def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
-    """Run the usual scenario late, with rounded and compared vectors, and with features held in memory."""
+    """Run the usual scenario late, with compared vectors, and with features held in memory."""
     results: dict[str, object] = {}
     usual = SCENARIOS["both_attentive"]
     with delays(comm.rank):
         results["delayed"] = {**run(comm, store, usual, "float64"), "initial": None}
-    rounding = ExchangeConfig(wire_dtype="bfloat16")
-    results["rounded"] = {**run(comm, store, usual, "float64", rounding), "initial": None}
     compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
     results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
     for name in ("both_attentive", "sum_rank_without_data"):
