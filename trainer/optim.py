@@ -52,7 +52,7 @@ class DenseOptimizer:
         # The function below torch.optim.Adam: the class imports torch's compiler, a second and a half of every start.
         self._moments = {name: _Moments.of(parameter) for name, parameter in self.parameters.items()}
         # Matrices alone: biases, slopes of PReLU and the like have one dimension.
-        self._decayed = list(_matrices_by_decay(self.parameters, config).items())
+        self._matrices: list[Tensor] = [value for value in values if value.ndim > 1]
         self._reductions = _reductions(comm, self.parameters, self._flat)
         self._average = StepAverage(config.average_share) if config.average_share else None
         self._averages = {
@@ -96,10 +96,10 @@ class DenseOptimizer:
     @torch.no_grad()
     def step(self, rates: Rates, number: int) -> None:
         """Move the parameters in step `number`, the first of which is 1, and their averages after them."""
-        for decay, matrices in self._decayed:
-            torch._foreach_mul_(matrices, 1 - rates.lr * decay)
-        values: list[Tensor] = list(self.parameters.values())
         moments, config = list(self._moments.values()), self._config
+        if config.weight_decay:
+            torch._foreach_mul_(self._matrices, 1 - rates.lr * config.weight_decay)
+        values: list[Tensor] = list(self.parameters.values())
         adam(
             values,
             [value.grad for value in values if value.grad is not None],
@@ -166,17 +166,6 @@ class _Moments:
         """Make the state that Adam begins with."""
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return cls(step, torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach()))
-
-
-def _matrices_by_decay(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, list[Tensor]]:
-    """Return the matrices that decay, by how much: those of E, which are below `stores`, and all others."""
-    of_embed = config.weight_decay if config.embed_weight_decay is None else config.embed_weight_decay
-    decayed: dict[float, list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        decay = of_embed if name.startswith("stores.") else config.weight_decay
-        if decay and parameter.ndim > 1:
-            decayed.setdefault(decay, []).append(parameter)
-    return decayed
 
 
 class _Reduction:

@@ -147,20 +147,3 @@ def test_names_and_shapes_of_a_checkpoint_are_checked() -> None:
         check_names(mine, {"a": torch.zeros(2), "c": torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"b has shape \(4,\) in the checkpoint and \(3,\) in this run"):
         check_names(mine, {"a": torch.zeros(2), "b": torch.zeros(4)})
-
-
-@pytest.mark.parametrize(("all_of_it", "of_embed", "expected"), [(0.2, None, (0.2, 0.2)), (0.0, 0.5, (0.0, 0.5))])
-def test_matrices_of_e_decay_by_their_own_rate(
-    all_of_it: float, of_embed: float | None, expected: tuple[float, float]
-) -> None:
-    values = {"model.a": nn.Parameter(torch.ones(2, 3)), "stores.b": nn.Parameter(torch.ones(2, 3))}
-    values |= {"stores.bias": nn.Parameter(torch.ones(3))}
-    config = OptimConfig(lr=0.1, weight_decay=all_of_it, embed_weight_decay=of_embed)
-    optimizer = DenseOptimizer(SoloComm(), values, config)
-    optimizer.zero_grad()
-    optimizer.note(torch.zeros(()))
-    optimizer.start_reduction()
-    optimizer.finish_reduction()
-    optimizer.step(rates_at(config, 0), 1)
-    found = [float(value.detach().flatten()[0]) for value in values.values()]
-    assert found == pytest.approx([1 - 0.1 * expected[0], 1 - 0.1 * expected[1], 1.0])

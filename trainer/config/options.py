@@ -364,10 +364,6 @@ class OptimConfig(Section):
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
     weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0
     """Of dense matrices, decoupled as in AdamW: lr x this x the weight is taken off in each step."""
-    embed_weight_decay: Training[Annotated[float, Field(ge=0, le=10)] | None] = None
-    """The same of E's matrices; null: as weight_decay."""
-    ids_weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0
-    """The same of ID rows, in steps that touch them."""
     lr_gamma: Training[RateDecay] = 0.9
     """Both rates times this after every lr_every steps."""
     lr_every: Training[Count] = 24_000
@@ -392,12 +388,6 @@ class OptimConfig(Section):
     def alpha(self) -> float:
         """The learning rate of ID rows before warm-up and decay."""
         return self.lr if self.ids_lr is None else self.ids_lr
-
-    @model_validator(mode="after")
-    def _decay_fits(self) -> "OptimConfig":
-        if self.ids == "ftrl" and self.ids_weight_decay:
-            raise ValueError("optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead")
-        return self
 
     @model_validator(mode="after")
     def _average_fits(self) -> "OptimConfig":

@@ -188,7 +188,6 @@ class RowOptimizer:
         included. DIN takes the row's samples in the whole data for n, which nobody knows while the data still come;
         counted in steps, the shares 1 / n of a pass over known data add up to one L2 a row, as theirs do before they
         are approximated, and a row's owner has the number at hand, the same for any number of ranks.
-        `ids_weight_decay` is decoupled, as in AdamW (Loshchilov and Hutter, arXiv 1711.05101).
         """
         average_QV = None if self.average is None else self._averages(rows, weight_QV, self.average)
         if _STEPS in self.state:
@@ -196,8 +195,6 @@ class RowOptimizer:
         if self._config.id_l2:
             share_Q = self._config.id_l2 / rows.parts[_STEPS.name].to(weight_QV.dtype)
             gradient_QV = gradient_QV + weight_QV * share_Q.unsqueeze(1)
-        if self._config.ids_weight_decay:
-            weight_QV = weight_QV * (1 - rates.ids_lr * self._config.ids_weight_decay)
         weight_QV = self._move(rows, weight_QV, gradient_QV, rates)
         if self.average is not None and average_QV is not None:
             number = self.average.num_steps + 1

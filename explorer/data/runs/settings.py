@@ -13,11 +13,7 @@ _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versio
 """Settings that say where images are looked up; a finished run that reads a store has recorded which it was."""
 ORDER = ("none", "ad", "behavior", "both")
 """Values of model.images, from the least to the most."""
-WITHOUT_IMAGES_IDLE = {
-    "data.missing",
-    "optim.embed_weight_decay",
-    *map("model.{}".format, OF_IMAGES),
-}
+WITHOUT_IMAGES_IDLE = {"data.missing", *map("model.{}".format, OF_IMAGES)}
 """Settings that a run without images has no use for."""
 _MISSING = object()
 

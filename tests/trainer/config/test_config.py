@@ -229,9 +229,9 @@ def test_configuration_is_immutable() -> None:
 
 def test_what_several_settings_do_together_is_told_without_all_others() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, ["optim.ids=ftrl", "optim.ids_weight_decay=0.1"])
-    line = "configuration: optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead"
-    assert str(caught.value) == line
+        load_config(None, ["model.image_dropout=0.1", "model.id_init_std=0.01"])
+    assert str(caught.value).startswith("configuration: model.image_dropout=0.1 takes an ad for new")
+    assert "visual_width" not in str(caught.value)
 
 
 def test_rows_that_have_no_number_are_refused_with_the_shards_that_would_do() -> None:

@@ -197,7 +197,7 @@ def test_one_wait_and_no_atomic_add_with_exact_tables(engine_of: Callable[..., E
 
 @pytest.mark.parametrize("ids", ["adam", "rowwise_adam", "adagrad", "rowwise_adagrad", "ftrl"])
 def test_one_wait_and_no_atomic_add_with_every_optimizer(ids: Any, engine_of: Callable[..., Engine]) -> None:
-    more = {} if ids in ("adam", "ftrl") else {"id_l2": 0.1, "ids_weight_decay": 0.1}
+    more = {} if ids in ("adam", "ftrl") else {"id_l2": 0.1}
     check(engine_of({}, optim=OptimConfig(lr=0.01, ids=ids, **more)))
 
 

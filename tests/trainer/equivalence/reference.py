@@ -55,7 +55,7 @@ class Reference:
         std = self.config.id_init_std
         self.exact = {name: PlainIds(s, std) for name, s in self.shapes.items() if isinstance(s, ExactShape)}
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
-        groups = [{"params": [p], "weight_decay": self.decay_of(name, p)} for name, p in self.dense.items()]
+        groups = [{"params": [p], "weight_decay": self.decay_of(p)} for p in self.dense.values()]
         self.averages = {name: torch.zeros_like(value) for name, value in self.dense.items()}
         self.adam = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
         self.tables = {name: self.first_rows(name, 0).requires_grad_() for name in self.shapes}
@@ -87,11 +87,9 @@ class Reference:
         shards = [initial_rows(shape, shard, SEED, std, epoch) for shard in range(shape.num_shards)]
         return torch.from_numpy(np.concatenate(shards)).to(self.dtype)
 
-    def decay_of(self, name: str, parameter: Tensor) -> float:
-        """Of matrices alone, those of E by their own decay."""
-        optim = self.scenario.optim
-        of_embed = optim.weight_decay if optim.embed_weight_decay is None else optim.embed_weight_decay
-        return (of_embed if name.startswith("stores.") else optim.weight_decay) if parameter.ndim > 1 else 0.0
+    def decay_of(self, parameter: Tensor) -> float:
+        """Of matrices alone."""
+        return self.scenario.optim.weight_decay if parameter.ndim > 1 else 0.0
 
     def id_vector(self, table: str, value: int) -> Tensor:
         """The row of one id, taken out of its table once a step: each time makes a gradient of the whole table."""

@@ -74,8 +74,6 @@ class PlainRows:
         gradient = self.weight.grad.clone()
         before, self.number = self.weight.detach().clone(), self.number + 1
         with torch.no_grad():
-            for row in touched:
-                self.weight[row] *= 1 - lr * self.optim.ids_weight_decay
             if self.optim.ids == "adam":
                 self.step_adam(touched, lr)
             for row in touched:

@@ -175,7 +175,7 @@ SCENARIOS = {
     "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 3}),
     "adam_rank_without_data": Scenario(
         {"images": "none", "id_init_std": 1e-3},
-        optimizers={"ids": "adam", "ids_weight_decay": 0.3, "weight_decay": 0.2},
+        optimizers={"ids": "adam", "weight_decay": 0.2},
         id_l2=0.3,
         deal="starve",
         restart_at=6,
@@ -234,10 +234,10 @@ SCENARIOS = {
         one_shard=True,
         restart_at=7,
     ),
-    # Two E's, with a decay of their own.
-    "embed_weight_decay": Scenario(
+    # Two E's, whose matrices decay.
+    "weight_decay": Scenario(
         {"shared_image_model": False},
-        optimizers={"weight_decay": 0.2, "embed_weight_decay": 0.6},
+        optimizers={"weight_decay": 0.6},
         missing="learned",
         lacking=True,
         standardized=True,

@@ -48,7 +48,7 @@ RUNS = [
     "exact_evicting_rank_without_data/float64",
     "averages/float64",
     "exact_averages_rank_without_data/float64",
-    "embed_weight_decay/float64",
+    "weight_decay/float64",
     "id_proxy/float64",
     "missing_learned/float64",
     "words/float64",

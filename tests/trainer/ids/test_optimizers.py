@@ -236,18 +236,6 @@ class TestPlainForms:
         self.compare(table, move)
         assert bool((table.now() == 0).any()) == bool(l1)
 
-    def test_weight_decay_is_that_of_adamw_on_touched_rows(self) -> None:
-        table = Table(ids="adagrad", ids_weight_decay=0.3)
-        adagrad = torch.optim.Adagrad([table.dense], lr=1.0, eps=table.config.eps)
-
-        def move(table: Table, rows_Q: Tensor, gradient_QV: Tensor) -> None:
-            lr = rates_at(table.config, table.num_steps - 1).ids_lr
-            table.dense[rows_Q] *= 1 - lr * 0.3
-            adagrad.param_groups[0]["lr"] = lr
-            adagrad.step()
-
-        self.compare(table, move)
-
     @pytest.mark.parametrize("ids", ["adam", "adagrad", "rowwise_adagrad", "ftrl", "rowwise_adam"])
     def test_adaptive_l2_is_a_part_of_the_gradient(self, ids: str) -> None:
         table, plain = Table(ids=ids, id_l2=0.2), Table(ids=ids)
