@@ -83,7 +83,7 @@ CONFIGURATIONS = (
     "model.images=ad; model.base=lr",
     "model.base=din; model.activation=dice; model.batch_norm=true",
     "model.base=dcn; model.cross_structure=stacked; model.cross_layers=2",
-    "model.base=finalmlp; model.fusion_heads=2; model.gate_hidden=32",
+    "model.base=finalmlp; model.mlp=[64,32]",
     "model.base=two_tower; model.tower_width=16; model.pooling=sum",
     "model.pooling=transformer; model.transformer_layers=2",
     "model.pooling=concat; model.concat_length=8; model.multi_hot=sum",

@@ -23,7 +23,6 @@ _DECISIONS: dict[str, Decision] = {
 }
 _OF_NETS = {
     "dcn": {"cross_layers", "cross_structure"},
-    "finalmlp": {"feature_gates", "fusion_heads", "gate_hidden"},
     "two_tower": {"tower_width"},
 }
 _OF_POOLINGS = {

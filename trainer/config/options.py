@@ -224,12 +224,6 @@ class ModelConfig(Section):
     """Base dcn: cross layers."""
     cross_structure: Parameters[Literal["parallel", "stacked"]] = "parallel"
     """Base dcn: the MLP next to the cross layers, or on top of them."""
-    feature_gates: Parameters[bool] = True
-    """Base finalmlp: its two streams see the inputs through gates that the user's and the ad's fields set."""
-    gate_hidden: Parameters[Width] = 64
-    """Base finalmlp: hidden units that set the gates."""
-    fusion_heads: Parameters[Annotated[int, Field(ge=1, le=1024)]] = 1
-    """Base finalmlp: equal slices of both streams' outputs that are multiplied with each other."""
     multi_hot: Parameters[Literal["mean", "sum"]] = "mean"
     """How the ID vectors of a field with several values a row become one."""
     activation: Parameters[Activation] = "relu"
@@ -295,14 +289,6 @@ class ModelConfig(Section):
         if width % value:
             fewer = max(heads for heads in range(1, value) if width % heads == 0)
             raise ValueError(f"model.transformer_width={width} is not a multiple of it; try {fewer}")
-        return value
-
-    @field_validator("fusion_heads")
-    @classmethod
-    def _equal_slices(cls, value: int, info: ValidationInfo) -> int:
-        last = info.data.get("mlp", [value])[-1]
-        if last % value:
-            raise ValueError(f"it has to divide the last width of model.mlp, {last}, into equal slices")
         return value
 
     @model_validator(mode="after")

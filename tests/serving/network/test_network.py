@@ -34,7 +34,6 @@ SETTINGS: list[dict] = [
     *({"base": base, "activation": "dice", "batch_norm": True, "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
     {"activation": "prelu"},
     {"base": "dcn", "cross_structure": "stacked"},
-    {"base": "finalmlp", "feature_gates": False, "fusion_heads": 2},
     *({"image_dropout": 0.1, "base": base} for base in ("mlp", "two_tower")),
     *({"gallery": gallery, "image_dropout": 0.1, "pooling": pooling} for gallery, pooling in
       (("mean", "attentive"), ("max", "transformer"), ("mean", "concat"), ("max", "max"))),

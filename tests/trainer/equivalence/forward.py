@@ -66,24 +66,19 @@ def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
 
 
 def _finalmlp(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
-    """b + w . [x, y] + x' W y, head by head; x and y are MLPs of the gated inputs."""
+    """b + w . [x, y] + x' W y; x and y are MLPs of the gated inputs."""
     start, streams = _inputs(r, s, new_ad), []
     contexts = {
         "user": [*_user(r, s, True)],
         "ad": [*_ad_ids(r, s, new_ad), _price(r, s)],
     }
     for number, (name, context) in enumerate(contexts.items()):
-        gated = start
-        if r.config.feature_gates:
-            net = f"model.{name}_gates.net"
-            hidden = torch.relu(r.dense[f"{net}.0.weight"] @ torch.cat(context) + r.dense[f"{net}.0.bias"])
-            gated = start * 2 * torch.sigmoid(r.dense[f"{net}.2.weight"] @ hidden + r.dense[f"{net}.2.bias"])
+        net = f"model.{name}_gates.net"
+        hidden = torch.relu(r.dense[f"{net}.0.weight"] @ torch.cat(context) + r.dense[f"{net}.0.bias"])
+        gated = start * 2 * torch.sigmoid(r.dense[f"{net}.2.weight"] @ hidden + r.dense[f"{net}.2.bias"])
         streams.append(_layers(r, f"model.{name}_mlp", gated, first_dropout=2 * number + 1, ends_linear=False))
     total = r.dense["model.fusion.linear.weight"][0] @ torch.cat(streams) + r.dense["model.fusion.linear.bias"][0]
-    x, y = (stream.chunk(r.config.fusion_heads) for stream in streams)
-    for head, weight in enumerate(r.dense["model.fusion.weight"]):
-        total = total + x[head] @ weight @ y[head]
-    return total
+    return total + streams[0] @ r.dense["model.fusion.weight"] @ streams[1]
 
 
 def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:

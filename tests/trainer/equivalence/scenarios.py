@@ -296,9 +296,9 @@ SCENARIOS = {
     "paper": Scenario(
         {"images": "both", "activation": "prelu", "multi_hot": "sum", "init": "torch"}, dtypes=("float64", "float32")
     ),
-    "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none", "feature_gates": False}, most_ranks=2),
+    "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
     "finalmlp": Scenario(
-        {"base": "finalmlp", "fusion_heads": 2, "dropout": 0.2, "activation": "dice", "gate_hidden": 3},
+        {"base": "finalmlp", "dropout": 0.2, "activation": "dice"},
         deal="starve",
         most_ranks=2,
     ),

@@ -176,7 +176,7 @@ def test_settings_that_no_shape_tells_are_noticed(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model__transformer_heads": 4, "model__cross_structure": "stacked", "model__feature_gates": False},  # idle
+        {"model__transformer_heads": 4, "model__cross_structure": "stacked"},  # idle
         {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__init": "torch", "model__id_init_std": 0.05},
         {"model__image_dropout": 0.1},  # whether pictures count is not decided yet
     ],

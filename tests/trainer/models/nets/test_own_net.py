@@ -88,8 +88,8 @@ def test_a_warm_start_takes_every_setting_for_one_that_the_net_reads(
     own: Path, places: SamplePlaces, tmp_path: Path
 ) -> None:
     other = {**SHARED, "run__dir": tmp_path, "run__warm_start": own, "run__warm_parts": "full"}
-    with pytest.raises(CheckpointError, match=r"model\.feature_gates=True, this run has model\.feature_gates=False"):
-        run_alone(places, **other, model__feature_gates="false")
+    with pytest.raises(CheckpointError, match=r"model\.tower_width=32, this run has model\.tower_width=16"):
+        run_alone(places, **other, model__tower_width=16)
 
 
 @pytest.mark.services
