@@ -26,8 +26,8 @@ _OF_NETS = {
     "two_tower": {"tower_width"},
 }
 _OF_POOLINGS = {
-    "concat": {"concat_length"},
-    "transformer": {"transformer_length", "transformer_width", "transformer_layers", "transformer_heads"},
+    "concat": {"pooling_length"},
+    "transformer": {"pooling_length", "transformer_width"},
 }
 _OF_BEHAVIORS = {"pooling", "image_products", "similarity_tiers", "similarity_top_k"}.union(*_OF_POOLINGS.values())
 OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
@@ -98,7 +98,7 @@ def _idle(model: Mapping[str, Any]) -> set[str]:
         return set()
     pools = images in ("behavior", "both") and base != "two_tower"
     idle = set[str]().union(*(names for net, names in _OF_NETS.items() if net != base))
-    idle |= set().union(*(names for kind, names in _OF_POOLINGS.items() if kind != pooling))
+    idle |= set().union(*_OF_POOLINGS.values()) - _OF_POOLINGS.get(pooling, set())
     if images == "none":
         idle |= OF_IMAGES
     if images == "behavior":

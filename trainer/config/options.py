@@ -189,16 +189,10 @@ class ModelConfig(Section):
     pooling: Parameters[Pooling] = "attentive"
     """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the
     ad's ids, transformer sees the ad next to each behaviour and costs most; two towers sum."""
-    concat_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
-    """Pooling concat: behaviours taken, the newest; fewer are filled up with zeros."""
-    transformer_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
-    """Pooling transformer: behaviours taken, the newest."""
+    pooling_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
+    """Pooling concat and transformer: behaviours taken, the newest; concat fills fewer up with zeros."""
     transformer_width: Parameters[Width] = 32
-    """Pooling transformer: hidden width of a behaviour's token; it gives twice as many numbers."""
-    transformer_layers: Parameters[Annotated[int, Field(ge=1, le=8)]] = 1
-    """Pooling transformer: encoder layers."""
-    transformer_heads: Parameters[Annotated[int, Field(ge=1, le=64, validate_default=True)]] = 2
-    """Pooling transformer: heads of attention in each layer; transformer_width is a multiple."""
+    """Pooling transformer: hidden width of a behaviour's token, an even number; it gives twice as many numbers."""
     image_products: Parameters[bool] = True
     """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
     two_tower."""
@@ -282,13 +276,11 @@ class ModelConfig(Section):
             )
         return value
 
-    @field_validator("transformer_heads")
+    @field_validator("transformer_width")
     @classmethod
-    def _heads_share_the_width(cls, value: int, info: ValidationInfo) -> int:
-        width = info.data.get("transformer_width", value)
-        if width % value:
-            fewer = max(heads for heads in range(1, value) if width % heads == 0)
-            raise ValueError(f"model.transformer_width={width} is not a multiple of it; try {fewer}")
+    def _two_heads_share_the_width(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError(f"two heads of attention share it evenly; try {value + 1}")
         return value
 
     @model_validator(mode="after")

@@ -211,7 +211,7 @@ class TokenPlaces:
 
 
 class TransformerPooling(nn.Module):
-    """Early fusion of the ad with each behaviour, then encoder layers, then [the maximum, the newest], (B, 2 H).
+    """Early fusion of the ad with each behaviour, an encoder layer, then [the maximum, the newest], (B, 2 H).
 
     As in TransAct (Xia et al., KDD 2023, section 3.2), token k is [v_k, q] through a linear layer, v_k the visual
     vector of behaviour k and q the ad's vectors, plus a vector of the place k. The output is the maximum over the
@@ -219,15 +219,13 @@ class TransformerPooling(nn.Module):
     dropout: its random numbers would depend on the number of ranks.
 
     Cost: the ad is part of every token, so all of it is computed once a sample, not once a group. For each sample of n
-    behaviours and each layer that is about 16 n H^2 operations, and 4 H L^2 in attention, which alone is padded;
-    backward takes twice that. With the preset's sizes and 16 behaviours: 0.4 million a sample forward. Forward and
-    backward of 1,024 samples with 17 behaviours each took 62 ms of one processor core, 96 with two layers; attentive
-    pooling took 8.
+    behaviours that is about 16 n H^2 operations, and 4 H L^2 in attention, which alone is padded; backward takes twice
+    that. With the preset's sizes and 16 behaviours: 0.4 million a sample forward. Forward and backward of 1,024 samples
+    with 17 behaviours each took 62 ms of one processor core; attentive pooling took 8. A second layer gained nothing
+    (docs/RESULTS.md).
     """
 
-    def __init__(
-        self, width: int, query_widths: Sequence[int], *, hidden: int, num_heads: int, num_layers: int, length: int
-    ) -> None:
+    def __init__(self, width: int, query_widths: Sequence[int], *, hidden: int, length: int) -> None:
         """The newest `length` behaviours are looked at."""
         super().__init__()
         self.width, self.length = 2 * hidden, length
@@ -235,32 +233,28 @@ class TransformerPooling(nn.Module):
         self.of_behavior = nn.Linear(width, hidden, bias=False)
         self.of_ad = nn.Linear(sum(query_widths), hidden)
         self.position_LH = nn.Parameter(_POSITION_SCALE * torch.randn(length, hidden))
-        self.layers = nn.ModuleList(EncoderLayer(hidden, num_heads) for _ in range(num_layers))
+        self.encoder = EncoderLayer(hidden)
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """Return the pooled vectors (B, width) for the ad's vectors (B, W) each."""
         token_NH, places, lengths_B = self._tokens(behaviors, group_of_sample_B, queries)
-        for layer in self.layers:
-            token_NH = layer(token_NH, places)
+        token_NH = self.encoder(token_NH, places)
         newest_BH = segment_sum(token_NH.masked_fill(places.place_N.unsqueeze(1) > 0, 0.0), lengths_B)
         return torch.cat([segment_max(token_NH, lengths_B), newest_BH], dim=1)
 
     def weights(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> PairWeights:
-        """Return how much the tokens of a sample look at each behaviour in the last layer, (N, 1).
+        """Return how much the tokens of a sample look at each behaviour, (N, 1).
 
         It is the mean over its heads and over the tokens that look. Unlike the weights of `AttentivePooling` nothing is
         multiplied by it.
         """
         token_NH, places, lengths_B = self._tokens(behaviors, group_of_sample_B, queries)
-        *before, last = self.layers
-        for layer in before:
-            token_NH = layer(token_NH, places)
-        return PairWeights(cast(EncoderLayer, last).attention.looked_at(token_NH, places).unsqueeze(1), lengths_B)
+        return PairWeights(self.encoder.attention.looked_at(token_NH, places).unsqueeze(1), lengths_B)
 
     def _tokens(
         self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]
     ) -> tuple[Tensor, TokenPlaces, Tensor]:
-        """Return the tokens before the first layer (N, H), their places, and tokens a sample."""
+        """Return the tokens before the encoder (N, H), their places, and tokens a sample."""
         value_N, lengths_B = pairs(behaviors, group_of_sample_B, self.length)
         places = _places(lengths_B, value_N, self.length)
         token_NH = take_rows(self.of_behavior(behaviors.vectors_UV), behaviors.index_N.index_select(0, value_N))
@@ -275,9 +269,9 @@ class EncoderLayer(nn.Module):
     As torch's TransformerEncoderLayer, but tokens are not padded, and there may be none.
     """
 
-    def __init__(self, hidden: int, num_heads: int) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.attention = TokenAttention(hidden, num_heads)
+        self.attention = TokenAttention(hidden)
         self.feed_forward = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden))
         self.norm_attended, self.norm_fed = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
 
@@ -289,11 +283,12 @@ class EncoderLayer(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """Scaled dot product of every token with all tokens of its sample, in `num_heads` heads."""
+    """Scaled dot product of every token with all tokens of its sample, in some heads."""
 
-    def __init__(self, hidden: int, num_heads: int) -> None:
+    HEADS = 2
+
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.of_tokens = nn.Linear(hidden, 3 * hidden)
         self.of_heads = nn.Linear(hidden, hidden)
 
@@ -323,7 +318,7 @@ class TokenAttention(nn.Module):
         num_samples, length = places.is_token_BL.shape
         asked_N3H = self.of_tokens(token_NH)
         padded = asked_N3H.new_zeros(num_samples * length, asked_N3H.shape[1]).index_copy(0, places.cell_N, asked_N3H)
-        split = padded.view(num_samples, length, 3, self.num_heads, token_NH.shape[1] // self.num_heads)
+        split = padded.view(num_samples, length, 3, self.HEADS, token_NH.shape[1] // self.HEADS)
         query, key, value = split.permute(2, 0, 3, 1, 4)
         return query, key, value, places.is_token_BL.view(num_samples, 1, 1, length)
 
@@ -449,7 +444,7 @@ def build_aggregator(
     """Make the aggregator of `config.pooling` over vectors of `width`; `query_widths`: of what it asks with, if any."""
     match config.pooling:
         case "concat":
-            return ConcatPooling(width, config.concat_length)
+            return ConcatPooling(width, config.pooling_length)
         case "max":
             return MaxPooling(width)
         case "sum":
@@ -459,11 +454,5 @@ def build_aggregator(
         case "attentive" | "multi_query":
             return AttentivePooling(width, query_widths, config.attention_hidden, layers)
         case "transformer":
-            return TransformerPooling(
-                width,
-                query_widths,
-                hidden=config.transformer_width,
-                num_heads=config.transformer_heads,
-                num_layers=config.transformer_layers,
-                length=config.transformer_length,
-            )
+            hidden, length = config.transformer_width, config.pooling_length
+            return TransformerPooling(width, query_widths, hidden=hidden, length=length)

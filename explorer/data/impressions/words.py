@@ -77,8 +77,8 @@ _WEIGHING = {
     "attentive": "The aggregator is attentive: the weights of a history sum to 100 %.",
     "multi_query": "The aggregator asks twice, with the ad's picture and with its IDs: each makes weights of its own, "
     "which sum to 100 %.",
-    "transformer": "The aggregator is a transformer: the weights are how much the behaviours look at each one in its "
-    "last layer, on average; they sum to 100 %, and nothing is multiplied by them alone.",
+    "transformer": "The aggregator is a transformer: the weights are how much the behaviours look at each one, on "
+    "average; they sum to 100 %, and nothing is multiplied by them alone.",
     "sum": "The aggregator is a plain sum, so no behaviour has a weight: its effect on the score is shown.",
     "mean": "The aggregator is a plain mean, so all behaviours weigh the same: their effects on the score are shown.",
     "max": "The aggregator takes maxima, so no behaviour has a weight: its effect on the score is shown.",

@@ -27,7 +27,7 @@ TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16"
 TABLES_OF_INPUTS = f"{TABLES}, shop: 32, both: 64, scene_item: 64, tags: 32"
 VARIANTS: dict[str, dict[str, Any]] = {
     "lr": {"model__base": "lr", "model__pooling": "sum", "model__images": "ad"},
-    "mlp_concat": {"model__pooling": "concat", "model__concat_length": 3}
+    "mlp_concat": {"model__pooling": "concat", "model__pooling_length": 3}
     | {"model__image_products": "false", "model__multi_hot": "sum"},
     "din_inputs": {
         "schema": "inputs",

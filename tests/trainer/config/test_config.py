@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from trainer.config.config import (
     WARM_PARTS,
@@ -19,7 +18,6 @@ from trainer.config.options import (
     DECISIONS,
     LONGEST_NAME,
     ExactTableConfig,
-    ModelConfig,
     Section,
     decision_of,
     near_match,
@@ -121,7 +119,7 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("model.tables.item={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.tables.item={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
-        ("model.concat_length=0", "model.concat_length=0: it should be greater than or equal to 1"),
+        ("model.pooling_length=0", "model.pooling_length=0: it should be greater than or equal to 1"),
         ("data.global_batch_size=-4", "data.global_batch_size=-4"),
         ("model.tables={user: -2}", "model.tables.user=-2"),
         ("run.name=../x", "run.name='../x'"),
@@ -179,16 +177,11 @@ def test_multi_query_needs_the_ad_image() -> None:
     assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
 
 
-def test_a_transformer_needs_the_ad_and_heads_that_share_its_width() -> None:
+def test_a_transformer_needs_the_ad_and_a_width_that_two_heads_share() -> None:
     with pytest.raises(ConfigError, match=r"model\.pooling='transformer': it looks at the ad .* set model\.base=mlp"):
         load_config(settings=["model.base=two_tower", "model.pooling=transformer"])
-    with pytest.raises(ConfigError, match=r"model\.transformer_heads=8: model\.transformer_width=20 .*; try 5"):
-        load_config(settings=["model.transformer_width=20", "model.transformer_heads=8"])
-    with pytest.raises(ValidationError, match="transformer_width=31 is not a multiple"):
-        ModelConfig(transformer_width=31)
-    assert (
-        load_config(settings=["model.transformer_width=20", "model.transformer_heads=5"]).model.pooling == "attentive"
-    )
+    with pytest.raises(ConfigError, match=r"model\.transformer_width=31: two heads of attention .* try 32"):
+        load_config(settings=["model.transformer_width=31"])
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -204,7 +204,7 @@ def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[
     nothing = torch.zeros(width, dtype=r.dtype)
     match r.config.pooling:
         case "concat":
-            length = r.config.concat_length
+            length = r.config.pooling_length
             return torch.cat([vectors[k] if k < len(vectors) else nothing for k in range(length)])
         case "sum":
             return sum(vectors, start=nothing)
@@ -213,7 +213,7 @@ def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[
         case "max":
             return torch.stack([max(v[i] for v in vectors) for i in range(width)]) if vectors else nothing
         case "transformer":
-            return _transformer(r, f"model.aggregators.{field}", vectors[: r.config.transformer_length], queries[0])
+            return _transformer(r, f"model.aggregators.{field}", vectors[: r.config.pooling_length], queries[0])
     sums = []
     for channel, query in enumerate(queries):
         unit = f"model.aggregators.{field}.channels.{channel}"
@@ -225,25 +225,24 @@ def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[
 
 
 def _transformer(r: "Reference", name: str, vectors: list[Tensor], query: Tensor) -> Tensor:
-    """Tokens W [v_k, q] + p_k, encoder layers over them; then [their maximum, the first]."""
+    """Tokens W [v_k, q] + p_k, an encoder layer over them; then [their maximum, the first]."""
     hidden = r.config.transformer_width
     if not vectors:
         return torch.zeros(2 * hidden, dtype=r.dtype)
     of_query = _linear(r, f"{name}.of_ad", query)
     places = r.dense[f"{name}.position_LH"]
     tokens = [r.dense[f"{name}.of_behavior.weight"] @ v + of_query + places[k] for k, v in enumerate(vectors)]
-    for layer in range(r.config.transformer_layers):
-        tokens = _encoded(r, f"{name}.layers.{layer}", tokens)
+    tokens = _encoded(r, f"{name}.encoder", tokens)
     return torch.cat([torch.stack([max(x[i] for x in tokens) for i in range(hidden)]), tokens[0]])
 
 
 def _encoded(r: "Reference", name: str, tokens: list[Tensor]) -> list[Tensor]:
     """x = norm(x + attention(x)); norm(x + W relu(W' x))."""
     three = [_linear(r, f"{name}.attention.of_tokens", x).chunk(3) for x in tokens]
-    count, result = r.config.transformer_heads, []
+    result = []
     for token, (asked, _, _) in zip(tokens, three, strict=True):
         heads = []
-        for head in torch.arange(len(asked)).chunk(count):
+        for head in torch.arange(len(asked)).chunk(2):
             scores = torch.stack([asked[head] @ key[head] for _, key, _ in three]) / len(head) ** 0.5
             shares = torch.softmax(scores, 0)
             heads.append(sum(share * value[head] for share, (_, _, value) in zip(shares, three, strict=True)))

@@ -43,7 +43,7 @@ LEARNED = (
 )
 SCHEMA_OF_LEARNED = Schema(fields=(Field(name="ad_item", side="ad", kind="id", table="item"), *LEARNED))
 
-TRANSFORMER: dict[str, object] = {"pooling": "transformer", "transformer_length": 4, "transformer_width": 6}
+TRANSFORMER: dict[str, object] = {"pooling": "transformer", "pooling_length": 4, "transformer_width": 6}
 
 
 # A second content of every item, in a store of its own, of another dimension and with visual vectors of another width.
@@ -258,16 +258,16 @@ SCENARIOS = {
     ),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
     # Histories longer than its length, and empty ones; ad image and IDs beside each behaviour, or the IDs alone.
-    "transformer": Scenario({"images": "both", **TRANSFORMER, "transformer_layers": 2}),
+    "transformer": Scenario({"images": "both", **TRANSFORMER}),
     "transformer_rank_without_data": Scenario({"images": "behavior", **TRANSFORMER}, deal="starve", most_ranks=3),
-    # Every aggregator and base net; histories are empty, short, and longer than concat_length.
-    "concat": Scenario({"pooling": "concat", "concat_length": 3}, most_ranks=2),
+    # Every aggregator and base net; histories are empty, short, and longer than pooling_length.
+    "concat": Scenario({"pooling": "concat", "pooling_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
     "mean": Scenario({"pooling": "mean", "image_products": False}, most_ranks=2),
     "multi_query": Scenario({"pooling": "multi_query", "init": "torch"}, most_ranks=2),
     "multi_query_rank_without_data": Scenario({"pooling": "multi_query", "init": "torch"}, deal="starve", most_ranks=2),
     "max_rank_without_data": Scenario({"pooling": "max", "images": "behavior"}, deal="starve", most_ranks=2),
-    "concat_rank_without_data": Scenario({"pooling": "concat", "concat_length": 3}, deal="starve", most_ranks=2),
+    "concat_rank_without_data": Scenario({"pooling": "concat", "pooling_length": 3}, deal="starve", most_ranks=2),
     "lr_ids_only": Scenario({"base": "lr", "images": "none"}, most_ranks=2),
     "lr": Scenario({"base": "lr", "pooling": "sum"}, deal="starve", most_ranks=2),
     "din_ids_only": Scenario({"base": "din", "images": "none"}, most_ranks=2),

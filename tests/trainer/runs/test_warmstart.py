@@ -156,11 +156,6 @@ ONE_POOLING = {"model__pooling": "sum", "model__image_products": False}
         ({**ONE_POOLING, "model__images": "ad"}, {**ONE_POOLING, "model__images": "behavior"}, "model.images=ad"),
         ({}, {"model__id_proxy": True}, "model.id_proxy=False, this run has model.id_proxy=True"),
         ({}, {"model__base": "dcn", "model__pooling": "sum"}, "model.base=mlp, model.pooling=attentive, this run has"),
-        (
-            {"model__pooling": "transformer", "model__transformer_heads": 4},
-            {"model__pooling": "transformer", "model__transformer_heads": 2},
-            "model.transformer_heads=4, this run",
-        ),
     ],
 )
 def test_settings_that_no_shape_tells_are_noticed(
@@ -176,7 +171,7 @@ def test_settings_that_no_shape_tells_are_noticed(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model__transformer_heads": 4, "model__cross_structure": "stacked"},  # idle
+        {"model__transformer_width": 4, "model__cross_structure": "stacked"},  # idle
         {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__init": "torch", "model__id_init_std": 0.05},
         {"model__image_dropout": 0.1},  # whether pictures count is not decided yet
     ],

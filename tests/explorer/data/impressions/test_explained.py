@@ -212,7 +212,7 @@ def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places
 
 
 def test_behaviours_that_a_transformer_does_not_look_at_weigh_nothing(runs: TrainedRuns, sample_places: Places) -> None:
-    changes = {"model__pooling": "transformer", "model__transformer_length": 2, "data__missing": "zeros"}
+    changes = {"model__pooling": "transformer", "model__pooling_length": 2, "data__missing": "zeros"}
     settings = sample_places.settings(run__name="short", train__max_steps=4, **changes)
     train(load_config(settings=settings), SoloComm())
     with runs.use("short") as opened:

@@ -37,7 +37,7 @@ GROUP_OF_SAMPLE = torch.tensor([0, 0, 1, 2, 2])
 
 
 def config(**settings: object) -> ModelConfig:
-    small = {"id_width": 3, "visual_width": 5, "mlp": [6], "attention_hidden": 4, "concat_length": 2}
+    small = {"id_width": 3, "visual_width": 5, "mlp": [6], "attention_hidden": 4, "pooling_length": 2}
     return ModelConfig.model_validate({**small, **settings})
 
 

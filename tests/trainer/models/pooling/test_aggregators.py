@@ -40,24 +40,24 @@ def score(unit: ActivationUnit, key: Tensor, query: Tensor) -> Tensor:
 
 
 def encoded(pool: TransformerPooling, history: list[Tensor], query: Tensor) -> Tensor:
-    """[maximum over the tokens, the newest one] after the encoder layers, one token at a time."""
+    """[maximum over the tokens, the newest one] after the encoder layer, one token at a time."""
     of_query = pool.of_ad.weight @ query + pool.of_ad.bias
     tokens = [pool.of_behavior.weight @ v + pool.position_LH[k] + of_query for k, v in enumerate(history)]
-    for layer in pool.layers:
-        attended = []
-        weight, bias = layer.attention.of_tokens.weight, layer.attention.of_tokens.bias
-        asked, key, value = ([w @ x + b for x in tokens] for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
-        for q in asked:
-            heads = []
-            for head in torch.arange(HIDDEN).chunk(layer.attention.num_heads):
-                scores = torch.stack([q[head] @ k[head] for k in key]) / len(head) ** 0.5
-                heads.append(sum(s * v[head] for s, v in zip(torch.softmax(scores, 0), value, strict=True)))
-            attended.append(layer.attention.of_heads.weight @ torch.cat(heads) + layer.attention.of_heads.bias)
-        tokens = [normalised(layer.norm_attended, x + y) for x, y in zip(tokens, attended, strict=True)]
-        widen, _, narrow = layer.feed_forward
-        inner = [(widen.weight @ x + widen.bias).clamp_min(0) for x in tokens]
-        outer = [narrow.weight @ x + narrow.bias for x in inner]
-        tokens = [normalised(layer.norm_fed, x + y) for x, y in zip(tokens, outer, strict=True)]
+    layer = pool.encoder
+    attended = []
+    weight, bias = layer.attention.of_tokens.weight, layer.attention.of_tokens.bias
+    asked, key, value = ([w @ x + b for x in tokens] for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
+    for q in asked:
+        heads = []
+        for head in torch.arange(HIDDEN).chunk(layer.attention.HEADS):
+            scores = torch.stack([q[head] @ k[head] for k in key]) / len(head) ** 0.5
+            heads.append(sum(s * v[head] for s, v in zip(torch.softmax(scores, 0), value, strict=True)))
+        attended.append(layer.attention.of_heads.weight @ torch.cat(heads) + layer.attention.of_heads.bias)
+    tokens = [normalised(layer.norm_attended, x + y) for x, y in zip(tokens, attended, strict=True)]
+    widen, _, narrow = layer.feed_forward
+    inner = [(widen.weight @ x + widen.bias).clamp_min(0) for x in tokens]
+    outer = [narrow.weight @ x + narrow.bias for x in inner]
+    tokens = [normalised(layer.norm_fed, x + y) for x, y in zip(tokens, outer, strict=True)]
     return torch.cat([torch.stack([max(x[i] for x in tokens) for i in range(HIDDEN)]), tokens[0]])
 
 
@@ -104,14 +104,7 @@ def layers() -> HiddenLayers:
 def built(pooling: str) -> torch.nn.Module:
     torch.manual_seed(0)
     queries = QUERY_WIDTHS.get(pooling, [])
-    config = ModelConfig(
-        pooling=pooling,
-        attention_hidden=4,
-        concat_length=LENGTH,
-        transformer_length=LENGTH,
-        transformer_width=HIDDEN,
-        transformer_layers=2,
-    )
+    config = ModelConfig(pooling=pooling, attention_hidden=4, pooling_length=LENGTH, transformer_width=HIDDEN)
     return build_aggregator(WIDTH, queries, config, layers()).double()
 
 

@@ -19,7 +19,7 @@ from tests.trainer.models.pooling.test_aggregators import (
     values,
 )
 from trainer.models.ctr import noted_weights
-from trainer.models.pooling import PairWeights, TokenPlaces
+from trainer.models.pooling import PairWeights
 
 SAMPLES = torch.tensor(GROUP_OF_SAMPLE)
 WEIGHED = ["attentive", "multi_query", "transformer"]
@@ -74,7 +74,7 @@ def test_attention_is_what_the_sum_is_made_with(pooling: str) -> None:
         torch.testing.assert_close(summed, pooled[sample])
 
 
-def test_a_transformer_looks_at_what_its_last_layer_looks_at() -> None:
+def test_a_transformer_looks_at_what_its_encoder_looks_at() -> None:
     pool, given = built("transformer"), arguments("transformer")
     field, _, queries = given
     for sample, (rows, found) in enumerate(zip(histories(LENGTH), by_sample(pool.weights(*given)), strict=True)):
@@ -87,19 +87,15 @@ def test_a_transformer_looks_at_what_its_last_layer_looks_at() -> None:
                 for k, row in enumerate(rows)
             ]
         )
-        place_N = torch.arange(len(rows))
-        places = TokenPlaces(place_N, place_N, torch.arange(LENGTH).unsqueeze(0) < len(rows))
-        first, last = pool.layers
-        tokens = first(tokens, places)
-        attention = last.attention
+        attention = pool.encoder.attention
         query, key, _ = (tokens @ attention.of_tokens.weight.T + attention.of_tokens.bias).chunk(3, dim=1)
         expected = [0.0] * len(rows)
-        for head in torch.arange(HIDDEN).chunk(attention.num_heads):
+        for head in torch.arange(HIDDEN).chunk(attention.HEADS):
             for asking in range(len(rows)):
                 scores = [(query[asking, head] @ key[k, head]).item() / len(head) ** 0.5 for k in range(len(rows))]
                 total = sum(math.exp(each) for each in scores)
                 for k, each in enumerate(scores):
-                    expected[k] += math.exp(each) / total / attention.num_heads / len(rows)
+                    expected[k] += math.exp(each) / total / attention.HEADS / len(rows)
         torch.testing.assert_close(found.squeeze(1), torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
 
 
