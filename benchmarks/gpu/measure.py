@@ -73,7 +73,7 @@ def _figures(run: Run, steps: int, advance: partial[None]) -> dict[str, Figure]:
     samples, loss = 0, 0.0
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     profiler = profile(activities=activities)
-    with closing(ReadAhead(_batches(run), run.config.data.prefetch_batches)) as ahead:
+    with closing(ReadAhead(_batches(run))) as ahead:
         prepare = partial(next, run.engine.prepared(ahead))
         with closing(prepare_ahead(count, prepare)) as coming:
             for number, result in enumerate(coming):

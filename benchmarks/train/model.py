@@ -46,8 +46,7 @@ class Model:
     def batches(self) -> Iterator[Batch]:
         """Yield this rank's batches as the trainer has them, read ahead, epoch after epoch without end."""
         for epoch in itertools.count():
-            batches, depth = self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches
-            with closing(ReadAhead(batches, depth)) as ahead:
+            with closing(ReadAhead(self.run.train_reader.batches(epoch))) as ahead:
                 yield from ahead
 
     def loss(self, batch: Batch, vectors: Images) -> Tensor:

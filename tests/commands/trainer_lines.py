@@ -33,7 +33,6 @@ SETTINGS = [
     ("data.global_batch_size=0", "data.global_batch_size"),
     (f"data.global_batch_size={HUGE}", "data.global_batch_size"),
     ("data.global_batch_size=1e400", "data.global_batch_size"),
-    ("data.prefetch_batches=17", "data.prefetch_batches"),
     ("data.train_days=[]", "data.train_days"),
     ("data.train_days=[2026-02-30]", "data.train_days"),
     ("data.train_days=yesterday", "data.train_days"),

@@ -83,14 +83,13 @@ class TestAlone:
         assert set(Stage.__args__) - {"exchange signatures", "compare images", "rest"} <= set(threads)
         assert threads["gather"] != threads["embed images"]
 
-    @pytest.mark.parametrize("ahead", [0, 2])
     def test_waits_of_an_evaluation_are_no_part_of_the_steps(
-        self, ahead: int, places: Places, monkeypatch: pytest.MonkeyPatch
+        self, places: Places, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         phases, stages, timed, timed_stage = [], [], StepTotals.timed, Stages.add
         monkeypatch.setattr(StepTotals, "timed", lambda self, phase: phases.append(phase) or timed(self, phase))
         monkeypatch.setattr(Stages, "add", lambda self, *run: stages.append(run[0]) or timed_stage(self, *run))
-        changes = {"run__name": f"waits-{ahead}", "data__prefetch_batches": ahead, "data__global_batch_size": 16}
+        changes = {"run__name": "waits", "data__global_batch_size": 16}
         run_alone(places, train__max_steps=5, train__eval_every=2, **changes)
         assert phases.count("evaluate") == 3
         assert phases.count("wait") == phases.count("compute") == 5

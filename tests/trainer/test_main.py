@@ -163,17 +163,12 @@ class TestTwoRanks:
     ) -> None:
         places, seen = job
         assert seen["full"] == ["done", "done"]
-        for name in ("stopped", "stopped-ahead"):
-            assert seen[name] == ["StoppedError: SIGTERM received"] * 2
-            assert seen[f"after {name}"] == ["done", "done"]
-            assert_same(places.folder / "runs" / name, places.folder / "runs" / "full")
-        steps, ahead = (
-            sorted(path.name for path in (places.folder / "runs" / name / "checkpoints").iterdir())
-            for name in ("stopped", "stopped-ahead")
-        )
-        assert steps == ["step-00000025", "step-00000030"]
+        assert seen["stopped"] == ["StoppedError: SIGTERM received"] * 2
+        assert seen["after stopped"] == ["done", "done"]
+        assert_same(places.folder / "runs" / "stopped", places.folder / "runs" / "full")
+        steps = sorted(path.name for path in (places.folder / "runs" / "stopped" / "checkpoints").iterdir())
         # The step after the signal's may have been prepared already; then it is taken too.
-        assert ahead in (steps, ["step-00000026", "step-00000030"])
+        assert steps in (["step-00000025", "step-00000030"], ["step-00000026", "step-00000030"])
 
     def test_an_earlier_checkpoint_replaces_the_later_ones_where_asked_to(
         self, job: tuple[Places, dict[str, list[str]]]

@@ -109,8 +109,6 @@ class DataConfig(Section):
     shuffle_streams: Positions[Count | None] = None
     """Streams that every batch takes its samples from. Each rank reads some of them: choose a multiple of the ranks.
     null: one for each 64 samples of a batch, at most shuffle_window_groups."""
-    prefetch_batches: Nothing[Annotated[int, Field(ge=0, le=16)]] = 2
-    """Batches read ahead by a thread; 0: none."""
     missing: Training[MissingPolicy] = "learned"
     """What an image without a feature does: end the run, be zeros, or have a trained "no image" vector."""
 

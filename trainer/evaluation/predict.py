@@ -88,7 +88,7 @@ def predict_run(
 def predict(opened: EvaluatedRun) -> Float:
     """Predict logits of all test impressions (N,), the same on every rank; all call it. Raises TrainerError."""
     engine = opened.engine
-    with contextlib.closing(ReadAhead(opened.reader.batches(), opened.config.data.prefetch_batches)) as ahead:
+    with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
         own = np.concatenate([np.empty(0), *(engine.predict(each) for each in engine.prepared(ahead, "eval"))])
     logit_N: Float = opened.comm.allgather(torch.from_numpy(own), "logits").numpy()
     if len(logit_N) != opened.test.num_samples or not np.isfinite(logit_N).all():

@@ -266,13 +266,10 @@ class Training:
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
         """Yield `count` batches, read ahead, each one prepared during the step of the one before."""
-        depth, stages = self._config.data.prefetch_batches, self._engine.stages
-        with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind), depth)) as ahead:
-            coming = stages.each("wait for samples", ahead, kind) if depth else ahead
+        stages = self._engine.stages
+        with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind))) as ahead:
+            coming = stages.each("wait for samples", ahead, kind)
             prepare = partial(next, self._engine.prepared(self._until_signal(coming), kind))
-            if depth == 0:
-                yield (self._waited(prepare, kind) for _ in range(count))
-                return
             with closing(prepare_ahead(count, prepare)) as waiting:
                 yield (self._waited(each, kind) for each in waiting)
 

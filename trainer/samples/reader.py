@@ -438,20 +438,21 @@ _LOWEST_PRIORITY = 19
 _LATE, _TIMES = 0.2, 3  # of the time of a step; one after the other
 
 
+BATCHES_AHEAD = 2
+
+
 class ReadAhead(Iterator[Batch]):
-    """The same batches, read by a thread up to `depth` ahead (0: none); an error is raised where its batch would come.
+    """The same batches, read by a thread up to `depth` ahead; an error is raised where its batch would come.
 
     The thread begins at once, with the priority of who made it, not of who first asks for a batch; `close` ends it.
     """
 
-    def __init__(self, batches: Iterator[Batch], depth: int) -> None:
+    def __init__(self, batches: Iterator[Batch], depth: int = BATCHES_AHEAD) -> None:
         self._batches = batches
-        self._pool = ThreadPoolExecutor(1, "read-samples") if depth else None
-        self._coming = deque(self._pool.submit(next, batches) for _ in range(depth)) if self._pool else deque()
+        self._pool = ThreadPoolExecutor(1, "read-samples")
+        self._coming = deque(self._pool.submit(next, batches) for _ in range(depth))
 
     def __next__(self) -> Batch:
-        if self._pool is None:
-            return next(self._batches)
         if not self._coming:
             raise StopIteration
         try:
@@ -465,8 +466,7 @@ class ReadAhead(Iterator[Batch]):
     def close(self) -> None:
         """End the thread; no more batches come. Safe to call twice."""
         self._coming.clear()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
 
 def prepare_ahead(

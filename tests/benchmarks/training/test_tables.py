@@ -111,7 +111,7 @@ class TestCommand:
         read = check_page(page.read_text(encoding="utf-8"))
         assert read.value("with images")[0] == f"{found['prerank_with images_gauc']:.4g}"
         assert not any("step 0 of 3" in each for each in read.texts), "what the runs print is in their logs"
-        slower = [*settings, "train.checkpoint_every=2", "data.prefetch_batches=0", "run.deadline_s=99"]
+        slower = [*settings, "train.checkpoint_every=2", "run.deadline_s=99"]
         again = call(*words, out=tmp_path, settings=slower)
         assert again.exit_code == 0 and reports(tmp_path) == made
         assert json.loads(file.read_text()) == found

@@ -333,7 +333,7 @@ def test_known_ads_of_several_ranks_are_those_of_all(samples: tuple[Path, list[p
     assert all(0 < len(own_N) < len(expected) for own_N in sent), "each has read its share"
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", [1, 3])
 def test_reading_ahead_keeps_order_and_hands_errors_on(samples: tuple[Path, list[pa.Table]], depth: int) -> None:
     folder, _ = samples
     plain = [serials_of(batch) for batch in reader_of(folder).batches()]
