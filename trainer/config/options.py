@@ -357,10 +357,6 @@ class OptimConfig(Section):
     average_share: Parameters[Annotated[float, Field(ge=0, le=1)]] = 0.0
     """Evaluate, save and serve an average of all parameters over about this share of the steps so far, the last ones;
     0: the parameters of the last step. At least 0.001, below which rows would not be averaged exactly."""
-    ftrl_l1: Training[Annotated[float, Field(ge=0, le=1e6)]] = 0.0
-    """FTRL's L1."""
-    ftrl_l2: Training[Annotated[float, Field(ge=0, le=1e6)]] = 0.0
-    """FTRL's L2."""
 
     @property
     def alpha(self) -> float:

@@ -326,7 +326,7 @@ FTRL_BETA = 1.0
 
 
 class Ftrl(RowOptimizer):
-    """FTRL-Proximal by coordinate (McMahan et al., "Ad Click Prediction", KDD 2013, algorithm 1).
+    """FTRL-Proximal by coordinate (McMahan et al., "Ad Click Prediction", KDD 2013, algorithm 1, without L1 and L2).
 
     alpha is optim.ids_lr itself: a weight is a function of alpha and of the sums, so a schedule would move weights
     without a gradient. The sums of a row begin so that its first value is theirs.
@@ -335,17 +335,15 @@ class Ftrl(RowOptimizer):
     state = (StatePart("linear", "vector"), StatePart("sum", "vector"))
 
     def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        config, linear_QV, sum_QV = self._config, rows.parts["linear"], rows.parts["sum"]
-        alpha, beta, l1, l2 = config.alpha, FTRL_BETA, config.ftrl_l1, config.ftrl_l2
-        started_QV = weight_QV * -(beta / alpha + l2) - weight_QV.sign() * l1
+        alpha, linear_QV, sum_QV = self._config.alpha, rows.parts["linear"], rows.parts["sum"]
+        started_QV = weight_QV * -(FTRL_BETA / alpha)
         is_new_Q = ~(sum_QV.any(1) | linear_QV.any(1))
         linear_QV.copy_(torch.where(is_new_Q.unsqueeze(1), started_QV, linear_QV))
         root_QV = sum_QV.sqrt()
         sum_QV.addcmul_(gradient_QV, gradient_QV)
         new_root_QV = sum_QV.sqrt()
         linear_QV.add_(gradient_QV).addcmul_(new_root_QV - root_QV, weight_QV, value=-1 / alpha)
-        shrunk_QV = linear_QV - linear_QV.clamp(-l1, l1)
-        return -shrunk_QV / ((new_root_QV + beta) / alpha + l2)
+        return -linear_QV / ((new_root_QV + FTRL_BETA) / alpha)
 
 
 _PLAIN: Mapping[IdOptimizer, type[RowOptimizer]] = {

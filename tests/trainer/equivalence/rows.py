@@ -120,14 +120,13 @@ class PlainRows:
         self.weight[row] -= lr * g / (self.state["sum"][row].sqrt() + self.optim.eps)
 
     def move_ftrl(self, row: int, g: Tensor, lr: float) -> None:
-        alpha, beta, l1, l2 = self.optim.alpha, 1.0, self.optim.ftrl_l1, self.optim.ftrl_l2
+        alpha, beta = self.optim.alpha, 1.0
         w, n, z = self.weight[row].clone(), self.state["sum"][row], self.state["linear"][row]
         if int(self.counts[row]) == 1:
-            z.copy_(-w * (beta / alpha + l2) - torch.sign(w) * l1)
+            z.copy_(-w * beta / alpha)
         z += g - ((n + g**2).sqrt() - n.sqrt()) / alpha * w
         n += g**2
-        shrunk = torch.where(z.abs() > l1, z - torch.sign(z) * l1, torch.zeros_like(z))
-        self.weight[row] = -shrunk / ((beta + n.sqrt()) / alpha + l2)
+        self.weight[row] = -z / ((beta + n.sqrt()) / alpha)
 
     def parts(self) -> dict[str, Tensor]:
         """Weights and state, as a checkpoint has them."""

@@ -188,7 +188,7 @@ SCENARIOS = {
     ),
     "ftrl": Scenario(
         {"images": "none"},
-        optimizers={"ids": "ftrl", "ids_lr": 0.5, "ftrl_l1": 0.05, "ftrl_l2": 0.1},
+        optimizers={"ids": "ftrl", "ids_lr": 0.5},
         deal="starve",
         restart_at=8,
         most_ranks=2,
