@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from trainer.samples.columns import (
     Rule,
     concatenate,
     decode,
+    decode_unlabelled,
     rules_of,
     source_columns,
 )
@@ -36,7 +36,6 @@ from trainer.samples.reader import Batch, Jagged, RowGroup, inputs_of, open_inde
 from trainer.schema import CROSS, Field, Schema
 
 _SPLITS = ("train", "test")
-_ONE_A_ROW = "one sample a row"
 
 
 @dataclass(frozen=True)
@@ -167,14 +166,8 @@ def _files(address: str) -> tuple[Storage, list[str]]:
 def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[DecodedGroups]:
     """The row groups of a table of ads."""
     for row_group in row_groups_of_table(storage, file, rules):
-        table, count = read_row_group(storage, row_group, list(source_columns(rules))), row_group.num_groups
-        offsets: Any = pa.array(np.arange(count + 1, dtype=np.int32))
-        labels: Any = pa.ListArray.from_arrays(offsets, pa.array(np.zeros(count, np.int8)))
-        table = table.append_column(_ONE_A_ROW, labels)
-        with_label = {**rules, _ONE_A_ROW: Rule("ad", 1, "integer")}
-        groups = decode(table, with_label, _ONE_A_ROW, storage.full(file), row_group.first_row)
-        columns = {column: rows for column, rows in groups.columns.items() if column != _ONE_A_ROW}
-        yield DecodedGroups(columns, groups.sample_offsets)
+        table = read_row_group(storage, row_group, list(source_columns(rules)))
+        yield decode_unlabelled(table, rules, storage.full(file), row_group.first_row)
 
 
 def _last_ads(

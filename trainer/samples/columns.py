@@ -191,17 +191,20 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
 
 
 def decode_unlabelled(table: pa.Table, rules: Mapping[str, Rule], file: str, first_row: int = 0) -> DecodedGroups:
-    """Decode groups of ads to be scored, which may be empty: no rule is that of labels. Raises DataError."""
-    first = next(column for column, rule in rules.items() if rule.side == "ad")
+    """Decode groups of ads without labels, which may be empty; without columns of ads, a row is one sample.
+
+    Raises DataError.
+    """
+    first = next((column for column, rule in rules.items() if rule.side == "ad"), None)
     return _decoded(table, rules, first, _Where(file, first_row), may_be_empty=True)
 
 
 def _decoded(
-    table: pa.Table, rules: Mapping[str, Rule], counted: str, where: "_Where", may_be_empty: bool = False
+    table: pa.Table, rules: Mapping[str, Rule], counted: str | None, where: "_Where", may_be_empty: bool = False
 ) -> DecodedGroups:
-    """Decode all columns; each of the ads' side is as long as the one called `counted`."""
+    """Decode all columns; each of the ads' side, where there is one, is as long as the one called `counted`."""
     raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
-    sample_offsets = raw[counted][1][0]
+    sample_offsets = np.arange(len(table) + 1) if counted is None else raw[counted][1][0]
     if not may_be_empty and (empty := np.flatnonzero(np.diff(sample_offsets) == 0)).size:
         what = f"column {counted} is an empty list; a sample group has at least one impression"
         raise DataError(f"{where.row(empty[0])}: {what}")
@@ -209,7 +212,7 @@ def _decoded(
     for column, rule in rules.items():
         values, offsets = raw[column]
         if rule.side == "ad":
-            where.check_equal(offsets[0], sample_offsets, column, counted)
+            where.check_equal(offsets[0], sample_offsets, column, counted or column)
             offsets = offsets[1:]
         if rule.gallery:
             items = offsets[0] if len(offsets) > 1 else None
