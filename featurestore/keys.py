@@ -34,7 +34,7 @@ def key_of_bytes(name: bytes) -> int:
 
 
 def keys_of_uris(uris: Sequence[str]) -> Int64Array:
-    """Return the keys of `uris`, (N,) int64, in their order. Takes .15 us a uri."""
+    """Return the keys of `uris`, (N,) int64, in their order."""
     return keys_of_bytes([uri.encode() for uri in uris])
 
 

@@ -437,7 +437,7 @@ def populate(matrix: npt.NDArray[Any]) -> None:
 def huge_page_bytes(matrix: npt.NDArray[Any], size_bytes: int) -> int:
     """Return how many of the `size_bytes` of an array over mapped files are in huge pages; 0 where nobody says.
 
-    Fewer than one huge page has are in none: the system, which takes 7 ms, is not asked.
+    Fewer than one huge page has are in none: the system, which is slow to answer, is not asked.
     """
     if size_bytes < _HUGE_PAGE:
         return 0

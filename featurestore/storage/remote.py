@@ -292,7 +292,7 @@ def reason_of(error: BaseException | None) -> str:
 
 
 def _client(protocol: str, server: str = "") -> Any:
-    """Return fsspec's file system, one for each process and setting of the environment: making one takes 0.5 s.
+    """Return fsspec's file system, one for each process and setting of the environment, as making one is slow.
 
     `server`: of HDFS, as host:port or default."""
     import fsspec

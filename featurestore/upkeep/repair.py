@@ -80,7 +80,7 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
     problems = verify(store, progress=progress).problems
     if any(problem.kind == "info" for problem in problems):
         url = store if isinstance(store, str) else store.url
-        source = rebuild_info(url, dry_run)
+        source = _rebuild_info(url, dry_run)
         report.actions.append(f"rebuild store.json of {url} from {source}")
         if dry_run:
             return report
@@ -99,7 +99,7 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
     for problem in [problem for kind in _ASIDE for problem in by_kind[kind]]:
         report.actions.append(f"move {problem.path} to {DAMAGED}/")
         if not dry_run:
-            put_aside(store.storage, problem.path)
+            _put_aside(store.storage, problem.path)
     report.left = [problem for kind in ("folder", "basis", "order", "pin", "collision") for problem in by_kind[kind]]
     return report
 
@@ -112,11 +112,11 @@ def _put_back(store: FeatureStore, problems: Sequence[Problem], report: RepairRe
     if any(problem.kind == "folder" and problem.path in (log.LOG, log.EXPIRED) for problem in problems):
         return False
     damaged = {version for problem in problems if problem.kind == "manifest" for version in problem.versions}
-    found = recoverable(store.storage, damaged)
+    found = _recoverable(store.storage, damaged)
     for manifest in found:
         report.actions.append(f"put snapshot {manifest.version} back from {log.EXPIRED}/")
         if not dry_run:
-            put_back(store.storage, manifest)
+            _move_back(store.storage, manifest)
     return bool(found)
 
 
@@ -125,11 +125,11 @@ def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: Re
     if not problems:
         return
     left = set(log.versions(store.storage))
-    good = newest_good(store.storage, {version for problem in problems for version in problem.versions})
+    good = _newest_good(store.storage, {version for problem in problems for version in problem.versions})
     for problem in sorted(problems, key=lambda problem: problem.versions, reverse=True):
         (version,) = problem.versions
         if version == max(left, default=0):
-            recommit(store.storage, good, version + 1, OPERATION, dry_run)
+            _recommit(store.storage, good, version + 1, OPERATION, dry_run)
             report.actions.append(
                 f"commit snapshot {good.version} again as {version + 1}: what {version} had changed is lost"
             )
@@ -138,7 +138,7 @@ def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: Re
         report.actions.append(f"move {problem.path} to {DAMAGED}/")
         left.discard(version)
         if not dry_run:
-            put_aside(store.storage, problem.path)
+            _put_aside(store.storage, problem.path)
 
 
 def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
@@ -147,14 +147,14 @@ def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: Repair
     if not reasons:
         return
     plan = _RepairPlan(store, reasons, store.storage.now(), dry_run)
-    for shard, files in newest_good(store.storage).shards.items():
+    for shard, files in _newest_good(store.storage).shards.items():
         plan.add(shard, files)
     report.num_quarantined = len(plan.lost)
     report.actions += [*plan.actions, *(f"note {path} as damaged, for snapshots that name it" for path in reasons)]
     if dry_run:
         return
     for path, reason in reasons.items():
-        note(store.storage, path, reason)
+        _note(store.storage, path, reason)
     if plan.replacements:
         store.add_quarantine(plan.lost)
         report.version = plan.commit().publish().version
@@ -226,7 +226,7 @@ class _RepairPlan:
         return write_shard_file(storage, info, shard, [table_of(rows, info)], "delta", 0)
 
 
-def note(storage: Storage, path: str, reason: str) -> None:
+def _note(storage: Storage, path: str, reason: str) -> None:
     """Remember that a data file is damaged; to note it again is not an error."""
     name = hashlib.sha256(path.encode()).hexdigest()[:32]
     storage.write_bytes(
@@ -234,7 +234,7 @@ def note(storage: Storage, path: str, reason: str) -> None:
     )
 
 
-def keep_copy(storage: Storage, path: str) -> None:
+def _keep_copy(storage: Storage, path: str) -> None:
     """Copy a small damaged file to `damaged/`, under its path with dashes.
 
     The copy is empty where the file cannot be read, or is a link out of the store. The file may be gone already."""
@@ -247,19 +247,19 @@ def keep_copy(storage: Storage, path: str) -> None:
     storage.write_bytes(f"{DAMAGED}/{path.replace('/', '-')}", data)
 
 
-def put_aside(storage: Storage, path: str) -> None:
-    """Move a small damaged file to `damaged/`, as `keep_copy` does."""
-    keep_copy(storage, path)
+def _put_aside(storage: Storage, path: str) -> None:
+    """Move a small damaged file to `damaged/`, as `_keep_copy` does."""
+    _keep_copy(storage, path)
     storage.delete_files([path])
 
 
-def rebuild_info(url: str, dry_run: bool) -> str:
+def _rebuild_info(url: str, dry_run: bool) -> str:
     """Write store.json from the copy in a data file of the newest good manifest; return the path of that file.
 
     A damaged one is kept in damaged/. The store keeps its `store_id`. Raises CorruptFileError where no file is good.
     """
     storage = Storage(url, keep_inside=True)
-    found = _info_of_a_file(storage, newest_good(storage, folders=(log.LOG, log.EXPIRED)))
+    found = _info_of_a_file(storage, _newest_good(storage, folders=(log.LOG, log.EXPIRED)))
     if found is None:
         raise CorruptFileError(
             f"{storage.full(INFO_PATH)} cannot be rebuilt, as no data file of the newest snapshot is good: put it back"
@@ -267,12 +267,12 @@ def rebuild_info(url: str, dry_run: bool) -> str:
         )
     path, info = found
     if not dry_run:
-        keep_copy(storage, INFO_PATH)
+        _keep_copy(storage, INFO_PATH)
         storage.write_bytes(INFO_PATH, seal(info))
     return path
 
 
-def newest_good(storage: Storage, bad: Collection[int] = (), folders: Sequence[str] = (log.LOG,)) -> Manifest:
+def _newest_good(storage: Storage, bad: Collection[int] = (), folders: Sequence[str] = (log.LOG,)) -> Manifest:
     """Read the newest manifest that is whole and none of the `bad` versions, from the first folder that has one.
 
     Raises CorruptFileError where none has.
@@ -288,7 +288,7 @@ def newest_good(storage: Storage, bad: Collection[int] = (), folders: Sequence[s
     )
 
 
-def recoverable(storage: Storage, damaged: Collection[int]) -> list[Manifest]:
+def _recoverable(storage: Storage, damaged: Collection[int]) -> list[Manifest]:
     """Read the manifests in expired/ that can take the place of damaged ones of the log, ascending.
 
     These are copies of the damaged ones themselves, and where the newest is damaged all that are newer than the newest
@@ -307,15 +307,15 @@ def recoverable(storage: Storage, damaged: Collection[int]) -> list[Manifest]:
     return found
 
 
-def put_back(storage: Storage, manifest: Manifest) -> None:
+def _move_back(storage: Storage, manifest: Manifest) -> None:
     """Move a manifest from expired/ to log/, where a damaged one of its version makes room for it."""
     path = log.manifest_path(manifest.version)
-    keep_copy(storage, path)
+    _keep_copy(storage, path)
     storage.write_bytes(path, seal(manifest))
     storage.delete_files([log.manifest_path(manifest.version, log.EXPIRED)])  # second: a kill loses none
 
 
-def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:
+def _recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:
     """Commit the newest good manifest again as `version`, the number behind that of the newest, which is damaged.
 
     Readers and writers stop at a damaged newest manifest, and continue with this one. Where another repair was first,

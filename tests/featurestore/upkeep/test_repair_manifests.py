@@ -34,7 +34,7 @@ def test_readers_never_find_a_damaged_newest_manifest_gone(
     spoil(filled, manifest_path(3))
     seen: list[int] = []
     monkeypatch.setattr(
-        "featurestore.upkeep.repair.put_aside", lambda storage, path: seen.append(filled.snapshot().version)
+        "featurestore.upkeep.repair._put_aside", lambda storage, path: seen.append(filled.snapshot().version)
     )
     repair(filled)
     assert seen == [4]
