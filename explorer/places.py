@@ -52,21 +52,13 @@ class Places:
 
     def _check_images(self, images: str) -> None:
         """Raise ExplorerError, StorageError."""
-        protocol, separator, _ = images.partition("://")
-        if not separator:
+        if "://" not in images:
             if not Path(images).is_dir():
                 raise ExplorerError(f"--images {images}: there is no such folder; name the folder of your images")
             return
-        from featurestore.storage.remote import S3_PROTOCOLS
         from featurestore.storage.storage import Storage
-        from pipeline.images.source import file_system
 
-        if protocol in S3_PROTOCOLS:
-            Storage(images).check_bucket()
-        try:
-            file_system(protocol)
-        except (ValueError, ImportError) as error:
-            raise ExplorerError(f"--images {images}: {protocol}:// cannot be opened: {error}") from error
+        Storage(images).check_bucket()
 
     def _check_scorer(self) -> None:
         """Raise ExplorerError, TokenFileError, ServerSettingsError."""

@@ -24,12 +24,7 @@ _ALL_WHOLE = re.compile(r"(?:0|-?[1-9]\d{0,17})(?:\0(?:0|-?[1-9]\d{0,17}))*", re
 
 def key_of_uri(uri: str) -> int:
     """Return the key of an image: xxh3-64 of its uri in UTF-8, as a signed 64-bit number."""
-    return key_of_bytes(uri.encode())
-
-
-def key_of_bytes(name: bytes) -> int:
-    """Return the key of a name that may not be text."""
-    unsigned = xxhash.xxh3_64_intdigest(name)
+    unsigned = xxhash.xxh3_64_intdigest(uri.encode())
     return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
 
 

@@ -6,6 +6,7 @@ fsspec and tenacity are imported with the first request: a quarter of the start 
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
@@ -96,6 +97,8 @@ class RemoteFiles:
         if protocol == HDFS:
             self._server, _, path = root.partition("/")
             self._root = f"/{path}"
+        elif protocol in ("http", "https"):  # this client wants whole addresses
+            self._root = f"{protocol}://{root}"
         self._client: tuple[int, Any] | None = None
 
     @property
@@ -163,14 +166,35 @@ class RemoteFiles:
         return _entry(path, found)
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        """List the files below a path, from one flat listing or from that of one folder."""
-        # Not find(maxdepth=1): it walks, and leaves out what it cannot list instead of raising.
-        find = self.client.find if recursive else self.client.ls
-        found = with_retries(lambda: find(self._full(path), detail=True))
-        for each in found.values() if recursive else found:
+        """List the files below a path: on S3 from one flat listing, elsewhere folder by folder.
+
+        Not by the clients' `find`: that of s3fs holds a record of each file until it has all, and fsspec's leaves out
+        folders that it cannot list.
+        """
+        if recursive and self._protocol in S3_PROTOCOLS:
+            yield from self._objects(path)
+            return
+        for each in with_retries(lambda: self.client.ls(self._full(path), detail=True)):
             name = self._name(each["name"])
-            if each["type"] == "file" and name != path and not leads_out(name):  # `find` of a file is that file
+            if name == path:  # a file lists itself, and some clients list the folder too
+                continue
+            if each["type"] == "file":
                 yield _entry(name, each)
+            elif recursive:
+                with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                    yield from self.entries(name, recursive)
+
+    def _objects(self, path: str) -> Iterator[StorageEntry]:
+        """List the objects of S3 below a path, page by page."""
+        bucket, folder, _ = self.client.split_path(self._full(path))
+        request = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else "", **self.client.req_kw}
+        while request:
+            page = with_retries(functools.partial(self.client.call_s3, "list_objects_v2", **request))
+            for each in page.get("Contents", ()):
+                if not each["Key"].endswith("/"):  # an empty object that stands for a folder
+                    yield _entry(self._name(f"{bucket}/{each['Key']}"), {**each, "size": each["Size"]})
+            token = page.get("NextContinuationToken") if page.get("IsTruncated") else None
+            request = {**request, "ContinuationToken": token} if token else {}
 
     def delete(self, path: str) -> None:
         # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.

@@ -25,6 +25,7 @@ from featurestore.storage.remote import (
     check_password,
     is_transient,
     lacks_bucket,
+    leads_out,
     protocol_and_path,
     reason_of,
     with_retries,
@@ -171,8 +172,15 @@ class Storage:
         answer. A file that vanishes meanwhile is left out.
         """
         with self._translated("list", path), contextlib.suppress(FileNotFoundError):
-            return sorted(self._files.entries(path, recursive))
+            return sorted(each for each in self._files.entries(path, recursive) if not leads_out(each.path))
         return []
+
+    def iter_entries(self, path: str = "") -> Iterator[StorageEntry]:
+        """List the files below `path` as `entries`, in any order and none of them held.
+
+        A key of an object store whose parts lead out of the place is given too: reading it raises StorageError."""
+        with self._translated("list", path), contextlib.suppress(FileNotFoundError):
+            yield from self._files.entries(path, recursive=True)
 
     def now(self) -> float:
         """Return seconds since 1970 by the clock that stamps the files here: that of the disk or of the object store.

@@ -17,7 +17,7 @@ from pipeline.demo.world import Catalogue, FloatArray, standardize
 from pipeline.errors import BadImageError, DemoError
 from pipeline.images.decode import decode
 from pipeline.images.imagetable import ImageRef
-from pipeline.images.source import bytes_of, list_images
+from pipeline.images.source import list_images, read_image
 
 SIDE_PX = 96  # measured on a small copy: quick, and blind to the grain of the camera
 CENTRE = slice(SIDE_PX // 5, SIDE_PX - SIDE_PX // 5)
@@ -85,7 +85,7 @@ def measure(image: Image.Image) -> FloatArray:
 def _try_measure(ref: ImageRef) -> FloatArray | str:
     """Measure the look, or give the reason why there is none."""
     try:
-        return measure(decode(bytes_of(ref))[0])
+        return measure(decode(read_image(ref.location))[0])
     except BadImageError as error:
         return str(error)
 

@@ -34,7 +34,7 @@ from pipeline.errors import BadImageError, WeightsError
 from pipeline.features.diff import ImageCopy
 from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.imagetable import ImageRef
-from pipeline.images.source import bytes_of
+from pipeline.images.source import read_image
 from pipeline.store_run import BadRow
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
 
     def digest(ref: ImageRef) -> bytes:
         try:
-            return xxhash.xxh3_128_digest(bytes_of(ref))
+            return xxhash.xxh3_128_digest(read_image(ref.location))
         except BadImageError:
             return b""
 
@@ -235,7 +235,7 @@ class _Loader:
     def load(self, ref: ImageRef) -> LoadedImage:
         digest = b""
         try:
-            data = bytes_of(ref)
+            data = read_image(ref.location)
             digest = xxhash.xxh3_128_digest(data)
             with self._lock:
                 is_first = self._first.setdefault(digest, ref.key) == ref.key

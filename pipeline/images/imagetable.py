@@ -26,7 +26,6 @@ _COLUMNS: dict[str, Any] = {
     "location": pa.string(),  # null where it is the table's base and the uri
     "source_tag": pa.string(),
     "size_bytes": pa.int64(),
-    "problem": pa.string(),
 }
 _SCHEMA = pa.schema(_COLUMNS)
 
@@ -36,10 +35,9 @@ class ImageRef(NamedTuple):
 
     key: int
     uri: str  # as the store has it
-    location: str  # where to read it; empty where the listing knows that it cannot be read
+    location: str  # where to read it
     source_tag: str  # etag, or size and time; empty where the file cannot be looked at
     size_bytes: int  # -1 where unknown
-    problem: str = ""  # why it cannot be read
 
 
 class ImageTable(Sequence[ImageRef]):

@@ -36,7 +36,12 @@ class Drawn(AbstractFileSystem):
     def call_s3(self, method, Bucket, Prefix, ContinuationToken="0"):
         start = int(ContinuationToken)
         entries = [
-            {"Key": f"{Prefix}{uri_of(number)}", "ETag": tag_of(number), "Size": 10_000 + number % 999}
+            {
+                "Key": f"{Prefix}{uri_of(number)}",
+                "ETag": tag_of(number),
+                "Size": 10_000 + number % 999,
+                "LastModified": 1.0,
+            }
             for number in range(start, min(start + 1000, COUNT))
         ]
         return {"Contents": entries, "IsTruncated": start + 1000 < COUNT, "NextContinuationToken": str(start + 1000)}
@@ -86,7 +91,7 @@ def store(request, tmp_path):
 
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(store, monkeypatch):
-    monkeypatch.setattr("pipeline.images.source.file_system", lambda protocol: Drawn())
+    monkeypatch.setattr("featurestore.storage.remote._client", lambda protocol, server: Drawn())
     monkeypatch.setattr("pipeline.images.imagetable.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
     settings = PartSettings(store.url, "run", "", "", "", "float32", "float32", 1)

@@ -105,7 +105,7 @@ def test_changed_images_that_cannot_be_read_keep_their_feature(make, run, write,
         return read_image(location)
 
     with monkeypatch.context() as network:
-        network.setattr("pipeline.images.source.read_image", unreachable)
+        network.setattr("pipeline.features.part.read_image", unreachable)
         summary = run(folder)
     assert (counts(summary), summary.snapshot) == ((0, 0, 0, 1, 0, 1, 0, 0), 1)
     assert rows_of(tmp_path / "features") == before
@@ -120,7 +120,7 @@ def test_an_image_that_did_not_change_after_all_leaves_the_quarantine(make, run,
     make(folder)
     touch(folder / "a.jpg")
     with monkeypatch.context() as network:
-        network.setattr("pipeline.features.part.bytes_of", Mock(side_effect=BadImageError("no answer")))
+        network.setattr("pipeline.features.part.read_image", Mock(side_effect=BadImageError("no answer")))
         assert counts(run(folder)) == (0, 0, 0, 1, 0, 1, 0, 0)
     touch(folder / "a.jpg", -100)
     assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 1, 0)
@@ -183,7 +183,7 @@ def test_the_network_is_the_stores_own(make, run, write, tmp_path, client):
 
 def test_images_without_a_tag_are_compared_by_their_bytes(make, run, write, monkeypatch, tmp_path):
     def without_size_and_time(root):
-        return [each._replace(found=None) for each in files_below(root)]
+        return [(path, None) for path, _ in files_below(root)]
 
     monkeypatch.setattr("pipeline.images.source.files_below", without_size_and_time)
     folder = write(a=1, b=2)

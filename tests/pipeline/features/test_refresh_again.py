@@ -54,7 +54,7 @@ def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
 
     done = sum(computed)
     with monkeypatch.context() as trouble:
-        trouble.setattr("pipeline.images.source.read_image", unreachable)
+        trouble.setattr("pipeline.features.part.read_image", unreachable)
         trouble.setattr(FeatureStore, "commit", lost)
         with pytest.raises(StorageError, match="the power went out"):
             run(folder, part_size=part_size)

@@ -42,7 +42,7 @@ def test_rows_are_sorted_by_uri_as_python_does():
 
 
 def test_what_a_row_lacks_stays_away():
-    refs = [ref(1, source_tag="", size_bytes=-1), ref(2, location="", problem="no name"), ref(3, location="/x/3.jpg")]
+    refs = [ref(1, source_tag="", size_bytes=-1), ref(2, location=""), ref(3, location="/x/3.jpg")]
     table = ImageTable.of(refs, "file:///in/")
     assert [*table] == refs
     assert table.has_tag().tolist() == [False, True, True]
