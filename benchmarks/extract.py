@@ -57,7 +57,7 @@ def main(
 
 def draw_images(folder: Path, count: int) -> None:
     """Draw `count` pictures of clothes, no two of equal bytes: a copy would not go through the network."""
-    from pipeline.demo.draw import draw_garment, plan_garments
+    from pipeline.demo.items import draw_garment, plan_garments
 
     planned = count
     while len(garments := list(dict.fromkeys(plan_garments(planned, seed=0)))) < count:
@@ -69,8 +69,8 @@ def draw_images(folder: Path, count: int) -> None:
 def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str, Figure]:
     """Measure both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
     from pipeline.cluster.tasks import connect, run_alone
+    from pipeline.features.refresh import describe_network
     from pipeline.network.backbone import UntrainedWeightsWarning
-    from pipeline.network.described import describe_network
 
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)

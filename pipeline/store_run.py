@@ -23,8 +23,7 @@ from featurestore.staging import STAGING, QuarantineRow
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore, Reduction
-from pipeline.cluster.checks import wait_for_workers
-from pipeline.cluster.tasks import num_threads, run_all
+from pipeline.cluster.tasks import num_threads, run_all, wait_for_workers
 from pipeline.errors import StoreRunError
 
 WORKERS_TIMEOUT_S = 60.0

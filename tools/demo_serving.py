@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from featurestore.errors import UserError
-from pipeline.demo.draw import draw_garment, plan_garments
+from pipeline.demo.items import draw_garment, plan_garments
 
 NUM_CANDIDATES, NUM_REQUESTS = 200, 200
 _READY_S, _SWITCH_S, _STOP_S = 120, 60, 20

@@ -166,8 +166,7 @@ def _prepared_cluster(
     address: str | None, local: LocalSize, wait_workers: int | None, timeout_s: float, insecure: bool
 ) -> Iterator[str]:
     """Give the scheduler's address, checked, with its workers; a local cluster where `address` is None."""
-    from pipeline.cluster.checks import check_address
-    from pipeline.cluster.tasks import local_cluster
+    from pipeline.cluster.tasks import check_address, local_cluster
 
     if address is None:
         with local_cluster(local.workers, local.threads_per_worker, local.memory_limit) as cluster:
@@ -182,8 +181,7 @@ def _prepared_cluster(
 
 def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
     """Print the cluster once it is fit to run a script; `timeout_s` is for connecting and waiting together."""
-    from pipeline.cluster.checks import check_packages, check_versions, wait_for_workers
-    from pipeline.cluster.tasks import open_client
+    from pipeline.cluster.tasks import check_packages, check_versions, open_client, wait_for_workers
 
     deadline = time.monotonic() + timeout_s
     with open_client(address, timeout_s) as client:
@@ -200,7 +198,7 @@ def script_environment(address: str, insecure: bool) -> dict[str, str]:
     """Make the script's environment: ours, with the scheduler's address and output that is not buffered.
 
     The address goes before a file's. Also whether an insecure one was accepted, as `connect` checks it again."""
-    from pipeline.cluster.checks import INSECURE_VARIABLE
+    from pipeline.cluster.tasks import INSECURE_VARIABLE
 
     accepted = {INSECURE_VARIABLE: "True"} if insecure else {}
     return dict(os.environ) | accepted | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}

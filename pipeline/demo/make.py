@@ -16,10 +16,10 @@ import xxhash
 from featurestore.console.files import write_json
 from featurestore.parsing import parse_json
 from featurestore.storage.local import read_regular
-from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
-from pipeline.demo.measure import measure_folder
+from pipeline.demo.items import SHAPES, Garment, catalogue_of, draw_garment, measure_folder, plan_garments
 from pipeline.demo.world import DAY_S, HISTORY_DAYS, MIN_ITEMS, IntArray, World, ceiling, simulate
 from pipeline.errors import DemoError
+from pipeline.images.source import list_images
 from pipeline.options import DemoOptions
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
@@ -93,8 +93,6 @@ def _parameters(options: DemoOptions) -> dict[str, Any]:
 
 def _folder_digest(images: Path) -> str:
     """Digest a folder of images: it changes when an image comes, goes or changes."""
-    from pipeline.images.source import list_images
-
     digest = xxhash.xxh3_128()
     for ref in list_images(str(images)).images:
         digest.update(f"{ref.uri}\0{ref.source_tag}\0".encode())

@@ -410,26 +410,15 @@ def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:
     return launch_day_I
 
 
-def ceiling(world: World) -> dict[str, float]:
-    """Compute AUC and new-ad AUC on the test day of the true logit but for its noise."""
+def ceiling(world: World) -> dict[str, float | None]:
+    """Compute AUC and new-ad AUC on the test day of the true logit but for its noise; None where they are undefined."""
+    from trainer.evaluation.bootstrap import auc  # loads torch, which the rest of the demo does without
+
     test_T = np.flatnonzero(world.shown.day_N == world.num_days - 1)
     new_T = world.launch_day_I[world.shown.item_N[test_T]] == world.num_days - 1
     score_T = world.clicks.logit(*PIXEL_PARTS, *ID_PARTS)[test_T]
-    label_T = world.clicks.label_N[test_T]
+    label_T = world.clicks.label_N[test_T].astype(np.float64)
     return {
         "auc": auc(score_T, label_T),
         "new_ad_auc": auc(score_T[new_T], label_T[new_T]),
     }
-
-
-# The trainer has an AUC too (evaluation/metrics.py), but this package may import its schema alone.
-def auc(score_N: FloatArray, label_N: IntArray) -> float:
-    """Compute the area under the ROC curve, ties counted half (Mann-Whitney); NaN where one class is missing."""
-    num_clicks = int(label_N.sum())
-    num_others = len(label_N) - num_clicks
-    if num_clicks == 0 or num_others == 0:
-        return float("nan")
-    _, inverse_N, count = np.unique(score_N, return_inverse=True, return_counts=True)
-    middle_rank = np.cumsum(count) - (count - 1) / 2
-    rank_sum = float(middle_rank[inverse_N][label_N == 1].sum())
-    return (rank_sum - num_clicks * (num_clicks + 1) / 2) / (num_clicks * num_others)

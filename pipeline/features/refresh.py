@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from distributed import Client
@@ -16,16 +16,16 @@ from distributed import Client
 from featurestore.console.output import progress_bar
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.keys import Int64Array
-from featurestore.lookup.compute_dtype import AutoDType
+from featurestore.lookup.compute_dtype import AutoDType, dtype_of_environment, dtype_of_machine
 from featurestore.published.channels import check_channel_name
 from featurestore.snapshot import Snapshot
-from featurestore.spec import NetworkName, StoreInfo
+from featurestore.spec import ExtractorSpec, NetworkName, StoreInfo
 from featurestore.staging import QuarantineRow
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore, Reduction
 from featurestore.upkeep.history import move_channel
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
-from pipeline.errors import StoreRunError
+from pipeline.errors import BackboneError, ClusterError, StoreRunError
 from pipeline.features.diff import (
     DIGEST_DTYPE,
     BoolArray,
@@ -56,7 +56,7 @@ from pipeline.features.part import (
 )
 from pipeline.images.imagetable import ImageTable, Listing
 from pipeline.images.source import list_images
-from pipeline.network.described import check_weights_name, describe_network
+from pipeline.network import check_weights_name
 from pipeline.options import ExtractOptions, RefreshOptions
 from pipeline.store_run import (
     TOMBSTONES,
@@ -102,19 +102,6 @@ class RefreshSummary:
         return max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed) / max(
             self.seconds, 1e-9
         )
-
-    @property
-    def counts(self) -> dict[str, float]:
-        """Return what became of the images, to be drawn."""
-        return {
-            "new": self.num_new,
-            "changed": self.num_changed,
-            "touched": self.num_touched,
-            "unchanged": self.num_unchanged,
-            "gone": self.num_gone,
-            "quarantined": len(self.bad),
-            "duplicates": self.num_duplicates,
-        }
 
     def __str__(self) -> str:
         """Give the lines that a job prints."""
@@ -286,6 +273,38 @@ def _check_network(client: Client, store: FeatureStore, settings: PartSettings) 
     """Raise SpecMismatchError, naming what differs, unless the workers build the store's own network."""
     spec = describe_network(client, settings.backbone, settings.weights, settings.compute_dtype)
     store.info.model_copy(update={"extractor": spec}).check_same(store.info, f"the store at {store.url}")
+
+
+def describe_network(
+    client: Client, backbone_name: str, weights: str, compute_dtype: AutoDType | Literal["auto"]
+) -> ExtractorSpec:
+    """Give the spec of the network as a worker builds it, which keeps it; this process does without torch.
+
+    `auto` is what our environment names, else bfloat16 where the hardware of all workers is quick at it, else float32.
+    Raises BackboneError, WeightsError; ClusterError where the workers die of it.
+    """
+    if compute_dtype == "auto":
+        compute_dtype = _settled_dtype(client)
+    spec: ExtractorSpec | Killed = run_alone(client, _spec_of, backbone_name, weights, compute_dtype)
+    if isinstance(spec, Killed):
+        raise ClusterError("building the network brings the workers down: is there memory for 1 GB more in each?")
+    return spec
+
+
+def _settled_dtype(client: Client) -> AutoDType:
+    try:
+        named = dtype_of_environment()
+    except ValueError as failure:
+        raise BackboneError(str(failure)) from failure
+    if named:
+        return named
+    return "bfloat16" if set(client.run(dtype_of_machine).values()) == {"bfloat16"} else "float32"
+
+
+def _spec_of(backbone_name: str, weights: str, compute_dtype: AutoDType) -> ExtractorSpec:
+    from pipeline.network.backbone import backbone
+
+    return backbone(backbone_name, weights, compute_dtype).spec
 
 
 def _check_gone(options: RefreshOptions, num_gone: int, comparison: Comparison, fault: str) -> None:

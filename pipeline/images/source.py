@@ -69,7 +69,7 @@ def read_image(location: str, most_bytes: int | None = None) -> bytes:
         if most_bytes is None:
             return storage.read_bytes(path)
         first = np.empty(most_bytes, np.uint8)
-        size_bytes = storage.read_into(path, memoryview(first))
+        size_bytes = storage.read_into(path, first.data)
         return first[:size_bytes].tobytes()
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error

@@ -1,3 +1,20 @@
-"""The frozen network that makes features of images: its layers, its weights, and the forward pass."""
+"""The frozen network that makes features of images; what a job asks of it without torch is here."""
+
+import re
+from pathlib import Path
+
+from pipeline.errors import WeightsError
 
 DEFAULT_BACKBONE = "vgg16:classifier.1"  # fc6 after its ReLU
+
+
+def check_weights_name(weights: str) -> str:
+    """Return `weights`, a path made absolute for worker processes. Raises WeightsError on a malformed name."""
+    if weights == "imagenet" or re.fullmatch(r"imagenet:\w+|random:\d{1,18}", weights):
+        return weights
+    if weights.startswith("random"):
+        raise WeightsError(f"weights {weights!r}: the seed of random weights is a number, as in random:0")
+    path = Path(weights).absolute()
+    if not path.is_file():
+        raise WeightsError(f"weights {weights!r}: neither imagenet, random:SEED, nor a file (looked for {path})")
+    return str(path)

@@ -22,7 +22,7 @@ from torchvision.transforms import functional
 from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.spec import ExtractorSpec
 from pipeline.errors import WeightsError
-from pipeline.network.described import check_weights_name
+from pipeline.network import check_weights_name
 from pipeline.network.layers import Network, feature_dim, network_of
 
 _build_lock = threading.Lock()

@@ -5,7 +5,7 @@ import re
 import pytest
 from distributed import Client
 
-from pipeline.cluster.checks import check_address, check_packages, check_versions
+from pipeline.cluster.tasks import check_address, check_packages, check_versions
 from pipeline.errors import (
     InsecureSchedulerError,
     MissingPackagesError,
@@ -79,7 +79,7 @@ def test_missing_package_on_the_scheduler_is_a_mismatch():
 def test_workers_without_this_project_are_named(cluster, monkeypatch):
     with Client(cluster) as client:
         check_packages(client)
-        monkeypatch.setattr("pipeline.cluster.checks.IMPORT_OURS", "import featurestore, no_such_package")
+        monkeypatch.setattr("pipeline.cluster.tasks.IMPORT_OURS", "import featurestore, no_such_package")
         with pytest.raises(MissingPackagesError, match="no_such_package") as caught:
             check_packages(client)
     assert all(f"{worker.address}: " in str(caught.value) for worker in cluster.workers.values())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.demo.draw import PATTERNS, SHAPES, SIDE_PX, Garment, catalogue_of, draw_garment, plan_garments
+from pipeline.demo.items import PATTERNS, SHAPES, SIDE_PX, Garment, catalogue_of, draw_garment, plan_garments
 from pipeline.demo.world import standardize
 
 

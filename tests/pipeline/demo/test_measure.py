@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.demo.measure import ATTRIBUTES, NO_LABEL, measure, measure_folder
+from pipeline.demo.items import ATTRIBUTES, NO_LABEL, measure, measure_folder
 from pipeline.errors import DemoError, SourceError
 
 COLUMN = {name: index for index, name in enumerate(ATTRIBUTES)}

@@ -4,12 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
-from torchmetrics.functional.classification import binary_auroc
 
 from pipeline.demo import world as truth
-from pipeline.demo.draw import catalogue_of, plan_garments
-from pipeline.demo.world import World, auc, ceiling, match_of, simulate
+from pipeline.demo.items import catalogue_of, plan_garments
+from pipeline.demo.world import World, ceiling, match_of, simulate
+from trainer.evaluation.bootstrap import auc
 
 DAYS = 19
 START_S = 1_772_323_200
@@ -151,14 +150,6 @@ def test_who_cannot_see_stays_far_below_the_ceiling(world: World, last: np.ndarr
     label_N = world.clicks.label_N
     assert known["auc"] > auc(blind_N[last], label_N[last]) + 0.15
     assert known["new_ad_auc"] > auc(blind_N[new], label_N[new]) + 0.15
-
-
-def test_auc_is_that_of_torchmetrics_with_ties() -> None:
-    rng = np.random.default_rng(0)
-    score_N, label_N = rng.integers(0, 20, size=500) / 20, rng.integers(0, 2, size=500)
-    expected = binary_auroc(torch.tensor(score_N), torch.tensor(label_N)).item()
-    assert auc(score_N, label_N) == pytest.approx(expected, abs=1e-6)
-    assert np.isnan(auc(score_N, np.ones(500, dtype=np.int64)))
 
 
 def test_a_catalogue_without_variation_still_makes_a_world(world: World) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.demo.draw import catalogue_of, plan_garments
+from pipeline.demo.items import catalogue_of, plan_garments
 from pipeline.demo.make import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_logs
 from pipeline.demo.world import World, simulate
 

@@ -19,9 +19,8 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.part import PartSettings, extract_part, in_order
-from pipeline.features.refresh import extract
+from pipeline.features.refresh import describe_network, extract
 from pipeline.network.backbone import backbone
-from pipeline.network.described import describe_network
 from pipeline.options import ExtractOptions
 from tests.metadata import metadata_of
 

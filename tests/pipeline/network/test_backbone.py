@@ -12,10 +12,9 @@ from torchvision import models
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
-from pipeline.network import DEFAULT_BACKBONE, backbone
+from pipeline.network import DEFAULT_BACKBONE, backbone, check_weights_name
 from pipeline.network import backbone as weights_module
 from pipeline.network.backbone import Backbone, check_network, load_weights, weights_digest
-from pipeline.network.described import check_weights_name
 from pipeline.network.layers import feature_dim, network_of
 
 pytestmark = pytest.mark.long  # they make whole networks

@@ -1,17 +1,29 @@
-"""Drawn clothes: shape, colour, pattern, size and background, each chosen without a look at the others.
+"""The items of a demo: drawn clothes, or own photographs, and how both look.
 
-So a category (the shape) says nothing about colour or pattern: who knows only IDs cannot know them.
+Shape, colour, pattern, size and background of drawn clothes are each chosen without a look at the others. So a category
+(the shape) says nothing about colour or pattern: who knows only IDs cannot know them. The look of photographs is
+measured from their pixels. Looks are standardised over the catalogue, so a taste is for "redder than most", whatever
+the pictures are.
 """
 
 import colorsys
+import csv
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from pipeline.demo.world import Catalogue, standardize
+from featurestore.storage.local import open_regular
+from pipeline.demo.world import Catalogue, FloatArray, standardize
+from pipeline.errors import BadImageError, DemoError
+from pipeline.images.decode import decode
+from pipeline.images.imagetable import ImageRef
+from pipeline.images.source import list_images, read_image
 
 CANVAS_PX = 480  # drawn at twice the size, then reduced: smooth edges
 SIDE_PX = 240
@@ -121,7 +133,7 @@ def catalogue_of(garments: list[Garment]) -> Catalogue:
     """Make the catalogue of drawn garments; looks come from what was drawn."""
     shapes = tuple(SHAPES)
     hue_I = np.deg2rad([garment.hue_deg for garment in garments])
-    looks: dict[str, tuple[float, NDArray[np.float64]]] = {  # each with its weight in a taste
+    looks: dict[str, tuple[float, FloatArray]] = {  # each with its weight in a taste
         "hue_red_cyan": (2.0, np.cos(hue_I)),
         "hue_yellow_blue": (2.0, np.sin(hue_I)),
         "vivid": (0.4, np.array([garment.saturation for garment in garments])),
@@ -139,7 +151,7 @@ def catalogue_of(garments: list[Garment]) -> Catalogue:
     )
 
 
-def _colours(garment: Garment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _colours(garment: Garment) -> tuple[FloatArray, FloatArray]:
     """Give main and pattern colour, 0-255: of the same hue, dark on light cloth and pale on dark cloth."""
     hue = garment.hue_deg / 360
     pale = garment.value < 0.7
@@ -175,3 +187,93 @@ def pattern_mask(pattern: str, side_px: int, period_px: float) -> NDArray[np.boo
         tooth = np.abs(x % (2 * period_px) - period_px)
         mask |= (y + tooth) % (1.2 * period_px) < 0.5 * period_px
     return mask
+
+
+MEASURED_PX = 96  # measured on a small copy: quick, and blind to the grain of the camera
+CENTRE = slice(MEASURED_PX // 5, MEASURED_PX - MEASURED_PX // 5)
+MEASURE_THREADS = 4
+NO_LABEL = "unlabelled"
+MAX_LISTED = 20  # unreadable photographs in demo.json
+# How much each attribute counts in a taste: colour first, as in the drawn clothes.
+ATTRIBUTES = {"red_green": 1.0, "yellow_blue": 1.0, "light": 1.0, "vivid": 0.6, "contrast": 0.4, "texture": 0.4}
+
+
+def measure_folder(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, Any]]:
+    """Measure each readable image below `images` as an item; its category is from `labels` (image, label).
+
+    The uri is the path below `images`; `image` in the table is that path, or the file's name, with or without its
+    extension. Returns the catalogue, and what demo.json has of images that are not in it. Raises SourceError (no
+    images) and DemoError (none readable, a table without the columns).
+    """
+    refs = list_images(str(images)).images
+    label_of = _read_labels(labels) if labels else {}
+    with ThreadPoolExecutor(MEASURE_THREADS) as pool:
+        looks = list(pool.map(_try_measure, refs))
+    good = [(ref, look) for ref, look in zip(refs, looks, strict=True) if not isinstance(look, str)]
+    unreadable = [(ref.uri, look) for ref, look in zip(refs, looks, strict=True) if isinstance(look, str)]
+    if not good:
+        raise DemoError(f"none of the {len(refs)} images in {images} can be read; the first: {unreadable[0][1]}")
+    labels_I = [_label(ref.uri, label_of) for ref, _ in good]
+    names = sorted(set(labels_I))
+    catalogue = Catalogue(
+        uris=tuple(ref.uri for ref, _ in good),
+        category_I=np.array([names.index(label) for label in labels_I], dtype=np.int64),
+        category_names=tuple(names),
+        look_IK=standardize(np.stack([look for _, look in good])),
+        weight_K=np.array(list(ATTRIBUTES.values())),
+        vivid=tuple(ATTRIBUTES).index("vivid"),
+    )
+    listed, num_unlabelled = dict(unreadable[:MAX_LISTED]), labels_I.count(NO_LABEL) if labels else 0
+    return catalogue, {"unreadable": listed, "num_unreadable": len(unreadable), "num_unlabelled": num_unlabelled}
+
+
+def measure(image: Image.Image) -> FloatArray:
+    """Measure the attributes of one RGB image, (K,) in the order of ATTRIBUTES.
+
+    Opponent colours are means over the centre, 0-255 apart; vivid is the colourfulness of Hasler and Suesstrunk
+    (2003); contrast the deviation of brightness; texture the logarithm of the mean step between neighbours.
+    """
+    small = image.resize((MEASURED_PX, MEASURED_PX), Image.Resampling.BOX)
+    red, green, blue = np.moveaxis(np.asarray(small, dtype=np.float64), -1, 0)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    red_green, yellow_blue = red - green, (red + green) / 2 - blue
+    middle_rg, middle_yb = red_green[CENTRE, CENTRE], yellow_blue[CENTRE, CENTRE]
+    spread = np.hypot(middle_rg.std(), middle_yb.std())
+    steps = np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()
+    return np.array(
+        [
+            middle_rg.mean(),
+            middle_yb.mean(),
+            grey[CENTRE, CENTRE].mean(),
+            spread + 0.3 * np.hypot(middle_rg.mean(), middle_yb.mean()),
+            grey.std(),
+            np.log1p(steps),
+        ]
+    )
+
+
+def _try_measure(ref: ImageRef) -> FloatArray | str:
+    """Measure the look, or give the reason why there is none."""
+    try:
+        return measure(decode(read_image(ref.location))[0])
+    except BadImageError as error:
+        return str(error)
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    """Read the label of each value of the column `image`."""
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            names = rows.fieldnames or ()
+            if {"image", "label"} <= set(names):
+                return {row["image"]: row["label"] for row in rows if row["image"] and row["label"]}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DemoError(f"cannot read the labels {path}: {error}") from error
+    raise DemoError(f"{path} needs the columns image and label; it has {', '.join(names) or 'none'}")
+
+
+def _label(uri: str, label_of: dict[str, str]) -> str:
+    path = Path(uri)
+    names = (uri, path.with_suffix("").as_posix(), path.name, path.stem)
+    return next((label_of[name] for name in names if name in label_of), NO_LABEL)
