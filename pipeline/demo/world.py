@@ -412,13 +412,16 @@ def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:
 
 def ceiling(world: World) -> dict[str, float | None]:
     """Compute AUC and new-ad AUC on the test day of the true logit but for its noise; None where they are undefined."""
-    from trainer.evaluation.bootstrap import auc  # loads torch, which the rest of the demo does without
+    from trainer.evaluation.bootstrap import auc_of_groups  # loads torch, which the rest of the demo does without
 
     test_T = np.flatnonzero(world.shown.day_N == world.num_days - 1)
     new_T = world.launch_day_I[world.shown.item_N[test_T]] == world.num_days - 1
     score_T = world.clicks.logit(*PIXEL_PARTS, *ID_PARTS)[test_T]
     label_T = world.clicks.label_N[test_T].astype(np.float64)
-    return {
-        "auc": auc(score_T, label_T),
-        "new_ad_auc": auc(score_T[new_T], label_T[new_T]),
-    }
+
+    def auc(chosen_T: NDArray[np.bool_]) -> float | None:
+        one_group = np.zeros(np.count_nonzero(chosen_T), np.int64)
+        groups = auc_of_groups(score_T[chosen_T], label_T[chosen_T], one_group)
+        return float(groups.auc_G[0]) if len(groups.auc_G) else None
+
+    return {"auc": auc(np.ones_like(new_T)), "new_ad_auc": auc(new_T)}
