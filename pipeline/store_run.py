@@ -161,7 +161,7 @@ class StoreRun:
             new = [row[:3] for row in dict.fromkeys(bad) if row[:3] not in known]
             self.store.add_quarantine([QuarantineRow(*row, time.time()) for row in new])
 
-    def good_again(self, keys: Int64Array, bad: Sequence[BadRow]) -> list[QuarantineRow]:
+    def recovered(self, keys: Int64Array, bad: Sequence[BadRow]) -> list[QuarantineRow]:
         """List the rows in quarantine before the run whose keys are among `keys` and not `bad` now."""
         good = np.setdiff1d(keys, np.array([row.key for row in bad], np.int64))
         is_good = np.isin(np.array([row.key for row in self.quarantined], np.int64), good)

@@ -181,7 +181,7 @@ def bring_up_to_date(
         run.discard()  # the next run looks at all files again: it may be the decoder that is broken
         raise
     keys_N = images.keys()
-    resolved = run.good_again(keys_N, bad)
+    resolved = run.recovered(keys_N, bad)
     is_listed = np.isin(np.array([row.key for row in quarantined], np.int64), keys_N)
     rows = zip(quarantined, is_listed, strict=True)
     unlisted = [row for row, is_here in rows if not is_here and not options.keep_missing]

@@ -29,7 +29,7 @@ from featurestore.console.files import write_json
 from featurestore.errors import StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.versions import open_published
-from featurestore.spec import FileName
+from featurestore.spec import FileName, differing
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
@@ -206,17 +206,15 @@ def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
     }
     columns = made["user_columns"]
     made["user_columns"] = ",".join(columns) if columns is not None and not made["mapping"] else None
-    for field in dataclasses.fields(options):
-        mine = getattr(options, field.name)
-        if field.name not in _FREE and mine not in (field.default, made[field.name]):
+    given = {name: value for name, value in vars(options).items() if value != getattr(SampleOptions, name)}
+    for name, its, mine in differing(made, made | given):
+        if name not in _FREE:
             raise SampleOptionError(
-                f"--{field.name.replace('_', '-')} {mine}: {options.samples} was made with {made[field.name]}; leave "
-                "the option out, or make all days anew"
+                f"--{name.replace('_', '-')} {mine}: {options.samples} was made with {its}; leave the option out, or "
+                "make all days anew"
             )
     free = {name: getattr(options, name) for name in _FREE}
-    if options.logs == SampleOptions.logs:
-        free["logs"] = made["logs"]
-    return SampleOptions(**made | free)
+    return SampleOptions(**made | free | {"logs": given.get("logs", made["logs"])})
 
 
 def _name(file: str) -> str:

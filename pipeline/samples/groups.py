@@ -11,7 +11,7 @@ import itertools
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -341,19 +341,20 @@ AD_LISTS = ("item", "image", "category", "scene")
 
 @dataclass(frozen=True)
 class GroupedBucket:
-    """The groups of one bucket: where those of each hour (since 1970) are, and counts."""
+    """The groups of one bucket: where those of each hour (since 1970) are, and counts of those that were made here."""
 
     path: str
     batch_of_hour: dict[int, int]
     groups_of_hour: dict[int, int]
-    num_users: int
-    num_impressions: int  # distinct ones
-    num_behaviors: int  # distinct ones
-    num_used: int  # behaviours in at least one group
-    num_references: int  # behaviours in groups
-    num_over_limit: int  # behaviours that did not fit into their group
-    num_without: int  # groups without behaviours
-    latest_of_day: dict[int, int]  # by day since 1970: the last impression (µs) of groups that begin then
+    num_users: int = 0
+    num_impressions: int = 0  # distinct ones
+    num_behaviors: int = 0  # distinct ones
+    num_used: int = 0  # behaviours in at least one group
+    num_references: int = 0  # behaviours in groups
+    num_over_limit: int = 0  # behaviours that did not fit into their group
+    num_without: int = 0  # groups without behaviours
+    latest_of_day: dict[int, int] = field(default_factory=dict)
+    """By day since 1970: the last impression (µs) of groups that begin then."""
 
 
 def get_groups(get: Callable[[], GroupedBucket]) -> GroupedBucket:
@@ -384,14 +385,14 @@ def group_bucket(
         str(path),
         batch_of_hour,
         groups_of_hour,
-        len(np.unique(groups.impressions["user"])),
-        len(groups.impressions["user"]),
-        groups.num_behaviors,
-        groups.num_used,
-        int(groups.take_G.sum()),
-        int(groups.over_limit_G.sum()),
-        int(np.count_nonzero(groups.take_G == 0)),
-        _latest_of_day(groups),
+        num_users=len(np.unique(groups.impressions["user"])),
+        num_impressions=len(groups.impressions["user"]),
+        num_behaviors=groups.num_behaviors,
+        num_used=groups.num_used,
+        num_references=int(groups.take_G.sum()),
+        num_over_limit=int(groups.over_limit_G.sum()),
+        num_without=int(np.count_nonzero(groups.take_G == 0)),
+        latest_of_day=_latest_of_day(groups),
     )
 
 
@@ -427,7 +428,7 @@ def take_groups(
     is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
     path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
     batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)), compress=False)
-    return GroupedBucket(str(path), batch_of_hour, groups_of_hour, 0, 0, 0, 0, 0, 0, 0, {})
+    return GroupedBucket(str(path), batch_of_hour, groups_of_hour)
 
 
 def _write_hours(path: Path, table: pa.Table, compress: bool) -> tuple[dict[int, int], dict[int, int]]:

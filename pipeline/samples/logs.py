@@ -25,6 +25,7 @@ from pipeline.samples.mapping import (
     TableLayout,
     csv_beginning,
     csv_names,
+    kind_of,
     parse_ids,
     parse_labels,
     parse_numbers,
@@ -38,43 +39,18 @@ BEHAVIORS = "behaviors"
 MICROSECONDS = 1_000_000
 PIECE_ROWS = 1_000_000
 
-KINDS = {
-    "timestamp": "time",
-    "user": "id",
-    "session": "id",
-    "scene": "id",
-    "item": "id",
-    "image": "image",
-    "category": "id",
-    "label": "label",
-    "dwell_s": "seconds",
-}
 COLUMNS = {
     IMPRESSIONS: ("timestamp", "user", "session", "scene", "item", "image", "category", "label"),
     BEHAVIORS: ("timestamp", "user", "item", "image", "category", "dwell_s"),
 }
 WANTED = {
-    "time": "a timestamp, or a whole number of seconds since 1970",
+    "time": "a timestamp, or a whole number since 1970",
     "id": "a whole number of at most 64 bits, signed",
     "image": "a string (the image's uri) or its int64 key",
     "label": "a whole number, a boolean or a float that is 0 or 1",
     "seconds": "a number of seconds",
     "profile": "a whole number of at most 64 bits, signed",
-    "any_time": "a timestamp, a whole number, or text in ISO 8601",
-    "any_id": "a whole number of at most 64 bits, signed, or text",
-    "extra_id": "a whole number of at most 64 bits, signed, or text",
-    "any_label": "a number, boolean or text that is 0 or 1",
-    "any_seconds": "a number of seconds",
     "dense": "a number",
-}
-# Kinds of a person's own tables, which may be text too; behind each the kind of those that are numbers.
-ANY = {
-    "any_time": "time",
-    "any_id": "id",
-    "extra_id": "profile",
-    "any_label": "label",
-    "any_seconds": "seconds",
-    "dense": "dense",
 }
 CSV_SUFFIXES = (".csv", ".tsv")
 _CSV_ROW_BYTES = 60  # for a guess at the number of rows
@@ -155,7 +131,7 @@ def find_pieces(
     person's own tables, CSV or Parquet, those count that it names. Raises SampleError for a log that is not there or
     has no row, and for a column that is missing or of a wrong type, with the file's name.
     """
-    if reserved := set(user_columns or ()) & set(KINDS):
+    if reserved := set(user_columns or ()) & set().union(*COLUMNS.values()):
         raise SampleOptionError(
             f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway"
         )
@@ -185,7 +161,7 @@ def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str
     if log == IMPRESSIONS and user_columns is None:
         with open_parquet(storage, path) as file:
             user_columns = [name for name in ("user_age", "user_gender") if name in file.schema_arrow.names]
-    kinds = {name: KINDS[name] for name in COLUMNS[log]} | dict.fromkeys(user_columns or (), "profile")
+    kinds = {name: kind_of(name) for name in COLUMNS[log]} | dict.fromkeys(user_columns or (), "profile")
     return TableLayout(
         files=log,
         names={name: name for name in kinds},
@@ -196,6 +172,7 @@ def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str
         csv=CsvSettings(),
         time_unit=None,
         time_format=None,
+        takes_text=False,
     )
 
 
@@ -332,21 +309,23 @@ def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
         if schema.names.count(name) > 1:
             raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
         found = schema.field(name).type
-        if not _fits(found, kind):
-            raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}")
+        if not _fits(found, kind, piece.layout.takes_text):
+            or_text = ", or text" if piece.layout.takes_text and kind != "image" else ""
+            raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}{or_text}")
 
 
-def _fits(found: pa.DataType, kind: str) -> bool:
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
-    if kind in ANY and (pa.types.is_string(found) or pa.types.is_large_string(found)):
-        return True
-    kind = ANY.get(kind, kind)
+    if _is_text(found):
+        return takes_text or kind == "image"
     whole = pa.types.is_integer(found) and found != pa.uint64()
     if kind == "time":
         return whole or pa.types.is_timestamp(found)
-    if kind == "image":
-        return whole or pa.types.is_string(found) or pa.types.is_large_string(found)
     if kind == "label":
         return whole or pa.types.is_boolean(found) or pa.types.is_floating(found)
     if kind in ("seconds", "dense"):
@@ -453,13 +432,11 @@ Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault
 
 def _arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple[npt.NDArray[Any], Faults]:
     """Read the values of a chunked Arrow column, anything where they are bad, and their faults."""
-    if kind in ANY:
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            return _text_arrays(column, kind, latest_s, layout)
-        kind = ANY[kind]
-    null = {"is null": column.is_null().to_numpy()}
     if kind == "time" and layout.time_format is not None and pa.types.is_integer(column.type):
-        return _text_arrays(column.cast(pa.string()), "any_time", latest_s, layout)
+        column = column.cast(pa.string())
+    if _is_text(column.type):
+        return _text_arrays(column, kind, latest_s, layout)
+    null = {"is null": column.is_null().to_numpy()}
     if kind == "time":
         value_N, faults = _times_us(column, latest_s, layout.unit)
         return value_N, null | faults
@@ -493,16 +470,16 @@ def _text_arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> 
     """Read as `_arrays`, but text that has to be parsed first."""
     null_N = column.is_null().to_numpy()
     null = {"is null": null_N}
-    if kind == "any_time":
+    if kind == "time":
         time_N, wrong_N = parse_times(column, layout.unit, layout.time_format)
         late_N = time_N > latest_s * MICROSECONDS
         return time_N, null | {"is no time": wrong_N, "is before 1970": time_N < 0, "is in the future": late_N}
-    if kind == "any_id":
+    if kind == "id":
         return parse_ids(column)[0], null
-    if kind == "extra_id":
+    if kind == "profile":
         return np.where(null_N, UNKNOWN, parse_ids(column)[0]), {}
-    number_N, wrong_N = parse_labels(column) if kind == "any_label" else parse_numbers(column, layout.style.decimal)
-    value_N, faults = _numbers(number_N, ANY[kind])
+    number_N, wrong_N = parse_labels(column) if kind == "label" else parse_numbers(column, layout.style.decimal)
+    value_N, faults = _numbers(number_N, kind)
     return value_N, null | {"is no number": wrong_N} | faults
 
 

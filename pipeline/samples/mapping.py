@@ -45,9 +45,14 @@ REQUIRED = {
 OPTIONAL = {"impressions": ("session", "scene", "category"), "behaviors": ("category", "dwell_s")}
 # What a table without such a column has: one session a day, one scene, one category, visits that are long enough.
 DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9}
-KINDS = {"timestamp": "any_time", "image": "image", "label": "any_label", "dwell_s": "any_seconds"}
-EXTRA_KINDS = {"id": "extra_id", "dense": "dense"}
+KINDS = {"timestamp": "time", "image": "image", "label": "label", "dwell_s": "seconds"}
+EXTRA_KINDS = {"id": "profile", "dense": "dense"}
 TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"])
+
+
+def kind_of(name: str) -> str:
+    """Give the kind of one of our columns; see WANTED of pipeline.samples.logs."""
+    return KINDS.get(name, "id")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class TableLayout:
     """Of whole numbers; None: found in the first file."""
     time_format: str | None
     found_style: CsvStyle | None = None
+    takes_text: bool = True
+    """Whether values of all kinds may be text as well."""
 
     @property
     def unit(self) -> TimeUnit:
@@ -166,7 +173,7 @@ class LogMapping(_Section):
         extras = table.user | table.ad
         names = {name: table.columns.get(name, name) for name in REQUIRED[log]}
         names |= {name: table.columns[name] for name in OPTIONAL[log] if name in table.columns}
-        kinds = {name: KINDS.get(name, "any_id") for name in names}
+        kinds = {name: kind_of(name) for name in names}
         names |= {name: extra.column or name for name, extra in extras.items()}
         kinds |= {name: EXTRA_KINDS[extra.kind] for name, extra in extras.items()}
         constants = {name: DEFAULTS[name] for name in OPTIONAL[log] if name not in names}

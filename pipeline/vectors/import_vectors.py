@@ -205,18 +205,6 @@ class ImportSummary:
     store: str
     snapshot: int
 
-    @property
-    def counts(self) -> dict[str, float]:
-        """Return what became of the rows, to be drawn."""
-        return {
-            "new": self.num_new,
-            "changed": self.num_changed,
-            "unchanged": self.num_unchanged,
-            "gone": self.num_gone,
-            "quarantined": len(self.bad),
-            "duplicates": self.num_duplicates,
-        }
-
     def __str__(self) -> str:
         """Give the lines that a job prints."""
         kept = f" ({self.num_kept:,} not in the source, kept)" if self.num_kept else ""
@@ -269,7 +257,7 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
     check_gone(options.store, len(gone), num_stored, options.max_gone, "are not in the source", advice)
     run.quarantine(bad)
     run.remove(gone)
-    resolved = run.good_again(keys, bad)
+    resolved = run.recovered(keys, bad)
     version = run.commit("import", len(bad), resolved)
     return ImportSummary(
         num_rows=num_rows,
