@@ -8,7 +8,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import check_ending
 from featurestore.console.output import print_summary, progress_bar
-from trainer.cli import StoreVersion, WhichCheckpoint
+from trainer.cli import StoreVersion, WhichCheckpoint, WhichRun
 
 if TYPE_CHECKING:
     from featurestore.published.channels import VersionName
@@ -30,9 +30,7 @@ app = CommandApp(report=True, rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[
-        str | None, typer.Option(help="Folder or address of a run.", show_default="the newest in data/runs")
-    ] = None,
+    run: WhichRun = None,
     checkpoint: WhichCheckpoint = None,
     network: Annotated[
         str | None, typer.Option(help="Which E, by STORE:NAME or a part of it; needed where a run has several.")
@@ -81,14 +79,15 @@ def export_images(
     with progress_bar("images") as progress:
         keys = export_vectors(opened, out, progress)
     about = opened.describe()
-    print_summary(f"run          {about['run']}, {about['checkpoint']}, network {about['network']}")
-    print_summary(f"features     snapshot {about['snapshot']} of {about['store']}")
-    print_summary(f"images       {opened.num_images:,}, {about['dim']} numbers each")
-    print_summary(f"time         {time.monotonic() - start:.1f} s")
-    print_summary(f"written to   {out}" + (f", keys {keys}" if keys else ""))
-    print_summary(
-        f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else "")
-    )
+    lines = [
+        f"run          {about['run']}, {about['checkpoint']}, network {about['network']}",
+        f"features     snapshot {about['snapshot']} of {about['store']}",
+        f"images       {opened.num_images:,}, {about['dim']} numbers each",
+        f"time         {time.monotonic() - start:.1f} s",
+        f"written to   {out}" + (f", keys {keys}" if keys else ""),
+        f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else ""),
+    ]
+    print_summary("\n".join(lines))
 
 
 def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> None:
@@ -100,10 +99,13 @@ def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> 
     with progress_bar("shards") as progress:
         count = export_table(opened, out, progress)
     about = opened.describe()
-    print_summary(f"run          {about['run']}, {about['checkpoint']}, table {about['table']}")
-    print_summary(f"ids          {count:,}, in {about['num_shards']} shards with a cold row each")
-    print_summary(f"time         {time.monotonic() - start:.1f} s")
-    print_summary(f"written to   {out}")
+    lines = [
+        f"run          {about['run']}, {about['checkpoint']}, table {about['table']}",
+        f"ids          {count:,}, in {about['num_shards']} shards with a cold row each",
+        f"time         {time.monotonic() - start:.1f} s",
+        f"written to   {out}",
+    ]
+    print_summary("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import check_ending
 from featurestore.console.output import print_summary
-from trainer.cli import WhichCheckpoint, run_on_ranks
+from trainer.cli import WhichCheckpoint, WhichRun, run_on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -30,9 +30,7 @@ app = CommandApp(report=True, on_ranks=True, rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[
-        str | None, typer.Option(help="Folder or address of a run.", show_default="the newest in data/runs")
-    ] = None,
+    run: WhichRun = None,
     checkpoint: WhichCheckpoint = None,
     samples: Annotated[
         str | None, typer.Option(help="Other samples: their test/ is scored.", show_default="those of the run")

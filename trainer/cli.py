@@ -37,6 +37,10 @@ def _committed(text: str) -> "VersionName":
     return version
 
 
+WhichRun = Annotated[
+    str | None, typer.Option(help="Folder or address of a run.", show_default="the newest in data/runs")
+]
+"""The option --run of a job that reads a trained run."""
 WhichCheckpoint = Annotated[
     str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
 ]
