@@ -28,7 +28,7 @@ from featurestore.published.paths import RunPath
 from featurestore.storage.local import claim
 
 if TYPE_CHECKING:
-    from trainer.runs.export import FoundNetwork, ImageNetwork
+    from trainer.runs.export import ImageNetwork
 
 Progress = Callable[[int, int], None]
 """Gets what is done, and all."""
@@ -89,21 +89,21 @@ def visual_vectors(
     has several; `store_version`: by default the newest. Cost: E takes about 10 s for 100,000 images on a core; opened,
     some milliseconds. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
     """
-    from trainer.runs.export import find_network
+    from trainer.runs.export import open_network
 
-    found = find_network(run, which=which, network=network, store_version=store_version, store=store)
+    found = open_network(run, which=which, network=network, store_version=store_version, store=store)
     folder, digest = cache or explorer_cache(), digest_of(found)
     place = folder / f"{_PREFIX}{digest}"
     with _LOCK:
         if (opened := _opened(place, digest)) is None:
-            _compute(found.load(), place, progress)
+            _compute(found, place, progress)
             opened = _opened(place, digest)
             assert opened is not None
             _prune(folder)
     return opened
 
 
-def digest_of(found: "FoundNetwork") -> str:
+def digest_of(found: "ImageNetwork") -> str:
     """Name what vectors depend on: the checkpoint, the network and the commit of the snapshot."""
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
     values = json.dumps([found.saved.digest, found.store, found.name, *commit])
@@ -130,7 +130,7 @@ def _compute(network: "ImageNetwork", place: Path, progress: Progress) -> None:
     from featurestore.format.datafile import KEY, URI
     from trainer.runs.export import VECTOR
 
-    rows, width = network.num_images, network.model.out
+    rows, width = network.num_images, network.width
     part = Path(tempfile.mkdtemp(prefix=".tmp-", dir=place.parent))
     try:
         keys_N = np.lib.format.open_memmap(part / _KEYS, "w+", np.int64, (rows,))

@@ -28,6 +28,7 @@ from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import cached_property
 from trainer.comm import SoloComm
 from trainer.config.options import ExactTableConfig
 from trainer.engine.engine import image_model, networks_of
@@ -51,15 +52,25 @@ _BATCH_ROWS = 4096
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageNetwork:
     """One E of a run, and the images that it is to look at: what is exported of a store."""
 
     saved: SavedRun
     store: str
     name: str
-    model: EmbeddingModel
+    width: int
+    """Numbers of a visual vector."""
     snapshot: Snapshot
+
+    @cached_property
+    def model(self) -> EmbeddingModel:
+        """E with its weights, which are read when they are first asked for. Raises CheckpointError."""
+        saved, config = self.saved, self.saved.config
+        model = image_model(self.snapshot.info.dim, self.width, config.model)
+        part = f"stores.{self.store}.models.{self.name}."
+        load_part(model, read_dense(saved.path, saved.state, part, config.data.cache_dir))
+        return model.to(share_machine(config, SoloComm()))
 
     @property
     def num_images(self) -> int:
@@ -71,7 +82,7 @@ class ImageNetwork:
         return {
             **self.saved.named(),
             "network": f"{self.store}:{self.name}",
-            "dim": self.model.out,
+            "dim": self.width,
             **SnapshotId.of(self.snapshot).named(),
         }
 
@@ -80,7 +91,7 @@ class ImageNetwork:
         fields: list[Any] = [
             pa.field(KEY, pa.int64(), nullable=False),
             pa.field(URI, pa.string(), nullable=False),
-            pa.field(VECTOR, pa.list_(pa.float32(), self.model.out), nullable=False),
+            pa.field(VECTOR, pa.list_(pa.float32(), self.width), nullable=False),
         ]
         return pa.schema(fields, metadata={VECTORS_OF: json.dumps(self.describe())})
 
@@ -125,48 +136,19 @@ class _ImageRows(NamedTuple):
     features_KD: NDArray[Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoundNetwork:
-    """One E of a run, and the images that it is to look at, before any of its weights are read."""
-
-    saved: SavedRun
-    store: str
-    name: str
-    out: int
-    snapshot: Snapshot
-
-    def load(self) -> ImageNetwork:
-        """Read its weights. Raises CheckpointError."""
-        saved, config = self.saved, self.saved.config
-        model = image_model(self.snapshot.info.dim, self.out, config.model)
-        part = f"stores.{self.store}.models.{self.name}."
-        load_part(model, read_dense(saved.path, saved.state, part, config.data.cache_dir))
-        return ImageNetwork(saved, self.store, self.name, model.to(share_machine(config, SoloComm())), self.snapshot)
-
-
 def open_network(
-    folder: RunPath, *, which: str | None = None, network: str | None = None, store_version: VersionName | None = None
-) -> ImageNetwork:
-    """Read an E of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`), and open a snapshot.
-
-    The snapshot is the newest one by default, whichever the run was trained on. `network`: which E, where there are
-    several; STORE:NAME, or as much of it as tells. Raises ConfigError, CheckpointError, SchemaError, DataError,
-    FeatureStoreError.
-    """
-    return find_network(folder, which=which, network=network, store_version=store_version).load()
-
-
-def find_network(
     folder: RunPath,
     *,
     which: str | None = None,
     network: str | None = None,
     store_version: VersionName | None = None,
     store: str | None = None,
-) -> FoundNetwork:
-    """Find what `open_network` opens; it reads a few small files. `store`: where data.store is now, if elsewhere.
+) -> ImageNetwork:
+    """Find an E of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`), and open a snapshot.
 
-    Raises ConfigError, CheckpointError, SchemaError, DataError, FeatureStoreError.
+    The snapshot is the newest one by default, whichever the run was trained on. `network`: which E, where there are
+    several; STORE:NAME, or as much of it as tells. `store`: where data.store is now, if elsewhere. A few small files
+    are read. Raises ConfigError, CheckpointError, SchemaError, DataError, FeatureStoreError.
     """
     saved = read_run(folder, which)
     if store is not None:
@@ -177,11 +159,11 @@ def find_network(
     snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
         raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
-    return FoundNetwork(saved=saved, store=at, name=name, out=widths[at, name], snapshot=snapshot)
+    return ImageNetwork(saved=saved, store=at, name=name, width=widths[at, name], snapshot=snapshot)
 
 
 def network_widths(saved: SavedRun) -> dict[tuple[str, str], int]:
-    """List the networks E of a run, by store and name, with the width of their vectors. Raises as `find_network`."""
+    """List the networks E of a run, by store and name, with the width of their vectors. Raises as `open_network`."""
     widths_of_store = networks_of(used_fields(saved.schema, saved.config.model), saved.config.model)
     return {(store, name): width for store, widths in widths_of_store.items() for name, width in widths.items()}
 
@@ -220,7 +202,7 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
 
 def _write_npy(storage: Storage, name: str, keys_name: str, network: ImageNetwork, tables: Iterator[pa.Table]) -> None:
     """Write the matrix with its own keys, or nothing: an older one is removed before other keys come."""
-    rows, width = network.num_images, network.model.out
+    rows, width = network.num_images, network.width
     with storage.open_output(name) as matrix, storage.open_output(keys_name) as keys:
         for file, dtype, shape in ((matrix, "<f4", (rows, width)), (keys, "<i8", (rows,))):
             header = {"descr": dtype, "fortran_order": False, "shape": shape}

@@ -126,9 +126,9 @@ def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray
     import torch
 
     from featurestore.lookup.embedding import as_tensor
-    from trainer.runs.export import find_network
+    from trainer.runs.export import open_network
 
-    model = find_network(places.run(run), store_version=snapshot.version, store=places.store).load().model
+    model = open_network(places.run(run), store_version=snapshot.version, store=places.store).model
     with torch.inference_mode():
         device = model.mean_D.device
         visual_NV: npt.NDArray[np.float32] = model(as_tensor(features_ND).to(device)).float().cpu().numpy()
