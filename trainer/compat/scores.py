@@ -23,19 +23,17 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, shard_of
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
-from featurestore.snapshot import Snapshot, SnapshotId
+from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm
 from trainer.compat import GateLimits, GateResult
-from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, DataNotFoundError, TrainerError
 from trainer.evaluation.bootstrap import LEVEL
 from trainer.evaluation.compare import Difference, compare
 from trainer.evaluation.predict import Predictions
 from trainer.evaluation.slices import Impressions
 from trainer.models.layers import used_fields
-from trainer.runs.saved import TEST, SavedRun, open_test, read_run, with_rows
-from trainer.runs.stores import open_partition
+from trainer.runs.saved import TEST, SavedRun, open_at, open_test, read_run
 from trainer.samples.reader import Batch, SampleIndex, SampleReader, open_index
 
 MOST_IMPRESSIONS = 200_000
@@ -72,22 +70,22 @@ def score(
     For one rank. Raises TrainerError where a logit is not finite, and FeatureStoreError.
     """
     batches = _drawn_batches(saved, index, most)
-    device = share_machine(saved.config, comm)
-    with TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+    keys = {place.name: _keys_of(saved, place.name, batches) for place in saved.places}
+    with TemporaryDirectory() as folder:
+        small = {
+            name: _small_store(Path(folder) / name, snapshots[name], keys_U).snapshot() for name, keys_U in keys.items()
+        }
         config = saved.config.changed(data={"cache_dir": f"{folder}/cache"})
-        partitions, images, missing = {}, 0, 0
-        for place in saved.places:
-            keys_U = _keys_of(saved, place.name, batches)
-            small = SnapshotId.of(_small_store(Path(folder) / place.name, snapshots[place.name], keys_U).snapshot())
-            partition = opened.enter_context(open_partition(config, comm, replace(place, url=small.url), small))
-            partitions[place.name] = partition
-            images, missing = images + len(keys_U), missing + len(keys_U) - partition.num_rows
-        engine = with_rows(saved, config, comm, saved.places, partitions, device).engine
-        logits: list[Any] = [np.empty(0), *(engine.predict(engine.prepare(batch, "eval")) for batch in batches)]
+        places = [replace(place, url=small[place.name].storage.url) for place in saved.places]
+        with contextlib.closing(open_at(saved, config, comm, places, lambda place: small[place.name])) as opened:
+            engine = opened.engine
+            logits: list[Any] = [np.empty(0), *(engine.predict(engine.prepare(batch, "eval")) for batch in batches)]
+            num_rows = sum(partition.num_rows for partition in opened.partitions.values())
     logit_N = np.concatenate(logits).astype(np.float64)
     if not np.isfinite(logit_N).all():
         raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
-    return Scores(Predictions(logit_N, _impressions(saved, batches)), images, missing)
+    images = sum(map(len, keys.values()))
+    return Scores(Predictions(logit_N, _impressions(saved, batches)), images, images - num_rows)
 
 
 def compare_scores(new: Scores, old: Scores) -> ScoreChange:

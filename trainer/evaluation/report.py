@@ -47,7 +47,7 @@ def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int, s
 
     `num_missing`: lookups of images that had no feature; `hides`: some were hidden as well."""
     return {
-        "run": str(opened.source.folder),
+        "run": str(opened.saved.folder),
         "checkpoint": opened.saved.path.name,
         "samples": opened.test.storage.full(TEST),
         "stores": {name: record.model_dump() for name, record in opened.stores.items()},

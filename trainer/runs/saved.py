@@ -1,7 +1,7 @@
 """Trained runs, opened to be asked and not to be trained: what their folders say, and a model out of a checkpoint.
 
 Every command that looks at runs reads their folders by `read_run`, so a checkpoint is chosen, and an image without a
-feature treated, in one way; their engines are opened by `_open_at`. `open_trained` opens no samples and looks images up
+feature treated, in one way; their engines are opened by `open_at`. `open_trained` opens no samples and looks images up
 in the newest snapshot; `open_source` opens the samples too, and looks images up where training did.
 """
 
@@ -12,11 +12,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
-from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.published.versions import open_published
@@ -98,6 +96,10 @@ class SavedRun:
             )
         check_identity(place, snapshot, self.path, self.state)
         return snapshot
+
+    def trained_on(self, place: StorePlace) -> Snapshot:
+        """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
+        return self.snapshot(place, snapshot_of(place, (self.path, self.state)).version)
 
     def notes_on_missing(self, num_lookups: int, hides: bool = False) -> list[str]:
         """Say what matters about figures where lookups found no feature; `hides`: some were hidden as well."""
@@ -201,36 +203,22 @@ def open_trained(
 
     def chosen(place: StorePlace) -> Snapshot:
         if as_trained:
-            return _trained_on(saved, place)
+            return saved.trained_on(place)
         return saved.snapshot(place, store_version if place is places[0] else None)
 
-    return _open_at(saved, config, comm, places, chosen)
+    return open_at(saved, config, comm, places, chosen)
 
 
-def _trained_on(saved: SavedRun, place: StorePlace) -> Snapshot:
-    """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
-    return saved.snapshot(place, snapshot_of(place, (saved.path, saved.state)).version)
-
-
-def _open_at(
+def open_at(
     saved: SavedRun, config: Config, comm: Comm, places: list[StorePlace], choose: Callable[[StorePlace], Snapshot]
 ) -> TrainedRun:
-    """Open a run's engine and its rows of the snapshots that rank 0 chooses. Every rank calls it."""
+    """Open a run's engine, with its checkpoint and its rows of the snapshots that rank 0 chooses. Every rank calls it.
+
+    `config` and `places` are the run's, or have other places. Raises TrainerError, FeatureStoreError.
+    """
     comm.deadline_s = config.run.deadline_s
     device = share_machine(config, comm)
     partitions, _ = open_stores(config, comm, places, choose, measured=False)
-    return with_rows(saved, config, comm, places, partitions, device)
-
-
-def with_rows(
-    saved: SavedRun,
-    config: Config,
-    comm: Comm,
-    places: list[StorePlace],
-    partitions: dict[str, FeaturePartition],
-    device: torch.device,
-) -> TrainedRun:
-    """Make a run's engine with these rows of its stores, and load its checkpoint. Every rank calls it."""
     engine = engine_of(config, comm, saved.schema, partitions, device, reading=True)
     checkpoint.load(comm, saved.path, saved.state, engine, saved.config.data.cache_dir)
     return TrainedRun(
@@ -267,7 +255,6 @@ class RunSource:
 class EvaluatedRun(TrainedRun):
     """A run's engine, and the samples to predict and those of training, on the ranks of its `comm`; close it."""
 
-    source: RunSource
     train: SampleIndex
     test: SampleIndex
     reader: SampleReader
@@ -299,10 +286,9 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
     else:
         test = open_index(comm, samples, TEST, schema, config.data.test_days)
     digest = samples_digest(comm, train, config.data.cache_dir)
-    opened = _open_at(saved, config, comm, places, partial(_trained_on, saved))
+    opened = open_at(saved, config, comm, places, saved.trained_on)
     return EvaluatedRun(
         **vars(opened),
-        source=source,
         train=train,
         test=test,
         reader=test_reader(config, comm, test, schema),
