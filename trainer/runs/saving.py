@@ -10,7 +10,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -235,8 +235,18 @@ class Checkpointer:
             self._place.commit(state.step, parts, state_bytes(state, parts), keep, best)
             self._mine.phase = Phase.PUBLISHED
 
-    def _noted(self) -> "_Noted":
-        return _Noted(self)
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Note of a block in a thread its processor's time, and an error as the end of this rank's part."""
+        progress, start_s, failure = self._mine, time.thread_time(), None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        progress.cost_s += time.thread_time() - start_s
+        if failure is not None:
+            progress.is_fatal = not isinstance(failure, _FAILURES)
+            progress.error, progress.phase = _text(failure), Phase.FAILED  # last: other threads look at the phase
 
     def _settled(self, everyone: list[_Progress]) -> Outcome | None:
         """Do what follows from how far all ranks are: the same on each of them."""
@@ -273,24 +283,6 @@ class Checkpointer:
         # Half of what is left: so many looks a minute as it has powers of two of a step, and a slower step is noticed.
         self._next_look = step + max(1, int(left_s / step_s / 2))
         return left_s < step_s / 2
-
-
-class _Noted:
-    """Notes of a block in a thread its processor's time, and an error as the end of this rank's part."""
-
-    def __init__(self, saves: Checkpointer) -> None:
-        self._progress = saves._mine
-
-    def __enter__(self) -> None:
-        self._start_s = time.thread_time()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        self._progress.cost_s += time.thread_time() - self._start_s
-        if not isinstance(error, Exception):
-            return False
-        self._progress.is_fatal = not isinstance(error, _FAILURES)
-        self._progress.error, self._progress.phase = _text(error), Phase.FAILED
-        return True
 
 
 class _Ready(NamedTuple):
