@@ -1,7 +1,7 @@
 """A run's stores, and the statistics of its samples."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -262,16 +262,15 @@ def _counted(
     fields = _fields_of(config, schema, place)
     digests = [samples_digest(comm, each, config.data.cache_dir) for each in indexes]
     columns = sorted({(field.column_name, field.side) for field in fields})
-    key = xxhash.xxh3_128_hexdigest(json.dumps([digests, columns, partition.snapshot_id.commit_id]).encode())
-    name = f"{xxhash.xxh3_64_hexdigest(indexes[0].storage.url.encode())}-images.json"
-    file = Path(config.data.cache_dir or default_cache_dir()) / SAMPLES / name
-    known: dict[str, Any] | None = comm.on_rank_0(lambda: remembered(file).get(key))
-    if known is not None:
-        return LackingImages(**known | {"examples": tuple(known["examples"])})
-    found = lacking(comm, indexes, schema, fields, partition)
-    kept = {**remembered(file), key: asdict(found)}
-    comm.on_rank_0(lambda: remember(file, dict(list(kept.items())[-_REMEMBERED:])))
-    return found
+    known = _once(
+        comm,
+        indexes[0],
+        "images",
+        [digests, columns, partition.snapshot_id.commit_id],
+        config.data.cache_dir,
+        lambda: asdict(lacking(comm, indexes, schema, fields, partition)),
+    )
+    return LackingImages(**known | {"examples": tuple(known["examples"])})
 
 
 FILE = "inputs.json"
@@ -291,16 +290,25 @@ def with_statistics(
     if not fields:
         return schema
     asked = [_METHOD, samples_digest, [field.model_dump(mode="json") for field in fields]]
+    return fill_in(schema, _once(comm, index, "inputs", asked, cache_dir, lambda: measure(comm, index, schema)))
+
+
+def _once(
+    comm: Comm, index: SampleIndex, what: str, asked: object, cache_dir: str | None, measured: Callable[[], Any]
+) -> Any:
+    """Return what `measured` returns for `asked`, or what the cache folder of rank 0's machine has kept of it.
+
+    The folder keeps the last ones of each address of samples. Every rank calls it.
+    """
     key = xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
-    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-inputs.json"
+    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
     file = Path(cache_dir or default_cache_dir()) / SAMPLES / name
-    found: dict[str, Any] | None = comm.on_rank_0(lambda: remembered(file).get(key))
-    if found is not None:
-        return fill_in(schema, found)
-    found = measure(comm, index, schema)
-    kept = {**remembered(file), key: found}
-    comm.on_rank_0(lambda: remember(file, dict(list(kept.items())[-_REMEMBERED:])))
-    return fill_in(schema, found)
+    found = comm.on_rank_0(lambda: remembered(file).get(key))
+    if found is None:
+        found = measured()
+        kept = {**remembered(file), key: found}
+        comm.on_rank_0(lambda: remember(file, dict(list(kept.items())[-_REMEMBERED:])))
+    return found
 
 
 def with_rough_statistics(comm: Comm, index: SampleIndex, schema: Schema) -> Schema:
