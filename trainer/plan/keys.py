@@ -1,7 +1,7 @@
 """Samples drawn as the trainer draws them: how many keys a global batch has, and each rank and owner of it."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,12 +16,14 @@ from trainer.exchange.routing import Int64
 from trainer.models.layers import used_fields
 from trainer.plan.cost import BatchCounts, KeyCounts
 from trainer.runs.open import train_reader
-from trainer.runs.stores import store_places, with_rough_statistics
+from trainer.runs.stores import store_places
 from trainer.samples.reader import Batch, SampleIndex, SampleReader, open_index
+from trainer.samples.statistics import fill_in, measure
 from trainer.schema import Schema, load_schema
 
 _DRAWN_BATCHES, _MOST_COUNTED = 4, 8
 _LEAST_DRAWN, _MOST_DRAWN = 100_000, 1_000_000
+_MEASURED_ROW_GROUPS = 32  # for the statistics of numbers: their costs are asked for, and not their figures
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def sample(config: Config, largest: int) -> SampledKeys:
             f"a global batch of {largest:,} samples is larger than all {index.num_samples:,} training samples, "
             f"in which its keys are counted; give --global-batch-size of at most {index.num_samples}, or more samples"
         )
-    schema = with_rough_statistics(SoloComm(), index, schema)
+    few = replace(index, row_groups=index.row_groups[:_MEASURED_ROW_GROUPS])
+    schema = fill_in(schema, measure(SoloComm(), few, schema))
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * largest), largest))
     seed, window = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)

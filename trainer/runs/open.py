@@ -48,7 +48,6 @@ from trainer.runs.stores import (
     snapshot_of,
     store_places,
     with_statistics,
-    write_statistics,
 )
 from trainer.runs.warmstart import WarmStart
 from trainer.samples import dictionary
@@ -385,7 +384,6 @@ def claim_folder(run: Run) -> list[RunPath]:
             if resumed_folder(run) != run.folder:
                 (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not continue
             save_config(run.config, run.folder / "config.yaml")
-            write_statistics(run.folder, run.schema, run.origin.data)
         return removed
 
     removed_paths = run.comm.on_rank_0(claim)

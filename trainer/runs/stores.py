@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKey
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.channels import VersionName
-from featurestore.published.paths import RunPath, run_path, write_json_file
+from featurestore.published.paths import RunPath, run_path
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
@@ -28,7 +28,7 @@ from trainer.runs.checkpoint import CheckpointState, remember, remembered, sampl
 from trainer.samples.columns import rules_of
 from trainer.samples.images import LackingImages, lacking, names_of
 from trainer.samples.reader import SampleIndex
-from trainer.samples.statistics import FOUND, fields_to_measure, fill_in, measure
+from trainer.samples.statistics import fields_to_measure, fill_in, measure
 from trainer.schema import DEFAULT_STORE, Field, Schema
 from trainer.schema.fields import SCHEMA_FILE
 
@@ -273,10 +273,7 @@ def _counted(
     return LackingImages(**known | {"examples": tuple(known["examples"])})
 
 
-FILE = "inputs.json"
-"""In a run's folder."""
 _METHOD = 1  # to be raised with another way to measure, so that what is kept is measured again
-_FEW_ROW_GROUPS = 32
 
 
 def with_statistics(
@@ -309,27 +306,3 @@ def _once(
         kept = {**remembered(file), key: found}
         comm.on_rank_0(lambda: remember(file, dict(list(kept.items())[-_REMEMBERED:])))
     return found
-
-
-def with_rough_statistics(comm: Comm, index: SampleIndex, schema: Schema) -> Schema:
-    """Fill in the statistics of a few row groups: for what looks at the cost of a run and not at its figures."""
-    few = replace(index, row_groups=index.row_groups[:_FEW_ROW_GROUPS])
-    return fill_in(schema, measure(comm, few, schema))
-
-
-def statistics_of(schema: Schema) -> dict[str, dict[str, Any]]:
-    """List mean, std and boundaries by field, of the fields that have any."""
-    named = {f.name: f.model_dump(mode="json", include=set(FOUND), exclude_none=True) for f in schema.fields}
-    return {name: values for name, values in named.items() if values}
-
-
-def write_statistics(folder: RunPath, schema: Schema, origin: Mapping[str, Any]) -> None:
-    """Write inputs.json for people and other programs, where there are statistics, in the place of an earlier run's.
-
-    Runs read their checkpoint's statistics."""
-    fields = statistics_of(schema)
-    if not fields:
-        (folder / FILE).unlink(missing_ok=True)
-        return
-    values = {"samples_digest": origin["samples_digest"], "fields": fields}
-    write_json_file(folder / FILE, values)

@@ -23,7 +23,7 @@ from trainer.engine.engine import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.runs.checkpoint import CheckpointState, Loadable, Origin
 from trainer.runs.folder import find_checkpoint, pinned
 from trainer.samples.statistics import DECLARED, FOUND
 
@@ -40,16 +40,13 @@ _OTHER_LAYERS = {
 """What decides on parameters, and may differ where layers are taken."""
 
 
-class Warmable(Protocol):
+class Warmable(Loadable, Protocol):
     """What of the engine a warm start needs."""
 
     def dense_state(self) -> dict[str, Tensor]: ...
     def begin_dense_with(self, values: Mapping[str, Tensor]) -> None: ...
     def warm_names(self) -> list[str]: ...
     def begin_with(self, state: Mapping[str, Tensor]) -> None: ...
-    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
-    def shard_names(self) -> list[str]: ...
-    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)

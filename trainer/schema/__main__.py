@@ -93,17 +93,17 @@ def check(
     Of numbers that are scaled or cut into buckets, what the training samples say of them is printed.
     """
     from trainer.comm import SoloComm
-    from trainer.runs.stores import statistics_of
     from trainer.samples.reader import SampleReader, open_index
-    from trainer.samples.statistics import fill_in, measure
+    from trainer.samples.statistics import FOUND, fill_in, measure
 
     fields = load_schema(schema)
     for split in ("train", "test"):
         index = open_index(SoloComm(), data, split, fields)
         if split == "train":
             fields = fill_in(fields, measure(SoloComm(), index, fields))
-            for name, values in statistics_of(fields).items():
-                print_summary(f"{name}  {json.dumps(values)}")
+            for field in fields.fields:
+                if values := field.model_dump(mode="json", include=set(FOUND), exclude_none=True):
+                    print_summary(f"{field.name}  {json.dumps(values)}")
         for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
             pass
         print_summary(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
