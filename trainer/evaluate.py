@@ -81,15 +81,15 @@ def main(
         if json_file is not None:  # before the work, which may take hours
             comm.on_rank_0(partial(check_place, json_file, "--json"))
         # Torch and matplotlib take seconds to load: not for --help.
-        from featurestore.published.paths import FarPath, run_path
+        from featurestore.published.paths import check_bucket, run_path
         from trainer.evaluation.compare import compare_runs
         from trainer.evaluation.predict import EvaluationOptions, evaluate_run
         from trainer.runs.saved import RunSource
 
         source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
         to = None if out is None else run_path(out)
-        if isinstance(to, FarPath):
-            comm.on_rank_0(to.check_bucket)
+        if to is not None:
+            comm.on_rank_0(partial(check_bucket, to))
         if against is not None:
             other = run_path(against)
             compare_runs(source, other, comm, resamples=bootstrap, seed=seed, out=to, json_file=json_file)

@@ -122,10 +122,6 @@ class FarPath:
         """Remove all plain files below the path."""
         self._plain().delete(self.name)
 
-    def check_bucket(self) -> None:
-        """Raise BucketNotFoundError where the object store has no such bucket; StorageError. One request."""
-        self._plain().check_bucket()
-
     def _plain(self) -> "Storage":
         from featurestore.storage.storage import Storage
 
@@ -175,6 +171,15 @@ def read_text(path: RunPath) -> str:
 def open_file(path: RunPath) -> IO[bytes]:
     """Open a regular file for reading, seekable. Raises OSError, StorageError."""
     return path.open_input() if isinstance(path, FarPath) else open_regular(path)
+
+
+def check_bucket(path: RunPath) -> None:
+    """Raise BucketNotFoundError where the path is in a bucket that is not there. One request, on a disk none.
+
+    Raises StorageError."""
+    from featurestore.storage.storage import Storage
+
+    Storage(str(path.parent)).check_bucket()
 
 
 def remove_all(path: RunPath) -> None:

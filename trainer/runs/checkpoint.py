@@ -481,7 +481,7 @@ def continued(
 
 
 def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[PassedOver]) -> RunPath | None:
-    """Return the checkpoint to try, the same on all ranks: while they look, another one may become the newest."""
+    """Return the checkpoint to try, the same on all ranks."""
 
     def find() -> RunPath | None:
         if passed_over:
@@ -493,9 +493,16 @@ def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[Passe
 
     if config.run.resume is None:
         return None
+    return found_alike(comm, folder, find)
+
+
+def found_alike(comm: Comm, folder: RunPath, find: Callable[[], Opened]) -> Opened:
+    """Return what rank 0 finds in the folder, on every rank: by the time another one looks, it may have changed.
+
+    On a disk each rank looks, so that a host without the disk says so."""
     if isinstance(folder, FarPath):
         return comm.on_rank_0(find)
-    return comm.broadcast_object(comm.on_all(find))  # a host without the disk says so
+    return comm.broadcast_object(comm.on_all(find))
 
 
 def _left(folder: RunPath, passed_over: list[PassedOver]) -> list[RunPath]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.parsing import parse_json
-from featurestore.published.paths import FarPath, RunPath, read_file, run_path
+from featurestore.published.paths import FarPath, RunPath, check_bucket, read_file, run_path
 from featurestore.storage.local import sync
 from trainer.config.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
@@ -46,8 +46,8 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
     """
     checkpoints = pinned(checkpoints_of(run))
     found = finished(checkpoints)
-    if isinstance(run, FarPath) and not found:
-        run.check_bucket()
+    if not found:
+        check_bucket(run)
     if name in (None, "latest"):
         if not found:
             asked = f"{setting}{name}: " if name else ""
@@ -60,8 +60,7 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
     for path in (inside, pinned(run_path(name))):
         if (path / "state.json").is_file():
             return path
-        if isinstance(path, FarPath):
-            path.check_bucket()
+        check_bucket(path)
     raise CheckpointNotFoundError(
         f"{setting}{name}: no such checkpoint; {checkpoints} has {', '.join(path.name for path in found) or 'none'}, "
         "and a path to a folder step-N will do too"
@@ -153,8 +152,7 @@ def check_folder(config: Config, run: RunPath, resumed: RunPath | None, damaged:
     `damaged`: checkpoints that were passed over on the way to `resumed`."""
     resume = config.run.resume
     with naming_run_dir(config):
-        if isinstance(run, FarPath):
-            run.check_bucket()
+        check_bucket(run)
         there, writable = (run, True) if isinstance(run, FarPath) else _writable(run)
         others = in_the_way(run, resumed, damaged) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").exists())

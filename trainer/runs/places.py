@@ -40,6 +40,7 @@ from featurestore.published.paths import DAMAGED, FarPath, RunPath
 from featurestore.published.versions import (
     PublishedFile,
     PublishedFiles,
+    PublishedVersion,
     expire,
     missing,
     open_published,
@@ -383,10 +384,13 @@ class FarPlace(CheckpointPlace):
             }
         )
 
+    def _newest(self) -> PublishedVersion | None:
+        newest = open_published(self.folder.url)
+        return newest.published if isinstance(newest, PublishedFiles) else None
+
     def _look(self) -> None:
         """Take the newest version for the one to come after."""
-        newest = open_published(self.folder.url)
-        found = newest.published if isinstance(newest, PublishedFiles) else None
+        found = self._newest()
         self._version = found.version if found else 0
         self._files = dict(found.files) if found else {}
 
@@ -398,8 +402,7 @@ class FarPlace(CheckpointPlace):
             mine = publish(self._storage, files, after=self._version, publication=publication)
             self._version, self._files = mine.version, dict(mine.files)
         except CommitConflictError as failure:
-            newest = open_published(self.folder.url)
-            found = newest.published if isinstance(newest, PublishedFiles) else None
+            found = self._newest()
             if found is None or found.publication not in self._tried:
                 raise _taken_over(self.folder, found.writer if found else "") from failure
             self._version, self._files = found.version, dict(found.files)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
 from featurestore.published.channels import VersionName
-from featurestore.published.paths import FarPath, RunPath, read_file
+from featurestore.published.paths import RunPath, read_file
 from featurestore.published.versions import open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
@@ -27,7 +27,7 @@ from trainer.config.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, samples_digest
+from trainer.runs.checkpoint import CheckpointState, found_alike, samples_digest
 from trainer.runs.folder import find_checkpoint, report_of
 from trainer.runs.open import OpenRun, engine_of, model_of, open_samples, open_stores, test_reader
 from trainer.runs.stores import (
@@ -171,12 +171,6 @@ def read_run(folder: RunPath, which: str | None = None, samples: str | None = No
     return SavedRun(folder, asked, path, checkpoint.read_state(path), config.data.missing)
 
 
-def _read_on_all(comm: Comm, folder: RunPath, which: str | None, samples: str | None) -> SavedRun:
-    """Read a run on every rank; of an object store on rank 0, for all: another checkpoint may become the newest."""
-    read = partial(read_run, folder, which, samples)
-    return comm.on_rank_0(read) if isinstance(folder, FarPath) else comm.on_all(read)
-
-
 def open_trained(
     folder: RunPath,
     comm: Comm,
@@ -195,7 +189,7 @@ def open_trained(
     looked up where training did, in every store, as `open_source` does. `store`: where the first store is now.
     `device`: in the place of the run's run.device. Raises TrainerError, FeatureStoreError, on all ranks together.
     """
-    saved = _read_on_all(comm, folder, which, samples)
+    saved = found_alike(comm, folder, partial(read_run, folder, which, samples))
     if store is not None:
         saved.config = saved.config.changed(data={"store": store})
     _, places = comm.on_all(lambda: (saved.schema, saved.places))
@@ -272,7 +266,7 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
     run, CheckpointError where there is no checkpoint or the store holds other features than those of training,
     DataError for missing places.
     """
-    saved = _read_on_all(comm, source.folder, source.checkpoint, source.samples)
+    saved = found_alike(comm, source.folder, partial(read_run, source.folder, source.checkpoint, source.samples))
     config = comm.on_all(lambda: _config_of(source, saved))
     schema, places = comm.on_all(lambda: (saved.schema, store_places(config, saved.schema)))
     try:
