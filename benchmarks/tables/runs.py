@@ -19,10 +19,10 @@ from trainer.config.comparison import settings_that_decide
 from trainer.config.config import Config, config_digest, load_config
 from trainer.errors import DataError, DataNotFoundError, TrainerError
 from trainer.files import read_mapping
-from trainer.runs.checkpoint import samples_digest
 from trainer.runs.folder import report_of
 from trainer.runs.stores import StorePlace, missing_places, store_places
 from trainer.samples.columns import files_by_day
+from trainer.samples.digest import samples_digest
 from trainer.samples.reader import open_index
 from trainer.schema import Schema, load_schema
 

@@ -34,7 +34,6 @@ from trainer.runs.checkpoint import (
     PassedOver,
     Resumed,
     continued,
-    samples_digest,
 )
 from trainer.runs.folder import check_folder, finished, in_the_way, naming_run_dir, same_place
 from trainer.runs.places import CheckpointPlace, local_folder, place_of, upload_new
@@ -47,14 +46,14 @@ from trainer.runs.stores import (
     records,
     snapshot_of,
     store_places,
-    with_statistics,
 )
 from trainer.runs.warmstart import WarmStart
 from trainer.samples import dictionary
 from trainer.samples.columns import Index, newest_day, rules_of, sample_files
+from trainer.samples.digest import samples_digest
 from trainer.samples.order import streams_of
 from trainer.samples.reader import BatchPosition, SampleIndex, SampleReader, known_ads, open_index
-from trainer.samples.statistics import fill_in
+from trainer.samples.statistics import fill_in, with_statistics
 from trainer.schema import Schema, load_schema
 
 

@@ -27,7 +27,7 @@ from trainer.config.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, found_alike, samples_digest
+from trainer.runs.checkpoint import CheckpointState, found_alike
 from trainer.runs.folder import find_checkpoint, report_of
 from trainer.runs.open import OpenRun, engine_of, model_of, open_samples, open_stores, test_reader
 from trainer.runs.stores import (
@@ -39,6 +39,7 @@ from trainer.runs.stores import (
     store_places,
 )
 from trainer.samples.columns import sample_files
+from trainer.samples.digest import samples_digest
 from trainer.samples.reader import SampleIndex, SampleReader, open_index
 from trainer.samples.statistics import fill_in
 from trainer.schema import Schema, load_schema

@@ -1,18 +1,14 @@
-"""A run's stores, and the statistics of its samples."""
+"""A run's stores: where they are, the snapshots to read, and the images that they lack."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
-from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
@@ -24,15 +20,14 @@ from trainer.config.comparison import differences
 from trainer.config.config import Config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.layers import used_fields
-from trainer.runs.checkpoint import CheckpointState, remember, remembered, samples_digest
+from trainer.runs.checkpoint import CheckpointState
 from trainer.samples.columns import rules_of
+from trainer.samples.digest import measured_once, samples_digest
 from trainer.samples.images import LackingImages, lacking, names_of
 from trainer.samples.reader import SampleIndex
-from trainer.samples.statistics import fields_to_measure, fill_in, measure
 from trainer.schema import DEFAULT_STORE, Field, Schema
 from trainer.schema.fields import SCHEMA_FILE
 
-_REMEMBERED = 16  # of one folder of samples: other days, other snapshots
 _INSTEAD = {"learned": 'get a trained "no image" vector', "zeros": "are zeros"}
 
 
@@ -262,7 +257,7 @@ def _counted(
     fields = _fields_of(config, schema, place)
     digests = [samples_digest(comm, each, config.data.cache_dir) for each in indexes]
     columns = sorted({(field.column_name, field.side) for field in fields})
-    known = _once(
+    known = measured_once(
         comm,
         indexes[0],
         "images",
@@ -271,38 +266,3 @@ def _counted(
         lambda: asdict(lacking(comm, indexes, schema, fields, partition)),
     )
     return LackingImages(**known | {"examples": tuple(known["examples"])})
-
-
-_METHOD = 1  # to be raised with another way to measure, so that what is kept is measured again
-
-
-def with_statistics(
-    comm: Comm, index: SampleIndex, schema: Schema, samples_digest: str, cache_dir: str | None = None
-) -> Schema:
-    """Fill in the statistics of the samples of `index`.
-
-    What is measured is kept in the cache folder of rank 0's machine, by the digest of the samples. Every rank calls it.
-    Raises DataError on all ranks together."""
-    fields = fields_to_measure(schema)
-    if not fields:
-        return schema
-    asked = [_METHOD, samples_digest, [field.model_dump(mode="json") for field in fields]]
-    return fill_in(schema, _once(comm, index, "inputs", asked, cache_dir, lambda: measure(comm, index, schema)))
-
-
-def _once(
-    comm: Comm, index: SampleIndex, what: str, asked: object, cache_dir: str | None, measured: Callable[[], Any]
-) -> Any:
-    """Return what `measured` returns for `asked`, or what the cache folder of rank 0's machine has kept of it.
-
-    The folder keeps the last ones of each address of samples. Every rank calls it.
-    """
-    key = xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
-    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
-    file = Path(cache_dir or default_cache_dir()) / SAMPLES / name
-    found = comm.on_rank_0(lambda: remembered(file).get(key))
-    if found is None:
-        found = measured()
-        kept = {**remembered(file), key: found}
-        comm.on_rank_0(lambda: remember(file, dict(list(kept.items())[-_REMEMBERED:])))
-    return found

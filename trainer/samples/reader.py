@@ -145,7 +145,7 @@ class SampleIndex:
 
     @property
     def layout_digest(self) -> str:
-        """xxh3-128 of names and counts, not of what the rows hold: see trainer.runs.checkpoint."""
+        """xxh3-128 of names and counts, not of what the rows hold: see trainer.samples.digest."""
         row_groups = self.row_groups
         if self.by_day:
             row_groups = tuple(replace(each, file=name_of(each.file)) for each in row_groups)

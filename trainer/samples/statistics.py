@@ -18,6 +18,7 @@ from featurestore.format.statistics import Moments
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.samples.columns import Rule, rules_of, values_of
+from trainer.samples.digest import measured_once
 from trainer.samples.reader import RowGroup, SampleIndex, read_row_groups
 from trainer.samples.values import before_scaling, filled
 from trainer.schema import Field, Schema
@@ -27,6 +28,7 @@ Float64 = NDArray[np.float64]
 _KEPT_VALUES = 1 << 20
 """Values from which quantiles are taken, over all row groups; each is off by at most half a kept value of its group."""
 _LEAST_KEPT = 64
+_METHOD = 1  # to be raised with another way to measure, so that what is kept is measured again
 FOUND = ("mean", "std", "boundaries")
 DECLARED = ("kind", "width", "transform", "buckets", "fill")
 """What of a field decides on its statistics, beside the numbers in its column."""
@@ -83,6 +85,20 @@ def measure(comm: Comm, index: SampleIndex, schema: Schema) -> dict[str, dict[st
     by_rank = comm.allgather_object(own, name="statistics")
     in_order = [by_rank[number % comm.size][number // comm.size] for number in range(len(index.row_groups))]
     return {f.name: _statistics(f, NumberSums.of_all([parts[f.name] for parts in in_order])) for f in fields}
+
+
+def with_statistics(
+    comm: Comm, index: SampleIndex, schema: Schema, samples_digest: str, cache_dir: str | None = None
+) -> Schema:
+    """Fill in the statistics of the samples of `index`.
+
+    What is measured is kept in the cache folder of rank 0's machine, by the digest of the samples. Every rank calls it.
+    Raises DataError on all ranks together."""
+    fields = fields_to_measure(schema)
+    if not fields:
+        return schema
+    asked = [_METHOD, samples_digest, [field.model_dump(mode="json") for field in fields]]
+    return fill_in(schema, measured_once(comm, index, "inputs", asked, cache_dir, lambda: measure(comm, index, schema)))
 
 
 def _parts(

@@ -37,7 +37,7 @@ from tests.pipeline.samples.rows import (
 )
 from trainer.comm import SoloComm
 from trainer.errors import DataError
-from trainer.runs.checkpoint import samples_digest
+from trainer.samples.digest import samples_digest
 from trainer.samples.reader import SampleIndex, SampleReader, open_index
 from trainer.schema import Schema, load_schema
 

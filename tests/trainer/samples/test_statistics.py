@@ -14,11 +14,16 @@ import pytest
 from tests.trainer.samples.conftest import SCHEMA
 from trainer.comm import SoloComm
 from trainer.errors import DataError
-from trainer.runs import stores as known
-from trainer.runs.stores import with_statistics
 from trainer.samples import statistics
 from trainer.samples.reader import SampleIndex, open_index
-from trainer.samples.statistics import fields_to_measure, fill_in, measure, part_of, quantile_boundaries
+from trainer.samples.statistics import (
+    fields_to_measure,
+    fill_in,
+    measure,
+    part_of,
+    quantile_boundaries,
+    with_statistics,
+)
 from trainer.schema import Field, Schema
 
 TRAIN = "train"
@@ -168,7 +173,7 @@ class TestRemembered:
             calls.append(1)
             return measure(*arguments)
 
-        monkeypatch.setattr(known, "measure", counted)
+        monkeypatch.setattr(statistics, "measure", counted)
         first = with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path))
         assert with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path)) == first
         assert not fields_to_measure(first)

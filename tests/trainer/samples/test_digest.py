@@ -18,9 +18,9 @@ from trainer.config.config import load_config
 from trainer.daily import follow
 from trainer.errors import CheckpointError
 from trainer.main import train
-from trainer.runs import checkpoint as content
-from trainer.runs.checkpoint import samples_digest
 from trainer.runs.open import open_run
+from trainer.samples import digest as content
+from trainer.samples.digest import samples_digest
 from trainer.samples.reader import SampleIndex, open_index
 from trainer.schema import load_schema
 
