@@ -62,14 +62,6 @@ class FarPath:
         """Return the path: an address has no links."""
         return self
 
-    def with_name(self, name: str) -> "FarPath":
-        """Return the path of this name in the same folder."""
-        return self.parent / name
-
-    def samefile(self, other: "Path | FarPath") -> bool:
-        """Return whether the other is the same address."""
-        return self.url == str(other)
-
     def pinned(self) -> "FarPath":
         """Return the path with the version of its published folder that is the newest now."""
         match = _PUBLISHED.fullmatch(self.url)
@@ -87,10 +79,6 @@ class FarPath:
         """Return whether something lies below the path."""
         storage, name = self._place()
         return bool(storage.list(name))
-
-    def exists(self) -> bool:
-        """Return whether there is a file of this name, or something below it."""
-        return self.is_file() or self.is_dir()
 
     def iterdir(self) -> "list[FarPath]":
         """List what lies directly below the path, sorted."""

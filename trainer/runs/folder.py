@@ -155,7 +155,7 @@ def check_folder(config: Config, run: RunPath, resumed: RunPath | None, damaged:
         check_bucket(run)
         there, writable = (run, True) if isinstance(run, FarPath) else _writable(run)
         others = in_the_way(run, resumed, damaged) if writable else []
-        taken = bool(others) or (resume is None and (run / "report.json").exists())
+        taken = bool(others) or (resume is None and (run / "report.json").is_file())
     if not writable:
         raise TrainerError(
             f"run.dir={config.run.dir}: {there} is not a folder that this user can write to; choose another"
