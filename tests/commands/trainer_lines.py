@@ -187,7 +187,7 @@ TRAINER = [
     ("trainer.evaluate {deeprun}", 1, "too deep"),
     ("trainer.evaluate {listrun}", 1, "damaged: it is not a JSON object; take another checkpoint"),
     ("trainer.evaluate {nothingrun}", 1, "damaged"),
-    ("trainer.evaluate {barerun}", 1, "damaged: digest is missing in it; take another checkpoint"),
+    ("trainer.evaluate {barerun}", 1, "damaged: format_version is missing in it; take another checkpoint"),
     ("trainer.evaluate {unsetrun}", 2, "config.yaml is empty: the settings of a run are missing in it"),
     ("trainer.evaluate {run} --checkpoint x", 2, "x"),
     ("trainer.evaluate {run} --checkpoint ''", 2, "--checkpoint is empty"),

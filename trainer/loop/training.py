@@ -31,7 +31,7 @@ from trainer.loop import summary
 from trainer.loop.progress import PLACE, TENSORBOARD, ProgressLog, tracing
 from trainer.models.newads import NewAds
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
+from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.open import Run
 from trainer.runs.saving import Checkpointer, Outcome
 from trainer.samples.reader import Batch, BatchPosition, ReadAhead, prepare_ahead
@@ -412,7 +412,6 @@ class Training:
     def _state(self) -> CheckpointState:
         run = self._run
         return CheckpointState(
-            format_version=FORMAT_VERSION,
             step=self._engine.num_steps,
             epoch=run.position.epoch,
             step_in_epoch=run.position.step,

@@ -13,7 +13,6 @@ object store, where a version that names all files is published instead (`traine
 That a checkpoint is damaged shows when it is loaded, as each of its files is read then and compared with its digest.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,17 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import xxhash
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from featurestore.errors import StorageError
+from featurestore.errors import CorruptFileError, FormatVersionError, StorageError
 from featurestore.lookup.cache import digest_of_file
-from featurestore.parsing import first_mistake, parse_json
+from featurestore.parsing import parse_json
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.snapshot import SnapshotId
-from featurestore.spec import FileName
+from featurestore.spec import FileName, Sealed, seal, unseal
 from trainer.comm import Comm
 from trainer.config.comparison import SAMPLES_DIGEST, Difference, differences
 from trainer.config.config import Config
@@ -46,7 +44,6 @@ from trainer.samples.reader import BatchPosition
 TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
 TO_READ: tuple[Decision, ...] = ("positions", *TO_RESUME)
 """What may differ from a checkpoint that a run continues from, and from one that is evaluated or exported."""
-FORMAT_VERSION = 1
 DENSE = "dense.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -116,10 +113,9 @@ class Origin(Section):
         )
 
 
-class CheckpointState(Section):
+class CheckpointState(Sealed):
     """The content of state.json, which describes a checkpoint."""
 
-    format_version: int
     step: int
     epoch: int
     step_in_epoch: int
@@ -149,9 +145,7 @@ def rows_name(comm: Comm) -> str:
 
 def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> bytes:
     """Format state.json of these parts."""
-    files = {name: part.digest for name, part in parts.items()}
-    values = state.model_copy(update={"files": files}).model_dump(mode="json")
-    return json.dumps({**values, "digest": _json_digest(values)}, indent=1).encode()
+    return seal(state.model_copy(update={"files": {name: part.digest for name, part in parts.items()}}))
 
 
 def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Loadable, cache_dir: str | None = None) -> RunPath:
@@ -177,28 +171,15 @@ def read_recorded(path: RunPath) -> CheckpointState:
     """
     file = path / STATE
     try:
-        content = read_file(file)
+        return unseal(read_file(file), CheckpointState, str(file))
     except FileNotFoundError as failure:
         raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
+    except CorruptFileError as failure:
+        raise DamagedCheckpointError(str(failure)) from failure
+    except FormatVersionError as failure:
+        raise CheckpointError(str(failure)) from failure
     except (OSError, StorageError) as failure:
         raise CheckpointError(f"cannot read {file}: {failure}") from failure
-    try:
-        values = parse_json(content)
-        if not isinstance(values, dict):
-            raise DamagedCheckpointError(f"{file} is damaged: it is not a JSON object")
-        for name in ("digest", "format_version"):
-            if name not in values:
-                raise DamagedCheckpointError(f"{file} is damaged: {name} is missing in it")
-        digest, version = values.pop("digest"), values["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(f"{file} has format {version}, this code reads up to {FORMAT_VERSION}; update it")
-        if digest != _json_digest(values):
-            raise DamagedCheckpointError(f"{file} is damaged: its digest does not fit")
-        return CheckpointState.model_validate(values)
-    except ValidationError as failure:
-        raise DamagedCheckpointError(f"{file} is damaged: {first_mistake(failure)}") from failure
-    except (ValueError, TypeError) as failure:
-        raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
 
 
 def load(comm: Comm, path: RunPath, state: CheckpointState, trained: Loadable, cache_dir: str | None = None) -> None:
@@ -318,10 +299,6 @@ def _read_named(path: Path, wanted: set[str] | None) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         return {name: file.get_tensor(name) for name in (names if wanted is None else names & wanted)}
-
-
-def _json_digest(values: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 Resumed = tuple[RunPath, CheckpointState]

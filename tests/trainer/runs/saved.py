@@ -12,7 +12,6 @@ from torch import Tensor
 
 from featurestore.published.paths import RunPath
 from trainer.comm import Comm, SoloComm
-from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
 from trainer.runs.places import CheckpointPlace, place_of
 from trainer.runs.saving import Checkpointer
@@ -113,7 +112,6 @@ def origin_of(**changes: Any) -> Origin:
 def state_at(step: int) -> CheckpointState:
     """What a checkpoint of a step says about itself."""
     return CheckpointState(
-        format_version=checkpoint.FORMAT_VERSION,
         step=step,
         epoch=1,
         step_in_epoch=step - 40,
