@@ -181,7 +181,7 @@ class TestRefusals:
         snapshot = store.snapshot()
         other.put(FeatureRows.of(["a"] * 50, snapshot.get(np.arange(1_000, 1_050)), keys=np.arange(1_000, 1_050)))
         changes = {"run__name": "alone", "run__resume": "latest", **SHARED}
-        with pytest.raises(CheckpointError, match=r"store\.extractor\.weights_digest is 'other' here, '0'"):
+        with pytest.raises(CheckpointError, match=r"stores\.images\.extractor\.weights_digest is 'other' here, '0'"):
             run_alone(places, data__store=tmp_path / "other", **changes)
 
     def test_recorded_snapshot_is_opened_again(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -72,11 +71,9 @@ class Origin(Section):
     """The same of this section: the seed."""
     model: dict[str, Any]
     """Section model of the configuration, and the fields of the schema."""
-    store: dict[str, Any]
-    """ExtractorSpec, dimension, dtype and basis of the feature store; empty where the model has no images."""
-    stores: dict[str, dict[str, Any]] = Field(default={})
-    """The same of the further stores, by name, where the model has several contents an item."""
-    optim: dict[str, Any] = Field(default={})
+    stores: dict[str, dict[str, Any]]
+    """ExtractorSpec, dimension, dtype and basis of each feature store, by name; none where the model has no images."""
+    optim: dict[str, Any]
     """What the optimiser's state means: the settings that decide on parameters and rows."""
 
     def check_same(self, recorded: "Origin", path: RunPath, may_differ: Collection[Decision] = TO_RESUME) -> None:
@@ -93,13 +90,12 @@ class Origin(Section):
 
     def check_store(self, recorded: "Origin", path: RunPath) -> None:
         """Raise OtherRunError where E of the checkpoint at `path` was trained on features of another kind."""
-        mine, theirs = (each.model_dump(include={"store", "stores"}) for each in (self, recorded))
-        found = differences(mine, theirs)
+        found = differences({"stores": self.stores}, {"stores": recorded.stores})
         if not found:
             return
-        if bool(self.store) != bool(recorded.store):
+        if bool(self.stores) != bool(recorded.stores):
             was = "was trained without images, and this run uses them"
-            if recorded.store:
+            if recorded.stores:
                 was = "has an E for images, and this run uses none"
             raise OtherRunError(
                 f"{path} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
@@ -108,8 +104,8 @@ class Origin(Section):
         raise OtherRunError(
             f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(map(_text, found))
-            + "\nset data.store to a store of that kind (data.stores.NAME where stores.NAME differs), or take all but "
-            f"E into a new run, which trains an E for this one: --warm-start {path} --warm-parts model,ids"
+            + "\nset data.store to a store of that kind (of several, data.stores.NAME), or take all but E into a new "
+            f"run, which trains an E for this one: --warm-start {path} --warm-parts model,ids"
         )
 
 

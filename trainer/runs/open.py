@@ -39,7 +39,7 @@ from trainer.runs.folder import check_folder, finished, in_the_way, naming_run_d
 from trainer.runs.places import CheckpointPlace, local_folder, place_of, upload_new
 from trainer.runs.stores import (
     StorePlace,
-    kinds_by_store,
+    kind_of_features,
     lacking_images,
     missing_places,
     open_partition,
@@ -326,15 +326,13 @@ def _checked_warm_start(config: Config, schema: Schema) -> WarmStart | None:
 def _origin(
     config: Config, schema: Schema, samples: str, streams: int, partitions: Mapping[str, FeaturePartition]
 ) -> Origin:
-    store, stores = kinds_by_store(partitions)
     positions = {**values_that_decide(config.data, "positions"), "shuffle_streams": streams, "samples_digest": samples}
     return Origin(
         data={name: value for name, value in positions.items() if name != "train_days"},  # the samples tell
         train=values_that_decide(config.train, "positions"),
         optim=values_that_decide(config.optim, "parameters", "rows"),
         model=model_of(config, schema),
-        store=store,
-        stores=stores,
+        stores={name: kind_of_features(partition.info) for name, partition in partitions.items()},
     )
 
 

@@ -142,7 +142,7 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: RunPath, state: 
 
 def other_features(info: StoreInfo, state: CheckpointState, name: str) -> list[str]:
     """List how a store's features differ from those that the checkpoint's E was trained on; `name` is the store's."""
-    recorded = state.origin.stores.get(name, state.origin.store)
+    recorded = state.origin.stores.get(name, {})
     return [each.text("in the checkpoint") for each in differences(kind_of_features(info), recorded)]
 
 
@@ -173,15 +173,6 @@ def kind_of_features(info: StoreInfo) -> dict[str, Any]:
     """Describe what E must not see change: ExtractorSpec, dimension, dtype and basis."""
     basis = {"basis": info.reduction.sha256} if info.reduction else {}
     return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(), **basis}
-
-
-def kinds_by_store(partitions: Mapping[str, FeaturePartition]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return `kind_of_features` of the first store, and of the others by name: as a checkpoint's origin keeps them."""
-    first, *others = partitions or [None]
-    return (
-        kind_of_features(partitions[first].info) if first else {},
-        {name: kind_of_features(partitions[name].info) for name in others if name},
-    )
 
 
 def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, SnapshotId]:

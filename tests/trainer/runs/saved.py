@@ -103,8 +103,9 @@ def origin_of(**changes: Any) -> Origin:
     values: dict[str, Any] = {
         "data": {"global_batch_size": 16},
         "train": {"seed": 0},
+        "optim": {},
         "model": {"mlp": [200, 80], "fields": {"user": {"kind": "id"}}},
-        "store": {"dim": 8, "extractor": {"backbone": "vgg16", "weights_digest": "abc"}},
+        "stores": {"images": {"dim": 8, "extractor": {"backbone": "vgg16", "weights_digest": "abc"}}},
     }
     return Origin(**{name: {**value, **changes.get(name, {})} for name, value in values.items()})
 

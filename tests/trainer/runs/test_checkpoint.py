@@ -171,8 +171,8 @@ def test_what_a_name_means(tmp_path: Path) -> None:
         ({"model": {"mlp": [100]}}, "model.mlp is [100] here, [200, 80] in the checkpoint"),
         ({"model": {"fields": {}}}, "model.fields.user.kind is None here, 'id' in the checkpoint"),
         (
-            {"store": {"extractor": {"backbone": "vgg16", "weights_digest": "x"}}},
-            "store.extractor.weights_digest is 'x' here",
+            {"stores": {"images": {"dim": 8, "extractor": {"backbone": "vgg16", "weights_digest": "x"}}}},
+            "stores.images.extractor.weights_digest is 'x' here",
         ),
     ],
 )

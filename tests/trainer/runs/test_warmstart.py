@@ -228,7 +228,7 @@ def test_fields_that_mean_something_else_are_noticed(change: dict[str, Any], par
     }
     model = ModelConfig().model_dump()
     theirs, mine = (
-        Origin(data={}, train={}, store={}, model={**model, "fields": each})
+        Origin(data={}, train={}, stores={}, optim={}, model={**model, "fields": each})
         for each in (fields, {name: field | change.get(name, {}) for name, field in fields.items()})
     )
     state = CheckpointState.model_construct(origin=theirs, files={DENSE: ""})
@@ -285,9 +285,9 @@ def _other_store(places: Places, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("network", r"store\.extractor\.weights_digest is 'other' here, '0' in the checkpoint"),
-        ("dim", r"store\.dim is 8 here, 16 in the checkpoint"),
-        ("dtype", r"store\.dtype is 'bfloat16' here, 'float32' in the checkpoint"),
+        ("network", r"stores\.images\.extractor\.weights_digest is 'other' here, '0' in the checkpoint"),
+        ("dim", r"stores\.images\.dim is 8 here, 16 in the checkpoint"),
+        ("dtype", r"stores\.images\.dtype is 'bfloat16' here, 'float32' in the checkpoint"),
     ],
 )
 def test_features_of_another_kind_are_refused_and_the_way_out_works(

@@ -52,9 +52,9 @@ def test_resumption_is_exact_and_knows_the_basis(reduced: Places, whole: Path) -
     store = FeatureStore.open(reduced.folder / "features")
     store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32)))
     remake(store, reduced.folder / "other", dims=DIMS, dtype="float32")
-    with pytest.raises(CheckpointError, match=r"store\.basis is '\w{64}' here, '\w{64}' in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"stores\.images\.basis is '\w{64}' here, '\w{64}' in the checkpoint"):
         run(reduced, "halves", "other", run__resume="latest", train__max_steps=36)
-    with pytest.raises(CheckpointError, match=r"store\.dim is 16 here, 6"):
+    with pytest.raises(CheckpointError, match=r"stores\.images\.dim is 16 here, 6"):
         run(reduced, "halves", "features", run__resume="latest", train__max_steps=36)
 
 

@@ -88,8 +88,7 @@ class TestRuns:
         assert two["images_per_step"] == one["images_per_step"]
         assert one["store_versions"] == two["store_versions"] == {"images": 1, "titles": 1}
         state = read_state(find_checkpoint(both.folder / "runs" / "two"))
-        assert state.origin.store["dim"] == 16
-        assert {name: kind["dim"] for name, kind in state.origin.stores.items()} == {"titles": 5}
+        assert {name: kind["dim"] for name, kind in state.origin.stores.items()} == {"images": 16, "titles": 5}
         assert state.stores["titles"].url == str(both.folder / "titles")
 
     def test_each_store_has_its_own_networks(self, both: Places) -> None:
