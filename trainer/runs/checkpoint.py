@@ -207,7 +207,7 @@ def read_dense(path: RunPath, state: CheckpointState, prefix: str, cache_dir: st
 
     The names are those that begin with `prefix`, without it. Raises CheckpointError."""
     with (
-        _naming(path),
+        _saying(f"cannot read {path}"),
         _verified(path / DENSE, state.files[DENSE], cache_dir) as local,
         safe_open(local, framework="pt") as file,
     ):
@@ -223,7 +223,7 @@ def read_rows(
 
     From an object store, the files with one of them are copied to `cache_dir` first. Raises CheckpointError."""
     wanted = set(names)
-    with _naming(path), ExitStack() as opened:
+    with _saying(f"cannot read {path}"), ExitStack() as opened:
         file_of: dict[str, Any] = {}
         for file in sorted(set(state.files) - {DENSE}):
             if isinstance(path, FarPath) and not wanted & _names_in(path / file):
@@ -239,11 +239,8 @@ def read_rows(
 @contextmanager
 def agreed(comm: Comm, what: str) -> Iterator[None]:
     """Run the block on every rank and then raise on all if one failed: CheckpointError, disk errors translated."""
-    with comm.agreed():
-        try:
-            yield
-        except (OSError, SafetensorError, StorageError) as failure:
-            raise CheckpointError(f"{what}: {failure}") from failure
+    with comm.agreed(), _saying(what):
+        yield
 
 
 def _text(difference: Difference) -> str:
@@ -254,12 +251,12 @@ def _text(difference: Difference) -> str:
 
 
 @contextmanager
-def _naming(path: RunPath) -> Iterator[None]:
-    """Name in a CheckpointError the checkpoint that cannot be read."""
+def _saying(what: str) -> Iterator[None]:
+    """Turn an error of the disk, the object store or a file's format into a CheckpointError that says what failed."""
     try:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
-        raise CheckpointError(f"cannot read {path}: {failure}") from failure
+        raise CheckpointError(f"{what}: {failure}") from failure
 
 
 @contextmanager
