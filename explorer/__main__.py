@@ -1,11 +1,43 @@
 """python -m explorer: pages of a store, its images, runs, impressions and a scorer, served or written into a folder."""
 
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperGroup
 
-from explorer.commands import export, map, serve
+from explorer.errors import ExplorerError
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import print_problem, print_summary, progress_bar, progress_bars
+from featurestore.errors import FAILED
+from featurestore.published.paths import run_path
+from featurestore.text import refusal
+
+NEEDED = ("httpx2", "plotly", "python_multipart", "sklearn", "umap")
+"""Packages of the explorer that machines which only train and serve lack."""
+
+Store = Annotated[str | None, typer.Option(help="Feature store: a folder or s3:// address.")]
+Runs = Annotated[str | None, typer.Option(help="Folder or address that holds runs.")]
+Samples = Annotated[str | None, typer.Option(help="Samples; by default each run's own.")]
+Images = Annotated[str | None, typer.Option(help="Pictures: the folder or address that the store was made of.")]
+Model = Annotated[str | None, typer.Option(help="Published model, to score with over HTTP.")]
+Nets = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE",
+        help="Package whose classes runs may name as model.base. A page that asks such a run imports it.",
+        show_default="none is imported",
+    ),
+]
+Scorer = Annotated[
+    str | None,
+    typer.Option(help="Running scorer of --model, http://HOST:PORT.", show_default="one is started on this machine"),
+]
+ScorerTokenFile = Annotated[Path | None, typer.Option(help="File whose first line is the token for --scorer.")]
+ScorerCa = Annotated[
+    Path | None, typer.Option(help="Certificates to trust for --scorer, PEM.", show_default="those of the system")
+]
 
 
 class ExplorerGroup(TyperGroup):
@@ -30,8 +62,161 @@ app = CommandApp(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (serve, export, map):
-    app.add_typer(commands.app)
+
+
+def check_installed() -> None:
+    """Raise ExplorerError where a package is missing."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ExplorerError(
+            f"the explorer needs packages that are not installed here ({', '.join(missing)}): "
+            "pip install 'crossmedia[explorer]', or make install in the repository"
+        )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m explorer --store data/features --images photos`\n\n"
+    "- `python -m explorer --store data/features --runs data/runs --samples data/samples --images photos "
+    "--model data/models/ctr --port 8090`\n\n"
+    "- `python -m explorer --store s3://shop/features --host 0.0.0.0 --tls-cert tls.crt --tls-key tls.key "
+    "--token-file tokens.txt`"
+)
+def serve(
+    store: Store = None,
+    runs: Runs = None,
+    samples: Samples = None,
+    images: Images = None,
+    model: Model = None,
+    nets: Nets = None,
+    scorer: Scorer = None,
+    scorer_token_file: ScorerTokenFile = None,
+    scorer_ca: ScorerCa = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8090,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with a token a line; who looks types one of them first.")
+    ] = None,
+) -> None:
+    """Show pages of a store, its images, runs, impressions and a scorer, in a browser. Nothing is changed."""
+    check_installed()
+    from explorer.places import Places
+    from explorer.server import serve as listen_and_answer
+    from serving.http.settings import AccessSettings
+
+    places = Places(
+        store=store,
+        runs=runs,
+        samples=samples,
+        images=images,
+        model=model,
+        nets=nets,
+        scorer=scorer,
+        scorer_token_file=scorer_token_file,
+        scorer_ca=scorer_ca,
+    )
+    places.check()
+    listen_and_answer(
+        AccessSettings(host=host, port=port, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file, drain_s=5),
+        places,
+    )
+
+
+@app.command(epilog="Example: `python -m explorer export pages --store data/features --runs data/runs --images photos`")
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; open OUT/index.html.")],
+    store: Store = None,
+    runs: Runs = None,
+    samples: Samples = None,
+    images: Images = None,
+    model: Model = None,
+    nets: Nets = None,
+    most_files: Annotated[
+        int, typer.Option(min=10, help="Pages and pictures at most; links beyond lead to a page that says so.")
+    ] = 2000,
+    map_minutes: Annotated[
+        float,
+        typer.Option(min=0, help="For so long UMAP may lay out maps, all together, that it did not lay out before."),
+    ] = 5,
+) -> None:
+    """Write the same pages into a folder: from the first page along all links. Forms and live parts are left out."""
+    check_installed()
+    if not isinstance(run_path(out), Path):
+        raise typer.BadParameter(
+            f"{out} is an address: pages are written into a folder of this machine", param_hint="OUT"
+        )
+    from explorer.export import export as write
+    from explorer.html.filters import size
+    from explorer.places import Places
+
+    places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
+    places.check()
+    with progress_bar("pages and pictures") as bar:
+        exported = write(places, out, most_files, bar, umap_s=60 * map_minutes, doing=bar.doing)
+    print_summary(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
+    if exported.num_left_out:
+        print_summary(
+            f"{exported.num_left_out:,} addresses or more are left out: --most-files takes more than {most_files:,}"
+        )
+    if exported.quick_maps:
+        print_summary(
+            f"maps by principal components alone: {', '.join(exported.quick_maps)}; UMAP needs more than --map-minutes "
+            f"{map_minutes:g}, or python -m explorer map beforehand"
+        )
+    for problem in exported.errors:
+        print_problem(f"an error page: {problem}")
+    if exported.errors:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: `python -m explorer map map.parquet --run data/runs/both --samples data/samples`")
+def map(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, or replace: NAME.parquet.")],
+    run: Annotated[
+        str | None,
+        typer.Option(help="Folder or address of a run.", show_default="features of the store are laid out"),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Which E of the run, STORE:NAME.", show_default="the first of several")
+    ] = None,
+    store: Store = None,
+    samples: Samples = None,
+) -> None:
+    """Lay images out in a plane by UMAP: by the visual vectors of a run, or the features of a store.
+
+    Columns: key, uri, x, y, ctr, category, error, impressions. `embedding-atlas OUT --x x --y y` opens it, and the page
+    Map of the same run, store and samples has it at once.
+    """
+    check_installed()
+    from explorer.data.background import Task
+    from explorer.data.map import MapPoints, make_map
+    from explorer.places import Places
+    from featurestore.console.files import check_ending, replace_file
+
+    if run is None and store is None:
+        raise ExplorerError("nothing to lay out: name a --run or a --store")
+    check_ending(out, "OUT", ".parquet")
+    folder = None if run is None else run_path(run)
+    places = Places(store=store, samples=samples, runs=None if folder is None else str(folder.parent))
+    with progress_bars() as bars:
+        bar = bars.add_task("map", total=None)
+
+        class ShownTask(Task[MapPoints]):
+            """Shows what is done."""
+
+            def tell(self, doing: str, done: int = 0, total: int = 0) -> None:
+                super().tell(doing, done, total)
+                bars.update(bar, description=doing, completed=done, total=total or None)
+
+        found = make_map(places, None if folder is None else folder.name, ShownTask(), network=network)
+    try:
+        replace_file(out, found.file.read_bytes())
+    except OSError as error:
+        raise ExplorerError(f"cannot write {out}: {refusal(error)}") from error
+    for note in found.about["notes"]:
+        print_problem(f"note: {note}")
+    print_summary(f"{len(found.keys_N):,} images, laid out by {found.method}: {out}")
 
 
 def main() -> None:

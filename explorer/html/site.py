@@ -1,23 +1,64 @@
-"""The site that all pages share: its places, pictures and templates; a page is a template and what it shows."""
+"""The site that all pages share: its places, pictures, templates and links; a page is a template and what it shows."""
 
 import json
-from collections.abc import Callable, Sequence
+import posixpath
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
 
 import jinja2
+import xxhash
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
+from starlette.routing import Route
 
 from explorer.data.background import Background, Task
-from explorer.data.impressions.opened import TrainedRuns
+from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.data.pictures import Pictures
 from explorer.html.filters import FILTERS
-from explorer.html.links import LEFT_OUT, PICTURE, Param, address, file_of, relative
 from explorer.places import Places
+
+Param = str | int | float | bool | None
+
+PICTURE, STATIC = "/picture", "/static/"
+LEFT_OUT = "left-out.html"
+"""Page of an exported folder in the place of those that were not exported."""
+_ODD = re.compile(r"[^A-Za-z0-9]+")
+
+
+def address(path: str, params: Mapping[str, Param | Sequence[str]]) -> str:
+    """Write the address of a page: the path quoted, the parameters in the order of their names, None left out.
+
+    A parameter with several values is written once for each.
+    """
+    given = {
+        name: str(value) if isinstance(value, str | int | float) else list(value)
+        for name, value in sorted(params.items())
+        if value is not None
+    }
+    return quote(path) + (f"?{urlencode(given, doseq=True)}" if given else "")
+
+
+def file_of(address: str) -> str:
+    """Name the file of an address in an exported folder: readable, unique, and plain ASCII whatever it names."""
+    if address == "/":
+        return "index.html"
+    if address.startswith(STATIC):
+        return address[1:]
+    name = f"{_ODD.sub('-', address)[:48].strip('-')}-{xxhash.xxh3_64_hexdigest(address.encode())}"
+    return f"pictures/{name}.jpg" if address.startswith(PICTURE) else f"pages/{name}.html"
+
+
+def relative(target: str, page: str) -> str:
+    """Write the way from one file of an exported folder to another."""
+    return posixpath.relpath(target, posixpath.dirname(page) or ".")
+
 
 THUMBNAIL = 160
 """Pixels of the longer side of a picture in a list."""
@@ -160,3 +201,27 @@ def pages_of(items: Sequence[Any], page: int, per_page: int) -> tuple[Sequence[A
     num_pages = max(1, -(-len(items) // per_page))
     page = min(max(page, 1), num_pages)
     return items[(page - 1) * per_page : page * per_page], num_pages
+
+
+class PageKind(ABC):
+    """Pages of one kind. Endpoints are plain functions `(request) -> response`: starlette runs them in threads."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    @property
+    @abstractmethod
+    def nav(self) -> NavItem | None:
+        """The entry of the navigation; None where the places that these pages show are not given."""
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """List what these pages answer, for the first page; asked only of kinds whose places are given."""
+        return ()
+
+    @abstractmethod
+    def routes(self) -> Sequence[Route]:
+        """List the routes; a kind without its places has none."""
+
+    def close(self) -> None:  # noqa: B027
+        """Release what the pages hold open; most hold nothing."""

@@ -13,22 +13,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.images.codes import CodeShelf, SemanticIds, encode, nearest_codes
-from explorer.data.images.compare import Space, only_in, shared
-from explorer.data.images.finding import ImageNames, find_exactly, find_key, find_part
-from explorer.data.images.history import RowSpan, row_spans
-from explorer.data.images.neighbours import Neighbours, nearest_features, nearest_vectors
-from explorer.data.images.network import MOST_BYTES, feature_of_picture
-from explorer.data.images.visual import ImageRuns, blocks_of, embed, vector_of
+from explorer.data.images.neighbours import (
+    CodeShelf,
+    Neighbours,
+    SemanticIds,
+    Space,
+    encode,
+    nearest_codes,
+    nearest_features,
+    nearest_vectors,
+    only_in,
+    shared,
+)
+from explorer.data.images.rows import ImageNames, RowSpan, find_exactly, find_key, find_part, row_spans
+from explorer.data.images.visual import MOST_BYTES, ImageRuns, blocks_of, embed, feature_of_picture, vector_of
 from explorer.data.kept import Kept
 from explorer.data.pictures import shrunk
-from explorer.data.store.opened import name_of, open_snapshot
+from explorer.data.store.listing import name_of, open_snapshot
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html.asked import Paging, whole, whole_in
-from explorer.html.asked import snapshot as asked_snapshot
-from explorer.html.site import NavItem, Question, Site
-from explorer.html.upload import read_upload
-from explorer.pages.kind import PageKind
+from explorer.html.query import Paging, read_upload, whole, whole_in
+from explorer.html.query import snapshot as asked_snapshot
+from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore.errors import UserError
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore

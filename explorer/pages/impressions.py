@@ -12,29 +12,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from explorer.data.images.neighbours import feature_of, nearest_features
-from explorer.data.images.network import MOST_BYTES, why_not
+from explorer.data.images.visual import MOST_BYTES, why_not
+from explorer.data.impressions.another_picture import PictureNames, check_sent, score_sent, score_typed
 from explorer.data.impressions.explained import (
     Candidate,
     Explanation,
     OtherPicture,
     explain,
+    name_of,
+    on_missing,
     other_pictures,
+    percent,
+    points,
+    sentence,
+    weighing,
     with_other_pictures,
 )
 from explorer.data.impressions.groups import PictureName, SampleGroup
-from explorer.data.impressions.listed import CLICKED, ORDERS, Clicked, Order, score_user, scored_of
-from explorer.data.impressions.names import PictureNames
-from explorer.data.impressions.opened import AskableRun, At, OpenedRun
-from explorer.data.impressions.sent import check_sent, score_sent
-from explorer.data.impressions.typed import score_typed
-from explorer.data.impressions.words import name_of, on_missing, percent, points, sentence, weighing
+from explorer.data.impressions.impression_list import CLICKED, ORDERS, Clicked, Order, score_user, scored_of
+from explorer.data.impressions.open_runs import AskableRun, At, OpenedRun
 from explorer.data.pictures import shrunk
-from explorer.data.runs.settings import shown_first
+from explorer.data.runs.comparing import shown_first
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html.asked import number_of
-from explorer.html.site import NavItem, Question, Site, pages_of
-from explorer.html.upload import read_upload
-from explorer.pages.kind import PageKind
+from explorer.html.query import number_of, read_upload
+from explorer.html.site import NavItem, PageKind, Question, Site, pages_of
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
 from featurestore.published.paths import run_path

@@ -13,16 +13,13 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from explorer.data.background import Task
-from explorer.data.map.layout import COLOURS, COLUMNS, Cell, Colour, cells, drawn, has
-from explorer.data.map.make import make_map
-from explorer.data.map.points import MapPoints
-from explorer.data.map.projection import LEAST_FOR_UMAP
+from explorer.data.map import COLOURS, COLUMNS, Cell, Colour, MapPoints, cells, drawn, has, make_map
+from explorer.data.projection import LEAST_FOR_UMAP
+from explorer.data.runs.comparing import shown_first
 from explorer.data.runs.folders import list_runs, open_run, read_facts
-from explorer.data.runs.settings import shown_first
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html import mapcharts
-from explorer.html.site import NavItem, Question
-from explorer.pages.kind import PageKind
+from explorer.html import charts
+from explorer.html.site import NavItem, PageKind, Question
 from featurestore.errors import UserError
 from featurestore.text import one_line
 
@@ -87,7 +84,7 @@ class MapPages(PageKind):
             network=network,
             colour=colour,
             colours=COLOURS,
-            maps=mapcharts,
+            maps=charts,
             image_link=self._image_link,
         )
 
@@ -114,7 +111,7 @@ class MapPages(PageKind):
             "map/part.html",
             title="Map",
             part=part,
-            maps=mapcharts,
+            maps=charts,
             image_link=self._image_link,
             status=_STOP_POLLING if part.is_ended else 200,
         )

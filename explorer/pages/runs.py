@@ -11,16 +11,23 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from explorer.data.background import Task
-from explorer.data.runs import settings
-from explorer.data.runs.comparing import TITLES, RunsCompared, compare_runs
+from explorer.data.runs import comparing
+from explorer.data.runs.comparing import (
+    IMAGES,
+    TITLES,
+    Evaluation,
+    RunsCompared,
+    SettingRow,
+    compare_runs,
+    differing,
+    image_groups,
+    read_evaluation,
+)
 from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
-from explorer.data.runs.evaluation import Evaluation, read_evaluation
 from explorer.data.runs.folders import METRICS, RunFacts, list_runs, open_run, read_facts, run_names
-from explorer.data.runs.settings import IMAGES, SettingRow, differing, image_groups
 from explorer.errors import ExplorerError
-from explorer.html import runcharts
-from explorer.html.site import NavItem, Question, Site
-from explorer.pages.kind import PageKind
+from explorer.html import charts
+from explorer.html.site import NavItem, PageKind, Question, Site
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import RunPath
@@ -96,7 +103,7 @@ class RunPages(PageKind):
             title="Runs",
             runs=runs,
             columns=[row.name for row in rows] or ["model.base", IMAGES],
-            value=lambda run, name: settings.text_of(run.settings[name]) if name in run.settings else "–",
+            value=lambda run, name: comparing.text_of(run.settings[name]) if name in run.settings else "–",
             metrics=METRICS,
             titles=TITLES,
             count=count,
@@ -123,10 +130,10 @@ class RunPages(PageKind):
             evaluation=evaluation,
             evaluation_problem=problem,
             command=f"python -m trainer.evaluate {shlex.quote(str(folder))} --missing-curve",
-            settings=[(name, settings.text_of(value)) for name, value in facts.settings.items()],
+            settings=[(name, comparing.text_of(value)) for name, value in facts.settings.items()],
             stores=_stores(facts),
             titles=TITLES,
-            charts_of=runcharts,
+            charts_of=charts,
         )
 
     def compare(self, request: Request) -> Response:
@@ -154,7 +161,7 @@ class RunPages(PageKind):
             runs=runs,
             names=names,
             is_worth=is_worth,
-            rows=[*settings.snapshots(runs), *(row for row in rows if row.is_figure)],
+            rows=[*comparing.snapshots(runs), *(row for row in rows if row.is_figure)],
             other_rows=[row for row in rows if not row.is_figure],
             evaluations={run.name: _evaluation(open_run(self.site.places, run.name))[0] for run in runs},
             live=self._live(runs),
@@ -162,7 +169,7 @@ class RunPages(PageKind):
             metrics=METRICS,
             titles=TITLES,
             first=lambda name: [name, *(each for each in names if each != name)],
-            charts_of=runcharts,
+            charts_of=charts,
         )
 
     def curves_part(self, request: Request) -> Response:
@@ -171,7 +178,7 @@ class RunPages(PageKind):
         live = self._live(runs)
         status = 200 if live.is_running else _STOP_POLLING
         return self.site.page(
-            request, "runs/curves.html", title="Curves", live=live, titles=TITLES, charts_of=runcharts, status=status
+            request, "runs/curves.html", title="Curves", live=live, titles=TITLES, charts_of=charts, status=status
         )
 
     def verdicts_part(self, request: Request) -> Response:
@@ -191,7 +198,7 @@ class RunPages(PageKind):
             title="Differences",
             part=part,
             titles=TITLES,
-            charts_of=runcharts,
+            charts_of=charts,
             status=status,
         )
 

@@ -8,17 +8,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from explorer.data.impressions.another_picture import PictureNames
+from explorer.data.impressions.explained import name_of, percent
 from explorer.data.impressions.groups import PictureName
-from explorer.data.impressions.names import PictureNames
-from explorer.data.impressions.words import name_of, percent
 from explorer.data.runs.comparing import TITLES
 from explorer.data.scorer.child import ChildScorer, ChildState
 from explorer.data.scorer.compared import TOLERANCE, compare, run_of
 from explorer.data.scorer.figures import read_figures
 from explorer.data.scorer.published import PublishedModel, read_model
-from explorer.html.asked import number_of
-from explorer.html.site import NavItem, Question, Site
-from explorer.pages.kind import PageKind
+from explorer.html.query import number_of
+from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore.errors import UserError
 from featurestore.text import one_line
 from serving.scoring.remote import RemoteScorer, trusted

@@ -11,20 +11,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from explorer.data.kept import Kept
-from explorer.data.store.broken import look_at
-from explorer.data.store.changes import KINDS, Changes, newest_at
-from explorer.data.store.channels import channel_histories
-from explorer.data.store.commits import CommitsBetween, commits_between
 from explorer.data.store.duplicates import MOST_GROUPS, Duplicates, find_duplicates, named
-from explorer.data.store.opened import live_rows, name_of, open_snapshot, version_before
-from explorer.data.store.shards import shard_lines
+from explorer.data.store.listing import (
+    channel_histories,
+    live_rows,
+    look_at,
+    name_of,
+    open_snapshot,
+    shard_lines,
+    version_before,
+)
+from explorer.data.store.snapshots import KINDS, Changes, CommitsBetween, Timeline, commits_between, newest_at
 from explorer.data.store.statistics import StoreNumbers, histogram, put_together, store_numbers
-from explorer.data.store.timeline import Timeline
 from explorer.errors import ExplorerError
-from explorer.html.asked import Paging, choice, day, whole, whole_in
-from explorer.html.asked import snapshot as asked_snapshot
-from explorer.html.site import NavItem, Question, Site
-from explorer.pages.kind import PageKind
+from explorer.html.query import Paging, choice, day, whole, whole_in
+from explorer.html.query import snapshot as asked_snapshot
+from explorer.html.site import NavItem, PageKind, Question, Site
 from featurestore import log
 from featurestore.errors import UserError
 from featurestore.snapshot import Snapshot

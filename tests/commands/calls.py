@@ -21,7 +21,7 @@ PROGRAMS = {
     "benchmarks.serve.rivals",
     "benchmarks.store.limit",
     "benchmarks.train.peer",
-    "explorer.data.map.projection",
+    "explorer.data.projection",
     "tools.breaks",
     "tools.browser.screenshots",
     "tools.reference",

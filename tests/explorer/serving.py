@@ -47,7 +47,7 @@ def pages_of(**places: object) -> Iterator[str]:
     """Serve the pages of these places in a thread; gives their address."""
     from explorer.html.site import Site
     from explorer.places import Places
-    from explorer.server.app import application
+    from explorer.server import application
 
     named = Places(**{name: str(place) for name, place in places.items()})
     named.check()

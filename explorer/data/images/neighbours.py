@@ -1,22 +1,33 @@
-"""Nearest neighbours of an image, by the cosine of vectors: exact, block by block, in bounded memory.
+"""Neighbours of an image by features, visual vectors and semantic IDs, and which of them each space alone has.
 
-Letters of shapes: M rows, K of a block, D width, C found.
+Neighbours by vectors are exact, by their cosine, found block by block in bounded memory.
+
+Letters of shapes: M rows or images with codes, K rows of a block, D width of a vector, C found.
 """
 
 import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from explorer.data.store.changes import NamedImage
+from explorer.data.background import Task
+from explorer.data.kept import Kept
 from explorer.data.store.duplicates import named
+from explorer.data.store.snapshots import NamedImage
+from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
+from featurestore.parsing import parse_json
+from featurestore.published.versions import open_published
 from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import in_threads
+
+if TYPE_CHECKING:
+    from pipeline.semantic.codes import Codebook, CodeIndex
+
 
 READ_BYTES = 16 << 30
 """Features that are read for one answer: some seconds a core. Of a larger store a random part of the shards is."""
@@ -151,3 +162,156 @@ def with_names(snapshot: Snapshot, keys: list[int], nearness: list[float]) -> It
     for key, near in zip(keys, nearness, strict=True):
         if key in images:
             yield Neighbour(key, images[key].uri, near)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The neighbours in one space, or a sentence that says why there are none, or how far they are."""
+
+    name: str
+    """features, visual, or codes."""
+    title: str
+    found: Neighbours | None = None
+    how: str = ""
+    """How they were found, in a sentence."""
+    problem: str = ""
+    task: Task[Any] | None = None
+    """What computes that which they are found by, while it is not there yet."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How many of the nearest two spaces have in common."""
+
+    one: str
+    other: str
+    count: int
+    of: int
+
+
+def only_in(spaces: list[Space]) -> dict[str, set[int]]:
+    """Find for each space the keys that it has and no other one; nothing where fewer than two spaces have any."""
+    keys = {space.name: keys_of(space) for space in spaces if space.found is not None}
+    if len(keys) < 2:
+        return {space.name: set() for space in spaces}
+    return {
+        space.name: keys.get(space.name, set()).difference(*(each for name, each in keys.items() if name != space.name))
+        for space in spaces
+    }
+
+
+def shared(spaces: list[Space]) -> list[Shared]:
+    """Count what each two spaces have in common; `of` is the length of the shorter list."""
+    there = [space for space in spaces if space.found is not None]
+    return [
+        Shared(one.title, other.title, len(keys_of(one) & keys_of(other)), min(len(keys_of(one)), len(keys_of(other))))
+        for number, one in enumerate(there)
+        for other in there[number + 1 :]
+    ]
+
+
+def keys_of(space: Space) -> set[int]:
+    """List the keys of a space."""
+    return {image.key for image in space.found.images} if space.found else set()
+
+
+_MARK = "summary.json"
+
+
+@dataclass(frozen=True)
+class SemanticIds:
+    """The codes of all images, at an address. 16 bytes an image in memory."""
+
+    address: str
+    index: "CodeIndex"
+    source: dict[str, Any]
+    """What the codes are of, as the job that made them says."""
+
+    @property
+    def origin(self) -> str:
+        """Say in words what the codes are of."""
+        of = self.source.get("of", {})
+        if "network" in of:
+            return f"visual vectors of {of.get('run')}, {of.get('checkpoint')}"
+        return f"features of snapshot {self.source['snapshot']}" if "snapshot" in self.source else "vectors of a file"
+
+    def codes_of(self, key: int) -> list[int] | None:
+        """List the codes of an image; None where it has none."""
+        full = int(self.index.lookup(np.array([key], np.int64))[0])
+        return None if full < 0 else self.codes(full)
+
+    def codes(self, full: int) -> list[int]:
+        """Take a full code, which is one number, apart."""
+        full_N = np.array([full], np.int64)
+        return [int(self.index.code(full_N, level)[0]) for level in range(self.index.num_levels)]
+
+
+class CodeShelf:
+    """Semantic IDs by address; the last two are kept. For several threads."""
+
+    def __init__(self) -> None:
+        self._read: Kept[SemanticIds] = Kept(2)
+
+    def open(self, address: str) -> SemanticIds | None:
+        """Read the semantic IDs next to samples; None where there are none. Raises SampleError, StorageError."""
+        from pipeline.semantic.codes import FOLDER, read_codes
+
+        storage = open_published(address)
+        try:
+            mark = storage.read_bytes(_MARK)
+            summary: dict[str, Any] = parse_json(mark)
+            num_codes = int(summary["codebook"]["codes"])
+        except (FileNotFoundError, StorageError, ValueError, KeyError, TypeError):
+            return None
+        if not storage.list(FOLDER):
+            return None
+        return self._read.get(
+            (address, mark), lambda: SemanticIds(address, read_codes(storage, num_codes), summary.get("source", {}))
+        )
+
+
+def nearest_codes(
+    snapshot: Snapshot, ids: SemanticIds, codes: list[int], most: int, without: int | None = None
+) -> Neighbours:
+    """Find the images of the snapshot that share the longest prefix of codes; of equal ones the smaller key first.
+
+    Those that share no code are left out. Looks at all codes once for each level.
+    """
+    index = ids.index
+    keys: list[int] = []
+    nearness: list[float] = []
+    taken_M = np.zeros(len(index.keys_M), np.bool_)
+    if without is not None:
+        taken_M |= index.keys_M == without
+    for length in range(index.num_levels, 0, -1):
+        wanted = 0
+        for code in codes[:length]:
+            wanted = wanted * index.num_codes + code
+        same_M = (index.prefix(index.prefix_M, length) == wanted) & ~taken_M
+        taken_M |= same_M
+        found = index.keys_M[same_M][: most - len(keys)].tolist()
+        keys += found
+        nearness += [float(length)] * len(found)
+    count = len(index.keys_M)
+    images = tuple(with_names(snapshot, keys, nearness))
+    return Neighbours(images=images, num_searched=count, num_rows=count, seconds=0)
+
+
+def encode(ids: SemanticIds, vector_D: npt.NDArray[np.float32]) -> list[int] | None:
+    """Compute the codes of a vector of the kind that the codebook is of; None where it has another width.
+
+    Raises SampleError.
+    """
+    codebook = _codebook(ids.address)
+    if codebook.dim != len(vector_D):
+        return None
+    codes_NL, _, _ = codebook.encode(vector_D[None].astype(np.float32))
+    return [int(code) for code in codes_NL[0]]
+
+
+def _codebook(address: str) -> "Codebook":
+    from pipeline.samples.publish import CODEBOOK_FILE
+    from pipeline.semantic.codes import Codebook
+
+    place = open_published(address)
+    return Codebook.from_bytes(place.read_bytes(CODEBOOK_FILE), place.full(CODEBOOK_FILE))

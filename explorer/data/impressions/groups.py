@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from explorer.data.impressions.opened import OpenedRun
+from explorer.data.impressions.open_runs import OpenedRun
 from explorer.errors import NotHereError
 from featurestore.keys import key_of_uri
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from explorer.data.impressions.explained import MOST_BEHAVIORS, Score, other_pictures
 from explorer.data.impressions.groups import GroupColumns, PictureName, Row, SampleGroup
-from explorer.data.impressions.opened import At, OpenedRun, TrainedRuns
+from explorer.data.impressions.open_runs import At, OpenedRun, TrainedRuns
 from explorer.data.scorer.published import PublishedModel
 from explorer.errors import ExplorerError
 from explorer.places import Places

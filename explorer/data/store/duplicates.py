@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from explorer.data.store.changes import NamedImage
+from explorer.data.store.snapshots import NamedImage
 from featurestore.format.datafile import KEY, digest_column, numpy_column
 from featurestore.keys import Int64Array, shard_of
 from featurestore.snapshot import Snapshot

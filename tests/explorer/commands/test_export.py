@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from explorer.__main__ import app
-from explorer.data.map import projection
+from explorer.data import projection
 from tests.explorer.world import World
 
 QUICK = "maps by principal components alone: the features of the store; UMAP needs more than --map-minutes"

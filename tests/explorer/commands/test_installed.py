@@ -4,8 +4,8 @@ import configparser
 
 import pytest
 
-from explorer.commands import installed
-from explorer.commands.installed import NEEDED, check_installed
+from explorer import __main__ as command
+from explorer.__main__ import NEEDED, check_installed
 from explorer.errors import ExplorerError
 from tests.ranks import ROOT
 
@@ -15,7 +15,7 @@ def test_here_all_is_there() -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed, "find_spec", lambda name: None if name == "umap" else object())
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "umap" else object())
     with pytest.raises(ExplorerError, match=r"\(umap\).*crossmedia\[explorer\]"):
         check_installed()
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from explorer.__main__ import app
-from explorer.data.map import projection
+from explorer.data import projection
 from featurestore import FeatureStore
 from tests.explorer.world import World
 

@@ -1,6 +1,6 @@
 """Tests of addresses and of the files that stand for them."""
 
-from explorer.html.links import address, file_of, relative
+from explorer.html.site import address, file_of, relative
 
 HOSTILE = (
     "../../etc/passwd",

@@ -3,7 +3,7 @@
 import pytest
 
 from explorer.data.runs.curves import StageTime
-from explorer.html.runcharts import stages
+from explorer.html.charts import stages
 
 AHEAD, STEP = "ahead, at the same time", "the step"
 

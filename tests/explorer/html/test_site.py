@@ -2,8 +2,7 @@
 
 import json
 
-from explorer.html.links import LEFT_OUT
-from explorer.html.site import NavItem, Site, pages_of, script_json
+from explorer.html.site import LEFT_OUT, NavItem, Site, pages_of, script_json
 from explorer.places import Places
 
 HOSTILE = "</script><script>alert(1)</script>&\u2028"

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from explorer.html.site import Site
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 
 
 class Reading(HTMLParser):

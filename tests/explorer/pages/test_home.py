@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.data.map import projection
+from explorer.data import projection
 from explorer.html.site import Site
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 from tests.explorer.world import World
 
 

@@ -13,7 +13,7 @@ from explorer.data.vectors import explorer_cache
 from explorer.html.site import Site
 from explorer.pages import images as pages
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 from featurestore import FeatureStore, key_of_uri
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.remake import remake

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.data.impressions import listed
+from explorer.data.impressions import impression_list
 from explorer.html.site import Site
 from explorer.pages import impressions
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
@@ -352,8 +352,8 @@ def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
     table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
     users, labels = table["user"].to_pylist(), table["label"].to_pylist()
     num_first = len(labels[0]) + len(labels[1])
-    monkeypatch.setattr(listed, "MOST", num_first)
-    monkeypatch.setattr(listed.score_first, "__defaults__", (num_first,))
+    monkeypatch.setattr(impression_list, "MOST", num_first)
+    monkeypatch.setattr(impression_list.score_first, "__defaults__", (num_first,))
     others = {*table["ad_item"][0].as_py(), *table["ad_item"][1].as_py(), *users[:2]}
     user = next(each for each in reversed(users) if each not in others)
     with TestClient(application(Site(places_of(world)))) as client:

@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data import projection
 from explorer.data.background import Task
-from explorer.data.map import projection
-from explorer.data.map.make import make_map
+from explorer.data.map import make_map
 from explorer.errors import ExplorerError
-from explorer.html import mapcharts
+from explorer.html import charts
 from explorer.html.site import Site
 from explorer.pages.maps import MapPart
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 from tests.explorer.world import World
 from tests.trainer.conftest import Places as Settings
 from trainer.comm import SoloComm
@@ -192,7 +192,7 @@ def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World
     shown = MapPart(run="both", network=None, colour="folder", task=Task(), store_id="another")
     shown.task.early = make_map(places, "both", Task(), umap_s=0)
     assert not shown.has_pages
-    text = site.text("/map", "map/part.html", part=shown, maps=mapcharts, image_link=lambda key: "/images/1")
+    text = site.text("/map", "map/part.html", part=shown, maps=charts, image_link=lambda key: "/images/1")
     assert "/images/" not in text
     assert "mapgrid" in text
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from explorer.html.site import Site
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 from tests.explorer.world import World
 from trainer.files import DAYS_FILE
 from trainer.loop.progress import EventsFile

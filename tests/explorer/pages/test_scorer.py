@@ -16,11 +16,11 @@ from starlette.testclient import TestClient
 
 from explorer.data.scorer.child import ChildScorer
 from explorer.errors import ExplorerError
+from explorer.export import export
 from explorer.html.site import Site
 from explorer.pages.scorer import ScorerPages
 from explorer.places import Places
-from explorer.server.app import application
-from explorer.server.export import export
+from explorer.server import application
 from featurestore.errors import TokenFileError
 from serving.errors import BundleNotFoundError, ServingError
 from serving.scoring.remote import RemoteScorer

@@ -13,7 +13,7 @@ from starlette.routing import Match, Route
 
 import explorer.html.site
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 from tests.explorer.browser.watching.chromium import origin_of
 
 MOST_OPENED, MOST_ASKED = 2, 20

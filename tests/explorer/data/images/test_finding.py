@@ -2,8 +2,8 @@
 
 import pytest
 
-from explorer.data.images import finding
-from explorer.data.images.finding import ImageNames, find_exactly, find_key, find_part
+from explorer.data.images import rows as image_rows
+from explorer.data.images.rows import ImageNames, find_exactly, find_key, find_part
 from featurestore import key_of_uri
 from tests.explorer.stores import make_store, rows, storied
 
@@ -54,7 +54,7 @@ def test_a_part_finds_what_a_loop_finds(store, part):
 
 
 def test_a_long_search_stops_and_goes_on_where_it_stopped(store, monkeypatch):
-    monkeypatch.setattr(finding, "MOST_FOUND", 5)
+    monkeypatch.setattr(image_rows, "MOST_FOUND", 5)
     snapshot, found, shard, rounds = store.snapshot(), [], 0, 0
     while shard is not None:
         part = find_part(snapshot, "jpg", shard)
@@ -62,7 +62,7 @@ def test_a_long_search_stops_and_goes_on_where_it_stopped(store, monkeypatch):
     assert rounds == 4
     assert len(found) == 44
     assert {image.uri for image in found} == uris(snapshot)
-    monkeypatch.setattr(finding, "_LOOKS_S", -1)
+    monkeypatch.setattr(image_rows, "_LOOKS_S", -1)
     assert find_part(snapshot, "nothing").next_shard == 1
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from explorer.data.images.history import row_of, row_spans
+from explorer.data.images.rows import row_of, row_spans
 from featurestore import key_of_uri
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire

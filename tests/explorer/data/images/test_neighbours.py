@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from explorer.data.images import neighbours
-from explorer.data.images.compare import Space, keys_of, only_in, shared
-from explorer.data.images.neighbours import Neighbour, Neighbours, cosines, nearest_features, nearest_vectors
+from explorer.data.images.neighbours import (
+    Neighbour,
+    Neighbours,
+    Space,
+    cosines,
+    keys_of,
+    nearest_features,
+    nearest_vectors,
+    only_in,
+    shared,
+)
 from featurestore import FeatureStore, key_of_uri
 from featurestore.upkeep.remake import remake
 from tests.explorer.stores import DIM, make_store, rows, storied

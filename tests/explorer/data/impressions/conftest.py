@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from explorer.data.impressions.opened import TrainedRuns
+from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.places import Places
 from tests.serving.scoring.variants import shared_places
 from tests.serving.scoring.variants import trained as trained_variant

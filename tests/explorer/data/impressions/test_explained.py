@@ -12,12 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from explorer.data.impressions import sent
-from explorer.data.impressions.explained import Explanation, explain, with_other_pictures
+from explorer.data.impressions import another_picture
+from explorer.data.impressions.explained import (
+    Explanation,
+    explain,
+    on_missing,
+    sentence,
+    weighing,
+    with_other_pictures,
+)
 from explorer.data.impressions.groups import PictureName
-from explorer.data.impressions.listed import score_first
-from explorer.data.impressions.opened import TrainedRuns
-from explorer.data.impressions.words import on_missing, sentence, weighing
+from explorer.data.impressions.impression_list import score_first
+from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.errors import ExplorerError, NotHereError
 from featurestore.store import FeatureStore
 from tests.serving.scoring.variants import GONE, TABLES
@@ -288,13 +294,13 @@ def test_a_picture_that_is_sent_has_the_score_of_its_feature(
     """The network gives the feature that the store has of an image; all that follows is the run's own."""
     trained(kind)
     store, key = FeatureStore.open(sample_places.folder / "features"), 1_021
-    monkeypatch.setattr(sent, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+    monkeypatch.setattr(another_picture, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
     with runs.use(kind) as opened:
         for number in (5, 7):
             group = explain(opened, number).group
             expected = with_other_pictures(group, 0, [PictureName(key, None)])[0].look_alone
             assert expected is not None
-            found = sent.score_sent(group, 0, store, b"a picture")
+            found = another_picture.score_sent(group, 0, store, b"a picture")
             assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
 
@@ -309,7 +315,7 @@ def test_a_picture_that_is_sent_for_a_new_ad(
     )
     train(load_config(settings=settings), SoloComm())
     store, key = FeatureStore.open(sample_places.folder / "features"), 1_046  # of an item that training has not seen
-    monkeypatch.setattr(sent, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+    monkeypatch.setattr(another_picture, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
     number, ad = next(
         (number, items.index(item))
         for number, items in enumerate(rows_of(sample_places)["ad_item"].to_pylist())
@@ -323,7 +329,7 @@ def test_a_picture_that_is_sent_for_a_new_ad(
         group = explain(opened, number, ad).group
         expected = with_other_pictures(group, ad, [PictureName(key, None)])[0].look_alone
         assert expected is not None
-        found = sent.score_sent(group, ad, store, b"a picture")
+        found = another_picture.score_sent(group, ad, store, b"a picture")
     assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
 
@@ -333,13 +339,15 @@ def test_runs_that_take_no_picture(
 ) -> None:
     trained(kind)
     with runs.use(kind) as opened, pytest.raises(ExplorerError, match=why):
-        sent.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "features"), b"")
+        another_picture.score_sent(
+            explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "features"), b""
+        )
 
 
 def test_a_store_of_other_features_takes_no_picture(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
     trained("lr")
     with runs.use("lr") as opened, pytest.raises(ExplorerError, match="another kind"):
-        sent.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "texts"), b"")
+        another_picture.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "texts"), b"")
 
 
 def test_what_is_not_there(trained: Trained, runs: TrainedRuns) -> None:

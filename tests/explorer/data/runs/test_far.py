@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from explorer.data.runs.comparing import read_evaluation
 from explorer.data.runs.curves import CurveReader
-from explorer.data.runs.evaluation import read_evaluation
 from explorer.data.runs.folders import list_runs, open_run
 from explorer.errors import NotHereError
 from explorer.places import Places

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from explorer.data.runs.comparing import differing, image_groups, shown_first, snapshots, text_of
 from explorer.data.runs.folders import RunFacts, State
-from explorer.data.runs.settings import differing, image_groups, shown_first, snapshots, text_of
 
 
 def run(name: str, images: str, state: State = "finished", **more: Any) -> RunFacts:

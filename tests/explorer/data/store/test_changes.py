@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from explorer.data.store.changes import KINDS, Changes, newest_at
-from explorer.data.store.opened import live_rows, open_snapshot, version_before
+from explorer.data.store.listing import live_rows, open_snapshot, version_before
+from explorer.data.store.snapshots import KINDS, Changes, newest_at
 from explorer.errors import NotHereError
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire

@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from explorer.data.store.changes import Changes, NamedImage
-from explorer.data.store.commits import MOST_STEPS, CommitsBetween, commits_between
-from explorer.data.store.timeline import Timeline
+from explorer.data.store.snapshots import MOST_STEPS, Changes, CommitsBetween, NamedImage, Timeline, commits_between
 from featurestore import FeatureStore, key_of_uri
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire

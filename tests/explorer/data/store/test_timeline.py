@@ -1,8 +1,7 @@
 """The line of snapshots: what each commit wrote, pins, and manifests that are damaged or gone."""
 
-from explorer.data.store.channels import channel_histories
-from explorer.data.store.shards import shard_lines
-from explorer.data.store.timeline import Timeline
+from explorer.data.store.listing import channel_histories, shard_lines
+from explorer.data.store.snapshots import Timeline
 from featurestore import log
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import move_channel, pin, remove_channel

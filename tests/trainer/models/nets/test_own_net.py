@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from explorer.html.site import Site
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 from serving.__main__ import app as serving
 from tests.ranks import HOROVODRUN, StandingRanks, environment
 from tests.serving.http.processes import ServerProcess, ended

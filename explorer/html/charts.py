@@ -1,11 +1,14 @@
-"""Charts of runs as Plotly's figures: curves, stages of a step, slices, the missing-image curve, and differences."""
+"""Charts of runs, settings and maps, as figures of Plotly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from explorer.data.runs.comparing import TITLES, RunDifference
+import numpy as np
+
+from explorer.data.map import Colour, MapPoints, drawn, folder_of, groups
+from explorer.data.runs.comparing import TITLES, Evaluation, RunDifference
 from explorer.data.runs.curves import ScalarCurve, StageTime
-from explorer.data.runs.evaluation import Evaluation
+from featurestore.keys import Int64Array
 from trainer.evaluation.figures import Estimate, SlicedBy
 
 Figure = dict[str, Any]
@@ -159,3 +162,60 @@ def _reach(estimates: Sequence[Estimate | None]) -> Figure:
         above.append(max(0.0, each.high - each.value) if known else 0.0)  # type: ignore[union-attr, operator]
         below.append(max(0.0, each.value - each.low) if known else 0.0)  # type: ignore[union-attr, operator]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+
+
+Link = Callable[[int], str | None]
+"""The address of the page of a key."""
+_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "pentagon", "star", "hexagram", "circle-open")
+_AXIS = {"showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False}
+
+
+def map_figure(points: MapPoints, colour: Colour, link: Link | None) -> Figure:
+    """Draw points in the colours of a quantity; a click on one opens `link` of its key, if there is one."""
+    link = link or (lambda key: None)
+    chosen = drawn(points)
+    if colour in ("folder", "category"):
+        names = points.category_N if colour == "category" else [folder_of(uri) or "no folder" for uri in points.uris_N]
+        traces = [
+            _trace(points, group.points, link, group.name, {"symbol": _SYMBOLS[number % len(_SYMBOLS)]})
+            for number, group in enumerate(groups(names, chosen))
+        ]
+    else:
+        values_N = points.ctr_N if colour == "ctr" else points.error_N
+        known = np.isfinite(values_N[chosen])
+        low, high = np.quantile(values_N[chosen[known]], [0.02, 0.98]) if known.any() else (0.0, 1.0)
+        scale = {"colorscale": "Cividis", "cmin": float(low), "cmax": float(high), "showscale": True}
+        marker = {"color": [round(float(each), 4) for each in values_N[chosen[known]]], **scale}
+        rest = {"color": "#8a8f96", "symbol": "circle-open"}
+        traces = [
+            _trace(points, chosen[~known], link, "nothing known", rest),
+            _trace(points, chosen[known], link, colour, marker),
+        ]
+    layout = {"xaxis": _AXIS, "yaxis": _AXIS, "hovermode": "closest", "margin": {"l": 8, "r": 8, "t": 8, "b": 8}}
+    return {"data": traces, "layout": {**layout, "showlegend": colour in ("folder", "category")}, "links": True}
+
+
+def _trace(
+    points: MapPoints, at: Int64Array, link: Callable[[int], str | None], name: str, marker: dict[str, Any]
+) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": plain(name)[:40],
+        "x": [round(float(each), 3) for each in points.x_N[at]],
+        "y": [round(float(each), 3) for each in points.y_N[at]],
+        "text": [plain(described(points, int(each))) for each in at],
+        "customdata": [link(int(key)) for key in points.keys_N[at]],
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"size": 7, "opacity": 0.8, **marker},
+    }
+
+
+def described(points: MapPoints, point: int) -> str:
+    """Say what is known of an image: its uri, CTR, error and impressions."""
+    known = [points.uris_N[point][-80:]]
+    if np.isfinite(points.ctr_N[point]):
+        known.append(f"CTR {points.ctr_N[point]:.3f} of {points.impressions_N[point]:,} impressions")
+    if np.isfinite(points.error_N[point]):
+        known.append(f"error {points.error_N[point]:.3f}")
+    return ", ".join(known)

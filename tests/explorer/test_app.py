@@ -11,12 +11,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from explorer import server as app_module
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html.site import NavItem, Site
-from explorer.pages.kind import PageKind
+from explorer.html.site import NavItem, PageKind, Site
 from explorer.places import Places
-from explorer.server import app as app_module
-from explorer.server.app import application
+from explorer.server import application
 from serving.http.limits import RefusedError
 from tests.explorer.serving import serving
 from tests.serving.http.processes import ROOT
@@ -99,7 +98,7 @@ def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPat
 
 def test_servers_start_without_torch() -> None:
     """It takes seconds and 200 MB, which the first page or the first model that needs it may wait for."""
-    words = "import sys, explorer.server.serve, serving.http.workers; sys.exit('torch' in sys.modules)"
+    words = "import sys, explorer.server, serving.http.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
 
 

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import httpx2
 
 from explorer.errors import ExplorerError
-from explorer.html.links import LEFT_OUT, file_of
-from explorer.html.site import Site
+from explorer.html.site import LEFT_OUT, Site, file_of
 from explorer.places import Places
-from explorer.server.app import application
+from explorer.server import application
 
 _HOST = "http://localhost"
 

@@ -5,8 +5,7 @@ from starlette.testclient import TestClient
 
 from explorer.html.site import Site
 from explorer.places import Places
-from explorer.server.app import application
-from explorer.server.login import COOKIE, HostGuard, LoginGuard, names_of
+from explorer.server import COOKIE, HostGuard, LoginGuard, application, names_of
 
 TOKEN = "a-token-that-is-long-enough"
 HTML = {"Accept": "text/html"}

@@ -25,11 +25,12 @@ from trainer.errors import DataError, TrainerError
 from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
 
-if TYPE_CHECKING:  # torch takes seconds to load
+if TYPE_CHECKING:
     from trainer.models.pooling import PairWeights
     from trainer.runs.saved import TrainedRun
     from trainer.samples.reader import Batch, SampleIndex
     from trainer.schema import Schema
+
 
 Logits = NDArray[np.float64]
 _MOST_OPEN, _MOST_NAMES, _MOST_KEPT = 2, 500, 8

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from explorer.data.impressions.explained import Score
 from explorer.data.impressions.groups import GroupColumns, plain
-from explorer.data.impressions.opened import Logits, OpenedRun
+from explorer.data.impressions.open_runs import Logits, OpenedRun
 from featurestore.keys import key_of_uri
 
 if TYPE_CHECKING:
     from trainer.samples.columns import ColumnRows, DecodedGroups, Index
     from trainer.samples.reader import RowGroup
+
 
 Order = Literal["effect", "raised", "lowered", "score", "order"]
 Clicked = Literal["any", "yes", "no"]

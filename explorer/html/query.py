@@ -1,9 +1,11 @@
-"""What an address asks for: whole numbers, words out of a few, and days, checked; and pages of a long list."""
+"""What a request asks: parameters of its address, and the file of a form."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from explorer.errors import ExplorerError, NotHereError
@@ -86,3 +88,46 @@ def day(request: Request, name: str) -> datetime.datetime | None:
     except ValueError:
         raise ExplorerError(f"{name} {text[:40]!r} is no day; write it as 2026-11-27, or 2026-11-27T18:30") from None
     return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+
+
+_OTHER_BYTES = 100_000
+"""Of a form besides its file."""
+DRAINED = 10
+"""Times the limit that is read of a body that is too large: a browser shows the answer when it has sent all."""
+
+
+async def read_upload(request: Request, name: str, most_bytes: int) -> tuple[bytes, dict[str, str]]:
+    """Read the file in the field `name` of a form, and the other fields.
+
+    Raises ExplorerError without a file, or where it has more than `most_bytes`.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ExplorerError("a picture is sent by the form, as multipart/form-data")
+    parser = _InMemory(request.headers, _at_most(request, most_bytes), max_files=1, max_fields=8, max_part_size=1_000)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ExplorerError(f"the form cannot be read: {error.message}") from error
+    file = form.get(name)
+    data = await file.read() if isinstance(file, UploadFile) else b""
+    if not data:
+        raise ExplorerError("no picture was sent: choose a file first")
+    return data, {field: value for field, value in form.items() if isinstance(value, str)}
+
+
+class _InMemory(MultiPartParser):
+    """A parser that puts no file onto the disk: the body is no larger than is allowed."""
+
+    spool_max_size = 1 << 30
+
+
+async def _at_most(request: Request, most_bytes: int) -> AsyncGenerator[bytes, None]:
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes <= most_bytes + _OTHER_BYTES:
+            yield chunk
+        elif num_bytes > DRAINED * most_bytes:
+            break
+    if num_bytes > most_bytes + _OTHER_BYTES:
+        raise ExplorerError(f"the picture has more than {most_bytes // 1_000_000} MB; send a smaller one")

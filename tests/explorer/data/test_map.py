@@ -8,13 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from explorer.data import predictions
+from explorer.data import map as maps
+from explorer.data import predictions, projection
 from explorer.data.background import Task
-from explorer.data.map import ads, layout, projection, source
-from explorer.data.map.ads import read_ads
-from explorer.data.map.make import make_map
-from explorer.data.map.points import MapPoints
-from explorer.data.map.source import evenly, of_features, of_run
+from explorer.data.map import MapPoints, evenly, make_map, of_features, of_run, read_ads
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore import FeatureRows, FeatureStore, StoreInfo
@@ -92,7 +89,7 @@ def test_features_of_the_store_are_laid_out_without_a_run(places: Places, world:
 
 def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     count = FeatureStore.open(world.store).snapshot().num_rows
-    monkeypatch.setattr(source, "MOST_POINTS", 10)
+    monkeypatch.setattr(map, "MOST_POINTS", 10)
     some = of_features(places, Task())
     assert 7 <= some.count <= 10
     assert some.num_images == count
@@ -100,8 +97,8 @@ def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypat
     assert evenly(1000).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
     assert evenly(3).tolist() == [0, 1, 2]
     row_bytes = FeatureStore.open(world.store).info.row_bytes
-    monkeypatch.setattr(source, "_MOST_BYTES", count * row_bytes // 2)
-    monkeypatch.setattr(source, "MOST_POINTS", 1000)
+    monkeypatch.setattr(map, "_MOST_BYTES", count * row_bytes // 2)
+    monkeypatch.setattr(map, "MOST_POINTS", 1000)
     fewer = of_features(places, Task())
     assert fewer.count < count
     assert "Of 4 shards 2 were read" in fewer.notes[0]
@@ -132,7 +129,7 @@ def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypa
     assert whole is not None
     assert whole.impressions_I.sum() == index.num_samples
     assert not whole.is_sampled
-    monkeypatch.setattr(ads, "MOST_IMPRESSIONS", index.num_samples // 2)
+    monkeypatch.setattr(map, "MOST_IMPRESSIONS", index.num_samples // 2)
     part = read_ads(index, load_schema())
     assert part is not None
     assert part.is_sampled
@@ -141,7 +138,7 @@ def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypa
 
 
 def test_few_images_need_no_umap(places: Places, fake_umap: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "MOST_POINTS", 5)
+    monkeypatch.setattr(map, "MOST_POINTS", 5)
     assert make_map(places, "both", Task()).method == "pca"
     assert fake_umap == []
 
@@ -213,23 +210,23 @@ def points(x: list[float], y: list[float], **more: Any) -> MapPoints:
 def test_each_cell_of_the_grid_has_the_image_nearest_to_its_middle() -> None:
     random = np.random.default_rng(0)
     found = points(random.uniform(0, 12, 5000).tolist(), random.uniform(0, 9, 5000).tolist())
-    grid = layout.cells(found)
-    assert len({(cell.row, cell.column) for cell in grid}) == len(grid) == layout.ROWS * layout.COLUMNS
+    grid = maps.cells(found)
+    assert len({(cell.row, cell.column) for cell in grid}) == len(grid) == maps.ROWS * maps.COLUMNS
     assert sum(cell.images for cell in grid) == 5000
     cell = next(each for each in grid if (each.row, each.column) == (1, 1))
     assert found.x_N[cell.point] < 1.5
     assert found.y_N[cell.point] > 7.5  # above is more
-    assert [cell.row for cell in layout.cells(points([1.0], [1.0]))] == [layout.ROWS // 2 + 1]
+    assert [cell.row for cell in maps.cells(points([1.0], [1.0]))] == [maps.ROWS // 2 + 1]
 
 
 def test_groups_are_the_largest_and_the_others() -> None:
     names = [f"g{number}" for number in range(20) for _ in range(20 - number)]
-    found = layout.groups(names, np.arange(len(names)))
-    assert [group.name for group in found] == [*(f"g{number}" for number in range(9)), layout.OTHERS]
+    found = maps.groups(names, np.arange(len(names)))
+    assert [group.name for group in found] == [*(f"g{number}" for number in range(9)), maps.OTHERS]
     assert sum(len(group.points) for group in found) == len(names)
 
 
 def test_colours_that_nothing_is_known_of() -> None:
     found = points([0.0, 1.0], [0.0, 1.0], ctr_N=np.array([np.nan, 0.5], np.float32))
-    assert [layout.has(found, colour) for colour in layout.COLOURS] == [True, False, True, False]
-    assert [layout.folder_of(uri) for uri in ("a/b/c.jpg", "c.jpg", "s3://bag/x.jpg")] == ["a", "", "bag"]
+    assert [maps.has(found, colour) for colour in maps.COLOURS] == [True, False, True, False]
+    assert [maps.folder_of(uri) for uri in ("a/b/c.jpg", "c.jpg", "s3://bag/x.jpg")] == ["a", "", "bag"]

@@ -9,9 +9,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from explorer.errors import ExplorerError
-from explorer.html.links import LEFT_OUT
+from explorer.export import ExportedPages, export
+from explorer.html.site import LEFT_OUT
 from explorer.places import Places
-from explorer.server.export import ExportedPages, export
 from tests.explorer.world import World
 from tests.trainer.loop.full_disk import full_from
 

@@ -45,7 +45,7 @@ def umap_in_process(vectors_NV: Vectors, tell: Callable[[str], None]) -> Plane:
     with tempfile.TemporaryDirectory(prefix="explorer-map-") as folder:
         np.save(Path(folder) / "in.npy", vectors_NV)
         with (Path(folder) / "log").open("wb") as log:
-            command = [sys.executable, "-m", "explorer.data.map.projection", folder]
+            command = [sys.executable, "-m", "explorer.data.projection", folder]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         begun_s = time.monotonic()
         try:

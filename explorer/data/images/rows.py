@@ -1,17 +1,112 @@
-"""The rows of one image over the snapshots of a store: when its content or its feature changed, came or went."""
+"""Images of a snapshot by key, uri and shard, and the rows of one image over the snapshots of a store."""
 
+import itertools
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from explorer.data.kept import Kept
+from explorer.data.store.listing import name_of
+from explorer.data.store.snapshots import NamedImage
 from featurestore import log
 from featurestore.errors import CorruptFileError
-from featurestore.format.datafile import DELETED, FEATURE, KEY, METADATA_COLUMNS, matrix_of, numpy_column, open_entry
-from featurestore.keys import shard_of
+from featurestore.format.datafile import (
+    DELETED,
+    FEATURE,
+    KEY,
+    METADATA_COLUMNS,
+    URI,
+    matrix_of,
+    numpy_column,
+    open_entry,
+    text_column,
+)
+from featurestore.keys import key_of_uri, shard_of
+from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Manifest
 from featurestore.storage.threads import in_threads
 from featurestore.store import FeatureStore
+
+MOST_FOUND = 120
+_LOOKS_S = 1.5
+_LARGEST = 1 << 63
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images whose uri has a part in it, of some shards."""
+
+    images: tuple[NamedImage, ...]
+    num_searched: int
+    """Images that were looked at."""
+    next_shard: int | None
+    """Where the search continues; None: it has looked at all."""
+
+
+class ImageNames:
+    """Names of the images in a snapshot. For several threads."""
+
+    def __init__(self) -> None:
+        self._tables: Kept[pa.Table] = Kept(4)
+
+    def page(self, snapshot: Snapshot, shard: int, first: int, most: int) -> tuple[list[NamedImage], int]:
+        """Name `most` images of a shard from number `first` on, and count all of it. Reads its keys and uris."""
+        if not snapshot.manifest.files(shard):
+            return [], 0
+        name = (name_of(snapshot), shard)
+        table = self._tables.get(name, lambda: snapshot.shard_reader(shard).read([KEY, URI]))
+        return _images(table.slice(first, most)), len(table)
+
+
+def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
+    """Find an image by its key; None where the snapshot has none. Reads the names of one shard."""
+    if not -_LARGEST <= key < _LARGEST:
+        return None
+    shard = int(shard_of([key], snapshot.info.num_shards)[0])
+    keys, uris = snapshot.shard_reader(shard).uris(np.array([key], np.int64))
+    return NamedImage(key, uris[0]) if len(keys) else None
+
+
+def find_exactly(snapshot: Snapshot, text: str) -> list[NamedImage]:
+    """Find images whose key, or whose uri, is `text`; for the latter the key has to be that of the uri."""
+    found = []
+    digits = text.removeprefix("-")
+    if digits.isascii() and digits.isdigit() and len(digits) <= len(str(_LARGEST)):
+        found.append(find_key(snapshot, int(text)))
+    try:
+        named = find_key(snapshot, key_of_uri(text))
+    except UnicodeEncodeError:  # no text: half a character
+        named = None
+    found.append(named if named is not None and named.uri == text else None)
+    return list(dict.fromkeys(image for image in found if image is not None))
+
+
+def find_part(snapshot: Snapshot, part: str, first_shard: int = 0) -> Found:
+    """Find up to MOST_FOUND images whose uri has `part` in it, capital letters or not, from one shard on.
+
+    Stops between two shards after some seconds. Raises CorruptFileError.
+    """
+    until = time.monotonic() + _LOOKS_S
+    images: list[NamedImage] = []
+    num_searched = 0
+    shards = [shard for shard in sorted(snapshot.manifest.shards) if shard >= first_shard]
+    for shard, following in itertools.zip_longest(shards, shards[1:]):
+        for table in snapshot.shard_reader(shard).live_tables([KEY, URI]):
+            num_searched += len(table)
+            is_match: Any = pc.match_substring(table[URI], part, ignore_case=True)
+            images += _images(table.filter(is_match))
+        if len(images) >= MOST_FOUND or time.monotonic() > until:
+            return Found(tuple(images), num_searched, following)
+    return Found(tuple(images), num_searched, None)
+
+
+def _images(table: pa.Table) -> list[NamedImage]:
+    return list(map(NamedImage, numpy_column(table, KEY).tolist(), text_column(table, URI)))
+
 
 MOST_SNAPSHOTS = 60
 """Kept snapshots that are looked at, the newest ones."""

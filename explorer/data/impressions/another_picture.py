@@ -1,0 +1,186 @@
+"""Scores of a group whose ad has another picture: one of the store by its key, or an uploaded one."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from explorer.data.images.rows import Found, find_key, find_part
+from explorer.data.images.visual import feature_of_picture
+from explorer.data.impressions.explained import OtherPicture, Score, has_feature, with_other_pictures
+from explorer.data.impressions.groups import PictureName, Row, SampleGroup
+from explorer.data.impressions.open_runs import Logits, OpenedRun
+from explorer.errors import ExplorerError, NotHereError
+from featurestore.errors import FeatureStoreError
+from featurestore.keys import shard_of
+from featurestore.store import FeatureStore
+
+_MOST_KEPT = 50_000
+
+
+class PictureNames:
+    """Names of pictures, for several threads; at most _MOST_KEPT are kept."""
+
+    def __init__(self, store: str | None) -> None:
+        """`store`: where pictures are looked for that a run's own snapshot does not have."""
+        self._store, self._lock = store, Lock()
+        self._kept: OrderedDict[tuple[str, int], str] = OrderedDict()
+
+    def of(self, opened: OpenedRun, store_name: str, pictures: Iterable[PictureName]) -> dict[int, str]:
+        """Find the uri of each key: that of the samples, of the run's snapshot, or of the newest one.
+
+        Reads keys and uris of the shards that the unknown ones are in. A key that no store has is left out.
+        """
+        found: dict[int, str] = {}
+        wanted = set()
+        for picture in pictures:
+            if picture.uri is not None:
+                found[picture.key] = picture.uri
+            else:
+                wanted.add(picture.key)
+        record = opened.trained.stores.get(store_name)
+        places: list[tuple[str, int | None]] = [(record.url, record.version)] if record else []
+        if self._store is not None:
+            places.append((self._store, None))
+        for url, version in places:
+            if missing := wanted - found.keys():
+                found |= self._look_up(url, version, missing)
+        return found
+
+    def with_part(self, opened: OpenedRun, part: str) -> Found | None:
+        """Find pictures whose uri has a part in it, in the run's snapshot, else in the newest of the shown store.
+
+        Bounded as a search of images is. None where the run has no store, and none is shown. Raises FeatureStoreError.
+        """
+        field = next(opened.schema.of_kind("content"), None)
+        record = opened.trained.stores.get(field.store_name) if field else None
+        if record is not None:
+            return find_part(FeatureStore.open(record.url).snapshot(record.version), part)
+        return find_part(FeatureStore.open(self._store).snapshot(), part) if self._store is not None else None
+
+    def _look_up(self, url: str, version: int | None, keys: set[int]) -> dict[int, str]:
+        with self._lock:
+            found = {key: self._kept[url, key] for key in keys if (url, key) in self._kept}
+        if asked := sorted(keys - found.keys()):
+            try:
+                found |= self._keep(url, _read(url, version, asked))
+            except FeatureStoreError:  # a name is a comfort: without it pages show the key
+                return found
+        return found
+
+    def _keep(self, url: str, found: dict[int, str]) -> dict[int, str]:
+        with self._lock:
+            for key, uri in found.items():
+                self._kept[url, key] = uri
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+
+def _read(url: str, version: int | None, keys: list[int]) -> dict[int, str]:
+    store = FeatureStore.open(url)
+    snapshot = store.snapshot(version)
+    key_U = np.asarray(keys, np.int64)
+    shard_U = shard_of(key_U, store.info.num_shards)
+    found: dict[int, str] = {}
+    for shard in np.unique(shard_U):
+        have_K, uris = snapshot.shard_reader(int(shard)).uris(key_U[shard_U == shard])
+        found |= dict(zip(have_K.tolist(), uris, strict=True))
+    return found
+
+
+def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes) -> Score:
+    """Score an ad with the look of a picture and its IDs as they are.
+
+    Raises ExplorerError where the run sees no pictures of ads, compares pictures with each other, or was trained on
+    features of another kind than the store's network makes; BadImageError.
+    """
+    opened = group.columns.opened
+    check_sent(opened, group.columns.looks_of_ads, store)
+    feature_1K = feature_of_picture(store, picture)
+    return Score(float(with_look(group, group.of_ad(ad), feature_1K)[0]))
+
+
+def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
+    """Raise ExplorerError where a picture cannot be sent to a run."""
+    config = opened.trained.config.model
+    if not looks:
+        raise ExplorerError(f"the run {opened.name} sees no pictures of ads")
+    if config.similarity_tiers or config.similarity_top_k:
+        raise ExplorerError(
+            f"the run {opened.name} also compares the ad's picture with those of the history, which needs a picture "
+            "that the store has: choose one by its key or uri"
+        )
+    check_kind(opened, looks, store)
+
+
+def check_kind(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
+    """Raise ExplorerError where the store's features are of another kind than those that the run was trained on."""
+    from trainer.runs.stores import other_features
+
+    names = {field.store_name for field in opened.trained.engine.fields if field.name in looks}
+    for name in names:
+        if other_features(store.info, opened.trained.saved.state, name):
+            raise ExplorerError(f"the run {opened.name} was trained on features of another kind than {store.url} has")
+
+
+def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Logits:
+    """Predict the only ad of a row, (1,), its visual vectors made of this feature as the store keeps it."""
+    import torch
+
+    from featurestore.lookup.embedding import as_tensor
+    from trainer.engine.engine import model_name
+    from trainer.exchange.exchange import FieldVectors
+
+    trained, looks = group.columns.opened.trained, group.columns.looks_of_ads
+    engine, config = trained.engine, trained.config.model
+    zero_1, one_1 = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    visual = {
+        field.name: FieldVectors(
+            engine.services[field.store_name].models[model_name(field, config)](as_tensor(feature_1K)), zero_1, one_1
+        )
+        for field in engine.fields
+        if field.name in looks
+    }
+    prepared = engine.prepare(group.batch([row]), "eval")
+    return engine.compute(prepared, engine.model, visual)
+
+
+def score_typed(group: SampleGroup, ad: int, picture: PictureName, store: str | None) -> OtherPicture:
+    """Score an ad with a picture of the store; one that came after the training has the feature of the newest snapshot.
+
+    `store`: the store that is shown, for runs that have none. Reads one shard's names, and one feature. Raises
+    NotHereError where neither snapshot has it; ExplorerError where the run cannot take a newer one; FeatureStoreError.
+    """
+    opened, looks = group.columns.opened, group.columns.looks_of_ads
+    if looks and has_feature(opened, looks, [picture])[0]:
+        return with_other_pictures(group, ad, [picture])[0]
+    fields = [field.store_name for field in opened.trained.engine.fields if field.name in looks]
+    url = opened.trained.stores[fields[0]].url if fields else store or opened.trained.config.data.store
+    newest = FeatureStore.open(url)
+    snapshot = newest.snapshot()
+    if find_key(snapshot, picture.key) is None:
+        raise NotHereError("there is no image of that name in the store, so no score")
+    if not looks:
+        return with_other_pictures(group, ad, [picture])[0]
+    model = opened.trained.config.model
+    if model.similarity_tiers or model.similarity_top_k:
+        raise ExplorerError(
+            "this picture is newer than the training, and the run also compares the ad's picture with those of the "
+            "history: look all images up in the newest snapshot (snapshot=newest in the address)"
+        )
+    check_kind(opened, looks, newest)
+    feature_1K = snapshot.get([picture.key])
+    row = group.of_ad(ad)
+    changed = group.with_pictures(row, [picture])
+    as_it_is = group.with_pictures(row, group.ad_pictures[ad][:1])
+    return OtherPicture(
+        picture=picture,
+        score=Score(float(with_look(group, changed, feature_1K)[0])),
+        look_alone=Score(float(with_look(group, as_it_is, feature_1K)[0])),
+        has_feature=True,
+        newer=snapshot.version,
+    )

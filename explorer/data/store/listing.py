@@ -1,0 +1,141 @@
+"""A store at a snapshot: opened, with its channels, shards and broken images."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from explorer.data.pictures import Pictures
+from explorer.errors import NotHereError
+from featurestore import log
+from featurestore.errors import ChannelError, SnapshotNotFoundError
+from featurestore.log import CHANNELS
+from featurestore.published.channels import ChannelMove, VersionName, is_channel_name, read_moves
+from featurestore.snapshot import Snapshot
+from featurestore.spec import Manifest
+from featurestore.staging import QuarantineRow
+from featurestore.storage.threads import in_threads
+from featurestore.store import FeatureStore
+from featurestore.upkeep.compaction import needs_compaction
+
+
+class SnapshotName(NamedTuple):
+    """What tells a snapshot from all others, also of a store that was made anew at the same address."""
+
+    store_id: str
+    version: int
+    commit_id: str
+
+
+def name_of(snapshot: Snapshot) -> SnapshotName:
+    """Name a snapshot, to keep values under."""
+    return SnapshotName(snapshot.info.store_id, snapshot.version, snapshot.manifest.commit_id)
+
+
+def open_snapshot(store: FeatureStore, version: VersionName | None) -> Snapshot:
+    """Open the newest snapshot, or the one asked for, by its number or a channel.
+
+    Raises NotHereError for one that is not there, or has expired, and for a channel that there is none of.
+    """
+    try:
+        return store.snapshot(version)
+    except (SnapshotNotFoundError, ChannelError) as error:
+        raise NotHereError(str(error)) from error
+
+
+def version_before(store: FeatureStore, version: int) -> int | None:
+    """Find the kept snapshot before `version`; 0, the empty store, before the first commit; None: all have expired."""
+    if version <= 1:
+        return 0
+    older = [each for each in log.versions(store.storage) if each < version]
+    return older[-1] if older else None
+
+
+def live_rows(snapshot: Snapshot) -> int | None:
+    """Count the images of a snapshot where that takes no reading of files; else None."""
+    readers = [snapshot.shard_reader(shard) for shard in snapshot.manifest.shards]
+    return sum(reader.num_rows for reader in readers) if all(reader.is_plain for reader in readers) else None
+
+
+MOST = 20
+"""Moves of a channel that are shown, the newest ones."""
+
+
+@dataclass(frozen=True)
+class ChannelHistory:
+    """One channel, also one that was removed; newest first."""
+
+    name: str
+    moves: tuple[ChannelMove, ...]
+    num_moves: int
+
+    @property
+    def version(self) -> int | None:
+        """The snapshot that it points to; None where it was removed."""
+        return self.moves[0].version if self.moves else None
+
+
+def channel_histories(store: FeatureStore) -> list[ChannelHistory]:
+    """Read all channels, by name. Raises CorruptFileError."""
+    found = []
+    for name in filter(is_channel_name, store.storage.list(CHANNELS)):
+        moves = read_moves(store.storage, name)[::-1]
+        found.append(ChannelHistory(name, tuple(moves[:MOST]), len(moves)))
+    return found
+
+
+@dataclass(frozen=True)
+class ShardLine:
+    """One shard by its entries in a manifest."""
+
+    shard: int
+    num_files: int
+    num_deltas: int
+    bytes: int
+    delta_bytes: int
+    rows: int
+    """In its files: images, their older rows, and tombstones."""
+    num_deleted: int
+    is_due: bool
+    """Whether `compact` would make one file of it."""
+
+
+def shard_lines(manifest: Manifest) -> list[ShardLine]:
+    """Describe the shards that have files, by number."""
+    return [
+        ShardLine(
+            shard=shard,
+            num_files=len(files),
+            num_deltas=len(files) - 1,
+            bytes=sum(file.bytes for file in files),
+            delta_bytes=sum(file.bytes for file in files[1:]),
+            rows=sum(file.rows for file in files),
+            num_deleted=sum(file.num_deleted for file in files),
+            is_due=needs_compaction(files),
+        )
+        for shard, files in sorted(manifest.shards.items())
+        if files
+    ]
+
+
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class BrokenImage:
+    """One image in quarantine, and its file as it is now; without the latter where it cannot be read."""
+
+    key: int
+    uri: str
+    reason: str
+    time_s: float
+    size_bytes: int | None
+    first_bytes: bytes
+
+
+def look_at(rows: list[QuarantineRow], pictures: Pictures) -> list[BrokenImage]:
+    """Look at the files of images in quarantine. Reads the first bytes of each."""
+
+    def broken(row: QuarantineRow) -> BrokenImage:
+        seen = pictures.look(row.uri)
+        return BrokenImage(row.key, row.uri, row.reason, row.time_s, seen.size_bytes, seen.first_bytes)
+
+    return list(in_threads(broken, rows, _THREADS)) if rows else []

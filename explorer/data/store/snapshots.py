@@ -1,0 +1,284 @@
+"""Snapshots of a store: the timeline, what changed between two, and the commits between them.
+
+Memory: three counts a shard, and the names of the few shards that a page shows, whatever the number of images.
+"""
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from explorer.data.kept import Kept
+from explorer.data.store.listing import name_of, open_snapshot
+from featurestore import log
+from featurestore.errors import CorruptFileError
+from featurestore.keys import Int64Array, shard_of
+from featurestore.published.channels import read_channels
+from featurestore.snapshot import Snapshot
+from featurestore.spec import Manifest
+from featurestore.storage.threads import in_threads
+from featurestore.store import FeatureStore
+from featurestore.upkeep.history import SnapshotDiff, diff_shard, read_pins
+
+_READERS = 4
+_MANY_FILES = 6_000
+"""Files in manifests that are read before a page shows: some hundredths of a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotLine:
+    """One kept snapshot. Where its manifest is damaged, all but version, pins and channels is missing."""
+
+    version: int
+    pins: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+    is_damaged: bool = False
+    time_s: float | None = None
+    operation: str = ""
+    writer: str = ""
+    num_files: int | None = None
+    file_rows: int | None = None
+    """Rows in its files: images, their older rows, and tombstones."""
+    file_bytes: int | None = None
+    rows_written: int | None = None
+    """Live rows in files that the commit before had not; None where that has expired."""
+    rows_deleted: int | None = None
+    """Tombstones in those files."""
+    num_quarantined: int = 0
+
+
+class Timeline:
+    """The lines of a store's snapshots; each manifest is read once. For several threads."""
+
+    def __init__(self) -> None:
+        self._lines: Kept[SnapshotLine] = Kept(10_000)
+
+    def is_quick(self, store: FeatureStore, versions: Sequence[int], num_files: int) -> bool:
+        """Tell whether `lines` of these versions, of about this number of files each, is there at once."""
+        unknown = sum(self._lines.peek((store.info.store_id, version)) is None for version in versions)
+        return unknown * num_files <= _MANY_FILES
+
+    def lines(self, store: FeatureStore, versions: Sequence[int]) -> list[SnapshotLine]:
+        """Describe snapshots, in the order given; those that expire meanwhile are left out. Raises CorruptFileError."""
+        pins: dict[int | None, list[str]] = {}
+        channels: dict[int | None, list[str]] = {}
+        for pin in read_pins(store.storage):
+            pins.setdefault(pin.version, []).append(pin.name)
+        for move in read_channels(store.storage):
+            channels.setdefault(move.version, []).append(move.channel)
+        found = in_threads(lambda version: self._line(store, version), versions, _READERS)
+        return [
+            replace(line, pins=tuple(pins.get(line.version, ())), channels=tuple(channels.get(line.version, ())))
+            for line in found
+            if line is not None
+        ]
+
+    def _line(self, store: FeatureStore, version: int) -> SnapshotLine | None:
+        try:
+            return self._lines.get((store.info.store_id, version), lambda: _read_line(store, version))
+        except FileNotFoundError:
+            return None
+        except CorruptFileError:
+            return SnapshotLine(version=version, is_damaged=True)
+
+
+def _read_line(store: FeatureStore, version: int) -> SnapshotLine:
+    manifest = log.read(store.storage, version)
+    written = _written(manifest, _parent_of(store, manifest))
+    return SnapshotLine(
+        version=version,
+        time_s=manifest.time_s,
+        operation=manifest.operation,
+        writer=manifest.writer,
+        num_files=manifest.num_files,
+        file_rows=manifest.file_rows,
+        file_bytes=manifest.file_bytes,
+        rows_written=None if written is None else written[0],
+        rows_deleted=None if written is None else written[1],
+        num_quarantined=manifest.num_quarantined,
+    )
+
+
+def _parent_of(store: FeatureStore, manifest: Manifest) -> Manifest | None:
+    if manifest.version == 1:
+        return log.EMPTY
+    try:
+        parent = log.find(store.storage, manifest.version - 1)
+    except CorruptFileError:
+        return None
+    return parent if parent is not None and parent.commit_id == manifest.parent else None
+
+
+def _written(manifest: Manifest, parent: Manifest | None) -> tuple[int, int] | None:
+    """Count live rows and tombstones of the files that the commit brought."""
+    if parent is None:
+        return None
+    known = {entry.path for entry in parent.entries}
+    new = [entry for entry in manifest.entries if entry.path not in known]
+    return sum(entry.num_live for entry in new), sum(entry.num_deleted for entry in new)
+
+
+ChangeKind = Literal["added", "changed", "removed"]
+KINDS: tuple[ChangeKind, ...] = ("added", "changed", "removed")
+_THREADS = 2
+
+
+class NamedImage(NamedTuple):
+    """An image by its key and uri."""
+
+    key: int
+    uri: str
+
+
+@dataclass(frozen=True)
+class ChangeCounts:
+    """How many images came, changed and went from one snapshot to another, in each shard whose files differ, (S,)."""
+
+    shards: tuple[int, ...]
+    added_S: Int64Array
+    changed_S: Int64Array
+    removed_S: Int64Array
+
+    def of(self, kind: ChangeKind) -> Int64Array:
+        """Give the counts of one kind by shard, (S,)."""
+        return {"added": self.added_S, "changed": self.changed_S, "removed": self.removed_S}[kind]
+
+    def total(self, kind: ChangeKind) -> int:
+        """Count the images of one kind."""
+        return int(self.of(kind).sum())
+
+
+@dataclass(frozen=True)
+class Since:
+    """The snapshot that was the newest at a time. Where that has expired, it is the nearest that is kept."""
+
+    version: int
+    is_exact: bool
+    """Whether nothing of the time from then on has expired."""
+
+
+class Changes:
+    """Differences of snapshots, counted once. For several threads."""
+
+    def __init__(self) -> None:
+        self._counts: Kept[ChangeCounts] = Kept(200)
+        self._diffs: Kept[SnapshotDiff] = Kept(4)
+
+    def peek(self, old: Snapshot, new: Snapshot) -> ChangeCounts | None:
+        """Return what `count` does where it is there without reading."""
+        return self._counts.peek((name_of(old), name_of(new)))
+
+    def count(self, old: Snapshot, new: Snapshot) -> ChangeCounts:
+        """Count what differs. Reads names of the shards whose files differ. Raises CorruptFileError."""
+        return self._counts.get((name_of(old), name_of(new)), lambda: _count(old, new, self.shard))
+
+    def page(self, old: Snapshot, new: Snapshot, kind: ChangeKind, first: int, most: int) -> list[NamedImage]:
+        """Name the images of one kind from number `first` on, at most `most`, by shard and hash of the key."""
+        counts = self.count(old, new)
+        start_S = np.cumsum(counts.of(kind)) - counts.of(kind)
+        found: list[NamedImage] = []
+        for shard, start, number in zip(counts.shards, start_S.tolist(), counts.of(kind).tolist(), strict=True):
+            if number == 0 or start + number <= first or start >= first + most:
+                continue
+            rows = getattr(self.shard(old, new, shard), kind)
+            chosen = slice(max(0, first - start), first + most - start)
+            found += map(NamedImage, rows.keys_N[chosen].tolist(), rows.uris[chosen])
+        return found
+
+    def shard(self, old: Snapshot, new: Snapshot, shard: int) -> SnapshotDiff:
+        """Give all changes of a shard. Reads its names in both snapshots. Raises CorruptFileError."""
+        return self._diffs.get((name_of(old), name_of(new), shard), lambda: diff_shard(old, new, shard))
+
+
+def newest_at(store: FeatureStore, time_s: float) -> Since:
+    """Find the snapshot that was the newest at a time; before the first commit that is 0, the empty store.
+
+    Reads a few manifests, by halves: their times never run backwards. Raises NotHereError, CorruptFileError.
+    """
+    known = log.versions(store.storage)
+
+    def time_of(version: int) -> float:
+        return open_snapshot(store, version).manifest.time_s
+
+    later = bisect.bisect_right(known, time_s, key=time_of)
+    before = known[later - 1] if later else 0
+    if later == len(known) or known[later] == before + 1:
+        return Since(before, True)
+    return Since(before or known[0], False)
+
+
+def _count(old: Snapshot, new: Snapshot, diff: Callable[[Snapshot, Snapshot, int], SnapshotDiff]) -> ChangeCounts:
+    mine, other = old.manifest, new.manifest
+    shards = [shard for shard in sorted({*mine.shards, *other.shards}) if mine.files(shard) != other.files(shard)]
+
+    def counts(shard: int) -> list[int]:
+        found = diff(old, new, shard)
+        return [len(getattr(found, kind)) for kind in KINDS]
+
+    counts_S3 = np.array(list(in_threads(counts, shards, _THREADS)), np.int64).reshape(-1, len(KINDS))
+    added_S, changed_S, removed_S = counts_S3.T
+    return ChangeCounts(tuple(shards), added_S, changed_S, removed_S)
+
+
+MOST_LISTED = 40
+MOST_STEPS = 12
+"""Commits among which that of each image is looked for: each may read the names of the images' shards."""
+
+
+class CameBy(NamedTuple):
+    """The commit that an image came by; not `is_sure`: by it, or by one before it that has gone from the history."""
+
+    commit: SnapshotLine
+    is_sure: bool
+
+
+@dataclass(frozen=True)
+class CommitsBetween:
+    """The kept commits after one snapshot up to another, newest first."""
+
+    lines: Sequence[SnapshotLine] = ()
+    """At most MOST_LISTED."""
+    count: int = 0
+    of_key: Mapping[int, CameBy] = field(default_factory=dict)
+    """By the images' keys; empty where there are more than MOST_STEPS."""
+
+
+def commits_between(
+    store: FeatureStore,
+    timeline: Timeline,
+    changes: Changes,
+    old: Snapshot,
+    new: Snapshot,
+    images: Sequence[NamedImage],
+) -> CommitsBetween:
+    """List the commits after `old` up to `new`, and find the newest one that changed each image.
+
+    Cost: a manifest for each commit; names of the images' shards, twice for each commit that changed them, unless there
+    is one commit alone. Raises CorruptFileError, NotHereError.
+    """
+    versions = [each for each in log.versions(store.storage) if old.version < each <= new.version]
+    lines = timeline.lines(store, versions[::-1][:MOST_LISTED])
+    if not versions or len(versions) > MOST_STEPS:
+        return CommitsBetween(lines, len(versions))
+    by_version = {line.version: line for line in lines}
+    steps = [old, *(open_snapshot(store, version) for version in versions[:-1]), new]
+    keys_N = np.array([image.key for image in images], np.int64)
+    version_N = np.full(len(keys_N), new.version if len(versions) == 1 else 0)
+    shard_N = shard_of(keys_N, store.info.num_shards)
+    for before, after in reversed(list(pairwise(steps))):
+        for shard in np.unique(shard_N[version_N == 0]).tolist():
+            if before.manifest.files(shard) == after.manifest.files(shard):
+                continue
+            found = changes.shard(before, after, shard)
+            changed = np.concatenate([getattr(found, kind).keys_N for kind in KINDS])
+            version_N[(version_N == 0) & (shard_N == shard) & np.isin(keys_N, changed)] = after.version
+    before_of = {after.version: before.version for before, after in pairwise(steps)}
+    of_key = {
+        key: CameBy(by_version[version], before_of[version] == version - 1)
+        for key, version in zip(keys_N.tolist(), version_N.tolist(), strict=True)
+        if version in by_version
+    }
+    return CommitsBetween(lines, len(versions), of_key)

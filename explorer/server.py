@@ -1,0 +1,320 @@
+"""The application: all pages, who may look, errors as pages, and headers that keep hostile names and sites harmless."""
+
+import contextlib
+import hashlib
+import hmac
+import logging
+import secrets
+import sys
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from explorer.data.images.visual import MOST_BYTES
+from explorer.errors import NotHereError
+from explorer.html.query import DRAINED
+from explorer.html.site import PICTURE, THUMBNAIL, NavItem, PageKind, Site
+from explorer.pages.images import ImagePages
+from explorer.pages.impressions import ImpressionPages
+from explorer.pages.maps import MapPages
+from explorer.pages.runs import RunPages
+from explorer.pages.scorer import ScorerPages
+from explorer.pages.store import StorePages
+from explorer.places import Places
+from featurestore.errors import UserError
+from featurestore.text import one_line
+from serving.http.limits import BODIES_AT_ONCE, BodyLimits, RefusedError, allow_connections
+from serving.http.listening import SecuredServer, listen, url_of, uvicorn_config
+from serving.http.logs import configure_logging
+from serving.http.security import LOOPBACKS, Credentials, check_files, is_among
+from serving.http.settings import AccessSettings
+
+logger = logging.getLogger("explorer")
+
+
+class HomePages(PageKind):
+    """The page at /."""
+
+    @property
+    def nav(self) -> NavItem | None:
+        """It is reached by the site's name."""
+        return None
+
+    def routes(self) -> Sequence[Route]:
+        """Return the route of the one page."""
+        return [Route("/", self.home)]
+
+    def home(self, request: Request) -> Response:
+        """Show the places and the questions that their pages answer."""
+        return self.site.page(request, "home.html", title="Overview")
+
+
+_HOLDS_S = 60
+
+
+class PicturePages(PageKind):
+    """Small pictures at /picture?uri=...&size=..."""
+
+    @property
+    def nav(self) -> NavItem | None:
+        """Pictures are parts of other pages."""
+        return None
+
+    def routes(self) -> Sequence[Route]:
+        """Return the one route, also without a place of images: pages then show grey squares."""
+        return [Route(PICTURE, self.picture)]
+
+    def picture(self, request: Request) -> Response:
+        """Give a picture as JPEG; one that is missing or broken is a grey one, with the reason in a header."""
+        size = request.query_params.get("size", "")
+        number = int(size[:5]) if size.isascii() and size.isdigit() else THUMBNAIL
+        found = self.site.pictures.get(request.query_params.get("uri", ""), number)
+        tag = f'"{hashlib.sha256(found.jpeg).hexdigest()[:32]}"'
+        headers = {"ETag": tag, "Cache-Control": f"private, max-age={_HOLDS_S}"}
+        if found.problem:
+            headers["X-Picture-Problem"] = found.problem.encode("ascii", "replace").decode()
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(found.jpeg, media_type="image/jpeg", headers=headers)
+
+
+KINDS: tuple[type[PageKind], ...] = (
+    HomePages,
+    StorePages,
+    ImagePages,
+    PicturePages,
+    MapPages,
+    RunPages,
+    ImpressionPages,
+    ScorerPages,
+)
+"""All kinds of pages, in the order of the navigation."""
+_POLICY = (
+    "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; script-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def application(site: Site) -> Starlette:
+    """Make the application of a site."""
+    kinds = [kind(site) for kind in KINDS]
+    site.nav = [item for kind in kinds if (item := kind.nav) is not None]
+    site.questions = [question for kind in kinds if kind.nav is not None for question in kind.questions]
+    routes: list[BaseRoute] = [route for kind in kinds for route in kind.routes()]
+    routes.append(Route("/static/{name}", static))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            for kind in kinds:
+                kind.close()
+            site.close()
+
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=_with_headers)],
+        exception_handlers={
+            HTTPException: lambda request, error: _failed(site, request, error),
+            UserError: lambda request, error: _failed(site, request, error),
+            RefusedError: lambda request, error: _failed(site, request, error),
+            Exception: lambda request, error: _failed(site, request, error),
+        },
+    )
+
+
+def static(request: Request) -> Response:
+    """Give a file of the package: style, htmx, or the charts' library out of its own package."""
+    name = request.path_params["name"]
+    file = static_file(name)
+    if file is None:
+        raise HTTPException(404, f"no file {name[:60]!r}")
+    return FileResponse(file, headers={"Cache-Control": "private, max-age=3600"})
+
+
+def static_file(name: str) -> Path | None:
+    """Find a file that pages load; None where there is none of this name."""
+    if name == "plotly.min.js":
+        return Path(str(files("plotly") / "package_data" / name))
+    folder = Path(str(files("explorer") / "static"))
+    return next((each for each in folder.iterdir() if each.name == name), None)
+
+
+async def _with_headers(request: Request, respond: Callable[[Request], Awaitable[Response]]) -> Response:
+    response = await respond(request)
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    if response.headers.get("content-type", "").startswith("text/html"):
+        response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+def _failed(site: Site, request: Request, error: Exception) -> Response:
+    """Turn an error into a page: 404 for what is not there, 400 for what does not work, 500 for a bug.
+
+    A body that a limit stopped has the status of the limit.
+    """
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RefusedError):
+        status, message = error.status, error.message
+    elif isinstance(error, UserError):
+        status, message = 404 if isinstance(error, NotHereError) else 400, one_line(error)
+    else:
+        status, message = 500, f"an error in the explorer ({type(error).__name__}): its log says where"
+        logger.error("bug: %s\n%s", error, "".join(traceback.format_tb(error.__traceback__)).rstrip())
+    response = site.page(
+        request, "error.html", title="Not found" if status == 404 else "Error", message=message, status=status
+    )
+    response.headers.update(HEADERS)
+    return response
+
+
+LOGIN, COOKIE = "/login", "explorer"
+_STAYS_S = 12 * 3600
+
+
+class HostGuard:
+    """ASGI middleware that answers only to the names that the server is known by, and to its own forms.
+
+    So a page of another site cannot reach a server on loopback by a name of its own (DNS rebinding), nor send it
+    a form.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] | None) -> None:
+        """`hosts`: names without ports; None where the server listens on all addresses and may have any name."""
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        host = request.headers.get("host", "")
+        if self._hosts is not None and (urlsplit(f"//{host}").hostname or "") not in self._hosts:
+            await _refused(400, "this server is not known by that name")(scope, receive, send)
+        elif request.method != "GET" and not _is_own(request.headers.get("origin"), host):
+            await _refused(403, "a form of another site")(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class LoginGuard:
+    """ASGI middleware that lets in who sends a token as `Authorization: Bearer`, or has a cookie of a typed one."""
+
+    def __init__(self, app: ASGIApp, site: Site, tokens: list[str], *, secure: bool) -> None:
+        """`tokens` may change later. `secure`: the server has TLS, and so has the cookie."""
+        self._app, self._site, self._tokens, self._secure = app, site, tokens, secure
+        self._secret = secrets.token_bytes(32)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        if request.url.path == LOGIN:
+            await (await self._login(request))(scope, receive, send)
+        elif request.url.path.startswith("/static/") or self._allows(request):
+            await self._app(scope, receive, send)
+        elif "text/html" in request.headers.get("accept", ""):
+            await RedirectResponse(LOGIN, 303, headers=HEADERS)(scope, receive, send)
+        else:
+            headers = {"WWW-Authenticate": "Bearer"}
+            await _refused(401, "no valid token", headers)(scope, receive, send)
+
+    def _allows(self, request: Request) -> bool:
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and is_among(token.strip().encode(), self._tokens):
+            return True
+        cookie = request.cookies.get(COOKIE, "")
+        return is_among(cookie.encode(), [self._cookie(token) for token in self._tokens])
+
+    def _cookie(self, token: str) -> str:
+        """What the browser keeps: worthless to another server, and after this one has ended."""
+        return hmac.new(self._secret, token.encode(), hashlib.sha256).hexdigest()
+
+    async def _login(self, request: Request) -> Response:
+        if request.method != "POST":
+            return self._form(request, 200, "")
+        try:
+            async with request.form(max_files=0, max_fields=1) as form:
+                token = str(form.get("token", "")).strip()
+        except MultiPartException:
+            token = ""
+        if not is_among(token.encode(), self._tokens):
+            return self._form(request, 401, "That is none of the server's tokens.")
+        answer = RedirectResponse("/", 303, headers=HEADERS)
+        answer.set_cookie(
+            COOKIE, self._cookie(token), max_age=_STAYS_S, httponly=True, samesite="strict", secure=self._secure
+        )
+        return answer
+
+    def _form(self, request: Request, status: int, problem: str) -> HTMLResponse:
+        form = self._site.page(request, "login.html", title="Token", status=status, problem=problem)
+        form.headers.update(HEADERS)
+        return form
+
+
+def names_of(host: str) -> tuple[str, ...] | None:
+    """List the names by which a server on this address may be asked; None: any, as it listens on all addresses."""
+    if host in ("0.0.0.0", "::"):
+        return None
+    return (*LOOPBACKS, host.lower()) if host in LOOPBACKS else (host.lower(),)
+
+
+def _is_own(origin: str | None, host: str) -> bool:
+    """Tell whether a form is of a page of this server. Programs that are no browsers send no origin."""
+    return origin is None or urlsplit(origin).netloc == host
+
+
+def _refused(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(message, status, headers=HEADERS | (headers or {}), media_type="text/plain")
+
+
+def serve(settings: AccessSettings, places: Places) -> None:
+    """Listen and answer until a signal.
+
+    Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError where the port is taken.
+    """
+    configure_logging("explorer")
+    check_files(settings)
+    site = Site(places)
+    app = application(site)
+    credentials = Credentials(settings)
+    guarded = (
+        app
+        if credentials.tokens is None
+        else LoginGuard(app, site, credentials.tokens, secure=settings.tls_cert is not None)
+    )
+    with listen(settings) as listener:
+        allow_connections()
+        sys.stderr.write(f"open {url_of(settings, listener)} (Ctrl-C ends)\n")
+        limited = BodyLimits(
+            HostGuard(guarded, names_of(settings.host)),
+            max_bytes=DRAINED * MOST_BYTES,
+            max_held_bytes=BODIES_AT_ONCE * MOST_BYTES,
+            timeout_s=settings.read_timeout_s,
+            way_out="send a smaller file",
+        )
+        config = uvicorn_config(settings, credentials, limited)
+        SecuredServer(config, credentials, settings.read_timeout_s).run(sockets=[listener])
