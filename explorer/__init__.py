@@ -1,1 +1,1 @@
-"""The explorer: pages that show a feature store, its images, runs, impressions and a scorer, read-only."""
+"""The explorer: pages that show a feature store, its images, runs, impressions and a published model, read-only."""

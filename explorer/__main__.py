@@ -1,4 +1,4 @@
-"""python -m explorer: pages of a store, its images, runs, impressions and a scorer, served or written into a folder."""
+"""python -m explorer: pages of a store, images, runs, impressions and a model, served or written into a folder."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ Store = Annotated[str | None, typer.Option(help="Feature store: a folder or s3:/
 Runs = Annotated[str | None, typer.Option(help="Folder or address that holds runs.")]
 Samples = Annotated[str | None, typer.Option(help="Samples; by default each run's own.")]
 Images = Annotated[str | None, typer.Option(help="Pictures: the folder or address that the store was made of.")]
-Model = Annotated[str | None, typer.Option(help="Published model, to score with over HTTP.")]
+Model = Annotated[str | None, typer.Option(help="Published model: a folder or s3:// address.")]
 Nets = Annotated[
     str | None,
     typer.Option(
@@ -29,14 +29,6 @@ Nets = Annotated[
         help="Package whose classes runs may name as model.base. A page that asks such a run imports it.",
         show_default="none is imported",
     ),
-]
-Scorer = Annotated[
-    str | None,
-    typer.Option(help="Running scorer of --model, http://HOST:PORT.", show_default="one is started on this machine"),
-]
-ScorerTokenFile = Annotated[Path | None, typer.Option(help="File whose first line is the token for --scorer.")]
-ScorerCa = Annotated[
-    Path | None, typer.Option(help="Certificates to trust for --scorer, PEM.", show_default="those of the system")
 ]
 
 
@@ -51,7 +43,7 @@ class ExplorerGroup(TyperGroup):
 
 app = CommandApp(
     cls=ExplorerGroup,
-    help="Show pages of a store, its images, runs, impressions and a scorer, in a browser.\n\n"
+    help="Show pages of a store, its images, runs, impressions and a published model, in a browser.\n\n"
     "Without a command the pages are served: `python -m explorer --store STORE` is "
     "`python -m explorer serve --store STORE`.",
     epilog="Examples:\n\n"
@@ -88,9 +80,6 @@ def serve(
     images: Images = None,
     model: Model = None,
     nets: Nets = None,
-    scorer: Scorer = None,
-    scorer_token_file: ScorerTokenFile = None,
-    scorer_ca: ScorerCa = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8090,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None,
@@ -99,23 +88,13 @@ def serve(
         Path | None, typer.Option(help="File with a token a line; who looks types one of them first.")
     ] = None,
 ) -> None:
-    """Show pages of a store, its images, runs, impressions and a scorer, in a browser. Nothing is changed."""
+    """Show pages of a store, its images, runs, impressions and a published model, in a browser. Nothing is changed."""
     check_installed()
     from explorer.places import Places
     from explorer.server import serve as listen_and_answer
     from serving.http.settings import AccessSettings
 
-    places = Places(
-        store=store,
-        runs=runs,
-        samples=samples,
-        images=images,
-        model=model,
-        nets=nets,
-        scorer=scorer,
-        scorer_token_file=scorer_token_file,
-        scorer_ca=scorer_ca,
-    )
+    places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
     places.check()
     listen_and_answer(
         AccessSettings(host=host, port=port, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file, drain_s=5),

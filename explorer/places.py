@@ -24,12 +24,6 @@ class Places:
     """Folder or address of a published model."""
     nets: str | None = None
     """Package whose classes runs may name as model.base."""
-    scorer: str | None = None
-    """Address of a running scorer of that model, http:// or https://; by default the explorer starts its own."""
-    scorer_token_file: Path | None = None
-    """File whose first line is the token for it."""
-    scorer_ca: Path | None = None
-    """Certificates to trust for it."""
 
     def check(self) -> None:
         """Look whether the places are there, before a server listens. Raises ExplorerError, FeatureStoreError."""
@@ -43,7 +37,6 @@ class Places:
             raise ExplorerError(f"--samples {self.samples}: there is no such folder; name the folder of your samples")
         if self.images is not None:
             self._check_images(self.images)
-        self._check_scorer()
         if self.model is not None:
             from featurestore.storage.storage import Storage
             from serving.bundle.log import read_version
@@ -59,25 +52,6 @@ class Places:
         from featurestore.storage.storage import Storage
 
         Storage(images).check_bucket()
-
-    def _check_scorer(self) -> None:
-        """Raise ExplorerError, TokenFileError, ServerSettingsError."""
-        if self.scorer is None:
-            if self.scorer_token_file is not None or self.scorer_ca is not None:
-                raise ExplorerError("--scorer-token-file and --scorer-ca are for a running scorer: name it by --scorer")
-            return
-        if self.model is None:
-            raise ExplorerError(f"--scorer {self.scorer} needs the model that it serves: name it by --model")
-        if not self.scorer.startswith(("http://", "https://")):
-            raise ExplorerError(f"--scorer {self.scorer} is no address of a server: http://HOST:PORT or https://…")
-        if self.scorer_token_file is not None:
-            from featurestore.console.files import read_tokens
-
-            read_tokens(self.scorer_token_file, "--scorer-token-file")
-        if self.scorer_ca is not None:
-            from serving.scoring.remote import trusted
-
-            trusted(self.scorer_ca, "--scorer-ca")
 
     def check_net(self, base: str) -> None:
         """Raise ExplorerError where a run's model.base would import code that nobody has allowed."""

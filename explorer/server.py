@@ -29,8 +29,8 @@ from explorer.html.site import PICTURE, THUMBNAIL, NavItem, PageKind, Site
 from explorer.pages.images import ImagePages
 from explorer.pages.impressions import ImpressionPages
 from explorer.pages.maps import MapPages
+from explorer.pages.model import ModelPages
 from explorer.pages.runs import RunPages
-from explorer.pages.scorer import ScorerPages
 from explorer.pages.store import StorePages
 from explorer.places import Places
 from featurestore.errors import UserError
@@ -98,7 +98,7 @@ KINDS: tuple[type[PageKind], ...] = (
     MapPages,
     RunPages,
     ImpressionPages,
-    ScorerPages,
+    ModelPages,
 )
 """All kinds of pages, in the order of the navigation."""
 _POLICY = (

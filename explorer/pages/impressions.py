@@ -1,7 +1,6 @@
 """Impressions: a list to choose from, and for each sample group why its ads got their scores."""
 
 import base64
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,6 @@ from explorer.html.query import number_of, read_upload
 from explorer.html.site import NavItem, PageKind, Question, Site, pages_of
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
-from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
 
@@ -283,7 +281,6 @@ class ImpressionPages(PageKind):
                 "worst": best[max(_SHOWN_BEST, len(best) - _SHOWN_WORST) :],
                 "num_drawn": len(drawn),
                 "takes_pictures": self._takes_pictures(opened, explanation.group),
-                "served": self._is_served(run),
                 "rank_of_own": 1 + sum(each.score.logit > explanation.chosen.score.logit for each in drawn),
             }
 
@@ -331,17 +328,6 @@ class ImpressionPages(PageKind):
         except UserError as error:
             return f"No picture can be sent: {one_line(error)}."
         return why_not(store.info)
-
-    def _is_served(self, run: str) -> bool:
-        """Tell whether the model's version in use was made of this run."""
-        from featurestore.storage.storage import Storage
-        from serving.bundle.log import read_version
-
-        if self.site.places.model is None or self.site.frozen:
-            return False
-        with contextlib.suppress(UserError):
-            return run_path(read_version(Storage(self.site.places.model)).run).name == run
-        return False
 
     def _names(self, opened: OpenedRun, pictures: Sequence[PictureName]) -> dict[int, str]:
         field = next(opened.schema.of_kind("content"), None)

@@ -31,28 +31,20 @@ class RemoteScorer:
 
     def score(self, table: pa.Table) -> list[NDArray[np.float32]]:
         """Return the logits of each row of a table. Raises ServingError where the server does not answer."""
-        logits: Any = self.ask(table)["logit"].combine_chunks()
-        return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
-
-    def ask(self, table: pa.Table) -> pa.Table:
-        """Return the whole answer, a row for each row of a table: score, logit, and what was unknown and missing.
-
-        Raises ServingError where the server does not answer."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        answer = pa.ipc.open_stream(self.read("/v1/score", sink.getvalue().to_pybytes())).read_all()
+        answer = pa.ipc.open_stream(self._post("/v1/score", sink.getvalue().to_pybytes())).read_all()
         self.version = int((answer.schema.metadata or {})[b"version"])
-        return answer
+        logits: Any = answer["logit"].combine_chunks()
+        return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
 
-    def read(self, path: str, body: bytes | None = None, timeout_s: float = _TIMEOUT_S) -> bytes:
-        """Return the answer of an address of the server, to an Arrow body where there is one. Raises ServingError."""
-        headers = ({"Content-Type": _ARROW} if body is not None else {}) | (
-            {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        )
+    def _post(self, path: str, body: bytes) -> bytes:
+        """Return the answer of an address of the server to an Arrow body. Raises ServingError."""
+        headers = {"Content-Type": _ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         try:
             request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", body, headers)
-            with urllib.request.urlopen(request, timeout=timeout_s, context=self.context) as response:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=self.context) as response:
                 answer: bytes = response.read()
                 return answer
         except urllib.error.HTTPError as failure:
@@ -68,10 +60,10 @@ class RemoteScorer:
             ) from None
 
 
-def trusted(file: Path, option: str = "--ca") -> ssl.SSLContext:
-    """Trust the certificates in a PEM file, which `option` names. Raises ServerSettingsError."""
+def trusted(file: Path) -> ssl.SSLContext:
+    """Trust the certificates in the PEM file of --ca. Raises ServerSettingsError."""
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as failure:  # of TLS too
         why = "it has no certificate" if isinstance(failure, ssl.SSLError) else failure.strerror
-        raise ServerSettingsError(f"{option} {file}: {why}; name a PEM file of certificates") from None
+        raise ServerSettingsError(f"--ca {file}: {why}; name a PEM file of certificates") from None

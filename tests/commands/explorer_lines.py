@@ -1,6 +1,5 @@
 """Wrong command lines of the explorer: the same three as in lines.py."""
 
-SCORER = "--model {model} --scorer http"
 EXPLORER = [
     ("explorer look", 2, "No such command 'look'"),
     ("explorer serve", 2, "nothing to show"),
@@ -16,17 +15,6 @@ EXPLORER = [
     ("explorer --images {emptydir} --token-file {empty}", 2, "{empty} has no token"),
     ("explorer serve --images {emptydir} --token-file {garbage}", 2, "--token-file {garbage} is not ASCII text"),
     ("explorer serve --images {emptydir} --tls-cert {garbage} --tls-key {garbage}", 2, "{garbage} has no certificate"),
-    (
-        f"explorer serve {SCORER}://127.0.0.1:1 --scorer-token-file {{garbage}}",
-        2,
-        "--scorer-token-file {garbage}",
-    ),
-    (
-        f"explorer serve {SCORER}s://127.0.0.1:1 --scorer-ca {{garbage}}",
-        2,
-        "--scorer-ca {garbage}: it has",
-    ),
-    (f"explorer serve {SCORER}s://127.0.0.1:1 --scorer-ca {{missing}}", 2, "--scorer-ca {missing}: No such file"),
     ("explorer map", 2, "Missing argument"),
     ("explorer map out.parquet", 2, "name a --run or a --store"),
     ("explorer map out.csv --store {missing}", 2, "Invalid value for OUT: out.csv has to end with .parquet"),

@@ -40,8 +40,6 @@ class Shot(NamedTuple):
     """The page is the one that the first such link on `path` leads to."""
     more: str = ""
     """Behind the link's address."""
-    before: tuple[str, str] | None = None
-    """A page to look at before, and what has to be on it."""
     height: int = HEIGHT
 
 
@@ -52,9 +50,6 @@ SHOTS = (
     Shot("run", "/runs/both", ".plot svg"),
     Shot("compare", "/runs/compare?run=none&run=both", ".verdict"),
     Shot("impression", "/impressions", "h2:has-text('Why this ad')", "main a[href^='/impressions/']", height=1200),
-    Shot(
-        "scorer", "/scorer", "caption:has-text('Time of a request')", before=("/scorer/impression/0", "main .gallery")
-    ),
 )
 _SHORTER = """place => {
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -135,9 +130,6 @@ def small(png: bytes) -> bytes:
 
 def _picture(page: "Page", address: str, shot: Shot, place: str) -> bytes:
     page.set_viewport_size({"width": WIDTH, "height": shot.height})
-    if shot.before is not None:
-        page.goto(address + shot.before[0])
-        page.locator(shot.before[1]).first.wait_for()
     page.goto(address + shot.path)
     if shot.link is not None:
         page.goto(f"{address}{page.locator(shot.link).first.get_attribute('href')}{shot.more}")
