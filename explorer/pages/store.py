@@ -1,7 +1,6 @@
-"""Pages of a feature store: its snapshots and what each changed, files, numbers, copies, and broken images."""
+"""Pages of a feature store: its snapshots and what each changed, channels, copies, and broken images."""
 
 import datetime
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +17,9 @@ from explorer.data.store.listing import (
     look_at,
     name_of,
     open_snapshot,
-    shard_lines,
     version_before,
 )
 from explorer.data.store.snapshots import KINDS, Changes, CommitsBetween, Timeline, commits_between, newest_at
-from explorer.data.store.statistics import StoreNumbers, histogram, put_together, store_numbers
 from explorer.errors import ExplorerError
 from explorer.html.query import Paging, choice, day, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
@@ -34,7 +31,7 @@ from featurestore.staging import QUARANTINE
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
 
-PER_PAGE, GROUPS_PER_PAGE, SHARDS_PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 10, 128, 40
+PER_PAGE, GROUPS_PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 10, 40
 _SHOWN_OF_GROUP = 12
 _DAY_S = 86_400
 
@@ -55,7 +52,6 @@ class StorePages(PageKind):
         self._timeline, self._changes = Timeline(), Changes()
         self._commits: Kept[CommitsBetween] = Kept(200)
         self._rows: Kept[int] = Kept(100)
-        self._numbers: Kept[StoreNumbers] = Kept(20)
         self._duplicates: Kept[Duplicates] = Kept(20)
 
     @property
@@ -88,8 +84,6 @@ class StorePages(PageKind):
             Route("/store/snapshots/{number}", self.snapshot),
             Route("/store/arrived", self.arrived),
             Route("/store/channels", self.channels),
-            Route("/store/shards", self.shards),
-            Route("/store/numbers", self.numbers),
             Route("/store/duplicates", self.duplicates),
             Route("/store/broken", self.broken),
         ]
@@ -202,49 +196,6 @@ class StorePages(PageKind):
         except UserError as error:
             problem = one_line(error)
         return self._page(request, "channels", "Channels", snapshot, histories=histories, problem=problem)
-
-    def shards(self, request: Request) -> Response:
-        """Show the files of each shard, those first that want compaction, then the largest."""
-        _, snapshot = self._open(request)
-        lines = sorted(shard_lines(snapshot.manifest), key=lambda line: (not line.is_due, -line.bytes, line.shard))
-        paging = Paging.of(request, len(lines), SHARDS_PER_PAGE)
-        shown = lines[paging.first : paging.first + SHARDS_PER_PAGE]
-        by_number = sorted(shown, key=lambda line: line.shard)
-        names = [str(line.shard) for line in by_number]
-        figure = {
-            "data": [
-                {"type": "bar", "name": "base", "x": names, "y": [line.bytes - line.delta_bytes for line in by_number]},
-                {"type": "bar", "name": "deltas", "x": names, "y": [line.delta_bytes for line in by_number]},
-            ],
-            "layout": {
-                "barmode": "stack",
-                "xaxis": {"title": {"text": "shard"}, "type": "category"},
-                "yaxis": {"title": {"text": "bytes"}},
-            },
-        }
-        return self._page(
-            request,
-            "shards",
-            "Shards",
-            snapshot,
-            lines=shown,
-            paging=paging,
-            figure=figure,
-            num_due=sum(line.is_due for line in lines),
-            num_with_files=len(lines),
-        )
-
-    def numbers(self, request: Request) -> Response:
-        """Show mean and deviation of the dimensions, and how long rows are."""
-        _, snapshot = self._open(request)
-        found, problem = self._numbers.peek(name_of(snapshot)), ""
-        if found is None and self._waits(request, "numbers"):
-            try:
-                found = self._numbers.get(name_of(snapshot), lambda: store_numbers(snapshot))
-            except UserError as error:
-                problem = one_line(error)
-        figures = _number_figures(found) if found else {}
-        return self._page(request, "numbers", "Numbers", snapshot, numbers=found, problem=problem, **figures)
 
     def duplicates(self, request: Request) -> Response:
         """Show images whose bytes are equal, largest groups first."""
@@ -362,25 +313,6 @@ class StorePages(PageKind):
             part=template,
             **context,
         )
-
-
-def _number_figures(numbers: StoreNumbers) -> dict[str, Any]:
-    dimensions, means = put_together(numbers.mean_D)
-    _, deviations = put_together(numbers.std_D)
-    edges, counts = histogram(numbers.norm_N)
-    centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
-    axis = {"title": {"text": "dimension"}}
-    lines = [
-        {"type": "scatter", "mode": "lines", "name": name, "x": dimensions, "y": values}
-        for name, values in (("mean", means), ("standard deviation", deviations))
-    ]
-    bars = {"type": "bar", "x": centres, "y": counts, "hovertemplate": "%{x:.4g}: %{y:,} rows<extra></extra>"}
-    return {
-        "dimension_figure": {"data": lines, "layout": {"xaxis": axis}},
-        "dimension_rows": list(zip(dimensions, means, deviations, strict=True)),
-        "norm_figure": {"data": [bars], "layout": {"bargap": 0, "xaxis": {"title": {"text": "length"}}}},
-        "norm_rows": list(zip(edges[:-1], edges[1:], counts, strict=True)),
-    }
 
 
 def _yesterday() -> str:

@@ -1,1 +1,1 @@
-"""What the pages of a store show: its snapshots, what came and went, files, numbers, copies, broken images."""
+"""What the pages of a store show: its snapshots, what came and went, channels, copies, broken images."""

@@ -1,4 +1,4 @@
-"""A store at a snapshot: opened, with its channels, shards and broken images."""
+"""A store at a snapshot: opened, with its channels and broken images."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,11 +10,9 @@ from featurestore.errors import ChannelError, SnapshotNotFoundError
 from featurestore.log import CHANNELS
 from featurestore.published.channels import ChannelMove, VersionName, is_channel_name, read_moves
 from featurestore.snapshot import Snapshot
-from featurestore.spec import Manifest
 from featurestore.staging import QuarantineRow
 from featurestore.storage.threads import in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep.compaction import needs_compaction
 
 
 class SnapshotName(NamedTuple):
@@ -80,40 +78,6 @@ def channel_histories(store: FeatureStore) -> list[ChannelHistory]:
         moves = read_moves(store.storage, name)[::-1]
         found.append(ChannelHistory(name, tuple(moves[:MOST]), len(moves)))
     return found
-
-
-@dataclass(frozen=True)
-class ShardLine:
-    """One shard by its entries in a manifest."""
-
-    shard: int
-    num_files: int
-    num_deltas: int
-    bytes: int
-    delta_bytes: int
-    rows: int
-    """In its files: images, their older rows, and tombstones."""
-    num_deleted: int
-    is_due: bool
-    """Whether `compact` would make one file of it."""
-
-
-def shard_lines(manifest: Manifest) -> list[ShardLine]:
-    """Describe the shards that have files, by number."""
-    return [
-        ShardLine(
-            shard=shard,
-            num_files=len(files),
-            num_deltas=len(files) - 1,
-            bytes=sum(file.bytes for file in files),
-            delta_bytes=sum(file.bytes for file in files[1:]),
-            rows=sum(file.rows for file in files),
-            num_deleted=sum(file.num_deleted for file in files),
-            is_due=needs_compaction(files),
-        )
-        for shard, files in sorted(manifest.shards.items())
-        if files
-    ]
 
 
 _THREADS = 8

@@ -18,8 +18,6 @@ PAGES = (
     "/store",
     "/store/snapshots/5",
     "/store/arrived",
-    "/store/shards",
-    "/store/numbers",
     "/store/duplicates",
     "/images",
 )

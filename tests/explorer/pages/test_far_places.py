@@ -9,7 +9,7 @@ from tests.explorer.pages.reading import Reader
 from tests.explorer.stores import DIM, make_store, rows, storied
 from tests.pipeline.conftest import draw_photo, encode_image
 
-PAGES = ("/store", "/store/arrived", "/store/broken", "/store/duplicates", "/store/shards", "/store/numbers", "/images")
+PAGES = ("/store", "/store/arrived", "/store/broken", "/store/duplicates", "/images")
 
 
 def fill(url: str) -> None:

@@ -33,8 +33,6 @@ PAGES = (
     "/store/channels",
     "/store/broken",
     "/store/duplicates",
-    "/store/shards",
-    "/store/numbers",
 )
 
 
@@ -163,7 +161,6 @@ def test_a_store_without_pictures_has_all_pages(tmp_path):
     for path in PAGES:
         assert reader.read(path).pictures == []
     assert "Images 44" in reader.read("/store").text
-    assert "over all 44 images" in reader.read("/store/numbers").text
 
 
 def test_an_empty_store_has_all_pages(tmp_path):
@@ -172,7 +169,6 @@ def test_an_empty_store_has_all_pages(tmp_path):
     texts = {path: reader.read(path).text for path in PAGES}
     assert "nothing was committed" in texts["/store"]
     assert "Images 0" in texts["/store"]
-    assert "The snapshot has no images" in texts["/store/numbers"]
     assert "No image is broken" in texts["/store/broken"]
 
 
@@ -194,7 +190,7 @@ def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
     for file in (tmp_path / "store" / "data").rglob("*.parquet"):
         file.write_bytes(file.read_bytes()[:-20])
     reader = Reader(store=store.url)
-    for path in ("/store", "/store/duplicates", "/store/numbers", "/store/snapshots/2"):
+    for path in ("/store", "/store/duplicates", "/store/snapshots/2"):
         assert "bytes instead of" in reader.read(path).text
 
 

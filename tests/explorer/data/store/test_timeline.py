@@ -1,11 +1,10 @@
 """The line of snapshots: what each commit wrote, pins, and manifests that are damaged or gone."""
 
-from explorer.data.store.listing import channel_histories, shard_lines
+from explorer.data.store.listing import channel_histories
 from explorer.data.store.snapshots import Timeline
 from featurestore import log
-from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import move_channel, pin, remove_channel
-from tests.explorer.stores import make_store, rows, storied
+from tests.explorer.stores import make_store, storied
 
 
 def test_lines_say_what_commits_wrote(tmp_path):
@@ -59,19 +58,3 @@ def test_lines_are_quick_when_they_are_known_or_few(tmp_path):
     assert not timeline.is_quick(store, [1, 2, 3, 4], 4096)
     timeline.lines(store, [1, 2, 3])
     assert timeline.is_quick(store, [1, 2, 3, 4], 4096)
-
-
-def test_shards_that_want_compaction_are_those_that_compact_takes(tmp_path):
-    store = make_store(tmp_path / "store", num_shards=8)
-    store.put(rows([f"{number}" for number in range(200)], 1))
-    for seed in range(10):
-        store.put(rows(["0"], seed))
-    lines = shard_lines(store.snapshot().manifest)
-    due = compact(store, dry_run=True).shards
-    assert len(due) == 1
-    assert tuple(line.shard for line in lines if line.is_due) == due
-    busy = lines[due[0]]
-    assert (busy.num_files, busy.num_deltas) == (11, 10)
-    assert sum(line.bytes for line in lines) == store.snapshot().manifest.file_bytes
-    assert sum(line.rows for line in lines) == 210
-    assert shard_lines(make_store(tmp_path / "empty").snapshot().manifest) == []
