@@ -10,9 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.images.neighbours import feature_of, nearest_features
 from explorer.data.images.visual import MOST_BYTES, why_not
-from explorer.data.impressions.another_picture import PictureNames, check_sent, score_sent, score_typed
+from explorer.data.impressions.another_picture import PictureNames, check_sent, score_chosen, score_sent
 from explorer.data.impressions.explained import (
     Candidate,
     Explanation,
@@ -20,7 +19,6 @@ from explorer.data.impressions.explained import (
     explain,
     name_of,
     on_missing,
-    other_pictures,
     percent,
     points,
     sentence,
@@ -41,9 +39,8 @@ from featurestore.store import FeatureStore
 from featurestore.text import one_line
 
 LIST, PER_PAGE, PER_FROZEN_PAGE = "/impressions", 24, 12
-_DRAWN, _SHOWN_BEST, _SHOWN_WORST, _MOST_ADS = 100, 6, 3, 60
+_MOST_OTHERS, _MOST_ADS = 12, 60
 _MOST_TYPED, _LARGE = 2_000, 320
-_NEIGHBOURS, _NEIGHBOUR_BYTES = 24, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -242,7 +239,6 @@ class ImpressionPages(PageKind):
     def _explained(self, request: Request, run: str, number: int, at: At) -> dict[str, Any]:
         ad = _place(request.query_params.get("ad"), "ad")
         typed = request.query_params.get("picture", "").strip()[:_MOST_TYPED]
-        alike = request.query_params.get("with") == "neighbours"
         with self.runs.use(run, at) as opened:
             ids = self._ids_run(opened)
             if ids is None:
@@ -250,16 +246,15 @@ class ImpressionPages(PageKind):
             else:
                 with self.runs.use(ids) as ids_run:
                     explanation = explain(opened, number, ad, ids_run)
-            drawn = self._drawn(explanation, alike=alike)
+            others = self._others(explanation)
             own, problem_of_own = self._own(explanation, typed, opened)
             pictures = [
                 *(name for each in _shown(explanation) for name in each.pictures[:1]),
                 *(name for each in explanation.behaviors for name in each.pictures[:1]),
-                *(each.picture for each in drawn),
+                *(each.picture for each in others),
                 *((own.picture,) if own else ()),
             ]
             names = self._names(opened, pictures)
-            best = sorted(drawn, key=lambda each: -each.score.logit)
             return {
                 "why": explanation,
                 "shown_ads": _shown(explanation),
@@ -276,19 +271,19 @@ class ImpressionPages(PageKind):
                 "own": own,
                 "problem_of_own": problem_of_own,
                 "typed": typed,
-                "alike": alike,
-                "best": best[:_SHOWN_BEST],
-                "worst": best[max(_SHOWN_BEST, len(best) - _SHOWN_WORST) :],
-                "num_drawn": len(drawn),
+                "others": others,
                 "takes_pictures": self._takes_pictures(opened, explanation.group),
-                "rank_of_own": 1 + sum(each.score.logit > explanation.chosen.score.logit for each in drawn),
             }
 
-    def _drawn(self, explanation: Explanation, *, alike: bool) -> list[OtherPicture]:
-        """Score the ad with drawn pictures, or with those that are `alike`."""
+    def _others(self, explanation: Explanation) -> list[OtherPicture]:
+        """Score the ad with the pictures of the other ads of its group, the best first."""
         group, chosen = explanation.group, explanation.chosen
-        drawn = neighbours(self.site.places.store, chosen) if alike else other_pictures(group, _DRAWN)
-        return with_other_pictures(group, chosen.place, drawn)
+        if not chosen.pictures:
+            return []
+        pictures = {each.pictures[0].key: each.pictures[0] for each in _shown(explanation) if each.pictures}
+        pictures.pop(chosen.pictures[0].key, None)
+        others = with_other_pictures(group, chosen.place, list(pictures.values())[:_MOST_OTHERS])
+        return sorted(others, key=lambda each: -each.score.logit)
 
     def _own(self, explanation: Explanation, typed: str, opened: OpenedRun) -> tuple[OtherPicture | None, str]:
         """Score the ad with the picture that was typed; where that cannot be, say why."""
@@ -296,7 +291,7 @@ class ImpressionPages(PageKind):
             return None, ""
         picture = self._typed(explanation.group, typed, opened)
         try:
-            return score_typed(explanation.group, explanation.chosen.place, picture, self.site.places.store), ""
+            return score_chosen(explanation.group, explanation.chosen.place, picture, self.site.places.store), ""
         except UserError as error:
             return None, one_line(error)
 
@@ -338,21 +333,6 @@ class ImpressionPages(PageKind):
         number = _place(request.path_params["number"], "group")
         assert number is not None
         return number
-
-
-def neighbours(store: str | None, candidate: Candidate) -> list[PictureName]:
-    """Find the pictures of the store whose features are nearest to those of an ad's picture.
-
-    Raises ExplorerError where there is no store, or one so large that it takes long; FeatureStoreError.
-    """
-    if store is None or not candidate.pictures:
-        raise ExplorerError("neighbours are looked for in a store: name it by --store")
-    snapshot, key = FeatureStore.open(store).snapshot(), candidate.pictures[0].key
-    if snapshot.manifest.file_rows * snapshot.info.row_bytes > _NEIGHBOUR_BYTES:
-        raise ExplorerError("to look for neighbours in this store takes long: the page of the picture finds them")
-    query_D = snapshot.codec.decode(feature_of(snapshot, key))[0]
-    found = nearest_features(snapshot, query_D, _NEIGHBOURS, key)
-    return [PictureName(each.key, each.uri) for each in found.images]
 
 
 def _shown(explanation: Explanation) -> list[Candidate]:

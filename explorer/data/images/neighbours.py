@@ -142,11 +142,6 @@ def nearest_vectors(
     return _answer(snapshot, total, total.num_seen, start_s)
 
 
-def feature_of(snapshot: Snapshot, key: int) -> npt.NDArray[Any]:
-    """Read the feature of one image as the store keeps it, (1, D). Raises MissingKeysError."""
-    return snapshot.get([key])
-
-
 def _answer(snapshot: Snapshot, found: _Nearest, num_rows: int, start_s: float) -> Neighbours:
     return Neighbours(
         images=tuple(with_names(snapshot, found.keys_C.tolist(), found.cosine_C.tolist())),

@@ -106,6 +106,8 @@ def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes)
 
 def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
     """Raise ExplorerError where a picture cannot be sent to a run."""
+    from trainer.runs.stores import other_features
+
     config = opened.trained.config.model
     if not looks:
         raise ExplorerError(f"the run {opened.name} sees no pictures of ads")
@@ -114,13 +116,6 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
             f"the run {opened.name} also compares the ad's picture with those of the history, which needs a picture "
             "that the store has: choose one by its key or uri"
         )
-    check_kind(opened, looks, store)
-
-
-def check_kind(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
-    """Raise ExplorerError where the store's features are of another kind than those that the run was trained on."""
-    from trainer.runs.stores import other_features
-
     names = {field.store_name for field in opened.trained.engine.fields if field.name in looks}
     for name in names:
         if other_features(store.info, opened.trained.saved.state, name):
@@ -149,38 +144,18 @@ def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Log
     return engine.compute(prepared, engine.model, visual)
 
 
-def score_typed(group: SampleGroup, ad: int, picture: PictureName, store: str | None) -> OtherPicture:
-    """Score an ad with a picture of the store; one that came after the training has the feature of the newest snapshot.
+def score_chosen(group: SampleGroup, ad: int, picture: PictureName, store: str | None) -> OtherPicture:
+    """Score an ad with a picture of the snapshot in which the run looks images up.
 
-    `store`: the store that is shown, for runs that have none. Reads one shard's names, and one feature. Raises
-    NotHereError where neither snapshot has it; ExplorerError where the run cannot take a newer one; FeatureStoreError.
+    `store`: the store that is shown, for runs that see no images of ads. Reads one shard's names. Raises NotHereError
+    where the snapshot does not have it; FeatureStoreError.
     """
     opened, looks = group.columns.opened, group.columns.looks_of_ads
-    if looks and has_feature(opened, looks, [picture])[0]:
-        return with_other_pictures(group, ad, [picture])[0]
-    fields = [field.store_name for field in opened.trained.engine.fields if field.name in looks]
-    url = opened.trained.stores[fields[0]].url if fields else store or opened.trained.config.data.store
-    newest = FeatureStore.open(url)
-    snapshot = newest.snapshot()
-    if find_key(snapshot, picture.key) is None:
-        raise NotHereError("there is no image of that name in the store, so no score")
-    if not looks:
-        return with_other_pictures(group, ad, [picture])[0]
-    model = opened.trained.config.model
-    if model.similarity_tiers or model.similarity_top_k:
-        raise ExplorerError(
-            "this picture is newer than the training, and the run also compares the ad's picture with those of the "
-            "history: look all images up in the newest snapshot (snapshot=newest in the address)"
-        )
-    check_kind(opened, looks, newest)
-    feature_1K = snapshot.get([picture.key])
-    row = group.of_ad(ad)
-    changed = group.with_pictures(row, [picture])
-    as_it_is = group.with_pictures(row, group.ad_pictures[ad][:1])
-    return OtherPicture(
-        picture=picture,
-        score=Score(float(with_look(group, changed, feature_1K)[0])),
-        look_alone=Score(float(with_look(group, as_it_is, feature_1K)[0])),
-        has_feature=True,
-        newer=snapshot.version,
-    )
+    if looks:
+        is_there = has_feature(opened, looks, [picture])[0]
+    else:
+        snapshot = FeatureStore.open(store or opened.trained.config.data.store).snapshot()
+        is_there = find_key(snapshot, picture.key) is not None
+    if not is_there:
+        raise NotHereError("there is no image of that name in the store at the run's snapshot, so no score")
+    return with_other_pictures(group, ad, [picture])[0]

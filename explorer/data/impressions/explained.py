@@ -6,17 +6,14 @@ Letters of shapes: C ads of the group, L behaviours, K pictures in the place of 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from explorer.data.impressions.groups import (
     GroupColumns,
     PictureName,
     SampleGroup,
-    named,
-    plain,
     with_looks,
     without_pictures,
 )
@@ -99,8 +96,6 @@ class OtherPicture:
     """With the look of the picture and the IDs of the ad as they are; None: the model sees no pictures of ads."""
     has_feature: bool
     """Whether it was scored with one; else it is a missing image."""
-    newer: int | None = None
-    """The snapshot that the feature is of, where that of the run does not have the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,23 +188,6 @@ def with_other_pictures(group: SampleGroup, ad: int, pictures: Sequence[PictureN
         )
         for picture, score, look, has in zip(pictures, logit_K.tolist(), look_K, has_K, strict=True)
     ]
-
-
-def other_pictures(group: SampleGroup, most: int) -> list[PictureName]:
-    """Draw distinct pictures of ads out of the samples near this group, the same each time. Raises DataError."""
-    from trainer.samples.reader import read_row_group
-
-    field, index = group.columns.ad_image, group.columns.opened.index
-    if field is None:
-        return []
-    table = plain(read_row_group(index.storage, group.place.row_group, [field.column_name]))
-    flat = table.column(field.column_name).combine_chunks()
-    while not pa.types.is_primitive(flat.type) and hasattr(flat, "flatten") and hasattr(flat.type, "value_type"):
-        flat = flat.flatten()
-    values: list[Any] = flat.unique().to_pylist()
-    distinct = sorted({named(value) for value in values}, key=lambda each: each.key)
-    order = np.random.default_rng(group.number).permutation(len(distinct))[:most]
-    return [distinct[place] for place in order.tolist()]
 
 
 def _candidates(group: SampleGroup, ids_run: OpenedRun | None) -> list[Candidate]:

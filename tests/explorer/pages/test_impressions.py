@@ -13,14 +13,13 @@ from starlette.testclient import TestClient
 
 from explorer.data.impressions import impression_list
 from explorer.html.site import Site
-from explorer.pages import impressions
 from explorer.places import Places
 from explorer.server import application
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
-from tests.explorer.world import ADDED, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN, World
+from tests.explorer.world import ADDED, HOSTILE, PLAIN, UNKNOWN, World
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
@@ -117,7 +116,6 @@ def test_another_picture_is_typed(pages: TestClient, run: str, typed: str) -> No
     text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "now": 1}).text
     assert re.search(r"[\d.]+ %", own_of(text))
     assert "missing image" not in own_of(text)
-    assert "newer than the training" not in own_of(text)
     assert "<script>alert" not in text
 
 
@@ -135,7 +133,6 @@ def test_what_was_typed_is_answered_where_it_was_typed(pages: TestClient) -> Non
     text = pages.get("/impressions/both/3?ad=1&now=1").text
     assert '<h2 id="another-picture">' in text
     assert '<form method="get" action="/impressions/both/3#another-picture">' in text
-    assert '/impressions/both/3?ad=1&amp;with=neighbours#another-picture"' in text
 
 
 def test_sentences(pages: TestClient) -> None:
@@ -146,28 +143,6 @@ def test_sentences(pages: TestClient) -> None:
     for each in (text, pages.get("/impressions?run=both&now=1").text):
         assert "While it was trained, this run met images without a feature" in each
     assert re.search(r"without images [\d.]+ %, rank \d+ \(", text)
-
-
-def test_pictures_that_look_alike(pages: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the ad's picture under another name is its nearest neighbour, and looks the same to the run."""
-    table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
-    key = key_of_uri(COPIED)
-    number, ad = next(
-        (number, keys.index(key)) for number, keys in enumerate(table["ad_image"].to_pylist()) if key in keys
-    )
-    text = pages.get(f"/impressions/both/{number}?ad={ad}&with=neighbours&now=1").text
-    shown = text.partition("What would this ad get with another picture?")[2]
-    assert "features are nearest" in shown
-    monkeypatch.setattr(impressions, "_NEIGHBOURS", 1)
-    nearest = pages.get(f"/impressions/both/{number}?ad={ad}&with=neighbours&now=1").text
-    only = nearest.partition("<b>1.</b>")[2].rpartition("</ul>")[0]
-    assert COPY in only
-    as_it_is = re.search(r"As it is:</b> ([\d.]+) %", nearest)
-    alone = re.search(r"look alone ([\d.]+) %", only)
-    assert as_it_is and alone and float(as_it_is.group(1)) == pytest.approx(float(alone.group(1)), abs=0.011)
-    monkeypatch.setattr(impressions, "_NEIGHBOUR_BYTES", 10)
-    assert "takes long" in pages.get(f"/impressions/both/{number}?ad={ad}&with=neighbours&now=1").text
-    assert pages.get(f"/impressions/both/{number}?ad={ad}&now=1").status_code == 200
 
 
 def test_a_picture_is_sent(pages: TestClient, world: World) -> None:
@@ -304,27 +279,25 @@ def test_a_run_whose_snapshot_has_expired(own_run: SamplePlaces) -> None:
         assert "which is the newest one and not that of the training" in newest
 
 
-def test_a_picture_newer_than_the_training_has_the_feature_of_the_newest_snapshot(own_run: SamplePlaces) -> None:
+def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone(own_run: SamplePlaces) -> None:
     """A copy, made after the training, of a picture that it knew: the look of the two is the same."""
     store = FeatureStore.open(own_run.folder / "features")
     table = pq.read_table(own_run.folder / "samples" / "test" / "day=2026-01-01.parquet", partitioning=None)
     known = table["ad_image"][2].as_py()[0]
     with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
 
-        def look_of(picture: object, **asked: str) -> str:
-            page = client.get("/impressions/one/1", params={"picture": str(picture), "ad": 0, "now": 1, **asked}).text
-            own = own_of(page)
-            assert ("its feature is of snapshot 2, newer than the training" in own) == (
-                picture == "new.jpg" and not asked
-            )
-            assert "missing image" not in own
-            return own.partition("look alone")[2].partition("%")[0]
+        def page_of(picture: object, **asked: str) -> str:
+            return client.get("/impressions/one/1", params={"picture": str(picture), "ad": 0, "now": 1, **asked}).text
 
-        before = look_of(known)
+        def look_of(page: str) -> str:
+            assert "missing image" not in own_of(page)
+            return own_of(page).partition("look alone")[2].partition("%")[0]
+
+        before = look_of(page_of(known))
         feature_1D = store.snapshot().codec.decode(store.snapshot().get([known]))
         store.put(FeatureRows.of(["new.jpg"], feature_1D, keys=np.array([key_of_uri("new.jpg")])))
-        assert look_of(known) == look_of("new.jpg") == before != ""
-        assert look_of("new.jpg", snapshot="newest") == before
+        assert "no image of that name in the store" in page_of("new.jpg")
+        assert look_of(page_of("new.jpg", snapshot="newest")) == look_of(page_of(known)) == before != ""
 
 
 def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> None:
