@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from explorer.data import projection
 from explorer.data.background import Task
+from explorer.data.cache import explorer_cache, prune
 from explorer.data.predictions import predictions_of
 from explorer.data.projection import LEAST_FOR_UMAP
-from explorer.data.vectors import explorer_cache, visual_vectors
+from explorer.data.vectors import visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.console.files import replaced_file
@@ -333,8 +334,7 @@ def make_points(places: Places, vectors: MapVectors, method: Method, task: Task[
     found = read_points(file)
     assert found is not None
     for pattern in (f"{_PREFIX}*.parquet", f"{_PLANE}*.npy"):
-        for old in sorted(folder.glob(pattern), key=lambda each: -each.stat().st_mtime)[_KEPT:]:
-            old.unlink(missing_ok=True)
+        prune(folder, pattern, _KEPT)
     return found
 
 

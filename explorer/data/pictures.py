@@ -5,15 +5,15 @@ import io
 import os
 import posixpath
 import time
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import BoundedSemaphore
 from typing import NamedTuple
 
 import xxhash
 from PIL import Image, ImageDraw
 
+from explorer.data.cache import LruCache
 from pipeline.errors import BadImageError
 from pipeline.images.decode import decode
 from pipeline.images.source import read_image
@@ -50,9 +50,8 @@ class Pictures:
     def __init__(self, place: str | None) -> None:
         """`place`: folder or address of the images, None where there are none."""
         self.place = place
-        self._lock, self._decoders = Lock(), BoundedSemaphore(AT_ONCE)
-        self._kept: OrderedDict[tuple[str, int, object], Picture] = OrderedDict()
-        self._kept_bytes = 0
+        self._decoders = BoundedSemaphore(AT_ONCE)
+        self._kept: LruCache[Picture] = LruCache(CACHE_BYTES, lambda picture: len(picture.jpeg))
 
     def get(self, uri: str, size: int) -> Picture:
         """Give the picture, its longer side at most `size` pixels rounded up to one of SIZES.
@@ -64,15 +63,11 @@ class Pictures:
             location, state = self.locate(uri)
         except BadImageError as error:
             return placeholder(str(error), size)
-        name = (uri, size, state)
-        if (kept := self._find(name)) is not None:
-            return kept
+        return self._kept.get((uri, size, state), lambda: self._made(location, size))
+
+    def _made(self, location: str, size: int) -> Picture:
         with self._decoders:
-            if (kept := self._find(name)) is not None:  # another made it while this one waited
-                return kept
-            made = _made(location, size)
-            self._keep(name, made)
-        return made
+            return _made(location, size)
 
     def locate(self, uri: str) -> tuple[str, object]:
         """Find a picture below the place: its location, and what changes when it is replaced.
@@ -116,21 +111,6 @@ class Pictures:
             return xxhash.xxh3_128_hexdigest(read_image(self.locate(uri)[0], MAX_FILE_BYTES))
         except BadImageError:
             return None
-
-    def _find(self, name: tuple[str, int, object]) -> Picture | None:
-        with self._lock:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-            return self._kept.get(name)
-
-    def _keep(self, name: tuple[str, int, object], made: Picture) -> None:
-        with self._lock:
-            before = self._kept.pop(name, None)
-            self._kept[name] = made
-            self._kept_bytes += len(made.jpeg) - (len(before.jpeg) if before else 0)
-            while self._kept_bytes > CACHE_BYTES:
-                _, oldest = self._kept.popitem(last=False)
-                self._kept_bytes -= len(oldest.jpeg)
 
 
 def _made(location: str, size: int) -> Picture:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from explorer.data.background import Task
-from explorer.data.vectors import explorer_cache
+from explorer.data.cache import explorer_cache, prune
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.console.files import replace_file
@@ -133,6 +133,4 @@ def _write(file: Path, found: "Predictions") -> None:
         replace_file(file, buffer.getvalue())
     except OSError as error:
         raise StorageError(f"cannot write {file}: {refusal(error)}") from error
-    kept = sorted(file.parent.glob(f"{_PREFIX}*.npz"), key=lambda each: each.stat().st_mtime, reverse=True)
-    for each in kept[_KEPT:]:
-        each.unlink(missing_ok=True)
+    prune(file.parent, f"{_PREFIX}*.npz", _KEPT)

@@ -22,10 +22,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from explorer.data.cache import explorer_cache, prune
 from featurestore.keys import Int64Array
-from featurestore.lookup.cache import default_cache_dir
 from featurestore.published.paths import RunPath
-from featurestore.storage.local import claim
 
 if TYPE_CHECKING:
     from trainer.runs.export import ImageNetwork
@@ -63,16 +62,6 @@ class VisualVectors:
         return str(self.uris_N[row].as_py())
 
 
-def explorer_cache() -> Path:
-    """Return the folder of what the explorer computes and keeps, which is made for this user alone.
-
-    Raises StorageError.
-    """
-    folder = default_cache_dir().with_name("explorer")
-    claim(folder)
-    return folder
-
-
 def visual_vectors(
     run: RunPath,
     *,
@@ -99,7 +88,7 @@ def visual_vectors(
             _compute(found, place, progress)
             opened = _opened(place, digest)
             assert opened is not None
-            _prune(folder)
+            prune(folder, f"{_PREFIX}*", _KEPT)
     return opened
 
 
@@ -153,10 +142,3 @@ def _compute(network: "ImageNetwork", place: Path, progress: Progress) -> None:
             part.rename(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _prune(folder: Path) -> None:
-    """Remove the vectors that were not used for longest; who has them mapped keeps them."""
-    found = sorted(folder.glob(f"{_PREFIX}*"), key=lambda each: each.stat().st_mtime, reverse=True)
-    for each in found[_KEPT:]:
-        shutil.rmtree(each, ignore_errors=True)

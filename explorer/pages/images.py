@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from explorer.data.cache import LruCache
 from explorer.data.images.neighbours import (
     CodeShelf,
     Neighbours,
@@ -27,7 +28,6 @@ from explorer.data.images.neighbours import (
 )
 from explorer.data.images.rows import ImageNames, RowSpan, find_exactly, find_key, find_part, row_spans
 from explorer.data.images.visual import MOST_BYTES, ImageRuns, blocks_of, embed, feature_of_picture, vector_of
-from explorer.data.kept import Kept
 from explorer.data.pictures import shrunk
 from explorer.data.store.listing import name_of, open_snapshot
 from explorer.errors import ExplorerError, NotHereError
@@ -66,8 +66,8 @@ class ImagePages(PageKind):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._names, self._runs, self._shelf = ImageNames(), ImageRuns(site.places), CodeShelf()
-        self._features: Kept[Neighbours] = Kept(500)
-        self._spans: Kept[list[RowSpan]] = Kept(500)
+        self._features: LruCache[Neighbours] = LruCache(500)
+        self._spans: LruCache[list[RowSpan]] = LruCache(500)
         self._network = Lock()
 
     @property

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.kept import Kept
+from explorer.data.cache import LruCache
 from explorer.data.store.duplicates import MOST_GROUPS, Duplicates, find_duplicates, named
 from explorer.data.store.listing import (
     channel_histories,
@@ -50,9 +50,9 @@ class StorePages(PageKind):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._timeline, self._changes = Timeline(), Changes()
-        self._commits: Kept[CommitsBetween] = Kept(200)
-        self._rows: Kept[int] = Kept(100)
-        self._duplicates: Kept[Duplicates] = Kept(20)
+        self._commits: LruCache[CommitsBetween] = LruCache(200)
+        self._rows: LruCache[int] = LruCache(100)
+        self._duplicates: LruCache[Duplicates] = LruCache(20)
 
     @property
     def nav(self) -> NavItem | None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from explorer.data.background import Task
-from explorer.data.kept import Kept
+from explorer.data.cache import LruCache
 from explorer.data.store.duplicates import named
 from explorer.data.store.snapshots import NamedImage
 from featurestore.errors import StorageError
@@ -245,7 +245,7 @@ class CodeShelf:
     """Semantic IDs by address; the last two are kept. For several threads."""
 
     def __init__(self) -> None:
-        self._read: Kept[SemanticIds] = Kept(2)
+        self._read: LruCache[SemanticIds] = LruCache(2)
 
     def open(self, address: str) -> SemanticIds | None:
         """Read the semantic IDs next to samples; None where there are none. Raises SampleError, StorageError."""

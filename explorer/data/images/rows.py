@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from explorer.data.kept import Kept
+from explorer.data.cache import LruCache
 from explorer.data.store.listing import name_of
 from explorer.data.store.snapshots import NamedImage
 from featurestore import log
@@ -51,7 +51,7 @@ class ImageNames:
     """Names of the images in a snapshot. For several threads."""
 
     def __init__(self) -> None:
-        self._tables: Kept[pa.Table] = Kept(4)
+        self._tables: LruCache[pa.Table] = LruCache(4)
 
     def page(self, snapshot: Snapshot, shard: int, first: int, most: int) -> tuple[list[NamedImage], int]:
         """Name `most` images of a shard from number `first` on, and count all of it. Reads its keys and uris."""

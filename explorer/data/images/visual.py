@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from explorer.data.background import Background, Task
-from explorer.data.kept import Kept
+from explorer.data.cache import LruCache
 from explorer.data.runs.comparing import shown_first
 from explorer.data.store.listing import name_of
 from explorer.data.vectors import Progress, VisualVectors, visual_vectors
@@ -44,8 +44,8 @@ class ImageRuns:
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._images: Kept[str] = Kept(1_000)
-        self._vectors: Kept[VisualVectors] = Kept(8)
+        self._images: LruCache[str] = LruCache(1_000)
+        self._vectors: LruCache[VisualVectors] = LruCache(8)
 
     def names(self) -> list[str]:
         """Name the runs, at most MOST_RUNS of them, the one first that pages show first.

@@ -1,13 +1,12 @@
 """Scores of a group whose ad has another picture: one of the store by its key, or an uploaded one."""
 
-from collections import OrderedDict
 from collections.abc import Iterable
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from explorer.data.cache import LruCache
 from explorer.data.images.rows import Found, find_key, find_part
 from explorer.data.images.visual import feature_of_picture
 from explorer.data.impressions.explained import OtherPicture, Score, has_feature, with_other_pictures
@@ -18,16 +17,16 @@ from featurestore.errors import FeatureStoreError
 from featurestore.keys import shard_of
 from featurestore.store import FeatureStore
 
-_MOST_KEPT = 50_000
+_MOST_NAMES = 50_000
 
 
 class PictureNames:
-    """Names of pictures, for several threads; at most _MOST_KEPT are kept."""
+    """Names of pictures, for several threads; at most _MOST_NAMES are kept."""
 
     def __init__(self, store: str | None) -> None:
         """`store`: where pictures are looked for that a run's own snapshot does not have."""
-        self._store, self._lock = store, Lock()
-        self._kept: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._store = store
+        self._names: LruCache[str] = LruCache(_MOST_NAMES)
 
     def of(self, opened: OpenedRun, store_name: str, pictures: Iterable[PictureName]) -> dict[int, str]:
         """Find the uri of each key: that of the samples, of the run's snapshot, or of the newest one.
@@ -62,21 +61,15 @@ class PictureNames:
         return find_part(FeatureStore.open(self._store).snapshot(), part) if self._store is not None else None
 
     def _look_up(self, url: str, version: int | None, keys: set[int]) -> dict[int, str]:
-        with self._lock:
-            found = {key: self._kept[url, key] for key in keys if (url, key) in self._kept}
+        found = {key: uri for key in keys if (uri := self._names.peek((url, key))) is not None}
         if asked := sorted(keys - found.keys()):
             try:
-                found |= self._keep(url, _read(url, version, asked))
+                read = _read(url, version, asked)
             except FeatureStoreError:  # a name is a comfort: without it pages show the key
                 return found
-        return found
-
-    def _keep(self, url: str, found: dict[int, str]) -> dict[int, str]:
-        with self._lock:
-            for key, uri in found.items():
-                self._kept[url, key] = uri
-            while len(self._kept) > _MOST_KEPT:
-                self._kept.popitem(last=False)
+            for key, uri in read.items():
+                self._names.put((url, key), uri)
+            found |= read
         return found
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from explorer.data.cache import LruCache
 from explorer.errors import ExplorerError, NotHereError
 from explorer.places import Places
 from featurestore.errors import FeatureStoreError, StoreNotFoundError
@@ -138,8 +139,8 @@ class TrainedRuns:
     def __init__(self, places: Places) -> None:
         self._places, self._lock = places, RLock()
         self._opened: OrderedDict[tuple[str, At], OpenedRun] = OrderedDict()
-        self._described: dict[tuple[str, bytes], AskableRun] = {}
-        self._kept: OrderedDict[tuple[str, At, str, str], dict[str, Any]] = OrderedDict()
+        self._described: LruCache[AskableRun] = LruCache(2 * _MOST_NAMES)
+        self._kept: LruCache[dict[str, Any]] = LruCache(_MOST_KEPT)
 
     def names(self) -> Sequence[AskableRun]:
         """List the runs with a checkpoint, by name; what is no run, or cannot be read, is left out."""
@@ -156,13 +157,12 @@ class TrainedRuns:
 
     def _describe(self, folder: RunPath) -> AskableRun:
         """Read a run's settings; again only where its file is another one."""
-        name = (folder.name, read_file(folder / "config.yaml"))
-        if name not in self._described:
+
+        def described() -> AskableRun:
             model = load_saved(folder / "config.yaml").model
-            if len(self._described) >= 2 * _MOST_NAMES:
-                self._described.clear()
-            self._described[name] = AskableRun(folder.name, model.images, model.base, model.pooling)
-        return self._described[name]
+            return AskableRun(folder.name, model.images, model.base, model.pooling)
+
+        return self._described.get((folder.name, read_file(folder / "config.yaml")), described)
 
     def check(self, name: str) -> None:
         """Raise NotHereError where there is no such run; a small read."""
@@ -203,7 +203,7 @@ class TrainedRuns:
                 yield opened
             except DataError:  # perhaps the samples have changed: the next one opens it anew
                 self._forget(name, at)
-                self._kept.clear()
+                self._kept = LruCache(_MOST_KEPT)
                 raise
 
     def close(self) -> None:
@@ -237,9 +237,7 @@ class TrainedRuns:
             trained.close()
             raise
         digest = trained.saved.digest
-        kept = self._kept.setdefault((name, at, digest, index.layout_digest), {})
-        while len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
+        kept = self._kept.get((name, at, digest, index.layout_digest), dict)
         return OpenedRun(name, digest, trained, index, at, kept)
 
     def _store_of(self, folder: RunPath) -> str | None:

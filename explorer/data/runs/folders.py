@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from explorer.data.kept import Kept
+from explorer.data.cache import LruCache
 from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
@@ -38,7 +38,7 @@ _NUMBERS = (
 """What pages write as numbers, of a report beside its metrics."""
 _MOST = 1e300  # a larger whole number cannot be written with decimals
 _MOST_CONFIG_BYTES = 256_000  # a run writes some 10,000
-_saved: Kept["_SavedSettings"] = Kept(512)
+_saved: LruCache["_SavedSettings"] = LruCache(512)
 
 
 @dataclass(frozen=True, kw_only=True)

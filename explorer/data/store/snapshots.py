@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from explorer.data.kept import Kept
+from explorer.data.cache import LruCache
 from explorer.data.store.listing import name_of, open_snapshot
 from featurestore import log
 from featurestore.errors import CorruptFileError
@@ -54,7 +54,7 @@ class Timeline:
     """The lines of a store's snapshots; each manifest is read once. For several threads."""
 
     def __init__(self) -> None:
-        self._lines: Kept[SnapshotLine] = Kept(10_000)
+        self._lines: LruCache[SnapshotLine] = LruCache(10_000)
 
     def is_quick(self, store: FeatureStore, versions: Sequence[int], num_files: int) -> bool:
         """Tell whether `lines` of these versions, of about this number of files each, is there at once."""
@@ -164,8 +164,8 @@ class Changes:
     """Differences of snapshots, counted once. For several threads."""
 
     def __init__(self) -> None:
-        self._counts: Kept[ChangeCounts] = Kept(200)
-        self._diffs: Kept[SnapshotDiff] = Kept(4)
+        self._counts: LruCache[ChangeCounts] = LruCache(200)
+        self._diffs: LruCache[SnapshotDiff] = LruCache(4)
 
     def peek(self, old: Snapshot, new: Snapshot) -> ChangeCounts | None:
         """Return what `count` does where it is there without reading."""

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data.cache import explorer_cache
 from explorer.data.images import visual
-from explorer.data.vectors import explorer_cache
 from explorer.html.site import Site
 from explorer.pages import images as pages
 from explorer.places import Places

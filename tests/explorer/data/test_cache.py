@@ -1,15 +1,15 @@
-"""Kept values: computed once for all who ask, let go when there is no room, and never an error."""
+"""Cached values: computed once for all who ask, let go when there is no room, and never an error."""
 
 import threading
 import time
 
 import pytest
 
-from explorer.data.kept import Kept
+from explorer.data.cache import LruCache
 
 
 def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
-    kept, calls = Kept(3), []
+    kept, calls = LruCache(3), []
 
     def slow():
         calls.append(1)
@@ -27,7 +27,7 @@ def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
 
 
 def test_what_was_unused_for_longest_goes_first():
-    kept = Kept(2)
+    kept = LruCache(2)
     for name in "ab":
         kept.get(name, lambda name=name: name)
     assert kept.peek("a") == "a"
@@ -36,7 +36,7 @@ def test_what_was_unused_for_longest_goes_first():
 
 
 def test_an_error_is_not_kept():
-    kept, answers = Kept(2), iter([ValueError("not yet"), "now"])
+    kept, answers = LruCache(2), iter([ValueError("not yet"), "now"])
 
     def make():
         answer = next(answers)
@@ -50,8 +50,16 @@ def test_an_error_is_not_kept():
 
 
 def test_locks_are_bounded_like_the_values():
-    kept: Kept[int] = Kept(2)
+    kept: LruCache[int] = LruCache(2)
     for name in range(100):
         kept.get(name, lambda: 1)
         kept.get(name, lambda: 1)
     assert not kept._gates
+
+
+def test_the_sizes_of_the_values_are_bounded():
+    cache: LruCache[bytes] = LruCache(10, len)
+    for name, size in (("a", 4), ("b", 4), ("a", 5), ("c", 4)):
+        cache.put(name, bytes(size))
+    assert [cache.peek(name) for name in "abc"] == [bytes(5), None, bytes(4)]
+    assert cache.size == 9
