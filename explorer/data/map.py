@@ -468,7 +468,7 @@ COLUMNS, ROWS = 12, 9
 MOST_DRAWN = 3_000
 """Points that a browser draws one by one."""
 _MOST_GROUPS = 9
-OTHERS, NOTHING_KNOWN = "others", "no impressions"
+OTHERS = "others"
 Colour = Literal["folder", "category", "ctr", "error"]
 COLOURS: dict[Colour, str] = {
     "folder": "folder of the image",

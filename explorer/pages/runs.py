@@ -30,7 +30,7 @@ from explorer.html import charts
 from explorer.html.site import NavItem, PageKind, Question, Site
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
-from featurestore.published.paths import RunPath
+from featurestore.published.paths import RunPath, run_path
 from featurestore.text import one_line
 from trainer.schema.fields import SETTINGS_FILE
 
@@ -306,11 +306,14 @@ def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
     trained = next((run for run in runs if run.state == "finished" and "/" not in run.name), None)
     if trained is not None:
         other = "none" if trained.images != "none" else "both"
-        config, wanted = str(places.run(trained.name) / "config.yaml"), {f"{trained.name}-{other}": other}
-        more = ["run.resume=null"]
+        wanted = {f"{trained.name}-{other}": other}
+        words, more = ["--config", str(places.run(trained.name) / "config.yaml")], ["run.resume=null"]
     else:
-        config = f"{(places.samples or _SAMPLES).rstrip('/')}/{SETTINGS_FILE}"
-        wanted, more = {"ids": "none", "both": "both"}, [f"data.store={places.store}"] if places.store else []
+        samples = (places.samples or _SAMPLES).rstrip("/")
+        has_settings = (run_path(samples) / SETTINGS_FILE).is_file()
+        words = ["--config", f"{samples}/{SETTINGS_FILE}"] if has_settings else []
+        wanted, more = {"ids": "none", "both": "both"}, [] if has_settings else [f"data.samples={samples}"]
+        more += [f"data.store={places.store}"] if places.store else []
     more.append(f"run.dir={places.runs}")
     taken = {run.name for run in runs}
     commands = []
@@ -318,8 +321,8 @@ def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         free = next(each for each in names if each not in taken)
         settings = [f"run.name={free}", f"model.images={images}", *more]
-        words = ["--config", config, *(word for setting in settings for word in ("--set", setting))]
-        commands.append(f"python -m trainer.main {' '.join(map(shlex.quote, words))}")
+        options = [*words, *(word for setting in settings for word in ("--set", setting))]
+        commands.append(f"python -m trainer.main {' '.join(map(shlex.quote, options))}")
     return commands
 
 

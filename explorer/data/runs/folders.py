@@ -15,6 +15,7 @@ from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.parsing import parse_json, parse_yaml
 from featurestore.published.paths import RunPath, read_file, run_path
+from featurestore.spec import flat
 from featurestore.text import one_line
 from trainer.files import DAYS_FILE, checkpoints_of
 
@@ -241,7 +242,7 @@ def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
         loaded = parse_yaml(read_file(file).decode(), aliases=False)
         if not isinstance(loaded, dict):
             raise ValueError("config.yaml is no configuration of a run")
-        return _SavedSettings({**_defaults(), **flat(loaded)}, "")
+        return _SavedSettings({**_defaults(), **dict(flat(loaded))}, "")
     except (UserError, ValueError) as error:
         return _SavedSettings({}, one_line(error))
 
@@ -250,18 +251,7 @@ def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
 def _defaults() -> Mapping[str, Any]:
     from trainer.config.config import Config
 
-    return flat(Config().model_dump(mode="json"))
-
-
-def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Name settings by dots: {"optim": {"lr": 1}} becomes {"optim.lr": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{before}{name}.")
-        else:
-            found[f"{before}{name}"] = value
-    return found
+    return dict(flat(Config().model_dump(mode="json")))
 
 
 def _changed_s(folder: RunPath) -> float | None:

@@ -136,6 +136,17 @@ def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, c
     assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(changing, "/worth"))
 
 
+def test_a_first_training_has_the_settings_of_the_samples_where_they_have_some(tmp_path: Path) -> None:
+    runs, samples = tmp_path / "runs", tmp_path / "samples"
+    for folder in (runs, samples):
+        folder.mkdir()
+    with TestClient(application(Site(Places(runs=str(runs), samples=str(samples))))) as client:
+        html = page(client, "/worth")
+        assert "--config" not in html and f"--set data.samples={samples}" in html
+        (samples / "settings.yaml").write_text("")
+        assert f"python -m trainer.main --config {samples}/settings.yaml --set run.name=ids" in page(client, "/worth")
+
+
 def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClient, changing_world: World) -> None:
     for name in ("both", "ids-only"):
         shutil.copytree(changing_world.runs / name, changing_world.runs / "daily" / name)
