@@ -172,7 +172,8 @@ async def _with_headers(request: Request, respond: Callable[[Request], Awaitable
 def _failed(site: Site, request: Request, error: Exception) -> Response:
     """Turn an error into a page: 404 for what is not there, 400 for what does not work, 500 for a bug.
 
-    A body that a limit stopped has the status of the limit.
+    A body that a limit stopped has the status of the limit. Where htmx asks for a part of a page, the part is the
+    message, with status 200, as htmx shows no other.
     """
     if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
@@ -187,6 +188,9 @@ def _failed(site: Site, request: Request, error: Exception) -> Response:
         request, "error.html", title="Not found" if status == 404 else "Error", message=message, status=status
     )
     response.headers.update(HEADERS)
+    if "HX-Request" in request.headers:
+        response.status_code = 200
+        response.headers["HX-Reselect"] = "[role=alert]"
     return response
 
 

@@ -223,5 +223,9 @@ class PageKind(ABC):
     def routes(self) -> Sequence[Route]:
         """List the routes; a kind without its places has none."""
 
+    def waits(self, request: Request, part: str) -> bool:
+        """Tell whether a part that takes long is computed before the page is sent: `wait=PART`, and in an export."""
+        return self.site.frozen or request.query_params.get("wait") == part
+
     def close(self) -> None:  # noqa: B027
         """Release what the pages hold open; most hold nothing."""

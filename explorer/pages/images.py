@@ -144,7 +144,7 @@ class ImagePages(PageKind):
         store, snapshot = self._open(request)
         here = find_key(snapshot, key)
         spans, rows_problem = None, ""
-        if here is None or self._waits(request, "rows"):
+        if here is None or self.waits(request, "rows"):
             try:
                 spans = self._spans.get(
                     (name_of(snapshot), name_of(store.snapshot()), key), lambda: row_spans(store, key)
@@ -314,9 +314,6 @@ class ImagePages(PageKind):
         if not self.site.frozen:
             return request.query_params.get("wait") == "spaces"
         return snapshot.manifest.file_rows * snapshot.info.row_bytes <= _FROZEN_BYTES
-
-    def _waits(self, request: Request, part: str) -> bool:
-        return self.site.frozen or request.query_params.get("wait") == part
 
     def _open(self, request: Request) -> tuple[FeatureStore, Snapshot]:
         assert self.site.places.store is not None

@@ -85,14 +85,12 @@ class ImpressionPages(PageKind):
         ]
 
     def routes(self) -> Sequence[Route]:
-        """List and groups, each as a page and as the part of it that takes long."""
+        """List the list, a group, and a group with a picture that is sent."""
         if self.nav is None:
             return []
         return [
             Route(LIST, self.listing),
-            Route(LIST + "/part", self.listing_part),
             Route(LIST + "/{run}/{number}", self.group),
-            Route(LIST + "/{run}/{number}/part", self.group_part),
             *([] if self.site.frozen else [Route(LIST + "/{run}/{number}/sent", self.sent, methods=["POST"])]),
         ]
 
@@ -101,52 +99,33 @@ class ImpressionPages(PageKind):
         self.runs.close()
 
     def listing(self, request: Request) -> Response:
-        """Show the list, or where its run is not open yet the page that fetches it."""
+        """Show the list, or where its run is not open yet the page that asks for it, `wait=list`."""
         runs = self.runs.names()
         if not runs:
             return self.site.page(request, "impressions/empty.html", title="Impressions")
         asked = self._question(request, runs)
-        now = self.site.frozen or "now" in request.query_params or self.runs.is_listed(asked.run)
-        context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "now": now}
+        context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "problem": ""}
+        context["is_there"] = self.waits(request, "list") or self.runs.is_listed(asked.run)
         try:
-            context |= self._listed(asked) if now else {}
+            context |= self._listed(asked) if context["is_there"] else {}
         except UserError as error:
-            context |= {"problem": one_line(error)}
+            context["problem"] = one_line(error)
         return self.site.page(request, "impressions/list.html", title="Impressions", **context)
 
-    def listing_part(self, request: Request) -> Response:
-        """Give the list alone."""
-        asked = self._question(request, self.runs.names())
-        return self._part(request, "impressions/list-part.html", lambda: {"asked": asked, **self._listed(asked)})
-
     def group(self, request: Request) -> Response:
-        """Show one sample group, or where its run is not open yet the page that fetches it."""
+        """Show one sample group, or where its run is not open yet the page that asks for it, `wait=why`."""
         run, number = request.path_params["run"], self._number(request)
         self.runs.check(run)
-        at = _snapshot(request)
-        now = self.site.frozen or "now" in request.query_params or self.runs.is_open(run, at)
+        at, params = _snapshot(request), dict(request.query_params)
+        context: dict[str, Any] = {"run": run, "number": number, "params": params, "expired": ""}
+        context["is_there"] = self.waits(request, "why") or self.runs.is_open(run, at)
         try:
-            context = self._explained(request, run, number, at) if now else {}
+            context |= self._explained(request, run, number, at) if context["is_there"] else {}
         except UserError as error:
             if at == "newest" or not isinstance(error.__cause__, SnapshotNotFoundError):
                 raise
-            now, context = True, {"problem": one_line(error)}
-        params = dict(request.query_params)
-        title = f"Impressions of group {number:,}"
-        return self.site.page(
-            request, "impressions/group.html", title=title, run=run, number=number, params=params, now=now, **context
-        )
-
-    def group_part(self, request: Request) -> Response:
-        """Give what the page of a group shows."""
-        run, number = request.path_params["run"], self._number(request)
-        at = _snapshot(request)
-
-        def shown() -> dict[str, Any]:
-            params = dict(request.query_params)
-            return {"run": run, "number": number, "params": params, **self._explained(request, run, number, at)}
-
-        return self._part(request, "impressions/group-part.html", shown)
+            context["expired"] = one_line(error)
+        return self.site.page(request, "impressions/group.html", title=f"Impressions of group {number:,}", **context)
 
     async def sent(self, request: Request) -> Response:
         """Show what an ad would get with a picture that is sent; it is kept nowhere."""
@@ -178,17 +157,6 @@ class ImpressionPages(PageKind):
             percent=percent,
             points=points,
         )
-
-    def _part(self, request: Request, template: str, context: Any) -> Response:
-        """Give a part of a page; what goes wrong is said in it, as htmx shows no answer of another status than 200."""
-        try:
-            return self.site.page(request, template, title="", **context())
-        except UserError as error:
-            expired = isinstance(error.__cause__, SnapshotNotFoundError)
-            path = request.url.path.removesuffix("/part")
-            return self.site.page(
-                request, "impressions/problem.html", title="", problem=one_line(error), expired=expired, path=path
-            )
 
     def _question(self, request: Request, runs: Sequence[AskableRun]) -> ListQuestion:
         params = request.query_params

@@ -95,14 +95,14 @@ class StorePages(PageKind):
         paging = Paging.of(request, len(known), SNAPSHOTS_PER_PAGE)
         shown = known[paging.first : paging.first + SNAPSHOTS_PER_PAGE]
         lines, pins_problem = None, ""
-        if self._waits(request, "line") or self._timeline.is_quick(store, shown, snapshot.manifest.num_files):
+        if self.waits(request, "line") or self._timeline.is_quick(store, shown, snapshot.manifest.num_files):
             try:
                 lines = self._timeline.lines(store, shown)
             except UserError as error:
                 lines, pins_problem = [], one_line(error)
         rows, num_broken = live_rows(snapshot), None if store.storage.list(QUARANTINE) else 0
         counts_problem = ""
-        if self._waits(request, "counts"):
+        if self.waits(request, "counts"):
             try:
                 rows = self._rows.get(name_of(snapshot), lambda: snapshot.num_rows)
                 num_broken = len(store.quarantine_rows())
@@ -201,7 +201,7 @@ class StorePages(PageKind):
         """Show images whose bytes are equal, largest groups first."""
         _, snapshot = self._open(request)
         found, problem = self._duplicates.peek(name_of(snapshot)), ""
-        if found is None and self._waits(request, "duplicates"):
+        if found is None and self.waits(request, "duplicates"):
             try:
                 found = self._duplicates.get(name_of(snapshot), lambda: find_duplicates(snapshot))
             except UserError as error:
@@ -235,10 +235,6 @@ class StorePages(PageKind):
         store = FeatureStore.open(self.site.places.store)
         return store, open_snapshot(store, asked_snapshot(request) if version is None else version)
 
-    def _waits(self, request: Request, part: str) -> bool:
-        """Tell whether a part is to be computed before the page is sent."""
-        return self.site.frozen or request.query_params.get("wait") == part
-
     def _difference(
         self, request: Request, store: FeatureStore, difference: SnapshotsCompared | None, params: dict[str, Any]
     ) -> dict[str, Any]:
@@ -261,7 +257,7 @@ class StorePages(PageKind):
         old, new, _ = difference
         try:
             counts = self._changes.peek(old, new)
-            if counts is None and self._waits(request, "changes"):
+            if counts is None and self.waits(request, "changes"):
                 counts = self._changes.count(old, new)
             if counts is not None:
                 if request.query_params.get("kind") is None:

@@ -51,17 +51,17 @@ def scores_of(run: Path, out: Path) -> dict[tuple[int, int], float]:
 def test_the_list_is_fetched_after_the_page_is_shown(world: World, tmp_path: Path) -> None:
     with TestClient(application(Site(places_of(world)))) as client:
         shell = client.get("/impressions").text
-        assert 'hx-get="/impressions/part?run=both"' in shell
+        assert 'hx-get="/impressions?run=both&amp;wait=list"' in shell
         assert "Why " not in shell
-        assert "Why " in client.get("/impressions/part?run=both").text
+        assert "Why " in client.get("/impressions?wait=list&run=both").text
         assert "Why " in client.get("/impressions").text  # it is known now
-        waited = client.get("/impressions?run=ids-only&now=1").text
+        waited = client.get("/impressions?run=ids-only&wait=list").text
         assert "IDs alone" in waited
 
 
 def test_the_scores_shown_are_those_of_the_job(pages: TestClient, world: World, tmp_path: Path) -> None:
     expected = scores_of(world.runs / "both", tmp_path / "scores.parquet")
-    text = pages.get("/impressions/part?order=score").text
+    text = pages.get("/impressions?wait=list&order=score").text
     shown = re.findall(r'href="/impressions/both/(\d+)\?ad=(\d+)".*?Why ([\d.]+) %\?', text, re.S)
     assert len(shown) == 24
     best = sorted(expected.values(), reverse=True)[:24]
@@ -69,7 +69,7 @@ def test_the_scores_shown_are_those_of_the_job(pages: TestClient, world: World, 
         assert expected[int(group), int(place)] == pytest.approx(probability, abs=1e-4)
         assert float(percent) == pytest.approx(100 * probability, abs=0.02)
     group, place = shown[0][:2]
-    page = pages.get(f"/impressions/both/{group}?ad={place}&now=1").text
+    page = pages.get(f"/impressions/both/{group}?ad={place}&wait=why").text
     for (row, at), probability in expected.items():
         if row == int(group):
             near = {f"{100 * probability + change:.2f} %" for change in (-0.01, 0, 0.01)}
@@ -81,7 +81,7 @@ def test_the_scores_shown_are_those_of_the_job(pages: TestClient, world: World, 
     "query", ["", "order=raised&page=2", "order=lowered", "clicked=yes", "clicked=no&order=order", "page=99999999"]
 )
 def test_orders_and_filters(pages: TestClient, query: str) -> None:
-    text = pages.get(f"/impressions/part?{query}").text
+    text = pages.get(f"/impressions?wait=list&{query}").text.partition('<div id="list">')[2]
     assert "Why " in text
     assert "This copy" not in text
     if "clicked=yes" in query:
@@ -95,14 +95,14 @@ def test_a_search_finds_users_ads_and_pictures(pages: TestClient, world: World) 
     user, ads = table["user"][3].as_py(), table["ad_item"].to_pylist()
     expected = sum(len(each) for each, name in zip(ads, table["user"].to_pylist(), strict=True) if name == user)
     expected += sum(item == user for each in ads for item in each)
-    text = pages.get(f"/impressions/part?q={user}").text
+    text = pages.get(f"/impressions?wait=list&q={user}").text
     assert re.search(r"<p>(\d+) of", text).group(1) in {str(n) for n in range(1, expected + 1)}  # type: ignore[union-attr]
     keys = [key for each in table["ad_image"].to_pylist() for key in each]
     for query in (PLAIN[0], str(key_of_uri(PLAIN[0]))):
-        shown = pages.get("/impressions/part", params={"q": query}).text
+        shown = pages.get("/impressions", params={"wait": "list", "q": query}).text
         assert f"<p>{keys.count(key_of_uri(PLAIN[0]))} of" in shown
         assert "have it in their" not in shown
-    assert "No impression is like that" in pages.get("/impressions/part?q=nobody%20at%20all").text
+    assert "No impression is like that" in pages.get("/impressions?wait=list&q=nobody%20at%20all").text
 
 
 def own_of(page: str) -> str:
@@ -113,7 +113,7 @@ def own_of(page: str) -> str:
 @pytest.mark.parametrize("typed", [PLAIN[3], str(key_of_uri(PLAIN[3])), HOSTILE[0]])
 @pytest.mark.parametrize("run", ["both", "ids-only"])
 def test_another_picture_is_typed(pages: TestClient, run: str, typed: str) -> None:
-    text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "now": 1}).text
+    text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "wait": "why"}).text
     assert re.search(r"[\d.]+ %", own_of(text))
     assert "missing image" not in own_of(text)
     assert "<script>alert" not in text
@@ -122,7 +122,7 @@ def test_another_picture_is_typed(pages: TestClient, run: str, typed: str) -> No
 @pytest.mark.parametrize("typed", [UNKNOWN, "5", "../../etc/passwd", "nope.jpg", "<script>alert(1)</script>"])
 @pytest.mark.parametrize("run", ["both", "ids-only"])
 def test_a_picture_that_is_nowhere_has_no_score(pages: TestClient, run: str, typed: str) -> None:
-    text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "now": 1}).text
+    text = pages.get(f"/impressions/{run}/3", params={"picture": typed, "wait": "why"}).text
     assert "no image of that name in the store" in text
     assert own_of(text) == ""
     assert html.escape(typed) in text
@@ -130,17 +130,17 @@ def test_a_picture_that_is_nowhere_has_no_score(pages: TestClient, run: str, typ
 
 
 def test_what_was_typed_is_answered_where_it_was_typed(pages: TestClient) -> None:
-    text = pages.get("/impressions/both/3?ad=1&now=1").text
+    text = pages.get("/impressions/both/3?ad=1&wait=why").text
     assert '<h2 id="another-picture">' in text
     assert '<form method="get" action="/impressions/both/3#another-picture">' in text
 
 
 def test_sentences(pages: TestClient) -> None:
-    assert "there is no ad 'abc': ads are" in html.unescape(pages.get("/impressions/both/3?ad=abc&now=1").text)
-    text = pages.get("/impressions/both/3?ad=1&now=1").text
+    assert "there is no ad 'abc': ads are" in html.unescape(pages.get("/impressions/both/3?ad=abc&wait=why").text)
+    text = pages.get("/impressions/both/3?ad=1&wait=why").text
     assert "Effect of what is missing</th>" in text
     assert "every image missing</th>" in text  # not: not trained for it
-    for each in (text, pages.get("/impressions?run=both&now=1").text):
+    for each in (text, pages.get("/impressions?run=both&wait=list").text):
         assert "While it was trained, this run met images without a feature" in each
     assert re.search(r"without images [\d.]+ %, rank \d+ \(", text)
 
@@ -149,7 +149,7 @@ def test_a_picture_is_sent(pages: TestClient, world: World) -> None:
     """The picture of an image of the store: the ad gets what it gets with the look of that image."""
     uri = PLAIN[5]
     data = (world.images / uri).read_bytes()
-    known = pages.get("/impressions/both/3", params={"picture": uri, "ad": 1, "now": 1}).text
+    known = pages.get("/impressions/both/3", params={"picture": uri, "ad": 1, "wait": "why"}).text
     expected = float(re.search(r"look alone ([\d.]+) %", own_of(known)).group(1))  # type: ignore[union-attr]
     assert 'action="/impressions/both/3/sent"' in known
     answer = pages.post("/impressions/both/3/sent", data={"ad": "1"}, files={"picture": ("x.jpg", data)})
@@ -184,18 +184,18 @@ def test_what_cannot_be_sent(
 @pytest.mark.parametrize(
     ("address", "status"),
     [
-        ("/impressions/both/80?now=1", 404),
-        ("/impressions/both/-1?now=1", 404),
+        ("/impressions/both/80?wait=why", 404),
+        ("/impressions/both/-1?wait=why", 404),
         ("/impressions/both/" + "9" * 5000, 404),
-        ("/impressions/both/0?ad=99&now=1", 404),
-        ("/impressions/both/0?ad=x&now=1", 404),
-        ("/impressions/nobody/0?now=1", 404),
+        ("/impressions/both/0?ad=99&wait=why", 404),
+        ("/impressions/both/0?ad=x&wait=why", 404),
+        ("/impressions/nobody/0?wait=why", 404),
         ("/impressions/nobody/0", 404),
-        ("/impressions/..%2F..%2Fboth/0?now=1", 404),
-        ("/impressions/%3Cscript%3E/0?now=1", 404),
+        ("/impressions/..%2F..%2Fboth/0?wait=why", 404),
+        ("/impressions/%3Cscript%3E/0?wait=why", 404),
         ("/impressions?run=%3Cscript%3Ealert(1)%3C/script%3E", 404),
         ("/impressions?order=worst", 400),
-        ("/impressions/both/0?now=1&picture=99999999999999999999999", 400),
+        ("/impressions/both/0?wait=why&picture=99999999999999999999999", 400),
     ],
 )
 def test_what_is_not_there(pages: TestClient, address: str, status: int) -> None:
@@ -206,7 +206,8 @@ def test_what_is_not_there(pages: TestClient, address: str, status: int) -> None
 
 
 def test_a_part_tells_what_went_wrong_as_htmx_shows_it(pages: TestClient) -> None:
-    answer = pages.get("/impressions/both/80/part")
+    answer = pages.get("/impressions/both/80?wait=why", headers={"HX-Request": "true"})
+    assert answer.headers["HX-Reselect"] == "[role=alert]"
     assert answer.status_code == 200
     assert "there is no sample group 80" in answer.text
 
@@ -215,7 +216,7 @@ def test_hostile_names_stay_text(pages: TestClient, world: World) -> None:
     table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
     hostile = {key_of_uri(uri) for uri in HOSTILE}
     group = next(n for n, keys in enumerate(table["ad_image"].to_pylist()) if hostile & {*keys})
-    text = pages.get(f"/impressions/both/{group}?now=1").text
+    text = pages.get(f"/impressions/both/{group}?wait=why").text
     assert "<script>alert" not in text
     assert "<img src=x" not in text
     assert "{{ 7 * 7 }}" not in text or html.escape("{{ 7 * 7 }}") in text
@@ -232,13 +233,10 @@ def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
         assert "Impressions" not in client.get("/").text
     places = Places(runs=str(world.runs), store=str(world.store), samples=str(tmp_path / "nothing"))
     with TestClient(application(Site(places))) as client:
-        assert client.get("/impressions/both/0?now=1").status_code == 400
-        part = client.get("/impressions/part")
-        assert part.status_code == 200
-        assert "jobs/build_samples.py" in part.text
-        whole = client.get("/impressions?now=1")
-        assert whole.status_code == 200
-        assert "jobs/build_samples.py" in whole.text
+        assert client.get("/impressions/both/0?wait=why").status_code == 400
+        listed = client.get("/impressions?wait=list")
+        assert listed.status_code == 200
+        assert "jobs/build_samples.py" in listed.text
 
 
 @pytest.mark.parametrize("run", ["both", "ids-only"])
@@ -246,11 +244,11 @@ def test_a_part_of_a_uri_finds_pictures(pages: TestClient, world: World, run: st
     table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
     boots = {key_of_uri(uri) for uri in ADDED}
     expected = sum(key in boots for keys in table["ad_image"].to_pylist() for key in keys)
-    text = pages.get("/impressions/part", params={"q": "BOOT-", "run": run}).text
+    text = pages.get("/impressions", params={"wait": "list", "q": "BOOT-", "run": run}).text
     assert f"<p>{expected} of" in text
     assert expected > 0
     assert "pictures that have it in their" in text
-    hostile = pages.get("/impressions/part", params={"q": "<script>alert(1)", "run": run}).text
+    hostile = pages.get("/impressions", params={"wait": "list", "q": "<script>alert(1)", "run": run}).text
     assert "<p>0 of" not in hostile
     assert "<script>alert" not in hostile
 
@@ -269,13 +267,12 @@ def test_a_run_whose_snapshot_has_expired(own_run: SamplePlaces) -> None:
     store.put(FeatureRows.of(["item/new"], np.zeros((1, 16), np.float32), keys=np.array([5])))
     expire(store, keep_last=1, keep_days=0, grace_days=0)
     with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
-        for address in ("/impressions/one/0?now=1", "/impressions/one/0/part"):
-            answer = client.get(address)
-            assert answer.status_code == 200
-            assert "has expired" in answer.text
-            assert 'href="/impressions/one/0?snapshot=newest"' in answer.text
-        assert "has expired" in client.get("/impressions/part").text
-        newest = client.get("/impressions/one/0?snapshot=newest&now=1").text
+        answer = client.get("/impressions/one/0?wait=why")
+        assert answer.status_code == 200
+        assert "has expired" in answer.text
+        assert 'href="/impressions/one/0?snapshot=newest"' in answer.text
+        assert "has expired" in client.get("/impressions?wait=list").text
+        newest = client.get("/impressions/one/0?snapshot=newest&wait=why").text
         assert "which is the newest one and not that of the training" in newest
 
 
@@ -287,7 +284,9 @@ def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone
     with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
 
         def page_of(picture: object, **asked: str) -> str:
-            return client.get("/impressions/one/1", params={"picture": str(picture), "ad": 0, "now": 1, **asked}).text
+            return client.get(
+                "/impressions/one/1", params={"picture": str(picture), "ad": 0, "wait": "why", **asked}
+            ).text
 
         def look_of(page: str) -> str:
             assert "missing image" not in own_of(page)
@@ -303,20 +302,20 @@ def test_a_picture_newer_than_the_training_is_found_in_the_newest_snapshot_alone
 def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> None:
     folder = own_run.folder
     with TestClient(application(Site(Places(runs=str(folder / "runs"))))) as client:
-        before = client.get("/impressions/one/1?now=1").text
+        before = client.get("/impressions/one/1?wait=why").text
         settings = own_run.settings(run__name="one", run__resume="latest", train__max_steps=9, data__missing="zeros")
         train(load_config(settings=settings), SoloComm())
-        after = client.get("/impressions/one/1?now=1").text
+        after = client.get("/impressions/one/1?wait=why").text
         notice = re.compile(r'class="notice">([^<]*)')
         assert notice.search(before).group(1) != notice.search(after).group(1)  # type: ignore[union-attr]
         file = folder / "samples" / "test" / "day=2026-01-01.parquet"
         table = pq.read_table(file, partitioning=None)
         pq.write_table(table.slice(0, 4), file)
-        assert client.get("/impressions/one/50?now=1").status_code in (400, 404)
-        assert client.get("/impressions/one/3?now=1").status_code == 200
-        assert client.get("/impressions/one/50?now=1").status_code == 404
+        assert client.get("/impressions/one/50?wait=why").status_code in (400, 404)
+        assert client.get("/impressions/one/3?wait=why").status_code == 200
+        assert client.get("/impressions/one/50?wait=why").status_code == 404
         shutil.rmtree(folder / "runs" / "one")
-        assert client.get("/impressions/one/1?now=1").status_code == 404
+        assert client.get("/impressions/one/1?wait=why").status_code == 404
 
 
 def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
@@ -330,11 +329,11 @@ def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
     others = {*table["ad_item"][0].as_py(), *table["ad_item"][1].as_py(), *users[:2]}
     user = next(each for each in reversed(users) if each not in others)
     with TestClient(application(Site(places_of(world)))) as client:
-        text = client.get("/impressions/part").text
+        text = client.get("/impressions?wait=list").text
         assert f"{num_first} of {num_first} impressions scored" in text
         assert "the first of" in text
         assert {int(n) for n in re.findall(r"/impressions/both/(\d+)\?", text)} == {0, 1}
-        found = client.get(f"/impressions/part?q={user}&order=order").text
+        found = client.get(f"/impressions?wait=list&q={user}&order=order").text
     groups = [number for number, each in enumerate(users) if each == user]
     assert "those of this user" in found
     shown = sum(len(labels[number]) for number in groups)

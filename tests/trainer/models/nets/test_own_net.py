@@ -202,8 +202,8 @@ def test_pages_import_only_the_package_that_is_named(own: Path, monkeypatch: pyt
     monkeypatch.delitem(sys.modules, "mypackage", raising=False)
     with TestClient(application(Site(Places(runs=str(own.parent))))) as client:
         assert [client.get(path).status_code for path in ("/", "/runs", "/runs/own", "/impressions")] == [200] * 4
-        refused = client.get("/impressions?run=own&now=1")
+        refused = client.get("/impressions?run=own&wait=list")
         assert refused.status_code != 500 and "start the explorer with --nets mypackage" in refused.text
     assert "mypackage" not in sys.modules
     with TestClient(application(Site(Places(runs=str(own.parent), nets="mypackage")))) as client:
-        assert "Why " in client.get("/impressions?run=own&now=1").text
+        assert "Why " in client.get("/impressions?run=own&wait=list").text
