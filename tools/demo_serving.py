@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from featurestore.errors import UserError
-from pipeline.demo.items import draw_garment, plan_garments
 
 NUM_CANDIDATES, NUM_REQUESTS = 200, 200
 _READY_S, _SWITCH_S, _STOP_S = 120, 60, 20
@@ -113,6 +112,8 @@ def latencies_ms(scorer: Scorer, request: dict[str, Any]) -> dict[str, float]:
 
 def draw_new_picture(folder: Path) -> str:
     """Draw a picture that no store has seen into `folder`, and return its name there, which is its uri."""
+    from pipeline.demo.items import draw_garment, plan_garments  # pyarrow: not for --help
+
     folder.mkdir(parents=True, exist_ok=True)
     seed = time.time_ns() % 2**32
     name = f"new-{seed}.jpg"

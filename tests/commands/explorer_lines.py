@@ -20,7 +20,7 @@ EXPLORER = [
     ("explorer map out.csv --store {missing}", 2, "Invalid value for OUT: out.csv has to end with .parquet"),
     ("explorer map out.parquet --store {missing}", 2, "{missing}"),
     ("explorer map out.parquet --run {missing}", 2, "{missing} is not a run's folder"),
-    ("explorer serve --images foo://x", 2, "--images foo://x: foo:// cannot be opened"),
+    ("explorer serve --images foo://x", 2, "foo:// cannot be opened"),
     ("explorer serve --samples /proc/x", 2, "--samples /proc/x: there is no such folder"),
     ("explorer serve --samples foo://x", 2, "there is no such folder"),
     ("explorer export s3://bucket/pages --images {emptydir}", 2, "a folder of this machine"),

@@ -57,7 +57,7 @@ JOBS = [
     ("jobs/extract_features --images {garbage_csv} --store {new} --weights random:0", 1, "garbage.csv"),
     ("jobs/extract_features --images {garbage_parquet} --store {new} --weights random:0", 1, "garbage.parquet"),
     ("jobs/extract_features --images {pipe} --store {new} --weights random:0", 2, "{pipe}"),
-    ("jobs/extract_features --images nosuch://x --store {new} --weights random:0", 1, "nosuch"),
+    ("jobs/extract_features --images nosuch://x --store {new} --weights random:0", 2, "nosuch"),
     ("jobs/extract_features --images '' --store {new} --weights random:0", 2, "--images"),
     ("jobs/extract_features --images {emptydir} --store '' --weights random:0", 2, "--store"),
     ("jobs/extract_features --weights random:x", 2, "random:x"),

@@ -20,7 +20,7 @@ PIPES = [
     ("trainer.schema check {pipe} {samples}", 2, A_PIPE),
     ("trainer.schema inspect {pipesamples}", 1, A_PIPE),
     ("trainer.schema inspect {pipe_csv}", 2, "{pipe_csv}"),
-    ("jobs/extract_features --images {pipe_csv} --store {new} --weights random:0", 2, "{pipe_csv}"),
+    ("jobs/extract_features --images {pipe_csv} --store {new} --weights random:0", 1, "{pipe_csv}"),
     ("jobs/import_features --from {pipe} --store {new}", 1, A_PIPE),
     ("jobs/import_features --from {pipe_parquet} --store {new}", 1, A_PIPE),
     ("jobs/import_features --from {pipe_npy} --keys {missing} --store {new}", 1, A_PIPE),

@@ -89,7 +89,7 @@ def test_features_of_the_store_are_laid_out_without_a_run(places: Places, world:
 
 def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     count = FeatureStore.open(world.store).snapshot().num_rows
-    monkeypatch.setattr(map, "MOST_POINTS", 10)
+    monkeypatch.setattr(maps, "MOST_POINTS", 10)
     some = of_features(places, Task())
     assert 7 <= some.count <= 10
     assert some.num_images == count
@@ -97,8 +97,8 @@ def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypat
     assert evenly(1000).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
     assert evenly(3).tolist() == [0, 1, 2]
     row_bytes = FeatureStore.open(world.store).info.row_bytes
-    monkeypatch.setattr(map, "_MOST_BYTES", count * row_bytes // 2)
-    monkeypatch.setattr(map, "MOST_POINTS", 1000)
+    monkeypatch.setattr(maps, "_MOST_BYTES", count * row_bytes // 2)
+    monkeypatch.setattr(maps, "MOST_POINTS", 1000)
     fewer = of_features(places, Task())
     assert fewer.count < count
     assert "Of 4 shards 2 were read" in fewer.notes[0]
@@ -129,7 +129,7 @@ def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypa
     assert whole is not None
     assert whole.impressions_I.sum() == index.num_samples
     assert not whole.is_sampled
-    monkeypatch.setattr(map, "MOST_IMPRESSIONS", index.num_samples // 2)
+    monkeypatch.setattr(maps, "MOST_IMPRESSIONS", index.num_samples // 2)
     part = read_ads(index, load_schema())
     assert part is not None
     assert part.is_sampled
@@ -138,7 +138,7 @@ def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypa
 
 
 def test_few_images_need_no_umap(places: Places, fake_umap: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(map, "MOST_POINTS", 5)
+    monkeypatch.setattr(maps, "MOST_POINTS", 5)
     assert make_map(places, "both", Task()).method == "pca"
     assert fake_umap == []
 
