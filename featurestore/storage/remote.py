@@ -11,9 +11,11 @@ import logging
 import os
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import AddressError, PasswordError, StorageError, UnsafeBackendError
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 
 PATIENCE_S = 60.0  # a restarted server is back by then
+HTTP_PATIENCE_S = 5.0  # a table of images may name many servers that are gone
+_HTTP_SILENCE_S = 10.0  # within an answer
+_UNREACHED_S = 600.0  # for which a server of http that was not reached is not asked again
 _WARN_AFTER_S = 5.0
 FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 
@@ -35,9 +40,11 @@ _THROTTLE_CODES = {"SlowDown", "ServiceUnavailable", "TooManyRequests", "Request
 _THROTTLE_CODES |= {"ThrottlingException", "429", "503"}
 _SERVER_CODES = {"InternalError", "RequestTimeout", "IncompleteBody", "BadDigest", "500", "502", "504"}
 _SERVER_STATUSES = {500, 502, 503, 504}
+_HTTP_STATUSES = _SERVER_STATUSES | {408, 429}
 _TRANSIENT_ERRNOS = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT}
 # By name, as importing the clients takes longer than most commands run.
 _TRANSIENT_CLASSES = {"ConnectionError", "HTTPClientError", "ResponseParserError", "ClientError", "IncompleteRead"}
+_UNREACHED_CLASSES = {"ClientConnectorError", "ConnectionTimeoutError"}
 _CLIENT_PACKAGES = ("botocore", "aiohttp", "urllib3")
 
 # Listings would hide new commits; one layer retries, this one. With more at once, s3fs asks for the size of each file
@@ -53,6 +60,7 @@ _DELETE_THREADS = 16  # waiting for answers, not computing
 HDFS = "hdfs"
 _HADOOP_LIBRARIES = ("libhdfs", "libjvm")
 _clients: dict[tuple[object, ...], Any] = {}
+_unreached_until_s: dict[str, float] = {}  # by server of http, on the clock of time.monotonic
 _clients_lock = threading.Lock()
 _memory_lock = threading.Lock()
 
@@ -97,8 +105,9 @@ class RemoteFiles:
         if protocol == HDFS:
             self._server, _, path = root.partition("/")
             self._root = f"/{path}"
-        elif protocol in ("http", "https"):  # this client wants whole addresses
+        elif protocol in HTTP_PROTOCOLS:  # this client wants whole addresses
             self._root = f"{protocol}://{root}"
+        self._http_server = root.partition("/")[0] if protocol in HTTP_PROTOCOLS else ""
         self._client: tuple[int, Any] | None = None
 
     @property
@@ -110,8 +119,10 @@ class RemoteFiles:
 
     def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         options = reading_options(self._protocol)
-        data: bytes = with_retries(lambda: self.client.cat_file(self._full(path), start=start, end=end, **options))
-        return data
+        data: bytes = self._read(lambda: self.client.cat_file(self._full(path), start=start, end=end, **options))
+        if start is None or end is None or len(data) <= end - start:
+            return data
+        return data[start:end]  # some web servers send the whole file
 
     def read_into(self, path: str, out: memoryview) -> int:
         """Fill `out` from the beginning of the file in pieces, without a second copy in memory; return its size."""
@@ -160,7 +171,16 @@ class RemoteFiles:
         return [name for name in names if not leads_out(name)]
 
     def entry(self, path: str) -> StorageEntry:
-        found = with_retries(lambda: self.client.info(self._full(path)))
+        def look() -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = self.client.info(self._full(path))
+            except FileNotFoundError as error:  # so the client of http says that it could not ask, too
+                if error.__cause__ is not None and is_transient(error.__cause__):
+                    raise error.__cause__ from None
+                raise
+            return found
+
+        found = self._read(look)
         if found["type"] != "file":
             raise FileNotFoundError(path)
         return _entry(path, found)
@@ -212,6 +232,19 @@ class RemoteFiles:
 
         list(in_threads(remove, places, _DELETE_THREADS))
 
+    def _read(self, work: Callable[[], ResultT]) -> ResultT:
+        """Do as `with_retries`; over http not for long, and not again soon with a server that was not reached."""
+        if not self._http_server:
+            return with_retries(work)
+        if time.monotonic() < _unreached_until_s.get(self._http_server, 0.0):
+            raise StorageError(f"{self._http_server} was not reached a moment ago; it is not asked again so soon")
+        try:
+            return with_retries(work, patience_s=HTTP_PATIENCE_S)
+        except RetriesExhaustedError as failure:
+            if is_unreached(failure.last):
+                _unreached_until_s[self._http_server] = time.monotonic() + _UNREACHED_S
+            raise
+
     def _name(self, place: str) -> str:
         """Return a place as a path relative to the root."""
         return place.strip("/").removeprefix(self._root.strip("/")).strip("/")
@@ -221,23 +254,28 @@ class RemoteFiles:
 
 
 class RetriesExhaustedError(Exception):
-    """A request has failed for `PATIENCE_S`: its last error, and how often it was tried."""
+    """A request has failed for as long as it was tried: its last error, and how often it was tried."""
 
     def __init__(self, last: BaseException, tries: int) -> None:
         super().__init__(last, tries)
         self.last, self.tries = last, tries
 
 
-def with_retries(work: Callable[[], ResultT], retry_if: Callable[[BaseException], bool] | None = None) -> ResultT:
-    """Return the result of `work`, tried again with growing waits for up to `PATIENCE_S` while `retry_if` says so.
+def with_retries(
+    work: Callable[[], ResultT],
+    retry_if: Callable[[BaseException], bool] | None = None,
+    patience_s: float | None = None,
+) -> ResultT:
+    """Return the result of `work`, tried again with growing waits for up to `patience_s` while `retry_if` says so.
 
-    By default it says so of transient errors. Raises RetriesExhaustedError at the end, other errors at once.
+    By default that is PATIENCE_S, and it says so of transient errors. Raises RetriesExhaustedError at the end, other
+    errors at once.
     """
     from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
     attempts = Retrying(
         retry=retry_if_exception(retry_if or is_transient),
-        stop=stop_after_delay(PATIENCE_S),
+        stop=stop_after_delay(PATIENCE_S if patience_s is None else patience_s),
         wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=_LONGEST_WAIT_S),
         before_sleep=_warn,
     )
@@ -256,6 +294,9 @@ def is_transient(error: BaseException | None) -> bool:
     code = answer_code(error)
     if code is not None:
         return code in _THROTTLE_CODES | _SERVER_CODES | _CONFLICT_CODES or _status(error) in _SERVER_STATUSES
+    status = getattr(error, "status", None)
+    if isinstance(status, int) or isinstance(error, ValueError):  # an answer over http; a name that no server has
+        return status in _HTTP_STATUSES
     # Before the errno: some of the clients' classes are OSErrors too, without one.
     families = (kind for kind in type(error).__mro__ if kind.__module__.startswith(_CLIENT_PACKAGES))
     if any(kind.__name__ in _TRANSIENT_CLASSES for kind in families):
@@ -263,6 +304,12 @@ def is_transient(error: BaseException | None) -> bool:
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
+
+
+def is_unreached(error: BaseException) -> bool:
+    """Return whether the client of http had no connection to the server."""
+    kinds = {kind.__name__ for each in (error, error.__cause__) for kind in type(each).__mro__}
+    return bool(kinds & _UNREACHED_CLASSES)
 
 
 def lacks_bucket(error: BaseException | None) -> bool:
@@ -332,11 +379,20 @@ def _client(protocol: str, server: str = "") -> Any:
                     _clients[key].retries = 1
                 elif protocol == HDFS:
                     _clients[key] = hdfs(server)
+                elif protocol in HTTP_PROTOCOLS:
+                    _clients[key] = fsspec.filesystem(protocol, client_kwargs=_http_limits())
                 else:
                     _clients[key] = fsspec.filesystem(protocol)
             except (ValueError, ImportError) as error:
                 raise AddressError(f"{protocol}:// cannot be opened: {error}") from error
         return _clients[key]
+
+
+def _http_limits() -> dict[str, Any]:
+    """Return what bounds a request of aiohttp: by default it waits for five minutes."""
+    from aiohttp import ClientTimeout
+
+    return {"timeout": ClientTimeout(total=PATIENCE_S, connect=HTTP_PATIENCE_S, sock_read=_HTTP_SILENCE_S)}
 
 
 def reading_options(protocol: str) -> dict[str, Any]:
@@ -374,23 +430,27 @@ os.register_at_fork(after_in_child=_forget_clients)
 
 def _entry(path: str, found: Mapping[str, Any]) -> StorageEntry:
     tag = found.get("ETag") or found.get("etag") or ""
+    if found["size"] is None:
+        raise StorageError(f"the server does not say the size of {found['name']}")
     return StorageEntry(path, int(found["size"]), _time_of(found), str(tag).strip('"'))
 
 
 def _time_of(found: Mapping[str, Any]) -> float:
     """Return when a file was written, which fsspec's clients say under different names."""
+    if written := found.get("Last-Modified"):  # of http
+        return parsedate_to_datetime(written).timestamp()
     names = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
-    time = next((found[name] for name in names if found.get(name) is not None), None)
-    if isinstance(time, str):
-        time = datetime.fromisoformat(time)
-    if isinstance(time, datetime):
-        return time.timestamp()
-    if isinstance(time, int | float):
-        return float(time)
+    moment = next((found[name] for name in names if found.get(name) is not None), None)
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    if isinstance(moment, datetime):
+        return moment.timestamp()
+    if isinstance(moment, int | float):
+        return float(moment)
     raise StorageError(f"the storage gives no time of {found.get('name')}: ages of files cannot be known there")
 
 
-S3_PROTOCOLS = ("s3", "s3a")
+S3_PROTOCOLS, HTTP_PROTOCOLS = ("s3", "s3a"), ("http", "https")
 _S3 = re.compile(r"(s3a?):(?:/{1,2}([^/]*).*)?", re.IGNORECASE | re.DOTALL)  # pathlib makes one slash of two, or none
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:.+")  # as the client has it; servers are stricter
 

@@ -21,7 +21,7 @@ import pyarrow.parquet
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import key_of_uri
 from featurestore.storage.local import StorageEntry
-from featurestore.storage.remote import S3_PROTOCOLS, protocol_and_path
+from featurestore.storage.remote import HTTP_PROTOCOLS, S3_PROTOCOLS, protocol_and_path
 from featurestore.storage.storage import Storage, file_at
 from featurestore.text import CsvTextError, long_rows, one_line, refusal
 from pipeline.errors import BadImageError, SourceError, SourceNotFoundError
@@ -86,13 +86,14 @@ def _folder_at(address: str) -> tuple[Storage, str]:
 def _place_of(address: str) -> tuple[Storage, str]:
     """Split the address of a file into a place and the path there.
 
-    On S3 the place is the bucket, as a key may have empty parts (`a//b.jpg`), which the address of a folder loses.
+    On S3 the place is the bucket, and over http the server, as a key may have empty parts (`a//b.jpg`), which the
+    address of a folder loses.
     """
     protocol, path = protocol_and_path(address)
-    if protocol not in S3_PROTOCOLS:
+    if protocol not in (*S3_PROTOCOLS, *HTTP_PROTOCOLS):
         return file_at(address)
-    bucket, _, key = path.partition("/")
-    return Storage(f"{protocol}://{bucket}"), key
+    place, _, key = path.partition("/")
+    return Storage(f"{protocol}://{place}"), key
 
 
 class FoundFile(NamedTuple):

@@ -15,6 +15,7 @@ from featurestore.errors import SpecMismatchError
 from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup.compute_dtype import VARIABLE
+from featurestore.storage import remote
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
@@ -162,6 +163,20 @@ def test_bad_images_are_quarantined_with_their_reason_and_counted(run, mixed, co
     assert again.bad == summary.bad
     assert (sum(counted), again.num_computed, again.num_unchanged, again.snapshot) == (2, 0, 2, 1)
     assert len(list((tmp_path / "features/quarantine").iterdir())) == 1
+
+
+def test_images_of_web_servers_that_are_gone_are_quarantined(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "HTTP_PATIENCE_S", 0.2)
+    monkeypatch.setattr(remote, "_unreached_until_s", {})
+    gone = [f"http://127.0.0.1:{port}/{number}.jpg" for port in (1, 2) for number in range(20)]
+    (photos / "table.csv").write_text("\n".join(["uri", "0.jpg", *gone]))
+    summary = run(photos / "table.csv")
+    assert (summary.num_new, len(summary.bad)) == (1, 40)
+    rows = FeatureStore.open(tmp_path / "features").quarantine_rows()
+    assert {row.uri for row in rows} == set(gone)
+    assert {row.reason for row in rows} == {
+        f"127.0.0.1:{port} was not reached a moment ago; it is not asked again so soon" for port in (1, 2)
+    }
 
 
 def test_only_bad_images_are_an_error_and_no_commit(run, tmp_path):

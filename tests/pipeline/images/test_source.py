@@ -1,7 +1,14 @@
 """Folders, addresses and tables of images: keys, tags, order, and every mistake in a table."""
 
+import contextlib
 import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -329,3 +336,80 @@ def test_images_on_hdfs_keep_their_server(tmp_path: Path, monkeypatch: pytest.Mo
     assert (image.uri, image.location) == ("deep/a.jpg", "hdfs://namenode:8020/shop/deep/a.jpg")
     assert read_image(image.location) == b"a picture"
     assert {(each["host"], each["port"]) for each in opened} == {("namenode", 8020)}
+
+
+@pytest.fixture
+def web(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server of the folder, which answers 410 and 503 for images called so."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(folder))
+
+        def send_head(self) -> Any:
+            for status in (410, 503):
+                if str(status) in self.path:
+                    self.send_error(status)
+                    return None
+            return super().send_head()
+
+        def log_message(self, *args: Any) -> None:
+            """Print nothing."""
+
+    monkeypatch.setattr(remote, "HTTP_PATIENCE_S", 0.3)
+    monkeypatch.setattr(remote, "_clients", {})
+    monkeypatch.setattr(remote, "_unreached_until_s", {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.services
+def test_images_of_a_web_server(folder: Path, web: str) -> None:
+    table = write_csv(folder, f"uri\n{web}/b.jpg\n{web}/a/z.PNG?size=large\n{web}/none.jpg\n")
+    listing = list_images(table)
+    good, sized, missing = listing.images
+    assert (good.uri, good.key, good.size_bytes) == (f"{web}/b.jpg", key_of_uri(f"{web}/b.jpg"), 5)
+    assert [read_image(ref.location) for ref in (good, sized)] == [b"b.jpg", b"a/z.PNG"]
+    assert read_image(good.location, 3) == b"b.j"
+    assert (missing.source_tag, missing.size_bytes) == ("", -1)
+    with pytest.raises(BadImageError, match="no such file"):
+        read_image(missing.location)
+    (folder / "b.jpg").write_bytes(b"another picture")
+    again = list_images(table).images
+    assert [old.source_tag == new.source_tag for old, new in zip(listing.images, again, strict=True)] == [
+        False, True, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.services
+def test_what_a_web_server_refuses_is_a_bad_image(web: str) -> None:
+    with pytest.raises(BadImageError, match="410") as refused:
+        read_image(f"{web}/410.jpg")
+    assert "tried" not in str(refused.value)
+    with pytest.raises(BadImageError, match=r"503.*\(tried \d+ times\)"):
+        read_image(f"{web}/503.jpg")
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("answers", ["refuses", "is silent"])
+def test_web_servers_that_are_gone_cost_a_moment_each(folder: Path, web: str, answers: str) -> None:
+    with contextlib.ExitStack() as stack:
+        gone = []
+        for _ in range(3):
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            gone.append("http://{}:{}".format(*listener.getsockname()))
+            if answers == "is silent":
+                listener.listen(0)
+                stack.enter_context(socket.create_connection(listener.getsockname()))  # takes the only place
+        uris = [f"{address}/{number}.jpg" for number in range(200) for address in gone]
+        start_s = time.monotonic()
+        listing = list_images(write_csv(folder, "\n".join(["uri", f"{web}/b.jpg", *uris])))
+        good, *bad = listing.images
+        assert read_image(good.location) == b"b.jpg"
+        for ref in bad:
+            with pytest.raises(BadImageError):
+                read_image(ref.location)
+        assert time.monotonic() - start_s < 20
