@@ -117,6 +117,7 @@ def serve(place: Path, images: Path | None) -> dict[str, float]:
     """
     python, model, store = sys.executable, place / "models/ctr", place / "features"
     pictures = place / ("new-images" if images else "images")
+    shutil.rmtree(model, ignore_errors=True)  # of an earlier demo: its run has been replaced, and compares with nothing
     export: list[str | Path] = [python, ROOT / "jobs/export_model.py", "--run", place / "runs/both", "--out", model]
     run_step("The model as a bundle: network, ID rows, 12 numbers per image", export)
     console.print("\nScorer", style="bold")
