@@ -128,7 +128,7 @@ def describe_run(trained: "TrainedRun") -> list[str]:
     if num_missing:
         store += f"; {num_missing:,} lookups of images that have none"
     return [
-        f"run          {trained.saved.folder}, {trained.saved.path.name}",
+        f"run          {trained.saved.folder}, {trained.saved.checkpoint.name}",
         f"features     {store}",
         *(f"note         {note}" for note in trained.saved.notes_on_missing(num_missing)),
     ]

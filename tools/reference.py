@@ -47,7 +47,7 @@ Entries = dict[str, dict[str, str]]
 """A section: entry (a scenario, a file, a configuration) -> key -> value."""
 VOLATILE = {"time_s", "seconds", "writer", "bytes", "file_bytes"}
 """Keys of JSON whose values belong to one run: times, processes, sizes of files with random ids in them."""
-KEPT = "logs images samples features compact models runs/*/checkpoints runs/*/config.yaml scores.parquet"
+KEPT = "logs images samples features compact models runs/*/checkpoints/files runs/*/config.yaml scores.parquet"
 """Files and folders that are read."""
 RAW = ("logs/", "samples/")
 """Folders whose files have the same bytes in every run."""

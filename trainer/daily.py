@@ -24,7 +24,7 @@ from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_file, write_json_file
 from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
-from trainer.files import DAYS_FILE, checkpoints_of
+from trainer.files import DAYS_FILE
 from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import finished, report_of
 
@@ -250,7 +250,7 @@ class Day:
 
     def config(self, base: Config, before: RunPath | None) -> Config:
         """Make the settings of the run, which continues what the one in folder `before` has learned, or its own."""
-        resume = "latest" if self.report() is not None or finished(checkpoints_of(self.folder)) else None
+        resume = "latest" if self.report() is not None or finished(self.folder) else None
         run: dict[str, Any] = {
             "dir": str(self.folder.parent),
             "name": self.name,
@@ -498,7 +498,7 @@ def _check_stores(before: RunPath, base: Config) -> None:
     from trainer.schema import load_schema
 
     schema = load_schema(base.data.schema_file)
-    places, checkpoints = store_places(base, schema), finished(checkpoints_of(before))
+    places, checkpoints = store_places(base, schema), finished(before)
     if not checkpoints or missing_places(places):
         return  # reported when the run is opened
     state = read_state(checkpoints[-1])

@@ -109,11 +109,11 @@ def train(config: Config, comm: "Comm") -> None:
     Of a run that is continued and finished already, nothing is written again.
     """
     from featurestore.console.output import text_console
-    from featurestore.published.paths import DAMAGED
     from trainer.loop import summary
     from trainer.loop.progress import PLACE, ProgressLog, traces_text
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.open import claim_folder, open_run
+    from trainer.runs.places import DAMAGED
     from trainer.runs.warmstart import not_taken
 
     started = time.time()
@@ -136,13 +136,15 @@ def train(config: Config, comm: "Comm") -> None:
                 progress.say(line)
             for each in run.passed_over:
                 progress.say(
-                    f"warning: {each.path.name} is passed over, and kept as {DAMAGED}{each.path.name} in "
+                    f"warning: {each.checkpoint.name} is passed over, and kept as {DAMAGED}{each.checkpoint.name} in "
                     f"{run.checkpoints}: {each.why}; continuing from step {run.engine.num_steps}"
                 )
             if removed:
-                progress.say(f"removed by run.overwrite=true: {', '.join(path.name for path in removed)}")
+                progress.say(f"removed by run.overwrite=true: {', '.join(each.name for each in removed)}")
             if run.warm_start:
-                progress.say(f"warm start from {run.warm_start.path}: {', '.join(run.warm_start.parts) or 'nothing'}")
+                progress.say(
+                    f"warm start from {run.warm_start.checkpoint}: {', '.join(run.warm_start.parts) or 'nothing'}"
+                )
                 if untaken := not_taken(run.origin.model, run.warm_start):
                     progress.say(f"not taken, as no field of this run has them: ID tables {', '.join(untaken)}")
             training = Training(run, progress, signals)
@@ -205,7 +207,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any], lost_fig
         "lost_figures": lost_figures,
         "checkpoint_stall_ms": training.checkpoint_stall_ms,
         "history": run.history,
-        "warm_start": str(run.warm_start.path) if run.warm_start else None,
+        "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
         "store_version": run.partition.snapshot_version if run.partition else None,
         "store_versions": {name: store.version for name, store in run.stores.items()},
         "stores": {name: store.model_dump() for name, store in run.stores.items()},

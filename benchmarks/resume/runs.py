@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from benchmarks.resume.worker import DIES, train
 from benchmarks.workload import Workload
@@ -18,7 +18,7 @@ from trainer.config.config import load_config
 from trainer.errors import TrainerError
 from trainer.evaluation.predict import predict_run
 from trainer.ids.optimizers import SHARED_STATE
-from trainer.runs.checkpoint import DENSE
+from trainer.runs.checkpoint import DENSE, read_state
 from trainer.runs.folder import find_checkpoint
 
 Float = NDArray[np.float64]
@@ -104,14 +104,10 @@ def checkpoint_every(steps: int) -> int:
 
 def _end(folder: Path) -> End:
     """Of a run, whose folder is removed."""
-    path = Path(str(find_checkpoint(folder)))
-    dense = {name: value for name, value in load_file(path / DENSE).items() if _is_parameter(name)}
-    rows = {
-        name: value
-        for file in path.glob("rows-*.safetensors")
-        for name, value in load_file(file).items()
-        if name.endswith("/weight")
-    }
+    checkpoint = find_checkpoint(folder)
+    tensors = {file: load(checkpoint.read_bytes(file)) for file in read_state(checkpoint).files}
+    dense = {name: value for name, value in tensors.pop(DENSE).items() if _is_parameter(name)}
+    rows = {name: value for of in tensors.values() for name, value in of.items() if name.endswith("/weight")}
     predicted = predict_run(folder)
     shutil.rmtree(folder)
     return End(dense, rows, predicted.logit_N, predicted.impressions.label_N)

@@ -67,7 +67,7 @@ class _Best:
 def _of_all(world: World, best: _Best) -> int:
     """Compute the vectors of all images; returns their bytes."""
     saved, out = read_run(world.run("both")), world.folder / "vectors"
-    state = read_dense(saved.path, saved.state, "stores.")
+    state = read_dense(saved.checkpoint, saved.state, "stores.")
     shutil.rmtree(out, ignore_errors=True)
     with best.timed():
         made = export_vectors(saved, saved.places[0], state, "zeros", str(out))

@@ -1,7 +1,6 @@
 """Paths of runs: folders and files of this machine, or addresses of an object store, used alike.
 
-An address has plain files, each replaced as a whole, and folders called `checkpoints`, which are published: their
-content (`step-N`, and the files in it) is that of one version, see `featurestore.published`.
+A run's files are plain ones, each replaced as a whole; its checkpoints are published, see `featurestore.published`.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,26 +21,19 @@ if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
 
 _ADDRESS = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*):/{1,2}([^/].*)")  # pathlib makes one slash of two
-DAMAGED = "damaged-"
-"""Before the name of a checkpoint: a run has found it damaged and keeps it; no reader takes it for a checkpoint."""
-_PUBLISHED = re.compile(rf"(.*/checkpoints)(?:/((?:{DAMAGED})?step-\d+(?:/.+)?))?")
 
 
 @dataclass(frozen=True, order=True)
 class FarPath:
-    """A path on an object store, with those methods of `Path` that runs need. Raises StorageError.
-
-    `files`: the version that a path below a published folder is read from; None: the newest. Paths below have the same.
-    """
+    """A path on an object store, with those methods of `Path` that runs need. Raises StorageError."""
 
     url: str
-    files: "Storage | None" = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
 
     def __truediv__(self, name: str) -> "FarPath":
-        return FarPath(f"{self.url}/{name}", self.files)
+        return FarPath(f"{self.url}/{name}")
 
     @property
     def name(self) -> str:
@@ -50,9 +42,8 @@ class FarPath:
 
     @property
     def parent(self) -> "FarPath":
-        """Return the path without its last part; out of a published folder, it has no version any more."""
-        above = self.url.rpartition("/")[0]
-        return FarPath(above, self.files if _PUBLISHED.fullmatch(above) else None)
+        """Return the path without its last part."""
+        return FarPath(self.url.rpartition("/")[0])
 
     def absolute(self) -> "FarPath":
         """Return the path: an address is always absolute."""
@@ -62,75 +53,53 @@ class FarPath:
         """Return the path: an address has no links."""
         return self
 
-    def pinned(self) -> "FarPath":
-        """Return the path with the version of its published folder that is the newest now."""
-        match = _PUBLISHED.fullmatch(self.url)
-        return FarPath(self.url, _open(match[1])) if match and self.files is None else self
-
     def is_file(self) -> bool:
         """Return whether there is a file of this name."""
-        storage, name = self._place()
         try:
-            return bool(storage.size(name) + 1)
+            return bool(self._storage.size(self.name) + 1)
         except FileNotFoundError:
             return False
 
     def is_dir(self) -> bool:
         """Return whether something lies below the path."""
-        storage, name = self._place()
-        return bool(storage.list(name))
+        return bool(self._storage.list(self.name))
 
     def iterdir(self) -> "list[FarPath]":
         """List what lies directly below the path, sorted."""
-        storage, name = self._place()
-        return [FarPath(f"{self.url}/{each}", self.files) for each in storage.list(name)]
+        return [FarPath(f"{self.url}/{each}") for each in self._storage.list(self.name)]
 
     def read_bytes(self) -> bytes:
         """Read the whole file. Raises FileNotFoundError where there is none."""
-        storage, name = self._place()
-        return storage.read_bytes(name)
+        return self._storage.read_bytes(self.name)
 
     def open_input(self) -> IO[bytes]:
         """Open the file for reading, seekable. Raises FileNotFoundError where there is none."""
-        storage, name = self._place()
-        return storage.open_input(name)
+        return self._storage.open_input(self.name)
 
     def write_bytes(self, content: bytes) -> None:
-        """Create or replace a plain file as a whole."""
-        self._plain().write_bytes(self.name, content)
+        """Create or replace a file as a whole."""
+        self._storage.write_bytes(self.name, content)
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Do nothing: an object store has no folders."""
 
     def unlink(self, missing_ok: bool = True) -> None:
-        """Remove a plain file; nothing happens where there is none."""
-        self._plain().delete_files([self.name])
+        """Remove a file; nothing happens where there is none."""
+        self._storage.delete_files([self.name])
 
     def remove_all(self) -> None:
-        """Remove all plain files below the path."""
-        self._plain().delete(self.name)
+        """Remove all files below the path."""
+        self._storage.delete(self.name)
 
-    def _plain(self) -> "Storage":
+    @property
+    def _storage(self) -> "Storage":
+        """What the path lies in; loaded late, as --help of commands needs no client of an object store."""
         from featurestore.storage.storage import Storage
 
         return Storage(self.parent.url)
 
-    def _place(self) -> "tuple[Storage, str]":
-        """Return where the path is read from, and its name there."""
-        match = _PUBLISHED.fullmatch(self.url)
-        if match is None:
-            return self._plain(), self.name
-        return self.files or _open(match[1]), match[2] or ""
-
 
 RunPath = Path | FarPath
-
-
-def _open(address: str) -> "Storage":
-    """Open the newest version; loaded late, as --help of commands needs no client of an object store."""
-    from featurestore.published.versions import open_published
-
-    return open_published(address)
 
 
 def run_path(place: str | os.PathLike[str] | FarPath) -> RunPath:

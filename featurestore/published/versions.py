@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, NoReturn, TypeVar
 
@@ -144,10 +145,15 @@ def upload(storage: Storage, file: Path, name: str) -> PublishedFile:
 
 def write_part(storage: Storage, name: str, data: bytes | bytearray) -> PublishedFile:
     """Write the content of a file to a place of its own, where nobody sees it until a version names it."""
+    path = part_path(name)
+    storage.write_bytes(path, data)
+    return PublishedFile(path=path, size_bytes=len(data))
+
+
+def part_path(name: str) -> str:
+    """Draw a path of its own for the content of a file, relative to the address."""
     last = PurePosixPath(name)
-    place = f"{FILES}/{last.stem}-{uuid.uuid4().hex}{last.suffix}"
-    storage.write_bytes(place, data)
-    return PublishedFile(path=place, size_bytes=len(data))
+    return f"{FILES}/{last.stem}-{uuid.uuid4().hex}{last.suffix}"
 
 
 def publish(
@@ -171,31 +177,38 @@ def publish(
     return append_numbered(storage, VERSIONS, version_of, after)
 
 
-def expire(storage: Storage, keep_s: float) -> list[str]:
+def expire(storage: Storage, keep_s: float, files_at_once: bool = False) -> list[str]:
     """Remove versions that were replaced longer than `keep_s` ago, and files that no version names and that are as old.
 
     Those that a killed writer left are among these. The newest version stays, and whatever was at the address before
-    there were versions. Ages are by the storage's clock. Returns the paths that were removed, versions first.
+    there were versions. Ages are by the storage's clock. Returns the paths that were removed.
+
+    `files_at_once`: all files go that the newest version does not name, so that a disk gets their room; who reads an
+    earlier version may miss one. Whoever has just published may do so: other writers' files are among them.
     """
+    unnamed = _remove_unnamed(storage, versions(storage, VERSIONS)[-1:], math.inf) if files_at_once else None
     since_s = storage.now() - keep_s
-    published = [each for each in storage.entries(VERSIONS, recursive=False) if each.path in _paths(storage)]
+    known = {manifest_path(version, VERSIONS) for version in versions(storage, VERSIONS)}
+    published = [each for each in storage.entries(VERSIONS, recursive=False) if each.path in known]
     old = [each.path for each, after in itertools.pairwise(published) if after.mtime_s < since_s]
     storage.delete_files(old)
-    named: set[str] = set()
-    for version in versions(storage, VERSIONS):
-        with contextlib.suppress(FileNotFoundError):  # another expiry is at work
-            named |= {file.path for file in read_version(storage, version).files.values()}
-    unnamed = [
-        each.path
-        for each in storage.entries(FILES, recursive=False)
-        if each.path not in named and each.mtime_s < since_s and _OURS.fullmatch(each.path)
-    ]
-    storage.delete_files(unnamed)
+    if unnamed is None:
+        unnamed = _remove_unnamed(storage, versions(storage, VERSIONS), since_s)
     return [*old, *unnamed]
 
 
-def _paths(storage: Storage) -> set[str]:
-    return {manifest_path(version, VERSIONS) for version in versions(storage, VERSIONS)}
+def _remove_unnamed(storage: Storage, known: Sequence[int], before_s: float) -> list[str]:
+    """Remove files older than that which none of these versions names; returns their paths."""
+    found = storage.entries(FILES, recursive=False)
+    named: set[str] = set()
+    for version in known:
+        with contextlib.suppress(FileNotFoundError):  # another expiry is at work
+            named |= {file.path for file in read_version(storage, version).files.values()}
+    unnamed = [
+        each.path for each in found if each.path not in named and each.mtime_s < before_s and _OURS.fullmatch(each.path)
+    ]
+    storage.delete_files(unnamed)
+    return unnamed
 
 
 def missing(storage: Storage, files: Iterable[PublishedFile]) -> list[str]:

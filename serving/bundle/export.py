@@ -106,7 +106,7 @@ def export_model(
         time_s=time.time(),
         writer=writer_name(),
         run=str(saved.folder.absolute()),
-        checkpoint=saved.path.name,
+        checkpoint=saved.checkpoint.name,
         checkpoint_digest=saved.digest,
         id_dtype=options.id_dtype,
         id_error=None,
@@ -125,7 +125,7 @@ def export_model(
     if options.use:
         log.use(storage, published.version)
     if report_of(saved.folder) is None:
-        notes.append(f"the run has not ended (it has no report.json): what is published is its {saved.path.name}")
+        notes.append(f"the run has not ended (it has no report.json): what is published is its {saved.checkpoint.name}")
     if no_sample:
         notes.append(f"no test samples are in the bundle, to measure changes of scores on: {no_sample}")
     return Exported(manifest=published, num_images=num_images, notes=notes)
@@ -136,7 +136,7 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
 
     `compiled`: code of this machine too. Raises CheckpointError, OSError."""
     model = build_model(saved.schema, saved.config.model)
-    load_part(model, read_dense(saved.path, saved.state, "model.", saved.config.data.cache_dir))
+    load_part(model, read_dense(saved.checkpoint, saved.state, "model.", saved.config.data.cache_dir))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
             with files.output(path.name) as output, path.open("rb") as written:
@@ -158,7 +158,7 @@ def _write_vectors(
     """Write the networks E, and a vectors store for each feature store that the model looks at."""
     if not saved.places:
         return ()
-    state = read_dense(saved.path, saved.state, "stores.", saved.config.data.cache_dir)
+    state = read_dense(saved.checkpoint, saved.state, "stores.", saved.config.data.cache_dir)
     files.write(IMAGES, save(state, saved.named()))
     url, missing = files.storage.full(files.folder), _missing(saved)
     versions = {saved.places[0].name: version}

@@ -172,7 +172,7 @@ def export_vectors(
         dim=networks.width,
         dtype="float32",
         extractor=ExtractorSpec(
-            backbone=f"E of {saved.folder.name}, {saved.path.name}",
+            backbone=f"E of {saved.folder.name}, {saved.checkpoint.name}",
             layer=", ".join(networks.models),
             weights_digest=saved.digest,
             preprocessing=f"features of kind {snapshot.info.digest}",

@@ -51,7 +51,7 @@ class SavedTables:
         is_exact = isinstance(shape, ExactShape)
         parts = [WEIGHT, IDS] if is_exact else [WEIGHT, *self._marks]
         names = [_name(shape, shard, part) for shard in range(shape.num_shards) for part in parts]
-        with read_rows(self._saved.path, self._saved.state, names, self._saved.config.data.cache_dir) as read:
+        with read_rows(self._saved.checkpoint, self._saved.state, names, self._saved.config.data.cache_dir) as read:
             for shard in range(shape.num_shards):
                 weight_RV, *others = (read(_name(shape, shard, part)) for part in parts)
                 finite(weight_RV.numpy())

@@ -60,8 +60,9 @@ def compare(
     ) as trained:
         if trained.saved.digest != manifest.checkpoint_digest:
             raise BrokenBundleError(
-                f"{trained.saved.path} is not the checkpoint that version {manifest.version} was made of: its digest "
-                f"is {trained.saved.digest[:12]} instead of {manifest.checkpoint_digest[:12]}; name the run by --run"
+                f"{trained.saved.checkpoint} is not the checkpoint that version {manifest.version} was made of: its "
+                f"digest is {trained.saved.digest[:12]} instead of {manifest.checkpoint_digest[:12]}; name the run by "
+                "--run"
             )
         index = _first(open_test(SoloComm(), trained.config, trained.schema, samples), impressions)
         columns = RequestColumns(model.schema, model.fields).sources

@@ -110,7 +110,7 @@ def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) ->
     host.run("mount", "--mkdir", "-t", "tmpfs", "-o", "size=20m", "disk", "/mnt/small")
     run = Supervised(tmp_path, shop.settings_on_s3("/mnt/small"), ("--hosts", "a:2"))
     job = start(shop, run, pause_s=0.3)
-    wait(job, run, lambda: "step-00000010" in host.run("ls", "/mnt/small/run/checkpoints", check=False).stdout)
+    wait(job, run, lambda: "step-00000010" in host.run("ls", "/mnt/small/run/checkpoints/files", check=False).stdout)
     host.run("sh", "-c", "head -c 100M /dev/zero > /mnt/small/others", check=False)
     # TensorBoard's scalars meet the full disk too, perhaps long before a checkpoint does: a warning, not the end.
     wait(job, run, lambda: "ended with exit code 1 (error: " in run.log.read_text())

@@ -111,6 +111,12 @@ def _pipes(folder: Path) -> dict[str, object]:
     return found
 
 
+def _state_of(run: Path) -> Path:
+    """The file state.json of a run's one checkpoint."""
+    (found,) = (run / "checkpoints" / "files").glob("step-*-state-*.json")
+    return found
+
+
 def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
     """Stores and runs with one damaged file each."""
     found: dict[str, object] = {}
@@ -128,7 +134,7 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
         (folder / f"store-{name}" / "log" / newest).write_text(text)
     for name, text in {"deep": "[" * DEEP + "]" * DEEP, "list": "[]", "nothing": ""}.items():
         found[f"{name}run"] = shutil.copytree(str(run), folder / f"run-{name}")
-        (next((folder / f"run-{name}" / "checkpoints").glob("step-*")) / "state.json").write_text(text)
+        _state_of(folder / f"run-{name}").write_text(text)
         found[f"{name}info"] = shutil.copytree(store, folder / f"info-{name}")
         (folder / f"info-{name}" / "store.json").write_text(text)
         found[f"{name}model"] = shutil.copytree(folder / "model", folder / f"model-{name}")
@@ -136,11 +142,11 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
         found[f"{name}use"] = shutil.copytree(folder / "model", folder / f"use-{name}")
         (folder / f"use-{name}" / "use" / f"{1:020}.json").write_text(text)
     found["barerun"] = shutil.copytree(str(run), folder / "run-bare")
-    (next((folder / "run-bare" / "checkpoints").glob("step-*")) / "state.json").write_text("{}")
+    _state_of(folder / "run-bare").write_text("{}")
     found["unsetrun"] = shutil.copytree(str(run), folder / "run-unset")
     (folder / "run-unset" / "config.yaml").write_text("")
     found["piperun"] = shutil.copytree(str(run), folder / "run-pipe")
-    state = next((folder / "run-pipe" / "checkpoints").glob("step-*")) / "state.json"
+    state = _state_of(folder / "run-pipe")
     state.unlink()
     os.mkfifo(state)
     named = FeatureStore.create(folder / "[/x] store", FeatureStore.open(str(store)).info)

@@ -238,7 +238,7 @@ class TestMistakes:
         assert "; it holds the runs " in failed("--run", run.parent, "--out", out, code=2)
         none = places.folder / "runs" / "none"
         assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out, code=2)
-        assert "has step-00000002, and a path" in failed("--run", run, "--checkpoint", 7, "--out", out, code=2)
+        assert "has step-00000002, and RUN" in failed("--run", run, "--checkpoint", 7, "--out", out, code=2)
         assert not out.exists()
 
     def test_networks(self, places: Places, run: Path, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ class TestMistakes:
 
     def test_damage(self, places: Places, tmp_path: Path) -> None:
         run = train_run(places, "damaged", train__max_steps=1)
-        file = find_checkpoint(run) / DENSE
+        file = Path(find_checkpoint(run).path(DENSE))
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)

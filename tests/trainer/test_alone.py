@@ -17,7 +17,8 @@ from featurestore.errors import MissingKeysError
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
-from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone, tensors
+from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
@@ -74,7 +75,7 @@ class TestAlone:
         changes = {"run__name": "alone", "train__max_steps": 30, **SHARED}
         assert load_config(alone / "config.yaml") == load_config(settings=places.settings(**changes))
         assert list((alone / "tensorboard").glob("events*"))
-        assert [path.name for path in (alone / "checkpoints").iterdir()] == ["step-00000030"]
+        assert steps_of(alone) == [30]
 
     def test_a_profiled_run_has_a_trace_that_names_the_stages(self, places: Places) -> None:
         run = run_alone(places, run__name="traced", run__profile=True, train__max_steps=12)
@@ -108,7 +109,7 @@ class TestAlone:
         run = run_alone(
             places, run__name="often", train__max_steps=9, train__checkpoint_every=2, train__keep_checkpoints=2
         )
-        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000009"]
+        assert steps_of(run) == [8, 9]
 
     def test_seed_decides(self, places: Places) -> None:
         runs = [
@@ -143,7 +144,7 @@ class TestAlone:
             each: run_alone(places, run__name=f"missing-{each}", data__missing=each, **settings)
             for each in ("learned", "zeros", "error")
         }
-        learned, zeros = tensors(of["learned"]), tensors(of["zeros"])
+        learned, zeros = tensors_of(of["learned"]), tensors_of(of["zeros"])
         added = learned.keys() - zeros.keys()
         assert {name for name in added if not name.startswith("adam/")} == {"stores.images.no_image.shared"}
         assert not any(learned[name].any() for name in added if not name.endswith("/step"))
@@ -151,7 +152,7 @@ class TestAlone:
         assert_same(of["error"], of["zeros"])
         # What was begun without one may go on with one, and be the beginning of a run with one; or the other way round.
         onward = {**settings, "run__resume": of["error"] / "checkpoints" / "step-00000002", "run__overwrite": "true"}
-        resumed = tensors(run_alone(places, run__name="missing-error", data__missing="learned", **onward))
+        resumed = tensors_of(run_alone(places, run__name="missing-error", data__missing="learned", **onward))
         assert [name for name in zeros if not torch.equal(zeros[name], resumed[name])] == []
         for before, after in (("zeros", "learned"), ("learned", "error")):
             start = {"run__warm_start": of[before], "data__missing": after, "train__max_steps": 1}
@@ -165,7 +166,7 @@ class TestRefusals:
         changes = {"run__name": "replaced", "train__max_steps": 2, "run__overwrite": "true"}
         run_alone(places, **{**changes, "train__max_steps": 3})
         run = run_alone(places, **changes)
-        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+        assert steps_of(run) == [2]
 
     def test_resumption_with_other_settings(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone", "run__resume": "latest", "data__global_batch_size": 8, "model__mlp": [9]}

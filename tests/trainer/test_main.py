@@ -27,7 +27,8 @@ from featurestore.store import FeatureStore
 from pipeline.samples.build import write_suggested
 from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
 from tests.trainer.alike import all_alike
-from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone, tensors
+from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
@@ -166,9 +167,9 @@ class TestTwoRanks:
         assert seen["stopped"] == ["StoppedError: SIGTERM received"] * 2
         assert seen["after stopped"] == ["done", "done"]
         assert_same(places.folder / "runs" / "stopped", places.folder / "runs" / "full")
-        steps = sorted(path.name for path in (places.folder / "runs" / "stopped" / "checkpoints").iterdir())
+        steps = steps_of(places.folder / "runs" / "stopped")
         # The step after the signal's may have been prepared already; then it is taken too.
-        assert steps in (["step-00000025", "step-00000030"], ["step-00000026", "step-00000030"])
+        assert steps in ([25, 30], [26, 30])
 
     def test_an_earlier_checkpoint_replaces_the_later_ones_where_asked_to(
         self, job: tuple[Places, dict[str, list[str]]]
@@ -178,8 +179,7 @@ class TestTwoRanks:
         assert seen["branched"] == seen["elsewhere"] == seen["branched, overwritten"] == ["done", "done"]
         assert [text.split(":")[0] for text in seen["branched, refused"]] == ["ConfigError", "ConfigError"]
         assert_same(runs / "branched", runs / "elsewhere")
-        steps = sorted(path.name for path in (runs / "branched" / "checkpoints").iterdir())
-        assert steps == ["step-00000002", "step-00000004", "step-00000006"]
+        assert steps_of(runs / "branched") == [2, 4, 6]
 
     def test_error_of_one_rank_is_known_to_all(self, job: tuple[Places, dict[str, list[str]]]) -> None:
         _, seen = job
@@ -275,7 +275,7 @@ def test_a_launchers_job_is_that_of_one_rank(
     (losses, expected) = (np.array(drawn_scalars(run / "tensorboard")["train/loss"]) for run in (found, alone))
     assert len(expected) > 10
     np.testing.assert_allclose(losses, expected, rtol=1e-6)  # TensorBoard keeps float32
-    mine, theirs = tensors(found), tensors(alone)
+    mine, theirs = tensors_of(found), tensors_of(alone)
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()), msg=key)

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
-from trainer.runs.folder import find_checkpoint
 
 # Of the runs of one rank and of two; their numbers are compared, so the type of the products is not the machine's.
 SHARED = {"data__global_batch_size": 32, "train__epochs": 3, "model__compute_dtype": "float64"}
@@ -25,15 +24,9 @@ def run_alone(places: Places, **changes: Any) -> Path:
     return Path(config.run.dir) / str(config.run.name)
 
 
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a run's last checkpoint, whoever wrote them."""
-    files = find_checkpoint(run).glob("*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 def assert_same(found: Path, expected: Path) -> None:
     """Check that two runs ended with the same bits in every parameter, optimiser state and ID row."""
-    mine, theirs = tensors(found), tensors(expected)
+    mine, theirs = tensors_of(found), tensors_of(expected)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 

@@ -151,14 +151,14 @@ class Check:
     ) -> None:
         self.saved = read_run(folder, which, samples)
         self.place = _place(self.saved, name)
-        self.recorded = checkpoint.read_recorded(self.saved.path).stores[self.place.name]
+        self.recorded = checkpoint.read_recorded(self.saved.checkpoint).stores[self.place.name]
         self.store = FeatureStore.open(store)
         self._limits, self._samples, self._progress, self._comm = limits, samples, progress, SoloComm()
 
     def lines(self, candidate: Snapshot) -> list[str]:
         """Say which run, and which snapshots."""
         return [
-            f"run          {self.saved.folder}, {self.saved.path.name}",
+            f"run          {self.saved.folder}, {self.saved.checkpoint.name}",
             f"trained on   {self.recorded.described()}",
             f"found        {SnapshotId.of(candidate).described()}",
         ]
@@ -167,7 +167,7 @@ class Check:
         """Return what was compared and found, ready for JSON."""
         return {
             "run": str(self.saved.folder),
-            "checkpoint": self.saved.path.name,
+            "checkpoint": self.saved.checkpoint.name,
             "store_name": self.place.name,
             "recorded": self.recorded.model_dump(),
             "found": SnapshotId.of(candidate).model_dump(),
@@ -196,7 +196,7 @@ class Check:
         """
         if found.failures and (force is None or found.gates[0].gate == NETWORK):
             raise TrainerError(f"not accepted: {found.failures[0]}")
-        path, name, chosen = self.saved.path, self.place.name, SnapshotId.of(candidate)
+        path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(candidate)
         if self.recorded.is_same(chosen):
             back = accepted.withdraw(path, name, self.recorded)
             return f"no other store any more: {back}" if back else "nothing to accept: it would not be refused"
@@ -215,7 +215,7 @@ class Check:
         candidate, version = self.store.snapshot(source), None if move is None else move.version
         if move is not None and move.commit_id == candidate.manifest.commit_id:
             return Comparison(), f"{channel} points to snapshot {version} already: nothing to do"
-        check_identity(self.place, candidate, self.saved.path, self.saved.state)
+        check_identity(self.place, candidate, self.saved.checkpoint, self.saved.state)
         stable = None if version is None else self.store.snapshot(channel)
         found = self._compare(candidate, stable, against_reported=False)
         if found.failures and force is None:

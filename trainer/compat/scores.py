@@ -149,7 +149,7 @@ def _compared(ours: SavedRun, in_use: RunInUse, store_version: VersionName | Non
         return [GateResult(gate="comparison", value=0, holds=True, text="it is the checkpoint that is in use")]
     theirs = read_run(in_use.folder, in_use.checkpoint)
     if theirs.digest != in_use.digest:
-        raise CheckpointError(f"{theirs.path} has been trained again since it was published")
+        raise CheckpointError(f"{theirs.checkpoint} has been trained again since it was published")
     if ours.config.data.test_days == []:
         raise DataNotFoundError(
             f"{ours.folder} has no evaluation rows yet; name an earlier day's run, or wait for the next day's samples"

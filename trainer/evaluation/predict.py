@@ -171,7 +171,7 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
         if options.missing_curve and not opened.engine.services:
             raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
         count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
-        print_line(console, f"{opened.saved.path}: {count}")
+        print_line(console, f"{opened.saved.checkpoint}: {count}")
         impressions = read_impressions(comm, opened.test, opened.schema)
         cuts = _slicings(opened, impressions)
         logits = {0.0: predict(opened)}

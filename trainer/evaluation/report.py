@@ -48,7 +48,7 @@ def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int, s
     `num_missing`: lookups of images that had no feature; `hides`: some were hidden as well."""
     return {
         "run": str(opened.saved.folder),
-        "checkpoint": opened.saved.path.name,
+        "checkpoint": opened.saved.checkpoint.name,
         "samples": opened.test.storage.full(TEST),
         "stores": {name: record.model_dump() for name, record in opened.stores.items()},
         "missing": opened.config.data.missing,

@@ -405,9 +405,9 @@ class Training:
         keep = self._config.train.keep_checkpoints
         with self.totals.timed("checkpoint"):
             self._note_outcome(self._saves.wait())
-            path = self._saves.save(self._engine, self._state(), keep, self._best())
+            address = self._saves.save(self._engine, self._state(), keep, self._best())
         self.checkpoints.add("")
-        return str(path)
+        return address
 
     def _state(self) -> CheckpointState:
         run = self._run

@@ -71,7 +71,7 @@ def evaluate_index(
         notes = trained.saved.notes_on_missing(trained.missing_lookups())
         report = {
             "run": str(trained.saved.folder),
-            "checkpoint": trained.saved.path.name,
+            "checkpoint": trained.saved.checkpoint.name,
             "store_version": trained.store_version,
             "index": {"version": ads.version, **ads.state.model_dump(include={"kind", "dim", "num_ads", "num_unused"})},
             "search": asdict(search_figures(ads, users_KW, counts, effort)),

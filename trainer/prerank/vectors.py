@@ -220,7 +220,7 @@ def origin_of(trained: TrainedRun) -> IndexOrigin:
     """Describe the vectors of this run and checkpoint for an index."""
     return IndexOrigin(
         run=trained.saved.folder.name,
-        checkpoint=trained.saved.path.name,
+        checkpoint=trained.saved.checkpoint.name,
         checkpoint_digest=trained.saved.digest,
         key_column=trained.schema.new_ad_column,
         bias=float(towers(trained).bias.detach()),

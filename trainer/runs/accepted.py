@@ -15,6 +15,7 @@ from featurestore.published.paths import RunPath, read_file, write_file
 from featurestore.snapshot import SnapshotId
 from trainer.config.options import Section
 from trainer.errors import CheckpointError
+from trainer.runs.folder import Checkpoint
 
 FILE = "accepted-stores.json"
 
@@ -43,7 +44,7 @@ class _AcceptedStores(Section):
     accepted: list[AcceptedStore]
 
 
-def standing_in(checkpoint: RunPath, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
+def standing_in(checkpoint: Checkpoint, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
     """Find what is to be read of each store: what was accepted in the place of what the checkpoint recorded, or that.
 
     Raises CheckpointError where the file of accepted stores is damaged."""
@@ -55,7 +56,7 @@ def standing_in(checkpoint: RunPath, stores: Mapping[str, SnapshotId]) -> dict[s
     return found
 
 
-def accept(checkpoint: RunPath, store: AcceptedStore) -> RunPath:
+def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath:
     """Accept a store for the checkpoint's run, in place of an earlier one for the same; returns the file.
 
     Raises CheckpointError where it cannot be written.
@@ -63,7 +64,7 @@ def accept(checkpoint: RunPath, store: AcceptedStore) -> RunPath:
     return _write(checkpoint, [*_others(checkpoint, store.name, store.recorded), store])
 
 
-def withdraw(checkpoint: RunPath, name: str, recorded: SnapshotId) -> RunPath | None:
+def withdraw(checkpoint: Checkpoint, name: str, recorded: SnapshotId) -> RunPath | None:
     """Take back what was accepted in the place of `recorded`, which is there again.
 
     Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
@@ -72,11 +73,11 @@ def withdraw(checkpoint: RunPath, name: str, recorded: SnapshotId) -> RunPath | 
     return _write(checkpoint, left) if len(left) < len(_read(_file_of(checkpoint))) else None
 
 
-def _others(checkpoint: RunPath, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
+def _others(checkpoint: Checkpoint, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
     return [each for each in _read(_file_of(checkpoint)) if not each.replaces(name, recorded)]
 
 
-def _write(checkpoint: RunPath, stores: list[AcceptedStore]) -> RunPath:
+def _write(checkpoint: Checkpoint, stores: list[AcceptedStore]) -> RunPath:
     file = _file_of(checkpoint)
     try:
         write_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
@@ -85,8 +86,8 @@ def _write(checkpoint: RunPath, stores: list[AcceptedStore]) -> RunPath:
     return file
 
 
-def _file_of(checkpoint: RunPath) -> RunPath:
-    return checkpoint.resolve().parent.parent / FILE
+def _file_of(checkpoint: Checkpoint) -> RunPath:
+    return checkpoint.run / FILE
 
 
 def _read(file: RunPath) -> list[AcceptedStore]:

@@ -1,16 +1,12 @@
 """Checkpoints: what they hold, what they belong to, and which one to resume from.
 
-checkpoints/step-00000050/
+step-00000050/
       state.json                         position, seed, what data, model and store they belong to, digest of each file
       dense.safetensors                  rank 0: what is the same on every rank: parameters, their Adam state, counts
       rows-00000-of-00002.safetensors    one per rank: its ID rows and their optimiser's state, by table and shard
 
-Parts are written into a hidden folder and synced; when all are there, rank 0 writes state.json and renames the folder.
-So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save; a removal
-hides a folder first. All ranks write to one place: with several machines it is a shared disk, or an address of an
-object store, where a version that names all files is published instead (`trainer.runs.places`).
-
-That a checkpoint is damaged shows when it is loaded, as each of its files is read then and compared with its digest.
+Where these files lie, and how they become a checkpoint together: `trainer.runs.places`. That a checkpoint is damaged
+shows when it is loaded, as each of its files is read then and compared with its digest.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -24,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from featurestore.errors import CorruptFileError, FormatVersionError, StorageError
-from featurestore.lookup.cache import digest_of_file
 from featurestore.parsing import parse_json
-from featurestore.published.paths import FarPath, RunPath, read_file
+from featurestore.published.paths import RunPath
 from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName, Sealed, seal, unseal
 from trainer.comm import Comm
@@ -34,10 +29,9 @@ from trainer.config.comparison import SAMPLES_DIGEST, Difference, differences
 from trainer.config.config import Config
 from trainer.config.options import Decision, Section
 from trainer.errors import CheckpointError, DamagedCheckpointError, OtherRunError, RemoteRankError
-from trainer.files import checkpoints_of
 from trainer.runs import accepted
-from trainer.runs.folder import find_checkpoint, finished, pinned, unrelated
-from trainer.runs.places import STATE, CheckpointPlace, WrittenPart, local_copy
+from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, finished, unrelated
+from trainer.runs.places import CheckpointPlace, WrittenPart, local_copy
 from trainer.samples.reader import BatchPosition
 
 TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
@@ -76,20 +70,23 @@ class Origin(Section):
     optim: dict[str, Any]
     """What the optimiser's state means: the settings that decide on parameters and rows."""
 
-    def check_same(self, recorded: "Origin", path: RunPath, may_differ: Collection[Decision] = TO_RESUME) -> None:
-        """Raise OtherRunError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
+    def check_same(
+        self, recorded: "Origin", checkpoint: Checkpoint, may_differ: Collection[Decision] = TO_RESUME
+    ) -> None:
+        """Raise OtherRunError naming every value that `recorded`, of the checkpoint, has otherwise.
 
         What decides on one of the kinds `may_differ` is not compared.
         """
-        self.check_store(recorded, path)
+        self.check_store(recorded, checkpoint)
         found = differences(self.model_dump(), recorded.model_dump(), may_differ)
         if found:
             raise OtherRunError(
-                f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(map(_text, found))
+                f"{checkpoint} belongs to another run; start a new one, or set back:\n  "
+                + "\n  ".join(map(_text, found))
             )
 
-    def check_store(self, recorded: "Origin", path: RunPath) -> None:
-        """Raise OtherRunError where E of the checkpoint at `path` was trained on features of another kind."""
+    def check_store(self, recorded: "Origin", checkpoint: Checkpoint) -> None:
+        """Raise OtherRunError where E of the checkpoint was trained on features of another kind."""
         found = differences({"stores": self.stores}, {"stores": recorded.stores})
         if not found:
             return
@@ -98,14 +95,14 @@ class Origin(Section):
             if recorded.stores:
                 was = "has an E for images, and this run uses none"
             raise OtherRunError(
-                f"{path} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
-                f"--warm-start {path} --warm-parts ids"
+                f"{checkpoint} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
+                f"--warm-start {checkpoint} --warm-parts ids"
             )
         raise OtherRunError(
-            f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "
+            f"{checkpoint} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(map(_text, found))
             + "\nset data.store to a store of that kind (of several, data.stores.NAME), or take all but E into a new "
-            f"run, which trains an E for this one: --warm-start {path} --warm-parts model,ids"
+            f"run, which trains an E for this one: --warm-start {checkpoint} --warm-parts model,ids"
         )
 
 
@@ -144,30 +141,32 @@ def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> byt
     return seal(state.model_copy(update={"files": {name: part.digest for name, part in parts.items()}}))
 
 
-def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Loadable, cache_dir: str | None = None) -> RunPath:
+def end_with(
+    comm: Comm, into: CheckpointPlace, step: int, trained: Loadable, cache_dir: str | None = None
+) -> Checkpoint:
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
-    path = into.path(step)
-    load(comm, path, read_state(path), trained, cache_dir)
-    with agreed(comm, f"cannot remove the checkpoints after {path}"):
+    checkpoint = comm.on_rank_0(partial(into.at, step))
+    load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
+    with agreed(comm, f"cannot remove the checkpoints after {checkpoint}"):
         if comm.rank == 0:
-            into.remove(unrelated(into.folder, path))
-    return path
+            into.remove(unrelated(into.run, checkpoint))
+    return checkpoint
 
 
-def read_state(path: RunPath) -> CheckpointState:
+def read_state(checkpoint: Checkpoint) -> CheckpointState:
     """Read state.json with the stores that were accepted in the place of lost ones. Raises as `read_recorded`."""
-    state = read_recorded(path)
-    return state.model_copy(update={"stores": accepted.standing_in(path, state.stores)})
+    state = read_recorded(checkpoint)
+    return state.model_copy(update={"stores": accepted.standing_in(checkpoint, state.stores)})
 
 
-def read_recorded(path: RunPath) -> CheckpointState:
-    """Read state.json of the checkpoint at `path` and verify its digest.
+def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
+    """Read state.json of the checkpoint and verify its digest.
 
     Raises CheckpointError; DamagedCheckpointError for one that is damaged.
     """
-    file = path / STATE
+    file = f"{checkpoint}/{STATE}"
     try:
-        return unseal(read_file(file), CheckpointState, str(file))
+        return unseal(checkpoint.read_bytes(STATE), CheckpointState, file)
     except FileNotFoundError as failure:
         raise DamagedCheckpointError(f"{file} is damaged: {failure}") from failure
     except CorruptFileError as failure:
@@ -178,37 +177,42 @@ def read_recorded(path: RunPath) -> CheckpointState:
         raise CheckpointError(f"cannot read {file}: {failure}") from failure
 
 
-def load(comm: Comm, path: RunPath, state: CheckpointState, trained: Loadable, cache_dir: str | None = None) -> None:
+def load(
+    comm: Comm, checkpoint: Checkpoint, state: CheckpointState, trained: Loadable, cache_dir: str | None = None
+) -> None:
     """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
 
-    From an object store, a rank copies one file at a time to `cache_dir`, of those that have a shard of it. Raises
-    CheckpointError on all ranks, naming the file, where one is missing, damaged (DamagedCheckpointError) or does not
-    fit.
+    Files on a disk are verified first, by each rank a share. From an object store, a rank copies one file at a time to
+    `cache_dir`, of those that have a shard of it. Raises CheckpointError on all ranks, naming the file, where one is
+    missing, damaged (DamagedCheckpointError) or does not fit.
     """
-    if not isinstance(path, FarPath):  # of a far one, each copy is verified
-        with agreed(comm, f"cannot read {path}"):
-            for name in sorted(state.files)[comm.rank :: comm.size]:
-                _verify(path / name, state.files[name])
-    with agreed(comm, f"cannot read {path}"):
-        with local_copy(path / DENSE, state.files[DENSE], cache_dir) as file:
+    with agreed(comm, f"cannot read {checkpoint}"):
+        for name in sorted(state.files)[comm.rank :: comm.size]:
+            checkpoint.verify(name, state.files[name])
+    with agreed(comm, f"cannot read {checkpoint}"):
+        with local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
             trained.load_dense_state(_read_named(file, None))
         wanted, found = set(trained.shard_names()), dict[str, Tensor]()
-        for name in sorted(state.files):
-            if name != DENSE and (not isinstance(path, FarPath) or wanted & _names_in(path / name)):
-                with local_copy(path / name, state.files[name], cache_dir) as file:
-                    found |= _read_named(file, wanted)
-        if isinstance(path, FarPath) and (lacking := sorted(wanted - found.keys())):  # a name in a header is another
-            raise DamagedCheckpointError(f"{path} is damaged: it lacks {lacking[0]} and {len(lacking) - 1} more")
+        rows = sorted(set(state.files) - {DENSE})
+        chosen = [name for name in rows if wanted & _names_in(checkpoint, name)]
+        for name in chosen:
+            with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
+                found |= _read_named(file, wanted)
+        for name in sorted({*rows} - {*chosen}) if wanted - found.keys() else ():
+            with _verified(checkpoint, name, state.files[name], cache_dir):
+                pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
         trained.load_shard_state(found)
 
 
-def read_dense(path: RunPath, state: CheckpointState, prefix: str, cache_dir: str | None = None) -> dict[str, Tensor]:
+def read_dense(
+    checkpoint: Checkpoint, state: CheckpointState, prefix: str, cache_dir: str | None = None
+) -> dict[str, Tensor]:
     """Read what every rank holds of one part of the networks, or of its networks together, as `model.` or `stores.`.
 
     The names are those that begin with `prefix`, without it. Raises CheckpointError."""
     with (
-        _saying(f"cannot read {path}"),
-        _verified(path / DENSE, state.files[DENSE], cache_dir) as local,
+        _saying(f"cannot read {checkpoint}"),
+        _verified(checkpoint, DENSE, state.files[DENSE], cache_dir) as local,
         safe_open(local, framework="pt") as file,
     ):
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
@@ -217,22 +221,24 @@ def read_dense(path: RunPath, state: CheckpointState, prefix: str, cache_dir: st
 
 @contextmanager
 def read_rows(
-    path: RunPath, state: CheckpointState, names: Iterable[str], cache_dir: str | None = None
+    checkpoint: Checkpoint, state: CheckpointState, names: Iterable[str], cache_dir: str | None = None
 ) -> Iterator[Callable[[str], Tensor]]:
     """Give a function that reads one of these tensors of ID rows, whichever rank wrote it.
 
     From an object store, the files with one of them are copied to `cache_dir` first. Raises CheckpointError."""
     wanted = set(names)
-    with _saying(f"cannot read {path}"), ExitStack() as opened:
+    with _saying(f"cannot read {checkpoint}"), ExitStack() as opened:
         file_of: dict[str, Any] = {}
         for file in sorted(set(state.files) - {DENSE}):
-            if isinstance(path, FarPath) and not wanted & _names_in(path / file):
+            if not wanted & _names_in(checkpoint, file):
                 continue
-            local = opened.enter_context(_verified(path / file, state.files[file], cache_dir))
+            local = opened.enter_context(_verified(checkpoint, file, state.files[file], cache_dir))
             tensors = opened.enter_context(safe_open(local, framework="pt"))
             file_of |= dict.fromkeys(tensors.keys(), tensors)
         if lacking := sorted(wanted - file_of.keys()):
-            raise CheckpointError(f"{path} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint")
+            raise CheckpointError(
+                f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint"
+            )
         yield lambda name: file_of[name].get_tensor(name)
 
 
@@ -260,41 +266,33 @@ def _saying(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _verified(path: RunPath, digest: str, cache_dir: str | None) -> Iterator[Path]:
+def _verified(checkpoint: Checkpoint, name: str, digest: str, cache_dir: str | None) -> Iterator[Path]:
     """Gives a file of this machine with the content, once it is known to have that digest."""
-    if isinstance(path, Path):
-        _verify(path, digest)
-    with local_copy(path, digest, cache_dir) as local:
+    checkpoint.verify(name, digest)
+    with local_copy(checkpoint, name, digest, cache_dir) as local:
         yield local
 
 
-def _names_in(path: FarPath) -> set[str]:
-    """The names of the tensors in a far file, from its header alone."""
+def _names_in(checkpoint: Checkpoint, name: str) -> set[str]:
+    """The names of the tensors in a file, from its header alone."""
     try:
-        with path.open_input() as file:
+        with checkpoint.open_input(name) as file:
             size_bytes = int.from_bytes(file.read(8), "little")
             return set(parse_json(file.read(min(size_bytes, _MAX_HEADER_BYTES))))
     except FileNotFoundError as failure:
-        raise DamagedCheckpointError(f"{path} is missing") from failure
+        raise DamagedCheckpointError(f"{checkpoint}/{name} is missing") from failure
     except (ValueError, TypeError) as failure:
-        raise DamagedCheckpointError(f"{path} is damaged: its header cannot be read") from failure
+        raise DamagedCheckpointError(f"{checkpoint}/{name} is damaged: its header cannot be read") from failure
 
 
-def _verify(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise DamagedCheckpointError(f"{path} is missing")
-    if digest_of_file(path) != expected:
-        raise DamagedCheckpointError(f"{path} is damaged: its digest is not the one in state.json")
-
-
-def _read_named(path: Path, wanted: set[str] | None) -> dict[str, Tensor]:
+def _read_named(local: Path, wanted: set[str] | None) -> dict[str, Tensor]:
     """Those tensors that the file has of `wanted`, of all where that is None; nothing else is read."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(local, framework="pt") as file:
         names = set(file.keys())
         return {name: file.get_tensor(name) for name in (names if wanted is None else names & wanted)}
 
 
-Resumed = tuple[RunPath, CheckpointState]
+Resumed = tuple[Checkpoint, CheckpointState]
 Opened = TypeVar("Opened")
 
 
@@ -302,7 +300,7 @@ Opened = TypeVar("Opened")
 class PassedOver:
     """A damaged checkpoint that a run does not continue from, and what is wrong with it."""
 
-    path: RunPath
+    checkpoint: Checkpoint
     why: str
 
 
@@ -323,50 +321,41 @@ def continued(
     may_skip = not reading and config.run.resume in ("latest", "auto")
     passed_over: list[PassedOver] = []
     newest: Exception | None = None
-    while (path := _chosen(comm, config, folder, passed_over)) is not None:
+    while (checkpoint := _chosen(comm, config, folder, passed_over)) is not None:
         try:
-            state = comm.on_all(partial(read_state, path))
-            return open_at((path, state), passed_over)
+            state = comm.on_all(partial(read_state, checkpoint))
+            return open_at((checkpoint, state), passed_over)
         except (DamagedCheckpointError, RemoteRankError) as failure:
             is_other = isinstance(failure, RemoteRankError) and failure.kind != DamagedCheckpointError.__name__
             if is_other or not may_skip:
                 raise
             newest = newest or failure
-            passed_over = [*passed_over, PassedOver(path, _what(comm, failure))]
+            passed_over = [*passed_over, PassedOver(checkpoint, _what(comm, failure))]
         if not comm.on_rank_0(partial(_left, folder, passed_over)):
             raise newest
     return open_at(None, [])
 
 
-def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[PassedOver]) -> RunPath | None:
+def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[PassedOver]) -> Checkpoint | None:
     """Return the checkpoint to try, the same on all ranks."""
 
-    def find() -> RunPath | None:
+    def find() -> Checkpoint | None:
         if passed_over:
             return _left(folder, passed_over)[-1]
         resume = config.run.resume
         if resume == "auto":
-            resume = "latest" if finished(checkpoints_of(folder)) else None
+            resume = "latest" if finished(folder) else None
         return None if resume is None else find_checkpoint(folder, resume, "run.resume=")
 
     if config.run.resume is None:
         return None
-    return found_alike(comm, folder, find)
+    return comm.on_rank_0(find)  # by the time another rank looks, it may have changed
 
 
-def found_alike(comm: Comm, folder: RunPath, find: Callable[[], Opened]) -> Opened:
-    """Return what rank 0 finds in the folder, on every rank: by the time another one looks, it may have changed.
-
-    On a disk each rank looks, so that a host without the disk says so."""
-    if isinstance(folder, FarPath):
-        return comm.on_rank_0(find)
-    return comm.broadcast_object(comm.on_all(find))
-
-
-def _left(folder: RunPath, passed_over: list[PassedOver]) -> list[RunPath]:
+def _left(folder: RunPath, passed_over: list[PassedOver]) -> list[Checkpoint]:
     """List the checkpoints, oldest first, without those that were passed over."""
-    gone = {each.path.name for each in passed_over}
-    return [path for path in finished(pinned(checkpoints_of(folder))) if path.name not in gone]
+    gone = {each.checkpoint for each in passed_over}
+    return [each for each in finished(folder) if each not in gone]
 
 
 def _what(comm: Comm, failure: DamagedCheckpointError | RemoteRankError) -> str:

@@ -69,7 +69,7 @@ class ImageNetwork:
         saved, config = self.saved, self.saved.config
         model = image_model(self.snapshot.info.dim, self.width, config.model)
         part = f"stores.{self.store}.models.{self.name}."
-        load_part(model, read_dense(saved.path, saved.state, part, config.data.cache_dir))
+        load_part(model, read_dense(saved.checkpoint, saved.state, part, config.data.cache_dir))
         return model.to(share_machine(config, SoloComm()))
 
     @property
@@ -250,7 +250,7 @@ class SavedTable:
         Raises CheckpointError, and TrainerError for a number that is not finite.
         """
         parts = [f"{self.name}/{shard:04d}/{part}" for shard in range(self.num_shards) for part in _PARTS]
-        with read_rows(self.saved.path, self.saved.state, parts, self.saved.config.data.cache_dir) as read:
+        with read_rows(self.saved.checkpoint, self.saved.state, parts, self.saved.config.data.cache_dir) as read:
             for shard in range(self.num_shards):
                 ids_N, last_use_N, vectors_NV = (read(f"{self.name}/{shard:04d}/{part}").numpy() for part in _PARTS)
                 yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))

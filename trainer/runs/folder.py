@@ -2,21 +2,79 @@
 
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import FarPath, RunPath, check_bucket, read_file, run_path
-from featurestore.storage.local import sync
+from featurestore.published.versions import PublishedFiles, open_published
+from featurestore.storage.storage import digest_of
 from trainer.config.config import Config, RunConfig
-from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
-from trainer.files import PathT, checkpoints_of
+from trainer.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, TrainerError
+from trainer.files import checkpoints_of
 
+STATE = "state.json"
 _NAME = re.compile(r"step-\d{8,}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of the run in folder `run`; its text is an address that every option takes.
+
+    `files`: the version of RUN/checkpoints that it was found in, from which it is read. Where a later version does not
+    have it, an object store keeps its files for a while, and a disk does not.
+    """
+
+    run: RunPath
+    name: str
+    files: PublishedFiles = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{checkpoints_of(self.run)}/{self.name}"
+
+    @property
+    def step(self) -> int:
+        """Return the number of steps of its run."""
+        return step_of(self.name)
+
+    @property
+    def identity(self) -> str:
+        """Return a text that no other checkpoint has, also none of the same step and path."""
+        return self.path(STATE)
+
+    def is_of(self, run: RunPath) -> bool:
+        """Tell whether it is one of the checkpoints of the run in this folder, maybe by another path to it."""
+        return checkpoints_of(self.run).resolve() == checkpoints_of(run).resolve()
+
+    def path(self, file: str) -> str:
+        """Return the path or address at which a file of it lies."""
+        return self.files.full(f"{self.name}/{file}")
+
+    def read_bytes(self, file: str) -> bytes:
+        """Read a file of it. Raises FileNotFoundError, StorageError."""
+        return self.files.read_bytes(f"{self.name}/{file}")
+
+    def open_input(self, file: str) -> IO[bytes]:
+        """Open a file of it for reading, seekable. Raises FileNotFoundError, StorageError."""
+        return self.files.open_input(f"{self.name}/{file}")
+
+    def verify(self, file: str, digest: str) -> None:
+        """Raise DamagedCheckpointError where a file of a disk is missing or has another xxh3-128.
+
+        One of an object store is not looked at: each copy of it is verified. Raises OSError, StorageError.
+        """
+        if not self.files.is_local:
+            return
+        try:
+            found = digest_of(self.files, f"{self.name}/{file}")
+        except FileNotFoundError as failure:
+            raise DamagedCheckpointError(f"{self}/{file} is missing") from failure
+        if found != digest:
+            raise DamagedCheckpointError(f"{self}/{file} is damaged: its digest is not the one in state.json")
 
 
 def run_or_newest(run: str | None) -> RunPath:
@@ -24,47 +82,54 @@ def run_or_newest(run: str | None) -> RunPath:
     return newest_run() if run is None else run_path(run)
 
 
-def newest_run(folder: Path = Path(RunConfig().dir)) -> Path:
-    """Find the run in `folder`, or in a folder of it (those of trainer.daily), that wrote the last checkpoint.
+def newest_run(folder: Path = Path(RunConfig().dir)) -> RunPath:
+    """Find the run in `folder`, or in a folder of it (those of trainer.daily), whose checkpoints changed last.
 
     Raises ConfigError where there is none.
     """
-    found = [path / "state.json" for each in folder.glob(f"**/{checkpoints_of(Path())}") for path in finished(each)]
-    states = [state for state in found if state.is_file()]
-    if not states:
+    listed = [finished(each.parent) for each in folder.glob(f"**/{checkpoints_of(Path())}")]
+    newest = [checkpoints[-1] for checkpoints in listed if checkpoints]
+    if not newest:
         raise ConfigError(
             f"{folder} has no run with a checkpoint; train one: python -m trainer.main, or name it by --run"
         )
-    return max(states, key=lambda state: state.stat().st_mtime_ns).parents[2]
+    return max(newest, key=lambda each: each.files.published.time_s).run
 
 
-def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--checkpoint ") -> RunPath:
+def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--checkpoint ") -> Checkpoint:
     """Find a checkpoint of the run in folder `run`: the newest, or the one that `name` says.
 
-    `name`: latest, a step, a folder step-N, or a path to the checkpoint of any run. Raises CheckpointNotFoundError; it
-    names the `setting`, an option with its = or its space, that gave the name.
+    `name`: latest, a step, step-N, or RUN/checkpoints/step-N of any run. Raises CheckpointNotFoundError; it names the
+    `setting`, an option with its = or its space, that gave the name.
     """
-    checkpoints = pinned(checkpoints_of(run))
-    found = finished(checkpoints)
+    found = finished(run)
     if not found:
         check_bucket(run)
     if name in (None, "latest"):
         if not found:
             asked = f"{setting}{name}: " if name else ""
             raise CheckpointNotFoundError(
-                f"{asked}{run} has no checkpoint in {checkpoints}; train it first, without run.resume: "
+                f"{asked}{run} has no checkpoint in {checkpoints_of(run)}; train it first, without run.resume: "
                 f"python -m trainer.main --config {run / 'config.yaml'}"
             )
         return found[-1]
-    inside = place(checkpoints, int(name)) if name.isdecimal() else checkpoints / name
-    for path in (inside, pinned(run_path(name))):
-        if (path / "state.json").is_file():
-            return path
-        check_bucket(path)
+    wanted = step_name(int(name)) if name.isdecimal() else name
+    chosen = next((each for each in found if each.name == wanted), None) or checkpoint_at(run_path(name))
+    if chosen is not None:
+        return chosen
+    check_bucket(run_path(name))
     raise CheckpointNotFoundError(
-        f"{setting}{name}: no such checkpoint; {checkpoints} has {', '.join(path.name for path in found) or 'none'}, "
-        "and a path to a folder step-N will do too"
+        f"{setting}{name}: no such checkpoint; {checkpoints_of(run)} has "
+        f"{', '.join(each.name for each in found) or 'none'}, and RUN/checkpoints/step-N of another run will do too"
     )
+
+
+def checkpoint_at(path: RunPath) -> Checkpoint | None:
+    """Return the checkpoint that the path RUN/checkpoints/step-N means; None where there is no such checkpoint."""
+    run = path.parent.parent
+    if path != checkpoints_of(run) / path.name:
+        return None
+    return next((each for each in finished(run) if each.name == path.name), None)
 
 
 def report_of(run: RunPath) -> dict[str, Any] | None:
@@ -79,74 +144,43 @@ def report_of(run: RunPath) -> dict[str, Any] | None:
     return report
 
 
-def place(checkpoints: PathT, step: int) -> PathT:
-    """Give the path of the checkpoint of a step."""
-    return checkpoints / f"step-{step:08}"
+def step_name(step: int) -> str:
+    """Name the checkpoint of a step."""
+    return f"step-{step:08}"
 
 
-def step_of(checkpoint: RunPath) -> int:
-    """Read the step from the path of a whole checkpoint."""
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(name: str) -> int:
+    """Read the step from the name of a checkpoint."""
+    return int(name.removeprefix("step-"))
 
 
-def pinned(path: RunPath) -> RunPath:
-    """Return the path, of an object store with the version of its checkpoints that is the newest now.
-
-    They can be read for a while after they were removed.
-    """
-    return path.pinned() if isinstance(path, FarPath) else path
-
-
-def finished(checkpoints: PathT) -> list[PathT]:
-    """List whole checkpoints, oldest first."""
-    listed: Iterable[PathT] = _listed(checkpoints)
-    return sorted((path for path in listed if _NAME.fullmatch(path.name)), key=step_of)
+def finished(run: RunPath) -> list[Checkpoint]:
+    """List the checkpoints of the run in folder `run`, oldest first. Raises CorruptFileError, StorageError."""
+    files = open_published(str(checkpoints_of(run)))
+    if not isinstance(files, PublishedFiles):
+        return []
+    found = [Checkpoint(run, name, files) for name in files.list() if _NAME.fullmatch(name)]
+    return sorted(found, key=lambda each: each.step)
 
 
-def _listed(checkpoints: RunPath) -> Iterable[Any]:
-    """The checkpoints, each with the version that it was found in where they are on an object store."""
-    return checkpoints.pinned().iterdir() if isinstance(checkpoints, FarPath) else checkpoints.glob("step-*")
-
-
-def unrelated(checkpoints: RunPath, resumed: RunPath) -> list[RunPath]:
-    """List the checkpoints that a run did not pass on its way to `resumed`, oldest first.
+def unrelated(run: RunPath, resumed: Checkpoint) -> list[Checkpoint]:
+    """List the checkpoints of the run in folder `run` that it did not pass on its way to `resumed`, oldest first.
 
     Those are the checkpoints of later steps, or all where `resumed` is not one of them.
     """
-    found: list[RunPath] = [*finished(checkpoints)]
-    way = next((number for number, path in enumerate(found, 1) if same_place(path, resumed)), 0)
-    return found[way:]
+    is_own = resumed.is_of(run)
+    return [each for each in finished(run) if not is_own or each.step > resumed.step]
 
 
-def same_place(path: RunPath, other: RunPath) -> bool:
-    """Tell whether two paths lead to the same folder or address; both are there."""
-    if isinstance(path, FarPath) or isinstance(other, FarPath):
-        return str(path) == str(other)
-    return path.samefile(other)
-
-
-def remove(checkpoints: Sequence[Path]) -> None:
-    """Remove checkpoints of one folder, given oldest first.
-
-    A kill in between leaves the older ones whole and nothing after them: the newest one goes first, its name at once.
-    """
-    for path in reversed(checkpoints):
-        hidden = path.with_name(f".{path.name}")
-        path.rename(hidden)
-        sync(path.parent)
-        shutil.rmtree(hidden)
-
-
-def in_the_way(run: RunPath, resumed: RunPath | None, damaged: Sequence[RunPath] = ()) -> list[RunPath]:
+def in_the_way(run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> list[Checkpoint]:
     """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own.
 
     But for `damaged` ones, which it passed over."""
-    checkpoints = checkpoints_of(run)
-    found = [*finished(checkpoints)] if resumed is None else unrelated(checkpoints, resumed)
-    return [path for path in found if path.name not in {each.name for each in damaged}]
+    found = finished(run) if resumed is None else unrelated(run, resumed)
+    return [each for each in found if each not in damaged]
 
 
-def check_folder(config: Config, run: RunPath, resumed: RunPath | None, damaged: Sequence[RunPath] = ()) -> None:
+def check_folder(config: Config, run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> None:
     """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run.
 
     `damaged`: checkpoints that were passed over on the way to `resumed`."""
@@ -167,7 +201,7 @@ def check_folder(config: Config, run: RunPath, resumed: RunPath | None, damaged:
             f"{run} holds a run already; continue it by run.resume=latest, choose another run.name, "
             "or replace it by run.overwrite=true"
         )
-    names = ", ".join(path.name for path in others)
+    names = ", ".join(each.name for each in others)
     raise ConfigError(
         f"run.resume={resume}: {run} holds checkpoints that do not lead to this one, and would be taken for this "
         f"run's: {names}; continue from the newest by run.resume=latest, choose another run.name, or remove them by "

@@ -24,7 +24,7 @@ from trainer.config.comparison import values_that_decide
 from trainer.config.config import Config, save_config
 from trainer.engine.engine import Engine, check_tables
 from trainer.engine.machine import share_machine, with_compute_dtype
-from trainer.errors import ConfigError, DataNotFoundError
+from trainer.errors import CheckpointError, DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import accepted, checkpoint, warmstart
 from trainer.runs.checkpoint import (
@@ -35,8 +35,8 @@ from trainer.runs.checkpoint import (
     Resumed,
     continued,
 )
-from trainer.runs.folder import check_folder, finished, in_the_way, naming_run_dir, same_place
-from trainer.runs.places import CheckpointPlace, local_folder, place_of, upload_new
+from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
+from trainer.runs.places import CheckpointPlace, local_folder, upload_new
 from trainer.runs.stores import (
     StorePlace,
     kind_of_features,
@@ -96,7 +96,7 @@ class Run(OpenRun):
     origin: Origin
     position: BatchPosition
     history: list[dict[str, Any]]
-    resumed: RunPath | None
+    resumed: Checkpoint | None
     """The checkpoint that the run continues from."""
     passed_over: Sequence[PassedOver]
     """Newer ones, newest first, which are damaged."""
@@ -114,7 +114,7 @@ class Run(OpenRun):
     @cached_property
     def place(self) -> CheckpointPlace:
         """Where the run's checkpoints are published."""
-        return place_of(self.checkpoints)
+        return CheckpointPlace(self.folder)
 
     def copy_local(self, *names: str) -> None:
         """Copy new files of these folders of `local` to the run's address; nothing to do where that is a disk."""
@@ -158,7 +158,7 @@ def _open_run(
     schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
     if not reading:
-        damaged = [each.path for each in passed_over]
+        damaged = [each.checkpoint for each in passed_over]
         comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None, damaged))
     samples = comm.on_rank_0(lambda: open_samples(config, places))
     recorded = resumed[1].origin if resumed else None
@@ -364,7 +364,7 @@ def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) 
     return SampleReader(index, schema, rank=comm.rank, num_ranks=comm.size, batch_size=batch_size, by_part=True)
 
 
-def claim_folder(run: Run) -> list[RunPath]:
+def claim_folder(run: Run) -> list[Checkpoint]:
     """Make the run's folder and write config.yaml and, where the samples have texts, ids.parquet.
 
     Returns the checkpoints that run.overwrite removed before that. Every rank calls it, when all else is open. Killed
@@ -372,9 +372,9 @@ def claim_folder(run: Run) -> list[RunPath]:
     folder cannot be written to.
     """
 
-    def claim() -> list[RunPath]:
+    def claim() -> list[Checkpoint]:
         with naming_run_dir(run.config):
-            run.place.claim([each.path for each in run.passed_over])
+            run.place.claim([each.checkpoint for each in run.passed_over])
             _check_still_free(run)
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -399,7 +399,7 @@ def _keep_dictionary(run: Run) -> None:
     warm = run.warm_start
     before = run.comm.on_rank_0(lambda: resumed_folder(run))
     if before is None and warm is not None and "ids" in warm.parts:
-        before = warm.path.absolute().parent.parent
+        before = warm.checkpoint.run
     earlier = before / dictionary.FILE if before is not None else None
     with naming_run_dir(run.config):
         dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
@@ -409,17 +409,15 @@ def resumed_folder(run: Run) -> RunPath | None:
     """Give the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
     if run.resumed is None:
         return None
-    path = run.resumed.absolute()
-    is_own = run.checkpoints.is_dir() and same_place(path.parent, run.checkpoints)
-    return run.folder if is_own else path.parent.parent
+    return run.folder if run.resumed.is_of(run.folder) else run.resumed.run
 
 
-def _overwrite(run: Run) -> list[RunPath]:
+def _overwrite(run: Run) -> list[Checkpoint]:
     """Remove what this run does not continue of the one in its folder; returns the checkpoints among that."""
     removed = in_the_way(run.folder, run.resumed)
     (run.folder / "report.json").unlink(missing_ok=True)
     run.place.remove(removed)
-    if not finished(run.checkpoints):
+    if not finished(run.folder):
         remove_all(run.folder / "tensorboard")
         remove_all(run.local / "tensorboard")
         (run.folder / accepted.FILE).unlink(missing_ok=True)
@@ -427,8 +425,10 @@ def _overwrite(run: Run) -> list[RunPath]:
 
 
 def _check_still_free(run: Run) -> None:
-    """Raise ConfigError where another start of the run has published a checkpoint since this one looked."""
-    if isinstance(run.folder, FarPath) and not run.config.run.overwrite and in_the_way(run.folder, run.resumed):
-        raise ConfigError(
+    """Raise CheckpointError where another start of the run has published a checkpoint since this one looked.
+
+    That is not a mistake in the settings: a supervisor starts the run again, which continues from that checkpoint."""
+    if not run.config.run.overwrite and in_the_way(run.folder, run.resumed):
+        raise CheckpointError(
             f"{run.folder} has a new checkpoint, of another start of this run: start one alone, with run.resume=latest"
         )

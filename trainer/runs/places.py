@@ -1,42 +1,41 @@
-"""Places of checkpoints: on a disk or at an object store, their files packed.
+"""The place of a run's checkpoints, on a disk or an object store: parts, and versions that name all that count.
 
-On a disk, parts are written into a hidden folder, which is renamed when all are there (`trainer.runs.checkpoint`). On
-an object store, each part has a place of its own, and a new version of the address `RUN/checkpoints` names all that
-count (`featurestore.published`): creating that version, after the one that this run made last, is the commit.
-
-    s3://bucket/runs/a/
+    RUN/
       config.yaml report.json ids.parquet tensorboard/…    plain files, each replaced as a whole
       checkpoints/
         versions/00000000000000000012.json                 step-00000050/state.json, … and where they lie
-        files/state-<random>.json files/dense-<random>.safetensors files/rows-00000-of-00002-<random>.safetensors
+        files/step-00000050-state-<random>.json files/step-00000050-dense-<random>.safetensors
+        files/step-00000050-rows-00000-of-00002-<random>.safetensors
 
-A run begins by a version of its own. So of two that write to one address, the one that began last continues, and the
-other one is refused at its next checkpoint. What a version no longer names stays for `KEEP_REMOVED_S`, for readers that
-hold an earlier one.
+Each part is written to a path of its own, where nobody looks for it; creating the version that names it, after the one
+that this run made last, is the commit (`featurestore.published`). So a run that is killed at any moment leaves the
+checkpoints that it had, or the new one too. All ranks write to one place: with several machines it is a shared disk or
+an object store.
+
+A run begins by a version of its own. So of two that write to one place, the one that began last continues, and the
+other one is refused at its next checkpoint. Files that the newest version does not name are removed at once on a disk,
+which has to have room for one checkpoint more than are kept; an object store keeps them for `KEEP_REMOVED_S`, for
+readers that hold an earlier version.
 """
 
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 import xxhash
 from torch import Tensor
 
-from featurestore.console.files import replace_file
-from featurestore.errors import CommitConflictError
-from featurestore.log import writer_name
-from featurestore.lookup.cache import RUNS, default_cache_dir, digest_of_file
-from featurestore.published.paths import DAMAGED, FarPath, RunPath
+from featurestore.errors import CommitConflictError, StorageError
+from featurestore.lookup.cache import RUNS, default_cache_dir
+from featurestore.published.paths import FarPath, RunPath
 from featurestore.published.versions import (
     PublishedFile,
     PublishedFiles,
@@ -44,13 +43,15 @@ from featurestore.published.versions import (
     expire,
     missing,
     open_published,
+    part_path,
     publish,
     write_part,
 )
-from featurestore.storage.local import claim, read_regular, sync
-from featurestore.storage.storage import Storage
+from featurestore.storage.local import claim
+from featurestore.storage.storage import Storage, digest_of
 from trainer.errors import CheckpointError, DamagedCheckpointError
-from trainer.runs.folder import finished, place, remove, step_of
+from trainer.files import checkpoints_of
+from trainer.runs.folder import STATE, Checkpoint, step_name, step_of
 
 _BLOCK_BYTES = 8 << 20
 
@@ -79,27 +80,29 @@ def upload_new(folder: Path, names: tuple[str, ...], to: RunPath, known: dict[st
 
 
 @contextlib.contextmanager
-def local_copy(path: RunPath, digest: str, cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Give a file of this machine with the content of `path`: itself, or a copy in the cache folder for the block.
+def local_copy(
+    checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | os.PathLike[str] | None = None
+) -> Iterator[Path]:
+    """Give a file of this machine with the content of a checkpoint's file: itself, or a copy in the cache folder.
 
-    `digest`: the xxh3-128 that a copy has to have; a file of a disk is not looked at. Raises DamagedCheckpointError for
-    another one, or where the file is gone, OSError, StorageError.
+    The copy is there for the block, and is verified: `digest` is the xxh3-128 that it has to have. A file of a disk is
+    not looked at. Raises DamagedCheckpointError for another one, or where the file is gone, OSError, StorageError.
     """
-    if not isinstance(path, FarPath):
-        yield path
+    if checkpoint.files.is_local:
+        yield Path(checkpoint.path(file))
         return
-    with tempfile.NamedTemporaryFile(dir=_cache(cache_dir), prefix=".tmp-", suffix=f"-{path.name}") as copy:
+    with tempfile.NamedTemporaryFile(dir=_cache(cache_dir), prefix=".tmp-", suffix=f"-{file}") as copy:
         found = xxhash.xxh3_128()
         try:
-            with path.open_input() as file:
-                while block := file.read(_BLOCK_BYTES):
+            with checkpoint.open_input(file) as content:
+                while block := content.read(_BLOCK_BYTES):
                     found.update(block)
                     copy.write(block)
         except FileNotFoundError as failure:
-            raise DamagedCheckpointError(f"{path} is missing") from failure
+            raise DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
         copy.flush()
         if found.hexdigest() != digest:
-            raise DamagedCheckpointError(f"{path} is damaged: its digest is not the one in state.json")
+            raise DamagedCheckpointError(f"{checkpoint}/{file} is damaged: its digest is not the one in state.json")
         yield Path(copy.name)
 
 
@@ -157,7 +160,7 @@ def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
     """Write the bytes that `PackedTensors` would hold. No more than one tensor is copied at a time. Raises OSError."""
     beginning, ordered = _laid_out(tensors)
     file.write(beginning)
@@ -181,7 +184,8 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
     return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
 
 
-STATE = "state.json"
+DAMAGED = "damaged-"
+"""Before the name of a checkpoint: a run has found it damaged and keeps it; no reader takes it for a checkpoint."""
 KEEP_REMOVED_S = 600.0
 """How long checkpoints on an object store can still be read after their removal."""
 EXPIRE_EVERY_S = 60.0
@@ -190,221 +194,163 @@ EXPIRE_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """One file of a checkpoint that is not published yet.
-
-    It has the xxh3-128 of its bytes and, on an object store, its place.
-    """
+    """One file of a checkpoint that is not published yet: the xxh3-128 of its bytes, and where it lies."""
 
     digest: str
-    file: PublishedFile | None = None
+    file: PublishedFile
 
 
 Content = Mapping[str, Tensor] | PackedTensors
+_NONE = PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
-class CheckpointPlace(ABC):
-    """Where checkpoints are published. `begin`, `commit`, `claim` are for rank 0; every rank writes its own parts."""
+class CheckpointPlace:
+    """Where the checkpoints of the run in folder `run` are published; `storage` has their files, if it is given.
 
-    folder: RunPath
+    Every rank writes its own parts; all else is for rank 0.
+    """
 
-    def path(self, step: int) -> RunPath:
-        """Give the path of the checkpoint of a step."""
-        return place(self.folder, step)
-
-    def has(self, step: int) -> bool:
-        """Tell whether the checkpoint of that step is there, whole."""
-        return self.path(step).is_dir()
-
-    @abstractmethod
-    def begin(self, step: int) -> None:
-        """Make room for the parts of a step, and remove what a killed save has left. Raises OSError."""
-
-    @abstractmethod
-    def write(self, step: int, name: str, content: Content) -> WrittenPart:
-        """Write one part, where nobody sees it yet. Raises OSError, StorageError."""
-
-    @abstractmethod
-    def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
-        """Publish a checkpoint of these parts, and remove all but the newest `keep` and that of step `best`.
-
-        Raises OSError, StorageError, and CheckpointError where another start of the run has taken over."""
-
-    @abstractmethod
-    def remove(self, paths: Sequence[RunPath]) -> None:
-        """Remove checkpoints, given oldest first. Raises OSError, StorageError."""
-
-    @abstractmethod
-    def claim(self, damaged: Sequence[RunPath] = ()) -> None:
-        """Become the one that writes here, and put these damaged checkpoints aside.
-
-        They are given newest first, and kept under names that nothing takes for a checkpoint (`DAMAGED` before theirs),
-        in the place of those kept so before.
-
-        Raises OSError, StorageError, CheckpointError.
-        """
-
-
-def place_of(folder: RunPath) -> CheckpointPlace:
-    """Return the place of the checkpoints in a folder or at an address."""
-    return FarPlace(folder) if isinstance(folder, FarPath) else DiskPlace(folder)
-
-
-class DiskPlace(CheckpointPlace):
-    """A folder of checkpoints on a local or shared disk; RUN/.writer names the start that writes to it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder: Path = folder
-        self._writer = folder.parent / ".writer"
-        self._mine: bytes | None = None
-
-    def begin(self, step: int) -> None:
-        self._check_mine()
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
-        self._hidden(step).mkdir(parents=True)
-
-    def write(self, step: int, name: str, content: Content) -> WrittenPart:
-        path = self._hidden(step) / name
-        with path.open("wb") as file:
-            if isinstance(content, PackedTensors):
-                file.write(content.data)
-            else:
-                write_tensors(file, content)
-        sync(path)
-        return WrittenPart(digest_of_file(path))  # of what the disk gives back
-
-    def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
-        hidden, final = self._hidden(step), place(self.folder, step)
-        self._check_mine()
-        (hidden / STATE).write_bytes(state)
-        sync(hidden / STATE)
-        sync(hidden)
-        hidden.rename(final)
-        sync(self.folder)
-        remove([old for old in finished(self.folder)[:-keep] if best is None or old != place(self.folder, best)])
-        return final
-
-    def remove(self, paths: Sequence[RunPath]) -> None:
-        remove([path for path in paths if isinstance(path, Path)])
-
-    def claim(self, damaged: Sequence[RunPath] = ()) -> None:
-        self._mine = f"{writer_name()} {uuid.uuid4().hex}\n".encode()
-        self._writer.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._writer, self._mine)
-        if not damaged:
-            return
-        for kept in self.folder.glob(f"{DAMAGED}*"):
-            shutil.rmtree(kept)
-        for each in damaged:
-            with contextlib.suppress(FileNotFoundError):  # not damaged, but removed
-                (self.folder / each.name).rename(self.folder / f"{DAMAGED}{each.name}")
-            sync(self.folder)
-
-    def _check_mine(self) -> None:
-        if self._mine is None:
-            return
-        found = read_regular(self._writer) if self._writer.exists() else b""
-        if found != self._mine:
-            raise _taken_over(self.folder, found.decode(errors="replace").partition(" ")[0])
-
-    def _hidden(self, step: int) -> Path:
-        return self.folder / f".{place(self.folder, step).name}"
-
-
-def _taken_over(folder: RunPath, writer: str) -> CheckpointError:
-    by = f", {writer}" if writer else ""
-    return CheckpointError(
-        f"{folder} is written to by another start of this run{by}: that one continues, and this one ends; start one "
-        "alone, or choose another run.name"
-    )
-
-
-class FarPlace(CheckpointPlace):
-    """The published address of checkpoints on an object store; `storage` has its files, if it is given."""
-
-    def __init__(self, folder: FarPath, storage: Storage | None = None) -> None:
-        self.folder: FarPath = folder
-        self._storage = storage or Storage(folder.url)
-        self._version: int | None = None
-        self._files: dict[str, PublishedFile] = {}
+    def __init__(self, run: RunPath, storage: Storage | None = None) -> None:
+        self.run = run
+        self._storage = storage or Storage(str(checkpoints_of(run)))
+        self._known: PublishedVersion | None = None
+        self._written: list[str] = []
         self._next_expiry_s = 0.0
         self._tried: set[str] = set()
         """Publications of this run; of some it may not know whether they were made, as an answer may be lost."""
 
     def has(self, step: int) -> bool:
-        if self._version is None:
-            self._look()
-        return f"{self.path(step).name}/{STATE}" in self._files
+        """Tell whether the checkpoint of that step is there, whole."""
+        return f"{step_name(step)}/{STATE}" in self._newest_known().files
 
-    def begin(self, step: int) -> None:
-        pass
+    def address(self, step: int) -> str:
+        """Give the address of the checkpoint of a step, there or not."""
+        return f"{checkpoints_of(self.run)}/{step_name(step)}"
+
+    def at(self, step: int) -> Checkpoint:
+        """Give the checkpoint of a step, which is there."""
+        return Checkpoint(self.run, step_name(step), PublishedFiles(self._storage.url, self._newest_known()))
 
     def write(self, step: int, name: str, content: Content) -> WrittenPart:
-        packed = content if isinstance(content, PackedTensors) else PackedTensors().pack(content)
-        return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), write_part(self._storage, name, packed.data))
+        """Write one part, where nobody sees it yet. Raises StorageError.
 
-    def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
-        if self._version is None:
-            self._look()
-        stem, published = place(self.folder, step).name, write_part(self._storage, STATE, state)
-        added = {f"{stem}/{name}": part.file for name, part in parts.items() if part.file is not None}
-        files = {**self._files, **added, f"{stem}/{STATE}": published}
-        stems = {name.partition("/")[0] for name in files}
-        damaged = {each for each in stems if each.startswith(DAMAGED)}
-        steps = sorted(stems - damaged, key=lambda name: step_of(self.folder / name))
-        kept = {*steps[-keep:], *damaged, *([] if best is None else [place(self.folder, best).name])}
-        self._publish({name: file for name, file in files.items() if name.partition("/")[0] in kept})
-        if time.monotonic() >= self._next_expiry_s:
-            expire(self._storage, KEEP_REMOVED_S)
-            self._next_expiry_s = time.monotonic() + EXPIRE_EVERY_S
-        return self.path(step)
+        On a disk, tensors go there one by one, without a copy of all, and the digest is of what it gives back."""
+        name = f"{step_name(step)}-{name}"
+        if not self._storage.is_local:
+            packed = content if isinstance(content, PackedTensors) else PackedTensors().pack(content)
+            return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), write_part(self._storage, name, packed.data))
+        path = part_path(name)
+        self._written.append(path)
+        with self._storage.open_output(path) as file:
+            if isinstance(content, PackedTensors):
+                file.write(content.data)
+            else:
+                write_tensors(file, content)
+        size_bytes = self._storage.size(path)
+        return WrittenPart(digest_of(self._storage, path), PublishedFile(path=path, size_bytes=size_bytes))
 
-    def path(self, step: int) -> RunPath:
-        return FarPath(place(self.folder, step).url)
+    def end(self, *, failed: bool) -> None:
+        """End a checkpoint on this rank: where it `failed` before all parts were written, a disk gets their room back.
 
-    def remove(self, paths: Sequence[RunPath]) -> None:
-        if not paths:
+        Those of a rank that was killed are removed when a run begins."""
+        if failed:
+            with contextlib.suppress(StorageError):
+                self._storage.delete_files(self._written)
+        self._written.clear()
+
+    def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> None:
+        """Publish a checkpoint of these parts, and remove all but the newest `keep` and that of step `best`.
+
+        One that somebody has removed a file of is not named any more. Raises StorageError, and CheckpointError where
+        another start of the run has taken over."""
+        stem = step_name(step)
+        added = {STATE: write_part(self._storage, f"{stem}-{STATE}", state)}
+        added |= {name: part.file for name, part in parts.items()}
+        files = self._whole() | {f"{stem}/{name}": file for name, file in added.items()}
+        damaged = {each for each in map(_stem, files) if each.startswith(DAMAGED)}
+        steps = sorted({*map(_stem, files)} - damaged, key=step_of)
+        kept = {*steps[-keep:], *damaged, *([] if best is None else [step_name(best)])}
+        self._publish({name: file for name, file in files.items() if _stem(name) in kept})
+        self._expire()
+
+    def remove(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Remove checkpoints, all of them at once. Raises StorageError, CheckpointError."""
+        if not checkpoints:
             return
-        if self._version is None:
-            self._look()
-        gone = {path.name for path in paths}
-        self._publish({name: file for name, file in self._files.items() if name.partition("/")[0] not in gone})
+        gone = {each.name for each in checkpoints}
+        self._publish({name: file for name, file in self._whole().items() if _stem(name) not in gone})
+        self._expire()
 
-    def claim(self, damaged: Sequence[RunPath] = ()) -> None:
-        self._look()
-        gone = set(missing(self._storage, self._files.values()))  # nothing could be published with them
-        stem_of = {name: name.partition("/")[0] for name in self._files}
-        aside = {each.name for each in damaged}
-        aside |= {stem_of[name] for name, file in self._files.items() if file.path in gone}
+    def claim(self, damaged: Sequence[Checkpoint] = ()) -> None:
+        """Become the one that writes here, and put these damaged checkpoints aside.
+
+        They are kept under names that nothing takes for a checkpoint (`DAMAGED` before theirs), in the place of those
+        kept so before. Raises StorageError, CheckpointError.
+        """
+        self._known = None
+        files = self._newest_known().files
+        gone = set(missing(self._storage, files.values()))  # nothing could be published with them
+        aside = {each.name for each in damaged} | {_stem(name) for name, file in files.items() if file.path in gone}
         self._publish(
             {
-                f"{DAMAGED}{name}" if stem_of[name] in aside else name: file
-                for name, file in self._files.items()
+                f"{DAMAGED}{name}" if _stem(name) in aside else name: file
+                for name, file in files.items()
                 if file.path not in gone and not (aside and name.startswith(DAMAGED))
             }
         )
+        self._expire()
 
-    def _newest(self) -> PublishedVersion | None:
-        newest = open_published(self.folder.url)
-        return newest.published if isinstance(newest, PublishedFiles) else None
+    def _whole(self) -> dict[str, PublishedFile]:
+        """The files of those that have all of theirs."""
+        files = self._newest_known().files
+        gone = set(missing(self._storage, files.values()))
+        lacking = {_stem(name) for name, file in files.items() if file.path in gone}
+        return {name: file for name, file in files.items() if _stem(name) not in lacking}
 
-    def _look(self) -> None:
-        """Take the newest version for the one to come after."""
-        found = self._newest()
-        self._version = found.version if found else 0
-        self._files = dict(found.files) if found else {}
+    def _expire(self) -> None:
+        """Remove what no version names; only after a version of this run, as parts of others may be among that."""
+        if self._storage.is_local:
+            expire(self._storage, KEEP_REMOVED_S, files_at_once=True)
+        elif time.monotonic() >= self._next_expiry_s:
+            expire(self._storage, KEEP_REMOVED_S)
+            self._next_expiry_s = time.monotonic() + EXPIRE_EVERY_S
+
+    def _newest(self) -> PublishedVersion:
+        """The newest version that is there now."""
+        newest = open_published(self._storage.url)
+        return newest.published if isinstance(newest, PublishedFiles) else _NONE
+
+    def _newest_known(self) -> PublishedVersion:
+        """The version for the next one to come after: that which was the newest at the first look, or was made here."""
+        if self._known is None:
+            self._known = self._newest()
+        return self._known
 
     def _publish(self, files: Mapping[str, PublishedFile]) -> None:
         """Publish the next version after the one that is known. Raises StorageError, CheckpointError."""
         publication = uuid.uuid4().hex
         self._tried.add(publication)
+        known = self._newest_known()
         try:
-            mine = publish(self._storage, files, after=self._version, publication=publication)
-            self._version, self._files = mine.version, dict(mine.files)
+            self._known = publish(self._storage, files, after=known.version, publication=publication)
         except CommitConflictError as failure:
             found = self._newest()
-            if found is None or found.publication not in self._tried:
-                raise _taken_over(self.folder, found.writer if found else "") from failure
-            self._version, self._files = found.version, dict(found.files)
-            if self._files != dict(files):  # an earlier one of mine, whose answer was lost
+            if found.version == known.version:  # a file is gone
+                raise StorageError(str(failure)) from failure
+            if found.publication not in self._tried:
+                raise self._taken_over(found) from failure
+            self._known = found
+            if dict(found.files) != dict(files):  # an earlier one of mine, whose answer was lost
                 self._publish(files)
+
+    def _taken_over(self, by: PublishedVersion) -> CheckpointError:
+        writer = f", {by.writer}" if by.writer else ""
+        return CheckpointError(
+            f"{checkpoints_of(self.run)} is written to by another start of this run{writer}: that one continues, and "
+            "this one ends; start one alone, or choose another run.name"
+        )
+
+
+def _stem(name: str) -> str:
+    """The checkpoint that a file is of."""
+    return name.partition("/")[0]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
 from featurestore.published.channels import VersionName
-from featurestore.published.paths import RunPath, read_file
+from featurestore.published.paths import RunPath
 from featurestore.published.versions import open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import MissingPolicy
@@ -27,8 +27,8 @@ from trainer.config.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, found_alike
-from trainer.runs.folder import find_checkpoint, report_of
+from trainer.runs.checkpoint import CheckpointState
+from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
 from trainer.runs.open import OpenRun, engine_of, model_of, open_samples, open_stores, test_reader
 from trainer.runs.stores import (
     StorePlace,
@@ -58,8 +58,7 @@ class SavedRun:
 
     folder: RunPath
     config: Config
-    path: RunPath
-    """Of the checkpoint."""
+    checkpoint: Checkpoint
     state: CheckpointState
     missing_in_training: MissingPolicy
     """What training did with an image that had no feature; `error` is `zeros` here."""
@@ -67,7 +66,7 @@ class SavedRun:
     @property
     def digest(self) -> str:
         """The sha256 of the checkpoint's state.json, which has the digest of each file: no other one has the same."""
-        return hashlib.sha256(read_file(self.path / "state.json")).hexdigest()
+        return hashlib.sha256(self.checkpoint.read_bytes(STATE)).hexdigest()
 
     @cached_property
     def schema(self) -> Schema:
@@ -75,7 +74,7 @@ class SavedRun:
         recorded = self.state.origin
         schema = fill_in(load_schema(self.config.data.schema_file), recorded.model.get("fields", {}))
         mine = recorded.model_copy(update={"model": model_of(self.config, schema)})
-        mine.check_same(recorded, self.path, checkpoint.TO_READ)
+        mine.check_same(recorded, self.checkpoint, checkpoint.TO_READ)
         return schema
 
     @cached_property
@@ -92,15 +91,15 @@ class SavedRun:
         snapshot = FeatureStore.open(place.url).snapshot(version)
         if differing := other_features(snapshot.info, self.state, place.name):
             raise CheckpointError(
-                f"{self.path} was trained on features of another kind than {place.url} has now: "
+                f"{self.checkpoint} was trained on features of another kind than {place.url} has now: "
                 f"{'; '.join(differing)}; take a store of the former kind"
             )
-        check_identity(place, snapshot, self.path, self.state)
+        check_identity(place, snapshot, self.checkpoint, self.state)
         return snapshot
 
     def trained_on(self, place: StorePlace) -> Snapshot:
         """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
-        return self.snapshot(place, snapshot_of(place, (self.path, self.state)).version)
+        return self.snapshot(place, snapshot_of(place, (self.checkpoint, self.state)).version)
 
     def notes_on_missing(self, num_lookups: int, hides: bool = False) -> list[str]:
         """Say what matters about figures where lookups found no feature; `hides`: some were hidden as well."""
@@ -127,7 +126,7 @@ class SavedRun:
 
     def named(self) -> dict[str, str]:
         """Say which run and checkpoint an exported file is of, for its metadata."""
-        return {"run": str(self.folder), "checkpoint": self.path.name, "checkpoint_digest": self.digest}
+        return {"run": str(self.folder), "checkpoint": self.checkpoint.name, "checkpoint_digest": self.digest}
 
     def notes_on_samples(self, changed: bool) -> list[str]:
         """Say what matters about figures where the training samples that are there now are not the checkpoint's."""
@@ -164,12 +163,12 @@ def read_run(folder: RunPath, which: str | None = None, samples: str | None = No
         instead = f"; it holds the runs {', '.join(runs[:5])}" if runs else "; give a run's folder, as data/runs/NAME"
         raise ConfigError(f"{folder} is not a run's folder: there is no config.yaml in it{instead}")
     config = load_saved(file)
-    path = find_checkpoint(folder, which)
+    found = find_checkpoint(folder, which)
     data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
     if samples and not _has_training_samples(config):
         data["samples"] = samples
     asked = config.changed(data=data)
-    return SavedRun(folder, asked, path, checkpoint.read_state(path), config.data.missing)
+    return SavedRun(folder, asked, found, checkpoint.read_state(found), config.data.missing)
 
 
 def open_trained(
@@ -190,7 +189,7 @@ def open_trained(
     looked up where training did, in every store, as `open_source` does. `store`: where the first store is now.
     `device`: in the place of the run's run.device. Raises TrainerError, FeatureStoreError, on all ranks together.
     """
-    saved = found_alike(comm, folder, partial(read_run, folder, which, samples))
+    saved = comm.on_rank_0(partial(read_run, folder, which, samples))
     if store is not None:
         saved.config = saved.config.changed(data={"store": store})
     _, places = comm.on_all(lambda: (saved.schema, saved.places))
@@ -215,7 +214,7 @@ def open_at(
     device = share_machine(config, comm)
     partitions, _ = open_stores(config, comm, places, choose, measured=False)
     engine = engine_of(config, comm, saved.schema, partitions, device, reading=True)
-    checkpoint.load(comm, saved.path, saved.state, engine, saved.config.data.cache_dir)
+    checkpoint.load(comm, saved.checkpoint, saved.state, engine, saved.config.data.cache_dir)
     return TrainedRun(
         saved=saved,
         config=config,
@@ -267,7 +266,7 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
     run, CheckpointError where there is no checkpoint or the store holds other features than those of training,
     DataError for missing places.
     """
-    saved = found_alike(comm, source.folder, partial(read_run, source.folder, source.checkpoint, source.samples))
+    saved = comm.on_rank_0(partial(read_run, source.folder, source.checkpoint, source.samples))
     config = comm.on_all(lambda: _config_of(source, saved))
     schema, places = comm.on_all(lambda: (saved.schema, store_places(config, saved.schema)))
     try:
@@ -314,7 +313,7 @@ def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId],
     if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
     notes += saved.notes_on_samples(samples != saved.state.origin.data["samples_digest"])
-    recorded = checkpoint.read_recorded(saved.path).stores
+    recorded = checkpoint.read_recorded(saved.checkpoint).stores
     for name, record in saved.state.stores.items():
         if record != recorded[name]:
             trained_on = recorded[name].described()

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from featurestore.errors import StorageError
-from featurestore.published.paths import RunPath
 from trainer.comm import Comm
 from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError
@@ -86,6 +85,7 @@ class Checkpointer:
         self._rows, self._dense = PackedTensors(), PackedTensors()
         self._mine = _Progress()
         self._step: int | None = None  # of the checkpoint that is written
+        self._is_publishing = False  # all of its parts are written
         self._publish: Callable[[Mapping[str, WrittenPart]], None] = lambda parts: None
         self._begun_s = self._looked_s = time.monotonic()
         self._looked_step: int | None = None
@@ -121,16 +121,15 @@ class Checkpointer:
         self.stall_s += time.perf_counter() - start_s
         return outcome
 
-    def save(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> RunPath:
-        """Write a checkpoint without copies, unless it is there already, wait for its end, and return its path.
+    def save(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> str:
+        """Write a checkpoint without copies, unless it is there already, wait for its end, and return its address.
 
         Nothing may be under way. Raises CheckpointError on all ranks where one cannot write.
         """
-        path = self._place.path(state.step)
         outcome = self._start(trained, state, keep, best, in_background=False) or self._ended()
         if outcome is not None and outcome.error:
-            raise CheckpointError(f"cannot write {path}: {outcome.error}")
-        return path
+            raise CheckpointError(f"cannot write {self._place.address(state.step)}: {outcome.error}")
+        return self._place.address(state.step)
 
     def _start(
         self, trained: Trained, state: CheckpointState, keep: int, best: int | None, in_background: bool
@@ -200,13 +199,12 @@ class Checkpointer:
             self._thread.join(_PATIENCE_S)
 
     def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str, bool]:
-        """Makes room on rank 0; returns what is to be written, or why that failed: the other ranks wait for it."""
+        """Returns what is to be written, or why that failed: the other ranks wait for it."""
         content: dict[str, Mapping[str, Tensor]] = {}
         try:
             if self._comm.rank == 0:
                 if self._place.has(step):
                     return {}, _THERE, False
-                self._place.begin(step)
                 content[DENSE] = trained.dense_state()
             content[rows_name(self._comm)] = trained.shard_state()
         except Exception as failure:
@@ -257,9 +255,11 @@ class Checkpointer:
             raise CheckpointError(fatal)
         failed = [(rank, each.error) for rank, each in enumerate(everyone) if each.phase is Phase.FAILED]
         if failed or everyone[0].phase is Phase.PUBLISHED:
-            self._step, self._mine = None, _Progress()
+            self._place.end(failed=not self._is_publishing)
+            self._step, self._mine, self._is_publishing = None, _Progress(), False
             self._cost_s = max(each.cost_s for each in everyone)
             return Outcome(step, self._named(*failed[0]) if failed else "")
+        self._is_publishing = True
         if self._comm.rank == 0:
             self._mine.phase = Phase.PUBLISHING
             parts = {name: part for each in everyone for name, part in each.parts.items()}

@@ -11,7 +11,6 @@ import torch
 from featurestore.errors import AnotherStoreError, FeatureStoreError, MissingKeysError, StoreNotFoundError
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published.channels import VersionName
-from featurestore.published.paths import RunPath, run_path
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
@@ -20,7 +19,8 @@ from trainer.config.comparison import differences
 from trainer.config.config import Config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.layers import used_fields
-from trainer.runs.checkpoint import CheckpointState
+from trainer.runs.checkpoint import CheckpointState, Resumed
+from trainer.runs.folder import Checkpoint
 from trainer.samples.columns import rules_of
 from trainer.samples.digest import measured_once, samples_digest
 from trainer.samples.images import LackingImages, lacking, names_of
@@ -94,14 +94,14 @@ def missing_places(places: list[StorePlace]) -> list[str]:
     return problems
 
 
-def snapshot_of(place: StorePlace, resumed: tuple[RunPath, CheckpointState] | None) -> Snapshot:
+def snapshot_of(place: StorePlace, resumed: Resumed | None) -> Snapshot:
     """Choose the snapshot to train on: the one asked for, else the checkpoint's, else the newest.
 
     A channel is asked for once, when the run begins: it may have been moved since.
 
     Raises AnotherStoreError where it is not of the store that the checkpoint was trained on.
     """
-    path, state = resumed or (run_path("."), None)
+    checkpoint, state = resumed or (None, None)
     recorded = state.version_of(place.name) if state and not isinstance(place.version, int) else None
     store = FeatureStore.open(place.url)
     try:
@@ -109,12 +109,12 @@ def snapshot_of(place: StorePlace, resumed: tuple[RunPath, CheckpointState] | No
     except FeatureStoreError as failure:
         if recorded is None:
             raise
-        check_identity(place, store.snapshot(), path, state)
+        check_identity(place, store.snapshot(), checkpoint, state)
         raise CheckpointError(
             f"the checkpoint was trained on snapshot {recorded} of {place.url}: {failure}; "
             f"{place.version_setting}=N continues with another one"
         ) from failure
-    check_identity(place, snapshot, path, state)
+    check_identity(place, snapshot, checkpoint, state)
     if snapshot.num_rows == 0:
         raise DataError(
             f"{place.setting}={place.url} has no features in snapshot {snapshot.version}; "
@@ -123,20 +123,22 @@ def snapshot_of(place: StorePlace, resumed: tuple[RunPath, CheckpointState] | No
     return snapshot
 
 
-def check_identity(place: StorePlace, snapshot: Snapshot, path: RunPath, state: CheckpointState | None) -> None:
-    """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint at `path` was trained on.
+def check_identity(
+    place: StorePlace, snapshot: Snapshot, checkpoint: Checkpoint | None, state: CheckpointState | None
+) -> None:
+    """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint was trained on.
 
     Features of another kind are found by Origin.check_store, which has better words.
     """
     recorded = state.stores.get(place.name) if state else None
-    if state is None or recorded is None or other_features(snapshot.info, state, place.name):
+    if checkpoint is None or state is None or recorded is None or other_features(snapshot.info, state, place.name):
         return
     name = "" if place.setting == "data.store" else f" --name {place.name}"
     recorded.check(
         SnapshotId.of(snapshot),
-        f"the checkpoint {path}",
+        f"the checkpoint {checkpoint}",
         f"set {place.setting} to the address of that store, or see whether this one will do, and accept it: "
-        f"python -m trainer.compat {path.resolve().parent.parent} {place.url}{name}",
+        f"python -m trainer.compat {checkpoint.run} {place.url}{name}",
     )
 
 

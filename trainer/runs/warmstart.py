@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from featurestore.published.paths import RunPath, run_path
+from featurestore.published.paths import run_path
 from trainer.comm import Comm
 from trainer.config.comparison import differences
 from trainer.config.config import WarmPart
@@ -24,7 +24,7 @@ from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Loadable, Origin
-from trainer.runs.folder import find_checkpoint, pinned
+from trainer.runs.folder import Checkpoint, checkpoint_at, find_checkpoint
 from trainer.samples.statistics import DECLARED, FOUND
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
@@ -53,20 +53,18 @@ class Warmable(Loadable, Protocol):
 class WarmStart:
     """A checkpoint to begin with, and the groups of parameters to take."""
 
-    path: RunPath
+    checkpoint: Checkpoint
     state: CheckpointState
     parts: tuple[WarmPart, ...]
 
 
 def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
     """Read the checkpoint that run.warm_start names: a run's folder means its newest one. Raises CheckpointError."""
-    path = pinned(run_path(run))
-    if not (path / "state.json").is_file():
-        try:
-            path = find_checkpoint(path)
-        except CheckpointNotFoundError as failure:
-            raise CheckpointNotFoundError(f"run.warm_start={run}: {failure}") from failure
-    return WarmStart(path, checkpoint.read_state(path), tuple(parts))
+    try:
+        found = checkpoint_at(run_path(run)) or find_checkpoint(run_path(run))
+    except CheckpointNotFoundError as failure:
+        raise CheckpointNotFoundError(f"run.warm_start={run}: {failure}") from failure
+    return WarmStart(found, checkpoint.read_state(found), tuple(parts))
 
 
 def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable, cache_dir: str | None = None) -> None:
@@ -78,7 +76,7 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable, cache_d
     if not warm.parts:
         return
     if "images" in warm.parts:
-        origin.check_store(warm.state.origin, warm.path)
+        origin.check_store(warm.state.origin, warm.checkpoint)
     if "model" in warm.parts:
         _check_fields(origin.model, warm)
         _check_layers(origin.model, warm)
@@ -86,10 +84,10 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable, cache_d
         _check_rows(origin.model, warm)
     if "optimizers" in warm.parts:
         _check_optimizers(origin.optim, warm)
-        checkpoint.load(comm, warm.path, warm.state, trained, cache_dir)
+        checkpoint.load(comm, warm.checkpoint, warm.state, trained, cache_dir)
         return
     rows = {} if "ids" in warm.parts else {"files": {checkpoint.DENSE: warm.state.files[checkpoint.DENSE]}}
-    checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained), cache_dir)
+    checkpoint.load(comm, warm.checkpoint, warm.state.model_copy(update=rows), _Chosen(warm, trained), cache_dir)
 
 
 class _Chosen:
@@ -126,7 +124,8 @@ class _Chosen:
             yield
         except CheckpointError as failure:
             raise CheckpointError(
-                f"warm start from {self._warm.path}, part {part}: {failure}, or leave {part} out of run.warm_parts"
+                f"warm start from {self._warm.checkpoint}, part {part}: {failure}, or leave {part} out of "
+                "run.warm_parts"
             ) from failure
 
 
@@ -152,8 +151,8 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
             _settings((each.name, each.here) for each in found),
         )
         raise CheckpointError(
-            f"warm start from {warm.path}, part model: it was trained with {was}, this run has {has}; set {was}, or "
-            "leave model out of run.warm_parts"
+            f"warm start from {warm.checkpoint}, part model: it was trained with {was}, this run has {has}; set {was}, "
+            "or leave model out of run.warm_parts"
         )
 
 
@@ -168,15 +167,16 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
         here, there = ([each["fields"][name].get(key) for key in ("buckets", "boundaries")] for each in (model, theirs))
         if here != there:
             raise CheckpointError(
-                f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
-                "its data.schema_file, or leave ids out of run.warm_parts"
+                f"warm start from {warm.checkpoint}, part ids: the buckets of field {name} begin elsewhere in this "
+                "run; use its data.schema_file, or leave ids out of run.warm_parts"
             )
     marks_new_ads = model["image_dropout"] and model["images"] in ("ad", "both")
     if marks_new_ads and theirs["id_init_std"] > model["id_init_std"]:
         raise CheckpointError(
-            f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
-            f"and with model.image_dropout={model['image_dropout']} an ad is new while its rows lie within this run's "
-            f"{model['id_init_std']}, so none would be; leave ids out of run.warm_parts, or set model.image_dropout=0"
+            f"warm start from {warm.checkpoint}, part ids: its rows started with "
+            f"model.id_init_std={theirs['id_init_std']}, and with model.image_dropout={model['image_dropout']} an ad "
+            f"is new while its rows lie within this run's {model['id_init_std']}, so none would be; leave ids out of "
+            "run.warm_parts, or set model.image_dropout=0"
         )
 
 
@@ -188,7 +188,7 @@ def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
         said = f"optim.average_share is {optim['average_share']}"
     if said:
         raise CheckpointError(
-            f"warm start from {warm.path}, part optimizers: {said}; their state fits the same optimiser without "
+            f"warm start from {warm.checkpoint}, part optimizers: {said}; their state fits the same optimiser without "
             "optim.average_share: set run.warm_parts=full"
         )
 
@@ -204,7 +204,7 @@ def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
         found.append(f"{name}, {key}" + ("" if key in FOUND else f"={each.there}, here {each.here}"))
     if found or list(mine) != list(theirs):
         raise CheckpointError(
-            f"warm start from {warm.path}, part model: its schema has other fields "
+            f"warm start from {warm.checkpoint}, part model: its schema has other fields "
             f"({'; '.join(sorted(found)) or 'the same in another order'}), so its layers read other inputs; "
             "use its data.schema_file, or leave model out of run.warm_parts"
         )

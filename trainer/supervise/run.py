@@ -21,9 +21,8 @@ from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.storage.storage import Storage
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError, TrainerError
-from trainer.files import checkpoints_of
 from trainer.main import app, warm_settings
-from trainer.runs.folder import finished, step_of
+from trainer.runs.folder import finished
 
 _MAIN, _DAILY = "trainer.main", "trainer.daily"
 _EXAMPLE = f"python -m {_MAIN} --set run.name=NAME"
@@ -94,8 +93,8 @@ def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Co
 
 
 def _newest_step(run: RunPath) -> int:
-    found = finished(checkpoints_of(run))
-    return step_of(found[-1]) if found else 0
+    found = finished(run)
+    return found[-1].step if found else 0
 
 
 LEASE_S = 60.0

@@ -6,7 +6,6 @@ written to the disk.
 Letters of shapes: N images, K of them in a block, D feature width, V visual width.
 """
 
-import time
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ from featurestore.published.paths import RunPath, read_text, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
-from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
 
 if TYPE_CHECKING:
@@ -98,13 +96,10 @@ class ImageRuns:
             return ""
 
 
-def _newest_checkpoint(run: RunPath) -> tuple[str, int] | None:
-    """Tell the newest checkpoint from any other, also of a run of the same name; on an object store for a minute."""
-    steps = finished(checkpoints_of(run))
-    if not steps:
-        return None
-    state = steps[-1] / "state.json"
-    return steps[-1].name, state.stat().st_mtime_ns if isinstance(state, Path) else int(time.monotonic() / 60)
+def _newest_checkpoint(run: RunPath) -> str | None:
+    """Tell the newest checkpoint from any other, also of a run of the same name."""
+    found = finished(run)
+    return found[-1].identity if found else None
 
 
 def _images_setting(run: RunPath) -> str:

@@ -23,7 +23,6 @@ from featurestore.published.paths import RunPath, read_file, run_path
 from trainer.config.config import load_saved
 from trainer.config.options import SeenImages
 from trainer.errors import DataError, TrainerError
-from trainer.files import checkpoints_of
 from trainer.runs.folder import finished
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class TrainedRuns:
         below: list[RunPath] = sorted(folder.iterdir(), key=lambda path: path.name)
         for each in below[:_MOST_NAMES]:
             with contextlib.suppress(TrainerError, FeatureStoreError, OSError):
-                if (each / "config.yaml").is_file() and finished(checkpoints_of(each)):
+                if (each / "config.yaml").is_file() and finished(each):
                     found.append(self._describe(each))
         return found
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from explorer.data.cache import LruCache
 from explorer.errors import NotHereError
@@ -15,9 +15,13 @@ from explorer.places import Places
 from featurestore.errors import StorageError, UserError
 from featurestore.parsing import parse_json, parse_yaml
 from featurestore.published.paths import RunPath, read_file, run_path
+from featurestore.published.versions import VERSIONS
 from featurestore.spec import flat
 from featurestore.text import one_line
 from trainer.files import DAYS_FILE, checkpoints_of
+
+if TYPE_CHECKING:
+    from trainer.runs.folder import Checkpoint
 
 State = Literal["finished", "running", "unfinished", "unreadable"]
 
@@ -146,7 +150,7 @@ def read_facts(folder: RunPath, name: str | None = None) -> RunFacts:
         state = "unreadable"
     elif changed_s is not None and time.time() - changed_s < _QUIET_S:
         state = "running"
-    checkpoints = tuple(_read(lambda: _checkpoints(folder), [], problems))
+    checkpoints = _read(lambda: _checkpoints(folder), [], problems)
     return RunFacts(
         name=name or folder.name,
         state=state,
@@ -154,10 +158,10 @@ def read_facts(folder: RunPath, name: str | None = None) -> RunFacts:
         report=report,
         problems=tuple(problems),
         changed_s=changed_s,
-        checkpoints=checkpoints,
+        checkpoints=tuple(each.name for each in checkpoints),
         has_evaluation=_read((folder / "evaluation" / "report.json").is_file, False, problems),
-        checkpoint=_identity(folder, checkpoints),
-        samples_digest=_samples_digest(folder, checkpoints),
+        checkpoint=checkpoints[-1].identity if checkpoints else "",
+        samples_digest=_samples_digest(checkpoints[-1]) if checkpoints else "",
     )
 
 
@@ -185,29 +189,16 @@ def _number_or_none(value: object) -> float | int | None:
     return value if isinstance(value, int | float) and abs(value) < _MOST else None
 
 
-def _checkpoints(folder: RunPath) -> list[str]:
+def _checkpoints(folder: RunPath) -> "list[Checkpoint]":
     from trainer.runs.folder import finished
 
-    return [each.name for each in finished(checkpoints_of(folder))]
+    return finished(folder)
 
 
-def _identity(folder: RunPath, checkpoints: Sequence[str]) -> str:
-    if not checkpoints:
-        return ""
-    state = checkpoints_of(folder) / checkpoints[-1] / "state.json"
+def _samples_digest(checkpoint: "Checkpoint") -> str:
+    """Read which samples a checkpoint was trained on; empty where it does not say."""
     try:
-        written = state.stat().st_mtime_ns if isinstance(state, Path) else 0
-    except OSError:
-        written = 0
-    return f"{checkpoints[-1]} {written}"
-
-
-def _samples_digest(folder: RunPath, checkpoints: Sequence[str]) -> str:
-    """Read which samples the newest checkpoint was trained on; empty where it does not say."""
-    if not checkpoints:
-        return ""
-    try:
-        state = parse_json(read_file(checkpoints_of(folder) / checkpoints[-1] / "state.json"))
+        state = parse_json(checkpoint.read_bytes("state.json"))
         return str(state["origin"]["data"]["samples_digest"])
     except (OSError, StorageError, UserError, ValueError, KeyError, TypeError):
         return ""
@@ -258,7 +249,7 @@ def _changed_s(folder: RunPath) -> float | None:
     """Find when the run's files were written last; None at an address, which does not tell."""
     if not isinstance(folder, Path):
         return None
-    looked_at = [folder / "config.yaml", folder / "report.json", checkpoints_of(folder)]
+    looked_at = [folder / "config.yaml", folder / "report.json", checkpoints_of(folder) / VERSIONS]
     with contextlib.suppress(OSError):
         looked_at += (folder / TENSORBOARD).iterdir()
     times = []

@@ -74,7 +74,7 @@ def test_use_goes_back_and_forth(url: str, made: Exported) -> None:
 
 
 def test_another_checkpoint_is_exported_by_name(url: str, made: Exported) -> None:
-    (newest,) = finished(made.run / "checkpoints")
+    (newest,) = finished(made.run)
     assert export(url, made.run, checkpoint=newest.name).checkpoint == newest.name
 
 

@@ -38,7 +38,7 @@ def places(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempP
 
 def in_use(places: Places, name: str = "used") -> RunInUse:
     saved = read_run(places.folder / "runs" / name)
-    return RunInUse(folder=saved.folder, checkpoint=saved.path.name, digest=saved.digest)
+    return RunInUse(folder=saved.folder, checkpoint=saved.checkpoint.name, digest=saved.digest)
 
 
 def why_not(run: Path, used: RunInUse) -> str:

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from tests.trainer.alike import alike
+from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import Config, load_config, save_config
 from trainer.daily import app, plan, run_of_days
@@ -64,14 +64,9 @@ def table_of(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    files = find_checkpoint(run).glob("*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 def assert_same(found: Path, expected: Path, days: list[str] = DAYS) -> None:
     for day in days:
-        mine, theirs = tensors(found / day), tensors(expected / day)
+        mine, theirs = tensors_of(found / day), tensors_of(expected / day)
         assert mine.keys() == theirs.keys()
         assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     assert [{**row, "warm_start": None} for row in table_of(found)] == [
@@ -135,7 +130,7 @@ def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(follow
     assert second.run.warm_start == str(folder / DAYS[0])
     run = open_run(second, SoloComm())
     run.close()
-    state, ended = run.engine.dense_state() | run.engine.shard_state(), tensors(folder / DAYS[0])
+    state, ended = run.engine.dense_state() | run.engine.shard_state(), tensors_of(folder / DAYS[0])
     names = [name for name in ended if name.startswith("model.") or name.endswith("/weight")]
     assert len(names) > 20
     assert [name for name in names if not torch.equal(state[name], ended[name])] == []
@@ -154,7 +149,7 @@ def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapsh
     folder = days.folder / "runs" / "d"
     before = table_of(folder)
     assert [row["test_day"] for row in before] == [DAYS[2], None]
-    ended = tensors(folder / DAYS[2])
+    ended = tensors_of(folder / DAYS[2])
     store = FeatureStore.open(days.folder / "features")
     store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
     # Samples made anew: the day that was the newest one is a day of training now.
@@ -167,7 +162,7 @@ def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapsh
     assert after[:1] == before[:1]
     assert [row["test_day"] for row in after] == [*DAYS[2:], None]
     assert [row["store_version"] for row in after] == [1, 1, 2]
-    assert all(torch.equal(value, tensors(folder / DAYS[2])[name]) for name, value in ended.items())
+    assert all(torch.equal(value, tensors_of(folder / DAYS[2])[name]) for name, value in ended.items())
     assert [row["samples_changed"] for row in after] == [False] * 3
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
     follow(config, SoloComm(), first=DAYS[1])
@@ -237,8 +232,8 @@ def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
     whole = followed.folder / "runs" / "whole" / DAYS[3]
     assert [
         name
-        for name, value in tensors(whole).items()
-        if not torch.equal(value, tensors(tmp_path / "warm" / DAYS[3])[name])
+        for name, value in tensors_of(whole).items()
+        if not torch.equal(value, tensors_of(tmp_path / "warm" / DAYS[3])[name])
     ] == []
     with pytest.raises(ConfigError, match=r"no day of .* is evaluated yet"):
         run_of_days(tmp_path / "warm")
@@ -302,7 +297,7 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     newest.write_bytes(kept)
     follow(config_of(days, run__name="timely", data__missing="zeros"), SoloComm(), first=DAYS[1])
     late, timely = (days.folder / "runs" / name for name in ("late", "timely"))
-    ended, trained = tensors(late / DAYS[2]), json.loads((late / DAYS[2] / "report.json").read_text())
+    ended, trained = tensors_of(late / DAYS[2]), json.loads((late / DAYS[2] / "report.json").read_text())
     day = pq.read_table(third, partitioning=None)
     more = sample_table(30, 7, items=50, first_serial=10_000)
     pq.write_table(pa.concat_tables([day, more.cast(day.schema)]), third, row_group_size=7)
@@ -311,7 +306,7 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     said = capsys.readouterr().out
     assert f"samples of {DAYS[2]} have changed since {DAYS[2]} was trained\n" in said
     assert f"{DAYS[2]}: its training samples had changed before it was evaluated\n" in said
-    assert all(torch.equal(value, tensors(late / DAYS[2])[name]) for name, value in ended.items())
+    assert all(torch.equal(value, tensors_of(late / DAYS[2])[name]) for name, value in ended.items())
     rows, expected = table_of(late), table_of(timely)
     assert [row["samples_changed"] for row in rows] == [False, True, False]
     assert not any(row["samples_changed"] for row in expected)
@@ -356,7 +351,7 @@ def test_command(days: Places) -> None:
     # It is the run that trainer.main trains on these days.
     alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
     train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
-    mine, theirs = tensors(days.folder / "runs" / "c" / DAYS[1]), tensors(days.folder / "runs" / "alone")
+    mine, theirs = tensors_of(days.folder / "runs" / "c" / DAYS[1]), tensors_of(days.folder / "runs" / "alone")
     assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
     refused = CliRunner().invoke(
         app, [*options, "--warm-start", str(days.folder / "runs" / "alone"), "--set", *settings]
@@ -419,7 +414,7 @@ class TestTwoRanks:
         assert history[-1][0] == best[0] + 8 < 9 * 12, "the learning rate is too high to get better for long"
         assert reports[0]["global_step"] == best[0] == read_state(find_checkpoint(early)).step
         assert reports[1]["history"] == reports[0]["history"]
-        mine, theirs = tensors(cut), tensors(early)
+        mine, theirs = tensors_of(cut), tensors_of(early)
         assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
 
     def test_warm_start_of_one_rank_from_two(self, job: tuple[Places, dict[str, Any]]) -> None:
@@ -428,7 +423,7 @@ class TestTwoRanks:
         settings = places.settings(run__warm_start=run, run__warm_parts="full")
         opened = open_run(load_config(settings=settings), SoloComm())
         opened.close()
-        expected = tensors(run)
+        expected = tensors_of(run)
         state = opened.engine.dense_state() | opened.engine.shard_state()
         weights = [name for name in expected if "/" not in name or name.endswith("/weight")]
         assert len([name for name in weights if name.startswith("item/")]) == 4

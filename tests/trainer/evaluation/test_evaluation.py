@@ -158,7 +158,7 @@ class TestReport:
         assert all(each["low"] is None for each in report["whole"]["metrics"].values())
         assert report["missing_curve"] == []
         assert "Without intervals." in (tmp_path / "report.md").read_text()
-        path = find_checkpoint(run).with_name("step-00000010")
+        path = find_checkpoint(run, "10")
         evaluate(run, "--bootstrap", 0, "--checkpoint", path, "--out", tmp_path / "again")
         assert report_of(tmp_path / "again")["whole"] == report["whole"]
 

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from jobs.export_embeddings import app
-from tests.trainer.ids.saved import tensors_of
+from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.daily import follow

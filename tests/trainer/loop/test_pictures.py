@@ -16,8 +16,9 @@ from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from tests.trainer.alike import alike, all_alike
+from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places, sample_table
-from tests.trainer.whole_runs import report_of, run_alone, tensors
+from tests.trainer.whole_runs import report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.evaluation.bootstrap import auc, log_loss
 from trainer.evaluation.predict import Metrics, predict, predict_run
@@ -110,7 +111,7 @@ def test_what_ranks_new_ads_better_holds(request: pytest.FixtureRequest, store: 
     run = request.getfixturevalue(store)
     metrics = report_of(run)["metrics"]
     assert metrics["new_ad_impressions"] >= LEAST
-    assert tensors(run)[COUNTS] == counts
+    assert tensors_of(run)[COUNTS] == counts
     assert report_of(run)["new_ad_pictures_count"] is counts
     known = predict_run(run)
     held_N, other_N = (_logits(run, pictures_count=each) for each in (counts, not counts))
@@ -131,7 +132,7 @@ def test_two_ranks_decide_as_one(
     settings = made.settings(run__name=f"two-{store}", data__store=made.folder / store, **SETTINGS)
     two_ranks.run("-m", "trainer.main", "--set", *settings)
     two = alone.parent / f"two-{store}"
-    assert tensors(two)[COUNTS] == tensors(alone)[COUNTS]
+    assert tensors_of(two)[COUNTS] == tensors_of(alone)[COUNTS]
     assert report_of(two)["metrics"] == all_alike(report_of(alone)["metrics"])
 
 
@@ -219,5 +220,5 @@ def test_a_run_that_goes_on_with_known_pictures_keeps_what_was_decided(made: Pla
     name = re.sub(r"\W", "", parts)
     changes = {"data__samples": samples, "run__warm_start": wrong, "run__warm_parts": parts, "train__max_steps": 3}
     run = _run(made, f"next-{name}", "wrong", **changes)
-    assert tensors(run)[COUNTS] == 0
+    assert tensors_of(run)[COUNTS] == 0
     assert report_of(run)["new_ad_pictures_count"] is False

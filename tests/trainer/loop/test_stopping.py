@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.trainer.checkpoints import steps_of, tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
@@ -104,22 +104,17 @@ def _run(places: Places, name: str, folder: Path, checkpoint_every: int | str = 
     return folder / name
 
 
-def _tensors(run: Path) -> dict[str, torch.Tensor]:
-    (path,) = (run / "checkpoints").iterdir()
-    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
 @pytest.mark.long
 def test_the_run_ends_with_the_best_evaluation(places: Places, whole: Path, tmp_path: Path) -> None:
     """The tenth step's GAUC is no higher than the sixth's; `GAUC` has no odd step."""
-    assert [path.name for path in (whole / "checkpoints").iterdir()] == ["step-00000006"]
+    assert steps_of(whole) == [6]
     report = json.loads((whole / "report.json").read_text())
     assert (report["global_step"], report["metrics"]["gauc"]) == (6, 0.7)
     assert [entry["step"] for entry in report["history"]] == [2, 4, 6, 8, 10]
     plain = {"train__early_stopping": "null", "train__eval_every": "null", "train__max_steps": 6}
     settings = places.settings(run__name="six", run__dir=tmp_path, **plain)
     train(load_config(settings=settings), SoloComm())
-    mine, theirs = _tensors(whole), _tensors(tmp_path / "six")
+    mine, theirs = tensors_of(whole), tensors_of(tmp_path / "six")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
@@ -128,7 +123,7 @@ def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
     places: Places, whole: Path, tmp_path: Path, scripted: list[int]
 ) -> None:
     seldom = _run(places, "seldom", tmp_path, checkpoint_every="null", train__checkpoint_every_s="null")
-    mine, theirs = _tensors(seldom), _tensors(whole)
+    mine, theirs = tensors_of(seldom), tensors_of(whole)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
@@ -151,7 +146,7 @@ def test_an_interrupted_run_ends_with_the_same(
             _run(places, "halves", tmp_path)
     assert read_state(find_checkpoint(tmp_path / "halves")).step == at
     halves = _run(places, "halves", tmp_path, run__resume="latest")
-    mine, theirs = _tensors(halves), _tensors(whole)
+    mine, theirs = tensors_of(halves), tensors_of(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
     assert reports[0]["history"] == reports[1]["history"]
@@ -178,13 +173,13 @@ def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
     halves = _run(places, "halves", tmp_path, run__resume="latest")
     reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
     assert reports[0]["history"] == reports[1]["history"]
-    mine, theirs = _tensors(halves), _tensors(whole)
+    mine, theirs = tensors_of(halves), tensors_of(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_a_best_at_the_very_end_is_kept_as_any_run(places: Places, tmp_path: Path, scripted: list[int]) -> None:
     run = _run(places, "end", tmp_path, train__max_steps=4)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert steps_of(run) == [4]
     assert scripted == [2, 4]
 
 

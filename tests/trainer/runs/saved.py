@@ -1,10 +1,9 @@
-"""Ranks as threads of one process, and something small that they save: a state, its origin, and a bit that flips."""
+"""Ranks as threads of one process, and something small that they save: a state, its origin."""
 
 import copy
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from featurestore.published.paths import RunPath
 from trainer.comm import Comm, SoloComm
 from trainer.runs.checkpoint import CheckpointState, Origin
-from trainer.runs.places import CheckpointPlace, place_of
+from trainer.runs.places import CheckpointPlace
 from trainer.runs.saving import Checkpointer
 
 SHARDS = 8
@@ -92,9 +91,9 @@ def save(
     state: CheckpointState,
     keep: int,
     best: int | None = None,
-) -> RunPath:
-    """Write a checkpoint on all ranks, and wait for it."""
-    place = into if isinstance(into, CheckpointPlace) else place_of(into)
+) -> str:
+    """Write a checkpoint of a run on all ranks, wait for it, and return its address."""
+    place = into if isinstance(into, CheckpointPlace) else CheckpointPlace(into)
     return Checkpointer(comm, place, None, lambda: None).save(trained, state, keep, best)
 
 
@@ -123,10 +122,3 @@ def state_at(step: int) -> CheckpointState:
         history=[{"step": 4, "auc": None, "logloss": 0.25}],
         files={},
     )
-
-
-def flip_bit(path: Path, at: int) -> None:
-    """Change one bit of a file."""
-    content = bytearray(path.read_bytes())
-    content[at] ^= 4
-    path.write_bytes(content)

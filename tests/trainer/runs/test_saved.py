@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.trainer.checkpoints import of_step
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError
@@ -33,17 +34,17 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_is_named_by_step_folder_or_path(run: Path) -> None:
-    second = run / "checkpoints" / "step-00000002"
+    second = of_step(run, 2)
     assert {find_checkpoint(run, name) for name in ("2", "step-00000002", str(second))} == {second}
     assert {find_checkpoint(run, name).name for name in (None, "latest")} == {"step-00000003"}
     with contextlib.closing(open_trained(run, SoloComm(), which="2")) as trained:
-        assert (trained.saved.path, trained.engine.num_steps, trained.saved.state.step) == (second, 2, 2)
+        assert (trained.saved.checkpoint, trained.engine.num_steps, trained.saved.state.step) == (second, 2, 2)
 
 
 def test_mistakes(run: Path, copy: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not a run's folder: .*; it holds the runs a"):
         read_run(run.parent)
-    with pytest.raises(CheckpointError, match="step-00000001, step-00000002, step-00000003, and a path"):
+    with pytest.raises(CheckpointError, match="step-00000001, step-00000002, step-00000003, and RUN"):
         read_run(run, "7")
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(CheckpointError, match=r"has no checkpoint in .*; train it first"):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
+from tests.trainer.checkpoints import tensors_of
 from trainer import main
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -90,7 +90,7 @@ def test_what_is_taken(own: Places, before: Path, states: tuple[State, State], p
 
 
 def test_a_run_is_its_last_checkpoint_and_a_checkpoint_is_itself(own: Places, before: Path) -> None:
-    def taken(path: Path) -> torch.Tensor:
+    def taken(path: object) -> torch.Tensor:
         return state_of(opened(own, run__warm_start=path))["model.mlp.0.weight"]
 
     last, middle = find_checkpoint(before), before / "checkpoints" / "step-00000003"
@@ -328,9 +328,7 @@ def test_a_newer_snapshot_of_the_same_kind_is_fine(make_places: Callable[[Path],
 
 def test_all_continues_with_the_optimisers_state_and_a_new_schedule(own: Places, before: Path) -> None:
     warm = {"run__warm_start": before, "run__warm_parts": "all"}
-    files = find_checkpoint(before).glob("*.safetensors")
-    ended = {name: value for file in files for name, value in load_file(file).items()}
-    run = opened(own, **warm)
+    ended, run = tensors_of(before), opened(own, **warm)
     state = state_of(run)
     assert state.keys() == ended.keys()
     assert [name for name in ended if not torch.equal(state[name], ended[name])] == []

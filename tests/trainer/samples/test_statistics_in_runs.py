@@ -41,7 +41,7 @@ def configured(places: Any, name: str, **changes: Any) -> Config:
 
 
 def fields_of(run: Path) -> dict[str, Any]:
-    (path, *_) = reversed(finished(run / "checkpoints"))
+    path = finished(run)[-1]
     fields: dict[str, Any] = checkpoint.read_state(path).origin.model["fields"]
     return fields
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.ranks import ROOT, environment
+from tests.trainer.checkpoints import steps_of
 from tests.trainer.runs.resumed.legs import Leg, read_leg
 from tests.trainer.supervise.noting import NOTES
 from trainer.supervise.hosts import AGENT
@@ -105,7 +106,7 @@ class Supervised:
         return found
 
     def newest_step(self) -> int:
-        return max((int(path.name[5:]) for path in (self.run / "checkpoints").glob("step-*")), default=0)
+        return max(steps_of(self.run), default=0)
 
     def wait(self, process: "subprocess.Popen[bytes]", until: Callable[[], bool]) -> None:
         """Wait until something is so, while the supervisor lives."""

@@ -12,6 +12,8 @@ import pytest
 
 from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
+from tests.trainer.runs import saved
+from trainer.comm import SoloComm
 from trainer.errors import ConfigError, TrainerError
 from trainer.launch import By
 from trainer.supervise.hosts import (
@@ -82,8 +84,7 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
     assert train.folder == tmp_path / "mine" and train.newest_step() == 0
     assert train.start() == [sys.executable, *TRAIN[1:], *settings, "--set", "run.resume=auto"]
     for step in (50, 100_000_000, 1250):
-        (train.folder / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
-    (train.folder / "checkpoints" / ".step-99999999").mkdir()
+        saved.save(SoloComm(), train.folder, saved.Trained(), saved.state_at(step), 3)
     assert train.newest_step() == 100_000_000
     own = parse_command(["python", "-u", "own.py", *settings])
     assert own.folder == train.folder
@@ -98,7 +99,7 @@ def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None
     assert train.start() == [sys.executable, *words[1:], f"run.dir={tmp_path}"]
     seen = []
     for day, step in (("2026-01-01", 7), ("2026-01-02", 3), ("2026-01-02", 5), ("other", 99), ("2026-01-03", 1)):
-        (train.folder / day / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+        saved.save(SoloComm(), train.folder / day, saved.Trained(), saved.state_at(step), 3)
         seen.append(train.newest_step())
     assert seen == [7, 10, 12, 12, 13]
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.trainer.checkpoints import damage
+from tests.trainer.runs import saved
 from tests.trainer.runs.resumed.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.conftest import STEPS
 from tests.trainer.supervise.supervised import TIMEOUT_S, TWO_HOSTS, Supervised, kill
+from trainer.comm import SoloComm
 
 Settings = Callable[..., list[str]]
 
@@ -34,8 +37,9 @@ def test_ranks_a_host_and_the_supervisor_are_lost(settings_of: Settings, tmp_pat
     assert "terminate called" not in first, "the one that waits ends by itself, and in order"
     assert "is out of reach" in first
     step = run.newest_step()
-    file = run.run / "checkpoints" / f"step-{step:08}" / "rows-00001-of-00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+    rows = "rows-00001-of-00002.safetensors"
+    file = f"{run.run}/checkpoints/step-{step:08}/{rows}"
+    damage(run.run, step, rows, "cut")
     run.options = (*TWO_HOSTS, "--by", "torch")
     process = run.start()
     run.wait_for_step(process, 90)
@@ -109,8 +113,8 @@ def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) 
     options = ["--max-np", "1", "--max-restarts-without-progress", "1"]
     worker = tmp_path / "damaged.py"
     run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000), options, worker)
+    saved.save(SoloComm(), run.run, saved.Trained(), saved.state_at(5), 3)
     damaged = run.run / "checkpoints" / "step-00000005" / "state.json"
-    damaged.parent.mkdir(parents=True)
     worker.write_text(f"import sys; sys.exit('error: {damaged} is damaged')")
     said = run.end(run.start(), 1)
     assert said.count("resuming at step 5 on 1 rank (localhost:1)") == 2

@@ -1,10 +1,10 @@
 """Runs that look at images, and their vectors: of the newest checkpoint, read once, and what E makes of a feature."""
 
-import os
 import shutil
 
 import numpy as np
 import pytest
+from safetensors.torch import load
 
 from explorer.data.images import visual
 from explorer.data.images.visual import ImageRuns, blocks_of, embed, vector_of
@@ -12,6 +12,9 @@ from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore import FeatureStore, key_of_uri
 from tests.explorer.world import PLAIN, UNKNOWN
+from trainer.runs.checkpoint import read_state, state_bytes
+from trainer.runs.folder import finished
+from trainer.runs.places import CheckpointPlace
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +66,15 @@ def test_the_run_is_read_once_until_it_has_another_checkpoint(world, places, mon
     assert runs.vectors("both", store.snapshot()) is first
     assert len(calls) == 1
     assert len(runs.vectors("both", store.snapshot(1)).keys_N) == 26
-    checkpoints = tmp_path / "runs" / "both" / "checkpoints"
-    newest = max(checkpoints.glob("step-*"))
-    shutil.copytree(newest, checkpoints / "step-99999", ignore=shutil.ignore_patterns("state.json"))  # no whole one
-    assert runs.vectors("both", store.snapshot()) is first
-    os.utime(newest / "state.json", (1, 1))
+    run, place = tmp_path / "runs" / "both", CheckpointPlace(tmp_path / "runs" / "both")
+    (newest,) = finished(run)
+    state = read_state(newest)
+    tensors = {name: load(newest.read_bytes(name)) for name in state.files}
+    place.claim()
+    assert runs.vectors("both", store.snapshot()) is first, "the checkpoint is the same"
+    place.remove([newest])
+    parts = {name: place.write(state.step, name, each) for name, each in tensors.items()}
+    place.commit(state.step, parts, state_bytes(state, parts), 3, None)
     runs.vectors("both", store.snapshot())
     assert len(calls) == 3
 

@@ -13,6 +13,7 @@ from explorer.errors import NotHereError
 from explorer.places import Places
 from tests.explorer.world import World
 from trainer.files import DAYS_FILE
+from trainer.runs.folder import finished
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_finished_run_has_its_metrics_settings_and_checkpoints(runs: Path) -> 
     assert found.settings["data.missing"] == "zeros"
     assert found.checkpoints == ("step-00000012",)
     assert found.samples_digest == facts(runs, "ids-only").samples_digest != ""
-    (runs / "both" / "checkpoints" / "step-00000012" / "state.json").write_text('{"origin": ')
+    Path(finished(runs / "both")[-1].path("state.json")).write_text('{"origin": ')
     assert facts(runs).samples_digest == ""
     assert found.has_evaluation
     assert not facts(runs, "both-longer").has_evaluation

@@ -21,7 +21,8 @@ from serving.__main__ import app as serving
 from tests.ranks import HOROVODRUN, StandingRanks, environment
 from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import export
-from tests.trainer.whole_runs import run_alone, tensors
+from tests.trainer.checkpoints import tensors_of
+from tests.trainer.whole_runs import run_alone
 from trainer.config.options import ModelConfig
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import app as evaluate
@@ -63,7 +64,7 @@ def test_two_ranks_equal_one(own: Path, package: Path, places: SamplePlaces, tmp
     variables["PYTHONPATH"] += f":{package}"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    mine, theirs = tensors(own), tensors(tmp_path / "own")
+    mine, theirs = tensors_of(own), tensors_of(tmp_path / "own")
     assert any("model.wide" in name for name in mine) and mine.keys() == theirs.keys()
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-9)
@@ -72,8 +73,8 @@ def test_two_ranks_equal_one(own: Path, package: Path, places: SamplePlaces, tmp
 
 def test_resumed_is_undisturbed_and_another_net_is_refused(own: Path, places: SamplePlaces, tmp_path: Path) -> None:
     begun = {**SHARED, "run__dir": tmp_path, "run__resume": own / "checkpoints" / "step-00000005"}
-    resumed = tensors(run_alone(places, **begun))
-    assert all(torch.equal(resumed[name], value) for name, value in tensors(own).items())
+    resumed = tensors_of(run_alone(places, **begun))
+    assert all(torch.equal(resumed[name], value) for name, value in tensors_of(own).items())
     with pytest.raises(CheckpointError, match=r"model\.base is 'mlp' here, 'mypackage\.MyNet' in the"):
         run_alone(places, **{**begun, "run__name": "other", "model__base": "mlp"})
     with pytest.raises(CheckpointError, match=r"part model: it was trained with model\.base=mypackage\.MyNet"):

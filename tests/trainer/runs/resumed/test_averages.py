@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.alike import alike
-from tests.trainer.ids.saved import tensors_of
+from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError

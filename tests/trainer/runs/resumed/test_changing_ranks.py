@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.ranks import Forks, TorchRanks, ranks_of
+from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.runs.resumed.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
 from trainer.evaluation.predict import predict_run
 from trainer.runs.checkpoint import read_state
@@ -29,14 +29,9 @@ Places = Any
 pytestmark = pytest.mark.services
 
 
-def parameters_and_moments(run: Path) -> dict[str, torch.Tensor]:
-    path = find_checkpoint(run)
-    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
 def assert_same_in_float64(found: Path, expected: Path) -> None:
     """All that is trained, and its predictions apart: rounding that the model cannot see is none that a user sees."""
-    mine, theirs = parameters_and_moments(found), parameters_and_moments(expected)
+    mine, theirs = tensors_of(found), tensors_of(expected)
     assert mine.keys() == theirs.keys()
     assert theirs["user/0000/weight"].dtype == torch.float64
     apart = {name: float((mine[name].double() - theirs[name].double()).abs().max()) for name in theirs}
@@ -100,7 +95,7 @@ def test_two_thousand_steps_and_ten_kills_at_any_moment(settings_of: Callable[..
 def wait_for_checkpoint(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
     """Until there is one of that step or a later one."""
     end = time.monotonic() + TIMEOUT_S
-    while not any(int(path.name[5:]) >= step for path in (run / "checkpoints").glob("step-*")):
+    while not any(found >= step for found in steps_of(run)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.02)

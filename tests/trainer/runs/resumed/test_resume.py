@@ -4,19 +4,24 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from featurestore.errors import USAGE
+from featurestore.published.paths import RunPath
+from featurestore.storage.local import DiskFiles
+from tests.trainer.checkpoints import content_of, files_of, names_of, of_step, steps_of, tensors_of
+from tests.trainer.runs import saved
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.main import train
-from trainer.runs.folder import find_checkpoint, finished, place
+from trainer.runs.folder import Checkpoint
+from trainer.runs.places import CheckpointPlace
 from trainer.runs.saved import RunSource, open_source
 
 pytestmark = pytest.mark.long  # they train whole runs
@@ -41,8 +46,8 @@ class Runs:
         resume = step if of == name else self.step(of, step)
         return self.train(name, run__resume=resume, **{"optim__lr": 0.5, **changes})
 
-    def step(self, name: str, step: int) -> Path:
-        return place(self.folder / name / "checkpoints", step)
+    def step(self, name: str, step: int) -> Checkpoint:
+        return of_step(self.folder / name, step)
 
 
 @pytest.fixture(scope="module")
@@ -70,27 +75,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def names(run: Path) -> list[str]:
-    return [path.name for path in finished(run / "checkpoints")]
-
-
-def steps_of(*steps: int) -> list[str]:
-    return [f"step-{step:08}" for step in steps]
-
-
-def assert_same(found: Path, expected: Path) -> None:
+def assert_same(found: RunPath, expected: RunPath) -> None:
     """Two runs end with the same bits, and tell the same of them."""
-    mine, theirs = (
-        {
-            name: tensor
-            for file in find_checkpoint(run).glob("*.safetensors")
-            for name, tensor in load_file(file).items()
-        }
-        for run in (found, expected)
-    )
+    mine, theirs = tensors_of(found), tensors_of(expected)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    reports = [json.loads((run / "report.json").read_text()) for run in (found, expected)]
+    reports = [json.loads((run / "report.json").read_bytes()) for run in (found, expected)]
     assert reports[0]["metrics"] == reports[1]["metrics"]  # of the same bits
 
 
@@ -105,12 +95,12 @@ def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
 
 
 def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = content(runs.step("a", 2))
+    first = content_of(runs.step("a", 2))
     capsys.readouterr()
     again = runs.branch("a", run__overwrite=True)
     assert "removed by run.overwrite=true: step-00000004, step-00000006\n" in capsys.readouterr().out
-    assert names(again) == steps_of(2, 4, 6)
-    assert content(runs.step("a", 2)) == first
+    assert steps_of(again) == [2, 4, 6]
+    assert content_of(runs.step("a", 2)) == first
     assert_same(again, expected)
     assert load_config(again / "config.yaml").optim.lr == 0.5
 
@@ -120,14 +110,14 @@ def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
     link = runs.folder / "link"
     link.symlink_to(runs.folder / "a")
     run = runs.train("a", run__resume=link / "checkpoints" / "step-00000007", train__max_steps=8)
-    assert names(run) == steps_of(6, 7, 8)
+    assert steps_of(run) == [6, 7, 8]
 
 
 def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
     run = runs.branch(
         "a", run__overwrite=True, train__max_steps=4, train__checkpoint_every=1, train__keep_checkpoints=3
     )
-    assert names(run) == steps_of(2, 3, 4)
+    assert steps_of(run) == [2, 3, 4]
 
 
 def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) -> None:
@@ -137,7 +127,7 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) ->
         runs.branch("b")
     assert content(other) == before
     runs.branch("b", run__overwrite=True)
-    assert names(other) == steps_of(4, 6)
+    assert steps_of(other) == [4, 6]
     assert_same(other, expected)
     assert len(list((other / "tensorboard").iterdir())) == 1
 
@@ -153,62 +143,70 @@ def test_killed_between_the_old_steps_and_the_new_ones(
         with pytest.raises(KeyboardInterrupt):
             runs.branch("a", run__overwrite=True)
     run = runs.folder / "a"
-    assert names(run) == steps_of(2)
+    assert steps_of(run) == [2]
     assert not (run / "report.json").exists(), "it told of the steps that are gone"
     assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected)
 
 
-@pytest.mark.parametrize("nth", [1, 2])
-def test_killed_in_the_midst_of_a_removal(
-    runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch, nth: int
-) -> None:
-    calls, rmtree = [0], shutil.rmtree
+def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    delete_files = DiskFiles.delete_files
 
-    def killed(path: Path, *given: Any, **named: Any) -> None:
-        calls[0] += 1
-        if calls[0] == nth:
-            next(path.glob("*.safetensors")).unlink()
+    def killed(files: DiskFiles, paths: Sequence[str]) -> None:
+        if rows := [each for each in paths if "-rows-" in each]:
+            files.path(rows[0]).unlink()
             raise KeyboardInterrupt
-        rmtree(path, *given, **named)
+        delete_files(files, paths)
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.runs.folder.shutil.rmtree", killed)
+        patched.setattr(DiskFiles, "delete_files", killed)
         with pytest.raises(KeyboardInterrupt):
             runs.branch("a", run__overwrite=True)
-    left = steps_of(2, 4)[: 3 - nth]
-    assert names(runs.folder / "a") == left, "the newest goes first, and none is left in part"
+    assert steps_of(runs.folder / "a") == [2], "they go together"
     run = runs.branch("a", run__overwrite=True)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps_of(2, 4, 6)
+    assert steps_of(run) == [2, 4, 6]
+    assert {name[:13] for name in files_of(run)} == set(names_of(run)), "nothing else is left"
     assert_same(run, expected)
+
+
+def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a supervisor starts it again, as its settings are right."""
+    claim = CheckpointPlace.claim
+
+    def claimed(place: CheckpointPlace, damaged: Sequence[Checkpoint] = ()) -> None:
+        saved.save(SoloComm(), CheckpointPlace(place.run), saved.Trained(), saved.state_at(50), 9)
+        claim(place, damaged)
+
+    monkeypatch.setattr(CheckpointPlace, "claim", claimed)
+    with pytest.raises(CheckpointError, match="has a new checkpoint, of another start of this run") as caught:
+        runs.train("a", run__resume="latest", train__max_steps=8)
+    assert caught.value.exit_code != USAGE and steps_of(runs.folder / "a") == [2, 4, 6, 50]
 
 
 def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
     before = content(runs.folder)
     opened = open_source(RunSource(runs.folder / "a", "2"), SoloComm())
     opened.close()
-    assert opened.saved.path == runs.step("a", 2)
+    assert opened.saved.checkpoint == runs.step("a", 2)
     assert content(runs.folder) == before
 
 
 def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse: Callable[..., Any] = Path.rename
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
 
-    def renamed(path: Path, target: Path) -> Path:
-        if path.name.startswith("step-"):
-            raise PermissionError(13, "Permission denied")
-        return refuse(path, target)
-
-    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
     with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
         runs.train("a", run__overwrite=True, optim__lr=0.5)
-    assert names(runs.folder / "a") == steps_of(2, 4, 6)
+    assert steps_of(runs.folder / "a") == [2, 4, 6]
 
 
 def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     """As a launcher that starts a job again needs it: run.resume=auto."""
     runs.train("b", run__resume="auto", train__max_steps=4)
     runs.train("b", run__resume="auto")
-    found, expected = (content(runs.step(name, 6)) for name in ("b", "a"))
+    found, expected = (content_of(runs.step(name, 6)) for name in ("b", "a"))
     trained = [name for name in expected if name.endswith(".safetensors")]
     assert trained and {name: found[name] for name in trained} == {name: expected[name] for name in trained}
 
@@ -233,7 +231,7 @@ def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
 
 def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
     run = runs.train("a", run__resume="auto", train__max_steps=7)
-    assert json.loads((run / "report.json").read_text())["global_step"] == 7 and names(run)[-1:] == steps_of(7)
+    assert json.loads((run / "report.json").read_text())["global_step"] == 7 and steps_of(run)[-1] == 7
 
 
 def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_again(

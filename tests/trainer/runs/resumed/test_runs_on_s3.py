@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load
 
 from featurestore.published.paths import FarPath, RunPath, run_path
 from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.alike import alike
+from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.runs.resumed.test_resume import assert_same
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
@@ -24,9 +25,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.predict import predict_run
 from trainer.loop import training
 from trainer.main import train
-from trainer.runs.checkpoint import read_state
-from trainer.runs.folder import find_checkpoint, finished
-from trainer.runs.places import DiskPlace, place_of
+from trainer.runs.places import CheckpointPlace
 
 Places = Any
 
@@ -42,20 +41,6 @@ def train_on(places: Places, folder: object, name: str = "a", **changes: Any) ->
 @pytest.fixture
 def run_on(places: Places) -> Callable[..., RunPath]:
     return partial(train_on, places)
-
-
-def tensors(run: RunPath) -> dict[str, torch.Tensor]:
-    path = find_checkpoint(run)
-    files = [path / name for name in read_state(path).files]
-    return {name: tensor for file in files for name, tensor in load(file.read_bytes()).items()}
-
-
-def assert_same(found: RunPath, expected: RunPath) -> None:
-    mine, theirs = tensors(found), tensors(expected)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    reports = [json.loads((run / "report.json").read_bytes()) for run in (found, expected)]
-    assert reports[0]["metrics"] == reports[1]["metrics"]  # of the same bits
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +62,7 @@ def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[FarPath, Path]) -> No
     assert_same(far, near)
     names = {each.name for each in far.iterdir()} - {"evaluation"}
     assert names == {"checkpoints", "config.yaml", "report.json", "tensorboard"}
-    assert [each.name for each in finished(far / "checkpoints")] == [f"step-{step:08}" for step in (2, 4, 6)]
+    assert steps_of(far) == [2, 4, 6]
     events = (far / "tensorboard").iterdir()
     assert len(events) == 1 and len(events[0].read_bytes()) > 500
     assert not list(near.parents[1].glob("**/s3*"))
@@ -144,10 +129,10 @@ def test_a_run_that_is_there_is_refused_or_replaced(run_on: Callable[..., RunPat
     with pytest.raises(ConfigError, match=r"holds a run already; continue it by run\.resume=latest"):
         run_on(s3_url)
     run_on(s3_url, train__max_steps=2, run__overwrite=True)
-    assert [each.name for each in finished(far / "checkpoints")] == ["step-00000002"]
+    assert steps_of(far) == [2]
     assert json.loads((far / "report.json").read_bytes())["global_step"] == 2
     run_on(s3_url, run__resume="latest")
-    assert [each.name for each in finished(far / "checkpoints")] == [f"step-{step:08}" for step in (2, 4, 6)]
+    assert steps_of(far) == [2, 4, 6]
 
 
 def test_a_second_start_ends_the_first(
@@ -158,14 +143,14 @@ def test_a_second_start_ends_the_first(
     def taken_over(engine: Engine, prepared: Any) -> Any:
         if engine.num_steps == 5 and not begun:
             begun.append(True)
-            place_of(run_path(s3_url) / "a" / "checkpoints").claim()  # as a start elsewhere does
+            CheckpointPlace(run_path(s3_url) / "a").claim()  # as a start elsewhere does
         return step(engine, prepared)
 
     monkeypatch.setattr(Engine, "train_step", taken_over)
     with pytest.raises(CheckpointError, match="written to by another start of this run"):
         run_on(s3_url)
-    there = [each.name for each in finished(run_path(s3_url) / "a" / "checkpoints")]
-    assert there[0] == "step-00000002" and "step-00000006" not in there
+    there = steps_of(run_path(s3_url) / "a")
+    assert there[0] == 2 and 6 not in there
 
 
 @pytest.mark.services
@@ -197,28 +182,28 @@ def test_s3_that_is_away_for_a_while_stops_nothing(
             monkeypatch.undo()
     finally:
         with environment_of(server.endpoint):
-            steps = [each.name for each in finished(far / "checkpoints")]
+            steps = steps_of(far)
             report = json.loads((far / "report.json").read_bytes())
-            found = tensors(far)
+            found = tensors_of(far)
         server.kill()
     assert seen == [1], "it was being written while steps were made"
-    assert steps == ["step-00000003", "step-00000006"]
+    assert steps == [3, 6]
     assert report["checkpoints"] == {"written": 2, "failed": 0}
-    expected = tensors(far_and_near[1])
+    expected = tensors_of(far_and_near[1])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
     run_on: Callable[..., RunPath], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write, full = DiskPlace.write, {2, 4}
+    write, full = CheckpointPlace.write, {2, 4}
 
-    def refuse(place: DiskPlace, step: int, name: str, content: Any) -> Any:
+    def refuse(place: CheckpointPlace, step: int, name: str, content: Any) -> Any:
         if step in full:
             raise OSError(28, "No space left on device")
         return write(place, step, name, content)
 
-    monkeypatch.setattr(DiskPlace, "write", refuse)
+    monkeypatch.setattr(CheckpointPlace, "write", refuse)
     run = run_on(tmp_path)
     told = "warning: the checkpoint of step 2 could not be written: [Errno 28] No space left on device"
     assert told in capsys.readouterr().out.replace("\n", " ")

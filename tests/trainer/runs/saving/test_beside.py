@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load, save
 
 from tests.fuse import FORK, Fuse
+from tests.trainer.checkpoints import files_of
 from tests.trainer.runs import saved
 from tests.trainer.runs.saved import Trained, on_ranks, state_at
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
-from trainer.runs.places import DiskPlace, PackedTensors, WrittenPart, write_tensors
+from trainer.runs.places import CheckpointPlace, PackedTensors, WrittenPart, write_tensors
 from trainer.runs.saving import Checkpointer, Outcome
 
 
@@ -33,18 +34,21 @@ def until_the_end(saves: Checkpointer) -> Outcome:
     return outcome
 
 
-def loaded(folder: Path, step: int, comm: Comm | None = None) -> Trained:
-    comm, path = comm or SoloComm(), folder / f"step-{step:08}"
-    trained = Trained(comm.rank, comm.size)
-    checkpoint.load(comm, path, checkpoint.read_state(path), trained)
+def loaded(run: Path, step: int) -> Trained:
+    (path,) = [each for each in finished(run) if each.step == step]
+    checkpoint.load(SoloComm(), path, checkpoint.read_state(path), trained := Trained())
     return trained
 
 
-class Held(DiskPlace):
+def steps(run: Path) -> list[int]:
+    return [each.step for each in finished(run)]
+
+
+class Held(CheckpointPlace):
     """A disk that writes a part when it is let go."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, run: Path) -> None:
+        super().__init__(run)
         self.free = threading.Event()
 
     def write(self, step: int, name: str, content: Any) -> WrittenPart:
@@ -76,32 +80,38 @@ def test_it_is_the_state_at_the_step_that_began_it(tmp_path: Path, size: int) ->
     assert {name: rows.tolist() for name, rows in trained.rows.items()} == {
         f"item/{s:04}/weight": [1.0 + s] * 2 for s in range(8)
     }
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000050"]
+    assert steps(tmp_path) == [50]
 
 
 def test_what_failed_is_told_and_the_next_is_written(tmp_path: Path) -> None:
     """A disk that takes no more of rank 1's part."""
 
-    class Full(DiskPlace):
+    class Full(CheckpointPlace):
         def write(self, step: int, name: str, content: Any) -> WrittenPart:
             if step == 50 and name.startswith("rows-00001"):
                 raise OSError(28, "No space left on device")
             return super().write(step, name, content)
+
+    left: list[set[str]] = []
 
     def work(comm: Comm) -> list[Outcome]:
         saves, outcomes = Checkpointer(comm, Full(tmp_path), None, nothing), []
         for step in (50, 60):
             saves.begin(Trained(comm.rank, comm.size, float(step)), state_at(step), 3, None)
             outcomes.append(until_the_end(saves))
+            comm.allgather_object(None)
+            left.append({name[:13] for name in files_of(tmp_path)})
+            comm.allgather_object(None)
         return outcomes
 
     told = [Outcome(50, "rank 1: [Errno 28] No space left on device"), Outcome(60, "")]
     assert on_ranks(2, work) == [told, told]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000060"]
+    assert left == [set(), set(), {"step-00000060"}, {"step-00000060"}]
+    assert steps(tmp_path) == [60]
 
 
 def test_a_file_that_gets_no_longer_fails_one_checkpoint(tmp_path: Path) -> None:
-    trained, saves = Trained(), Checkpointer(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    trained, saves = Trained(), Checkpointer(SoloComm(), CheckpointPlace(tmp_path), None, nothing)
     trained.dense = {"layer.weight": torch.zeros(1_000, 100)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -112,7 +122,17 @@ def test_a_file_that_gets_no_longer_fails_one_checkpoint(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     saves.begin(trained, state_at(60), 3, None)
     assert until_the_end(saves).error == ""
-    assert [path.name for path in finished(tmp_path)] == ["step-00000060"]
+    assert steps(tmp_path) == [60]
+
+
+def test_what_a_killed_save_left_goes_when_a_run_begins(tmp_path: Path) -> None:
+    saved.save(SoloComm(), tmp_path, Trained(), state_at(50), 3)
+    before = files_of(tmp_path)
+    killed, goes_on = CheckpointPlace(tmp_path), CheckpointPlace(tmp_path)
+    killed.write(60, "dense.safetensors", Trained().dense)
+    assert len(files_of(tmp_path)) == len(before) + 1
+    goes_on.claim()
+    assert files_of(tmp_path) == before and steps(tmp_path) == [50]
 
 
 @pytest.mark.parametrize("kind", [OSError, ValueError])
@@ -122,16 +142,16 @@ def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind:
             raise kind("no state")
 
     def work(comm: Comm) -> Outcome | None:
-        saves = Checkpointer(comm, DiskPlace(tmp_path), None, nothing)
+        saves = Checkpointer(comm, CheckpointPlace(tmp_path), None, nothing)
         return saves.begin((Broken if comm.rank == 1 else Trained)(comm.rank, 2), state_at(50), 3, None)
 
     for outcome in on_ranks(2, work):
         assert outcome.step == 50 and "no state" in outcome.error
-    assert finished(tmp_path) == []
+    assert steps(tmp_path) == []
 
 
 def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
-    class Taken(DiskPlace):
+    class Taken(CheckpointPlace):
         def commit(self, *given: Any) -> Any:
             raise CheckpointError("another start of this run continues")
 
@@ -147,7 +167,7 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -> None:
-    first, second = DiskPlace(tmp_path / "checkpoints"), DiskPlace(tmp_path / "checkpoints")
+    first, second = CheckpointPlace(tmp_path), CheckpointPlace(tmp_path)
 
     def work(comm: Comm) -> list[str]:
         seen, mine = [], Checkpointer(comm, first, None, nothing)
@@ -166,22 +186,22 @@ def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -
     on_ranks(1, lambda comm: saved.save(comm, second, Trained(), state_at(70), 3))
     with pytest.raises(CheckpointError, match="another start of this run"):
         saved.save(SoloComm(), first, Trained(), state_at(80), 3)
-    assert [path.name for path in finished(tmp_path / "checkpoints")] == ["step-00000050", "step-00000070"]
+    assert steps(tmp_path) == [50, 70]
 
 
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.runs.saving.free_bytes", lambda: 100)
-    saves = Checkpointer(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    saves = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), None, nothing)
     monkeypatch.setattr(PackedTensors, "pack", None)
     saves.begin(Trained(), state_at(50), 3, None)
-    assert (tmp_path / ".step-00000050" / "dense.safetensors").exists()
+    assert "step-00000050-dense.safetensors" in files_of(tmp_path)
     assert until_the_end(saves) == Outcome(50, "")
     assert (loaded(tmp_path, 50).dense["layer.weight"] == 0).all()
 
 
 def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     saved.save(SoloComm(), tmp_path, Trained(value=1.0), state_at(50), 3)
-    saves = Checkpointer(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    saves = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), None, nothing)
     assert saves.begin(Trained(value=2.0), state_at(50), 3, None) is None
     assert not saves.is_writing and (loaded(tmp_path, 50).dense["layer.weight"] == 1.0).all()
 
@@ -189,33 +209,35 @@ def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(tmp_path: Path) -> None:
     """On a disk; in the midst of what is written too. On S3: test_far_places.py."""
-    folder = tmp_path / "checkpoints"
-    saved.save(SoloComm(), folder, Trained(value=1.0), state_at(1), 2)
+    run = tmp_path / "a"
+    saved.save(SoloComm(), run, Trained(value=1.0), state_at(1), 2)
     expected, at, killed = [1], 1, 0
     while True:
         step, fuse = expected[-1] + 1, Fuse(at, tmp_path / "trace")
 
         def writer(fuse: Fuse = fuse, step: int = step) -> None:
             torch.set_num_threads(1)
-            fuse.watch_disk(str(folder))
-            saves = Checkpointer(SoloComm(), DiskPlace(folder), None, nothing)
+            fuse.watch_disk(str(run))
+            place = CheckpointPlace(run)
+            place.claim()
+            saves = Checkpointer(SoloComm(), place, None, nothing)
             saves.begin(Trained(value=float(step)), state_at(step), 2, None)
             assert until_the_end(saves).error == ""
 
         process = FORK.Process(target=writer)
         process.start()
         process.join()
-        found = [int(path.name[5:]) for path in finished(folder)]
-        kept = {*expected[-1:], step}  # and what it was removing
-        assert found == expected or kept <= set(found) <= {*expected, step}
+        found = steps(run)
+        assert found in (expected, [*expected, step][-2:])
         for number in found:
-            assert (loaded(folder, number).dense["layer.weight"] == number).all()
+            assert (loaded(run, number).dense["layer.weight"] == number).all()
         expected = found
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
         killed, at = killed + 1, at + 1
     assert killed > 20
+    assert len(files_of(run)) == 6, "of two checkpoints: state, dense, rows"
 
 
 def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path) -> None:
@@ -224,7 +246,7 @@ def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path)
     saves.begin(Trained(), state_at(50), 3, None)
     threading.Timer(0.2, place.free.set).start()
     saves.close()
-    assert [path.name for path in finished(tmp_path)] == ["step-00000050"]
+    assert steps(tmp_path) == [50]
 
 
 class Clock:
@@ -242,7 +264,7 @@ def test_one_is_due_by_the_clock_and_few_steps_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float, every_s: float, most_looks: int
 ) -> None:
     clock = Clock(monkeypatch)
-    saves, begun_s, looks = Checkpointer(SoloComm(), DiskPlace(tmp_path), every_s, nothing), [0.0], 0
+    saves, begun_s, looks = Checkpointer(SoloComm(), CheckpointPlace(tmp_path), every_s, nothing), [0.0], 0
     for step in range(1, int(10 * max(every_s, step_s) / step_s) + 3):
         clock.now_s += step_s
         if saves.looks_after(step):
@@ -266,7 +288,7 @@ def test_a_dear_one_comes_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyP
             clock.now_s += stall_s.pop()
             return super().shard_state()
 
-    class Busy(DiskPlace):
+    class Busy(CheckpointPlace):
         def write(self, step: int, name: str, content: Any) -> WrittenPart:
             clock.processor_s += busy_s.pop()
             return super().write(step, name, content)

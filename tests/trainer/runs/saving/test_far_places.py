@@ -13,13 +13,14 @@ from featurestore.published.paths import FarPath, run_path
 from featurestore.storage.storage import Storage
 from tests.faulty import FaultyStorage, fails, made_but_lost, while_set
 from tests.fuse import FORK, Fuse
+from tests.trainer.checkpoints import files_of
 from tests.trainer.runs import saved
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, state_at
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
-from trainer.runs.folder import find_checkpoint, finished, pinned
-from trainer.runs.places import FarPlace, place_of
+from trainer.runs.folder import Checkpoint, find_checkpoint, finished
+from trainer.runs.places import CheckpointPlace
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +30,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(s3_url: str) -> FarPath:
-    found = run_path(f"{s3_url}/runs/a/checkpoints")
+    found = run_path(f"{s3_url}/runs/a")
     assert isinstance(found, FarPath)
     return found
 
 
-def save(place: FarPlace | FarPath, step: int, value: float = 1.0, size: int = 1, keep: int = 3) -> None:
+def save(place: CheckpointPlace | FarPath, step: int, value: float = 1.0, size: int = 1, keep: int = 3) -> None:
     done = on_ranks(size, lambda comm: saved.save(comm, place, Trained(comm.rank, size, value), state_at(step), keep))
     for each in done:
         if isinstance(each, Exception):
             raise each
 
 
-def values(path: FarPath, size: int = 1) -> set[float]:
+def values(path: Checkpoint, size: int = 1) -> set[float]:
     """What a checkpoint holds, read by so many ranks: one value, if it is whole."""
 
     def load(comm: Comm) -> Trained:
@@ -57,28 +58,16 @@ def values(path: FarPath, size: int = 1) -> set[float]:
 
 
 def steps(folder: FarPath) -> list[int]:
-    return [int(path.name[5:]) for path in finished(folder)]
-
-
-@pytest.mark.parametrize(("written", "read"), [(1, 3), (3, 1), (2, 2)])
-def test_it_is_read_by_any_number_of_ranks(folder: FarPath, written: int, read: int) -> None:
-    place = FarPlace(folder)
-    save(place, 50, 7.0, written)
-    found = find_checkpoint(folder.parent)
-    assert isinstance(found, FarPath) and found.name == "step-00000050"
-    assert values(found, read) == {7.0}
-    assert [each.name for each in found.iterdir()] == sorted(
-        ["dense.safetensors", "state.json", *(f"rows-{rank:05}-of-{written:05}.safetensors" for rank in range(written))]
-    )
+    return [each.step for each in finished(folder)]
 
 
 def test_a_rank_copies_only_the_parts_with_its_rows(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(FarPlace(folder), 50, size=2)
+    save(CheckpointPlace(folder), 50, size=2)
     copied, local_copy = [], checkpoint.local_copy
 
-    def noted(path: FarPath, *given: Any) -> Any:
-        copied.append(path.name)
-        return local_copy(path, *given)
+    def noted(path: Checkpoint, name: str, *given: Any) -> Any:
+        copied.append(name)
+        return local_copy(path, name, *given)
 
     monkeypatch.setattr(checkpoint, "local_copy", noted)
     assert values(finished(folder)[0], 2) == {1.0}
@@ -87,7 +76,7 @@ def test_a_rank_copies_only_the_parts_with_its_rows(folder: FarPath, monkeypatch
 
 
 def test_killed_at_every_write_there_is_the_old_one_or_the_new(folder: FarPath, tmp_path: Path) -> None:
-    save(FarPlace(folder), 1, 1.0)
+    save(CheckpointPlace(folder), 1, 1.0)
     expected, at, killed = [1], 1, 0
     while True:
         step, fuse = expected[-1] + 1, Fuse(at, tmp_path / "trace")
@@ -95,7 +84,7 @@ def test_killed_at_every_write_there_is_the_old_one_or_the_new(folder: FarPath, 
         def writer(fuse: Fuse = fuse, step: int = step) -> None:
             torch.set_num_threads(1)
             fuse.watch_s3({"put_object", "delete_object", "delete_objects"})
-            saved.save(SoloComm(), FarPlace(folder), Trained(value=float(step)), state_at(step), 2)
+            saved.save(SoloComm(), CheckpointPlace(folder), Trained(value=float(step)), state_at(step), 2)
 
         process = FORK.Process(target=writer)
         process.start()
@@ -113,7 +102,7 @@ def test_killed_at_every_write_there_is_the_old_one_or_the_new(folder: FarPath, 
 
 class TestTwoWriters:
     def test_the_one_that_began_last_goes_on(self, folder: FarPath) -> None:
-        first, second = FarPlace(folder), FarPlace(folder)
+        first, second = CheckpointPlace(folder), CheckpointPlace(folder)
         first.claim()
         save(first, 50, 1.0)
         second.claim()
@@ -126,18 +115,21 @@ class TestTwoWriters:
         assert steps(folder) == [50, 60] and values(finished(folder)[-1]) == {2.0}
 
     def test_of_two_that_begin_at_once_one_is_refused(self, folder: FarPath) -> None:
-        first, second = FarPlace(folder), FarPlace(folder)
+        first, second = CheckpointPlace(folder), CheckpointPlace(folder)
         for place in (first, second):
             assert not place.has(50)
-        first.remove([first.path(50)])
+        first.remove([first.at(50)])
         with pytest.raises(CheckpointError, match="another start"):
-            second.remove([second.path(50)])
+            second.remove([second.at(50)])
 
 
 class TestLostAnswers:
     def test_one_that_was_made_counts_as_made(self, folder: FarPath) -> None:
         lost = Event()
-        place = FarPlace(folder, FaultyStorage(Storage(folder.url), {"create_or_read": while_set(lost, made_but_lost)}))
+        place = CheckpointPlace(
+            folder,
+            FaultyStorage(Storage(f"{folder.url}/checkpoints"), {"create_or_read": while_set(lost, made_but_lost)}),
+        )
         save(place, 50, 1.0)
         lost.set()
         with pytest.raises(CheckpointError, match="connection reset"):
@@ -150,11 +142,14 @@ class TestLostAnswers:
     def test_but_not_where_another_start_came_after_it(self, folder: FarPath) -> None:
         lost = Event()
         lost.set()
-        place = FarPlace(folder, FaultyStorage(Storage(folder.url), {"create_or_read": while_set(lost, made_but_lost)}))
+        place = CheckpointPlace(
+            folder,
+            FaultyStorage(Storage(f"{folder.url}/checkpoints"), {"create_or_read": while_set(lost, made_but_lost)}),
+        )
         with pytest.raises(CheckpointError, match="connection reset"):
             save(place, 60, 2.0)
         lost.clear()
-        FarPlace(folder).claim()
+        CheckpointPlace(folder).claim()
         with pytest.raises(CheckpointError, match="another start"):
             save(place, 70, 3.0)
 
@@ -162,7 +157,9 @@ class TestLostAnswers:
 @pytest.mark.parametrize("call", ["write_bytes", "create_or_read"])
 def test_what_cannot_be_written_leaves_no_checkpoint(folder: FarPath, call: str) -> None:
     away = Event()
-    place = FarPlace(folder, FaultyStorage(Storage(folder.url), {call: while_set(away, fails("S3 is away"))}))
+    place = CheckpointPlace(
+        folder, FaultyStorage(Storage(f"{folder.url}/checkpoints"), {call: while_set(away, fails("S3 is away"))})
+    )
     save(place, 50)
     away.set()
     with pytest.raises(CheckpointError, match=r"cannot write s3://.*step-00000060: S3 is away"):
@@ -175,54 +172,37 @@ def test_what_cannot_be_written_leaves_no_checkpoint(folder: FarPath, call: str)
 
 class TestReaders:
     def test_a_removed_one_is_read_to_its_end(self, folder: FarPath) -> None:
-        place = FarPlace(folder)
+        place = CheckpointPlace(folder)
         save(place, 50, 5.0)
-        held = find_checkpoint(folder.parent)
-        assert isinstance(held, FarPath)
+        held = find_checkpoint(folder)
         for step in (60, 70, 80):
             save(place, step, keep=1)
         assert steps(folder) == [80]
         assert values(held) == {5.0}
-        with pytest.raises(CheckpointError, match=r"step-00000050/state\.json is damaged.*no file"):
-            checkpoint.read_state(pinned(FarPath(held.url)))
 
     def test_after_the_grace_it_is_gone(self, folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("trainer.runs.places.KEEP_REMOVED_S", -5.0)
         monkeypatch.setattr("trainer.runs.places.EXPIRE_EVERY_S", 0.0)
-        place = FarPlace(folder)
+        place = CheckpointPlace(folder)
         for step in (50, 60, 70):
             save(place, step, keep=1)
-        names = {each.path.partition("/")[0] for each in Storage(folder.url).entries()}
-        assert names == {"files", "versions"}
-        assert len(Storage(folder.url).entries("files")) == 3, "of one checkpoint: state, dense, rows"
+        assert len(files_of(folder)) == 3, "of one checkpoint: state, dense, rows"
         assert values(finished(folder)[0]) == {1.0}
-
-    @pytest.mark.parametrize("name", ["dense.safetensors", "rows-00000-of-00001.safetensors"])
-    def test_a_damaged_part_is_named(self, folder: FarPath, name: str) -> None:
-        save(FarPlace(folder), 50)
-        (path,) = finished(folder)
-        storage = Storage(folder.url)
-        (place,) = [each.path for each in storage.entries("files") if Path(each.path).name.startswith(name[:5])]
-        content = bytearray(storage.read_bytes(place))
-        content[-1] ^= 4
-        storage.write_bytes(place, bytes(content))
-        with pytest.raises(CheckpointError, match=rf"{name} is damaged: its digest is not the one in state\.json"):
-            checkpoint.load(SoloComm(), path, checkpoint.read_state(path), Trained())
 
 
 def test_the_newest_and_the_best_are_kept(folder: FarPath) -> None:
-    place = place_of(folder)
+    place = CheckpointPlace(folder)
     for step in (10, 20, 30, 40):
         saved.save(SoloComm(), place, Trained(), state_at(step), 2, best=10)
     assert steps(folder) == [10, 30, 40]
     assert place.has(10) and not place.has(20)
-    place.remove([path for path in finished(folder) if path.name != "step-00000010"])
+    place.remove([each for each in finished(folder) if each.step != 10])
     assert steps(folder) == [10]
 
 
 def test_wrong_credentials_are_one_error(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    place = FarPlace(folder)
+    place = CheckpointPlace(folder)
     with pytest.raises(CheckpointError, match=r"cannot write s3://.*are the credentials right"):
         save(place, 50)
     with pytest.raises(StorageError, match="are the credentials right"):

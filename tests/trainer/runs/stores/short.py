@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -25,4 +25,4 @@ def train_on(places: Places, name: str, store: str, **changes: Any) -> Path:
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:
     """Read the dense parameters of a run's newest checkpoint."""
-    return load_file(find_checkpoint(folder) / "dense.safetensors")
+    return load(find_checkpoint(folder).read_bytes("dense.safetensors"))

@@ -21,6 +21,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DataError
 from trainer.main import train
+from trainer.runs.folder import find_checkpoint, finished
 from trainer.samples import dictionary, values
 from trainer.samples.columns import rules_of
 from trainer.samples.dictionary import FILE, IdDictionary, write_dictionary
@@ -148,7 +149,7 @@ def test_a_run_that_goes_on_keeps_it_and_one_that_starts_afresh_does_not(run: Pa
     disk.parent.mkdir()
     (run / "checkpoints").rename(disk)
     (run / "checkpoints").symlink_to(disk)
-    more = [*settings(wordy, run__name="alone", run__resume=max(disk.iterdir())), "train.max_steps=3"]
+    more = [*settings(wordy, run__name="alone", run__resume=find_checkpoint(run)), "train.max_steps=3"]
     train(load_config(settings=more), SoloComm())
     assert (run / FILE).stat().st_mtime_ns == before
     other = run.parent / "other"
@@ -194,7 +195,7 @@ def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy
     second = run.parent / "second"
     shutil.copytree(run, second)
     dictionary.write_part(second / FILE, {hashed("of a third run"): "of a third run"})
-    checkpoint = min((first / "checkpoints").iterdir())
+    checkpoint = finished(first)[0]
     resumed = settings(wordy, run__name="second", run__resume=checkpoint, run__overwrite=True)
     train(load_config(settings=[*resumed, "train.max_steps=4"]), SoloComm())
     assert entries(second) == gone | expected(wordy)
