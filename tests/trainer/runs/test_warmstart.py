@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from tests.trainer.checkpoints import tensors_of
+from tests.trainer.checkpoints import damage, tensors_of
 from trainer import main
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -254,10 +254,7 @@ def test_places_that_hold_no_run(own: Places, before: Path, tmp_path: Path) -> N
 
 def test_a_damaged_file_is_named(own: Places) -> None:
     run = trained(own, "damaged", 1)
-    (file,) = run.glob("checkpoints/*/rows-*.safetensors")
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    damage(run, 1, "rows-00000-of-00001.safetensors", "-1")
     opened(own, run__warm_start=run).close()  # partial: the file is not needed
     with pytest.raises(CheckpointError, match=r"rows-00000-of-00001\.safetensors is damaged"):
         opened(own, run__warm_start=run, run__warm_parts="full")
