@@ -31,7 +31,7 @@ def test_only_runs_with_images_and_a_checkpoint_are_named(world, places, tmp_pat
     assert ImageRuns(places).names() == ["both", "both-longer"]
     assert ImageRuns(Places(store=str(world.store))).names() == []
     runs = tmp_path / "runs"
-    shutil.copytree(world.runs / "both", runs / "begun", ignore=shutil.ignore_patterns("step-*"))
+    shutil.copytree(world.runs / "both", runs / "begun", ignore=shutil.ignore_patterns("versions"))
     shutil.copytree(world.runs / "both", runs / "odd")
     (runs / "odd" / "config.yaml").write_text("[]")
     (runs / "file").touch()
