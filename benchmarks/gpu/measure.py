@@ -26,7 +26,8 @@ from trainer.engine.machine import device_name
 from trainer.exchange.exchange import ContentRequest
 from trainer.ids.tables import RowRequest
 from trainer.runs.open import Run, open_run
-from trainer.samples.reader import Batch, ReadAhead, prepare_ahead
+from trainer.samples.reader import Batch
+from trainer.stages import ReadAhead, prepare_ahead
 
 _WARM_UP, _PROFILED = 3, 3
 _PLACE_BYTES = 8

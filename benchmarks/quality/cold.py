@@ -13,7 +13,7 @@ from benchmarks.quality.runs import Spec, curve_of
 from benchmarks.report import Figure, Section
 from benchmarks.seeds import seed_mean
 from trainer.comm import SoloComm
-from trainer.samples.reader import open_index
+from trainer.samples.index import open_index
 from trainer.schema import load_schema
 
 SHARE, EPOCHS, RARE = 0.2, 2, 10

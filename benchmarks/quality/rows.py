@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from trainer.comm import SoloComm
 from trainer.errors import SchemaError
 from trainer.models.nets import paired_fields
-from trainer.samples.reader import Batch, Jagged, SampleReader, open_index
+from trainer.samples.index import open_index
+from trainer.samples.reader import Batch, Jagged, SampleReader
 from trainer.schema import Field, Schema
 
 PADDING = 0

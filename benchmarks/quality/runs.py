@@ -23,7 +23,7 @@ from trainer.config.config import load_config
 from trainer.evaluation.bootstrap import measure
 from trainer.evaluation.predict import predict_run
 from trainer.main import train
-from trainer.samples.reader import open_index
+from trainer.samples.index import open_index
 from trainer.schema import load_schema
 
 Side = Literal["ours", "fuxictr"]

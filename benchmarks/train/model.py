@@ -20,8 +20,9 @@ from trainer.exchange.exchange import Exchange, FieldVectors, KeyRequest
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.runs.open import Run
 from trainer.samples.columns import ranges
-from trainer.samples.reader import Batch, Jagged, ReadAhead
+from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field
+from trainer.stages import ReadAhead
 
 Images = Mapping[str, FieldVectors]
 ImagePath = Callable[[Batch], Images]

@@ -19,7 +19,7 @@ from trainer.comm import Comm, connect
 from trainer.config.config import load_config
 from trainer.engine.machine import objects_frozen
 from trainer.runs.open import Run, open_run
-from trainer.samples.reader import prepare_ahead
+from trainer.stages import prepare_ahead
 
 _PIECES = 16
 

@@ -37,7 +37,7 @@ from featurestore.text import one_line
 
 if TYPE_CHECKING:
     from trainer.evaluation.predict import Predictions
-    from trainer.samples.reader import RowGroup, SampleIndex
+    from trainer.samples.index import RowGroup, SampleIndex
     from trainer.schema import Field, Schema
 
 
@@ -268,7 +268,7 @@ def _columns(
 ) -> Iterator[tuple[Int64Array, NDArray[np.float64], NDArray[Any] | None]]:
     """Read key, label and category of impressions, a row group at a time."""
     from trainer.samples.columns import decode, rules_of, source_columns, texts_of
-    from trainer.samples.reader import read_row_groups
+    from trainer.samples.index import read_row_groups
 
     names = {schema.label, image.column_name} | ({category.column_name} if category else set())
     rules = {name: rule for name, rule in rules_of(schema).items() if name in names}
@@ -446,7 +446,7 @@ def _write(
 
 def _ads(places: Places, vectors: MapVectors) -> AdImages | None:
     from trainer.comm import SoloComm
-    from trainer.samples.reader import open_index
+    from trainer.samples.index import open_index
 
     samples = places.samples or vectors.samples
     if samples is None:

@@ -12,7 +12,7 @@ from trainer.comm import SoloComm
 from trainer.errors import TrainerError
 from trainer.runs.saved import SavedRun, open_test
 from trainer.samples.columns import rules_of, source_columns
-from trainer.samples.reader import read_row_group
+from trainer.samples.index import read_row_group
 
 _MOST_ROW_GROUPS = 8
 

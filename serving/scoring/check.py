@@ -14,7 +14,8 @@ from serving.scoring.samples import ScoreTable, score_samples
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig
 from trainer.runs.saved import TrainedRun, open_test, open_trained
-from trainer.samples.reader import SampleIndex, SampleReader
+from trainer.samples.index import SampleIndex
+from trainer.samples.reader import SampleReader
 
 TOLERANCE = 1e-5
 """Of a logit, where E multiplies in float32 or float64."""

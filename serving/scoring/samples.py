@@ -15,7 +15,7 @@ from trainer.errors import DataError
 from trainer.evaluation.predict import Written, open_scores
 from trainer.runs.saved import TEST
 from trainer.samples.columns import Rule
-from trainer.samples.reader import SampleIndex, open_index, read_row_groups
+from trainer.samples.index import SampleIndex, open_index, read_row_groups
 
 ScoreTable = Callable[[pa.Table], Sequence[NDArray[np.float32]]]
 """The logits of each row of a table."""

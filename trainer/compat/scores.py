@@ -34,7 +34,8 @@ from trainer.evaluation.predict import Predictions
 from trainer.evaluation.slices import Impressions
 from trainer.models.layers import used_fields
 from trainer.runs.saved import TEST, SavedRun, open_at, open_test, read_run
-from trainer.samples.reader import Batch, SampleIndex, SampleReader, open_index
+from trainer.samples.index import SampleIndex, open_index
+from trainer.samples.reader import Batch, SampleReader
 
 MOST_IMPRESSIONS = 200_000
 """Impressions that are scored; of more, about as many are drawn, the same for both sides."""

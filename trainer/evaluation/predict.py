@@ -44,8 +44,10 @@ from trainer.files import output_at
 from trainer.runs.export import parquet_file
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source
 from trainer.samples.columns import Index, decode, rules_of, source_columns, texts_of
-from trainer.samples.reader import Batch, ReadAhead, RowGroup, SampleIndex, known_ads, read_row_group
+from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group
+from trainer.samples.reader import Batch
 from trainer.schema import Schema
+from trainer.stages import ReadAhead
 
 Metrics = dict[str, float | int | None]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from trainer.comm import Comm
 from trainer.errors import SchemaError
 from trainer.samples.columns import DecodedGroups, Index, Rule, decode, rules_of, sizes_of, source_columns
-from trainer.samples.reader import RowGroup, SampleIndex, read_row_groups
+from trainer.samples.index import RowGroup, SampleIndex, read_row_groups
 from trainer.schema import Field, Schema
 
 NEVER = np.iinfo(np.int64).max

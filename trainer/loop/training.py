@@ -34,8 +34,8 @@ from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.open import Run
 from trainer.runs.saving import Checkpointer, Outcome
-from trainer.samples.reader import Batch, BatchPosition, ReadAhead, prepare_ahead
-from trainer.stages import WAIT, Kind
+from trainer.samples.reader import Batch, BatchPosition
+from trainer.stages import WAIT, Kind, ReadAhead, prepare_ahead
 
 History = Sequence[Mapping[str, Any]]
 

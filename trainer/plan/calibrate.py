@@ -39,7 +39,7 @@ from trainer.plan.cost import Machine, NetworkSpeed, Widths
 from trainer.plan.keys import SampledKeys, sample
 from trainer.plan.table import StoredBytes, TrainingPlan, build
 from trainer.samples.columns import name_of, rules_of, source_columns
-from trainer.samples.reader import read_row_group
+from trainer.samples.index import read_row_group
 from trainer.stages import WAIT
 
 LARGEST_MEASURED = 3_000

@@ -17,7 +17,8 @@ from trainer.models.layers import used_fields
 from trainer.plan.cost import BatchCounts, KeyCounts
 from trainer.runs.open import train_reader
 from trainer.runs.stores import store_places
-from trainer.samples.reader import Batch, SampleIndex, SampleReader, open_index
+from trainer.samples.index import SampleIndex, open_index
+from trainer.samples.reader import Batch, SampleReader
 from trainer.samples.statistics import fill_in, measure
 from trainer.schema import Schema, load_schema
 

@@ -17,7 +17,8 @@ from trainer.prerank.artifact import NUM_QUERIES, AdIndex, Queries, recall_at, s
 from trainer.prerank.vectors import towers, user_vectors
 from trainer.runs.open import test_reader
 from trainer.runs.saved import TEST, TRAIN, TrainedRun, open_test
-from trainer.samples.reader import Batch, SampleIndex, SampleReader, open_index
+from trainer.samples.index import SampleIndex, open_index
+from trainer.samples.reader import Batch, SampleReader
 
 Vectors = NDArray[np.float32]
 _GROUPS_PER_QUERY = 4  # a user has several

@@ -32,7 +32,8 @@ from trainer.samples.columns import (
     rules_of,
     source_columns,
 )
-from trainer.samples.reader import Batch, Jagged, RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
+from trainer.samples.index import RowGroup, open_index, read_row_group, row_groups_of_table
+from trainer.samples.reader import Batch, Jagged, inputs_of
 from trainer.schema import CROSS, Field, Schema
 
 _SPLITS = ("train", "test")

@@ -39,8 +39,8 @@ from trainer.runs.stores import (
     store_places,
 )
 from trainer.samples.columns import sample_files
-from trainer.samples.digest import samples_digest
-from trainer.samples.reader import SampleIndex, SampleReader, open_index
+from trainer.samples.index import SampleIndex, open_index, samples_digest
+from trainer.samples.reader import SampleReader
 from trainer.samples.statistics import fill_in
 from trainer.schema import Schema, load_schema
 

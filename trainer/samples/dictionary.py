@@ -26,7 +26,7 @@ from featurestore.published.paths import FarPath, RunPath, open_file, remove_all
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.samples.columns import Rule, texts_of
-from trainer.samples.reader import RowGroup, SampleIndex, read_row_group
+from trainer.samples.index import RowGroup, SampleIndex, read_row_group
 
 FILE = "ids.parquet"
 HELD = 500_000

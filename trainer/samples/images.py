@@ -25,7 +25,7 @@ from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import SPLITS, Rule, rules_of, sample_files, texts_of, values_of
-from trainer.samples.reader import RowGroup, SampleIndex, open_index, read_row_groups
+from trainer.samples.index import RowGroup, SampleIndex, open_index, read_row_groups
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
 from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE
 

@@ -1,4 +1,4 @@
-"""Samples read into batches, ahead of the step that takes them.
+"""Samples read into batches.
 
 Letters of shapes, here and in the whole package: P ranks, G groups and B samples on this rank, M rows of a side
 (G on the user side, B on the ad side), N values of a field, U unique keys asked, R keys received, Q unique among R,
@@ -12,51 +12,29 @@ batches or two ranks, appears on both sides, with its user fields repeated.
 Cost: a rank decodes the streams that it has a share of, and holds one or two windows of each. So with as many streams
 as ranks, or more, it decodes little else than its own samples; with one stream, all of them. Evaluation needs no order:
 there each rank has one contiguous part of the files and decodes that alone.
-
-numpy, Arrow and Horovod let go of the interpreter for most of it. Where the threads of the step leave no core free, the
-work ahead runs while the step waits for other ranks.
 """
 
-import contextlib
 import itertools
-import os
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 from numpy.typing import NDArray
 
-from featurestore.published.versions import open_published
-from featurestore.storage.storage import Storage
-from trainer.comm import Comm
-from trainer.errors import DataError, DataNotFoundError
+from trainer.errors import DataError
 from trainer.samples.columns import (
     DecodedGroups,
     Index,
     Rule,
-    check_types,
     decode,
-    files_of,
-    in_either_split,
-    name_of,
     ranges,
     rules_of,
-    sample_files,
     sizes_of,
     source_columns,
-    text_columns,
-    values_of,
 )
+from trainer.samples.index import SampleIndex, read_row_group
 from trainer.samples.order import Piece, Stream, batch_parts, deal, decode_shares, shares_by_rank, windows_of
 from trainer.samples.values import bucket_ids, dense_values
 from trainer.schema import Field, Schema
@@ -111,71 +89,6 @@ class Batch:
     def places(self) -> NDArray[np.int64]:
         """Place of each sample in the global batch."""
         return np.arange(self.num_samples) if self.place_B is None else self.place_B
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One Parquet row group: `first_row` is its first sample group's number in the file."""
-
-    file: str
-    number: int
-    first_row: int
-    num_groups: int
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class SampleIndex:
-    """The row groups of one split, or of some days, in the order of file names."""
-
-    storage: Storage
-    row_groups: tuple[RowGroup, ...]
-    by_day: bool = False
-    """Chosen by day: it is the same data in whichever split the files are."""
-    text_columns: frozenset[str] = frozenset()
-    """Columns, crossed ones too, whose IDs are hashes of what some of the files hold."""
-
-    @property
-    def num_samples(self) -> int:
-        return sum(each.num_samples for each in self.row_groups)
-
-    @property
-    def num_groups(self) -> int:
-        return sum(each.num_groups for each in self.row_groups)
-
-    @property
-    def layout_digest(self) -> str:
-        """xxh3-128 of names and counts, not of what the rows hold: see trainer.samples.digest."""
-        row_groups = self.row_groups
-        if self.by_day:
-            row_groups = tuple(replace(each, file=name_of(each.file)) for each in row_groups)
-        return xxhash.xxh3_128_hexdigest(repr(row_groups).encode())
-
-
-def open_index(
-    comm: Comm, samples: str | Storage, split: str, schema: Schema, days: Sequence[str] | None = None
-) -> SampleIndex:
-    """Read the footers of `samples`/`split`/*.parquet, each rank those of its share of the files.
-
-    With `days`, those of the files of these days instead, whichever split they are in; no days, no samples. At an
-    address with published versions, all ranks read the newest one; who opens several indexes opens it once, and gives
-    the storage. Raises, on all ranks together, DataError where there is no sample, or none of a day, or a file is
-    damaged, SchemaError where a column is missing or of another type.
-    """
-    rules = rules_of(schema)
-    storage = samples if isinstance(samples, Storage) else comm.on_rank_0(lambda: open_published(samples))
-    with comm.agreed():
-        files = sample_files(storage, split) if days is None else files_of(storage, days)
-        own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]
-    parts = dict(part for share in comm.allgather_object(own) for part in share)
-    row_groups = tuple(group for file in sorted(parts, key=name_of) for group in parts[file][0])
-    texts = frozenset(column for _, columns in parts.values() for column in columns)
-    index = SampleIndex(storage, row_groups, by_day=days is not None, text_columns=texts)
-    if index.num_samples == 0 and days != []:
-        what = f"has no *.parquet file with samples ({len(parts)} files)"
-        where = storage.full(split) if days is None else f"{storage.url}, days {', '.join(days)}"
-        raise DataNotFoundError(f"{where} {what}; write them with: python jobs/build_samples.py")
-    return index
 
 
 class Span(NamedTuple):
@@ -340,89 +253,10 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
     }
 
 
-def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
-    """Read those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
-    with _opened(storage, row_group.file) as parquet:
-        return _read(parquet, storage, row_group, columns)
-
-
-def read_row_groups(
-    storage: Storage, row_groups: Iterable[RowGroup], columns: list[str]
-) -> Iterator[tuple[RowGroup, pa.Table]]:
-    """Read row groups one by one, as `read_row_group` does; a file that has several in succession is opened once."""
-    for file, of_file in itertools.groupby(row_groups, lambda each: each.file):
-        with _opened(storage, file) as parquet:
-            for row_group in of_file:
-                yield row_group, _read(parquet, storage, row_group, columns)
-
-
-def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) -> list[RowGroup]:
-    """List the row groups of a table with one sample a row, and check its columns. Raises DataError, SchemaError."""
-    with _opened(storage, file) as parquet:
-        check_types(parquet.schema_arrow, rules, storage.full(file))
-        counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-    starts = np.cumsum([0, *counts]).tolist()
-    return [RowGroup(file, n, starts[n], count, count) for n, count in enumerate(counts) if count]
-
-
-def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
-    """List the distinct values of the schema's `new_ad_field` in a split, ascending; each rank reads a share of it.
-
-    Raises DataError on all ranks together.
-    """
-    import torch
-
-    column = schema.new_ad_column
-    rule = rules_of(schema)[column]
-    own = np.empty(0, np.int64)
-    row_groups, columns = index.row_groups[comm.rank :: comm.size], list(source_columns({column: rule}))
-    with comm.agreed():
-        for row_group, table in read_row_groups(index.storage, row_groups, columns):
-            file = index.storage.full(row_group.file)
-            own = np.union1d(own, values_of(table, column, rule, file, row_group.first_row))
-    return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
-
-
-def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: str) -> tuple[list[RowGroup], set[str]]:
-    """The file's row groups, and its columns of texts.
-
-    The number of samples is that of the label column's values, known without reading them.
-    """
-    with _opened(storage, file) as parquet:
-        check_types(parquet.schema_arrow, rules, storage.full(file))
-        metadata, first_row, found = parquet.metadata, 0, []
-        leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == label)
-        for number in range(metadata.num_row_groups):
-            rows = metadata.row_group(number)
-            if rows.num_rows:
-                found.append(RowGroup(file, number, first_row, rows.num_rows, rows.column(leaf).num_values))
-            first_row += rows.num_rows
-        return found, text_columns(parquet.schema_arrow, rules)
-
-
 def _places(spans: Sequence[Span]) -> Index:
     """Return the place of each sample in the global batch."""
     places = [np.arange(span.place, span.place + len(span.positions)) for span in spans]
     return np.concatenate([np.empty(0, np.int64), *places])
-
-
-def _read(parquet: pq.ParquetFile, storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
-    try:
-        return parquet.read_row_group(row_group.number, columns=columns)
-    except (pa.ArrowException, OSError) as failure:
-        where = f"{storage.full(row_group.file)}, row group {row_group.number}"
-        raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
-
-
-def _opened(storage: Storage, file: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(in_either_split(storage.open_input, file), page_checksum_verification=True)
-    except FileNotFoundError as failure:
-        raise DataError(f"{storage.full(file)} is gone; it was there when the run began") from failure
-    except (pa.ArrowException, OSError) as failure:
-        raise DataError(
-            f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
-        ) from failure
 
 
 def _arrow_type(rule: Rule) -> pa.DataType:
@@ -430,96 +264,3 @@ def _arrow_type(rule: Rule) -> pa.DataType:
     for _ in range(rule.depth):
         kind = pa.list_(kind)
     return kind
-
-
-Result = TypeVar("Result")
-
-_LOWEST_PRIORITY = 19
-_LATE, _TIMES = 0.2, 3  # of the time of a step; one after the other
-
-
-BATCHES_AHEAD = 2
-
-
-class ReadAhead(Iterator[Batch]):
-    """The same batches, read by a thread up to `depth` ahead; an error is raised where its batch would come.
-
-    The thread begins at once, with the priority of who made it, not of who first asks for a batch; `close` ends it.
-    """
-
-    def __init__(self, batches: Iterator[Batch], depth: int = BATCHES_AHEAD) -> None:
-        self._batches = batches
-        self._pool = ThreadPoolExecutor(1, "read-samples")
-        self._coming = deque(self._pool.submit(next, batches) for _ in range(depth))
-
-    def __next__(self) -> Batch:
-        if not self._coming:
-            raise StopIteration
-        try:
-            batch = self._coming.popleft().result()
-        except BaseException:  # StopIteration among them
-            self.close()
-            raise
-        self._coming.append(self._pool.submit(next, self._batches))
-        return batch
-
-    def close(self) -> None:
-        """End the thread; no more batches come. Safe to call twice."""
-        self._coming.clear()
-        self._pool.shutdown(cancel_futures=True)
-
-
-def prepare_ahead(
-    count: int, prepare: Callable[[], Result], *, in_background: bool = True
-) -> Generator[Callable[[], Result], None, None]:
-    """Call `prepare` `count` times in a thread, a call ahead; gives functions that wait for each result, or raise.
-
-    Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
-    in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.
-
-    `in_background`: at the lowest priority, for work that takes less time than the step beside it. Where results are
-    late again and again, because other processes keep the cores busy, a thread of normal priority takes over.
-    """
-    pool = ThreadPoolExecutor(1, "prepare", initializer=_step_back if in_background else None)
-    lateness = _Lateness()
-    try:
-        coming = pool.submit(prepare) if count else None
-        for left in range(count - 1, -1, -1):
-            assert coming is not None
-            current = coming
-            if in_background and lateness.is_habit():
-                pool.shutdown()  # ends with the call that it has begun: one after the other
-                pool, in_background = ThreadPoolExecutor(1, "prepare"), False
-            coming = pool.submit(prepare) if left else None
-            yield partial(lateness.timed, current.result)
-    finally:
-        pool.shutdown()
-
-
-class _Lateness:
-    """Whether those who ask for results have to wait long, compared with the time from one question to the next."""
-
-    def __init__(self) -> None:
-        self._asked_s: float | None = None
-        self._times_late = 0
-
-    def timed(self, result: Callable[[], Result]) -> Result:
-        """Wait for the result and return it."""
-        start_s = time.perf_counter()
-        value = result()
-        if self._asked_s is not None:
-            late = time.perf_counter() - start_s > _LATE * (start_s - self._asked_s)
-            self._times_late = self._times_late + 1 if late else 0
-        self._asked_s = start_s
-        return value
-
-    def is_habit(self) -> bool:
-        """Tell whether the last results were all late."""
-        return self._times_late >= _TIMES
-
-
-def _step_back() -> None:
-    """Gives this thread the lowest priority: whatever the step does goes first. Where that is refused, so be it."""
-    if sys.platform == "linux":  # elsewhere priorities are those of processes
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

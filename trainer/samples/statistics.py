@@ -18,8 +18,7 @@ from featurestore.format.statistics import Moments
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.samples.columns import Rule, rules_of, values_of
-from trainer.samples.digest import measured_once
-from trainer.samples.reader import RowGroup, SampleIndex, read_row_groups
+from trainer.samples.index import RowGroup, SampleIndex, measured_once, read_row_groups
 from trainer.samples.values import before_scaling, filled
 from trainer.schema import Field, Schema
 from trainer.schema.fields import STANDARDIZED

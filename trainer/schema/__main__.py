@@ -93,7 +93,8 @@ def check(
     Of numbers that are scaled or cut into buckets, what the training samples say of them is printed.
     """
     from trainer.comm import SoloComm
-    from trainer.samples.reader import SampleReader, open_index
+    from trainer.samples.index import open_index
+    from trainer.samples.reader import SampleReader
     from trainer.samples.statistics import FOUND, fill_in, measure
 
     fields = load_schema(schema)

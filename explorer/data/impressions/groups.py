@@ -20,7 +20,8 @@ from featurestore.keys import key_of_uri
 
 if TYPE_CHECKING:
     from trainer.samples.columns import DecodedGroups, Rule
-    from trainer.samples.reader import Batch, RowGroup, SampleIndex
+    from trainer.samples.index import RowGroup, SampleIndex
+    from trainer.samples.reader import Batch
     from trainer.schema import Field
 
 Row = dict[str, Any]
@@ -131,7 +132,7 @@ class GroupColumns:
 
     def read(self, number: int) -> "SampleGroup":
         """Read group `number`. Raises NotHereError, DataError."""
-        from trainer.samples.reader import read_row_group
+        from trainer.samples.index import read_row_group
 
         index = self.opened.index
         place = place_of(index, number)

@@ -19,7 +19,7 @@ from featurestore.keys import key_of_uri
 
 if TYPE_CHECKING:
     from trainer.samples.columns import ColumnRows, DecodedGroups, Index
-    from trainer.samples.reader import RowGroup
+    from trainer.samples.index import RowGroup
 
 
 Order = Literal["effect", "raised", "lowered", "score", "order"]
@@ -164,7 +164,7 @@ def score_user(opened: OpenedRun, query: str) -> ScoredImpressions:
     Reads one column of all files. Raises DataError.
     """
     from trainer.samples.columns import source_columns, values_of
-    from trainer.samples.reader import read_row_groups
+    from trainer.samples.index import read_row_groups
 
     columns, index = GroupColumns(opened), opened.index
     name, ids = opened.schema.group, ids_of(query)
@@ -205,7 +205,7 @@ class _Collected:
 
     def add(self, row_group: "RowGroup", rows: NDArray[np.int64], first: int, most: int) -> None:
         """Score groups of a row group, whose first one is number `first` of all, until there are `most` impressions."""
-        from trainer.samples.reader import read_row_group
+        from trainer.samples.index import read_row_group
 
         opened, storage = self.columns.opened, self.columns.opened.index.storage
         table = plain(read_row_group(storage, row_group, list(self.columns.sources))).take(rows)

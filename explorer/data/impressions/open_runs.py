@@ -28,7 +28,8 @@ from trainer.runs.folder import finished
 if TYPE_CHECKING:
     from trainer.models.pooling import PairWeights
     from trainer.runs.saved import TrainedRun
-    from trainer.samples.reader import Batch, SampleIndex
+    from trainer.samples.index import SampleIndex
+    from trainer.samples.reader import Batch
     from trainer.schema import Schema
 
 

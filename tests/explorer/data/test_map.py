@@ -19,7 +19,7 @@ from tests.explorer.stores import EXTRACTOR
 from tests.explorer.world import World
 from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict_run
-from trainer.samples.reader import open_index
+from trainer.samples.index import open_index
 from trainer.schema import load_schema
 
 

@@ -37,8 +37,8 @@ from tests.pipeline.samples.rows import (
 )
 from trainer.comm import SoloComm
 from trainer.errors import DataError
-from trainer.samples.digest import samples_digest
-from trainer.samples.reader import SampleIndex, SampleReader, open_index
+from trainer.samples.index import SampleIndex, open_index, samples_digest
+from trainer.samples.reader import SampleReader
 from trainer.schema import Schema, load_schema
 
 FIRST = "2026-01-"

@@ -23,7 +23,8 @@ from tests.fuse import FORK, Fuse
 from tests.pipeline.samples.rows import DAY_S, all_bytes, day_of, done, in_pieces, random_logs, shown, table, write
 from trainer.comm import SoloComm
 from trainer.samples.columns import files_by_day
-from trainer.samples.reader import SampleReader, open_index
+from trainer.samples.index import open_index
+from trainer.samples.reader import SampleReader
 from trainer.schema import load_schema
 from trainer.schema.fields import SETTINGS_FILE
 

@@ -27,9 +27,10 @@ from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm, connect
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
-from trainer.samples.reader import Batch, open_index, prepare_ahead
+from trainer.samples.index import open_index
+from trainer.samples.reader import Batch
 from trainer.samples.statistics import measure
-from trainer.stages import Stages
+from trainer.stages import Stages, prepare_ahead
 
 
 def urls_of(store: FeatureStore, scenario: Scenario) -> dict[str, str]:

@@ -20,7 +20,7 @@ from trainer.evaluation.slices import (
     seen_in_training,
     slicings,
 )
-from trainer.samples.reader import open_index
+from trainer.samples.index import open_index
 from trainer.schema import load_schema
 
 DAY_S = 86_400

@@ -23,7 +23,8 @@ from trainer.models.pooling import mean_pool, sum_pool
 from trainer.prerank.evaluate import reader_of_tests
 from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers, user_vectors
 from trainer.runs.saved import open_trained
-from trainer.samples.reader import SampleReader, open_index
+from trainer.samples.index import open_index
+from trainer.samples.reader import SampleReader
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app
 from trainer.schema.fields import schema_text

@@ -29,7 +29,7 @@ from trainer.plan.keys import sample
 from trainer.plan.paper import ASSUMPTIONS, plan_paper
 from trainer.plan.table import RankPlan, StoredBytes, TrainingPlan, advise, build
 from trainer.samples.columns import newest_day
-from trainer.samples.reader import open_index
+from trainer.samples.index import open_index
 from trainer.stages import WAIT
 
 Places = Any

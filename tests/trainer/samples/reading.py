@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.comm import SoloComm
-from trainer.samples.reader import Batch, SampleReader, open_index
+from trainer.samples.index import open_index
+from trainer.samples.reader import Batch, SampleReader
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(

@@ -15,7 +15,8 @@ from trainer.config.options import ModelConfig
 from trainer.errors import DataError, SchemaError
 from trainer.exchange.exchange import FieldVectors
 from trainer.models.nets import build_model
-from trainer.samples.reader import SampleReader, open_index
+from trainer.samples.index import open_index
+from trainer.samples.reader import SampleReader
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app
 

@@ -19,9 +19,8 @@ from trainer.daily import follow
 from trainer.errors import CheckpointError
 from trainer.main import train
 from trainer.runs.open import open_run
-from trainer.samples import digest as content
-from trainer.samples.digest import samples_digest
-from trainer.samples.reader import SampleIndex, open_index
+from trainer.samples import index as content
+from trainer.samples.index import SampleIndex, open_index, samples_digest
 from trainer.schema import load_schema
 
 Places = Any

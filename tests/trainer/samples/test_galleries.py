@@ -25,7 +25,8 @@ from trainer.models.pooling import gallery_vectors
 from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
-from trainer.samples.reader import Batch, SampleReader, open_index
+from trainer.samples.index import open_index
+from trainer.samples.reader import Batch, SampleReader
 from trainer.schema import DEFAULT_SCHEMA, Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trainer.samples.reader import ReadAhead, prepare_ahead
+from trainer.stages import ReadAhead, prepare_ahead
 
 
 def test_calls_are_one_ahead_in_one_thread() -> None:

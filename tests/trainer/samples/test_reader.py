@@ -19,8 +19,10 @@ from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import aligned_columns, rules_of
-from trainer.samples.reader import Batch, ReadAhead, SampleReader, known_ads, open_index
+from trainer.samples.index import known_ads, open_index
+from trainer.samples.reader import Batch, SampleReader
 from trainer.schema import Field, Schema
+from trainer.stages import ReadAhead
 
 Write = Callable[..., list[pa.Table]]
 

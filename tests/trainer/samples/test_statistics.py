@@ -15,7 +15,7 @@ from tests.trainer.samples.conftest import SCHEMA
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.samples import statistics
-from trainer.samples.reader import SampleIndex, open_index
+from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.statistics import (
     fields_to_measure,
     fill_in,

@@ -18,7 +18,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.runs import open as open_module
 from trainer.runs.open import Run, open_run
-from trainer.samples.reader import SampleIndex
+from trainer.samples.index import SampleIndex
 
 Places = Any
 

@@ -25,7 +25,7 @@ from trainer.runs.folder import find_checkpoint, finished
 from trainer.samples import dictionary, values
 from trainer.samples.columns import rules_of
 from trainer.samples.dictionary import FILE, IdDictionary, write_dictionary
-from trainer.samples.reader import open_index
+from trainer.samples.index import open_index
 from trainer.schema import load_schema
 from trainer.schema.__main__ import app
 

@@ -23,7 +23,8 @@ from trainer.config.config import load_config
 from trainer.errors import DataError, SchemaError
 from trainer.main import train
 from trainer.runs.open import open_run
-from trainer.samples.reader import Batch, SampleReader, known_ads, open_index
+from trainer.samples.index import known_ads, open_index
+from trainer.samples.reader import Batch, SampleReader
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = load_schema()

@@ -1,0 +1,310 @@
+"""The samples' files: the row groups of a split, the digest of their contents, and what was measured on them.
+
+The digest and the measurements are kept in a cache. Names and counts of rows do not tell: labels can be turned round in
+place. Nor does a checksum in a file's metadata: tools that read, change and write a table copy it. So each file is read
+once, by one of the ranks, and read again only when its tag (inode, size and times; an ETag on an object store) is
+another one.
+"""
+
+import contextlib
+import itertools
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from featurestore.console.output import text_console
+from featurestore.errors import StorageError
+from featurestore.lookup.cache import SAMPLES, default_cache_dir
+from featurestore.published.versions import open_published
+from featurestore.storage.local import StorageEntry, claim, is_private
+from featurestore.storage.storage import Storage, digest_of, settled_tags
+from trainer.comm import Comm
+from trainer.errors import DataError, DataNotFoundError
+from trainer.samples.columns import (
+    SPLITS,
+    Index,
+    Rule,
+    check_types,
+    files_of,
+    in_either_split,
+    name_of,
+    rules_of,
+    sample_files,
+    source_columns,
+    text_columns,
+    values_of,
+)
+from trainer.schema import Schema
+
+_REMEMBERED = 16  # measurements of one folder of samples: other days, other snapshots
+_THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
+_REPORTED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One Parquet row group: `first_row` is its first sample group's number in the file."""
+
+    file: str
+    number: int
+    first_row: int
+    num_groups: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """The row groups of one split, or of some days, in the order of file names."""
+
+    storage: Storage
+    row_groups: tuple[RowGroup, ...]
+    by_day: bool = False
+    """Chosen by day: it is the same data in whichever split the files are."""
+    text_columns: frozenset[str] = frozenset()
+    """Columns, crossed ones too, whose IDs are hashes of what some of the files hold."""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(each.num_samples for each in self.row_groups)
+
+    @property
+    def num_groups(self) -> int:
+        return sum(each.num_groups for each in self.row_groups)
+
+    @property
+    def layout_digest(self) -> str:
+        """xxh3-128 of names and counts, not of what the rows hold: see `samples_digest`."""
+        row_groups = self.row_groups
+        if self.by_day:
+            row_groups = tuple(replace(each, file=name_of(each.file)) for each in row_groups)
+        return xxhash.xxh3_128_hexdigest(repr(row_groups).encode())
+
+
+def open_index(
+    comm: Comm, samples: str | Storage, split: str, schema: Schema, days: Sequence[str] | None = None
+) -> SampleIndex:
+    """Read the footers of `samples`/`split`/*.parquet, each rank those of its share of the files.
+
+    With `days`, those of the files of these days instead, whichever split they are in; no days, no samples. At an
+    address with published versions, all ranks read the newest one; who opens several indexes opens it once, and gives
+    the storage. Raises, on all ranks together, DataError where there is no sample, or none of a day, or a file is
+    damaged, SchemaError where a column is missing or of another type.
+    """
+    rules = rules_of(schema)
+    storage = samples if isinstance(samples, Storage) else comm.on_rank_0(lambda: open_published(samples))
+    with comm.agreed():
+        files = sample_files(storage, split) if days is None else files_of(storage, days)
+        own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]
+    parts = dict(part for share in comm.allgather_object(own) for part in share)
+    row_groups = tuple(group for file in sorted(parts, key=name_of) for group in parts[file][0])
+    texts = frozenset(column for _, columns in parts.values() for column in columns)
+    index = SampleIndex(storage, row_groups, by_day=days is not None, text_columns=texts)
+    if index.num_samples == 0 and days != []:
+        what = f"has no *.parquet file with samples ({len(parts)} files)"
+        where = storage.full(split) if days is None else f"{storage.url}, days {', '.join(days)}"
+        raise DataNotFoundError(f"{where} {what}; write them with: python jobs/build_samples.py")
+    return index
+
+
+def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
+    """Read those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
+    with _opened(storage, row_group.file) as parquet:
+        return _read(parquet, storage, row_group, columns)
+
+
+def read_row_groups(
+    storage: Storage, row_groups: Iterable[RowGroup], columns: list[str]
+) -> Iterator[tuple[RowGroup, pa.Table]]:
+    """Read row groups one by one, as `read_row_group` does; a file that has several in succession is opened once."""
+    for file, of_file in itertools.groupby(row_groups, lambda each: each.file):
+        with _opened(storage, file) as parquet:
+            for row_group in of_file:
+                yield row_group, _read(parquet, storage, row_group, columns)
+
+
+def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) -> list[RowGroup]:
+    """List the row groups of a table with one sample a row, and check its columns. Raises DataError, SchemaError."""
+    with _opened(storage, file) as parquet:
+        check_types(parquet.schema_arrow, rules, storage.full(file))
+        counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+    starts = np.cumsum([0, *counts]).tolist()
+    return [RowGroup(file, n, starts[n], count, count) for n, count in enumerate(counts) if count]
+
+
+def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
+    """List the distinct values of the schema's `new_ad_field` in a split, ascending; each rank reads a share of it.
+
+    Raises DataError on all ranks together.
+    """
+    import torch
+
+    column = schema.new_ad_column
+    rule = rules_of(schema)[column]
+    own = np.empty(0, np.int64)
+    row_groups, columns = index.row_groups[comm.rank :: comm.size], list(source_columns({column: rule}))
+    with comm.agreed():
+        for row_group, table in read_row_groups(index.storage, row_groups, columns):
+            file = index.storage.full(row_group.file)
+            own = np.union1d(own, values_of(table, column, rule, file, row_group.first_row))
+    return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
+
+
+def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: str) -> tuple[list[RowGroup], set[str]]:
+    """The file's row groups, and its columns of texts.
+
+    The number of samples is that of the label column's values, known without reading them.
+    """
+    with _opened(storage, file) as parquet:
+        check_types(parquet.schema_arrow, rules, storage.full(file))
+        metadata, first_row, found = parquet.metadata, 0, []
+        leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == label)
+        for number in range(metadata.num_row_groups):
+            rows = metadata.row_group(number)
+            if rows.num_rows:
+                found.append(RowGroup(file, number, first_row, rows.num_rows, rows.column(leaf).num_values))
+            first_row += rows.num_rows
+        return found, text_columns(parquet.schema_arrow, rules)
+
+
+def _read(parquet: pq.ParquetFile, storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
+    try:
+        return parquet.read_row_group(row_group.number, columns=columns)
+    except (pa.ArrowException, OSError) as failure:
+        where = f"{storage.full(row_group.file)}, row group {row_group.number}"
+        raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
+
+
+def _opened(storage: Storage, file: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(in_either_split(storage.open_input, file), page_checksum_verification=True)
+    except FileNotFoundError as failure:
+        raise DataError(f"{storage.full(file)} is gone; it was there when the run began") from failure
+    except (pa.ArrowException, OSError) as failure:
+        raise DataError(
+            f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
+        ) from failure
+
+
+def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> str:
+    """Compute the digest of the samples' names, counts and contents, which checkpoints keep.
+
+    The files of `index` that are not known yet are read, by each rank its share; every rank calls it.
+
+    What is known is kept in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
+    """
+    files = list(dict.fromkeys(each.file for each in index.row_groups))  # by name, whichever split they are in
+    memory = _Memory(index.storage, Path(cache_dir or default_cache_dir()) / SAMPLES)
+    known, unknown = comm.on_rank_0(lambda: memory.split(files))
+    size_bytes = sum(unknown.values())
+    if size_bytes > _REPORTED_BYTES:
+        console = text_console(quiet=comm.rank != 0)
+        console.print(f"reading {size_bytes / 1e9:.1f} GB of samples in {index.storage.url} to tell them from others")
+    with comm.agreed():
+        by_size = sorted(unknown, key=lambda file: (-unknown[file], file))  # so that no rank has much more to read
+        found = _digests(index.storage, by_size[comm.rank :: comm.size])
+    for share in comm.allgather_object(found, name="samples_digest"):
+        known |= share
+    comm.on_rank_0(lambda: memory.keep(known))
+    return xxhash.xxh3_128_hexdigest("\n".join([index.layout_digest, *(known[file] for file in files)]).encode())
+
+
+def _digests(storage: Storage, files: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(files, pool.map(lambda file: _digest(storage, file), files), strict=True))
+
+
+def _digest(storage: Storage, file: str) -> str:
+    try:
+        return in_either_split(partial(digest_of, storage), file)
+    except (OSError, StorageError) as failure:
+        raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
+
+
+class _Memory:
+    """Digests of earlier starts by the files' tags.
+
+    Where it cannot be read or kept, or other users may write to it, it is empty."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self._storage = storage
+        self._file = folder / f"{xxhash.xxh3_64_hexdigest(storage.url.encode())}.json"
+        self._entries: dict[str, StorageEntry] = {}
+        self._tags: dict[str, str] = {}
+        """Of the files whose digests may be kept."""
+
+    def split(self, files: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
+        """Digests of the files that are known, and sizes in bytes of the others."""
+        listed = [each for split in SPLITS for each in self._storage.entries(split, recursive=False)]
+        self._entries = {each.path: each for each in listed}
+        kept, settled = self._read(), settled_tags(listed)
+        known: dict[str, str] = {}
+        for file in files:
+            if file in settled:
+                self._tags[file] = settled[file]
+                tag, digest = kept.get(file, ("", ""))
+                if tag == settled[file]:
+                    known[file] = digest
+        sizes = {file: entry.size_bytes for file, entry in self._entries.items()}
+        return known, {file: sizes.get(file, 0) for file in files if file not in known}
+
+    def keep(self, digests: Mapping[str, str]) -> None:
+        """Writes what is new, and forgets files that are gone."""
+        kept = {file: value for file, value in self._read().items() if file in self._entries}
+        mine = {file: [tag, digests[file]] for file, tag in self._tags.items()}
+        if all(kept.get(file) == (tag, digest) for file, (tag, digest) in mine.items()):
+            return
+        _remember(self._file, kept | mine)
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        try:
+            return {str(file): (str(tag), str(digest)) for file, (tag, digest) in _remembered(self._file).items()}
+        except (ValueError, TypeError):
+            return {}
+
+
+def measured_once(
+    comm: Comm, index: SampleIndex, what: str, asked: object, cache_dir: str | None, measured: Callable[[], Any]
+) -> Any:
+    """Return what `measured` returns for `asked`, or what the cache folder of rank 0's machine has kept of it.
+
+    The folder keeps the last ones of each address of samples. Every rank calls it.
+    """
+    key = xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
+    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
+    file = Path(cache_dir or default_cache_dir()) / SAMPLES / name
+    found = comm.on_rank_0(lambda: _remembered(file).get(key))
+    if found is None:
+        found = measured()
+        kept = {**_remembered(file), key: found}
+        comm.on_rank_0(lambda: _remember(file, dict(list(kept.items())[-_REMEMBERED:])))
+    return found
+
+
+def _remembered(file: Path) -> dict[str, Any]:
+    """Read what `_remember` wrote; nothing where it cannot be read, or where other users may write to it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(file: Path, values: Mapping[str, Any]) -> None:
+    """Keep `values` as JSON in a file of the cache folder for samples; do nothing where it cannot be written."""
+    part = file.with_name(f".tmp-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError, StorageError):
+        claim(file.parent.parent)
+        claim(file.parent)
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(values), encoding="utf-8")
+        part.replace(file)
