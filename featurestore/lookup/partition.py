@@ -1,20 +1,12 @@
-"""One rank's partition of a snapshot: rows in memory or mapped, found by a hash index.
+"""One rank's partition of a snapshot: rows in mapped files, found by a hash index.
 
-Letters of shapes: M rows or hashes held, U keys or hashes asked, C of them in a piece, D feature width.
-
-numpy gathers from one matrix at the speed of memory; from one array per file it would need a copy more. The kernel maps
-each file at its own place in a reserved range; nothing is read until a row is touched.
+Letters of shapes: M rows or hashes held, U keys or hashes asked, C of them in a block, D feature width.
 """
 
-import ctypes
-import mmap
 import os
 import threading
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import lcm
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,8 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
-from featurestore.keys import Int64Array, UInt64Array, owned_shards, sampled, shard_of, shard_of_hash, splitmix64
+from featurestore.keys import (
+    HashIndex,
+    Int64Array,
+    owned_shards,
+    sampled,
+    shard_of,
+    shard_of_hash,
+    splitmix64,
+)
 from featurestore.lookup.cache import CachedShard, default_cache_dir, open_or_build
+from featurestore.lookup.rowfiles import RowFiles
 from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId, missing_message
 from featurestore.spec import MissingPolicy, StoreInfo
@@ -32,11 +33,6 @@ from featurestore.store import FeatureStore
 from featurestore.text import DType
 
 _MAX_THREADS = 4
-_PAGE_BYTES = 4096
-_GATHER_ROWS = 1024
-_TOUCHED_BYTES = 1024  # rows narrower than this are copied a third faster without `_touch_and_take`
-_MEMORY_SHARE = 0.5  # of the machine's; a larger partition is read from the disk as its rows are asked for
-_SMALL_BYTES = 1 << 20  # below this a second thread costs more than it gives
 
 
 @dataclass(frozen=True)
@@ -72,25 +68,16 @@ class FeaturePartition:
         self._owned_S[list(shards)] = True
         self._owns_all = bool(self._owned_S.all())
         self._where = f"snapshot {snapshot.version} of {snapshot.storage.url}"
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lookup")
         self._lock = threading.Lock()
         self._closed = False
         counts = [len(shard.hash_M) for shard in cached]
         self._index = HashIndex(shards, [shard.hash_M for shard in cached], self.info.num_shards)
-        mapped = map_rows([shard.rows_path for shard in cached], counts, self.dim, self.info.storage_dtype)
-        self._matrix = mapped.matrix
-        self._spans = [(first, first + count) for first, count in zip(mapped.first_rows, counts, strict=True)]
+        paths = [shard.rows_path for shard in cached]
+        self._files = RowFiles(paths, counts, self.dim, self.info.storage_dtype, threads)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
-        self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the matrix
-        self._gap_S[list(shards)] = np.asarray(mapped.first_rows) - starts
-        size_bytes = self.num_rows * self.info.row_bytes
+        self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the files
+        self._gap_S[list(shards)] = np.asarray(self._files.first_rows) - starts
         self._has_gaps = bool(self._gap_S.any())
-        self._touch_first = self.info.row_bytes >= _TOUCHED_BYTES
-        if size_bytes <= _MEMORY_SHARE * physical_memory_bytes():
-            list(self._pool.map(populate, [self._matrix[first:end] for first, end in self._spans]))
-            if self._touch_first:
-                self._touch_first = 2 * huge_page_bytes(self._matrix, size_bytes) < size_bytes
 
     @classmethod
     def load(
@@ -176,8 +163,7 @@ class FeaturePartition:
     def close(self) -> None:
         """End the threads and let go of the files."""
         self._closed = True
-        self._pool.shutdown()
-        self._matrix = np.empty((0, self.dim), self.info.storage_dtype)
+        self._files.close()
 
     def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
         """Return the features of `keys_U` in the order asked.
@@ -207,9 +193,9 @@ class FeaturePartition:
 
     def rows(self, block_rows: int) -> Iterator[npt.NDArray[Any]]:
         """Yield all rows held, as they are stored, in the order of `places`; up to `block_rows` at a time."""
-        for first, end in self._spans:
+        for first, end in self._files.spans:
             for start in range(first, end, block_rows):
-                yield self._matrix[start : min(end, start + block_rows)]
+                yield self._files.matrix[start : min(end, start + block_rows)]
 
     def find(self, keys_U: npt.ArrayLike) -> Int64Array:
         """Return what `places` does, for a caller that looks the rows up itself.
@@ -241,7 +227,7 @@ class FeaturePartition:
         return place_U, missing_U, shard_U
 
     def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-        """Return each key's row in the matrix, and whether there is none, (U,) each; counts or raises the missing."""
+        """Return each key's row in the files, and whether there is none, (U,) each; counts or raises the missing."""
         place_U, missing_U, shard_U = self._noted(keys_U)
         return place_U + self._gap_S[shard_U] if self._has_gaps else place_U, missing_U
 
@@ -258,20 +244,11 @@ class FeaturePartition:
         if self.num_rows == 0:
             out_UD[:] = 0
             return
-        any_missing = missing_U.any()
-        if any_missing:  # any mapped row will do; it is zeroed below
-            row_U = np.where(missing_U, 0, row_U)
-        pieces = self._threads if out_UD.nbytes > _SMALL_BYTES else 1
-        size = -(-len(row_U) // pieces) if len(row_U) else 1
-        spans = [slice(start, start + size) for start in range(0, len(row_U), size)]
-        take = _touch_and_take if self._touch_first else _take
-        work = [(self._matrix, row_U[span], out_UD[span]) for span in spans]
-        if len(work) > 1:
-            list(self._pool.map(lambda arguments: take(*arguments), work))
-        elif work:
-            take(*work[0])
-        if any_missing:
-            out_UD[missing_U] = 0
+        if not missing_U.any():
+            self._files.take(row_U, out_UD)
+            return
+        self._files.take(np.where(missing_U, 0, row_U), out_UD)  # any row will do where there is none
+        out_UD[missing_U] = 0
 
     def _check_owned(self, keys_U: Int64Array, shard_U: Int64Array) -> None:
         strange_U = ~self._owned_S[shard_U]
@@ -298,191 +275,3 @@ def output_for(info: StoreInfo, count: int, out: npt.NDArray[Any] | None) -> npt
         wanted = f"{shape} {info.storage_dtype}, contiguous and writable"
         raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
     return out
-
-
-def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
-    """Copy the rows at these places."""
-    # mode="raise" would gather into a buffer first; the rows are inside by construction.
-    np.take(matrix, row_U, axis=0, out=out_UD, mode="clip")
-
-
-def _touch_and_take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
-    """Copy the rows at these places, faster where pages are small.
-
-    One number of each page is read first, for many rows at once: the processor then waits for the address translations
-    of many pages together instead of one after the other. A fifth to a half faster on files mapped by small pages;
-    where the kernel maps them by huge ones, translations are few, and it costs 7 %."""
-    flat, dim = matrix.reshape(-1), matrix.shape[1]
-    for start in range(0, len(row_U), _GATHER_ROWS):
-        row_C = row_U[start : start + _GATHER_ROWS]
-        first_C = row_C * dim
-        for offset in range(0, dim, max(1, _PAGE_BYTES // matrix.itemsize)):
-            flat.take(first_C + offset, mode="clip")
-        _take(matrix, row_C, out_UD[start : start + _GATHER_ROWS])
-
-
-class HashIndex:
-    """The splitmix64 hashes of ascending shards, one shard after the other, which is ascending too: `hash_M`.
-
-    splitmix64 spreads keys evenly, so of as many buckets as there are keys each begins a step or two before whatever
-    is in it. A table says where; that is three to four times as fast as a binary search in sorted order, and takes 4 to
-    8 bytes a row. All buckets of a shard are equally wide, and shards that are not held have none.
-    """
-
-    def __init__(self, shards: Sequence[int], hashes: Sequence[UInt64Array], num_shards: int) -> None:
-        """`hashes[i]` are those of `shards[i]`, ascending."""
-        # After the last one comes a number that no hash exceeds, so that no walk leaves the array.
-        self._walked: UInt64Array = np.concatenate([*hashes, np.array([2**64 - 1], np.uint64)])
-        self.hash_M = self._walked[:-1]
-        most = max((len(each) for each in hashes), default=0)
-        self._bits = max(1, (most - 1).bit_length())  # of the hash, after those that name the shard
-        self._shard_bits = num_shards.bit_length() - 1
-        self._is_whole = len(shards) == num_shards
-        self._first_bucket_S = np.zeros(num_shards, np.int64)
-        self._first_bucket_S[list(shards)] = np.arange(len(shards)) << self._bits
-        self._begin = np.empty(max(1, len(shards)) << self._bits, np.int32 if len(self.hash_M) < 2**31 else np.int64)
-        start = 0
-        for number, each in enumerate(hashes):
-            counts = np.bincount(self._bucket(each), minlength=1 << self._bits)
-            self._begin[number << self._bits :][: len(counts)] = start + np.cumsum(counts) - counts
-            start += len(each)
-
-    def __len__(self) -> int:
-        return len(self.hash_M)
-
-    def places(self, hash_U: UInt64Array, shard_U: Int64Array) -> Int64Array:
-        """Return the only place where each hash may be, (U,) inside [0, M); M is not 0. `shard_U` are held shards."""
-        place_U: Int64Array = self._begin.take(self._numbers(hash_U, shard_U)).astype(np.int64)
-        behind = (self._walked.take(place_U) < hash_U).nonzero()[0]
-        while len(behind):
-            place_U[behind] += 1
-            behind = behind[self._walked.take(place_U.take(behind)) < hash_U.take(behind)]
-        np.minimum(place_U, len(self) - 1, out=place_U)
-        return place_U
-
-    def _numbers(self, hash_U: UInt64Array, shard_U: Int64Array) -> Int64Array:
-        """Return the number of the bucket of each hash: of a whole index its top bits, which name the shard first."""
-        if self._is_whole:
-            return (hash_U >> np.uint64(64 - self._shard_bits - self._bits)).view(np.int64)
-        return self._first_bucket_S[shard_U] + self._bucket(hash_U)
-
-    def _bucket(self, hash_N: UInt64Array) -> Int64Array:
-        """Return the bucket within the shard."""
-        bucket_N: UInt64Array = (hash_N << np.uint64(self._shard_bits)) >> np.uint64(64 - self._bits)
-        return bucket_N.view(np.int64)
-
-
-_HUGE_PAGE = 2 << 20  # files that begin on one can be mapped with few entries
-_LARGEST_STEP = 64 << 20
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_PROT_NONE = 0
-_MADV_HUGEPAGE = 14
-_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and the pages are mapped at first touch
-_SMAPS = Path("/proc/self/smaps")
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
-
-@dataclass(frozen=True)
-class MappedRows:
-    """A read-only matrix over files of rows. File i begins at row `first_rows[i]`; the rows between files are unmapped.
-
-    The range is released when the last array that looks into it is gone.
-    """
-
-    matrix: npt.NDArray[Any]  # (all rows and gaps, dim)
-    first_rows: list[int]
-
-
-def map_rows(paths: Sequence[Path], num_rows: Sequence[int], dim: int, dtype: np.dtype[Any]) -> MappedRows:
-    """Map files of `num_rows[i]` rows of `dim` numbers each. Raises OSError.
-
-    The sizes must have been checked: touching a row beyond the end of a file ends the process.
-    """
-    row_bytes = dim * dtype.itemsize
-    step = lcm(row_bytes, _HUGE_PAGE)  # a file begins on a page and on a row
-    if step > _LARGEST_STEP:  # odd widths would leave gaps of gigabytes
-        step = lcm(row_bytes, mmap.PAGESIZE)
-    starts = [0]
-    for rows in num_rows:
-        starts.append(starts[-1] + -(-rows * row_bytes // step) * step)
-    if starts[-1] == 0:
-        return MappedRows(np.empty((0, dim), dtype), [0] * len(paths))
-    reserved = starts[-1] + _HUGE_PAGE
-    base = _mmap(None, reserved, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
-    address = -(-base // _HUGE_PAGE) * _HUGE_PAGE
-    memory = (ctypes.c_char * starts[-1]).from_address(address)
-    weakref.finalize(memory, _munmap, base, reserved)
-    for path, rows, start in zip(paths, num_rows, starts, strict=False):
-        if rows:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                _mmap(address + start, rows * row_bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-            finally:
-                os.close(descriptor)
-    matrix = np.frombuffer(memoryview(memory), dtype=dtype).reshape(-1, dim)
-    matrix.flags.writeable = False
-    return MappedRows(matrix, [start // row_bytes for start in starts[:-1]])
-
-
-def populate(matrix: npt.NDArray[Any]) -> None:
-    """Enter the pages of a stretch of rows that lies in one file, so that later reads do not stop for each of them."""
-    address = matrix.ctypes.data
-    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
-    size = address + matrix.nbytes - begin
-    for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_READ):  # hints: what the kernel does not know it refuses
-        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
-
-
-def huge_page_bytes(matrix: npt.NDArray[Any], size_bytes: int) -> int:
-    """Return how many of the `size_bytes` of an array over mapped files are in huge pages; 0 where nobody says.
-
-    Fewer than one huge page has are in none: the system, which is slow to answer, is not asked.
-    """
-    if size_bytes < _HUGE_PAGE:
-        return 0
-    begin = matrix.ctypes.data
-    try:
-        with _SMAPS.open() as lines:
-            return sum_huge_pages(lines, begin, begin + matrix.nbytes)
-    except OSError:
-        return 0
-
-
-def sum_huge_pages(smaps: Iterable[str], begin: int, end: int) -> int:
-    """Add up the bytes of files mapped by huge pages in the address ranges of /proc/PID/smaps inside [begin, end)."""
-    total, inside = 0, False
-    for line in smaps:
-        name, *values = line.split()
-        if not name.endswith(":"):  # the first line of a range: 7f1a00000000-7f1a40000000 r--s ...
-            first, _, last = name.partition("-")
-            inside = begin <= int(first, 16) and int(last, 16) <= end
-            if int(first, 16) >= end:
-                break
-        elif inside and name == "FilePmdMapped:":
-            total += int(values[0]) * 1024
-    return total
-
-
-def physical_memory_bytes() -> int:
-    """Return the memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    return libc
-
-
-def _mmap(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
-    result = _libc().mmap(address, size, protection, flags, descriptor, 0)
-    if result is None or result == _MAP_FAILED:
-        error = ctypes.get_errno()
-        raise OSError(error, f"mmap of {size} bytes: {os.strerror(error)}")
-    return int(result)
-
-
-def _munmap(address: int, size: int) -> None:
-    _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
-from featurestore.lookup.partition import HashIndex
+from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of_hash, splitmix64
 from serving.bundle import RowDType
 from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows
 

@@ -23,7 +23,7 @@ import torch
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
 from featurestore.lookup.embedding import EmbeddingModel
-from featurestore.lookup.partition import physical_memory_bytes
+from featurestore.lookup.rowfiles import physical_memory_bytes
 from trainer.comm.connecting import launcher_of
 from trainer.config.config import Config, save_config
 from trainer.config.options import TableConfig

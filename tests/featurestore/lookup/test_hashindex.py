@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.keys import shard_of_hash
-from featurestore.lookup.partition import HashIndex
+from featurestore.keys import HashIndex, shard_of_hash
 
 ENDS = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 

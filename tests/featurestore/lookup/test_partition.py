@@ -15,8 +15,8 @@ from featurestore.errors import (
     StoreNotFoundError,
 )
 from featurestore.keys import sampled, splitmix64
-from featurestore.lookup import partition
-from featurestore.lookup.partition import huge_page_bytes, sum_huge_pages
+from featurestore.lookup import rowfiles
+from featurestore.lookup.rowfiles import huge_page_bytes, sum_huge_pages
 
 
 @pytest.mark.long
@@ -51,8 +51,8 @@ def test_what_is_larger_than_half_of_the_memory_is_not_read_at_its_opening(
     rows = make_rows(300, store.info)  # of 16 bytes
     store.put(rows)
     read: list[int] = []
-    monkeypatch.setattr("featurestore.lookup.partition.populate", lambda rows_MD: read.append(len(rows_MD)))
-    monkeypatch.setattr("featurestore.lookup.partition.physical_memory_bytes", lambda: memory_bytes)
+    monkeypatch.setattr("featurestore.lookup.rowfiles.populate", lambda rows_MD: read.append(len(rows_MD)))
+    monkeypatch.setattr("featurestore.lookup.rowfiles.physical_memory_bytes", lambda: memory_bytes)
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         assert sum(read) == (300 if memory_bytes > 300 * 32 else 0)
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
@@ -76,8 +76,8 @@ FilePmdMapped:      2048 kB
 def test_the_system_is_asked_of_a_huge_page_and_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = np.zeros(1)
     (tmp_path / "smaps").touch()
-    monkeypatch.setattr("featurestore.lookup.partition._SMAPS", tmp_path / "smaps")
-    monkeypatch.setattr("featurestore.lookup.partition.sum_huge_pages", lambda *_: 2 << 20)
+    monkeypatch.setattr("featurestore.lookup.rowfiles._SMAPS", tmp_path / "smaps")
+    monkeypatch.setattr("featurestore.lookup.rowfiles.sum_huge_pages", lambda *_: 2 << 20)
     assert [huge_page_bytes(matrix, size) for size in (0, (2 << 20) - 1, 2 << 20)] == [0, 0, 2 << 20]
 
 
@@ -94,19 +94,19 @@ def test_rows_are_the_same_by_small_pages_and_by_huge_ones(
     rows = make_rows(300, store.info)
     store.put(rows)
     touched = []
-    touch_and_take = partition._touch_and_take
+    touch_and_take = rowfiles._touch_and_take
 
     def watch(*arguments: Any) -> None:
         touched.append(touch_and_take(*arguments))
 
-    monkeypatch.setattr(partition, "_touch_and_take", watch)
-    monkeypatch.setattr(partition, "_TOUCHED_BYTES", narrowest := store.info.row_bytes)
-    monkeypatch.setattr(partition, "huge_page_bytes", lambda *_: int(share * 300 * store.info.row_bytes))
+    monkeypatch.setattr(rowfiles, "_touch_and_take", watch)
+    monkeypatch.setattr(rowfiles, "_TOUCHED_BYTES", narrowest := store.info.row_bytes)
+    monkeypatch.setattr(rowfiles, "huge_page_bytes", lambda *_: int(share * 300 * store.info.row_bytes))
     opened = FeaturePartition.load(store, cache_dir=cache)
     assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
     assert bool(touched) == (share < 0.5)
     touched.clear()
-    monkeypatch.setattr(partition, "_TOUCHED_BYTES", narrowest + 1)
+    monkeypatch.setattr(rowfiles, "_TOUCHED_BYTES", narrowest + 1)
     opened = FeaturePartition.load(store, cache_dir=cache)
     assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
     assert not touched, "narrow rows are copied faster as they are"
