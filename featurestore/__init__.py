@@ -1,7 +1,7 @@
 """Sharded, versioned features of images: the store, and one rank's partition of it.
 
 Letters of shapes, as suffixes of array names: P ranks, N rows, M live rows, U unique keys asked, D feature width.
-The service that turns features into visual vectors is in `featurestore.lookup.embedding`; it alone imports torch.
+The service that turns features into visual vectors is in `featurestore.lookup.embedding`, which imports torch.
 """
 
 import importlib

@@ -103,7 +103,7 @@ def _figures(run: Run, steps: int, advance: partial[None]) -> dict[str, Figure]:
         "busy_share": share,
         **means,
         "bytes_per_step": total,
-        "features_on_device": all(service.held is not None for service in run.engine.services.values()),
+        "features_on_device": all(service.holds_rows for service in run.engine.services.values()),
         "last_loss": loss,
     }
 
@@ -118,7 +118,7 @@ def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:
     served = request.served_S
     (service,) = run.engine.services.values()
     num_images = sum(each.num_unique for each in served if isinstance(each, ContentRequest))
-    features = num_images * (service.partition.info.row_bytes if service.held is None else _PLACE_BYTES)
+    features = num_images * (_PLACE_BYTES if service.holds_rows else service.partition.info.row_bytes)
     places: list[Tensor] = [*request.index_of_field.values(), *request.lengths_of_field.values()]
     places += [rows for plan in request.plans for rows in (plan.reply_rows, plan.status_rows_P)]
     places += [each.rows_Q for each in served if isinstance(each, RowRequest)]

@@ -1,7 +1,7 @@
 """The server role of the paper's Advanced Model Server: from image keys to visual vectors, once per unique key.
 
 Knows nothing of ranks or transport. Letters of shapes: Q unique keys, D feature width, H width of the first hidden
-layer, V visual width. This is the only module of the package that imports torch.
+layer, V visual width. Of the package, this module and heldrows.py alone need torch.
 """
 
 import itertools
@@ -19,7 +19,6 @@ from featurestore.format.statistics import Scaling, input_scale
 from featurestore.lookup.compute_dtype import ComputeDType
 from featurestore.lookup.partition import FeaturePartition
 
-_HELD_BLOCK_ROWS = 65_536
 _BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made of them
 
 
@@ -120,8 +119,7 @@ class EmbeddingModel(nn.Module):
 class Gathered:
     """Features of Q keys, and which keys had none.
 
-    On a CPU they are `EmbeddingModel.numbers`; on a GPU, and where the service holds all rows, they are as in the
-    store, which is the least to carry.
+    On a CPU they are `EmbeddingModel.numbers`; on a GPU they are as in the store, which is the least to carry.
     """
 
     features_QD: Tensor
@@ -132,41 +130,15 @@ class Gathered:
     """What the GPU has to wait for before it reads them; None: nothing."""
 
 
-class HeldRows:
-    """All rows of a partition in a device's memory, as stored; they do not follow it, as it never changes while open.
-
-    A step then carries there only the places of its keys, 8 bytes each."""
-
-    def __init__(self, partition: FeaturePartition, device: torch.device) -> None:
-        """Raises what torch raises where memory is short (`held_bytes`)."""
-        dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
-        self._zeros = partition.num_rows
-        self._rows = torch.zeros(
-            partition.num_rows + 1, partition.dim, dtype=dtype, device=device
-        )  # the last: no image
-        start = 0
-        for block in partition.rows(_HELD_BLOCK_ROWS):
-            end = start + len(block)
-            self._rows[start:end].copy_(as_tensor(block.copy()))
-            start = end
-
-    def take(self, place_Q: NDArray[np.int64]) -> Tensor:
-        """Return the rows (Q, D) at these places; -1: a row of zeros."""
-        place_Q = np.where(place_Q < 0, self._zeros, place_Q)
-        return self._rows.index_select(0, on_device(place_Q, self._rows.device))
-
-
-def held_bytes(partition: FeaturePartition) -> int:
-    """Return the bytes that `HeldRows` take."""
-    return (partition.num_rows + 1) * partition.info.row_bytes
-
-
 class EmbeddingService(nn.Module):
     """One rank's partition of a store and the E networks that look at it.
 
     The partition says what becomes of a key without a feature: it has the zero vector ("zeros"), a trained vector, one
     per network ("learned"), or `gather` raises MissingKeysError ("error").
     """
+
+    holds_rows = False
+    """Whether `gather` takes the features out of the device's own memory (`featurestore.lookup.heldrows`)."""
 
     def __init__(self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel]) -> None:
         super().__init__()
@@ -179,18 +151,12 @@ class EmbeddingService(nn.Module):
         )
         self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
         self._free_buffers: list[Tensor] = []
-        self.held: HeldRows | None = None
-        """The features themselves on the device, where `hold_rows` has put them; None: they are looked up."""
         self._copying: torch.cuda.Stream | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return self._model(next(iter(self.models))).mean_D.device
-
-    def hold_rows(self) -> None:
-        """Copy all features of the partition to the networks' device, and gather them there from now on."""
-        self.held = HeldRows(self.partition, self.device)
 
     def width(self, name: str) -> int:
         """Return V of the network `name`."""
@@ -216,12 +182,8 @@ class EmbeddingService(nn.Module):
         """Look up the features of `keys_Q` in the order asked.
 
         Independent of all weights, so it may run ahead of them; but not of the standardisation. A GPU gets them
-        meanwhile, from its own memory or by a copy during its other work. Policy error: MissingKeysError.
+        meanwhile, by a copy during its other work. Policy error: MissingKeysError.
         """
-        if self.held is not None:
-            place_Q = self.partition.find(keys_Q)
-            missing_Q = place_Q < 0
-            return Gathered(self.held.take(place_Q), missing_Q if missing_Q.any() else None)
         buffer = self._take_buffer(len(keys_Q))
         features_QD = buffer[: len(keys_Q)]
         if features_QD.dtype == self._stored_dtype:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.format.statistics import FeatureStatistics
-from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, held_bytes, on_device
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, on_device
+from featurestore.lookup.heldrows import held_bytes, hold_rows
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
@@ -113,7 +114,7 @@ class Engine:
         needed_bytes = sum(held_bytes(service.partition) for service in self.services.values())
         if holds_features(comm, features_on_device, needed_bytes, self._device):
             for service in self.services.values():
-                service.hold_rows()
+                hold_rows(service)
         self.model.place.comm, self.model.place.seed = comm, seed
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         image_rate = model.image_dropout if self.model.new_ads else 0.0

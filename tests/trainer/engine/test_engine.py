@@ -126,7 +126,7 @@ def test_features_on_the_device_change_nothing(partition: FeaturePartition) -> N
         )
         for on_device in ("auto", True)
     )
-    assert [engine.services["images"].held is not None for engine in (looking_up, holding)] == [False, True]
+    assert [engine.services["images"].holds_rows for engine in (looking_up, holding)] == [False, True]
     assert train(holding, range(5)) == train(looking_up, range(5))
 
 
