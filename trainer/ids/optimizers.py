@@ -2,43 +2,20 @@
 
 Q rows touched, V numbers in each; all work on copies of these rows alone. The row's `gradient_QV` is the sum over all
 ranks, of the mean loss over the global batch.
-
-Without a gradient, a step of Adam still moves a weight: its moments m and v shrink by beta1 and beta2, and the weight
-goes by lr m_hat / (sqrt(v_hat) + eps). A row last touched in step t, with moments m and v then, has moved by step T by
-
-    sum over s = t+1 .. T of   lr_s beta1^(s-t) m / (1 - beta1^s)  /  ( sqrt(v) c_s + eps ),
-                               c_s = sqrt( beta2^(s-t) / (1 - beta2^s) ).
-
-Only c_s keeps m / sqrt(v) from standing before the sum, and it changes little while beta1^(s-t) dies out. With a
-constant c of step t, and q = sqrt(v) c / (sqrt(v) c + eps), which lies between 0 (eps alone counts) and 1 (eps is
-nothing), the sum is
-
-    m / (sqrt(v) c + eps) x Y(q),   Y(q) = sum of  w_s / (1 + q (c_s/c - 1)),   w_s = lr_s beta1^(s-t) / (1 - beta1^s).
-
-Y depends on t and T alone. `Drift` keeps, for each t, its values at the Chebyshev nodes of [0, 1], to which a step adds
-one term, and the polynomial through them. So a row's move is one polynomial of a few degrees, however long it was away.
-
-Error: that of the polynomial, relative to the move, whatever m, v and eps. Its degree is chosen so that the error is at
-most 2e-6 in float32 and 1e-13 in float64 where it is largest, in the very first steps; after 30 steps it is below
-rounding (tests/trainer/ids/test_drift.py). Terms with beta1^(s-t) below 2^-30 or 2^-60 are left out.
 """
 
-import itertools
 import math
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.lookup.embedding import on_device
 from trainer.config.options import IdOptimizer, OptimConfig
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError
+from trainer.ids.drift import Drift
 from trainer.optim import Rates, StepAverage
 
 WEIGHT = "weight"
@@ -369,183 +346,3 @@ def state_of(config: OptimConfig) -> Sequence[StatePart]:
 def _power(beta: float, steps_Q: Tensor, dtype: torch.dtype) -> Tensor:
     """beta^steps (Q, 1), by float64's exp, which is quick; a base rounded to float32 would tell after some steps."""
     return torch.exp(steps_Q * (math.log(beta) if beta else -math.inf)).to(dtype).unsqueeze(1)
-
-
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
-_MOST_DEGREES = 40
-_NEGLIGIBLE = {torch.float32: 2.0**-30, torch.float64: 2.0**-60}
-_LONGEST_WINDOW = 20_000
-_STEP_COUNTS = (1, 2, 5, 20, 100, 1000, 20_000)  # where errors are looked at
-
-Floats = NDArray[np.float64]
-
-
-class Drift:
-    """The polynomials of every step so far; step 0 is that of rows that no step has touched, which do not move.
-
-    Memory: degree + 2 numbers a step. A step costs a few operations on the steps of the last `window`.
-    """
-
-    def __init__(self, beta1: float, beta2: float, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Raises ConfigError for betas with which moves are not found exactly."""
-        self._eps = eps
-        self.window, self.degree = window_of(beta1, dtype), degree_of(beta1, beta2, dtype)
-        self._node_N = _nodes(self.degree)
-        self._powers = _Powers(beta1, beta2, self.window)
-        self._table = torch.empty(1024, self.degree + 2, dtype=dtype, device=device)  # polynomial, lowest first; c
-        self.restart()
-
-    @property
-    def num_steps(self) -> int:
-        """Steps since the start, or the restart."""
-        return len(self.rates)
-
-    def restart(self) -> None:
-        """Return to the state before the first step: the rows have begun anew."""
-        self.rates = array("d")
-        """The learning rate of each step."""
-        # Of the last `window` steps, oldest first, at the end of what is in use: values at the nodes, and c.
-        self._values_WN, self._centre_W = np.zeros((2 * self.window, self.degree + 1)), np.ones(2 * self.window)
-        self._end = 0
-        self._table[:, :-1], self._table[:, -1] = 0, 1
-
-    def resume(self, rates: Sequence[float]) -> None:
-        """Take the state after steps with these learning rates."""
-        self.restart()
-        for rate in rates:
-            self.add_step(rate)
-
-    def add_step(self, rate: float) -> None:
-        """Add one more step of Adam, with this learning rate."""
-        self.rates.append(rate)
-        step, count = self.num_steps, min(self.num_steps - 1, self.window)
-        self._reserve(step + 1)
-        last = self._end
-        if count:
-            first = last - count
-            weight_W, c_W = self._powers.terms(step, count)
-            values_WN, centre_W = self._values_WN[first:last], self._centre_W[first:last]
-            values_WN += (rate * weight_W)[:, None] / (1 + (c_W / centre_W - 1)[:, None] * self._node_N)
-            self._table[step - count : step, :-1].copy_(on_device(_polynomials(values_WN), self._table.device))
-        if last == len(self._values_WN):
-            kept = self.window - 1
-            self._values_WN[:kept], self._centre_W[:kept] = (
-                self._values_WN[last - kept :],
-                self._centre_W[last - kept :],
-            )
-            last = kept
-        self._values_WN[last], self._centre_W[last] = 0, self._powers.centre(step)
-        self._table[step, -1] = float(self._centre_W[last])
-        self._end = last + 1
-
-    def moved(self, weight_QV: Tensor, momentum_QV: Tensor, variance_QV: Tensor, last_Q: Tensor) -> Tensor:
-        """Compute today's weights of rows that step `last_Q` has left with these weights and moments."""
-        poly_QN = self._table.index_select(0, last_Q)
-        scaled_QV = variance_QV.sqrt() * poly_QN[:, -1:]
-        deviation_QV = scaled_QV + self._eps
-        place_QV = (scaled_QV - self._eps).div_(deviation_QV)  # 2 q - 1
-        sum_QV = poly_QN[:, self.degree, None]
-        for power in range(self.degree - 1, -1, -1):
-            sum_QV = torch.addcmul(poly_QN[:, power, None], sum_QV, place_QV)
-        return torch.addcdiv(weight_QV, sum_QV.mul_(momentum_QV), deviation_QV, value=-1)
-
-    def _reserve(self, steps: int) -> None:
-        if steps > len(self._table):
-            more = torch.zeros_like(self._table)
-            more[:, -1] = 1
-            self._table = torch.cat([self._table, more])
-
-
-def window_of(beta1: float, dtype: torch.dtype) -> int:
-    """Find after how many steps beta1 has shrunk a momentum to nothing. Raises ConfigError where they are too many."""
-    window = 1 if beta1 == 0 else math.ceil(math.log(_NEGLIGIBLE[dtype]) / math.log(beta1))
-    if window > _LONGEST_WINDOW:
-        raise ConfigError(f"optim.beta1={beta1}: with optim.ids=adam it should be at most 0.998; lower it")
-    return window
-
-
-class _Powers:
-    """Powers of the betas for rows touched `window` steps before to one step before."""
-
-    def __init__(self, beta1: float, beta2: float, window: int) -> None:
-        self._beta1, self._beta2 = beta1, beta2
-        self._missed_W = np.arange(window, 0, -1, dtype=np.float64)
-        self._momentum_W: Floats = np.power(beta1, self._missed_W)
-        self._variance_W: Floats = np.power(beta2, self._missed_W)
-
-    def terms(self, step: int, count: int) -> tuple[Floats, Floats]:
-        """w_s / lr_s and c_s in step `step`, of rows touched `count` steps before to one step before."""
-        weight_W: Floats = self._momentum_W[-count:] / (1 - self._beta1**step)
-        c_W: Floats = np.sqrt(self._variance_W[-count:] / (1 - self._beta2**step))
-        return weight_W, c_W
-
-    def coming(self, step: int) -> tuple[Floats, Floats]:
-        """w_s / lr_s and c_s of rows touched in step `step`, in the steps that follow, the last one first."""
-        step_W = step + self._missed_W
-        weight_W: Floats = self._momentum_W / (1 - np.power(self._beta1, step_W))
-        c_W: Floats = np.sqrt(self._variance_W / (1 - np.power(self._beta2, step_W)))
-        return weight_W, c_W
-
-    def centre(self, step: int) -> float:
-        """Compute the c of a step: the harmonic mean of all c_s that follow, each as heavy as its term."""
-        weight_W, c_W = self.coming(step)
-        total = float(weight_W.sum())
-        return total / float((weight_W / c_W).sum()) if total else 1.0
-
-
-def polynomial_error(beta1: float, beta2: float, dtype: torch.dtype, degree: int, step: int, missed: int) -> float:
-    """Find the largest error of the polynomial, relative to Y(q), of a row that missed `missed` steps after `step`."""
-    powers = _Powers(beta1, beta2, window_of(beta1, dtype))
-    weight_W, c_W = (each[-missed:] for each in powers.coming(step))
-    spread_W = c_W / powers.centre(step) - 1
-
-    def values(node_N: Floats) -> Floats:
-        return np.asarray(weight_W @ (1 / (1 + spread_W[:, None] * node_N)))
-
-    place_N = np.linspace(-1, 1, 101)
-    exact_N = values((1 + place_N) / 2)
-    found_N = np.polynomial.polynomial.polyval(place_N, _polynomials(values(_nodes(degree))))
-    return float(np.abs(found_N / exact_N - 1).max())
-
-
-@cache
-def degree_of(beta1: float, beta2: float, dtype: torch.dtype) -> int:
-    """Find the smallest degree with which no error is above TOLERANCE. Raises ConfigError where there is none."""
-    if beta1 == 0:
-        return 1  # without momentum nothing moves
-    with np.errstate(all="ignore"):
-        for degree in range(3, _MOST_DEGREES):
-            cases = itertools.product(_STEP_COUNTS, _STEP_COUNTS)
-            if all(polynomial_error(beta1, beta2, dtype, degree, *case) <= TOLERANCE[dtype] for case in cases):
-                return degree
-    raise ConfigError(
-        f"optim.beta1={beta1} and optim.beta2={beta2}: with optim.ids=adam the moves of rows between two steps that "
-        "touch them would not be exact; take betas nearer to 0.9 and 0.999, or optim.ids=rowwise_adam"
-    )
-
-
-def _nodes(degree: int) -> Floats:
-    """Chebyshev's, in [0, 1]."""
-    count = degree + 1
-    return np.asarray((1 + np.cos(np.pi * (np.arange(count) + 0.5) / count)) / 2)
-
-
-def _polynomials(values_WN: Floats) -> Floats:
-    """Coefficients of powers of 2 q - 1, lowest first, of the polynomials through `values_WN` at the nodes.
-
-    By way of Chebyshev's polynomials: their high coefficients are small before powers make them large, and cancel.
-    """
-    to_chebyshev_NN, to_powers_NN = _conversions(values_WN.shape[-1])
-    return np.asarray(values_WN @ to_chebyshev_NN @ to_powers_NN)
-
-
-@cache
-def _conversions(count: int) -> tuple[Floats, Floats]:
-    angle_N = np.pi * (np.arange(count) + 0.5) / count
-    to_chebyshev_NN = np.cos(np.outer(angle_N, np.arange(count))) * (2 / count)
-    to_chebyshev_NN[:, 0] /= 2
-    to_powers_NN = np.zeros((count, count))
-    for order in range(count):
-        powers = np.polynomial.chebyshev.cheb2poly(np.eye(count)[order])
-        to_powers_NN[order, : len(powers)] = powers
-    return to_chebyshev_NN, to_powers_NN

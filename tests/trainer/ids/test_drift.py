@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.ids.optimizers import TOLERANCE, Drift, degree_of, polynomial_error, window_of
+from trainer.ids.drift import TOLERANCE, Drift, degree_of, polynomial_error, window_of
 
 STEPS = (1, 2, 3, 7, 30, 300, 5_000, 100_000)
 
