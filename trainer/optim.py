@@ -1,7 +1,7 @@
-"""Optimisers of dense parameters, and averages of them."""
+"""The optimiser of dense parameters, and the reduction of their gradients."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,6 @@ from trainer.config.options import OptimConfig
 from trainer.errors import CheckpointError
 
 _IN_FRONT = 2
-TRAINED = "trained/"
-"""How names of what the last step left begin in a checkpoint, where those of the parameters have their averages."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,6 @@ class DenseOptimizer:
         # Matrices alone: biases, slopes of PReLU and the like have one dimension.
         self._matrices: list[Tensor] = [value for value in values if value.ndim > 1]
         self._reductions = _reductions(comm, self.parameters, self._flat)
-        self._average = StepAverage(config.average_share) if config.average_share else None
-        self._averages = {
-            name: value.detach().clone() for name, value in self.parameters.items() if self._average is not None
-        }
 
     def zero_grad(self) -> None:
         """Clear the gradients, before backward adds to them."""
@@ -95,7 +89,7 @@ class DenseOptimizer:
 
     @torch.no_grad()
     def step(self, rates: Rates, number: int) -> None:
-        """Move the parameters in step `number`, the first of which is 1, and their averages after them."""
+        """Move the parameters in step `number`, the first of which is 1."""
         moments, config = list(self._moments.values()), self._config
         if config.weight_decay:
             torch._foreach_mul_(self._matrices, 1 - rates.lr * config.weight_decay)
@@ -116,41 +110,23 @@ class DenseOptimizer:
             eps=config.eps,
             maximize=False,
         )
-        if self._average is not None:
-            torch._foreach_lerp_(list(self._averages.values()), values, self._average.weight_in(number))
 
-    @torch.no_grad()
-    def begin_averages(self) -> None:
-        """Make the averages equal to the parameters, which have got other values before the first step."""
-        for name, average in self._averages.items():
-            average.copy_(self.parameters[name])
+    def begin(self) -> None:
+        """Take note that the parameters have got other values, before the first step."""
 
-    @contextmanager
-    @torch.no_grad()
-    def averaged(self) -> Iterator[None]:
-        """Have averages in place of the parameters in the block, if there are averages.
-
-        No step is done in the block.
-        """
-        trained = {name: self.parameters[name].detach().clone() for name in self._averages}
-        try:
-            for name, average in self._averages.items():
-                self.parameters[name].copy_(average)
-            yield
-        finally:
-            for name, value in trained.items():
-                self.parameters[name].copy_(value)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Have averages in place of the parameters in the block, if there are averages; no step is done in it."""
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
-        """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors, not copies.
+        """Return parameters by name, and Adam's state: the tensors, not copies."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()} | self.moments()
 
-        Where averages are kept, these have the parameters' names, and the parameters are trained/<name>."""
-        state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        if self._average is not None:
-            state = {f"{TRAINED}{name}": value for name, value in state.items()} | self._averages
-        for name, moments in self._moments.items():
-            state |= {f"adam/{name}/{part}": value for part, value in vars(moments).items()}
-        return state
+    def moments(self) -> dict[str, Tensor]:
+        """Return Adam's state, as adam/<name>/{exp_avg, exp_avg_sq, step}."""
+        return {
+            f"adam/{name}/{part}": value for name, each in self._moments.items() for part, value in vars(each).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -229,36 +205,3 @@ def check_names(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Non
                 f"{name} has shape {tuple(theirs[name].shape)} in the checkpoint and {tuple(value.shape)} in this run; "
                 "use its run's configuration"
             )
-
-
-class StepAverage:
-    """How far an average moves in each step, and how much of it is left after many.
-
-    Polynomial-decay averaging (Shamir and Zhang, ICML 2013, arXiv 1212.1824, section 4): in step n the average goes
-    (g + 1) / (n + g) of the way to the parameters as that step leaves them. So a step counts the less the longer it is
-    ago, and about the last 1 / (g + 1) of all steps count, however many there are. After the first step the average
-    is its parameters; with g = 0 all steps count alike.
-    """
-
-    def __init__(self, share: float) -> None:
-        """`share`: 1 / (g + 1), in (0, 1]."""
-        self._gamma = 1 / share - 1
-        self.num_steps = 0
-
-    def weight_in(self, step: int) -> float:
-        """Return how far the average goes in a step, the first of which is 1."""
-        return (self._gamma + 1) / (step + self._gamma)
-
-    def kept(self, since_Q: Tensor) -> Tensor:
-        """Compute the share that is left now of a distance between average and parameter after step `since` (Q,).
-
-        The parameter has stayed as it is since then: the product of 1 - weight over the steps in between, (Q,) in
-        float64.
-
-        With Gamma functions, so that it costs the same however many they are. Step 0, before the first, counts as 1.
-        """
-        now = torch.tensor(max(1, self.num_steps), dtype=torch.float64, device=since_Q.device)
-        return torch.exp(self._log_left(now) - self._log_left(since_Q.double().clamp_(min=1)))
-
-    def _log_left(self, step: Tensor) -> Tensor:
-        return torch.lgamma(step) - torch.lgamma(step + self._gamma + 1)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.optim import StepAverage
+from trainer.engine.choices import StepAverage
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.01, 0.001])

@@ -18,17 +18,18 @@ from featurestore.lookup.heldrows import held_bytes, hold_rows
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
+from trainer.engine.choices import TRAINED, dense_optimizer, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Signatures, Similarity, pairs_of_fields
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource, FieldVectors, HostLengths, KeyRequest
 from trainer.ids.exact import ExactShape, ExactTable
-from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
+from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
 from trainer.ids.tables import TableShape, apply_gradients, build_tables
 from trainer.models.layers import IdDropout, chosen_values, nearest_of, tiers_of, width_of
 from trainer.models.nets import build_model, check_logits
 from trainer.models.pooling import gallery_vectors
-from trainer.optim import TRAINED, DenseOptimizer, Rates, check_names, rates_at
+from trainer.optim import Rates, check_names, rates_at
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
@@ -116,7 +117,7 @@ class Engine:
             for service in self.services.values():
                 hold_rows(service)
         self.model.place.comm, self.model.place.seed = comm, seed
-        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
+        self._dense = dense_optimizer(comm, dict(self._modules.named_parameters()), optim)
         image_rate = model.image_dropout if self.model.new_ads else 0.0
         self._id_dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
         self._exchange, self._comparison = self._exchange_of(model)
@@ -192,12 +193,8 @@ class Engine:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Compute with averages in the block, if the run keeps them; no training step is done in it."""
-        self._rows.reads_average = True
-        try:
-            with self._dense.averaged():
-                yield
-        finally:
-            self._rows.reads_average = False
+        with self._rows.averaged(), self._dense.averaged():
+            yield
 
     def predict(self, prepared: PreparedBatch) -> NDArray[np.float64]:
         """Return logits (B,) in float64. All ranks call it equally often."""
@@ -268,7 +265,7 @@ class Engine:
         with torch.no_grad():
             for name, value in values.items():
                 mine[name].copy_(value)
-        self._dense.begin_averages()
+        self._dense.begin()
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's id vectors out of another run's `shard_state`, before step 1. Raises CheckpointError."""

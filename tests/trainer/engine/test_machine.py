@@ -11,6 +11,7 @@ from trainer.comm.horovod import WITHOUT_NCCL
 from trainer.config.config import Device, load_config
 from trainer.config.options import OptimConfig
 from trainer.engine import machine
+from trainer.engine.choices import state_of
 from trainer.engine.machine import (
     RankPlace,
     check_memory,
@@ -22,7 +23,6 @@ from trainer.engine.machine import (
     uses_cuda,
 )
 from trainer.errors import ConfigError
-from trainer.ids.optimizers import state_of
 from trainer.ids.tables import TableShape
 
 STATE = state_of(OptimConfig(ids="rowwise_adam"))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from featurestore.keys import shard_of
 from trainer.config.options import ExactTableConfig, IdOptimizer, OptimConfig
+from trainer.engine.choices import row_optimizer
 from trainer.ids.exact import ExactShape, ExactTable
-from trainer.ids.optimizers import row_optimizer
 from trainer.ids.tables import TableShape, apply_gradients, build_tables
 from trainer.optim import Rates
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from trainer.config.options import OptimConfig
+from trainer.engine.choices import FTRL_BETA, row_optimizer, state_of
 from trainer.errors import ConfigError
-from trainer.ids.optimizers import FTRL_BETA, IdRows, RowOptimizer, row_bytes, row_optimizer, state_of
+from trainer.ids.optimizers import IdRows, RowOptimizer, row_bytes
 from trainer.optim import rates_at
 
 ROWS, WIDTH, STEPS = 30, 4, 450

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from trainer.config.options import OptimConfig
+from trainer.engine.choices import row_optimizer
 from trainer.errors import CheckpointError, ConfigError
-from trainer.ids.optimizers import RowOptimizer, row_optimizer
+from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows, owned_bytes
 from trainer.optim import Rates
 
