@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.train.model import Model, StoredFeatures
 from featurestore.lookup.embedding import as_tensor
-from trainer.engine.engine import model_name
+from trainer.engine.wiring import model_name
 from trainer.exchange.exchange import FieldVectors
 from trainer.exchange.routing import unique
 from trainer.runs.open import Run

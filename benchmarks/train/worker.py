@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train.model import Images, Model, StoredFeatures, occurrences, per_sample
 from featurestore.lookup.partition import FeaturePartition
-from trainer.engine.engine import model_name
+from trainer.engine.wiring import model_name
 from trainer.exchange.exchange import KeyRequest
 from trainer.runs.open import Run
 from trainer.samples.reader import Batch, Jagged

@@ -43,8 +43,8 @@ from serving.bundle.vectors import SIGNATURE_COLUMNS, Float32, columns_of_signat
 from serving.bundle.version import ModelVersion
 from serving.errors import BrokenBundleError
 from trainer.config.options import ModelConfig
-from trainer.engine.engine import image_model, networks_of
 from trainer.engine.similarity import Planes, pairs_of_fields
+from trainer.engine.wiring import image_model, networks_of
 from trainer.models.layers import used_fields
 from trainer.runs.export import load_part
 from trainer.runs.saved import SavedRun, finite

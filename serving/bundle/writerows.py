@@ -18,7 +18,7 @@ from serving.bundle.idrows import Bool, Float32, encoded
 from serving.bundle.manifest import TRAINED, RowsFile, TableRows
 from serving.errors import ServingError
 from trainer.engine.choices import state_of
-from trainer.engine.engine import table_shapes
+from trainer.engine.wiring import table_shapes
 from trainer.ids.exact import IDS, ExactShape
 from trainer.ids.optimizers import WEIGHT
 from trainer.ids.tables import TableShape, initial_rows

@@ -16,8 +16,8 @@ from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
 from serving.network.served import MOST_PAIRS
 from serving.network.steps import Steps
 from serving.scoring.decode import Bool, DecodedRequests
-from trainer.engine.engine import model_name
 from trainer.engine.similarity import pairs_of_fields, similarity
+from trainer.engine.wiring import model_name
 from trainer.models.layers import width_of
 from trainer.samples.columns import Index
 from trainer.samples.reader import Batch

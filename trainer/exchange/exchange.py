@@ -260,6 +260,10 @@ class Exchange:
             source.release(served)
         request.served_S = []
 
+    def source_of(self, field: str) -> int:
+        """Return the number of the source that a field belongs to."""
+        return next(source for source, names in enumerate(self._fields_S) if field in names)
+
     def _exchange_keys(
         self, fields: Mapping[str, Jagged], kind: Kind, status: int
     ) -> tuple[list[Bucketized], KeyBlocks]:

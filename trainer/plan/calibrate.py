@@ -28,8 +28,8 @@ from trainer.comm.connecting import launcher_of
 from trainer.config.config import Config, save_config
 from trainer.config.options import TableConfig
 from trainer.engine.choices import state_of
-from trainer.engine.engine import model_name, table_shapes
 from trainer.engine.machine import check_threads
+from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError, PlanError
 from trainer.exchange.routing import Int64
 from trainer.ids.tables import owned_bytes

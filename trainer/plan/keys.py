@@ -10,7 +10,7 @@ from featurestore.keys import owner_of, shard_of
 from featurestore.snapshot import Snapshot
 from trainer.comm import SoloComm
 from trainer.config.config import Config
-from trainer.engine.engine import model_name
+from trainer.engine.wiring import model_name
 from trainer.errors import ConfigError
 from trainer.exchange.routing import Int64
 from trainer.models.layers import used_fields

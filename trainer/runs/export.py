@@ -31,8 +31,8 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import cached_property
 from trainer.comm import SoloComm
 from trainer.config.options import ExactTableConfig
-from trainer.engine.engine import image_model, networks_of
 from trainer.engine.machine import share_machine
+from trainer.engine.wiring import image_model, networks_of
 from trainer.errors import ConfigError, DataError
 from trainer.files import output_at
 from trainer.ids.exact import IDS, LAST_USE

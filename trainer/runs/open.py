@@ -22,9 +22,10 @@ from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.config.comparison import values_that_decide
 from trainer.config.config import Config, save_config
-from trainer.engine.engine import Engine, check_tables
+from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine, with_compute_dtype
-from trainer.errors import CheckpointError, DataNotFoundError
+from trainer.engine.wiring import check_tables
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import accepted, checkpoint, warmstart
 from trainer.runs.checkpoint import (

@@ -19,7 +19,7 @@ from featurestore.published.paths import run_path
 from trainer.comm import Comm
 from trainer.config.comparison import differences
 from trainer.config.config import WarmPart
-from trainer.engine.engine import NO_IMAGES
+from trainer.engine.wiring import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint

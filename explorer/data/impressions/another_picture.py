@@ -120,7 +120,7 @@ def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Log
     import torch
 
     from featurestore.lookup.embedding import as_tensor
-    from trainer.engine.engine import model_name
+    from trainer.engine.wiring import model_name
     from trainer.exchange.exchange import FieldVectors
 
     trained, looks = group.columns.opened.trained, group.columns.looks_of_ads

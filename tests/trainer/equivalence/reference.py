@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from worlds import Sample, features, steps, texts
 
-from trainer.engine.engine import shape_of
+from trainer.engine.wiring import shape_of
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape, initial_rows
 from trainer.models.layers import dropped, random_words

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.config.options import ModelConfig
-from trainer.engine.engine import table_shapes
+from trainer.engine.wiring import table_shapes
 from trainer.errors import ConfigError, OverflowingValueError, SchemaError
 from trainer.samples.values import bucket_ids, dense_values
 from trainer.schema import Field, Schema, load_schema
