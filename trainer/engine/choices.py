@@ -117,7 +117,7 @@ class StepAverage:
 
         With Gamma functions, so that it costs the same however many they are. Step 0, before the first, counts as 1.
         """
-        now = torch.tensor(max(1, self.num_steps), dtype=torch.float64, device=since_Q.device)
+        now = torch.full((), max(1, self.num_steps), dtype=torch.float64, device=since_Q.device)
         return torch.exp(self._log_left(now) - self._log_left(since_Q.double().clamp_(min=1)))
 
     def _log_left(self, step: Tensor) -> Tensor:
