@@ -21,7 +21,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import SoloComm
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.runs.saved import TrainedRun, open_trained
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field

@@ -12,8 +12,8 @@ import torch
 from benchmarks.train.model import Model, StoredFeatures
 from featurestore.lookup.embedding import as_tensor
 from trainer.engine.wiring import model_name
-from trainer.exchange.exchange import FieldVectors
 from trainer.exchange.routing import unique
+from trainer.exchange.vectors import FieldVectors
 from trainer.runs.open import Run
 from trainer.samples.reader import Batch
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, Gathered
-from trainer.exchange.exchange import Exchange, FieldVectors, KeyRequest
+from trainer.exchange.exchange import Exchange, KeyRequest
+from trainer.exchange.vectors import FieldVectors
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.runs.open import Run
 from trainer.samples.columns import ranges

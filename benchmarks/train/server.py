@@ -15,8 +15,9 @@ from featurestore.keys import owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
 from trainer.engine.wiring import model_name
-from trainer.exchange.exchange import FieldVectors, KeyRequest
+from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.routing import Int64, bucketize_by_owner, unique
+from trainer.exchange.vectors import FieldVectors
 from trainer.runs.open import Run
 from trainer.samples.reader import Batch
 

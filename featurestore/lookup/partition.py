@@ -14,15 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
-from featurestore.keys import (
-    HashIndex,
-    Int64Array,
-    owned_shards,
-    sampled,
-    shard_of,
-    shard_of_hash,
-    splitmix64,
-)
+from featurestore.keys import HashIndex, Int64Array, owned_shards, sampled, shard_of, shard_of_hash, splitmix64
 from featurestore.lookup.cache import CachedShard, default_cache_dir, open_or_build
 from featurestore.lookup.rowfiles import RowFiles
 from featurestore.published.channels import VersionName

@@ -19,7 +19,7 @@ from serving.network.machine import compiled_name
 from serving.network.once import multiply_once
 from serving.network.slots import Slots
 from trainer.config.options import ModelConfig
-from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
+from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import chosen_values, nearest_of, tiers_of
 from trainer.models.pooling import gallery_vectors

@@ -13,7 +13,8 @@ from torch.nn import functional
 from featurestore.lookup.embedding import on_device
 from trainer.engine.similarity import Similarity
 from trainer.engine.wiring import EngineParts, Inputs
-from trainer.exchange.exchange import FieldVectors, HostLengths, KeyRequest
+from trainer.exchange.exchange import KeyRequest
+from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.tables import apply_gradients
 from trainer.models.nets import check_logits
 from trainer.optim import Rates, rates_at

@@ -20,7 +20,8 @@ from trainer.engine.choices import TRAINED, dense_optimizer, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Signatures, pairs_of_fields
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource, FieldVectors, HostLengths
+from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource
+from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
 from trainer.ids.tables import TableShape, build_tables

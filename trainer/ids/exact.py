@@ -40,8 +40,8 @@ from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix
 from featurestore.lookup.embedding import on_device
 from trainer.config.options import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.exchange.exchange import take_rows
 from trainer.exchange.routing import Int64, unique
+from trainer.exchange.vectors import take_rows
 from trainer.ids.optimizers import LAST_WEIGHT, WEIGHT, IdRows
 from trainer.ids.tables import IdTable, RowRequest, TableShape, uniform
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import FieldVectors, take_rows
+from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import HiddenLayers, StepPlace, nearest_of, tiers_of, used_fields, value_rows, width_of
 from trainer.models.newads import build_id_proxy, build_new_ads
 from trainer.models.pooling import (

@@ -28,7 +28,7 @@ from featurestore.lookup.embedding import PReLU, on_device
 from trainer.comm import Comm, SoloComm
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths, reduce_segments, take_rows
+from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, reduce_segments, take_rows
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, Side
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config.options import BaseNet, ModelConfig, OwnNet
 from trainer.errors import ConfigError, DataError
-from trainer.exchange.exchange import FieldVectors, take_rows
+from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.ctr import CtrModel, Dense, Fields, one_each
 from trainer.models.layers import Mlp, used_fields, width_of
 from trainer.models.pooling import BehaviorAttention, sum_pool

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import FieldVectors, take_rows
+from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import expand_rows, lengths_of, own_ids_of_ads, segment_max, value_rows, width_of
 from trainer.schema import Field, Schema
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config.options import ModelConfig
-from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths, take_rows
+from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, take_rows
 from trainer.models.layers import (
     HiddenLayers,
     expand_rows,

@@ -17,7 +17,7 @@ from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage, file_at
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError, DataError, DataNotFoundError
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import TwoTower
 from trainer.prerank.artifact import IndexOrigin
 from trainer.runs.saved import TrainedRun, finite

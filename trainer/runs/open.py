@@ -25,17 +25,10 @@ from trainer.config.config import Config, save_config
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
-from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
+from trainer.errors import CheckpointError, DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import accepted, checkpoint, warmstart
-from trainer.runs.checkpoint import (
-    TO_READ,
-    TO_RESUME,
-    Origin,
-    PassedOver,
-    Resumed,
-    continued,
-)
+from trainer.runs.checkpoint import TO_READ, TO_RESUME, Origin, PassedOver, Resumed, continued
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.places import CheckpointPlace, local_folder, upload_new
 from trainer.runs.stores import (

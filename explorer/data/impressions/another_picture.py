@@ -121,7 +121,7 @@ def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Log
 
     from featurestore.lookup.embedding import as_tensor
     from trainer.engine.wiring import model_name
-    from trainer.exchange.exchange import FieldVectors
+    from trainer.exchange.vectors import FieldVectors
 
     trained, looks = group.columns.opened.trained, group.columns.looks_of_ads
     engine, config = trained.engine, trained.config.model

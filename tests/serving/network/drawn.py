@@ -8,7 +8,7 @@ import torch
 
 from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
 from trainer.config.options import ModelConfig
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import chosen_values, nearest_of, tiers_of, width_of
 from trainer.models.nets import build_model

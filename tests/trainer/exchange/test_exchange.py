@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from trainer.comm.comm import SoloComm
-from trainer.exchange.exchange import Exchange, FieldVectors
+from trainer.exchange.exchange import Exchange
 from trainer.exchange.routing import Int64, unique
+from trainer.exchange.vectors import FieldVectors
 from trainer.samples.reader import Jagged
 
 WIDTHS = {"items": 3, "shops": 3, "images": 2}

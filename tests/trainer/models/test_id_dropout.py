@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import IdDropout, dropped, own_ids_of_ads
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, load_schema

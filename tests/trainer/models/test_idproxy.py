@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.config.options import ModelConfig
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model
 from trainer.models.newads import build_id_proxy
 from trainer.schema import Field, Schema

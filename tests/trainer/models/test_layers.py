@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.config.options import ModelConfig
-from trainer.exchange.exchange import take_rows
+from trainer.exchange.vectors import take_rows
 from trainer.models.layers import HiddenLayers, Mlp, StepPlace, expand_rows, segment_max, segment_softmax, segment_sum
 
 LENGTHS = torch.tensor([2, 0, 3])

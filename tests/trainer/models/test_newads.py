@@ -6,7 +6,7 @@ import torch
 from trainer.config.config import load_config
 from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model
 from trainer.models.newads import NewAds, build_new_ads
 from trainer.schema import Field, Schema

@@ -16,7 +16,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import ModelConfig
 from trainer.errors import DataError, SchemaError
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.main import train
 from trainer.models.nets import build_model
 from trainer.models.pooling import mean_pool, sum_pool

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig
 from trainer.errors import DataError, SchemaError
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader

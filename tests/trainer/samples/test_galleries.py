@@ -19,7 +19,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, DataError, SchemaError
 from trainer.evaluate import app as evaluate_app
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.main import train
 from trainer.models.pooling import gallery_vectors
 from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers

@@ -8,7 +8,7 @@ import torch
 
 from trainer.config.options import BaseNet, ModelConfig, Pooling, SeenImages
 from trainer.errors import ConfigError, DataError
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import CrossNetwork, Din, build_model
 from trainer.samples.reader import Batch, Jagged

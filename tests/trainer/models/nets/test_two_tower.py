@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import TwoTower
 from trainer.schema import Field, Schema
 

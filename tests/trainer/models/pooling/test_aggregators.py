@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.options import ModelConfig, Pooling
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.vectors import FieldVectors
 from trainer.models import pooling as transformer
 from trainer.models.layers import HiddenLayers, StepPlace
 from trainer.models.pooling import ActivationUnit, BehaviorAttention, TransformerPooling, build_aggregator, sum_pool

@@ -1,0 +1,116 @@
+"""The vectors of a field, and how its rows are taken out of the distinct ones and summed back, in one order.
+
+An atomic add of floating numbers, as `index_add_` does on a GPU, takes them in whatever order they come. Integers may
+be added so: their sum is the same in any order. Letters of shapes as in trainer/samples/reader.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.exchange.routing import Int64
+
+
+@dataclass(frozen=True)
+class EvenLengths:
+    """The lengths of M = `rows` rows that hold `each` values, all of them.
+
+    A network is exported with them, for one user, whose lists every candidate sees. So segments are planes of a block.
+    """
+
+    rows: int
+    each: int
+    lengths_M: Tensor
+    """The same as numbers: torch.export takes a size for 2 at least, and would compute with it as if it were."""
+
+
+Lengths = Tensor | EvenLengths
+
+
+@dataclass(frozen=True)
+class HostLengths:
+    """What a batch itself knows of a field's lengths, so that no size has to be fetched from a GPU."""
+
+    lengths_M: NDArray[np.integer[Any]]
+    row_of_sample_B: Int64
+    """Of a field of the user: its row that each sample looks at."""
+
+    def num_values(self, at_most: int) -> int:
+        """Count the values of all rows, of each the first `at_most`."""
+        return int(np.minimum(self.lengths_M, at_most).sum())
+
+    def num_pairs(self, at_most: int | None) -> int:
+        """Count the values that all samples look at, each at the first `at_most` of its row."""
+        lengths_B = self.lengths_M[self.row_of_sample_B]
+        return int((lengths_B if at_most is None else np.minimum(lengths_B, at_most)).sum())
+
+
+@dataclass
+class FieldVectors:
+    """The vectors of one field: its distinct vectors, and how its values and rows are made of them.
+
+    Value n of the field has `vectors_UV[index_N[n]]`, times `weights_N[n]` where there are weights; row m has
+    `lengths_M[m]` values. `trainer.models.layers.value_rows` puts it together.
+    """
+
+    vectors_UV: Tensor
+    index_N: Tensor
+    lengths_M: Lengths
+    weights_N: Tensor | None = None
+    on_host: HostLengths | None = None
+    """None: a size that depends on lengths is computed from them."""
+
+
+def take_rows(vectors_UV: Tensor, index_N: Tensor) -> Tensor:
+    """Return `vectors_UV[index_N]`, (N, V); backward sums the gradients of equal rows in the order of N."""
+    taken: Tensor = _TakeRows.apply(vectors_UV, index_N)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def sum_rows(rows_NV: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    """Return the sums (num_rows, V) of the rows that have the same number in `index_N`, in the order of N."""
+    if len(index_N) == 0:
+        return rows_NV.new_zeros(num_rows, *rows_NV.shape[1:])
+    counts_U = torch.zeros(num_rows, dtype=torch.int64, device=index_N.device)
+    counts_U.scatter_add_(0, index_N, torch.ones_like(index_N))  # torch.bincount asks the GPU for the largest number
+    return reduce_segments(rows_NV.index_select(0, _stable_order(index_N, num_rows)), "sum", counts_U)
+
+
+def reduce_segments(rows_N: Tensor, reduction: str, lengths_M: Tensor) -> Tensor:
+    """Reduce the next `lengths_M[m]` rows for each m, (M, V).
+
+    The lengths have to add up to N: that is not checked, as the check would wait for the GPU.
+    """
+    return torch.segment_reduce(rows_N, reduction, lengths=lengths_M, axis=0, unsafe=True)
+
+
+def _stable_order(index_N: Tensor, num_rows: int) -> Tensor:
+    """As `torch.argsort(index_N, stable=True)` of numbers below `num_rows`, at most 2**32.
+
+    On a CPU numpy sorts 16 bits by counting: an eighth of the time for 20,000 numbers, a fifth for 100,000.
+    """
+    if index_N.device.type != "cpu":
+        return torch.argsort(index_N, stable=True)
+    numbers_N = index_N.numpy()
+    order_N = np.argsort(numbers_N.astype(np.uint16), kind="stable")  # of the low bits
+    if num_rows > 1 << 16:
+        high_N = (numbers_N >> 16).astype(np.uint16)
+        order_N = order_N[np.argsort(high_N[order_N], kind="stable")]
+    return torch.from_numpy(order_N)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vectors_UV: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.num_rows = vectors_UV.shape[0]
+        return vectors_UV.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NV: Tensor) -> tuple[Tensor, None]:
+        (index_N,) = ctx.saved_tensors
+        return sum_rows(gradient_NV, index_N, ctx.num_rows), None
