@@ -1,11 +1,9 @@
-"""The base class of CTR models: from vectors of fields to logits.
+"""The base class of CTR models, and DICM: from vectors of fields to logits.
 
 Letters of shapes as in trainer/samples/reader.py; W is any width.
 """
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +11,9 @@ from torch import Tensor, nn
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors, take_rows
-from trainer.models.layers import HiddenLayers, StepPlace, nearest_of, tiers_of, used_fields, value_rows, width_of
+from trainer.models.layers import HiddenLayers, Mlp, StepPlace, nearest_of, tiers_of, used_fields, value_rows, width_of
 from trainer.models.newads import build_id_proxy, build_new_ads
 from trainer.models.pooling import (
-    AttentivePooling,
-    PairWeights,
-    TransformerPooling,
     build_aggregator,
     mean_pool,
     sum_pool,
@@ -186,28 +181,17 @@ def one_each(field: FieldVectors) -> Tensor:
     return value_rows(field)
 
 
-@contextlib.contextmanager
-def noted_weights(model: CtrModel) -> Iterator[dict[str, PairWeights]]:
-    """Note the weights that a model's aggregators give to behaviours: of each field, those of the newest pass.
+class Dicm(CtrModel):
+    """All inputs side by side go through an MLP, 200-80-1 by default (Ge et al., CIKM 2018).
 
-    Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
-    aggregators.
+    The paper ends in two outputs and a softmax; of two logits only the difference matters, so one logit and a sigmoid
+    are the same model.
     """
-    found: dict[str, PairWeights] = {}
-    with contextlib.ExitStack() as hooks:
-        for name, aggregator in model.aggregators.items():
-            if isinstance(aggregator, AttentivePooling | TransformerPooling):
-                hooks.callback(aggregator.register_forward_pre_hook(_Note(name, found)).remove)
-        yield found
 
+    def __init__(self, schema: Schema, config: ModelConfig) -> None:
+        super().__init__(schema, config)
+        self.mlp = Mlp([self.input_width, *config.mlp, 1], self.hidden)
 
-class _Note:
-    """Called with what an aggregator is about to be called with."""
-
-    def __init__(self, name: str, found: dict[str, PairWeights]) -> None:
-        self._name, self._found = name, found
-
-    def __call__(self, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(aggregator, AttentivePooling | TransformerPooling)
-        with torch.no_grad():
-            self._found[self._name] = aggregator.weights(*arguments)
+    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
+        logit_B1: Tensor = self.mlp(self.inputs(fields, dense, group_of_sample_B))
+        return logit_B1.squeeze(1)

@@ -1,12 +1,13 @@
-"""The networks: DICM, DCN, DIN, FinalMLP, LR and two towers; and how one is built.
+"""The networks beside DICM: DCN, DIN, FinalMLP, LR and two towers; and how one is built.
 
 So the vectors of all ads can be made ahead and searched (jobs/build_ad_index.py). Letter here: W width of both towers.
 """
 
+import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,15 @@ from torch import Tensor, nn
 from trainer.config.options import BaseNet, ModelConfig, OwnNet
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
-from trainer.models.ctr import CtrModel, Dense, Fields, one_each
+from trainer.models.ctr import CtrModel, Dense, Dicm, Fields, one_each
 from trainer.models.layers import Mlp, used_fields, width_of
-from trainer.models.pooling import BehaviorAttention, sum_pool
+from trainer.models.pooling import (
+    AttentivePooling,
+    BehaviorAttention,
+    PairWeights,
+    TransformerPooling,
+    sum_pool,
+)
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 
@@ -61,22 +68,6 @@ class Dcn(CtrModel):
             logit_B1: Tensor = self.mlp(crossed_BW)
         else:
             logit_B1 = self.of_cross(crossed_BW) + self.mlp(input_BW)
-        return logit_B1.squeeze(1)
-
-
-class Dicm(CtrModel):
-    """All inputs side by side go through an MLP, 200-80-1 by default (Ge et al., CIKM 2018).
-
-    The paper ends in two outputs and a softmax; of two logits only the difference matters, so one logit and a sigmoid
-    are the same model.
-    """
-
-    def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        super().__init__(schema, config)
-        self.mlp = Mlp([self.input_width, *config.mlp, 1], self.hidden)
-
-    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        logit_B1: Tensor = self.mlp(self.inputs(fields, dense, group_of_sample_B))
         return logit_B1.squeeze(1)
 
 
@@ -408,3 +399,30 @@ def _start_by_xavier(module: nn.Module) -> None:
         nn.init.xavier_normal_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def noted_weights(model: CtrModel) -> Iterator[dict[str, PairWeights]]:
+    """Note the weights that a model's aggregators give to behaviours: of each field, those of the newest pass.
+
+    Fields whose aggregator has no weights (sum, mean, max, concat) have no entry. Costs a second pass of the
+    aggregators.
+    """
+    found: dict[str, PairWeights] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, aggregator in model.aggregators.items():
+            if isinstance(aggregator, AttentivePooling | TransformerPooling):
+                hooks.callback(aggregator.register_forward_pre_hook(_Note(name, found)).remove)
+        yield found
+
+
+class _Note:
+    """Called with what an aggregator is about to be called with."""
+
+    def __init__(self, name: str, found: dict[str, PairWeights]) -> None:
+        self._name, self._found = name, found
+
+    def __call__(self, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(aggregator, AttentivePooling | TransformerPooling)
+        with torch.no_grad():
+            self._found[self._name] = aggregator.weights(*arguments)

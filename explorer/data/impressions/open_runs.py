@@ -122,7 +122,7 @@ class OpenedRun:
 
     def logits_and_weights(self, batch: "Batch") -> tuple[Logits, dict[str, "PairWeights"]]:
         """Predict a batch, and note how the model's aggregators weigh the behaviours of its samples, by field."""
-        from trainer.models.ctr import noted_weights
+        from trainer.models.nets import noted_weights
 
         with noted_weights(self.trained.engine.model) as weights:
             logits_B = self.logits(batch)

@@ -6,6 +6,6 @@ if os.environ.get("HOROVOD_RANK") == "1":
     import no_such_package  # type: ignore[import-not-found]  # noqa: F401
 
 
-from trainer.models.nets import Dicm as MyNet
+from trainer.models.ctr import Dicm as MyNet
 
 __all__ = ["MyNet"]

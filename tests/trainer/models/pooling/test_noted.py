@@ -18,7 +18,7 @@ from tests.trainer.models.pooling.test_aggregators import (
     score,
     values,
 )
-from trainer.models.ctr import noted_weights
+from trainer.models.nets import noted_weights
 from trainer.models.pooling import PairWeights
 
 SAMPLES = torch.tensor(GROUP_OF_SAMPLE)
