@@ -188,7 +188,7 @@ def _finder(table: TableRows, paths: dict[str, Path]) -> "_HashedTable | _Direct
 
 
 def _hashed_row(hash_N: UInt64Array, shard_N: Int64Array, rows_per_shard: NDArray[np.uint32] | np.uint32) -> Int64Array:
-    """The row in its table that a hash chooses, as `trainer.ids.tables.TableShape`: top bits the shard, low the row."""
+    """The row in its table that a hash chooses, as `trainer.ids.shards.TableShape`: top bits the shard, low the row."""
     row_N = hash_N.astype(np.uint32) % rows_per_shard  # the low 32 bits; a third of the time of 64
     rows_N: Int64Array = shard_N * rows_per_shard + row_N
     return rows_N

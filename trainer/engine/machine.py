@@ -22,7 +22,7 @@ from trainer.config.config import Config, Device
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import StatePart
-from trainer.ids.tables import TableShape, owned_bytes
+from trainer.ids.shards import TableShape, owned_bytes
 
 _MOST_THREADS = 4  # for each core
 

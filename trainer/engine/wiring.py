@@ -1,6 +1,6 @@
 """The parts of an engine: how they are built and fit together, how they begin, and what a checkpoint has of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -23,8 +23,9 @@ from trainer.errors import ConfigError
 from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
-from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
-from trainer.ids.tables import TableShape, build_tables
+from trainer.ids.optimizers import SHARED_STATE, IdRows, RowOptimizer, StatePart, row_bytes
+from trainer.ids.shards import TableShape, owned_rows
+from trainer.ids.tables import IdTable, SharedRows
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import IdDropout, chosen_values, nearest_of, tiers_of, width_of
 from trainer.models.nets import build_model
@@ -376,3 +377,63 @@ def services_of(
         models = {name: image_model(partitions[store].dim, width, config) for name, width in widths.items()}
         services[store] = EmbeddingService(partitions[store], models)
     return services
+
+
+def build_tables(
+    shapes: Iterable[TableShape],
+    rank: int,
+    num_ranks: int,
+    *,
+    seed: int,
+    scale: float,
+    optimizer: RowOptimizer,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, IdTable]:
+    """Make the tables by name; the rows of those of one width lie one after the other. `scale`: see `initial_rows`.
+
+    Raises ConfigError where the system refuses the memory.
+    """
+    shapes = list(shapes)
+    rows_of_width: dict[int, int] = {}
+    first_rows = []
+    for shape in shapes:
+        first_rows.append(rows_of_width.get(shape.width, 0))
+        rows_of_width[shape.width] = first_rows[-1] + owned_rows(shape, rank, num_ranks)
+    shared = {
+        width: SharedRows(_memory_of(shapes, count, width, optimizer.state, device, dtype), optimizer)
+        for width, count in rows_of_width.items()
+    }
+    return {
+        shape.name: (ExactTable if isinstance(shape, ExactShape) else IdTable)(
+            shape,  # type: ignore[arg-type]  # an exact one for an exact table
+            rank,
+            num_ranks,
+            seed=seed,
+            scale=scale,
+            optimizer=optimizer,
+            shared=shared[shape.width],
+            first_row=first_row,
+        )
+        for shape, first_row in zip(shapes, first_rows, strict=True)
+    }
+
+
+def _memory_of(
+    shapes: Sequence[TableShape],
+    count: int,
+    width: int,
+    state: Sequence[StatePart],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> IdRows:
+    """Rows of all tables of one width. Raises ConfigError that names the largest one."""
+    try:
+        return IdRows.zeros(count, width, state, device, dtype)
+    except (RuntimeError, MemoryError) as failure:  # torch has no class of its own for the memory of a CPU
+        shape = max((shape for shape in shapes if shape.width == width), key=lambda shape: shape.num_rows)
+        raise ConfigError(
+            f"{shape.setting}: this rank's {count:,} rows of {width} numbers and their "
+            f"optimiser's state take {count * row_bytes(width, state, dtype) / 1e9:,.1f} GB, which the system refuses; "
+            "lower it, or use more ranks"
+        ) from failure

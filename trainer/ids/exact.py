@@ -43,7 +43,8 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import take_rows
 from trainer.ids.optimizers import LAST_WEIGHT, WEIGHT, IdRows
-from trainer.ids.tables import IdTable, RowRequest, TableShape, uniform
+from trainer.ids.shards import TableShape, uniform
+from trainer.ids.tables import IdTable, RowRequest
 
 IDS, LAST_USE, COUNTS, FADED = "ids", "last_use", "counts", "faded"
 _WARM = (IDS, WEIGHT, LAST_USE, COUNTS, FADED)
@@ -59,9 +60,6 @@ class ExactShape(TableShape):
     def rows_per_shard(self) -> int:
         """Rows of each shard, the cold row among them."""
         return 1 + -(-self.num_rows // self.num_shards)
-
-    def table(self, rank: int, num_ranks: int, **others: Any) -> "ExactTable":
-        return ExactTable(self, rank, num_ranks, **others)
 
     @property
     def counters_per_shard(self) -> int:

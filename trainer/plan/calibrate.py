@@ -32,7 +32,7 @@ from trainer.engine.machine import check_threads
 from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError, PlanError
 from trainer.exchange.routing import Int64
-from trainer.ids.tables import owned_bytes
+from trainer.ids.shards import owned_bytes
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model
 from trainer.plan.cost import Machine, NetworkSpeed, Widths

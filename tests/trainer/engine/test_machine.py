@@ -23,7 +23,7 @@ from trainer.engine.machine import (
     uses_cuda,
 )
 from trainer.errors import ConfigError
-from trainer.ids.tables import TableShape
+from trainer.ids.shards import TableShape
 
 STATE = state_of(OptimConfig(ids="rowwise_adam"))
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from featurestore.keys import shard_of
 from trainer.config.options import ExactTableConfig, IdOptimizer, OptimConfig
 from trainer.engine.choices import row_optimizer
+from trainer.engine.wiring import build_tables
 from trainer.ids.exact import ExactShape, ExactTable
-from trainer.ids.tables import TableShape, apply_gradients, build_tables
+from trainer.ids.shards import TableShape
+from trainer.ids.tables import apply_gradients
 from trainer.optim import Rates
 
 RATES = Rates(lr=0.1, ids_lr=0.1)

@@ -6,9 +6,10 @@ import torch
 
 from trainer.comm import SoloComm
 from trainer.config.options import OptimConfig
+from trainer.engine.wiring import build_tables
 from trainer.ids.figures import Collisions, collisions_of, gather_figures, rows_for
 from trainer.ids.optimizers import RowOptimizer
-from trainer.ids.tables import TableShape, build_tables
+from trainer.ids.shards import TableShape
 from trainer.schema.fields import table_rows
 from trainer.schema.profile import DistinctCount
 

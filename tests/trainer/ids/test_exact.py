@@ -25,7 +25,8 @@ from tests.trainer.ids.exact_tables import (
 from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
 from trainer.ids.optimizers import WEIGHT
-from trainer.ids.tables import TableShape, apply_gradients, owned_bytes
+from trainer.ids.shards import TableShape, owned_bytes
+from trainer.ids.tables import apply_gradients
 
 
 class TestAdmission:

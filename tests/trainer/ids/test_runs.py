@@ -13,7 +13,7 @@ from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError
-from trainer.ids.tables import TableShape, initial_rows
+from trainer.ids.shards import TableShape, initial_rows
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint

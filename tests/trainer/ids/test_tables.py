@@ -8,9 +8,11 @@ import torch
 
 from trainer.config.options import OptimConfig
 from trainer.engine.choices import row_optimizer
+from trainer.engine.wiring import build_tables
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.optimizers import RowOptimizer
-from trainer.ids.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows, owned_bytes
+from trainer.ids.shards import TableShape, initial_rows, owned_bytes
+from trainer.ids.tables import IdTable, apply_gradients
 from trainer.optim import Rates
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)

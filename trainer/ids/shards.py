@@ -1,0 +1,210 @@
+"""The shards of an ID table: its shape, its first values, and what a checkpoint has of its rows.
+
+A row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row, column) and,
+where rows begin anew with each epoch, on the epoch: neither on the number of ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurestore.keys import (
+    UInt64Array,
+    owned_shards,
+    shard_of,
+    shard_of_hash,
+    splitmix64,
+    stream_start,
+    unit_interval,
+)
+from trainer.errors import CheckpointError
+from trainer.exchange.routing import Int64
+from trainer.ids.optimizers import LAST_WEIGHT, WEIGHT, IdRows, RowOptimizer, StatePart, row_bytes
+from trainer.optim import check_names
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """What every rank knows of a table: `num_rows` is rounded up so that every shard has equally many."""
+
+    name: str
+    width: int
+    num_rows: int
+    num_shards: int
+    direct: bool = False
+    """Whether ids are 0 to num_rows - 1, each with a row of its own, as buckets of numbers are; others are hashed."""
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of each shard, at least one."""
+        return -(-self.num_rows // self.num_shards)
+
+    @property
+    def setting(self) -> str:
+        """What a person has set, for messages."""
+        return f"model.tables.{self.name}={self.num_rows}"
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that a shard takes beside its rows."""
+        return 0
+
+    @property
+    def size(self) -> int:
+        """Rows of all shards."""
+        return self.num_shards * self.rows_per_shard
+
+    def place_of(self, ids_N: Int64) -> tuple[Int64, Int64]:
+        """Find shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
+        if self.direct:
+            return ids_N % self.num_shards, ids_N // self.num_shards
+        return self._place_of_hash(splitmix64(ids_N))
+
+    def shards_of(self, ids_N: Int64) -> Int64:
+        """Find the shard of each id."""
+        return ids_N % self.num_shards if self.direct else shard_of(ids_N, self.num_shards)
+
+    def rows_of_hashes(self, hash_N: UInt64Array) -> Int64:
+        """Find the row of each splitmix64 hash of an id, by its place in the whole table, shard by shard."""
+        shard_N, row_N = self._place_of_hash(hash_N)
+        return shard_N * self.rows_per_shard + row_N
+
+    def _place_of_hash(self, hash_N: UInt64Array) -> tuple[Int64, Int64]:
+        low_bits_N = hash_N & np.uint64(0xFFFFFFFF)
+        return shard_of_hash(hash_N, self.num_shards), (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
+
+
+class TableShards:
+    """The rows of one table's shards that this rank owns; a rank beyond the number of shards owns none."""
+
+    def __init__(
+        self,
+        shape: TableShape,
+        rank: int,
+        num_ranks: int,
+        *,
+        seed: int,
+        scale: float,
+        optimizer: RowOptimizer,
+        rows: IdRows,
+    ) -> None:
+        """`rows` are overwritten by first values."""
+        self.shape, self._num_ranks = shape, num_ranks
+        self._seed, self._scale, self.optimizer = seed, scale, optimizer
+        self.shards = owned_shards(shape.num_shards, rank, num_ranks)
+        self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
+        self._slot_of_shard[self.shards] = np.arange(len(self.shards))
+        self.rows = rows
+        self._fill(0)
+
+    def restart(self, epoch: int) -> None:
+        """Begin all rows anew for this epoch, with other values than before, and with zero as their state."""
+        for part in self.rows.parts.values():
+            part.zero_()
+        self._fill(epoch)
+
+    def names(self) -> list[str]:
+        """List names of the tensors that `import_shards` takes of a checkpoint: <table>/<shard>/<part>."""
+        return list(self._kept())
+
+    def export_shards(self) -> dict[str, Tensor]:
+        """Return weights as they are now, or their averages, and state of the owned shards, <table>/<shard>/<part>.
+
+        They are to be written before the next step: views, but for averages and for weights that make up for steps that
+        did not touch them; then what is in memory is there too, as part last_weight.
+        """
+        exported = self._kept()
+        if self.optimizer.lags:
+            for slot, shard in enumerate(self.shards):
+                exported[self._name(shard, WEIGHT)] = self.optimizer.result(self._of_slot(slot))
+        return exported
+
+    def weights(self) -> dict[str, Tensor]:
+        """View the owned shards' weights, <table>/<shard>/weight, for new values before the first step."""
+        return {self._name(shard, WEIGHT): self._of_slot(slot).weight for slot, shard in enumerate(self.shards)}
+
+    def warm_names(self) -> list[str]:
+        """List names of the tensors that `begin_with` takes."""
+        return list(self.weights())
+
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Take the owned shards' weights out of a checkpoint, before the first step; the optimiser's state stays.
+
+        Raises CheckpointError."""
+        mine = self.weights()
+        check_names(mine, {name: state[name] for name in mine if name in state})
+        for name, values in mine.items():
+            values.copy_(state[name])
+
+    def import_shards(self, state: Mapping[str, Tensor]) -> None:
+        """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
+        for name, mine in self._kept().items():
+            if name not in state:
+                of_rows = "optim.ids, or without optim.id_l2 or optim.average_share"
+                settings = "model.table_shards" if name.endswith(f"/{WEIGHT}") else of_rows
+                raise CheckpointError(f"{name} is not in the checkpoint; was it written with another {settings}?")
+            theirs = state[name]
+            if theirs.shape != mine.shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(theirs.shape)} in the checkpoint and {tuple(mine.shape)} in this run; "
+                    f"set model.tables.{self.shape.name}, the table's width and model.table_shards as they were"
+                )
+            mine.copy_(theirs)
+
+    def _name(self, shard: int, part: str) -> str:
+        return f"{self.shape.name}/{shard:04d}/{part}"
+
+    def _of_slot(self, slot: int) -> IdRows:
+        return self.rows.narrow(slot * self.shape.rows_per_shard, self.shape.rows_per_shard)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Views of what is in memory, by name in a checkpoint."""
+        return {
+            self._name(shard, part): values
+            for slot, shard in enumerate(self.shards)
+            for part, values in self._kept_of(slot).items()
+        }
+
+    def _kept_of(self, slot: int) -> dict[str, Tensor]:
+        """Views of what is in memory of a shard, by the last part of the name."""
+        parts = self._of_slot(slot).parts
+        return {LAST_WEIGHT if part == WEIGHT and self.optimizer.lags else part: parts[part] for part in parts}
+
+    def _fill(self, epoch: int) -> None:
+        for slot, shard in enumerate(self.shards):
+            first = initial_rows(self.shape, shard, self._seed, self._scale, epoch)
+            self._of_slot(slot).weight.copy_(torch.from_numpy(first))
+
+
+def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
+    """Count the rows of a table that a rank holds."""
+    return len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.rows_per_shard
+
+
+def owned_bytes(shape: TableShape, rank: int, num_ranks: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
+    """Compute the bytes of a rank's rows of a table, of their optimiser's state and of what finds them."""
+    index_bytes = len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.index_bytes
+    return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype) + index_bytes
+
+
+def initial_rows(shape: TableShape, shard: int, seed: int, scale: float, epoch: int = 0) -> NDArray[np.float64]:
+    """Draw the first values of one shard, (rows_per_shard, width): uniform with mean 0 and standard deviation `scale`.
+
+    Counter based: splitmix64 of a stream start, drawn from (seed, table, shard) and, after the first one, the epoch,
+    plus row x width + column.
+    """
+    stream = f"{seed}/{shape.name}/{shard}" + (f"/{epoch}" if epoch else "")
+    counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64) + stream_start(stream)
+    return uniform(counter, scale).reshape(shape.rows_per_shard, shape.width)
+
+
+def uniform(counter_N: UInt64Array, scale: float) -> NDArray[np.float64]:
+    """Draw numbers of mean 0 and standard deviation `scale`, (N,), each by its counter alone."""
+    unit_N = unit_interval(splitmix64(counter_N.view(np.int64)))
+    unit_N -= 0.5
+    unit_N *= scale * 12**0.5
+    return unit_N
