@@ -40,7 +40,7 @@ NAMES = {
     "The trainer": [
         "trainer.config.config.load_config",
         "trainer.comm.comm.Comm",
-        "trainer.comm.connecting.connect",
+        "trainer.comm.comm.connect",
         "trainer.evaluation.predict.predict_run",
         "trainer.evaluation.predict.Predictions",
         "trainer.models.ctr.CtrModel",

@@ -102,7 +102,7 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
         "model.images": variant,
     }
     overrides = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    from trainer.comm.connecting import launcher_of  # torch: not for --help
+    from trainer.comm.comm import launcher_of
 
     trainer = [*launcher_of(ranks), "-m", "trainer.main", *overrides]
     run_step(f"Training: {VARIANTS[variant]}", trainer)

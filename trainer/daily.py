@@ -365,8 +365,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
     What was trained stays as it is, also where the samples of its days have changed since; the report says so then.
     Raises TrainerError, FeatureStoreError.
     """
-    from trainer.loop.progress import ProgressLog
-    from trainer.loop.summary import ranks_text
+    from trainer.loop.summary import ProgressLog, ranks_text
     from trainer.loop.training import StopSignals, Training
     from trainer.runs.open import open_run
 

@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, RemoteRankError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
-    from trainer.loop.progress import ProgressLog
+    from trainer.loop.summary import ProgressLog
     from trainer.loop.training import Training
     from trainer.runs.open import Run
 
@@ -110,7 +110,7 @@ def train(config: Config, comm: "Comm") -> None:
     """
     from featurestore.console.output import text_console
     from trainer.loop import summary
-    from trainer.loop.progress import PLACE, ProgressLog, traces_text
+    from trainer.loop.summary import PLACE, ProgressLog, traces_text
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.open import claim_folder, open_run
     from trainer.runs.places import DAMAGED
@@ -169,7 +169,7 @@ def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
 
     Where one cannot, that is reported: the report matters more. Every rank calls it.
     """
-    from trainer.loop.progress import PLACE, TENSORBOARD
+    from trainer.loop.summary import PLACE, TENSORBOARD
 
     names = (TENSORBOARD, PLACE) if run.comm.rank == 0 else (PLACE,)
     try:

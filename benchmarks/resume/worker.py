@@ -17,7 +17,7 @@ from trainer.cli import run_on_ranks
 from trainer.comm import Comm
 from trainer.config.config import Config, load_config
 from trainer.engine.engine import Engine, PreparedBatch, StepResult
-from trainer.loop.progress import ProgressLog
+from trainer.loop.summary import ProgressLog
 from trainer.loop.training import StopSignals, Training, total_steps
 from trainer.runs.open import claim_folder, open_run
 

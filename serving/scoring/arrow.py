@@ -18,9 +18,18 @@ from serving.network.steps import CHUNK, Steps, finished
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import CROSSED_CHUNK, Bool, DecodedRequests, batch_of
 from trainer.errors import DataError, OverflowingValueError, SchemaError
-from trainer.samples.columns import Index, Rule, check_types, decode_unlabelled, unwrapped
+from trainer.samples.columns import (
+    Encoded,
+    Index,
+    Rule,
+    check_types,
+    cross,
+    decode_unlabelled,
+    encode_numbers,
+    is_text,
+    unwrapped,
+)
 from trainer.samples.reader import Jagged
-from trainer.samples.values import Encoded, cross, encode_numbers, is_text
 from trainer.schema import Field
 
 _TABLE = "the table"

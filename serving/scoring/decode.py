@@ -20,9 +20,8 @@ from serving.scoring.columns import RequestColumns, expected
 from serving.scoring.request import Request
 from serving.scoring.values import UnusableValueError, as_list, flattened
 from trainer.errors import OverflowingValueError
-from trainer.samples.columns import Index, Rule, Values, sizes_of
+from trainer.samples.columns import Index, Rule, Values, cross, sizes_of
 from trainer.samples.reader import Batch, Jagged, inputs_of
-from trainer.samples.values import cross
 from trainer.schema import Field
 
 Bool = NDArray[np.bool_]

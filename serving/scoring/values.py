@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
-from trainer.samples.columns import Index
-from trainer.samples.values import Encoded, TextKind, encode_numbers
+from trainer.samples.columns import Encoded, Index, TextKind, encode_numbers
 
 _SHOWN = 60  # characters
 

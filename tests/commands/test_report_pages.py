@@ -13,8 +13,7 @@ from tests.commands.calls import COMMANDS, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
 from tests.pages import ReadPage, check_page
 from trainer.evaluation.figures import Estimate
-from trainer.evaluation.plots import METRIC_TITLES
-from trainer.evaluation.report import number, range_of
+from trainer.evaluation.report import METRIC_TITLES, number, range_of
 from trainer.plan.table import duration, size
 
 WITH_PAGES = sorted(

@@ -16,7 +16,7 @@ import pytest
 
 from tests.ranks import HOROVODRUN, ROOT, environment
 from tests.trainer.conftest import Places
-from trainer.comm.connecting import launcher_of
+from trainer.comm.comm import launcher_of
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 BIN = Path(sys.executable).parent

@@ -27,7 +27,6 @@ IMPORTED = (
     "trainer.engine.engine",
     "trainer.evaluate",
     "trainer.evaluation.predict",
-    "trainer.evaluation.plots",
     "trainer.loop.training",
     "trainer.prerank",
     "trainer.runs.open",

@@ -1,7 +1,6 @@
 """Collectives between ranks: what the trainer asks of them, and one file for each that carries them."""
 
-from trainer.comm.comm import Comm, SoloComm, Traffic
-from trainer.comm.connecting import connect
+from trainer.comm.comm import Comm, SoloComm, Traffic, connect
 from trainer.comm.distributed import TorchComm
 from trainer.comm.horovod import HorovodComm
 

@@ -26,7 +26,7 @@ from trainer.compat.scores import MOST_IMPRESSIONS, ScoreChange, Scores, compare
 from trainer.errors import ConfigError, TrainerError
 from trainer.evaluation.bootstrap import log_loss
 from trainer.evaluation.compare import Difference
-from trainer.runs import accepted, checkpoint
+from trainer.runs import checkpoint
 from trainer.runs.saved import SavedRun, open_test, read_run
 from trainer.runs.stores import StorePlace, check_identity, other_features
 
@@ -198,11 +198,11 @@ class Check:
             raise TrainerError(f"not accepted: {found.failures[0]}")
         path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(candidate)
         if self.recorded.is_same(chosen):
-            back = accepted.withdraw(path, name, self.recorded)
+            back = checkpoint.withdraw(path, name, self.recorded)
             return f"no other store any more: {back}" if back else "nothing to accept: it would not be refused"
         figures = {**found.report(), "forced": force}
-        entry = accepted.AcceptedStore(name=name, recorded=self.recorded, accepted=chosen, figures=figures)
-        return f"kept in {accepted.accept(path, entry)}"
+        entry = checkpoint.AcceptedStore(name=name, recorded=self.recorded, accepted=chosen, figures=figures)
+        return f"kept in {checkpoint.accept(path, entry)}"
 
     def promote(self, source: VersionName | None, channel: str, force: str | None) -> tuple[Comparison, str]:
         """Move a channel of the store to snapshot `source` if the gates hold against the one that it points to now.

@@ -22,9 +22,8 @@ from trainer.comm import Comm
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.bootstrap import LEVEL, METRICS, Float, MetricSums, bootstrap, interval
 from trainer.evaluation.figures import Estimate
-from trainer.evaluation.plots import METRIC_TITLES, differences
 from trainer.evaluation.predict import Predictions, predict_run
-from trainer.evaluation.report import number, range_of
+from trainer.evaluation.report import METRIC_TITLES, differences, number, range_of
 from trainer.runs.saved import RunSource
 
 

@@ -28,7 +28,7 @@ from trainer.evaluation.bootstrap import Float
 from trainer.evaluation.predict import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import summary
-from trainer.loop.progress import PLACE, TENSORBOARD, ProgressLog, tracing
+from trainer.loop.summary import PLACE, TENSORBOARD, ProgressLog, tracing
 from trainer.models.newads import NewAds
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, what they belong to, and which one to resume from.
+"""Checkpoints: what they hold, what they belong to, which stores stand in, and which one to resume from.
 
 step-00000050/
       state.json                         position, seed, what data, model and store they belong to, digest of each file
@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from featurestore.errors import CorruptFileError, FormatVersionError, StorageError
-from featurestore.parsing import parse_json
-from featurestore.published.paths import RunPath
+from featurestore.parsing import first_mistake, parse_json
+from featurestore.published.paths import RunPath, read_file, write_file
 from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName, Sealed, seal, unseal
 from trainer.comm import Comm
@@ -29,7 +30,6 @@ from trainer.config.comparison import SAMPLES_DIGEST, Difference, differences
 from trainer.config.config import Config
 from trainer.config.options import Decision, Section
 from trainer.errors import CheckpointError, DamagedCheckpointError, OtherRunError, RemoteRankError
-from trainer.runs import accepted
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, finished, unrelated
 from trainer.runs.places import CheckpointPlace, WrittenPart, local_copy
 from trainer.samples.reader import BatchPosition
@@ -156,7 +156,7 @@ def end_with(
 def read_state(checkpoint: Checkpoint) -> CheckpointState:
     """Read state.json with the stores that were accepted in the place of lost ones. Raises as `read_recorded`."""
     state = read_recorded(checkpoint)
-    return state.model_copy(update={"stores": accepted.standing_in(checkpoint, state.stores)})
+    return state.model_copy(update={"stores": standing_in(checkpoint, state.stores)})
 
 
 def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
@@ -362,3 +362,92 @@ def _what(comm: Comm, failure: DamagedCheckpointError | RemoteRankError) -> str:
     """Return what is damaged, as the first rank says that found it. Every rank calls it."""
     own = failure.what if isinstance(failure, DamagedCheckpointError) else ""
     return next(filter(None, comm.allgather_object(own, name="damage")))
+
+
+ACCEPTED_FILE = "accepted-stores.json"
+"""Stores that a user accepted in the place of the one a run was trained on: computed again after a loss, say.
+
+It lies in the run's folder, so every command that opens one of its checkpoints finds it; `python -m trainer.compat RUN
+STORE --accept` writes it."""
+
+
+class AcceptedStore(Section):
+    """A store that replaces the one called `name` in the schema: `accepted` is read where a checkpoint has `recorded`.
+
+    `figures`: what was known of the two when that was decided.
+    """
+
+    name: str
+    recorded: SnapshotId
+    accepted: SnapshotId
+    figures: dict[str, Any]
+
+    def replaces(self, name: str, record: SnapshotId) -> bool:
+        """Tell whether `record` is of the store that was replaced.
+
+        Of one store put back from a backup, it has to be the very snapshot."""
+        if (name, record.store_id) != (self.name, self.recorded.store_id):
+            return False
+        return self.accepted.store_id != record.store_id or record.commit_id == self.recorded.commit_id
+
+
+class _AcceptedStores(Section):
+    accepted: list[AcceptedStore]
+
+
+def standing_in(checkpoint: Checkpoint, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
+    """Find what is to be read of each store: what was accepted in the place of what the checkpoint recorded, or that.
+
+    Raises CheckpointError where the file of accepted stores is damaged."""
+    found = dict(stores)
+    for each in _read_accepted(_accepted_file(checkpoint)):
+        for name, record in found.items():
+            if each.replaces(name, record):
+                found[name] = each.accepted
+    return found
+
+
+def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath:
+    """Accept a store for the checkpoint's run, in place of an earlier one for the same; returns the file.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    return _write_accepted(checkpoint, [*_other_accepted(checkpoint, store.name, store.recorded), store])
+
+
+def withdraw(checkpoint: Checkpoint, name: str, recorded: SnapshotId) -> RunPath | None:
+    """Take back what was accepted in the place of `recorded`, which is there again.
+
+    Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
+    """
+    left = _other_accepted(checkpoint, name, recorded)
+    return _write_accepted(checkpoint, left) if len(left) < len(_read_accepted(_accepted_file(checkpoint))) else None
+
+
+def _other_accepted(checkpoint: Checkpoint, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
+    return [each for each in _read_accepted(_accepted_file(checkpoint)) if not each.replaces(name, recorded)]
+
+
+def _write_accepted(checkpoint: Checkpoint, stores: list[AcceptedStore]) -> RunPath:
+    file = _accepted_file(checkpoint)
+    try:
+        write_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
+    except (OSError, StorageError) as failure:
+        raise CheckpointError(f"{file} cannot be written: {failure}") from failure
+    return file
+
+
+def _accepted_file(checkpoint: Checkpoint) -> RunPath:
+    return checkpoint.run / ACCEPTED_FILE
+
+
+def _read_accepted(file: RunPath) -> list[AcceptedStore]:
+    try:
+        return _AcceptedStores.model_validate_json(read_file(file)).accepted
+    except FileNotFoundError:
+        return []
+    except (OSError, StorageError, ValidationError) as failure:
+        first = first_mistake(failure) if isinstance(failure, ValidationError) else failure
+        raise CheckpointError(
+            f"{file} is damaged: {first}; remove it, and accept the store again: python -m trainer.compat RUN STORE"
+        ) from failure

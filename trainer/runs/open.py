@@ -27,7 +27,7 @@ from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, DataNotFoundError
 from trainer.files import checkpoints_of
-from trainer.runs import accepted, checkpoint, warmstart
+from trainer.runs import checkpoint, warmstart
 from trainer.runs.checkpoint import TO_READ, TO_RESUME, Origin, PassedOver, Resumed, continued
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.places import CheckpointPlace, local_folder, upload_new
@@ -414,7 +414,7 @@ def _overwrite(run: Run) -> list[Checkpoint]:
     if not finished(run.folder):
         remove_all(run.folder / "tensorboard")
         remove_all(run.local / "tensorboard")
-        (run.folder / accepted.FILE).unlink(missing_ok=True)
+        (run.folder / checkpoint.ACCEPTED_FILE).unlink(missing_ok=True)
     return removed
 
 

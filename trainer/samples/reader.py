@@ -24,10 +24,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from trainer.errors import DataError
-from trainer.samples.columns import DecodedGroups, Index, Rule, decode, ranges, rules_of, sizes_of, source_columns
+from trainer.samples.columns import (
+    DecodedGroups,
+    Index,
+    Rule,
+    bucket_ids,
+    decode,
+    dense_values,
+    ranges,
+    rules_of,
+    sizes_of,
+    source_columns,
+)
 from trainer.samples.index import SampleIndex, read_row_group
 from trainer.samples.order import Piece, Stream, batch_parts, deal, decode_shares, shares_by_rank, windows_of
-from trainer.samples.values import bucket_ids, dense_values
 from trainer.schema import Field, Schema
 
 

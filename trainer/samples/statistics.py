@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from featurestore.format.statistics import Moments
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.samples.columns import Rule, rules_of, values_of
+from trainer.samples.columns import Rule, before_scaling, filled, rules_of, values_of
 from trainer.samples.index import RowGroup, SampleIndex, measured_once, read_row_groups
-from trainer.samples.values import before_scaling, filled
 from trainer.schema import Field, Schema
 from trainer.schema.fields import STANDARDIZED
 

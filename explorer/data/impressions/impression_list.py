@@ -184,7 +184,7 @@ def score_user(opened: OpenedRun, query: str) -> ScoredImpressions:
 
 def ids_of(query: str) -> list[int]:
     """List the IDs that a typed word may stand for: a number, a text's hash, the key of a uri."""
-    from trainer.samples.values import encode_texts
+    from trainer.samples.columns import encode_texts
 
     found = [key_of_uri(query), *encode_texts(pa.array([query], pa.string()), "id").ids_U.tolist()]
     try:

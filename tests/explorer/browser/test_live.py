@@ -7,7 +7,7 @@ from featurestore.keys import key_of_uri
 from tests.explorer.browser.watching.chromium import NARROW, too_wide, violations
 from tests.explorer.serving import pages_of
 from tests.explorer.world import COPIED
-from trainer.loop.progress import EventsFile
+from trainer.loop.summary import EventsFile
 
 DRAWN = "[...document.querySelectorAll('#loss .main-svg')].map(each => getComputedStyle(each).position)"
 

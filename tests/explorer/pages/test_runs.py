@@ -18,7 +18,7 @@ from explorer.places import Places
 from explorer.server import application
 from tests.explorer.world import World
 from trainer.files import DAYS_FILE
-from trainer.loop.progress import EventsFile
+from trainer.loop.summary import EventsFile
 from trainer.main import app as main
 
 HOSTILE = [

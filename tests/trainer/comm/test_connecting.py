@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer.comm import SoloComm, connect
-from trainer.comm.connecting import launcher_of
+from trainer.comm.comm import launcher_of
 from trainer.errors import ConfigError
 from trainer.launch import Place, horovod_variables
 

@@ -16,10 +16,9 @@ from scenarios import DIM, NUM_SHARDS, SEED, TEXT_DIM, Scenario
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.remake import remake
-from trainer.samples.columns import decode, rules_of
+from trainer.samples.columns import bucket_ids, decode, dense_values, rules_of
 from trainer.samples.order import Piece
 from trainer.samples.reader import Batch, BatchPosition, Jagged, assemble
-from trainer.samples.values import bucket_ids, dense_values
 from trainer.schema import Schema
 
 

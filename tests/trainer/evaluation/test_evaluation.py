@@ -24,9 +24,8 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.evaluate import app
 from trainer.evaluation.bootstrap import METRICS
-from trainer.evaluation.plots import METRIC_TITLES
 from trainer.evaluation.predict import predict, predict_run, predict_without
-from trainer.evaluation.report import number
+from trainer.evaluation.report import METRIC_TITLES, number
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import RunSource, open_source

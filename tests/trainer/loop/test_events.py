@@ -10,7 +10,7 @@ import pytest
 from tests.commands.calls import call
 from tests.trainer.loop.full_disk import full_from
 from tests.trainer.whole_runs import drawn_scalars
-from trainer.loop.progress import TENSORBOARD, EventsFile, ProgressLog
+from trainer.loop.summary import TENSORBOARD, EventsFile, ProgressLog
 
 
 def test_figures_are_those_that_tensorboard_shows(tmp_path: Path) -> None:

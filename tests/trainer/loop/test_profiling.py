@@ -9,7 +9,7 @@ import torch
 
 from tests.commands.calls import call
 from tests.trainer.loop.full_disk import full_from
-from trainer.loop.progress import PLACE, SKIPPED_STEPS, TRACED_STEPS, tracing
+from trainer.loop.summary import PLACE, SKIPPED_STEPS, TRACED_STEPS, tracing
 
 
 def _traced(folder: Path, most_bytes: int) -> list[str]:

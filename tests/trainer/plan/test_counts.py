@@ -8,7 +8,7 @@ import pytest
 from featurestore.keys import owner_of, shard_of
 from trainer.config.config import load_config
 from trainer.errors import ConfigError
-from trainer.plan.keys import DrawnSamples, sample
+from trainer.plan.calibrate import DrawnSamples, sample
 from trainer.runs.open import train_reader
 from trainer.samples.reader import Batch, Jagged, SampleReader
 

@@ -23,9 +23,8 @@ from trainer.config.options import ExactTableConfig
 from trainer.errors import PlanError
 from trainer.plan import calibrate
 from trainer.plan.__main__ import app
-from trainer.plan.calibrate import Calibration, PlanQuestion, rates_of, stored_bytes
+from trainer.plan.calibrate import Calibration, PlanQuestion, rates_of, sample, stored_bytes
 from trainer.plan.cost import BatchCounts, KeyCounts, StepCost
-from trainer.plan.keys import sample
 from trainer.plan.paper import ASSUMPTIONS, plan_paper
 from trainer.plan.table import RankPlan, StoredBytes, TrainingPlan, advise, build
 from trainer.samples.columns import newest_day

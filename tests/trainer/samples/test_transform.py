@@ -10,7 +10,7 @@ import pytest
 from trainer.config.options import ModelConfig
 from trainer.engine.wiring import table_shapes
 from trainer.errors import ConfigError, OverflowingValueError, SchemaError
-from trainer.samples.values import bucket_ids, dense_values
+from trainer.samples.columns import bucket_ids, dense_values
 from trainer.schema import Field, Schema, load_schema
 
 NAN = float("nan")

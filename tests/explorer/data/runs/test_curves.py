@@ -7,7 +7,7 @@ import pytest
 from explorer.data.runs import curves
 from explorer.data.runs.curves import CurveReader, StageTime, stages_of_report
 from tests.explorer.world import World
-from trainer.loop.progress import EventsFile
+from trainer.loop.summary import EventsFile
 
 
 def test_curves_of_a_run_are_what_it_logged(world: World) -> None:

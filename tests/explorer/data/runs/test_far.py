@@ -11,7 +11,7 @@ from explorer.errors import NotHereError
 from explorer.places import Places
 from featurestore.storage.storage import Storage
 from tests.explorer.world import World
-from trainer.loop.progress import EventsFile
+from trainer.loop.summary import EventsFile
 
 pytestmark = pytest.mark.services
 

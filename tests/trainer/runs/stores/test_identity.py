@@ -28,7 +28,7 @@ from trainer.errors import CheckpointError
 from trainer.evaluate import app as evaluate_app
 from trainer.main import train
 from trainer.prerank.__main__ import app as prerank_app
-from trainer.runs import accepted, checkpoint
+from trainer.runs import checkpoint
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import open_trained
 from trainer.runs.stores import open_partition, store_places
@@ -163,8 +163,8 @@ class TestRebuilt:
         path = find_checkpoint(run)
         recorded = checkpoint.read_recorded(path).stores["images"]
         found = SnapshotId.of(FeatureStore.open(places.folder / "features").snapshot())
-        entry = accepted.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={})
-        file = accepted.accept(path, entry)
+        entry = checkpoint.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={})
+        file = checkpoint.accept(path, entry)
         invoke(evaluate_app, run, "--bootstrap", 0, "--json", tmp_path / "figures.json")
         (note,) = (each for each in json.loads((tmp_path / "figures.json").read_text())["notes"] if "accepted" in each)
         assert all(f"of store {each} at" in note for each in ids)
@@ -203,7 +203,7 @@ class TestIndex:
         recorded = checkpoint.read_recorded(path).stores["images"]
         made = rebuild(places.folder / "features")
         found = SnapshotId.of(made.snapshot())
-        accepted.accept(path, accepted.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={}))
+        checkpoint.accept(path, checkpoint.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={}))
         said = invoke(index_app, *words, "--add", code=1)
         assert f"the index {index} belongs to" in said and "build the index again, without --add" in said
         assert recorded.store_id[:8] in said and found.store_id[:8] in said
