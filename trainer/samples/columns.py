@@ -1,7 +1,9 @@
 """Columns of sample files: of which days, their arrays, texts that become IDs, and numbers transformed.
 
 Letters of shapes as in trainer/samples/reader.py; W numbers a row. What becomes of a value depends on it and on what
-the schema says of it alone, so training, evaluation and exports agree. Nothing here loops over rows in Python. A value that cannot be used is named with its file, its row (from 0) and column.
+the schema says of it alone, so training, evaluation and exports agree.
+
+Nothing here loops over rows in Python. A value that cannot be used is named with its file, its row (from 0) and column.
 """
 
 import contextlib
