@@ -10,7 +10,6 @@ from torch.optim.adam import adam
 
 from trainer.comm import Comm
 from trainer.config.options import OptimConfig
-from trainer.errors import CheckpointError
 
 _IN_FRONT = 2
 
@@ -189,19 +188,3 @@ def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor
             start += parameter.numel()
         reductions.append(_Reduction(comm, f"step.dense.{part}", flat[first:start], members, last))
     return reductions
-
-
-def check_names(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless both have the same names with the same shapes."""
-    missing, unknown = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
-    if missing or unknown:
-        raise CheckpointError(
-            f"the checkpoint is of another model: it lacks {len(missing)} tensors, {missing[:5]}, "
-            f"and has {len(unknown)} too many, {unknown[:5]}; use its run's configuration"
-        )
-    for name, value in mine.items():
-        if value.shape != theirs[name].shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(theirs[name].shape)} in the checkpoint and {tuple(value.shape)} in this run; "
-                "use its run's configuration"
-            )

@@ -20,8 +20,7 @@ from serving.errors import ServingError
 from trainer.engine.choices import state_of
 from trainer.engine.wiring import table_shapes
 from trainer.ids.exact import IDS, ExactShape
-from trainer.ids.optimizers import WEIGHT
-from trainer.ids.shards import TableShape, initial_rows
+from trainer.ids.shards import WEIGHT, TableShape, initial_rows
 from trainer.models.layers import used_fields
 from trainer.runs.checkpoint import read_rows
 from trainer.runs.saved import SavedRun, finite

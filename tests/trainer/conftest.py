@@ -135,11 +135,11 @@ class NotDrawn:
 @contextmanager
 def nothing_drawn() -> Iterator[None]:
     """Within the block plots become empty files: to draw them takes most of an evaluation's time."""
-    from trainer.evaluation import plots
+    from trainer.evaluation import report
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("reliability", "by_slice", "missing_curve"):
-            patch.setattr(plots, name, lambda *_: NotDrawn())
+            patch.setattr(report, name, lambda *_: NotDrawn())
         yield
 
 

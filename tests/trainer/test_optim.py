@@ -9,7 +9,8 @@ from torch import nn
 from trainer.comm import SoloComm
 from trainer.config.options import OptimConfig
 from trainer.errors import CheckpointError
-from trainer.optim import DenseOptimizer, check_names, rates_at
+from trainer.ids.shards import check_names
+from trainer.optim import DenseOptimizer, rates_at
 
 
 class DoublingComm(SoloComm):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from trainer.comm import Comm
 from trainer.config.options import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
-from trainer.ids.optimizers import SHARED_STATE, Adam, IdRows, RowOptimizer, StatePart
+from trainer.ids.optimizers import SHARED_STATE, Adam, RowOptimizer
+from trainer.ids.shards import IdRows, StatePart
 from trainer.optim import DenseOptimizer, Rates
 
 _STEPS = StatePart("steps", "count")

@@ -21,8 +21,7 @@ from trainer.comm import Comm
 from trainer.config.config import Config, Device
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.ids.optimizers import StatePart
-from trainer.ids.shards import TableShape, owned_bytes
+from trainer.ids.shards import StatePart, TableShape, owned_bytes
 
 _MOST_THREADS = 4  # for each core
 

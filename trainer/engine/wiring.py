@@ -23,14 +23,13 @@ from trainer.errors import ConfigError
 from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
-from trainer.ids.optimizers import SHARED_STATE, IdRows, RowOptimizer, StatePart, row_bytes
-from trainer.ids.shards import TableShape, owned_rows
+from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
+from trainer.ids.shards import IdRows, StatePart, TableShape, check_names, owned_rows, row_bytes
 from trainer.ids.tables import IdTable, SharedRows
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import IdDropout, chosen_values, nearest_of, tiers_of, width_of
 from trainer.models.nets import build_model
 from trainer.models.pooling import gallery_vectors
-from trainer.optim import check_names
 from trainer.schema import Field, Schema
 from trainer.stages import Stages
 

@@ -42,8 +42,7 @@ from trainer.config.options import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import take_rows
-from trainer.ids.optimizers import LAST_WEIGHT, WEIGHT, IdRows
-from trainer.ids.shards import TableShape, uniform
+from trainer.ids.shards import LAST_WEIGHT, WEIGHT, IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
 
 IDS, LAST_USE, COUNTS, FADED = "ids", "last_use", "counts", "faded"

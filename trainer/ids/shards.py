@@ -1,4 +1,4 @@
-"""The shards of an ID table: its shape, its first values, and what a checkpoint has of its rows.
+"""The rows of ID tables: how they lie in memory and in shards, their first values, and what a checkpoint has of them.
 
 A row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row, column) and,
 where rows begin anew with each epoch, on the epoch: neither on the number of ranks.
@@ -6,6 +6,7 @@ where rows begin anew with each epoch, on the epoch: neither on the number of ra
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,8 +24,91 @@ from featurestore.keys import (
 )
 from trainer.errors import CheckpointError
 from trainer.exchange.routing import Int64
-from trainer.ids.optimizers import LAST_WEIGHT, WEIGHT, IdRows, RowOptimizer, StatePart, row_bytes
-from trainer.optim import check_names
+
+if TYPE_CHECKING:
+    from trainer.ids.optimizers import RowOptimizer
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class StatePart:
+    """What an optimiser keeps of a row: a number for each of its weights, one number, or one count (int32)."""
+
+    name: str
+    kind: Literal["vector", "number", "count"]
+
+    def numbers(self, width: int) -> int:
+        """Count the numbers that it takes of a row whose vector has `width`; a count has the room of a number."""
+        return width if self.kind == "vector" else 1
+
+    def view(self, numbers_NK: Tensor) -> Tensor:
+        """View the numbers (N, K) of this part as what they are: (N, V), or (N,)."""
+        if self.kind == "vector":
+            return numbers_NK
+        return (numbers_NK.view(torch.int32) if self.kind == "count" else numbers_NK)[:, 0]
+
+
+_WEIGHT = StatePart(WEIGHT, "vector")
+
+
+class IdRows:
+    """N rows, all numbers of one row side by side: it is found in memory once, and not once for each of its parts."""
+
+    def __init__(self, block_NW: Tensor, width: int, state: Sequence[StatePart]) -> None:
+        """`block_NW`: of each row its weights, then what `state` says."""
+        self.block_NW, self.width, self.state = block_NW, width, state
+        every = (_WEIGHT, *state)
+        pieces = torch.split(block_NW, [part.numbers(width) for part in every], dim=1)
+        self.parts: Mapping[str, Tensor] = {
+            part.name: part.view(piece) for part, piece in zip(every, pieces, strict=True)
+        }
+        """Views by name: `weight` (N, V), and the parts of an optimiser's state, each (N, V) or (N,)."""
+
+    @classmethod
+    def zeros(
+        cls, num_rows: int, width: int, state: Sequence[StatePart], device: torch.device | str, dtype: torch.dtype
+    ) -> "IdRows":
+        """Make `num_rows` rows of zeros, never touched.
+
+        On a CPU the system hands out memory when it is first written to: rows that nothing has touched take none."""
+        shape = num_rows, numbers_of(width, state)
+        if num_rows and torch.device(device).type == "cpu":  # torch.zeros writes
+            block_NW = torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+        else:
+            block_NW = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(block_NW, width, state)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, V); see `RowOptimizer.current` for what it is worth."""
+        return self.parts[WEIGHT]
+
+    def narrow(self, first: int, count: int) -> "IdRows":
+        """View neighbouring rows."""
+        return IdRows(self.block_NW.narrow(0, first, count), self.width, self.state)
+
+    def take(self, rows_Q: Tensor) -> "IdRows":
+        """Copy chosen rows."""
+        return IdRows(self.block_NW.index_select(0, rows_Q), self.width, self.state)
+
+    def put(self, rows_Q: Tensor, rows: "IdRows") -> None:
+        """Write rows to places `rows_Q`, all different."""
+        self.block_NW.index_put_((rows_Q,), rows.block_NW)
+
+
+def numbers_of(width: int, state: Sequence[StatePart]) -> int:
+    """Count the numbers of a row: its weights, and what an optimiser keeps of it."""
+    return sum(part.numbers(width) for part in (_WEIGHT, *state))
+
+
+def row_bytes(width: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
+    """Compute the bytes of a row and of its optimiser's state."""
+    return numbers_of(width, state) * dtype.itemsize
+
+
+LAST_WEIGHT = "last_weight"
+"""Name in a checkpoint of the weights as the last step that touched the row left them, where `weight` is newer."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +173,7 @@ class TableShards:
         *,
         seed: int,
         scale: float,
-        optimizer: RowOptimizer,
+        optimizer: "RowOptimizer",
         rows: IdRows,
     ) -> None:
         """`rows` are overwritten by first values."""
@@ -208,3 +292,19 @@ def uniform(counter_N: UInt64Array, scale: float) -> NDArray[np.float64]:
     unit_N -= 0.5
     unit_N *= scale * 12**0.5
     return unit_N
+
+
+def check_names(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless both have the same names with the same shapes."""
+    missing, unknown = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
+    if missing or unknown:
+        raise CheckpointError(
+            f"the checkpoint is of another model: it lacks {len(missing)} tensors, {missing[:5]}, "
+            f"and has {len(unknown)} too many, {unknown[:5]}; use its run's configuration"
+        )
+    for name, value in mine.items():
+        if value.shape != theirs[name].shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(theirs[name].shape)} in the checkpoint and {tuple(value.shape)} in this run; "
+                "use its run's configuration"
+            )

@@ -15,8 +15,8 @@ from featurestore.keys import (
 )
 from featurestore.lookup.embedding import on_device
 from trainer.exchange.routing import Int64, unique_below
-from trainer.ids.optimizers import IdRows, RowOptimizer
-from trainer.ids.shards import TableShape, TableShards, owned_rows
+from trainer.ids.optimizers import RowOptimizer
+from trainer.ids.shards import IdRows, TableShape, TableShards, owned_rows
 from trainer.optim import Rates
 from trainer.schema.profile import DistinctCount
 

@@ -36,9 +36,8 @@ from trainer.engine.wiring import image_model, networks_of
 from trainer.errors import ConfigError, DataError
 from trainer.files import output_at
 from trainer.ids.exact import IDS, LAST_USE
-from trainer.ids.optimizers import WEIGHT
+from trainer.ids.shards import WEIGHT, check_names
 from trainer.models.layers import used_fields
-from trainer.optim import check_names
 from trainer.runs.checkpoint import read_dense, read_rows
 from trainer.runs.saved import SavedRun, finite, read_run
 

@@ -21,7 +21,7 @@ from trainer.config.comparison import differences
 from trainer.config.config import WarmPart
 from trainer.engine.wiring import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
-from trainer.optim import check_names
+from trainer.ids.shards import check_names
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Loadable, Origin
 from trainer.runs.folder import Checkpoint, checkpoint_at, find_checkpoint

@@ -24,8 +24,7 @@ from tests.trainer.ids.exact_tables import (
 )
 from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.optimizers import WEIGHT
-from trainer.ids.shards import TableShape, owned_bytes
+from trainer.ids.shards import WEIGHT, TableShape, owned_bytes
 from trainer.ids.tables import apply_gradients
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from trainer.config.options import OptimConfig
 from trainer.engine.choices import FTRL_BETA, row_optimizer, state_of
 from trainer.errors import ConfigError
-from trainer.ids.optimizers import IdRows, RowOptimizer, row_bytes
+from trainer.ids.optimizers import RowOptimizer
+from trainer.ids.shards import IdRows, row_bytes
 from trainer.optim import rates_at
 
 ROWS, WIDTH, STEPS = 30, 4, 450

@@ -22,7 +22,7 @@ from trainer.config.config import load_config
 from trainer.errors import DataError
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint, finished
-from trainer.samples import dictionary, values
+from trainer.samples import columns, dictionary
 from trainer.samples.columns import rules_of
 from trainer.samples.dictionary import FILE, IdDictionary, write_dictionary
 from trainer.samples.index import open_index
@@ -133,7 +133,7 @@ def test_two_texts_of_one_id_are_refused(
     def ids_of(found: Sequence[str]) -> np.ndarray:
         return np.array([5 << 60 if text in colliding else hashed(text) for text in found], np.int64)
 
-    monkeypatch.setattr(values, "ids_of_texts", ids_of)
+    monkeypatch.setattr(columns, "ids_of_texts", ids_of)
     day = min((wordy.folder / "samples" / "train").iterdir(), key=lambda path: path.stat().st_size)
     (tmp_path / "samples" / "train").mkdir(parents=True)
     shutil.copy(day, tmp_path / "samples" / "train")
