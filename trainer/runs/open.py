@@ -6,7 +6,7 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from trainer.samples import dictionary
 from trainer.samples.columns import Index, newest_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index, samples_digest
 from trainer.samples.order import streams_of
-from trainer.samples.reader import BatchPosition, SampleReader
+from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
 from trainer.samples.statistics import fill_in, with_statistics
 from trainer.schema import Schema, load_schema
 
@@ -354,8 +354,37 @@ def train_reader(config: Config, index: SampleIndex, schema: Schema, rank: int =
 
 def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:
     """Make the reader of samples to evaluate on: of one part of them for each rank."""
-    batch_size = config.train.eval_batch_size
-    return SampleReader(index, schema, rank=comm.rank, num_ranks=comm.size, batch_size=batch_size, by_part=True)
+    return PartReader(index, schema, rank=comm.rank, num_ranks=comm.size, batch_size=config.train.eval_batch_size)
+
+
+class PartReader(SampleReader):
+    """One contiguous part of a split for each rank, cut into equally many batches, in the files' order.
+
+    Evaluation needs no order, so a rank decodes its own part alone. Parts are no parts of one global batch, and their
+    samples have no places in it.
+    """
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
+
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
+        for batch in super().batches(epoch, first_step):
+            yield replace(batch, place_B=None)
+
+    def _steps(self, lengths_S: Sequence[int]) -> Iterator[tuple[list[Span], int]]:
+        """Yield this rank's part of each step, and the samples of all ranks' parts."""
+        for step in range(self.steps_per_epoch):
+            here = slice(step * self._part_size, (step + 1) * self._part_size)
+            together = sum(len(self._part(rank)[here]) for rank in range(self._num_ranks))
+            yield [Span(0, self._part(self._rank)[here], 0)], together
+
+    @property
+    def _part_size(self) -> int:
+        return -(-self._batch_size // self._num_ranks)
+
+    def _part(self, rank: int) -> range:
+        return range(self.num_samples * rank // self._num_ranks, self.num_samples * (rank + 1) // self._num_ranks)
 
 
 def claim_folder(run: Run) -> list[Checkpoint]:

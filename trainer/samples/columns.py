@@ -624,3 +624,15 @@ def in_either_split(read: Callable[[str], ResultT], file: str) -> ResultT:
             with contextlib.suppress(FileNotFoundError):
                 return read(f"{split}/{name_of(file)}")
         raise
+
+
+def empty_table(rules: Mapping[str, Rule]) -> pa.Table:
+    """Make a table without rows, with the columns that the rules are for."""
+    return pa.table({column: pa.array([], _arrow_type(rule)) for column, rule in source_columns(rules).items()})
+
+
+def _arrow_type(rule: Rule) -> pa.DataType:
+    kind: pa.DataType = pa.int64() if rule.number == "integer" else pa.float32()
+    for _ in range(rule.depth):
+        kind = pa.list_(kind)
+    return kind

@@ -10,8 +10,7 @@ of each stream, one after the other; nothing is dropped, and the last batch is s
 batches or two ranks, appears on both sides, with its user fields repeated.
 
 Cost: a rank decodes the streams that it has a share of, and holds one or two windows of each. So with as many streams
-as ranks, or more, it decodes little else than its own samples; with one stream, all of them. Evaluation needs no order:
-there each rank has one contiguous part of the files and decodes that alone.
+as ranks, or more, it decodes little else than its own samples; with one stream, all of them.
 """
 
 import itertools
@@ -20,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from trainer.errors import DataError
@@ -31,6 +29,7 @@ from trainer.samples.columns import (
     bucket_ids,
     decode,
     dense_values,
+    empty_table,
     ranges,
     rules_of,
     sizes_of,
@@ -103,8 +102,7 @@ class Span(NamedTuple):
 class SampleReader:
     """Batches of one split for one rank.
 
-    `seed` None: in the files' order, for which `streams` has to be 1. `by_part`: each rank has one contiguous part of
-    the split, cut into equally many batches; else a part of each global batch.
+    `seed` None: in the files' order, for which `streams` has to be 1. Each rank has a part of each global batch.
     """
 
     def __init__(
@@ -118,11 +116,10 @@ class SampleReader:
         seed: int | None = None,
         window_groups: int = 1,
         streams: int = 1,
-        by_part: bool = False,
     ) -> None:
         self._index, self._schema, self._rules = index, schema, rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
-        self._seed, self._window_groups, self._by_part = seed, window_groups, by_part
+        self._seed, self._window_groups = seed, window_groups
         self.num_streams = max(1, min(streams, len(index.row_groups)))
         self.num_samples = index.num_samples
         self.num_decoded = 0
@@ -136,9 +133,7 @@ class SampleReader:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the same on every rank."""
-        if not self._by_part:
-            return -(-self.num_samples // self._batch_size)
-        return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
+        return -(-self.num_samples // self._batch_size)
 
     def decode_shares(self, num_ranks: int) -> list[float]:
         """Compute for each of `num_ranks` ranks the samples of an epoch that it decodes over those that it has."""
@@ -150,12 +145,16 @@ class SampleReader:
         Raises DataError.
         """
         streams = self._streams(epoch)
-        steps = self._own_parts() if self._by_part else self._slices([stream.num_samples for stream in streams])
+        steps = self._steps([stream.num_samples for stream in streams])
         for step, (spans, global_samples) in enumerate(itertools.islice(steps, first_step, None), first_step):
             pieces = [piece for span in spans for piece in streams[span.stream].cut(span.positions)]
-            batch = assemble(self._schema, pieces or [self._nothing()], global_samples, BatchPosition(epoch, step))
-            # Parts of an evaluation are no parts of one global batch, and need no places in it.
-            yield batch if self._by_part else replace(batch, place_B=_places(spans))
+            batch = assemble(
+                self._schema,
+                pieces or [_nothing(self._rules, self._schema.label)],
+                global_samples,
+                BatchPosition(epoch, step),
+            )
+            yield replace(batch, place_B=_places(spans))
 
     def _streams(self, epoch: int) -> list[Stream]:
         """Deal out the row groups of an epoch."""
@@ -172,7 +171,7 @@ class SampleReader:
             first += len(windows)
         return streams
 
-    def _slices(self, lengths_S: Sequence[int]) -> Iterator[tuple[list[Span], int]]:
+    def _steps(self, lengths_S: Sequence[int]) -> Iterator[tuple[list[Span], int]]:
         """Yield this rank's part of each batch, and the batch's samples."""
         own = shares_by_rank(lengths_S, self._num_ranks)[self._rank]
         for begin_S, count_S in batch_parts(lengths_S, self._batch_size):
@@ -184,20 +183,6 @@ class SampleReader:
                 spans.append(Span(share.stream, positions, int(place_S[share.stream]) + part.start))
             yield spans, int(count_S.sum())
 
-    def _own_parts(self) -> Iterator[tuple[list[Span], int]]:
-        """Yield this rank's part of each step of an evaluation, and the samples of all ranks' parts."""
-        for step in range(self.steps_per_epoch):
-            here = slice(step * self._part_size, (step + 1) * self._part_size)
-            together = sum(len(self._part(rank)[here]) for rank in range(self._num_ranks))
-            yield [Span(0, self._part(self._rank)[here], 0)], together
-
-    @property
-    def _part_size(self) -> int:
-        return -(-self._batch_size // self._num_ranks)
-
-    def _part(self, rank: int) -> range:
-        return range(self.num_samples * rank // self._num_ranks, self.num_samples * (rank + 1) // self._num_ranks)
-
     def _decode(self, number: int) -> DecodedGroups:
         row_group = self._index.row_groups[number]
         table = read_row_group(self._index.storage, row_group, list(source_columns(self._rules)))
@@ -207,13 +192,6 @@ class SampleReader:
             raise DataError(f"{full} has changed since the run began; start the run again")
         self.num_decoded += groups.num_samples
         return groups
-
-    def _nothing(self) -> Piece:
-        """Make a piece without groups, for a rank without data."""
-        columns = source_columns(self._rules)
-        nothing = pa.table({column: pa.array([], _arrow_type(rule)) for column, rule in columns.items()})
-        none_G = np.empty(0, np.int64)
-        return Piece(decode(nothing, self._rules, self._schema.label, "", 0), none_G, none_G, none_G)
 
 
 def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, position: BatchPosition) -> Batch:
@@ -254,14 +232,13 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
     }
 
 
+def _nothing(rules: Mapping[str, Rule], label: str) -> Piece:
+    """Make a piece without groups, for a rank without data."""
+    none_G = np.empty(0, np.int64)
+    return Piece(decode(empty_table(rules), rules, label, "", 0), none_G, none_G, none_G)
+
+
 def _places(spans: Sequence[Span]) -> Index:
     """Return the place of each sample in the global batch."""
     places = [np.arange(span.place, span.place + len(span.positions)) for span in spans]
     return np.concatenate([np.empty(0, np.int64), *places])
-
-
-def _arrow_type(rule: Rule) -> pa.DataType:
-    kind: pa.DataType = pa.int64() if rule.number == "integer" else pa.float32()
-    for _ in range(rule.depth):
-        kind = pa.list_(kind)
-    return kind

@@ -37,8 +37,8 @@ from tests.pipeline.samples.rows import (
 )
 from trainer.comm import SoloComm
 from trainer.errors import DataError
+from trainer.runs.open import PartReader
 from trainer.samples.index import SampleIndex, open_index, samples_digest
-from trainer.samples.reader import SampleReader
 from trainer.schema import Schema, load_schema
 
 FIRST = "2026-01-"
@@ -114,7 +114,7 @@ def made(options: SampleOptions, client: Client, tmp_path: Path) -> SampleOption
 
 def labels_of(index: SampleIndex, schema: Schema) -> list[list[float]]:
     """Read the labels of all batches, as an evaluation does."""
-    return [each.label_B.tolist() for each in SampleReader(index, schema, batch_size=4, by_part=True).batches()]
+    return [each.label_B.tolist() for each in PartReader(index, schema, batch_size=4).batches()]
 
 
 class TestAddDays:

@@ -20,11 +20,13 @@ SCHEMA = Schema(
 )
 
 
-def reader_of(folder: Path, rank: int = 0, num_ranks: int = 1, **options: Any) -> SampleReader:
+def reader_of(
+    folder: Path, rank: int = 0, num_ranks: int = 1, kind: type[SampleReader] = SampleReader, **options: Any
+) -> SampleReader:
     schema = options.pop("schema", SCHEMA)
     index = open_index(SoloComm(), str(folder), "train", schema)
     arguments = {"batch_size": 16, "seed": 3, "window_groups": 2} | options
-    return SampleReader(index, schema, rank=rank, num_ranks=num_ranks, **arguments)
+    return kind(index, schema, rank=rank, num_ranks=num_ranks, **arguments)
 
 
 def serials_of(batch: Batch) -> list[int]:

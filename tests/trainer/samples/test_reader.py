@@ -18,6 +18,7 @@ from tests.faulty import FaultyStorage
 from tests.trainer.samples.reading import SCHEMA, expected_rows, reader_of, rows_of, serials_of
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
+from trainer.runs.open import PartReader
 from trainer.samples.columns import aligned_columns, rules_of
 from trainer.samples.index import known_ads, open_index
 from trainer.samples.reader import Batch, SampleReader
@@ -49,7 +50,7 @@ def test_evaluation_order_has_each_sample_once_and_reads_its_own_part(
     samples: tuple[Path, list[pa.Table]], num_ranks: int
 ) -> None:
     folder, tables = samples
-    readers = [reader_of(folder, rank, num_ranks, seed=None, by_part=True, batch_size=32) for rank in range(num_ranks)]
+    readers = [reader_of(folder, rank, num_ranks, PartReader, seed=None, batch_size=32) for rank in range(num_ranks)]
     assert len({reader.steps_per_epoch for reader in readers}) == 1
     batches = [list(reader.batches()) for reader in readers]
     serials = [serial for rank in batches for batch in rank for serial in serials_of(batch)]
