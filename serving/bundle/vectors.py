@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from featurestore.errors import CorruptFileError, StoreNotFoundError
 from featurestore.keys import Int64Array, shard_of
-from featurestore.lookup.partition import FeaturePartition, Lookup
+from featurestore.lookup.hashedrows import Lookup
+from featurestore.lookup.partition import FeaturePartition
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import VectorsOf
