@@ -106,13 +106,6 @@ class KeyRequest:
         """Count the keys in the batch."""
         return sum(len(asked.inverse_N) for asked in self.asked_S)
 
-    def unique_by_field(self) -> dict[str, tuple[int, int]]:
-        """Count for each field of the batch its different keys, and all its keys."""
-        return {
-            name: (int(np.count_nonzero(np.bincount(places_N))), len(places_N))
-            for name, places_N in self.places_of_field.items()
-        }
-
 
 class Exchange:
     """Asks the owners for the vectors of a batch's keys, and answers the other ranks at the same time.

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
@@ -336,6 +337,14 @@ def count_images(request: KeyRequest) -> ImageCounts:
         references=sum(len(asked.inverse_N) for asked, _ in content),
         served=sum(served.num_unique for _, served in content),
     )
+
+
+def unique_by_field(request: KeyRequest) -> dict[str, tuple[int, int]]:
+    """Count for each field of the batch its different keys, and all its keys."""
+    return {
+        name: (int(np.count_nonzero(np.bincount(places_N))), len(places_N))
+        for name, places_N in request.places_of_field.items()
+    }
 
 
 def step_details(

@@ -112,11 +112,6 @@ class CtrModel(nn.Module):
             if field.name not in self._elsewhere
         ]
 
-    def side_width(self, side: Side, config: ModelConfig) -> int:
-        """Count the numbers of a row of `of_side`."""
-        fields = self._of(side, "id", "multi_id", "dense")
-        return sum(width_of(field, config) for field in fields if field.name not in self._elsewhere)
-
     def dense_values(self, side: Side, dense: Dense) -> list[Tensor]:
         """Return dense values of one side, (M, W) for each field."""
         return [dense[field.name] for field in self._of(side, "dense")]

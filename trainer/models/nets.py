@@ -27,7 +27,7 @@ from trainer.models.pooling import (
     sum_pool,
 )
 from trainer.samples.reader import Batch
-from trainer.schema import Field, Schema
+from trainer.schema import Field, Schema, Side
 
 
 class CrossNetwork(nn.Module):
@@ -182,7 +182,7 @@ class FinalMlp(CtrModel):
         super().__init__(schema, config)
         self.user_gates, self.ad_gates = (
             FeatureGates(width, self.input_width) if width else None
-            for width in (self.side_width("user", config), self.side_width("ad", config))
+            for width in (self._side_width("user", config), self._side_width("ad", config))
         )
         widths = [self.input_width, *config.mlp]
         self.user_mlp, self.ad_mlp = (Mlp(widths, self.hidden, activated=True) for _ in range(2))
@@ -197,6 +197,11 @@ class FinalMlp(CtrModel):
             of_ad_BW = input_BW * self.ad_gates(torch.cat(ad, dim=1))
         logit_B: Tensor = self.fusion(self.user_mlp(of_user_BW), self.ad_mlp(of_ad_BW))
         return logit_B
+
+    def _side_width(self, side: Side, config: ModelConfig) -> int:
+        """Count the numbers of a row of `of_side`."""
+        fields = self._of(side, "id", "multi_id", "dense")
+        return sum(width_of(field, config) for field in fields if field.name not in self._elsewhere)
 
 
 class Lr(CtrModel):
