@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.train.model import Model, StoredFeatures
-from featurestore.lookup.embedding import as_tensor
+from featurestore.lookup.ondevice import as_tensor
 from trainer.engine.wiring import model_name
 from trainer.exchange.routing import unique
 from trainer.exchange.vectors import FieldVectors

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, Gathered
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
+from featurestore.lookup.ondevice import Gathered
 from trainer.exchange.exchange import Exchange, KeyRequest
 from trainer.exchange.vectors import FieldVectors
 from trainer.optim import DenseOptimizer, rates_at

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.train.model import Images, Model
 from featurestore.keys import owner_of, shard_of
-from featurestore.lookup.embedding import EmbeddingModel, Gathered, as_tensor
+from featurestore.lookup.embedding import EmbeddingModel
+from featurestore.lookup.ondevice import Gathered, as_tensor
 from featurestore.lookup.partition import FeaturePartition
 from trainer.engine.wiring import model_name
 from trainer.exchange.exchange import KeyRequest

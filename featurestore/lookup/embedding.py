@@ -1,13 +1,11 @@
 """The server role of the paper's Advanced Model Server: from image keys to visual vectors, once per unique key.
 
 Knows nothing of ranks or transport. Letters of shapes: Q unique keys, D feature width, H width of the first hidden
-layer, V visual width. Of the package, this module and heldrows.py alone need torch.
+layer, V visual width. Of the package, this module and ondevice.py alone need torch.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,36 +15,8 @@ from torch.nn import functional
 
 from featurestore.format.statistics import Scaling, input_scale
 from featurestore.lookup.compute_dtype import ComputeDType
+from featurestore.lookup.ondevice import BLOCK_ROWS, Gathered, HeldRows, PReLU, as_array, as_tensor, on_device
 from featurestore.lookup.partition import FeaturePartition
-
-_BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made of them
-
-
-class PReLU(nn.PReLU):
-    """torch's PReLU of one weight, whose backward goes block by block on a CPU, in the processor's cache."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = _PReLU.apply(input, self.weight)  # type: ignore[no-untyped-call]
-        return output
-
-
-class _PReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        return functional.prelu(input, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        input, weight = ctx.saved_tensors
-        passed, of_weight = torch.empty_like(gradient), gradient.new_zeros(())
-        num_rows = _BLOCK_ROWS if input.device.type == "cpu" else max(1, len(input))
-        for rows in zip(*(each.split(num_rows) for each in (input, gradient, passed)), strict=True):
-            input_block, gradient_block, passed_block = rows
-            where_positive = torch.ops.aten.threshold_backward(gradient_block, input_block, 0.0)
-            torch.lerp(where_positive, gradient_block, weight, out=passed_block)  # the gradient, or weight times it
-            of_weight += input_block.clamp_max(0).mul_(gradient_block).sum()
-        return passed, of_weight.reshape(weight.shape)
 
 
 class EmbeddingModel(nn.Module):
@@ -115,21 +85,6 @@ class EmbeddingModel(nn.Module):
         return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype)).to(weight.dtype)
 
 
-@dataclass
-class Gathered:
-    """Features of Q keys, and which keys had none.
-
-    On a CPU they are `EmbeddingModel.numbers`; on a GPU they are as in the store, which is the least to carry.
-    """
-
-    features_QD: Tensor
-    missing_Q: NDArray[np.bool_] | None
-    """Bool (Q,), or None when no key was missing."""
-    _buffer: Tensor | None = field(default=None, repr=False)
-    copied: torch.cuda.Event | None = field(default=None, repr=False)
-    """What the GPU has to wait for before it reads them; None: nothing."""
-
-
 class EmbeddingService(nn.Module):
     """One rank's partition of a store and the E networks that look at it.
 
@@ -138,7 +93,7 @@ class EmbeddingService(nn.Module):
     """
 
     holds_rows = False
-    """Whether `gather` takes the features out of the device's own memory (`featurestore.lookup.heldrows`)."""
+    """Whether `gather` takes the features out of the device's own memory."""
 
     def __init__(self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel]) -> None:
         super().__init__()
@@ -157,6 +112,11 @@ class EmbeddingService(nn.Module):
     def device(self) -> torch.device:
         """Where the networks are."""
         return self._model(next(iter(self.models))).mean_D.device
+
+    def hold_rows(self) -> None:
+        """Copy all features of the partition to the networks' device, and let `gather` find them there from now on."""
+        self.gather = HeldRows(self.partition, self.device).gather  # type: ignore[method-assign]
+        self.holds_rows = True
 
     def width(self, name: str) -> int:
         """Return V of the network `name`."""
@@ -207,7 +167,7 @@ class EmbeddingService(nn.Module):
         """Make numbers of the features once, ahead of the step, not in every pass; return which keys have none."""
         model = self._model(next(iter(self.models)))  # all have one compute dtype and one standardisation
         missing_Q, start = np.zeros(len(keys_Q), np.bool_), 0
-        for block in self.partition.lookup_blocks(keys_Q, _BLOCK_ROWS):
+        for block in self.partition.lookup_blocks(keys_Q, BLOCK_ROWS):
             end = start + len(block.missing_U)
             model.numbers(as_tensor(block.features_UD), out=out_QD[start:end])
             missing_Q[start:end] = block.missing_U
@@ -235,9 +195,9 @@ class EmbeddingService(nn.Module):
 
         Pages that are already mapped make a gather a third faster. Not calling this is safe.
         """
-        if gathered._buffer is not None:
-            self._free_buffers.append(gathered._buffer)
-            gathered._buffer = None
+        if gathered.buffer is not None:
+            self._free_buffers.append(gathered.buffer)
+            gathered.buffer = None
 
     def _model(self, name: str) -> EmbeddingModel:
         model = self.models[name]
@@ -253,21 +213,3 @@ class EmbeddingService(nn.Module):
         on_gpu = any(buffer.device.type == "cuda" for buffer in self.buffers())
         dtype = self._stored_dtype if on_gpu else self._model(next(iter(self.models))).compute_dtype
         return torch.empty(num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu)
-
-
-def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device without waiting for it: to a GPU from pinned memory, kept by torch until it is read.
-    On a CPU it is the same memory."""
-    tensor = torch.from_numpy(values)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def as_tensor(features: NDArray[np.generic]) -> Tensor:
-    """Return the same memory as a tensor; 16 unsigned bits are a bfloat16."""
-    tensor = torch.from_numpy(features)
-    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
-
-
-def as_array(features: Tensor) -> NDArray[np.generic]:
-    """Return the same memory as an array: undoes `as_tensor`."""
-    return features.view(torch.uint16).numpy() if features.dtype == torch.bfloat16 else features.numpy()

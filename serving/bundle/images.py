@@ -32,7 +32,8 @@ from featurestore.format.datafile import (
 )
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard import ShardReader, newest_rows, take_rows, write_shard_file
-from featurestore.lookup.embedding import EmbeddingModel, as_tensor
+from featurestore.lookup.embedding import EmbeddingModel
+from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TRANSLATED = {"ValueError", "CsvTextError"}  # which become others before a user meets them
+MOST_FILES_OF_A_STEP, MOST_LINES_OF_A_STEP = 10, 2_000
 LETTERS = {"keys_U", "feature_QD", "timeout_s"}  # examples of names of arrays
 FOLDERS = "|".join(
     (
@@ -111,6 +112,15 @@ def test_classes_and_functions_of_the_walks_are_there() -> None:
     known_names = {name for pair in known for name in pair} | {path.stem for path in files} | LETTERS
     assert len(named) > 20
     assert not [name for name in named if not known_names.issuperset(name.split("."))]
+
+
+def test_one_training_step_is_read_in_ten_files() -> None:
+    walk = (ROOT / "docs" / "CODE.md").read_text().partition("## Walk 1:")[2].partition("## Walk 2:")[0]
+    told = {name: int(lines) for name, lines in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", walk, re.MULTILINE)}
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in told}
+    assert 5 < len(told) <= MOST_FILES_OF_A_STEP
+    assert sum(lines.values()) <= MOST_LINES_OF_A_STEP
+    assert told == {name: pytest.approx(count, abs=10) for name, count in lines.items()}
 
 
 def test_the_readme_links_every_page() -> None:

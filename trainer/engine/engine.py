@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from featurestore.lookup.embedding import on_device
+from featurestore.lookup.ondevice import on_device
 from trainer.engine.similarity import Similarity
 from trainer.engine.wiring import EngineParts, Inputs
 from trainer.exchange.exchange import KeyRequest

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from featurestore.format.statistics import FeatureStatistics
-from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, on_device
-from featurestore.lookup.heldrows import held_bytes, hold_rows
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
+from featurestore.lookup.ondevice import held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
@@ -164,7 +164,7 @@ class EngineParts:
         needed_bytes = sum(held_bytes(service.partition) for service in self.services.values())
         if holds_features(comm, features_on_device, needed_bytes, self._device):
             for service in self.services.values():
-                hold_rows(service)
+                service.hold_rows()
         self.model.place.comm, self.model.place.seed = comm, seed
         self._dense = dense_optimizer(comm, dict(self._modules.named_parameters()), optim)
         self._exchange = self._exchange_of(model)

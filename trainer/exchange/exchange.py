@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import owner_of, shard_of
-from featurestore.lookup.embedding import EmbeddingService, Gathered, on_device
+from featurestore.lookup.embedding import EmbeddingService
+from featurestore.lookup.ondevice import Gathered, on_device
 from trainer.comm import Comm
 from trainer.exchange.routing import (
     FAILED,

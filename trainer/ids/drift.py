@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.lookup.embedding import on_device
+from featurestore.lookup.ondevice import on_device
 from trainer.errors import ConfigError
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
-from featurestore.lookup.embedding import on_device
+from featurestore.lookup.ondevice import on_device
 from trainer.config.options import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique

@@ -13,7 +13,7 @@ from torch import Tensor
 from featurestore.keys import (
     owner_of,
 )
-from featurestore.lookup.embedding import on_device
+from featurestore.lookup.ondevice import on_device
 from trainer.exchange.routing import Int64, unique_below
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import IdRows, TableShape, TableShards, owned_rows

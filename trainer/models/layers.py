@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featurestore.keys import splitmix64, stream_start, unit_interval
-from featurestore.lookup.embedding import PReLU, on_device
+from featurestore.lookup.ondevice import PReLU, on_device
 from trainer.comm import Comm, SoloComm
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError

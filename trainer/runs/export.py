@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from featurestore.format.datafile import KEY, URI
 from featurestore.keys import Int64Array
-from featurestore.lookup.embedding import EmbeddingModel, as_tensor
+from featurestore.lookup.embedding import EmbeddingModel
+from featurestore.lookup.ondevice import as_tensor
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId

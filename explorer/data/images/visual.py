@@ -130,7 +130,7 @@ def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray
     """
     import torch
 
-    from featurestore.lookup.embedding import as_tensor
+    from featurestore.lookup.ondevice import as_tensor
     from trainer.runs.export import open_network
 
     model = open_network(places.run(run), store_version=snapshot.version, store=places.store).model

@@ -119,7 +119,7 @@ def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Log
     """Predict the only ad of a row, (1,), its visual vectors made of this feature as the store keeps it."""
     import torch
 
-    from featurestore.lookup.embedding import as_tensor
+    from featurestore.lookup.ondevice import as_tensor
     from trainer.engine.wiring import model_name
     from trainer.exchange.vectors import FieldVectors
 

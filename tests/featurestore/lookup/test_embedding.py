@@ -11,7 +11,8 @@ from featurestore.errors import MissingKeysError
 from featurestore.format.statistics import Scaling
 from featurestore.lookup import embedding
 from featurestore.lookup.compute_dtype import dtype_of_machine, dtype_of_processor
-from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
+from featurestore.lookup.ondevice import PReLU, as_tensor
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.upkeep.remake import remake
 
@@ -143,7 +144,7 @@ class TestService:
     def test_numbers_are_made_ahead(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, compute_dtype: str, rows: int
     ) -> None:
-        monkeypatch.setattr(embedding, "_BLOCK_ROWS", 6)
+        monkeypatch.setattr(embedding, "BLOCK_ROWS", 6)
         partition = partition_of(tmp_path, "zeros", dtype=dtype)
         service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, compute_dtype)})
         service.fold_standardization_(features().mean(0), features().std(0))

@@ -8,9 +8,9 @@ import torch
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import FeatureStoreError, MissingKeysError
-from featurestore.lookup import heldrows
-from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, as_tensor
-from featurestore.lookup.heldrows import HeldRows, held_bytes, hold_rows
+from featurestore.lookup import ondevice
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
+from featurestore.lookup.ondevice import HeldRows, as_tensor, held_bytes
 from featurestore.lookup.partition import FeaturePartition
 
 DIM, ROWS = 8, 60
@@ -31,7 +31,7 @@ def partition_of(folder: Path, dtype: str, missing: str = "zeros", ranks: int = 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_same_bits_as_a_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, ranks: int) -> None:
-    monkeypatch.setattr(heldrows, "_HELD_BLOCK_ROWS", 3)
+    monkeypatch.setattr(ondevice, "_HELD_BLOCK_ROWS", 3)
     partition = partition_of(tmp_path, dtype, ranks=ranks)
     held = HeldRows(partition, CPU)
     keys = np.random.default_rng(1).permutation(ROWS + 20)  # the last 20 have no feature
@@ -60,7 +60,7 @@ def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: s
         return [visual.detach(), *(each.grad.clone() for each in service.parameters() if each.grad is not None)]
 
     looked_up, counted = results(), partition.missing_count
-    hold_rows(service)
+    service.hold_rows()
     assert service.holds_rows
     held = results()
     assert partition.missing_count == 2 * counted == 2
@@ -73,7 +73,7 @@ def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: s
 def test_missing_keys_and_a_closed_partition_are_errors(tmp_path: Path) -> None:
     partition = partition_of(tmp_path, "float32", "error")
     service = EmbeddingService(partition, {"e": EmbeddingModel(DIM)})
-    hold_rows(service)
+    service.hold_rows()
     with pytest.raises(MissingKeysError, match="999"):
         service.gather(np.array([3, 999]))
     partition.close()

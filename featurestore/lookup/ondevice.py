@@ -1,0 +1,116 @@
+"""Features as tensors: on a device, held there, and through PReLU block by block.
+
+Letters of shapes as in featurestore/lookup/embedding.py. Where a device holds all features, nothing is looked up, and a
+step carries only the places of its keys there.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featurestore.lookup.partition import FeaturePartition
+
+
+class PReLU(nn.PReLU):
+    """torch's PReLU of one weight, whose backward goes block by block on a CPU, in the processor's cache."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _PReLU.apply(input, self.weight)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _PReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return functional.prelu(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        input, weight = ctx.saved_tensors
+        passed, of_weight = torch.empty_like(gradient), gradient.new_zeros(())
+        num_rows = BLOCK_ROWS if input.device.type == "cpu" else max(1, len(input))
+        for rows in zip(*(each.split(num_rows) for each in (input, gradient, passed)), strict=True):
+            input_block, gradient_block, passed_block = rows
+            where_positive = torch.ops.aten.threshold_backward(gradient_block, input_block, 0.0)
+            torch.lerp(where_positive, gradient_block, weight, out=passed_block)  # the gradient, or weight times it
+            of_weight += input_block.clamp_max(0).mul_(gradient_block).sum()
+        return passed, of_weight.reshape(weight.shape)
+
+
+@dataclass
+class Gathered:
+    """Features of Q keys, and which keys had none.
+
+    On a CPU they are `EmbeddingModel.numbers`; on a GPU they are as in the store, which is the least to carry.
+    """
+
+    features_QD: Tensor
+    missing_Q: NDArray[np.bool_] | None
+    """Bool (Q,), or None when no key was missing."""
+    buffer: Tensor | None = field(default=None, repr=False)
+    """The memory that the service takes back."""
+    copied: torch.cuda.Event | None = field(default=None, repr=False)
+    """What the GPU has to wait for before it reads them; None: nothing."""
+
+
+def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device without waiting for it: to a GPU from pinned memory, kept by torch until it is read.
+    On a CPU it is the same memory."""
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def as_tensor(features: NDArray[np.generic]) -> Tensor:
+    """Return the same memory as a tensor; 16 unsigned bits are a bfloat16."""
+    tensor = torch.from_numpy(features)
+    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
+
+
+def as_array(features: Tensor) -> NDArray[np.generic]:
+    """Return the same memory as an array: undoes `as_tensor`."""
+    return features.view(torch.uint16).numpy() if features.dtype == torch.bfloat16 else features.numpy()
+
+
+_HELD_BLOCK_ROWS = 65_536
+BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made of them
+
+
+class HeldRows:
+    """All rows of a partition in a device's memory, as stored; they do not follow it, as it never changes while open.
+
+    A step then carries there only the places of its keys, 8 bytes each."""
+
+    def __init__(self, partition: FeaturePartition, device: torch.device) -> None:
+        """Raises what torch raises where memory is short (`held_bytes`)."""
+        dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
+        self._partition = partition
+        self._zeros = partition.num_rows
+        shape = partition.num_rows + 1, partition.dim  # the last row: no image
+        self._rows = torch.zeros(shape, dtype=dtype, device=device)
+        start = 0
+        for block in partition.rows(_HELD_BLOCK_ROWS):
+            end = start + len(block)
+            self._rows[start:end].copy_(as_tensor(block.copy()))
+            start = end
+
+    def take(self, place_Q: NDArray[np.int64]) -> Tensor:
+        """Return the rows (Q, D) at these places; -1: a row of zeros."""
+        place_Q = np.where(place_Q < 0, self._zeros, place_Q)
+        return self._rows.index_select(0, on_device(place_Q, self._rows.device))
+
+    def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
+        """Find the features of `keys_Q` in the order asked, as `EmbeddingService.gather` does."""
+        place_Q = self._partition.find(keys_Q)
+        missing_Q = place_Q < 0
+        return Gathered(self.take(place_Q), missing_Q if missing_Q.any() else None)
+
+
+def held_bytes(partition: FeaturePartition) -> int:
+    """Return the bytes that `HeldRows` take."""
+    return (partition.num_rows + 1) * partition.info.row_bytes
