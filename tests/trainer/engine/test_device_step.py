@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featurestore.lookup.partition import FeaturePartition
 from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
-from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, Pooling
+from trainer.config.options import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.engine.engine import Engine
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
@@ -195,7 +195,7 @@ def test_one_wait_and_no_atomic_add_with_exact_tables(engine_of: Callable[..., E
         check(engine_of({"tables": {"user": 64, "item": exact, "place": 8}, "table_shards": 4}))
 
 
-@pytest.mark.parametrize("ids", ["adam", "rowwise_adam", "adagrad", "rowwise_adagrad", "ftrl"])
+@pytest.mark.parametrize("ids", get_args(IdOptimizer))
 def test_one_wait_and_no_atomic_add_with_every_optimizer(ids: Any, engine_of: Callable[..., Engine]) -> None:
     more = {} if ids in ("adam", "ftrl") else {"id_l2": 0.1}
     check(engine_of({}, optim=OptimConfig(lr=0.01, ids=ids, **more)))

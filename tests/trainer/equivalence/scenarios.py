@@ -1,9 +1,9 @@
 """Small worlds on which a run of P ranks has to equal one process: fields and settings. Their data is in worlds.py."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
+from trainer.config.options import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
 from trainer.samples.statistics import fill_in
 from trainer.schema import Field, Schema
 
@@ -246,7 +246,9 @@ SCENARIOS = {
     "id_proxy_image_dropout_texts": Scenario(
         {"id_proxy": True, "image_dropout": 0.3, "id_init_std": 1e-4}, texts=True, most_ranks=2
     ),
-    "image_dropout": Scenario({"images": "both", "image_dropout": 0.4, "id_init_std": 1e-4}, deal="starve"),
+    "image_dropout": Scenario(
+        {"images": "both", "image_dropout": 0.4, "id_init_std": 1e-4}, deal="starve", most_ranks=2
+    ),
     # Ads without a row of their own: p(v) is added to the cold row of their shard, which they train together.
     "exact_id_proxy_two_towers": Scenario(
         {"base": "two_tower", "id_proxy": True, "id_dropout": 0.4},
@@ -292,7 +294,9 @@ SCENARIOS = {
     "dice": Scenario({"base": "din", "images": "both", "activation": "dice"}),
     "dice_rank_without_data": Scenario({"base": "din", "images": "none", "activation": "dice"}, deal="starve"),
     "dropout": Scenario({"images": "none", "dropout": 0.5}, deal="starve"),
-    "dropout_streams": Scenario({"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams"),
+    "dropout_streams": Scenario(
+        {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
+    ),
     "paper": Scenario(
         {"images": "both", "activation": "prelu", "multi_hot": "sum", "init": "torch"}, dtypes=("float64", "float32")
     ),
@@ -324,6 +328,22 @@ SCENARIOS = {
     "weights_din_ids_only": Scenario({"base": "din", "images": "none"}, weighted=True, most_ranks=2),
     "weights_two_towers_ids_only": Scenario({"base": "two_tower", "images": "none"}, weighted=True, most_ranks=2),
     "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
+}
+
+_POOLINGS = {scenario.model.get("pooling", ModelConfig().pooling) for scenario in SCENARIOS.values()}
+_OPTIMIZERS = {scenario.optim.ids for scenario in SCENARIOS.values()}
+SCENARIOS |= {
+    # An aggregator or an optimiser that is not above has a plain scenario.
+    **{
+        name: Scenario({"pooling": name, "init": "torch"}, deal="starve", most_ranks=2)
+        for name in get_args(Pooling)
+        if name not in _POOLINGS
+    },
+    **{
+        name: Scenario({"images": "none"}, optimizers={"ids": name}, id_l2=0.3, deal="starve", most_ranks=2)
+        for name in get_args(IdOptimizer)
+        if name not in _OPTIMIZERS
+    },
 }
 
 

@@ -9,7 +9,7 @@ the others there, on four ranks also the other ways, and all of them on eight ra
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,88 +19,17 @@ from tests.ranks import Forks, StandingRanks, TorchRanks
 from tests.trainer.equivalence.packing import packed, unpacked
 from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, STEPS, TOLERANCE, has_other_ways
 from tests.trainer.standing_ranks import run as run_here
+from trainer.config.options import BaseNet, IdOptimizer, Pooling
+from trainer.ids.optimizers import state_of
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
 
 HERE = Path(__file__).parent
 OF_ATTENTION = ".channels."
 LEAST_OF_ATTENTION = 1e-4  # before a softmax, gradients cancel: a query's bias moves by what rounding leaves of them
-RUNS = [
-    "both_attentive/float64",
-    "both_attentive/float32",
-    "two_widths_two_models/float64",
-    "sum_rank_without_data/float64",
-    "sum_rank_without_data/float32",
-    "one_owner/float64",
-    "behavior_sum/float64",
-    "ad_colliding_ids/float64",
-    "ids_only/float64",
-    "missing_zeros/float64",
-    "compact/float64",
-    "l2_and_dropout/float64",
-    "adam/float64",
-    "adam_rank_without_data/float64",
-    "adam_rank_without_data/float32",
-    "dropout_rank_without_data/float64",
-    "exact/float64",
-    "exact_rank_without_data/float64",
-    "exact_evicting/float64",
-    "exact_evicting_rank_without_data/float64",
-    "averages/float64",
-    "exact_averages_rank_without_data/float64",
-    "weight_decay/float64",
-    "id_proxy/float64",
-    "missing_learned/float64",
-    "words/float64",
-    "gallery_mean/float64",
-    "transformer/float64",
-    "two_towers/float64",
-    "two_towers/float32",
-    "two_towers_ids_only/float64",
-    "weights/float64",
-    "numbers/float64",
-    "batch_norm/float64",
-    "batch_norm_rank_without_data/float64",
-    "dice/float64",
-    "dice_rank_without_data/float64",
-    "dropout/float64",
-    "paper/float64",
-    "paper/float32",
-]
-MODEL_RUNS = [
-    "rowwise_adam_restart/float64",
-    "adagrad/float64",
-    "rowwise_adagrad/float64",
-    "ftrl/float64",
-    "image_dropout/float64",
-    "id_proxy_image_dropout_texts/float64",
-    "exact_id_proxy_two_towers/float64",
-    "image_dropout_two_towers/float64",
-    "concat/float64",
-    "max/float64",
-    "mean/float64",
-    "multi_query/float64",
-    "concat_rank_without_data/float64",
-    "max_rank_without_data/float64",
-    "multi_query_rank_without_data/float64",
-    "transformer_rank_without_data/float64",
-    "lr_ids_only/float64",
-    "lr/float64",
-    "din_ids_only/float64",
-    "din/float64",
-    "dcn_ids_only/float64",
-    "dcn/float64",
-    "weights_din_ids_only/float64",
-    "numbers_din_ids_only/float64",
-    "dropout_streams/float64",
-    "weights_two_towers_ids_only/float64",
-    "texts/float64",
-    "gallery_max/float64",
-    "gallery_two_towers/float64",
-    "texts_missing/float64",
-    "finalmlp_ids_only/float64",
-    "finalmlp/float64",
-]
+ALL_RUNS = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
+RUNS = [run for run in ALL_RUNS if SCENARIOS[run.partition("/")[0]].most_ranks >= 8]
+MODEL_RUNS = [run for run in ALL_RUNS if run not in RUNS]
 # Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
 NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
@@ -123,7 +52,6 @@ def _on_ranks(num_ranks: int, runs: list[str]) -> list[Any]:
 
 RUNS_ON_RANKS = [each for num_ranks in (1, 2, 4, 8, TORCH_2, TORCH_4) for each in _on_ranks(num_ranks, RUNS)]
 MODEL_RUNS_ON_RANKS = [each for num_ranks in (1, 2, TORCH_2) for each in _on_ranks(num_ranks, MODEL_RUNS)]
-WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
 
 Results = Mapping[str, dict]
 Fixture = Callable[[str], Any]
@@ -188,7 +116,14 @@ def reference(results_of: Callable[[int], Results], forks: Forks, tmp_path_facto
 
 
 def test_every_scenario_is_checked(reference: Results) -> None:
-    assert sorted(reference) == sorted([*RUNS, *MODEL_RUNS])
+    assert sorted(reference) == sorted(ALL_RUNS)
+
+
+def test_every_choice_has_a_scenario() -> None:
+    models = [scenario.config("float64") for scenario in SCENARIOS.values()]
+    assert {model.pooling for model in models} == {*get_args(Pooling)}
+    assert {model.base for model in models} == {*get_args(BaseNet)}
+    assert {scenario.optim.ids for scenario in SCENARIOS.values()} == {*get_args(IdOptimizer)}
 
 
 class Equivalence:
@@ -203,7 +138,8 @@ class Equivalence:
         self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
     ) -> None:
         found, expected = results_of(num_ranks)[run]["gradients"], reference[run]["gradients"]
-        if run.startswith(WITHOUT_MOMENTUM):
+        if "momentum" not in {part.name for part in state_of(SCENARIOS[run.partition("/")[0]].optim)}:
+            # The first gradients of ID rows are not to be seen.
             expected = {name: value for name, value in expected.items() if name in found}
         _assert_same(found, expected, _tolerance(run))
 

@@ -1,14 +1,14 @@
 """Optimisers of ID rows: each against its plain form on the whole table, step by step; Adam against torch's own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.options import OptimConfig
+from trainer.config.options import IdOptimizer, OptimConfig
 from trainer.engine.choices import FTRL_BETA, row_optimizer, state_of
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import RowOptimizer
@@ -230,7 +230,7 @@ class TestPlainForms:
 
         self.compare(table, move)
 
-    @pytest.mark.parametrize("ids", ["adam", "adagrad", "rowwise_adagrad", "ftrl", "rowwise_adam"])
+    @pytest.mark.parametrize("ids", get_args(IdOptimizer))
     def test_adaptive_l2_is_a_part_of_the_gradient(self, ids: str) -> None:
         table, plain = Table(ids=ids, id_l2=0.2), Table(ids=ids)
         counts = torch.zeros(ROWS, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
+from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
 from trainer.ids.shards import TableShape, initial_rows
 from trainer.main import train
@@ -38,10 +39,7 @@ def trained(places: Places, tmp_path: Path) -> Train:
     return run
 
 
-@pytest.mark.parametrize(
-    "ids",
-    ["rowwise_adam", "adam", "adagrad", "rowwise_adagrad", "ftrl"],
-)
+@pytest.mark.parametrize("ids", get_args(IdOptimizer))
 def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     """And between two epochs, where what happens is the same for all optimisers: with one of them."""
     settings = {"optim__ids": ids, "optim__ids_restart": True, "optim__id_l2": 0.01, "optim__warmup_steps": 8}
