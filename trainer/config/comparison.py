@@ -10,7 +10,7 @@ from typing import Any
 
 from featurestore.spec import differing
 from trainer.config.config import Config
-from trainer.config.options import Decision, Section, decision_of
+from trainer.config.options import SETTINGS_OF_POOLINGS, Decision, Section, decision_of
 
 SAMPLES_DIGEST = "data.samples_digest"
 _DECISIONS: dict[str, Decision] = {
@@ -25,11 +25,10 @@ _OF_NETS = {
     "dcn": {"cross_layers", "cross_structure"},
     "two_tower": {"tower_width"},
 }
-_OF_POOLINGS = {
-    "concat": {"pooling_length"},
-    "transformer": {"pooling_length", "transformer_width"},
-}
-_OF_BEHAVIORS = {"pooling", "image_products", "similarity_tiers", "similarity_top_k"}.union(*_OF_POOLINGS.values())
+_OF_ATTENTION = {"attention_hidden"}
+"""Read by some poolings, and by the base din."""
+_OF_POOLINGS = set[str]().union(*SETTINGS_OF_POOLINGS.values()) - _OF_ATTENTION
+_OF_BEHAVIORS = _OF_POOLINGS | {"pooling", "image_products", "similarity_tiers", "similarity_top_k"}
 OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
 """Settings of the model that one without images has no use for."""
 
@@ -98,7 +97,8 @@ def _idle(model: Mapping[str, Any]) -> set[str]:
         return set()
     pools = images in ("behavior", "both") and base != "two_tower"
     idle = set[str]().union(*(names for net, names in _OF_NETS.items() if net != base))
-    idle |= set().union(*_OF_POOLINGS.values()) - _OF_POOLINGS.get(pooling, set())
+    read_by_pooling = SETTINGS_OF_POOLINGS.get(pooling, set())
+    idle |= _OF_POOLINGS - read_by_pooling
     if images == "none":
         idle |= OF_IMAGES
     if images == "behavior":
@@ -109,6 +109,6 @@ def _idle(model: Mapping[str, Any]) -> set[str]:
         idle.add("image_products")
     if base == "lr":
         idle.add("mlp")
-    if base != "din" and not (pools and pooling in ("attentive", "multi_query")):
-        idle.add("attention_hidden")
+    if base != "din" and not (pools and read_by_pooling >= _OF_ATTENTION):
+        idle |= _OF_ATTENTION
     return idle

@@ -133,6 +133,13 @@ OwnNet = str
 Activation = Literal["relu", "prelu", "dice"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
+SETTINGS_OF_POOLINGS: Mapping[Pooling, set[str]] = {
+    "concat": {"pooling_length"},
+    "attentive": {"attention_hidden"},
+    "multi_query": {"attention_hidden"},
+    "transformer": {"pooling_length", "transformer_width"},
+}
+"""Settings of the model that not every pooling reads, and which ones do."""
 IdOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "rowwise_adam", "ftrl"]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]

@@ -13,11 +13,7 @@ from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.layers import HiddenLayers, Mlp, StepPlace, nearest_of, tiers_of, used_fields, value_rows, width_of
 from trainer.models.newads import build_id_proxy, build_new_ads
-from trainer.models.pooling import (
-    build_aggregator,
-    mean_pool,
-    sum_pool,
-)
+from trainer.models.pooling import AGGREGATORS, mean_pool, sum_pool
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, Side
 
@@ -56,7 +52,7 @@ class CtrModel(nn.Module):
         width = {field.name: width_of(field, config) for field in self.fields}
         queries = self._query_widths(config, width)
         aggregators = {
-            field.name: build_aggregator(width[field.name], queries, config, self.hidden)
+            field.name: AGGREGATORS[config.pooling](width[field.name], queries, config, self.hidden)
             for field in self._of("user", "content")
         }
         self.aggregators = nn.ModuleDict(aggregators)
@@ -153,16 +149,17 @@ class CtrModel(nn.Module):
         """Return the widths of what the aggregators ask with, and settle which of the two ask. Raises ConfigError."""
         of_images = sum(width[field.name] for field in self._of("ad", "content"))
         of_ids = sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense"))
-        asks = config.pooling in ("attentive", "multi_query", "transformer") and any(self._of("user", "content"))
+        wanted = AGGREGATORS[config.pooling].asks
+        asks = wanted != "nothing" and any(self._of("user", "content"))
         self._asks_with_images = asks and of_images > 0
-        self._asks_with_ids = asks and of_ids > 0 and (config.pooling != "attentive" or of_images == 0)
+        self._asks_with_ids = asks and of_ids > 0 and (wanted != "images" or of_images == 0)
         if asks and of_images + of_ids == 0:
             raise ConfigError(
                 f"model.pooling={config.pooling} needs a field on side ad to ask with; set model.pooling=sum"
             )
-        if asks and config.pooling == "multi_query" and of_ids == 0:
+        if asks and wanted == "images and ids" and of_ids == 0:
             raise ConfigError(
-                "model.pooling=multi_query asks with the ad's IDs too, and the schema has none on side ad; "
+                f"model.pooling={config.pooling} asks with the ad's IDs too, and the schema has none on side ad; "
                 "add one, or set model.pooling=attentive"
             )
         return [of_images] * self._asks_with_images + [of_ids] * self._asks_with_ids

@@ -19,13 +19,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
 from trainer.models.ctr import CtrModel, Dense, Dicm, Fields, one_each
 from trainer.models.layers import Mlp, used_fields, width_of
-from trainer.models.pooling import (
-    AttentivePooling,
-    BehaviorAttention,
-    PairWeights,
-    TransformerPooling,
-    sum_pool,
-)
+from trainer.models.pooling import Aggregator, BehaviorAttention, PairWeights, sum_pool
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, Side
 
@@ -416,8 +410,7 @@ def noted_weights(model: CtrModel) -> Iterator[dict[str, PairWeights]]:
     found: dict[str, PairWeights] = {}
     with contextlib.ExitStack() as hooks:
         for name, aggregator in model.aggregators.items():
-            if isinstance(aggregator, AttentivePooling | TransformerPooling):
-                hooks.callback(aggregator.register_forward_pre_hook(_Note(name, found)).remove)
+            hooks.callback(aggregator.register_forward_pre_hook(_Note(name, found)).remove)
         yield found
 
 
@@ -428,6 +421,8 @@ class _Note:
         self._name, self._found = name, found
 
     def __call__(self, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(aggregator, AttentivePooling | TransformerPooling)
+        assert isinstance(aggregator, Aggregator)
         with torch.no_grad():
-            self._found[self._name] = aggregator.weights(*arguments)
+            weights = aggregator.weights(*arguments)
+        if weights is not None:
+            self._found[self._name] = weights

@@ -9,20 +9,19 @@ Letters here: N tokens, which are (sample, behaviour) pairs one after the other 
 H hidden width.
 
 Groups are jagged: a group's behaviours lie in memory once, however many samples look at them. Those that do not look at
-the ad are made once a group. All have a
-`width`, and `forward(behaviors, group_of_sample_B, queries) -> (B, width)`; a group without behaviours gives zero.
+the ad are made once a group. `AGGREGATORS` has the class of each model.pooling.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config.options import ModelConfig
+from trainer.config.options import ModelConfig, Pooling
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, take_rows
 from trainer.models.layers import (
     HiddenLayers,
@@ -44,6 +43,33 @@ class PairWeights:
     """One column a channel; those of a sample sum to 1 in each."""
     lengths_B: Tensor
     """Behaviours of each sample that are weighed, its newest ones."""
+
+
+Asks = Literal["nothing", "images", "images and ids", "anything"]
+
+
+class Aggregator(nn.Module):
+    """Base of the aggregators: the vectors of a group's behaviours become one for each sample, (B, width)."""
+
+    asks: ClassVar[Asks] = "nothing"
+    """What of the ad it asks with: its images, or its IDs where it has none; both, a query each; or what there is."""
+    weighing: ClassVar[str]
+    """How it weighs behaviours, in a sentence that the explorer shows."""
+
+    def __init__(self, width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers) -> None:
+        """`width`: of the behaviours' vectors; `query_widths`: of what it asks with, if anything."""
+        super().__init__()
+        self.width = width
+
+    def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
+        """Return the pooled vectors (B, width) for the ad's vectors (B, W) each; zero without behaviours."""
+        raise NotImplementedError
+
+    def weights(
+        self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]
+    ) -> PairWeights | None:
+        """Return how much each behaviour counts; None where behaviours have no weights."""
+        return None
 
 
 class ActivationUnit(nn.Module):
@@ -93,19 +119,21 @@ class ActivationUnit(nn.Module):
         return score_N.view(-1, num_queries)
 
 
-class AttentivePooling(nn.Module):
+class AttentivePooling(Aggregator):
     """Weighted sums of a group's behaviour vectors, one for each query: sum over k of softmax_k(unit(k, q)) k.
 
-    One query is the paper's AttentivePooling. Two, the ad's visual vector and the ad's ID vectors, are its
-    MultiQueryAttentivePooling: every channel has an activation unit of its own and makes its own weights; the weighted
-    sums are concatenated. A group without behaviours gives zero.
+    Every query has a channel, with an activation unit and weights of its own; the weighted sums are concatenated. A
+    group without behaviours gives zero.
     """
 
-    def __init__(self, width: int, query_widths: Sequence[int], hidden: int, layers: HiddenLayers) -> None:
-        super().__init__()
-        self.width = width * len(query_widths)
+    asks: ClassVar[Asks] = "images"
+    weighing = "The aggregator is attentive: the weights of a history sum to 100 %."
+
+    def __init__(self, width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers) -> None:
+        super().__init__(width * len(query_widths), query_widths, config, layers)
         self.channels = nn.ModuleList(
-            ActivationUnit(width, query_width, hidden, layers, match=True, bias=False) for query_width in query_widths
+            ActivationUnit(width, query_width, config.attention_hidden, layers, match=True, bias=False)
+            for query_width in query_widths
         )
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
@@ -127,6 +155,16 @@ class AttentivePooling(nn.Module):
     def _weights(self, key_NV: Tensor, lengths_B: Tensor, queries: Sequence[Tensor]) -> Iterator[Tensor]:
         for unit, query_BW in zip(self.channels, queries, strict=True):
             yield segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
+
+
+class MultiQueryPooling(AttentivePooling):
+    """The paper's MultiQueryAttentivePooling: one query is the ad's visual vectors, the other one its ID vectors."""
+
+    asks = "images and ids"
+    weighing = (
+        "The aggregator asks twice, with the ad's picture and with its IDs: each makes weights of its own, which sum "
+        "to 100 %."
+    )
 
 
 class BehaviorAttention(nn.Module):
@@ -210,7 +248,7 @@ class TokenPlaces:
     is_token_BL: Tensor
 
 
-class TransformerPooling(nn.Module):
+class TransformerPooling(Aggregator):
     """Early fusion of the ad with each behaviour, an encoder layer, then [the maximum, the newest], (B, 2 H).
 
     As in TransAct (Xia et al., KDD 2023, section 3.2), token k is [v_k, q] through a linear layer, v_k the visual
@@ -225,10 +263,17 @@ class TransformerPooling(nn.Module):
     (docs/RESULTS.md).
     """
 
-    def __init__(self, width: int, query_widths: Sequence[int], *, hidden: int, length: int) -> None:
-        """The newest `length` behaviours are looked at."""
-        super().__init__()
-        self.width, self.length = 2 * hidden, length
+    asks = "anything"
+    weighing = (
+        "The aggregator is a transformer: the weights are how much the behaviours look at each one, on average; they "
+        "sum to 100 %, and nothing is multiplied by them alone."
+    )
+
+    def __init__(self, width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers) -> None:
+        """The newest `model.pooling_length` behaviours are looked at."""
+        hidden, length = config.transformer_width, config.pooling_length
+        super().__init__(2 * hidden, query_widths, config, layers)
+        self.length = length
         # The linear layer on [v_k, q] is a sum: of behaviours once a unique image, of ads once a sample.
         self.of_behavior = nn.Linear(width, hidden, bias=False)
         self.of_ad = nn.Linear(sum(query_widths), hidden)
@@ -369,12 +414,8 @@ def mean_pool(field: FieldVectors) -> Tensor:
     return summed_MV / total_M.masked_fill(total_M == 0, 1).unsqueeze(1)
 
 
-class GroupPooling(nn.Module):
+class GroupPooling(Aggregator):
     """Pooling that does not look at the ad: made once for each group, and handed to the group's samples."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
         """Return one vector for each group, (G, width)."""
@@ -388,12 +429,16 @@ class GroupPooling(nn.Module):
 class SumPooling(GroupPooling):
     """Sum over k of v_k."""
 
+    weighing = "The aggregator is a plain sum, so no behaviour has a weight: its effect on the score is shown."
+
     def per_group(self, behaviors: FieldVectors) -> Tensor:
         return sum_pool(behaviors)
 
 
 class MeanPooling(GroupPooling):
     """(1 / n) sum over k of v_k, n the group's own number of behaviours."""
+
+    weighing = "The aggregator is a plain mean, so all behaviours weigh the same: their effects on the score are shown."
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
         return mean_pool(behaviors)
@@ -402,6 +447,8 @@ class MeanPooling(GroupPooling):
 class MaxPooling(GroupPooling):
     """max over k of v_k, element by element. Behaviours that share the maximum share its gradient."""
 
+    weighing = "The aggregator takes maxima, so no behaviour has a weight: its effect on the score is shown."
+
     def per_group(self, behaviors: FieldVectors) -> Tensor:
         return segment_max(take_rows(behaviors.vectors_UV, behaviors.index_N), behaviors.lengths_M)
 
@@ -409,9 +456,14 @@ class MaxPooling(GroupPooling):
 class ConcatPooling(GroupPooling):
     """[v_1, v_2, .., v_L]: the first L behaviours, which are the newest; zeros where there are fewer."""
 
-    def __init__(self, width: int, length: int) -> None:
-        super().__init__(width * length)
-        self.length = length
+    weighing = (
+        "The aggregator puts the newest behaviours side by side, so none has a weight: its effect on the score is "
+        "shown."
+    )
+
+    def __init__(self, width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers) -> None:
+        super().__init__(width * config.pooling_length, query_widths, config, layers)
+        self.length = config.pooling_length
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
         lengths_G = lengths_of(behaviors.lengths_M)
@@ -438,21 +490,12 @@ class ConcatPooling(GroupPooling):
         return rows_behind_zero.index_select(0, next_GL.masked_fill(~is_there_GL, 0).flatten())
 
 
-def build_aggregator(
-    width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers
-) -> GroupPooling | AttentivePooling | TransformerPooling:
-    """Make the aggregator of `config.pooling` over vectors of `width`; `query_widths`: of what it asks with, if any."""
-    match config.pooling:
-        case "concat":
-            return ConcatPooling(width, config.pooling_length)
-        case "max":
-            return MaxPooling(width)
-        case "sum":
-            return SumPooling(width)
-        case "mean":
-            return MeanPooling(width)
-        case "attentive" | "multi_query":
-            return AttentivePooling(width, query_widths, config.attention_hidden, layers)
-        case "transformer":
-            hidden, length = config.transformer_width, config.pooling_length
-            return TransformerPooling(width, query_widths, hidden=hidden, length=length)
+AGGREGATORS: Mapping[Pooling, type[Aggregator]] = {
+    "concat": ConcatPooling,
+    "max": MaxPooling,
+    "sum": SumPooling,
+    "mean": MeanPooling,
+    "attentive": AttentivePooling,
+    "multi_query": MultiQueryPooling,
+    "transformer": TransformerPooling,
+}

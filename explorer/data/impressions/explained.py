@@ -354,28 +354,16 @@ def points(value: float) -> str:
     return f"{100 * value:.2f} points" if abs(value) >= 0.0001 else f"{100 * value:.2g} points"
 
 
-_WEIGHING = {
-    "attentive": "The aggregator is attentive: the weights of a history sum to 100 %.",
-    "multi_query": "The aggregator asks twice, with the ad's picture and with its IDs: each makes weights of its own, "
-    "which sum to 100 %.",
-    "transformer": "The aggregator is a transformer: the weights are how much the behaviours look at each one, on "
-    "average; they sum to 100 %, and nothing is multiplied by them alone.",
-    "sum": "The aggregator is a plain sum, so no behaviour has a weight: its effect on the score is shown.",
-    "mean": "The aggregator is a plain mean, so all behaviours weigh the same: their effects on the score are shown.",
-    "max": "The aggregator takes maxima, so no behaviour has a weight: its effect on the score is shown.",
-    "concat": "The aggregator puts the newest behaviours side by side, so none has a weight: its effect on the score "
-    "is shown.",
-}
-
-
 def weighing(opened: OpenedRun) -> str:
     """Say how the run's aggregator weighs behaviours."""
+    from trainer.models.pooling import AGGREGATORS
+
     model = opened.trained.config.model
     if model.images in ("none", "ad"):
         return "This run sees no pictures of behaviours, so none has a weight."
     if model.base == "two_tower":
-        return _WEIGHING["sum"]
-    text = _WEIGHING[model.pooling]
+        return AGGREGATORS["sum"].weighing
+    text = AGGREGATORS[model.pooling].weighing
     if model.similarity_top_k:
         text += f" Only the {model.similarity_top_k} behaviours whose pictures are most like the ad's are looked at."
     return text

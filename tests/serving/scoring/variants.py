@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.texts.wordy import rewrite
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
+from trainer.config.options import ModelConfig, Pooling
 from trainer.main import train
 from trainer.schema import DEFAULT_SCHEMA
 
@@ -54,6 +55,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 A run takes seconds to train, export and explain: one has several kinds, of which none hides another.
 """
+VARIANTS |= {  # an aggregator that is not above has a variant of its own
+    pooling: {"model__pooling": pooling}
+    for pooling in get_args(Pooling)
+    if pooling not in {settings.get("model__pooling", ModelConfig().pooling) for settings in VARIANTS.values()}
+}
 
 INPUTS: list[dict[str, Any]] = [
     {"name": "ad_price", "side": "ad", "kind": "dense", "transform": "log_standardize", "fill": "mean"},

@@ -10,10 +10,12 @@ from trainer.config.options import ModelConfig, Pooling
 from trainer.exchange.vectors import FieldVectors
 from trainer.models import pooling as transformer
 from trainer.models.layers import HiddenLayers, StepPlace
-from trainer.models.pooling import ActivationUnit, BehaviorAttention, TransformerPooling, build_aggregator, sum_pool
+from trainer.models.pooling import AGGREGATORS, ActivationUnit, BehaviorAttention, TransformerPooling, sum_pool
 
 WIDTH, LENGTH, HIDDEN = 3, 4, 6
-QUERY_WIDTHS = {"attentive": [2], "multi_query": [2, 5], "transformer": [2, 5]}
+QUERY_WIDTHS = {
+    pooling: {"nothing": [], "images": [2]}.get(aggregator.asks, [2, 5]) for pooling, aggregator in AGGREGATORS.items()
+}
 GROUPS = [[1, 1], [], [0, 3, 1], [2, 0, 1, 3, 3, 2], [3]]  # rows of vectors_UV; the fourth is longer than LENGTH
 GROUP_OF_SAMPLE = [0, 0, 1, 2, 3, 3, 3, 1, 4]
 POOLINGS = get_args(Pooling)
@@ -103,15 +105,14 @@ def layers() -> HiddenLayers:
 
 def built(pooling: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    queries = QUERY_WIDTHS.get(pooling, [])
     config = ModelConfig(pooling=pooling, attention_hidden=4, pooling_length=LENGTH, transformer_width=HIDDEN)
-    return build_aggregator(WIDTH, queries, config, layers()).double()
+    return AGGREGATORS[pooling](WIDTH, QUERY_WIDTHS[pooling], config, layers()).double()
 
 
 class TestAggregators:
     def test_equals_the_loop_forward_and_backward(self, pooling: str) -> None:
         pool, samples = built(pooling), torch.tensor(GROUP_OF_SAMPLE)
-        queries = [values(len(samples), width) for width in QUERY_WIDTHS.get(pooling, [])]
+        queries = [values(len(samples), width) for width in QUERY_WIDTHS[pooling]]
         weight = values(len(samples), pool.width).detach()
 
         def gradients(pooled: Tensor) -> list[Tensor]:
@@ -134,7 +135,7 @@ class TestAggregators:
     def test_nothing_to_aggregate(self, pooling: str, groups: list[list[int]]) -> None:
         pool, vectors = built(pooling), values(4, WIDTH)
         samples = torch.arange(len(groups))
-        queries = [values(len(samples), width) for width in QUERY_WIDTHS.get(pooling, [])]
+        queries = [values(len(samples), width) for width in QUERY_WIDTHS[pooling]]
         pooled = pool(field_of(groups, vectors), samples, queries)
         assert pooled.shape == (len(groups), pool.width)
         assert not pooled.any()
@@ -148,12 +149,15 @@ class TestAggregators:
             vectors = torch.randn(50, WIDTH, generator=generator).requires_grad_()
             groups = [torch.randint(0, 50, (n % 40,), generator=generator).tolist() for n in range(200)]
             samples = torch.arange(200).repeat_interleave(4)
-            queries = [torch.randn(800, width, generator=generator) for width in QUERY_WIDTHS.get(pooling, [])]
+            queries = [torch.randn(800, width, generator=generator) for width in QUERY_WIDTHS[pooling]]
             pooled = pool(field_of(groups, vectors), samples, queries)
             pooled.square().sum().backward()
             return [pooled, vectors.grad, *(parameter.grad for parameter in pool.parameters())]
 
         assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+    def test_it_says_how_it_weighs(self, pooling: str) -> None:
+        assert AGGREGATORS[pooling].weighing.startswith("The aggregator ")
 
     def test_width(self, pooling: str) -> None:
         expected = {"concat": WIDTH * LENGTH, "multi_query": WIDTH * 2, "transformer": HIDDEN * 2}

@@ -19,10 +19,10 @@ from tests.trainer.models.pooling.test_aggregators import (
     values,
 )
 from trainer.models.nets import noted_weights
-from trainer.models.pooling import PairWeights
+from trainer.models.pooling import AGGREGATORS, Aggregator, PairWeights
 
 SAMPLES = torch.tensor(GROUP_OF_SAMPLE)
-WEIGHED = ["attentive", "multi_query", "transformer"]
+WEIGHED = [name for name, each in AGGREGATORS.items() if each.weights is not Aggregator.weights]
 
 
 class Model(torch.nn.Module):
@@ -35,7 +35,7 @@ class Model(torch.nn.Module):
 
 def arguments(pooling: str, groups: list[list[int]] = GROUPS) -> tuple[Any, ...]:
     samples = SAMPLES if groups is GROUPS else torch.arange(len(groups))
-    queries = [values(len(samples), width) for width in QUERY_WIDTHS.get(pooling, [])]
+    queries = [values(len(samples), width) for width in QUERY_WIDTHS[pooling]]
     return field_of(groups, values(4, WIDTH)), samples, queries
 
 
@@ -99,7 +99,7 @@ def test_a_transformer_looks_at_what_its_encoder_looks_at() -> None:
         torch.testing.assert_close(found.squeeze(1), torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("pooling", [*WEIGHED, "concat", "max", "sum", "mean"])
+@pytest.mark.parametrize("pooling", AGGREGATORS)
 @pytest.mark.parametrize("groups", [GROUPS, [[], []]], ids=["some", "no behaviour"])
 def test_noting_changes_no_bit(pooling: str, groups: list[list[int]]) -> None:
     pool, given = built(pooling), arguments(pooling, groups)
