@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurestore.errors import AddressError, PasswordError, StorageError, UnsafeBackendError
 from featurestore.storage.local import TEMPORARY, StorageEntry
-from featurestore.storage.threads import in_threads
+from featurestore.storage.threads import cached_property, in_threads
 from featurestore.text import one_line, without_passwords
 
 if TYPE_CHECKING:
@@ -99,23 +99,26 @@ class RemoteFiles:
     Errors are the client's own, or RetriesExhaustedError at the end.
     """
 
-    def __init__(self, protocol: str, root: str) -> None:
-        self._protocol = protocol
-        self._server, self._root = "", root
-        if protocol == HDFS:
-            self._server, _, path = root.partition("/")
-            self._root = f"/{path}"
-        elif protocol in HTTP_PROTOCOLS:  # this client wants whole addresses
-            self._root = f"{protocol}://{root}"
-        self._http_server = root.partition("/")[0] if protocol in HTTP_PROTOCOLS else ""
+    def __init__(self, protocol: str, place: str) -> None:
+        self._protocol, self._place = protocol, place
+        self._http_server = place.partition("/")[0] if protocol in HTTP_PROTOCOLS else ""
         self._client: tuple[int, Any] | None = None
 
     @property
     def client(self) -> Any:
         """fsspec's file system, made once in each process."""
         if self._client is None or self._client[0] != os.getpid():
-            self._client = os.getpid(), _client(self._protocol, self._server)
+            self._client = os.getpid(), _client(self._protocol, self._place)
         return self._client[1]
+
+    @cached_property
+    def _root(self) -> str:
+        """The place as its client names it: some leave out the server, some want the whole address."""
+        if self._protocol in S3_PROTOCOLS:
+            return self._place
+        if self._protocol == HDFS:
+            return f"/{self._place.partition('/')[2]}"
+        return str(self.client._strip_protocol(f"{self._protocol}://{self._place}"))
 
     def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         options = reading_options(self._protocol)
@@ -144,10 +147,11 @@ class RemoteFiles:
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Do one conditional put; the answer may be lost, or be about one's own file."""
-        if self._protocol == HDFS:
+        if _looks_before_it_creates(self.client):
             raise UnsafeBackendError(
-                "hdfs:// has no create that fails where the file exists, as pyarrow's client overwrites it, so commits"
-                " could be lost: write to a disk or to S3, and copy the folder; what was copied there can be read"
+                f"{self._protocol}:// has no create that fails where the file exists, as its client only looks whether "
+                "there is one before it writes, so commits could be lost: write to a disk or to S3, and copy the "
+                "folder; what was copied there can be read"
             )
         # fsspec's memory files have no atomic create of their own.
         guard = _memory_lock if self._protocol == "memory" else contextlib.nullcontext()
@@ -362,14 +366,14 @@ def reason_of(error: BaseException | None) -> str:
     return without_passwords(one_line(str(error) or type(error).__name__))
 
 
-def _client(protocol: str, server: str = "") -> Any:
-    """Return fsspec's file system, one for each process and setting of the environment, as making one is slow.
-
-    `server`: of HDFS, as host:port or default."""
+def _client(protocol: str, place: str) -> Any:
+    """Return fsspec's file system, one for each process, server and setting of the environment: making one is slow."""
     import fsspec
 
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
-    key = (os.getpid(), protocol, server, *settings)
+    server = place.partition("/")[0] if protocol == HDFS else ""
+    options = {} if protocol in (*S3_PROTOCOLS, HDFS) else _options_in(protocol, place)
+    key = (os.getpid(), protocol, server, *sorted(options.items()), *settings)
     with _clients_lock:
         if key not in _clients:
             try:
@@ -382,8 +386,8 @@ def _client(protocol: str, server: str = "") -> Any:
                 elif protocol in HTTP_PROTOCOLS:
                     _clients[key] = fsspec.filesystem(protocol, client_kwargs=_http_limits())
                 else:
-                    _clients[key] = fsspec.filesystem(protocol)
-            except (ValueError, ImportError) as error:
+                    _clients[key] = fsspec.filesystem(protocol, **options)
+            except (TypeError, ValueError, ImportError) as error:  # TypeError: the client lacks a setting
                 raise AddressError(f"{protocol}:// cannot be opened: {error}") from error
         return _clients[key]
 
@@ -393,6 +397,26 @@ def _http_limits() -> dict[str, Any]:
     from aiohttp import ClientTimeout
 
     return {"timeout": ClientTimeout(total=PATIENCE_S, connect=HTTP_PATIENCE_S, sock_read=_HTTP_SILENCE_S)}
+
+
+def _options_in(protocol: str, place: str) -> dict[str, Any]:
+    """Return what an address says of its server, as options of fsspec's client.
+
+    Raises AddressError where there is no client of this protocol, or its package is missing.
+    """
+    import fsspec
+
+    try:
+        return dict(fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(f"{protocol}://{place}"))
+    except (ValueError, ImportError) as error:
+        raise AddressError(f"{protocol}:// cannot be opened: {error}") from error
+
+
+def _looks_before_it_creates(client: Any) -> bool:
+    """Return whether a client's create is fsspec's own: it looks whether the file exists, and writes then."""
+    from fsspec import AbstractFileSystem
+
+    return getattr(client.pipe_file, "__func__", None) is AbstractFileSystem.pipe_file
 
 
 def reading_options(protocol: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Storage:
         check_password(str(url))
         self._protocol, path = protocol_and_path(url)
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
-        self.url = self._root if self.is_local else f"{self._protocol}://{self._root.lstrip('/')}"
+        self.url = self._root if self.is_local else f"{self._protocol}://{self._root}"
         self._keep_inside = keep_inside
         self._disk = DiskFiles(self._root, keep_inside)
         self._remote = RemoteFiles(self._protocol, self._root)

@@ -15,8 +15,13 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.implementations.ftp import FTPFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from featurestore.errors import USAGE, AddressError, CorruptFileError, NotAFolderError, StorageError, UnsafeBackendError
+from featurestore.storage import remote
 from featurestore.storage.local import DiskFiles
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
@@ -186,6 +191,33 @@ class TestMemory(StorageContract):
         assert [entry.path for entry in storage.entries("a")] == ["a/b"]
         storage.delete("a")
         assert files.pop(f"{root}/a/../../victim") and storage.entries() == []
+
+
+class OwnFiles(LocalFileSystem):
+    """A user's own fsspec client, own://: folders of this machine, in which a file appears complete."""
+
+    protocol = "own"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("own://"))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        files = Storage(Path(path).parent)
+        if mode != "create":
+            files.write_bytes(Path(path).name, value)
+        elif not files.create_exclusive(Path(path).name, value):
+            raise FileExistsError(path)
+
+
+class TestOwnClient(StorageContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        fsspec.register_implementation("own", OwnFiles, clobber=True)
+        return f"own://{tmp_path}/root"
+
+    def test_it_can_hold_a_store(self, storage: Storage) -> None:
+        refuse_unsafe(storage)
 
 
 class TestSeaweedFS(StorageContract):
@@ -358,6 +390,39 @@ def test_hdfs_is_read_and_written_but_holds_no_commits(tmp_path: Path, monkeypat
     assert opened == [{"protocol": "hdfs", "host": "namenode", "port": 8020}]
     storage.delete("x.json")
     assert storage.entries() == []
+
+
+class LookingFiles(MemoryFileSystem):
+    """A client without a create of its own, as most of those for servers; it takes paths as that of FTP."""
+
+    pipe_file = AbstractFileSystem.pipe_file
+    _strip_protocol = FTPFileSystem._strip_protocol
+
+
+def test_a_client_gets_its_server_and_has_to_have_a_create_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, object]] = []
+    monkeypatch.setattr(fsspec, "filesystem", lambda protocol, **options: opened.append(options) or LookingFiles())
+    monkeypatch.setattr(remote, "_clients", {})
+    storage = Storage("ftp://me@files:2121/shop/store")
+    storage.write_bytes("a/b", b"1")
+    assert storage.url == "ftp://me@files:2121/shop/store"
+    assert [entry.path for entry in storage.entries()] == ["a/b"] and storage.list("a") == ["b"]
+    assert LookingFiles().cat_file("/shop/store/a/b") == b"1" == storage.read_bytes("a/b")
+    assert opened == [{"host": "files", "port": 2121, "username": "me"}]
+    with pytest.raises(UnsafeBackendError, match="ftp:// has no create that fails where the file exists"):
+        storage.create_exclusive("c", b"1")
+    assert storage.list() == ["a"]
+    storage.delete("a")
+
+
+def test_a_client_that_lacks_a_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(protocol: str) -> object:
+        raise TypeError("missing 1 required positional argument: 'base_url'")
+
+    monkeypatch.setattr(fsspec, "filesystem", lacking)
+    monkeypatch.setattr(remote, "_clients", {})
+    with pytest.raises(AddressError, match=r"^memory:// cannot be opened: .*base_url"):
+        Storage("memory://shop").list()
 
 
 @pytest.mark.parametrize("address", ["hdfs://nn:8020/store", "hdfs://nn:x/store", "hdfs:///store"])
