@@ -52,7 +52,8 @@ class Aggregator(nn.Module):
     """Base of the aggregators: the vectors of a group's behaviours become one for each sample, (B, width)."""
 
     asks: ClassVar[Asks] = "nothing"
-    """What of the ad it asks with: its images, or its IDs where it has none; both, a query each; or what there is."""
+    """What of the ad it asks with, a query each. images: its visual vectors, or its IDs where it has none; images and
+    ids: both of them; anything: what there is of the two."""
     weighing: ClassVar[str]
     """How it weighs behaviours, in a sentence that the explorer shows."""
 

@@ -1,11 +1,12 @@
 """What differs between two records of runs, and what each difference decides."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from trainer.config.comparison import decides_of, differences, settings_that_decide, values_that_decide
 from trainer.config.config import Config, load_config
+from trainer.config.options import SETTINGS_OF_POOLINGS, ModelConfig, Pooling
 
 
 def _record(*settings: str) -> dict[str, Any]:
@@ -69,6 +70,11 @@ def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> No
 )
 def test_a_setting_that_the_others_make_idle_counts_as_equal(model: str, setting: str, is_idle: bool) -> None:
     assert (differences(_record(model, setting), _record(model)) == []) == is_idle
+
+
+def test_what_a_pooling_reads_are_settings_of_the_model() -> None:
+    assert SETTINGS_OF_POOLINGS.keys() <= set(get_args(Pooling))
+    assert set().union(*SETTINGS_OF_POOLINGS.values()) <= ModelConfig.model_fields.keys()
 
 
 def test_an_idle_setting_counts_where_one_of_the_two_uses_it() -> None:
