@@ -67,8 +67,7 @@ def summary_text(summary: dict[str, Any], out: str) -> str:
     if made := summary.get("samples"):
         lines.append(
             f"samples      {made['groups']:,} groups, {made['references']:,} images in them, "
-            f"{made['references_without_code']:,} without a code (of {made['images_without_code']:,} images); "
-            f"{made['files'] - made['kept']:,} of {made['files']:,} files written"
+            f"{made['references_without_code']:,} without a code (of {made['images_without_code']:,} images)"
         )
         lines.append(f"next         python -m trainer.main --config {out.rstrip('/')}/{SETTINGS_FILE}")
     return "\n".join([*lines, f"folder       {out}"])

@@ -312,10 +312,7 @@ class SemanticOptions:
     ] = None
     codebook: Annotated[
         str | None,
-        typer.Option(
-            help="File or address, of an earlier run, so that codes keep their meaning; nothing is fitted. Where it is "
-            "OUT's own, files of samples that would get the same bytes are kept."
-        ),
+        typer.Option(help="File or address, of an earlier run, so that codes keep their meaning; nothing is fitted."),
     ] = None
     accept_store: Annotated[
         bool,

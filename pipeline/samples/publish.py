@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from featurestore.console.output import progress_bar
-from featurestore.errors import CommitConflictError, StorageError
+from featurestore.errors import CommitConflictError
 from featurestore.published.versions import (
     FILES,
     VERSIONS,
@@ -26,7 +26,6 @@ from featurestore.published.versions import (
 )
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
-from featurestore.storage.storage import digest_of as digest_of_file
 from featurestore.storage.threads import in_threads
 from pipeline.errors import SampleError, SampleOptionError
 
@@ -114,14 +113,6 @@ def replaced_files(
     except OSError as error:
         raise SampleError(f"cannot make the {content.name} for {target}: {error or type(error).__name__}") from error
     expire(place, keep_days * _DAY_S)
-
-
-def digest_of(storage: Storage, path: str) -> str:
-    """Compute the xxh3-128 of the bytes of a file. Raises SampleError."""
-    try:
-        return digest_of_file(storage, path)
-    except (OSError, StorageError) as error:
-        raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
 
 
 def _inode(folder: Storage) -> int | None:

@@ -399,13 +399,6 @@ def read_codes(storage: Storage, num_codes: int) -> CodeIndex:
     return _index(keys, prefixes, levels, num_codes)
 
 
-def changed_keys(before: CodeIndex, now: CodeIndex) -> Int64Array:
-    """List the keys that have another code than before, or have one only before or only now."""
-    keys_N = np.union1d(before.keys_M, now.keys_M)
-    changed_N: Int64Array = keys_N[before.lookup(keys_N) != now.lookup(keys_N)]
-    return changed_N
-
-
 def _index(keys: list[Int64Array], prefixes: list[Int64Array], num_levels: int, num_codes: int) -> CodeIndex:
     keys_M, prefix_M = np.concatenate(keys), np.concatenate(prefixes)
     if not len(keys_M):

@@ -14,30 +14,71 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
+from featurestore.published.versions import open_published
+from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from jobs.build_semantic_ids import app
 from pipeline.semantic.codes import load
-from tests.jobs.semantic import (
-    CODES,
-    DIM,
-    LEVELS,
-    NUM_IMAGES,
-    draw_features,
-    from_store,
-    make_place,
-    run,
-    with_samples,
-)
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
 from trainer.schema import load_schema
 
+NUM_IMAGES, DIM, LEVELS, CODES = 60, 8, 3, 4
+
+
+def draw_features() -> np.ndarray:
+    """Four clusters with three inside each, and one image twice."""
+    random = np.random.default_rng(0)
+    coarse, fine = random.normal(scale=20, size=(4, DIM)), random.normal(scale=4, size=(3, DIM))
+    number = np.arange(NUM_IMAGES)
+    vectors_ND = coarse[number % 4] + fine[number // 4 % 3] + random.normal(scale=0.3, size=(NUM_IMAGES, DIM))
+    vectors_ND[1] = vectors_ND[5]
+    return vectors_ND.astype(np.float32)
+
+
+def lists(values):
+    return pa.array(values, pa.list_(pa.int64()))
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    return make_place(tmp_path, monkeypatch)
+    """A store of keys 100 to 159, and samples in which image 7 is unknown, in a folder without data/."""
+    monkeypatch.chdir(tmp_path)
+    spec = dict.fromkeys(ExtractorSpec.model_fields, "drawn")
+    info = StoreInfo(num_shards=4, dim=DIM, dtype="float32", extractor=ExtractorSpec.model_validate(spec))
+    store = FeatureStore.create(tmp_path / "store", info)
+    uris = [f"{n}.jpg" for n in range(NUM_IMAGES)]
+    store.put(FeatureRows.of(uris, draw_features(), keys=np.arange(100, 100 + NUM_IMAGES)))
+    random = np.random.default_rng(1)
+    for split, groups in (("train", 40), ("test", 10)):
+        (tmp_path / "samples" / split).mkdir(parents=True)
+        behaviors = [random.integers(100, 160, random.integers(0, 6)).tolist() for _ in range(groups)]
+        behaviors[0] = [7, 101, 105]
+        ads = [random.integers(100, 160, random.integers(1, 4)).tolist() for _ in range(groups)]
+        table = {"user": np.arange(groups) % 5, "behavior_image": lists(behaviors), "ad_image": lists(ads)}
+        table |= {f"behavior_{name}": lists(behaviors) for name in ("item", "category")}
+        table |= {f"ad_{name}": lists(ads) for name in ("item", "category", "scene")}
+        table["label"] = lists([[key % 2 for key in row] for row in ads])
+        pq.write_table(pa.table(table), tmp_path / "samples" / split / "a.parquet", row_group_size=7)
+    return tmp_path
+
+
+def run(place, *args, code=0, out="sid"):
+    options = ["--out", str(place / out), "--levels", str(LEVELS), "--codes", str(CODES), *map(str, args)]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == code, result.output
+    assert code == 0 or isinstance(result.exception, SystemExit)
+    return " ".join(result.output.split())
+
+
+def from_store(place):
+    return "--store", place / "store"
+
+
+def with_samples(place):
+    return *from_store(place), "--samples", place / "samples"
 
 
 def codes_of(place, out="sid") -> dict[int, tuple[int, ...]]:
@@ -151,6 +192,29 @@ def test_a_codebook_is_used_again_for_new_images(place):
     assert "as it was" in text
     assert codes_of(place, "tuesday") == before | {999: before[103]}
     assert (place / "tuesday/codebook.safetensors").read_bytes() == (place / "sid/codebook.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_a_new_day_leaves_the_bytes_of_the_others(place, where, request):
+    """With the codebook that is there, as the line for cron has it: a run continues on the days that it has read."""
+    out = str(place / "sid") if where == "disk" else f"{request.getfixturevalue('s3_url')}/sid"
+
+    def made(*args, code=0):
+        options = ["--out", out, "--levels", str(LEVELS), "--codes", str(CODES), *map(str, with_samples(place))]
+        result = CliRunner().invoke(app, [*options, *args])
+        assert result.exit_code == code, result.output
+        storage = open_published(out)
+        return {each.path: storage.read_bytes(each.path) for each in storage.entries() if each.path != "summary.json"}
+
+    first = made()
+    (place / "samples" / "test" / "a.parquet").rename(place / "samples" / "train" / "b.parquet")
+    shutil.copy(place / "samples" / "train" / "a.parquet", place / "samples" / "test" / "c.parquet")
+    second = made("--codebook", f"{out}/codebook.safetensors")
+    assert second["train/b.parquet"] == first["test/a.parquet"]
+    assert second["test/c.parquet"] == first["train/a.parquet"]
+    same = first.keys() - {"test/a.parquet"}
+    assert {name: second[name] for name in same} == {name: first[name] for name in same}
+    assert made("--codebook", f"{out}/none.safetensors", code=1) == second
 
 
 def test_a_codebook_is_not_used_for_another_store(place):
