@@ -361,6 +361,11 @@ def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:
     return hashlib.sha256(data).hexdigest() if algorithm == "sha256" else xxhash.xxh3_128_hexdigest(data)
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether an Arrow type has texts, however it holds them."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def _fixed_binary(array: npt.NDArray[Any], width: int) -> "pa.Array[Any]":
     flat = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, pa.py_buffer(flat.data)])

@@ -19,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from featurestore.errors import FeatureStoreError
+from featurestore.format.datafile import is_text
 from featurestore.keys import key_of_uri
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.remote import HTTP_PROTOCOLS, S3_PROTOCOLS, protocol_and_path
@@ -254,7 +255,7 @@ def _read_table(address: str) -> pa.Table:
 def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> Any:
     """Read a column as an Arrow array. Raises SourceError where it is of another kind or has gaps."""
     column = table.column(name)
-    fits = (pa.types.is_integer if pa.types.is_integer(wanted) else _is_text)(column.type)
+    fits = (pa.types.is_integer if pa.types.is_integer(wanted) else is_text)(column.type)
     if not fits:
         way_out = "; use the name key for int64 keys" if name == "id" and pa.types.is_integer(column.type) else ""
         raise SourceError(f"{address}: column {name!r} is {column.type}, not {wanted}{way_out}")
@@ -264,10 +265,6 @@ def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> An
         return cast("Any", column).cast(wanted)
     except pa.ArrowInvalid as error:
         raise SourceError(f"{address}: column {name!r}: {error}") from error
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _look_at(location: str) -> tuple[str, int]:

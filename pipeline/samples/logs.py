@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from featurestore.console.output import print_summary
 from featurestore.errors import StorageError
+from featurestore.format.datafile import is_text
 from featurestore.keys import NO_IMAGE, keys_of_bytes
 from featurestore.storage.storage import Storage
 from featurestore.text import CsvStyle
@@ -136,17 +137,15 @@ def find_pieces(
             f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway"
         )
     storage = Storage(url)
-    files = _files(storage, layout.files) if layout else _parquet_files(storage, log)
     place = layout.files if layout else log
-    if not files and layout:
-        raise SampleOptionError(
-            f"{storage.full(place)}: no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or "
-            "folder below --logs"
-        )
+    files = _files(storage, place, (".parquet", *CSV_SUFFIXES) if layout else (".parquet",))
     if not files:
-        raise SampleOptionError(
-            f"{storage.full(place)}: no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
+        wanted_there = (
+            f"no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or folder below --logs"
+            if layout
+            else f"no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
         )
+        raise SampleOptionError(f"{storage.full(place)}: {wanted_there}")
     layout = layout or _layout_of(storage, log, files[0], user_columns)
     if layout.time_unit is None or (files[0].endswith(CSV_SUFFIXES) and layout.found_style is None):
         layout = _settled(storage, files[0], log, layout)
@@ -216,8 +215,8 @@ def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
         return _cut(file, empty)
 
 
-def _files(storage: Storage, place: str) -> list[str]:
-    """List the file at `place`, or those below it that can be read, but hidden ones."""
+def _files(storage: Storage, place: str, endings: tuple[str, ...]) -> list[str]:
+    """List the file at `place`, or those below it with these endings, but hidden ones."""
     found = [entry.path for entry in storage.entries(place)]
     if not found:
         with contextlib.suppress(FileNotFoundError):
@@ -225,8 +224,7 @@ def _files(storage: Storage, place: str) -> list[str]:
     return [
         path
         for path in found
-        if path.endswith((".parquet", *CSV_SUFFIXES))
-        and not any(part.startswith((".", "_")) for part in path.split("/"))
+        if path.endswith(endings) and not any(part.startswith((".", "_")) for part in path.split("/"))
     ]
 
 
@@ -240,22 +238,6 @@ def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq
         return pq.ParquetFile(file, read_dictionary=list(encoded), page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as error:
         raise SampleError(f"{storage.full(path)}: not readable as Parquet: {error}") from error
-
-
-def _parquet_files(storage: Storage, folder: str) -> list[str]:
-    """List the .parquet files in `folder` and in folders named like day=2026-01-31 below it."""
-    found: list[str] = []
-    try:
-        names = storage.list(folder)
-        for name in names:
-            path = storage.join(folder, name)
-            if name.endswith(".parquet") and not name.startswith((".", "_")):
-                found.append(path)
-            elif "=" in name and "." not in name:
-                found += _parquet_files(storage, path)
-    except StorageError as error:
-        raise SampleError(str(error)) from error
-    return found
 
 
 def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
@@ -314,14 +296,10 @@ def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
             raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}{or_text}")
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
 def _fits(found: pa.DataType, kind: str, takes_text: bool) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
-    if _is_text(found):
+    if is_text(found):
         return takes_text or kind == "image"
     whole = pa.types.is_integer(found) and found != pa.uint64()
     if kind == "time":
@@ -434,7 +412,7 @@ def _arrays(column: Any, kind: str, latest_s: int, layout: TableLayout) -> tuple
     """Read the values of a chunked Arrow column, anything where they are bad, and their faults."""
     if kind == "time" and layout.time_format is not None and pa.types.is_integer(column.type):
         column = column.cast(pa.string())
-    if _is_text(column.type):
+    if is_text(column.type):
         return _text_arrays(column, kind, latest_s, layout)
     null = {"is null": column.is_null().to_numpy()}
     if kind == "time":
@@ -453,7 +431,8 @@ def _images(column: Any) -> tuple[npt.NDArray[np.int64], pa.Table]:
     if pa.types.is_integer(column.type.value_type if is_encoded else column.type):
         return column.cast(pa.int64()).fill_null(NO_IMAGE).to_numpy(), NAMES.empty_table()
     if not is_encoded:
-        column = column.dictionary_encode()
+        is_view = pa.types.is_string_view(column.type)  # of which Arrow cannot measure the lengths
+        column = (column.cast(pa.string()) if is_view else column).dictionary_encode()
     encoded = column.unify_dictionaries().combine_chunks()
     uris = encoded.dictionary
     place_N = encoded.indices.cast(pa.int64()).fill_null(len(uris)).to_numpy(zero_copy_only=False)

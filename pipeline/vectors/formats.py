@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featurestore.format.datafile import is_text
 from featurestore.format.rows import to_float32
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.spec import STORAGE_DTYPES
@@ -433,11 +434,11 @@ def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | N
     key = next((name for name in ("key", "id") if name in names), None)
     if key is None:
         raise VectorImportError(f"{path} has no column key (int64) or id (text), only {', '.join(names)}")
-    is_text = key == "id"
+    has_ids = key == "id"
     kind = schema.field(key).type
-    if not (_is_text(kind) if is_text else pa.types.is_integer(kind) and kind != pa.uint64()):
+    if not (is_text(kind) if has_ids else pa.types.is_integer(kind) and kind != pa.uint64()):
         raise VectorImportError(f"{path}: column {key} is {kind}; key has to be int64, and id text")
-    uri = "uri" if "uri" in names and _is_text(schema.field("uri").type) else None
+    uri = "uri" if "uri" in names and is_text(schema.field("uri").type) else None
     if feature is None:
         found = [name for name in names if _is_vector(schema.field(name).type)]
         feature = "feature" if "feature" in found else found[0] if len(found) == 1 else None
@@ -446,7 +447,7 @@ def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | N
     if feature not in names or not _is_vector(schema.field(feature).type):
         raise VectorImportError(f"{path} has no column {feature!r} of lists of numbers or fixed-size binary")
     width, dtype = _width(schema.field(feature), path, dtype)
-    return ParquetColumns(key, is_text, uri, feature, dtype, width)
+    return ParquetColumns(key, has_ids, uri, feature, dtype, width)
 
 
 def _width(field: "pa.Field[Any]", path: str, dtype: DType | None) -> tuple[int | None, DType | None]:
@@ -493,10 +494,6 @@ def _vectors(column: Any, dtype: DType | None, dim: int, reasons_N: npt.NDArray[
     numbers = column.filter(pa.array(valid)).flatten().to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # infinite then, and refused
         return np.asarray(numbers.astype(np.float32).reshape(-1, dim))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_vector(kind: Any) -> bool:

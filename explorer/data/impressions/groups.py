@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from explorer.data.impressions.open_runs import OpenedRun
 from explorer.errors import NotHereError
+from featurestore.format.datafile import is_text
 from featurestore.keys import key_of_uri
 
 if TYPE_CHECKING:
@@ -315,4 +316,4 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 def _is_text(kind: pa.DataType) -> bool:
     while not pa.types.is_primitive(kind) and hasattr(kind, "value_type"):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return is_text(kind)
