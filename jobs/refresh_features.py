@@ -8,7 +8,6 @@ EXAMPLES = """Examples:
 
 \b
 dask-submit jobs/refresh_features.py --images s3://shop/photos --store s3://shop/features
-python jobs/refresh_features.py --images photos --store data/features --dry-run
 python jobs/refresh_features.py --images photos --store data/features --channel candidate
 python jobs/refresh_features.py --images half-of-them --store data/features --keep-missing
 """

@@ -164,9 +164,6 @@ class RefreshOptions:
         float, typer.Option(min=0, max=1, help="Refuse when more than this share of the store would vanish.")
     ] = DEFAULT_MAX_GONE
     channel: ChannelOption = None
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read and decode what is new, print the counts, write nothing.")
-    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

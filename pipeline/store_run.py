@@ -120,8 +120,7 @@ class StoreRun:
     """One run that writes a store: rows staged as parts under its run id, the quarantine, and at most one commit.
 
     `snapshot` is the state on which the run builds, `quarantined` are the rows in quarantine then; `staged` has the
-    parts that an earlier run of the same id left, `parts` those that the commit will hold. With `is_dry` nothing is
-    written.
+    parts that an earlier run of the same id left, `parts` those that the commit will hold.
     """
 
     def __init__(
@@ -131,13 +130,11 @@ class StoreRun:
         run_id: str,
         snapshot: Snapshot,
         quarantined: Sequence[QuarantineRow],
-        is_dry: bool = False,
     ):
         self.client = client
         self.store = store
         self.run_id = run_id
         self.snapshot = snapshot
-        self.is_dry = is_dry
         self.staged = frozenset(store.staged_parts(run_id))
         self.quarantined = quarantined
         self.parts: list[str] = []
@@ -151,15 +148,14 @@ class StoreRun:
             chunk = keys[start : start + TOMBSTONES_PER_PART]
             name = f"{TOMBSTONES}-{run_id_of(chunk.tolist())}"
             self.parts.append(name)
-            if name not in self.staged and not self.is_dry:
+            if name not in self.staged:
                 self.store.stage_part(self.run_id, name, FeatureRows.tombstones(chunk, self.store.info))
 
     def quarantine(self, bad: Sequence[BadRow]) -> None:
         """Keep `bad` in the store's quarantine; what is there for the same reason stays as it is."""
-        if not self.is_dry:
-            known = {(row.key, row.uri, row.reason) for row in self.quarantined}
-            new = [row[:3] for row in dict.fromkeys(bad) if row[:3] not in known]
-            self.store.add_quarantine([QuarantineRow(*row, time.time()) for row in new])
+        known = {(row.key, row.uri, row.reason) for row in self.quarantined}
+        new = [row[:3] for row in dict.fromkeys(bad) if row[:3] not in known]
+        self.store.add_quarantine([QuarantineRow(*row, time.time()) for row in new])
 
     def recovered(self, keys: Int64Array, bad: Sequence[BadRow]) -> list[QuarantineRow]:
         """List the rows in quarantine before the run whose keys are among `keys` and not `bad` now."""
@@ -170,21 +166,14 @@ class StoreRun:
     def commit(self, operation: str, num_bad: int, settled: Sequence[QuarantineRow]) -> int:
         """Commit the parts if they have rows, drop `settled` from the quarantine, and return the newest version.
 
-        Staging is gone then. A dry run does nothing.
+        Staging is gone then.
         """
-        if self.is_dry:
-            return self.snapshot.version
         if self.num_rows:
             entries = build_shards(self.client, self.store, self.run_id, self.parts)
             self.snapshot = self.store.commit(entries, operation, num_quarantined=num_bad)
-        self.discard()
+        self.store.discard_staging(self.run_id)
         self.store.resolve_quarantine(settled)
         return self.snapshot.version
-
-    def discard(self) -> None:
-        """Remove what was staged."""
-        if not self.is_dry:
-            self.store.discard_staging(self.run_id)
 
 
 def build_shards(client: Client, store: FeatureStore, run_id: str, parts: Sequence[str]) -> dict[int, FileEntry]:

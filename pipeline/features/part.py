@@ -119,38 +119,16 @@ def extract_part(
     torch.set_num_threads(torch_threads(settings.workers_per_host))
     store = FeatureStore.open(settings.store)
     rows = _PartRows(settings.batch_size, network, store)
-    report = _fill(rows, network.preset, refs, decode_threads, deadly)
-    replace(report, images=images_of(refs)).save(settings.store, settings.run_id, part)
-    store.stage_part(settings.run_id, part, rows.features())
-    return report
-
-
-def check_part(
-    settings: PartSettings,
-    part: str,
-    refs: Sequence[ImageRef],
-    decode_threads: int | None = None,
-    deadly: Collection[int] = (),
-) -> PartReport:
-    """Report what `extract_part` would, from decoding alone: no network, and nothing is written."""
-    return _fill(_PartRows(settings.batch_size), _preset_of(settings), refs, decode_threads, deadly)
-
-
-def _fill(
-    rows: "_PartRows",
-    preset: Preset,
-    refs: Sequence[ImageRef],
-    decode_threads: int | None,
-    deadly: Collection[int],
-) -> PartReport:
-    """Read and decode `refs` but the `deadly` ones into `rows`, and report on all."""
     num_threads = decode_threads or default_decode_threads()
     safe = [ref for ref in refs if ref.key not in deadly]
-    for image in in_order(_Loader(preset).load, safe, num_threads, 2 * max(rows.batch_size, num_threads)):
+    for image in in_order(_Loader(network.preset).load, safe, num_threads, 2 * max(rows.batch_size, num_threads)):
         rows.add(image)
     rows.finish()
     bad = (*rows.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
-    return PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad)
+    report = PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad)
+    replace(report, images=images_of(refs)).save(settings.store, settings.run_id, part)
+    store.stage_part(settings.run_id, part, rows.features())
+    return report
 
 
 def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:
@@ -245,16 +223,16 @@ class _Loader:
 
 
 class _PartRows:
-    """Gathers images to batches, and the rows that come of them; without a network they are only counted."""
+    """Gathers images to batches, and the rows that come of them."""
 
-    def __init__(self, batch_size: int, network: "Backbone | None" = None, store: FeatureStore | None = None) -> None:
+    def __init__(self, batch_size: int, network: "Backbone", store: FeatureStore) -> None:
         self.batch_size = batch_size
         self._network = network
         self._store = store
         self._batch: list[tuple[LoadedImage, Pixels]] = []
         self._duplicates: list[LoadedImage] = []
         self._bad_digests: dict[bytes, str] = {}
-        self.done: list[tuple[LoadedImage, Pixels, npt.NDArray[Any] | None]] = []  # with the feature's bits
+        self.done: list[tuple[LoadedImage, Pixels, npt.NDArray[Any]]] = []  # with the feature's bits
         self.bad: list[BadRow] = []
         self.num_computed = 0
         self.num_duplicates = 0
@@ -284,10 +262,9 @@ class _PartRows:
 
     def features(self) -> FeatureRows:
         """Make the rows to stage, duplicates included."""
-        assert self._store is not None, "without a store rows are only counted"
         info = self._store.info
         refs = [image.ref for image, _, _ in self.done]
-        bits = [bits_D for _, _, bits_D in self.done if bits_D is not None]
+        bits = [bits_D for _, _, bits_D in self.done]
         return FeatureRows.of(
             [ref.uri for ref in refs],
             np.stack(bits) if bits else np.zeros((0, info.dim), info.storage_dtype),
@@ -301,9 +278,6 @@ class _PartRows:
     def _compute(self) -> None:
         batch, self._batch = self._batch, []
         self.num_computed += len(batch)
-        if self._network is None or self._store is None:
-            self.done += [(image, pixels, None) for image, pixels in batch]
-            return
         pixels_BHWC = np.stack([pixels.pixels_HWC for _, pixels in batch])
         values_BD = self._store.project(self._network.features(pixels_BHWC))
         bits_BD, storable_B = self._store.codec.encode_storable(values_BD)

@@ -45,7 +45,6 @@ from pipeline.features.diff import (
 from pipeline.features.part import (
     PartReport,
     PartSettings,
-    check_part,
     copy_part,
     digest_images,
     extract_part,
@@ -72,10 +71,7 @@ from pipeline.store_run import (
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshSummary:
-    """Counts of one run. Each image of the listing is one of new, changed, touched, unchanged and bad.
-
-    With `is_dry` they are what the run would have done.
-    """
+    """Counts of one run. Each image of the listing is one of new, changed, touched, unchanged and bad."""
 
     num_images: int  # listed
     num_ignored: int  # files that are no images by their extension, or repeated rows of a table
@@ -94,7 +90,6 @@ class RefreshSummary:
     store: str
     snapshot: int  # version after the run
     channel: str | None = None  # points to it from now on
-    is_dry: bool = False
 
     @property
     def images_per_s(self) -> float:
@@ -120,10 +115,8 @@ class RefreshSummary:
             f"time         {self.seconds:.1f} s, {self.images_per_s:.1f} images/s",
             f"store        {self.store}, snapshot {self.snapshot}",
         ]
-        if self.channel and not self.is_dry:
+        if self.channel:
             lines.append(f"channel      {self.channel} points to snapshot {self.snapshot}")
-        if self.is_dry:
-            lines.append("dry run      nothing was written")
         return "\n".join(lines)
 
 
@@ -165,7 +158,7 @@ def bring_up_to_date(
     _check_gone(options, len(gone), comparison, f"are not in {options.images}")
     plan = make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store)
-    run = ImageRun(client, store, settings, snapshot, quarantined, options.part_size, options.dry_run)
+    run = ImageRun(client, store, settings, snapshot, quarantined, options.part_size)
     reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: _check_network(client, store, settings))
     run.copy(images, plan.copies)
     bad = tuple(sorted((image for report in reports for image in report.bad), key=lambda image: image.uri))
@@ -174,11 +167,11 @@ def bring_up_to_date(
     run.remove(removed)
     run.quarantine(bad)
     try:
-        if len(bad) == len(images) and not options.dry_run:
+        if len(bad) == len(images):
             raise StoreRunError(f"none of the {len(bad):,} images can be used: {describe_bad(bad)}")
         _check_gone(options, len(removed), comparison, "are gone or cannot be decoded any more")
     except StoreRunError:
-        run.discard()  # the next run looks at all files again: it may be the decoder that is broken
+        store.discard_staging(run.run_id)  # the next run looks at all files again: it may be the decoder that is broken
         raise
     keys_N = images.keys()
     resolved = run.recovered(keys_N, bad)
@@ -186,7 +179,7 @@ def bring_up_to_date(
     rows = zip(quarantined, is_listed, strict=True)
     unlisted = [row for row, is_here in rows if not is_here and not options.keep_missing]
     version = run.commit(operation, len(bad), [*resolved, *unlisted])
-    if options.channel is not None and not options.dry_run:
+    if options.channel is not None:
         move_channel(store, options.channel, version, operation)
     return _summarise(
         plan,
@@ -202,7 +195,6 @@ def bring_up_to_date(
         store=store.url,
         snapshot=version,
         channel=options.channel,
-        is_dry=options.dry_run,
     )
 
 
@@ -381,7 +373,7 @@ def workers_per_host(client: Client) -> dict[str, int]:
 
 
 class ImageRun(StoreRun):
-    """A StoreRun of images. A dry one decodes them, so that the counts are right."""
+    """A StoreRun of images."""
 
     def __init__(
         self,
@@ -391,9 +383,8 @@ class ImageRun(StoreRun):
         snapshot: Snapshot,
         quarantined: Sequence[QuarantineRow],
         part_size: int,
-        is_dry: bool,
     ):
-        super().__init__(client, store, settings.run_id, snapshot, quarantined, is_dry)
+        super().__init__(client, store, settings.run_id, snapshot, quarantined)
         self._settings = settings
         self._part_size = part_size
         self.num_resumed = 0  # images in parts that were staged before
@@ -409,20 +400,19 @@ class ImageRun(StoreRun):
         num_covered = len(index_C) - int(np.count_nonzero(is_left_C))
         self.num_resumed += num_covered
         waiting = make_parts(images, index_C[is_left_C], digest_C[is_left_C], self._part_size)
-        if waiting and not self.is_dry:
+        if waiting:
             before()
-        work = check_part if self.is_dry else extract_part
         suspects = []
-        with progress_bar("decoding" if self.is_dry else "extracting", len(index_C), num_covered) as bar:
+        with progress_bar("extracting", len(index_C), num_covered) as bar:
             calls = ((self._settings, part.name, images.refs(part.index_K)) for part in waiting)
-            for place, report in run_tasks(self.client, work, calls):
+            for place, report in run_tasks(self.client, extract_part, calls):
                 if isinstance(report, Killed):
                     suspects.append(waiting[place])
                     continue
                 reports.append(report)
                 bar.advance(len(waiting[place].index_K))
             for part in suspects:
-                reports.append(self._compute_suspect(work, images, part))
+                reports.append(self._compute_suspect(images, part))
                 bar.advance(len(part.index_K))
         self.parts += [part.name for part in waiting]
         self.num_rows += sum(report.num_rows for report in reports)
@@ -433,8 +423,6 @@ class ImageRun(StoreRun):
         parts = make_copy_parts(images, copies, self._part_size, COPIES)
         self.parts += [part.name for part in parts]
         self.num_rows += len(copies.index_K)
-        if self.is_dry:
-            return
         waiting = [part for part in parts if part.name not in self.staged]
         calls = (
             (self.store, self.run_id, part.name, self.snapshot.version, part.copies.of(images)) for part in waiting
@@ -460,9 +448,8 @@ class ImageRun(StoreRun):
         for name, report in zip(names, loaded, strict=True):
             if report is None:
                 continue
-            if not report.images:
-                if not self.is_dry:  # a new part may have its name, and writes its report before its rows
-                    self.store.discard_part(self.run_id, name)
+            if not report.images:  # a new part may have its name, and writes its report before its rows
+                self.store.discard_part(self.run_id, name)
             elif unclaimed.claim(report.images):
                 reports.append(replace(report, images=()))
                 self.parts.append(name)
@@ -474,12 +461,12 @@ class ImageRun(StoreRun):
         except FileNotFoundError:  # expiry removes what was staged long ago
             return None
 
-    def _compute_suspect(self, work: Callable[..., PartReport], images: ImageTable, part: ImagePart) -> PartReport:
+    def _compute_suspect(self, images: ImageTable, part: ImagePart) -> PartReport:
         """Compute a part during which workers died, alone, without images that bring a worker down by themselves."""
         refs = images.refs(part.index_K)
         tried = {ref.key: run_alone(self.client, try_image, self._settings, ref) for ref in refs}
         deadly = {key for key, result in tried.items() if isinstance(result, Killed)}
-        report: PartReport | Killed = run_alone(self.client, work, self._settings, part.name, refs, 1, deadly)
+        report: PartReport | Killed = run_alone(self.client, extract_part, self._settings, part.name, refs, 1, deadly)
         if isinstance(report, Killed):
             raise StoreRunError(
                 f"workers die while they compute {refs[0].uri} and {len(refs) - 1} more images, though each"

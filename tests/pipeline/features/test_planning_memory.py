@@ -101,7 +101,7 @@ def test_no_object_is_held_for_an_image(store, monkeypatch):
     try:
         images = list_images("s3://photos/in").images
         plan = refresh.make_plan(None, images, refresh.compare(images, snapshot), snapshot)
-        run = staged_run.ImageRun(None, store, settings, snapshot, [], 64, False)
+        run = staged_run.ImageRun(None, store, settings, snapshot, [], 64)
         reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: None)
         run.copy(images, plan.copies)
         _, peak_bytes = tracemalloc.get_traced_memory()
