@@ -338,7 +338,6 @@ class XdlOptions:
     dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = ""
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
     label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None
-    fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None
     scratch: ScratchOption = None
     keep_days: KeepDaysOption = 7
 

@@ -307,11 +307,11 @@ def read_sample(line: XdlLine, fields: Iterable[XdlField], options: XdlOptions) 
     values: dict[PartName, dict[str, Any]] = {"user": {}, "ad": {}}
     for each in fields:
         tokens = line.parts[each.part].get(each.name)
-        values[each.part] |= (_dense if each.kind == "dense" else _sparse)(each, tokens, options)
+        values[each.part] |= (_dense if each.kind == "dense" else _sparse)(each, tokens)
     return XdlSample(line.skey, line.gkey, _label(line.label, options), read_int("ts", line.ts), **values)
 
 
-def _sparse(each: XdlField, tokens: Tokens | None, options: XdlOptions) -> dict[str, Any]:
+def _sparse(each: XdlField, tokens: Tokens | None) -> dict[str, Any]:
     ids, weights = read_ids(each.name, tokens or [])
     if each.is_single and len(ids) != 1:
         raise BadLineError(f"{each.name} has not one id")
@@ -321,13 +321,9 @@ def _sparse(each: XdlField, tokens: Tokens | None, options: XdlOptions) -> dict[
     return values
 
 
-def _dense(each: XdlField, tokens: Tokens | None, options: XdlOptions) -> dict[str, Any]:
-    if tokens is not None:
-        numbers = [read_number(each.name, token) for token in tokens]
-    elif options.fill_dense is not None:
-        numbers = [options.fill_dense] * each.width
-    else:
-        raise BadLineError(f"{each.name} is missing; --fill-dense 0 does as XDL does")
+def _dense(each: XdlField, tokens: Tokens | None) -> dict[str, Any]:
+    """Read the numbers of a field; a line without the field has zeros there, as in XDL."""
+    numbers = [0.0] * each.width if tokens is None else [read_number(each.name, token) for token in tokens]
     if len(numbers) != each.width:
         raise BadLineError(f"{each.name} has not {each.width} numbers")
     return {each.column: numbers[0] if each.is_single else numbers}

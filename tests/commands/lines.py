@@ -116,7 +116,6 @@ JOBS = [
     ("jobs/import_xdl samples --from {garbage} --samples {new} --test-share nan", 2, "--test-share"),
     ("jobs/import_xdl samples --from {garbage} --samples {new} --test-share 1", 2, "--test-share"),
     ("jobs/import_xdl samples --from {garbage} --samples {new} --label-threshold nan", 2, "--label-threshold"),
-    ("jobs/import_xdl samples --from {garbage} --samples {new} --fill-dense inf", 2, "--fill-dense"),
     ("jobs/import_xdl samples --from {garbage} --samples {new} --label-index -1", 2, "--label-index"),
     ("jobs/import_xdl random --out file:///nonexistent/x", 2, "is an address"),
     ("jobs/import_xdl random --out {new} --lines 0", 2, "--lines"),

@@ -124,19 +124,20 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
         LINES[0].replace("ad_img@1:1", "ad_img@1:1,2:1"): "ad_img has not one id",
         LINES[0].replace("price@0.5,2", "price@nan,2"): "price is not finite",
         LINES[0].replace("price@0.5,2", "price@0.5"): "price has not 2 numbers",
-        LINES[0].replace("price@0.5,2;", ""): "price is missing; --fill-dense 0 does as XDL does",
     }
-    path = lines([*LINES, *bad])
+    good = [*LINES, LINES[0].replace("price@0.5,2;", "")]
+    path = lines([*good, *bad])
     path.write_bytes(path.read_bytes() + b"\xff|g\n")
     text = job("samples", "--from", path, "--samples", tmp_path / "s", "--test-share", 0)
-    assert f"lines {len(LINES) + len(bad) + 1} quarantined {len(bad) + 1}" in text
+    assert f"lines {len(good) + len(bad) + 1} quarantined {len(bad) + 1}" in text
     kept = pq.read_table(tmp_path / "s/quarantine.parquet").to_pylist()
     expected = [*bad.items(), (None, "no UTF-8")]
     assert [(row["file"], row["line"], row["reason"]) for row in kept] == [
-        ("data.txt", 1 + len(LINES) + number, reason) for number, (_, reason) in enumerate(expected)
+        ("data.txt", 1 + len(good) + number, reason) for number, (_, reason) in enumerate(expected)
     ]
     assert [row["text"].decode() for row in kept[:-1]] == list(bad)
-    assert len(rows(tmp_path / "s")) == 4
+    assert len(rows(tmp_path / "s")) == 5
+    assert rows(tmp_path / "s")[-1]["price"] == [[0.0, 0.0]]  # as in XDL
 
 
 def test_weights_other_than_one_are_kept(job, lines, tmp_path):
