@@ -49,7 +49,7 @@ def main(
 
     Parquet of images has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors)
     of which run, checkpoint, store and snapshot they are; a .npy gets that as NAME.npy.json. build_semantic_ids takes
-    both.
+    Parquet.
 
     Parquet of a table has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id
     is the cold row of its shard, which is used for all ids of the shard that are not in the file.
@@ -85,8 +85,9 @@ def export_images(
         f"images       {opened.num_images:,}, {about['dim']} numbers each",
         f"time         {time.monotonic() - start:.1f} s",
         f"written to   {out}" + (f", keys {keys}" if keys else ""),
-        f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else ""),
     ]
+    if not keys:
+        lines.append(f"next         python jobs/build_semantic_ids.py --vectors {out}")
     print_summary("\n".join(lines))
 
 

@@ -51,9 +51,9 @@ def open_source(options: ImportOptions) -> "VectorSource":
     if (wanted == "npy") != (options.keys is not None):
         raise typer.BadParameter("a .npy matrix needs its keys, and no other format has any", param_hint="--keys")
     if wanted == "npy":
-        return formats.plan_matrix(address, str(options.keys), options.binary_dtype)
+        return formats.plan_matrix(address, str(options.keys))
     if wanted == "parquet" or (wanted == "auto" and not formats.looks_like(address)):
-        return formats.plan_parquet(address, options.dim, options.binary_dtype, options.feature_column)
+        return formats.plan_parquet(address, options.dim, options.feature_column)
     return formats.plan_xdl(address, options.dim)
 
 

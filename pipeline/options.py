@@ -192,10 +192,6 @@ class ImportOptions:
         ),
     ] = None
     feature_column: Annotated[str | None, typer.Option(help="Of Parquet.", show_default="the only one")] = None
-    binary_dtype: Annotated[
-        DType | None,
-        typer.Option(help="Of fixed-size binary in Parquet; bfloat16 for uint16 bits in .npy."),
-    ] = None
     dtype: DTypeOption = None
     num_shards: NumShardsOption = None
     part_size: Annotated[int | None, typer.Option(min=1, help="Rows per task.", show_default="32 MB of them")] = None
@@ -279,9 +275,8 @@ class SemanticOptions:
         str | None, typer.Option(help="Feature store whose images get codes.", show_default=DEFAULT_STORE)
     ] = None
     vectors: Annotated[
-        str | None, typer.Option(help="In place of --store: what export_embeddings.py made, or any with keys.")
+        str | None, typer.Option(help="In place of --store: a .parquet of export_embeddings.py, or any with keys.")
     ] = None
-    keys: Annotated[str | None, typer.Option(help="Keys of a .npy: .npy of int64, or a text file of ids.")] = None
     samples: Annotated[
         str | None,
         typer.Option(

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,8 @@ from featurestore.snapshot import VECTORS_OF, Snapshot, SnapshotId
 from featurestore.storage.storage import Storage, file_at
 from featurestore.text import one_line
 from featurestore.upkeep.remake import sample as sample_of_store
-from pipeline.errors import SampleError, VectorImportError
-from pipeline.vectors import formats
-from pipeline.vectors.formats import VectorSource, block_rows
+from pipeline.errors import SampleError
+from pipeline.vectors.formats import VectorSource, block_rows, plan_parquet
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -188,7 +187,7 @@ class StoreVectors:
 
 @dataclass
 class FileVectors:
-    """A .npy matrix with its keys, or Parquet files; see pipeline.vectors. A part is a slice of a file.
+    """Parquet files of vectors; see pipeline.vectors. A part is a slice of a file.
 
     `origin`: of which run, checkpoint and snapshot jobs/export_embeddings.py made them; empty for other vectors.
     """
@@ -238,40 +237,20 @@ Vectors = StoreVectors | FileVectors
 """Vectors by key, all of one width; `blocks` gives the finite ones of a part, some megabytes at a time."""
 
 
-def open_file(address: str, keys: str | None) -> FileVectors:
-    """Open vectors that another job exported. Raises VectorImportError."""
-    if PurePosixPath(address).suffix == ".npy":
-        if keys is None:
-            raise VectorImportError(
-                f"{address} is a matrix: --keys names its keys, a .npy of int64 or a text file of ids"
-            )
-        return FileVectors(address, formats.plan_matrix(address, keys, None), _origin_of_file(address))
-    return FileVectors(address, formats.plan_parquet(address, None, None, None), _origin_in(address))
+def open_file(address: str) -> FileVectors:
+    """Open Parquet files of vectors. Raises VectorImportError."""
+    return FileVectors(address, plan_parquet(address, None, None), _origin_of(address))
 
 
-def _origin_of_file(address: str) -> dict[str, Any]:
-    """Read NAME.npy.json, in the folder of NAME.npy."""
-    storage, name = file_at(address)
-    try:
-        return _mapping(storage.read_bytes(f"{name}.json"))
-    except FileNotFoundError:
-        return {}
-
-
-def _origin_in(address: str) -> dict[str, Any]:
-    """Read the metadata of a Parquet file; of a folder nothing is known."""
+def _origin_of(address: str) -> dict[str, Any]:
+    """Read the metadata of a Parquet file; nothing where it has none of export_embeddings, or is a folder."""
     storage, name = file_at(address)
     if not name.endswith(".parquet"):
         return {}
-    with storage.open_input(name) as file:
-        return _mapping((pq.read_schema(file).metadata or {}).get(VECTORS_OF.encode(), b"{}"))
-
-
-def _mapping(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object; nothing where it is none: another program may use the same names."""
     try:
-        found = json.loads(text)
-    except ValueError:
+        with storage.open_input(name) as file:
+            found = json.loads((pq.read_schema(file).metadata or {}).get(VECTORS_OF.encode(), b"{}"))
+    except ValueError:  # another program's
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -181,7 +181,7 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
 
 def _open(options: SemanticOptions) -> Vectors:
     if options.vectors is not None:
-        return open_file(options.vectors, options.keys)
+        return open_file(options.vectors)
     return StoreVectors(FeatureStore.open(options.store or DEFAULT_STORE).snapshot())
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Protocol, cast, get_args
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore.format.datafile import is_text
-from featurestore.format.rows import to_float32
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
-from featurestore.spec import STORAGE_DTYPES
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage, file_at
-from featurestore.text import DType
 from pipeline.errors import VectorImportError, VectorsNotFoundError
 from pipeline.options import XDL_DIM
 from pipeline.store_run import BadRow
@@ -199,7 +196,6 @@ class MatrixSlice:
     keys: NpyArray | IdLines
     start: int
     stop: int
-    dtype: DType | None  # of the numbers, where numpy has no such type
 
     @property
     def num_rows(self) -> int:
@@ -216,8 +212,7 @@ class MatrixSlice:
         uris = self.keys.texts() if isinstance(self.keys, IdLines) else None
         for first in range(self.start, self.stop, block_rows):
             last = min(first + block_rows, self.stop)
-            stored_ND = self.matrix.rows(first, last)
-            vectors_ND = to_float32(stored_ND, self.dtype) if self.dtype else _single(stored_ND)
+            vectors_ND = _single(self.matrix.rows(first, last))
             if uris is not None:
                 yield _named(self.matrix.path, first, uris[first - self.start : last - self.start], vectors_ND)
             else:
@@ -225,18 +220,11 @@ class MatrixSlice:
                 yield VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND)
 
 
-def plan_matrix(address: str, keys_address: str, dtype: DType | None) -> VectorSource:
-    """Cut a matrix and its keys into slices of some megabytes; `dtype` bfloat16 for its bits in uint16.
-
-    Raises VectorImportError.
-    """
+def plan_matrix(address: str, keys_address: str) -> VectorSource:
+    """Cut a matrix and its keys into slices of some megabytes. Raises VectorImportError."""
     matrix, fingerprint = _open_array(address, 2)
-    kinds = "u" if dtype == "bfloat16" else "f"
-    if matrix.dtype.kind != kinds or (dtype == "bfloat16" and matrix.dtype.itemsize != 2):
-        raise VectorImportError(
-            f"{address} holds {matrix.dtype}: give floating point numbers, or, for bits of bfloat16 in uint16,"
-            " --binary-dtype bfloat16"
-        )
+    if matrix.dtype.kind != "f":
+        raise VectorImportError(f"{address} holds {matrix.dtype}: give floating point numbers")
     rows = block_rows(matrix.shape[1])
     starts = range(0, matrix.shape[0], rows)
     if keys_address.endswith(".npy"):
@@ -251,10 +239,9 @@ def plan_matrix(address: str, keys_address: str, dtype: DType | None) -> VectorS
     if num_keys != matrix.shape[0]:
         raise VectorImportError(f"{keys_address} has {num_keys:,} keys and {address} {matrix.shape[0]:,} rows")
     slices: list[VectorSlice] = [
-        MatrixSlice(matrix, part, start, min(start + rows, num_keys), dtype)
-        for start, part in zip(starts, keys, strict=True)
+        MatrixSlice(matrix, part, start, min(start + rows, num_keys)) for start, part in zip(starts, keys, strict=True)
     ]
-    return VectorSource(matrix.shape[1], tuple(slices), f"{fingerprint} {keys_fingerprint} {dtype}")
+    return VectorSource(matrix.shape[1], tuple(slices), f"{fingerprint} {keys_fingerprint}")
 
 
 def _named(path: str, first: int, uris: list[str], vectors_ND: npt.NDArray[np.float32]) -> VectorBlock:
@@ -317,7 +304,6 @@ def _scan_lines(address: str, rows: int) -> tuple[list[IdLines], int, str]:
     return lines, num_lines, fingerprint_of(storage, entries)
 
 
-FLOATS: tuple[DType, ...] = get_args(DType)
 FOOTER_THREADS = 16  # waiting for answers, not computing
 
 
@@ -329,7 +315,6 @@ class ParquetColumns:
     is_text: bool
     uri: str | None
     feature: str
-    dtype: DType | None  # of binary features
     dim: int | None  # None: lists of any length
 
 
@@ -364,7 +349,7 @@ class ParquetSlice:
 
     def _block(self, batch: pa.RecordBatch, first: int) -> VectorBlock:
         reasons_N = np.full(len(batch), "", object)
-        vectors_ND = _vectors(batch.column(self.columns.feature), self.columns.dtype, self.dim, reasons_N)
+        vectors_ND = _vectors(batch.column(self.columns.feature), self.dim, reasons_N)
         has_vector_N = reasons_N == ""
         names = self._names(batch)
         has_name_N = np.array([name is not None for name in names], np.bool_)
@@ -387,15 +372,12 @@ class ParquetSlice:
         return [(key, uri) if key is not None and uri else None for key, uri in zip(keys, uris, strict=True)]
 
 
-def plan_parquet(address: str, dim: int | None, dtype: DType | None, feature: str | None) -> VectorSource:
-    """Cut the file or folder into slices of row groups; `dtype` is that of binary features, `dim` of lists.
-
-    Raises VectorImportError.
-    """
+def plan_parquet(address: str, dim: int | None, feature: str | None) -> VectorSource:
+    """Cut the file or folder into slices of row groups. Raises VectorImportError."""
     storage, entries = find_files(address, ".parquet")
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda entry: _footer(storage, entry.path), entries))
-    columns = [_columns(schema, path.path, feature, dtype) for path, (schema, _) in zip(entries, footers, strict=True)]
+    columns = [_columns(schema, path.path, feature) for path, (schema, _) in zip(entries, footers, strict=True)]
     widths = {each.dim for each in columns if each.dim is not None} | ({dim} if dim else set())
     if len(widths) > 1:
         raise VectorImportError(f"{address} has features of different widths: {sorted(widths)}")
@@ -403,8 +385,7 @@ def plan_parquet(address: str, dim: int | None, dtype: DType | None, feature: st
     slices: list[VectorSlice] = []
     for entry, each, (_, counts) in zip(entries, columns, footers, strict=True):
         slices += _slices(storage.url, entry.path, each, counts, width)
-    fingerprint = f"{fingerprint_of(storage, entries)} {feature} {dtype}"
-    return VectorSource(width, tuple(slices), fingerprint)
+    return VectorSource(width, tuple(slices), f"{fingerprint_of(storage, entries)} {feature}")
 
 
 def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
@@ -429,7 +410,7 @@ def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim
     return slices
 
 
-def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | None) -> ParquetColumns:
+def _columns(schema: pa.Schema, path: str, feature: str | None) -> ParquetColumns:
     names = schema.names
     key = next((name for name in ("key", "id") if name in names), None)
     if key is None:
@@ -445,24 +426,9 @@ def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | N
         if feature is None:
             raise VectorImportError(f"{path}: which column is the feature? --feature-column is one of {found or names}")
     if feature not in names or not _is_vector(schema.field(feature).type):
-        raise VectorImportError(f"{path} has no column {feature!r} of lists of numbers or fixed-size binary")
-    width, dtype = _width(schema.field(feature), path, dtype)
-    return ParquetColumns(key, has_ids, uri, feature, dtype, width)
-
-
-def _width(field: "pa.Field[Any]", path: str, dtype: DType | None) -> tuple[int | None, DType | None]:
-    kind: Any = getattr(field.type, "storage_type", field.type)
-    if not pa.types.is_fixed_size_binary(kind):
-        return (kind.list_size if pa.types.is_fixed_size_list(kind) else None), None
-    recorded = (field.metadata or {}).get(b"dtype", b"").decode()
-    named = dtype or next((each for each in FLOATS if each == recorded), None)
-    if named is None:
-        which = f"{recorded} cannot be read back" if recorded else "nothing says of which numbers"
-        raise VectorImportError(f"{path}: column {field.name} is binary, and {which}: give --binary-dtype float32, say")
-    itemsize = np.dtype(STORAGE_DTYPES[named]).itemsize
-    if kind.byte_width % itemsize:
-        raise VectorImportError(f"{path}: column {field.name} has {kind.byte_width} bytes, no number of {named}")
-    return kind.byte_width // itemsize, named
+        raise VectorImportError(f"{path} has no column {feature!r} of lists of numbers")
+    listed: Any = _stored_type(schema.field(feature).type)
+    return ParquetColumns(key, has_ids, uri, feature, listed.list_size if pa.types.is_fixed_size_list(listed) else None)
 
 
 def _first_width(storage: Storage, paths: list[str], columns: list[ParquetColumns]) -> int:
@@ -476,45 +442,39 @@ def _first_width(storage: Storage, paths: list[str], columns: list[ParquetColumn
     raise VectorImportError(f"{storage.url} has no features at all")
 
 
-def _vectors(column: Any, dtype: DType | None, dim: int, reasons_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _vectors(column: Any, dim: int, reasons_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Read the rows that have `dim` numbers, float32 (N, D); `reasons_N` gets why another row has not."""
     column = getattr(column, "storage", column)
     valid = np.asarray(column.is_valid())
     reasons_N[~valid] = "no feature"
-    if dtype is not None:
-        data = column.filter(pa.array(valid))
-        width = data.type.byte_width
-        raw = memoryview(data.buffers()[1])[data.offset * width : (data.offset + len(data)) * width]
-        return to_float32(np.frombuffer(raw, STORAGE_DTYPES[dtype]).reshape(-1, dim), dtype)
     if not pa.types.is_fixed_size_list(column.type):
         lengths = pc.list_value_length(column).fill_null(dim).to_numpy(zero_copy_only=False)
         for row in np.flatnonzero(lengths != dim):
             reasons_N[row] = f"{lengths[row]} numbers instead of {dim}"
         valid &= lengths == dim
-    numbers = column.filter(pa.array(valid)).flatten().to_numpy(zero_copy_only=False)
-    with np.errstate(over="ignore"):  # infinite then, and refused
-        return np.asarray(numbers.astype(np.float32).reshape(-1, dim))
+    return _single(column.filter(pa.array(valid)).flatten().to_numpy(zero_copy_only=False)).reshape(-1, dim)
 
 
 def _is_vector(kind: Any) -> bool:
-    kind = getattr(kind, "storage_type", kind)
-    if pa.types.is_fixed_size_binary(kind):
-        return True
+    kind = _stored_type(kind)
     is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     return is_list and bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+
+
+def _stored_type(kind: Any) -> Any:
+    """Give the type that holds the values of another one: that of a tensor is a list."""
+    return getattr(kind, "storage_type", kind)
 
 
 NUM_FILES = 1024
 NAME = re.compile(r"(?:.*/)?data\.(\d{1,4})")
 PROBED_FILES, PROBED_RECORDS = 8, 9
-MAX_TORN_SHARE = 0.1  # of files that end within a record: beyond, it is the width that is wrong
 WRONG_FILE = "key in the wrong file"
-TRUNCATED = "truncated record"
 
 
 @dataclass(frozen=True)
 class XdlSlice:
-    """Records `start` to `stop` of one file; `torn_bytes` of one more that is not whole."""
+    """Records `start` to `stop` of one file."""
 
     url: str
     path: str
@@ -522,12 +482,11 @@ class XdlSlice:
     start: int
     stop: int
     dim: int
-    torn_bytes: int = 0
 
     @property
     def num_rows(self) -> int:
-        """Number of records, the torn one included."""
-        return self.stop - self.start + (self.torn_bytes > 0)
+        """Number of records."""
+        return self.stop - self.start
 
     @property
     def place(self) -> str:
@@ -545,9 +504,6 @@ class XdlSlice:
                 if len(data) != count * record.itemsize:
                     raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
                 yield self._block(np.frombuffer(data, record))
-            if self.torn_bytes:
-                bad = (BadRow.at(self.path, self.stop, TRUNCATED),)
-                yield VectorBlock(np.empty(0, np.int64), [], np.empty((0, self.dim), np.float32), bad)
 
     def _block(self, records_N: npt.NDArray[np.void]) -> VectorBlock:
         keys_N = records_N["key"].astype(np.int64)
@@ -584,20 +540,19 @@ def plan_xdl(address: str, dim: int | None) -> VectorSource:
         if rest:
             torn.append(entry.path)
         rows = block_rows(dim)
-        for start in range(0, max(count, 1), rows):
-            stop = min(start + rows, count)
-            torn_bytes = rest if stop == count else 0
-            slices.append(XdlSlice(storage.url, entry.path, int(match[1]), start, stop, dim, torn_bytes))
+        starts = range(0, count, rows)
+        slices += [
+            XdlSlice(storage.url, entry.path, int(match[1]), start, min(start + rows, count), dim) for start in starts
+        ]
     if not used:
         raise VectorsNotFoundError(f"{address} has no files data.0 to data.{NUM_FILES - 1}, as XDL writes them")
-    is_empty = not any(piece.stop for piece in slices)
-    if is_empty and not torn:
-        raise VectorImportError(f"all {len(used)} files of {address} are empty")
-    if is_empty or len(torn) > max(1, MAX_TORN_SHARE * len(used)):
+    if torn:
         raise VectorImportError(
             f"{len(torn)} of {len(used)} files, {torn[0]} first, are not a number of records of {record_bytes} bytes"
-            f" (a key and {dim} float32): is --dim {dim} right?"
+            f" (a key and {dim} float32): is --dim {dim} right, and are the files whole?"
         )
+    if not slices:
+        raise VectorImportError(f"all {len(used)} files of {address} are empty")
     _probe([piece for piece in slices if piece.start == 0][:PROBED_FILES], dim)
     return VectorSource(dim, tuple(slices), fingerprint_of(storage, used))
 
@@ -607,7 +562,7 @@ def _probe(slices: Sequence[XdlSlice], dim: int) -> None:
 
     Before a store is made, whose width is for ever.
     """
-    probes = [replace(piece, start=1, stop=max(1, min(piece.stop, PROBED_RECORDS)), torn_bytes=0) for piece in slices]
+    probes = [replace(piece, start=1, stop=max(1, min(piece.stop, PROBED_RECORDS))) for piece in slices]
     blocks = [block for probe in probes for block in probe.read(PROBED_RECORDS)]
     num_good, num_bad = (sum(map(len, lists)) for lists in (blocks, [block.bad for block in blocks]))
     if num_bad > 1 and 2 * num_bad > num_good:

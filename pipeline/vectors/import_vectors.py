@@ -44,8 +44,6 @@ from pipeline.store_run import (
     wait_for_worker,
 )
 from pipeline.vectors.formats import (
-    MAX_TORN_SHARE,
-    WRONG_FILE,
     VectorBlock,
     VectorSlice,
     VectorSource,
@@ -243,7 +241,9 @@ def import_vectors(source: VectorSource, options: ImportOptions, client: Client)
         reports |= run.stage_again(contested)
     num_rows = sum(report.num_rows for report in reports.values())
     bad = tuple(row for report in reports.values() for row in report.bad)
-    _check_bad(source, bad, num_rows)
+    if len(bad) == num_rows:
+        reasons = f": {describe_bad(bad)}" if bad else ""
+        raise VectorImportError(f"none of the {num_rows:,} rows can be used{reasons}")
     good = index[~np.isin(index["key"], contested)]
     run.parts = [part for report in reports.values() for part in report.parts]
     run.num_rows = int(np.count_nonzero(good["state"] != UNCHANGED))
@@ -358,16 +358,3 @@ class ImportRun(StoreRun):
                 reports[names[place]] = done
                 bar.advance(done.num_rows)
         return reports
-
-
-def _check_bad(source: VectorSource, bad: Sequence[BadRow], num_rows: int) -> None:
-    """Raise VectorImportError where so much is wrong that the rest cannot be right."""
-    misplaced = sum(row.reason == WRONG_FILE for row in bad)
-    if misplaced > max(1, MAX_TORN_SHARE * num_rows):
-        raise VectorImportError(
-            f"{misplaced:,} of {num_rows:,} keys are in the wrong file (key k belongs in data.(k mod 1024)): is --dim"
-            f" {source.dim} right?"
-        )
-    if len(bad) == num_rows:
-        reason = f": {bad[0].uri} {bad[0].reason}" if bad else ""
-        raise VectorImportError(f"none of the {num_rows:,} rows can be used{reason}")

@@ -36,7 +36,6 @@ PIPES = [
     ("jobs/make_demo_data --out {new} --images {photos} --labels {pipe}", 1, A_PIPE),
     ("jobs/build_semantic_ids --out {new} --store {store} --no-samples --codebook {pipe}", 1, A_PIPE),
     ("jobs/build_semantic_ids --out {new} --vectors {pipe_parquet} --no-samples", 1, A_PIPE),
-    ("jobs/build_semantic_ids --out {new} --vectors {matrix} --keys {pipe} --no-samples", 1, A_PIPE),
     ("jobs/build_semantic_ids --out {new} --store {store} --samples {pipesamples} --codes 2 --levels 1", 1, A_PIPE),
     ("jobs/build_semantic_ids --out {new} --store {store} --samples {samples} --schema {pipe}", 2, A_PIPE),
     ("jobs/build_samples --logs {pipelogs} --samples {new}", 1, A_PIPE),

@@ -81,6 +81,11 @@ def with_samples(place):
     return *from_store(place), "--samples", place / "samples"
 
 
+def write_vectors(place, vectors_ND, keys_N):
+    pq.write_table(pa.table({"key": keys_N, "vector": vectors_ND.tolist()}), place / "v.parquet")
+    return "--vectors", place / "v.parquet"
+
+
 def codes_of(place, out="sid") -> dict[int, tuple[int, ...]]:
     rows = [row for path in (place / out / "codes").iterdir() for row in pq.read_table(path).to_pylist()]
     assert len({row["key"] for row in rows}) == len(rows)
@@ -246,22 +251,18 @@ def test_a_codebook_of_exported_vectors_is_of_one_checkpoint(place):
         origin |= {"snapshot": 3, "store_id": "a" * 32, "commit_id": "c" * 32, **about}
         table = pa.table({"key": np.arange(100, 160), "vector": draw_features().tolist()})
         pq.write_table(table.replace_schema_metadata({"visual_vectors": json.dumps(origin)}), place / f"{name}.parquet")
-        np.save(place / f"{name}.npy", draw_features())
-        np.save(place / f"{name}.keys.npy", np.arange(100, 160))
-        (place / f"{name}.npy.json").write_text(json.dumps(origin))
 
     def of(name):
-        return "--vectors", place / f"{name}.npy", "--keys", place / f"{name}.keys.npy"
+        return "--vectors", place / f"{name}.parquet"
 
     export("a")
-    run(place, "--vectors", place / "a.parquet", out="a")
+    run(place, *of("a"), out="a")
     assert json.loads((place / "a/summary.json").read_text())["source"]["of"]["checkpoint_digest"] == "d1"
     book = ("--codebook", place / "a/codebook.safetensors")
     run(place, *of("a"), *book, out="same")
     export("b", checkpoint="step-2", checkpoint_digest="d2")
-    for vectors in (("--vectors", place / "b.parquet"), of("b")):
-        text = run(place, *vectors, *book, out="x", code=1)
-        assert "was fitted to vectors of another checkpoint: step-1, these are of step-2" in text
+    text = run(place, *of("b"), *book, out="x", code=1)
+    assert "was fitted to vectors of another checkpoint: step-1, these are of step-2" in text
     export("c", commit_id="e" * 32)
     assert "belongs to snapshot 3 (commit cccccccc)" in run(place, *of("c"), *book, out="x", code=1)
 
@@ -269,22 +270,19 @@ def test_a_codebook_of_exported_vectors_is_of_one_checkpoint(place):
 def test_vectors_of_a_file_get_the_codes_of_the_same_vectors_in_a_store(place):
     run(place, *from_store(place))
     book = place / "sid/codebook.safetensors"
-    np.save(place / "v.npy", np.concatenate([draw_features(), np.full((1, DIM), np.nan, np.float32)]))
-    np.save(place / "k.npy", np.arange(100, 161))
-    run(place, "--vectors", place / "v.npy", "--keys", place / "k.npy", "--codebook", book, out="npy")
-    assert codes_of(place, "npy") == codes_of(place)
-    assert json.loads((place / "npy/summary.json").read_text())["source"]["unusable_rows"] == 1
-    table = pa.table({"key": np.arange(100, 160), "feature": draw_features().tolist()})
-    pq.write_table(table, place / "v.parquet")
-    run(place, "--vectors", place / "v.parquet", "--sample-rows", 30, out="parquet")
-    assert len(codes_of(place, "parquet")) == NUM_IMAGES
+    vectors_ND = np.concatenate([draw_features(), np.full((1, DIM), np.nan, np.float32)])
+    vectors = write_vectors(place, vectors_ND, np.arange(100, 161))
+    run(place, *vectors, "--codebook", book, out="same")
+    assert codes_of(place, "same") == codes_of(place)
+    assert json.loads((place / "same/summary.json").read_text())["source"]["unusable_rows"] == 1
+    run(place, *vectors, "--sample-rows", 30, out="fitted")
+    assert len(codes_of(place, "fitted")) == NUM_IMAGES
 
 
 def test_fewer_vectors_than_dimensions(place):
     """They have no main directions for all dimensions to begin with."""
-    np.save(place / "v.npy", np.random.default_rng(0).normal(size=(NUM_IMAGES, NUM_IMAGES + 1)).astype(np.float32))
-    np.save(place / "k.npy", np.arange(NUM_IMAGES))
-    run(place, "--vectors", place / "v.npy", "--keys", place / "k.npy")
+    vectors_ND = np.random.default_rng(0).normal(size=(NUM_IMAGES, NUM_IMAGES + 1)).astype(np.float32)
+    run(place, *write_vectors(place, vectors_ND, np.arange(NUM_IMAGES)))
     errors = [level["reconstruction_error"] for level in json.loads((place / "sid/summary.json").read_text())["levels"]]
     assert 1 > errors[0] > errors[1] > errors[2] > 0
 
@@ -327,17 +325,12 @@ def test_mistakes_are_one_message(place):
     assert "no codebook of this job" in run(place, *store, "--codebook", place / "samples/train/a.parquet", code=1)
     assert "no train/*.parquet" in run(place, *store, "--samples", place / "store", code=2)
     assert "its stores: images" in run(place, *with_samples(place), "--store-name", "text", code=2)
-    assert "--keys names its keys" in run(place, "--vectors", "v.npy", code=1)
     assert "give one of --store and --vectors" in run(place, *store, "--vectors", "v.npy", code=2)
     assert "give one of --samples and --no-samples" in run(place, *with_samples(place), "--no-samples", code=2)
-    np.save(place / "v.npy", draw_features()[:1])
-    np.save(place / "k.npy", np.arange(1))
-    one = ["--vectors", place / "v.npy", "--keys", place / "k.npy"]
+    one = write_vectors(place, draw_features()[:1], np.arange(1))
     assert "1 vectors are too few for 4 codes" in run(place, *one, code=1)
     run(place, *store)
-    np.save(place / "v.npy", draw_features()[:, :5])
-    np.save(place / "k.npy", np.arange(60) // 2)
-    file = ["--vectors", place / "v.npy", "--keys", place / "k.npy"]
+    file = write_vectors(place, draw_features()[:, :5], np.arange(60) // 2)
     book = ["--codebook", place / "sid/codebook.safetensors"]
     assert "is for vectors of 8 numbers, these have 5" in run(place, *file, *book, out="x", code=1)
     assert "key 0 has several vectors" in run(place, *file, out="x", code=1)

@@ -3,7 +3,6 @@
 import contextlib
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -49,8 +48,3 @@ def stored(path, keys):
 
 def uris(path):
     return {row["key"]: row["uri"] for row in metadata_of(FeatureStore.open(path).snapshot()).to_pylist()}
-
-
-def fixed_binary(data_ND):
-    rows = [row_D.tobytes() for row_D in data_ND]
-    return pa.array(rows, pa.binary(len(rows[0])))

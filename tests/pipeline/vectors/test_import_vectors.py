@@ -16,7 +16,7 @@ from featurestore.upkeep.remake import remake
 from jobs import import_features
 from pipeline.vectors import import_vectors
 from pipeline.vectors.import_vectors import extractor_of
-from tests.pipeline.vectors.conftest import DIM, fixed_binary, stored, write_xdl
+from tests.pipeline.vectors.conftest import DIM, stored, write_xdl
 
 
 def test_a_key_with_a_bad_row_stays_in_the_store_and_in_quarantine(job, tmp_path):
@@ -143,7 +143,7 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     pq.write_table(pa.table({"name": ["a"]}), tmp_path / "nokey.parquet")
     pq.write_table(pa.table({"key": [1], "a": [[1.0]], "b": [[1.0]]}), tmp_path / "two.parquet")
     pq.write_table(pa.table({"key": ["1"], "a": [[1.0]]}), tmp_path / "textkey.parquet")
-    pq.write_table(pa.table({"key": [1], "a": fixed_binary(vectors_ND[:1])}), tmp_path / "bits.parquet")
+    pq.write_table(pa.table({"key": [1], "a": pa.array([b"1234"], pa.binary(4))}), tmp_path / "bits.parquet")
     pq.write_table(pa.table({"key": [1], "a": [[float("nan")]]}), tmp_path / "nan.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
     (tmp_path / "empty").mkdir()
@@ -167,8 +167,9 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
         ("two.parquet", (), "which column is the feature? --feature-column is one of ['a', 'b']"),
         ("two.parquet", ("--feature-column", "c"), "has no column 'c'"),
         ("textkey.parquet", (), "column key is string"),
-        ("bits.parquet", (), "nothing says of which numbers: give --binary-dtype"),
-        ("nan.parquet", (), "none of the 1 rows can be used: key:1 not finite in bfloat16"),
+        ("bits.parquet", (), "which column is the feature? --feature-column is one of ['key', 'a']"),
+        ("bits.parquet", ("--feature-column", "a"), "has no column 'a' of lists of numbers"),
+        ("nan.parquet", (), "none of the 1 rows can be used: 1 not finite in bfloat16 (key:1)"),
         ("torn.parquet", (), "is no Parquet file that can be read"),
     ]:
         code = 2 if message.startswith("there ") else 1
