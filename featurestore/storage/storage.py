@@ -43,7 +43,8 @@ class Storage:
     A path that leads out of it raises StorageError; so does the address itself where something is to be changed or
     removed, and on a disk a removal through a symbolic link that leads out.
 
-    On an object store throttling, failures of the server, cut connections and timeouts are tried again for a minute.
+    On an object store throttling, failures of the server, cut connections and timeouts are tried again for a minute, at
+    a web server for some seconds; one that was not reached is left alone for ten minutes.
     On a disk, with `keep_inside`, a symbolic link that leads out of the folder, a folder in the place of a file and a
     sector that cannot be read are damage (CorruptFileError): stores are opened so. Pickles as its address. The client
     is made on first use in each process, so never shared across a fork.

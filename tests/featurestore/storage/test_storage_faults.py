@@ -15,7 +15,9 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.exceptions import FSTimeoutError
+from multidict import CIMultiDict, CIMultiDictProxy
 from s3fs.errors import translate_boto_error
+from yarl import URL
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import StorageError
@@ -29,6 +31,14 @@ def answer(code: str, status: int = 400) -> OSError:
     """What s3fs raises when the server answers so."""
     response = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return translate_boto_error(botocore.exceptions.ClientError(response, "PutObject"))
+
+
+def web_answer(status: int) -> aiohttp.ClientResponseError:
+    """What the client of http raises when the server answers so."""
+    url = URL("http://x/a.jpg")
+    return aiohttp.ClientResponseError(
+        aiohttp.RequestInfo(url, "GET", CIMultiDictProxy(CIMultiDict()), url), (), status=status
+    )
 
 
 THROTTLED = [answer("SlowDown", 503), answer("ServiceUnavailable", 503), answer("503", 503), answer("429", 429)]
@@ -46,6 +56,8 @@ PASSING = [
     botocore.exceptions.ResponseStreamingError(error="cut"),
     aiohttp.ClientPayloadError("cut"),
     aiohttp.ServerDisconnectedError(),
+    web_answer(429),
+    web_answer(503),
     FSTimeoutError(),
     ConnectionResetError(errno.ECONNRESET, "reset"),
     TimeoutError(),
@@ -58,6 +70,9 @@ LASTING = [
     answer("SignatureDoesNotMatch", 403),
     answer("EntityTooLarge", 400),
     answer("NotImplemented", 501),
+    web_answer(403),
+    web_answer(410),
+    aiohttp.InvalidURL("http:///a.jpg"),
     botocore.exceptions.NoCredentialsError(),
     botocore.exceptions.ParamValidationError(report="x"),
     PermissionError("no"),
