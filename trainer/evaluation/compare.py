@@ -13,17 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from featurestore.console.files import write_json
 from featurestore.console.output import print_line, print_table, text_console
 from featurestore.console.page import current_page
-from featurestore.errors import StorageError
-from featurestore.published.paths import RunPath, written_locally
+from featurestore.published.paths import RunPath
 from trainer.comm import Comm
-from trainer.errors import DataError, TrainerError
+from trainer.errors import DataError
 from trainer.evaluation.bootstrap import LEVEL, METRICS, Float, MetricSums, bootstrap, interval
 from trainer.evaluation.figures import Estimate
 from trainer.evaluation.predict import Predictions, predict_run
-from trainer.evaluation.report import METRIC_TITLES, differences, number, range_of
+from trainer.evaluation.report import METRIC_TITLES, differences, number, range_of, write_report
 from trainer.runs.saved import RunSource
 
 
@@ -98,12 +96,7 @@ def compare_runs(
         "notes": notes,
     }
     folder = out or source.folder / "evaluation"
-    try:
-        with written_locally(folder) as local:
-            for file in (local / "comparison.json", *([json_file] if json_file else [])):
-                write_json(file, written)
-    except (OSError, StorageError) as failure:
-        raise TrainerError(f"cannot write the comparison to {folder}: {failure}; choose another by --out") from failure
+    write_report(folder, "comparison.json", written, json_file)
     print_line(console, f"written to {folder / 'comparison.json'}")
 
 

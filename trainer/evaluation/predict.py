@@ -12,7 +12,7 @@ Columns of a file of scores:
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.evaluation import report
 from trainer.evaluation.bootstrap import Float, measure
 from trainer.evaluation.figures import Figures
+from trainer.evaluation.plots import draw_all
 from trainer.evaluation.report import measure_all
 from trainer.evaluation.slices import (
     Impressions,
@@ -186,7 +187,7 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
     curve: dict[float, Float] = logits if options.missing_curve else {}
     figures = measure_all(logits[0.0], impressions, cuts, curve, resamples=options.resamples, seed=options.seed)
     out = options.out or source.folder / "evaluation"
-    report.write_report(out, about, figures, options.json_file)
+    report.write_report(out, "report.json", {**about, **asdict(figures)}, options.json_file, draw_all(figures))
     report.show(console, about, figures, out)
     return figures
 

@@ -1,7 +1,6 @@
 """The report of an evaluation: what is measured, how it is written, and its plots: PNG files, SVG on its page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from featurestore.keys import sampled
 from featurestore.published.paths import RunPath, written_locally
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import (
-    LEAST_USERS,
     LEVEL,
     METRICS,
-    NUM_BINS,
     Float,
     MetricSums,
     ReliabilitySums,
@@ -154,14 +151,6 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-_ABOUT = ("checkpoint", "samples", "missing", "missing_lookups")
-_METHOD = f"""\
-In brackets: intervals of {LEVEL:.0%}, from {{resamples:,}} resamples of users (seed {{seed}}); none where fewer than
-{LEAST_USERS} users contribute. ECE and the reliability plot have up to {NUM_BINS} bins of equally many impressions.
-"""
-_HEADINGS = ("impressions", "users", "clicks", *(METRIC_TITLES[each] for each in METRICS))
-
-
 def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
     """Say what was evaluated, on what, and how.
 
@@ -178,42 +167,25 @@ def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int, s
     }
 
 
-def write_report(folder: RunPath, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
-    """Write report.json (also under another name), report.md and the plots, which the page of the command gets too.
+def write_report(
+    folder: RunPath, name: str, values: Mapping[str, Any], also: Path | None, plots: Mapping[str, Figure] | None = None
+) -> None:
+    """Write `values` as JSON to file `name` of a folder, and to `also`; save the plots, for the command's page too.
 
     Raises TrainerError where the disk refuses.
     """
     try:
         with written_locally(folder) as local:
-            for name, plot in draw_all(figures).items():
-                save_plot(plot, local / f"{name}.png")
-            (local / "report.md").write_text(markdown(about, figures), encoding="utf-8")
-            for file in (local / "report.json", *([also] if also else [])):
-                write_json(file, {**about, **asdict(figures)})
+            for plot, figure in (plots or {}).items():
+                save_plot(figure, local / f"{plot}.png")
+            for file in (local / name, *([also] if also else [])):
+                write_json(file, values)
     except (OSError, StorageError) as failure:
-        raise TrainerError(f"cannot write the report to {folder}: {failure}; choose another by --out") from failure
-
-
-def markdown(about: Mapping[str, Any], figures: Figures) -> str:
-    """Write the whole report as Markdown; plots are named relative to its folder."""
-    parts = [
-        f"# Evaluation of {about['run']}\n",
-        _lines({name: about[name] for name in _ABOUT} | _snapshots(about)),
-        *(f"> {note}\n" for note in about["notes"]),
-        _METHOD.format(**about["bootstrap"]) if about["bootstrap"]["resamples"] else "Without intervals.\n",
-        "## All test impressions\n",
-        _table([("", figures.whole)]),
-        _plot("reliability"),
-    ]
-    for name, sliced in figures.sliced_by.items():
-        parts += [f"## By {sliced.title}\n", _table(list(sliced.slices.items())), _plot(f"by_{name}")]
-    if figures.missing_curve:
-        parts += ["## Images hidden at random\n", _curve_table(figures.missing_curve), _plot("missing_curve")]
-    return "\n".join(parts)
+        raise TrainerError(f"cannot write {name} to {folder}: {failure}; choose another by --out") from failure
 
 
 def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: RunPath) -> None:
-    """Print the metrics of all impressions with their intervals, and of the slices without."""
+    """Print the metrics of all impressions with their intervals, and those of the slices without."""
     whole = Table(title=f"{about['run']}, {about['checkpoint']}")
     for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{LEVEL:.0%} interval"):
         whole.add_column(heading, justify="left" if heading.endswith("impressions") else "right")
@@ -234,7 +206,9 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: R
             )
     print_table(console, slices)
     for point in figures.missing_curve:
-        print_line(console, f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
+        change = f", change {with_interval(point.gauc_change)}" if point.share else ""
+        gauc = with_interval(point.metrics["gauc"])
+        print_line(console, f"{point.share:.0%} of the images hidden: GAUC {gauc}{change}")
     for note in about["notes"]:
         print_line(console, f"note: {note}")
     print_line(console, f"written to {folder}")
@@ -253,43 +227,6 @@ def with_interval(estimate: Estimate) -> str:
 def range_of(estimate: Estimate) -> str:
     """Format an interval, as 0.6241 to 0.6279; a dash where there is none."""
     return "-" if estimate.low is None else f"{number(estimate.low)} to {number(estimate.high)}"
-
-
-def _counts(measured: Measured) -> list[str]:
-    return [f"{each:,}" for each in (measured.impressions, measured.users, measured.clicks)]
-
-
-def _table(rows: Sequence[tuple[str, Measured]]) -> str:
-    lines = [_row(["", *_HEADINGS]), _row(["---"] * (1 + len(_HEADINGS)))]
-    for name, each in rows:
-        lines.append(_row([name, *_counts(each), *(with_interval(each.metrics[metric]) for metric in METRICS)]))
-    return "\n".join(lines) + "\n"
-
-
-def _curve_table(points: Sequence[Hidden]) -> str:
-    lines = [_row(["hidden", "impressions without their ad image", "GAUC", "change of GAUC"]), _row(["---"] * 4)]
-    for each in points:
-        counts = [f"{each.share:.0%}", f"{each.impressions_without_ad_image:,}"]
-        lines.append(
-            _row([*counts, with_interval(each.metrics["gauc"]), with_interval(each.gauc_change) if each.share else "-"])
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _plot(name: str) -> str:
-    return f"![{name}]({name}.png)\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _snapshots(about: Mapping[str, Any]) -> dict[str, str]:
-    return {f"store {name}": f"snapshot {each['version']} of {each['url']}" for name, each in about["stores"].items()}
-
-
-def _lines(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items()) + "\n"
 
 
 def measure_all(

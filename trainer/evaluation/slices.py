@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.comm import Comm
-from trainer.errors import SchemaError
+from trainer.errors import DataError, SchemaError
 from trainer.samples.columns import DecodedGroups, Index, Rule, decode, rules_of, sizes_of, source_columns
 from trainer.samples.index import RowGroup, SampleIndex, read_row_groups
 from trainer.schema import Field, Schema
 
 NEVER = np.iinfo(np.int64).max
-_TIME = "time of the group"  # the schema's time column in seconds, under a name that no file has
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,25 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
     rules = _rules(schema, {field.column_name for field in (ad, image, history) if field} | {schema.group})
     share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
     parts: list[DecodedGroups] = []
+    times: list[Index | None] = []
     with comm.agreed():
-        parts = list(_read(index, [index.row_groups[each] for each in share], schema, rules))
+        for groups, time_s_G in _read(index, [index.row_groups[each] for each in share], schema, rules):
+            parts.append(groups)
+            times.append(None if time_s_G is None else _of_samples(groups, time_s_G))
 
     def gathered(name: str, values: Iterable[Index]) -> Index:
         own = np.concatenate([np.empty(0, np.int64), *values]).astype(np.int64)
         whole: Index = comm.allgather(torch.from_numpy(own), name=f"impressions.{name}").numpy()
         return whole
 
-    has_time = all(comm.allgather_object(all(_TIME in part.columns for part in parts)))
+    has_time = all(comm.allgather_object(all(each is not None for each in times)))
     return Impressions(
         label_N=gathered("label", (part.columns[schema.label].values for part in parts)).astype(np.float32),
         user_N=gathered("user", (_of_samples(part, part.columns[schema.group].values) for part in parts)),
         ad_N=gathered("ad", (part.columns[ad.column_name].values for part in parts)),
         image_N=gathered("image", (part.columns[image.column_name].values for part in parts)) if image else None,
         history_N=gathered("history", (_lengths(part, history.column_name) for part in parts)) if history else None,
-        time_s_N=gathered("time", (_of_samples(part, part.columns[_TIME].values) for part in parts))
-        if has_time
-        else None,
+        time_s_N=gathered("time", (each for each in times if each is not None)) if has_time else None,
     )
 
 
@@ -110,12 +110,11 @@ def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGro
     image, ad_column = ad_image_field(schema), _ad_field(schema).column_name
     of_store = {f.column_name for f in schema.of_kind("content") if image and f.store_name == image.store_name}
     rules = _rules(schema, {ad_column, *of_store})
-    for groups in _read(index, row_groups, schema, rules):
+    for groups, time_s_G in _read(index, row_groups, schema, rules):
         at_N, is_in_N = places(seen.ad_A, groups.columns[ad_column].values)
         seen.impressions_A[:] += np.bincount(at_N[is_in_N], minlength=len(seen.ad_A))
-        if _TIME in groups.columns:
-            time_s_N = _of_samples(groups, groups.columns[_TIME].values)
-            np.minimum.at(seen.first_s_A, at_N[is_in_N], time_s_N[is_in_N])
+        if time_s_G is not None:
+            np.minimum.at(seen.first_s_A, at_N[is_in_N], _of_samples(groups, time_s_G)[is_in_N])
         for column in of_store:
             at_K, is_in_K = places(seen.image_I, groups.columns[column].values)
             seen.met_I[at_K[is_in_K]] = True
@@ -161,15 +160,22 @@ def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
 
 def _read(
     index: SampleIndex, row_groups: Sequence[RowGroup], schema: Schema, rules: dict[str, Rule]
-) -> Iterator[DecodedGroups]:
-    """These columns of each row group, and the time where the samples have it."""
+) -> Iterator[tuple[DecodedGroups, Index | None]]:
+    """Yield these columns of each row group, and the time of each group (G,) where the samples have it."""
     for row_group, table in read_row_groups(index.storage, row_groups, [*source_columns(rules), schema.time]):
-        file = index.storage.full(row_group.file)
-        taken, own_rules = table, rules
+        file, time_s_G = index.storage.full(row_group.file), None
         if schema.time in table.column_names:
-            taken = table.append_column(_TIME, seconds_of(table.column(schema.time), schema.time, file))
-            own_rules = {**rules, _TIME: Rule("user", 0, "integer")}
-        yield decode(taken, own_rules, schema.label, file, row_group.first_row)
+            time_s_G = _times(table.column(schema.time), schema.time, file, row_group.first_row)
+        yield decode(table, rules, schema.label, file, row_group.first_row), time_s_G
+
+
+def _times(column: Any, name: str, file: str, first_row: int) -> Index:
+    """Compute the time of each group, (G,). Raises SchemaError, and DataError where one is null."""
+    if column.null_count:
+        row = first_row + int(column.is_null().to_numpy().argmax())
+        raise DataError(f"{file}, row {row}: column {name} is null; correct it, or leave the row out")
+    seconds: Index = seconds_of(column, name, file).to_numpy()
+    return seconds
 
 
 def seconds_of(column: Any, name: str, file: str) -> Any:

@@ -180,5 +180,5 @@ def test_times_of_another_type_are_refused(samples: Callable[..., Any], tmp_path
 
 def test_times_with_a_null_are_refused(samples: Callable[..., Any], tmp_path: Path) -> None:
     samples(lambda table, _: pa.array([None, *range(1, len(table))], pa.int64()))
-    with pytest.raises(DataError, match=r"row 0: column time of the group is null"):
+    with pytest.raises(DataError, match=r"row 0: column timestamp is null"):
         read(tmp_path)

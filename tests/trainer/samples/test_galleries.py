@@ -1,6 +1,7 @@
 """Galleries: several images of an ad or behaviour, read, pooled, trained on, evaluated and exported."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -177,9 +178,9 @@ def test_evaluation(trained_towers: Places) -> None:
     run = trained_towers.folder / "runs" / "towers"
     done = CliRunner().invoke(evaluate_app, [str(run)])
     assert done.exit_code == 0, done.output
-    report = (run / "evaluation" / "report.md").read_text()
-    assert "length of the user's history" in report
-    assert "image of the ad" not in report  # known and new are said of single images
+    sliced = json.loads((run / "evaluation" / "report.json").read_text())["sliced_by"]
+    assert "history" in sliced
+    assert "image" not in sliced  # known and new are said of single images
 
 
 def test_similarity_is_refused(make_places: Callable[[Path], Places], tmp_path: Path) -> None:
