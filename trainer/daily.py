@@ -5,11 +5,10 @@ runs' folders alone, so a job that was killed at any time continues where it sto
 """
 
 import contextlib
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +20,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_table, text_console
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
-from featurestore.published.paths import RunPath, read_file, run_path, write_file, write_json_file
+from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
 from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.files import DAYS_FILE
@@ -29,14 +28,13 @@ from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import finished, report_of
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from trainer.comm import Comm
 
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _SAME_PLACES = {"data.samples", "data.schema_file", "data.store", "data.stores"}
 """What all days of a table read; which snapshots of the stores, is chosen day by day."""
+TABLE_FILE = "days.json"
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
 
 
@@ -67,7 +65,7 @@ def run_of_days(folder: RunPath) -> RunPath:
 
 
 def rows(folder: RunPath) -> list[dict[str, Any]]:
-    """List the trained days, oldest first, with the columns of `_schema`; None where a day is not evaluated yet.
+    """List the trained days, oldest first; the metrics of a day that is not evaluated yet are None.
 
     `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
     """
@@ -75,57 +73,28 @@ def rows(folder: RunPath) -> list[dict[str, Any]]:
 
 
 def write(folder: RunPath) -> None:
-    """Write `folder`/days.json and days.parquet, each replaced as a whole.
-
-    Raises TrainerError where the disk refuses.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    found, parquet = rows(folder), io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(found, schema=_schema()), parquet)
+    """Write `folder`/days.json, replaced as a whole. Raises TrainerError where the disk refuses."""
     try:
-        write_json_file(folder / "days.json", found)
-        write_file(folder / "days.parquet", parquet.getvalue())
+        write_json_file(folder / TABLE_FILE, rows(folder))
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure
 
 
 def show(folder: RunPath) -> None:
     """Print the table."""
-    console = text_console()
+    console, found = text_console(), rows(folder)
     table = Table(title=str(folder))
     for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
         table.add_column(name.replace("_", " "), justify="right")
-    for row in rows(folder):
+    for row in found:
         before = run_path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
         table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
     print_table(console, table)
-    for row in rows(folder):
+    for row in found:
         if row["samples_changed"]:
             console.print(f"{row['day']}: its training samples had changed before it was evaluated")
-    console.print(f"written to {folder / 'days.json'} and days.parquet")
-
-
-def _schema() -> "pa.Schema":
-    import pyarrow as pa
-
-    return pa.schema(
-        {
-            "day": pa.string(),
-            "train_days": pa.list_(pa.string()),
-            "steps": pa.int64(),
-            "warm_start": pa.string(),
-            "store_version": pa.int64(),
-            "store_id": pa.string(),
-            "commit_id": pa.string(),
-            "samples_changed": pa.bool_(),
-            "test_day": pa.string(),
-            "impressions": pa.int64(),
-            **{name: pa.float64() for name in _METRICS[1:]},
-        }
-    )
+    console.print(f"written to {folder / TABLE_FILE}")
 
 
 def _row(run: RunPath, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +133,8 @@ Examples:
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own, as
 trainer.main does. The first one is that of the newest day that has a next one. With --continue each later run takes all
 that the one before has learned, and goes once through the days that have come since, at 0.3 of the learning rates. The
-table of all days is next to the runs, as days.json and days.parquet. Start it again when another day's samples are
-there, or after a kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples
+table of all days is next to the runs, as days.json. Start it again when another day's samples are there, or after a
+kill: it continues where it stopped. The newest day is trained at once, and evaluated when the samples
 of the day after it have come; where its own have changed by then, by late logs, it stays as it was trained, and is
 marked samples_changed. Exit codes are those of trainer.main.
 """
@@ -187,14 +156,17 @@ def main(
         ),
     ] = None,
     first_day: Annotated[
-        str | None,
+        datetime | None,
         typer.Option(
             metavar="DAY",
+            formats=["%Y-%m-%d"],
             help="Day of the first run.",
             show_default="the newest day that has a next one; with --warm-start the newest",
         ),
     ] = None,
-    last_day: Annotated[str | None, typer.Option(metavar="DAY", help="Leave out the days after.")] = None,
+    last_day: Annotated[
+        datetime | None, typer.Option(metavar="DAY", formats=["%Y-%m-%d"], help="Leave out the days after.")
+    ] = None,
     continues: Annotated[
         bool,
         typer.Option(
@@ -221,12 +193,9 @@ def main(
     """Train day after day, on all days up to each, on the newest snapshot of the store, and evaluate on the next."""
     given = [] if samples is None else [f"data.samples={samples}"]
     given += [*(settings or []), *(more or []), *warm_settings(warm_start, None)]
-
-    def load() -> Config:
-        _check_days_given({"--first-day": first_day, "--last-day": last_day})
-        return load_config(file, given)
-
-    raise typer.Exit(on_ranks(load, partial(follow, first=first_day, last=last_day, continues=continues)))
+    first, last = (None if day is None else f"{day:%Y-%m-%d}" for day in (first_day, last_day))
+    work = partial(follow, first=first, last=last, continues=continues)
+    raise typer.Exit(on_ranks(partial(load_config, file, given), work))
 
 
 @dataclass(frozen=True)
@@ -406,20 +375,6 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
     except (OSError, StorageError) as failure:
         raise TrainerError(f"{file} cannot be written: {failure}") from failure
     write_report(day.folder / "report.json", report)
-
-
-def _check_days_given(days: Mapping[str, str | None]) -> None:
-    for option, day in days.items():
-        if day is not None and not _is_day(day):
-            raise ConfigError(f"{option} {day} is not a day; write it as 2026-01-31")
-
-
-def _is_day(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return DAY.fullmatch(text) is not None
 
 
 def _check_base(base: Config) -> None:

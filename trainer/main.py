@@ -67,13 +67,9 @@ def main(
         ),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Write a trace of a few steps into the run's folder (run.profile).")
-    ] = False,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
-    warm, traced = warm_settings(warm_start, warm_parts), ["run.profile=true"] if profile else []
-    given = [*(settings or []), *(more or []), *warm, *traced]
+    given = [*(settings or []), *(more or []), *warm_settings(warm_start, warm_parts)]
 
     def load() -> Config:
         config = load_config(file, given)

@@ -60,7 +60,6 @@ def config_of(places: Places, **changes: Any) -> Config:
 
 def table_of(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((folder / "days.json").read_text())
-    assert pq.read_table(folder / "days.parquet").to_pylist() == rows
     return rows
 
 
@@ -345,7 +344,7 @@ def test_command(days: Places) -> None:
     options = ["--samples-of-days", str(days.folder / "samples"), "--first-day", DAYS[0], "--last-day", DAYS[1]]
     result = CliRunner().invoke(app, [*options, "--set", *settings])
     assert result.exit_code == 0, result.output
-    assert "2026-01-02" in result.stdout and "days.parquet" in result.stdout
+    assert "2026-01-02" in result.stdout and "days.json" in result.stdout
     second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
     assert (second.data.train_days, second.run.warm_start, second.train.epochs) == (DAYS[:2], None, 1)
     # It is the run that trainer.main trains on these days.
@@ -358,7 +357,7 @@ def test_command(days: Places) -> None:
     )
     assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
     result = CliRunner().invoke(app, ["--first-day", "monday"])
-    assert (result.exit_code, result.stderr) == (2, "error: --first-day monday is not a day; write it as 2026-01-31\n")
+    assert result.exit_code == 2 and "'monday' does not match" in result.stderr
     code = "import sys, trainer.daily; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

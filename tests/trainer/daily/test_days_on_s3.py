@@ -1,12 +1,10 @@
 """trainer.daily whose runs and table are on S3: what it writes there is what it writes on a disk."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from featurestore.published.paths import run_path
@@ -31,4 +29,3 @@ def test_days_on_s3_are_those_of_a_disk(
     days, expected = (json.loads((each / "days.json").read_bytes()) for each in (far, near))
     assert [{**row, "warm_start": None} for row in days] == [{**row, "warm_start": None} for row in expected]
     assert [row["warm_start"] for row in days] == [None, *(str(far / day) for day in DAYS[:3])]
-    assert pq.read_table(io.BytesIO((far / "days.parquet").read_bytes())).to_pylist() == days
