@@ -149,7 +149,7 @@ def train(config: Config, comm: "Comm") -> None:
             figures = summary.gather(comm, training.totals, run.engine.stages)
             digest = config_digest(config.model_dump(mode="json"))
             measured = {**hardware, **figures, "config_digest": digest, "wall_s": time.time() - started}
-            report = _report(run, training, measured, progress.lost)
+            report = _report(run, training, measured)
             copied = _copy_logs(run, progress)
             if root:
                 summary.write_report(run.folder / "report.json", report)
@@ -189,8 +189,8 @@ def _is_finished(run: "Run") -> bool:
     return report is not None and has_finished(report, run.engine.num_steps, total_steps(run), patience, tested)
 
 
-def _report(run: "Run", training: "Training", measured: dict[str, Any], lost_figures: int) -> dict[str, Any]:
-    """Put together what report.json says of a run. `lost_figures`: that TensorBoard has not got."""
+def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
+    """Put together what report.json says of a run."""
     return {
         "name": run.folder.name,
         "folder": str(run.folder),
@@ -200,7 +200,6 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any], lost_fig
         "tables": {name: each.as_report() for name, each in training.tables.items()},
         "global_step": run.engine.num_steps,
         "checkpoints": {"written": training.checkpoints.written, "failed": training.checkpoints.failed},
-        "lost_figures": lost_figures,
         "checkpoint_stall_ms": training.checkpoint_stall_ms,
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,

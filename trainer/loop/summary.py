@@ -2,9 +2,6 @@
 
 Events are not written by torch's SummaryWriter: its thread dies of a full disk, and every call after that raises. It
 leaves half of a record too, behind which TensorBoard reads nothing.
-
-A profile that cannot be written ends nothing, and leaves no half of it: torch alone prints an error and leaves half a
-file.
 """
 
 import contextlib
@@ -13,7 +10,6 @@ import itertools
 import os
 import socket
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +31,6 @@ from torch.utils.tensorboard.summary import scalar
 from featurestore.console.output import figure, print_table, print_warning, progress_bars, text_column, text_console
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, write_json_file
-from featurestore.storage.local import sync
 from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
@@ -99,13 +94,11 @@ class ProgressLog:
     def details(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Write values for TensorBoard alone; one that is not defined is not drawn."""
         drawn = {name: value for name, value in values.items() if value is not None}
-        if self._events and drawn and (failure := self._events.add(step, drawn)):
-            self.warn("events", f"figures for TensorBoard cannot be written: {failure}; the training continues")
-
-    @property
-    def lost(self) -> int:
-        """Return how many figures TensorBoard has not got, as they could not be written."""
-        return self._events.lost if self._events else 0
+        if self._events and drawn:
+            try:
+                self._events.add(step, drawn)
+            except OSError as failure:
+                self.warn("events", f"figures for TensorBoard cannot be written: {failure}; the training continues")
 
     def say(self, text: str) -> None:
         """Print one line; training continues where it cannot be written, as on a full disk."""
@@ -128,7 +121,7 @@ _numbers = itertools.count()
 class EventsFile:
     """One file of scalars in a folder, which is made with the first of them; by name it comes after earlier ones.
 
-    TensorBoard hides what earlier files have of `first_step` and later ones. `lost`: figures that are not in it.
+    TensorBoard hides what earlier files have of `first_step` and later ones.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -141,26 +134,20 @@ class EventsFile:
             Event(wall_time=now_s, step=first_step, session_log=start),
         ]
         self._size_bytes = 0  # of whole records
-        self.lost = 0
 
-    def add(self, step: int, values: Mapping[str, float]) -> OSError | None:
-        """Append the values of a step, all or none; return why they could not be written."""
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of a step, all or none. Raises OSError."""
         now_s = time.time()
         events = [
             Event(wall_time=now_s, step=step, summary=scalar(name, value))  # type: ignore[no-untyped-call]
             for name, value in values.items()
         ]
         data = _records(events if self._size_bytes else [*self._head, *events])
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.truncate(self._size_bytes)
-                file.write(data)
-        except OSError as failure:
-            self.lost += len(events)
-            return failure
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.truncate(self._size_bytes)  # a full disk has left half a record
+            file.write(data)
         self._size_bytes += len(data)
-        return None
 
 
 def _records(events: Iterable[Event]) -> bytes:
@@ -193,13 +180,14 @@ def tracing(folder: Path | None, rank: int, warn: Callable[[str], None]) -> Iter
     where it cannot be written.
     """
     if folder is None:
-        yield _nothing
+        yield lambda: None
         return
     path = folder / f"trace-rank-{rank}.json"
 
     def write(done: profile) -> None:
         try:
-            _write_whole(done, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            done.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as failure:
             warn(f"the trace {path} cannot be written: {failure}; the training continues")
 
@@ -214,22 +202,6 @@ def tracing(folder: Path | None, rank: int, warn: Callable[[str], None]) -> Iter
         experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
     ) as profiler:
         yield profiler.step
-
-
-def _write_whole(done: profile, path: Path) -> None:
-    """Write a trace, all or nothing. Raises OSError, RuntimeError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".trace-", dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        done.export_chrome_trace(str(part))
-        if not part.exists():
-            raise OSError("is the disk full?")  # torch has printed an error, and does not say which
-        sync(part)
-        part.replace(path)
-
-
-def _nothing() -> None:
-    """Do nothing, after a step that is not traced."""
 
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
@@ -259,7 +231,6 @@ class StepTotals:
 
     steps: int = 0
     samples: int = 0
-    references: int = 0
     image_references: int = 0
     images: int = 0
     missing_by_store: dict[str, int] = field(default_factory=dict)
@@ -285,7 +256,6 @@ class StepTotals:
         """Count one training step."""
         self.steps += 1
         self.samples += result.num_samples
-        self.references += result.num_references
         self.image_references += images.references
         self.images += images.served
         if self.steps == 1:
@@ -354,8 +324,8 @@ def step_details(
     last_ms = stages.last_ms()
     details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
     for name, row in stage_table([last_ms]).items():
-        shares = {of: row[of] for of in ("share_of_step", "hidden")}
-        details |= {f"stage_{of}/{name}": share for of, share in shares.items() if share is not None}
+        if row["hidden"] is not None:
+            details[f"stage_hidden/{name}"] = row["hidden"]
     details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique_by_field.items()}
     sent = {name: each.sent for name, each in comm.traffic.items() if name.startswith("step.")}
     details |= {f"bytes_sent_per_step/{name}": total / totals.steps for name, total in sent.items()}
@@ -397,7 +367,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
         "unique_ratio": images / references if references else None,
         "images_per_step": per_step(images),
         "image_references_per_step": per_step(references),
-        "id_and_image_references_per_step": per_step(sum(each.references for each in ranks)),
         "bytes_sent_per_step": per_step(sum(sent.values())),
         "bytes_received_per_step": per_step(received),
         "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
