@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow import csv
 from typer.testing import CliRunner
 
 from featurestore.keys import NO_IMAGE
@@ -91,12 +92,12 @@ class TestCommandLine:
             and "data.missing=learned" in result.stderr
         )
 
-        out = tmp_path / "missing.json"
+        out = tmp_path / "missing.csv"
         result = CliRunner().invoke(schema_app, ["missing", str(samples), str(features), "--out", str(out)])
         assert result.exit_code == 0, result.output
         why = {"": "the logs name no image", "item/0": "not in the store", "item/1": "quarantined: truncated"}
         rows = [{"image": image, **use, "why": why[image]} for image, use in uses.items()]
-        assert json.loads(out.read_text()) == sorted(rows, key=lambda row: -row["impressions"])
+        assert csv.read_csv(out).to_pylist() == sorted(rows, key=lambda row: -row["impressions"])
         result = CliRunner().invoke(schema_app, ["missing", str(samples), str(features)])
         assert f"2 images of {samples} have no feature in {features}" in result.stdout
 

@@ -10,7 +10,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_rows, print_summary
 from featurestore.keys import id_of_text, key_of_uri
-from featurestore.published.paths import RunPath, run_path
+from featurestore.published.paths import run_path
 from trainer.errors import DataNotFoundError, SchemaError, TrainerError
 from trainer.schema.fields import DEFAULT_STORE, load_schema
 
@@ -48,9 +48,7 @@ app = CommandApp(
 def inspect(
     data: Annotated[
         str,
-        typer.Argument(
-            help="Folder or address of sample groups, or of raw logs (CSV or Parquet); one file; or a run's folder."
-        ),
+        typer.Argument(help="Folder or address of sample groups, or of raw logs (CSV or Parquet); or one file."),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write; must be new.", show_default="the terminal")] = None,
     label: Annotated[str, typer.Option(help="Column of labels, in sample groups.")] = "label",
@@ -59,17 +57,11 @@ def inspect(
 ) -> None:
     """Write a first schema of sample groups, or a first mapping of raw logs for jobs/build_samples.py.
 
-    With types, numbers of different values, and suggested kinds, sides and table sizes as comments. Of a run it prints
-    the first texts of its dictionary of IDs.
+    With types, numbers of different values, and suggested kinds, sides and table sizes as comments.
     """
     from featurestore.published.versions import open_published
     from trainer.schema.suggest import inspect_logs, inspect_samples, render_mapping, render_schema
 
-    if (run_path(data) / "config.yaml").is_file():
-        if out is not None:
-            raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
-        _show_dictionary(run_path(data), SHOWN)
-        return
     folder, file = place_of_file(data)
     storage = open_published(folder)
     if file is None and has_lists(storage):
@@ -122,7 +114,7 @@ def missing(
         str | None, typer.Option(help="Their schema.", show_default="SAMPLES/schema.yaml, or the packaged one")
     ] = None,
     name: Annotated[str, typer.Option(help="What the schema calls the store.")] = DEFAULT_STORE,
-    out: Annotated[Path | None, typer.Option(help="Write all of them to NAME.csv or NAME.json instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write all of them to NAME.csv instead.")] = None,
 ) -> None:
     """List the images that samples name and a feature store lacks, those of most impressions first.
 
@@ -133,7 +125,7 @@ def missing(
     from trainer.samples.images import list_missing
 
     if out is not None:
-        check_ending(out, "--out", ".csv", ".json")
+        check_ending(out, "--out", ".csv")
     table = list_missing(data, store, schema, name)
     if out is not None:
         _write_table(out, table)
@@ -155,7 +147,12 @@ def missing(
 )
 def lookup(
     run: Annotated[str, typer.Argument(help="Folder or address of a run whose samples have texts.")],
-    values: Annotated[list[str], typer.Argument(help="IDs, whose texts to print, or texts, whose IDs to print.")],
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="IDs, whose texts to print, or texts, whose IDs to print.", show_default=f"the first {SHOWN} texts"
+        ),
+    ] = None,
 ) -> None:
     """Print the text of an ID, and the ID that a text gets.
 
@@ -168,6 +165,12 @@ def lookup(
         raise DataNotFoundError(
             f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder"
         )
+    if not values:
+        entries, total = dictionary.first(SHOWN)
+        print_summary(f"{dictionary.path}: {total:,} texts of the training samples and their ids; the first of them:")
+        for number, text in entries:
+            print_summary(f"{number}  {text}")
+        return
     ids = [id_of_text(value) for value in values]
     texts = dictionary.texts([*ids, *(key_of_uri(value) for value in values)])
     for value, number in zip(values, ids, strict=True):
@@ -175,19 +178,6 @@ def lookup(
         found = {each: texts[each] for each in (number, key_of_uri(value)) if each in texts}
         for each, text in (found or {number: "not in the training samples as a text"}).items():
             print_summary(f"{each}  {text}")
-
-
-def _show_dictionary(run: RunPath, count: int) -> None:
-    from trainer.samples.dictionary import FILE, IdDictionary
-
-    dictionary = IdDictionary.of_run(run)
-    if dictionary is None:
-        print_summary(f"{run} has no {FILE}: its training samples have no texts")
-        return
-    entries, total = dictionary.first(count)
-    print_summary(f"{dictionary.path}: {total:,} texts of the training samples and their ids; the first of them:")
-    for number, text in entries:
-        print_summary(f"{number}  {text}")
 
 
 def place_of_file(data: str) -> tuple[str, str | None]:
@@ -225,13 +215,10 @@ def has_lists(storage: "Storage") -> bool:
 def _write_table(path: Path, table: "pa.Table") -> None:
     from pyarrow import csv
 
-    from featurestore.console.files import json_text, replaced_file
+    from featurestore.console.files import replaced_file
 
     with replaced_file(path) as part:
-        if path.suffix == ".csv":
-            csv.write_csv(table, part)
-        else:
-            part.write_text(json_text(table.to_pylist()), encoding="utf-8")
+        csv.write_csv(table, part)
     print_summary(f"written      {path}: {len(table):,} images")
 
 

@@ -43,37 +43,6 @@ Buckets = Annotated[int, pydantic.Field(ge=2, le=65_536)] | Literal["log2"]
 Fill = Literal["mean", "bucket"] | Finite
 
 
-def check_numbers(field: "Field") -> None:
-    """Raise ValueError where the settings of a field's numbers do not fit its kind or each other."""
-    name, width = f"field {field.name}", field.width or 1
-    is_dense = field.kind == "dense"
-    if field.transform is not None and not is_dense:
-        raise ValueError(
-            f"{name}: transform={field.transform} is for kind dense, not {field.kind}; buckets makes IDs of numbers"
-        )
-    if field.is_bucketed and not field.is_id:
-        raise ValueError(f"{name}: buckets are for kinds id and multi_id, not {field.kind}; its IDs are the buckets")
-    if field.is_bucketed and (field.weights is not None or field.columns is not None):
-        other = f"columns={list(field.columns)}" if field.columns is not None else f"weights={field.weights}"
-        raise ValueError(f"{name}: it has buckets and {other}; give one of them")
-    for setting, values in (("mean", field.mean), ("std", field.std)):
-        if values is not None and (not is_dense or len(values) != width):
-            raise ValueError(f"{name}: {setting} is for kind dense, one number for each of the {width} of a row")
-    is_scaled = field.transform in STANDARDIZED
-    for setting, unused in (
-        ("mean", field.mean is not None and not is_scaled and field.fill != "mean"),
-        ("std", field.std is not None and not is_scaled),
-    ):
-        if unused:
-            raise ValueError(f"{name}: {setting} does nothing without transform=standardize or log_standardize; set it")
-    if field.fill == "mean" and not is_dense:
-        raise ValueError(f"{name}: fill=mean is for kind dense; buckets have fill=bucket, or a number")
-    if field.fill == "bucket" and not field.is_bucketed:
-        raise ValueError(f"{name}: fill=bucket is for fields with buckets; give a number, or mean for kind dense")
-    if field.fill is not None and not (is_dense or field.is_bucketed):
-        raise ValueError(f"{name}: fill={field.fill} is for kind dense and for fields with buckets")
-
-
 DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
 
 DEFAULT_STORE = "images"
@@ -84,6 +53,13 @@ CROSS = " x "
 Side = Literal["user", "ad"]
 GalleryPooling = Literal["mean", "max"]
 Kind = Literal["id", "multi_id", "dense", "content"]
+_IDS: tuple[Kind, ...] = ("id", "multi_id")
+_KINDS_OF: Mapping[str, tuple[Kind, ...]] = {
+    **dict.fromkeys(("table", "weights", "columns", "buckets", "boundaries"), _IDS),
+    **dict.fromkeys(("store", "gallery"), ("content",)),
+    **dict.fromkeys(("transform", "mean", "std"), ("dense",)),
+}
+"""The kinds of fields that a setting is for; others are for all, or say themselves what they are for."""
 
 
 class Field(BaseModel):
@@ -137,18 +113,15 @@ class Field(BaseModel):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
-        is_id = self.kind in ("id", "multi_id")
-        if self.table is not None and not is_id:
-            raise ValueError(f"field {self.name}: table={self.table} is for kinds id and multi_id, not {self.kind}")
-        if self.store is not None and self.kind != "content":
-            raise ValueError(f"field {self.name}: store={self.store} is for kind content, not {self.kind}")
-        if self.weights is not None and not is_id:
-            raise ValueError(f"field {self.name}: weights={self.weights} is for kinds id and multi_id, not {self.kind}")
-        if self.gallery is not None and self.kind != "content":
-            raise ValueError(f"field {self.name}: gallery={self.gallery} is for kind content, not {self.kind}")
+        for setting, kinds in _KINDS_OF.items():
+            if (value := getattr(self, setting)) is not None and self.kind not in kinds:
+                raise ValueError(
+                    f"field {self.name}: {setting}={value} is for kind{'s' * (len(kinds) > 1)} {' and '.join(kinds)}, "
+                    f"not {self.kind}"
+                )
         if self.columns is not None:
-            self._check_columns(self.columns, is_id)
-        check_numbers(self)
+            self._check_columns(self.columns)
+        self._check_numbers()
         if self.context and (self.side == "user" or self.kind == "content"):
             raise ValueError(
                 f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "
@@ -156,20 +129,38 @@ class Field(BaseModel):
             )
         return self
 
-    def _check_columns(self, columns: tuple[str, ...], is_id: bool) -> None:
-        if not is_id:
-            raise ValueError(f"field {self.name}: columns is for kinds id and multi_id, not {self.kind}")
-        if self.is_bucketed:
-            raise ValueError(f"field {self.name}: buckets are of one column of numbers; leave out columns or buckets")
+    def _check_columns(self, columns: tuple[str, ...]) -> None:
         if self.column is not None:
             raise ValueError(f"field {self.name}: it has column={self.column} and columns={list(columns)}; give one")
         if len(set(columns)) < max(len(columns), 2):
             raise ValueError(f"field {self.name}: columns={list(columns)} has to name two columns or more, each once")
 
+    def _check_numbers(self) -> None:
+        name, width = f"field {self.name}", self.width or 1
+        if self.is_bucketed and (self.weights is not None or self.columns is not None):
+            other = f"columns={list(self.columns)}" if self.columns is not None else f"weights={self.weights}"
+            raise ValueError(f"{name}: it has buckets and {other}; give one of them")
+        is_scaled = self.transform in STANDARDIZED
+        for setting, values, is_used in (
+            ("mean", self.mean, is_scaled or self.fill == "mean"),
+            ("std", self.std, is_scaled),
+        ):
+            if values is not None and not is_used:
+                raise ValueError(f"{name}: {setting} does nothing without transform=standardize or log_standardize")
+            if values is not None and len(values) != width:
+                raise ValueError(f"{name}: {setting} has to be one number for each of the {width} of a row")
+        if self.fill is None:
+            return
+        if not (self.kind == "dense" or self.is_bucketed):
+            raise ValueError(f"{name}: fill={self.fill} is for kind dense and for fields with buckets")
+        other_fill = "bucket" if self.kind == "dense" else "mean"
+        if self.fill == other_fill:
+            raise ValueError(f"{name}: fill=mean is for kind dense, fill=bucket for fields with buckets; or a number")
+
     @property
     def is_id(self) -> bool:
         """Whether the field's values are looked up in an ID table."""
-        return self.kind in ("id", "multi_id")
+        return self.kind in _IDS
 
     @property
     def is_bucketed(self) -> bool:

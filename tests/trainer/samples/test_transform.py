@@ -118,7 +118,7 @@ def test_without_statistics_nothing_is_read() -> None:
     [
         ("kind: id, transform: log1p", "transform=log1p is for kind dense, not id"),
         ("kind: dense, transform: log", "transform='log': it should be 'standardize', 'log1p' or 'log_standardize'"),
-        ("kind: dense, buckets: 4", "buckets are for kinds id and multi_id, not dense"),
+        ("kind: dense, buckets: 4", "buckets=4 is for kinds id and multi_id, not dense"),
         ("kind: id, buckets: 1", "buckets"),
         ("kind: id, buckets: log10", "buckets"),
         ("kind: id, boundaries: [1, 1]", "each larger than the one before"),
@@ -129,7 +129,7 @@ def test_without_statistics_nothing_is_read() -> None:
         ("kind: dense, mean: [1], std: [2]", "mean does nothing without transform=standardize"),
         ("kind: dense, transform: log1p, fill: mean, mean: [1], std: [2]", "std does nothing without"),
         ("kind: id, buckets: 4, fill: mean", "fill=mean is for kind dense"),
-        ("kind: dense, fill: bucket", "fill=bucket is for fields with buckets"),
+        ("kind: dense, fill: bucket", "fill=bucket for fields with buckets"),
         ("kind: id, fill: 0", "fill=0.0 is for kind dense and for fields with buckets"),
     ],
 )

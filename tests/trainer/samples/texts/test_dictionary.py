@@ -230,12 +230,11 @@ def test_a_damaged_dictionary_is_named(run: Path, tmp_path: Path) -> None:
     assert f"error: {tmp_path / FILE} is not a readable Parquet file" in said("lookup", tmp_path, 3, code=1)
 
 
-def test_inspect_shows_it(run: Path, wordy: Places, tmp_path: Path) -> None:
-    output = said("inspect", run)
+def test_lookup_shows_the_first(run: Path, wordy: Places) -> None:
+    output = said("lookup", run)
     ids = sorted(expected(wordy))
     assert f"{run / FILE}: {len(ids):,} texts of the training samples and their ids; the first of them:" in output
     assert output.splitlines()[1:] == [f"{number}  {expected(wordy)[number]}" for number in ids[:10]]
-    assert "leave --out out" in said("inspect", run, "--out", tmp_path / "a.yaml", code=2)
 
 
 def test_inspect_and_check_of_samples_with_texts(wordy: Places, tmp_path: Path) -> None:

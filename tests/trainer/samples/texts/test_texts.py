@@ -173,9 +173,12 @@ def test_a_crossed_column_that_is_missing_is_named(tmp_path: Path, sample_table:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "dense", "columns": ("a", "b")}, "columns is for kinds id and multi_id, not dense"),
+        ({"kind": "dense", "columns": ("a", "b")}, "columns=('a', 'b') is for kinds id and multi_id, not dense"),
         ({"kind": "id", "columns": ("a",)}, "has to name two columns or more, each once"),
-        ({"kind": "id", "columns": ("a", "b"), "buckets": 4}, "buckets are of one column of numbers"),
+        (
+            {"kind": "id", "columns": ("a", "b"), "buckets": 4},
+            "it has buckets and columns=['a', 'b']; give one",
+        ),
         ({"kind": "id", "columns": ("a", "a")}, "has to name two columns or more, each once"),
         ({"kind": "id", "columns": ("a", "b"), "column": "c"}, "it has column=c and columns=['a', 'b']; give one"),
     ],
