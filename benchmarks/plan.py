@@ -20,6 +20,7 @@ from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.workload import Knobs, Workload, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
+from trainer.cli import counts_of
 from trainer.config.config import load_config
 from trainer.errors import PlanError
 
@@ -36,18 +37,15 @@ app = CommandApp(report=True, failures=(OSError,))
 def main(
     folder: Annotated[Path, typer.Option("--dir", help="Where the workload is, or is made.")] = Path("data/bench/plan"),
     json_file: JsonPath = None,
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2,4",
+    ranks: Annotated[Any, typer.Option(parser=counts_of, metavar="N,N", help="Numbers of ranks.")] = "1,2,4",
     images: Annotated[int, typer.Option(help="In the store.", min=100)] = 20_000,
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
-    from trainer.plan.calibrate import numbers
-
-    counts = numbers(ranks)
     with progress_bars() as progress:
         knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
         workload = make(folder, knobs, progress)
-    figures = compare(workload, counts)
+    figures = compare(workload, ranks)
     write_report(figures, json_file)
 
 

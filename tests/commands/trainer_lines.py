@@ -228,7 +228,6 @@ TRAINER = [
     ("trainer.plan --latency-us inf", 2, "--latency-us"),
     ("trainer.plan --latency-us -1", 2, "--latency-us"),
     ("trainer.plan --global-batch-size 8 --samples-per-rank 8", 2, "exclude each other"),
-    ("trainer.plan --paper --ranks 8", 2, "--ranks"),
     ("trainer.plan --paper --json {emptydir}", 2, "{emptydir}"),
     ("trainer.evaluate {run} --bootstrap 0 --out foo://x", 2, "foo://"),
     ("jobs/score --run {run} --out foo://x.parquet", 2, "foo://"),

@@ -203,14 +203,6 @@ class PlanQuestion:
         return self.batch_size * ranks if self.per_rank else self.batch_size
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Parse numbers of ranks, ascending. Raises ConfigError."""
-    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(found) < 1:
-        raise ConfigError(f"--ranks {text}: write numbers from 1 on with commas between them, as 8,20,40")
-    return tuple(sorted(set(found)))
-
-
 def plan_own(config: Config, question: PlanQuestion, say: Callable[[str], None]) -> TrainingPlan:
     """Draw batches, measure this machine, and make the plan. Raises TrainerError, FeatureStoreError."""
     say("reading samples")
@@ -271,10 +263,10 @@ class Calibration:
         (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.plan.collectives"]])
         found: dict[str, float] = json.loads(output[output.index("{") :].splitlines()[0])
         return NetworkSpeed(
-            call_s=(found["alltoall_call_s"] + found["allreduce_call_s"]) / 2,
+            call_s=found["call_s"],
             latency_s=self._question.latency_s,
             link_bytes_per_s=self._question.link_bytes_per_s,
-            local_bytes_per_s=2 / max(1e-12, found["alltoall_byte_s"] + found["allreduce_byte_s"]),
+            local_bytes_per_s=1 / max(1e-12, found["byte_s"]),
             ranks_per_machine=local,
         )
 

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -18,19 +19,18 @@ _SMALL_FLOATS, _LARGE_FLOATS = 64, 2 << 20
 
 
 def measure(comm: Comm) -> dict[str, float]:
-    """Measure seconds of a call, and of a byte that a rank sends, of alltoall and allreduce; called by every rank.
+    """Measure seconds of a call, and of a byte that a rank sends, means of alltoall and allreduce; every rank calls it.
 
     The slowest rank counts, the median of the rounds. Bytes are those that leave a rank: of an allreduce in a ring,
     2 (P - 1) / P times its values.
     """
-    figures: dict[str, float] = {"ranks": comm.size}
-    for name, run in {"alltoall": _alltoall, "allreduce": _allreduce}.items():
-        call_s = _median_s(comm, lambda run=run: run(comm, _SMALL_FLOATS))  # type: ignore[misc]
-        large_s = _median_s(comm, lambda run=run: run(comm, _LARGE_FLOATS))  # type: ignore[misc]
-        factor = (1 if name == "alltoall" else 2) * (comm.size - 1) / comm.size
-        figures[f"{name}_call_s"] = call_s
-        figures[f"{name}_byte_s"] = max(0.0, large_s - call_s) / (4 * _LARGE_FLOATS * factor)
-    return figures
+    calls_s, bytes_s = [], []
+    for collective, ways in ((_alltoall, 1), (_allreduce, 2)):
+        call_s, large_s = (_median_s(comm, partial(collective, comm, each)) for each in (_SMALL_FLOATS, _LARGE_FLOATS))
+        sent_bytes = 4 * _LARGE_FLOATS * ways * (comm.size - 1) / comm.size
+        calls_s.append(call_s)
+        bytes_s.append(max(0.0, large_s - call_s) / sent_bytes)
+    return {"call_s": statistics.fmean(calls_s), "byte_s": statistics.fmean(bytes_s)}
 
 
 def _alltoall(comm: Comm, floats: int) -> None:

@@ -12,7 +12,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import check_place, write_json_option
 from featurestore.console.output import figure, print_rows, print_summary
 from featurestore.published.paths import run_path
-from trainer.cli import WhichCheckpoint, run_on_ranks
+from trainer.cli import WhichCheckpoint, counts_of, run_on_ranks
 from trainer.errors import ConfigError
 from trainer.prerank import INDEX
 
@@ -47,7 +47,7 @@ def main() -> None:
 def evaluate_index(
     run: Run,
     index: Index = INDEX,
-    k: Annotated[str, typer.Option(metavar="K,K", help="Candidates of a search.")] = "10,100",
+    k: Annotated[Any, typer.Option(parser=counts_of, metavar="K,K", help="Candidates of a search.")] = "10,100",
     queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
     effort: Annotated[
         int | None, typer.Option(min=1, help="Candidates that hnsw keeps.", show_default="the index's")
@@ -60,7 +60,8 @@ def evaluate_index(
 
     The GAUC of the run itself is in its report, and of other samples in that of `python -m trainer.evaluate`.
     """
-    counts = _counts(k)
+    if k[-1] > MOST_FOUND:
+        raise typer.BadParameter(f"{k[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")
     if out is not None:  # before the work
         check_place(out, "--json")
 
@@ -74,7 +75,7 @@ def evaluate_index(
             "checkpoint": trained.saved.checkpoint.name,
             "store_version": trained.store_version,
             "index": {"version": ads.version, **ads.state.model_dump(include={"kind", "dim", "num_ads", "num_unused"})},
-            "search": asdict(search_figures(ads, users_KW, counts, effort)),
+            "search": asdict(search_figures(ads, users_KW, k, effort)),
             "notes": [*notes, *([ads.warning] if ads.warning else [])],
         }
         _show(report)
@@ -129,19 +130,6 @@ def _with_run(
             work(trained, ads)
 
     return run_on_ranks(opened)
-
-
-def _counts(text: str) -> list[int]:
-    """Read the numbers of `--k`."""
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
-        raise typer.BadParameter(f"{text} has to be positive whole numbers with commas, as 10,100", param_hint="--k")
-    if counts[-1] > MOST_FOUND:
-        raise typer.BadParameter(f"{counts[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")
-    return counts
 
 
 def _show(report: Mapping[str, Any]) -> None:

@@ -138,8 +138,7 @@ class TestMeasuring:
         def run(commands: Sequence[Sequence[str]]) -> list[str]:
             started.append(len(commands))
             if "trainer.plan.collectives" in commands[0]:
-                costs = {f"{name}_{of}_s": 1e-9 for name in ("alltoall", "allreduce") for of in ("call", "byte")}
-                return [json.dumps({"ranks": 4, **costs})]
+                return [json.dumps({"call_s": 1e-9, "byte_s": 1e-9})]
             for command in commands:
                 folder = Path(command[command.index("--config") + 1]).parent / command[-1].partition("=")[2]
                 folder.mkdir()
