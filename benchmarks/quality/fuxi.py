@@ -114,7 +114,7 @@ def watched(base: type, test: Rows) -> type:
         def evaluate_metrics(self, y_true: Any, y_pred: Any, metrics: Any, group_id: Any = None) -> Any:
             logit_N = np.log(np.clip(y_pred, 1e-12, 1)) - np.log(np.clip(1 - y_pred, 1e-12, 1))
             found = measure(logit_N, test.label_B.astype(np.float64), test.user_id_B)
-            self.curve.append({**found.named(), "seconds": self._seconds})
+            self.curve.append({**found, "seconds": self._seconds})
             return super().evaluate_metrics(y_true, y_pred, metrics, group_id)
 
     return Watched

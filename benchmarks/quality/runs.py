@@ -144,7 +144,7 @@ def _of_new_ads(run: Path, samples: str) -> Epoch:
     new_N, rows = found.is_new_ad_N, found.impressions
     assert new_N is not None  # the run's own training samples are there
     label_N = rows.label_N[new_N].astype(np.float64)
-    return measure(found.logit_N[new_N], label_N, rows.user_N[new_N]).named("judged_")
+    return measure(found.logit_N[new_N], label_N, rows.user_N[new_N], "judged_")
 
 
 def _fuxictr(spec: Spec, runs: Path, name: str) -> list[Epoch]:

@@ -16,7 +16,7 @@ A metric that is not defined (no impression, or one class only) is None, JSON's 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -204,36 +204,24 @@ def ratio(above: Float, below: Float) -> Float:
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
-Bool = NDArray[np.bool_]
+Metrics = dict[str, float | int | None]
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What is known of N scored impressions. `gauc_impressions`: of users with both classes (GAUC uses them)."""
+def measure(logit_N: Float, label_N: Float, group_N: Int, prefix: str = "") -> Metrics:
+    """Measure N impressions, by the names of the metrics with `prefix` before each. Order N log N.
 
-    impressions: int
-    clicks: int
-    logloss: float | None
-    auc: float | None
-    gauc: float | None
-    gauc_impressions: int
-
-    def named(self, prefix: str = "") -> dict[str, float | int | None]:
-        """Return the values by name, each with `prefix` before it."""
-        return {prefix + name: value for name, value in asdict(self).items()}
-
-
-def measure(logit_N: Float, label_N: Float, group_N: Int) -> Metrics:
-    """Measure N impressions; `group_N` is the user of each. Order N log N."""
+    `group_N`: the user of each. `gauc_impressions`: those of users with both classes, which GAUC is made of.
+    """
     gauc, gauc_impressions = grouped_auc(logit_N, label_N, group_N)
-    return Metrics(
-        impressions=len(label_N),
-        clicks=int(label_N.sum()),
-        logloss=log_loss(logit_N, label_N),
-        auc=auc(logit_N, label_N),
-        gauc=gauc,
-        gauc_impressions=gauc_impressions,
-    )
+    metrics: Metrics = {
+        "impressions": len(label_N),
+        "clicks": int(label_N.sum()),
+        "logloss": log_loss(logit_N, label_N),
+        "auc": auc(logit_N, label_N),
+        "gauc": gauc,
+        "gauc_impressions": gauc_impressions,
+    }
+    return {prefix + name: value for name, value in metrics.items()}
 
 
 def log_loss(logit_N: Float, label_N: Float) -> float | None:
@@ -287,7 +275,7 @@ def auc_of_groups(score_N: Float, label_N: Float, group_N: Int) -> GroupAucs:
     return GroupAucs(group_N[starts_G[both_G]], impressions_G[both_G], wins_G[both_G] / pairs_G[both_G])
 
 
-def _mid_ranks(score_N: Float, new_group_N: Bool) -> Float:
+def _mid_ranks(score_N: Float, new_group_N: NDArray[np.bool_]) -> Float:
     """1-based ranks along sorted scores; a run of equal scores within one group shares the mean of its ranks."""
     starts_T = np.flatnonzero(new_group_N | np.r_[True, score_N[1:] != score_N[:-1]])
     ends_T = np.r_[starts_T[1:], len(score_N)]

@@ -27,7 +27,7 @@ from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm, SoloComm
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.evaluation import report
-from trainer.evaluation.bootstrap import Float, measure
+from trainer.evaluation.bootstrap import Float, Metrics, measure
 from trainer.evaluation.figures import Figures
 from trainer.evaluation.plots import draw_all
 from trainer.evaluation.report import measure_all
@@ -49,8 +49,6 @@ from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_gro
 from trainer.samples.reader import Batch
 from trainer.schema import Schema
 from trainer.stages import ReadAhead
-
-Metrics = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: In
     metrics: Metrics = {}
     if comm.rank == 0:
         for prefix, chosen in {"": slice(None), "new_ad_": whole_N2[:, 1] == 1}.items():
-            metrics |= measure(real_N2[chosen, 0], real_N2[chosen, 1], whole_N2[chosen, 0]).named(prefix)
+            metrics |= measure(real_N2[chosen, 0], real_N2[chosen, 1], whole_N2[chosen, 0], prefix)
     return comm.broadcast_object(metrics)
 
 

@@ -24,8 +24,8 @@ from trainer.config.config import RunConfig, config_digest
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import objects_frozen
 from trainer.errors import CheckpointError, RemoteRankError, TrainerError
-from trainer.evaluation.bootstrap import Float
-from trainer.evaluation.predict import Metrics, evaluate
+from trainer.evaluation.bootstrap import Float, Metrics
+from trainer.evaluation.predict import evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import summary
 from trainer.loop.summary import PLACE, TENSORBOARD, ProgressLog, tracing

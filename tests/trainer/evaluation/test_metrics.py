@@ -63,10 +63,9 @@ def test_log_loss_of_sure_and_wrong_is_not_capped() -> None:
 
 def test_one_class_or_nothing_is_none() -> None:
     clicks = measure(np.array([0.1, 0.2]), np.ones(2), np.array([1, 1]))
-    assert (clicks.auc, clicks.gauc, clicks.gauc_impressions) == (None, None, 0)
-    assert clicks.logloss is not None
-    empty = measure(np.zeros(0), np.zeros(0), np.zeros(0, np.int64))
-    assert empty.named("new_ad_") == {
+    assert (clicks["auc"], clicks["gauc"], clicks["gauc_impressions"]) == (None, None, 0)
+    assert clicks["logloss"] is not None
+    assert measure(np.zeros(0), np.zeros(0), np.zeros(0, np.int64), "new_ad_") == {
         "new_ad_impressions": 0,
         "new_ad_clicks": 0,
         "new_ad_logloss": None,

@@ -20,8 +20,8 @@ from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places, sample_table
 from tests.trainer.whole_runs import report_of, run_alone
 from trainer.comm import SoloComm
-from trainer.evaluation.bootstrap import auc, log_loss
-from trainer.evaluation.predict import Metrics, predict, predict_run
+from trainer.evaluation.bootstrap import Metrics, auc, log_loss
+from trainer.evaluation.predict import predict, predict_run
 from trainer.loop.training import LEAST, checked
 from trainer.models.newads import NewAds
 from trainer.runs.saved import EvaluatedRun, RunSource, open_source

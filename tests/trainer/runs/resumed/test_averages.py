@@ -73,7 +73,7 @@ def test_readers_get_what_training_has_measured(averaged: Path) -> None:
     impressions = predicted.impressions
     found = measure(predicted.logit_N, impressions.label_N, impressions.user_N)
     for name in ("auc", "gauc", "logloss"):
-        assert getattr(found, name) == alike(name, report["metrics"][name], within=1e-7)
+        assert found[name] == alike(name, report["metrics"][name], within=1e-7)
 
 
 def test_resumed_at_any_step_it_ends_with_the_same_bits(places: Places, averaged: Path) -> None:
