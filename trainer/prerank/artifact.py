@@ -4,7 +4,7 @@ Each version of the address (see `featurestore.published`) has these files:
 
     index.json        what it was made of, its recall, and the sha256 of the others
     index.npz         the structure of faiss, by featurestore.index
-    ads.parquet       key, vector (fixed-size binary of float32)
+    ads.parquet       key, vector (a list of float32, of one width)
     queries.parquet   vectors that recall is measured with; not with flat, which is exact
 
 Letters of shapes: N ads or rows, R removed ads, K queries, C candidates found of each, W width of the vectors.
@@ -379,23 +379,20 @@ KEY, VECTOR = "key", "vector"
 
 
 def to_parquet(keys_N: Keys, vectors_NW: Vectors) -> bytes:
-    """Write columns key, ascending, and vector, whose field's metadata has its dtype and shape."""
-    order_N, width = np.argsort(keys_N), vectors_NW.shape[1]
-    values = pa.py_buffer(vectors_NW[order_N].astype(np.float32).tobytes())
-    vector = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), len(keys_N), [None, values])
-    metadata = {"dtype": "float32", "shape": f"[{width}]"}
-    schema = pa.schema([pa.field(KEY, pa.int64(), nullable=False), pa.field(VECTOR, vector.type, metadata=metadata)])
+    """Write columns key, ascending, and vector, lists of one width of float32."""
+    order_N = np.argsort(keys_N)
+    numbers = pa.array(vectors_NW[order_N].astype(np.float32).reshape(-1))
+    vector: Any = pa.FixedSizeListArray.from_arrays(numbers, vectors_NW.shape[1])
     sink = pa.BufferOutputStream()
-    columns: list[Any] = [pa.array(keys_N[order_N]), vector]
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="lz4", write_page_checksum=True)
+    table = pa.table({KEY: pa.array(keys_N[order_N]), VECTOR: vector})
+    pq.write_table(table, sink, compression="lz4", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
     """Read what `to_parquet` wrote: keys (N,) and vectors (N, W). Raises CorruptFileError."""
-    table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+    table = pq.read_table(pa.BufferReader(data))
     vector: Any = table[VECTOR].combine_chunks()
-    if vector.type != pa.binary(4 * width):
-        raise CorruptFileError(f"{path} has vectors of {vector.type}, not {width} numbers of float32")
-    values = np.frombuffer(vector.buffers()[1], np.float32).reshape(-1, width)
-    return table[KEY].to_numpy(), values[vector.offset : vector.offset + len(vector)]
+    if vector.type.list_size != width:
+        raise CorruptFileError(f"{path} has vectors of {vector.type.list_size} numbers, not {width}")
+    return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, width)
