@@ -1,17 +1,14 @@
 """Commands on ranks: connect, work, print one message for a mistake, and return the exit code.
 
 Exit codes as of every command (`featurestore.console.commandline`); 130 also for a stop by a signal after a checkpoint.
-Quick to import: torch and Horovod are loaded when the ranks connect. torchrun ends with a report of its own; what went
-wrong is in it, as the ranks leave it in the file that torchrun names.
+Quick to import: torch and Horovod are loaded when the ranks connect.
 """
 
 import contextlib
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -76,7 +73,7 @@ def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None
     try:
         comm = connect() if deadline_s is None else connect(deadline_s)
     except UserError as failure:
-        _say(failure)
+        say_error(failure)
         return failure.exit_code
     with contextlib.closing(comm):
         code = _code_of(comm, work)
@@ -99,7 +96,7 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
         return STOPPED
     except UserError as failure:
         if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
-            _say(failure)
+            say_error(failure)
         else:
             time.sleep(_GRACE_S)
         return failure.exit_code
@@ -108,13 +105,3 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
             raise  # the command prints its one line
         return STOPPED
     return OK
-
-
-def _say(failure: UserError) -> None:
-    """Print an error of ours, and leave it for torchrun's report, where torchrun started this process."""
-    say_error(failure)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        text = f"{type(failure).__name__}: {failure}"
-        about = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": about}}), encoding="utf-8")
