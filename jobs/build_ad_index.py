@@ -60,7 +60,7 @@ MinRecall = Annotated[
         min=0, max=1, help="Recall@10 that hnsw has to reach; less is a warning.", show_default=f"{MIN_RECALL}"
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Ads whose vectors are computed at once.")]
+_BATCH_SIZE = 8192  # ads whose vectors are computed at once
 
 
 @app.command(epilog=EXAMPLES)
@@ -77,7 +77,6 @@ def main(
     min_recall: MinRecall = None,
     checkpoint: WhichCheckpoint = None,
     store_version: StoreVersion = None,
-    batch_size: BatchSize = 8192,
 ) -> None:
     """Compute the vectors of ads with a trained two-tower run, and put them under an index for the pre-rank.
 
@@ -110,7 +109,7 @@ def main(
         opened = open_trained(run_or_newest(run), SoloComm(), which=checkpoint, store_version=store_version)
         with contextlib.closing(opened) as trained:
             known = _known(trained, out) if add or sync else None
-            chosen, vectors_NW = _vectors(trained, sync or ads, samples, batch_size)
+            chosen, vectors_NW = _vectors(trained, sync or ads, samples)
             lines = describe_run(trained)  # before lookups of users' images are counted too
             if known is None:
                 index, changes = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
@@ -188,7 +187,7 @@ def _known(trained: "TrainedRun", out: str) -> "AdIndex":
     return known
 
 
-def _vectors(trained: "TrainedRun", table: str | None, samples: str | None, batch_size: int) -> "tuple[Ads, Vectors]":
+def _vectors(trained: "TrainedRun", table: str | None, samples: str | None) -> "tuple[Ads, Vectors]":
     """Read the ads of a table, else of samples, and compute their vectors."""
     from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
 
@@ -198,7 +197,7 @@ def _vectors(trained: "TrainedRun", table: str | None, samples: str | None, batc
     else:
         chosen = ads_of_samples(samples or trained.config.data.samples, trained.schema, fields)
     with progress_bar("ads") as progress:
-        return chosen, ad_vectors(trained, chosen, batch_size, progress)
+        return chosen, ad_vectors(trained, chosen, _BATCH_SIZE, progress)
 
 
 def _built(

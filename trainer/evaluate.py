@@ -60,7 +60,6 @@ def main(
     missing_curve: Annotated[
         bool, typer.Option("--missing-curve", help="Also hide 10 to 50 % of the images at random.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples, and of the images that are hidden.")] = 0,
     against: Annotated[
         str | None,
         typer.Option(
@@ -92,9 +91,9 @@ def main(
             comm.on_rank_0(partial(check_bucket, to))
         if against is not None:
             other = run_path(against)
-            compare_runs(source, other, comm, resamples=bootstrap, seed=seed, out=to, json_file=json_file)
+            compare_runs(source, other, comm, resamples=bootstrap, out=to, json_file=json_file)
             return
-        options = EvaluationOptions(bootstrap, seed, missing_curve, to, json_file)
+        options = EvaluationOptions(bootstrap, missing_curve, to, json_file)
         evaluate_run(source, options, comm)
 
     raise typer.Exit(run_on_ranks(work))

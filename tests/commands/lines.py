@@ -141,8 +141,6 @@ JOBS = [
     ),
     ("jobs/build_ad_index --add --index hnsw", 2, "--index"),
     ("jobs/build_ad_index --index [/x]", 2, "--index"),
-    ("jobs/build_ad_index --batch-size 0", 2, "--batch-size"),
-    (f"jobs/build_ad_index --batch-size {HUGE}", 2, HUGE),
     ("jobs/build_ad_index --store-version 0", 2, "--store-version"),
     ("jobs/export_embeddings --run {missing} --out {new}.npy", 2, "{missing}"),
     ("jobs/export_embeddings --run {run} --out {new}", 2, "--out"),

@@ -89,7 +89,7 @@ def test_a_table_of_the_same_ads_gives_the_same_vectors(folder: Path, out: str, 
     items = sorted(items_of(folder))
     ads_table(items[:10], tables / "a.parquet")
     ads_table(items[10:], tables / "b.parquet")
-    done(folder, "--out", f"{out}-2", "--ads", tables, "--batch-size", 4)
+    done(folder, "--out", f"{out}-2", "--ads", tables)
     expected, found = by_key(out), by_key(f"{out}-2")
     assert expected.keys() == found.keys()
     for key, vector in expected.items():

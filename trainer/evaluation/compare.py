@@ -52,7 +52,6 @@ def compare_runs(
     comm: Comm,
     *,
     resamples: int,
-    seed: int,
     out: RunPath | None,
     json_file: Path | None,
 ) -> None:
@@ -68,8 +67,8 @@ def compare_runs(
     _check_same_impressions([ours, baseline], [str(source.folder), str(against)])
     if comm.rank != 0:
         return
-    found = compare([ours], [baseline], resamples=resamples, seed=seed)
-    new_ads = compare_new_ads([ours], [baseline], resamples=resamples, seed=seed)
+    found = compare([ours], [baseline], resamples=resamples)
+    new_ads = compare_new_ads([ours], [baseline], resamples=resamples)
     titled = {METRIC_TITLES[name]: each for name, each in found.items()}
     titled |= {f"{METRIC_TITLES[name]}, new ads": each for name, each in new_ads.differences.items()}
     title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
@@ -90,7 +89,7 @@ def compare_runs(
         "run": str(source.folder),
         "against": str(against),
         "impressions": len(ours.logit_N),
-        "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
+        "bootstrap": {"resamples": resamples, "level": LEVEL},
         "differences": {name: asdict(each) for name, each in found.items()},
         "new_ads": asdict(new_ads),
         "notes": notes,

@@ -30,7 +30,7 @@ from trainer.evaluation import report
 from trainer.evaluation.bootstrap import Float, Metrics, measure
 from trainer.evaluation.figures import Figures
 from trainer.evaluation.plots import draw_all
-from trainer.evaluation.report import measure_all
+from trainer.evaluation.report import SEED, measure_all
 from trainer.evaluation.slices import (
     Impressions,
     Slicing,
@@ -156,7 +156,6 @@ class EvaluationOptions:
     """How to measure, and where the report goes: by default to RUN/evaluation, and no further JSON file."""
 
     resamples: int = 1000
-    seed: int = 0
     missing_curve: bool = False
     out: RunPath | None = None
     json_file: Path | None = None
@@ -178,12 +177,12 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
         logits = {0.0: predict(opened)}
         num_missing = opened.missing_lookups()
         if options.missing_curve:
-            logits |= {share: predict_without(opened, share, options.seed) for share in HIDDEN_SHARES}
-        about = report.about(opened, num_missing, options.missing_curve, options.resamples, options.seed)
+            logits |= {share: predict_without(opened, share, SEED) for share in HIDDEN_SHARES}
+        about = report.about(opened, num_missing, options.missing_curve, options.resamples)
     if comm.rank != 0:
         return None
     curve: dict[float, Float] = logits if options.missing_curve else {}
-    figures = measure_all(logits[0.0], impressions, cuts, curve, resamples=options.resamples, seed=options.seed)
+    figures = measure_all(logits[0.0], impressions, cuts, curve, options.resamples)
     out = options.out or source.folder / "evaluation"
     report.write_report(out, "report.json", {**about, **asdict(figures)}, options.json_file, draw_all(figures))
     report.show(console, about, figures, out)

@@ -32,6 +32,9 @@ from trainer.evaluation.figures import Bin, Estimate, Figures, Hidden, Measured,
 from trainer.evaluation.slices import Impressions, Slicing
 from trainer.runs.saved import TEST, EvaluatedRun
 
+SEED = 0
+"""Of the resamples, and of the images that are hidden."""
+
 METRIC_TITLES = {
     "logloss": "log loss",
     "auc": "AUC",
@@ -151,7 +154,7 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
+def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int) -> dict[str, Any]:
     """Say what was evaluated, on what, and how.
 
     `num_missing`: lookups of images that had no feature; `hides`: some were hidden as well."""
@@ -161,7 +164,7 @@ def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int, s
         "samples": opened.test.storage.full(TEST),
         "stores": {name: record.model_dump() for name, record in opened.stores.items()},
         "missing": opened.config.data.missing,
-        "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
+        "bootstrap": {"resamples": resamples, "level": LEVEL},
         "missing_lookups": num_missing,
         "notes": [*opened.notes, *opened.saved.notes_on_missing(num_missing, hides)],
     }
@@ -234,14 +237,9 @@ def measure_all(
     impressions: Impressions,
     slicings: Sequence[Slicing],
     logits_of_share: Mapping[float, Float],
-    *,
     resamples: int,
-    seed: int,
 ) -> Figures:
-    """Measure metrics with intervals.
-
-    `logits_of_share`: (N,) for each share of hidden images; hidden by `seed` as well.
-    """
+    """Measure metrics with intervals. `logits_of_share`: (N,) for each share of hidden images."""
     users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
     label_N = impressions.label_N.astype(np.float64)
     reliability = ReliabilitySums(logit_N, label_N, user_N, len(users_U))
@@ -250,13 +248,13 @@ def measure_all(
     chosen = [(slicing, name, in_N) for slicing, name, in_N in chosen if in_N.any()]
     slices = [MetricSums(logit_N[in_N], label_N[in_N], user_N[in_N]) for _, _, in_N in chosen]
     curve = [MetricSums(each, label_N, user_N) for each in logits_of_share.values()]
-    of_bins, of_whole, *rest = bootstrap([reliability, whole, *slices, *curve], len(users_U), resamples, seed)
+    of_bins, of_whole, *rest = bootstrap([reliability, whole, *slices, *curve], len(users_U), resamples, SEED)
 
     sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
     for (slicing, name, _), sums, replicates in zip(chosen, slices, rest[: len(slices)], strict=True):
         sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
     hidden = [
-        _hidden(share, impressions, seed, sums, replicates, of_whole)
+        _hidden(share, impressions, sums, replicates, of_whole)
         for share, sums, replicates in zip(logits_of_share, curve, rest[len(slices) :], strict=True)
     ]
     return Figures(_measured(whole, of_whole), sliced_by, _bins(reliability, of_bins), hidden)
@@ -287,13 +285,12 @@ def _bins(sums: ReliabilitySums, replicates: Replicates) -> list[Bin]:
 def _hidden(
     share: float,
     impressions: Impressions,
-    seed: int,
     sums: MetricSums,
     replicates: Replicates,
     of_whole: Replicates,
 ) -> Hidden:
     at = METRICS.index("gauc")
-    without = sampled(impressions.image_N, share, seed) if impressions.image_N is not None else np.zeros(0, np.bool_)
+    without = sampled(impressions.image_N, share, SEED) if impressions.image_N is not None else np.zeros(0, np.bool_)
     change = interval(
         replicates.value_M[at] - of_whole.value_M[at],
         replicates.draws_RM[:, at] - of_whole.draws_RM[:, at],

@@ -43,7 +43,6 @@ def main(
     network_gbit: Annotated[float, typer.Option(help="Gbit/s between machines, each way.", min=0.001)] = 10.0,
     latency_us: Annotated[float, typer.Option(help="Of a message between machines.", min=0)] = 50.0,
     ranks_per_machine: Annotated[int, typer.Option(help="Ranks that share a machine like this one.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda, as run.device.")] = "auto",
     file: Annotated[Path | None, typer.Option("--config", help="YAML file over the trainer's preset.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
@@ -62,7 +61,7 @@ def main(
     else:
         if global_batch_size is not None and samples_per_rank is not None:
             raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
-        places = {"data.samples": samples, "data.store": store, "run.device": device}
+        places = {"data.samples": samples, "data.store": store}
         own = [f"{name}={value}" for name, value in places.items() if value]
         config = load_config(file, [*own, *(settings or [])])
         from trainer.plan.calibrate import PlanQuestion, plan_own

@@ -116,7 +116,7 @@ def test_the_command_shows_new_ads_in_its_table_its_json_and_its_page(
     file = tmp_path / "figures.json"
     with recorded(ReportPage(tmp_path / "page.html", "T", [])):
         source = RunSource(tmp_path / "a", None)
-        compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, seed=0, out=tmp_path, json_file=file)
+        compare_runs(source, tmp_path / "b", SoloComm(), resamples=50, out=tmp_path, json_file=file)
     said, read = capsys.readouterr().out, check_page((tmp_path / "page.html").read_text())
     expected = compare_new_ads([runs["a"]], [runs["b"]], resamples=50)
     found = json.loads(file.read_text())["new_ads"]
