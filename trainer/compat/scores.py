@@ -193,9 +193,6 @@ def _impressions(saved: SavedRun, batches: Sequence[Batch]) -> Impressions:
         label_N=np.concatenate([np.empty(0, np.float32), *(batch.label_B for batch in batches)]),
         user_N=np.concatenate([*none, *(batch.group_id_B for batch in batches)]),
         ad_N=np.concatenate([*none, *(batch.fields[ad].values_N for batch in batches)]),
-        image_N=None,
-        history_N=None,
-        time_s_N=None,
     )
 
 

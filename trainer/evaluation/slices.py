@@ -33,11 +33,11 @@ class Impressions:
     user_N: Index
     ad_N: Index
     """The schema's `new_ad_field`."""
-    image_N: Index | None
+    image_N: Index | None = None
     """Key of the ad image: the first content field of side ad, those with galleries left out."""
-    history_N: Index | None
+    history_N: Index | None = None
     """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
-    time_s_N: Index | None
+    time_s_N: Index | None = None
     """Time of the impression's group, in seconds since 1970."""
 
 
