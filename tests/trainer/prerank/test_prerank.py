@@ -216,7 +216,7 @@ class TestMistakes:
     @pytest.mark.parametrize("k", ["0", "ten", "10,", "-3"])
     def test_k(self, run: Path, k: str) -> None:
         done = call("eval", "--run", run, "--k", k)
-        assert (done.exit_code, "has to be positive whole numbers" in done.stderr) == (2, True)
+        assert (done.exit_code, "write whole numbers from 1 on" in done.stderr) == (2, True)
 
     def test_no_run(self, tmp_path: Path) -> None:
         done = call("eval", "--run", tmp_path)
