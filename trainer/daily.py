@@ -323,7 +323,7 @@ def follow(
                     evaluate_trained(day, config, report, comm)
             except (CheckpointError, AnotherStoreError) as failure:
                 kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
-                raise kind(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
+                raise kind(f"{failure}\nTo train {day.name} again, remove {day.folder}") from failure
             comm.on_rank_0(lambda: write(folder))
     comm.on_rank_0(lambda: show(folder))
 

@@ -88,7 +88,7 @@ _ROUNDING = 1e-5  # two evaluations of the same may differ by it, on a GPU
 
 
 def can_tell(run: RunConfig) -> bool:
-    """Return whether an ad without a trained row is new to E as well: not where E continues and ID rows begin anew."""
+    """Return whether an ad without a trained row is new to E as well: not where E continues and ID rows begin again."""
     return run.warm_start is None or "images" not in run.warm_parts or "ids" in run.warm_parts
 
 

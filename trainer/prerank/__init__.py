@@ -1,5 +1,5 @@
 """Pre-ranking by two towers: vectors of ads under an index, and what a search of it is worth."""
 
-INDEX = "data/ad-index"  # where an index is unless a person says so
+INDEX = "data/ad-index"  # where an index is by default
 MIN_RECALL = 0.95  # recall@10 that an index has to reach
 MAX_GONE = 0.5  # share of the ads that a sync may remove

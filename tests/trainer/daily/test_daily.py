@@ -324,7 +324,7 @@ def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) ->
     report = json.loads((run / "report.json").read_text())
     (run / "report.json").write_text(json.dumps({**report, "metrics": {}}))
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 anew, remove"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 again, remove"):
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
 
 
@@ -334,7 +334,7 @@ def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -
     path = days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet"
     pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
     with pytest.raises(
-        CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 anew, remove .*/d/2026"
+        CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 again, remove .*/d/2026"
     ):
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
 
