@@ -29,8 +29,7 @@ from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.evaluation import report
 from trainer.evaluation.bootstrap import Float, Metrics, measure
 from trainer.evaluation.figures import Figures
-from trainer.evaluation.plots import draw_all
-from trainer.evaluation.report import SEED, measure_all
+from trainer.evaluation.report import SEED, draw_all, measure_all
 from trainer.evaluation.slices import (
     Impressions,
     Slicing,
