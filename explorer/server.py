@@ -38,7 +38,7 @@ from featurestore.text import one_line
 from serving.http.limits import BODIES_AT_ONCE, BodyLimits, RefusedError, allow_connections
 from serving.http.listening import SecuredServer, listen, url_of, uvicorn_config
 from serving.http.logs import configure_logging
-from serving.http.security import LOOPBACKS, Credentials, check_files, is_among
+from serving.http.security import LOOPBACKS, Credentials, check_files, matches_token
 from serving.http.settings import AccessSettings
 
 logger = logging.getLogger("explorer")
@@ -248,10 +248,10 @@ class LoginGuard:
 
     def _allows(self, request: Request) -> bool:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and is_among(token.strip().encode(), self._tokens):
+        if kind.lower() == "bearer" and matches_token(token.strip().encode(), self._tokens):
             return True
         cookie = request.cookies.get(COOKIE, "")
-        return is_among(cookie.encode(), [self._cookie(token) for token in self._tokens])
+        return matches_token(cookie.encode(), [self._cookie(token) for token in self._tokens])
 
     def _cookie(self, token: str) -> str:
         """What the browser keeps: worthless to another server, and after this one has ended."""
@@ -265,7 +265,7 @@ class LoginGuard:
                 token = str(form.get("token", "")).strip()
         except MultiPartException:
             token = ""
-        if not is_among(token.encode(), self._tokens):
+        if not matches_token(token.encode(), self._tokens):
             return self._form(request, 401, "That is none of the server's tokens.")
         answer = RedirectResponse("/", 303, headers=HEADERS)
         answer.set_cookie(

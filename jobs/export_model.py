@@ -112,11 +112,11 @@ def _export(out: str, options: "ExportOptions", compiled: bool) -> "Exported":
     from functools import partial
 
     from serving.bundle.export import export_model, write_network
-    from serving.scoring.changes import error_of_rows
+    from serving.scoring.changes import id_rows_drift
 
     network = partial(write_network, compiled=compiled)
     with progress_bar("images") as progress:
-        return export_model(out, options, network=network, measure=error_of_rows, progress=progress)
+        return export_model(out, options, network=network, measure=id_rows_drift, progress=progress)
 
 
 def _report(

@@ -13,7 +13,7 @@ from trainer.cli import StoreVersion
 
 if TYPE_CHECKING:
     from featurestore.published.channels import VersionName
-    from serving.bundle.manifest import ScoreError, VectorsOf
+    from serving.bundle.manifest import LogitDrift, VectorsOf
     from serving.bundle.publish import PublishReport
     from serving.bundle.version import ModelVersion
 
@@ -59,7 +59,7 @@ def main(
     """
     from serving.bundle.open import Bundle
     from serving.bundle.version import ModelVersion
-    from serving.scoring.changes import change_of_scores
+    from serving.scoring.changes import publish_drift
 
     opened = ModelVersion.open(model, version)
     places = store_places(store or [], [of.store for of in opened.manifest.vectors])
@@ -71,10 +71,10 @@ def main(
         began = time.monotonic()
         chosen = store_version if of is opened.manifest.vectors[0] else None
         reports.append(_published(opened, of, places.get(of.store), chosen, eps))
-        figures.append({**reports[-1].figures(), "seconds": time.monotonic() - began})
+        figures.append({**reports[-1].summary(), "seconds": time.monotonic() - began})
     change, moved = None, [report for report in reports if len(report.moved_keys)]
     if moved:
-        change = change_of_scores(Bundle(opened.storage, opened.manifest, None, verify=False), moved)
+        change = publish_drift(Bundle(opened.storage, opened.manifest, None, verify=False), moved)
         print_summary(describe_change(change))
     print_summary(f"time         {time.monotonic() - start:.1f} s")
     write_json_option(
@@ -126,7 +126,7 @@ def summary_text(report: "PublishReport", eps: float) -> str:
     )
 
 
-def describe_change(change: "ScoreError | None") -> str:
+def describe_change(change: "LogitDrift | None") -> str:
     """Write what the job prints of scores."""
     if change is None:
         return "scores       not measured: the model was exported without a sample"

@@ -1,4 +1,4 @@
-"""python -m serving: answer requests with a published model, and look at its versions."""
+"""python -m serving: answer requests with a published model, and manage its versions."""
 
 from pathlib import Path
 from typing import Any
@@ -10,27 +10,27 @@ from serving.commands import bundle, check, expire, serve
 
 
 class ServingGroup(TyperGroup):
-    """Takes a first word that is no command for the model to serve: `python -m serving data/models/ctr`.
+    """Serves the model that the first word names if it is not a command: `python -m serving data/models/ctr`.
 
-    A first word that is an option of the command serve begins its options: `python -m serving --port 8080 MODEL`.
+    If the first word is an option of the command serve, serve is assumed: `python -m serving --port 8080 MODEL`.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the name of the command before its options."""
+        """Insert the command serve before its options."""
         of_serve = {name for option in self.commands["serve"].params for name in option.opts}
         is_option = bool(args) and args[0].startswith("-") and args[0].partition("=")[0] in of_serve
         return super().parse_args(ctx, ["serve", *args] if is_option else args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command of these words. A word that is neither a command nor a place is a mistyped command."""
+        """Find the command. A first word that is neither a command nor a path is a mistyped command."""
         is_place = "/" in args[0] or Path(args[0]).exists()
         return super().resolve_command(ctx, ["serve", *args] if is_place and args[0] not in self.commands else args)
 
 
 app = CommandApp(
     cls=ServingGroup,
-    help="Answer requests with a published model, and look at its versions.\n\n"
-    "A model in the place of a command is served: `python -m serving MODEL` is `python -m serving serve MODEL`. "
+    help="Answer requests with a published model, and manage its versions.\n\n"
+    "The command serve may be left out: `python -m serving MODEL` is `python -m serving serve MODEL`. "
     "Its options may come before or after it.",
     epilog="Examples:\n\n"
     "- `python -m serving data/models/ctr --port 8080`\n\n"

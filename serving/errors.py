@@ -3,11 +3,11 @@
 UserError
 └── ServingError
     ├── BundleNotFoundError    no bundle at the address, or no such version
-    ├── BrokenBundleError      a file of a bundle is missing, or not what was published
-    ├── ServerSettingsError    what the server was started with does not work
-    ├── ListenError            nobody can listen at the address: the port is taken, the name unknown
-    └── RequestError           a request that cannot be scored: which field, which value, the way out
-        ├── RequestTooLargeError   more candidates or bytes than the scorer takes
+    ├── BrokenBundleError      a file of a bundle is missing or damaged
+    ├── ServerSettingsError    an option of the server does not work: certificate, key, folder
+    ├── ListenError            the server cannot listen at the address: port taken, name unknown
+    └── RequestError           a request that cannot be scored: field, value and the way out
+        ├── RequestTooLargeError   more candidates, values or bytes than the scorer accepts
         └── NotFiniteError         logits that are not finite numbers
             └── OverflowingInputError   because a value is too large for its field's transform
 
@@ -28,7 +28,7 @@ class BundleNotFoundError(ServingError):
 
 
 class BrokenBundleError(ServingError):
-    """A file of a bundle is missing, or is not what was published."""
+    """A file of a bundle is missing or damaged."""
 
 
 class RequestError(ServingError):
@@ -36,11 +36,11 @@ class RequestError(ServingError):
 
 
 class RequestTooLargeError(RequestError):
-    """A request with more candidates, values or bytes than the scorer takes."""
+    """A request with more candidates, values or bytes than the scorer accepts."""
 
 
 class NotFiniteError(RequestError):
-    """A request for which the network gives logits that are not finite numbers."""
+    """A request whose logits are not finite numbers."""
 
 
 class OverflowingInputError(NotFiniteError):
@@ -48,10 +48,10 @@ class OverflowingInputError(NotFiniteError):
 
 
 class ServerSettingsError(ServingError):
-    """What the server was started with does not work: a certificate, a key, a folder that is not there."""
+    """An option of the server does not work: a certificate, a key, a missing folder."""
 
     exit_code = USAGE
 
 
 class ListenError(ServingError):
-    """Nobody can listen at the address: another program has the port, or this machine has no such address."""
+    """The server cannot listen at the address: another program has the port, or this machine lacks the address."""

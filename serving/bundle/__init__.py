@@ -3,10 +3,10 @@
 from typing import Literal
 
 MODELS = "data/models/ctr"
-"""Where a model is published unless another place is named."""
+"""Default address of a published model."""
 EPS = 1e-3
-"""Vectors that moved less are not published."""
+"""Vectors that moved by less are not published."""
 SAMPLE_GROUPS = 64
 """Groups of test samples in a bundle."""
 RowDType = Literal["float32", "float16", "int8"]
-"""In which a bundle has the rows of IDs."""
+"""Number type of the ID rows in a bundle."""

@@ -1,7 +1,7 @@
-"""A trained run as the next version of a bundle: files first, each read back, then the manifest that names them.
+"""Export of a trained run as the next version of a bundle: files first, then the manifest that lists them.
 
-Nobody sees anything of a version before its manifest is there, and then all of it is. What exports that died have left
-is removed by a later one.
+Each file is read back after it was written. A version becomes visible, as a whole, when its manifest is written. A
+later export removes the leftovers of killed ones.
 """
 
 import json
@@ -28,7 +28,7 @@ from featurestore.store import FeatureStore
 from serving.bundle import SAMPLE_GROUPS, RowDType, log
 from serving.bundle.files import WrittenFiles
 from serving.bundle.images import export_vectors
-from serving.bundle.manifest import BUNDLES, IMAGES, MODEL, SCHEMA, BundleManifest, Missing, ScoreError, VectorsOf
+from serving.bundle.manifest import BUNDLES, IMAGES, MODEL, SCHEMA, BundleManifest, LogitDrift, Missing, VectorsOf
 from serving.bundle.sample import write_sample
 from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.writerows import SavedTables, write_rows
@@ -43,7 +43,7 @@ from trainer.runs.saved import SavedRun, read_run
 _COPY_BYTES = 8 << 20
 
 WriteNetwork = Callable[[SavedRun, WrittenFiles], None]
-MeasureRows = Callable[[SavedRun, BundleManifest, Storage], ScoreError | None]
+MeasureRows = Callable[[SavedRun, BundleManifest, Storage], LogitDrift | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class ExportOptions:
 
     run: RunPath
     checkpoint: str | None = None
-    """See `find_checkpoint`; by default the newest."""
+    """Name of the checkpoint, see `find_checkpoint`; by default the newest."""
     id_dtype: RowDType = "float32"
     sample_groups: int = SAMPLE_GROUPS
-    """Groups of the run's test samples that go into the bundle."""
+    """Number of groups of the run's test samples to include in the bundle."""
     use: bool = True
     """Serve this version from now on."""
     store_version: VersionName | None = None
-    """Snapshot of the first feature store; by default the newest, as of the others."""
+    """Snapshot of the first feature store, by default the newest; the others always use the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ class Exported:
 
     manifest: BundleManifest
     num_images: dict[str, int]
-    """With vectors, by feature store."""
+    """Images with vectors, by feature store."""
     notes: list[str]
-    """For people."""
+    """Notes to print for the user."""
 
 
 def export_model(
@@ -83,9 +83,9 @@ def export_model(
 ) -> Exported:
     """Publish a run's checkpoint as the next version of the bundle at `url`.
 
-    `network` adds the files of the network, by `write_network`; `measure` says how far ID rows that are not float32
-    move scores. In memory are one shard of ID rows or of vectors at a time, on an object store one file. Raises
-    TrainerError, FeatureStoreError, ServingError; nothing is published then.
+    `network` writes the files of the network, see `write_network`; `measure` measures how far logits move if ID rows
+    are not float32. Memory holds one shard of ID rows or vectors at a time, or one file on an object store. Raises
+    TrainerError, FeatureStoreError or ServingError without publishing anything.
     """
     saved, storage = read_run(options.run, options.checkpoint), Storage(url)
     tables = SavedTables(saved)
@@ -127,14 +127,14 @@ def export_model(
     if report_of(saved.folder) is None:
         notes.append(f"the run has not ended (it has no report.json): what is published is its {saved.checkpoint.name}")
     if no_sample:
-        notes.append(f"no test samples are in the bundle, to measure changes of scores on: {no_sample}")
+        notes.append(f"the bundle has no test samples, so changes of scores cannot be measured: {no_sample}")
     return Exported(manifest=published, num_images=num_images, notes=notes)
 
 
 def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = False) -> None:
     """Export the network of the checkpoint, in float32, into the files of a version.
 
-    `compiled`: code of this machine too. Raises CheckpointError, OSError."""
+    `compiled`: also compile it for this machine. Raises CheckpointError, OSError."""
     model = build_model(saved.schema, saved.config.model)
     load_part(model, read_dense(saved.checkpoint, saved.state, "model.", saved.config.data.cache_dir))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
@@ -144,18 +144,18 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
 
 
 def _clean(storage: Storage) -> list[str]:
-    """Remove leftovers; returns a note where a damaged manifest is in the way, which stops no export."""
+    """Remove leftovers; return a note if a damaged manifest prevents it, which does not stop the export."""
     try:
         remove_leftovers(storage)
     except BrokenBundleError as error:
-        return [f"what dead exports left stays, as nobody knows what another version needs: {error}"]
+        return [f"leftovers of killed exports were not removed, as a damaged version may need them: {error}"]
     return []
 
 
 def _write_vectors(
     saved: SavedRun, files: WrittenFiles, version: VersionName | None, progress: Progress | None
 ) -> tuple[VectorsOf, ...]:
-    """Write the networks E, and a vectors store for each feature store that the model looks at."""
+    """Write the networks E, and a vectors store for each feature store that the model reads."""
     if not saved.places:
         return ()
     state = read_dense(saved.checkpoint, saved.state, "stores.", saved.config.data.cache_dir)
@@ -169,12 +169,12 @@ def _write_vectors(
 
 def _missing(saved: SavedRun) -> Missing:
     policy = saved.config.data.missing
-    assert policy != "error"  # read_run has made zeros of it
+    assert policy != "error"  # read_run replaces it by zeros
     return policy
 
 
 def _metrics(saved: SavedRun) -> dict[str, Any]:
-    """Return what was measured of the checkpoint's step on the test samples; nothing where nothing was."""
+    """Return the metrics on the test samples at the checkpoint's step; empty if none were measured."""
     report, step = report_of(saved.folder), saved.state.step
     if report is not None and report.get("global_step") == step:
         metrics: dict[str, Any] = report["metrics"]
@@ -184,7 +184,7 @@ def _metrics(saved: SavedRun) -> dict[str, Any]:
 
 
 def _count_images(storage: Storage, draft: BundleManifest) -> dict[str, int]:
-    """Count the images of each vectors store. Raises BrokenBundleError where a file went away since it was written."""
+    """Count the images of each vectors store. Raises BrokenBundleError if a file was removed after it was written."""
     try:
         for file in draft.files:
             storage.size(f"{draft.folder}/{file.name}")

@@ -1,4 +1,4 @@
-"""Files of a version: written with their digests and read back; opened on a disk where they are what was written."""
+"""Files of a version: written with their digests and read back; verified when they are opened."""
 
 import contextlib
 import hashlib
@@ -32,10 +32,10 @@ class WrittenFiles:
 
     @contextlib.contextmanager
     def output(self, name: str) -> Iterator[Any]:
-        """Open a file to write; at the end of the block it gets its name, and is read back and compared.
+        """Open a file for writing; at the end of the block it gets its final name, is read back and compared.
 
-        On a disk it streams; on an object store the file is in memory until its end. Raises StorageError, and
-        CorruptFileError where the storage gives back other bytes."""
+        Streams to a disk; buffers the whole file in memory for an object store. Raises StorageError, and
+        CorruptFileError if the storage returns other bytes."""
         path = f"{self.folder}/{name}"
         with self.storage.open_output(path) as file:
             hashed = HashedOutput(file)
@@ -51,7 +51,7 @@ class WrittenFiles:
 
 
 def check_file(storage: Storage, manifest: BundleManifest, file: BundleFile, verify: bool) -> None:
-    """Compare the size of a version's file, where it was written, and with `verify` its content, with the manifest.
+    """Compare the size of a version's file in the storage, and with `verify` its content, with the manifest.
 
     Raises BrokenBundleError, StorageError."""
     path = f"{manifest.folder}/{file.name}"
@@ -68,10 +68,10 @@ def check_file(storage: Storage, manifest: BundleManifest, file: BundleFile, ver
 
 
 class LocalFiles:
-    """The files of a version on this machine's disk: where they were written, or copies of an object store's.
+    """The files of a version on this machine's disk: the originals, or local copies from an object store.
 
-    A file is opened once its size and digest are those of the manifest; without `verify` its size alone. Copies belong
-    to this user alone, as compiled networks are programs; those of versions that nobody has opened for 30 days go.
+    Before a file is opened, its size and digest are compared with the manifest; without `verify` only its size. Copies
+    are private to this user, as compiled networks are programs; those of versions not opened for 30 days are removed.
     """
 
     def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
@@ -86,12 +86,12 @@ class LocalFiles:
             _prune(cache)
 
     def path(self, name: str) -> Path:
-        """Return where the file is, fetched first where it has to be. Raises BrokenBundleError, StorageError."""
+        """Return the file's local path; copies it first if needed. Raises BrokenBundleError, StorageError."""
         file = self._manifest.file(name)
         if file is None:
             raise BrokenBundleError(
                 f"version {self._manifest.version} of {self._storage.url} has no file {name}: it was made without it, "
-                "or by another version of this code; export the model again"
+                "or by another version of this program; export the model again"
             )
         place = self._folder / name
         if self._storage.is_local:
@@ -101,7 +101,7 @@ class LocalFiles:
         return place
 
     def _is_there(self, file: BundleFile, place: Path) -> bool:
-        """Return whether an earlier fetch has left the file, whole."""
+        """Return whether an earlier fetch has left the complete file."""
         try:
             if place.stat().st_size != file.bytes:
                 return False
@@ -112,7 +112,7 @@ class LocalFiles:
         return True
 
     def _fetch(self, file: BundleFile, place: Path) -> None:
-        """Copy a file from the object store; it gets its name once its digest is right."""
+        """Copy a file from the object store; it gets its final name after its digest was checked."""
         source, digest = f"{self._manifest.folder}/{file.name}", hashlib.sha256()
         temporary = place.with_name(f".tmp-{uuid.uuid4().hex}")
         try:
@@ -137,8 +137,8 @@ class LocalFiles:
 
 
 def _prune(cache: Path) -> None:
-    """Remove copies of versions that nobody has opened for a while; who has them open keeps what is mapped."""
+    """Remove copies of versions not opened for a while; processes that have mapped them keep their mappings."""
     for folder in cache.iterdir():
-        with contextlib.suppress(OSError):  # another process has removed it meanwhile
+        with contextlib.suppress(OSError):  # another process removed it first
             if is_random_id(folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_S:
                 shutil.rmtree(folder)

@@ -1,6 +1,6 @@
-"""ID rows of a bundle: which row an id has, whether training has touched it, and the rows themselves, memory-mapped.
+"""ID rows of a bundle, memory-mapped: the row of each id, and whether training has touched it.
 
-Letters of shapes: N ids, T runs of ids that are of one table each, R rows of a file, V numbers in a row.
+Letters of shapes: N ids, T consecutive ranges of ids of one table each, R rows of a file, V numbers in a row.
 """
 
 import itertools
@@ -21,7 +21,7 @@ LARGEST_CODE = 127
 
 
 class BundleIdRows:
-    """The ID rows of all tables of a bundle. Ids are found and rows gathered in any number of threads at once."""
+    """The ID rows of all tables of a bundle. Thread-safe."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class BundleIdRows:
         paths: dict[str, Path],
         trained: Path,
     ) -> None:
-        """`paths`: of the files that `tables` and `rows` name; `trained`: the file of a bit for each row."""
+        """`paths`: the files that `tables` and `rows` name; `trained`: the file with one bit for each row."""
         self._dtype = dtype
         self._rows = {each.width: map_rows(paths[each.name], each, dtype) for each in rows}
         self._trained = _mapped(trained, np.dtype(np.uint8))
@@ -41,26 +41,26 @@ class BundleIdRows:
         self._first_bit_T = np.array([first_bit[table.width] for table in tables], np.int64)
 
     def find(self, table: str, ids_N: Int64Array) -> tuple[Int64Array, Bool]:
-        """Find the row of each id in the file of its table's width, (N,), and whether it was touched by training.
+        """Find the row of each id in the file of its table's width, (N,), and whether training has touched it, (N,).
 
-        Of an id that an exact table has no row for it is the cold row of its shard, and not known. One that a hashed
-        table knows shares its row with one that was in training, or was there itself.
+        An id without a row in an exact table gets the cold row of its shard and counts as unknown. In a hashed table an
+        id counts as known if it, or another id with the same row, was in training.
         """
         number = self._number[table]
         rows_N = self._tables[number].rows(ids_N)
         return rows_N, self._known(rows_N + self._first_bit_T[number])
 
-    def many(self, tables: Sequence[str]) -> "ManyTables":
-        """Prepare to find ids of several tables at once, always in this order."""
+    def bulk_finder(self, tables: Sequence[str]) -> "BulkFinder":
+        """Return a finder for ids of several tables, always in this order."""
         numbers = [self._number[table] for table in tables]
-        return ManyTables(
+        return BulkFinder(
             finders=[self._tables[number] for number in numbers],
             first_bit_T=self._first_bit_T[numbers],
             known=self._known,
         )
 
     def gather(self, width: int, rows_N: Int64Array) -> Float32:
-        """Copy rows of the tables of that width, (N, width) float32."""
+        """Copy rows of the tables with this width, (N, width) float32."""
         return decoded(self._rows[width].take(rows_N, axis=0), self._dtype)
 
     def _known(self, bit_N: Int64Array) -> Bool:
@@ -68,8 +68,8 @@ class BundleIdRows:
         return known_N
 
 
-class ManyTables:
-    """Finds the rows of ids of several tables at once, in a quarter of the time where tables are many and ids few."""
+class BulkFinder:
+    """Finds the rows of ids of several tables at once, faster than one by one if tables are many and ids few."""
 
     def __init__(
         self,
@@ -82,12 +82,12 @@ class ManyTables:
         hashed = [each.table for each in finders if isinstance(each, _HashedTable)]
         shards = {table.num_shards for table in hashed}
         self._num_shards = shards.pop() if len(hashed) == len(finders) and len(shards) == 1 else None
-        """Of all tables, where all are hashed and have as many."""
+        """The same for all tables, if all are hashed."""
         self._first_row_T = np.array([table.first_row for table in hashed], np.int64)
         self._rows_per_shard_T = np.array([table.rows_per_shard for table in hashed], np.uint32)
 
     def find(self, ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
-        """Do what `BundleIdRows.find` does, the first `lengths_T[0]` ids being of the first table, and so on."""
+        """Find rows as `BundleIdRows.find` does; the first `lengths_T[0]` ids belong to the first table, and so on."""
         if self._num_shards is not None:
             hash_N = splitmix64(ids_N)
             shard_N = shard_of_hash(hash_N, self._num_shards)
@@ -102,7 +102,7 @@ class ManyTables:
 
 
 class _HashedTable:
-    """A table whose rows hashes choose."""
+    """A table that maps an id to a row by its hash."""
 
     def __init__(self, table: TableRows) -> None:
         self.table = table
@@ -114,7 +114,7 @@ class _HashedTable:
 
 
 class _DirectTable:
-    """A table with a row for each id from 0 on."""
+    """A table with a row for each id, starting at 0."""
 
     def __init__(self, table: TableRows) -> None:
         self._table = table
@@ -126,7 +126,7 @@ class _DirectTable:
 
 
 class _ExactTable:
-    """A table with a row for each id that has one, and a cold row in each shard for all others."""
+    """A table with rows for a list of ids, and a cold row in each shard for all others."""
 
     def __init__(self, table: TableRows, hashes: Path) -> None:
         self._table = table
@@ -143,12 +143,12 @@ class _ExactTable:
         if not len(self._index):
             return self._cold_S[shard_N]
         place_N = self._index.places(hash_N, shard_N)
-        own_N = place_N + shard_N + 1 + self._table.first_row  # a cold row comes before those of each shard
+        own_N = place_N + shard_N + 1 + self._table.first_row  # each shard begins with its cold row
         return np.where(self._index.hash_M[place_N] == hash_N, own_N, self._cold_S[shard_N])
 
 
 def row_type(width: int, dtype: RowDType) -> np.dtype[np.generic]:
-    """Return the numpy type of the numbers of a row. int8 rows have their scale, a float32, behind their codes."""
+    """Return the numpy type of a row's numbers. In int8 rows the codes are followed by their scale, a float32."""
     return np.dtype({"float32": "<f4", "float16": "<f2", "int8": "i1"}[dtype])
 
 
@@ -158,7 +158,7 @@ def row_numbers(width: int, dtype: RowDType) -> int:
 
 
 def encoded(rows_RV: Float32, dtype: RowDType) -> NDArray[np.generic]:
-    """Return rows as their file has them. int8: whole numbers from -127 to 127, and a scale to multiply them by."""
+    """Return rows as their file stores them. int8: integers from -127 to 127, and a scale to multiply them by."""
     if dtype != "int8":
         return rows_RV.astype(row_type(rows_RV.shape[1], dtype))
     scale_R = (np.abs(rows_RV).max(axis=1, initial=0) / LARGEST_CODE).astype("<f4")
@@ -195,7 +195,7 @@ def _hashed_row(hash_N: UInt64Array, shard_N: Int64Array, rows_per_shard: NDArra
 
 
 def _mapped(path: Path, dtype: np.dtype[np.generic]) -> NDArray[Any]:
-    """Map a whole file, read-only; an empty one cannot be mapped."""
+    """Map a whole file, read-only; handles empty files, which cannot be mapped."""
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

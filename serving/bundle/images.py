@@ -1,7 +1,7 @@
-"""From features to the rows of a vectors store: the networks E of one feature store, and the signatures of its images.
+"""Rows of a vectors store, computed from features: visual vectors by the networks E, and signatures of images.
 
-An export looks at all images with them, a publish at those that have changed. Letters of shapes: K images of a block,
-M live rows of a shard, D feature width, V columns of a row.
+An export computes them for all images, a publish for those that have changed. Letters of shapes: K images of a block, M
+live rows of a shard, D feature width, V columns of a row.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,12 +56,12 @@ from trainer.schema import Field
 BATCH_ROWS = 4096
 _NO_KEYS = np.empty(0, np.int64)
 _SHARD_BYTES = 32 << 20
-"""Of vectors, in a shard at most: a publish writes a file for each shard that it changes, so there are few."""
+"""Most bytes of vectors in a shard. Shards are few, as a publish writes a file for each shard that it changes."""
 
 
 @dataclass(frozen=True)
 class StoreNetworks:
-    """The networks E that look at the features of one store."""
+    """The networks E of one feature store."""
 
     models: Mapping[str, EmbeddingModel]
     no_image: Mapping[str, Float32]
@@ -79,9 +79,9 @@ class StoreNetworks:
         config: ModelConfig,
         missing: Missing,
     ) -> "StoreNetworks":
-        """Make the networks of the store that the schema calls `store`, for features as the snapshot has them.
+        """Build the networks of the store that is named `store` in the schema, for features like the snapshot's.
 
-        `state`: what a checkpoint has below `stores.`. Raises CheckpointError where it is of another model."""
+        `state`: the part `stores.` of a checkpoint. Raises CheckpointError if it belongs to another model."""
         models, no_image = {}, {}
         for name, width in networks_of(tuple(fields), config)[store].items():
             models[name] = image_model(snapshot.info.dim, width, config)
@@ -97,7 +97,7 @@ class StoreNetworks:
 
     @property
     def columns(self) -> tuple[NetworkColumns, ...]:
-        """Where in a row the visual vector of each network is."""
+        """The columns of each network's visual vector in a row."""
         ends = np.cumsum([model.out for model in self.models.values()]).tolist()
         return tuple(
             NetworkColumns(
@@ -112,7 +112,7 @@ class StoreNetworks:
         return sum(model.out for model in self.models.values()) + (SIGNATURE_COLUMNS if self.planes else 0)
 
     def rows(self, features_KD: NDArray[np.generic]) -> Float32:
-        """Compute the rows (K, V) of features as the store has them. Raises TrainerError for numbers not finite."""
+        """Compute the rows (K, V) of stored features. Raises TrainerError if numbers are not finite."""
         features = as_tensor(features_KD)
         with torch.inference_mode():
             parts = [finite(model(features).float().numpy()) for model in self.models.values()]
@@ -122,15 +122,15 @@ class StoreNetworks:
 
 
 def compared_stores(fields: Sequence[Field], config: ModelConfig) -> set[str]:
-    """Return the stores whose images the model compares with each other."""
+    """List the stores whose images the model compares with each other."""
     pairs = pairs_of_fields(tuple(fields), config)
     return {field.store_name for field in fields if field.name in pairs}
 
 
 def networks_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetworks]:
-    """Read the networks E of a feature store out of a bundle.
+    """Read the networks E of a feature store from a bundle.
 
-    Returns what makes them for features as a snapshot has them. Raises BrokenBundleError."""
+    Returns a function that builds them for the features of a snapshot. Raises BrokenBundleError."""
     path, missing = version.files.path(IMAGES), version.manifest.missing
     try:
         state = load_file(path)
@@ -140,9 +140,9 @@ def networks_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], S
 
 
 def rows_of_shard(reader: ShardReader, networks: StoreNetworks) -> FeatureRows:
-    """Compute the rows of all images of a shard, by splitmix64; the digest of each of its files is verified.
+    """Compute the rows of all images of a shard, ordered by splitmix64; verifies the digest of each file.
 
-    In memory are the shard's rows, one of its files, and some thousand features."""
+    Memory holds the shard's rows, one of its files, and some thousand features."""
     names = reader.read([KEY, URI])
     rows_MV = np.empty((len(names), networks.width), np.float32)
     for place_K, features_KD in _batches(reader):
@@ -161,9 +161,9 @@ def export_vectors(
 ) -> VectorsOf:
     """Compute the vectors of all images of a store's snapshot into a vectors store below `folder_url`.
 
-    The snapshot is the newest, or that of `version`. `state`: what the checkpoint has below `stores.`. Shard by shard,
-    in the memory of one shard's vectors and its largest file. Raises CheckpointError, AnotherStoreError, TrainerError,
-    FeatureStoreError."""
+    The snapshot is `version`, by default the newest. `state`: the part `stores.` of the checkpoint. Works shard by
+    shard; memory holds one shard's vectors and its largest file. Raises CheckpointError, AnotherStoreError,
+    TrainerError, FeatureStoreError."""
     snapshot, model = saved.snapshot(place, version), saved.config.model
     networks = StoreNetworks.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
     num_images = snapshot.num_rows
@@ -195,14 +195,14 @@ def export_vectors(
 
 
 def folder_of(store: str) -> str:
-    """Return the folder of a store's vectors in that of the version; whatever the store is called, it is a name."""
+    """Return the folder of a store's vectors in the version's folder; valid for any name of a store."""
     return f"{VECTORS}/{quote(store, safe='')}"
 
 
 def _fill(
     store: FeatureStore, snapshot: Snapshot, networks: StoreNetworks, num_images: int, progress: Progress | None
 ) -> None:
-    """Write and commit the rows of all images. A shard of the vectors holds those of neighbouring ones of features."""
+    """Write and commit the rows of all images. A shard of vectors covers several adjacent shards of features."""
     per_shard, done = snapshot.info.num_shards // store.info.num_shards, 0
 
     def tables(shard: int) -> Iterator[pa.Table]:
@@ -224,12 +224,12 @@ def _fill(
 
 
 def _num_shards(size_bytes: int, most: int) -> int:
-    """Return the least power of two of shards that are not too large, at most that of the features."""
+    """Return the smallest power of two that keeps shards small enough, at most the features' number of shards."""
     return min(most, 1 << max(0, -(-size_bytes // _SHARD_BYTES) - 1).bit_length())
 
 
 class ImageRows(NamedTuple):
-    """Some images with their features, as the store has them."""
+    """Images with their features, as they are stored."""
 
     keys_K: NDArray[np.int64]
     uris: list[str]
@@ -238,16 +238,16 @@ class ImageRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangedImages:
-    """What may have changed in the features from one snapshot to another, found by the files that are not in both."""
+    """Images whose features may differ between two snapshots, found by the files that are not in both."""
 
     mirrored: Snapshot | None
-    """None: all may have."""
+    """None: all images may have changed."""
     newest: Snapshot
 
     def of_shard(self, shard: int) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
-        """Give the images of a shard that are new or may be others, and the keys of those that may be gone.
+        """Return the images of a shard that are new or may have changed, and the keys of those that may be gone.
 
-        Where files were added behind the old ones these alone are read, and are in memory together."""
+        If files were only appended, reads only these, all in memory together."""
         new = self.newest.manifest.files(shard)
         old = self.mirrored.manifest.files(shard) if self.mirrored else ()
         num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
@@ -264,7 +264,7 @@ class ChangedImages:
         return self._blocks(shard, touched), np.setdiff1d(touched, live)
 
     def _appended(self, added: Sequence[FileEntry]) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
-        """Read each new file once: of a key's rows the last one counts, and may be a tombstone."""
+        """Read each new file once: the last row of a key counts, and may be a tombstone."""
         tables = []
         for entry in added:
             with open_entry(self.newest.storage, self.newest.info, entry) as file:
@@ -294,7 +294,7 @@ class ChangedImages:
 
 
 def _batches(reader: ShardReader) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
-    """Give places in the shard and features of some thousand images at a time."""
+    """Yield positions in the shard and features of some thousand images at a time."""
     places: list[NDArray[np.int64]] = []
     features: list[NDArray[np.generic]] = []
     for block in reader.verified_blocks():

@@ -1,4 +1,4 @@
-"""Versions of a bundle and the choices among them: numbered files, each made by one exclusive create for ever."""
+"""The log of a bundle's versions and of the choices among them: numbered files, each written once."""
 
 import time
 import uuid
@@ -16,23 +16,23 @@ from serving.errors import BrokenBundleError, BundleNotFoundError
 
 
 def refuse_store(storage: Storage) -> None:
-    """Refuse the place of a feature store: its snapshots are numbered in a log as well. Raises BundleNotFoundError."""
+    """Raise BundleNotFoundError for the address of a feature store, which has a log of the same form."""
     if INFO_PATH in storage.list():
-        raise BundleNotFoundError(f"{storage.url} is a feature store, and no model: name a model's folder")
+        raise BundleNotFoundError(f"{storage.url} is a feature store, not a model: name a model's folder")
 
 
 def refuse_others(storage: Storage) -> None:
-    """Refuse a place with files that are no model's. Raises BundleNotFoundError."""
+    """Raise BundleNotFoundError for a folder with files that do not belong to a model."""
     refuse_store(storage)
     names = storage.list()
     if names and not {BUNDLES, LOG}.intersection(names):
         raise BundleNotFoundError(
-            f"{storage.url} has files that are no model's ({names[0]}): name a folder that is empty, or not there yet"
+            f"{storage.url} has files that do not belong to a model ({names[0]}): name a new or empty folder"
         )
 
 
 def publish(storage: Storage, manifest_of: Callable[[int], BundleManifest]) -> BundleManifest:
-    """Publish a manifest as the next version, whichever number that is by then.
+    """Publish a manifest as the next version, with the next free number.
 
     Raises StorageError, CommitConflictError.
     """
@@ -43,7 +43,7 @@ def use(storage: Storage, version: int) -> Choice:
     """Choose the version that is served from now on. Raises BundleNotFoundError, BrokenBundleError."""
     read_version(storage, version)
     choice = _choose(storage, version)
-    if version not in known_versions(storage):  # an expiry was at work, and may not have seen the choice
+    if version not in known_versions(storage):  # an expiry that ran meanwhile may not have seen the choice
         if others := [each.version for each in choices(storage) if each.choice != choice.choice]:
             _choose(storage, others[-1])
         raise BundleNotFoundError(f"version {version} of {storage.url} was removed by an expiry at this moment")
@@ -56,13 +56,13 @@ def known_versions(storage: Storage) -> list[int]:
 
 
 def version_in_use(storage: Storage) -> int | None:
-    """Return the version that was chosen last; None where none was. Raises BrokenBundleError."""
+    """Return the version that was chosen last, or None. Raises BrokenBundleError."""
     choices = versions(storage, USE)
     return _read(storage, USE, choices[-1], Choice).version if choices else None
 
 
 def choices(storage: Storage, after: int = 0) -> list[Choice]:
-    """Read all choices, or those with a higher number than `after`, the first one first. Raises BrokenBundleError."""
+    """Read the choices with a higher number than `after`, oldest first; by default all. Raises BrokenBundleError."""
     return [_read(storage, USE, number, Choice) for number in versions(storage, USE) if number > after]
 
 
@@ -72,7 +72,7 @@ def read_version(storage: Storage, version: int | None = None) -> BundleManifest
     if not known:
         if storage.list("checkpoints"):
             raise BundleNotFoundError(
-                f"{storage.url} is a run, and no published model; publish it with: python jobs/export_model.py --run "
+                f"{storage.url} is a run, not a published model; publish it with: python jobs/export_model.py --run "
                 f"{storage.url} --out {MODELS}"
             )
         raise BundleNotFoundError(

@@ -1,4 +1,4 @@
-"""What a version of a bundle is made of: one sealed file, whose creation is the publication.
+"""The manifest of a bundle's version: one sealed file, whose creation publishes the version.
 
 data/models/ctr/
   log/00000000000000000001.json      version 1: this manifest
@@ -7,11 +7,11 @@ data/models/ctr/
     network.pt2                      the network, exported; network-<machine>.pt2: compiled for one kind of machine
     schema.yaml, model.json          the schema with its statistics, and the settings of the model
     ids-12.bin                       the ID rows of all tables of width 12, one table after the other
-    ids-<table>.hashes.bin           of an exact table: the hashes of the ids that have rows, ascending
-    ids-trained.bin                  a bit for each row of all tables: whether training has touched it
-    images.safetensors               the networks E, by which later images get their vectors
-    sample.parquet                   some rows of test samples, to measure changes of scores on
-    vectors/<store>/                 the visual vectors of all images of a feature store: a store as well
+    ids-<table>.hashes.bin           for an exact table: the hashes of the ids that have rows, ascending
+    ids-trained.bin                  one bit for each row of all tables: whether training has touched it
+    images.safetensors               the networks E, for the vectors of later images
+    sample.parquet                   some test samples, to measure changes of scores
+    vectors/<store>/                 the visual vectors of all images of a feature store, again as a store
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ _HASH_BYTES = 8
 
 
 def row_bytes(width: int, dtype: RowDType) -> int:
-    """Return the bytes of a row of ID vectors; int8 rows have their scale, a float32, behind their codes."""
+    """Return the bytes of a row of ID vectors. In int8 rows the codes are followed by their scale, a float32."""
     return width * _NUMBER_BYTES[dtype] + (SCALE_BYTES if dtype == "int8" else 0)
 
 
@@ -94,7 +94,7 @@ class TableRows(Frozen):
 
 
 class NetworkColumns(Frozen):
-    """Where in a row of a vectors store the visual vector of one E is, and what replaces a missing image's."""
+    """The columns of one E's visual vector in a row of a vectors store, and the vector for missing images."""
 
     name: str
     start: Count
@@ -104,30 +104,30 @@ class NetworkColumns(Frozen):
     @model_validator(mode="after")
     def _one_number_each(self) -> "NetworkColumns":
         if len(self.no_image) != self.width:
-            raise ValueError(f"network {self.name}: no_image has {len(self.no_image)} numbers, and not {self.width}")
+            raise ValueError(f"network {self.name}: no_image has {len(self.no_image)} numbers instead of {self.width}")
         return self
 
 
 class VectorsOf(Frozen):
-    """The vectors store of one feature store; of which snapshot its rows are, its own manifests say."""
+    """The vectors store of one feature store. Its own manifests name the snapshot that its rows are computed from."""
 
     store: str
     """Name of the feature store in the schema."""
     folder: StorePath
-    """Of the vectors store, in the version's folder."""
+    """Folder of the vectors store, below the version's folder."""
     source: SourceSnapshot
     """The feature store and the snapshot at the export."""
     features: str
     """Digest of the kind of features that the networks E were trained on."""
     store_id: RandomId
-    """Of the vectors store."""
+    """Id of the vectors store."""
     networks: tuple[NetworkColumns, ...]
     signatures: bool
     """Whether 32 columns with the 512 bits of each image's signature follow."""
 
 
-class ScoreError(Frozen):
-    """How far logits move by something, on a sample of inputs: the ID rows' type, or a publish of vectors."""
+class LogitDrift(Frozen):
+    """How far a change moves logits on a sample: another number type of ID rows, or a publish of vectors."""
 
     inputs: Literal["test samples", "drawn ids"] = "test samples"
     num_scores: int
@@ -148,42 +148,42 @@ class BundleManifest(Sealed):
     checkpoint_digest: str
     hash: Literal["splitmix64"] = "splitmix64"
     id_dtype: RowDType
-    id_error: ScoreError | None
-    """Of other types than float32: measured against float32 rows."""
+    id_error: LogitDrift | None
+    """Drift against float32 rows, for other types."""
     rows: tuple[RowsFile, ...]
     tables: tuple[TableRows, ...]
     vectors: tuple[VectorsOf, ...]
     missing: Missing
     missing_in_training: MissingPolicy
-    """error: the model has never met an image without a vector; such images are zeros when it is served."""
+    """error: training had no image without a vector; when the model is served, such images count as zeros."""
     metrics: dict[str, Any]
-    """Of the run, as its report has them."""
+    """Metrics from the run's report."""
     files: tuple[BundleFile, ...]
 
     @model_validator(mode="after")
     def _rows_are_in_files(self) -> "BundleManifest":
-        """Check that rows, bits and hashes of all tables are within what `files` says, whose sizes are compared."""
+        """Check that rows, bits and hashes of all tables fit the file sizes in `files`."""
         for names in ([each.name for each in self.files], [each.name for each in self.tables]):
             if twice := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(f"{twice[0]} is there twice")
+                raise ValueError(f"{twice[0]} is listed twice")
         sizes = {each.name: each.bytes for each in self.files}
         for rows in self.rows:
             if sizes.get(rows.name) != rows.num_rows * row_bytes(rows.width, self.id_dtype):
                 raise ValueError(
-                    f"{rows.name} has {sizes.get(rows.name)} bytes, and not {rows.num_rows} rows of {rows.width}"
+                    f"{rows.name} has {sizes.get(rows.name)} bytes, not {rows.num_rows} rows of {rows.width}"
                 )
             if rows.first_bit + rows.num_rows > 8 * sizes.get(TRAINED, 0):
-                raise ValueError(f"{TRAINED} has not {rows.num_rows} bits from {rows.first_bit} on")
+                raise ValueError(f"{TRAINED} is too short for {rows.num_rows} bits from bit {rows.first_bit} on")
         rows_of = {each.width: each.num_rows for each in self.rows}
         for table in self.tables:
             if table.first_row + table.num_rows > rows_of.get(table.width, 0):
                 raise ValueError(
-                    f"table {table.name}: the file of width {table.width} has not {table.num_rows} rows from"
+                    f"table {table.name}: the file of width {table.width} is too short for {table.num_rows} rows from"
                     f" {table.first_row} on"
                 )
             num_hashes = table.num_rows - table.num_shards
             if table.hashes is not None and sizes.get(table.hashes) != _HASH_BYTES * num_hashes:
-                raise ValueError(f"{table.hashes} has {sizes.get(table.hashes)} bytes, and not {num_hashes} hashes")
+                raise ValueError(f"{table.hashes} has {sizes.get(table.hashes)} bytes, not {num_hashes} hashes")
         return self
 
     def file(self, name: str) -> BundleFile | None:

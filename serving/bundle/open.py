@@ -1,4 +1,4 @@
-"""A version of a bundle, open: all that a scorer needs, verified, its rows mapped into memory."""
+"""An open version of a bundle: all files of a scorer, verified, with ID rows and vectors mapped into memory."""
 
 import copy
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ from serving.network.served import ServedNetwork
 
 @dataclass(frozen=True)
 class BundleIdentity:
-    """The model that answers: the version, and the snapshot of each vectors store by the name of its feature store."""
+    """A bundle's version, and the snapshot of each vectors store by the name of its feature store."""
 
     version: int
     vectors: Mapping[str, int]
 
     @classmethod
     def newest(cls, url: str) -> "BundleIdentity":
-        """Find out which version of the bundle at `url` is in use, and its newest vectors; a few small reads.
+        """Look up the version in use of the bundle at `url`, and its newest vectors; a few small reads.
 
         Raises BundleNotFoundError, BrokenBundleError, StorageError."""
         storage = Storage(url)
@@ -38,7 +38,7 @@ class BundleIdentity:
 
     @classmethod
     def of(cls, storage: Storage, manifest: BundleManifest) -> "BundleIdentity":
-        """Find out the newest vectors of a version. Raises BrokenBundleError, StorageError."""
+        """Look up the newest vectors of a version. Raises BrokenBundleError, StorageError."""
         try:
             urls = {of.store: storage.full(f"{manifest.folder}/{of.folder}") for of in manifest.vectors}
             return cls(
@@ -53,12 +53,12 @@ class BundleIdentity:
 class Bundle(ModelVersion):
     """One version of a bundle with one snapshot of each of its vectors stores; close it.
 
-    Everything is read-only, and may be used in several threads; workers on one machine share what is mapped. It is
-    released when the last array that looks into it is gone.
+    Everything is read-only and thread-safe; workers on one machine share the mapped memory, which is released with the
+    last array that uses it.
     """
 
     def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
-        """Use `open`; this one has no vectors yet, see `with_vectors`."""
+        """Use `open` instead; a new object has no vectors until `with_vectors`."""
         super().__init__(storage, manifest, cache_dir, verify)
         self.ids = self._ids()
         self.vectors: Mapping[str, VectorTable] = {}
@@ -74,12 +74,11 @@ class Bundle(ModelVersion):
         cache_dir: str | Path | None = None,
         verify: bool = True,
     ) -> Self:
-        """Open a version, by default the one in use, with the newest vectors, or with these snapshots of them.
+        """Open a version, by default the one in use, with these snapshots of its vectors, by default the newest.
 
         Files of an object store are copied to `cache_dir` first, and rows of vectors are decoded there. With `verify`
-        each file is read once and its digest compared. Raises BundleNotFoundError; BrokenBundleError, which names what
-        is missing or not what was published; SnapshotNotFoundError; StorageError.
-        """
+        each file is read once and its digest compared. Raises BundleNotFoundError, SnapshotNotFoundError, StorageError,
+        and BrokenBundleError, which names the missing or changed file."""
         bundle = super().open(url, version, cache_dir=cache_dir, verify=verify)
         return bundle.with_vectors(vectors)
 
@@ -90,18 +89,18 @@ class Bundle(ModelVersion):
 
     @cached_property
     def network(self) -> ServedNetwork:
-        """The network, verified and loaded at the first look, which takes about two seconds. Raises BrokenBundleError.
+        """The network, verified and loaded at the first access, in about two seconds. Raises BrokenBundleError.
 
-        Compiled code of this machine is taken where the version has it."""
+        Uses code compiled for this machine if the version has it."""
         portable = self.files.path(PORTABLE)
         if self.manifest.file(compiled_name()) is not None:
             self.files.path(compiled_name())
         return ServedNetwork.load(portable.parent)
 
     def with_vectors(self, snapshots: Mapping[str, int] | None = None) -> Self:
-        """Open other vectors, the newest or these snapshots, with the same ID rows and network.
+        """Open these snapshots of the vectors, by default the newest, with the same ID rows and network.
 
-        Either may be closed while the other is used. Raises as `open`."""
+        Either bundle may be closed while the other is used. Raises the same errors as `open`."""
         chosen = snapshots or {}
         other, cache_dir = copy.copy(self), self.cache_dir / "vectors" if self.cache_dir else None
         opened: dict[str, VectorTable] = {}
@@ -117,7 +116,7 @@ class Bundle(ModelVersion):
         return other
 
     def close(self) -> None:
-        """Let go of the vectors; ID rows go with the last bundle that has them."""
+        """Release the vectors; ID rows are released with the last bundle that uses them."""
         for table in self.vectors.values():
             table.close()
 

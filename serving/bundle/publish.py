@@ -1,7 +1,7 @@
 """Delta publish: vectors of images that are new or changed in a feature store, as one commit of the vectors store.
 
-The vectors store's own manifest says of which snapshot of the features its rows are, so a publish begins there: what
-differs between that snapshot and the newest one is looked at, and nothing else. Letters of shapes: K images looked at.
+The vectors store's manifest names the snapshot of features that its rows are computed from. A publish reads only the
+differences between that snapshot and the newest one. Letters of shapes: K images examined.
 """
 
 from collections.abc import Callable
@@ -36,29 +36,29 @@ class PublishReport:
 
     store: str
     source: int
-    """The snapshot of the features that the vectors are of now."""
+    """The snapshot of the features that the vectors now match."""
     mirrored: int | None
-    """Of which they were before; None where nobody knew, or it has expired: then all images were looked at."""
+    """The snapshot that they matched before; None if unknown or expired: then all images were examined."""
     before: int
-    """Snapshot of the vectors store that was the newest before."""
+    """The newest snapshot of the vectors store before."""
     snapshot: int
-    """The newest one now."""
+    """The newest snapshot of the vectors store now."""
     committed: bool = True
-    """Not so where the vectors were of the newest snapshot already."""
+    """False if the vectors already matched the newest snapshot."""
     added: int = 0
     changed: int = 0
     removed: int = 0
     stayed: int = 0
-    """Images looked at whose vectors moved less than eps."""
+    """Images examined whose vectors moved by less than eps."""
     num_bytes: int = 0
-    """Of the files written."""
+    """Bytes of the files written."""
     most_files: int = 0
-    """Files of the shard of the vectors that has most; every publish adds one."""
+    """Largest number of files of a vectors shard; every publish adds one."""
     moved_keys: Int64Array = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
-    """Of images added, changed and removed."""
+    """Keys of images added, changed and removed."""
 
-    def figures(self) -> dict[str, Any]:
-        """Return all but the keys, for a file of figures."""
+    def summary(self) -> dict[str, Any]:
+        """Return all fields but the keys, for a JSON file."""
         return {name: value for name, value in vars(self).items() if name != "moved_keys"}
 
 
@@ -74,11 +74,11 @@ def publish(
 ) -> PublishReport:
     """Update a vectors store to the newest snapshot of its features, or to `source_version`.
 
-    The features are at `source_url` by now. A vector stays where no number of it moved by `eps`, nor that share of its
-    signature's bits; with 0, where it is the same. Another publish at the same time is waited for, not written over.
-    Cost: reading the files of features that were added since, and the vectors of shards that they change; all features
-    where the snapshot of the last time is not known any more. Raises AnotherStoreError, SpecMismatchError,
-    TrainerError, FeatureStoreError; nothing is published then.
+    `source_url`: where the features are now. A vector is kept if none of its numbers moved by `eps` or more, nor that
+    share of its signature's bits; with eps=0, if it is identical. Concurrent publishes do not overwrite each other.
+    Cost: reads the files of features added since, and the vectors of the shards that they change; reads all features if
+    the previous snapshot is unknown or expired. Raises AnotherStoreError, SpecMismatchError, TrainerError or
+    FeatureStoreError without publishing anything.
     """
     for _ in range(_MAX_ATTEMPTS):
         now = vectors.snapshot()
@@ -109,12 +109,12 @@ def publish(
         most_files = max(map(len, made.manifest.shards.values()), default=0)
         return replace(delta.report(mirrored), snapshot=made.version, most_files=most_files)
     raise ServingError(
-        f"other writers committed to {vectors.url} meanwhile, {_MAX_ATTEMPTS} times in a row: run it again"
+        f"other writers committed to {vectors.url} at the same time, {_MAX_ATTEMPTS} times in a row: run it again"
     )
 
 
 class _Delta:
-    """Files of the rows that a publish changes, shard by shard of the vectors store, and what is counted."""
+    """The files with the rows that a publish changes, shard by shard of the vectors store, and counts."""
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class _Delta:
         self._moved: list[Int64Array] = [np.empty(0, np.int64)]
 
     def add(self, shard: int) -> None:
-        """Write what changes in one shard: new vectors, and tombstones of images that are gone."""
-        keys_K, uris, new_KV, gone = self._looked_at(shard)
+        """Write the changes of one shard: new vectors, and tombstones of removed images."""
+        keys_K, uris, new_KV, gone = self._examine(shard)
         if not len(keys_K) and gone is not None and not len(gone):
             return
         reader = self._now.shard_reader(shard)
@@ -159,7 +159,7 @@ class _Delta:
         self._moved += [keys_M, gone]
 
     def report(self, mirrored: Snapshot | None) -> PublishReport:
-        """Sum up; the snapshot is that before the commit."""
+        """Return the report; its snapshot is the one before the commit."""
         return PublishReport(
             store=self._of.store,
             source=self._changes.newest.version,
@@ -174,10 +174,10 @@ class _Delta:
             stayed=self._stayed,
         )
 
-    def _looked_at(self, shard: int) -> tuple[Int64Array, list[str], Float32, Int64Array | None]:
+    def _examine(self, shard: int) -> tuple[Int64Array, list[str], Float32, Int64Array | None]:
         """Return keys, uris and new rows of a shard's images that may have changed, and keys of those that may be gone.
-
-        None as the last: all that are not among the first. Networks run on some thousand images at a time."""
+        If the last is None, all images that are not among the first are gone. Networks run on some thousand images at a
+        time."""
         per_shard = self._changes.newest.info.num_shards // self._now.info.num_shards
         keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._networks.width), np.float32)]
         uris: list[str] = []
@@ -199,16 +199,16 @@ class _Delta:
         return np.concatenate(keys), uris, np.concatenate(rows), all_gone
 
     def _uris(self, reader: ShardReader, keys_M: Int64Array, uris: list[str]) -> list[str]:
-        """Return the uris of images: where the vectors store knows an image, the uri that is there.
+        """Return the uris of images, preferring those that the vectors store already has.
 
-        No store takes another uri under a key, and features that people bring may give a key another."""
+        A store refuses a second uri under one key, but features that users import may have another uri for a key."""
         keys_K, theirs = reader.uris(keys_M)
         known = dict(zip(keys_K.tolist(), theirs, strict=True))
         return [known.get(key, uri) for key, uri in zip(keys_M.tolist(), uris, strict=True)]
 
 
 def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
-    """Raise AnotherStoreError or SpecMismatchError where the features are not those that the vectors are made of."""
+    """Raise AnotherStoreError or SpecMismatchError unless these are the features that the vectors are computed from."""
     SnapshotId.of_source(now.manifest.mirrors or of.source).check(
         SnapshotId.of(newest),
         f"the vectors store {now.storage.url}",
@@ -217,12 +217,12 @@ def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
     if newest.info.digest != of.features:
         raise SpecMismatchError(
             f"{newest.storage.url} has features of another kind than the model's networks were trained on; "
-            "name by --store one with features of that kind"
+            "name a store with features of that kind by --store"
         )
 
 
 def _mirrored(source: FeatureStore, now: Snapshot) -> Snapshot | None:
-    """Open the snapshot of the features that the vectors are of; None where nobody knows, or it has expired."""
+    """Open the snapshot of the features that the vectors match; None if it is unknown or has expired."""
     mirrors = now.manifest.mirrors
     if mirrors is None:
         return None
@@ -234,7 +234,7 @@ def _mirrored(source: FeatureStore, now: Snapshot) -> Snapshot | None:
 
 
 def row_distances(old_KV: Float32, new_KV: Float32, signature_columns: int) -> NDArray[np.float32]:
-    """Return how far rows have moved, (K,): the farthest number, or the share of a signature's bits that are others.
+    """Return how far rows have moved, (K,): the largest change of a number, or the share of changed signature bits.
 
     The last `signature_columns` of the V numbers are a signature, 16 bits in each.
     """

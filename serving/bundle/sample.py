@@ -1,4 +1,4 @@
-"""Some groups of a run's test samples in a bundle, to measure changes of scores on."""
+"""A sample of a run's test groups, stored in a bundle to measure changes of scores."""
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ _MOST_ROW_GROUPS = 8
 def write_sample(saved: SavedRun, files: WrittenFiles, num_groups: int) -> str | None:
     """Write `num_groups` sample groups, spread over the run's test samples, with the columns that the schema reads.
 
-    Returns why there are none, where there are none; nothing is wrong with a bundle without them."""
+    If there are none, returns the reason; a bundle without them is still complete."""
     if num_groups == 0:
         return "none were asked for"
     try:

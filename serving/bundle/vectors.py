@@ -1,4 +1,4 @@
-"""Visual vectors of a bundle, out of its vectors store: what the networks E made of each image, and its signature.
+"""Visual vectors of a bundle: its vectors store has the outputs of the networks E for each image, and its signature.
 
 Letters of shapes: N keys, D columns of a row, V width of a visual vector, W words of a signature.
 """
@@ -27,7 +27,7 @@ Bool = NDArray[np.bool_]
 
 
 class RowsByKey(Protocol):
-    """What a table looks rows up in: a partition, mapped into memory, or the snapshot itself."""
+    """The rows behind a table: a partition that is mapped into memory, or the snapshot itself."""
 
     @property
     def dim(self) -> int:
@@ -36,22 +36,22 @@ class RowsByKey(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """Rows there are."""
+        """Number of rows."""
         ...
 
     snapshot_version: int
 
     def lookup(self, keys_U: Int64Array) -> Lookup:
-        """Return rows in the order asked, zeros for a key without one, and which these are."""
+        """Return rows in the order asked, with zeros for missing keys, and a mask of the missing keys."""
         ...
 
     def close(self) -> None:
-        """Let go of the rows."""
+        """Release the rows."""
         ...
 
 
 class VectorTable:
-    """The vectors of one feature store's images at one snapshot of the vectors store. Lookups may run in threads."""
+    """The vectors of one feature store's images at one snapshot of the vectors store. Lookups are thread-safe."""
 
     def __init__(self, of: VectorsOf, partition: RowsByKey, time_s: float) -> None:
         """Use `open` or `of_snapshot`."""
@@ -61,7 +61,7 @@ class VectorTable:
         self.no_image: Mapping[str, Float32] = {
             each.name: np.asarray(each.no_image, np.float32) for each in of.networks
         }
-        """By network: what takes the place of the vector of an image that has none, (V,)."""
+        """By network: the vector for images without one, (V,)."""
         self._columns = {each.name: slice(each.start, each.start + each.width) for each in of.networks}
         self._no_image_D = np.zeros(partition.dim, np.float32)
         for name, columns in self._columns.items():
@@ -70,17 +70,14 @@ class VectorTable:
     @classmethod
     def open(cls, of: VectorsOf, url: str, version: int | None = None, cache_dir: Path | None = None) -> "VectorTable":
         """Map the rows of a snapshot, by default the newest, of the vectors store at `url` by a `FeaturePartition`.
-
-        Raises BrokenBundleError where the store is damaged, not there, or another one; StorageError."""
+        Raises BrokenBundleError if the store is damaged, missing or a different one; StorageError."""
         try:
             store = FeatureStore.open(url)
             if store.info.store_id != of.store_id:
                 raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
             width = max((each.start + each.width for each in of.networks), default=0)
             if store.info.dim != width + SIGNATURE_COLUMNS * of.signatures:
-                raise BrokenBundleError(
-                    f"{url} has rows of {store.info.dim} numbers, not those of the networks: {width}"
-                )
+                raise BrokenBundleError(f"{url} has rows of {store.info.dim} numbers; the networks need {width}")
             snapshot = store.snapshot(version)
             partition = FeaturePartition.load(
                 store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
@@ -91,7 +88,7 @@ class VectorTable:
 
     @classmethod
     def of_snapshot(cls, of: VectorsOf, snapshot: Snapshot) -> "VectorTable":
-        """Look rows up in the files of a snapshot, for a few lookups: nothing is copied or mapped."""
+        """Read rows directly from the files of a snapshot, for a few lookups: nothing is copied or mapped."""
         return cls(of, _SnapshotRows(snapshot), snapshot.manifest.time_s)
 
     @property
@@ -105,30 +102,30 @@ class VectorTable:
         return self._partition.num_rows
 
     def lookup(self, keys_N: Int64Array) -> tuple[Float32, Bool]:
-        """Copy the rows of images, (N, D), and find which have none, (N,): their vectors are `no_image`."""
+        """Copy the rows of images, (N, D), and mark those without one, (N,), whose vector is `no_image`."""
         found = self._partition.lookup(keys_N)
         if found.missing_U.any():
             found.features_UD[found.missing_U] = self._no_image_D
         return found.features_UD, found.missing_U
 
     def of(self, network: str) -> slice:
-        """Return the columns of a row that are the visual vector by that E."""
+        """Return the columns of a row with the visual vector of this E."""
         return self._columns[network]
 
     def words(self, rows_ND: Float32, missing_N: Bool) -> Words:
-        """Return the signatures of rows that `lookup` gave, (N, W), for `trainer.engine.similarity.cosines`."""
+        """Return the signatures of rows from `lookup`, (N, W), for `trainer.engine.similarity.cosines`."""
         words_NW = np.zeros((len(rows_ND), WORDS), np.uint64)
         words_NW[:, :-1] = rows_ND[:, -SIGNATURE_COLUMNS:].astype("<u2").view(np.uint64)
         words_NW[:, -1] = ~missing_N
         return words_NW
 
     def close(self) -> None:
-        """Let go of the mapped rows."""
+        """Release the mapped rows."""
         self._partition.close()
 
 
 class _SnapshotRows:
-    """The rows of a snapshot, read out of its files at each lookup."""
+    """The rows of a snapshot, read from its files at each lookup."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -156,5 +153,5 @@ class _SnapshotRows:
 
 
 def columns_of_signatures(bits_N64: NDArray[np.uint8]) -> Float32:
-    """Return signatures as columns of rows, (N, 32): each number holds 16 bits, which float32 has exactly."""
+    """Return signatures as columns of rows, (N, 32): each number holds 16 bits, which float32 represents exactly."""
     return bits_N64.view("<u2").astype(np.float32)

@@ -1,4 +1,4 @@
-"""One version of a bundle by its manifest, schema and settings: what is asked of it without its rows."""
+"""One version of a bundle: its manifest, schema and settings, without its rows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +24,13 @@ class ModelVersion:
     """A version's manifest, its files, the schema and the settings of its model."""
 
     def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
-        """Use `open`, but for a version that is not published yet."""
+        """Use `open` instead, except for a version that is not published yet."""
         self.storage, self.manifest, self.cache_dir = storage, manifest, cache_dir
         self.files = LocalFiles(storage, manifest, cache_dir, verify)
         self.schema: Schema = self._checked(SCHEMA, load_schema)
         self.model: ModelConfig = self._checked(MODEL, _read_model)
         self.fields: tuple[Field, ...] = used_fields(self.schema, self.model)
-        """Those that the model uses."""
+        """The fields that the model uses."""
 
     @classmethod
     def open(
@@ -39,8 +39,8 @@ class ModelVersion:
         """Open a version, by default the one in use.
 
         Files of an object store are copied to `cache_dir` first. With `verify` each file that is used is read once and
-        its digest compared. Raises BundleNotFoundError; BrokenBundleError, which names what is missing or not what was
-        published; StorageError.
+        its digest compared. Raises BundleNotFoundError, StorageError, and BrokenBundleError, which names the missing or
+        changed file.
         """
         storage = Storage(url)
         return cls(storage, read_version(storage, version), Path(cache_dir) if cache_dir else None, verify)

@@ -1,6 +1,6 @@
-"""ID rows out of a checkpoint into the files of a bundle, one shard in memory at a time.
+"""Copies of a checkpoint's ID rows in the files of a bundle, written one shard at a time.
 
-A checkpoint has as `weight` what a lookup would read at that step, also where rows in memory lag behind
+A checkpoint's `weight` is the value that a lookup would return at that step, even if rows in memory lag behind
 (`trainer.ids.optimizers`). Letters of shapes: R rows of a shard, V numbers in a row.
 """
 
@@ -27,27 +27,27 @@ from trainer.runs.saved import SavedRun, finite
 
 
 class ShardRows(NamedTuple):
-    """The rows of one shard as the bundle has them: an exact table's by hash, behind the cold row."""
+    """The rows of one shard in the bundle's order: those of an exact table by hash, after the cold row."""
 
     rows_RV: Float32
     is_trained_R: Bool
     hash_M: UInt64Array
-    """Of the ids of an exact table, ascending; else none."""
+    """Hashes of the ids of an exact table, ascending; empty for other tables."""
 
 
 class SavedTables:
-    """The ID tables of a run, as one of its checkpoints has them."""
+    """The ID tables in a checkpoint of a run."""
 
     def __init__(self, saved: SavedRun) -> None:
         """Raises CheckpointError, SchemaError, ConfigError."""
         self._saved, self._config = saved, saved.config
         self.shapes = table_shapes(used_fields(saved.schema, self._config.model), self._config.model)
         state = state_of(self._config.optim)
-        counts = [part for part in state if part.kind == "count"]  # says it alone, in few bytes
+        counts = [part for part in state if part.kind == "count"]  # alone has this, in few bytes
         self._marks = [part.name for part in counts or state]
 
     def shards(self, shape: TableShape) -> Iterator[ShardRows]:
-        """Read a table's shards, in their order. Raises CheckpointError, TrainerError for numbers not finite."""
+        """Read a table's shards in order. Raises CheckpointError, and TrainerError if numbers are not finite."""
         is_exact = isinstance(shape, ExactShape)
         parts = [WEIGHT, IDS] if is_exact else [WEIGHT, *self._marks]
         names = [_name(shape, shard, part) for shard in range(shape.num_shards) for part in parts]
@@ -67,14 +67,14 @@ class SavedTables:
     def _is_trained(self, shape: TableShape, shard: int, weight_RV: Tensor, marks: Sequence[Tensor]) -> Bool:
         """Return which rows training has touched, (N,).
 
-        The optimiser knows, or, of rows that began with those of another run, the numbers, which are not those that
-        rows of this run begin with."""
+        The optimiser's state shows it. For rows copied from another run their numbers show it, as they differ from this
+        run's initial values."""
         trained_R = np.zeros(len(weight_RV), np.bool_)
         for mark in marks:
             trained_R |= mark.numpy().reshape(len(mark), -1).any(axis=1)
         epoch = self._saved.state.epoch if self._config.optim.ids_restart else 0
         moved_R = np.ones(len(weight_RV), np.bool_)
-        for begun in {epoch, max(epoch - 1, 0)}:  # at the end of an epoch the next one's rows may not be there yet
+        for begun in {epoch, max(epoch - 1, 0)}:  # at the end of an epoch the next one's rows may not exist yet
             seed, scale = self._config.train.seed, self._config.model.id_init_std
             first_RV = initial_rows(shape, shard, seed, scale, begun).astype(weight_RV.numpy().dtype)
             moved_R &= (weight_RV.numpy() != first_RV).any(axis=1)
@@ -82,7 +82,7 @@ class SavedTables:
 
 
 def rows_at(tables: SavedTables, asked: Mapping[int, Int64Array]) -> dict[int, Float32]:
-    """Read rows as the checkpoint has them, by the width of their file: those at the places `asked`, ascending.
+    """Read the checkpoint's rows at the ascending positions `asked`, by the width of their file.
 
     Reads all tables of these widths once. Raises CheckpointError, TrainerError."""
     found: dict[int, Float32] = {}
@@ -99,9 +99,9 @@ def rows_at(tables: SavedTables, asked: Mapping[int, Int64Array]) -> dict[int, F
 def write_rows(
     tables: SavedTables, files: WrittenFiles, dtype: RowDType
 ) -> tuple[tuple[TableRows, ...], tuple[RowsFile, ...]]:
-    """Write the rows of all tables, a file for each width, and which of them training has touched.
+    """Write the rows of all tables, one file for each width, and a bit for each row that training has touched.
 
-    Raises CheckpointError, TrainerError, ServingError for numbers beyond the type, StorageError."""
+    Raises CheckpointError, TrainerError, StorageError, and ServingError for numbers that do not fit the type."""
     written: list[TableRows] = []
     rows_files: list[RowsFile] = []
     bits: list[NDArray[np.uint8]] = []
@@ -131,12 +131,12 @@ def _write_table(
     output: IO[bytes],
     trained: list[Bool],
 ) -> TableRows:
-    """Write the rows of one table behind those that are there, and add to `trained` which of them are."""
+    """Append the rows of one table, and append to `trained` which of them training has touched."""
     num_rows, hashes = 0, list[UInt64Array]()
     for shard in tables.shards(shape):
         rows = encoded(shard.rows_RV, dtype)
         if dtype == "float16" and not np.isfinite(rows).all():
-            raise ServingError(f"table {shape.name} has numbers beyond float16, above 65,504: take --id-dtype float32")
+            raise ServingError(f"table {shape.name} has numbers beyond float16, above 65,504: use --id-dtype float32")
         output.write(rows.tobytes())
         trained.append(shard.is_trained_R)
         hashes.append(shard.hash_M)

@@ -1,4 +1,4 @@
-"""Commands info, log and use: what a version of a model holds, which versions there are, and which one is served."""
+"""Commands info, log and use: show a version's contents, list the versions, and choose the version to serve."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,7 @@ _MISSING = {
     "learned": "count as the vector that training has learned for them",
     "error": "count as zeros; training has met none, as it would have stopped",
 }
-"""By what an image without a feature was in training."""
+"""Texts for the policies for images without a feature."""
 
 Url = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
 
@@ -36,19 +36,19 @@ def info(
     version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Show what a version holds: the run that it was made of, its ID rows, and the snapshots of its vectors.
+    """Show the contents of a version: its run, its ID rows, and the snapshots of its vectors.
 
     Exit code 1 if one of its files is missing or has another size.
     """
     from featurestore.log import utc_text
     from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version, version_in_use
-    from serving.bundle.upkeep.soundness import damage_of
+    from serving.bundle.upkeep.verify import find_damage
 
     storage = Storage(url)
     manifest = read_version(storage, version)
     in_use = version_in_use(storage) == manifest.version
-    damage = damage_of(storage, manifest)
+    damage = find_damage(storage, manifest)
     vectors = {of.store: _vectors_of(storage, manifest, of) for of in manifest.vectors}
     rows_bytes = sum(file.bytes for file in manifest.files if file.name in {each.name for each in manifest.rows})
     error = manifest.id_error
@@ -80,7 +80,7 @@ def log(
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """List the published versions, newest first, and when each was chosen to be served."""
+    """List the published versions, newest first, with the time when each was last put in use."""
     from featurestore.storage.storage import Storage
     from serving.bundle.log import choices, known_versions, read_version, version_in_use
 
@@ -112,17 +112,16 @@ def log(
 def use(
     url: Url,
     version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A published version.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Compare the sizes of its files alone.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare only the sizes of its files.")] = False,
 ) -> None:
-    """Choose the version that is served from now on, an earlier one too. Scorers that run change to it.
+    """Put a version in use, also an earlier one. Running scorers switch to it.
 
-    All of its files are read first and compared with what was published, and the version is opened once as a scorer
-    does. One that is damaged, or that does not open, is refused; the version that was in use stays.
-    """
+    Its files are first read and compared with their digests, and the version is opened as a scorer does. A version that
+    is damaged or cannot be opened is refused, and the previous one stays in use."""
     from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version, version_in_use
     from serving.bundle.log import use as use_version
-    from serving.bundle.upkeep.soundness import damage_of
+    from serving.bundle.upkeep.verify import find_damage
     from serving.errors import BrokenBundleError
 
     storage = Storage(url)
@@ -133,16 +132,16 @@ def use(
     except BrokenBundleError as error:
         raise BrokenBundleError(f"version {version} of {storage.url} is damaged{stays}: {error}") from error
     with progress_bar("files") as progress:
-        damage = damage_of(storage, manifest, digests=not quick, progress=progress)
+        damage = find_damage(storage, manifest, digests=not quick, progress=progress)
     if damage := damage or _problem_of_opening(storage.url, version):
         raise BrokenBundleError("\n".join([f"version {version} of {storage.url} is damaged{stays}:", *damage]))
     use_version(storage, version)
-    instead = f" in the place of version {before}" if before not in (None, version) else ""
+    instead = f" instead of version {before}" if before not in (None, version) else ""
     print_summary(f"version {version} of {storage.url} is in use{instead}")
 
 
 def _problem_of_opening(url: str, version: int) -> list[str]:
-    """Say in one line why a version whose files are sound cannot be opened; empty where it can. Raises StorageError."""
+    """Return in one line why a version with sound files cannot be opened, or an empty text. Raises StorageError."""
     from featurestore.errors import StorageError, UserError
     from featurestore.text import one_line
     from serving.bundle.open import Bundle
@@ -158,15 +157,13 @@ def _problem_of_opening(url: str, version: int) -> list[str]:
         raise
     except UserError as error:
         return [str(error)]
-    except Exception as error:  # whatever numpy and torch raise for what a forged manifest says
+    except Exception as error:  # numpy and torch raise many kinds of errors for a forged manifest
         return [f"it cannot be opened: {type(error).__name__}: {one_line(error)}"]
     return []
 
 
 def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any] | None:
-    """Look up the newest snapshot of a vectors store, and of which snapshot of the features its rows are.
-
-    None where it is damaged."""
+    """Return the newest snapshot of a vectors store, and the snapshot of features that it matches; None if damaged."""
     from featurestore.errors import FeatureStoreError, StorageError
     from featurestore.store import FeatureStore
 
@@ -199,7 +196,7 @@ def _vectors_text(found: dict[str, Any] | None) -> str:
 
 
 def _readable(storage: "Storage", version: int) -> "BundleManifest | None":
-    """Read the manifest of a version; None where it is damaged."""
+    """Read the manifest of a version; None if it is damaged."""
     from serving.bundle.log import read_version
     from serving.errors import BrokenBundleError
 

@@ -1,4 +1,4 @@
-"""Command check: whether a model answers with the logits of the run that it was exported from."""
+"""Command check: compare a model's logits with those of the run that it was exported from."""
 
 import contextlib
 from dataclasses import asdict
@@ -41,7 +41,7 @@ def check(
         str | None, typer.Option(help="Folder or address of the run.", show_default="where it was exported from")
     ] = None,
     version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
-    impressions: Annotated[int, typer.Option(min=1, help="Impressions to score, about.")] = 100_000,
+    impressions: Annotated[int, typer.Option(min=1, help="Approximate number of impressions to score.")] = 100_000,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -50,33 +50,33 @@ def check(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare a model's logits with its run's on the same impressions; exit 1 where one differs too much.
+    """Compare a model's logits with its run's on the same impressions; exit 1 if one differs too much.
 
-    The run's engine looks images up in the snapshot that the model's vectors are of.
+    The run's engine looks images up in the snapshot that the model's vectors were computed from.
     """
     from serving.bundle.version import ModelVersion
     from serving.errors import ServingError
     from serving.scoring.check import compare
-    from serving.scoring.remote import RemoteScorer, trusted
+    from serving.scoring.remote import RemoteScorer, ca_context
     from serving.scoring.samples import in_process
     from serving.scoring.scorer import Scorer
 
     if url is None and (token_file or ca):
         option = "--token-file" if token_file else "--ca"
-        raise typer.BadParameter("it is for a running server: name it by --url", param_hint=option)
+        raise typer.BadParameter("it needs a running server: give --url", param_hint=option)
     opened = ModelVersion.open(model, version, verify=url is None)
     with contextlib.ExitStack() as stack:
         if url is None:
             scorer = stack.enter_context(contextlib.closing(Scorer.open(model, opened.manifest.version)))
             score, answered = in_process(scorer), f"this process ({scorer.bundle.network.form} network)"
         else:
-            remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None, trusted(ca) if ca else None)
+            remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None, ca_context(ca))
             score, answered = remote.score, url
         found = compare(opened, score, run=run_path(run) if run else None, samples=samples, impressions=impressions)
     if url is not None and remote.version != opened.manifest.version:
         raise ServingError(
-            f"{url} answers with version {remote.version}, and not with {opened.manifest.version} of {model}; name it "
-            f"by --version {remote.version}, or wait until the server has switched"
+            f"{url} answers with version {remote.version} of {model} instead of {opened.manifest.version}; give "
+            f"--version {remote.version}, or wait until the server has switched"
         )
     print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
     print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")

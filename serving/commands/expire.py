@@ -1,4 +1,4 @@
-"""Command expire: remove versions of a model that nobody needs any more."""
+"""Command expire: remove old versions of a model."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,21 +28,19 @@ def expire(
         int, typer.Option("--keep-last", min=0, help="How many of the last versions to keep.")
     ] = KEEP_LAST,
     keep_days: Annotated[
-        float, typer.Option("--keep-days", min=0, help="Days for which a version stays that was published or in use.")
+        float, typer.Option("--keep-days", min=0, help="Keep versions that were published or in use in the last days.")
     ] = KEEP_DAYS,
     grace_days: Annotated[
         float,
-        typer.Option(
-            "--grace-days", min=0, help="Days for which a version that was in use stays, whatever the others say."
-        ),
+        typer.Option("--grace-days", min=0, help="Always keep versions that were in use in the last days."),
     ] = GRACE_DAYS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")] = False,
 ) -> None:
     """Remove versions that none of these options keeps, with all of their files.
 
-    The version in use and the newest one stay. What killed exports have left for a day goes too. The grace time must be
-    longer than a scorer takes to switch. Snapshots of vectors are removed by `python -m featurestore expire`.
-    """
+    The version in use and the newest one always stay. Leftovers of killed exports are removed after a day. The grace
+    time must be longer than a scorer takes to switch. To remove snapshots of vectors, use `python -m featurestore
+    expire`."""
     from featurestore.storage.storage import Storage
     from serving.bundle.upkeep.expiry import expire as expire_versions
 
@@ -55,7 +53,7 @@ def expire(
 def _text(report: "BundleExpireReport", dry_run: bool) -> str:
     keep, remove, delete = ("would keep", "would remove", "would delete") if dry_run else ("kept", "removed", "deleted")
     expired = f": {ranges_text(report.expired)}" if report.expired else ""
-    left = f", with what {count_text(report.num_leftovers, 'killed export')} left" if report.num_leftovers else ""
+    left = f", leftovers of {count_text(report.num_leftovers, 'killed export')}" if report.num_leftovers else ""
     return (
         f"{keep} {count_text(len(report.kept), 'version')}: {ranges_text(report.kept)}\n"
         f"{remove} {count_text(len(report.expired), 'version')}{expired}\n"

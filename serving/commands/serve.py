@@ -22,13 +22,13 @@ Workers = Annotated[int, typer.Option(min=1, max=1024, help="Processes that shar
 Name = Annotated[str | None, typer.Option(help="Name in /v2/models/NAME; by default the last part of MODEL.")]
 TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")]
 TlsKey = Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")]
-TokenFile = Annotated[Path | None, typer.Option(help="File with a token a line; requests without one of them get 401.")]
+TokenFile = Annotated[Path | None, typer.Option(help="File with one token per line; requests without one get 401.")]
 MaxBodyMb = Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")]
-MaxRequests = Annotated[int, typer.Option(min=1, help="Most requests of a body; above it 413.")]
-MaxCandidates = Annotated[int, typer.Option(min=1, help="Most candidates of all requests of a body; above it 413.")]
+MaxRequests = Annotated[int, typer.Option(min=1, help="Most requests in a body; above it 413.")]
+MaxCandidates = Annotated[int, typer.Option(min=1, help="Most candidates in a body; above it 413.")]
 MaxBehaviors = Annotated[int, typer.Option(min=1, help="Most values in one list of a user; above it 413.")]
-MaxPairs = Annotated[int, typer.Option(min=1, help="Most candidates times behaviours of a body; above it 413.")]
-MaxValues = Annotated[int, typer.Option(min=1, help="Most values and names of a body; above it 413.")]
+MaxPairs = Annotated[int, typer.Option(min=1, help="Most pairs of candidate and behaviour in a body; above it 413.")]
+MaxValues = Annotated[int, typer.Option(min=1, help="Most values and names in a body; above it 413.")]
 MaxWaitMs = Annotated[float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")]
 ReadTimeoutS = Annotated[
     float, typer.Option(min=0.1, max=_DAY_S, help="Time for a client to send a request, and to take its answer.")
@@ -37,11 +37,11 @@ DrainS = Annotated[int, typer.Option(min=0, max=_DAY_S, help="Time for running r
 PollS = Annotated[
     float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
 ]
-Record = Annotated[int, typer.Option(min=0, max=10_000, help="Requests kept in memory, to warm up the next version.")]
-RecordFile = Annotated[Path | None, typer.Option(help="File that keeps them over restarts. It holds what users sent.")]
+Record = Annotated[int, typer.Option(min=0, max=10_000, help="Requests to keep for the next version's warm-up.")]
+RecordFile = Annotated[Path | None, typer.Option(help="File to keep them across restarts. It contains user data.")]
 SlowMs = Annotated[float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")]
 LogRequests = Annotated[
-    bool, typer.Option("--log-requests", help="Log the body of every request. It holds what users sent.")
+    bool, typer.Option("--log-requests", help="Log the body of every request. The log then contains user data.")
 ]
 CacheDir = Annotated[Path | None, typer.Option(help="Folder for local copies; by default that of the feature store.")]
 
@@ -79,8 +79,8 @@ def serve(
 ) -> None:
     """Answer requests over HTTP: /v1/score, the Open Inference Protocol, and /metrics.
 
-    A version that is put in use, and newer vectors, are loaded while the old ones answer, and switched to without a
-    failed request. SIGTERM ends running requests first; a second signal ends at once.
+    The server loads a version that is put in use, or newer vectors, while the old ones answer, and switches without
+    failing a request. On SIGTERM it finishes running requests first; a second signal ends it at once.
     """
     _find(model)
     from serving.http.workers import serve as listen_and_answer
@@ -122,7 +122,7 @@ def _find(model: str) -> None:
 
 
 def _published(settings: ServerSettings) -> "ModelSource":
-    """Find the model of a bundle. Torch is loaded here: not for a wrong file, and not by the parent of workers."""
+    """Open the source of models. Loads Torch, so it is called only after files are checked, and only in workers."""
     from serving.http.live.source import BundleSource
 
     return BundleSource(settings)

@@ -1,1 +1,1 @@
-"""The scorer over HTTP: the one door to the web framework."""
+"""The scorer over HTTP: the only package that uses the web framework."""

@@ -1,7 +1,7 @@
-"""The application: routes, and the way of every request from its headers to its answer, measured.
+"""The application: its routes, and the handling of a request from its headers to its answer, with metrics.
 
-starlette, because it is the thinnest kept layer over ASGI that routes; no framework that validates bodies is
-between orjson and the scorer.
+It uses starlette, the thinnest maintained layer with routes over ASGI; no validating framework is between orjson and
+the scorer.
 """
 
 import asyncio
@@ -50,9 +50,9 @@ class Scoring:
     settings: ServerSettings
     source: ModelSource
     on_failure: Callable[[Exception], None]
-    """Called where the first model cannot be loaded."""
+    """Called if the first model cannot be loaded."""
     on_ready: Callable[[], None] | None = None
-    """Of one of several workers: called when it can answer. It listens only then, as others can answer meanwhile."""
+    """Called, in one of several workers, when it can answer; it listens only then, as others can answer meanwhile."""
     tokens: list[str] | None = None
     metrics: ServingMetrics = field(default_factory=ServingMetrics)
 
@@ -64,11 +64,11 @@ class Scoring:
         self.stopping = False
 
     def app(self) -> ASGIApp:
-        """Make the application. Its lifespan loads the model, scores, and looks for newer models."""
+        """Build the application. Its lifespan loads the model, scores, and polls for newer models."""
         routes = [
             ("GET", "/", self.about),
             ("POST", "/v1/score", self.score),
-            ("GET", "/metrics", self.figures),
+            ("GET", "/metrics", self.prometheus_metrics),
             ("GET", "/v2/health/live", self.is_live),
             ("GET", "/v2/health/ready", self.is_ready),
             ("GET", "/v2", self.server_metadata),
@@ -84,7 +84,7 @@ class Scoring:
                     max_bytes=self.settings.max_body_bytes,
                     max_held_bytes=BODIES_AT_ONCE * self.settings.max_body_bytes,
                     timeout_s=self.settings.read_timeout_s,
-                    way_out="send fewer requests or candidates at a time, or let the server take more by --max-body-mb",
+                    way_out="send fewer requests or candidates at a time, or raise the server's --max-body-mb",
                 )
             ],
             exception_handlers={HTTPException: self._no_route},
@@ -94,7 +94,7 @@ class Scoring:
         return app if self.tokens is None else TokenGuard(app, self.tokens, partial(self._count_other, 401))
 
     async def about(self, request: Request) -> Response:
-        """Say what this server is, and which model it has."""
+        """Describe the server and its model."""
         identity = self.live.model.identity if self.live.is_ready else None
         return _json(
             {
@@ -122,8 +122,8 @@ class Scoring:
         body = TensorBody(content, request.headers.get(HEADER), self.settings.name)
         return await self._scored(request, body, content)
 
-    async def figures(self, request: Request) -> Response:
-        """Give the figures for Prometheus."""
+    async def prometheus_metrics(self, request: Request) -> Response:
+        """Return the metrics in Prometheus' text format."""
         if self.live.is_ready:
             self.metrics.record_age(self.live.model)
         self.metrics.queue.set(len(self.queue))
@@ -137,7 +137,7 @@ class Scoring:
         return _json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Return whether a model is warmed up, and the server not about to stop."""
+        """Return whether a model is warmed up and the server is not stopping."""
         ready = self.live.is_ready and not self.stopping
         return _json({"ready": ready}, 200 if ready else 503)
 
@@ -180,15 +180,15 @@ class Scoring:
         return Response(answer.body, headers=dict(answer.headers), media_type=answer.media_type)
 
     def _check_name(self, request: Request) -> None:
-        """Raise RefusedError (404) where the address names another model or version."""
+        """Raise RefusedError (404) if the address names another model or version."""
         name, asked = request.path_params["name"], request.path_params.get("version")
         if name != self.settings.name:
-            raise RefusedError(404, f"no model {name[:60]!r} here: the one served is {self.settings.name}")
+            raise RefusedError(404, f"no model {name[:60]!r} here: this server has {self.settings.name}")
         if asked is not None and asked != (served := str(self.live.model.identity.version)):
-            raise RefusedError(404, f"version {asked[:20]!r} is not served: it is {served}; leave the version out")
+            raise RefusedError(404, f"version {asked[:20]!r} is not served, but {served}; leave the version out")
 
     def _measured(self, route: str, endpoint: Endpoint) -> Endpoint:
-        """Wrap an endpoint: errors become answers, and the answer is counted, timed and, where slow, logged."""
+        """Wrap an endpoint: turn errors into answers, count and time the answer, and log it if it is slow."""
 
         async def answered(request: Request) -> Response:
             start_s = time.perf_counter()
@@ -196,7 +196,7 @@ class Scoring:
                 response = await endpoint(request)
             except Exception as error:
                 response = response_of(error)
-            if self.stopping:  # the client is to ask elsewhere, and not on a connection that is about to end
+            if self.stopping:  # the client should not send its next request on a connection that is about to close
                 response.headers["Connection"] = "close"
             seconds = time.perf_counter() - start_s
             self.metrics.record_answer(route, response.status_code, seconds)
@@ -215,12 +215,12 @@ class Scoring:
         return error_response(error.status_code, message, error.headers)
 
     def _count_other(self, code: int) -> None:
-        """Count an answer that no route gave."""
+        """Count an answer that does not come from a route."""
         self.metrics.requests.labels("other", code).inc()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Load the model, while health checks are answered or, with other workers, before."""
+        """Load the model; a single worker answers health checks meanwhile, one of several waits for the model first."""
         task = asyncio.create_task(self._work())
         try:
             while self.on_ready is not None and not self.live.is_ready and not task.done():
@@ -239,24 +239,24 @@ class Scoring:
         except Exception as error:
             self.on_failure(error)
             return
-        await asyncio.to_thread(_let_be_what_stays)
+        await asyncio.to_thread(_freeze_gc)
         if self.on_ready is not None:
             self.on_ready()
-        await asyncio.gather(self.queue.run(), self.live.follow(), self.metrics.flush_often())
+        await asyncio.gather(self.queue.run(), self.live.run(), self.metrics.flush_often())
 
 
-def _let_be_what_stays() -> None:
-    """Let Python's garbage collector pass over all that is loaded by now: to look at it takes a fifth of a second."""
+def _freeze_gc() -> None:
+    """Exclude all objects loaded so far from garbage collection: scanning them takes a fifth of a second."""
     gc.collect()
     gc.freeze()
 
 
 def _asks_for_logits(request: Request) -> bool:
-    """Read the words after `?`. Raises RefusedError: a misspelt one must not pass for nothing."""
+    """Read the query parameters. Raises RefusedError for unknown ones, so that a typo is not ignored."""
     words = dict(request.query_params)
     answer = words.pop("logits", "false")
     if words or answer not in ("true", "false"):
-        raise RefusedError(400, f"?{request.url.query[:60]} is unknown here: ?logits=true is all that can be asked for")
+        raise RefusedError(400, f"?{request.url.query[:60]} is not a parameter; the only one is ?logits=true")
     return answer == "true"
 
 

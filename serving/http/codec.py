@@ -1,7 +1,7 @@
-"""Bodies of /v1/score: JSON and Arrow IPC to requests, and scores back in the form in which they were asked.
+"""Bodies of /v1/score: JSON and Arrow IPC to requests, and scores back in the same form.
 
 JSON: one request {"user": …, "context": …, "candidates": …}, or several as {"requests": [...]} or as a list.
-Arrow: a stream (application/vnd.apache.arrow.stream) of rows with the columns of the sample files, a request a row.
+Arrow: a stream (application/vnd.apache.arrow.stream) with the columns of the sample files, one request per row.
 """
 
 import struct
@@ -18,23 +18,23 @@ from serving.http.live.model import Decoded, Identity, Model, Scores
 from serving.network.steps import Steps
 from serving.scoring.budget import Budget
 from serving.scoring.request import Request, Scored, check_table
-from serving.scoring.values import shown
+from serving.scoring.values import short_repr
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 _PARTS = ("user", "context", "candidates")
 _EXAMPLE = '{"user": {...}, "context": {...}, "candidates": {...}}'
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 _NO_COMPRESSION = "write the stream without compression"
-_RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader in Arrow's Message.fbs
+_RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # from the union MessageHeader in Arrow's Message.fbs
 _NO_MARKS = bytes(set(range(256)) - set(b'[]{},:"'))
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _OBJECT = 3
-"""Values that an object costs beside its own, by the time and the memory that parsing takes."""
+"""Extra values that an object counts for, by the time and memory that its parsing takes."""
 
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """An answer as it is sent: bytes, their media type, and headers."""
+    """An encoded answer: bytes, their media type, and headers."""
 
     body: bytes
     media_type: str
@@ -42,10 +42,10 @@ class WrittenAnswer:
 
 
 class Body(Protocol):
-    """A body that came, in one of the forms: `decode` is called first, and `answer` with its scores."""
+    """A received body in one of the forms: `decode` is called first, then `answer` with its scores."""
 
     def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
-        """Decode it to requests or a table, in pieces. Raises RequestError; RequestTooLargeError over the budget."""
+        """Decode it to requests or a table, in pieces. Raises RequestError, or RequestTooLargeError over the budget."""
         ...
 
     def answer(self, scores: Scores) -> WrittenAnswer:
@@ -76,7 +76,7 @@ class JsonBody:
 
 @dataclass(frozen=True)
 class ArrowBody:
-    """An Arrow stream: a request a row."""
+    """An Arrow stream with one request per row."""
 
     body: bytes
 
@@ -86,17 +86,17 @@ class ArrowBody:
         return table
 
     def answer(self, scores: Scores) -> WrittenAnswer:
-        """Write a row for each request, version and snapshots in the schema's metadata."""
+        """Write a row for each request, with version and snapshots in the schema's metadata."""
         return WrittenAnswer(arrow_answer(scores.identity, scores.scored), ARROW)
 
 
 def parse_json(body: bytes, budget: Budget) -> Steps[Any]:
-    """Parse JSON, once its values are counted. Raises RequestError: not JSON, NaN, text that is not UTF-8."""
+    """Count the values of JSON, then parse it. Raises RequestError: not JSON, NaN, text that is not UTF-8."""
     yield from _check_outline(body, budget)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as failure:
-        raise RequestError(f"the body is no JSON: {failure}; send one object, {_EXAMPLE}") from None
+        raise RequestError(f"the body is not JSON: {failure}; send one object, {_EXAMPLE}") from None
     yield
     return value
 
@@ -104,9 +104,8 @@ def parse_json(body: bytes, budget: Budget) -> Steps[Any]:
 def _check_outline(body: bytes, budget: Budget) -> Steps[None]:
     """Count the values and the depth of JSON without parsing it: two bytes may be a list of 56.
 
-    Counts what is outside of texts: a value for each comma, a name for each colon, and what a list or an object itself
-    takes. What is no JSON is counted somehow, and the parser refuses it.
-    """
+    Outside of texts, each comma counts as a value, each colon as a name, and lists and objects by the memory that they
+    take. The count of invalid JSON does not matter, as the parser refuses it."""
     if b"\\" in body:
         body = body.replace(b"\\\\", b"")
         yield
@@ -123,43 +122,51 @@ def _check_outline(body: bytes, budget: Budget) -> Steps[None]:
 
 
 def requests_of(value: Any, budget: Budget) -> tuple[list[Request], bool]:
-    """Make requests of a parsed body, and return whether it was one alone. Raises RequestError naming the mistake."""
+    """Return the requests of a parsed body, and whether it is a single one. Raises RequestError naming the mistake."""
     if isinstance(value, dict) and "requests" not in value:
         return [request_of(value, "the body", budget)], True
     several = value["requests"] if isinstance(value, dict) else value
     if isinstance(value, dict) and len(value) > 1:
         extra = next(key for key in value if key != "requests")
-        raise RequestError(f"the body has {shown(extra)} next to requests; put it into each request, or leave it out")
+        raise RequestError(
+            f"the body has {short_repr(extra)} next to requests; put it into each request, or leave it out"
+        )
     if not isinstance(several, list):
         where, wanted = ("requests", "") if isinstance(value, dict) else ("the body", f"one request, {_EXAMPLE}, or ")
-        raise RequestError(f"{where} is {shown(several)}, and has to be {wanted}a list of requests, each {_EXAMPLE}")
+        raise RequestError(
+            f"{where} is {short_repr(several)}, and has to be {wanted}a list of requests, each {_EXAMPLE}"
+        )
     budget.check("requests", len(several))
     return [request_of(each, f"requests[{place}]", budget) for place, each in enumerate(several)], False
 
 
 def request_of(value: Any, where: str, budget: Budget) -> Request:
-    """Make one request of its JSON object. What its columns hold is checked by the scorer. Raises RequestError."""
+    """Return the request of a JSON object; the scorer checks the values later. Raises RequestError."""
     if not isinstance(value, dict):
-        raise RequestError(f"{where} is {shown(value)}, and has to be an object, {_EXAMPLE}")
+        raise RequestError(f"{where} is {short_repr(value)}, and has to be an object, {_EXAMPLE}")
     for part, columns in value.items():
         if part not in _PARTS:
-            raise RequestError(f"{where} has {shown(part)}; a request has {', '.join(_PARTS)}: put it into one of them")
+            raise RequestError(
+                f"{where} has {short_repr(part)}; a request has {', '.join(_PARTS)}: put it into one of them"
+            )
         if not isinstance(columns, dict):
-            raise RequestError(f"{where}: {part} is {shown(columns)}, and has to be an object with a value per column")
+            raise RequestError(
+                f"{where}: {part} is {short_repr(columns)}, and has to be an object with a value per column"
+            )
         budget.check_names(columns)
     if "candidates" not in value:
         raise RequestError(f"{where} has no candidates; send {_EXAMPLE}, with empty lists where there are none")
     for column, values in value["candidates"].items():
         if not isinstance(values, list):
             raise RequestError(
-                f"{where}: candidates.{shown(column)} is {shown(values)}, and has to be a list with an entry for each "
-                "candidate; what is the same for all goes into context"
+                f"{where}: candidates.{short_repr(column)} is {short_repr(values)}, and has to be a list with an entry "
+                "for each candidate; what is the same for all goes into context"
             )
     return Request(user=value.get("user", {}), context=value.get("context", {}), candidates=value["candidates"])
 
 
 def as_json(request: Request) -> dict[str, Any]:
-    """Give a request the form in which it came as JSON."""
+    """Return a request as it is written in JSON."""
     return {"user": request.user, "context": request.context, "candidates": request.candidates}
 
 
@@ -177,7 +184,7 @@ def _places(places: Mapping[str, Any]) -> dict[str, Any]:
 def arrow_table(body: bytes, budget: Budget) -> Steps[pa.Table]:
     """Read an Arrow stream and check every offset and text in it. Raises RequestError.
 
-    What lists and dictionaries claim to hold is looked at before any offset is followed.
+    Checks the lengths that lists and dictionaries claim before it follows any offset.
     """
     try:
         _check_messages(body, budget)
@@ -189,13 +196,13 @@ def arrow_table(body: bytes, budget: Budget) -> Steps[pa.Table]:
         yield
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, struct.error, IndexError) as failure:
-        raise RequestError(f"the body is no Arrow stream: {failure}; write it by pyarrow.ipc.new_stream") from None
+        raise RequestError(f"the body is not an Arrow stream: {failure}; write it by pyarrow.ipc.new_stream") from None
     yield
     return table
 
 
 def _check_messages(body: bytes, budget: Budget) -> None:
-    """Raise RequestError for a stream that is compressed, or whose batches add to the dictionaries of those before."""
+    """Raise RequestError for a stream that is compressed, or that has delta dictionaries."""
     for number, message in enumerate(pa.ipc.MessageReader.open_stream(body)):
         budget.check("messages", number)  # without the schema
         if number == 0:
@@ -207,7 +214,7 @@ def _check_messages(body: bytes, budget: Budget) -> None:
 
 
 def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
-    """Write the answer to an Arrow body: a row for each request, and version and snapshots in the schema's metadata."""
+    """Write the answer to an Arrow body: one row per request, and version and snapshots in the schema's metadata."""
     metadata = {"version": str(identity.version)}
     metadata |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}
     table = pa.table(
@@ -238,10 +245,10 @@ def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _is_compressed(message: bytes) -> bool:
-    """Return whether a message of a stream has compressed buffers: pyarrow does not say, and a few bytes may be many.
+    """Return whether a message of a stream has compressed buffers, which may expand without limit.
 
-    Reads Arrow's flatbuffers: Message{version, header_type, header, …}, RecordBatch{length, nodes, buffers,
-    compression}, DictionaryBatch{id, data: RecordBatch, isDelta}.
+    pyarrow does not tell, so this reads Arrow's flatbuffers: Message{version, header_type, header, …},
+    RecordBatch{length, nodes, buffers, compression}, DictionaryBatch{id, data: RecordBatch, isDelta}.
     """
     kind, batch = _header(message)
     if kind == _DICTIONARY_BATCH:
@@ -257,14 +264,14 @@ def _is_delta(message: bytes) -> bool:
 
 
 def _header(message: bytes) -> tuple[int, int]:
-    """Return the kind of a message, and where its header is."""
+    """Return the kind of a message, and the position of its header."""
     table = struct.unpack_from("<I", message)[0]
     kind_at, header_at = _field_at(message, table, 1), _field_at(message, table, 2)
     return (message[kind_at], _follow(message, header_at)) if kind_at and header_at else (0, 0)
 
 
 def _field_at(message: bytes, table: int, number: int) -> int:
-    """Find where a field of a flatbuffer's table is; 0 where it is left out."""
+    """Return the position of a field of a flatbuffer's table; 0 if it is left out."""
     vtable = table - struct.unpack_from("<i", message, table)[0]
     if 4 + 2 * number >= struct.unpack_from("<H", message, vtable)[0]:
         return 0

@@ -1,4 +1,4 @@
-"""Errors as answers: every one is a JSON object {"error": "one message with field, value and the way out"}."""
+"""Answers for errors: each is a JSON object {"error": "one message with field, value and the way out"}."""
 
 import logging
 import traceback
@@ -21,11 +21,9 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
 
 
 def response_of(error: Exception) -> Response:
-    """Turn an error into its answer: 413, 422, 400 of requests, what a RefusedError says, 503 before a model is ready.
+    """Turn an error into its answer: 400, 413 or 422 for a request, a RefusedError's status, 503 without a model.
 
-    Whatever else happens is a bug: 500, and the log gets the places in the code but not the message, which may hold
-    what a user sent.
-    """
+    Any other error is a bug: 500. The log gets the traceback without the message, which may contain user data."""
     if isinstance(error, RefusedError):
         return error_response(error.status, error.message, error.headers)
     if isinstance(error, RequestTooLargeError):

@@ -1,8 +1,7 @@
 """Limits of a connection: how much a client may send, and how long it may take to send and to read.
 
-`LimitedProtocol` bounds what comes before and between bodies, `BodyLimits` the bodies; docs/SECURITY.md has the table
-of all limits. A client that never reads its answer is left to the kernel: TCP_USER_TIMEOUT closes a connection that
-has taken nothing for so long.
+`LimitedProtocol` limits request lines, headers and chunk lines, `BodyLimits` the bodies; docs/SECURITY.md has the table
+of all limits. The kernel ends clients that do not read their answer: TCP_USER_TIMEOUT closes their connections.
 """
 
 import asyncio
@@ -15,24 +14,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 BODIES_AT_ONCE = 16
-"""Full bodies that may be in memory at one time, in each worker."""
+"""Bodies of the largest size that may be in memory at the same time, in each worker."""
 SMALL_BYTES = 64_000
-"""A body up to this size is read whatever else is being read. A larger one has to bring as many bytes in each step."""
+"""A body up to this size is always read. A larger one has to bring as many bytes in each step."""
 STEPS = 6
-"""Of the time for a body."""
+"""Steps of the time for a body."""
 MAX_HEAD_BYTES = 64_000
-"""Of request line and headers together; and of the lines of chunks and trailers, above a sixteenth of the body."""
+"""Bytes of request line and headers together; and of chunk lines and trailers, above a sixteenth of the body."""
 MAX_HEADERS = 100
 MAX_PIPELINED = 16
-"""Requests of a connection that wait for the answer to the one before them."""
+"""Pipelined requests of a connection, which wait for the answers to earlier ones."""
 MAX_CHUNKS = 1_000
-"""Of a body; and one for each `CHUNK_BYTES` of it."""
+"""Chunks of a body, plus one for each `CHUNK_BYTES` of it."""
 CHUNK_BYTES = 256
 CLOSE = {"Connection": "close"}
 
 
 class RefusedError(Exception):
-    """An HTTP error that ends a request: `status`, one message for the client, and headers."""
+    """An HTTP error that ends a request, with a status, one message for the client, and headers."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -40,15 +39,15 @@ class RefusedError(Exception):
 
 
 class BodyLimits:
-    """ASGI middleware that bounds size, time and rate of each body, and the bytes of all that are being read.
+    """ASGI middleware that limits size, time and rate of each body, and the bytes of all bodies being read.
 
-    An application meets a limit as a RefusedError while it reads: 400 (the client left), 408, 413 or 503. Where all
-    bodies together are over their bound, the one is refused that has waited longest for its last `SMALL_BYTES`, and
-    first of those that have more: so neither a new one, nor one that comes fast.
+    The application gets a RefusedError while it reads: 400 (the client left), 408, 413 or 503. If all bodies together
+    exceed their limit, the slowest one is refused: the one that has waited longest for its last `SMALL_BYTES`,
+    preferring larger bodies. So neither a new nor a fast one is refused.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, max_held_bytes: int, timeout_s: float, way_out: str) -> None:
-        """`way_out`: what the client of a body over `max_bytes` can do."""
+        """`way_out`: advice for the client of a body over `max_bytes`."""
         self.app, self.max_bytes, self.timeout_s, self.way_out = app, max_bytes, timeout_s, way_out
         self._max_held_bytes, self._held_bytes = max_held_bytes, 0
         self._uploads: set[_Upload] = set()
@@ -60,13 +59,13 @@ class BodyLimits:
         upload = _Upload(self, scope, receive)
         try:
             await self.app(scope, upload.receive, send)
-        except RefusedError as error:  # of an application that has no form of its own for it
+        except RefusedError as error:  # the application did not handle it
             await PlainTextResponse(error.message, error.status, error.headers)(scope, receive, send)
         finally:
             self.release(upload)
 
     def hold(self, upload: "_Upload", num_bytes: int) -> None:
-        """Count the next bytes of a body; refuses the slowest one where all have too many."""
+        """Count the next bytes of a body; refuse the slowest body if all together have too many."""
         self._held_bytes += num_bytes
         self._uploads.add(upload)
         while self._held_bytes > self._max_held_bytes:
@@ -75,14 +74,14 @@ class BodyLimits:
             slowest.refuse()
 
     def release(self, upload: "_Upload") -> None:
-        """Count a body no more."""
+        """Stop counting a body."""
         if upload in self._uploads:
             self._uploads.remove(upload)
             self._held_bytes -= upload.size_bytes
 
 
 class _Upload:
-    """A body on its way."""
+    """A body that is being received."""
 
     def __init__(self, limits: BodyLimits, scope: Scope, receive: Receive) -> None:
         self._limits, self._scope, self._receive = limits, scope, receive
@@ -94,7 +93,7 @@ class _Upload:
 
     async def receive(self) -> Message:
         """Receive the next part. Raises RefusedError."""
-        if self._is_whole:  # what comes now is that the client left
+        if self._is_whole:  # the next message says that the client left
             return await self._receive()
         if self.size_bytes == 0:
             self._check_announced()
@@ -116,7 +115,7 @@ class _Upload:
         return message
 
     def refuse(self) -> None:
-        """Let `receive` raise the error of too many bodies, now if it waits."""
+        """Make `receive` raise the error of too many bodies, at once if it is waiting."""
         self._is_refused = True
         if self._timeout is not None:
             self._timeout.reschedule(self._loop.time())
@@ -145,7 +144,7 @@ class _Upload:
 
     def _error(self) -> RefusedError:
         if self._is_refused:
-            problem = "too many bodies are being read, and this one comes slowest: try again"
+            problem = "too many bodies are being read, and this one is the slowest: try again"
             return RefusedError(503, problem, CLOSE | {"Retry-After": "1"})
         timeout_s = self._limits.timeout_s
         if self._deadline_s() < self._begin_s + timeout_s:
@@ -159,10 +158,10 @@ class _Upload:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """Uvicorn's protocol with limits on what is not a body, and for connections whose next request does not come.
+    """Uvicorn's protocol with limits on everything but bodies, and a timeout for connections without a request.
 
-    Uvicorn itself ends only those that are silent after an answer (timeout_keep_alive). httptools joins the parts
-    of a header as often as one comes and has no limit, so bytes are counted here as they come.
+    Uvicorn itself only closes connections that are silent after an answer (timeout_keep_alive). httptools joins the
+    parts of a header without a limit, so bytes are counted here as they arrive.
     """
 
     headers_timeout_s = 30.0
@@ -171,9 +170,9 @@ class LimitedProtocol(HttpToolsProtocol):
     _keeps_alive = True
     _num_chunks = _body_bytes = 0
     _framing_bytes = 0
-    """What came of the present head, or around the parts of the present body."""
+    """Bytes received of the current head, or around the chunks of the current body."""
     _head_bytes = 0
-    """Of the head that httptools has taken apart: it may come in one read."""
+    """Bytes of the parsed head, which may arrive in one read."""
     _refusal: tuple[int, str] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -185,7 +184,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Answer what came whole before the client ended its sending, and close then. TLS has no half that is open."""
+        """Answer complete requests after the client has ended its sending, then close. TLS has no half-open state."""
         if self._in_body or not self._is_answering() or self.scheme == "https":
             return False
         self.cycle.keep_alive = False
@@ -202,10 +201,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refusal = _HEAD_TOO_LARGE
             self._refuse()
         elif self._framing_bytes and not self._in_body and self._deadline is None:
-            self._arm()  # for empty lines, which begin no request
+            self._arm()  # for empty lines, which are not a request
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what httptools could not read, or what a limit below stopped."""
+        """Answer a request that httptools could not parse, or that a limit below has stopped."""
         self._refusal = self._refusal or (400, msg)
         self._refuse()
 
@@ -231,12 +230,12 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._in_body = True
         self._num_chunks = self._body_bytes = self._framing_bytes = 0
-        # Only a connection whose request came whole is kept: what an answer leaves unread would hold it for ever.
+        # Only a connection whose request is complete is kept alive: unread bytes would hold it open for ever.
         self._keeps_alive = self.cycle.keep_alive
         self.cycle.keep_alive = False
 
     def on_chunk_header(self) -> None:
-        """Count a chunk: httptools calls it, uvicorn has none."""
+        """Count a chunk; called by httptools, uvicorn does not define it."""
         self._num_chunks += 1
         if self._num_chunks > MAX_CHUNKS + self._body_bytes // CHUNK_BYTES:
             self._stop(400, f"the body has over {MAX_CHUNKS:,} chunks below {CHUNK_BYTES} bytes: send larger ones")
@@ -268,7 +267,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._stop(*_HEAD_TOO_LARGE)
 
     def _stop(self, status: int, message: str) -> None:
-        """Let httptools stop: `send_400_response` follows."""
+        """Stop httptools; `send_400_response` follows."""
         self._refusal = status, message
         raise ValueError(message)
 
@@ -276,15 +275,15 @@ class LimitedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self) -> None:
-        """Send the refusal once all requests before it have their answers, and close."""
+        """Send the refusal after the answers to all earlier requests, and close."""
         assert self._refusal is not None
         self._disarm()
-        self.flow.read_paused = False  # so that nothing resumes it
+        self.flow.read_paused = False  # so that reading is not resumed
         self.transport.pause_reading()
         if self._is_answering() and not self._in_body:
-            return  # on_response_complete comes again
+            return  # on_response_complete calls this again
         is_of_another = self._in_body and (self.pipeline or self.cycle.response_started)
-        if not is_of_another:  # the answer that the client would take it for
+        if not is_of_another:  # the client would take it for this answer
             status, message = self._refusal
             text = f"content-type: text/plain; charset=utf-8\r\ncontent-length: {len(message)}\r\nconnection: close\r\n"
             self.transport.write(b"".join([STATUS_LINE[status], text.encode(), b"\r\n", message.encode()]))
@@ -308,16 +307,16 @@ _HEAD_TOO_LARGE = 431, f"request line, headers or chunk lines have over {MAX_HEA
 
 
 def protocol_with(headers_timeout_s: float) -> type[LimitedProtocol]:
-    """Make the protocol class with this timeout: uvicorn makes its protocols without arguments of ours."""
+    """Return a protocol class with this timeout, as uvicorn creates its protocols without our arguments."""
     return type("LimitedProtocol", (LimitedProtocol,), {"headers_timeout_s": headers_timeout_s})
 
 
 def limit_writes(listener: socket.socket, timeout_s: float) -> None:
-    """Let the kernel close connections of this socket that take nothing of what was sent for so long."""
+    """Let the kernel close connections of this socket whose client has not read sent data for this time."""
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(timeout_s * 1000))
 
 
 def allow_connections() -> None:
-    """Raise this process's limit of open files, which connections are, to the most that it may have."""
+    """Raise this process's limit of open files, which include connections, to the allowed maximum."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,4 +1,4 @@
-"""The listening socket of a server, and uvicorn as we run it: quiet at a signal, with renewed certificates."""
+"""The listening socket of a server, and a uvicorn that stops quietly at a signal and reloads certificates."""
 
 import asyncio
 import contextlib
@@ -22,20 +22,20 @@ KEEP_ALIVE_S = 75
 """Longer than the minute after which proxies close idle connections, so that the server is not the first."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _TICKS_TO_REFRESH = 20
-"""Ten are a second."""
+"""Number of ticks, ten per second."""
 _SO_ATTACH_FILTER = 26
 _DROP_SYN = (
     (0x30, 0, 0, 13),  # load the byte of flags of the TCP header
-    (0x54, 0, 0, 0x12),  # of these SYN and ACK
+    (0x54, 0, 0, 0x12),  # keep the bits SYN and ACK
     (0x15, 0, 1, 0x02),  # SYN alone begins a connection:
     (0x06, 0, 0, 0),  # drop it
-    (0x06, 0, 0, 0xFFFFFFFF),  # let all else through
+    (0x06, 0, 0, 0xFFFFFFFF),  # let everything else through
 )
-"""A program of the kernel's packet filter (bpf(4)), an instruction a line."""
+"""A program for the kernel's packet filter (bpf(4)), one instruction per line."""
 
 
 def listen(settings: AccessSettings) -> socket.socket:
-    """Open the listening socket. Raises ListenError where the port is taken."""
+    """Open the listening socket. Raises ListenError if the port is taken."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -48,16 +48,16 @@ def listen(settings: AccessSettings) -> socket.socket:
     except OSError as failure:
         raise ListenError(
             f"cannot listen on --host {settings.host} --port {settings.port}: {failure.strerror}; choose another, or "
-            "end what listens there"
+            "stop the program that listens there"
         ) from None
     return listener
 
 
 def stop_connecting(listener: socket.socket) -> None:
-    """Let the kernel begin no more connections to this socket; those that it has begun can still be accepted.
+    """Let the kernel refuse new connections to this socket; those already established can still be accepted.
 
-    To close the socket instead would reset the connections that wait to be accepted, and lose their requests. A client
-    whose SYN is dropped sends it again after a second. Does nothing where the system has no such filters.
+    Closing the socket instead would reset the connections that wait to be accepted, and lose their requests. A client
+    whose SYN is dropped sends it again after a second. Does nothing on a system without such filters.
     """
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in _DROP_SYN))
     with contextlib.suppress(OSError):
@@ -67,13 +67,13 @@ def stop_connecting(listener: socket.socket) -> None:
 
 
 def url_of(settings: AccessSettings, listener: socket.socket) -> str:
-    """Write the address at which the socket listens, with the port that it really has."""
+    """Return the address at which the socket listens, with its actual port."""
     host, port = listener.getsockname()[:2]
     return f"{settings.scheme}://[{host}]:{port}" if ":" in host else f"{settings.scheme}://{host}:{port}"
 
 
 def uvicorn_config(settings: AccessSettings, credentials: Credentials, app: Any) -> uvicorn.Config:
-    """Make uvicorn's configuration for an ASGI application."""
+    """Return uvicorn's configuration for an ASGI application."""
     tls = None
     if (context := credentials.context) is not None:
         tls = lambda config, default: context  # noqa: E731
@@ -96,7 +96,7 @@ def uvicorn_config(settings: AccessSettings, credentials: Credentials, app: Any)
 class _TimedLoop(uvloop.Loop):
     """uvloop's event loop, whose servers end TLS handshakes and closings that take too long.
 
-    Uvicorn has no setting for it, and theirs are 60 and 30 s.
+    Uvicorn has no setting for these timeouts, and uvloop's are 60 and 30 s.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -110,7 +110,7 @@ class _TimedLoop(uvloop.Loop):
 
 
 class SecuredServer(uvicorn.Server):
-    """Uvicorn's server, which looks for renewed certificates and tokens, and ends quietly after a signal."""
+    """Uvicorn's server that reloads renewed certificates and tokens, and ends quietly after a signal."""
 
     def __init__(self, config: uvicorn.Config, credentials: Credentials, tls_timeout_s: float) -> None:
         super().__init__(config)
@@ -123,7 +123,7 @@ class SecuredServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take the signals over until the server has stopped, and do not raise them again afterwards."""
+        """Handle the signals until the server has stopped, and do not raise them again afterwards."""
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
         try:
             yield

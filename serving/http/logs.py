@@ -1,4 +1,4 @@
-"""What the server writes on stderr: a line for each event of its life, and for slow requests; never what users sent.
+"""The server's log on stderr: a line for each event of its life and each slow request, without user data.
 
 With --log-requests every body is logged as well.
 """
@@ -14,7 +14,7 @@ logger = logging.getLogger("serving")
 
 
 def configure_logging(*others: str) -> None:
-    """Send the server's log, those of `others` and uvicorn's warnings to stderr, with the time in UTC."""
+    """Send the logs of the server and of `others`, and uvicorn's warnings, to stderr, with the time in UTC."""
     logging.config.dictConfig(
         {
             "version": 1,
@@ -49,5 +49,5 @@ def log_slow(route: str, status: int, seconds: float, scores: Scores | None, siz
     if scores is not None:
         stages = ", ".join(f"{stage} {1000 * scores.stages[stage]:.1f}" for stage in STAGES if stage in scores.stages)
         counts = f"{len(scores.scored)} requests, {scores.num_candidates} candidates"
-        parts = f" ({stages}); {counts}, {sizes[0]} bytes came, {sizes[1]} bytes went"
+        parts = f" ({stages}); {counts}, {sizes[0]} bytes received, {sizes[1]} bytes sent"
     logger.warning("slow: %s %d in %.1f ms%s", route, status, 1000 * seconds, parts)

@@ -1,7 +1,7 @@
-"""Figures for Prometheus: requests, latency by stage, candidates, what was unknown, versions, queue and switches.
+"""Metrics for Prometheus: requests, latency by stage, candidates, unknown values, versions, queue and switches.
 
-With several workers, prometheus-client keeps every process's figures in files of one folder and adds them up when any
-worker is asked (its multiprocess mode). It decides so when it is imported, by the variable
+With several workers, prometheus-client keeps the metrics of each process in files of one folder, and any worker answers
+with their sum (multiprocess mode). The library chooses this mode when it is imported, by the variable
 PROMETHEUS_MULTIPROC_DIR, which serving/http/workers.py sets for its worker processes.
 """
 
@@ -38,7 +38,7 @@ _SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
 class ServingMetrics:
-    """All figures of a worker, with names as /metrics gives them."""
+    """All metrics of a worker, with their names in /metrics."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -76,14 +76,14 @@ class ServingMetrics:
         self.switches = Counter(
             "serving_switches", "Newer models by result: switched or refused", ["result"], registry=registry
         )
-        self._version: Gauge | None = None  # a worker that has no model yet is to report none, and not 0
+        self._version: Gauge | None = None  # a worker without a model reports no value instead of 0
         self._snapshot = self._gauge("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"], "livemin")
         self._age = self._gauge(
             "serving_vectors_age_seconds", "Seconds since the vectors in use were committed", ["store"], "livemax"
         )
         self.queue = self._gauge("serving_queue_bodies", "Bodies that wait for the model", [], "livesum")
         self.predicted = self._gauge(
-            "serving_predicted_wait_seconds", "Seconds that a body that came now would wait", [], "livemax"
+            "serving_predicted_wait_seconds", "Seconds that a body arriving now would wait", [], "livemax"
         )
         self.ready = self._gauge("serving_ready_workers", "Workers with a warmed-up model", [], "livesum")
         if FOLDER_VARIABLE not in os.environ:
@@ -96,7 +96,7 @@ class ServingMetrics:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=mode)
 
     def record_model(self, model: Model, switched: bool) -> None:
-        """Record which model answers from now on, and whether another one did before."""
+        """Record the model in use, and whether it replaces another one."""
         if self._version is None:
             self._version = self._gauge("serving_model_version", "Version of the bundle that answers", [], "livemin")
         self._version.set(model.identity.version)
@@ -108,7 +108,7 @@ class ServingMetrics:
             self.switches.labels("switched").inc()
 
     def record_age(self, model: Model) -> None:
-        """Record how old the vectors are by now."""
+        """Record the age of the vectors."""
         for store, time_s in model.vectors_time_s.items():
             self._age.labels(store).set(max(0.0, time.time() - time_s))
 
@@ -118,10 +118,10 @@ class ServingMetrics:
         self._child(self.seconds, route).observe(seconds)
 
     def record_scored(self, scores: Scores) -> None:
-        """Count a body's candidates, its values by field, those that were unknown or missing, and each stage's time.
+        """Count a body's candidates, its values by field, unknown and missing ones, and the time of each stage.
 
-        Those by field wait in this process until `flush`, as adding them one by one takes a tenth of a request's time;
-        a worker that is killed loses those of its last half second.
+        Counts by field are buffered until `flush`, as adding them one by one takes a tenth of a request's time; a
+        killed worker loses those of its last half second.
         """
         num_candidates = scores.num_candidates
         self.candidates_each.observe(num_candidates)
@@ -139,7 +139,7 @@ class ServingMetrics:
             self._child(self.stages, stage).observe(seconds)
 
     def flush(self) -> None:
-        """Add what `record_scored` counted, for the next reader of the figures; with several workers that is any."""
+        """Add the buffered counts of `record_scored` to the metrics."""
         waiting, self._waiting = self._waiting, defaultdict(int)
         for (counter, field), count in waiting.items():
             if count:
@@ -152,14 +152,14 @@ class ServingMetrics:
             await asyncio.sleep(_FLUSH_S)
 
     def _child(self, metric: MetricT, *labels: str | int) -> MetricT:
-        """Find a metric's series with these labels; prometheus_client takes long to."""
+        """Return a metric's series with these labels, cached, as prometheus_client is slow at this."""
         found: MetricT | None = self._children.get((metric, *labels))
         if found is None:
             found = self._children[metric, *labels] = metric.labels(*labels)
         return found
 
     def text(self) -> bytes:
-        """Write all figures in Prometheus' text format; of all workers, where there are several."""
+        """Return all metrics in Prometheus' text format, summed over all workers."""
         registry = self._registry
         if FOLDER_VARIABLE in os.environ:
             registry = CollectorRegistry()
@@ -168,7 +168,7 @@ class ServingMetrics:
 
 
 def _count(field: Field, scores: Scores) -> int:
-    """Count the values of a field of the user's side, as its places are counted."""
+    """Count the values of a user field in the same way as its places are counted."""
     column = field.columns[0] if field.columns else field.column_name
     if isinstance(scores.decoded, pa.Table):
         return num_entries(scores.decoded.column(column)) if column in scores.decoded.column_names else 0

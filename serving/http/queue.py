@@ -1,9 +1,9 @@
-"""The queue of a worker: bodies wait here until the model is free, and are refused when that would take too long.
+"""The queue of a worker: bodies wait here until the model is free, and are refused if that would take too long.
 
-A body is decoded as soon as it has come: then its cost is known, which the predicted wait of those behind it counts.
-One task of the event loop takes what waits and scores it in pieces, between which other tasks run; there is no second
-thread. All answers of a body are of one model. On one core, with 200 candidates a request, scoring in the loop was
-faster than in a thread of its own, which has to pass the interpreter's lock to and fro: see docs/SERVE.md.
+A body is decoded as soon as it is received, so that the predicted wait of later ones includes its cost. One task of the
+event loop scores waiting bodies in pieces, between which other tasks run; there is no second thread. One model answers
+a whole body. On one core, with 200 candidates a request, scoring in the loop was faster than in a thread of its own,
+which has to exchange the interpreter's lock with the loop: see docs/SERVE.md.
 """
 
 import asyncio
@@ -23,30 +23,30 @@ from serving.scoring.budget import Budget
 from serving.scoring.request import REQUEST_COST, Request, Sizes, check_sizes, joined, sizes_of
 
 FIRST_GUESS_S = 2.5e-7
-"""Seconds for a pair of a candidate and a behaviour, before any was measured; see `Sizes.cost`."""
+"""Seconds per pair of a candidate and a behaviour, until it was measured; see `Sizes.cost`."""
 BATCH_COST = 50_000
-"""What waits is scored together up to this cost: more would let the first ones wait for the last."""
+"""Waiting bodies are scored together up to this cost; with more, the first would wait for the last."""
 ALWAYS_WAIT = 4
-"""The number of bodies that may always wait: a few clients are no overload, not while a model is loaded either."""
+"""Number of bodies that may always wait: a few clients are not an overload, even while a model is loaded."""
 LARGEST_AT_ONCE = 4
 """Bodies of the largest size that may wait to be decoded."""
 PIECE_S = 0.005
-"""After work of this length other tasks run."""
+"""Seconds of work after which other tasks run."""
 TURNS = 5
-"""Of the event loop between two pieces: a new connection takes some until it has its answer."""
+"""Rounds of the event loop between two pieces: a new connection needs some until it has its answer."""
 _WEIGHT = 0.1
 _MOST_GROWTH = 3.0
 
 
 @dataclass
 class Work:
-    """One body on its way: what it holds, when it came, and how long each stage took."""
+    """One waiting body: its content, its time of arrival, and the duration of each stage."""
 
     body: Body
     decoded: Decoded
     sizes: Sizes
     model: Model
-    """By whose columns it was decoded."""
+    """The model by whose columns it was decoded."""
     done: "asyncio.Future[Scores]"
     stages: dict[str, float]
     decoded_s: float = field(default_factory=time.perf_counter)
@@ -57,13 +57,13 @@ class Work:
 
 
 class Pace:
-    """Lets other tasks of the event loop run whenever it has worked for `PIECE_S`."""
+    """Lets other tasks of the event loop run after each `PIECE_S` of work."""
 
     def __init__(self) -> None:
         self._worked_s = 0.0
 
     async def pause(self) -> None:
-        """Let others run, if it is time to."""
+        """Let other tasks run if it is time to."""
         if self._worked_s >= PIECE_S:
             self._worked_s = 0.0
             for _ in range(TURNS):
@@ -106,18 +106,18 @@ class ScoringQueue:
 
     @property
     def predicted_wait_s(self) -> float:
-        """How long a body that came now would wait for those before it, the ones that are being scored among them."""
+        """How long a body arriving now would wait for all earlier ones, including those being scored."""
         return self._cost * self.seconds_per_cost
 
     async def score(self, body: Body, size_bytes: int) -> Scores:
         """Wait for the model and score a body. Raises NotReadyError, RefusedError (503), RequestError."""
-        self._live.model  # noqa: B018 (raises where there is none yet)
+        self._live.model  # noqa: B018 (raises if there is none yet)
         self._refuse_if_busy()
         if self._undecoded_bytes and self._undecoded_bytes + size_bytes > self._max_undecoded_bytes:
-            raise RefusedError(503, "the server is busy: too many large bodies came at once", {"Retry-After": "1"})
+            raise RefusedError(503, "the server is busy: too many large bodies at once", {"Retry-After": "1"})
         self._undecoded_bytes += size_bytes
         self._undecoded += 1
-        self._cost += REQUEST_COST  # the least that it can be
+        self._cost += REQUEST_COST  # a lower bound
         try:
             async with self._decoding:  # one at a time: others run after each
                 work = await self._decoded(body)
@@ -154,7 +154,7 @@ class ScoringQueue:
         return decoded, sizes
 
     async def run(self) -> None:
-        """Score what comes, until cancelled."""
+        """Score bodies until cancelled."""
         while True:
             await self._some.wait()
             works = self._take()
@@ -162,7 +162,7 @@ class ScoringQueue:
             try:
                 with self._live.held() as model:
                     await self._process(model, works)
-            except Exception as error:  # an own bug: those who wait get it, and the queue lives on
+            except Exception as error:  # a bug: the waiting requests get the error, and the queue continues
                 for work in works:
                     _fail(work, error)
             self._cost -= cost
@@ -171,7 +171,7 @@ class ScoringQueue:
             await self.pace.pause()
 
     def _take(self) -> list[Work]:
-        """Take the next batch: those before `BATCH_COST` is reached, and one at least."""
+        """Take the next batch: bodies up to `BATCH_COST`, and at least one."""
         taken: list[Work] = []
         cost = 0
         while self._waiting and (not taken or cost + self._waiting[0].cost <= BATCH_COST):
@@ -182,7 +182,7 @@ class ScoringQueue:
         return taken
 
     def _measure(self, seconds_per_cost: float) -> None:
-        measured = min(seconds_per_cost, _MOST_GROWTH * self.seconds_per_cost)  # one pause says little of the next
+        measured = min(seconds_per_cost, _MOST_GROWTH * self.seconds_per_cost)  # one pause says little about the next
         self.seconds_per_cost += _WEIGHT * (measured - self.seconds_per_cost)
 
     async def _process(self, model: Model, works: list[Work]) -> None:
@@ -204,7 +204,7 @@ class ScoringQueue:
             await self._score(model, together)
 
     async def _score(self, model: Model, works: list[Work]) -> None:
-        """Score several bodies together; where that fails, each alone, so that one does not spoil the others."""
+        """Score several bodies together; if that fails, score each alone, so that a bad one fails alone."""
         start_s = time.perf_counter()
         try:
             scored = await self.pace.through(model.steps(_joined(works), joined([work.sizes for work in works])))
@@ -219,7 +219,7 @@ class ScoringQueue:
         for work in works:
             own, scored = scored[: len(work.sizes)], scored[len(work.sizes) :]
             stages = work.stages | {"score": elapsed_s}
-            if not work.done.done():  # its client may be gone
+            if not work.done.done():  # its client may have left
                 scores = Scores(
                     identity=model.identity, fields=model.fields, decoded=work.decoded, scored=own, stages=stages
                 )

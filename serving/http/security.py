@@ -1,10 +1,9 @@
-"""Who may ask, and by which certificate the server is known.
+"""Access tokens and TLS certificates of a server.
 
-All three files are read again when they change, so that nothing has to be started again when one is renewed.
-
-A token is sent as `Authorization: Bearer TOKEN` and compared in constant time; a file may hold several, one a line, so
-that a new one can be handed out before the old one goes. Health checks need none. Certificate and key are tried out
-before the server listens, so that a wrong file is one line and not a failed handshake later.
+The files of tokens, certificate and key are read again when they change, so that a renewal needs no restart. A token is
+sent as `Authorization: Bearer TOKEN` and compared in constant time; a file may hold several, one per line, so that a
+new one can be handed out before the old one is removed. Health checks need no token. Certificate and key are tested
+before the server listens, so that a wrong file is an error at the start instead of a failed handshake later.
 """
 
 import hashlib
@@ -51,29 +50,29 @@ class TokenGuard:
 
 
 def is_among(token: bytes, tokens: Sequence[str]) -> bool:
-    """Return whether the token is one of these, in a time that says nothing: every one is compared."""
+    """Return whether the token is one of these, in constant time: all are compared."""
     digest = hashlib.sha256(token).digest()
     fits = [hmac.compare_digest(digest, hashlib.sha256(each.encode()).digest()) for each in tokens]
     return any(fits)
 
 
 class Credentials:
-    """The tokens and the TLS context of a server by what their files hold now; `refresh` looks at them again."""
+    """The tokens and the TLS context of a server, read from their files; `refresh` reads changed files again."""
 
     def __init__(self, settings: AccessSettings) -> None:
         """Read the files. Raises ServerSettingsError, TokenFileError."""
         self._settings = settings
         self._seen = self._look()
         self.tokens = None if settings.token_file is None else read_tokens(settings.token_file)
-        """One list for ever, whose tokens change."""
+        """Always the same list, whose tokens change."""
         self.context: ssl.SSLContext | None = None
-        """Of every handshake, which continues with the newest certificate."""
+        """Context of every handshake, which then uses the newest certificate."""
         if settings.tls_cert is not None:
             self.context = self._newest = tls_context(settings.tls_cert, settings.tls_key)
             self.context.sni_callback = self._choose
 
     def refresh(self) -> None:
-        """Read the files again where one has changed; where they are wrong, those before stay in use."""
+        """Read changed files again; if one is wrong, the previous credentials stay in use."""
         seen, settings = self._look(), self._settings
         if seen == self._seen:
             return
@@ -86,7 +85,7 @@ class Credentials:
             if settings.token_file is not None and self.tokens is not None:
                 self.tokens[:] = read_tokens(settings.token_file)
         except (ServerSettingsError, TokenFileError) as error:
-            logger.error("what was read before stays in use: %s", error)
+            logger.error("the previous certificate and tokens stay in use: %s", error)
             return
         logger.info("read certificate and tokens again, as a file of them has changed")
 
@@ -99,13 +98,13 @@ class Credentials:
 
 
 def check_files(settings: AccessSettings) -> None:
-    """Try out the files of tokens, certificate and key before the server listens.
+    """Check the files of tokens, certificate and key before the server listens.
 
     Raises ServerSettingsError, TokenFileError."""
     if settings.token_file is not None:
         read_tokens(settings.token_file)
         if settings.token_file.stat().st_mode & 0o004:
-            logger.warning("everybody on this machine may read %s: chmod 600 it", settings.token_file)
+            logger.warning("every user of this machine can read %s: run chmod 600 on it", settings.token_file)
     if settings.tls_cert is not None:
         tls_context(settings.tls_cert, settings.tls_key)
         _warn_of_dates(settings.tls_cert)
@@ -116,15 +115,15 @@ def check_files(settings: AccessSettings) -> None:
         and settings.record_file
         and not settings.record_file.absolute().parent.is_dir()
     ):
-        raise ServerSettingsError(f"--record-file {settings.record_file}: its folder is not there; make it first")
+        raise ServerSettingsError(f"--record-file {settings.record_file}: its folder does not exist; create it first")
     if settings.host not in LOOPBACKS and settings.token_file is None:
-        logger.warning("no --token-file on %s: everybody who reaches this server may ask it", settings.host)
+        logger.warning("no --token-file on %s: everyone who can reach this server can use it", settings.host)
     if settings.host not in LOOPBACKS and settings.tls_cert is None:
-        logger.warning("no TLS on %s: what users send can be read on the way", settings.host)
+        logger.warning("no TLS on %s: requests can be read on the network", settings.host)
 
 
 def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
-    """Make the server's TLS context of a certificate chain and its key, both PEM. Raises ServerSettingsError."""
+    """Create the server's TLS context from a certificate chain and its key, both PEM. Raises ServerSettingsError."""
     key = cert if key is None else key
     for option, file in (("--tls-cert", cert), ("--tls-key", key)):
         try:
@@ -146,7 +145,7 @@ def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
     except (ssl.SSLError, OSError) as failure:
         reason = getattr(failure, "reason", None)
         if reason == "KEY_VALUES_MISMATCH":
-            problem = f"is not the key of {cert}; give those of one pair"
+            problem = f"is not the key of {cert}; give a matching pair"
         else:
             problem = "has no usable key; give the certificate's, in PEM"
         raise ServerSettingsError(f"{'--tls-cert' if key is cert else '--tls-key'} {key} {problem}") from None
@@ -154,7 +153,7 @@ def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
-    """Return what differs between two states of a file; None where it cannot be looked at."""
+    """Return inode, size and time of a file, to detect changes; None if it cannot be read."""
     try:
         found = file.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a person may set about a server: one frozen object that also travels to its worker processes."""
+"""User settings of a server, in one frozen object that is also sent to its worker processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from serving.scoring.budget import Budget
 
 @dataclass(frozen=True, kw_only=True)
 class AccessSettings:
-    """Where a server listens, who may ask, and by which certificate it is known."""
+    """Address, tokens, certificate and timeouts of a server."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -16,24 +16,24 @@ class AccessSettings:
     tls_key: Path | None = None
     token_file: Path | None = None
     read_timeout_s: float = 30.0
-    """For a client to send a request, and to take its answer."""
+    """Time for a client to send a request, and to read its answer."""
     drain_s: int = 30
-    """For running requests to end after SIGTERM."""
+    """Time for running requests to end after SIGTERM."""
 
     @property
     def scheme(self) -> str:
-        """https where a certificate is given."""
+        """https if a certificate is given, else http."""
         return "https" if self.tls_cert is not None else "http"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(AccessSettings):
-    """All options of `python -m serving serve`, see there; times in seconds or milliseconds, sizes in bytes."""
+    """All options of `python -m serving serve`, see its help texts."""
 
     model: str
     """Folder or address of the bundle."""
     name: str
-    """Of the model in the addresses of the Open Inference Protocol."""
+    """Name of the model in the addresses of the Open Inference Protocol."""
     workers: int = 1
     max_body_mb: float = 8.0
     max_requests: int = Budget.requests
@@ -56,7 +56,7 @@ class ServerSettings(AccessSettings):
 
     @property
     def budget(self) -> Budget:
-        """What a body may hold."""
+        """The limits of a body's content."""
         return Budget(
             requests=self.max_requests,
             candidates=self.max_candidates,

@@ -1,12 +1,12 @@
 """The processes of the server: one, or a supervisor and several that share one listening socket.
 
-Uvicorn's own supervisor (`uvicorn.supervisors.Multiprocess`) was not enough: it does not hear a second signal while it
-waits for workers to drain, it takes a worker that is busy loading a model for a hung one, its new workers answer before
-they can score, and it ends with exit code 0 when no worker could start. This one does what is needed and no more.
+Uvicorn's own supervisor (`uvicorn.supervisors.Multiprocess`) is not enough: it ignores a second signal while it waits
+for workers to drain, it takes a worker that is busy loading a model for a hung one, its new workers accept connections
+before they can score, and it ends with exit code 0 if no worker could start.
 
-A worker of several accepts connections only when its model is warm, so that those before it in the queue of the
-kernel are answered by workers that can. A worker that died is started again at once, and with growing pauses where it
-dies before it is ready. SIGTERM and SIGINT drain; a second signal ends at once.
+One of several workers accepts connections only when its model is warm, so that until then the kernel's queue goes to
+workers that can answer. A worker that died is restarted at once, and with growing pauses if it dies before it is ready.
+SIGTERM and SIGINT drain; a second signal ends at once.
 """
 
 import multiprocessing
@@ -46,16 +46,16 @@ _MAX_PAUSE_S = 30.0
 _TICKS_TO_STOP = 5
 """Ten are a second."""
 _TICKS_OF_BACKLOG = 2
-"""The last ones of these, in which no connection begins any more."""
+"""The last of these ticks, in which new connections are refused."""
 _TICKS_OF_PATIENCE = 10
-"""The most that follow where a connection has begun and its first request has not come."""
+"""Most ticks to wait for the first request of a connection that is already open."""
 
 
 def serve(settings: ServerSettings, make_source: MakeSource) -> int:
     """Listen and answer until a signal, and return the exit code.
 
-    Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError where the port is taken,
-    and what the source raises where the first model cannot be loaded.
+    Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError if the port is taken, and
+    the source's errors if the first model cannot be loaded.
     """
     configure_logging()
     check_files(settings)
@@ -73,7 +73,7 @@ def run_worker(
     make_source: MakeSource,
     on_ready: Callable[[], None] | None = None,
 ) -> int:
-    """Answer on the listening socket in this process, and return the exit code; `on_ready`: it is one of several."""
+    """Answer on the listening socket in this process; return the exit code. `on_ready`: set for one of several."""
     allow_connections()
     credentials, failures = Credentials(settings), list[Exception]()
     scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
@@ -87,9 +87,9 @@ def run_worker(
 
 
 class DrainingServer(SecuredServer):
-    """Uvicorn's server, which stops as ours does: a first signal drains, a second one ends the process at once.
+    """Uvicorn's server that drains at a first signal; a second one ends the process at once.
 
-    A worker of several leaves the second one to its supervisor: a signal to the whole group reaches it twice.
+    One of several workers leaves the second signal to its supervisor, as a signal to the whole group reaches it twice.
     """
 
     def __init__(
@@ -105,28 +105,27 @@ class DrainingServer(SecuredServer):
         self._ticks_left = _TICKS_TO_STOP
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; on a second signal end."""
+        """Drain; end on a second signal."""
         if self._scoring.stopping and self._scoring.on_ready is None:
             os._exit(STOPPED)
         self._scoring.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop also where the first model could not be loaded.
+        """Stop after a signal, or if the first model could not be loaded.
 
-        After a signal a few ticks pass first, in which every answer closes its connection: a request that is on its way
-        while a connection is closed would be lost. Towards their end no connection begins any more, and those that have
-        begun get their answer.
+        For a few ticks after a signal every answer closes its connection, as a request sent while the server closes the
+        connection would be lost. In the last ones new connections are refused, and open ones get their answer.
         """
         if self._scoring.stopping:
             self._ticks_left -= 1
             if self._ticks_left == _TICKS_OF_BACKLOG and self._scoring.on_ready is None:
-                stop_connecting(self._listener)  # of several workers the supervisor does it: the socket is theirs too
+                stop_connecting(self._listener)  # with several workers the supervisor does it, as they share the socket
             is_patient = self._ticks_left > -_TICKS_OF_PATIENCE and self._has_new_connections()
             self.should_exit = self.should_exit or (self._ticks_left <= 0 and not is_patient)
         return await super().on_tick(counter) or bool(self._failures)
 
     def _has_new_connections(self) -> bool:
-        """Return whether a connection waits to be accepted, or has been and has not sent a request."""
+        """Return whether a connection waits to be accepted, or was accepted and has not sent a request."""
         waiting = select.poll()
         waiting.register(self._listener, select.POLLIN)
         connections: Iterable[Any] = self.server_state.connections
@@ -142,7 +141,7 @@ class _Worker:
 
 @dataclass
 class WorkerSupervisor:
-    """Starts the workers, starts those again that died, and ends them all."""
+    """Starts the workers, restarts those that died, and ends them all."""
 
     settings: ServerSettings
     listener: socket.socket
@@ -154,7 +153,7 @@ class WorkerSupervisor:
         """Run until a signal or until no worker can start; returns the exit code."""
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         folder = tempfile.mkdtemp(prefix="serving-metrics-")
-        os.environ[FOLDER_VARIABLE] = folder  # spawned workers see it when they import prometheus_client
+        os.environ[FOLDER_VARIABLE] = folder  # spawned workers read it when they import prometheus_client
         try:
             self._workers = [self._start() for _ in range(self.settings.workers)]
             return self._watch(folder)
@@ -217,7 +216,7 @@ def _work(
     ready: Event,
     pause_s: float,
 ) -> None:
-    """Be one of several workers; ends with its supervisor."""
+    """Run one of several workers; ends with its supervisor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the supervisor passes it on
     threading.Thread(target=_end_with_parent, daemon=True).start()
     configure_logging()

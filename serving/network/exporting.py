@@ -3,8 +3,8 @@
     export_network(model, config, folder, compiled=True)
 
 writes `network.pt2`, which runs wherever this version of torch does, and `network-<machine>.pt2` (`machine.py`). The
-model is the trainer's own: nothing of its mathematics is written a second time. Takes some ten seconds, and half a
-minute of one core for compiled code, which needs a C++ compiler.
+model is the trainer's own module: none of its mathematics is written a second time. Takes about ten seconds, plus half
+a minute of one core for compiled code, which needs a C++ compiler.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from serving.network.machine import compiled_name
-from serving.network.once import multiply_once
+from serving.network.once import split_shared_linear
 from serving.network.slots import Slots
 from trainer.config.options import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
@@ -29,13 +29,13 @@ PORTABLE = "network.pt2"
 SLOTS = "slots.json"
 """Inside a portable file, and among the metadata of a compiled one."""
 
-# Example sizes, all different: torch.export takes equal ones for one size.
+# Example sizes, all different, as torch.export takes equal ones for the same dimension.
 _CANDIDATES = 13
 _SIZES = tuple(range(14, 10_000))
 
 
 class OneUser(nn.Module):
-    """A model as it is exported: the tensors of `slots`, one after the other, in, the logits (B,) out."""
+    """The module that is exported: takes the tensors of `slots` in order, returns the logits (B,)."""
 
     def __init__(self, model: CtrModel, slots: Slots) -> None:
         super().__init__()
@@ -81,32 +81,32 @@ class OneUser(nn.Module):
 
 
 def export_network(model: CtrModel, config: ModelConfig, folder: Path, *, compiled: bool = False) -> list[Path]:
-    """Write the network of a trained model, on a CPU, into a folder that is there; return the files.
+    """Write the network of a trained model, on a CPU, into an existing folder; return the files.
 
     `compiled`: write compiled code of this machine as well.
     """
     slots = Slots.of(model, config)
-    program = exported(model, slots)
+    program = export_program(model, slots)
     portable = folder / PORTABLE
     torch.export.save(program, portable, extra_files={SLOTS: slots.to_json()})
     return [portable, _compile(program, slots, folder / compiled_name())] if compiled else [portable]
 
 
-def exported(model: CtrModel, slots: Slots) -> ExportedProgram:
+def export_program(model: CtrModel, slots: Slots) -> ExportedProgram:
     """Return the program of a model, for any number of candidates and of values of each list."""
     from torch._dynamo import config as tracing  # a second's import, of those who export alone
 
     network = OneUser(model, slots).eval()
     examples, dynamic = _examples(slots)
-    # Its cache of shapes finds next to nothing where sizes are free, and takes a fifth of the time.
+    # With dynamic sizes its cache of shapes has almost no hits, and takes a fifth of the time.
     with torch.no_grad(), tracing.patch(fake_tensor_cache_enabled=False):
         program = torch.export.export(network, examples, dynamic_shapes=dynamic, strict=False)
-        multiply_once(program)
+        split_shared_linear(program)
     return program
 
 
 def _examples(slots: Slots) -> tuple[tuple[Tensor, ...], Any]:
-    """Make inputs to export with, and say which dimensions are free."""
+    """Return example inputs for the export, and which of their dimensions are dynamic."""
     sizes = dict(zip(slots.lists, _SIZES, strict=False))
     sizes |= dict.fromkeys(slots.equal_lists, sizes[slots.equal_lists[0]] if slots.equal_lists else 0)
     others = iter(_SIZES[len(slots.lists) :])

@@ -1,4 +1,4 @@
-"""What the network of a bundle takes: the rows of each field, looked up, for some users and all their candidates.
+"""Inputs of a bundle's network: the rows looked up for each field, for some users and all their candidates.
 
 The shapes are those of a batch of the trainer (trainer/samples/reader.py): G users, B candidates of all of them, one
 user's after the other's; M = G on the user side and B on the ad side; N values of a field; V width of its vectors.
@@ -39,7 +39,7 @@ class NearestRows:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInputs:
-    """All that one call of the network takes."""
+    """All inputs of one call of the network."""
 
     group_of_sample_B: Int64
     """The user of each candidate, in [0, G), ascending."""

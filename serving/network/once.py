@@ -1,8 +1,8 @@
-"""What is the same for all rows of a product is multiplied once: a rewriting of exported programs.
+"""Rewrites exported programs so that the user's part of a linear layer is computed once for all candidates.
 
-A model puts the user's part next to each candidate's and multiplies both by one weight. The user's part is multiplied
-for one row here, and added to all. It moves nothing but the order of a sum, and saves a third of the operations of the
-paper's model.
+A model concatenates the user's part with each candidate's and multiplies both by one weight. The rewritten program
+multiplies the user's part for one row and adds it to all. This only changes the order of a sum, and saves a third of
+the operations of the paper's model.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.fx import Node
 _aten = torch.ops.aten
 
 
-def multiply_once(program: ExportedProgram) -> None:
+def split_shared_linear(program: ExportedProgram) -> None:
     """Rewrite the program in place."""
     for node in list(program.graph.nodes):
         if node.target is _aten.linear.default:
@@ -57,7 +57,7 @@ def _args(node: Node) -> tuple[Any, ...]:
 
 
 def _call(like: Node, target: Callable[..., Any], *args: Any) -> Node:
-    """Insert a call, with the shape of what it gives, which torch.export writes down."""
+    """Insert a call with the shape of its result, which torch.export stores."""
     new = like.graph.call_function(target, args)
     with like.meta["val"].fake_mode:
         new.meta["val"] = target(*torch.fx.node.map_arg(args, _value))

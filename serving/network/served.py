@@ -2,10 +2,11 @@
 
     network = ServedNetwork.load(folder)
     network.score(inputs)        (B,) float32
-    network.form, network.note   "compiled" or "portable", and why not compiled where there is such code
+    network.form, network.note   "compiled" or "portable", and why existing compiled code is not used
 
-Compiled code is taken where it is of this machine (`machine.py`); the portable form gives the same logits up to
-rounding, and takes some milliseconds a user. One core a call: torch's number of threads is set for the whole process.
+Uses code compiled for this kind of machine (`machine.py`) if there is any. The portable form gives the same logits up
+to rounding, and takes some milliseconds a user. A call uses one core; torch's number of threads applies to the whole
+process.
 """
 
 import zipfile
@@ -23,10 +24,10 @@ from serving.network.exporting import PORTABLE, SLOTS
 from serving.network.inputs import Float32, NetworkInputs
 from serving.network.machine import compiled_name
 from serving.network.slots import Slots
-from serving.network.steps import Steps, finished
-from serving.network.users import user_blocks
+from serving.network.steps import Steps, run_steps
+from serving.network.users import split_by_user
 
-_BLOCK = 256  # candidates a run: what it makes of them stays in the processor's cache
+_BLOCK = 256  # candidates a run, so that intermediate results stay in the processor's cache
 MOST_PAIRS = 1 << 15
 """Pairs of a candidate and a behaviour a run: some milliseconds, and some megabytes."""
 
@@ -41,7 +42,7 @@ class ServedNetwork:
         self._run, self._slots = run, slots
         self.form = form
         self.note = note
-        """Why compiled code that is there is not used."""
+        """Why existing compiled code is not used."""
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 1, portable: bool = False) -> Self:
@@ -70,12 +71,12 @@ class ServedNetwork:
 
     def score(self, inputs: NetworkInputs) -> Float32:
         """Return the logits of all candidates, (B,), in their order."""
-        return finished(self.steps(inputs))
+        return run_steps(self.steps(inputs))
 
     def steps(self, inputs: NetworkInputs) -> Steps[Float32]:
-        """As `score`, a run of the network at a time: of 256 candidates of a user, fewer for long histories."""
+        """Score in pieces: 256 candidates of a user at a time, fewer for long histories."""
         logits = []
-        for block in user_blocks(inputs, self._slots.of_user, _BLOCK, MOST_PAIRS):
+        for block in split_by_user(inputs, self._slots.of_user, _BLOCK, MOST_PAIRS):
             logits.append(self._score(block))
             yield
         return np.concatenate(logits) if logits else np.empty(0, np.float32)
@@ -104,8 +105,8 @@ def _load_portable(path: Path) -> tuple[Run, Slots]:
     _check_archive(path)
     written = {SLOTS: ""}
     try:
-        # Guards say which sizes the tracing went by, as B % (B * L) != 0, and fail for L = 0 and 1 where nothing else
-        # does. `Slots.arrays` checks what the sizes have to be.
+        # Guards record sizes of the tracing, e.g. B % (B * L) != 0, and fail for L = 0 and 1, which are valid. #
+        # `Slots.arrays` checks the sizes.
         network = torch.export.load(path, extra_files=written).module(check_guards=False)
         slots = Slots.from_json(written[SLOTS])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as failure:
@@ -115,7 +116,7 @@ def _load_portable(path: Path) -> tuple[Run, Slots]:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare each part of a file with its checksum: torch looks at some of them alone. Raises BrokenBundleError."""
+    """Compare each part of a file with its checksum, as torch only checks some. Raises BrokenBundleError."""
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()

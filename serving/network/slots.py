@@ -1,7 +1,7 @@
-"""The tensors that an exported network takes, by name and in order, and how a user's `NetworkInputs` become them.
+"""The input tensors of an exported network, by name and in order, made from a user's `NetworkInputs`.
 
-A network is exported for one user and B candidates: it knows without any list of lengths that all candidates see the
-same behaviours, so that attention is a product of two plain blocks. Several users are several calls.
+A network is exported for one user and B candidates. All candidates share the same behaviours, so attention is a product
+of two dense blocks without lists of lengths. Several users need several calls.
 
 The first tensor is (B,), for its length alone. The second counts the values of each list of the user, in the order of
 `Slots.lists`, for torch.export takes a size that can be 0 for 2 at least. The others are those of `Slots.slots`.
@@ -52,7 +52,7 @@ class Slots:
     lists: tuple[str, ...]
     """Fields of the user with several values."""
     equal_lists: tuple[str, ...]
-    """Those that belong together value by value."""
+    """Fields whose lists are aligned value by value."""
     of_user: tuple[str, ...]
     """Fields of side user, dense ones included."""
 
@@ -85,7 +85,7 @@ class Slots:
         return cls(slots=slots, **{name: tuple(names) for name, names in read.items()})
 
     def arrays(self, inputs: NetworkInputs) -> list[NDArray[Any]]:
-        """Put the arrays of one user in order, contiguous and of the right types; those that are so are not copied."""
+        """Return the arrays of one user in order, contiguous and of the right types; copies only if needed."""
         assert inputs.num_groups == 1
         num_candidates = len(inputs.group_of_sample_B)
         counts = {name: _num_values(inputs.fields[name]) for name in self.lists}
@@ -133,7 +133,7 @@ def _part(inputs: NetworkInputs, slot: Slot) -> NDArray[Any]:
 
 
 def _check(slot: Slot, array: NDArray[Any], num_candidates: int, counts: dict[str, int]) -> None:
-    """Check the sizes of an array: compiled code trusts them."""
+    """Check the sizes of an array, as compiled code trusts them."""
     size = len(array)
     expected = 1 if slot.size == "one" else num_candidates if slot.size == "candidates" else counts.get(slot.field)
     assert slot.size == "any" or size == expected, f"{slot.field}.{slot.part} has {size} rows and not {expected}"

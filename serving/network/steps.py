@@ -11,8 +11,8 @@ CHUNK = 10_000
 """Values that are converted in one piece."""
 
 
-def finished(steps: Steps[ResultT]) -> ResultT:
-    """Do all pieces one after the other, and return the result."""
+def run_steps(steps: Steps[ResultT]) -> ResultT:
+    """Run all pieces, and return the result."""
     while True:
         try:
             next(steps)

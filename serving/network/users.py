@@ -1,4 +1,4 @@
-"""The inputs of several users, divided into blocks of candidates that belong to one user each."""
+"""Division of the inputs of several users into blocks of candidates of one user each."""
 
 import itertools
 from collections.abc import Collection, Iterator
@@ -9,13 +9,13 @@ import numpy as np
 from serving.network.inputs import FieldRows, Int64, NearestRows, NetworkInputs
 
 
-def user_blocks(
+def split_by_user(
     inputs: NetworkInputs, of_user: Collection[str], at_most: int, most_pairs: int
 ) -> Iterator[NetworkInputs]:
     """Divide the inputs into blocks of one user and 1 to `at_most` candidates, in their order, by views.
 
-    A block has fewer where these times the user's longest list are more than `most_pairs`, but one at least; the
-    inputs themselves are given where they are one block. `of_user`: the fields of side user.
+    A block has fewer candidates if their number times the user's longest list exceeds `most_pairs`, but at least one.
+    Inputs that are a single block are returned as they are. `of_user`: the fields of side user.
     """
     longest_G = np.ones(inputs.num_groups, np.int64)
     for name in inputs.fields.keys() & of_user:
@@ -41,7 +41,7 @@ def user_blocks(
 
 
 def _blocks(inputs: NetworkInputs, at_most_G: Int64) -> Iterator[tuple[int, int, int]]:
-    """List the user of each block, and where its candidates begin and end."""
+    """List the user of each block, with the range of its candidates."""
     starts_G = np.searchsorted(inputs.group_of_sample_B, np.arange(inputs.num_groups + 1)).tolist()
     for user, (first, last) in enumerate(itertools.pairwise(starts_G)):
         at_most = int(at_most_G[user])

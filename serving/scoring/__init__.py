@@ -1,1 +1,1 @@
-"""Scores: from users and candidates as logs have them to logits, with a bundle; reports what was unknown or missing."""
+"""Scoring with a bundle: raw users and candidates in; logits, unknown IDs and missing images out."""

@@ -1,7 +1,7 @@
 """Arrow tables to the arrays that training makes of sample files: a row is a user and all candidates.
 
-Texts become IDs first, each distinct one once, in chunks between which an event loop may do other work: a dictionary of
-long texts is never written out for each of its rows.
+Texts are first hashed to IDs, each distinct one once, in chunks between which an event loop may do other work.
+Dictionaries of long texts are never expanded to rows.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
 from featurestore.text import one_line
 from serving.errors import OverflowingInputError, RequestError
-from serving.network.steps import CHUNK, Steps, finished
+from serving.network.steps import CHUNK, Steps, run_steps
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import CROSSED_CHUNK, Bool, DecodedRequests, batch_of
 from trainer.errors import DataError, OverflowingValueError, SchemaError
@@ -41,11 +41,11 @@ def decode_table(columns: RequestColumns, table: pa.Table) -> DecodedRequests:
 
     Raises RequestError that names the column and the row.
     """
-    return finished(table_steps(columns, table))
+    return run_steps(table_steps(columns, table))
 
 
 def table_steps(columns: RequestColumns, table: pa.Table, first_row: int = 0) -> Steps[DecodedRequests]:
-    """As `decode_table`, in pieces; `first_row`: the number of the table's first row among those of a body."""
+    """Decode a table in pieces; `first_row`: the number of its first row in the body."""
     check_columns(columns, table)
     try:
         reader = _TableReader(columns, table)
@@ -74,7 +74,7 @@ def table_steps(columns: RequestColumns, table: pa.Table, first_row: int = 0) ->
 
 
 def check_columns(columns: RequestColumns, table: pa.Table) -> None:
-    """Raise RequestError where columns of a table are missing, unknown, twice in it or of another type."""
+    """Raise RequestError if columns of a table are missing, unknown, duplicated or of a wrong type."""
     columns.check_table(table.column_names)
     try:
         check_types(table.schema, columns.rules, _TABLE)
@@ -111,7 +111,7 @@ class _TableReader:
 
     @property
     def rules(self) -> dict[str, Rule]:
-        """What the columns of the table have to be; one that has been crossed has a name of its own."""
+        """The rules of the table's columns; a crossed column has a name of its own."""
         names = {name: _CROSSED + name if name in self._crossed else name for name in self._columns.rules}
         return {
             names[name]: replace(
@@ -125,7 +125,7 @@ class _TableReader:
     def read(self) -> Steps[None]:
         """Read all columns of texts, of images, and those that are crossed.
 
-        What is wrong, a null or lists of unequal lengths, is left to decoding, which names its place.
+        Leaves mistakes, such as nulls or lists of unequal lengths, to decoding, which names their position.
         """
         encoded: dict[str, tuple[list[Index], Encoded]] = {}
         sources = {source for rule in self._columns.rules.values() for source in rule.crossed}
@@ -171,7 +171,7 @@ class _TableReader:
 
 
 def _opened(column: Any, rule: Rule) -> tuple[list[Index], Any]:
-    """Return the offsets of a column's lists, outermost first, and what is in them: None where a list is null."""
+    """Return the offsets of a column's lists, outermost first, and their values; None if a list is null."""
     array, lists = column.combine_chunks(), list[Index]()
     for _ in range(rule.depth):
         if array.null_count:
@@ -210,5 +210,5 @@ def _dense_type(array: Any) -> pa.DataType:
 
 
 def _dense(array: Any) -> Any:
-    """Write a dictionary of numbers out."""
+    """Expand a dictionary of numbers."""
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array

@@ -1,4 +1,4 @@
-"""The budget of a request body: what it may hold, counted before anything of that size is built.
+"""The budget of a request body: limits that are checked before anything of that size is built.
 
 docs/SECURITY.md has the same limits as a table; serving/scoring/request.py measures what a body holds.
 """
@@ -27,7 +27,7 @@ _WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a body may hold; the body's bytes are limited where they are read."""
+    """The limits of a body's content; its bytes are limited while they are read."""
 
     requests: int = 1_000
     candidates: int = 10_000
@@ -50,7 +50,7 @@ class Budget:
     """Of an Arrow stream."""
 
     def check(self, limit: str, value: int) -> None:
-        """Raise RequestTooLargeError where there is more than the limit of this name."""
+        """Raise RequestTooLargeError if the value exceeds the limit of this name."""
         if value > (most := getattr(self, limit)):
             what, way_out = _WORDS[limit]
             raise RequestTooLargeError(f"the body has {value:,} {what}; this server takes at most {most:,}: {way_out}")

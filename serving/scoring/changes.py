@@ -1,4 +1,4 @@
-"""How far logits move on a bundle's sample: by the type of its ID rows, or by a publish of vectors."""
+"""Measures how far logits move on a bundle's sample: by the type of its ID rows, or by a publish of vectors."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from serving.bundle import SAMPLE_GROUPS
 from serving.bundle.idrows import BundleIdRows, Float32
-from serving.bundle.manifest import SAMPLE, BundleManifest, ScoreError
+from serving.bundle.manifest import SAMPLE, BundleManifest, LogitDrift
 from serving.bundle.open import Bundle
 from serving.bundle.publish import PublishReport
 from serving.bundle.vectors import VectorTable
@@ -30,11 +30,11 @@ _DRAWN_VALUES = 8
 _DRAWN_IDS = 1 << 40
 
 
-def error_of_rows(saved: SavedRun, draft: BundleManifest, storage: Storage) -> ScoreError:
-    """Measure how far the ID rows of a version, as they were written, move logits from those of the checkpoint's rows:
-    on its sample, or on drawn requests where it has none.
+def id_rows_drift(saved: SavedRun, draft: BundleManifest, storage: Storage) -> LogitDrift:
+    """Measure how far the written ID rows of a version move logits, compared to the checkpoint's rows.
 
-    Reads the run's ID tables once. Raises BrokenBundleError, CheckpointError, TrainerError."""
+    Uses the version's sample, or random requests if it has none. Reads the run's ID tables once. Raises
+    BrokenBundleError, CheckpointError, TrainerError."""
     bundle = _with_vectors(Bundle(storage, draft, None, verify=False), {})
     has_sample = draft.file(SAMPLE) is not None
     sample = _sample_of(bundle) if has_sample else drawn_requests(Scorer(bundle).columns)
@@ -48,10 +48,10 @@ def error_of_rows(saved: SavedRun, draft: BundleManifest, storage: Storage) -> S
     return error if has_sample else error.model_copy(update={"inputs": "drawn ids"})
 
 
-def change_of_scores(bundle: Bundle, reports: Sequence[PublishReport]) -> ScoreError | None:
-    """Measure how far a publish has moved logits; None where the bundle has no sample. `bundle`: without vectors.
+def publish_drift(bundle: Bundle, reports: Sequence[PublishReport]) -> LogitDrift | None:
+    """Measure how far a publish has moved logits; None if the bundle has no sample. `bundle`: without vectors.
 
-    Vectors are read out of the snapshots' files, for the images of the sample alone. Raises BrokenBundleError,
+    Reads only the vectors of the sample's images from the snapshots' files. Raises BrokenBundleError,
     SnapshotNotFoundError, StorageError."""
     if bundle.manifest.file(SAMPLE) is None:
         return None
@@ -62,7 +62,7 @@ def change_of_scores(bundle: Bundle, reports: Sequence[PublishReport]) -> ScoreE
 
 
 class _NotedRows(BundleIdRows):
-    """The same rows; what is gathered is noted, by width."""
+    """The same rows; records which rows are gathered, by width."""
 
     def __init__(self, rows: BundleIdRows) -> None:
         self.__dict__.update(rows.__dict__)
@@ -74,7 +74,7 @@ class _NotedRows(BundleIdRows):
 
 
 class _GivenRows(BundleIdRows):
-    """Found in the same places, and given values: of places (U,), ascending, by width."""
+    """The same rows with replaced values: those of the ascending positions (U,), by width."""
 
     def __init__(self, rows: BundleIdRows, places: dict[int, Int64Array], values: dict[int, Float32]) -> None:
         self.__dict__.update(rows.__dict__)
@@ -103,7 +103,7 @@ def _sample_of(bundle: Bundle) -> pa.Table:
 def drawn_requests(columns: Mapping[str, Rule]) -> list[Request]:
     """Draw SAMPLE_GROUPS requests with these columns, 8 candidates and behaviours each.
 
-    Hashes of the ids are anywhere, numbers around zero; the same ones every time.
+    Ids are random, numbers are normally distributed; the requests are the same every time.
     """
     random = np.random.default_rng(0)
 
@@ -132,6 +132,6 @@ def _logits(bundle: Bundle, sample: pa.Table | list[Request]) -> Float32:
     return np.concatenate([each.logits_C for each in scored])
 
 
-def _error(one: Float32, other: Float32) -> ScoreError:
+def _error(one: Float32, other: Float32) -> LogitDrift:
     moved: Any = np.abs(one.astype(np.float64) - other)
-    return ScoreError(num_scores=len(moved), worst=float(moved.max()), mean=float(moved.mean()))
+    return LogitDrift(num_scores=len(moved), worst=float(moved.max()), mean=float(moved.mean()))

@@ -1,4 +1,4 @@
-"""Whether a bundle gives the logits of the run that it was made of: both score the same impressions."""
+"""Comparison of a bundle's logits with those of its run on the same impressions."""
 
 import contextlib
 from dataclasses import dataclass, replace
@@ -18,25 +18,25 @@ from trainer.samples.index import SampleIndex
 from trainer.samples.reader import SampleReader
 
 TOLERANCE = 1e-5
-"""Of a logit, where E multiplies in float32 or float64."""
+"""Largest difference of a logit if E multiplies in float32 or float64."""
 BFLOAT16_TOLERANCE = 0.01
-"""Of a logit, where E multiplies in bfloat16. The order of an image's sums depends on how many images the product has,
-and where that changes a rounding, a number of the image's vector moves by up to 2 ** -8 of itself."""
+"""Largest difference of a logit if E multiplies in bfloat16. The order of the sums of an image depends on the number of
+images in the product; this may round a number of its vector differently, by up to 2 ** -8 of its value."""
 
 
 @dataclass(frozen=True)
 class LogitsCompared:
-    """How far the logits of a bundle are from those of its run."""
+    """Differences between the logits of a bundle and of its run."""
 
     impressions: int
     worst: float
     mean: float
     worst_at: str
-    """File, row and place of the impression that differs most."""
+    """File, row and position of the impression that differs most."""
     tolerance: float
-    """What rounding alone may make of a logit of this run."""
+    """Largest difference of a logit that rounding alone may cause for this run."""
     notes: tuple[str, ...]
-    """What a reader of the figures should know."""
+    """Notes for the user on these differences."""
 
 
 def compare(
@@ -47,11 +47,11 @@ def compare(
     samples: str | None = None,
     impressions: int | None = None,
 ) -> LogitsCompared:
-    """Score test impressions by `score`, which has the bundle `model`, and by the engine of its run.
+    """Score test impressions by `score`, which serves the bundle `model`, and by the engine of its run.
 
-    `run`: where the run is now, by default where it was exported from. `samples`: others than the run's own.
-    `impressions`: about how many of the first. Images are looked up in the snapshot that the vectors are of. Raises
-    BrokenBundleError where the run's checkpoint is another, TrainerError, ServingError.
+    `run`: the run's current address, by default the one it was exported from. `samples`: by default the run's own.
+    `impressions`: approximate number of impressions, by default all. Images are looked up in the snapshot that the
+    vectors match. Raises BrokenBundleError if the run's checkpoint is a different one, TrainerError, ServingError.
     """
     manifest = model.manifest
     snapshots = _source_snapshots(model)
@@ -74,12 +74,12 @@ def compare(
         used = {name: record.version for name, record in trained.stores.items()}
     for name, version in snapshots.items():
         if used.get(name, version) != version:
-            notes.append(f"the run looks images of {name} up in snapshot {used[name]}; the vectors are of {version}")
+            notes.append(f"the run reads images of {name} from snapshot {used[name]}, but the vectors match {version}")
     if manifest.id_dtype != "float32":
         error = f"{manifest.id_error.worst:.2g}" if manifest.id_error else "more"
         notes.append(
-            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by {error} or so; set "
-            "--tolerance by that"
+            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by about {error}; set "
+            "--tolerance accordingly"
         )
     apart_N = np.abs(online_N - offline_N)
     worst = int(apart_N.argmax())
@@ -89,7 +89,7 @@ def compare(
 
 
 def tolerance_of(model: ModelConfig) -> float:
-    """Return by how much rounding may move a logit between two ways of scoring one impression."""
+    """Return the largest difference that rounding may cause between two ways of scoring an impression."""
     return BFLOAT16_TOLERANCE if model.compute_dtype == "bfloat16" else TOLERANCE
 
 
@@ -100,7 +100,7 @@ def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[
 
 
 def _source_snapshots(model: ModelVersion) -> dict[str, int]:
-    """Return the number of the snapshot of each feature store that the newest vectors are of."""
+    """Return the number of each feature store's snapshot that its newest vectors match."""
     found = {}
     for of in model.manifest.vectors:
         manifest = FeatureStore.open(model.vectors_url(of)).snapshot().manifest
@@ -109,7 +109,7 @@ def _source_snapshots(model: ModelVersion) -> dict[str, int]:
 
 
 def _first(index: SampleIndex, impressions: int | None) -> SampleIndex:
-    """Keep the first row groups, until they have `impressions` of them; all where that is None."""
+    """Keep the first row groups with at least `impressions` impressions together; all if that is None."""
     if impressions is None:
         return index
     starts = np.cumsum([0, *(each.num_samples for each in index.row_groups)])[:-1]

@@ -1,10 +1,10 @@
-"""Which columns a request has, on which side, and what each has to be: those of the fields that the model uses."""
+"""The columns of a request to a model, with their sides and rules: those of the fields that the model uses."""
 
 from collections.abc import Collection, Mapping, Sequence
 
 from serving.errors import RequestError
 from serving.scoring.request import Request
-from serving.scoring.values import as_list, shown
+from serving.scoring.values import as_list, short_repr
 from trainer.config.options import near_match
 from trainer.samples.columns import Rule, aligned_columns, rules_of, source_columns
 from trainer.schema import Field, Schema
@@ -17,22 +17,22 @@ class RequestColumns:
 
     def __init__(self, schema: Schema, fields: Sequence[Field]) -> None:
         self.schema = schema.model_copy(update={"fields": tuple(fields)})
-        """With the fields that the model uses."""
+        """The schema, restricted to the fields that the model uses."""
         every = rules_of(schema)  # an image's text is a uri, whichever field reads its column
         used = {column for field in fields for column in (field.column_name, field.weights) if column}
         self.rules: Mapping[str, Rule] = {column: rule for column, rule in every.items() if column in used}
-        """What decoding makes; crossed columns are one here."""
+        """Rules of the decoded columns; a crossed column counts as one."""
         self.sources: Mapping[str, Rule] = source_columns(self.rules)
-        """What a request holds."""
+        """Rules of the columns in a request."""
         self.aligned = aligned_columns(self.rules)
         self.nullable = {field.column_name for field in fields if field.kind == "content"}
-        """Columns of images, where null is an image that is missing."""
+        """Columns of images, whose nulls are missing images."""
         self._of_side = {side: self._names(side) for side in ("user", "ad")}
         roles = {schema.label, schema.group, schema.time}
         self._ignored = (roles | set(source_columns(every))) - set(self.sources)
 
     def num_candidates(self, request: Request, where: str = "") -> int:
-        """Check the names of a request's columns, and count its candidates; `where` begins messages.
+        """Check the names of a request's columns, and count its candidates; `where` is a prefix for messages.
 
         Raises RequestError: a column is missing, unknown, in the wrong part or in two, or lists of candidates are not
         equally long.
@@ -52,10 +52,10 @@ class RequestColumns:
         return count
 
     def check_table(self, names: Collection[str]) -> None:
-        """Raise RequestError where a table has a column that is not known; `check_types` finds missing ones."""
+        """Raise RequestError if a table has an unknown column; `check_types` finds missing ones."""
         for name in names:
             if name not in self.sources and name not in self._ignored:
-                raise RequestError(f"column {shown(name)} is no column of the model's; {self._near(name)}")
+                raise RequestError(f"column {short_repr(name)} is not a column of the model; {self._near(name)}")
 
     def _names(self, side: str) -> frozenset[str]:
         return frozenset(column for column, rule in self.sources.items() if rule.side == side)
@@ -67,7 +67,7 @@ class RequestColumns:
             if isinstance(name, str) and name in self.sources:
                 of_side = self.sources[name].side
                 raise RequestError(f"{where}{part}.{name} is a column of side {of_side}; {_WAYS_OUT[of_side]}")
-            raise RequestError(f"{where}{part}.{shown(name)} is no column of the model's; {self._near(name)}")
+            raise RequestError(f"{where}{part}.{short_repr(name)} is not a column of the model; {self._near(name)}")
 
     def _near(self, name: object) -> str:
         return near_match(str(name), list(self.sources))
@@ -107,13 +107,14 @@ class RequestColumns:
     def _length(self, column: str, values: object, where: str) -> int:
         if (entries := as_list(values)) is None:
             raise RequestError(
-                f"{where}candidates.{column} is {shown(values)}, and has to be a list with an entry for each candidate"
+                f"{where}candidates.{column} is {short_repr(values)}, and has to be a list with an entry for each"
+                " candidate"
             )
         return len(entries)
 
 
 def expected(rule: Rule) -> str:
-    """Say what a column has to be, in a user's or an ad's row."""
+    """Describe the values that a column must have in a user's or an ad's row."""
     inner = rule.depth - (rule.side == "ad")
     one, several = ("number", "numbers") if rule.is_real else ("whole number", "whole numbers")
     if rule.text:

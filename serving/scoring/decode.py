@@ -1,4 +1,4 @@
-"""Requests to the arrays that training makes of sample files (trainer/samples/columns.py): the same rules, in one pass.
+"""Decodes requests to the trainer's arrays, by the rules for sample files (trainer/samples/columns.py), in one pass.
 
 A column of more than `CHUNK` values is converted in chunks, between which an event loop may do other work.
 
@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import OverflowingInputError, RequestError
-from serving.network.steps import CHUNK, Steps, finished
+from serving.network.steps import CHUNK, Steps, run_steps
 from serving.scoring import values as of_values
 from serving.scoring.columns import RequestColumns, expected
 from serving.scoring.request import Request
-from serving.scoring.values import UnusableValueError, as_list, flattened
+from serving.scoring.values import UnusableValueError, as_list, flatten
 from trainer.errors import OverflowingValueError
 from trainer.samples.columns import Index, Rule, Values, cross, sizes_of
 from trainer.samples.reader import Batch, Jagged, inputs_of
@@ -28,7 +28,7 @@ Bool = NDArray[np.bool_]
 Result = TypeVar("Result")
 
 CROSSED_CHUNK = 2_000
-"""Crossed values that are made at a time; each takes some microseconds."""
+"""Crossed values per piece; each takes some microseconds."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class DecodedRequests:
     counts_G: Index
     """Candidates of each request."""
     nulls: Mapping[str, Bool]
-    """By column of images: the values that were null, whose key is 0, (N,); columns without one are left out."""
+    """By column of images: a mask of the nulls, whose key is 0, (N,); columns without nulls are left out."""
 
 
 def decode_requests(columns: RequestColumns, requests: Sequence[Request]) -> DecodedRequests:
     """Decode and check the requests. Raises RequestError that names the column, the place and the value."""
-    return finished(request_steps(columns, requests))
+    return run_steps(request_steps(columns, requests))
 
 
 def request_steps(
     columns: RequestColumns, requests: Sequence[Request], first: int | None = None
 ) -> Steps[DecodedRequests]:
-    """As `decode_requests`, in pieces; `first`: the number of the first one among all requests of a body."""
+    """Decode requests in pieces; `first`: the number of the first one in the body."""
     if first is None and len(requests) > 1:
         first = 0
     counts = [columns.num_candidates(each, _where(first, place)) for place, each in enumerate(requests)]
@@ -66,7 +66,7 @@ def request_steps(
 
 
 def batch_of(columns: RequestColumns, taken: Callable[[Field, str], Jagged], counts_G: Index) -> Batch:
-    """Make the trainer's batch of requests with these numbers of candidates; `taken` gives the rows of a column."""
+    """Build the trainer's batch for requests with these numbers of candidates; `taken` returns the rows of a column."""
     num_samples = int(counts_G.sum())
     return Batch(
         **inputs_of(columns.schema, taken),
@@ -86,9 +86,9 @@ class _Column(NamedTuple):
 
 
 class _Flat(NamedTuple):
-    """Values as they came, out of their lists, and the lengths of these, outermost first.
+    """Unconverted values, flattened, and the lengths of their lists, outermost first.
 
-    `once`: it is a column of the ads that has been taken once for each request, out of its context."""
+    `once`: a column of the ads that was read once per request, from its context."""
 
     values: Sequence[Any]
     levels: tuple[Index, ...]
@@ -111,7 +111,7 @@ class _Reader:
         }
 
     def read(self) -> Steps[dict[str, _Column]]:
-        """Read all columns that the fields have; those of integers, most of them, at once."""
+        """Read the columns of all fields; those of integers, which are most, together."""
         flat, found = dict[str, _Flat](), dict[str, _Column]()
         for column, rule in self._columns.rules.items():
             if rule.crossed:
@@ -178,7 +178,7 @@ class _Reader:
             self._check_levels(column, rule, (one,), other, (two,), each)
 
     def decoded(self, found: Mapping[str, _Column]) -> DecodedRequests:
-        """Put the columns together as a batch of the trainer."""
+        """Combine the columns to a batch of the trainer."""
 
         def taken(field: Field, column: str) -> Jagged:
             return jagged[column]
@@ -216,13 +216,13 @@ class _Reader:
         return entries
 
     def _flat(self, column: str, rule: Rule, once: bool = True) -> _Flat:
-        """Take the lists of a column's entries apart. `once`: take what is in all contexts once a request."""
+        """Flatten the lists of a column. `once`: read columns that all contexts have once per request."""
         once = once and rule.depth == 1 and column in self._in_contexts
         entries = [each.context[column] for each in self._requests] if once else self._entries(column, rule)
         levels: tuple[Index, ...] = ()
         for _ in range(rule.depth - (rule.side == "ad")):
             try:
-                entries, lengths = flattened(entries, expected(rule))
+                entries, lengths = flatten(entries, expected(rule))
             except UnusableValueError as failure:
                 self._refuse(column, _Flat(entries, levels, once), failure)
             levels = (*levels, lengths)
@@ -263,7 +263,7 @@ class _Reader:
         raise RequestError(f"{path} has {levels[-1][place]} numbers; the schema says width={rule.width}")
 
     def _path(self, column: str, rule: Rule, levels: Sequence[Index], place: int, once: bool = False) -> str:
-        """Say where a value is: requests[1]: candidates.ad_categories[7][2]. `once`: see `_Flat`."""
+        """Return the path of a value, e.g. `requests[1]: candidates.ad_categories[7][2]`. `once`: see `_Flat`."""
         places: list[int] = []
         for lengths in reversed(levels):
             ends = np.cumsum(lengths)

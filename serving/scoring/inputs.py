@@ -1,6 +1,6 @@
-"""From decoded requests to what the network takes: rows of IDs and vectors of images, looked up for all fields at once.
+"""Builds the network's inputs from decoded requests: looks up ID rows and image vectors for all fields at once.
 
-All ids of all fields are one array: one hash, and one gather for each width; all images of a store are one lookup.
+The ids of all fields are one array: one hash, and one gather for each width. The images of a store are one lookup.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ from trainer.samples.reader import Batch
 from trainer.schema import Field
 
 _LOOKUP = 20_000
-"""Images that are looked up at a time."""
+"""Images per lookup."""
 
 
 class Lookups(NamedTuple):
-    """The network's inputs, and by field which of its values are unknown IDs, or images without a vector, (N,).
+    """The network's inputs, and for each field a mask of unknown IDs or images without a vector, (N,).
 
-    Fields all of whose values are known are left out.
+    Fields whose values are all known are left out.
     """
 
     inputs: NetworkInputs
@@ -47,17 +47,17 @@ class _Images(NamedTuple):
 
 
 class InputMaker:
-    """Looks up what a bundle knows of the ids and images of requests."""
+    """Looks up the ids and images of requests in a bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Make no copy of the bundle's rows: it has to stay open."""
+        """The bundle must stay open, as its rows are not copied."""
         self._bundle, model = bundle, bundle.model
         of_ids = sorted((field for field in bundle.fields if field.is_id), key=lambda field: width_of(field, model))
         self._ids_by_width = {
             width: [field.name for field in fields] for width, fields in groupby(of_ids, lambda f: width_of(f, model))
         }
         self._column_of_id = {field.name: field.column_name for field in of_ids}
-        self._rows_of_ids = bundle.ids.many([field.table_name for field in of_ids])
+        self._rows_of_ids = bundle.ids.bulk_finder([field.table_name for field in of_ids])
         self._fields_of_store: dict[str, list[Field]] = {}
         for field in bundle.fields:
             if field.kind == "content":
@@ -94,7 +94,7 @@ class InputMaker:
         return Lookups(inputs, unknown, missing)
 
     def _ids(self, decoded: DecodedRequests) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
-        """Return the rows of all ID fields, and which ids no training sample had."""
+        """Return the rows of all ID fields, and masks of the ids that no training sample had."""
         batch, ids = decoded.batch, self._bundle.ids
         of_field = [batch.fields[name] for name in self._column_of_id]
         lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
@@ -113,7 +113,7 @@ class InputMaker:
         return fields, self._unknown(decoded, ~known_N, places)
 
     def _unknown(self, decoded: DecodedRequests, unknown_N: Bool, places: Mapping[str, slice]) -> dict[str, Bool]:
-        """Return by field which of its ids no training sample had; fields without one are left out."""
+        """Return for each field a mask of the ids that no training sample had; fields without any are left out."""
         unknown = dict[str, Bool]()
         if decoded.nulls or unknown_N.any():
             counts = np.cumsum(unknown_N).tolist()
@@ -181,6 +181,6 @@ class InputMaker:
 
 
 def _slices(lengths_T: Index) -> list[slice]:
-    """Return the places of arrays of these lengths that are one after the other."""
+    """Return the slices of concatenated arrays of these lengths."""
     ends = np.cumsum(lengths_T).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

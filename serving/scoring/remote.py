@@ -1,4 +1,4 @@
-"""A running server as a scorer, asked over HTTP with Arrow bodies; without Torch."""
+"""A client that scores tables with a running server, over HTTP with Arrow bodies; without Torch."""
 
 import ssl
 import urllib.error
@@ -20,17 +20,17 @@ _TIMEOUT_S = 60
 
 @dataclass
 class RemoteScorer:
-    """A running server, asked over HTTP with Arrow bodies."""
+    """Scores tables with a running server, over HTTP with Arrow bodies."""
 
     url: str
     token: str | None = None
     context: ssl.SSLContext | None = None
-    """What the server's certificate is checked by; None: what the system trusts."""
+    """Context for the check of the server's certificate; None: the system's certificates."""
     version: int | None = None
-    """Of the model that answered last."""
+    """Version of the model that answered last."""
 
     def score(self, table: pa.Table) -> list[NDArray[np.float32]]:
-        """Return the logits of each row of a table. Raises ServingError where the server does not answer."""
+        """Return the logits of each row of a table. Raises ServingError if the server does not answer."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
@@ -40,7 +40,7 @@ class RemoteScorer:
         return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
 
     def _post(self, path: str, body: bytes) -> bytes:
-        """Return the answer of an address of the server to an Arrow body. Raises ServingError."""
+        """Post an Arrow body to the server, and return its answer. Raises ServingError."""
         headers = {"Content-Type": _ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         try:
             request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", body, headers)
@@ -60,8 +60,10 @@ class RemoteScorer:
             ) from None
 
 
-def trusted(file: Path) -> ssl.SSLContext:
-    """Trust the certificates in the PEM file of --ca. Raises ServerSettingsError."""
+def ca_context(file: Path | None) -> ssl.SSLContext | None:
+    """Return a TLS context that trusts the PEM file of --ca, or None without one. Raises ServerSettingsError."""
+    if file is None:
+        return None
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as failure:  # of TLS too

@@ -1,4 +1,4 @@
-"""A request to the scorer, its size and cost, and its answer, whatever way they come and go.
+"""A request to the scorer, its size and cost, and its answer, independent of the protocol.
 
 Letters of shapes: C candidates of a request, G requests of a body.
 """
@@ -17,14 +17,14 @@ from trainer.samples.columns import Index, Rule
 Places = NDArray[np.int64]
 _LOWEST = -700.0  # its probability is 0 in float32, and exp does not overflow yet
 CANDIDATE_COST, REQUEST_COST = 10, 1_000
-"""What a candidate and a request cost, in pairs of a candidate and a behaviour."""
+"""Cost of a candidate and of a request, in pairs of a candidate and a behaviour."""
 PIECE_REQUESTS, PIECE_CANDIDATES, PIECE_VALUES = 64, 2_048, 20_000
-"""A piece has no more of them, unless it is one request."""
+"""Most pairs of a piece, unless it is a single request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One user and C candidates, by columns of the samples, with the values that logs have.
+    """One user and C candidates, with the columns of the samples and the raw values of logs.
 
     `user` has the columns of side user, lists for behaviours; `candidates` those of side ad, a list of C each;
     `context` columns of side ad that are the same for all candidates (the scene), one value each.
@@ -34,7 +34,7 @@ class Request:
     candidates: Mapping[str, Sequence[Any]]
     context: Mapping[str, Any] = field(default_factory=dict)
     as_tensors: bool = False
-    """Whether its columns came as tensors of the Open Inference Protocol, which have no parts."""
+    """Whether its columns were sent as tensors of the Open Inference Protocol, which have no parts."""
 
     def name_of(self, part: str, column: str) -> str:
         """Name a column in a message as the client sent it: `candidates.ad_item`, or `input ad_item` of a tensor."""
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """The answer to a request: a logit for each candidate, in their order, and what the model did not know.
+    """The answer to a request: a logit for each candidate, in order, and its unknown IDs and missing images.
 
     `unknown`: by field, the places (ad side: of candidates; user side: of values) whose ID no training sample had.
     `missing`: by content field, the places whose image has no vector; the run's policy replaced it.
@@ -65,9 +65,9 @@ class Sizes:
 
     candidates_G: Index
     behaviors_G: Index
-    """The longest list of its user."""
+    """Length of the user's longest list."""
     values_G: Index
-    """Entries of all its lists."""
+    """Entries of all lists of the request."""
 
     def __len__(self) -> int:
         return len(self.candidates_G)
@@ -79,7 +79,7 @@ class Sizes:
 
     @property
     def cost(self) -> int:
-        """What all requests cost together, about: a pair of a candidate and a behaviour costs 1."""
+        """The approximate cost of all requests together; a pair of a candidate and a behaviour costs 1."""
         per_request_G = CANDIDATE_COST * self.candidates_G + self.pairs + self.values_G
         return REQUEST_COST * max(1, len(self)) + int(per_request_G.sum())
 
@@ -113,7 +113,7 @@ def check_sizes(budget: Budget, sizes: Sizes) -> None:
 def check_table(budget: Budget, table: pa.Table) -> None:
     """Raise RequestTooLargeError for a table whose rows, lists or dictionaries are too long.
 
-    Looks at lengths alone: few bytes may claim any length, of a list of empty lists, and few rows any text.
+    Checks only lengths: a few bytes may claim any length of a list of empty lists, and a few rows any text.
     """
     budget.check("requests", table.num_rows)
     text_bytes = 0
@@ -200,9 +200,9 @@ def _levels(array: Any) -> list[Index]:
 
 
 def _inside(array: Any) -> tuple[int, int, Any] | None:
-    """Return where the entries of lists begin, how many there are, and the entries; None where it has no lists.
+    """Return start, number and values of the entries of lists; None if the array has no lists.
 
-    Nothing is copied, whatever lengths the array claims to have.
+    Copies nothing, whatever lengths the array claims.
     """
     if pa.types.is_fixed_size_list(array.type):
         size = array.type.list_size

@@ -38,9 +38,9 @@ def score_samples(score: ScoreTable, index: SampleIndex, columns: Mapping[str, R
 
 
 def score_model(url: str, samples: str, out: str, version: int | None = None) -> Written:
-    """Score the impressions of test/ of `samples` with a bundle, by default the version in use, into the file `out`.
+    """Score the impressions in test/ of `samples` with a bundle, by default the version in use; write them to `out`.
 
-    The file is that of `trainer.evaluation.predict`. Raises ServingError, TrainerError, FeatureStoreError.
+    The file is like that of `trainer.evaluation.predict`. Raises ServingError, TrainerError, FeatureStoreError.
     """
     with contextlib.closing(Scorer.open(url, version)) as scorer:
         manifest, schema = scorer.bundle.manifest, scorer.bundle.schema
@@ -63,5 +63,5 @@ def score_model(url: str, samples: str, out: str, version: int | None = None) ->
 
 
 def in_process(scorer: Scorer) -> ScoreTable:
-    """Return what scores a table in this process."""
+    """Return a function that scores a table in this process."""
     return lambda table: [each.logits_C for each in scorer.score_table(table)]

@@ -1,4 +1,4 @@
-"""The scorer: a bundle, open, that gives users' candidates their logits, and says what it did not know."""
+"""The scorer: computes the logits of users' candidates with an open bundle, and reports unknown values."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle, BundleIdentity
 from serving.errors import NotFiniteError, RequestError
-from serving.network.steps import Steps, finished
+from serving.network.steps import Steps, run_steps
 from serving.scoring.arrow import check_columns, scorable_rows, table_steps
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import Bool, DecodedRequests, request_steps
@@ -24,14 +24,14 @@ from trainer.schema import Field
 
 
 class Scorer:
-    """Scores requests by one version of a bundle and one snapshot of its vectors; any number of threads may ask.
+    """Scores requests by one version of a bundle and one snapshot of its vectors. Thread-safe.
 
-    Ids that training has not seen have the row that they would have had, which nothing has trained; an image that is
-    null or has no vector gets what the run's `data.missing` says; no behaviours pool to zeros. All three are reported.
+    Ids that training has not seen use their untrained row; images that are null or have no vector follow the run's
+    `data.missing`; an empty list of behaviours pools to zeros. All three are reported.
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        """Use `open`, but for a bundle that is open; `close` closes it."""
+        """Use `open` instead, unless the bundle is open already; `close` closes it."""
         self._bundle = bundle
         self._columns = RequestColumns(bundle.schema, bundle.fields)
         self._maker = InputMaker(bundle)
@@ -71,7 +71,7 @@ class Scorer:
 
     @property
     def columns(self) -> Mapping[str, Rule]:
-        """The columns of a request, and what each has to be."""
+        """The columns of a request, with the rule for each."""
         return self._columns.sources
 
     @property
@@ -85,21 +85,21 @@ class Scorer:
         return {name: table.time_s for name, table in self._bundle.vectors.items()}
 
     def sample(self) -> pa.Table | None:
-        """Read the bundle's own sample, without the rows that no version can score; None where it has none."""
+        """Read the bundle's own sample, without rows that no version can score; None if it has no sample."""
         if self._bundle.manifest.file(SAMPLE) is None:
             return None
         return scorable_rows(self._columns, pq.read_table(self._bundle.files.path(SAMPLE)))
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """Score all requests; none of them, if one is wrong. Raises RequestError: NotFiniteError for bad logits."""
-        return finished(self.steps(requests, sizes_of(requests, self.columns)))
+        """Score all requests, or none if one is wrong. Raises RequestError, or NotFiniteError for bad logits."""
+        return run_steps(self.steps(requests, sizes_of(requests, self.columns)))
 
     def score_table(self, table: pa.Table) -> list[Scored]:
-        """Score a table with the columns of sample files, one row a request; labels are not needed. As `score`."""
-        return finished(self.steps(table, sizes_of(table, self.columns)))
+        """Score a table with the columns of sample files, one request per row; labels are optional."""
+        return run_steps(self.steps(table, sizes_of(table, self.columns)))
 
     def steps(self, decoded: Sequence[Request] | pa.Table, sizes: Sizes) -> Steps[list[Scored]]:
-        """As `score` or `score_table`, in pieces, of requests of these sizes."""
+        """Score requests or a table in pieces; `sizes`: the sizes of the requests."""
         if isinstance(decoded, pa.Table):
             check_columns(self._columns, decoded)
         scored: list[Scored] = []
@@ -113,7 +113,7 @@ class Scorer:
         return scored
 
     def close(self) -> None:
-        """Let go of the bundle."""
+        """Close the bundle."""
         self._bundle.close()
 
     def _scored(self, decoded: DecodedRequests, first: int | None) -> Steps[list[Scored]]:
@@ -163,10 +163,10 @@ def _not_finite(
 
 
 def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
-    """Give the places of a field's marked values in each request that has any: of behaviours, or of candidates."""
+    """Yield for each request the positions of a field's marked values, as behaviours or candidates."""
     batch = decoded.batch
     gallery, rows = batch.galleries.get(field.name), batch.fields[field.name]
-    if gallery is not None:  # an ad or behaviour lacks an image as soon as one of its images does
+    if gallery is not None:  # an ad or behaviour counts as missing if one of its images is missing
         mask_N, rows = _any(mask_N, gallery.values_N), gallery
     if field.side == "ad" and field.kind == "multi_id":
         mask_N = _any(mask_N, rows.lengths_M)

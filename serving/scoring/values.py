@@ -1,6 +1,6 @@
-"""Values of a column as Python has them, to flat arrays, by the rules of sample files (trainer/samples/columns.py).
+"""Converts Python values of a column to flat arrays, by the rules for sample files (trainer/samples/columns.py).
 
-A whole column is converted at once: 200 numbers take some 20 us. What cannot be used is named by its place.
+Converts a whole column at once: 200 numbers take about 20 us. Errors name the position of the unusable value.
 """
 
 import json
@@ -26,7 +26,7 @@ class UnusableValueError(ValueError):
         self.place, self.why = place, why
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Show a value in a message: as JSON where it can be, and short."""
     text = ""
     try:
@@ -46,13 +46,13 @@ def as_list(value: Any) -> Sequence[Any] | None:
     return value.tolist() if isinstance(value, np.ndarray) and value.ndim else None
 
 
-def flattened(entries: Sequence[Any], wanted: str) -> tuple[Sequence[Any], Index]:
-    """Join lists, and return the length of each. Raises UnusableValueError for an entry that is no list."""
+def flatten(entries: Sequence[Any], wanted: str) -> tuple[Sequence[Any], Index]:
+    """Join lists, and return the length of each. Raises UnusableValueError for an entry that is not a list."""
     if not set(map(type, entries)) <= {list}:
         lists = [as_list(entry) for entry in entries]
         if None in lists:
             place = lists.index(None)
-            raise UnusableValueError(place, f"{shown(entries[place])}, and has to be {wanted}")
+            raise UnusableValueError(place, f"{short_repr(entries[place])}, and has to be {wanted}")
         entries = lists
     lengths_M = np.fromiter(map(len, entries), np.int64, len(entries))
     return entries[0] if len(entries) == 1 else list(chain.from_iterable(entries)), lengths_M
@@ -72,13 +72,13 @@ def whole_numbers(values: Sequence[Any], text: TextKind | None) -> NDArray[np.in
 
 
 def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
-    """Convert several columns at once, (N,) each; None where one of their values is no integer of 64 bits."""
+    """Convert several columns at once, (N,) each; None if a value is not a 64-bit integer."""
     joined = list(chain.from_iterable(columns))
     try:
         values_N = np.frombuffer(struct.pack(f"{len(joined)}q", *joined), np.int64)  # half the time of array("q")
     except struct.error:
         return None
-    # A bool passes for 0 or 1; to look at every type takes longer than all the rest.
+    # A bool passes for 0 or 1; checking every type would take longer than all the rest.
     doubtful = ((values_N | 1) == 1).nonzero()[0].tolist()
     if bool in {type(joined[place]) for place in doubtful}:
         return None
@@ -87,7 +87,7 @@ def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | 
 
 
 def images(values: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
-    """Return keys of images, (N,), and which are null, (N,), if any is: as NO_IMAGE. Raises UnusableValueError."""
+    """Return keys of images, (N,), and a mask of nulls, whose key is NO_IMAGE, or None. Raises UnusableValueError."""
     if None not in values:
         return whole_numbers(values, "uri"), None
     is_null_N = np.fromiter((value is None for value in values), np.bool_, len(values))
@@ -122,7 +122,7 @@ def encoded(values: Sequence[Any]) -> Encoded:
 
 
 def _floats(values: Sequence[Any], kinds: Iterable[type]) -> NDArray[np.float32]:
-    """Convert to float32; whole numbers are rounded once, as those of a column of integers are."""
+    """Convert to float32; whole numbers are rounded once, as in a column of integers."""
     try:
         if set(kinds) == {int}:
             return np.array(values, np.int64).astype(np.float32)
@@ -143,7 +143,7 @@ def _of_texts(texts: Sequence[str], kind: TextKind) -> NDArray[np.int64]:
         return keys_of_uris(texts) if kind == "uri" else ids_of_texts(texts)
     except UnicodeEncodeError:
         place = next(place for place, text in enumerate(texts) if not _has_utf8(text))
-        raise UnusableValueError(place, f"{shown(texts[place])}, a text that is not Unicode") from None
+        raise UnusableValueError(place, f"{short_repr(texts[place])}, a text that is not Unicode") from None
 
 
 def _id_of(value: Any, place: int, text: TextKind | None) -> Any:
@@ -169,7 +169,7 @@ def _int64(values: Sequence[Any]) -> NDArray[np.int64]:
         return np.fromiter(values, np.int64, len(values))
     except OverflowError:
         place = next(place for place, value in enumerate(values) if not -(1 << 63) <= value < 1 << 63)
-        why = f"{shown(values[place])}, beyond 64 bits with a sign; send it as a text if it is a name"
+        why = f"{short_repr(values[place])}, beyond 64 bits with a sign; send it as a text if it is a name"
         raise UnusableValueError(place, why) from None
 
 
@@ -184,6 +184,6 @@ def _is_real(kind: type) -> bool:
 def _first(values: Sequence[Any], is_right: Callable[[Any], bool], wanted: str) -> UnusableValueError:
     place = next(place for place, value in enumerate(values) if not is_right(value))
     value = values[place]
-    is_large = type(value) is float and abs(value) >= 1 << 63  # as JSON's parser has larger whole numbers
+    is_large = type(value) is float and abs(value) >= 1 << 63  # the JSON parser returns larger whole numbers as floats
     way_out = "; send a number beyond 64 bits as a text if it is a name" if is_large and "text" in wanted else ""
-    return UnusableValueError(place, f"{shown(value)}, and has to be {wanted}{way_out}")
+    return UnusableValueError(place, f"{short_repr(value)}, and has to be {wanted}{way_out}")

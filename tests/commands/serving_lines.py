@@ -72,7 +72,7 @@ SERVING = [
     ("jobs/export_model --run {deeprun} --out {new}", 1, "too deep"),
     ("jobs/export_model --run {nothingrun} --out {new}", 1, "damaged"),
     ("jobs/export_model --run {run} --out {empty}", 2, "{empty} is a file"),
-    ("jobs/export_model --run {run} --out {samples}", 2, "files that are no model's ("),
+    ("jobs/export_model --run {run} --out {samples}", 2, "files that do not belong to a model ("),
     ("jobs/export_model --run {run} --out ''", 2, "--out"),
     ("jobs/export_model --run {run} --out nosuch://bucket/x", 2, "nosuch"),
     ("jobs/export_model --run {run} --out {new} --checkpoint x", 2, "x"),

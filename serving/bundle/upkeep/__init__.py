@@ -1,4 +1,4 @@
-"""Versions over time: whether one is sound, and the removal of old ones."""
+"""Maintenance of a bundle: verification of versions, and removal of old ones."""
 
 KEEP_LAST, KEEP_DAYS, GRACE_DAYS = 5, 30.0, 1.0
-"""What an expiry keeps: of the last versions, of the days since one was published, and since one was in use."""
+"""Defaults of an expiry: number of versions kept, days since publication or use, and days since use alone."""

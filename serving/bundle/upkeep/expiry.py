@@ -1,7 +1,7 @@
-"""Removal of old versions, and of the files that killed exports have left.
+"""Removal of old versions, and of the leftovers of killed exports.
 
-First a version's manifest goes: nobody can open or choose it any more. Then its files go. Cut off between the two, the
-files are leftovers, which the next run removes. Ages count by the storage's own clock.
+A version's manifest is deleted first, so that nobody can open or choose it any more; then its files. If the process is
+killed between the two, the next run removes the files as leftovers. Ages are measured by the storage's own clock.
 """
 
 from collections import Counter, defaultdict
@@ -19,19 +19,19 @@ from serving.bundle.upkeep import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 
 _DAY_S = 86_400.0
 LEFTOVER_S = _DAY_S
-"""An export that has written nothing for this long is dead."""
+"""An export that has written nothing for this long counts as dead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleExpireReport:
-    """Results of an expiry, or of what it would do."""
+    """Results of an expiry, or of its dry run."""
 
     kept: tuple[int, ...]
     expired: tuple[int, ...]
     paths: tuple[str, ...]
-    """Deleted: manifests, and folders with all below them."""
+    """Deleted manifests, and folders deleted with all their content."""
     num_files: int
-    """Deleted, leftovers among them."""
+    """Files deleted, leftovers included."""
     num_bytes: int
     num_leftovers: int
     """Folders of killed exports."""
@@ -47,21 +47,21 @@ def expire(
 ) -> BundleExpireReport:
     """Keep the newest versions and those in use, and remove the others.
 
-    What is kept: the version in use, the `keep_last` last ones, those that were published or in use in the last
-    `keep_days`, and those in use in the last `grace_days`, as a scorer may not have switched yet.
+    Keeps the version in use, the `keep_last` last ones, those published or in use in the last `keep_days`, and those in
+    use in the last `grace_days`, as a scorer may not have switched yet.
 
-    The newest version always stays, so that no number is given twice. What killed exports have left for a day goes as
-    well. Scorers, exports and publishes may be at work. Lists all files once. Raises BundleNotFoundError; and
-    BrokenBundleError where a manifest or a choice is damaged, as then nobody knows what is needed: nothing is removed.
+    The newest version always stays, so that no number is used twice. Leftovers of killed exports are removed after a
+    day. Scorers, exports and publishes may run at the same time. Lists all files once. Raises BundleNotFoundError; if a
+    manifest or a choice is damaged, raises BrokenBundleError and removes nothing, as any file may be needed.
     """
     for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
         if not value >= 0:
             raise ValueError(f"{name}={value} is less than 0")
-    folders = _folders(storage)  # before the manifests: what is published from here on is named by one of them
+    folders = _folders(storage)  # before the manifests, which then list all that is published from here on
     manifests = {version: log.read_version(storage, version) for version in _known(storage)}
     names = Counter(each.bundle_id for each in manifests.values())
-    own = {bundle_id for bundle_id, count in names.items() if count == 1}  # what two manifests name stays
-    now_s = storage.now()  # it writes: not where there is no model
+    own = {bundle_id for bundle_id, count in names.items() if count == 1}  # folders named by two manifests stay
+    now_s = storage.now()  # writes a file, so only where there is a model
     uses = log.choices(storage)
     wanted = set(list(manifests)[-max(1, keep_last) :])
     for version, times in _times(storage, [each.version for each in uses]).items():
@@ -87,10 +87,8 @@ def expire(
 
 
 def remove_leftovers(storage: Storage, grace_s: float = LEFTOVER_S) -> list[str]:
-    """Remove the files of versions that no manifest names, and to which nothing was written for the grace time.
-
-    Returns the names of their folders. Raises BrokenBundleError where a manifest is damaged: then nobody knows what it
-    names.
+    """Remove the folders of versions that no manifest names, if nothing was written to them for the grace time.
+    Returns the names of the folders. Raises BrokenBundleError if a manifest is damaged, as it may name any folder.
     """
     folders = _folders(storage)
     named = {log.read_version(storage, version).bundle_id for version in log.known_versions(storage)}
@@ -103,14 +101,14 @@ def remove_leftovers(storage: Storage, grace_s: float = LEFTOVER_S) -> list[str]
 
 @dataclass
 class _Times:
-    """When a version was published, and until when it was in use, in seconds since 1970: without end it still is."""
+    """When a version was published, and until when it was in use, in seconds since 1970; infinite if it still is."""
 
     made_s: float = float("-inf")
     used_s: float = float("-inf")
 
 
 def _times(storage: Storage, chosen: Sequence[int]) -> Mapping[int, _Times]:
-    """Find out the times of all versions; `chosen`: the version of each choice, the first one first."""
+    """Return the times of all versions; `chosen`: the version of each choice, oldest first."""
     found: dict[int, _Times] = defaultdict(_Times)
     for version, made_s in _numbers_and_times(storage, LOG):
         found[version].made_s = made_s
@@ -134,13 +132,13 @@ def _known(storage: Storage) -> list[int]:
 
 
 def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]) -> bool:
-    """Remove a version, and its folder if that is its `own`.
+    """Remove a version, and its folder if no other version uses it (`own`).
 
-    Not so where it was chosen since choice number `seen`: then its manifest comes back."""
+    If it was chosen after choice number `seen`, restores its manifest instead."""
     path = manifest_path(manifest.version, LOG)
     data = storage.read_bytes(path)
     storage.delete(path)
-    # `use` looks again at the manifest once its choice is written: one of the two sees the other.
+    # `use` checks the manifest again after it has written its choice, so one of the two sees the other.
     if any(each.version == manifest.version for each in log.choices(storage, after=seen)):
         storage.create_or_read(path, data)
         return False
@@ -150,7 +148,7 @@ def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]
 
 
 def _folders(storage: Storage) -> dict[str, list[StorageEntry]]:
-    """List the files of all versions, by the id of their bundle; what else lies there is not ours."""
+    """List the files of all versions by the id of their bundle; ignores all other files."""
     found: dict[str, list[StorageEntry]] = defaultdict(list)
     for entry in storage.entries(BUNDLES):
         _, bundle_id, *below = entry.path.split("/")

@@ -1,1 +1,1 @@
-"""The Open Inference Protocol: columns of a request as tensors, in JSON and in binary."""
+"""The Open Inference Protocol: columns of a request as tensors, in JSON or binary."""

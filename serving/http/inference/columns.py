@@ -1,12 +1,11 @@
 """Columns of a request as tensors of the Open Inference Protocol, by the model's own columns.
 
-A tensor has its column's name. Of the user's side: [1] for one value, [L] for a list. Of the ads' side: [C], an entry
-for each candidate, or [1] for a value of the context that is the same for all. Texts are BYTES, IDs and image keys
-INT64 or BYTES, numbers FP32; a missing number is NaN, in JSON null.
+A tensor has its column's name. On the user's side: [1] for one value, [L] for a list. On the ads' side: [C], an entry
+for each candidate, or [1] for a context value, which is the same for all. Texts are BYTES, IDs and image keys INT64 or
+BYTES, numbers FP32; a missing number is NaN, in JSON null.
 
-A list of lists (an ad's categories, the images of a gallery) is [C, K] where all lists are equally long. Where they
-are not, the tensor has all values one after the other, [N], and a second tensor COLUMN.lengths, INT64 [C], says how
-many belong to each.
+A list of lists (an ad's categories, the images of a gallery) is [C, K] if all lists are equally long. Otherwise the
+tensor has the concatenated values, [N], and a second tensor COLUMN.lengths, INT64 [C], has the lengths of the lists.
 """
 
 from collections.abc import Mapping
@@ -18,19 +17,19 @@ from serving.errors import RequestError
 from serving.http.inference.tensors import Tensor
 from serving.network.steps import Steps
 from serving.scoring.request import Request
-from serving.scoring.values import shown
+from serving.scoring.values import short_repr
 from trainer.samples.columns import Rule
 
 LENGTHS = ".lengths"
 
 
 def metadata(columns: Mapping[str, Rule]) -> list[dict[str, Any]]:
-    """Describe the input tensors of a model, as the protocol's metadata has them; -1 is a size that may differ."""
+    """Describe the input tensors of a model for the protocol's metadata; -1 is a variable size."""
     return [{"name": name, "datatype": _datatype(rule), "shape": _shape(rule)} for name, rule in columns.items()]
 
 
 def request_of(tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Steps[Request]:
-    """Make the request that the tensors hold. Raises RequestError: an unknown tensor, or one of another shape."""
+    """Build a request from its tensors. Raises RequestError: an unknown tensor, or one of another shape."""
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name in columns:
@@ -38,7 +37,7 @@ def request_of(tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> St
             yield
     for name in tensors.keys() - columns.keys():
         if not (name.endswith(LENGTHS) and name.removesuffix(LENGTHS) in tensors.keys() & columns.keys()):
-            raise RequestError(f"input {shown(name)} is none of the model's: {', '.join(columns)}")
+            raise RequestError(f"input {short_repr(name)} is not an input of the model: {', '.join(columns)}")
     ads = {name: value for name, value in found.items() if columns[name].side == "ad"}
     counts = {len(value) for value in ads.values()}
     num_candidates = 0 if counts == {0, 1} else max(counts, default=0)
@@ -62,7 +61,7 @@ def _shape(rule: Rule) -> list[int]:
 
 
 def _value(name: str, tensor: Tensor, tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Any:
-    """Return a column's value as a request has it: one, a list, or a list of lists."""
+    """Return a column's value in a request: a single value, a list, or a list of lists."""
     rule = columns[name]
     values = _with_missing(tensor, rule)
     if rule.depth == 0:
@@ -97,7 +96,7 @@ def _by_lengths(name: str, tensor: Tensor, values: list[Any], lengths: Tensor) -
 
 
 def _with_missing(tensor: Tensor, rule: Rule) -> list[Any]:
-    """Replace NaN, by which a tensor says that a number is missing, by None, as in a request."""
+    """Replace NaN, which marks a missing number in a tensor, by None, as in a request."""
     if not rule.may_miss or not tensor.datatype.startswith("FP"):
         return tensor.values
     return [None if value is None or isnan(value) else value for value in tensor.values]

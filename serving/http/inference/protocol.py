@@ -1,7 +1,7 @@
 """The Open Inference Protocol (KServe's V2, Triton's HTTP): health, metadata and inference for unchanged clients.
 
-A body of tensors is one request; `columns.py` says which tensors a column is. Outputs: score and logit, FP32 [C], and
-unknown and missing, INT32 [C], the number of each candidate's fields whose ID or image the model does not know.
+A body of tensors is one request; `columns.py` maps columns to tensors. Outputs: score and logit, FP32 [C], and unknown
+and missing, INT32 [C], the number of each candidate's fields whose ID or image the model does not know.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from serving.http.live.model import Decoded, Model, Scores
 from serving.network.steps import Steps
 from serving.scoring.budget import Budget
 from serving.scoring.request import Scored
-from serving.scoring.values import shown
+from serving.scoring.values import short_repr
 
 OUTPUTS = {"score": "FP32", "logit": "FP32", "unknown": "INT32", "missing": "INT32"}
 BINARY = "application/octet-stream"
@@ -56,7 +56,7 @@ class TensorBody:
         tensors = yield from tensors_of(value, binary, budget)
         self._asked, self._id = _asked(value), value.get("id")
         if self._id is not None and not isinstance(self._id, str):
-            raise RequestError(f"id is {shown(self._id)}, and has to be a text")
+            raise RequestError(f"id is {short_repr(self._id)}, and has to be a text")
         self._fields_of_ads = frozenset(each.name for each in model.fields if each.side == "ad")
         return [(yield from request_of(tensors, model.columns))]
 
@@ -82,7 +82,7 @@ class TensorBody:
         }
 
     def _counts(self, places: Mapping[str, NDArray[np.int64]], num_candidates: int) -> NDArray[np.int32]:
-        """Count the fields of each candidate; those of the user are no candidate's."""
+        """Count the fields of each candidate; the user's fields do not count."""
         counts = np.zeros(num_candidates, np.int32)
         for name in places.keys() & self._fields_of_ads:
             counts[np.unique(places[name])] += 1
@@ -90,18 +90,20 @@ class TensorBody:
 
 
 def _asked(value: dict[str, Any]) -> dict[str, bool]:
-    """Say which outputs a request asks for, by default all, and which of them as binary data. Raises RequestError."""
+    """Return the requested outputs, by default all, and which of them as binary data. Raises RequestError."""
     parameters = value.get("parameters") or {}
     all_binary = isinstance(parameters, dict) and parameters.get("binary_data_output") is True
     outputs = value.get("outputs")
     if outputs is None:
         return dict.fromkeys(OUTPUTS, all_binary)
     if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs):
-        raise RequestError(f"outputs is {shown(outputs)}, and has to be a list of objects with a name")
+        raise RequestError(f"outputs is {short_repr(outputs)}, and has to be a list of objects with a name")
     asked: dict[str, bool] = {}
     for each in outputs:
         if not isinstance(each.get("name"), str) or each["name"] not in OUTPUTS:
-            raise RequestError(f"output {shown(each.get('name'))} is none of the model's: {', '.join(OUTPUTS)}")
+            raise RequestError(
+                f"output {short_repr(each.get('name'))} is not an output of the model: {', '.join(OUTPUTS)}"
+            )
         own = each.get("parameters") or {}
         asked[each["name"]] = own.get("binary_data", all_binary) is True if isinstance(own, dict) else all_binary
     return asked

@@ -1,7 +1,7 @@
 """Tensors of the Open Inference Protocol: JSON data or binary data (Triton's extension) to Python lists, and back.
 
 Binary data of all tensors follows the JSON, in the order of the tensors: numbers little-endian, a text of BYTES after
-its length as uint32. The header Inference-Header-Content-Length says where the JSON ends.
+its length as uint32. The header Inference-Header-Content-Length has the length of the JSON.
 """
 
 import struct
@@ -18,7 +18,7 @@ from serving.errors import RequestError
 from serving.http.codec import parse_json
 from serving.network.steps import CHUNK, Steps
 from serving.scoring.budget import Budget
-from serving.scoring.values import shown
+from serving.scoring.values import short_repr
 
 HEADER = "inference-header-content-length"
 DTYPES = {
@@ -44,14 +44,14 @@ def split_body(body: bytes, header: str | None, budget: Budget) -> Steps[tuple[A
         return (yield from parse_json(body, budget)), memoryview(b"")
     if not (header.isascii() and header.isdigit()) or len(header) > 12 or int(header) > len(body):
         raise RequestError(
-            f"{HEADER} is {shown(header[:40])}, and has to be the length of the JSON at the beginning of the body, at "
-            f"most {len(body)}"
+            f"{HEADER} is {short_repr(header[:40])}, and has to be the length of the JSON at the beginning of the "
+            f"body, at most {len(body)}"
         )
     return (yield from parse_json(body[: int(header)], budget)), memoryview(body)[int(header) :]
 
 
 def tensors_of(value: Any, binary: memoryview, budget: Budget) -> Steps[dict[str, Tensor]]:
-    """Read the tensors of a request by their names. Raises RequestError naming the tensor and what is wrong."""
+    """Read the tensors of a request by their names. Raises RequestError naming the tensor and the mistake."""
     inputs = value.get("inputs") if isinstance(value, dict) else None
     if not isinstance(inputs, list):
         raise RequestError('the body has no inputs; send {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
@@ -59,12 +59,14 @@ def tensors_of(value: Any, binary: memoryview, budget: Budget) -> Steps[dict[str
     count = 0
     for each in inputs:
         if not isinstance(each, dict) or not isinstance(each.get("name"), str):
-            raise RequestError(f"an input is {shown(each)}; it has to be an object with name, shape, datatype and data")
+            raise RequestError(
+                f"an input is {short_repr(each)}; it has to be an object with name, shape, datatype and data"
+            )
         budget.check_names([each["name"]])
         tensor, binary = yield from _tensor(each, binary, budget)
         budget.check("values", count := count + len(tensor.values))
         if found.setdefault(tensor.name, tensor) is not tensor:
-            raise RequestError(f"input {shown(tensor.name)} is sent twice; send each tensor once")
+            raise RequestError(f"input {short_repr(tensor.name)} is sent twice; send each tensor once")
     if len(binary):
         raise RequestError(f"{len(binary)} bytes follow the last tensor; give each tensor its binary_data_size")
     return found
@@ -72,12 +74,14 @@ def tensors_of(value: Any, binary: memoryview, budget: Budget) -> Steps[dict[str
 
 def _tensor(each: dict[str, Any], binary: memoryview, budget: Budget) -> Steps[tuple[Tensor, memoryview]]:
     name, datatype, shape = each["name"], each.get("datatype"), each.get("shape")
-    where = f"input {shown(name)}"
+    where = f"input {short_repr(name)}"
     if not isinstance(datatype, str) or (datatype not in DTYPES and datatype != "BYTES"):
-        raise RequestError(f"{where}: datatype is {shown(datatype)}; it is BYTES, {', '.join(DTYPES)}")
+        raise RequestError(f"{where}: datatype is {short_repr(datatype)}; it is BYTES, {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not _is_shape(shape):
-        raise RequestError(f"{where}: shape is {shown(shape)}, and has to be a list of 1 to {MAX_DIMENSIONS} sizes")
-    budget.check("values", prod(max(size, 1) for size in shape))  # [10**9, 0] is as many lists
+        raise RequestError(
+            f"{where}: shape is {short_repr(shape)}, and has to be a list of 1 to {MAX_DIMENSIONS} sizes"
+        )
+    budget.check("values", prod(max(size, 1) for size in shape))  # [10**9, 0] means 10**9 lists
     parameters = each.get("parameters") or {}
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is None:
@@ -86,11 +90,13 @@ def _tensor(each: dict[str, Any], binary: memoryview, budget: Budget) -> Steps[t
         values = _flat(each["data"], where)
     else:
         if type(size) is not int or not 0 <= size <= len(binary):
-            raise RequestError(f"{where}: binary_data_size is {shown(size)}; {len(binary)} bytes are left")
+            raise RequestError(f"{where}: binary_data_size is {short_repr(size)}; {len(binary)} bytes are left")
         values, binary = (yield from _from_binary(binary[:size], datatype, prod(shape), where)), binary[size:]
     yield
     if prod(shape) != len(values):
-        raise RequestError(f"{where}: shape {shown(shape)} has {prod(shape)} values, but {len(values)} came")
+        raise RequestError(
+            f"{where}: shape {short_repr(shape)} has {prod(shape)} values, but the data has {len(values)}"
+        )
     _check_type(values, datatype, where)
     return Tensor(name, datatype, tuple(shape), values), binary
 
@@ -100,14 +106,14 @@ def _is_shape(shape: list[Any]) -> bool:
 
 
 def _flat(data: Any, where: str) -> list[Any]:
-    """Flatten nested lists, as deep as a tensor may be; null, for a missing number, stays."""
+    """Flatten nested lists, up to the depth of a tensor; keeps null, a missing number."""
     values = data if isinstance(data, list) else [data]
     for _ in range(MAX_DIMENSIONS - 1):
         kinds = set(map(type, values))
         if list not in kinds:
             return values
         if kinds != {list}:
-            raise RequestError(f"{where}: data has lists next to values; nest all alike, or send one flat list")
+            raise RequestError(f"{where}: data mixes lists and values; nest all alike, or send one flat list")
         values = list(chain.from_iterable(values))
     return values
 
@@ -122,18 +128,18 @@ def _check_type(values: list[Any], datatype: str, where: str) -> None:
         kinds = {bool} if datatype == "BOOL" else {int}
     if not set(map(type, values)) <= kinds:
         wrong = next(each for each in values if type(each) not in kinds)
-        raise RequestError(f"{where}: data has {shown(wrong)}, which is no {datatype}")
+        raise RequestError(f"{where}: data has {short_repr(wrong)}, which is not {datatype}")
 
 
 def _from_binary(data: memoryview, datatype: str, count: int, where: str) -> Steps[list[Any]]:
-    """Read `count` values of a tensor, or fewer; more are refused before they are read."""
+    """Read at most `count` values of a tensor; refuses more before it reads them."""
     if datatype == "BYTES":
         return (yield from _texts(data, count, where))
     dtype = np.dtype(DTYPES[datatype])
     if len(data) % dtype.itemsize:
-        raise RequestError(f"{where}: {len(data)} bytes are no whole number of {datatype}")
+        raise RequestError(f"{where}: {len(data)} bytes are not a multiple of the size of {datatype}")
     if len(data) > count * dtype.itemsize:
-        raise RequestError(f"{where}: its shape has {count} values, but {len(data) // dtype.itemsize} came")
+        raise RequestError(f"{where}: its shape has {count} values, but the data has {len(data) // dtype.itemsize}")
     values: list[Any] = np.frombuffer(data, dtype).tolist()
     return values
 
@@ -151,10 +157,10 @@ def _texts(data: memoryview, count: int, where: str) -> Steps[list[str]]:
         try:
             texts.append(str(data[place : place + length], "utf-8"))
         except UnicodeDecodeError:
-            raise RequestError(f"{where}: text {len(texts)} is no UTF-8") from None
+            raise RequestError(f"{where}: text {len(texts)} is not UTF-8") from None
         place += length
         if len(texts) > count:
-            raise RequestError(f"{where}: its shape has {count} values, but more came")
+            raise RequestError(f"{where}: its shape has {count} values, but the data has more")
         if len(texts) % CHUNK == 0:
             yield
     return texts
@@ -163,10 +169,9 @@ def _texts(data: memoryview, count: int, where: str) -> Steps[list[str]]:
 def encode(
     outputs: Sequence[tuple[str, NDArray[Any], bool]], answer: dict[str, Any]
 ) -> tuple[list[bytes], dict[str, Any]]:
-    """Add tensors to an answer, each its name, FP32 or INT32 values, and whether they go as binary data.
+    """Add output tensors (name, FP32 or INT32 values, whether as binary data) to an answer.
 
-    Returns the binary parts, and the answer with its outputs.
-    """
+    Returns the binary parts, and the answer with its outputs."""
     parts: list[bytes] = []
     written: list[dict[str, Any]] = []
     for name, values, as_binary in outputs:

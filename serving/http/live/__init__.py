@@ -1,1 +1,1 @@
-"""The model that answers: what the server needs of one, how it is warmed up, and the switch to a newer one."""
+"""The model in use: its interface, its warm-up, and the switch to a newer one."""

@@ -1,4 +1,4 @@
-"""What the server needs of a model and of the place where models are published, and nothing more."""
+"""The interfaces that the server needs of a model and of the place where models are published."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from trainer.samples.columns import Rule
 from trainer.schema import Field
 
 Decoded = Sequence[Request] | pa.Table
-"""What a body holds: requests, or a table with a request a row."""
+"""A decoded body: requests, or a table with one request per row."""
 
 
 class Identity(Protocol):
-    """The model that answers; compared as a whole, so two equal ones are the same model."""
+    """The identity of a model: two models with equal identities are the same."""
 
     @property
     def version(self) -> int:
@@ -39,7 +39,7 @@ class Model(Protocol):
 
     @property
     def columns(self) -> Mapping[str, Rule]:
-        """The columns of a request, and what each has to be."""
+        """The columns of a request, with the rule for each."""
         ...
 
     @property
@@ -53,11 +53,11 @@ class Model(Protocol):
         ...
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """Score all requests. Raises RequestError: NotFiniteError where a logit is not a finite number."""
+        """Score all requests. Raises RequestError, or NotFiniteError if a logit is not a finite number."""
         ...
 
     def score_table(self, table: pa.Table) -> list[Scored]:
-        """Score a table with columns as in the sample files, a request a row. Raises RequestError."""
+        """Score a table with the columns of sample files, one request per row. Raises RequestError."""
         ...
 
     def steps(self, decoded: Decoded, sizes: Sizes) -> Steps[list[Scored]]:
@@ -65,7 +65,7 @@ class Model(Protocol):
         ...
 
     def sample(self) -> pa.Table | None:
-        """Read the rows that this version is judged by; None where it has none."""
+        """Read the sample that this version is checked with, or None."""
         ...
 
     def close(self) -> None:
@@ -77,11 +77,11 @@ class ModelSource(Protocol):
     """The place where versions of a model are published."""
 
     def newest(self) -> Identity:
-        """Find out which version is in use, and the newest snapshots of its vectors; a few small reads."""
+        """Look up the version in use, and the newest snapshots of its vectors; a few small reads."""
         ...
 
     def open(self, identity: Identity, current: Model | None) -> Model:
-        """Load that version with these vectors; what it shares with the current model is not loaded again.
+        """Load a version with these vectors, reusing the parts that the current model shares.
 
         Takes seconds. Raises BundleNotFoundError, BrokenBundleError, StorageError.
         """
@@ -105,7 +105,7 @@ class Scores:
 
 
 def num_entries(column: Any) -> int:
-    """Count the entries of all lists of a column of a table; rows, where it has no lists."""
+    """Count the entries of all lists of a column of a table, or its rows if it has no lists."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return sum(len(chunk.flatten()) for chunk in column.chunks)

@@ -1,4 +1,4 @@
-"""The place where a bundle's versions are published, as the server looks at it."""
+"""The server's access to the published versions of a bundle."""
 
 import logging
 
@@ -17,7 +17,7 @@ class BundleSource:
         self._url, self._cache_dir = settings.model, settings.cache_dir
 
     def newest(self) -> BundleIdentity:
-        """Find out which version is in use, and its newest vectors; a few small reads."""
+        """Look up the version in use, and its newest vectors; a few small reads."""
         return BundleIdentity.newest(self._url)
 
     def open(self, identity: Identity, current: Model | None) -> Scorer:

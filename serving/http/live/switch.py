@@ -1,9 +1,9 @@
-"""The model that answers now, and the switch to a newer one while requests continue.
+"""The model in use, and the switch to a newer one while requests continue.
 
-A thread looks every few seconds for another version in use and for newer vectors, loads that model while the old
-one answers, and warms it up; the event loop then replaces the one by the other. A body that is being scored meanwhile
-keeps the old one (`held`), which is closed after its last piece. A version that cannot be loaded, or fails at its
-warm-up, is refused: the old one stays, and the new one is tried again after a while.
+A thread polls every few seconds for another version in use and for newer vectors, loads that model while the old one
+answers, and warms it up; then the event loop switches to it. A body that is being scored at this moment keeps the old
+model open (`held`) until its last piece. A version that cannot be loaded, or fails its warm-up, is refused: the old one
+stays in use, and the new one is tried again later.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class NotReadyError(Exception):
 
 @dataclass
 class LiveModel:
-    """The model in use; `start` loads the first one, `follow` switches to newer ones."""
+    """The model in use; `start` loads the first one, `run` switches to newer ones."""
 
     source: ModelSource
     recorder: Recorder
@@ -45,14 +45,14 @@ class LiveModel:
 
     @property
     def model(self) -> Model:
-        """The model that answers now. Raises NotReadyError."""
+        """The model in use. Raises NotReadyError."""
         if self._model is None:
             raise NotReadyError
         return self._model
 
     @contextmanager
     def held(self) -> Iterator[Model]:
-        """Give the model that answers now, and keep it open to the end of the block, whatever it is switched to.
+        """Keep the model in use open until the end of the block, even if another one replaces it.
 
         One block at a time. Raises NotReadyError.
         """
@@ -70,18 +70,18 @@ class LiveModel:
         return self._model is not None
 
     async def start(self) -> None:
-        """Load and warm up the first model. Raises what the source raises: there is nothing to fall back to."""
+        """Load and warm up the first model. Raises the source's errors, as there is no model to fall back to."""
         identity = await asyncio.to_thread(self.source.newest)
         self._use(await self._loaded(identity))
 
-    async def follow(self) -> None:
+    async def run(self) -> None:
         """Switch to every newer model, until cancelled."""
         while True:
             await asyncio.sleep(self.poll_s)
-            await self.look()
+            await self.poll_once()
 
-    async def look(self) -> None:
-        """Look for a newer model once, and switch to it; a broken one is refused, logged and counted."""
+    async def poll_once(self) -> None:
+        """Look for a newer model once, and switch to it; refuse, log and count a broken one."""
         try:
             identity = await asyncio.to_thread(self.source.newest)
         except Exception as error:
@@ -126,7 +126,7 @@ class LiveModel:
             model.close()
             raise
         logger.info(
-            "loaded %s, warmed up by %d requests, in %.1f s", described(identity), count, time.perf_counter() - start_s
+            "loaded %s, warmed up by %d requests, in %.1f s", describe(identity), count, time.perf_counter() - start_s
         )
         return model
 
@@ -135,7 +135,7 @@ class LiveModel:
         self._refused, self._wait_s = None, 0.0
         self.metrics.record_model(model, switched=old is not None)
         if old is not None:
-            logger.info("switched from %s to %s", described(old.identity), described(model.identity))
+            logger.info("switched from %s to %s", describe(old.identity), describe(model.identity))
             if old is not self._held:
                 old.close()
 
@@ -147,14 +147,14 @@ class LiveModel:
         self.metrics.switches.labels("refused").inc()
         logger.error(
             "refused %s, still serving %s: %s: %s",
-            described(identity),
-            described(self.model.identity),
+            describe(identity),
+            describe(self.model.identity),
             type(error).__name__,
             error,
         )
 
 
-def described(identity: Identity) -> str:
-    """Describe a model for people: version 3 (vectors: images 17)."""
+def describe(identity: Identity) -> str:
+    """Describe a model for the log, e.g. `version 3 (vectors: images 17)`."""
     stores = ", ".join(f"{store} {snapshot}" for store, snapshot in identity.vectors.items())
     return f"version {identity.version}" + (f" (vectors: {stores})" if stores else "")

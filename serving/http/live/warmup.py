@@ -1,8 +1,8 @@
-"""Requests that warm up a model before it answers: recorded ones, else made-up ones that fit its columns.
+"""Requests that warm up a model before it answers: recorded ones, or else synthetic ones with its columns.
 
-Warming up is also the last check of a new version: it has to score made-up requests and the rows of its own sample,
-each with finite numbers. A recorded request is no judge: one that cannot be scored is left out.
-Recording keeps what users sent in memory, and writes it to a disk only where a file is named (--record-file).
+The warm-up is also the last check of a new version: its scores of synthetic requests and of its own sample must be
+finite numbers. Recorded requests do not count for the check: those that cannot be scored are left out. Recording keeps
+user data in memory, and writes it to a disk only if a file is given (--record-file).
 """
 
 import logging
@@ -19,21 +19,21 @@ from featurestore.text import one_line
 from serving.errors import BrokenBundleError, NotFiniteError, RequestError
 from serving.http.codec import as_json, parse_json, request_of
 from serving.http.live.model import Model
-from serving.network.steps import finished
+from serving.network.steps import run_steps
 from serving.scoring.budget import Budget
 from serving.scoring.request import Request, check_sizes, sizes_of
 from trainer.samples.columns import Rule
 
 logger = logging.getLogger("serving")
 
-MADE_UP_CANDIDATES = (1, 200, 0, 2, 1)
-MADE_UP_HISTORY = (30, 30, 0, 1, 2)
+SYNTHETIC_CANDIDATES = (1, 200, 0, 2, 1)
+SYNTHETIC_HISTORY = (30, 30, 0, 1, 2)
 ROUNDS = 3
 MAX_RECORDED_BYTES = 256 << 10
 
 
 class Recorder:
-    """Keeps up to `capacity` requests of all that came, each with the same chance (reservoir sampling)."""
+    """Keeps a uniform random sample of up to `capacity` requests (reservoir sampling)."""
 
     def __init__(self, capacity: int, file: Path | None = None) -> None:
         self._capacity, self._file = capacity, file
@@ -55,11 +55,11 @@ class Recorder:
                 self._requests[place] = request
 
     def recorded(self) -> list[Request]:
-        """List what is kept."""
+        """List the recorded requests."""
         return list(self._requests)
 
     def save(self) -> None:
-        """Write what is kept to the file, if one is named: readable by its owner alone, a JSON object a line."""
+        """Write the recorded requests to the file, if any: one JSON object per line, readable only by its owner."""
         if self._file is None or not self._requests:
             return
         lines = [orjson.dumps(as_json(each)) + b"\n" for each in self._requests]
@@ -73,13 +73,13 @@ class Recorder:
 
 
 def warm_up(model: Model, recorder: Recorder) -> int:
-    """Judge a model, then score recorded requests that it takes, else made-up ones; returns how many.
+    """Check a model, then score the recorded requests that fit it, or else synthetic ones; return their number.
 
-    A version is judged by made-up requests and the bundle's own sample: what users sent says nothing against it, and
-    is dropped where it cannot be scored. Raises BrokenBundleError where a score is not finite, and whatever else the
-    model raises.
+    A version is checked with synthetic requests and the bundle's own sample. Recorded requests say nothing against it:
+    those that cannot be scored are dropped. Raises BrokenBundleError if a score is not finite; errors of the model
+    propagate.
     """
-    drawn = list(made_up(model.columns))
+    drawn = list(synthetic_requests(model.columns))
     _judge(model, drawn)
     fitting = [request for request in recorder.recorded() if _fits(model, request)]
     requests = fitting or drawn
@@ -92,7 +92,7 @@ def warm_up(model: Model, recorder: Recorder) -> int:
 
 
 def _judge(model: Model, drawn: Sequence[Request]) -> None:
-    """Raise BrokenBundleError where a made-up request, or a row of the sample, gets a logit that is not finite."""
+    """Raise BrokenBundleError if a synthetic request, or a row of the sample, gets a logit that is not finite."""
     sample = model.sample()
     rows = [] if sample is None else [sample.slice(row, 1) for row in range(sample.num_rows)]
     try:
@@ -103,16 +103,16 @@ def _judge(model: Model, drawn: Sequence[Request]) -> None:
         raise _unsound(model)
 
 
-def made_up(columns: Mapping[str, Rule]) -> Iterable[Request]:
-    """Make up requests with the model's columns: one candidate and many, a long history and none."""
-    for num_candidates, num_behaviors in zip(MADE_UP_CANDIDATES, MADE_UP_HISTORY, strict=True):
+def synthetic_requests(columns: Mapping[str, Rule]) -> Iterable[Request]:
+    """Generate requests with the model's columns: one candidate and many, a long history and none."""
+    for num_candidates, num_behaviors in zip(SYNTHETIC_CANDIDATES, SYNTHETIC_HISTORY, strict=True):
         user = {name: _value(rule, num_behaviors) for name, rule in columns.items() if rule.side == "user"}
         ads = {name: _value(rule, num_candidates) for name, rule in columns.items() if rule.side == "ad"}
         yield Request(user=user, candidates=ads)
 
 
 def _value(rule: Rule, count: int) -> Any:
-    """Make a value of a column: outermost `count` entries, inside them as many as the rule says or one."""
+    """Generate a value of a column: `count` entries at the outermost level, inside them the rule's width or one."""
     number: Any = 1 if rule.number == "integer" else 0.5
     if rule.depth == 0:
         return number
@@ -125,7 +125,7 @@ def _value(rule: Rule, count: int) -> Any:
 def _fits(model: Model, request: Request) -> bool:
     try:
         scored = model.score([request])
-    except RequestError:  # of columns that this version does not have any more, or of numbers too large for it
+    except RequestError:  # it has columns that this version lacks, or numbers too large for it
         return False
     except Exception as error:
         logger.warning("a recorded request is left out: it cannot be scored (%s)", type(error).__name__)
@@ -135,22 +135,22 @@ def _fits(model: Model, request: Request) -> bool:
 
 def _unsound(model: Model) -> BrokenBundleError:
     return BrokenBundleError(
-        f"version {model.identity.version} gives scores that are no finite numbers: export a sound run, or go "
+        f"version {model.identity.version} gives scores that are not finite numbers: export a sound run, or go "
         "back by `python -m serving use`"
     )
 
 
 def _read(file: Path) -> list[Request]:
-    """Read recorded requests; a line that is none, or is too large for a server by default, is left out."""
+    """Read recorded requests; skip lines that are invalid, or too large for a server's default limits."""
     try:
         lines = file.read_bytes().splitlines()
     except OSError as failure:
-        logger.warning("cannot warm up by %s, and take made-up requests: %s", file, one_line(str(failure)))
+        logger.warning("cannot warm up with %s, using synthetic requests: %s", file, one_line(str(failure)))
         return []
     found, budget = [], Budget()
     for number, line in enumerate(lines, 1):
         try:
-            request = request_of(finished(parse_json(line, budget)), f"{file}, line {number}", budget)
+            request = request_of(run_steps(parse_json(line, budget)), f"{file}, line {number}", budget)
             check_sizes(budget, sizes_of([request], {}))
             found.append(request)
         except RequestError as failure:

@@ -17,7 +17,7 @@ from featurestore.parsing import parse_json
 from featurestore.storage.storage import Storage
 from serving.bundle.export import ExportOptions, export_model
 from serving.bundle.files import WrittenFiles
-from serving.bundle.manifest import NETWORK, BundleManifest, ScoreError
+from serving.bundle.manifest import NETWORK, BundleManifest, LogitDrift
 from tests.featurestore.storage.test_paths import sealed
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
@@ -121,7 +121,7 @@ def forge(url: object, version: int, **fields: Any) -> None:
     storage.write_bytes(path, sealed(values))
 
 
-def no_scores(saved: SavedRun, draft: BundleManifest, storage: Storage) -> ScoreError | None:
+def no_scores(saved: SavedRun, draft: BundleManifest, storage: Storage) -> LogitDrift | None:
     return None
 
 

@@ -15,7 +15,7 @@ from serving.bundle import log
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.bundle.upkeep.expiry import remove_leftovers
-from serving.bundle.upkeep.soundness import damage_of
+from serving.bundle.upkeep.verify import find_damage
 from tests.fuse import FORK, Fuse
 from tests.serving.bundle.conftest import Exported, export
 from tests.serving.bundle.test_publish import World
@@ -105,7 +105,7 @@ def test_a_killed_expiry_leaves_whole_versions_and_the_next_one_continues(
         known = log.known_versions(versions.storage)
         assert log.version_in_use(versions.storage) == known[-1] == 4
         assert not [
-            bad for each in known for bad in damage_of(versions.storage, log.read_version(versions.storage, each))
+            bad for each in known for bad in find_damage(versions.storage, log.read_version(versions.storage, each))
         ]
         seen.add(len(known))
         versions.expire()

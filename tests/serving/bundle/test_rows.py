@@ -94,7 +94,7 @@ def test_rows_of_several_tables_are_found_at_once(pair: tuple[Bundle, TrainedRun
     bundle, trained = pair
     tables = [*trained.engine.tables, *trained.engine.tables]
     ids = [ids_of(trained, name)[: 3 * number] for number, name in enumerate(tables)]
-    rows, known = bundle.ids.many(tables).find(np.concatenate(ids), np.array([len(each) for each in ids]))
+    rows, known = bundle.ids.bulk_finder(tables).find(np.concatenate(ids), np.array([len(each) for each in ids]))
     each = [bundle.ids.find(name, some) for name, some in zip(tables, ids, strict=True)]
     np.testing.assert_array_equal(rows, np.concatenate([one for one, _ in each]))
     np.testing.assert_array_equal(known, np.concatenate([one for _, one in each]))

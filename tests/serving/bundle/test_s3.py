@@ -15,7 +15,7 @@ from serving.bundle.images import networks_for
 from serving.bundle.open import Bundle, BundleIdentity
 from serving.bundle.publish import publish
 from serving.bundle.upkeep.expiry import expire, remove_leftovers
-from serving.bundle.upkeep.soundness import damage_of
+from serving.bundle.upkeep.verify import find_damage
 from serving.errors import BrokenBundleError
 from tests.serving.bundle.conftest import Exported, export, forge
 
@@ -57,15 +57,15 @@ def test_old_versions_go_and_what_is_damaged_is_found(made: Exported, s3_url: st
     storage = Storage(url)
     sample = f"{first.folder}/sample.parquet"
     storage.write_bytes(sample, storage.read_bytes(sample)[:-1] + b"x")
-    assert damage_of(storage, first) == []
-    assert damage_of(storage, first, digests=True) == [
+    assert find_damage(storage, first) == []
+    assert find_damage(storage, first, digests=True) == [
         f"{storage.full(sample)} is damaged: its sha256 is not the one in the manifest"
     ]
     report = expire(storage, keep_last=1, keep_days=0, grace_days=0)
     assert (report.kept, report.expired) == ((2,), (1,))
     assert report.num_bytes > sum(file.bytes for file in first.files)
     assert storage.entries(first.folder) == []
-    assert damage_of(storage, log.read_version(storage), digests=True) == []
+    assert find_damage(storage, log.read_version(storage), digests=True) == []
 
 
 def test_a_forged_id_writes_nothing_outside_of_the_cache(made: Exported, s3_url: str, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_feature_store_is_no_place_for_a_model(made: Exported, tmp_path: Path)
         lambda: ModelVersion.open(url, 1),
         lambda: log.use(Storage(url), 1),
     ):
-        with pytest.raises(BundleNotFoundError, match="is a feature store, and no model"):
+        with pytest.raises(BundleNotFoundError, match="is a feature store, not a model"):
             refused()
     assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
     assert FeatureStore.open(url).snapshot().num_rows
@@ -259,7 +259,7 @@ def test_a_run_that_has_not_ended_is_told(url: str, made: Exported, tmp_path: Pa
 
 
 def test_a_run_is_no_model(made: Exported) -> None:
-    with pytest.raises(BundleNotFoundError, match="is a run, and no published model; publish it with"):
+    with pytest.raises(BundleNotFoundError, match="is a run, not a published model; publish it with"):
         log.read_version(Storage(made.run))
 
 

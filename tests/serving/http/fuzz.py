@@ -11,7 +11,7 @@ import pyarrow as pa
 from serving.http.codec import ARROW, JSON, as_json
 from serving.http.inference.tensors import HEADER
 from serving.http.live.model import Model
-from serving.http.live.warmup import made_up
+from serving.http.live.warmup import synthetic_requests
 from trainer.samples.columns import Rule
 
 ALLOWED = {200, 400, 404, 413, 415}
@@ -34,7 +34,7 @@ class FuzzBody(NamedTuple):
 def bodies(model: Model, count: int, seed: int = 0) -> Iterator[FuzzBody]:
     """Bodies in all forms, in turn; about one in ten is valid."""
     chance = random.Random(seed)
-    requests = [as_json(each) for each in made_up(model.columns)]
+    requests = [as_json(each) for each in synthetic_requests(model.columns)]
     for number in range(count):
         request = orjson.loads(orjson.dumps(chance.choice(requests)))
         kind = number % 4

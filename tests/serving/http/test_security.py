@@ -99,7 +99,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
         (tmp_path / "other").mkdir()
         other = Pair(tmp_path / "other")
         other.cert.replace(pair.cert)
-        server.wait_for("what was read before stays in use: --tls-key", count=workers)
+        server.wait_for("the previous certificate and tokens stay in use: --tls-key", count=workers)
         assert status("0123456789abcdef0123", pair.client) == 200
         other.key.replace(pair.key)
         server.wait_for("read certificate and tokens again", count=workers)
@@ -145,7 +145,7 @@ def test_certificates_that_are_not_valid_yet_or_end_soon_warn(tmp_path: Path, ca
 
 def test_the_folder_of_the_recorded_requests_has_to_be_there(tmp_path: Path) -> None:
     check(record_file=tmp_path / "requests.jsonl")
-    with pytest.raises(ServerSettingsError, match=r"--record-file .*nowhere.*: its folder is not there; make it first"):
+    with pytest.raises(ServerSettingsError, match=r"--record-file .*nowhere.*: its folder does not exist; create"):
         check(record_file=tmp_path / "nowhere" / "requests.jsonl")
 
 
@@ -189,7 +189,7 @@ def test_a_token_file_that_everybody_can_read_warns(tmp_path: Path, caplog: pyte
 def test_listening_beyond_this_machine_without_tls_warns(caplog: pytest.LogCaptureFixture) -> None:
     check(host="0.0.0.0")
     assert "no TLS" in caplog.text
-    assert "no --token-file on 0.0.0.0: everybody who reaches this server may ask it" in caplog.text
+    assert "no --token-file on 0.0.0.0: everyone who can reach this server can use it" in caplog.text
 
 
 def test_tokens_or_loopback_are_no_reason_to_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

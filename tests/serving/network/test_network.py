@@ -15,7 +15,7 @@ from serving.network.inputs import FieldRows, NetworkInputs
 from serving.network.machine import compiled_name
 from serving.network.served import ServedNetwork
 from serving.network.slots import Slots
-from serving.network.users import user_blocks
+from serving.network.users import split_by_user
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
 from trainer.config.options import BaseNet, Pooling
 
@@ -67,7 +67,7 @@ def test_a_run_of_the_network_has_a_bounded_number_of_pairs() -> None:
     )
     blocks = [
         (len(block.group_of_sample_B), len(block.fields["behaviors"].rows_NV))
-        for block in user_blocks(inputs, {"behaviors"}, 256, 1 << 15)
+        for block in split_by_user(inputs, {"behaviors"}, 256, 1 << 15)
     ]
     assert blocks == [(256, 3), (256, 3), (88, 3), *[(1, 40_000)] * 3, (46, 700), (46, 700), (8, 700)]
 

@@ -87,7 +87,7 @@ def request(**changes: Any) -> Request:
         ({"candidates__ad_price": ...}, "column ad_price is missing, expected a number for each candidate"),
         (
             {"candidates__ad_prise": [1, 2]},
-            'candidates."ad_prise" is no column of the model\'s; did you mean ad_price?',
+            'candidates."ad_prise" is not a column of the model; did you mean ad_price?',
         ),
         ({"candidates__user": [1, 2]}, "candidates.user is a column of side user; put it into user"),
         ({"candidates__ad_scene": [1, 2]}, "column ad_scene is in context and in candidates; leave one out"),
@@ -165,7 +165,7 @@ def test_no_candidates_are_no_error(candidates: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (lambda t: t.drop_columns(["ad_price"]), "the table: column ad_price is missing"),
-        (lambda t: t.append_column("ad_prise", t["ad_price"]), 'column "ad_prise" is no column of the model'),
+        (lambda t: t.append_column("ad_prise", t["ad_price"]), 'column "ad_prise" is not a column of the model'),
         (lambda t: t.set_column(0, "user", pa.array([1.5])), "column user is double, expected integer"),
         (lambda t: t.set_column(0, "user", pa.array([None], pa.int64())), "the table, row 0: column user is null"),
         (

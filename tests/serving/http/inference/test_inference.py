@@ -14,7 +14,7 @@ from serving.errors import RequestError
 from serving.http.app import Scoring
 from serving.http.inference.columns import metadata, request_of
 from serving.http.inference.tensors import Tensor, split_body, tensors_of
-from serving.network.steps import finished
+from serving.network.steps import run_steps
 from serving.scoring.budget import Budget
 from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import decode_requests
@@ -41,7 +41,7 @@ def tensor(name: str, values: list[Any], *shape: int, datatype: str = "INT64") -
 
 
 def request(*tensors: Tensor) -> Any:
-    return finished(request_of({each.name: each for each in tensors}, COLUMNS))
+    return run_steps(request_of({each.name: each for each in tensors}, COLUMNS))
 
 
 def test_a_tensor_is_a_column() -> None:
@@ -89,7 +89,7 @@ def test_one_candidate_and_none_are_candidates_and_no_context() -> None:
         ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [-1, 3])], "adds up to 2"),
         ([tensor("ad_tags", [1, 2]), tensor("ad_tags.lengths", [2.0], datatype="FP32")], "INT64 [C]"),
         ([tensor("ad_tags", [1, 2], 1, 2), tensor("ad_tags.lengths", [2])], "has to be [N]"),
-        ([tensor("nothing", [1])], '"nothing" is none of the model'),
+        ([tensor("nothing", [1])], '"nothing" is not an input of the model'),
         ([tensor("ad_tags.lengths", [1])], "none of the model"),
     ],
 )
@@ -126,7 +126,7 @@ def decode(*changed: Tensor, without: tuple[str, ...] = ()) -> None:
     tensors = {**GOOD, **{each.name: each for each in changed}}
     for name in without:
         del tensors[name]
-    decode_requests(WIDE, [finished(request_of(tensors, WIDE.sources))])
+    decode_requests(WIDE, [run_steps(request_of(tensors, WIDE.sources))])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def texts(*values: bytes) -> bytes:
 )
 def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values: list[Any]) -> None:
     each = {"name": "x", "datatype": datatype, "shape": [2], "parameters": {"binary_data_size": len(data)}}
-    assert finished(tensors_of({"inputs": [each]}, memoryview(data), Budget()))["x"].values == values
+    assert run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))["x"].values == values
 
 
 @pytest.mark.parametrize(
@@ -225,14 +225,14 @@ def test_binary_data_is_read_by_its_datatype(datatype: str, data: bytes, values:
 def test_damaged_tensors_are_named(change: dict[str, Any], data: bytes, words: str) -> None:
     each = {"name": "x", "datatype": "INT64", "shape": [1], "parameters": {"binary_data_size": 8}} | change
     with pytest.raises(RequestError) as failure:
-        finished(tensors_of({"inputs": [each]}, memoryview(data), Budget()))
+        run_steps(tensors_of({"inputs": [each]}, memoryview(data), Budget()))
     assert words in str(failure.value)
 
 
 @pytest.mark.parametrize("header", ["x", "-1", "99", "1" * 40, "²"])
 def test_a_wrong_length_of_the_json_is_named(header: str) -> None:
     with pytest.raises(RequestError):
-        finished(split_body(b"{}", header, Budget()))
+        run_steps(split_body(b"{}", header, Budget()))
 
 
 def infer_body(**more: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from serving.errors import BrokenBundleError, NotFiniteError, RequestError
 from serving.http.live.switch import LiveModel, NotReadyError
-from serving.http.live.warmup import ROUNDS, Recorder, made_up, warm_up
+from serving.http.live.warmup import ROUNDS, Recorder, synthetic_requests, warm_up
 from serving.http.metrics import ServingMetrics
 from serving.scoring.request import Request, Scored
 from tests.serving.http.fakes import FakeIdentity, FakeModel, FakeSource, write_state
@@ -36,18 +36,18 @@ def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_cl
             _ = live.model
         await live.start()
         first = live.model
-        await live.look()
+        await live.poll_once()
         assert live.model is first
         write_state(tmp_path, version=1, vectors={"images": 6})
-        await live.look()
+        await live.poll_once()
         second = live.model
         assert second.identity == FakeIdentity(1, {"images": 6})
         assert (first.closed, second.closed) == (True, False)
         write_state(tmp_path, version=2, vectors={"images": 1})
-        await live.look()
+        await live.poll_once()
         assert live.model.identity.version == 2
         write_state(tmp_path, version=1, vectors={"images": 6})  # a rollback is a switch like any other
-        await live.look()
+        await live.poll_once()
         assert live.model.identity.version == 1
         assert value_of(live.metrics, 'serving_switches_total{result="switched"}') == 3
         assert value_of(live.metrics, "serving_model_version") == 1
@@ -74,12 +74,12 @@ def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
         await live.start()
         write_state(tmp_path, version=2, broken=True)
         for _ in range(5):
-            await live.look()  # tried again after a pause only
+            await live.poll_once()  # tried again after a pause only
         assert live.model.identity.version == 1
         assert value_of(live.metrics, 'serving_switches_total{result="refused"}') == 1
         write_state(tmp_path, version=2)
         clock.now_s = live.poll_s
-        await live.look()
+        await live.poll_once()
         assert live.model.identity.version == 2
 
     asyncio.run(run())
@@ -93,7 +93,7 @@ def test_pauses_between_tries_of_a_broken_version_grow(tmp_path: Path, clock: Si
         await live.start()
         write_state(tmp_path, version=2, broken=True)
         for _ in range(1000):
-            await live.look()
+            await live.poll_once()
             clock.now_s += live.poll_s
         assert 8 <= value_of(live.metrics, 'serving_switches_total{result="refused"}') <= 12
 
@@ -108,10 +108,10 @@ def test_a_place_that_cannot_be_read_is_told_once_and_tried_again(
         await live.start()
         (tmp_path / "fake.json").unlink()
         for _ in range(3):
-            await live.look()
+            await live.poll_once()
         assert live.model.identity.version == 1
         write_state(tmp_path, version=2)
-        await live.look()
+        await live.poll_once()
         assert live.model.identity.version == 2
 
     asyncio.run(run())
@@ -168,7 +168,7 @@ def test_a_model_is_warmed_up_by_recorded_requests_that_it_takes_else_by_made_up
     recorder = Recorder(8)
     recorder.add([Request(user={column: 1}, candidates={"ad_item": [1]}) for column in RAISED], 100)
     model = Counting(FakeIdentity(1))
-    drawn = len(list(made_up(model.columns)))
+    drawn = len(list(synthetic_requests(model.columns)))
     assert warm_up(model, recorder) == drawn
     recorder.add([Request(user={"user": 1}, candidates={"ad_item": [1]})], 100)
     model.calls = 0
@@ -179,7 +179,7 @@ def test_a_model_is_warmed_up_by_recorded_requests_that_it_takes_else_by_made_up
 def test_a_model_whose_scores_are_no_numbers_is_refused_at_its_warm_up() -> None:
     model = Counting(FakeIdentity(1))
     model.nan = True
-    with pytest.raises(BrokenBundleError, match="no finite numbers"):
+    with pytest.raises(BrokenBundleError, match="not finite numbers"):
         warm_up(model, Recorder(0))
 
 
@@ -207,14 +207,14 @@ def test_made_up_requests_have_every_column_in_its_form() -> None:
         "ad": Rule("ad", 1, "integer"),
         "numbers": Rule("ad", 2, "real", width=2),
     }
-    request = list(made_up(columns))[1]
+    request = list(synthetic_requests(columns))[1]
     assert request.user["user"] == 1
     assert request.user["age"] == 0.5
     assert request.user["vector"] == [0.5] * 3
     assert request.user["history"] == [1] * 30
     assert request.user["galleries"] == [[1]] * 30
     assert request.candidates == {"ad": [1] * 200, "numbers": [[0.5, 0.5]] * 200}
-    assert {len(each.candidates["ad"]) for each in made_up(columns)} == {0, 1, 2, 200}
+    assert {len(each.candidates["ad"]) for each in synthetic_requests(columns)} == {0, 1, 2, 200}
 
 
 def test_large_requests_are_not_recorded_and_each_has_the_same_chance() -> None:
@@ -271,7 +271,7 @@ def test_a_model_that_fails_its_warm_up_is_closed(tmp_path: Path, monkeypatch: p
         await live.start()
         monkeypatch.setattr("serving.http.live.switch.warm_up", fails)
         write_state(tmp_path, version=2)
-        await live.look()
+        await live.poll_once()
 
     asyncio.run(run())
     assert [model.closed for model in source.opened] == [False, True]

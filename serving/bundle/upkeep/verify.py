@@ -1,4 +1,4 @@
-"""Whether the files of a version are what was published, without opening it."""
+"""Verification of the files of a version against its manifest, without opening it."""
 
 from collections.abc import Iterator
 
@@ -12,14 +12,13 @@ from serving.bundle.manifest import BundleManifest, VectorsOf
 from serving.errors import BrokenBundleError
 
 
-def damage_of(
+def find_damage(
     storage: Storage, manifest: BundleManifest, *, digests: bool = False, progress: Progress | None = None
 ) -> list[str]:
-    """List what is wrong with the files of a version, one line each; empty where it is sound.
+    """List the damaged or missing files of a version, one line each.
 
-    Each file has to be there with its size, and so has each one of the newest snapshots of its vectors. With `digests`
-    all are read, and their content compared as well. Raises StorageError.
-    """
+    Checks the size of each file, also of those of the newest snapshots of its vectors. With `digests` reads all files
+    and compares their content as well. Raises StorageError."""
     found: list[str] = []
     num_all = len(manifest.files) + len(manifest.vectors)
     for number, file in enumerate(manifest.files, start=1):
@@ -48,7 +47,7 @@ def _of_vectors(url: str, of: VectorsOf, digests: bool) -> Iterator[str]:
     if store.info.store_id != of.store_id:
         yield f"{url} is not the vectors store that was exported, but one made later"
     if snapshot.version == 0:
-        yield f"{url} has no snapshot: what was in its log is missing"
+        yield f"{url} has no snapshot: the files of its log are missing"
     for entry in snapshot.manifest.entries:
         try:
             size_bytes = store.storage.size(entry.path)
