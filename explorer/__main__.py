@@ -15,7 +15,7 @@ from featurestore.published.paths import run_path
 from featurestore.text import refusal
 
 NEEDED = ("httpx2", "plotly", "python_multipart", "sklearn", "umap")
-"""Packages of the explorer that machines which only train and serve lack."""
+"""Packages that only the explorer needs."""
 
 Store = Annotated[str | None, typer.Option(help="Feature store: a folder or s3:// address.")]
 Runs = Annotated[str | None, typer.Option(help="Folder or address that holds runs.")]
@@ -26,17 +26,17 @@ Nets = Annotated[
     str | None,
     typer.Option(
         metavar="PACKAGE",
-        help="Package whose classes runs may name as model.base. A page that asks such a run imports it.",
+        help="Package whose classes runs may use as model.base. A page that opens such a run imports it.",
         show_default="none is imported",
     ),
 ]
 
 
 class ExplorerGroup(TyperGroup):
-    """Serves where no command is named: `python -m explorer --store data/features`."""
+    """Runs the command serve if no command is given: `python -m explorer --store data/features`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the command before its options."""
+        """Insert the command serve before its options."""
         is_bare = bool(args) and args[0].startswith("-") and args[0] not in ("-h", "--help")
         return super().parse_args(ctx, ["serve", *args] if is_bare else args)
 
@@ -57,7 +57,7 @@ app = CommandApp(
 
 
 def check_installed() -> None:
-    """Raise ExplorerError where a package is missing."""
+    """Raise ExplorerError if a package is missing."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ExplorerError(
             f"the explorer needs packages that are not installed here ({', '.join(missing)}): "
@@ -85,10 +85,10 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="File with a token a line; who looks types one of them first.")
+        Path | None, typer.Option(help="File with one token per line; visitors enter one of them first.")
     ] = None,
 ) -> None:
-    """Show pages of a store, its images, runs, impressions and a published model, in a browser. Nothing is changed."""
+    """Show pages of a store, its images, runs, impressions and a published model, in a browser. Read-only."""
     check_installed()
     from explorer.places import Places
     from explorer.server import serve as listen_and_answer
@@ -112,19 +112,17 @@ def export(
     model: Model = None,
     nets: Nets = None,
     most_files: Annotated[
-        int, typer.Option(min=10, help="Pages and pictures at most; links beyond lead to a page that says so.")
+        int, typer.Option(min=10, help="Most pages and pictures; further links lead to a page that says so.")
     ] = 2000,
     map_minutes: Annotated[
         float,
-        typer.Option(min=0, help="For so long UMAP may lay out maps, all together, that it did not lay out before."),
+        typer.Option(min=0, help="Minutes that UMAP may take for all maps that are not cached."),
     ] = 5,
 ) -> None:
-    """Write the same pages into a folder: from the first page along all links. Forms and live parts are left out."""
+    """Write the same pages into a folder, following all links from the first page. Leaves out forms and live parts."""
     check_installed()
     if not isinstance(run_path(out), Path):
-        raise typer.BadParameter(
-            f"{out} is an address: pages are written into a folder of this machine", param_hint="OUT"
-        )
+        raise typer.BadParameter(f"{out} is an address: give a folder of this machine", param_hint="OUT")
     from explorer.export import export as write
     from explorer.html.filters import size
     from explorer.places import Places
@@ -140,7 +138,7 @@ def export(
         )
     if exported.quick_maps:
         print_summary(
-            f"maps by principal components alone: {', '.join(exported.quick_maps)}; UMAP needs more than --map-minutes "
+            f"maps by principal components only: {', '.join(exported.quick_maps)}; UMAP needs more than --map-minutes "
             f"{map_minutes:g}, or python -m explorer map beforehand"
         )
     for problem in exported.errors:
@@ -164,8 +162,8 @@ def map(
 ) -> None:
     """Lay images out in a plane by UMAP: by the visual vectors of a run, or the features of a store.
 
-    Columns: key, uri, x, y, ctr, category, error, impressions. `embedding-atlas OUT --x x --y y` opens it, and the page
-    Map of the same run, store and samples has it at once.
+    Columns: key, uri, x, y, ctr, category, error, impressions. `embedding-atlas OUT --x x --y y` opens the file. The
+    page Map of the same run, store and samples shows it at once.
     """
     check_installed()
     from explorer.data.background import Task
@@ -182,7 +180,7 @@ def map(
         bar = bars.add_task("map", total=None)
 
         class ShownTask(Task[MapPoints]):
-            """Shows what is done."""
+            """Shows the progress of a task."""
 
             def tell(self, doing: str, done: int = 0, total: int = 0) -> None:
                 super().tell(doing, done, total)

@@ -6,10 +6,10 @@ from featurestore.errors import USAGE, UserError
 
 
 class ExplorerError(UserError):
-    """What was typed or asked for does not work."""
+    """An option or a request of the user does not work."""
 
     exit_code: ClassVar[int] = USAGE
 
 
 class NotHereError(ExplorerError):
-    """A page's address names what is not there: a key, a snapshot, a run. The answer is 404."""
+    """A page's address names a missing key, snapshot or run. The answer is 404."""

@@ -1,4 +1,4 @@
-"""The pages as a folder of files: from the first page along all links, up to a limit; it opens without a server."""
+"""Export of the pages to a folder of files, following all links up to a limit; it opens without a server."""
 
 import asyncio
 import shutil
@@ -18,16 +18,16 @@ _HOST = "http://localhost"
 
 
 class ExportedPages(NamedTuple):
-    """What an export has written: files, bytes, pages of errors among them, and how many addresses had no room."""
+    """The results of an export: files, bytes, error pages, and addresses left out."""
 
     num_files: int
     num_bytes: int
     errors: list[str]
-    """The address and status of each."""
+    """Address and status of each error page."""
     num_left_out: int
-    """At least: those that pages name which were exported."""
+    """At least this many: those that exported pages link to."""
     quick_maps: list[str]
-    """What the maps are of that were laid out by principal components alone, as UMAP had no time."""
+    """Names of the maps laid out only by principal components, as UMAP had no time."""
 
 
 def export(
@@ -39,15 +39,13 @@ def export(
     umap_s: float = 0.0,
     doing: Callable[[str], None] = lambda doing: None,
 ) -> ExportedPages:
-    """Write the pages of `places` into the folder `out`, whole or not at all; `tell` gets done and known files.
+    """Write the pages of `places` into the folder `out`, completely or not at all; `tell` gets done and known files.
 
-    `umap_s`: for so long UMAP may lay out maps, all together, that it did not lay out before; `doing` gets how far it
-    is.
-    An earlier export in `out` is replaced. Raises ExplorerError where `out` holds something else or
-    cannot be written.
+    `umap_s`: time for UMAP, for all maps that are not cached; `doing` gets its progress. Replaces an earlier export in
+    `out`. Raises ExplorerError if `out` holds something else or cannot be written.
     """
     if out.exists() and not (out / LEFT_OUT).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ExplorerError(f"{out} holds something else than an export; name a new folder")
+        raise ExplorerError(f"{out} is not an earlier export; name a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

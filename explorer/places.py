@@ -1,4 +1,4 @@
-"""What the explorer shows: the addresses of a store, runs, samples, images and a model; each may be missing."""
+"""The addresses that the explorer shows: a store, runs, samples, images and a model; each may be missing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from featurestore.store import FeatureStore
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Addresses, as a person gave them. A part that has no address has no pages."""
+    """Addresses as given by the user. A part without an address has no pages."""
 
     store: str | None = None
     """Folder or s3:// address of a feature store."""
@@ -23,12 +23,12 @@ class Places:
     model: str | None = None
     """Folder or address of a published model."""
     nets: str | None = None
-    """Package whose classes runs may name as model.base."""
+    """Package whose classes runs may use as model.base."""
 
     def check(self) -> None:
-        """Look whether the places are there, before a server listens. Raises ExplorerError, FeatureStoreError."""
+        """Check that the places exist, before a server listens. Raises ExplorerError, FeatureStoreError."""
         if not any((self.store, self.runs, self.samples, self.images, self.model)):
-            raise ExplorerError("nothing to show: name a --store, --runs, --samples, --images or --model")
+            raise ExplorerError("nothing to show: give --store, --runs, --samples, --images or --model")
         if self.store is not None:
             FeatureStore.open(self.store)
         if self.runs is not None and not run_path(self.runs).is_dir():
@@ -54,7 +54,7 @@ class Places:
         Storage(images).check_bucket()
 
     def check_net(self, base: str) -> None:
-        """Raise ExplorerError where a run's model.base would import code that nobody has allowed."""
+        """Raise ExplorerError if a run's model.base would import code that the user has not allowed."""
         if "." in base and not (self.nets and base.startswith(f"{self.nets}.")):
             package = base.partition(".")[0]
             raise ExplorerError(
@@ -63,7 +63,7 @@ class Places:
             )
 
     def run(self, name: str) -> RunPath:
-        """Give the folder of a run by its name; NAME/DAY is a day of trainer.daily. Raises ExplorerError for a path."""
+        """Return the folder of a run by its name, or NAME/DAY of trainer.daily. Raises ExplorerError for a path."""
         parts = name.split("/")
         if self.runs is None or len(parts) > 2 or any(part in ("", ".", "..") for part in parts):
             raise ExplorerError(f"no run {name[:60]!r}")

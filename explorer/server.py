@@ -1,4 +1,4 @@
-"""The application: all pages, who may look, errors as pages, and headers that keep hostile names and sites harmless."""
+"""The application: all pages, access control, error pages, and headers against hostile names and sites."""
 
 import contextlib
 import hashlib
@@ -49,7 +49,7 @@ class HomePages(PageKind):
 
     @property
     def nav(self) -> NavItem | None:
-        """It is reached by the site's name."""
+        """None, as the site's name links to it."""
         return None
 
     def routes(self) -> Sequence[Route]:
@@ -69,15 +69,15 @@ class PicturePages(PageKind):
 
     @property
     def nav(self) -> NavItem | None:
-        """Pictures are parts of other pages."""
+        """None, as pictures are parts of other pages."""
         return None
 
     def routes(self) -> Sequence[Route]:
-        """Return the one route, also without a place of images: pages then show grey squares."""
+        """Return the one route, also without a folder of images: pages then show grey squares."""
         return [Route(PICTURE, self.picture)]
 
     def picture(self, request: Request) -> Response:
-        """Give a picture as JPEG; one that is missing or broken is a grey one, with the reason in a header."""
+        """Return a picture as JPEG; for a missing or broken one a grey one, with the reason in a header."""
         size = request.query_params.get("size", "")
         number = int(size[:5]) if size.isascii() and size.isdigit() else THUMBNAIL
         found = self.site.pictures.get(request.query_params.get("uri", ""), number)
@@ -144,7 +144,7 @@ def application(site: Site) -> Starlette:
 
 
 def static(request: Request) -> Response:
-    """Give a file of the package: style, htmx, or the charts' library out of its own package."""
+    """Return a file of the package: style, htmx, or the charts' library from its own package."""
     name = request.path_params["name"]
     file = static_file(name)
     if file is None:
@@ -153,7 +153,7 @@ def static(request: Request) -> Response:
 
 
 def static_file(name: str) -> Path | None:
-    """Find a file that pages load; None where there is none of this name."""
+    """Find a file that pages load, or return None."""
     if name == "plotly.min.js":
         return Path(str(files("plotly") / "package_data" / name))
     folder = Path(str(files("explorer") / "static"))
@@ -170,10 +170,10 @@ async def _with_headers(request: Request, respond: Callable[[Request], Awaitable
 
 
 def _failed(site: Site, request: Request, error: Exception) -> Response:
-    """Turn an error into a page: 404 for what is not there, 400 for what does not work, 500 for a bug.
+    """Turn an error into a page: 404 for a missing thing, 400 for an invalid request, 500 for a bug.
 
-    A body that a limit stopped has the status of the limit. Where htmx asks for a part of a page, the part is the
-    message, with status 200, as htmx shows no other.
+    A body over a limit gets the status of the limit. If htmx asks for a part of a page, the part is the message, with
+    status 200, as htmx shows no other status.
     """
     if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
@@ -199,14 +199,14 @@ _STAYS_S = 12 * 3600
 
 
 class HostGuard:
-    """ASGI middleware that answers only to the names that the server is known by, and to its own forms.
+    """ASGI middleware that only accepts the server's own host names, and forms of its own pages.
 
-    So a page of another site cannot reach a server on loopback by a name of its own (DNS rebinding), nor send it
-    a form.
+    So a page of another site can neither reach a server on loopback by a name of its own (DNS rebinding), nor send it a
+    form.
     """
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...] | None) -> None:
-        """`hosts`: names without ports; None where the server listens on all addresses and may have any name."""
+        """`hosts`: names without ports; None if the server listens on all addresses and may have any name."""
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -224,10 +224,10 @@ class HostGuard:
 
 
 class LoginGuard:
-    """ASGI middleware that lets in who sends a token as `Authorization: Bearer`, or has a cookie of a typed one."""
+    """ASGI middleware that requires a token, as `Authorization: Bearer` or as the cookie of a login."""
 
     def __init__(self, app: ASGIApp, site: Site, tokens: list[str], *, secure: bool) -> None:
-        """`tokens` may change later. `secure`: the server has TLS, and so has the cookie."""
+        """`tokens` may change later. `secure`: the server has TLS, so the cookie is restricted to it."""
         self._app, self._site, self._tokens, self._secure = app, site, tokens, secure
         self._secret = secrets.token_bytes(32)
 
@@ -254,7 +254,7 @@ class LoginGuard:
         return matches_token(cookie.encode(), [self._cookie(token) for token in self._tokens])
 
     def _cookie(self, token: str) -> str:
-        """What the browser keeps: worthless to another server, and after this one has ended."""
+        """The value of the cookie: useless for another server, and after this one has ended."""
         return hmac.new(self._secret, token.encode(), hashlib.sha256).hexdigest()
 
     async def _login(self, request: Request) -> Response:
@@ -266,7 +266,7 @@ class LoginGuard:
         except MultiPartException:
             token = ""
         if not matches_token(token.encode(), self._tokens):
-            return self._form(request, 401, "That is none of the server's tokens.")
+            return self._form(request, 401, "This is not a token of the server.")
         answer = RedirectResponse("/", 303, headers=HEADERS)
         answer.set_cookie(
             COOKIE, self._cookie(token), max_age=_STAYS_S, httponly=True, samesite="strict", secure=self._secure
@@ -280,14 +280,14 @@ class LoginGuard:
 
 
 def names_of(host: str) -> tuple[str, ...] | None:
-    """List the names by which a server on this address may be asked; None: any, as it listens on all addresses."""
+    """List the host names of a server on this address; None: any, as it listens on all addresses."""
     if host in ("0.0.0.0", "::"):
         return None
     return (*LOOPBACKS, host.lower()) if host in LOOPBACKS else (host.lower(),)
 
 
 def _is_own(origin: str | None, host: str) -> bool:
-    """Tell whether a form is of a page of this server. Programs that are no browsers send no origin."""
+    """Return whether a form is from a page of this server. Programs other than browsers send no origin."""
     return origin is None or urlsplit(origin).netloc == host
 
 
@@ -298,7 +298,7 @@ def _refused(status: int, message: str, headers: dict[str, str] | None = None) -
 def serve(settings: AccessSettings, places: Places) -> None:
     """Listen and answer until a signal.
 
-    Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError where the port is taken.
+    Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError if the port is taken.
     """
     configure_logging("explorer")
     check_files(settings)

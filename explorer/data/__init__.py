@@ -1,1 +1,1 @@
-"""What the pages show, read out of stores, runs, samples and models; nothing here knows of HTML or HTTP."""
+"""The data of the pages, read from stores, runs, samples and models; independent of HTML and HTTP."""

@@ -1,6 +1,6 @@
-"""Computations that take seconds or minutes: each is done once, in a thread of the server, and reports how far it is.
+"""Background tasks of seconds or minutes: each runs once, in a thread of the server, and reports its progress.
 
-A page that needs one shows what there is already and asks again, until it is done.
+A page that needs one shows a preview and polls until the task is done.
 """
 
 import time
@@ -15,7 +15,7 @@ from explorer.errors import ExplorerError
 T = TypeVar("T")
 
 KEPT = 64
-"""Results that are kept, those that were asked for last."""
+"""Number of cached results, those requested last."""
 _RETRY_S = 60.0
 
 
@@ -24,30 +24,30 @@ class Task(Generic[T]):
 
     def __init__(self) -> None:
         self.done, self.total = 0, 0
-        """How far it is; 0 of 0: unknown."""
+        """Progress; 0 of 0: unknown."""
         self.doing = "waits for other work to end"
         self._ended = Event()
         self.ended_s = 0.0
         self.error: Exception | None = None
         self._results: list[T] = []
         self.early: T | None = None
-        """What can be shown before the end."""
+        """Preview of the result, shown before the end."""
         self.is_cancelled = False
-        """Set when the server ends; long work looks at it."""
+        """Set when the server ends; long work checks it."""
 
     def tell(self, doing: str, done: int = 0, total: int = 0) -> None:
-        """Say what is done now, and how far it is. Raises CancelledError where the server ends."""
+        """Report the current step and its progress. Raises CancelledError if the server is ending."""
         if self.is_cancelled:
             raise CancelledError
         self.doing, self.done, self.total = doing, done, total
 
     @property
     def is_ended(self) -> bool:
-        """Tell whether `result` returns at once."""
+        """Return whether the task has ended, so that `result` returns at once."""
         return self._ended.is_set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the end, at most so long; tell whether it has come."""
+        """Wait for the end, with a timeout; return whether the task has ended."""
         return self._ended.wait(timeout_s)
 
     def result(self) -> T:
@@ -58,7 +58,7 @@ class Task(Generic[T]):
         return self._results[0]
 
     def run(self, work: "Callable[[Task[T]], T]") -> None:
-        """Do the work in this thread; what it returns or raises is the result."""
+        """Do the work in this thread; its return value or error becomes the result."""
         try:
             self._results.append(work(self))
         except CancelledError:
@@ -75,7 +75,7 @@ class Task(Generic[T]):
 
 
 class Background:
-    """All computations of a server by name, two at a time; beside them, one at a time, those that are to be alone."""
+    """All background tasks of a server, by name: two at a time, plus one at a time of the exclusive ones (`alone`)."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(2, "explorer-background")
@@ -84,9 +84,9 @@ class Background:
         self._lock = Lock()
 
     def task(self, name: str, work: Callable[[Task[T]], T], *, alone: bool = False) -> Task[T]:
-        """Give the computation of this name, which is begun now if it is not known; a failed one again after a minute.
+        """Return the task of this name, starting it if it is new; a failed one is restarted after a minute.
 
-        `name` has to say all that the result depends on. `alone`: it runs beside no other one that is alone too.
+        `name` must include everything that the result depends on. `alone`: never runs together with another such task.
         """
         with self._lock:
             known = self._tasks.get(name)
@@ -102,7 +102,7 @@ class Background:
         return task
 
     def close(self) -> None:
-        """Tell what runs to end, and wait for it."""
+        """Tell running tasks to end, and wait for them."""
         with self._lock:
             for task in self._tasks.values():
                 task.is_cancelled = True

@@ -1,4 +1,4 @@
-"""What takes long to compute is kept: values in memory, and files in the explorer's folder of local copies."""
+"""Caches for slow computations: values in memory, and files in the explorer's cache folder."""
 
 import shutil
 from collections import OrderedDict
@@ -14,25 +14,25 @@ ValueT = TypeVar("ValueT")
 
 
 class LruCache(Generic[ValueT]):
-    """Values by name, those used last. A name says all that decides the value. For several threads."""
+    """Least recently used cache. A name must include everything that determines the value. Thread-safe."""
 
     def __init__(self, most: int, size: Callable[[ValueT], int] = lambda value: 1) -> None:
-        """`most`: sum of the `size` of all values; the one unused for longest goes first."""
+        """`most`: largest sum of the `size` of all values; the least recently used one is dropped first."""
         self._most, self._size, self._lock = most, size, Lock()
         self._values: OrderedDict[Hashable, ValueT] = OrderedDict()
         self._gates: dict[Hashable, Lock] = {}
         self.size = 0
-        """The sum for the values that are there."""
+        """The sum of the sizes of the cached values."""
 
     def peek(self, name: Hashable) -> ValueT | None:
-        """Return the value where it is there, without waiting."""
+        """Return the value if it is cached, without waiting."""
         with self._lock:
             if name in self._values:
                 self._values.move_to_end(name)
             return self._values.get(name)
 
     def get(self, name: Hashable, make: Callable[[], ValueT]) -> ValueT:
-        """Return the value, made once for all who ask where it is not there; an error of `make` is not kept."""
+        """Return the value; concurrent callers compute it once. An error of `make` is not cached."""
         if (found := self.peek(name)) is not None:
             return found
         with self._lock:
@@ -48,7 +48,7 @@ class LruCache(Generic[ValueT]):
                     self._gates.pop(name, None)
 
     def put(self, name: Hashable, value: ValueT) -> None:
-        """Keep a value."""
+        """Cache a value."""
         with self._lock:
             if (before := self._values.pop(name, None)) is not None:
                 self.size -= self._size(before)
@@ -60,7 +60,7 @@ class LruCache(Generic[ValueT]):
 
 
 def explorer_cache() -> Path:
-    """Return the folder of what the explorer computes and keeps, which is made for this user alone.
+    """Return the folder of the explorer's cached files, creating it private to this user.
 
     Raises StorageError.
     """
@@ -70,7 +70,7 @@ def explorer_cache() -> Path:
 
 
 def prune(folder: Path, pattern: str, most: int) -> None:
-    """Remove the files or folders of a pattern, but for the `most` used last; who has one mapped keeps it."""
+    """Remove files or folders of a pattern except the `most` used last; existing memory maps stay valid."""
     for old in sorted(folder.glob(pattern), key=lambda each: each.stat().st_mtime, reverse=True)[most:]:
         if old.is_dir():
             shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""A map: images as points of a plane, near where their vectors are near, with what is known of them as ads.
+"""A map: images as points of a plane, close together if their vectors are, with their statistics as ads.
 
-Points are kept as Parquet, which embedding-atlas opens.
+Points are stored as Parquet, which embedding-atlas opens.
 
 Letters of shapes: N images that are drawn, which are the points, and the impressions of `mean_loss`; V width of their
 vectors, D feature width, I different ad images.
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 20_000
 _MOST_BYTES = 1 << 30
-"""Features that are read at most; of a larger store, some shards. A shard has images at random, by a hash."""
+"""Most bytes of features to read; of a larger store, some shards. A shard has random images, by a hash."""
 _WIDTH = 128
 """Wider features are projected to this number of dimensions at random, which keeps distances to some 10 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapVectors:
-    """Vectors of the images that are drawn, and where samples and schema that speak of them are."""
+    """Vectors of the drawn images, and the addresses of their samples and schema."""
 
     keys_N: Int64Array
     uris_N: Sequence[str]
@@ -58,7 +58,7 @@ class MapVectors:
     digest: str
     run: str | None
     num_images: int
-    """Of which the points are a sample."""
+    """Number of images; the points are a sample of them."""
     about: dict[str, Any]
     samples: str | None
     test_days: Sequence[str] | None
@@ -69,15 +69,15 @@ class MapVectors:
 
     @property
     def count(self) -> int:
-        """Images that are drawn."""
+        """Number of drawn images."""
         return len(self.keys_N)
 
 
 def of_run(places: Places, name: str, task: Task[Any], network: str | None = None) -> MapVectors:
     """Take the visual vectors of a run's newest checkpoint, every k-th image of the store.
 
-    `network`: which E, STORE:NAME; None: the first one. Raises ExplorerError where the run has no such E, and as
-    visual vectors do.
+    `network`: which E, STORE:NAME; None: the first one. Raises ExplorerError if the run has no such E, and the errors
+    of visual vectors.
     """
     from trainer.runs.export import network_widths
     from trainer.runs.saved import read_run
@@ -114,7 +114,7 @@ def of_run(places: Places, name: str, task: Task[Any], network: str | None = Non
 
 
 def of_features(places: Places, task: Task[Any]) -> MapVectors:
-    """Take the features of the store's newest snapshot: every k-th image, of some shards where there are many bytes.
+    """Take the features of the store's newest snapshot: every k-th image, from some shards of a large store.
 
     Raises FeatureStoreError, ExplorerError for an empty store.
     """
@@ -153,7 +153,7 @@ def _drawn(snapshot: Snapshot, task: Task[Any]) -> tuple[Int64Array, list[str], 
     every_shard = max(1, -(-snapshot.num_rows * snapshot.info.row_bytes // _MOST_BYTES))
     chosen, notes = shards[::every_shard], []
     if len(chosen) < len(shards):
-        notes.append(f"Of {len(shards):,} shards {len(chosen):,} were read; each has images at random.")
+        notes.append(f"{len(chosen):,} of {len(shards):,} shards were read; each has random images.")
     expected = snapshot.num_rows * len(chosen) / len(shards)
     every = max(1, -(-int(expected) // MOST_POINTS))
     narrow = _narrower(snapshot.info.dim)
@@ -183,7 +183,7 @@ def _narrower(width: int) -> "Callable[[NDArray[np.float32]], NDArray[np.float32
 
 
 MOST_IMPRESSIONS = 2_000_000
-"""Of more, row groups are left out evenly."""
+"""Most impressions to read; of more, row groups are left out evenly."""
 _CATEGORY = "category"
 
 
@@ -195,12 +195,12 @@ class AdImages:
     impressions_I: Int64Array
     clicks_I: Int64Array
     category_I: Sequence[str | None]
-    """As the samples have it; None where they have none."""
+    """Category as in the samples, or None."""
     is_sampled: bool
     """Whether impressions were left out."""
 
     def at(self, keys: Int64Array) -> Int64Array:
-        """Find the place of each key, -1 where it is no ad's."""
+        """Find the position of each key, or -1 if it is not an ad's."""
         if len(self.keys_I) == 0:
             return np.full(len(keys), -1)
         places = np.minimum(np.searchsorted(self.keys_I, keys), len(self.keys_I) - 1)
@@ -208,7 +208,7 @@ class AdImages:
 
 
 def read_ads(index: "SampleIndex", schema: "Schema") -> AdImages | None:
-    """Count the impressions of each ad image; None where the schema has none. Order of impressions, read in pieces.
+    """Count the impressions of each ad image, reading in pieces; None if the schema has no ad images.
 
     Raises DataError, SchemaError.
     """
@@ -242,7 +242,7 @@ def read_ads(index: "SampleIndex", schema: "Schema") -> AdImages | None:
 
 
 def category_field(schema: "Schema") -> "Field | None":
-    """Find the field of the ad's category: an ID of side ad whose name says so; None where there is none."""
+    """Find the field of the ad's category by its name: an ID field of side ad, or None."""
     of_ads = [field for field in schema.of_kind("id", side="ad") if not field.columns and not field.is_bucketed]
     return next((field for field in of_ads if _CATEGORY in field.name.lower()), None)
 
@@ -296,7 +296,7 @@ NO_CATEGORY = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class MapPoints:
-    """Images in the plane. NaN in `ctr_N` and `error_N` where there were no impressions, or no predictions."""
+    """Images in the plane. `ctr_N` and `error_N` are NaN without impressions or predictions."""
 
     keys_N: Int64Array
     uris_N: list[str]
@@ -310,19 +310,19 @@ class MapPoints:
     """method, run, network and all networks of it, num_images (of which the points are a sample), the id of the store
     that has the images, and notes, sentences for the page."""
     file: Path
-    """The Parquet file of them."""
+    """The Parquet file of the points."""
 
     @property
     def method(self) -> Method:
-        """How they were laid out."""
+        """The method of the layout."""
         method: Method = self.about["method"]
         return method
 
 
 def make_points(places: Places, vectors: MapVectors, method: Method, task: Task[Any]) -> MapPoints:
-    """Lay out images and join what is known of them, or read what was made before.
+    """Lay out images and join their statistics, or read the cached points.
 
-    Raises ExplorerError where UMAP fails; what else is lacking (samples, predictions) is said in the notes.
+    Raises ExplorerError if UMAP fails; missing samples or predictions are mentioned in the notes.
     """
     folder = explorer_cache()
     made_of = [vectors.digest, method, _identity(places, vectors), list(vectors.networks)]
@@ -339,7 +339,7 @@ def make_points(places: Places, vectors: MapVectors, method: Method, task: Task[
 
 
 def has_plane(vectors: MapVectors, method: Method) -> bool:
-    """Tell whether these images have been laid out so before."""
+    """Return whether this layout of the images is cached."""
     return _plane_file(explorer_cache(), vectors, method).is_file()
 
 
@@ -348,7 +348,7 @@ def _plane_file(folder: Path, vectors: MapVectors, method: Method) -> Path:
 
 
 def _plane(folder: Path, vectors: MapVectors, method: Method, task: Task[Any]) -> NDArray[np.float32]:
-    """Lay the images out, or read how they were before."""
+    """Lay out the images, or read the cached layout."""
     file = _plane_file(folder, vectors, method)
     with contextlib.suppress(OSError, ValueError):
         known: NDArray[np.float32] = np.load(file)
@@ -365,7 +365,7 @@ def _plane(folder: Path, vectors: MapVectors, method: Method, task: Task[Any]) -
 
 
 def read_points(file: Path) -> MapPoints | None:
-    """Read a file of points; None where there is none, or it is damaged."""
+    """Read a file of points; None if it is missing or damaged."""
     try:
         table = pq.read_table(file)
         about = json.loads(table.schema.metadata[_ABOUT])
@@ -396,7 +396,7 @@ def read_points(file: Path) -> MapPoints | None:
 
 
 def _identity(places: Places, vectors: MapVectors) -> list[Any]:
-    """Name what the columns of the ads depend on; a file that changed in its place gets another map."""
+    """Return an identity of the samples behind the columns of the ads; it differs if a file was changed in place."""
     place = places.samples or vectors.samples
     root = Path(place or "")
     files = sorted(root.glob("test/*.parquet")) if place and root.is_dir() else []
@@ -456,7 +456,7 @@ def _ads(places: Places, vectors: MapVectors) -> AdImages | None:
 
 
 def _noted(notes: list[str], what: str, compute: Callable[[], Any]) -> Any:
-    """Compute what a map can do without; note why it is not there."""
+    """Compute an optional part of a map, or add a note on why it is missing."""
     try:
         return compute()
     except UserError as error:
@@ -479,7 +479,7 @@ COLOURS: dict[Colour, str] = {
 
 
 class Cell(NamedTuple):
-    """A cell of the grid that has images: its place from 1, the image nearest to its middle, and how many there are."""
+    """A cell of the grid with images: its position from 1, the image nearest to its centre, and their number."""
 
     row: int
     column: int
@@ -496,7 +496,7 @@ class Group:
 
 
 def cells(points: MapPoints) -> list[Cell]:
-    """Choose an image for each cell of the grid, row by row; what lies far out is in the cells at the edge."""
+    """Choose an image for each cell of the grid, row by row; outliers belong to the cells at the edge."""
     column_N, row_N = _scaled(points.x_N) * COLUMNS, (1 - _scaled(points.y_N)) * ROWS
     cell_column_N = np.minimum(column_N.astype(np.int64), COLUMNS - 1)
     cell_row_N = np.minimum(row_N.astype(np.int64), ROWS - 1)
@@ -518,7 +518,7 @@ def drawn(points: MapPoints) -> Int64Array:
 
 
 def folder_of(uri: str) -> str:
-    """Give the first part of an image's path; empty for one that is in no folder."""
+    """Return the first folder of an image's path, or an empty text."""
     return uri.rpartition("://")[2].partition("/")[0] if "/" in uri else ""
 
 
@@ -533,7 +533,7 @@ def groups(names: Sequence[str], chosen: Int64Array) -> list[Group]:
 
 
 def has(points: MapPoints, colour: Colour) -> bool:
-    """Tell whether anything is known of the quantity."""
+    """Return whether any point has a value of the quantity."""
     values = {"ctr": points.ctr_N, "error": points.error_N}
     if colour in values:
         return bool(np.isfinite(values[colour]).any())
@@ -542,7 +542,7 @@ def has(points: MapPoints, colour: Colour) -> bool:
 
 
 def _scaled(values_N: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Bring values to 0 to 1, but for one in a hundred at each end, which is at the edge."""
+    """Scale values to 0 to 1, clipping one in a hundred at each end."""
     low, high = np.quantile(values_N, [0.01, 0.99])
     if high <= low:
         return np.full(len(values_N), 0.5)
@@ -551,11 +551,11 @@ def _scaled(values_N: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class _TimeIsUpError(Exception):
-    """UMAP has taken as long as it may."""
+    """UMAP has reached its time limit."""
 
 
 class _Until(Task[Any]):
-    """Reports to another task what is being done, up to a time."""
+    """Reports progress to another task, up to a time limit."""
 
     def __init__(self, task: Task[Any], end_s: float) -> None:
         super().__init__()
@@ -572,8 +572,8 @@ def make_map(
 ) -> MapPoints:
     """Make the map of a run's visual vectors, or of the store's features; the quick picture is `task.early`.
 
-    `network`: which E of a run that has several, by default the first. `umap_s`: UMAP, if it has not been computed
-    before, may take so long; else the quick picture is all there is. Raises as what it is made of does.
+    `network`: which E of a run that has several, by default the first. `umap_s`: time limit for UMAP if it is not
+    cached; without UMAP only the quick picture is returned. Raises the errors of its parts.
     """
     vectors = of_features(places, task) if run is None else of_run(places, run, task, network)
     if vectors.count < LEAST_FOR_UMAP:

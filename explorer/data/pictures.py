@@ -1,4 +1,4 @@
-"""Pictures below one folder or address, as small JPEGs; nothing outside of it is ever read."""
+"""Pictures below one folder or address, as small JPEGs; files outside of it are never read."""
 
 import functools
 import io
@@ -19,44 +19,44 @@ from pipeline.images.decode import decode
 from pipeline.images.source import read_image
 
 SIZES = (96, 160, 320, 800)
-"""Pixels of the longer side: few, so that few are computed."""
+"""Pixels of the longer side; few sizes, so that few pictures are computed."""
 CACHE_BYTES = 64_000_000
 MAX_FILE_BYTES = 100_000_000
 FIRST_BYTES = 32
 _MISSING, _BROKEN, _REFUSED = "no picture", "broken", "refused"
 AT_ONCE = max(2, min(4, len(os.sched_getaffinity(0))))
-"""Pictures that are decoded at the same time: one may take 200 MB for a moment, and more at once are no quicker."""
+"""Pictures decoded at the same time: one may need 200 MB for a moment, and more are not faster."""
 _FAR_HOLDS_S = 60
-"""Seconds for which a picture of an object store is kept: nobody says when it is replaced."""
+"""Seconds for which a picture of an object store is cached, as replacements are not noticed."""
 
 
 class Picture(NamedTuple):
-    """A JPEG, and why it is a placeholder; `problem` is empty where it is the picture."""
+    """A JPEG; if it is a placeholder, `problem` has the reason."""
 
     jpeg: bytes
     problem: str
 
 
 class SeenFile(NamedTuple):
-    """What a file looks like from outside: its size and first bytes. None and empty where it cannot be read."""
+    """A file's size and first bytes; None and empty if it cannot be read."""
 
     size_bytes: int | None
     first_bytes: bytes
 
 
 class Pictures:
-    """Small pictures by uri, the newest used ones kept in memory, at most CACHE_BYTES of them. For several threads."""
+    """Small pictures by uri, with an LRU cache of CACHE_BYTES in memory. Thread-safe."""
 
     def __init__(self, place: str | None) -> None:
-        """`place`: folder or address of the images, None where there are none."""
+        """`place`: folder or address of the images, or None."""
         self.place = place
         self._decoders = BoundedSemaphore(AT_ONCE)
         self._kept: LruCache[Picture] = LruCache(CACHE_BYTES, lambda picture: len(picture.jpeg))
 
     def get(self, uri: str, size: int) -> Picture:
-        """Give the picture, its longer side at most `size` pixels rounded up to one of SIZES.
+        """Return the picture, its longer side at most `size` pixels rounded up to one of SIZES.
 
-        A picture that is missing, broken or outside of the place is a grey one that says so: pages stay whole.
+        For a picture that is missing, broken or outside of the place, returns a grey one with the reason.
         """
         size = next((each for each in SIZES if each >= size), SIZES[-1])
         try:
@@ -70,15 +70,15 @@ class Pictures:
             return _made(location, size)
 
     def locate(self, uri: str) -> tuple[str, object]:
-        """Find a picture below the place: its location, and what changes when it is replaced.
+        """Find a picture below the place: its location, and a state that changes when it is replaced.
 
-        Raises BadImageError: it has none, or it would lie outside of the place, also by a link.
+        Raises BadImageError if there is no place, or if the picture is outside of it, also by a link.
         """
         if self.place is None or not uri or "\0" in uri:
             raise BadImageError(_MISSING)
         place = self.place.removeprefix("file://")
         if "://" in place:
-            below = uri.removeprefix(f"{place.rstrip('/')}/")  # a table of images may have whole addresses
+            below = uri.removeprefix(f"{place.rstrip('/')}/")  # a table of images may have absolute addresses
             if below.startswith(("/", "../")) or posixpath.normpath(below) != below or below == "..":
                 raise BadImageError(_REFUSED)
             return f"{place.rstrip('/')}/{below}", int(time.monotonic() / _FAR_HOLDS_S)
@@ -95,10 +95,7 @@ class Pictures:
         return str(file), (found.st_ino, found.st_size, found.st_mtime_ns)
 
     def look(self, uri: str) -> SeenFile:
-        """Look at a picture's file, whatever is in it.
-
-        Reads its first bytes; of an object store its size is not asked for.
-        """
+        """Read size and first bytes of a picture's file, whatever it contains; no size on an object store."""
         with suppress(BadImageError, OSError):
             location, _ = self.locate(uri)
             size_bytes = None if "://" in location else Path(location).stat().st_size
@@ -106,7 +103,7 @@ class Pictures:
         return SeenFile(None, b"")
 
     def digest(self, uri: str) -> str | None:
-        """Compute the digest that the store has of an image's bytes, of the file as it is now; None without one."""
+        """Compute the store's kind of digest for the current file of an image; None if it cannot be read."""
         try:
             return xxhash.xxh3_128_hexdigest(read_image(self.locate(uri)[0], MAX_FILE_BYTES))
         except BadImageError:
@@ -122,7 +119,7 @@ def _made(location: str, size: int) -> Picture:
 
 
 def shrunk(data: bytes, size: int) -> Picture:
-    """Make a picture out of the bytes of an image file."""
+    """Make a small JPEG from the bytes of an image file."""
     try:
         image, _ = decode(data, scaled_side=size)
     except BadImageError:
@@ -133,7 +130,7 @@ def shrunk(data: bytes, size: int) -> Picture:
 
 @functools.lru_cache(maxsize=64)
 def placeholder(problem: str, size: int) -> Picture:
-    """Draw a grey square that says what is wrong."""
+    """Draw a grey square with an error message."""
     image = Image.new("RGB", (size, size), "#d8d8d8")
     ImageDraw.Draw(image).text((size / 2, size / 2), problem, fill="#404040", anchor="mm")
     return Picture(_jpeg(image), problem)

@@ -1,4 +1,4 @@
-"""Predictions of a run for the test samples, computed once for each checkpoint and kept on the disk, within bounds.
+"""Predictions of a run for the test samples, computed once for each checkpoint and cached on disk, within limits.
 
 Letters of shapes: N impressions.
 """
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 MOST_IMPRESSIONS = 300_000
 MOST_IMAGES = 200_000
-"""Beyond these a command does it: what a page computes is done in a minute or so, and leaves few files."""
+"""Beyond these limits use a command: a page computes for about a minute, and leaves few files."""
 _PREFIX = "predictions-"
 _KEPT = 64
 _LOCK = Lock()
-"""Each prediction uses all cores, and two of one run would be the same."""
+"""One prediction at a time: each uses all cores, and two of one run would be the same."""
 
 
 class TooMuchError(ExplorerError):
-    """More would have to be predicted than a page does."""
+    """The page would have to compute too many predictions."""
 
 
 def predictions_of(places: Places, name: str, task: Task[Any], cache: Path | None = None) -> "Predictions":
-    """Predict by the newest checkpoint of a run, or read what was predicted before.
+    """Predict by the newest checkpoint of a run, or read cached predictions.
 
-    Samples are those of --samples, else the run's own; the store is the run's own at the snapshot that it was trained
-    on, else that of --store at its newest. Cost: about 10 s for 20,000 impressions. Raises TooMuchError beyond the
-    bounds above, TrainerError, FeatureStoreError.
+    Uses the samples of --samples, else the run's own; the run's own store at the snapshot of the training, else the
+    newest snapshot of --store. Cost: about 10 s for 20,000 impressions. Raises TooMuchError beyond the limits above,
+    TrainerError, FeatureStoreError.
     """
     from trainer.evaluation.predict import predict_run
     from trainer.runs.saved import read_run
@@ -64,7 +64,7 @@ def predictions_of(places: Places, name: str, task: Task[Any], cache: Path | Non
 
 
 def _store_of(saved: "SavedRun", places: Places) -> str | None:
-    """Choose the store: None for the run's own, if it is there."""
+    """Choose the store: None for the run's own, if it exists."""
     from featurestore.store import FeatureStore
 
     if saved.config.model.images == "none" or places.store is None:
@@ -77,7 +77,7 @@ def _store_of(saved: "SavedRun", places: Places) -> str | None:
 
 
 def _digest(saved: "SavedRun", places: Places, store: str | None) -> str:
-    """Name what predictions depend on; on the way, see that they are not too many."""
+    """Return an identity of the predictions' inputs; raise TooMuchError if there are too many."""
     from featurestore.store import FeatureStore
     from trainer.comm import SoloComm
     from trainer.runs.saved import open_test
@@ -85,7 +85,7 @@ def _digest(saved: "SavedRun", places: Places, store: str | None) -> str:
     index = open_test(SoloComm(), saved.config, saved.schema, places.samples)
     if index.num_samples > MOST_IMPRESSIONS:
         raise TooMuchError(
-            f"there are {index.num_samples:,} test impressions; a page predicts {MOST_IMPRESSIONS:,} at most"
+            f"there are {index.num_samples:,} test impressions; a page predicts at most {MOST_IMPRESSIONS:,}"
         )
     commits: list[Any] = []
     for place in saved.places:
@@ -93,7 +93,7 @@ def _digest(saved: "SavedRun", places: Places, store: str | None) -> str:
         version = None if url == store else saved.state.version_of(place.name)
         snapshot = FeatureStore.open(url).snapshot(version)
         if snapshot.num_rows > MOST_IMAGES:
-            raise TooMuchError(f"{url} has {snapshot.num_rows:,} images; a page predicts with {MOST_IMAGES:,} at most")
+            raise TooMuchError(f"{url} has {snapshot.num_rows:,} images; a page predicts with at most {MOST_IMAGES:,}")
         commits.append([snapshot.info.store_id, snapshot.manifest.commit_id, snapshot.version])
     root = Path(index.storage.url)
     files = sorted({each.file for each in index.row_groups}) if root.is_dir() else []
@@ -116,7 +116,7 @@ def _read(file: Path) -> "Predictions | None":
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        file.unlink(missing_ok=True)  # not ours, or damaged: it is made anew
+        file.unlink(missing_ok=True)  # not ours, or damaged: computed again
         return None
 
 

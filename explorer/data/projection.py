@@ -1,6 +1,6 @@
-"""From vectors to the plane: principal components at once, UMAP in a process of its own, with the same seed each time.
+"""Projection of vectors to the plane: principal components at once, UMAP in a process of its own, with a fixed seed.
 
-UMAP's compiler takes half a minute and holds Python's lock for much of it, so a server's threads are no place for it.
+UMAP's compiler takes half a minute and holds Python's lock for much of it, so it must not run in a server's threads.
 
 Letters of shapes: N images, V width of their vectors.
 """
@@ -21,7 +21,7 @@ from explorer.errors import ExplorerError
 Vectors = NDArray[np.float32]
 Plane = NDArray[np.float32]
 LEAST_FOR_UMAP = 20
-"""Of fewer images there are no neighbourhoods to keep."""
+"""Fewest images for UMAP: fewer have no neighbourhoods to preserve."""
 NEIGHBOURS, SEED = 15, 0
 _LOOK_S = 0.2
 _STEPS = ("loads UMAP", "finds neighbours and lays them out")
@@ -40,7 +40,8 @@ def principal(vectors_NV: Vectors) -> Plane:
 def umap_in_process(vectors_NV: Vectors, tell: Callable[[str], None]) -> Plane:
     """Project by UMAP in another process, (N, 2): about a minute for 20,000 images.
 
-    `tell` is called often with what is done; what it raises ends the process. Raises ExplorerError where it fails.
+    `tell` is called often with the progress; an error that it raises ends the process. Raises ExplorerError if UMAP
+    fails.
     """
     with tempfile.TemporaryDirectory(prefix="explorer-map-") as folder:
         np.save(Path(folder) / "in.npy", vectors_NV)
@@ -65,7 +66,7 @@ def umap_in_process(vectors_NV: Vectors, tell: Callable[[str], None]) -> Plane:
 
 
 def _project(folder: Path) -> None:
-    """Do the work of the process: in.npy to out.npy."""
+    """Run the projection in the process: in.npy to out.npy."""
     vectors_NV = np.load(folder / "in.npy")
     import umap
 

@@ -1,4 +1,4 @@
-"""A published model's versions: which there are, which was in use when, and how old the vectors are."""
+"""A published model's versions, when each was in use, and the age of its vectors."""
 
 from dataclasses import dataclass
 
@@ -22,14 +22,14 @@ class PublishedVectors:
     num_images: int
     source: str
     source_version: int
-    """The snapshot of the feature store that they were made of."""
+    """The snapshot of the feature store that they were computed from."""
     newest_source: int | None
-    """The newest snapshot of that store; None where it cannot be read."""
+    """The newest snapshot of that store; None if it cannot be read."""
 
 
 @dataclass(frozen=True)
 class ListedVersion:
-    """A version of the model; `manifest` is None where it is damaged."""
+    """A version of the model; `manifest` is None if it is damaged."""
 
     version: int
     manifest: BundleManifest | None
@@ -50,7 +50,7 @@ class PublishedModel:
 
 
 def read_model(url: str) -> PublishedModel:
-    """Read what is published at an address; a few small files. Raises ServingError, StorageError."""
+    """Read the published versions at an address; a few small files. Raises ServingError, StorageError."""
     storage = Storage(url)
     known, chosen, in_use = known_versions(storage), choices(storage), version_in_use(storage)
     manifest = read_version(storage)

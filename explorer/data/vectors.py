@@ -1,7 +1,7 @@
-"""Visual vectors of all images of a store, as a checkpoint of a run makes them: computed once, kept on the disk.
+"""Visual vectors of all images of a store by a checkpoint of a run: computed once, cached on disk.
 
-They are kept in a cache folder, one folder for each checkpoint and snapshot, and mapped into memory: a million images
-of 12 numbers are 48 MB of file, of which only what is read is in memory. The folder may be emptied at any time.
+The cache has one folder for each checkpoint and snapshot, which is mapped into memory: a million images of 12 numbers
+are a file of 48 MB, of which only the pages that are read are in memory. The cache may be deleted at any time.
 
 Letters of shapes: N images, V visual width.
 """
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from trainer.runs.export import ImageNetwork
 
 Progress = Callable[[int, int], None]
-"""Gets what is done, and all."""
+"""Receives the number done, and the total."""
 
 _VECTORS, _KEYS, _URIS, _ABOUT = "vectors.npy", "keys.npy", "uris.arrow", "about.json"
 _PREFIX = "vectors-"
 _LOCK = Lock()
 _KEPT = 16
-"""Checkpoints whose vectors are kept; those that were used last."""
+"""Number of checkpoints whose vectors are cached, those used last."""
 
 
 @dataclass(frozen=True)
 class VisualVectors:
-    """Visual vectors of all images of a snapshot, mapped from files; rows of all three are of the same image."""
+    """Visual vectors of all images of a snapshot, mapped from files; row n of all three is the same image."""
 
     keys_N: Int64Array
     vectors_NV: NDArray[np.float32]
@@ -50,15 +50,15 @@ class VisualVectors:
     about: dict[str, Any]
     """Run, checkpoint and its digest, network, width, store, snapshot and their ids."""
     digest: str
-    """Of checkpoint, network and snapshot: no others have the same."""
+    """Digest of checkpoint, network and snapshot, which identifies the vectors."""
 
     def row_of(self, key: int) -> int | None:
-        """Find the row of an image; None where it has none. Reads the keys, 8 MB for a million."""
+        """Find the row of an image, or return None. Reads the keys, 8 MB for a million."""
         rows = np.flatnonzero(self.keys_N == key)
         return int(rows[0]) if len(rows) else None
 
     def uri(self, row: int) -> str:
-        """Give the uri of the image in a row."""
+        """Return the uri of the image in a row."""
         return str(self.uris_N[row].as_py())
 
 
@@ -72,11 +72,11 @@ def visual_vectors(
     cache: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> VisualVectors:
-    """Compute the visual vectors of all images, or open those that were computed before; `progress` gets images.
+    """Compute the visual vectors of all images, or open the cached ones; `progress` counts images.
 
-    `store`: where the run's store is now; `which`: a checkpoint, by default the newest; `network`: which E, where a run
-    has several; `store_version`: by default the newest. Cost: E takes about 10 s for 100,000 images on a core; opened,
-    some milliseconds. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
+    `store`: current address of the run's store; `which`: a checkpoint, by default the newest; `network`: which E, if a
+    run has several; `store_version`: by default the newest. Cost: about 10 s for 100,000 images on a core, or some
+    milliseconds from the cache. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
     """
     from trainer.runs.export import open_network
 
@@ -93,7 +93,7 @@ def visual_vectors(
 
 
 def digest_of(found: "ImageNetwork") -> str:
-    """Name what vectors depend on: the checkpoint, the network and the commit of the snapshot."""
+    """Return a digest of the inputs of vectors: the checkpoint, the network and the commit of the snapshot."""
     commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
     values = json.dumps([found.saved.digest, found.store, found.name, *commit])
     return hashlib.sha256(values.encode()).hexdigest()[:24]
@@ -115,7 +115,7 @@ def _opened(place: Path, digest: str) -> VisualVectors | None:
 
 
 def _compute(network: "ImageNetwork", place: Path, progress: Progress) -> None:
-    """Write the vectors into a folder that gets its name when it is whole."""
+    """Write the vectors into a folder that is renamed when it is complete."""
     from featurestore.format.datafile import KEY, URI
     from trainer.runs.export import VECTOR
 
@@ -138,7 +138,7 @@ def _compute(network: "ImageNetwork", place: Path, progress: Progress) -> None:
         keys_N.flush()
         vectors_NV.flush()
         (part / _ABOUT).write_text(json.dumps(network.describe()))
-        with contextlib.suppress(OSError):  # another process has made the same
+        with contextlib.suppress(OSError):  # another process has computed the same
             part.rename(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""From data to pages: templates, links that also work in a folder of files, and the site that all pages share."""
+"""Rendering of pages: templates, links that also work in a folder of files, and the site that all pages share."""

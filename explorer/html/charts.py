@@ -37,9 +37,9 @@ def curves(by_name: Mapping[str, ScalarCurve], title: str) -> Figure:
 
 
 def stages(times: Sequence[StageTime]) -> Figure:
-    """Draw the stages of a step as two stacked bars: the step, and what works ahead at the same time.
+    """Draw the stages of a step as two stacked bars: the step, and the stages that run ahead at the same time.
 
-    Those that take most have a colour and a pattern each; all others of a bar are one part of it.
+    The longest stages have a colour and a pattern each; all others of a bar are combined.
     """
     largest = sorted(times, key=lambda each: -each.ms)[: len(_STAGE_COLOURS)]
     shown = [each for each in times if each in largest]
@@ -63,7 +63,7 @@ def stages(times: Sequence[StageTime]) -> Figure:
 
 
 def _stage(name: str, ms: Mapping[bool, float], marker: Figure) -> Figure:
-    """Make a part of the bars; `ms` by whether it is of the bar of what works ahead."""
+    """Make a part of the bars; `ms` by whether the stage runs ahead."""
     return {
         "type": "bar",
         "orientation": "h",
@@ -76,7 +76,7 @@ def _stage(name: str, ms: Mapping[bool, float], marker: Figure) -> Figure:
 
 
 def slices(sliced: SlicedBy, whole: Estimate, metric: str) -> Figure:
-    """Draw a metric of the slices with their intervals; the line is that of all impressions."""
+    """Draw a metric of the slices with intervals; the line is the metric of all impressions."""
     names = list(sliced.slices)
     estimates = [each.metrics.get(metric) for each in sliced.slices.values()]
     figure = _forest(names, estimates, TITLES[metric])
@@ -118,7 +118,7 @@ def reliability(evaluation: Evaluation) -> Figure:
 
 
 def differences(found: Sequence[RunDifference]) -> Figure:
-    """Draw differences with their intervals, one row for each run; what spans the line at 0 may be chance."""
+    """Draw differences with their intervals, one row for each run; those that span the line at 0 may be chance."""
     estimates = [Estimate(value=each.value, low=each.low, high=each.high) for each in found]
     figure = _forest([each.run for each in found], estimates, f"difference in {TITLES[found[0].metric]}")
     line = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1}
@@ -150,12 +150,12 @@ def _forest(names: Sequence[str], estimates: Sequence[Estimate | None], title: s
 
 
 def plain(text: str) -> str:
-    """Write a text so that Plotly, which knows some HTML, shows it as it is."""
+    """Escape a text for Plotly, which interprets some HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _reach(estimates: Sequence[Estimate | None]) -> Figure:
-    """How far each interval reaches above and below its value."""
+    """Return the distances of each interval's ends from its value."""
     above, below = [], []
     for each in estimates:
         known = each is not None and each.value is not None and each.low is not None and each.high is not None
@@ -212,7 +212,7 @@ def _trace(
 
 
 def described(points: MapPoints, point: int) -> str:
-    """Say what is known of an image: its uri, CTR, error and impressions."""
+    """Describe an image: its uri, CTR, error and impressions."""
     known = [points.uris_N[point][-80:]]
     if np.isfinite(points.ctr_N[point]):
         known.append(f"CTR {points.ctr_N[point]:.3f} of {points.impressions_N[point]:,} impressions")

@@ -1,4 +1,4 @@
-"""How numbers, sizes, times and names look on a page."""
+"""Formatting of numbers, sizes, times and names on pages."""
 
 import datetime
 import math
@@ -13,7 +13,7 @@ DASH = "–"
 
 
 def number(value: float | int | None, digits: int | None = None) -> str:
-    """Write a number: whole ones with commas, others with `digits` decimals or as tables have them; a dash for none."""
+    """Format a number: integers with commas, others with `digits` decimals or as in tables; a dash for None."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return DASH
     if digits is not None:
@@ -22,7 +22,7 @@ def number(value: float | int | None, digits: int | None = None) -> str:
 
 
 def things(value: int | None, thing: str) -> str:
-    """Write a number of things, e.g. `1 row` or `2,000 rows`; a dash for a number that is not known."""
+    """Format a number with its noun, e.g. `1 row` or `2,000 rows`; a dash for None."""
     return f"{DASH} {thing}s" if value is None else count_text(value, thing)
 
 
@@ -42,7 +42,7 @@ def time(value: float | None) -> str:
 
 
 def ago(value: float | None) -> str:
-    """Write how long ago a time was, roughly: 3 minutes ago."""
+    """Format the age of a time roughly, e.g. `3 minutes ago`."""
     if value is None:
         return DASH
     seconds = datetime.datetime.now(datetime.UTC).timestamp() - value

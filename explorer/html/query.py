@@ -1,4 +1,4 @@
-"""What a request asks: parameters of its address, and the file of a form."""
+"""Parameters of a request: those of its address, and the file of a form."""
 
 import datetime
 from collections.abc import AsyncGenerator, Sequence
@@ -25,27 +25,27 @@ class Paging:
 
     @classmethod
     def of(cls, request: Request, count: int, per_page: int) -> "Paging":
-        """Cut `count` items into pages, and find the one that is asked for; the last one where it lies beyond."""
+        """Divide `count` items into pages, and choose the requested page, or the last if it is beyond."""
         num_pages = max(1, -(-count // per_page))
         page = min(whole(request, "page", 1, least=1) or 1, num_pages)
         return cls(page, num_pages, (page - 1) * per_page, count)
 
 
 def whole(request: Request, name: str, default: int | None = None, *, least: int = 0) -> int | None:
-    """Read a whole number; `default` where none is given. Raises ExplorerError for anything else."""
+    """Read a whole number, or return `default` without one. Raises ExplorerError for anything else."""
     text = request.query_params.get(name, "")
     return whole_in(text, name, least=least) if text else default
 
 
 def whole_in(text: str, name: str, *, least: int = 0) -> int:
-    """Read a whole number out of a text. Raises ExplorerError; NotHereError for one that is larger than any."""
+    """Read a whole number from a text. Raises ExplorerError, or NotHereError if it is too large."""
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()) or (text != digits and least == 0):
-        raise ExplorerError(f"{name} {text[:40]!r} is no whole number from {least:,} on")
+        raise ExplorerError(f"{name} {text[:40]!r} is not a whole number of at least {least:,}")
     if len(digits) > 19 or not -LARGEST - 1 <= int(text) <= LARGEST:
         raise NotHereError(f"there is no {name} {text[:40]}")
     if int(text) < least:
-        raise ExplorerError(f"{name} {text} is no whole number from {least:,} on")
+        raise ExplorerError(f"{name} {text} is not a whole number of at least {least:,}")
     return int(text)
 
 
@@ -57,7 +57,7 @@ def number_of(text: str, of: str) -> int:
 
 
 def snapshot(request: Request) -> VersionName | None:
-    """Read the version of a snapshot, or a channel that points to one; None where the newest is asked for.
+    """Read the version of a snapshot, or a channel that points to one; None for the newest.
 
     Raises ExplorerError.
     """
@@ -67,39 +67,39 @@ def snapshot(request: Request) -> VersionName | None:
     try:
         return version_name(text)
     except ValueError:
-        raise ExplorerError(f"version {text[:40]!r} is no whole number from 0 on, and no name of a channel") from None
+        raise ExplorerError(f"version {text[:40]!r} is neither a whole number nor a channel") from None
 
 
 def choice(request: Request, name: str, choices: Sequence[str]) -> str:
-    """Read one of some words; the first one where none is given. Raises ExplorerError for another."""
+    """Read one of several words, by default the first. Raises ExplorerError for any other."""
     text = request.query_params.get(name) or choices[0]
     if text not in choices:
-        raise ExplorerError(f"{name} {text[:40]!r} is none of {', '.join(choices)}")
+        raise ExplorerError(f"{name} {text[:40]!r} is not one of {', '.join(choices)}")
     return text
 
 
 def day(request: Request, name: str) -> datetime.datetime | None:
-    """Read a day, YYYY-MM-DD, or a time of it, in UTC; None where none is given. Raises ExplorerError."""
+    """Read a day, YYYY-MM-DD, optionally with a time, in UTC, or return None. Raises ExplorerError."""
     text = request.query_params.get(name, "")
     if not text:
         return None
     try:
         found = datetime.datetime.fromisoformat(text)
     except ValueError:
-        raise ExplorerError(f"{name} {text[:40]!r} is no day; write it as 2026-11-27, or 2026-11-27T18:30") from None
+        raise ExplorerError(f"{name} {text[:40]!r} is not a day; write it as 2026-11-27, or 2026-11-27T18:30") from None
     return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
 
 _OTHER_BYTES = 100_000
-"""Of a form besides its file."""
+"""Bytes of a form besides its file."""
 DRAINED = 10
-"""Times the limit that is read of a body that is too large: a browser shows the answer when it has sent all."""
+"""A body over the limit is read up to this multiple of it, as browsers show the answer only after sending all."""
 
 
 async def read_upload(request: Request, name: str, most_bytes: int) -> tuple[bytes, dict[str, str]]:
     """Read the file in the field `name` of a form, and the other fields.
 
-    Raises ExplorerError without a file, or where it has more than `most_bytes`.
+    Raises ExplorerError without a file, or if it has more than `most_bytes`.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ExplorerError("a picture is sent by the form, as multipart/form-data")
@@ -116,7 +116,7 @@ async def read_upload(request: Request, name: str, most_bytes: int) -> tuple[byt
 
 
 class _InMemory(MultiPartParser):
-    """A parser that puts no file onto the disk: the body is no larger than is allowed."""
+    """A parser that never writes a file to disk, as the size of the body is limited."""
 
     spool_max_size = 1 << 30
 

@@ -1,4 +1,4 @@
-"""The site that all pages share: its places, pictures, templates and links; a page is a template and what it shows."""
+"""The site that all pages share: its places, pictures, templates and links."""
 
 import json
 import posixpath
@@ -28,14 +28,14 @@ Param = str | int | float | bool | None
 
 PICTURE, STATIC = "/picture", "/static/"
 LEFT_OUT = "left-out.html"
-"""Page of an exported folder in the place of those that were not exported."""
+"""Page of an exported folder to which links of pages that were not exported lead."""
 _ODD = re.compile(r"[^A-Za-z0-9]+")
 
 
 def address(path: str, params: Mapping[str, Param | Sequence[str]]) -> str:
-    """Write the address of a page: the path quoted, the parameters in the order of their names, None left out.
+    """Return the address of a page: the quoted path, and the parameters sorted by name, without those that are None.
 
-    A parameter with several values is written once for each.
+    A parameter with several values is repeated.
     """
     given = {
         name: str(value) if isinstance(value, str | int | float) else list(value)
@@ -56,7 +56,7 @@ def file_of(address: str) -> str:
 
 
 def relative(target: str, page: str) -> str:
-    """Write the way from one file of an exported folder to another."""
+    """Return the relative path from one file of an exported folder to another."""
     return posixpath.relpath(target, posixpath.dirname(page) or ".")
 
 
@@ -74,7 +74,7 @@ class NavItem(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What a person wants to know, the address of the page that answers it, and what that page has."""
+    """A user's question, the address of the page that answers it, and the content of that page."""
 
     words: str
     path: str
@@ -83,9 +83,9 @@ class Question(NamedTuple):
 
 @dataclass
 class Site:
-    """What every page is made with.
+    """The state that all pages share.
 
-    `frozen`: pages are being exported as files, so that nothing on them may ask a server: no forms, no live parts.
+    `frozen`: pages are exported as files, so they must not need a server: no forms, no live parts.
     """
 
     places: Places
@@ -93,17 +93,17 @@ class Site:
     nav: list[NavItem] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     linked: list[str] = field(default_factory=lambda: ["/"])
-    """Of a frozen site: the addresses that its pages have named so far, each once."""
+    """Of a frozen site: the addresses that its pages link to, each once."""
     most_files: int | None = None
     """The number of files that a frozen site exports; later addresses lead to a page that says so."""
     left_out: set[str] = field(default_factory=set)
-    """Of a frozen site: the addresses for which there was no room."""
+    """Of a frozen site: the addresses beyond the limit of files."""
     umap_s: float = 0.0
-    """Of a frozen site: so long UMAP may take from now on, for all maps together."""
+    """Of a frozen site: seconds left for UMAP, for all maps together."""
     quick_maps: list[str] = field(default_factory=list)
-    """Of a frozen site: what the maps are of that UMAP did not lay out."""
+    """Of a frozen site: names of the maps that UMAP did not lay out."""
     doing: Callable[[str], None] = lambda doing: None
-    """Of a frozen site: gets what a page waits for."""
+    """Of a frozen site: receives the progress of a page."""
 
     @cached_property
     def _known(self) -> set[str]:
@@ -116,18 +116,18 @@ class Site:
 
     @cached_property
     def background(self) -> Background:
-        """What takes long, done once in the background."""
+        """Background tasks, shared by all pages."""
         return Background()
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """End the background tasks."""
         background: Background | None = self.__dict__.pop("background", None)
         if background is not None:
             background.close()
 
     @cached_property
     def trained_runs(self) -> TrainedRuns:
-        """The runs that are open to be asked; pages share them. Impressions' pages close them."""
+        """The open runs, shared by the pages; the pages of impressions close them."""
         return TrainedRuns(self.places)
 
     @cached_property
@@ -136,7 +136,7 @@ class Site:
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("explorer"),
             autoescape=True,
-            auto_reload=False,  # an upgrade under a running server would give new templates to old code
+            auto_reload=False,  # after an upgrade, a running server must not use new templates with old code
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -148,19 +148,19 @@ class Site:
         return environment
 
     def finish(self, task: Task[Any]) -> None:
-        """Wait for the end of a computation, for an export; tell meanwhile how far it is."""
+        """Wait for the end of a task in an export, reporting its progress."""
         while not task.wait(_LOOK_S):
             of = f" ({task.done:,} of {task.total:,})" if task.total else ""
             self.doing(f"{task.doing}{of}")
 
     def url(self, path: str, **params: Param | Sequence[str]) -> str:
-        """Write a link to a page of ours; every link of every template is made here."""
+        """Return a link to a page of the site; every link of every template is made here."""
         wanted = address(path, params)
         if not self.frozen:
             return wanted
         page = file_of(_asked.get())
         if wanted not in self._known:
-            if self.most_files is not None and len(self.linked) >= self.most_files - 1:  # one is the page that says so
+            if self.most_files is not None and len(self.linked) >= self.most_files - 1:  # one is for those beyond
                 self.left_out.add(wanted)
                 return relative(LEFT_OUT, page)
             self._known.add(wanted)
@@ -190,14 +190,14 @@ def address_of(request: Request) -> str:
 
 
 def script_json(value: Any) -> Markup:
-    """Write JSON that is safe inside a script element, whatever texts it holds."""
+    """Encode JSON that is safe inside a script element, whatever texts it contains."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     return Markup("".join(escapes.get(each, each) for each in text))
 
 
 def pages_of(items: Sequence[Any], page: int, per_page: int) -> tuple[Sequence[Any], int]:
-    """Cut one page out of a sequence; give it and the number of pages, at least one."""
+    """Return one page of a sequence, and the number of pages, at least one."""
     num_pages = max(1, -(-len(items) // per_page))
     page = min(max(page, 1), num_pages)
     return items[(page - 1) * per_page : page * per_page], num_pages
@@ -212,11 +212,11 @@ class PageKind(ABC):
     @property
     @abstractmethod
     def nav(self) -> NavItem | None:
-        """The entry of the navigation; None where the places that these pages show are not given."""
+        """The entry of the navigation; None if the places of these pages are not given."""
 
     @property
     def questions(self) -> Sequence[Question]:
-        """List what these pages answer, for the first page; asked only of kinds whose places are given."""
+        """List the questions that these pages answer, for the first page; called only if their places are given."""
         return ()
 
     @abstractmethod
@@ -224,8 +224,8 @@ class PageKind(ABC):
         """List the routes; a kind without its places has none."""
 
     def waits(self, request: Request, part: str) -> bool:
-        """Tell whether a part that takes long is computed before the page is sent: `wait=PART`, and in an export."""
+        """Return whether to compute a slow part before the page is sent: with `wait=PART`, and in an export."""
         return self.site.frozen or request.query_params.get("wait") == part
 
     def close(self) -> None:  # noqa: B027
-        """Release what the pages hold open; most hold nothing."""
+        """Release resources of the pages; most have none."""

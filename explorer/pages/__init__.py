@@ -1,1 +1,1 @@
-"""The pages, one module a kind: routes, and for each what it shows."""
+"""The pages, one module for each kind: routes, and the content of each page."""

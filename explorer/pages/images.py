@@ -1,4 +1,4 @@
-"""Pages of images: search and browsing, one image over time and among its neighbours, and a picture that is brought."""
+"""Pages of images: search and browsing, one image over time with its neighbours, and uploaded pictures."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -44,16 +44,16 @@ NUM_NEIGHBOURS = 12
 LARGE = 800
 _KEY_FROM = -(1 << 63)
 _FROZEN_BYTES = 64 << 20
-"""Features of a store whose neighbours are exported with each page; of a larger one that would take hours."""
+"""Largest features of a store for which neighbours are exported; for more, the export would take hours."""
 _STOP_POLLING = 286
 _LOOK_S, _PATIENCE_S = 0.2, 10.0
-"""So long a page waits for visual vectors before it shows how far they are: of an image of the store, which can ask
-again by itself, and of a picture that would have to be sent again."""
+"""Seconds that a page waits for visual vectors before it shows their progress: for an image of the store, whose page
+polls, and for an uploaded picture, which the user would have to send again."""
 _TITLES = {"features": "Features", "visual": "Visual vectors", "codes": "Semantic IDs"}
 
 
 class SoughtFeature(NamedTuple):
-    """What neighbours are looked for of: a feature as the store keeps it, (1, D), and its key where it is in there."""
+    """The query of a neighbour search: a stored feature, (1, D), and its key if the store has it."""
 
     feature_1D: npt.NDArray[Any]
     key: int | None
@@ -77,7 +77,7 @@ class ImagePages(PageKind):
 
     @property
     def questions(self) -> Sequence[Question]:
-        """List what is asked most."""
+        """List the most frequent questions."""
         return [
             Question(
                 "What is an image similar to?",
@@ -87,7 +87,7 @@ class ImagePages(PageKind):
         ]
 
     def routes(self) -> Sequence[Route]:
-        """List search, one image, and neighbours of a picture that is sent."""
+        """List the routes: search, one image, and neighbours of an uploaded picture."""
         if self.site.places.store is None:
             return []
         upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
@@ -99,7 +99,7 @@ class ImagePages(PageKind):
         ]
 
     def search(self, request: Request) -> Response:
-        """Show images by key, uri or a part of it; without a search those of a shard."""
+        """Show images by key, uri or a part of it; without a search, those of a shard."""
         store, snapshot = self._open(request)
         text = request.query_params.get("q", "").strip()[:2_000]
         context: dict[str, Any] = {"query": text, "network": store.info.network, "runs": self._runs.names()}
@@ -133,7 +133,7 @@ class ImagePages(PageKind):
 
     def image(self, request: Request) -> Response:
         """Show one image: the picture, its rows over snapshots, and its neighbours."""
-        if request.path_params["key"] == "like":  # somebody opens the address of the form
+        if request.path_params["key"] == "like":  # someone opened the address of the form
             raise HTTPException(
                 405, "a picture has to be sent: choose one on the page Images, and press Find images like it"
             )
@@ -156,7 +156,7 @@ class ImagePages(PageKind):
         uri = here.uri if here else known[-1] if known else broken.uri if broken else None
         if uri is None:
             raise NotHereError(
-                f"no image has the key {key}: neither in snapshot {snapshot.version} nor in others that are kept, nor "
+                f"no image has the key {key}: neither in snapshot {snapshot.version} nor in other snapshots, nor "
                 "among the broken ones"
             )
         runs = self._runs.names()
@@ -186,18 +186,18 @@ class ImagePages(PageKind):
         )
 
     def vectors_part(self, request: Request) -> Response:
-        """Tell how far the visual vectors of a run are; at their end, load the neighbours of the image."""
+        """Show the progress of a run's visual vectors; when they are done, load the neighbours of the image."""
         _, snapshot = self._open(request)
         run = self._run(request.query_params.get("run"), self._runs.names())
         if run is None:
-            raise NotHereError("no run with images is there")
+            raise NotHereError("there is no run with images")
         task = self._runs.begin(run, snapshot, self.site.background)
         status = _STOP_POLLING if task.is_ended else 200
         key = whole(request, "key", least=_KEY_FROM)
         return self._page(request, "vectors", _TITLES["visual"], snapshot, task=task, run=run, key=key, status=status)
 
     async def like(self, request: Request) -> Response:
-        """Show the neighbours of a picture that is sent; it is kept nowhere."""
+        """Show the neighbours of an uploaded picture, which is not stored."""
         data, fields = await read_upload(request, "picture", MOST_BYTES)
         return await run_in_threadpool(self._like, request, data, fields.get("run") or None)
 
@@ -208,7 +208,7 @@ class ImagePages(PageKind):
                 "error.html",
                 title="Busy",
                 status=503,
-                message="Another picture goes through the network just now: try again in a few seconds",
+                message="The network is busy with another picture: try again in a few seconds",
             )
         try:
             store, snapshot = self._open(request)
@@ -226,7 +226,7 @@ class ImagePages(PageKind):
         )
 
     def _spaces(self, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
-        """Find the neighbours in each of the three spaces; an error of one is its sentence."""
+        """Find the neighbours in each of the three spaces; an error in one becomes its sentence."""
         made: list[tuple[str, Callable[[], Space]]] = [
             ("features", lambda: self._in_features(snapshot, asked)),
             ("visual", lambda: self._in_visual(snapshot, asked)),
@@ -249,13 +249,13 @@ class ImagePages(PageKind):
         if found.is_exact:
             how += f"exactly, among all {found.num_rows:,} images."
         else:
-            how += f"among {found.num_searched:,} of {found.num_rows:,} images, drawn at random: all would take long."
+            how += f"among {found.num_searched:,} of {found.num_rows:,} images at random, as all would take too long."
         return Space(name="features", title=_TITLES["features"], found=found, how=how)
 
     def _in_visual(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         title = _TITLES["visual"]
         if asked.run is None:
-            problem = "No run with images is there: name the folder of runs by --runs."
+            problem = "There is no run with images: name the folder of runs by --runs."
             return Space(name="visual", title=title, problem=problem)
         task = self._runs.begin(asked.run, snapshot, self.site.background)
         if self.site.frozen:
@@ -290,9 +290,9 @@ class ImagePages(PageKind):
         return Space(name="codes", title=title, found=found, how=how)
 
     def _codes_of_picture(self, snapshot: Snapshot, ids: SemanticIds, asked: SoughtFeature) -> list[int] | None:
-        """Compute codes of a picture's feature where they are of features; of visual vectors nobody knows whose E."""
+        """Compute codes of a picture's feature if codes are of features; for visual vectors, E is unknown."""
         if "of" in ids.source or "store" not in ids.source:
-            raise ExplorerError(f"the codes are of {ids.origin}: a new picture has none of these here")
+            raise ExplorerError(f"the codes are of {ids.origin}, which cannot be computed for a new picture here")
         return encode(ids, np.asarray(snapshot.codec.decode(asked.feature_1D)[0]))
 
     def _semantic_ids(self, run: str | None) -> SemanticIds | None:
@@ -328,7 +328,7 @@ class ImagePages(PageKind):
 
 
 def _without(found: Neighbours, key: int | None) -> Neighbours:
-    """Leave out one image, and whatever is one too many then."""
+    """Remove one image, and shorten the list to its length."""
     images = tuple(image for image in found.images if image.key != key)[:NUM_NEIGHBOURS]
     return Neighbours(**{**found.__dict__, "images": images})
 

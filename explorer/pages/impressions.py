@@ -45,7 +45,7 @@ _MOST_TYPED, _LARGE = 2_000, 320
 
 @dataclass(frozen=True)
 class ListQuestion:
-    """What the list is asked for, out of an address."""
+    """The query of the list, from an address."""
 
     run: str
     order: Order = "effect"
@@ -54,7 +54,7 @@ class ListQuestion:
     page: int = 1
 
     def params(self, **changes: Any) -> dict[str, Any]:
-        """Give the parameters of the address that asks this."""
+        """Return the parameters of the address of this query."""
         asked = {"run": self.run, "order": self.order, "clicked": self.clicked, "q": self.query or None} | changes
         defaults = {"order": "effect", "clicked": "any", "page": 1}
         return {name: value for name, value in asked.items() if value is not None and defaults.get(name) != value}
@@ -70,12 +70,12 @@ class ImpressionPages(PageKind):
 
     @property
     def nav(self) -> NavItem | None:
-        """Impressions are shown by runs."""
+        """The entry Impressions, if runs are given."""
         return NavItem("Impressions", LIST) if self.site.places.runs is not None else None
 
     @property
     def questions(self) -> Sequence[Question]:
-        """List what is asked most."""
+        """List the most frequent questions."""
         return [
             Question(
                 "Why did this ad get this score?",
@@ -85,7 +85,7 @@ class ImpressionPages(PageKind):
         ]
 
     def routes(self) -> Sequence[Route]:
-        """List the list, a group, and a group with a picture that is sent."""
+        """List the routes: the list, a group, and a group with an uploaded picture."""
         if self.nav is None:
             return []
         return [
@@ -99,7 +99,7 @@ class ImpressionPages(PageKind):
         self.runs.close()
 
     def listing(self, request: Request) -> Response:
-        """Show the list, or where its run is not open yet the page that asks for it, `wait=list`."""
+        """Show the list; if its run is not open yet, show a page that loads it by `wait=list`."""
         runs = self.runs.names()
         if not runs:
             return self.site.page(request, "impressions/empty.html", title="Impressions")
@@ -113,7 +113,7 @@ class ImpressionPages(PageKind):
         return self.site.page(request, "impressions/list.html", title="Impressions", **context)
 
     def group(self, request: Request) -> Response:
-        """Show one sample group, or where its run is not open yet the page that asks for it, `wait=why`."""
+        """Show one sample group; if its run is not open yet, show a page that loads it by `wait=why`."""
         run, number = request.path_params["run"], self._number(request)
         self.runs.check(run)
         at, params = _snapshot(request), dict(request.query_params)
@@ -128,7 +128,7 @@ class ImpressionPages(PageKind):
         return self.site.page(request, "impressions/group.html", title=f"Impressions of group {number:,}", **context)
 
     async def sent(self, request: Request) -> Response:
-        """Show what an ad would get with a picture that is sent; it is kept nowhere."""
+        """Show the score of an ad with an uploaded picture, which is not stored."""
         data, fields = await read_upload(request, "picture", MOST_BYTES)
         return await run_in_threadpool(self._sent, request, data, _place(fields.get("ad"), "ad") or 0)
 
@@ -136,7 +136,7 @@ class ImpressionPages(PageKind):
         run, number = request.path_params["run"], self._number(request)
         at: At = _snapshot(request)
         if self.site.places.store is None:
-            raise ExplorerError("a picture goes through the network of the store: name it by --store")
+            raise ExplorerError("a picture needs the network of a store: name one by --store")
         with self.runs.use(run, at) as opened:
             explanation = explain(opened, number, ad, most_behaviors=0)
             store = FeatureStore.open(self.site.places.store)
@@ -244,7 +244,7 @@ class ImpressionPages(PageKind):
             }
 
     def _others(self, explanation: Explanation) -> list[OtherPicture]:
-        """Score the ad with the pictures of the other ads of its group, the best first."""
+        """Score the ad with the pictures of the other ads of its group, best first."""
         group, chosen = explanation.group, explanation.chosen
         if not chosen.pictures:
             return []
@@ -254,7 +254,7 @@ class ImpressionPages(PageKind):
         return sorted(others, key=lambda each: -each.score.logit)
 
     def _own(self, explanation: Explanation, typed: str, opened: OpenedRun) -> tuple[OtherPicture | None, str]:
-        """Score the ad with the picture that was typed; where that cannot be, say why."""
+        """Score the ad with the picture that the user chose, or return the reason why not."""
         if not typed or not explanation.chosen.pictures:
             return None, ""
         picture = self._typed(explanation.group, typed, opened)
@@ -264,17 +264,17 @@ class ImpressionPages(PageKind):
             return None, one_line(error)
 
     def _typed(self, group: SampleGroup, typed: str, opened: OpenedRun) -> PictureName:
-        """Read what a person typed: a key, or a uri."""
+        """Read the user's input: a key or a uri."""
         try:
             key = int(typed)
         except ValueError:
             return PictureName(key_of_uri(typed), typed)
         if not -(2**63) <= key < 2**63:
-            raise ExplorerError(f"{typed[:40]} is no key of an image: keys are 64-bit integers")
+            raise ExplorerError(f"{typed[:40]} is not a key of an image: keys are 64-bit integers")
         return PictureName(key, self._names(opened, [PictureName(key, None)]).get(key))
 
     def _ids_run(self, opened: OpenedRun) -> str | None:
-        """Find a run of IDs only to show next to one with images: of the same net where there is one."""
+        """Find a run of IDs only to compare with one with images, preferably of the same net."""
         if not opened.sees_images:
             return None
         others = [each for each in self.runs.names() if each.images == "none"]
@@ -282,14 +282,14 @@ class ImpressionPages(PageKind):
         return next((each.name for each in (*same, *others)), None)
 
     def _takes_pictures(self, opened: OpenedRun, group: SampleGroup) -> str:
-        """Say why no picture can be sent; empty where one can."""
+        """Return the reason why no picture can be uploaded, or an empty text."""
         if self.site.places.store is None or self.site.frozen:
-            return "No --store is named."
+            return "No --store is given."
         try:
             store = FeatureStore.open(self.site.places.store)
             check_sent(opened, group.columns.looks_of_ads, store)
         except UserError as error:
-            return f"No picture can be sent: {one_line(error)}."
+            return f"No picture can be uploaded: {one_line(error)}."
         return why_not(store.info)
 
     def _names(self, opened: OpenedRun, pictures: Sequence[PictureName]) -> dict[int, str]:
@@ -304,14 +304,14 @@ class ImpressionPages(PageKind):
 
 
 def _shown(explanation: Explanation) -> list[Candidate]:
-    """Choose the ads that a page shows: the best ones, and the one that is explained."""
+    """Choose the ads of a page: the best ones, and the explained one."""
     best = sorted(explanation.candidates, key=lambda each: each.rank)
     shown = best[:_MOST_ADS]
     return shown if explanation.chosen in shown else [*shown, explanation.chosen]
 
 
 def default_run(runs: Sequence[AskableRun]) -> str:
-    """Choose the run that is shown first: one that sees all images, else some, else none."""
+    """Choose the default run: one that sees all images, else some, else none."""
     return min(runs, key=lambda each: shown_first(each.name, each.images)).name
 
 

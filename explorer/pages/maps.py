@@ -24,24 +24,24 @@ from featurestore.errors import UserError
 from featurestore.text import one_line
 
 _MOST_RUNS = 30
-"""Runs whose maps are offered: those that changed last."""
+"""Number of runs whose maps are offered: those that changed last."""
 _STOP_POLLING = 286
 _LOOK_S, _WAIT_S = 0.05, 60.0
-"""Who has no scripts waits so long for a quick map, and asks again."""
+"""Seconds to wait for a quick map if the browser has no scripts."""
 
 
 class MapPages(PageKind):
-    """The page at /map, the part of it that comes later, and its points as a file."""
+    """The page at /map, its part that is loaded later, and its points as a file."""
 
     @property
     def nav(self) -> NavItem | None:
-        """Where there are a store or runs."""
+        """The entry Map, if a store or runs are given."""
         places = self.site.places
         return NavItem("Map", "/map") if places.store is not None or places.runs is not None else None
 
     @property
     def questions(self) -> Sequence[Question]:
-        """Say what the map is for."""
+        """List the question that the map answers."""
         return [
             Question(
                 "What has a run learned of all images?",
@@ -61,7 +61,7 @@ class MapPages(PageKind):
         ]
 
     def map(self, request: Request) -> Response:
-        """Show the map of what is asked for; what is not made yet comes later, or is waited for (wait=1)."""
+        """Show the requested map; a part that is not computed yet is loaded later, or waited for (wait=1)."""
         runs = self._runs()
         run, network, colour = self._asked(request, runs)
         if run is None and self.site.places.store is None:
@@ -89,7 +89,7 @@ class MapPages(PageKind):
         )
 
     def _finish(self, part: "MapPart") -> None:
-        """Wait for the map of an export; note where UMAP has not laid it out."""
+        """Wait for the map of an export; note if UMAP has not laid it out."""
         begun_s, site = time.monotonic(), self.site
         site.finish(part.task)
         site.umap_s = max(0.0, site.umap_s - (time.monotonic() - begun_s))
@@ -100,7 +100,7 @@ class MapPages(PageKind):
             site.quick_maps.append(name)
 
     def part(self, request: Request) -> Response:
-        """Give the map as far as it is; for the last time when it is whole."""
+        """Return the current state of the map; stop polling when it is complete."""
         part = self._part(*self._asked(request, ()))
         if not part.is_ended and part.shown is not None and request.query_params.get("shown") == part.shown.method:
             answer = self.site.page(request, "map/status.html", title="Map", part=part)
@@ -117,11 +117,11 @@ class MapPages(PageKind):
         )
 
     def points(self, request: Request) -> Response:
-        """Give the points as Parquet."""
+        """Return the points as Parquet."""
         run, network, colour = self._asked(request, ())
         shown = self._part(run, network, colour).shown
         if shown is None:
-            raise NotHereError("the map is not made yet; look at its page first")
+            raise NotHereError("the map is not computed yet; open its page first")
         of = "-".join(filter(None, (run or "features", network)))
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{of}-{shown.method}.parquet")
         return FileResponse(shown.file, filename=name, media_type="application/vnd.apache.parquet")
@@ -131,7 +131,7 @@ class MapPages(PageKind):
         return None if self.site.frozen or self.site.places.store is None else self.site.url(f"/images/{key}")
 
     def _runs(self) -> list[str]:
-        """Name the runs that see images and have a checkpoint, the one first that is shown first."""
+        """List the runs that see images and have a checkpoint, the default one first."""
         if self.site.places.runs is None:
             return []
         runs, _ = list_runs(self.site.places, 1, _MOST_RUNS)
@@ -139,10 +139,10 @@ class MapPages(PageKind):
         return [run.name for run in sorted(seeing, key=lambda run: shown_first(run.name, run.images))]
 
     def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str | None, str | None, Colour]:
-        """Read which run, None for the features of the store, which E of it, and which colour are asked for."""
+        """Read the requested run (None: the features of the store), its E, and the colour."""
         of, colour = request.query_params.get("run"), request.query_params.get("colour", "folder")
         if colour not in get_args(Colour):
-            raise ExplorerError(f"colour={colour[:40]!r} is none of {', '.join(COLOURS)}")
+            raise ExplorerError(f"colour={colour[:40]!r} is not one of {', '.join(COLOURS)}")
         named: Colour = colour  # type: ignore[assignment]
         if of:
             open_run(self.site.places, of)
@@ -154,7 +154,7 @@ class MapPages(PageKind):
         return of or None, network if of else None, named
 
     def _part(self, run: str | None, network: str | None, colour: Colour) -> "MapPart":
-        """Begin the map, or look how far it is."""
+        """Start the map, or return its state."""
         places, umap_s = self.site.places, self.site.umap_s if self.site.frozen else math.inf
         identity, store_id = "", None
         if run is not None:
@@ -173,24 +173,24 @@ class MapPages(PageKind):
 
 @dataclass(kw_only=True)
 class MapPart:
-    """A map as far as it is when it is first looked at: one answer shows one state of it."""
+    """The state of a map at the first access, so that one answer shows one state."""
 
     run: str | None
     network: str | None
-    """Which E of the run is asked for; None: the first."""
+    """The requested E of the run; None: the first."""
     colour: Colour
     task: Task[MapPoints]
     store_id: str | None
-    """Of the store whose images have pages; None where none was given."""
+    """Id of the store whose images have pages; None if none was given."""
 
     @cached_property
     def is_ended(self) -> bool:
-        """Tell whether nothing more comes."""
+        """Return whether the map is final."""
         return self.task.is_ended
 
     @property
     def problem(self) -> str:
-        """Why there is no map, or none by UMAP."""
+        """The reason why there is no map, or none by UMAP."""
         error = self.task.error if self.is_ended else None
         if error is None or isinstance(error, UserError):
             return "" if error is None else one_line(error)
@@ -198,18 +198,18 @@ class MapPart:
 
     @cached_property
     def shown(self) -> MapPoints | None:
-        """The best map that there is."""
+        """The best available map."""
         return self.task.result() if self.is_ended and self.task.error is None else self.task.early
 
     @property
     def networks(self) -> list[str]:
-        """The networks E to choose from; empty where there are not several."""
+        """The networks E to choose from; empty unless there are several."""
         found: list[str] = [] if self.shown is None else self.shown.about["networks"]
         return found if len(found) > 1 else []
 
     @property
     def has_pages(self) -> bool:
-        """Tell whether the images are those of the store, so that each has a page."""
+        """Return whether the images belong to the shown store, so that each has a page."""
         return self.shown is not None and self.store_id == self.shown.about["store_id"]
 
     @property
@@ -229,5 +229,5 @@ class MapPart:
 
     @property
     def has_colour(self) -> bool:
-        """Tell whether anything is known of the quantity that is asked for."""
+        """Return whether any point has a value of the requested quantity."""
         return self.shown is not None and has(self.shown, self.colour)

@@ -1,4 +1,4 @@
-"""The page of a published model: its versions, which is in use, and how old its vectors are."""
+"""The page of a published model: its versions, the one in use, and the age of its vectors."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ class ModelPages(PageKind):
 
     @property
     def nav(self) -> NavItem | None:
-        """Where a model is named."""
+        """The entry Model, if a model is given."""
         return NavItem("Model", MODEL) if self.site.places.model is not None else None
 
     def routes(self) -> Sequence[Route]:
@@ -28,7 +28,7 @@ class ModelPages(PageKind):
 
     @property
     def questions(self) -> Sequence[Question]:
-        """List what is asked most."""
+        """List the most frequent question."""
         return [
             Question(
                 "Which model is in use, and how old are its vectors?",

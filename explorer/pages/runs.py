@@ -1,4 +1,4 @@
-"""Runs: the list, one run, several side by side, and what the images are worth; live while a run trains."""
+"""Pages of runs: the list, one run, several side by side, and the value of images; live while a run trains."""
 
 import itertools
 import shlex
@@ -36,12 +36,12 @@ from trainer.schema.fields import SETTINGS_FILE
 
 _PER_PAGE = 50
 _MOST_COLUMNS = 4
-"""Settings that a list shows."""
+"""Settings in the list of runs."""
 _MOST_COMPARED = 6
 _MOST_LOOKED_AT = 200
-"""Runs among which those are looked for whose images alone differ."""
+"""Number of runs that are searched for those that differ only in their images."""
 _STOP_POLLING = 286
-"""A status of htmx: put this into the page, and ask no more."""
+"""Status for htmx: insert this part, and stop polling."""
 _SAMPLES = "data/samples"
 _WORTH = "What the images are worth"
 _TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
@@ -56,12 +56,12 @@ class RunPages(PageKind):
 
     @property
     def nav(self) -> NavItem | None:
-        """Where runs are given."""
+        """The entry Runs, if runs are given."""
         return NavItem("Runs", "/runs") if self.site.places.runs is not None else None
 
     @property
     def questions(self) -> Sequence[Question]:
-        """List what is asked most."""
+        """List the most frequent questions."""
         return [
             Question(
                 "What are the images worth?",
@@ -74,7 +74,7 @@ class RunPages(PageKind):
         ]
 
     def routes(self) -> Sequence[Route]:
-        """List, comparison, one run; parts have addresses of their own, so that a run may have any name."""
+        """List the routes; parts have addresses of their own, so that a run may have any name."""
         if self.site.places.runs is None:
             return []
         return [
@@ -93,7 +93,7 @@ class RunPages(PageKind):
         self._curves.close()
 
     def overview(self, request: Request) -> Response:
-        """Show the runs, those first that changed last, with the settings in which they differ."""
+        """Show the runs, last changed first, with the settings in which they differ."""
         number = _number(request.query_params.get("page", ""))
         runs, count = list_runs(self.site.places, number, _PER_PAGE)
         rows = [row for row in differing(runs) if row.is_figure][:_MOST_COLUMNS] if runs else []
@@ -143,7 +143,7 @@ class RunPages(PageKind):
         return self._several(request, self._names(request, least=2), "Runs side by side", is_worth=False)
 
     def worth(self, request: Request) -> Response:
-        """Show runs side by side whose images alone differ."""
+        """Show runs side by side that differ only in their images."""
         runs = list_runs(self.site.places, 1, _MOST_LOOKED_AT)[0]
         group = [run.name for run in _first_group(runs)]
         if not group:
@@ -173,7 +173,7 @@ class RunPages(PageKind):
         )
 
     def curves_part(self, request: Request) -> Response:
-        """Give the curves as they are now; the last time where no run is under way."""
+        """Return the current curves; stop polling if no run is training."""
         runs = [read_facts(open_run(self.site.places, name), name) for name in self._names(request, least=1)]
         live = self._live(runs)
         status = 200 if live.is_running else _STOP_POLLING
@@ -182,11 +182,11 @@ class RunPages(PageKind):
         )
 
     def verdicts_part(self, request: Request) -> Response:
-        """Give what the differences say, or how far their computation is."""
+        """Return the verdicts on the differences, or the progress of their computation."""
         return self._of_differences(request, "runs/verdicts.html")
 
     def differences_part(self, request: Request) -> Response:
-        """Give the differences as charts and tables."""
+        """Return the differences as charts and tables."""
         return self._of_differences(request, "runs/differences.html")
 
     def _of_differences(self, request: Request, template: str) -> Response:
@@ -240,7 +240,7 @@ class RunPages(PageKind):
 
 @dataclass(kw_only=True)
 class Live:
-    """Curves of one or several runs as they are now."""
+    """The current curves of one or several runs."""
 
     runs: Sequence[RunFacts]
     curves: Mapping[str, Curves]
@@ -253,12 +253,12 @@ class Live:
 
     @property
     def is_running(self) -> bool:
-        """Tell whether one of them is under way."""
+        """Return whether one of them is training."""
         return any(run.state == "running" for run in self.runs)
 
     @property
     def loss(self) -> Mapping[str, Any]:
-        """The loss of each run that has logged some."""
+        """The loss of each run that has logged it."""
         return {name: each.loss for name, each in self.curves.items() if each.loss.steps}
 
     def test(self, metric: str) -> Mapping[str, Any]:
@@ -267,22 +267,22 @@ class Live:
 
     @property
     def tests(self) -> list[str]:
-        """Metrics that some run has."""
+        """Metrics that at least one run has."""
         return [metric for metric in _TEST_CURVES if self.test(metric)]
 
     @property
     def drawn_tests(self) -> list[str]:
-        """Those of them that are more than points: some run was evaluated several times."""
+        """Metrics with a curve: at least one run was evaluated several times."""
         return [metric for metric in self.tests if any(len(each.steps) > 1 for each in self.test(metric).values())]
 
     def stages(self, run: RunFacts) -> tuple[StageTime, ...]:
-        """Return the stages of a finished run's report, else those of the newest step that was logged."""
+        """Return the stages of a finished run's report, else those of the last logged step."""
         return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
 
 
 @dataclass(kw_only=True)
 class DifferencesPart:
-    """Differences of runs, or how far their computation is, or why there are none, and the commands that make them."""
+    """Differences of runs, or their progress or error, and the commands that compute them."""
 
     names: Sequence[str]
     commands: Sequence[str]
@@ -292,17 +292,17 @@ class DifferencesPart:
 
     @property
     def is_ended(self) -> bool:
-        """Tell whether nothing more comes."""
+        """Return whether the part is final."""
         return self.comparison is not None or bool(self.problem)
 
 
 def _first_group(runs: Sequence[RunFacts]) -> Sequence[RunFacts]:
-    """Find the runs that tell what images are worth; none where no two differ in their images alone."""
+    """Find the runs that show the value of images: those that differ only in images; empty if there are none."""
     return next(iter(image_groups(runs)), [])
 
 
 def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
-    """Write the commands that train what is missing of a pair whose images alone differ, of a run that is there."""
+    """Write the commands that train the missing run of a pair that differs only in images, from an existing run."""
     trained = next((run for run in runs if run.state == "finished" and "/" not in run.name), None)
     if trained is not None:
         other = "none" if trained.images != "none" else "both"
@@ -327,7 +327,7 @@ def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
 
 
 def _evaluation(folder: RunPath) -> tuple[Evaluation | None, str]:
-    """Read an evaluation, or say why it cannot be read."""
+    """Read an evaluation, or return the reason why it cannot be read."""
     try:
         return read_evaluation(folder), ""
     except ExplorerError as error:

@@ -1,4 +1,4 @@
-"""Pages of a feature store: its snapshots and what each changed, channels, copies, and broken images."""
+"""Pages of a feature store: its snapshots and their changes, channels, copies, and broken images."""
 
 import datetime
 from collections import Counter
@@ -37,7 +37,7 @@ _DAY_S = 86_400
 
 
 class SnapshotsCompared(NamedTuple):
-    """Two snapshots that a page compares, the older one first, and in words what that tells."""
+    """Two snapshots that a page compares, the older one first, and a sentence about them."""
 
     old: Snapshot
     new: Snapshot
@@ -45,7 +45,7 @@ class SnapshotsCompared(NamedTuple):
 
 
 class StorePages(PageKind):
-    """Pages below /store. Parts that take longer than a page may are asked for by the page, `wait=PART`."""
+    """Pages below /store. A page loads its slow parts by `wait=PART`."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -56,22 +56,22 @@ class StorePages(PageKind):
 
     @property
     def nav(self) -> NavItem | None:
-        """The store's first page."""
+        """The entry Store, which leads to its first page."""
         return NavItem("Store", "/store") if self.site.places.store is not None else None
 
     @property
     def questions(self) -> Sequence[Question]:
-        """List what is asked most."""
+        """List the most frequent questions."""
         return [
             Question(
                 "Which images arrived since yesterday?",
                 "/store/arrived",
-                "What came, changed and went in all commits of a day, or of any time.",
+                "Images added, changed and removed on a day, or in any period.",
             ),
             Question(
                 "Which images are broken?",
                 "/store/broken",
-                "Those that could not be read or decoded: why, since when, and the file.",
+                "Images that could not be read or decoded: why, since when, and the file.",
             ),
         ]
 
@@ -89,7 +89,7 @@ class StorePages(PageKind):
         ]
 
     def overview(self, request: Request) -> Response:
-        """Show what the store holds, and its snapshots on a line, by manifests alone."""
+        """Show the store's contents, and a timeline of its snapshots, from manifests alone."""
         store, snapshot = self._open(request)
         known = log.versions(store.storage)[::-1]
         paging = Paging.of(request, len(known), SNAPSHOTS_PER_PAGE)
@@ -125,7 +125,7 @@ class StorePages(PageKind):
         )
 
     def snapshot(self, request: Request) -> Response:
-        """Show one snapshot: what came, changed and went in it, against the one before or any other."""
+        """Show the images added, changed and removed in a snapshot, compared with the previous or any other one."""
         number = whole_in(request.path_params["number"], "snapshot")
         store, new = self._open(request, number)
         before = whole(request, "against", version_before(store, number))
@@ -133,8 +133,8 @@ class StorePages(PageKind):
         difference = None
         if before is not None:
             gap = (
-                f"The snapshots between {before} and {number} are gone: they expired or were purged. "
-                "This is what all of them did together."
+                f"The snapshots between {before} and {number} have expired or were purged. "
+                "These are the changes of all of them together."
             )
             is_gap = request.query_params.get("against") is None and before < number - 1
             difference = SnapshotsCompared(open_snapshot(store, before), new, gap if is_gap else "")
@@ -152,7 +152,7 @@ class StorePages(PageKind):
         )
 
     def arrived(self, request: Request) -> Response:
-        """Show what came, changed and went since a day, up to now or to another day."""
+        """Show the images added, changed and removed since a day, up to now or to another day."""
         store, newest = self._open(request)
         since = day(request, "since") or datetime.datetime.fromisoformat(f"{_yesterday()}T00:00:00+00:00")
         until = day(request, "until")
@@ -168,8 +168,8 @@ class StorePages(PageKind):
         note = (
             ""
             if start.is_exact
-            else "Snapshots from then are gone: they expired or were purged. "
-            f"This is what came since snapshot {start.version}."
+            else "Snapshots from then have expired or were purged. "
+            f"These are the changes since snapshot {start.version}."
         )
         old = open_snapshot(store, min(start.version, new.version))
         params = {
@@ -188,7 +188,7 @@ class StorePages(PageKind):
         )
 
     def channels(self, request: Request) -> Response:
-        """Show where each channel points to, and why."""
+        """Show the snapshot of each channel, and the reason of each move."""
         store, snapshot = self._open(request)
         histories, problem = [], ""
         try:
@@ -222,7 +222,7 @@ class StorePages(PageKind):
         )
 
     def broken(self, request: Request) -> Response:
-        """Show the images that the store could not take, the newest first."""
+        """Show the images that the store could not import, newest first."""
         store, snapshot = self._open(request)
         rows = store.quarantine_rows()[::-1]
         paging = Paging.of(request, len(rows), PER_PAGE)
@@ -238,7 +238,7 @@ class StorePages(PageKind):
     def _difference(
         self, request: Request, store: FeatureStore, difference: SnapshotsCompared | None, params: dict[str, Any]
     ) -> dict[str, Any]:
-        """Give what the template of differences shows: counts, and images of one kind; no counts: not yet."""
+        """Return the values for the template of differences: counts, if they are computed, and images of one kind."""
         kind: Any = choice(request, "kind", KINDS)
         shown: dict[str, Any] = {
             "difference": difference,
@@ -274,7 +274,7 @@ class StorePages(PageKind):
         return shown
 
     def _line_figure(self, lines: Sequence[Any]) -> dict[str, Any]:
-        """Draw snapshots by time: rows in files; a click leads to the snapshot. For templates, which may make links."""
+        """Draw the rows in files of snapshots over time; a click leads to the snapshot. Called by templates."""
         there = [line for line in reversed(lines) if line.time_s is not None]
         names = [", ".join((*line.channels, *line.pins)) for line in there]
         return {
@@ -316,13 +316,13 @@ def _yesterday() -> str:
 
 
 def _day_text(time: datetime.datetime) -> str:
-    """Write a day, with the time where it is not its beginning."""
+    """Format a day, with the time unless it is midnight."""
     time = time.astimezone(datetime.UTC)
     return f"{time:%Y-%m-%d}" if (time.hour, time.minute, time.second) == (0, 0, 0) else f"{time:%Y-%m-%dT%H:%M:%S}"
 
 
 def _field_text(time: datetime.datetime) -> str:
-    """Write a time as a field of a form has it."""
+    """Format a time for a field of a form."""
     return f"{time.astimezone(datetime.UTC):%Y-%m-%dT%H:%M:%S}"
 
 

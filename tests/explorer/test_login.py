@@ -43,7 +43,7 @@ def test_a_typed_token_opens_the_pages_by_a_cookie_that_scripts_and_other_sites_
 def test_a_wrong_token_says_so(client: TestClient, token: str) -> None:
     answer = client.post("/login", data={"token": token})
     assert answer.status_code == 401
-    assert "none of the server" in answer.text
+    assert "not a token of the server" in answer.text
     assert "set-cookie" not in answer.headers
 
 

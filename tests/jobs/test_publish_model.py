@@ -223,7 +223,7 @@ def test_a_model_without_images(places: Places, tmp_path: Path) -> None:
         export_model.app, "--run", places.folder / "runs" / "ids", "--out", out, "--no-use", "--sample-groups", 0
     )
     assert (
-        "note         the bundle has no test samples, so changes of scores cannot be measured: none were asked for" in text
+        "note         the bundle has no test samples, so changes of scores cannot be measured: none were asked" in text
     )
     assert f"published    version 1 of {out}, not in use yet" in text
     assert "the model sees no images" in done(publish_vectors.app, "--model", out, "--version", 1)

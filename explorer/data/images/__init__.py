@@ -1,1 +1,1 @@
-"""What the pages of images show: which there are, their rows over time, and their neighbours in three spaces."""
+"""Data of the image pages: the images, their rows over time, and their neighbours in three spaces."""

@@ -1,6 +1,6 @@
-"""Neighbours of an image by features, visual vectors and semantic IDs, and which of them each space alone has.
+"""Neighbours of an image by features, visual vectors and semantic IDs, and their overlap between these spaces.
 
-Neighbours by vectors are exact, by their cosine, found block by block in bounded memory.
+Neighbours by vectors are exact, by cosine, and are searched block by block in bounded memory.
 
 Letters of shapes: M rows or images with codes, K rows of a block, D width of a vector, C found.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 READ_BYTES = 16 << 30
-"""Features that are read for one answer: some seconds a core. Of a larger store a random part of the shards is."""
+"""Most bytes of features read for one answer: some seconds a core. Of a larger store, random shards are read."""
 _THREADS = 2
 
 Blocks = Iterable[tuple[Int64Array, npt.NDArray[np.float32]]]
@@ -38,7 +38,7 @@ Blocks = Iterable[tuple[Int64Array, npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An image, and how near it is: in a space of vectors the cosine, of codes the number that is shared."""
+    """An image and its similarity: the cosine in a space of vectors, the number of shared codes for semantic IDs."""
 
     key: int
     uri: str
@@ -52,7 +52,7 @@ class Neighbours:
     images: tuple[Neighbour, ...]
     num_searched: int
     num_rows: int
-    """Rows of the snapshot: more than were searched where only a part of it was."""
+    """Rows of the snapshot; more than `num_searched` if only a part was searched."""
     seconds: float
 
     @property
@@ -88,14 +88,14 @@ class _Nearest:
         if len(cosine) > self.most:
             chosen = np.argpartition(-cosine, self.most - 1)
             worst = cosine[chosen[self.most - 1]]
-            chosen = np.flatnonzero(cosine >= worst)  # also all that are as near as the last one: keys decide
+            chosen = np.flatnonzero(cosine >= worst)  # also those tied with the last one: keys break ties
             keys, cosine = keys[chosen], cosine[chosen]
         order = np.lexsort((keys, -cosine))[: self.most]
         self.keys_C, self.cosine_C = keys[order], cosine[order]
 
 
 def cosines(values_KD: npt.NDArray[np.float32], query_D: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Compute the cosine between each row and the query, (K,); 0 where one of the two is all zeros."""
+    """Compute the cosine between each row and the query, (K,); 0 if either is all zeros."""
     norm_K = np.sqrt(np.einsum("kd,kd->k", values_KD, values_KD)) * np.float32(np.linalg.norm(query_D))
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine_K = (values_KD @ query_D) / norm_K
@@ -107,7 +107,7 @@ def nearest_features(
 ) -> Neighbours:
     """Find the images whose features are nearest to a decoded one, leaving out the key `without`.
 
-    Reads all features, a few files in memory at a time; of more than READ_BYTES a part. Raises CorruptFileError.
+    Reads all features, or a part if there are more than READ_BYTES, a few files at a time. Raises CorruptFileError.
     """
     start_s = time.monotonic()
     manifest = snapshot.manifest
@@ -152,7 +152,7 @@ def _answer(snapshot: Snapshot, found: _Nearest, num_rows: int, start_s: float) 
 
 
 def with_names(snapshot: Snapshot, keys: list[int], nearness: list[float]) -> Iterator[Neighbour]:
-    """Name found images; those that the snapshot has not are left out."""
+    """Add the names of found images; leave out those that are not in the snapshot."""
     images: dict[int, NamedImage] = {image.key: image for image in named(snapshot, keys)}
     for key, near in zip(keys, nearness, strict=True):
         if key in images:
@@ -161,7 +161,7 @@ def with_names(snapshot: Snapshot, keys: list[int], nearness: list[float]) -> It
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The neighbours in one space, or a sentence that says why there are none, or how far they are."""
+    """The neighbours in one space, or a sentence on why there are none, or on the progress of the search."""
 
     name: str
     """features, visual, or codes."""
@@ -171,12 +171,12 @@ class Space:
     """How they were found, in a sentence."""
     problem: str = ""
     task: Task[Any] | None = None
-    """What computes that which they are found by, while it is not there yet."""
+    """The task that computes the vectors, while it is running."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """How many of the nearest two spaces have in common."""
+    """The number of neighbours that two spaces have in common."""
 
     one: str
     other: str
@@ -185,7 +185,7 @@ class Shared:
 
 
 def only_in(spaces: list[Space]) -> dict[str, set[int]]:
-    """Find for each space the keys that it has and no other one; nothing where fewer than two spaces have any."""
+    """Find the keys that only one space has, for each space; empty if fewer than two spaces have any."""
     keys = {space.name: keys_of(space) for space in spaces if space.found is not None}
     if len(keys) < 2:
         return {space.name: set() for space in spaces}
@@ -196,7 +196,7 @@ def only_in(spaces: list[Space]) -> dict[str, set[int]]:
 
 
 def shared(spaces: list[Space]) -> list[Shared]:
-    """Count what each two spaces have in common; `of` is the length of the shorter list."""
+    """Count the neighbours that each pair of spaces has in common; `of` is the length of the shorter list."""
     there = [space for space in spaces if space.found is not None]
     return [
         Shared(one.title, other.title, len(keys_of(one) & keys_of(other)), min(len(keys_of(one)), len(keys_of(other))))
@@ -215,40 +215,40 @@ _MARK = "summary.json"
 
 @dataclass(frozen=True)
 class SemanticIds:
-    """The codes of all images, at an address. 16 bytes an image in memory."""
+    """The codes of all images at an address; takes 16 bytes per image in memory."""
 
     address: str
     index: "CodeIndex"
     source: dict[str, Any]
-    """What the codes are of, as the job that made them says."""
+    """The vectors that the codes were computed from, as recorded by the job."""
 
     @property
     def origin(self) -> str:
-        """Say in words what the codes are of."""
+        """Describe the vectors that the codes were computed from."""
         of = self.source.get("of", {})
         if "network" in of:
             return f"visual vectors of {of.get('run')}, {of.get('checkpoint')}"
         return f"features of snapshot {self.source['snapshot']}" if "snapshot" in self.source else "vectors of a file"
 
     def codes_of(self, key: int) -> list[int] | None:
-        """List the codes of an image; None where it has none."""
+        """List the codes of an image, or None."""
         full = int(self.index.lookup(np.array([key], np.int64))[0])
         return None if full < 0 else self.codes(full)
 
     def codes(self, full: int) -> list[int]:
-        """Take a full code, which is one number, apart."""
+        """Split a full code, which is one number, into its levels."""
         full_N = np.array([full], np.int64)
         return [int(self.index.code(full_N, level)[0]) for level in range(self.index.num_levels)]
 
 
 class CodeShelf:
-    """Semantic IDs by address; the last two are kept. For several threads."""
+    """Semantic IDs by address; caches the last two. Thread-safe."""
 
     def __init__(self) -> None:
         self._read: LruCache[SemanticIds] = LruCache(2)
 
     def open(self, address: str) -> SemanticIds | None:
-        """Read the semantic IDs next to samples; None where there are none. Raises SampleError, StorageError."""
+        """Read the semantic IDs next to samples, or return None. Raises SampleError, StorageError."""
         from pipeline.semantic.codes import FOLDER, read_codes
 
         storage = open_published(address)
@@ -268,9 +268,9 @@ class CodeShelf:
 def nearest_codes(
     snapshot: Snapshot, ids: SemanticIds, codes: list[int], most: int, without: int | None = None
 ) -> Neighbours:
-    """Find the images of the snapshot that share the longest prefix of codes; of equal ones the smaller key first.
+    """Find the images of the snapshot that share the longest prefix of codes; keys break ties.
 
-    Those that share no code are left out. Looks at all codes once for each level.
+    Leaves out images that share no code. Reads all codes once for each level.
     """
     index = ids.index
     keys: list[int] = []
@@ -293,7 +293,7 @@ def nearest_codes(
 
 
 def encode(ids: SemanticIds, vector_D: npt.NDArray[np.float32]) -> list[int] | None:
-    """Compute the codes of a vector of the kind that the codebook is of; None where it has another width.
+    """Compute the codes of a vector of the codebook's kind; None if its width differs.
 
     Raises SampleError.
     """

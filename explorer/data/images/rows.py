@@ -38,23 +38,23 @@ _LARGEST = 1 << 63
 
 @dataclass(frozen=True)
 class Found:
-    """Images whose uri has a part in it, of some shards."""
+    """Images of some shards whose uri contains a text."""
 
     images: tuple[NamedImage, ...]
     num_searched: int
-    """Images that were looked at."""
+    """Number of images searched."""
     next_shard: int | None
-    """Where the search continues; None: it has looked at all."""
+    """Shard where the search continues; None: all were searched."""
 
 
 class ImageNames:
-    """Names of the images in a snapshot. For several threads."""
+    """Names of the images in a snapshot. Thread-safe."""
 
     def __init__(self) -> None:
         self._tables: LruCache[pa.Table] = LruCache(4)
 
     def page(self, snapshot: Snapshot, shard: int, first: int, most: int) -> tuple[list[NamedImage], int]:
-        """Name `most` images of a shard from number `first` on, and count all of it. Reads its keys and uris."""
+        """List up to `most` images of a shard from number `first` on, and count all. Reads its keys and uris."""
         if not snapshot.manifest.files(shard):
             return [], 0
         name = (name_of(snapshot), shard)
@@ -63,7 +63,7 @@ class ImageNames:
 
 
 def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
-    """Find an image by its key; None where the snapshot has none. Reads the names of one shard."""
+    """Find an image by its key, or return None. Reads the names of one shard."""
     if not -_LARGEST <= key < _LARGEST:
         return None
     shard = int(shard_of([key], snapshot.info.num_shards)[0])
@@ -72,21 +72,21 @@ def find_key(snapshot: Snapshot, key: int) -> NamedImage | None:
 
 
 def find_exactly(snapshot: Snapshot, text: str) -> list[NamedImage]:
-    """Find images whose key, or whose uri, is `text`; for the latter the key has to be that of the uri."""
+    """Find images whose key or uri is `text`; in the second case the key must be the uri's."""
     found = []
     digits = text.removeprefix("-")
     if digits.isascii() and digits.isdigit() and len(digits) <= len(str(_LARGEST)):
         found.append(find_key(snapshot, int(text)))
     try:
         named = find_key(snapshot, key_of_uri(text))
-    except UnicodeEncodeError:  # no text: half a character
+    except UnicodeEncodeError:  # not a valid text: half a character
         named = None
     found.append(named if named is not None and named.uri == text else None)
     return list(dict.fromkeys(image for image in found if image is not None))
 
 
 def find_part(snapshot: Snapshot, part: str, first_shard: int = 0) -> Found:
-    """Find up to MOST_FOUND images whose uri has `part` in it, capital letters or not, from one shard on.
+    """Find up to MOST_FOUND images whose uri contains `part`, ignoring case, from one shard on.
 
     Stops between two shards after some seconds. Raises CorruptFileError.
     """
@@ -109,17 +109,17 @@ def _images(table: pa.Table) -> list[NamedImage]:
 
 
 MOST_SNAPSHOTS = 60
-"""Kept snapshots that are looked at, the newest ones."""
+"""Number of snapshots that are examined, the newest ones."""
 _THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRow:
-    """One row of an image, as a data file has it."""
+    """One row of an image in a data file."""
 
     uri: str
     digest: str
-    """Of the image's bytes; zeros where the store does not know it, as of imported vectors."""
+    """Digest of the image's bytes; zeros if unknown, as for imported vectors."""
     source_tag: str
     width: int
     height: int
@@ -128,25 +128,25 @@ class ImageRow:
 
     @property
     def has_digest(self) -> bool:
-        """Whether the store knows which bytes the image had."""
+        """Whether the store has a digest of the image's bytes."""
         return self.digest.strip("0") != ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowSpan:
-    """One row, or none, from the snapshot that brought it to the last one that has it."""
+    """One row, or none, from the first to the last snapshot that has it."""
 
     first: int
     last: int
     time_s: float
     operation: str
-    """Time and operation of the first one."""
+    """Time and operation of the first snapshot."""
     row: ImageRow | None
     """None: the image is not in these snapshots."""
 
 
 def row_of(store: FeatureStore, manifest: Manifest, key: int) -> ImageRow | None:
-    """Read the row of an image in a snapshot; None where it has none. Reads the names of its shard."""
+    """Read the row of an image in a snapshot, or return None. Reads the names of its shard."""
     files = manifest.files(int(shard_of([key], store.info.num_shards)[0]))
     for entry in reversed(files):
         if (found := _row_in(store, entry, key)) is not None:
@@ -155,10 +155,10 @@ def row_of(store: FeatureStore, manifest: Manifest, key: int) -> ImageRow | None
 
 
 def row_spans(store: FeatureStore, key: int) -> list[RowSpan]:
-    """List what became of an image over the newest MOST_SNAPSHOTS snapshots, oldest first.
+    """List the rows of an image over the newest MOST_SNAPSHOTS snapshots, oldest first.
 
-    Each data file of its shard is read once for names, and its feature where the image is in it; a shard that was
-    compacted has the same row in another file, which is no change. Damaged manifests are passed over.
+    Reads the names of each data file of its shard once, and the feature if the image is in it. The same row in another
+    file, after a compaction, is not a change. Skips damaged manifests.
     """
     shard = int(shard_of([key], store.info.num_shards)[0])
     versions = log.versions(store.storage)[-MOST_SNAPSHOTS:]
@@ -186,7 +186,7 @@ def row_spans(store: FeatureStore, key: int) -> list[RowSpan]:
 
 @dataclass(frozen=True)
 class _InFile:
-    """The row that a file has of a key; None where that is a tombstone."""
+    """The row of a key in a file; None if it is a tombstone."""
 
     row: ImageRow | None
 
@@ -199,7 +199,7 @@ def _manifest(store: FeatureStore, version: int) -> Manifest | None:
 
 
 def _row_in(store: FeatureStore, entry: FileEntry, key: int) -> _InFile | None:
-    """Find the row of a key in one file; None where the file has none."""
+    """Find the row of a key in one file, or return None."""
     with open_entry(store.storage, store.info, entry) as file:
         table = file.read([*METADATA_COLUMNS, DELETED])
         places = np.flatnonzero(numpy_column(table, KEY) == key)

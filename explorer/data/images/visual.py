@@ -1,4 +1,4 @@
-"""Visual vectors of the runs whose model looks at images, and features of uploaded pictures.
+"""Visual vectors of runs whose model uses images, and features of uploaded pictures.
 
 A picture goes through the network that made a store's features. Nothing is downloaded and nothing of the picture is
 written to the disk.
@@ -38,7 +38,7 @@ _BLOCK_ROWS = 1 << 16
 
 
 class ImageRuns:
-    """The runs with a checkpoint whose model looks at images, and their vectors. For several threads."""
+    """The runs with a checkpoint whose model uses images, and their vectors. Thread-safe."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
@@ -46,7 +46,7 @@ class ImageRuns:
         self._vectors: LruCache[VisualVectors] = LruCache(8)
 
     def names(self) -> list[str]:
-        """Name the runs, at most MOST_RUNS of them, the one first that pages show first.
+        """List the names of the runs, at most MOST_RUNS, in the order of the pages.
 
         Reads a few small files of a new one.
         """
@@ -57,14 +57,14 @@ class ImageRuns:
         return sorted(seeing, key=lambda name: shown_first(name, images[name]))[:MOST_RUNS]
 
     def begin(self, name: str, snapshot: Snapshot, background: Background) -> Task[VisualVectors]:
-        """Begin `vectors` in the background, one run at a time, unless that has begun.
+        """Start `vectors` in the background, one run at a time, unless it was started before.
 
-        The task reports how far the vectors are. Raises as `vectors` where there is no such run.
+        The task reports its progress. Raises like `vectors` if there is no such run.
         """
         mark = self._mark(name, snapshot)
 
         def work(task: Task[VisualVectors]) -> VisualVectors:
-            doing = f"computes what {name} sees in each image"
+            doing = f"computes the visual vectors of {name}"
             task.tell(f"opens the run {name}")
             return self.vectors(name, snapshot, lambda done, total: task.tell(doing, done, total))
 
@@ -73,7 +73,7 @@ class ImageRuns:
     def vectors(self, name: str, snapshot: Snapshot, progress: Progress = lambda done, total: None) -> VisualVectors:
         """Open the vectors of all images of a snapshot by a run's newest checkpoint, or compute them the first time.
 
-        Which checkpoint that is is looked up each time; the rest of the run is read once for each.
+        The newest checkpoint is looked up each time; the rest of the run is read once per checkpoint.
 
         Raises ExplorerError, TrainerError, FeatureStoreError.
         """
@@ -84,15 +84,15 @@ class ImageRuns:
         )
 
     def _mark(self, name: str, snapshot: Snapshot) -> Hashable:
-        """Say what the vectors depend on."""
+        """Return a text of everything that the vectors depend on."""
         return name, _newest_checkpoint(self._places.run(name)), name_of(snapshot)
 
     def _images_of(self, name: str) -> str:
-        """Tell which images the model of a run sees; empty where it is none, or has no checkpoint."""
+        """Return which images the model of a run sees; empty if it is not a run, or has no checkpoint."""
         try:
             run = self._places.run(name)
             return "" if _newest_checkpoint(run) is None else self._images.get(name, lambda: _images_setting(run))
-        except (UserError, OSError):  # no run, or one that has not saved anything yet
+        except (UserError, OSError):  # not a run, or one that has not saved anything yet
             return ""
 
 
@@ -103,7 +103,7 @@ def _newest_checkpoint(run: RunPath) -> str | None:
 
 
 def _images_setting(run: RunPath) -> str:
-    """Read the one setting that tells: to load the whole configuration would load what trains."""
+    """Read only the setting `model.images`, as loading the whole configuration would import the trainer."""
     try:
         return str(parse_yaml(read_text(run / "config.yaml"), aliases=False)["model"]["images"])
     except (ValueError, KeyError, TypeError):
@@ -111,14 +111,14 @@ def _images_setting(run: RunPath) -> str:
 
 
 def blocks_of(vectors: VisualVectors) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:
-    """Give keys (K,) and vectors (K, V), some megabytes at a time."""
+    """Yield keys (K,) and vectors (K, V), some megabytes at a time."""
     for start in range(0, len(vectors.keys_N), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
         yield np.asarray(vectors.keys_N[block]), np.asarray(vectors.vectors_NV[block])
 
 
 def vector_of(vectors: VisualVectors, key: int) -> npt.NDArray[np.float32] | None:
-    """Give the vector of an image, (V,); None where it has none."""
+    """Return the vector of an image, (V,), or None."""
     row = vectors.row_of(key)
     return None if row is None else np.array(vectors.vectors_NV[row])
 
@@ -126,7 +126,7 @@ def vector_of(vectors: VisualVectors, key: int) -> npt.NDArray[np.float32] | Non
 def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Compute visual vectors (N, V) of features (N, D) as the store keeps them, by the E of a run's newest checkpoint.
 
-    Raises TrainerError where E is for other features, FeatureStoreError.
+    Raises TrainerError if E is for other features, FeatureStoreError.
     """
     import torch
 
@@ -141,11 +141,11 @@ def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray
 
 
 MOST_BYTES = 10_000_000
-"""Of a picture that somebody brings."""
+"""Most bytes of an uploaded picture."""
 
 
 def why_not(info: StoreInfo) -> str:
-    """Say in a sentence why the store's network cannot be built here; empty where it may. Reads no weights."""
+    """Explain in a sentence why the store's network cannot be built here, or return "". Reads no weights."""
     if info.network is None:
         return "The store does not say which network made its features: they were imported."
     weights = info.network.weights
@@ -161,7 +161,7 @@ def why_not(info: StoreInfo) -> str:
 def feature_of_picture(store: FeatureStore, data: bytes) -> npt.NDArray[Any]:
     """Compute the feature of a picture by the store's own network, (1, K) as the store keeps it.
 
-    Raises ExplorerError where the network cannot be built here or is another one, BadImageError for what is no picture.
+    Raises ExplorerError if the network cannot be built here or differs, BadImageError if it is not a picture.
     """
     from pipeline.images.decode import prepare
 
@@ -186,8 +186,8 @@ def _network(info: StoreInfo) -> "Backbone":
         mine, theirs = network.spec.model_dump(), info.extractor.model_dump()
         differing = ", ".join(name for name in mine if mine[name] != theirs[name])
         raise ExplorerError(
-            f"The network {info.network.backbone} with weights {info.network.weights} is another one on this machine "
-            f"than when the store was made: {differing} differ"
+            f"The network {info.network.backbone} with weights {info.network.weights} differs on this machine "
+            f"from when the store was made: {differing} differ"
         )
     return network
 

@@ -1,1 +1,1 @@
-"""Test impressions and what a run makes of them: scores, attention, and what would be with other pictures."""
+"""Test impressions and their explanation by a run: scores, attention, and scores with other pictures."""

@@ -1,4 +1,4 @@
-"""Scores of a group whose ad has another picture: one of the store by its key, or an uploaded one."""
+"""Scores of an ad with another picture: one from the store, by its key, or an uploaded one."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,17 +21,17 @@ _MOST_NAMES = 50_000
 
 
 class PictureNames:
-    """Names of pictures, for several threads; at most _MOST_NAMES are kept."""
+    """Names of pictures; caches at most _MOST_NAMES. Thread-safe."""
 
     def __init__(self, store: str | None) -> None:
-        """`store`: where pictures are looked for that a run's own snapshot does not have."""
+        """`store`: fallback for pictures that a run's own snapshot does not have."""
         self._store = store
         self._names: LruCache[str] = LruCache(_MOST_NAMES)
 
     def of(self, opened: OpenedRun, store_name: str, pictures: Iterable[PictureName]) -> dict[int, str]:
         """Find the uri of each key: that of the samples, of the run's snapshot, or of the newest one.
 
-        Reads keys and uris of the shards that the unknown ones are in. A key that no store has is left out.
+        Reads keys and uris of the shards of unknown ones. Leaves out keys that no store has.
         """
         found: dict[int, str] = {}
         wanted = set()
@@ -50,9 +50,9 @@ class PictureNames:
         return found
 
     def with_part(self, opened: OpenedRun, part: str) -> Found | None:
-        """Find pictures whose uri has a part in it, in the run's snapshot, else in the newest of the shown store.
+        """Find pictures whose uri contains a text, in the run's snapshot, else in the newest one of the shown store.
 
-        Bounded as a search of images is. None where the run has no store, and none is shown. Raises FeatureStoreError.
+        Limited like the search of images. None if there is neither store. Raises FeatureStoreError.
         """
         field = next(opened.schema.of_kind("content"), None)
         record = opened.trained.stores.get(field.store_name) if field else None
@@ -65,7 +65,7 @@ class PictureNames:
         if asked := sorted(keys - found.keys()):
             try:
                 read = _read(url, version, asked)
-            except FeatureStoreError:  # a name is a comfort: without it pages show the key
+            except FeatureStoreError:  # names are optional: without one, pages show the key
                 return found
             for key, uri in read.items():
                 self._names.put((url, key), uri)
@@ -86,10 +86,10 @@ def _read(url: str, version: int | None, keys: list[int]) -> dict[int, str]:
 
 
 def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes) -> Score:
-    """Score an ad with the look of a picture and its IDs as they are.
+    """Score an ad with the visual vectors of an uploaded picture and its own IDs.
 
-    Raises ExplorerError where the run sees no pictures of ads, compares pictures with each other, or was trained on
-    features of another kind than the store's network makes; BadImageError.
+    Raises ExplorerError if the run sees no pictures of ads, compares pictures with each other, or was trained on
+    features of another kind than those of the store's network; BadImageError.
     """
     opened = group.columns.opened
     check_sent(opened, group.columns.looks_of_ads, store)
@@ -98,7 +98,7 @@ def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes)
 
 
 def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
-    """Raise ExplorerError where a picture cannot be sent to a run."""
+    """Raise ExplorerError if a run cannot score an uploaded picture."""
     from trainer.runs.stores import other_features
 
     config = opened.trained.config.model
@@ -116,7 +116,7 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
 
 
 def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Logits:
-    """Predict the only ad of a row, (1,), its visual vectors made of this feature as the store keeps it."""
+    """Predict the only ad of a row, (1,), with visual vectors computed from this stored feature."""
     import torch
 
     from featurestore.lookup.ondevice import as_tensor
@@ -140,8 +140,8 @@ def with_look(group: SampleGroup, row: Row, feature_1K: npt.NDArray[Any]) -> Log
 def score_chosen(group: SampleGroup, ad: int, picture: PictureName, store: str | None) -> OtherPicture:
     """Score an ad with a picture of the snapshot in which the run looks images up.
 
-    `store`: the store that is shown, for runs that see no images of ads. Reads one shard's names. Raises NotHereError
-    where the snapshot does not have it; FeatureStoreError.
+    `store`: the shown store, for runs that see no images of ads. Reads one shard's names. Raises NotHereError if the
+    snapshot does not have the picture; FeatureStoreError.
     """
     opened, looks = group.columns.opened, group.columns.looks_of_ads
     if looks:

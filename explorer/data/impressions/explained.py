@@ -1,6 +1,6 @@
-"""Explanations of the scores of a group: what they would be without images, and sentences that say it.
+"""Explanations of the scores of a group: scores without images or behaviours, and sentences about them.
 
-Letters of shapes: C ads of the group, L behaviours, K pictures in the place of the ad's.
+Letters of shapes: C ads of the group, L behaviours, K pictures that replace the ad's.
 """
 
 import math
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 
 MOST_BEHAVIORS = 200
-"""The newest behaviours whose effect is computed."""
+"""Number of behaviours whose effect is computed, the newest ones."""
 CHANNELS = {"images": "by the ad's picture", "ids": "by the ad's IDs"}
 
 
 def probability(logit: float) -> float:
-    """Give the click probability of a logit."""
+    """Return the click probability of a logit."""
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score: as a logit, which the model computes, and as a click probability."""
+    """A score, as the model's logit and as a click probability."""
 
     logit: float
 
     @property
     def probability(self) -> float:
-        """The click probability that the score means."""
+        """The click probability of the score."""
         return probability(self.logit)
 
 
@@ -59,10 +59,10 @@ class Candidate:
     without_images: Score
     """The same trained run, every image missing."""
     ids_alone: Score | None
-    """A run of IDs only, where one was asked."""
+    """The score of a run of IDs only, if one was given."""
     rank: int
     rank_without: int
-    """Among the ads of the group, from 1."""
+    """Rank among the ads of the group, from 1."""
 
     @property
     def effect(self) -> float:
@@ -72,30 +72,30 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Behavior:
-    """A behaviour of the user, how much it counts for the ad, and what it adds to the ad's score."""
+    """A behaviour of the user, its weights for the ad, and its effect on the ad's score."""
 
     place: int
     pictures: tuple[PictureName, ...]
     weights: tuple[float, ...]
-    """By `Explanation.channels`; empty where the behaviour is not weighed."""
+    """Weights by `Explanation.channels`; empty if the behaviour has none."""
     without_picture: Score | None
-    """Of the ad, with the picture out of the history and all IDs as they are; None: the model sees no pictures of
+    """Score of the ad with this picture removed from the history, but with all IDs; None: the model sees no pictures of
     behaviours."""
     without_it: Score
-    """Of the ad, for a user without this behaviour."""
+    """Score of the ad for a user without this behaviour."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherPicture:
-    """What the ad would get with another picture."""
+    """The scores of the ad with another picture."""
 
     picture: PictureName
     score: Score
-    """The ad as samples would have it with this picture: its look, and the ID of the picture."""
+    """Score with the visual vectors and the ID of this picture, as in real samples."""
     look_alone: Score | None
-    """With the look of the picture and the IDs of the ad as they are; None: the model sees no pictures of ads."""
+    """Score with the picture's visual vectors and the ad's own IDs; None: the model sees no pictures of ads."""
     has_feature: bool
-    """Whether it was scored with one; else it is a missing image."""
+    """Whether the picture has a feature; else it counts as a missing image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,26 +108,26 @@ class Explanation:
     behaviors: list[Behavior]
     num_behaviors: int
     channels: tuple[str, ...]
-    """What weighs the behaviours, one a column of weights."""
+    """Names of the columns of the behaviours' weights."""
 
     def effect(self, behavior: Behavior) -> float | None:
-        """Return what the picture of a behaviour adds to the ad's click probability."""
+        """Return the effect of a behaviour's picture on the ad's click probability."""
         if behavior.without_picture is None:
             return None
         return self.chosen.score.probability - behavior.without_picture.probability
 
     def effect_of_all(self, behavior: Behavior) -> float:
-        """Return what the whole behaviour adds to the ad's click probability."""
+        """Return the effect of the whole behaviour on the ad's click probability."""
         return self.chosen.score.probability - behavior.without_it.probability
 
     @property
     def helped_most(self) -> Behavior | None:
-        """The behaviour whose picture raises the score most; None where none raises it."""
+        """The behaviour whose picture raises the score most, or None."""
         return self._extreme(1)
 
     @property
     def hurt_most(self) -> Behavior | None:
-        """The behaviour whose picture lowers the score most; None where none lowers it."""
+        """The behaviour whose picture lowers the score most, or None."""
         return self._extreme(-1)
 
     def _extreme(self, sign: int) -> Behavior | None:
@@ -144,10 +144,10 @@ def explain(
     *,
     most_behaviors: int = MOST_BEHAVIORS,
 ) -> Explanation:
-    """Explain the score of an ad of sample group `number`, by default of the one that images move most.
+    """Explain the score of an ad of sample group `number`, by default of the ad that images affect most.
 
-    All behaviours are taken away in one batch, each from a copy of the group with the ad alone. `ids_run`: a run of
-    IDs only, which scores the ads too. Raises NotHereError, DataError.
+    One batch has a copy of the group for each behaviour, without it and with this ad alone. `ids_run`: a run of IDs
+    only, which scores the ads too. Raises NotHereError, DataError.
     """
     columns = GroupColumns(opened)
     group = columns.read(number)
@@ -170,7 +170,7 @@ def explain(
 
 
 def with_other_pictures(group: SampleGroup, ad: int, pictures: Sequence[PictureName]) -> list[OtherPicture]:
-    """Score an ad with each of these pictures in the place of its own, in one batch, (K). Raises DataError."""
+    """Score an ad with each of these pictures instead of its own, in one batch, (K). Raises DataError."""
     if not pictures:
         return []
     opened, row = group.columns.opened, group.of_ad(ad)
@@ -223,7 +223,7 @@ def _scores_of(run: OpenedRun, number: int) -> Logits:
 
 
 def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], bool]:
-    """Take away one behaviour after the other; say also whether the run's aggregator weighs them."""
+    """Score the ad without each behaviour; return also whether the run's aggregator weighs them."""
     columns, opened = group.columns, group.columns.opened
     row = group.of_ad(ad)
     pictures = group.behavior_pictures[:most]
@@ -253,7 +253,7 @@ def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], 
 def _weights(
     batch: "Batch", noted: dict[str, "PairWeights"], columns: GroupColumns, num: int
 ) -> list[list[float]] | None:
-    """Give the weights of the first `num` behaviours of the only sample, a list a behaviour; None where there are none.
+    """Return the weights of the first `num` behaviours of the only sample, one list per behaviour, or None.
 
     Behaviours that the aggregator does not look at have 0.
     """
@@ -279,7 +279,7 @@ def _channels(opened: OpenedRun) -> tuple[str, ...]:
 
 
 def has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[PictureName]) -> list[bool]:
-    """Tell which pictures the run's snapshot has."""
+    """Return a mask of the pictures that the run's snapshot has."""
     fields = [field for field in opened.trained.engine.fields if field.name in looks]
     if not fields:
         return [True] * len(pictures)
@@ -289,13 +289,13 @@ def has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[Pict
 
 
 def sentence(explanation: Explanation, names: dict[int, str]) -> str:
-    """Say in plain words why the ad got its score. `names`: uris of pictures by key."""
+    """Explain in plain words why the ad got its score. `names`: uris of pictures by key."""
     chosen, group = explanation.chosen, explanation.group
     said = [
         f"Ad {chosen.ad} gets {percent(chosen.score.probability)}, rank {chosen.rank} of {len(explanation.candidates)}."
     ]
     if not group.columns.opened.sees_images:
-        said.append("This run sees IDs alone, so no picture has a part in it.")
+        said.append("This run uses only IDs, so pictures have no effect.")
         return " ".join(said)
     if group.columns.opened.knows_missing:
         rank = f"rank {chosen.rank_without}" if chosen.rank_without != chosen.rank else "the same rank"
@@ -305,9 +305,9 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
             + (f"pictures {moved} it by {points(abs(chosen.effect))}." if chosen.effect else "pictures change nothing.")
         )
     else:
-        said.append("What it would give without any picture is not known: it was trained with all of them.")
+        said.append("Its score without pictures is not meaningful: it was trained with all of them.")
     if not explanation.behaviors:
-        said.append("The user has no history, so it is the ad's picture alone.")
+        said.append("The user has no history, so only the ad's picture counts.")
         return " ".join(said)
     for behavior, word in ((explanation.helped_most, "helps most"), (explanation.hurt_most, "hurts most")):
         if behavior is not None and behavior.without_picture is not None:
@@ -318,7 +318,7 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
 
 
 def on_missing(opened: OpenedRun) -> str:
-    """Say whether a run was trained for missing images, so that its scores without them mean something."""
+    """Explain whether a run was trained for missing images, so that its scores without them are meaningful."""
     model, met = opened.trained.config.model, opened.trained.saved.missing_met
     if opened.trained.saved.met_missing_often:
         return (

@@ -1,8 +1,8 @@
-"""Sample groups: one user in one session, what was seen before and which ads were shown; read, changed and batched.
+"""Sample groups (one session of a user, with history and ads), read, changed and batched.
 
-A change is made to the row of the sample file, and the trainer's own reading makes a batch of it: so the scores are
-those of samples that really have the change. Only what no sample can say (a picture goes, and its ID stays) is changed
-in the batch.
+A change is made to the row of the sample file, and the trainer's own reader builds the batch, so that scores are those
+of samples with this change. Only a change that samples cannot express (a picture is removed, its ID stays) is made in
+the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from trainer.schema import Field
 
 Row = dict[str, Any]
-"""One sample group, as Python has it."""
+"""One sample group as a Python dict."""
 
 
 class PictureName(NamedTuple):
-    """A picture as samples name it: by key, and by uri where they have uris."""
+    """A picture as samples name it: by key, and by uri if they have uris."""
 
     key: int
     uri: str | None
 
 
 class GroupPlace(NamedTuple):
-    """Where a sample group is: its row group, and its row in that."""
+    """The location of a sample group: its row group, and its row there."""
 
     row_group: "RowGroup"
     row: int
@@ -60,7 +60,7 @@ def place_of(index: "SampleIndex", number: int) -> GroupPlace:
 
 @dataclass(frozen=True)
 class GroupColumns:
-    """What a run reads of a sample group: its columns, and which of them are pictures and behaviours."""
+    """The columns of a sample group that a run reads, and which of them are pictures and behaviours."""
 
     opened: OpenedRun
 
@@ -92,7 +92,7 @@ class GroupColumns:
 
     @cached_property
     def of_behaviors(self) -> tuple[str, ...]:
-        """The columns of the files whose values belong to the behaviours one by one."""
+        """The columns of the files with one value per behaviour."""
         from trainer.samples.columns import aligned_columns
 
         if self.history is None:
@@ -102,7 +102,7 @@ class GroupColumns:
             if found & set(together):
                 found |= set(together)
         more = True
-        while more:  # lists beside those lists, and beside these
+        while more:  # lists aligned with those lists, and with these
             beside = {name for name, rule in self.sources.items() if rule.side == "user" and found & {*rule.lengths_of}}
             more = not beside <= found
             found |= beside
@@ -173,13 +173,13 @@ class SampleGroup:
     number: int
     place: GroupPlace
     table: pa.Table
-    """One row: what the run reads."""
+    """One row with the columns that the run reads."""
     whole: pa.Table
-    """The same, and the time where the samples have it."""
+    """The same row, with the time if the samples have it."""
 
     @cached_property
     def row(self) -> Row:
-        """The group as Python has it."""
+        """The group as a Python dict."""
         row: Row = self.table.to_pylist()[0]
         return row
 
@@ -198,7 +198,7 @@ class SampleGroup:
 
     @cached_property
     def time_s(self) -> float | None:
-        """When it was, in seconds since 1970; None where the samples do not say."""
+        """Time of the group, in seconds since 1970; None if the samples have none."""
         from trainer.evaluation.slices import seconds_of
 
         name = self.columns.opened.schema.time
@@ -230,12 +230,12 @@ class SampleGroup:
         return self._pictures(self.columns.history)
 
     def of_ad(self, ad: int) -> Row:
-        """Give the group with one of its ads alone."""
+        """Return the group with only one of its ads."""
         of_ads = [name for name, rule in self.columns.sources.items() if rule.side == "ad"]
         return self.row | {name: [self.row[name][ad]] for name in of_ads}
 
     def without_behavior(self, row: Row, behavior: int) -> Row:
-        """Take a behaviour out of a row: its picture, and all IDs and numbers that belong to it."""
+        """Remove a behaviour from a row: its picture, and all its IDs and numbers."""
         shorter = {}
         for name in self.columns.of_behaviors:
             values = row[name]
@@ -265,14 +265,14 @@ class SampleGroup:
 
 
 def named(value: int | str) -> PictureName:
-    """Name the picture that a sample file has as a key or as a uri."""
+    """Return the name of a picture that a sample file has as a key or uri."""
     return PictureName(key_of_uri(value), value) if isinstance(value, str) else PictureName(int(value), None)
 
 
 def without_pictures(batch: "Batch", fields: Sequence[str], behavior_G: NDArray[np.int64]) -> "Batch":
-    """Take one picture out of the history of each group of a batch: that of behaviour `behavior_G[g]` of group g.
+    """Remove the picture of behaviour `behavior_G[g]` from the history of each group g of a batch.
 
-    IDs of the behaviour stay, also that of the picture; the list of pictures is one shorter.
+    The behaviour's IDs stay, also that of the picture; the list of pictures is one shorter.
     """
     changed, galleries = dict(batch.fields), dict(batch.galleries)
     for name in fields:
@@ -294,14 +294,14 @@ def without_pictures(batch: "Batch", fields: Sequence[str], behavior_G: NDArray[
 
 
 def with_looks(batch: "Batch", other: "Batch", fields: Sequence[str]) -> "Batch":
-    """Give the ads of a batch the pictures of another one, and let IDs be as they are."""
+    """Replace the pictures of a batch's ads by those of another batch, keeping the IDs."""
     looks = {name: other.fields[name] for name in fields}
     sizes = {name: other.galleries[name] for name in fields if name in other.galleries}
     return replace(batch, fields={**batch.fields, **looks}, galleries={**batch.galleries, **sizes})
 
 
 def plain(table: pa.Table) -> pa.Table:
-    """Write out what is dictionary-encoded, so that Python's values fit the table's types."""
+    """Decode dictionary-encoded columns, so that Python's values fit the table's types."""
     return table.cast(pa.schema([pa.field(each.name, _plain(each.type)) for each in table.schema]))
 
 

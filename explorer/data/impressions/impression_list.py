@@ -1,7 +1,7 @@
-"""Test impressions to choose from: by what images change in their scores, by user, ad or picture, clicked or not.
+"""The list of test impressions: sorted by the images' effect on scores; filtered by user, ad, picture or click.
 
-The first MOST impressions of the test samples are scored, with images and without, once for each checkpoint. A user
-who is not among them is looked for in all samples. Letters of shapes: N impressions, G groups.
+The first MOST impressions of the test samples are scored, with and without images, once for each checkpoint. A user who
+is not among them is searched in all samples. Letters of shapes: N impressions, G groups.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class Listed(NamedTuple):
 
     @property
     def effect(self) -> float:
-        """What the images add to the click probability."""
+        """The images' effect on the click probability."""
         return self.score.probability - self.without_images.probability
 
 
@@ -68,22 +68,21 @@ class ScoredImpressions:
     logit_N: Logits
     without_N: Logits
     users: dict[int, str]
-    """The user of each group, as the samples have one."""
+    """The user of each group, as in the samples."""
     total: int
-    """Impressions of the samples."""
+    """Number of impressions in the samples."""
 
     @property
     def num(self) -> int:
-        """Impressions that are scored here."""
+        """Number of impressions scored here."""
         return len(self.logit_N)
 
     def chosen(
         self, order: Order, clicked: Clicked, query: str, pictures: Sequence[int] | None = None
     ) -> NDArray[np.int64]:
-        """Find the impressions asked for, best first, and return their numbers here.
+        """Return the numbers of the impressions that match a query, best first.
 
-        `query`: a user, an ad, a picture's key or uri; empty: all. `pictures`: keys of pictures, in the place of the
-        query.
+        `query`: a user, an ad, a picture's key or uri; empty: all. `pictures`: keys of pictures, instead of the query.
         """
         wanted_N = np.ones(self.num, np.bool_)
         if clicked != "any":
@@ -100,7 +99,7 @@ class ScoredImpressions:
         return found[np.argsort(-by, kind="stable")]
 
     def rows(self, numbers: Sequence[int] | NDArray[np.int64]) -> list[Listed]:
-        """Give the impressions with these numbers."""
+        """Return the impressions with these numbers."""
         return [
             Listed(
                 group=int(self.group_N[n]),
@@ -137,7 +136,7 @@ class ScoredImpressions:
 
 
 def scored_of(opened: OpenedRun) -> ScoredImpressions:
-    """Score the first impressions, or give them where that was done before."""
+    """Score the first impressions, or return them from the cache."""
     if "scored" not in opened.kept:
         opened.kept["scored"] = score_first(opened)
     scored: ScoredImpressions = opened.kept["scored"]
@@ -152,14 +151,14 @@ def score_first(opened: OpenedRun, most: int = MOST) -> ScoredImpressions:
     scored = _Collected(GroupColumns(opened))
     first = 0
     for row_group in kept:
-        rows = np.arange(min(row_group.num_groups, most - scored.num))  # each has an impression at least
+        rows = np.arange(min(row_group.num_groups, most - scored.num))  # each has at least one impression
         scored.add(row_group, rows, first, most - scored.num)
         first += row_group.num_groups
     return scored.done()
 
 
 def score_user(opened: OpenedRun, query: str) -> ScoredImpressions:
-    """Look for a user in all test samples, and score the impressions of up to _MOST_GROUPS_OF_USER groups of his.
+    """Find a user in all test samples, and score up to _MOST_GROUPS_OF_USER of the user's groups.
 
     Reads one column of all files. Raises DataError.
     """
@@ -219,7 +218,7 @@ class _Collected:
         self.users |= {first + int(row): name for row, name in zip(rows, names, strict=True)}
 
     def done(self) -> ScoredImpressions:
-        """Put all parts together."""
+        """Concatenate all parts."""
         together = (
             {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
             if (self.parts)
@@ -290,7 +289,7 @@ def _slices(offsets: "Index", most: int) -> list[tuple[int, int]]:
 
 
 def _firsts(column: "ColumnRows") -> NDArray[np.int64]:
-    """Give the first value of each row, 0 where it has none."""
+    """Return the first value of each row, or 0."""
     if column.offsets is None:
         return column.values
     starts, ends = column.offsets[:-1], column.offsets[1:]

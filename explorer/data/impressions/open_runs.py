@@ -1,7 +1,7 @@
-"""Trained runs that are open to be asked, at most two; one thread asks at a time.
+"""Open trained runs, at most two; one thread uses them at a time.
 
-Images are looked up in the snapshots that the run was trained on, as jobs/score.py and an evaluation do, so that scores
-are theirs. Memory of an open run: its ID tables and E; the features are mapped from local files.
+Images are looked up in the snapshots that the run was trained on, as in jobs/score.py and evaluations, so that scores
+are equal. Memory of an open run: its ID tables and E; the features are mapped from local files.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ At = int | Literal["trained", "newest"]
 
 @dataclass(frozen=True)
 class AskableRun:
-    """A run with a checkpoint, and the settings of it that pages show."""
+    """A run with a checkpoint, and the settings that pages show."""
 
     name: str
     images: SeenImages
@@ -52,23 +52,23 @@ class AskableRun:
 
     @property
     def summary(self) -> str:
-        """Say what it is in a few words."""
+        """Describe the run in a few words."""
         return f"{self.base}, IDs alone" if self.images == "none" else f"{self.base}, images={self.images}"
 
 
 @dataclass
 class OpenedRun:
-    """A trained run and the test impressions that it is asked about."""
+    """An open trained run with its test impressions."""
 
     name: str
     digest: str
-    """Of the checkpoint."""
+    """Digest of the checkpoint."""
     trained: "TrainedRun"
     index: "SampleIndex"
     at: "At"
     """The snapshot that images are looked up in."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """What was computed of it; kept also when it is closed for another one."""
+    """Results computed by the run; kept after it is closed."""
 
     @property
     def schema(self) -> "Schema":
@@ -77,7 +77,7 @@ class OpenedRun:
 
     @property
     def missing(self) -> str:
-        """What the run gives to an image without a feature: `zeros` or `learned`."""
+        """The run's policy for an image without a feature: `zeros` or `learned`."""
         return self.trained.config.data.missing
 
     @property
@@ -103,7 +103,7 @@ class OpenedRun:
     def logits_without_images(self, batch: "Batch") -> Logits:
         """Predict as if no image had a feature.
 
-        `zeros` or the trained vector is in the place of each. IDs of images stay.
+        Each feature is replaced by `zeros` or the trained vector. IDs of images stay.
         """
         with self.no_images():
             return self.logits(batch)
@@ -129,12 +129,12 @@ class OpenedRun:
         return logits_B, weights
 
     def close(self) -> None:
-        """Let go of the stores' rows."""
+        """Release the stores' rows."""
         self.trained.close()
 
 
 class TrainedRuns:
-    """The runs of the place, opened when they are asked for; those used last stay open."""
+    """The runs in a folder, opened on demand; those used last stay open."""
 
     def __init__(self, places: Places) -> None:
         self._places, self._lock = places, RLock()
@@ -143,7 +143,7 @@ class TrainedRuns:
         self._kept: LruCache[dict[str, Any]] = LruCache(_MOST_KEPT)
 
     def names(self) -> Sequence[AskableRun]:
-        """List the runs with a checkpoint, by name; what is no run, or cannot be read, is left out."""
+        """List the runs with a checkpoint, by name; leave out folders that are not runs or cannot be read."""
         if self._places.runs is None:
             return []
         folder = run_path(self._places.runs)
@@ -156,7 +156,7 @@ class TrainedRuns:
         return found
 
     def _describe(self, folder: RunPath) -> AskableRun:
-        """Read a run's settings; again only where its file is another one."""
+        """Read a run's settings, again only if its file has changed."""
 
         def described() -> AskableRun:
             model = load_saved(folder / "config.yaml").model
@@ -165,24 +165,24 @@ class TrainedRuns:
         return self._described.get((folder.name, read_file(folder / "config.yaml")), described)
 
     def check(self, name: str) -> None:
-        """Raise NotHereError where there is no such run; a small read."""
+        """Raise NotHereError if there is no such run; a small read."""
         if not (self._places.run(name) / "config.yaml").is_file():
             raise NotHereError(f"there is no run {name[:60]!r}")
 
     def is_open(self, name: str, at: At = "trained") -> bool:
-        """Tell whether a run can be asked without waiting for it to open."""
+        """Return whether the run is open already."""
         return (name, at) in self._opened
 
     def is_listed(self, name: str) -> bool:
-        """Tell whether a run's impressions have been scored."""
+        """Return whether the run's impressions have been scored."""
         opened = self._opened.get((name, "trained"))
         return opened is not None and "scored" in opened.kept
 
     @contextlib.contextmanager
     def use(self, name: str, at: At = "trained") -> Iterator[OpenedRun]:
-        """Open a run, or take it as it is open, for this thread alone until the end of the block.
+        """Open a run, or reuse the open one, for this thread alone until the end of the block.
 
-        A run with a newer checkpoint is opened anew. Raises NotHereError for what is no run, TrainerError,
+        A run with a newer checkpoint is opened again. Raises NotHereError if it is not a run, TrainerError,
         FeatureStoreError.
         """
         folder = self._places.run(name)
@@ -201,7 +201,7 @@ class TrainedRuns:
             self._opened.move_to_end((name, at))
             try:
                 yield opened
-            except DataError:  # perhaps the samples have changed: the next one opens it anew
+            except DataError:  # the samples may have changed: the next call opens it again
                 self._forget(name, at)
                 self._kept = LruCache(_MOST_KEPT)
                 raise
@@ -241,7 +241,7 @@ class TrainedRuns:
         return OpenedRun(name, digest, trained, index, at, kept)
 
     def _store_of(self, folder: RunPath) -> str | None:
-        """Where the run's store is now: None where it was in training, else the store that is shown."""
+        """The store's address for a run: None for the one used in training, else the shown store."""
         from featurestore.store import FeatureStore
 
         if self._places.store is None:
@@ -254,7 +254,7 @@ class TrainedRuns:
 
 
 def _digest_of(folder: RunPath, name: str) -> str:
-    """Give the digest of the run's newest checkpoint. Raises ExplorerError, TrainerError."""
+    """Return the digest of the run's newest checkpoint. Raises ExplorerError, TrainerError."""
     from trainer.runs.saved import read_run
 
     try:

@@ -27,25 +27,25 @@ if TYPE_CHECKING:
 IMAGES = "model.images"
 SAMPLES = "data.samples"
 _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versions")
-"""Settings that say where images are looked up; a finished run that reads a store has recorded which it was."""
+"""Settings for the lookup of images; a finished run that reads a store has recorded its snapshot."""
 ORDER = ("none", "ad", "behavior", "both")
-"""Values of model.images, from the least to the most."""
+"""Values of model.images, from none to all images."""
 WITHOUT_IMAGES_IDLE = {"data.missing", *map("model.{}".format, OF_IMAGES)}
-"""Settings that a run without images has no use for."""
+"""Settings that a run without images does not use."""
 _MISSING = object()
 
 
 def shown_first(name: str, images: str) -> tuple[int, str]:
-    """Give what sorts runs so that the one that pages show first leads: those that see most images, then by name.
+    """Return the sort key of runs on pages: those that see most images first, then by name.
 
-    The days of one trainer.daily are alike: they stay in the order that they had.
+    The days of one trainer.daily have equal keys, and so keep their order.
     """
     return -ORDER.index(images) if images in ORDER else 1, name.partition("/")[0]
 
 
 @dataclass(frozen=True)
 class SettingRow:
-    """A setting and its value in each run, as text; `is_figure`: whether it may change what is learned."""
+    """A setting and its value in each run, as text; `is_figure`: whether it may change results."""
 
     name: str
     values: tuple[str, ...]
@@ -53,15 +53,15 @@ class SettingRow:
 
 
 def no_figure() -> frozenset[str]:
-    """Name the settings that change no figure, with dots; the seed does, by chance."""
+    """List the settings that do not change results, with dots; the seed does, by chance."""
     names = {f"{section}.{name}" for section, several in settings_that_decide("nothing").items() for name in several}
     return frozenset(names - {SAMPLES, *_STORES})
 
 
 def differing(runs: Sequence[RunFacts]) -> list[SettingRow]:
-    """List the settings in which the runs differ: those that change figures first, the images at the top.
+    """List the settings in which the runs differ: those that change results first, images at the top.
 
-    Where samples and stores are changes none if the runs recorded what they read there: `snapshots` tells that.
+    Addresses of samples and stores do not count if the runs recorded their content, see `snapshots`.
     """
     ignored = no_figure()
     if all(run.samples_digest for run in runs):
@@ -81,7 +81,7 @@ def differing(runs: Sequence[RunFacts]) -> list[SettingRow]:
 
 
 def snapshots(runs: Sequence[RunFacts]) -> list[SettingRow]:
-    """List what the runs recorded of their samples and stores that differs, of the stores those that read them."""
+    """List the recorded samples and stores in which the runs differ; for stores only runs that read them."""
     of_run = [run.report.get("stores") for run in runs]
     stores = [found if isinstance(found, dict) else {} for found in of_run]
     rows = []
@@ -102,7 +102,7 @@ def _snapshot(record: Mapping[str, Any]) -> str:
 
 
 def text_of(value: Any) -> str:
-    """Write the value of a setting as its file has it."""
+    """Format the value of a setting as in its file."""
     if value is _MISSING:
         return "–"
     if value is None:
@@ -115,12 +115,11 @@ def text_of(value: Any) -> str:
 
 
 def image_groups(runs: Sequence[RunFacts]) -> list[list[RunFacts]]:
-    """Find groups of finished runs whose images differ while all else that changes figures is the same.
+    """Find groups of finished runs that differ in their images and agree in all else that changes results.
 
-    Of several runs with the same images the first counts. Each group is in ORDER, the one with most runs first; groups
-    of one size are in the order of `runs`. Samples and snapshots count by what the runs recorded of them, else by
-    their addresses; a run without images reads no store and has no use for `WITHOUT_IMAGES_IDLE`, so it goes with runs
-    of any.
+    Of several runs with the same images the first counts. Each group is in ORDER, the largest group first; groups of
+    one size are in the order of `runs`. Samples and snapshots are compared by what the runs recorded, or else by their
+    addresses. A run without images reads no store and does not use `WITHOUT_IMAGES_IDLE`, so it fits any of these.
     """
     alike: dict[str, list[RunFacts]] = {}
     for run in runs:
@@ -137,21 +136,21 @@ def image_groups(runs: Sequence[RunFacts]) -> list[list[RunFacts]]:
 
 
 def _rest(run: RunFacts) -> str:
-    """Write all that changes figures of any run but the images, and where they are looked up."""
+    """Return a text of all settings that change results, except the images and their lookup."""
     ignored = no_figure() | {IMAGES, SAMPLES, *_STORES} | WITHOUT_IMAGES_IDLE
     kept = sorted((name, text_of(value)) for name, value in run.settings.items() if not ignored & {name, _named(name)})
     return repr((run.samples_digest or text_of(run.settings.get(SAMPLES, _MISSING)), kept))
 
 
 def _seen(run: RunFacts) -> str:
-    """Write how a run sees images, and where it looked them up: by commits that it recorded, else by settings."""
+    """Return a text of a run's use of images and their lookup: by recorded commits, or else by settings."""
     idle = [(name, text_of(value)) for name, value in run.settings.items() if name in WITHOUT_IMAGES_IDLE]
     places = [(name, text_of(value)) for name, value in run.settings.items() if _named(name) in _STORES]
     return repr((sorted(idle), _recorded(run) or sorted(places)))
 
 
 def _recorded(run: RunFacts) -> list[tuple[str, str]]:
-    """List the stores that a run read, each with its commit; empty where it recorded none."""
+    """List the stores that a run read, each with its commit; empty if it recorded none."""
     stores = run.report.get("stores")
     if not isinstance(stores, dict) or not all(isinstance(each, dict) for each in stores.values()):
         return []
@@ -159,13 +158,13 @@ def _recorded(run: RunFacts) -> list[tuple[str, str]]:
 
 
 def _named(setting: str) -> str:
-    """Name the setting that a value is of: data.stores for data.stores.audio."""
+    """Return the setting that a value belongs to: data.stores for data.stores.audio."""
     return ".".join(setting.split(".")[:2])
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals were made."""
+    """The bootstrap of the intervals."""
 
     resamples: int
     level: float
@@ -173,7 +172,7 @@ class Bootstrap:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Figures):
-    """All that an evaluation measured, and of what."""
+    """The results of an evaluation, with the run and samples that were evaluated."""
 
     checkpoint: str
     samples: str
@@ -185,14 +184,14 @@ _EVALUATION = TypeAdapter(Evaluation)
 
 
 def read_evaluation(run: RunPath) -> Evaluation | None:
-    """Read the evaluation of a run; None where there is none. Raises ExplorerError where it cannot be read."""
+    """Read the evaluation of a run, or return None. Raises ExplorerError if it cannot be read."""
     file = run / "evaluation" / "report.json"
     try:
         return _parsed(read_file(file))
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise ExplorerError(f"{file} is no evaluation of this version: {first_mistake(error)}") from error
+        raise ExplorerError(f"{file} is not an evaluation of this version: {first_mistake(error)}") from error
     except (OSError, StorageError, ValueError) as error:
         raise ExplorerError(f"{file} cannot be read: {error}") from error
 
@@ -221,7 +220,7 @@ _MOST_RESAMPLED = 300_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class RunDifference:
-    """A metric of a run minus that of the run it is compared with; None where it is not defined."""
+    """Difference of a metric between a run and the reference run; None if it is not defined."""
 
     run: str
     against: str
@@ -234,28 +233,28 @@ class RunDifference:
 
     @property
     def is_clear(self) -> bool:
-        """Tell whether the interval is on one side of 0: only then a difference may be claimed."""
+        """Return whether the interval excludes 0, so that the difference is significant."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     @property
     def is_better(self) -> bool | None:
-        """Tell whether the run is better than the other one; None where that is not clear."""
+        """Return whether the run is better than the other one; None if the difference is not significant."""
         if not self.is_clear or self.value is None:
             return None
         return (self.value < 0) == (self.metric in LOWER_IS_BETTER)
 
     @property
     def verdict(self) -> str:
-        """Say in one sentence what the figures tell."""
+        """Summarise the difference in one sentence."""
         title, run, against = TITLES[self.metric], quoted(self.run), quoted(self.against)
         if self.value is None:
             return f"{title} is not defined for both of {run} and {against}."
         if self.low is None or self.high is None:
             found = f"{run} and {against} differ in {title} by {self.value:+.4f}"
-            return f"{found}; without an interval nobody knows whether that is chance."
+            return f"{found}; without an interval it is unknown whether that is chance."
         span = f"95 % interval {self.low:+.4f} to {self.high:+.4f}"
         if not self.is_clear:
-            found = f"No difference of {run} to {against} in {title} can be claimed"
+            found = f"No significant difference between {run} and {against} in {title}"
             return f"{found}: {self.value:+.4f}, {span}, which spans 0."
         word = "better" if self.is_better else "worse"
         return f"{run} is {word} than {against} in {title}: {self.value:+.4f}, {span}."
@@ -263,11 +262,11 @@ class RunDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class RunsCompared:
-    """Runs against the first of them. `problems`: of a run that could not be compared, why, by its name."""
+    """Runs compared with the first. `problems`: by name, why a run could not be compared."""
 
     impressions: int
     new_ad_impressions: int
-    """Those of ads that the first run was not trained on."""
+    """Number of impressions of ads that the first run was not trained on."""
     users: int
     baseline: str
     differences: tuple[RunDifference, ...]
@@ -289,21 +288,21 @@ class RunsCompared:
 
     @property
     def verdicts(self) -> tuple[RunDifference, ...]:
-        """List the differences that say most: of each run that in GAUC, and that in AUC of new ads."""
+        """List the main differences of each run: in GAUC, and in AUC of new ads."""
         shown = ("gauc", NEW_ADS)
         return tuple(each for metric in shown for each in self.in_metric(metric))
 
 
 def quoted(name: str) -> str:
-    """Mark the name of a run in a sentence."""
+    """Quote the name of a run in a sentence."""
     return f"“{name}”"
 
 
 def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsCompared:
     """Predict with all runs and compare each with the first, on the same resamples of users.
 
-    Raises TrainerError, FeatureStoreError, TooMuchError where the first one cannot be predicted with; what is wrong
-    with another one is among `problems`.
+    Raises TrainerError, FeatureStoreError or TooMuchError if the first run cannot predict; problems of other runs are
+    in `problems`.
     """
     from trainer.errors import CheckpointNotFoundError
 
@@ -349,7 +348,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> RunsC
 
 
 def _differences(ours: "Predictions", baseline: "Predictions", resamples: int) -> "Mapping[str, compared.Difference]":
-    """Compare two runs in all that a page shows, the slice of new ads on the same resamples of users."""
+    """Compare two runs in all metrics of a page; new ads use the same resamples of users."""
     from trainer.evaluation.compare import compare, compare_new_ads
 
     found = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)

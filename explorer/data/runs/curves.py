@@ -1,6 +1,6 @@
-"""Curves of a run: what it wrote for TensorBoard, read from where the last look ended.
+"""Curves of a run: its TensorBoard files, read incrementally.
 
-Half a record waits for its other half.
+An incomplete record is read again later.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from explorer.data.runs.folders import TENSORBOARD
 from featurestore.published.paths import FarPath, RunPath
 
 MOST_POINTS = 300
-"""Points of a curve that is drawn; of more, every second, third, … and the last."""
+"""Most points of a drawn curve; of more, every second, third, … and the last."""
 _KEPT_POINTS = 2000
-"""Points of a curve that are kept in memory; of more, a sample and the last."""
+"""Most points of a curve in memory; of more, a sample and the last."""
 _KEPT_RUNS = 24
 _LOSS, _TEST, _STAGE, _AHEAD = "train/loss", "test/", "stage_ms/", "stage_hidden/"
 
@@ -37,7 +37,7 @@ class ScalarCurve:
 
 
 class StageTime(NamedTuple):
-    """A stage of a step: its milliseconds, and whether it works ahead, during the step before."""
+    """A stage of a step: its milliseconds, and whether it runs ahead, during the previous step."""
 
     name: str
     ms: float
@@ -46,7 +46,7 @@ class StageTime(NamedTuple):
 
 @dataclass(frozen=True)
 class Curves:
-    """All curves of a run, by TensorBoard's tag, and the stages of its newest step that was logged."""
+    """All curves of a run, by TensorBoard's tag, and the stages of its last logged step."""
 
     by_tag: Mapping[str, ScalarCurve]
     stages: tuple[StageTime, ...]
@@ -62,7 +62,7 @@ class Curves:
 
     @property
     def last_step(self) -> int | None:
-        """The newest step that was logged."""
+        """The last logged step."""
         return self.loss.steps[-1] if self.loss.steps else None
 
 
@@ -70,14 +70,14 @@ _EMPTY = ScalarCurve((), ())
 
 
 class CurveReader:
-    """Reads the curves of runs; of those that were asked for last it keeps where they were read to."""
+    """Reads the curves of runs, continuing where it stopped for those requested last."""
 
     def __init__(self) -> None:
         self._readers: OrderedDict[str, _OneRun] = OrderedDict()
         self._lock = Lock()
 
     def read(self, folder: RunPath) -> Curves:
-        """Read what is new, and return all; a run without such files has no curves. Raises OSError, StorageError.
+        """Read new records, and return all curves; a run without such files has none. Raises OSError, StorageError.
 
         Cost: about a second for 100,000 figures at the first time.
         """
@@ -96,7 +96,7 @@ class CurveReader:
 
 
 class _OneRun:
-    """The files of one run, or copies of them; made anew where the run was begun anew."""
+    """The files of one run, or copies of them; reset if the run was started again."""
 
     def __init__(self, folder: RunPath) -> None:
         self._folder = folder / TENSORBOARD
@@ -119,7 +119,7 @@ class _OneRun:
             return _curves({tag: _curve(self._events.Scalars(tag)) for tag in tags})
 
     def _copied(self) -> Path:
-        """Copy the files of an address, which change as wholes; few and small."""
+        """Copy the files of an address, which are replaced as wholes; they are few and small."""
         assert isinstance(self._folder, FarPath)
         self.close()
         self._events, self._copies = None, tempfile.TemporaryDirectory(prefix="explorer-curves-")

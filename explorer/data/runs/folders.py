@@ -1,4 +1,4 @@
-"""Folders of runs: what each is, how far it is, and what it measured. A file that is half written stops nothing."""
+"""Folders of runs: settings, progress and metrics. Half-written files are not an error."""
 
 import contextlib
 import time
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 State = Literal["finished", "running", "unfinished", "unreadable"]
 
 METRICS = ("gauc", "auc", "logloss", "new_ad_auc")
-"""Metrics of a list of runs, the one that counts first."""
+"""Metrics in the list of runs, the main one first."""
 TENSORBOARD = "tensorboard"
 _QUIET_S = 600.0
-"""A run that has written nothing for so long is not running."""
+"""A run that has written nothing for this long does not count as running."""
 _THREADS = 8
 _NUMBERS = (
     "global_step",
@@ -40,7 +40,7 @@ _NUMBERS = (
     "samples_per_s",
     "wall_s",
 )
-"""What pages write as numbers, of a report beside its metrics."""
+"""Numbers of a report that pages show, besides its metrics."""
 _MOST = 1e300  # a larger whole number cannot be written with decimals
 _MOST_CONFIG_BYTES = 256_000  # a run writes some 10,000
 _saved: LruCache["_SavedSettings"] = LruCache(512)
@@ -48,41 +48,41 @@ _saved: LruCache["_SavedSettings"] = LruCache(512)
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the folder of a run says."""
+    """Facts from the folder of a run."""
 
     name: str
     state: State
     settings: Mapping[str, Any]
-    """Every setting by its name with dots; empty where config.yaml cannot be read."""
+    """Every setting by its name with dots; empty if config.yaml cannot be read."""
     report: Mapping[str, Any]
     """report.json; empty before the run's end."""
     problems: tuple[str, ...] = ()
-    """What could not be read, each a sentence."""
+    """Problems in reading the folder, each a sentence."""
     changed_s: float | None = None
-    """When something was written last, in seconds since 1970; None where that is not known."""
+    """Time of the last write, in seconds since 1970; None if unknown."""
     checkpoints: tuple[str, ...] = field(default=())
-    """Names of the whole checkpoints, oldest first."""
+    """Names of the complete checkpoints, oldest first."""
     has_evaluation: bool = False
     checkpoint: str = ""
-    """Tells the newest checkpoint from others, also of a run that was made anew; empty where there is none."""
+    """Identity of the newest checkpoint, also across runs of the same name; empty if there is none."""
     samples_digest: str = ""
-    """Of the training samples, as the newest checkpoint recorded it; empty where there is none."""
+    """Digest of the training samples in the newest checkpoint; empty if there is none."""
 
     @property
     def metrics(self) -> Mapping[str, float | int | None]:
-        """The metrics of the last evaluation of training; empty before."""
+        """The metrics of the last evaluation during training; empty before the first."""
         found = self.report.get("metrics")
         values = found.items() if isinstance(found, dict) else ()
         return {name: _number_or_none(value) for name, value in values}
 
     @property
     def images(self) -> str:
-        """Which images the model sees: none, ad, behavior, both; empty where that is not known."""
+        """The images that the model sees: none, ad, behavior, both; empty if unknown."""
         return str(self.settings.get("model.images", ""))
 
 
 def list_runs(places: Places, page: int, per_page: int) -> tuple[list[RunFacts], int]:
-    """Read one page of the runs, those first that changed last (at an address: by name), and count all."""
+    """Read one page of the runs, last changed first (at an address: by name), and count all."""
     names = run_names(places)
     shown = names[(page - 1) * per_page : page * per_page]
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -90,7 +90,7 @@ def list_runs(places: Places, page: int, per_page: int) -> tuple[list[RunFacts],
 
 
 def run_names(places: Places) -> list[str]:
-    """List the runs: folders with a config.yaml, whose names are text. Those first that changed last.
+    """List the runs: folders with a config.yaml and a valid text as name. Last changed first.
 
     The days of trainer.daily lie one folder deeper; they are named NAME/DAY.
     """
@@ -115,7 +115,7 @@ def _with_file(
 
 
 def _is_text(name: str) -> bool:
-    """Tell whether an address can hold a name: bytes that are no UTF-8 are in none."""
+    """Return whether a name is valid UTF-8, so that an address can contain it."""
     try:
         return bool(name.encode())
     except UnicodeEncodeError:
@@ -135,7 +135,7 @@ def open_run(places: Places, name: str) -> RunPath:
 
 
 def read_facts(folder: RunPath, name: str | None = None) -> RunFacts:
-    """Read what a run's folder says now; a part that cannot be read is a problem of it.
+    """Read the current facts from a run's folder; unreadable parts become `problems`.
 
     `name`: of the run, by default that of its folder.
     """
@@ -178,14 +178,14 @@ def _report(folder: RunPath) -> Mapping[str, Any]:
 
     report = report_of(folder) or {}
     if not isinstance(report, dict):
-        raise ValueError(f"{folder / 'report.json'} is no report of a run")
+        raise ValueError(f"{folder / 'report.json'} is not a report of a run")
     devices = report.get("devices")
     shown = {name: _number_or_none(report[name]) for name in _NUMBERS if name in report}
     return {**report, **shown, "devices": [*map(str, devices)] if isinstance(devices, list) else []} if report else {}
 
 
 def _number_or_none(value: object) -> float | int | None:
-    """Return a number that a page can write; None for any other value, as whoever wrote the file may have any."""
+    """Return a number that a page can show; None for any other value, as the file may contain anything."""
     return value if isinstance(value, int | float) and abs(value) < _MOST else None
 
 
@@ -205,14 +205,14 @@ def _samples_digest(checkpoint: "Checkpoint") -> str:
 
 
 class _SavedSettings(NamedTuple):
-    """The settings of a file, or why it has none: what cannot be read is not read at each request either."""
+    """The settings of a file, or the error, which is cached as well."""
 
     settings: Mapping[str, Any]
     problem: str
 
 
 def _settings(file: RunPath) -> Mapping[str, Any]:
-    """Read the settings of a saved configuration, again where the file is another one. Raises ValueError."""
+    """Read the settings of a saved configuration, again if the file has changed. Raises ValueError."""
     if isinstance(file, Path):
         found = file.stat()
         name: Hashable = (str(file), found.st_ino, found.st_size, found.st_mtime_ns)
@@ -226,13 +226,13 @@ def _settings(file: RunPath) -> Mapping[str, Any]:
 
 
 def _parsed(file: RunPath, size_bytes: int) -> _SavedSettings:
-    """Read a saved configuration as the trainer would, but for its check; some 10 ms."""
+    """Read a saved configuration like the trainer, without its checks; about 10 ms."""
     try:
         if size_bytes > _MOST_CONFIG_BYTES:
             raise ValueError(f"config.yaml has {size_bytes:,} bytes; a run writes at most {_MOST_CONFIG_BYTES:,}")
         loaded = parse_yaml(read_file(file).decode(), aliases=False)
         if not isinstance(loaded, dict):
-            raise ValueError("config.yaml is no configuration of a run")
+            raise ValueError("config.yaml is not a configuration of a run")
         return _SavedSettings({**_defaults(), **dict(flat(loaded))}, "")
     except (UserError, ValueError) as error:
         return _SavedSettings({}, one_line(error))
@@ -246,7 +246,7 @@ def _defaults() -> Mapping[str, Any]:
 
 
 def _changed_s(folder: RunPath) -> float | None:
-    """Find when the run's files were written last; None at an address, which does not tell."""
+    """Return the time of the last write to the run's files; None at an address, where it is unknown."""
     if not isinstance(folder, Path):
         return None
     looked_at = [folder / "config.yaml", folder / "report.json", checkpoints_of(folder) / VERSIONS]

@@ -1,1 +1,1 @@
-"""What the pages of a store show: its snapshots, what came and went, channels, copies, broken images."""
+"""Data of the store pages: its snapshots and their changes, channels, copies, broken images."""

@@ -1,7 +1,7 @@
-"""Images with the same bytes under several keys: found by the digests of their content, in bounded memory.
+"""Duplicates: images with the same bytes under several keys, found by their digests in bounded memory.
 
-The digests are gone through as often as it takes to hold a part of them at a time: for a million images once.
-Letters of shapes: N rows of a pass.
+The digests are read in as many passes as the memory limit needs: one for a million images. Letters of shapes: N rows of
+a pass.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import in_threads
 
 PASS_ROWS = 4_000_000
-"""Rows held at once: 24 bytes each, and as much again to sort them."""
+"""Rows in memory at once: 24 bytes each, and as much again for sorting."""
 MOST_GROUPS, MOST_KEYS = 1_000, 60
 _THREADS = 2
 _DIGEST = "content_digest"
@@ -37,14 +37,14 @@ class Duplicates:
 
     num_groups: int
     num_images: int
-    """Images in groups: one of each group would do."""
+    """Number of images in all groups."""
     num_without: int
-    """Images without a digest, as imported vectors are: these are not compared."""
+    """Images without a digest, such as imported vectors, which are not compared."""
     groups: tuple[DuplicateGroup, ...]
 
     @property
     def num_spare(self) -> int:
-        """Images that are a copy of another one."""
+        """Number of images that are a copy of another one."""
         return self.num_images - self.num_groups
 
 
@@ -69,7 +69,7 @@ def find_duplicates(snapshot: Snapshot) -> Duplicates:
 
 
 def named(snapshot: Snapshot, keys: tuple[int, ...] | list[int]) -> list[NamedImage]:
-    """Find the uris of keys, in the order asked; a key that has no row is left out. Reads the uris of their shards."""
+    """Find the uris of keys, in the order asked, without missing keys. Reads the uris of their shards."""
     keys_U = np.asarray(keys, np.int64)
     shard_U = shard_of(keys_U, snapshot.info.num_shards)
 
@@ -90,7 +90,7 @@ def _digests(snapshot: Snapshot) -> Iterator[tuple[Int64Array, np.ndarray]]:
 
 
 def _groups(keys_N: Int64Array, digest_N2: np.ndarray) -> tuple[int, int, list[DuplicateGroup]]:
-    """Count the groups of one pass and the images in them, and give the largest ones."""
+    """Count the groups of one pass and their images, and return the largest groups."""
     order_N = np.lexsort((keys_N, digest_N2[:, 1], digest_N2[:, 0]))
     keys_N, digest_N2 = keys_N[order_N], digest_N2[order_N]
     is_first_N = np.ones(len(keys_N), np.bool_)

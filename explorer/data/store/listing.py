@@ -16,7 +16,7 @@ from featurestore.store import FeatureStore
 
 
 class SnapshotName(NamedTuple):
-    """What tells a snapshot from all others, also of a store that was made anew at the same address."""
+    """A unique name of a snapshot, also if a store is created again at the same address."""
 
     store_id: str
     version: int
@@ -24,14 +24,14 @@ class SnapshotName(NamedTuple):
 
 
 def name_of(snapshot: Snapshot) -> SnapshotName:
-    """Name a snapshot, to keep values under."""
+    """Return the unique name of a snapshot, as a key for caches."""
     return SnapshotName(snapshot.info.store_id, snapshot.version, snapshot.manifest.commit_id)
 
 
 def open_snapshot(store: FeatureStore, version: VersionName | None) -> Snapshot:
-    """Open the newest snapshot, or the one asked for, by its number or a channel.
+    """Open a snapshot by its number or a channel, by default the newest.
 
-    Raises NotHereError for one that is not there, or has expired, and for a channel that there is none of.
+    Raises NotHereError for a missing or expired snapshot, and for an unknown channel.
     """
     try:
         return store.snapshot(version)
@@ -40,7 +40,7 @@ def open_snapshot(store: FeatureStore, version: VersionName | None) -> Snapshot:
 
 
 def version_before(store: FeatureStore, version: int) -> int | None:
-    """Find the kept snapshot before `version`; 0, the empty store, before the first commit; None: all have expired."""
+    """Find the snapshot before `version`; 0, the empty store, before the first commit; None if all have expired."""
     if version <= 1:
         return 0
     older = [each for each in log.versions(store.storage) if each < version]
@@ -48,18 +48,18 @@ def version_before(store: FeatureStore, version: int) -> int | None:
 
 
 def live_rows(snapshot: Snapshot) -> int | None:
-    """Count the images of a snapshot where that takes no reading of files; else None."""
+    """Count the images of a snapshot if that needs no reading of files, or return None."""
     readers = [snapshot.shard_reader(shard) for shard in snapshot.manifest.shards]
     return sum(reader.num_rows for reader in readers) if all(reader.is_plain for reader in readers) else None
 
 
 MOST = 20
-"""Moves of a channel that are shown, the newest ones."""
+"""Number of moves of a channel to show, the newest ones."""
 
 
 @dataclass(frozen=True)
 class ChannelHistory:
-    """One channel, also one that was removed; newest first."""
+    """The moves of one channel, newest first; it may have been removed."""
 
     name: str
     moves: tuple[ChannelMove, ...]
@@ -67,7 +67,7 @@ class ChannelHistory:
 
     @property
     def version(self) -> int | None:
-        """The snapshot that it points to; None where it was removed."""
+        """The snapshot that it points to; None if it was removed."""
         return self.moves[0].version if self.moves else None
 
 
@@ -85,7 +85,7 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class BrokenImage:
-    """One image in quarantine, and its file as it is now; without the latter where it cannot be read."""
+    """One image in quarantine, with its current file if that can be read."""
 
     key: int
     uri: str
@@ -96,7 +96,7 @@ class BrokenImage:
 
 
 def look_at(rows: list[QuarantineRow], pictures: Pictures) -> list[BrokenImage]:
-    """Look at the files of images in quarantine. Reads the first bytes of each."""
+    """Read the first bytes of the files of images in quarantine."""
 
     def broken(row: QuarantineRow) -> BrokenImage:
         seen = pictures.look(row.uri)

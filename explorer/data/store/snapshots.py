@@ -1,6 +1,6 @@
 """Snapshots of a store: the timeline, what changed between two, and the commits between them.
 
-Memory: three counts a shard, and the names of the few shards that a page shows, whatever the number of images.
+Memory: three counts per shard, and the names of the few shards on a page, for any number of images.
 """
 
 import bisect
@@ -25,12 +25,12 @@ from featurestore.upkeep.history import SnapshotDiff, diff_shard, read_pins
 
 _READERS = 4
 _MANY_FILES = 6_000
-"""Files in manifests that are read before a page shows: some hundredths of a second."""
+"""Files in manifests that a page may read before it is shown: some hundredths of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotLine:
-    """One kept snapshot. Where its manifest is damaged, all but version, pins and channels is missing."""
+    """One snapshot. If its manifest is damaged, only version, pins and channels are known."""
 
     version: int
     pins: tuple[str, ...] = ()
@@ -44,25 +44,25 @@ class SnapshotLine:
     """Rows in its files: images, their older rows, and tombstones."""
     file_bytes: int | None = None
     rows_written: int | None = None
-    """Live rows in files that the commit before had not; None where that has expired."""
+    """Live rows in files that the previous commit did not have; None if that has expired."""
     rows_deleted: int | None = None
     """Tombstones in those files."""
     num_quarantined: int = 0
 
 
 class Timeline:
-    """The lines of a store's snapshots; each manifest is read once. For several threads."""
+    """The lines of a store's snapshots; reads each manifest once. Thread-safe."""
 
     def __init__(self) -> None:
         self._lines: LruCache[SnapshotLine] = LruCache(10_000)
 
     def is_quick(self, store: FeatureStore, versions: Sequence[int], num_files: int) -> bool:
-        """Tell whether `lines` of these versions, of about this number of files each, is there at once."""
+        """Return whether `lines` is fast for these versions, with about this number of files each."""
         unknown = sum(self._lines.peek((store.info.store_id, version)) is None for version in versions)
         return unknown * num_files <= _MANY_FILES
 
     def lines(self, store: FeatureStore, versions: Sequence[int]) -> list[SnapshotLine]:
-        """Describe snapshots, in the order given; those that expire meanwhile are left out. Raises CorruptFileError."""
+        """Describe snapshots, in the order given, without those that have just expired. Raises CorruptFileError."""
         pins: dict[int | None, list[str]] = {}
         channels: dict[int | None, list[str]] = {}
         for pin in read_pins(store.storage):
@@ -113,7 +113,7 @@ def _parent_of(store: FeatureStore, manifest: Manifest) -> Manifest | None:
 
 
 def _written(manifest: Manifest, parent: Manifest | None) -> tuple[int, int] | None:
-    """Count live rows and tombstones of the files that the commit brought."""
+    """Count live rows and tombstones of the files that the commit added."""
     if parent is None:
         return None
     known = {entry.path for entry in parent.entries}
@@ -135,7 +135,7 @@ class NamedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangeCounts:
-    """How many images came, changed and went from one snapshot to another, in each shard whose files differ, (S,)."""
+    """Numbers of images added, changed and removed between two snapshots, in each shard whose files differ, (S,)."""
 
     shards: tuple[int, ...]
     added_S: Int64Array
@@ -143,7 +143,7 @@ class ChangeCounts:
     removed_S: Int64Array
 
     def of(self, kind: ChangeKind) -> Int64Array:
-        """Give the counts of one kind by shard, (S,)."""
+        """Return the counts of one kind by shard, (S,)."""
         return {"added": self.added_S, "changed": self.changed_S, "removed": self.removed_S}[kind]
 
     def total(self, kind: ChangeKind) -> int:
@@ -153,30 +153,30 @@ class ChangeCounts:
 
 @dataclass(frozen=True)
 class Since:
-    """The snapshot that was the newest at a time. Where that has expired, it is the nearest that is kept."""
+    """The snapshot that was the newest at a time, or the nearest one if it has expired."""
 
     version: int
     is_exact: bool
-    """Whether nothing of the time from then on has expired."""
+    """Whether no snapshot since that time has expired."""
 
 
 class Changes:
-    """Differences of snapshots, counted once. For several threads."""
+    """Differences between snapshots, cached. Thread-safe."""
 
     def __init__(self) -> None:
         self._counts: LruCache[ChangeCounts] = LruCache(200)
         self._diffs: LruCache[SnapshotDiff] = LruCache(4)
 
     def peek(self, old: Snapshot, new: Snapshot) -> ChangeCounts | None:
-        """Return what `count` does where it is there without reading."""
+        """Return the result of `count` if it is cached."""
         return self._counts.peek((name_of(old), name_of(new)))
 
     def count(self, old: Snapshot, new: Snapshot) -> ChangeCounts:
-        """Count what differs. Reads names of the shards whose files differ. Raises CorruptFileError."""
+        """Count the changes. Reads names of the shards whose files differ. Raises CorruptFileError."""
         return self._counts.get((name_of(old), name_of(new)), lambda: _count(old, new, self.shard))
 
     def page(self, old: Snapshot, new: Snapshot, kind: ChangeKind, first: int, most: int) -> list[NamedImage]:
-        """Name the images of one kind from number `first` on, at most `most`, by shard and hash of the key."""
+        """List up to `most` images of one kind from number `first` on, by shard and hash of the key."""
         counts = self.count(old, new)
         start_S = np.cumsum(counts.of(kind)) - counts.of(kind)
         found: list[NamedImage] = []
@@ -189,14 +189,14 @@ class Changes:
         return found
 
     def shard(self, old: Snapshot, new: Snapshot, shard: int) -> SnapshotDiff:
-        """Give all changes of a shard. Reads its names in both snapshots. Raises CorruptFileError."""
+        """Return all changes of a shard. Reads its names in both snapshots. Raises CorruptFileError."""
         return self._diffs.get((name_of(old), name_of(new), shard), lambda: diff_shard(old, new, shard))
 
 
 def newest_at(store: FeatureStore, time_s: float) -> Since:
-    """Find the snapshot that was the newest at a time; before the first commit that is 0, the empty store.
+    """Find the snapshot that was the newest at a time; 0, the empty store, before the first commit.
 
-    Reads a few manifests, by halves: their times never run backwards. Raises NotHereError, CorruptFileError.
+    Reads a few manifests by binary search, as their times are ascending. Raises NotHereError, CorruptFileError.
     """
     known = log.versions(store.storage)
 
@@ -225,11 +225,11 @@ def _count(old: Snapshot, new: Snapshot, diff: Callable[[Snapshot, Snapshot, int
 
 MOST_LISTED = 40
 MOST_STEPS = 12
-"""Commits among which that of each image is looked for: each may read the names of the images' shards."""
+"""Most commits to search for those of images: each may read the names of the images' shards."""
 
 
 class CameBy(NamedTuple):
-    """The commit that an image came by; not `is_sure`: by it, or by one before it that has gone from the history."""
+    """The commit that changed an image; if not `is_sure`, this or an earlier one that has expired."""
 
     commit: SnapshotLine
     is_sure: bool
@@ -237,13 +237,13 @@ class CameBy(NamedTuple):
 
 @dataclass(frozen=True)
 class CommitsBetween:
-    """The kept commits after one snapshot up to another, newest first."""
+    """The commits after one snapshot up to another, newest first."""
 
     lines: Sequence[SnapshotLine] = ()
-    """At most MOST_LISTED."""
+    """At most MOST_LISTED commits."""
     count: int = 0
     of_key: Mapping[int, CameBy] = field(default_factory=dict)
-    """By the images' keys; empty where there are more than MOST_STEPS."""
+    """By the images' keys; empty for more than MOST_STEPS commits."""
 
 
 def commits_between(
@@ -256,8 +256,8 @@ def commits_between(
 ) -> CommitsBetween:
     """List the commits after `old` up to `new`, and find the newest one that changed each image.
 
-    Cost: a manifest for each commit; names of the images' shards, twice for each commit that changed them, unless there
-    is one commit alone. Raises CorruptFileError, NotHereError.
+    Cost: reads a manifest for each commit, and, if there are several, the names of the images' shards twice for each
+    commit that changed them. Raises CorruptFileError, NotHereError.
     """
     versions = [each for each in log.versions(store.storage) if old.version < each <= new.version]
     lines = timeline.lines(store, versions[::-1][:MOST_LISTED])

@@ -47,7 +47,7 @@ def test_neighbours_come_when_a_runs_vectors_are_computed(world, watch, monkeypa
     places = {"store": world.store, "runs": world.runs, "images": world.images}
     with pages_of(**places) as url, watch(url, width=NARROW) as page:
         page.goto(f"{url}/images/{key_of_uri(COPIED)}?run=both")
-        page.wait_for_selector("text=computes what both sees in each image (3 of 28)")
+        page.wait_for_selector("text=computes the visual vectors of both (3 of 28)")
         assert page.locator("section.space .gallery").count() == 1
         assert violations(page) == ""
         assert too_wide(page) == []

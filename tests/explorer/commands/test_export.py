@@ -11,7 +11,7 @@ from explorer.__main__ import app
 from explorer.data import projection
 from tests.explorer.world import World
 
-QUICK = "maps by principal components alone: the features of the store; UMAP needs more than --map-minutes"
+QUICK = "maps by principal components only: the features of the store; UMAP needs more than --map-minutes"
 
 
 @pytest.fixture

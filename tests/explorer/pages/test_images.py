@@ -168,7 +168,7 @@ def test_visual_vectors_are_computed_beside_the_page_one_run_at_a_time(everythin
     path = f"/images/{key_of_uri(COPIED)}"
     answer = everything.client.get(path, params={"wait": "spaces", "run": "both"})  # it comes while they are computed
     page = Reading(answer.text)
-    assert "computes what both sees in each image (3 of 28)" in page.text
+    assert "computes the visual vectors of both (3 of 28)" in page.text
     assert "exactly, among all 28 images." in page.text  # neighbours by features are there
     (part_of,) = [each for each in page.live if "vectors" in each]
     other = everything.client.get(path, params={"wait": "spaces", "run": "both-longer"})
@@ -179,7 +179,7 @@ def test_visual_vectors_are_computed_beside_the_page_one_run_at_a_time(everythin
     assert "(3 of 28)" in still.text
     monkeypatch.setattr(pages, "_PATIENCE_S", 0.05)
     sent = Reading(send(everything, (world.images / PLAIN[5]).read_bytes(), run="both").text)
-    assert "computes what both sees in each image (3 of 28)" in sent.text
+    assert "computes the visual vectors of both (3 of 28)" in sent.text
     go.set()
     while (ended := everything.client.get(part_of)).status_code != 286:
         assert ended.status_code == 200
@@ -204,7 +204,7 @@ def test_an_export_waits_for_visual_vectors(world, slow):
     with TestClient(application(Site(places, frozen=True, doing=doing))) as client:
         text = Reading(client.get(f"/images/{key_of_uri(COPIED)}").text).text
     assert "the run both" in text
-    assert "computes what both sees in each image (3 of 28)" in told
+    assert "computes the visual vectors of both (3 of 28)" in told
 
 
 def test_visual_vectors_are_computed_once(everything):

@@ -138,7 +138,7 @@ def test_what_was_typed_is_answered_where_it_was_typed(pages: TestClient) -> Non
 def test_sentences(pages: TestClient) -> None:
     assert "there is no ad 'abc': ads are" in html.unescape(pages.get("/impressions/both/3?ad=abc&wait=why").text)
     text = pages.get("/impressions/both/3?ad=1&wait=why").text
-    assert "Effect of what is missing</th>" in text
+    assert "Effect of the removed part</th>" in text
     assert "every image missing</th>" in text  # not: not trained for it
     for each in (text, pages.get("/impressions?run=both&wait=list").text):
         assert "While it was trained, this run met images without a feature" in each

@@ -109,7 +109,7 @@ def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
         time.sleep(0.05)
     text = text_of(answer.text)
     assert (
-        len(re.findall(r"is better than “ids-only”|is worse than “ids-only”|No difference of", text)) == 6
+        len(re.findall(r"is better than “ids-only”|is worse than “ids-only”|No significant difference", text)) == 6
     )  # 2 runs, 3 metrics
     verdicts = text_of(pages.get(unescape(part[1]).replace("differences", "verdicts")).text)
     assert len(re.findall(r"in GAUC", verdicts)) == 2

@@ -95,7 +95,7 @@ def test_since_a_time_whose_snapshots_are_gone(tmp_path):
     store, reader = storied(tmp_path / "store"), Reader(store=tmp_path / "store")
     expire(store, keep_last=1, keep_days=0, grace_days=0)
     page = reader.read("/store/arrived", since="2020-01-01")
-    assert "Snapshots from then are gone: they expired or were purged. This is what came since snapshot 4." in page.text
+    assert "Snapshots from then have expired or were purged. These are the changes since snapshot 4." in page.text
 
 
 def test_copies_stand_together(reader):
@@ -141,7 +141,7 @@ def test_channels_say_why_they_moved_and_name_snapshots(tmp_path):
         for link in reader.read("/images", q="b/0", version="candidate").links
     )
     assert "no channel 'gone'" in reader.read("/store", 404, version="gone").text
-    assert "no name of a channel" in reader.read("/store", 400, version="<i>").text
+    assert "neither a whole number nor a channel" in reader.read("/store", 400, version="<i>").text
 
 
 def test_an_expired_snapshot_is_not_there_and_its_neighbours_say_what_is_missing(tmp_path):
@@ -150,7 +150,7 @@ def test_an_expired_snapshot_is_not_there_and_its_neighbours_say_what_is_missing
     expire(store, keep_last=1, keep_days=0, grace_days=0)
     assert "2 has expired" in reader.read("/store/snapshots/2", 404).text
     page = reader.read("/store/snapshots/4")
-    assert "The snapshots between 1 and 4 are gone: they expired or were purged." in page.text
+    assert "The snapshots between 1 and 4 have expired or were purged." in page.text
     assert "5 added" in page.text
     assert "kept" in reader.read("/store").text
 

@@ -111,10 +111,10 @@ def test_a_difference_is_claimed_only_where_its_interval_does_not_span_0() -> No
     assert difference(0.1, 0.05, 0.2, "logloss").verdict.startswith("“new” is worse than “old” in log loss")
     assert other.is_better is None
     assert other.verdict == (
-        "No difference of “new” to “old” in GAUC can be claimed: +0.1000, "
+        "No significant difference between “new” and “old” in GAUC: +0.1000, "
         "95 % interval -0.0100 to +0.2000, which spans 0."
     )
     for edge in ((0.1, 0.0, 0.2), (-0.1, -0.2, 0.0)):
-        assert "can be claimed" in difference(*edge).verdict
+        assert "No significant difference" in difference(*edge).verdict
     assert "without an interval" in difference(0.1, None, None).verdict
     assert "not defined" in difference(None, None, None).verdict
