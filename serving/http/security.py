@@ -46,10 +46,10 @@ class TokenGuard:
     def _allows(self, scope: Scope) -> bool:
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, token = sent.partition(b" ")
-        return is_among(token.strip(), self._tokens) and kind.lower() == b"bearer"
+        return matches_token(token.strip(), self._tokens) and kind.lower() == b"bearer"
 
 
-def is_among(token: bytes, tokens: Sequence[str]) -> bool:
+def matches_token(token: bytes, tokens: Sequence[str]) -> bool:
     """Return whether the token is one of these, in constant time: all are compared."""
     digest = hashlib.sha256(token).digest()
     fits = [hmac.compare_digest(digest, hashlib.sha256(each.encode()).digest()) for each in tokens]
