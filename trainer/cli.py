@@ -1,4 +1,4 @@
-"""Commands on ranks: connect, work, print one message for a mistake, and return the exit code.
+"""Commands on ranks: connect, work, print one message for an error, and return the exit code.
 
 Exit codes as of every command (`featurestore.console.commandline`); 130 also for a stop by a signal after a checkpoint.
 Quick to import: torch and Horovod are loaded when the ranks connect.
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from featurestore.published.channels import VersionName
     from trainer.comm import Comm
 
-# A launcher ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
+# A launcher ends the other ranks when the first one fails: rank 0 needs time to print the reason.
 _GRACE_S = 1.0
 
 
 def _committed(text: str) -> "VersionName":
     version = read_version_name(text)
     if isinstance(version, int) and version < 1:
-        raise typer.BadParameter(f"{text} is no snapshot that was committed: they count from 1")
+        raise typer.BadParameter(f"{text} is not a committed snapshot: their numbers start at 1")
     return version
 
 
@@ -65,8 +65,8 @@ StoreVersion = Annotated[
 def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None) -> int:
     """Do `work` on the ranks that horovodrun or torchrun started, or on one alone; returns the exit code.
 
-    The ranks wait `deadline_s` for each other to come. Rank 0 prints what went wrong, once, and alone fills the page of
-    the command. Raises what is no error of ours, after leaving the ranks.
+    The ranks wait up to `deadline_s` for each other. Only rank 0 prints the error, and fills the page of the command.
+    Errors other than ours propagate, after the ranks were left.
     """
     from trainer.comm import connect
 
@@ -77,7 +77,7 @@ def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None
         return failure.exit_code
     with contextlib.closing(comm):
         code = _code_of(comm, work)
-    if comm.is_stuck:  # a collective is under way for ever, and Python's end would wait for it
+    if comm.is_stuck:  # a collective never ends, and Python's exit would wait for it
         sys.stdout.flush()
         os._exit(code)
     return code

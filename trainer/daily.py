@@ -50,16 +50,16 @@ def day_folders(folder: RunPath) -> list[RunPath]:
 
 
 def run_of_days(folder: RunPath) -> RunPath:
-    """Return the newest evaluated run of a daily job's folder, or the folder where it is another's.
+    """Return the newest evaluated run of a daily job's folder, or the folder itself if it is not a daily job's.
 
-    Raises ConfigError where no day is evaluated yet.
+    Raises ConfigError if no day is evaluated yet.
     """
     if not (folder / DAYS_FILE).is_file():
         return folder
     evaluated = [run for run in runs(folder) if (report_of(run) or {})["metrics"]]
     if not evaluated:
         raise ConfigError(
-            f"no day of {folder} is evaluated yet; wait for the samples of the next day, or name a run, as {folder}/DAY"
+            f"no day of {folder} is evaluated yet; wait for the samples of the next day, or name a run, {folder}/DAY"
         )
     return evaluated[-1]
 
@@ -67,7 +67,7 @@ def run_of_days(folder: RunPath) -> RunPath:
 def rows(folder: RunPath) -> list[dict[str, Any]]:
     """List the trained days, oldest first; the metrics of a day that is not evaluated yet are None.
 
-    `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
+    `samples_changed`: between training and evaluation; this only affects the metrics of new ads.
     """
     return [_row(run, report_of(run) or {}) for run in runs(folder)]
 
@@ -208,12 +208,12 @@ class Day:
     folder: RunPath
 
     def report(self) -> dict[str, Any] | None:
-        """Read what the run reported; None before its end."""
+        """Read the run's report; None before its end."""
         return report_of(self.folder)
 
     @property
     def is_done(self) -> bool:
-        """Trained, and evaluated where the next day is there."""
+        """Whether the day is trained, and evaluated if the next day exists."""
         report = self.report()
         return report is not None and (bool(report["metrics"]) or self.test_day is None)
 
@@ -268,13 +268,13 @@ def plan(
 
 
 def _train_days_of(run: RunPath) -> tuple[str, ...]:
-    """Read the days that a run has begun to train on; none before it has."""
+    """Read the days that a run trains on; empty before it has begun."""
     file = run / "config.yaml"
     return tuple(load_saved(file).data.train_days or ()) if file.is_file() else ()
 
 
 def folder_of(base: Config) -> RunPath:
-    """Give the folder that has the days' runs and their table."""
+    """Return the folder of the days' runs and their table."""
     return run_path(base.run.dir) / (base.run.name or "daily")
 
 
@@ -329,10 +329,10 @@ def follow(
 
 
 def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: "Comm") -> None:
-    """Add to the `report` of a trained day what it is worth on the next one. Every rank calls it.
+    """Evaluate a trained day on the next one, and add the metrics to its `report`. Every rank calls it.
 
-    What was trained stays as it is, also where the samples of its days have changed since; the report says so then.
-    Raises TrainerError, FeatureStoreError.
+    The trained model stays unchanged; if samples of its days have changed since, the report says so. Raises
+    TrainerError, FeatureStoreError.
     """
     from trainer.loop.summary import ProgressLog, ranks_text
     from trainer.loop.training import StopSignals, Training
@@ -365,7 +365,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
 
 
 def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
-    """The report last: the day is not done before."""
+    """Write the report last, as it marks the day as done."""
     from trainer.loop.summary import write_report
 
     file = day.folder / "config.yaml"
@@ -378,7 +378,7 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
 
 
 def _check_base(base: Config) -> None:
-    """Refuses settings that the days' runs cannot share."""
+    """Raise ConfigError for settings that the days' runs cannot share."""
     given = {
         "run.resume": base.run.resume,
         "run.overwrite": base.run.overwrite or None,
@@ -391,8 +391,8 @@ def _check_base(base: Config) -> None:
             raise ConfigError(f"{name}={value}: trainer.daily chooses it for each day; leave it out")
     if base.train.early_stopping is not None:
         raise ConfigError(
-            f"train.early_stopping={base.train.early_stopping}: a day is trained before the next one's samples are "
-            "there, so there is nothing to stop by; leave it out and choose train.epochs"
+            f"train.early_stopping={base.train.early_stopping}: a day is trained before the next one's samples "
+            "exist, so it cannot stop early; leave it out and choose train.epochs"
         )
 
 
@@ -410,10 +410,10 @@ def _days_of(samples: str) -> list[str]:
 
 
 def _claim(folder: RunPath, base: Config) -> None:
-    """Write what all days share to `folder`/daily.json, and refuse to continue with something else.
+    """Write the shared settings of all days to `folder`/daily.json, or refuse to continue with other ones.
 
-    A day's folder is made when all that its run needs has been opened. Until there is one, nothing has proved that the
-    settings are right, and other ones take their place.
+    Until a first day has a folder, which is made when its run has opened all it needs, the settings may be wrong, and
+    new ones replace them.
     """
     mine = {
         "model": base.model.model_dump(mode="json"),
@@ -433,7 +433,7 @@ def _claim(folder: RunPath, base: Config) -> None:
 
 
 def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: RunPath) -> None:
-    """Raise ConfigError where the days that are there have other settings, or read other places."""
+    """Raise ConfigError if existing days have other settings or addresses."""
     from trainer.config.comparison import differences
 
     found = [each for each in differences(mine, theirs) if each.decides != "nothing" or each.setting in _SAME_PLACES]
@@ -443,9 +443,10 @@ def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: RunPath) -> 
 
 
 def _check_stores(before: RunPath, base: Config) -> None:
-    """Raise AnotherStoreError where the day before was trained on another store: a table of days has one.
+    """Raise AnotherStoreError if the previous day was trained on another store: a table of days has one store.
 
-    A single run may begin so, see trainer.runs.warmstart; a table of days would not show where it changed."""
+    A single run may change it by a warm start, see trainer.runs.warmstart; a table of days would not show the
+    change."""
     from featurestore.store import FeatureStore
     from trainer.runs.checkpoint import read_state
     from trainer.runs.stores import check_identity, missing_places, store_places
@@ -461,7 +462,7 @@ def _check_stores(before: RunPath, base: Config) -> None:
 
 
 def _run_before(day: Day) -> RunPath | None:
-    """The newest finished run of an earlier day, also where its samples are gone by now."""
+    """Return the newest finished run of an earlier day, even if its samples were removed."""
     before = [each for each in runs(day.folder.parent) if each.name < day.name]
     return before[-1] if before else None
 

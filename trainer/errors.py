@@ -1,4 +1,4 @@
-"""The trainer's errors, one small tree.
+"""The tree of the trainer's errors.
 
 TrainerError
 ├── ConfigError       a setting is unknown, out of range, or does not fit another
@@ -22,7 +22,7 @@ from featurestore.errors import USAGE, UserError
 
 
 class TrainerError(UserError):
-    """Root of every error that trainer raises by itself."""
+    """Root of all errors of the trainer."""
 
 
 class ConfigError(TrainerError):
@@ -59,7 +59,7 @@ class OverflowingValueError(DataError):
 
     @property
     def why(self) -> str:
-        """Say what is wrong with the value, and the way out."""
+        """The problem with the value, and the way out."""
         return f"{self.value:g}, which its field's transform makes infinite as float32; correct it or leave it out"
 
 
@@ -74,7 +74,7 @@ class CheckpointNotFoundError(CheckpointError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """The files of a checkpoint are not those that were written: `what` says which one, and why."""
+    """A file of a checkpoint is missing or damaged; `what` names the file and the damage."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -85,7 +85,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class OtherRunError(CheckpointError):
-    """The checkpoint belongs to another run: settings, samples or features are not those that it was made with."""
+    """The checkpoint belongs to another run: its settings, samples or features differ."""
 
     exit_code = USAGE
 
@@ -95,7 +95,7 @@ class PlanError(TrainerError):
 
 
 class AdIndexError(TrainerError):
-    """An index of ads has vectors of another checkpoint, or its place has other files."""
+    """An index of ads has vectors of another checkpoint, or its folder has other files."""
 
 
 class AdIndexNotFoundError(AdIndexError):
@@ -105,7 +105,7 @@ class AdIndexNotFoundError(AdIndexError):
 
 
 class RemoteRankError(TrainerError):
-    """Rank `rank` failed with an error of class `kind`; this rank stops because of it, not because of its own."""
+    """Rank `rank` failed with an error of class `kind`, so this rank stops too."""
 
     def __init__(self, rank: int, kind: str, text: str) -> None:
         super().__init__(rank, kind, text)

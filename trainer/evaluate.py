@@ -63,7 +63,7 @@ def main(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN2", help="Only compare: by how much is RUN's AUC and GAUC higher than RUN2's, and is it chance?"
+            metavar="RUN2", help="Only compare with RUN2: difference in AUC and GAUC, with interval and p-value."
         ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder or address of the report; by default RUN/evaluation.")] = None,
@@ -72,9 +72,9 @@ def main(
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
     if against is not None and missing_curve:
-        raise typer.BadParameter("it compares the runs as they are; leave --missing-curve out", param_hint="--against")
+        raise typer.BadParameter("--against has no missing curve; leave --missing-curve out", param_hint="--against")
     if store_version is not None and store is None:
-        raise typer.BadParameter("it is of the store that --store names", param_hint="--store-version")
+        raise typer.BadParameter("it needs --store", param_hint="--store-version")
 
     def work(comm: "Comm") -> None:
         if json_file is not None:  # before the work, which may take hours

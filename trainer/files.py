@@ -1,4 +1,4 @@
-"""YAML files of a person, read with one line for each mistake, and the folder of a run's checkpoints."""
+"""YAML files of users, read with one line for each mistake, and the folder of a run's checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from featurestore.storage.storage import Storage, file_at
 from trainer.errors import TrainerError
 
 DAYS_FILE = "daily.json"
-"""File of what the runs of a daily training share; their folders are next to it."""
+"""File of the settings that the runs of a daily training share; their folders are next to it."""
 
 PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
 
@@ -20,7 +20,7 @@ PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
 def read_mapping(
     path: Path | str, setting: str, error: type[TrainerError], wanted: str = "a mapping"
 ) -> dict[str, Any]:
-    """Read a YAML file, which `setting`, an option with its = or its space, names. Raises `error`.
+    """Read a YAML file; `setting` is the option with its = or space, for messages. Raises `error`.
 
     The file may be at an address, as s3://shop/samples/schema.yaml.
     """
@@ -52,5 +52,5 @@ def output_at(address: str) -> tuple[Storage, str]:
 
 
 def checkpoints_of(run: PathT) -> PathT:
-    """Give the folder of the checkpoints of the run in folder `run`."""
+    """Return the folder of the checkpoints of the run in folder `run`."""
     return run / "checkpoints"

@@ -1,4 +1,4 @@
-"""What a launcher says to a rank: its variables and its rendezvous."""
+"""The interface of launchers to a rank: variables and rendezvous."""
 
 import socket
 import threading

@@ -177,7 +177,7 @@ def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
 
 
 def _is_finished(run: "Run") -> bool:
-    """Tell whether an earlier start has trained the run to its end and written its report, which then stays."""
+    """Return whether an earlier start has finished the run and written its report, which is then kept."""
     from trainer.loop.training import has_finished, total_steps
     from trainer.runs.folder import report_of
     from trainer.runs.open import resumed_folder

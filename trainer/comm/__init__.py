@@ -1,4 +1,4 @@
-"""Collectives between ranks: what the trainer asks of them, and one file for each that carries them."""
+"""Collectives between ranks: their interface, and one file for each implementation."""
 
 from trainer.comm.comm import Comm, SoloComm, Traffic, connect
 from trainer.comm.distributed import TorchComm

@@ -1,6 +1,6 @@
 """Collectives: their interface, those of a single rank, late or lost ranks, and which ranks this process is one of.
 
-A collective has a fixed name per kind, so that collectives of several kinds may be under way at once, from several
+A collective has a fixed name per kind, so that collectives of several kinds may run at the same time, from several
 threads; every rank calls those of one kind in the same order, from one thread at a time, also with zero rows.
 """
 
@@ -33,28 +33,28 @@ DEADLINE_S = 600.0
 
 @dataclass
 class Traffic:
-    """Bytes that went to, and came from, other ranks."""
+    """Bytes sent to and received from other ranks."""
 
     sent: int = 0
     received: int = 0
 
 
 class Comm(ABC):
-    """What the trainer asks of its ranks. `traffic` counts the bytes of each collective by its name."""
+    """The interface of collectives. `traffic` counts the bytes of each collective by its name."""
 
     rank: int
     size: int
     moves_cuda_tensors: bool
     """Whether the collectives take tensors of a GPU."""
     without_cuda = ""
-    """Why they do not, and what to do about it."""
+    """The reason why not, and the way out."""
 
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         self.traffic: dict[str, Traffic] = {}
         self.deadline_s = deadline_s
         """A collective that takes longer raises LateRankError."""
         self.is_stuck = False
-        """Whether a collective was given up: the ranks cannot be left in order any more, only by the process's end."""
+        """Whether a collective was abandoned: then the ranks can only be left by ending the process."""
 
     @abstractmethod
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ class Comm(ABC):
     def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
         """Begin to sum `values` over all ranks, in place; the result has the same bits on every rank.
 
-        They must be left alone until the returned function has been called: it waits for the end.
+        The values must not be used until the returned function, which waits for the end, has returned.
         """
 
     def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
@@ -89,14 +89,14 @@ class Comm(ABC):
 
     @abstractmethod
     def carrier(self, device: torch.device) -> str | None:
-        """Name what carries the tensors of `device` between ranks, e.g. "Gloo by Horovod"; None for a rank alone."""
+        """Return the transport of tensors on `device`, e.g. "Gloo by Horovod"; None for a single rank."""
 
     @abstractmethod
     def close(self) -> None:
         """Leave the ranks. Safe to call twice."""
 
     def agree(self, error: Exception | None, name: str = "agree") -> None:
-        """Raise on all ranks where one has an error; every rank calls it with its error or None.
+        """Raise on all ranks if one has an error; every rank calls it with its error or None.
 
         A rank with an error raises it, the others RemoteRankError with the first failed rank and its error.
         """
@@ -109,7 +109,7 @@ class Comm(ABC):
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """Let every rank come to the end of the block, then raise on all of them where one failed."""
+        """Wait until every rank has reached the end of the block, then raise on all if one failed."""
         error: Exception | None = None
         try:
             yield
@@ -118,7 +118,7 @@ class Comm(ABC):
         self.agree(error)
 
     def on_all(self, work: Callable[[], Object]) -> Object:
-        """Return the result of `work` on this rank, once it is known that no rank failed."""
+        """Return the result of `work` on this rank after all ranks have succeeded."""
         with self.agreed():
             return work()
 
@@ -128,7 +128,7 @@ class Comm(ABC):
         return cast("Object", self.broadcast_object(result))
 
     def _count_alltoall(self, rows_N: Tensor, sent_P: Tensor, received_P: Tensor, name: str) -> None:
-        """Count the rows that went to other ranks, and came from them."""
+        """Count the rows sent to and received from other ranks."""
         row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
         sent, received = (int(counts_P.sum() - counts_P[self.rank]) for counts_P in (sent_P, received_P))
         self._count(name, row_bytes * sent, row_bytes * received)
@@ -151,12 +151,12 @@ def check_splits(rows_N: Tensor, splits_P: Tensor, name: str) -> None:
 
 
 def pickled(value: object) -> Tensor:
-    """Write a value as bytes (N,) uint8, for the same program on another rank."""
+    """Serialize a value to bytes (N,) uint8, for the same program on another rank."""
     return torch.from_numpy(np.frombuffer(pickle.dumps(value), np.uint8).copy())
 
 
 def unpickled(data_N: Tensor) -> object:
-    """Read what `pickled` wrote on another rank a moment ago; never what lay in a file."""
+    """Deserialize a value that `pickled` has just sent from another rank; never use it on files."""
     value: object = pickle.loads(data_N.numpy().tobytes())
     return value
 
@@ -195,24 +195,24 @@ def _nothing() -> None:
 
 
 _GRACE_S = 2.0
-"""Between the ends of two ranks' patience: how long a rank waits for the others to say that they wait too."""
+"""Seconds that a late rank waits for the others to report that they are waiting too."""
 Answer = TypeVar("Answer")
 _AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it has a checkpoint"
 
 
 class Bulletin:
-    """A board where ranks past their deadline say in which collectives they are.
+    """A board where ranks past their deadline post the collectives in which they wait.
 
-    `put` and `get` are those of a store of texts that all ranks reach: the launcher's own. `get` returns None for a key
-    that is not there; both swallow the errors of a store that is gone.
-    A rank may wait in two collectives at once: that of its step, and that of the thread ahead.
+    `put` and `get` are those of the launcher's key-value store, which all ranks reach. `get` returns None for a missing
+    key; both ignore the errors of a lost store. A rank may wait in two collectives at once: that of its step, and that
+    of the thread ahead.
     """
 
     def __init__(self, rank: int, put: Callable[[str, str], object], get: Callable[[str], str | None]) -> None:
         self._rank, self._put, self._get = rank, put, get
 
     def lateness(self, name: str, size: int, deadline_s: float) -> str:
-        """Say which of `size` ranks have not come to collective `name` before its deadline, and where they are."""
+        """Name the ranks, of `size`, that did not reach collective `name` in time, and the collectives they are in."""
         self._put(f"{self._rank}.{name}", name)
         self._put(str(self._rank), name)
         time.sleep(_GRACE_S)
@@ -227,12 +227,12 @@ class Bulletin:
 
 
 def loss(rank: int, name: str) -> str:
-    """Say that another rank has gone, or is out of reach, in the middle of collective `name`."""
+    """Return the error that another rank was lost, or is out of reach, in the middle of collective `name`."""
     return f"rank {rank} lost another rank in the middle of collective {name}; {_AFTER_A_LOSS}"
 
 
 def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
-    """Return what the store says. Raises TimeoutError where it says nothing: its client would wait for ever.
+    """Return the store's answer. Raises TimeoutError without one, as its client would wait for ever.
 
     The store may be in a process that hangs, or on a host that has lost its power.
     """

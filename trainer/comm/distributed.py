@@ -52,9 +52,9 @@ ProcessGroup = Any
 """What the two groups have in common is typed nowhere."""
 
 _CONNECT = timedelta(seconds=120)
-"""For ranks that are all there to connect."""
+"""Seconds for ranks to connect once all have arrived."""
 _FOREVER = timedelta(days=365)
-"""A group itself gives up after this; it would take its connections along. Ours is `Comm.deadline_s`."""
+"""A group's own timeout, which would close its connections; ours is `Comm.deadline_s`."""
 _LEAVE_S = 5.0
 """How long the rank that holds the store waits for the others to leave."""
 _ANSWER_S = 5.0
@@ -64,7 +64,7 @@ _times = itertools.count()
 
 @dataclass(frozen=True)
 class RankAddress:
-    """Where a rank runs and listens: `address` is None where GLOO_SOCKET_IFNAME says it; `gpus` that NCCL can use."""
+    """A rank's host and address (None if GLOO_SOCKET_IFNAME gives it), and the number of GPUs that NCCL can use."""
 
     host: str
     address: str | None
@@ -73,7 +73,7 @@ class RankAddress:
 
 @dataclass
 class Meeting:
-    """Where ranks meet: `store` is torchrun's, or held by rank 0 where something else started the ranks."""
+    """The meeting point of ranks: `store` is torchrun's, or rank 0's if another launcher started the ranks."""
 
     store: Store
     rank: int
@@ -82,11 +82,11 @@ class Meeting:
     is_ours: bool
     """Whether rank 0 holds the store, which ends with it."""
     is_silent: bool = False
-    """Whether the store has not answered in time; it is not asked again then."""
+    """Whether the store has not answered in time; then it is not used again."""
 
     @classmethod
     def of_environment(cls, patience_s: float) -> "Meeting":
-        """Meet where torchrun's variables say. Raises LostRankError where nobody is there."""
+        """Meet at the address in torchrun's variables. Raises LostRankError if nobody is there."""
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
@@ -107,15 +107,15 @@ class Meeting:
         return cls(store, rank, size, RankAddress(socket.gethostname(), address, gpus), is_ours)
 
     def put(self, key: str, value: str) -> None:
-        """Write for all ranks to read; nothing where the store is gone."""
+        """Write a value for all ranks; do nothing if the store is lost."""
         self._ask(lambda: self.store.set(key, value))
 
     def get(self, key: str) -> str | None:
-        """Read what a rank wrote; None where there is nothing, or the store is gone."""
+        """Read a rank's value; None if there is none, or the store is lost."""
         return self._ask(lambda: self.store.get(key).decode() if self.store.check([key]) else None)
 
     def leave(self) -> None:
-        """Tell the rank that holds the store that this one needs it no more; that one waits a little for the others."""
+        """Tell the rank with the store that this one no longer needs it; that rank waits a little for all others."""
         if not self.is_ours:
             return
         left, end_s = self._ask(lambda: self.store.add("left", 1)), time.monotonic() + _LEAVE_S
@@ -142,7 +142,7 @@ class Lanes:
         self._devices = _devices(meeting.here.address)
         self._groups: dict[tuple[Carrier, str], ProcessGroup] = {}
         self.ranks: list[RankAddress] = []
-        """Of all ranks, once a lane was made."""
+        """Members of all ranks, after the first lane was made."""
 
     def of(self, carrier: Carrier, name: str) -> ProcessGroup:
         """Return the group of that name. The first call waits for all ranks; one thread at a time asks for one name.
@@ -155,7 +155,7 @@ class Lanes:
         return group
 
     def clear(self) -> None:
-        """Leave all groups; nothing may be under way in them."""
+        """Leave all groups; no collective may be running in them."""
         self._groups.clear()
 
     def _connected(self, carrier: Carrier, name: str) -> ProcessGroup:
@@ -191,7 +191,7 @@ class Lanes:
         return group
 
 
-@functools.cache  # of a process that connects again: its own store still listens
+@functools.cache  # this process connects again: its own store still listens
 def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patience_s: float) -> Store:
     """Connect to the store of all ranks, or hold it: among ranks of one host where these alone reach it."""
     listener = None
@@ -225,7 +225,7 @@ def listening_address(master: str, *, is_one_host: bool) -> str:
 
 
 def _wait_for(reach: Callable[[float], object], patience_s: float) -> None:
-    """Reach something, within the seconds that it is given, or try again: a host's name may come later than its ranks.
+    """Retry a connection, as the name of a host may be known later than its ranks start.
 
     Raises the last try's OSError after `patience_s`.
     """
@@ -242,9 +242,9 @@ def _wait_for(reach: Callable[[float], object], patience_s: float) -> None:
 
 
 def own_address(master: str, *, is_one_host: bool) -> str:
-    """Return the address to listen at: loopback among ranks of one host, else that of the way to `master`.
+    """Return the address to listen at: loopback for ranks of one host, else that of the route to `master`.
 
-    Raises ConfigError where there is no way.
+    Raises ConfigError if there is no route.
     """
     if is_one_host:
         return "127.0.0.1"
@@ -254,7 +254,7 @@ def own_address(master: str, *, is_one_host: bool) -> str:
             probe.connect(place)  # sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise ConfigError(f"MASTER_ADDR={master}: no way leads there from {socket.gethostname()}: {error}") from error
+        raise ConfigError(f"MASTER_ADDR={master}: no route from {socket.gethostname()}: {error}") from error
 
 
 def check_reach(ranks: list[RankAddress]) -> None:
@@ -271,7 +271,7 @@ def check_reach(ranks: list[RankAddress]) -> None:
 
 
 def has_gpu_for_each(ranks: list[RankAddress]) -> bool:
-    """Return whether every rank can have a GPU for itself, as NCCL wants it."""
+    """Return whether every rank can have a GPU of its own, as NCCL requires."""
     return all(rank.gpus >= sum(each.host == rank.host for each in ranks) for rank in ranks)
 
 
@@ -295,9 +295,9 @@ def _first_line(error: Exception) -> str:
 
 _MAIN = "lane.start"
 _LOOK_S = 0.2
-"""How long a wait goes without looking at the deadline and at signals; the end of a collective ends it at once."""
+"""Seconds between checks of the deadline and of signals during a wait, which ends at once with its collective."""
 _UNEVEN = 1.5
-"""Rows are gathered in parts as long as the longest, unless that carries this many times their bytes."""
+"""Rows are gathered in parts padded to the longest, unless that sends this many times their bytes."""
 
 
 class TorchComm(Comm):
@@ -316,7 +316,7 @@ class TorchComm(Comm):
         self._lanes.of("gloo", _MAIN)
         self._thread = threading.get_ident()
         self._last: dict[str, dist.Work] = {}
-        """Of each name the collective that began last."""
+        """The last collective of each name."""
         self._beginning: dict[str, Future[dist.Work]] = {}
         """Of each name that threads of their own begin with: the first one."""
         self.moves_cuda_tensors = has_gpu_for_each(self._lanes.ranks)
@@ -374,7 +374,7 @@ class TorchComm(Comm):
         return cast("dist.Work", work)
 
     def _beside(self, key: str, begin: Callable[[], dist.Work]) -> Future[dist.Work]:
-        """Begin a collective without waiting for anybody.
+        """Begin a collective without waiting.
 
         The first one of a name waits until all ranks come to its lane: in a thread of its own, as they may come to two
         lanes in two orders.
@@ -389,11 +389,11 @@ class TorchComm(Comm):
         return begun
 
     def _lane_of(self, key: str) -> ProcessGroup:
-        """Return the lane of a collective that its thread waits for."""
+        """Return the lane of a collective for which its thread waits."""
         return self._lanes.of("gloo", _MAIN if threading.get_ident() == self._thread else key)
 
     def _tell(self, lane: ProcessGroup, counts_P: Tensor, key: str) -> Tensor:
-        """Tell each rank a number; return those that they tell this one (P,) int32.
+        """Send each rank a number; return the received ones (P,) int32.
 
         All come with the same collective: where one lane is taken in two orders, that is found here.
         """
@@ -457,17 +457,17 @@ class TorchComm(Comm):
         raise LateRankError(text)
 
     def _abandon(self) -> None:
-        """Leave the lanes as they are, for ever: their end would wait for that of their collectives."""
+        """Abandon the lanes, as closing them would wait for their collectives."""
         if not self.is_stuck:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._lanes))
         self.is_stuck = True
 
 
 def _bytes(values: Tensor) -> Tensor:
-    """Return the same memory as bytes: Gloo moves some types, ours are more."""
+    """Return the same memory as bytes, as Gloo does not support all of our types."""
     return values.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _name_of(key: str) -> str:
-    """Return the name by which a collective was asked for, without its kind."""
+    """Return the name of a collective without its kind."""
     return key.partition(".")[2]

@@ -1,7 +1,7 @@
 """Collectives over Horovod, and its rendezvous store.
 
-Horovod connects its ranks by Gloo, which ends the process (SIGABRT) where one does not come for 30 s. Here they wait
-for each other in sight of their deadline.
+Horovod connects its ranks by Gloo, which ends the process (SIGABRT) if one does not arrive within 30 s. So here they
+first wait for each other, with their own deadline.
 """
 
 import contextlib
@@ -123,7 +123,7 @@ class HorovodComm(Comm):
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
-        """Raise LostRankError where Horovod finds another rank gone, at the beginning of a collective or in it."""
+        """Raise LostRankError if Horovod finds that another rank was lost, before or during a collective."""
         try:
             yield
         except self._internal_error as error:
@@ -132,25 +132,25 @@ class HorovodComm(Comm):
 
 _ADDRESS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
 _ANSWER_S = 5.0
-"""How long an answer may take: the store may be in a process that is stopped."""
+"""Timeout of an answer, as the process of the store may be stopped."""
 _times = itertools.count()
 
 
 def put(key: str, value: str, scope: str = "late") -> None:
-    """Write a text; nothing where the store is gone."""
+    """Write a text; do nothing if the store is lost."""
     _ask(lambda: _put(key, value, scope))
 
 
 def get(key: str, scope: str = "late") -> str | None:
-    """Read a text; None where nobody wrote, or the store is gone."""
+    """Read a text; None if there is none, or the store is lost."""
     answer, _ = _ask(lambda: _get(key, scope))
     return answer
 
 
 def meet(rank: int, size: int, deadline_s: float) -> None:
-    """Wait until all ranks have come here. Each asks for one key, but rank 0, which asks for one of each rank.
+    """Wait until all ranks have arrived here. Each reads one key, but rank 0 reads one of each rank.
 
-    Raises LostRankError where the store is out of reach, LateRankError where ranks do not come, after `deadline_s`.
+    Raises LostRankError if the store is out of reach, LateRankError if ranks do not arrive, after `deadline_s`.
     """
     scope = f"meeting.{next(_times)}"  # several Comms of one process come one after the other
     end_s, pause_s, number, is_written = time.monotonic() + deadline_s, 1e-3, 0, False
@@ -187,7 +187,7 @@ def _no_store(rank: int, deadline_s: float, trouble: str | None) -> LostRankErro
 
 
 def _ask(question: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
-    """Return the answer, or None and why there is none."""
+    """Return the answer, or None and the reason."""
     try:
         return in_time(question, _ANSWER_S), None
     except TimeoutError:

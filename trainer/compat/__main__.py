@@ -40,12 +40,12 @@ MaxQuarantine = Annotated[float, typer.Option(min=0, max=1, help="Share of image
 MaxGaucLoss = Annotated[float, typer.Option(min=0, help="By how much GAUC may fall, beyond noise.")]
 MaxLoglossRise = Annotated[float, typer.Option(min=0, help="By how much log loss may rise, beyond noise.")]
 Accept = Annotated[
-    bool, typer.Option("--accept", help="From now on let RUN's commands take STORE for the one that it was trained on.")
+    bool, typer.Option("--accept", help="Let RUN's commands use STORE instead of the store that it was trained on.")
 ]
 Promote = Annotated[
     str | None, typer.Option(metavar="CHANNEL", help="Compare with the snapshot of this channel instead, and move it.")
 ]
-Force = Annotated[str | None, typer.Option(metavar="REASON", help="Accept or promote though gates fail; kept with it.")]
+Force = Annotated[str | None, typer.Option(metavar="REASON", help="Reason to ignore failed gates; it is recorded.")]
 
 app = CommandApp(report=True, rich_markup_mode="markdown")
 
@@ -102,7 +102,7 @@ def main(
 
 
 def _print(check: "Check", candidate: "Snapshot", found: "Comparison") -> None:
-    """Print what is compared, the gates, and a line for each gate that fails."""
+    """Print the compared snapshots, the gates, and a line for each gate that fails."""
     print_summary("\n".join(check.lines(candidate)))
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Whether a run may use a snapshot: what differs from the one before in rows and scores, and what the gates say.
+"""Check of a snapshot for a run: differences in rows and scores from the previous one, and gates on them.
 
 Letters of shapes: C rows that both snapshots have, K rows whose features are compared, D feature width.
 """
@@ -31,35 +31,35 @@ from trainer.runs.saved import SavedRun, open_test, read_run
 from trainer.runs.stores import StorePlace, check_identity, other_features
 
 NETWORK = "network"
-"""The gate that an acceptance cannot overrule: the run's E was trained on features of another kind."""
+"""The gate that --force cannot overrule: the run's E was trained on features of another kind."""
 OTHER_SHARE = 0.001
-"""Of the features of unchanged images: the share that may differ, such as of an image replaced without a new digest."""
+"""Largest share of features of unchanged images that may differ, e.g. by an image replaced without a new digest."""
 DIGEST = "content_digest"
 # Rounding moves a feature by less than a hundredth of its length, also in bfloat16 and on another processor; features
 # of two images differ by a quarter and more (their mean cosine is .96 in the fc6 of a seeded VGG16).
 SAME_WITHIN = 0.05
-_SAMPLED_SHARDS = 16  # keys are dealt to shards by a hash, so rows of a few shards are a fair sample of all
+_SAMPLED_SHARDS = 16  # keys are assigned to shards by a hash, so a few shards are a fair sample of all rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowChanges:
-    """What differs between the rows of two snapshots."""
+    """Differences between the rows of two snapshots."""
 
     num_before: int
     num_now: int
     num_common: int
     num_changed: int
-    """Of the common ones: rows with another image (content digest)."""
+    """Common rows with another image (content digest)."""
     num_compared: int
-    """Of the common ones with the same image: rows whose features were compared."""
+    """Common rows with the same image whose features were compared."""
     num_other: int
-    """Of these: further apart than SAME_WITHIN, so not of the same image, or not by the same network."""
+    """Compared rows further apart than SAME_WITHIN: not the same image, or not the same network."""
     mean_difference: float | None
-    """Of the features compared, in parts of their length; None where nothing was compared."""
+    """Mean difference of the compared features, relative to their length; None if none was compared."""
 
     @property
     def is_same(self) -> bool:
-        """Whether nothing is lost, no image is another one, and their features are the same but for rounding."""
+        """Whether no image was lost or replaced, and all features are the same up to rounding."""
         num_lost = self.num_before - self.num_common
         return self.num_compared > 0 and not (num_lost or self.num_changed or self.num_other)
 
@@ -115,7 +115,7 @@ def _differences(before: Snapshot, now: Snapshot, keys_K: Int64Array) -> npt.NDA
 
 @dataclass
 class Comparison:
-    """What differs between two snapshots, and what the gates say; None where there was nothing to compare."""
+    """Differences between two snapshots, and the gates' findings; None if there was nothing to compare."""
 
     rows: RowChanges | None = None
     scores: ScoreChange | None = None
@@ -132,7 +132,7 @@ class Comparison:
 
 
 class Check:
-    """A run, one of its stores, and its test impressions. `store`: where the store is; `name`: which of the run's.
+    """A run, one of its stores, and its test impressions. `store`: the store's address; `name`: its name in the run.
 
     Other stores of the run are read where training read them. For one rank. Raises ConfigError for a run without images
     or a wrong name of a store, and TrainerError, FeatureStoreError.
@@ -156,7 +156,7 @@ class Check:
         self._limits, self._samples, self._progress, self._comm = limits, samples, progress, SoloComm()
 
     def lines(self, candidate: Snapshot) -> list[str]:
-        """Say which run, and which snapshots."""
+        """Describe the run and the snapshots."""
         return [
             f"run          {self.saved.folder}, {self.saved.checkpoint.name}",
             f"trained on   {self.recorded.described()}",
@@ -164,7 +164,7 @@ class Check:
         ]
 
     def report(self, candidate: Snapshot, found: Comparison) -> dict[str, Any]:
-        """Return what was compared and found, ready for JSON."""
+        """Return inputs and findings, ready for JSON."""
         return {
             "run": str(self.saved.folder),
             "checkpoint": self.saved.checkpoint.name,
@@ -175,9 +175,9 @@ class Check:
         }
 
     def compare(self, candidate: Snapshot) -> Comparison:
-        """Compare `candidate` with the snapshot that the run was trained on, which is looked for at both addresses.
+        """Compare `candidate` with the snapshot that the run was trained on, which is searched at both addresses.
 
-        Where that cannot be read any more, log loss is held against what the run reported.
+        If that snapshot is gone, compares log loss with the run's report.
         """
         if candidate.manifest.commit_id == self.recorded.commit_id:
             return Comparison()
@@ -189,10 +189,10 @@ class Check:
         return self._compare(candidate, before, against_reported=before is None)
 
     def accept(self, candidate: Snapshot, found: Comparison, force: str | None) -> str:
-        """Let the run's commands take the candidate's store for the one that it was trained on, from now on.
+        """Let the run's commands use the candidate's store instead of the one that it was trained on.
 
-        Says what was done for that. Raises TrainerError where a gate fails and `force`, a reason, is not given, and
-        where the features are of another network.
+        Returns a description of the change. Raises TrainerError if a gate fails and no `force`, a reason, is given, or
+        if the features are of another network.
         """
         if found.failures and (force is None or found.gates[0].gate == NETWORK):
             raise TrainerError(f"not accepted: {found.failures[0]}")

@@ -1,11 +1,11 @@
-"""Scores of two (run, snapshots) pairs on the same impressions: what differs, and the gates on GAUC and log loss.
+"""Scores of two (run, snapshots) pairs on the same impressions: differences, and gates on GAUC and log loss.
 
 The pairs are one run with two snapshots of a store, or two runs, each with its own stores. Both are measured on the
-same resamples of users. A metric is worse where it falls (log loss: rises) by more than its limit and by more than
-noise: the interval of the paired difference is on that side of zero. So a small day, on which nothing can be told,
-stops nothing that is as good.
+same resamples of users. A metric is worse if it falls (log loss: rises) by more than its limit and by more than noise,
+i.e. the interval of the paired difference excludes zero. So a small day, which cannot show a difference, does not stop
+a model that is as good.
 
-Of a store of any size only the rows are read that the impressions name: they go into a small store of their own.
+Only the rows that the impressions name are read from a store, and copied to a small store of their own.
 Letters of shapes: N impressions, U unique keys, D feature width.
 """
 
@@ -38,13 +38,13 @@ from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import Batch, SampleReader
 
 MOST_IMPRESSIONS = 200_000
-"""Impressions that are scored; of more, about as many are drawn, the same for both sides."""
+"""Impressions to score; of more, about as many are drawn, the same for both sides."""
 _BATCH, _WINDOW_GROUPS, _SHARDS, _ROWS_A_PUT = 8_192, 128, 8, 8_192
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Predictions of one pair; of the images of the impressions, how many have no feature."""
+    """Predictions of one pair, and the number of the impressions' images without a feature."""
 
     predictions: Predictions
     num_images: int
@@ -84,13 +84,13 @@ def score(
             num_rows = sum(partition.num_rows for partition in opened.partitions.values())
     logit_N = np.concatenate(logits).astype(np.float64)
     if not np.isfinite(logit_N).all():
-        raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
+        raise TrainerError("the model's predictions are not finite numbers; try an earlier checkpoint")
     images = sum(map(len, keys.values()))
     return Scores(Predictions(logit_N, _impressions(saved, batches)), images, images - num_rows)
 
 
 def compare_scores(new: Scores, old: Scores) -> ScoreChange:
-    """Compare two pairs. Raises DataError where they did not score the same impressions."""
+    """Compare two pairs. Raises DataError if they did not score the same impressions."""
     differences = compare([new.predictions], [old.predictions], metrics=("gauc", "logloss"))
     change_N = np.abs(new.predictions.logit_N - old.predictions.logit_N)
     mean = float(change_N.mean()) if len(change_N) else None
@@ -98,7 +98,7 @@ def compare_scores(new: Scores, old: Scores) -> ScoreChange:
 
 
 def score_gates(change: ScoreChange, limits: GateLimits) -> list[GateResult]:
-    """Hold each difference against its limit; one that is not known does not hold."""
+    """Compare each difference with its limit; an unknown difference fails."""
     is_paired, where = change.mean_logit_change is not None, f"{change.num_impressions:,} impressions"
     if is_paired:
         where = f"{where}, whose logits move by {change.mean_logit_change:.1e} on average"
@@ -133,7 +133,7 @@ class RunInUse:
 def gate_model(
     folder: RunPath, checkpoint: str | None, in_use: RunInUse, *, store_version: VersionName | None = None
 ) -> list[GateResult]:
-    """Compare the run in `folder` with the one in use on its evaluation rows; what cannot be compared does not hold.
+    """Compare the run in `folder` with the one in use on its evaluation rows; if that is impossible, the gate fails.
 
     Each is scored with the newest features of its stores; `store_version`: the snapshot of the new run's first store.
     For one rank.
@@ -167,7 +167,7 @@ def _snapshots(saved: SavedRun, first: VersionName | None) -> dict[str, Snapshot
 
 
 def _drawn_batches(saved: SavedRun, index: SampleIndex, most: int) -> list[Batch]:
-    """Read all impressions, or about `most` of more, out of windows of the files that a fixed seed draws."""
+    """Read all impressions, or, if there are more, about `most` from random windows of the files, by a fixed seed."""
     is_drawn = index.num_samples > most
     seed, window = (0, _WINDOW_GROUPS) if is_drawn else (None, 1)
     reader = SampleReader(index, saved.schema, batch_size=min(_BATCH, most), seed=seed, window_groups=window)
@@ -177,7 +177,7 @@ def _drawn_batches(saved: SavedRun, index: SampleIndex, most: int) -> list[Batch
 
 
 def _keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:
-    """Return all that content fields of the store ask for in the batches, ascending."""
+    """Return all keys of the store's content fields in the batches, ascending."""
     names = [
         each.name
         for each in used_fields(saved.schema, saved.config.model)
@@ -197,7 +197,7 @@ def _impressions(saved: SavedRun, batches: Sequence[Batch]) -> Impressions:
 
 
 def _small_store(folder: Path, snapshot: Snapshot, keys_U: Int64Array) -> FeatureStore:
-    """Make a store with those of the keys that the snapshot has, their features as they are."""
+    """Copy the rows of those keys that the snapshot has into a new store."""
     info = snapshot.info
     store = FeatureStore.create(folder, info.model_copy(update={"num_shards": min(_SHARDS, info.num_shards)}))
     if info.reduction is not None:

@@ -1,1 +1,1 @@
-"""The configuration of a run: its settings, where they come from, and how they are checked."""
+"""The configuration of a run: its settings, their sources and their checks."""

@@ -1,7 +1,7 @@
 """Differences between two records of runs: their settings, and the origins of their checkpoints.
 
-A record is a mapping of sections (data, model, optim, ...) to values by name. That of a checkpoint's origin has, beside
-settings, what decides as much: the digest of the samples, the fields of the schema, the kind of the stores' features.
+A record is a mapping of sections (data, model, optim, ...) to values by name. That of a checkpoint's origin has not
+only settings, but also the digest of the samples, the fields of the schema, and the kind of the stores' features.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,15 +30,15 @@ _OF_ATTENTION = {"attention_hidden"}
 _OF_POOLINGS = set[str]().union(*SETTINGS_OF_POOLINGS.values()) - _OF_ATTENTION
 _OF_BEHAVIORS = _OF_POOLINGS | {"pooling", "image_products", "similarity_tiers", "similarity_top_k"}
 OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
-"""Settings of the model that one without images has no use for."""
+"""Settings that a model without images does not use."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A value that two records have otherwise: `here` in the first, `there` in the second; None where it is missing."""
+    """A value that differs between two records: `here` in the first, `there` in the second; None if missing."""
 
     name: str
-    """Section, setting and, inside of its value, further names, with dots between."""
+    """Section, setting and further names inside its value, joined by dots."""
     here: Any
     there: Any
     decides: Decision
@@ -49,17 +49,17 @@ class Difference:
         return ".".join(self.name.split(".")[:2])
 
     def text(self, there: str) -> str:
-        """Say both values; `there` names the second record."""
+        """Format both values; `there` names the second record."""
         return f"{self.name} is {self.here!r} here, {self.there!r} {there}"
 
 
 def differences(
     here: Mapping[str, Any], there: Mapping[str, Any], accepted: Collection[Decision] = ()
 ) -> list[Difference]:
-    """List what the two records have otherwise, but for what decides one of the kinds `accepted`.
+    """List the differences between two records, except those of the kinds `accepted`.
 
-    A setting that the other settings of its model make idle, in both records, counts as equal. What is not a setting
-    decides on parameters, but for the samples.
+    A setting that is unused in both records, because of other settings of the model, counts as equal. Values that are
+    not settings are of kind `parameters`, except the samples.
     """
     idle = {f"model.{name}" for name in _idle(here.get("model", {})) & _idle(there.get("model", {}))}
     found = [Difference(*each, decides_of(each[0])) for each in differing(here, there)]
@@ -67,7 +67,7 @@ def differences(
 
 
 def decides_of(name: str) -> Decision:
-    """Return what the setting of this name decides, or another value of an origin."""
+    """Return the kind of a setting, or of another value of an origin, by its name."""
     return _DECISIONS.get(".".join(name.split(".")[:2]), "parameters")
 
 
@@ -82,7 +82,7 @@ def settings_that_decide(*kinds: Decision) -> dict[str, set[str]]:
 
 
 def values_that_decide(section: Section, *kinds: Decision) -> dict[str, Any]:
-    """Return the values of those settings of a section that decide one of these kinds."""
+    """Return the values of a section's settings of these kinds."""
     return {
         name: value
         for name, value in section.model_dump().items()
@@ -91,7 +91,7 @@ def values_that_decide(section: Section, *kinds: Decision) -> dict[str, Any]:
 
 
 def _idle(model: Mapping[str, Any]) -> set[str]:
-    """Name the settings of a model that its others make idle: none where its net is a user's, which may read any."""
+    """List the settings of a model that others make unused; none if its net is a user's, which may read any."""
     base, images, pooling = (model.get(name, "") for name in ("base", "images", "pooling"))
     if not base or "." in base:
         return set()

@@ -36,7 +36,7 @@ from trainer.config.options import (
 from trainer.errors import ConfigError
 
 _KEPT = 64
-"""Saved files of which the checked configuration is kept: a page of the explorer asks for that of a run many times."""
+"""Number of saved files whose checked configuration is cached, as pages of the explorer read it often."""
 
 Device = Literal["auto", "cpu", "cuda"]
 WarmPart = Literal["images", "model", "ids", "optimizers"]
@@ -213,7 +213,7 @@ class Config(Section):
         resume = self.run.resume or ""
         if resume in ("latest", "auto") and self.run.overwrite:
             raise ValueError(
-                f"run.resume={resume} continues from the newest checkpoint and run.overwrite=true removes it; set one "
+                f"run.resume={resume} continues from the newest checkpoint, but run.overwrite=true removes it; set one "
                 "of them, or resume from the path of an earlier one"
             )
         if self.run.name is None and (resume in ("latest", "auto") or resume.isdecimal()):
@@ -233,17 +233,17 @@ def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Co
 
 
 def load_saved(file: RunPath) -> Config:
-    """Read the configuration that a run has written into its folder. Raises ConfigError."""
+    """Read the configuration in a run's folder. Raises ConfigError."""
     text = _text(file)
-    if "${" in text:  # of the environment, which may be another one the next time
+    if "${" in text:  # from the environment, which may differ the next time
         return _saved(text, file)
     return _saved_once(text, file)
 
 
 def _saved(text: str, file: RunPath) -> Config:
-    """Parse and check the text of a saved file: some 30 ms."""
+    """Parse and check the text of a saved file, in about 30 ms."""
     if not text.strip():  # as a file of settings it would be the defaults
-        raise ConfigError(f"{file} is empty: the settings of a run are missing in it; put it back from a copy")
+        raise ConfigError(f"{file} is empty, so the settings of the run are lost; restore it from a copy")
     if "*" in text:
         try:
             parse_yaml(text, aliases=False)
@@ -256,19 +256,19 @@ _saved_once = lru_cache(_KEPT)(_saved)
 
 
 def _checked(layers: Iterable[DictConfig]) -> Config:
-    """Merge layers over the defaults, all of which an interpolation may name, and check the result."""
+    """Merge layers over the defaults, resolve interpolations, and check the result."""
     values = Config().model_dump(mode="json")
     for layer in layers:
         _lay_over(values, OmegaConf.to_container(layer))
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as failure:
-        raise ConfigError(f"an interpolation of the configuration leads nowhere: {one_line(failure)}") from failure
+        raise ConfigError(f"unresolved ${{...}} reference in the configuration: {one_line(failure)}") from failure
     return validated(Config, {str(name): value for name, value in resolved.items()}, "configuration", ConfigError)
 
 
 def _lay_over(below: dict[Any, Any], above: Any) -> None:
-    """Put the values above into the mapping below; two mappings become one, all else is replaced."""
+    """Update the mapping `below` with the values `above`, merging nested mappings."""
     for name, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(name), dict):
             _lay_over(below[name], value)
@@ -277,7 +277,7 @@ def _lay_over(below: dict[Any, Any], above: Any) -> None:
 
 
 def save_config(config: Config, path: RunPath) -> None:
-    """Write the resolved configuration as YAML, all of it or none; `load_config(path)` gives an equal one."""
+    """Write the resolved configuration atomically as YAML; `load_config(path)` returns an equal one."""
     write_file(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
@@ -317,7 +317,7 @@ def _unreadable(path: RunPath, failure: Exception) -> ConfigError:
 def _parse_setting(setting: str) -> DictConfig:
     name, equals, _ = setting.partition("=")
     if not equals or "." not in name:
-        raise ConfigError(f"--set {setting}: it has to be section.field=value, as train.epochs=1")
+        raise ConfigError(f"--set {setting}: write it as section.field=value, e.g. train.epochs=1")
     try:
         return OmegaConf.from_dotlist([setting])
     except (YAMLError, OmegaConfBaseException, RecursionError) as failure:

@@ -42,11 +42,11 @@ DECISIONS: Mapping[Decision, str] = {
     "training": "how the numbers move, and what is measured",
     "nothing": "speed, places and printing: what lies at a place is compared by itself",
 }
-"""What a setting decides; every one says it in its type. Who compares two runs asks `trainer.config.comparison`."""
+"""The kind of a setting, which is part of its type; comparisons of runs use `trainer.config.comparison`."""
 
 
 class Decides(NamedTuple):
-    """The part of a setting's type that says what it decides."""
+    """The kind of a setting, in its type."""
 
     what: Decision
 
@@ -65,12 +65,12 @@ class Section(BaseModel):
 
 
 def decision_of(field: FieldInfo) -> Decision:
-    """Return what the setting of this field decides. Raises StopIteration where its type does not say it."""
+    """Return the kind of the setting of this field. Raises StopIteration if its type has none."""
     return next(each.what for each in field.metadata if isinstance(each, Decides))
 
 
 LONGEST_NAME = 200
-"""Characters of a name that is compared with the known ones: to compare takes the product of both lengths."""
+"""Longest name that is compared with the known ones, as a comparison costs the product of both lengths."""
 
 
 def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:
@@ -107,7 +107,7 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
         case _:
             message = details["msg"].removeprefix("Value error, ").replace("Input should", "it should")
             if not name or (details["type"] == "value_error" and isinstance(details["input"], Mapping)):
-                return message  # of several fields, which it names itself
+                return message  # concerns several fields, which its message names
             return without_passwords(f"{name}={details['input']!r}: {message}")
 
 
@@ -147,9 +147,9 @@ LearningRate = Annotated[float, Field(gt=0, le=10)]
 RateDecay = Annotated[float, Field(gt=0, le=1)]
 _DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+")
 LARGEST_UNTRAINED = 0.001
-"""Of model.id_init_std: a first step of Adam moves a row as far."""
+"""Largest model.id_init_std: a first step of Adam moves a row this far."""
 MOST_EXACT_ROWS = (1 << 31) - 1
-"""Of a shard: the map from ids to rows holds numbers of 32 bits with a sign (trainer/ids/exact.py)."""
+"""Most rows of a shard, as the map from ids to rows holds signed 32-bit numbers (trainer/ids/exact.py)."""
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -273,8 +273,8 @@ class ModelConfig(Section):
     def _queries_there(cls, value: str, info: ValidationInfo) -> str:
         if value == "multi_query" and info.data.get("images") == "behavior":
             raise ValueError(
-                "it asks with the ad image and with the ad's IDs; set model.images=both, "
-                "or model.pooling=attentive, where without an ad image the ad's IDs ask"
+                "it queries with the ad image and with the ad's IDs; set model.images=both, "
+                "or model.pooling=attentive, which without an ad image queries with the ad's IDs"
             )
         if value == "transformer" and info.data.get("base") == "two_tower":
             raise ValueError(
@@ -330,7 +330,7 @@ class ModelConfig(Section):
 
 
 _LEAST_SHARE = 0.001
-"""Of steps that are averaged: for less, logarithms of Gamma functions would be too large for their differences."""
+"""Least share of steps to average; for less, logarithms of Gamma functions would lose their differences."""
 
 
 class OptimConfig(Section):

@@ -1,1 +1,1 @@
-"""One training step, and all that it is put together from."""
+"""One training step and its parts."""

@@ -37,7 +37,7 @@ class PreparedBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The figures of one training step: `loss` is the mean over the global batch, the rest is of this rank."""
+    """The metrics of one training step: `loss` is the mean over the global batch, the rest is this rank's."""
 
     loss: float
     num_samples: int
@@ -49,7 +49,7 @@ class Engine(EngineParts):
     """Exchanges the keys of batches, trains on them, and predicts, with the parts of one rank."""
 
     def prepared(self, batches: Iterator[Batch], kind: Kind = "step") -> Iterator[PreparedBatch]:
-        """Exchange the keys of one batch after the other, and gather what their owners need.
+        """Exchange the keys of each batch in turn, and gather the rows that their owners need.
 
         It does not depend on weights, so it may run a step ahead, in a second thread during the step before.
         All ranks ask for batches of one kind in the same order. One that cannot be read, or does not fit the model,
@@ -61,7 +61,7 @@ class Engine(EngineParts):
                 self.model.check(batch)
             except StopIteration:
                 return
-            except Exception as failure:  # whatever it is, the other ranks wait for this one's keys
+            except Exception as failure:  # any error: the other ranks are blocked on this rank's keys
                 self._exchange.refuse(failure, kind)
             request = self._exchange.request(batch.fields, kind)
             prepared = PreparedBatch(batch, request)
@@ -70,15 +70,15 @@ class Engine(EngineParts):
             yield prepared
 
     def prepare(self, batch: Batch, kind: Kind = "step") -> PreparedBatch:
-        """Prepare one batch as `prepared` does; all ranks call it."""
+        """Prepare one batch like `prepared`; all ranks call it."""
         return next(self.prepared(iter([batch]), kind))
 
     def train_step(self, prepared: PreparedBatch) -> StepResult:
         """Do one training step: forward, backward, one allreduce, both optimisers. All ranks call it.
 
-        The host waits for the device once, for loss and failures, before anything is updated. Where a rank failed, it
-        raises its error and the others RemoteRankError: no parameter and no row has moved then (the running values of
-        batch norm may have).
+        The host waits for the device once, for loss and failures, before anything is updated. A rank that failed raises
+        its error and the others RemoteRankError; then no parameter and no row has moved (running values of batch norm
+        may have).
         """
         batch, request = prepared.batch, prepared.request
         rates = rates_at(self._optim, self.num_steps - self.first_step)
@@ -95,7 +95,7 @@ class Engine(EngineParts):
         with self.stages.timed("wait for the loss"):
             global_loss, num_failures = self._dense.outcome()
         if num_failures:
-            self._dense.finish_reduction()  # so that nothing is under way when the error is raised
+            self._dense.finish_reduction()  # so that nothing is running when the error is raised
         self._exchange.check(request, num_failures)
         with self.stages.timed("update id rows"):
             self.move_rows(rates)
@@ -124,7 +124,7 @@ class Engine(EngineParts):
     def compute(
         self, prepared: PreparedBatch, network: NetworkPart, given: Mapping[str, FieldVectors] | None = None
     ) -> NDArray[np.float64]:
-        """Return what `network`, as a part of the model, makes of a batch, in float64.
+        """Return the outputs of `network`, a part of the model, for a batch, in float64.
 
         `given`: vectors of fields in place of those that are looked up. All ranks call it equally often.
         """

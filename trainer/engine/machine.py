@@ -28,7 +28,7 @@ _MOST_THREADS = 4  # for each core
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a rank runs. `cores`: those that it may run on, which a launcher may have bound it to."""
+    """A rank's host and `cores`: those that it may run on, as a launcher may have bound it to some."""
 
     host: str
     cores: frozenset[int]
@@ -56,7 +56,7 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
         return torch.device("cpu")
     here = [rank for rank, each in enumerate(places) if each.host == place.host]
     device = torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
-    torch.cuda.set_device(device)  # NCCL, and all that names no device, would take the first GPU
+    torch.cuda.set_device(device)  # NCCL, and code that names no device, would use the first GPU
     return device
 
 
@@ -88,7 +88,7 @@ def uses_cuda(device: Device, available: bool, without_cuda: str | None) -> bool
 
 
 def idle_gpus(device: Device, have_gpu: Sequence[bool], without_cuda: str | None) -> str | None:
-    """Say why ranks leave their GPUs alone, and what to do; None where none is idle, or run.device chose the device.
+    """Explain why GPUs are not used, and what to do; None if none is idle, or run.device chose the device.
 
     `have_gpu`: of each rank, whether it has a GPU. `without_cuda`: as for `uses_cuda`.
     """
@@ -215,11 +215,11 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def objects_frozen() -> Iterator[None]:
-    """Let Python's garbage collector pass over the objects that are there now, within the block.
+    """Exclude existing objects from Python's garbage collection within the block.
 
-    To look at all that the imported libraries hold takes a fifth of a second. The collector does so once in a while, on
-    each rank at a moment of its own, and all ranks wait. Nothing happens where the process has frozen objects already:
-    the one who did it lets go of them.
+    Scanning all objects of the imported libraries takes a fifth of a second. Each rank's collector does this at its own
+    time, and all ranks wait for it. Does nothing if the process has already frozen objects; whoever froze them
+    unfreezes them.
     """
     if gc.get_freeze_count():
         yield
@@ -235,9 +235,9 @@ def objects_frozen() -> Iterator[None]:
 def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, recorded: str | None) -> ModelConfig:
     """Settle model.compute_dtype, the same on every rank.
 
-    It is what the setting says; for "auto" it is `recorded` (in the checkpoint that a run continues), else what rank
-    0's environment names, else bfloat16 where the hardware of every rank is quick at it, and float32 elsewhere. All
-    ranks call it. Raises ConfigError on all where the environment names no such type.
+    Returns the setting; for "auto" `recorded` (from the checkpoint that a run continues), else the type in rank 0's
+    environment, else bfloat16 if it is fast on the hardware of every rank, else float32. All ranks call it. Raises
+    ConfigError on all if the environment has an unknown type.
     """
     if config.compute_dtype != "auto":
         return config

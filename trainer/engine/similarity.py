@@ -1,4 +1,4 @@
-"""How similar the behaviour images are to the ad's image: a histogram for the model, and the nearest ones of a history.
+"""Similarity of behaviour images to the ad's image: a histogram for the model, and the nearest behaviours.
 
 It comes from signatures, some bits of each image that its owner made of the feature, so that features need not travel.
 No weight takes part: all of it is done a step ahead. The histogram is SimTier (Taobao, "Enhancing Taobao Display
@@ -209,7 +209,7 @@ class ImageComparison:
         self._signatures = dict(sorted(signatures_of_source.items()))
 
     def similarities(self, batch: Batch, request: KeyRequest) -> dict[str, Similarity]:
-        """Compare every behaviour field. All ranks call it; what goes wrong is kept in the request."""
+        """Compare every behaviour field. All ranks call it; errors are kept in the request."""
         with self._stages.timed("exchange signatures", request.kind):
             words_of_source = {number: self._words(number, request) for number in self._signatures}
         tiers, top_k = self._config.similarity_tiers, self._config.similarity_top_k
@@ -230,7 +230,7 @@ class ImageComparison:
         try:
             if request.error is None:
                 reply_RW = self._signatures[number].of(keys_R)
-        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+        except Exception as failure:  # any error: the other ranks are blocked on this rank's answer
             request.error = failure
         splits_P = splits_of(request.received.counts_PS[:, number])
         name = f"{request.kind}.signatures.{number}"

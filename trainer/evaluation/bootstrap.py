@@ -39,7 +39,7 @@ _LOSS, _CLICKS, _PROBABILITY, _COUNT, _GAUC_WEIGHT, _GAUC_SUM, _FIXED = range(7)
 
 
 class Statistic(Protocol):
-    """What can be measured of resamples."""
+    """The interface of statistics of resamples."""
 
     def at(self, weight_BU: Float) -> Float:
         """Compute values (B, M) with user u counted `weight_BU[b, u]` times; NaN where one is not defined."""
@@ -47,7 +47,7 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Replicates:
-    """Values (M,) of everybody counted once, and (R, M) of the resamples."""
+    """Values (M,) of the sample itself, and (R, M) of the resamples."""
 
     value_M: Float
     draws_RM: Float
@@ -77,7 +77,7 @@ def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -
 
 
 def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False) -> Estimate:
-    """Find the middle `LEVEL` of the resamples; None where the value, or half of the resamples, are not defined.
+    """Return the central `LEVEL` interval of the resamples; None if the value, or half of the resamples, are undefined.
 
     No interval either for a value that fewer than LEAST_USERS `users` contribute to: resamples of a few say nothing of
     the others. `pivotal`: mirrored at the value, for a statistic that is larger in resamples than in the sample.
@@ -100,7 +100,7 @@ def probability(logit_N: Float) -> Float:
 
 
 class MetricSums:
-    """What each user adds to the metrics of a set of impressions.
+    """The contributions of each user to the metrics of a set of impressions.
 
     calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. ECE, the expected
     calibration error (Naeini et al., AAAI 2015): the mean over impressions of |mean prediction - click rate| of their

@@ -174,7 +174,7 @@ def _difference(name: str, ours: float, baseline: float, draws_R: Float, users: 
     value = ours - baseline
     estimate = interval(value, draws_R, users=users)
     defined_R = draws_R[~np.isnan(draws_R)]
-    # A difference of rounding errors (equal models in another order of sums) is none.
+    # A difference of rounding errors (equal models, another order of sums) counts as 0.
     as_far = np.abs(defined_R - value) >= abs(value) - 1e-12
     p_value = float((1 + as_far.sum()) / (1 + len(defined_R))) if estimate.low is not None else None
     mine, theirs = (None if np.isnan(each) else float(each) for each in (ours, baseline))

@@ -1,11 +1,11 @@
-"""What an evaluation reports, as report.json holds it; the explorer reads it back. Imports no torch."""
+"""The results of an evaluation, as in report.json, which the explorer reads. Does not import torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the ends of its interval; None where it is not defined (no impression, or one class only)."""
+    """A value and the ends of its interval; None if it is not defined (no impression, or one class only)."""
 
     value: float | None
     low: float | None
@@ -51,7 +51,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Figures:
-    """All of it; `missing_curve` is empty where it was not asked for."""
+    """All results; `missing_curve` is empty unless it was requested."""
 
     whole: Measured
     sliced_by: dict[str, SlicedBy]

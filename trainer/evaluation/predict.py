@@ -52,14 +52,14 @@ from trainer.stages import ReadAhead
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits of N impressions, and what is known of them, in the order of the sample files."""
+    """Logits and further columns of N impressions, in the order of the sample files."""
 
     logit_N: Float
     impressions: Impressions
     notes: tuple[str, ...] = ()
-    """What a reader of the figures should know."""
+    """Notes for the user on the results."""
     is_new_ad_N: NDArray[np.bool_] | None = None
-    """Whether the ad is in none of the run's training samples; None where that was not looked up."""
+    """Whether the ad is not in the run's training samples; None if unknown."""
 
 
 def predict_run(
@@ -92,7 +92,7 @@ def predict(opened: EvaluatedRun) -> Float:
         own = np.concatenate([np.empty(0), *(engine.predict(each) for each in engine.prepared(ahead, "eval"))])
     logit_N: Float = opened.comm.allgather(torch.from_numpy(own), "logits").numpy()
     if len(logit_N) != opened.test.num_samples or not np.isfinite(logit_N).all():
-        raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
+        raise TrainerError("the model's predictions are not finite numbers; try an earlier checkpoint")
     return logit_N
 
 
@@ -152,7 +152,7 @@ HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to measure, and where the report goes: by default to RUN/evaluation, and no further JSON file."""
+    """Options of an evaluation; the report goes to RUN/evaluation by default, without a further JSON file."""
 
     resamples: int = 1000
     missing_curve: bool = False
@@ -196,12 +196,12 @@ def _slicings(opened: EvaluatedRun, impressions: Impressions) -> list[Slicing]:
 
 
 SCORES_OF = "scores"
-"""Name of the metadata that say what the scores are of."""
+"""Name of the metadata with the origin of the scores."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a file of scores has: what it is of, its rows, and the means of labels and of probabilities."""
+    """Summary of a file of scores: its origin, its rows, and the means of labels and probabilities."""
 
     about: Mapping[str, Any]
     impressions: int
@@ -225,7 +225,7 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
             "stores": {name: record.model_dump() for name, record in opened.stores.items()},
         }
         file: ScoreFile | None = None
-        with comm.agreed():  # a place that cannot be written is found before the work
+        with comm.agreed():  # fails before the work if the address cannot be written
             if comm.rank == 0:
                 file = stack.enter_context(open_scores(out, opened.test, opened.schema, about))
         logit_N = predict(opened)
@@ -266,7 +266,7 @@ class ScoreFile:
         self._sums += sums
 
     def written(self, notes: tuple[str, ...] = ()) -> Written:
-        """Sum up what has been added."""
+        """Return the summary of all added rows."""
         count, labels, probabilities = self._sums.tolist()
         return Written(self._about, round(count), labels / count, probabilities / count, notes)
 
@@ -279,7 +279,7 @@ class ScoreFile:
         group_B = np.repeat(np.arange(len(counts_G)), counts_G)
 
         def written(column: str) -> Any:
-            """Give the values as the samples have them: a group's own value once, an ad's in each place."""
+            """Return the raw values of the samples, repeating a group's value for each of its impressions."""
             if column not in self._index.text_columns:
                 return pa.array(groups.columns[column].values)
             encoded = texts_of(table, column, self._rules[column], full, row_group.first_row)

@@ -218,7 +218,7 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: R
 
 
 def number(value: float | None) -> str:
-    """Format with four digits after the point; a dash for what is not defined."""
+    """Format with four digits after the point; a dash for an undefined value."""
     return "-" if value is None else f"{value:.4f}"
 
 

@@ -27,7 +27,7 @@ NEVER = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Impressions:
-    """N test impressions in the order of the files; what the schema or the samples lack is None."""
+    """N test impressions in the order of the files; columns that the schema or the samples lack are None."""
 
     label_N: NDArray[np.float32]
     user_N: Index
@@ -43,7 +43,7 @@ class Impressions:
 
 @dataclass(frozen=True)
 class SeenInTraining:
-    """What training has seen of each of `ad_A` and `image_I`.
+    """Statistics of `ad_A` and `image_I` in the training samples.
 
     Of an ad: its impressions, and the time of the first (NEVER where there is none, or no time). Of an image: whether
     training met it, shown or in a history.
@@ -88,7 +88,7 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
 
 
 def seen_in_training(comm: Comm, index: SampleIndex, schema: Schema, impressions: Impressions) -> SeenInTraining:
-    """Count what the split `index` holds of the ads and ad images of `impressions`; the same on every rank.
+    """Count the ads and ad images of `impressions` in the split `index`; the same on every rank.
 
     Raises DataError or SchemaError on all ranks together.
     """

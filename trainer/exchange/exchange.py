@@ -36,7 +36,7 @@ from trainer.stages import Kind, Stages, StageSequence
 
 
 class ServedKeys(Protocol):
-    """What every source keeps of a request: for each of R keys received, its row among the Q unique ones."""
+    """A source's state of a request: for each of R keys received, its row among the Q unique ones."""
 
     inverse_R: Int64
     num_unique: int
@@ -65,7 +65,7 @@ class ExchangeSource(Protocol):
 
 @dataclass
 class WidthPlan:
-    """How an owner puts the answers of one width together, and an asker takes them apart."""
+    """Layout of the answers of one width, for the owner that packs and the asker that unpacks them."""
 
     width: int
     sources: list[int]
@@ -95,8 +95,8 @@ class KeyRequest:
     kind: Kind
     """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
     error: Exception | None = field(default=None)
-    """What went wrong on this rank while it served. It is not raised there, where the other ranks would wait for this
-    one's part of the next collective: `Exchange.check` raises it on all ranks together."""
+    """An error of this rank while it served. It is not raised at once, as the other ranks would wait for this one in
+    the next collective: `Exchange.check` raises it on all ranks together."""
     failures: Tensor | None = field(default=None)
     """How often an owner had an error in place of vectors, on the device; the same on every rank."""
     backward: StageSequence | None = field(default=None)
@@ -132,9 +132,9 @@ class Exchange:
     def request(self, fields: Mapping[str, Jagged], kind: Kind) -> KeyRequest:
         """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
 
-        Raises RemoteRankError where another rank refuses. What goes wrong while an owner serves (a missing key) is kept
-        and raised by `check`. May run in a thread of its own, during the step of an earlier request; requests of
-        one kind come one after the other.
+        Raises RemoteRankError if another rank refuses. Errors while an owner serves (a missing key) are kept and raised
+        by `check`. May run in a thread of its own, during the step of an earlier request; requests of one kind must be
+        sequential.
         """
         asked_S, blocks = self._exchange_keys(fields, kind, OK)
         if (blocks.status_P != OK).any():
@@ -145,7 +145,7 @@ class Exchange:
             with self._stages.timed("gather", kind):
                 for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
                     served_S.append(source.serve(keys_R, kind))
-        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+        except Exception as failure:  # any error: the other ranks are blocked on this rank's answer
             error = failure
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
         places, index, lengths = self._fields_of(asked_S, fields)
@@ -160,8 +160,8 @@ class Exchange:
     def vectors(self, request: KeyRequest) -> dict[str, FieldVectors]:
         """Return the vectors of every field, with autograd attached: by one alltoall per width, as in backward.
 
-        If one rank runs backward, all have to. Where a rank has an error they are zeros, and worth nothing: `check`
-        has to be called before anything is made of them that stays.
+        If one rank runs backward, all must. If a rank has an error, they are meaningless zeros: call `check` before any
+        state is updated from them.
         """
         unique_S: list[Tensor] = []
         try:
@@ -208,7 +208,7 @@ class Exchange:
     def _exchange_keys(
         self, fields: Mapping[str, Jagged], kind: Kind, status: int
     ) -> tuple[list[Bucketized], KeyBlocks]:
-        """Return what this rank asks of each source, and what all ranks ask of this one."""
+        """Return this rank's requests to each source, and all ranks' requests to this one."""
         with self._stages.timed("unique", kind):
             asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
             payload, lengths_P = pack_key_blocks(status, asked_S, self._comm.size)
@@ -325,7 +325,7 @@ def _rows_of(plan: WidthPlan, failed: bool) -> Tensor:
 
 
 def splits_of(counts_P: Int64) -> Tensor:
-    """Convert counts to the type that Horovod wants."""
+    """Convert counts to the type that Horovod requires."""
     return torch.from_numpy(counts_P.astype(np.int32))
 
 

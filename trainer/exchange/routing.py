@@ -1,4 +1,4 @@
-"""Pure functions of the exchange: which key goes to which rank, and where the answers lie in what comes back.
+"""Pure functions of the exchange: the owner of each key, and the positions of answers in received blocks.
 
 A rank that asks has, for each of S sources (an image model over a store, an ID table), unique keys in the order of
 their owners. A block for one owner is [status, number of keys of each source, keys of source 0, keys of source 1, ..];
@@ -57,7 +57,7 @@ def unique(keys_N: Int64) -> tuple[Int64, Int64]:
 
 
 def unique_below(numbers_N: Int64, limit: int) -> tuple[Int64, Int64]:
-    """Do what `unique` does for numbers from 0 to `limit` - 1; without sorting, where these are not many more."""
+    """Do the same as `unique` for numbers from 0 to `limit` - 1, without sorting if `limit` is not much larger."""
     if limit > _SPARSE * len(numbers_N):
         return unique(numbers_N)
     is_there_L = np.zeros(limit, np.bool_)
@@ -90,7 +90,7 @@ def pack_key_blocks(status: int, asked_S: Sequence[Bucketized], num_ranks: int) 
 
 
 def unpack_key_blocks(payload: Int64, lengths_P: Int64, num_sources: int) -> KeyBlocks:
-    """Undo `pack_key_blocks` on what arrived: one block from each asker."""
+    """Undo `pack_key_blocks` on the received blocks, one from each asker."""
     starts_P = _starts(lengths_P)
     status_P = payload[starts_P[:-1]]
     counts_PS = np.stack([payload[s + 1 : s + 1 + num_sources] for s in starts_P[:-1]])

@@ -1,1 +1,1 @@
-"""IDs of texts and of crossed columns, the dictionary that leads back, and the sharded tables of their rows."""
+"""IDs of texts and of crossed columns, the dictionary from IDs to texts, and the sharded tables of their rows."""

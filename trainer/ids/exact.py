@@ -90,7 +90,7 @@ class ExactRequest(RowRequest):
     place_Q: Int64
     is_training: bool
     settled: RowRequest | None = None
-    """The rows that the ids have in the step that is under way."""
+    """The rows of the ids in the current step."""
 
 
 @dataclass
@@ -206,14 +206,14 @@ class ExactTable(IdTable):
                 self._faded_S[slot] = day
 
     def restart(self, epoch: int) -> None:
-        """Begin all rows in use anew for this epoch; ids keep theirs. Memory that no row has used stays untouched."""
+        """Reset all rows in use for this epoch; ids keep their rows. Unused memory stays untouched."""
         for slot in range(len(self.shards)):
             for part in self._of_slot(slot).parts.values():
                 part.zero_()
         self._fill(epoch)
 
     def import_shards(self, state: Mapping[str, Tensor]) -> None:
-        """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
+        """Load the owned shards from `state`, which may contain others. Raises CheckpointError."""
         for slot in range(len(self.shards)):
             self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
 
@@ -235,7 +235,7 @@ class ExactTable(IdTable):
             self._import(slot, parts)
 
     def _parts_of(self, slot: int, state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
-        """Parts of a shard out of a checkpoint. Raises CheckpointError where it lacks one."""
+        """Parts of a shard from a checkpoint. Raises CheckpointError if one is missing."""
         name_of = {part: self._name(self.shards[slot], part) for part in parts}
         if lacking := [name for name in name_of.values() if name not in state]:
             raise CheckpointError(
@@ -304,13 +304,13 @@ class ExactTable(IdTable):
             self._let_go(slot, 1 + gone)
 
     def _expire(self, slot: int, before: int) -> None:
-        """Lets go of a shard's rows that were last used before that day."""
+        """Remove a shard's rows that were last used before that day."""
         gone = np.flatnonzero(self._of_rows(self.last_use, slot)[1:] < before)
         self.counts.expired += len(gone)
         self._let_go(slot, 1 + gone)
 
     def _let_go(self, slot: int, gone_K: Int64) -> None:
-        """Frees these rows of a shard, ascending; the last rows move into their places, and what they leave is zero."""
+        """Free these rows of a shard, ascending; the last rows move to their positions, and leave zeros behind."""
         if not len(gone_K):
             return
         parts = self._of_slot(slot).parts.values()
@@ -471,7 +471,7 @@ class RowMap:
         return place_N
 
     def holds(self, slot_N: Int64, place_N: Int64, ids_N: Int64) -> Bool:
-        """Tell whether each place, found by an earlier `places`, is a row that still belongs to the id, (N,)."""
+        """Return whether each position, from an earlier `places`, is a row that still belongs to the id, (N,)."""
         row_N = place_N - slot_N * self.rows_per_shard
         holds_N: Bool = (row_N > 0) & (row_N <= self.used_S[slot_N]) & (self.id_of_place[place_N] == ids_N)
         return holds_N
@@ -590,7 +590,7 @@ class CountingFilter:
         return np.minimum(counts[one_N], counts[other_N])
 
     def fade(self, slot: int) -> None:
-        """Halve the counts of a shard, so that what was seen long ago counts less."""
+        """Halve the counts of a shard, so that old occurrences count less."""
         self.counts_SC[slot] >>= 1
 
     def _places(self, slot_N: Int64, hash_N: UInt64Array) -> tuple[Int64, Int64]:

@@ -117,7 +117,7 @@ class ExactFigures:
 
     @property
     def share(self) -> float | None:
-        """The share of the ids served that got a cold row, which others share; None where none was served."""
+        """The share of the served ids that got a cold row, which others share; None if none was served."""
         return self.cold / self.served if self.served else None
 
     def as_report(self) -> dict[str, Any]:

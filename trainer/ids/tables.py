@@ -157,7 +157,7 @@ class IdTable(TableShards):
         """Do nothing: there is nothing to give back."""
 
     def tally(self) -> dict[str, int]:
-        """Return what is counted on this rank beside `seen`, to be summed over ranks."""
+        """Return this rank's counts besides `seen`, to be summed over ranks."""
         return {}
 
     def take_gradients(self) -> tuple[Tensor, Tensor] | None:

@@ -274,7 +274,7 @@ class StepTotals:
 
     @property
     def steady(self) -> tuple[int, float]:
-        """Return samples and seconds of all steps but the first; with the first where there is no other."""
+        """Return samples and seconds of all steps but the first, unless it is the only one."""
         if self.steps <= 1:
             return self.samples, self.step_seconds
         return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s

@@ -75,7 +75,7 @@ def has_finished(report: Mapping[str, Any], step: int, total_steps: int, patienc
 
 
 def metrics_of(history: History, step: int) -> dict[str, Any]:
-    """Return what the evaluation after `step` measured."""
+    """Return the metrics of the evaluation after `step`."""
     (entry, *_) = (entry for entry in history if entry["step"] == step)
     return {name: value for name, value in entry.items() if name != "step"}
 
@@ -254,7 +254,7 @@ class Training:
 
     @property
     def new_ad_pictures_count(self) -> bool | None:
-        """Return whether pictures of new ads count; None where nothing decides on it (model.image_dropout)."""
+        """Return whether pictures of new ads count; None if that is not decided (model.image_dropout)."""
         new_ads = self._engine.model.new_ads
         return new_ads.pictures_count if new_ads is not None else None
 

@@ -76,7 +76,7 @@ class TestAddress:
         assert own_address("no-such-host.invalid", is_one_host=True) == "127.0.0.1"
 
     def test_no_way_is_one_line(self) -> None:
-        with pytest.raises(ConfigError, match=r"^MASTER_ADDR=no-such-host\.invalid: no way leads there from "):
+        with pytest.raises(ConfigError, match=r"^MASTER_ADDR=no-such-host\.invalid: no route from "):
             own_address("no-such-host.invalid", is_one_host=False)
 
     def test_loopback_among_several_hosts_is_refused(self) -> None:

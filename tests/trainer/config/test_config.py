@@ -126,8 +126,8 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("run.resume=latest", "run.resume=latest needs the run's name"),
         ("run.resume=auto", "run.resume=auto needs the run's name"),
         ("data.samples=${nowhere.at.all}", "interpolation"),
-        ("epochs=3", "has to be section.field=value"),
-        ("train.epochs", "has to be section.field=value"),
+        ("epochs=3", "write it as section.field=value"),
+        ("train.epochs", "write it as section.field=value"),
         ("run.device=gpu", "run.device='gpu': it should be 'auto', 'cpu' or 'cuda'"),
         ("data.samples=[", "not readable as YAML"),
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
@@ -172,7 +172,7 @@ def test_warm_parts_have_names() -> None:
 
 
 def test_multi_query_needs_the_ad_image() -> None:
-    with pytest.raises(ConfigError, match=r"model\.pooling='multi_query': it asks with the ad image .* set model"):
+    with pytest.raises(ConfigError, match=r"model\.pooling='multi_query': it queries with the ad image .* set model"):
         load_config(settings=["model.images=behavior", "model.pooling=multi_query"])
     assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
 
