@@ -1,4 +1,4 @@
-"""python -m featurestore: look at a store, go through its history, check every file, serve it."""
+"""python -m featurestore: show a store and its history, check its files, and serve it."""
 
 from featurestore.commands import check, history, look, rewrite, serve
 from featurestore.console.commandline import CommandApp, run_app

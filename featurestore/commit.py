@@ -1,4 +1,4 @@
-"""A commit: files that are added to a store, and those that they replace, onto whichever snapshot is the newest."""
+"""A commit: files that are added to the newest snapshot of a store, and those that they replace."""
 
 import time
 import uuid

@@ -17,7 +17,7 @@ FeatureStoreError
 │   └── KeyFileError        a file of keys or uris that has something else
 ├── MissingKeysError        keys without a feature
 ├── CommitConflictError     another writer was in the way: read again and retry
-├── CorruptFileError        a file is not what was written
+├── CorruptFileError        a file is damaged, truncated or replaced
 ├── QueryError              a request that a feature server does not understand
 ├── PasswordError           a password in an address, which logs would show
 ├── AddressError            an address without a bucket, or of a scheme that nothing here opens
@@ -42,7 +42,7 @@ FAILED, USAGE = 1, 2
 class UserError(Exception):
     """An error whose text is one message for the user who started a command, which ends with `exit_code`.
 
-    1: something went wrong. 2: what was typed is wrong, or names what is not there.
+    1: the command failed. 2: an argument or setting is wrong, or names a missing thing.
     """
 
     exit_code: ClassVar[int] = FAILED
@@ -97,7 +97,7 @@ class SpecMismatchError(FeatureStoreError):
 
 
 class AnotherStoreError(FeatureStoreError):
-    """A store of the same kind, but not the one that a checkpoint, an index or codes were made of."""
+    """A store of the same kind, but not the one from which a checkpoint, an index or codes were computed."""
 
 
 class InvalidRowsError(FeatureStoreError):
@@ -129,7 +129,7 @@ class CommitConflictError(FeatureStoreError):
 
 
 class CorruptFileError(FeatureStoreError):
-    """A file is not what was written: damaged, truncated or replaced."""
+    """A file is damaged, truncated or replaced."""
 
 
 class QueryError(FeatureStoreError):
@@ -151,7 +151,7 @@ class AddressError(FeatureStoreError):
 
 
 class TokenFileError(FeatureStoreError):
-    """A file of tokens is not there, has no token, or one that can be guessed."""
+    """A file of tokens is missing, has no token, or one that can be guessed."""
 
     exit_code = USAGE
 

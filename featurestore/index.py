@@ -1,4 +1,4 @@
-"""The one door to faiss: residual quantisers, nearest neighbours, and indexes by key.
+"""All uses of faiss: residual quantisers, nearest neighbours, and indexes by key.
 
 Letters of shapes: N rows, K queries, C found of each, D width; of a residual quantiser L levels, C codes of each.
 """
@@ -100,7 +100,7 @@ class VectorIndex:
 
     @property
     def effort(self) -> int | None:
-        """What a search takes by default; None for flat, which has no choice. It is saved with the index."""
+        """Default effort of a search, saved with the index; None for flat, which has no choice."""
         return int(self._base.hnsw.efSearch) if self.kind == "hnsw" else None
 
     @effort.setter

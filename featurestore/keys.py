@@ -14,7 +14,7 @@ Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
 NO_IMAGE = 0
-"""The key that stands for no image: what a null is in samples and in requests."""
+"""The key that stands for no image, for nulls in samples and requests."""
 
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,18}", re.ASCII)
 _INT64 = range(-(1 << 63), 1 << 63)

@@ -1,4 +1,4 @@
-"""The log of manifests: creating the next one is the commit.
+"""The log of manifests, in which a commit creates the next one.
 
 `expire` takes old manifests out of the log again, so that a name in it can become free. The newest manifest never goes:
 by that a writer that was away for a while, and created a version that once was another's, finds out (`_is_ours`).
@@ -99,7 +99,7 @@ class Appendable(Protocol):
     commit_id: str
 
     def manifest_after(self, parent: Manifest) -> Manifest:
-        """Return the next manifest; whatever it raises ends the commit."""
+        """Return the next manifest; any error that it raises ends the commit."""
         ...
 
 
@@ -141,7 +141,7 @@ def read(storage: Storage, version: int, folder: str = LOG) -> Manifest:
 
 
 def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)) -> Manifest | None:
-    """Read a manifest, also one that has expired meanwhile; None where it is gone."""
+    """Read a manifest, also one that has just expired; None if it was removed."""
     for folder in folders:
         try:
             return read(storage, version, folder)

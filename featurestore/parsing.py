@@ -1,4 +1,4 @@
-"""JSON and YAML of files that anybody may have written: whatever is wrong with them is a ValueError of one line."""
+"""Parsing of untrusted JSON and YAML files: any mistake is a ValueError with a message of one line."""
 
 import json
 from typing import Any

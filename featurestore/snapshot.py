@@ -45,7 +45,7 @@ class Snapshot:
 
     @property
     def codec(self) -> Codec:
-        """What makes stored features float32, and float32 stored features."""
+        """The codec between stored features and float32."""
         return Codec(self.info.dtype)
 
     @cached_property
@@ -174,7 +174,7 @@ class SnapshotId(BaseModel):
         return cls(**source.model_dump())
 
     def as_source(self) -> SourceSnapshot:
-        """Return what a store keeps whose rows are made of this snapshot's."""
+        """Return the record of this snapshot for a store whose rows are computed from it."""
         return SourceSnapshot(**self.model_dump())
 
     def named(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class SnapshotId(BaseModel):
 
     @classmethod
     def from_named(cls, report: Mapping[str, Any]) -> "SnapshotId | None":
-        """Read the fields of `named` from a report; None where it names no snapshot."""
+        """Read the fields of `named` from a report; None if it has no snapshot."""
         if "store" not in report or "snapshot" not in report:
             return None
         ids = {name: str(report[name]) for name in ("store_id", "commit_id")}

@@ -1,4 +1,4 @@
-"""What a store holds (store.json), what a snapshot is made of (the manifest), and how both are written: sealed."""
+"""The models of a store (store.json) and of a snapshot (the manifest), and the sealed form of both files."""
 
 import hashlib
 import json
@@ -313,7 +313,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List the values that differ in two nested mappings: the name with dots, and both; None where one is missing."""
+    """List the values that differ between two nested mappings: dotted name and both values; None if missing."""
     mine, theirs = dict(flat(here)), dict(flat(there))
     both = ((name, mine.get(name), theirs.get(name)) for name in dict.fromkeys([*mine, *theirs]))
     return [(name, one, other) for name, one, other in both if one != other]

@@ -54,12 +54,12 @@ class FeatureStore:
 
     @property
     def codec(self) -> Codec:
-        """What makes stored features float32, and float32 stored features."""
+        """The codec between stored features and float32."""
         return Codec(self.info.dtype)
 
     @cached_property
     def basis(self) -> Basis | None:
-        """Return what the rows of a compact store are coordinates in; None of others. Raises CorruptFileError."""
+        """Return the basis of a compact store's rows, or None for other stores. Raises CorruptFileError."""
         return basis_of(self.info, self.storage)
 
     def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
@@ -127,7 +127,7 @@ class FeatureStore:
         assert move.version is not None, "a channel that is found points to a snapshot"
         try:
             manifest = log.read_manifest(self.storage, move.version)
-        except SnapshotNotFoundError:  # the channel was moved, and its snapshot let go, while this looked
+        except SnapshotNotFoundError:  # the channel was moved, and its snapshot removed, during the lookup
             move = find_channel(self.storage, name)
             manifest = log.read_manifest(self.storage, move.version)
         if manifest.commit_id != move.commit_id:
@@ -243,7 +243,7 @@ class FeatureStore:
 
 
 class Reduction(NamedTuple):
-    """What makes rows of a compact store: the basis, and the dtype of the store that has it, if one does."""
+    """The source of a compact store's rows: the basis, and the dtype of its store, if any."""
 
     basis: Basis
     dtype: DType | None

@@ -43,7 +43,7 @@ class CsvStyle:
 def find_style(
     beginning: bytes, delimiter: str | None = None, encoding: str | None = None, decimal: str | None = None
 ) -> CsvStyle:
-    """Find how the text is written that begins so; what is given is not looked for.
+    """Detect the dialect of a text from its beginning, except options that are given.
 
     The delimiter is the one that makes most names of the first line; a text that is not UTF-8 is Latin-1, or Windows'
     form of it; the decimal sign is a comma where a column has nothing but such numbers. Raises CsvTextError.
@@ -92,7 +92,7 @@ def _has_decimal_comma(column: tuple[str, ...]) -> bool:
 
 
 class CsvTextError(ValueError):
-    """The text cannot be split into rows; says where and what to do."""
+    """The text cannot be split into rows; the message has the position and the way out."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def printable(text: str) -> str:
 
 
 def one_line(error: Exception | str) -> str:
-    """Return the message of another library, whatever its layout, in one line."""
+    """Return the message of another library as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

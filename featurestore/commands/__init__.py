@@ -1,1 +1,1 @@
-"""The commands of python -m featurestore, one file for each kind; each has an `app` that __main__ puts together."""
+"""The commands of python -m featurestore, one file for each kind; __main__ combines their `app`s."""

@@ -1,4 +1,4 @@
-"""Commands verify, repair and check-backend: find broken files, repair them, and test a place for a store."""
+"""Commands verify, repair and check-backend: find broken files, repair them, and test an address for a store."""
 
 import sys
 from pathlib import Path

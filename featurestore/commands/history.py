@@ -229,12 +229,12 @@ def _compact_text(report: "CompactReport", dry_run: bool) -> str:
 
 
 def _expire_text(report: "ExpireReport", dry_run: bool) -> str:
-    keep, let_go, delete = ("would keep", "would let go", "would delete") if dry_run else ("kept", "let go", "deleted")
+    keep, expire, delete = ("would keep", "would expire", "would delete") if dry_run else ("kept", "expired", "deleted")
     expired = f": {ranges_text(report.expired)}" if report.expired else ""
     runs = f", among them the staged parts of dead runs: {', '.join(report.runs)}" if report.runs else ""
     lines = [
         f"{keep} {count_text(len(report.kept), 'snapshot')}: {ranges_text(report.kept) or 'none'}",
-        f"{let_go} of {len(report.expired):,}{expired}",
+        f"{expire} {len(report.expired):,}{expired}",
         f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{runs}",
     ]
     if report.num_waiting:

@@ -1,4 +1,4 @@
-"""Commands info, get and quarantine: what a store holds, and which images it could not take."""
+"""Commands info, get and quarantine: the contents of a store, and the images that it could not import."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ app = CommandApp()
 
 @app.command(epilog="Example: `python -m featurestore info data/features`")
 def info(url: Url, version: Version = None, at: At = None) -> None:
-    """Show what a store holds."""
+    """Show the contents of a store."""
     from featurestore.log import utc_text
     from featurestore.store import FeatureStore
 

@@ -1,4 +1,4 @@
-"""Commands remake and purge: a store in another form, and a store without some images in all of its history."""
+"""Commands remake and purge: convert a store, and remove images from its whole history."""
 
 from typing import TYPE_CHECKING, Annotated
 

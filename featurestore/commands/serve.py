@@ -84,7 +84,7 @@ def read_tls(certificate: Path, key: Path) -> tuple[str, str]:
 def _listening(
     host: str, port: int, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None
 ) -> "Listening":
-    """Read who may connect; warn of a certificate that has expired, or soon will."""
+    """Read the tokens; warn of a certificate that has expired, or soon will."""
     from featurestore.console.files import problem_of_dates, read_tokens
     from featurestore.flight.server import Listening
 

@@ -1,4 +1,4 @@
-"""Start and end of every command: arguments are not empty, numbers are finite, and each mistake is one line.
+"""Start and end of every command: checks of arguments, and one line for each error.
 
 Exit codes:
 0    done

@@ -26,7 +26,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Give a hidden path in the same folder, which is renamed to `path` when the block ends.
+    """Yield a hidden path in the same folder, which is renamed to `path` at the end of the block.
 
     Where the block raises, what it has written is removed. Raises OSError, also where `path` is a folder, a device or a
     pipe, which would be gone.
@@ -38,7 +38,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except BaseException:
-        with suppress(OSError):  # what was raised says why
+        with suppress(OSError):  # the raised error says why
             part.unlink()
         raise
 

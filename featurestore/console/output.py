@@ -118,7 +118,7 @@ def print_summary(text: str) -> None:
 
 
 def print_problem(text: str) -> None:
-    """Print a line on stderr that says what is wrong, or what to be careful with."""
+    """Print a warning or an error in one line on stderr."""
     typer.echo(text, err=True)
     _print_on_page(text)
 
@@ -139,7 +139,7 @@ def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Col
 
 
 def _with_page(console: Console) -> list[Console]:
-    """Return the console that shows what is printed, and the one that records it for the page of the command."""
+    """Return the console of the terminal, and the one that records output for the page of the command."""
     page = current_page()
     return [console, page.console] if page and not console.quiet else [console]
 
@@ -170,7 +170,7 @@ LINE_EVERY_S = 10.0
 
 
 class ProgressBar:
-    """A progress bar: `advance` it by what was finished since the last call, or call it with all that is finished."""
+    """A progress bar: `advance` it by the number finished since the last call, or call it with the total finished."""
 
     def __init__(self, bars: Progress, title: str, total: int, done: int) -> None:
         self._bars, self._title, self._total, self._done = bars, title, total, done
@@ -192,7 +192,7 @@ class ProgressBar:
         self._done, self._total = done, total
 
     def doing(self, what: str) -> None:
-        """Show what is being done, in the place of the title until the next number; in a log every 10 s."""
+        """Show the current activity instead of the title, until the next number; in a log every 10 s."""
         if not self._bars.disable:
             if self._task is not None:
                 self._bars.update(self._task, description=what)

@@ -70,7 +70,7 @@ class ReportPage:
 
     @functools.cached_property
     def console(self) -> "Console":
-        """Records what is printed on it, and shows it nowhere."""
+        """Records output without showing it."""
         from rich.console import Console
 
         console = Console(
@@ -104,7 +104,7 @@ class ReportPage:
         self._plots.append((title, _visible(file.getvalue())))
 
     def html(self) -> str:
-        """Write the page as text; what was recorded is kept."""
+        """Return the page as text, keeping the recorded output."""
         images = []
         for title, svg in self._plots:
             data = base64.b64encode(svg.encode()).decode()
@@ -198,7 +198,7 @@ def _page_of(context: typer.Context, value: Path | None) -> ReportPage | None:
 
 
 def _program(name: str) -> list[str]:
-    """Return the words that start this program, as its documentation has them: jobs/score.py, whatever its folder."""
+    """Return the program's name as in the documentation, e.g. jobs/score.py, whatever its folder."""
     if name.endswith(".py"):
         return ["python", "/".join(Path(sys.argv[0]).absolute().parts[-2:])]
     return name.split()

@@ -1,1 +1,1 @@
-"""The feature service: lookups over Arrow Flight, the server and its client. Flight is imported here alone."""
+"""The feature service: lookups over Arrow Flight, the server and its client. Only this package imports Flight."""

@@ -154,7 +154,7 @@ class FeatureClient:
         self._client.close()
 
     def _describe(self, version: int | None) -> Described:
-        """Ask what a snapshot is, by default the newest."""
+        """Request the description of a snapshot, by default the newest."""
         action = flight.Action(DESCRIBE, Asked(version=version).model_dump_json().encode())
         with self._translated():
             (answer,) = self._client.do_action(action, self._options)

@@ -1,4 +1,4 @@
-"""What a client and a server of features say to each other: requests, answers and errors; in words in docs/OPERATE.md.
+"""The protocol of the feature server: requests, answers and errors, as described in docs/OPERATE.md.
 
 Letters of shapes: U keys asked, D feature width.
 """
@@ -99,7 +99,7 @@ def error_sent(error: errors.FeatureStoreError) -> Any:
 
 
 def error_received(error: BaseException) -> errors.FeatureStoreError | None:
-    """Return the error of ours that `error_sent` has made; None where it is another one."""
+    """Return the error that `error_sent` has encoded, or None for any other error."""
     try:
         sent = _SentError.model_validate_json(getattr(error, "extra_info", None) or b"")
     except ValidationError:

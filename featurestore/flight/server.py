@@ -119,7 +119,7 @@ class OpenSnapshots:
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """Where a server listens, and who may ask."""
+    """Address, tokens and certificate of a server."""
 
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one

@@ -1,1 +1,1 @@
-"""Data files: rows of features as Parquet, one shard's files read as one, and what a dtype keeps of a number."""
+"""Data files: rows of features as Parquet, the merged files of a shard, and the precision of dtypes."""

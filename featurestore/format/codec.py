@@ -56,7 +56,7 @@ class Codec:
         """
         features_ND = rows.features_ND
         if features_ND.dtype.kind != "f" or features_ND.dtype == STORAGE_DTYPES[self.dtype] or features_ND.ndim != 2:
-            return rows  # encoded already, or `validate` names what is wrong
+            return rows  # encoded already, or `validate` names the mistake
         bits_ND, storable_N = self.encode_storable(features_ND)
         if not storable_N.all() and len(storable_N) == len(rows):
             first = int(np.flatnonzero(~storable_N)[0])
@@ -81,7 +81,7 @@ Float64Array = npt.NDArray[np.float64]
 
 
 class BasisOrigin(Frozen):
-    """What a basis was made of: a snapshot by its ids, the network whose rows it has, and their number and variance."""
+    """The origin of a basis: a snapshot by its ids, the network of its rows, and their number and variance."""
 
     store_id: OptionalId
     version: int
@@ -178,7 +178,7 @@ class Basis:
 
 
 def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
-    """Read the basis of the store of `info`; None where it is not compact. Raises CorruptFileError."""
+    """Read the basis of the store of `info`; None if it is not compact. Raises CorruptFileError."""
     if info.reduction is None:
         return None
     path = storage.full(info.reduction.path)
@@ -196,7 +196,7 @@ def basis_of(info: StoreInfo, storage: Storage) -> Basis | None:
 
 
 def reduction_of(basis: Basis) -> ReductionSpec:
-    """Return what the spec of a store of this basis says: equal for equal numbers and origins."""
+    """Return the identity of this basis for a store's spec: equal for equal numbers and origins."""
     sha256 = digest_of(basis.to_bytes(), "sha256")
     return ReductionSpec(path=f"{BASES}/{sha256}{ENDING}", sha256=sha256, full_dim=basis.full_dim)
 

@@ -283,7 +283,7 @@ def open_entry(
     memory: FileMemory | None = None,
     streaming: bool = False,
 ) -> Iterator[DataFile]:
-    """Open the file of `entry`; what was read is valid inside the block.
+    """Open the file of `entry`; its data is valid inside the block.
 
     A `check` of the "size" reads only what is asked for; one of a digest reads the whole file into `memory`, or without
     it into memory of its own, and compares before any row is read. Raises CorruptFileError where size, digest, row
@@ -352,7 +352,7 @@ def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str)
 
 
 def damaged_message(path: str, algorithm: Digest) -> str:
-    """Return the message about a file whose digest is not the one that was committed."""
+    """Return the message for a file whose digest differs from the committed one."""
     return f"{path} is damaged: its {algorithm} is not the one in the manifest"
 
 

@@ -61,7 +61,7 @@ def take_rows(table: pa.Table, index_M: npt.NDArray[Any]) -> pa.Table:
 
 
 def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
-    """Read the moments of a file's live rows; None where it has no statistics. Raises CorruptFileError."""
+    """Read the moments of a file's live rows; None if it has no statistics. Raises CorruptFileError."""
     if entry.statistics_path is None or entry.statistics_sha256 is None:
         return None
     try:
@@ -325,7 +325,7 @@ def write_shard_file(
 
 
 def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: Digest, expected: str) -> None:
-    """Read a file in pieces, and raise CorruptFileError where it is not what was written, or is missing."""
+    """Read a file in pieces, and raise CorruptFileError if it is missing or damaged."""
     digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
     try:
         if size_bytes <= _CHUNK_BYTES:  # one request
@@ -365,7 +365,7 @@ class _WrittenRows:
 
 
 class HashedOutput:
-    """A file to write, and the digests of what went into it."""
+    """A file to write, and the digests of its content."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

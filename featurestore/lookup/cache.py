@@ -75,7 +75,7 @@ class _Paths(NamedTuple):
 
 
 class CacheSeal(BaseModel):
-    """Digests of the two files that `_build` made, and of what it made them."""
+    """Digests of the two files of `_build`, and of their sources."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -100,7 +100,7 @@ def default_cache_dir() -> Path:
 def open_or_build(
     readers: Sequence[ShardReader], folder: Path, threads: int, progress: Progress | None = None
 ) -> list[CachedShard]:
-    """Open the cached shards, in the order of `readers`; what is missing, or is not what was built, is built first.
+    """Open the cached shards, in the order of `readers`; build missing or damaged ones first.
 
     Safe with any number of processes in one folder: files appear whole, and equal names have equal content. All
     threads together hold no more of the data files than 256 MB, or the largest file where that is more. Raises
@@ -152,7 +152,7 @@ def _made_from(reader: ShardReader) -> str:
 
 
 def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
-    """Open the files; None where one is missing, cut short, not what `_build` wrote, or not this user's alone."""
+    """Open the files; None if one is missing, truncated, changed since `_build`, or not private to this user."""
     try:
         _touch(paths.seal)
         if not all(is_private(path.lstat()) for path in paths):
@@ -175,7 +175,7 @@ def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
 
 
 def _identity(path: Path) -> str:
-    """Identify a file as it is: changes with whatever is done to it, and cannot be set back as its time can."""
+    """Return the state of a file, which changes with every write, and unlike its time cannot be set back."""
     found = path.stat()
     return f"{found.st_ino} {found.st_ctime_ns}"
 

@@ -1,4 +1,4 @@
-"""The type that `compute_dtype=auto` means: what the environment names, else what the processor or GPU is quick at."""
+"""The type for `compute_dtype=auto`: from the environment, else a fast type of the processor or GPU."""
 
 import os
 from collections.abc import Mapping

@@ -134,7 +134,7 @@ class EmbeddingService(nn.Module):
             self._model(name).fold_standardization_(mean_D, std_D, scaling)
 
     def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-        """Return each dimension's mean and what the networks multiply the centred dimension by, (D,) each."""
+        """Return each dimension's mean and the networks' factor for the centred dimension, (D,) each."""
         model = self._model(next(iter(self.models)))
         return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
 

@@ -56,7 +56,7 @@ def check_channel_name(name: str) -> str:
 
 
 def version_name(text: str) -> VersionName:
-    """Read what a user typed for a snapshot: its number, or a channel. Raises ValueError."""
+    """Read a user's name of a snapshot: its number, or a channel. Raises ValueError."""
     if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
     if not is_channel_name(text):
@@ -70,7 +70,7 @@ def read_moves(storage: Storage, name: str) -> list[ChannelMove]:
 
 
 def last_move(storage: Storage, name: str) -> ChannelMove | None:
-    """Read the newest move of a channel; None where it never was. Raises CorruptFileError, with the way out."""
+    """Read the newest move of a channel; None if it never existed. Raises CorruptFileError, with the way out."""
     numbers = versions(storage, _folder(name))
     return _read(storage, name, numbers[-1]) if numbers else None
 

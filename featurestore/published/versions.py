@@ -124,13 +124,13 @@ def open_published(url: str | os.PathLike[str]) -> Storage:
     """
     storage = Storage(url)
     if storage.is_local and not Path(storage.url).is_dir():
-        return storage  # a file, or nothing: who reads it says so
+        return storage  # a file, or nothing: the reader reports it
     known = versions(storage, VERSIONS)
     return PublishedFiles(storage.url, read_version(storage, known[-1])) if known else storage
 
 
 def read_version(storage: Storage, version: int) -> PublishedVersion:
-    """Read what a version has. Raises FileNotFoundError, CorruptFileError."""
+    """Read the manifest of a version. Raises FileNotFoundError, CorruptFileError."""
     return read_sealed(storage, manifest_path(version, VERSIONS), PublishedVersion)
 
 

@@ -1,1 +1,1 @@
-"""Files: a folder, S3 or whatever else fsspec opens, behind one door."""
+"""Files in a folder, on S3 or any file system of fsspec, behind one interface."""

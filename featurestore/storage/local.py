@@ -61,7 +61,7 @@ class DiskFiles:
                 if not target.is_relative_to(os.path.realpath(self._root)) or not target.exists():
                     raise CorruptFileError(
                         f"{place} is not in {self._root}: {step} is a link that leads to {target}. All files have to be"
-                        " in the folder itself: put there what the link leads to, or remove the link"
+                        " in the folder itself: replace the link by the file it leads to, or remove it"
                     )
 
     def read_bytes(self, path: str) -> bytes:

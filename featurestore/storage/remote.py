@@ -223,7 +223,7 @@ class RemoteFiles:
     def delete(self, path: str) -> None:
         # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.
         below = with_retries(lambda: self.client.find(self._full(path), detail=False))
-        # Clients take a/../b for b: what has such a key stays.
+        # Clients treat a/../b as b, so objects with such keys are not removed.
         self._delete_each([place for place in below or [] if not leads_out(self._name(place))])
 
     def delete_files(self, paths: Iterable[str]) -> None:
@@ -335,13 +335,13 @@ def says_exists(error: BaseException) -> bool:
 
 
 def answer_code(error: BaseException) -> str | None:
-    """Return S3's name of the error, or the HTTP status as text; None where no answer came."""
+    """Return S3's name of the error, or the HTTP status as text; None without an answer."""
     code = _response(error).get("Error", {}).get("Code")
     return None if code is None else str(code)
 
 
 def _warn(state: "RetryCallState") -> None:
-    """Say what is being waited for, once a call takes long enough for a user to wonder."""
+    """Report the reason of a wait if a call takes noticeably long."""
     error, statistics = state.outcome.exception() if state.outcome is not None else None, state.retry_object.statistics
     if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S and not statistics.get("reported"):
         statistics["reported"] = True

@@ -105,7 +105,7 @@ def _folder(storage: Storage) -> Iterator[str]:
 
 
 def _sequential_problems(storage: Storage, folder: str) -> list[str]:
-    """List what goes wrong with one writer alone."""
+    """List the problems that occur with a single writer."""
     path = f"{folder}/first"
     problems: list[str] = []
 

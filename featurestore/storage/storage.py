@@ -129,7 +129,7 @@ class Storage:
             return self._files.create_exclusive(path, data)
 
     def create_or_read(self, path: str, data: bytes) -> bytes:
-        """Create the file unless it exists, and return what it holds then: `data` where this call made it.
+        """Create the file unless it exists, and return its content: `data` if this call created it.
 
         The file is read back after success and after every error, and decides, not the answer: so `data` must be like
         no other's. Transient errors are tried again. Raises StorageError: then it is not known whether it was made.
@@ -211,7 +211,7 @@ class Storage:
             self._files.delete(path)
 
     def delete_files(self, paths: Iterable[str]) -> None:
-        """Remove files, one request for each, many at a time; nothing happens where one is not there."""
+        """Remove files, one request for each, many at a time; ignore missing ones."""
         paths = list(paths)
         for path in paths:
             check_below(path, self.url, writing=True)
@@ -219,7 +219,7 @@ class Storage:
             self._files.delete_files(paths)
 
     def open_input(self, path: str) -> IO[bytes]:
-        """Open the file for reading, seekable; only what is asked for is fetched. Raises FileNotFoundError."""
+        """Open the file for reading, seekable; fetches only the bytes that are read. Raises FileNotFoundError."""
         with self._translated("open", path):
             if self.is_local:
                 return self._disk.open_input(path)
@@ -338,6 +338,6 @@ def digest_of(storage: Storage, path: str) -> str:
 
 
 def settled_tags(entries: Iterable[StorageEntry]) -> dict[str, str]:
-    """Give the tags of files by path: of those that are old enough that another content has another tag."""
+    """Return the tags of files by path, for those old enough that a changed file has another tag."""
     settled_s = time.time() - _SETTLED_S
     return {entry.path: entry.tag for entry in entries if entry.tag and entry.mtime_s < settled_s}

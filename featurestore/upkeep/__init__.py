@@ -1,6 +1,6 @@
-"""Upkeep of a store over the years: its history, its size, its checks and repairs, its dtype."""
+"""Maintenance of a store: its history, its size, its checks and repairs, its dtype."""
 
 DATA, DAMAGED = "data", "damaged"
-"""Folders: of the data files, and of what a repair found damaged."""
+"""Folders of the data files, and of damaged files that a repair has replaced."""
 KEEP_LAST, KEEP_DAYS, GRACE_DAYS = 10, 30.0, 7.0
-"""What an expiry keeps: of the last snapshots, of the days whose every state stays, and of the days after that."""
+"""Defaults of an expiry: number of last snapshots, days with all snapshots, and days with one snapshot a day."""

@@ -1,4 +1,4 @@
-"""Compaction: the files of a shard are made into one with the same rows, so that reading is quick again.
+"""Compaction: merges the files of a shard into one with the same rows, so that reading is fast again.
 
 Letters of shapes: M live rows of a shard, K rows of a block or of a file.
 """
@@ -28,7 +28,7 @@ Files = Sequence[FileEntry]
 
 @dataclass(frozen=True)
 class CompactReport:
-    """Results of a compaction, or of what it would do."""
+    """Results of a compaction, or of its dry run."""
 
     version: int  # of its snapshot; of the newest where there was nothing to do
     shards: tuple[int, ...]  # made into one file each, or into none where no row lives
@@ -89,7 +89,7 @@ def _chosen(snapshot: Snapshot, shards: Sequence[int] | None) -> list[int]:
 
 
 def _commit(store: FeatureStore, due: Mapping[int, Files], built: Mapping[int, FileEntry]) -> CompactReport:
-    """Publish what was built, without the shards that another writer has replaced meanwhile."""
+    """Publish the merged files, except those of shards that another writer has replaced meanwhile."""
     lost: list[int] = []
     while True:
         left = {shard: files for shard, files in due.items() if shard not in lost}
@@ -130,7 +130,7 @@ def _paths(entries: Iterator[FileEntry]) -> list[str]:
 
 
 def _merged_file(snapshot: Snapshot, shard: int) -> FileEntry | None:
-    """Write a file with the live rows of a shard; None where there are none."""
+    """Write a file with the live rows of a shard, or return None without any."""
     blocks = merged_blocks(snapshot.shard_reader(shard))
     first = next(blocks, None)
     if first is None:

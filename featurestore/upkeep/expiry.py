@@ -32,7 +32,7 @@ _DELETED_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class ExpireReport:
-    """Results of an expiry, or of what it would do."""
+    """Results of an expiry, or of its dry run."""
 
     kept: tuple[int, ...]  # snapshots that can be opened
     expired: tuple[int, ...]  # that no longer can, since this run
@@ -173,7 +173,7 @@ class _Expiry:
         return moved
 
     def _copy_aside(self, version: int) -> bytes | None:
-        """Copy a manifest to expired/, also over a copy, so that its grace begins now; None where it is gone."""
+        """Copy a manifest to expired/, replacing a copy, so that its grace time begins now; None if it is missing."""
         try:
             data = seal(log.read(self.storage, version))
         except FileNotFoundError:  # another expiry was quicker

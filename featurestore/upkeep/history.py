@@ -1,4 +1,4 @@
-"""A store's history: commits, what differs between them, pins, and channels that move.
+"""A store's history: commits, the differences between them, pins, and channels.
 
 Letters of shapes: K rows that may differ, N keys.
 """
@@ -139,7 +139,7 @@ class _Restore(Commit):
         return self.store.snapshot(self.version).manifest.shards
 
     def manifest_after(self, parent: Manifest) -> Manifest:
-        """Return the next manifest; its rows mirror what the old snapshot's did."""
+        """Return the next manifest, with the `mirrors` of the old snapshot."""
         mirrors = self.store.snapshot(self.version).manifest.mirrors
         return super().manifest_after(parent).model_copy(update={"mirrors": mirrors})
 
@@ -194,7 +194,7 @@ def _changed(
 
 
 def _live_rows(snapshot: Snapshot, shard: int, keys_K: Int64Array) -> pa.Table:
-    """Read what is compared of the live rows among `keys_K`, by splitmix64, without features."""
+    """Read the compared columns of the live rows among `keys_K`, by splitmix64, without features."""
     reader = snapshot.shard_reader(shard)
     columns = [KEY, *_COMPARED]
     table = reader.read(columns) if reader.entries else schema_of(snapshot.info).empty_table().select(columns)
@@ -273,7 +273,7 @@ def unpin(store: FeatureStore, name: str) -> None:
 
 
 def read_pins(storage: Storage) -> list[Pin]:
-    """Read all pins, by name. Raises CorruptFileError: what a damaged one keeps is not known."""
+    """Read all pins, by name. Raises CorruptFileError, as the snapshot of a damaged pin is unknown."""
     found = []
     for name in storage.list(PINS):
         pin_name = name.removesuffix(_SUFFIX)

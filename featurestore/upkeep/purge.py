@@ -1,4 +1,4 @@
-"""Takedowns: rows that leave all history, and the proof that they are gone.
+"""Takedowns: removal of rows from the whole history, and the proof that they are gone.
 
 The newest snapshot is committed again from files without the rows. Then every snapshot whose files have them goes, and
 the files themselves, whether a snapshot names them or not. Every step can be cut off anywhere: the next run continues.
@@ -96,7 +96,7 @@ class Trace:
 
 @dataclass
 class AbsenceReport:
-    """What was read of a store, and the traces that were found."""
+    """Counts of the files read, and the traces found."""
 
     num_files: int = 0
     num_bytes: int = 0
@@ -159,14 +159,14 @@ def _look(storage: Storage, path: str, images: Images) -> tuple[Trace | None, se
 
 @dataclass
 class PurgeReport:
-    """What was done, or in a dry run what would be."""
+    """Results of a purge, or of its dry run."""
 
     num_rows: int = 0
     """In all files, tombstones and earlier versions of a row among them."""
     without_rows: list[str] = field(default_factory=list)
     """Keys or uris that no file had a row of: misspelt, or purged before."""
     version: int | None = None
-    """The new snapshot; None where the newest one had no such row."""
+    """The new snapshot; None if the newest one had no such row."""
     expired: tuple[int, ...] = ()
     moved: list[str] = field(default_factory=list)
     """Channels that follow to the new snapshot."""
@@ -177,7 +177,7 @@ class PurgeReport:
     num_files: int = 0
     """Data files that were deleted."""
     young: list[str] = field(default_factory=list)
-    """What a writer may be at work on."""
+    """Files that a writer may be writing."""
     proof: AbsenceReport | None = None
     """Of all files that are left; None in a dry run."""
 
@@ -247,7 +247,7 @@ class _Purge:
                 if self._remove(traces):
                     break
             except CommitConflictError:
-                continue  # another writer was first: its snapshot is looked at from the beginning
+                continue  # another writer was first: start again with its snapshot
         else:
             raise CommitConflictError(
                 f"other writers committed to {self.store.url} {_ATTEMPTS} times meanwhile: stop them, and run it again"
@@ -257,7 +257,7 @@ class _Purge:
         return self.report
 
     def _remove(self, traces: Sequence[Trace]) -> bool:
-        """Remove what has traces; return whether nothing came in between."""
+        """Remove files with traces; return whether no other writer came between."""
         bad = {trace.path for trace in traces if trace.path.startswith(f"{DATA}/")}
         manifests = [log.read(self.storage, version) for version in log.versions(self.storage)]
         affected = {each.version: each for each in manifests if _paths(each) & bad}
@@ -332,7 +332,7 @@ class _Purge:
         return commit.publish().manifest
 
     def _without(self, shard: int, entry: FileEntry) -> FileEntry | None:
-        """Write a file again without the rows; None where none is left. Raises CorruptFileError."""
+        """Rewrite a file without the rows; None if none is left. Raises CorruptFileError."""
         info = self.store.info
         check_digest(self.storage, entry.path, entry.bytes, "xxh3_128", entry.xxh3_128)
         with open_entry(self.storage, info, entry) as file:

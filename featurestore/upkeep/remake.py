@@ -55,7 +55,7 @@ class Accuracy(Frozen):
 
     num_compared: int
     num_queries: int
-    relative_error_mean: float | None  # distance of a row from what was kept of it, by the row's length
+    relative_error_mean: float | None  # distance between a row and its stored form, relative to the row's length
     relative_error_p99: float | None
     cosine_mean: float | None
     cosine_min: float | None
@@ -63,7 +63,7 @@ class Accuracy(Frozen):
 
 
 class RemakeReport(Sealed):
-    """What a store was made of, and what its rows keep; `reports/remake.json` of the new store."""
+    """The source of a remade store, and the precision of its rows; `reports/remake.json` of the new store."""
 
     source: str
     source_version: int
@@ -250,7 +250,7 @@ class _Remake:
         return self._publish(target, plan, done)
 
     def end(self, report: RemakeReport) -> None:
-        """Keep the report, and remove the notes of what was done."""
+        """Store the report, and remove the notes of progress."""
         self.storage.write_bytes(REPORT, seal(report))
         FeatureStore.open(self.storage.url).discard_staging(_REMAKE)
 
@@ -299,12 +299,12 @@ def _encoded_blocks(
 
 
 def _described(info: StoreInfo) -> str:
-    """Say what a store keeps, for messages, e.g. 'bfloat16, 256 of 4,096 numbers'."""
+    """Describe the form of a store's rows, e.g. 'bfloat16, 256 of 4,096 numbers'."""
     return f"{info.dtype}, {info.width_text} numbers" if info.reduction else info.dtype
 
 
 def _read_or_none(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT | None:
-    """Read a sealed file; None where it is not there."""
+    """Read a sealed file, or return None."""
     try:
         return read_sealed(storage, path, model_class)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Mend what `verify` finds, in one commit: readers see the store before it or after it, never between.
+"""Repairs the findings of `verify` in one commit: readers see the store before or after it, never between.
 
 - A damaged data file of the newest snapshot leaves it. Keys that can still be read of it go into the quarantine with
   the reason; where older files hold them too, tombstones take the file's place, so that no stale row shows again. The
@@ -364,7 +364,7 @@ def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntr
                     found.append(FileKeys.of(table))
                     uris += text_column(table, URI)
     except (CorruptFileError, StorageError, FileNotFoundError):
-        pass  # what was read before is good
+        pass  # all data read before is good
     keys = FileKeys.concatenate(found)
     if (shard_of_hash(splitmix64(keys.keys_N), info.num_shards) != shard).any():
         return FileKeys.concatenate([]), []

@@ -78,7 +78,7 @@ _SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, w
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `str` gives one line with the file, what it is, and the way out."""
+    """One problem: `str` gives one line with the file, the problem, and the way out."""
 
     kind: ProblemKind
     path: str  # relative to the store
@@ -92,7 +92,7 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """Counts of what was checked, and what is wrong.
+    """Counts of the checked files, and the problems.
 
     `known` are files that a repair has noted: only older snapshots name them, and they go when those expire."""
 
@@ -128,7 +128,7 @@ def verify(
     report = VerifyReport()
     url = store if isinstance(store, str) else store.url
     try:
-        store = FeatureStore.open(url)  # again: what is in memory was good when it was read
+        store = FeatureStore.open(url)  # again: the data in memory was good when it was read
     except (CorruptFileError, StoreNotFoundError) as error:
         if isinstance(error, StoreNotFoundError) and not log.versions(Storage(url, keep_inside=True)):
             raise
@@ -137,7 +137,7 @@ def verify(
     behind_links = "Then verify again: nothing else was checked"
     folders = ((folder, partial(store.storage.list, folder)) for folder in _FOLDERS)
     report.problems += _unreadable(("folder", folder, read, behind_links) for folder, read in folders)
-    if report.problems:  # what is behind such a link is not the store's
+    if report.problems:  # files behind such a link are not the store's
         return report
     manifests = _read_manifests(store, report)
     report.problems += [*_unexpected_files(store), *_unreadable(_small_files(store)), *_pin_problems(store, manifests)]
@@ -336,7 +336,7 @@ def _id(entry: FileEntry) -> FileId:
 
 
 def _longest(chains: set[tuple[FileId, ...]]) -> list[tuple[FileId, ...]]:
-    """Drop chains that others continue: what is wrong in them is wrong there too."""
+    """Drop chains that others continue, as their problems are found there too."""
     ordered = sorted(chains)
     return [
         chain
@@ -376,7 +376,7 @@ def noted_paths(storage: Storage) -> set[str]:
 
 @dataclass(frozen=True)
 class FileKeys:
-    """What is compared of each row of a file: key, xxh3-64 of its uri, whether it is a tombstone, all (N,)."""
+    """The compared columns of a file's rows: key, xxh3-64 of its uri, whether it is a tombstone, all (N,)."""
 
     keys_N: Int64Array
     uri_hash_N: Int64Array
@@ -384,7 +384,7 @@ class FileKeys:
 
     @classmethod
     def of(cls, table: pa.Table) -> "FileKeys":
-        """Copy what is compared out of rows of a file."""
+        """Copy the compared columns of a file's rows."""
         keys_N, deleted_N = numpy_column(table, KEY), numpy_column(table, DELETED)
         return cls(keys_N.copy(), keys_of_uris(text_column(table, URI)), deleted_N.copy())
 
@@ -458,7 +458,7 @@ _KEYS, _ROWS, _ = SUFFIXES
 
 @dataclass
 class CacheReport:
-    """Counts of what was checked, and a line for each shard that is not what was built, with the way out."""
+    """Counts of the checked shards, and a line for each damaged one, with the way out."""
 
     num_shards: int = 0
     num_bytes: int = 0
@@ -502,7 +502,7 @@ def _check(path: Path, report: CacheReport) -> None:
 
 
 def _wrong(folder: Path, stem: str, seal: CacheSeal, report: CacheReport) -> str:
-    """Say what is wrong with the files of a seal; empty where nothing is."""
+    """Return the problem with the files of a seal, or an empty text."""
     keys, rows = folder / f"{stem}{_KEYS}", folder / f"{stem}{_ROWS}"
     if stem.rpartition("-")[2] != seal.made_from[:STEM_DIGITS]:
         return "its seal is that of another"

@@ -99,7 +99,7 @@ def test_an_image_that_is_gone_or_broken_has_a_page_and_one_of_no_snapshot_has_n
     for large in ("9" * 25, f"-{'9' * 25}", "9" * 5_000):
         assert f"no image has the key {large[:40]}" in reader.read(f"/images/{large}", 404).text
     for bad in ("x", "1.5", "%20", "-"):
-        assert "no whole number" in reader.read(f"/images/{bad}", 400).text
+        assert "not a whole number" in reader.read(f"/images/{bad}", 400).text
 
 
 def test_neighbours_in_three_spaces(everything, world):

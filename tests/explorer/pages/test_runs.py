@@ -164,7 +164,7 @@ def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClie
     assert unescape(compared).count(part) == 1
     while (answer := changing.get(part)).status_code != 286:
         time.sleep(0.05)
-    assert "“daily/both” to “both-longer” in GAUC" in text_of(answer.text)
+    assert "“daily/both” and “both-longer” in GAUC" in text_of(answer.text)
 
 
 def test_no_runs_at_all(tmp_path: Path) -> None:

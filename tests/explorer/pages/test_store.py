@@ -85,7 +85,7 @@ def test_what_arrived_is_asked_for_by_time_and_the_form_keeps_it(reader):
 
 def test_a_snapshot_of_any_number_is_not_there_and_one_row_is_one(reader, tmp_path):
     assert f"there is no snapshot {'9' * 26}" in reader.read(f"/store/snapshots/{'9' * 26}", 404).text
-    assert "no whole number" in reader.read("/store/snapshots/-1", 400).text
+    assert "not a whole number" in reader.read("/store/snapshots/-1", 400).text
     store = make_store(tmp_path / "one")
     store.put(rows(["a.jpg"], 1))
     assert "1 row and 0 tombstones in new files" in Reader(store=store.url).read("/store/snapshots/1").text
@@ -120,7 +120,7 @@ def test_every_page_is_also_of_an_older_snapshot_and_says_so(reader, path):
     assert len(inside) >= 5
     assert all("version=1" in link or "since=" in link for link in inside)
     assert "has no snapshot 99" in reader.read(path, 404, version=99).text
-    assert "no whole number" in reader.read(path, 400, version="1;2").text
+    assert "not a whole number" in reader.read(path, 400, version="1;2").text
 
 
 def test_channels_say_why_they_moved_and_name_snapshots(tmp_path):

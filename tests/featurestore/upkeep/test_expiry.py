@@ -363,7 +363,7 @@ class TestCommand:
         dry = run("expire", merged.url, "--keep-last", 1, "--dry-run")
         assert dry.exit_code == 0
         lines = dry.output.splitlines()
-        assert lines[:2] == ["would keep 1 snapshot: 4", "would let go of 3: 1 to 3"]
+        assert lines[:2] == ["would keep 1 snapshot: 4", "would expire 3: 1 to 3"]
         assert lines[2].startswith("would delete 1 file, ") and lines[2].endswith("dead runs: dead")
         assert lines[3].startswith("left ") and lines[3].endswith("for the grace time")
         assert log.versions(merged.storage) == [1, 2, 3, 4]
@@ -371,7 +371,7 @@ class TestCommand:
         named = {line.strip() for line in lines if line.startswith("  ")}
         lines = run("expire", merged.url, "--keep-last", 1).output.splitlines()
         assert named == {path for path in before - files_of(merged) if not path.startswith("log/")}
-        assert lines[:2] == ["kept 1 snapshot: 4", "let go of 3: 1 to 3"]
+        assert lines[:2] == ["kept 1 snapshot: 4", "expired 3: 1 to 3"]
         age(merged, 40)  # what has waited, and the copies of manifests
         lines = run("expire", merged.url, "--dry-run").output.splitlines()
         named = {line.strip() for line in lines if line.startswith("  ")}
