@@ -1,1 +1,1 @@
-"""Scripts for what a person runs offline: parse, call one function, print one summary."""
+"""Scripts that users run offline: parse options, call one function, print one summary."""

@@ -1,4 +1,4 @@
-"""Compute the vectors of ads with a trained two-tower run, and put them under an index for the pre-rank."""
+"""Compute the vectors of ads with a trained two-tower run, and index them for pre-ranking."""
 
 import contextlib
 import time
@@ -42,9 +42,9 @@ AdTable = Annotated[
 AdSamples = Annotated[
     str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
 ]
-Out = Annotated[str, typer.Option(help="Folder or address of the index; what is there is replaced.")]
+Out = Annotated[str, typer.Option(help="Folder or address of the index; an index there is replaced.")]
 Kind = Annotated[IndexKind | None, typer.Option("--index", help="flat is exact; hnsw is faster.", show_default="flat")]
-Add = Annotated[bool, typer.Option("--add", help="Add to the index that is there, without rebuilding it.")]
+Add = Annotated[bool, typer.Option("--add", help="Add to the existing index, without rebuilding it.")]
 LiveAds = Annotated[
     str | None,
     typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
@@ -57,7 +57,7 @@ MaxGone = Annotated[float, typer.Option(min=0, max=1, help="Share of the index's
 MinRecall = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Recall@10 that hnsw has to reach; less is a warning.", show_default=f"{MIN_RECALL}"
+        min=0, max=1, help="Recall@10 that hnsw should reach; less is a warning.", show_default=f"{MIN_RECALL}"
     ),
 ]
 _BATCH_SIZE = 8192  # ads whose vectors are computed at once
@@ -78,11 +78,11 @@ def main(
     checkpoint: WhichCheckpoint = None,
     store_version: StoreVersion = None,
 ) -> None:
-    """Compute the vectors of ads with a trained two-tower run, and put them under an index for the pre-rank.
+    """Compute the vectors of ads with a trained two-tower run, and index them for pre-ranking.
 
-    An ad is known by its value of the schema's new_ad_field. Columns with context: true are not needed. OUT gets the
-    vectors as Parquet, the index, and a JSON about both; --add, --sync and --remove write its next version. Recall is
-    measured with users of the run's samples, and a search looks at more until --min-recall is reached.
+    The key of an ad is its value of the schema's new_ad_field. Columns with context: true are not needed. OUT gets the
+    vectors as Parquet, the index, and a JSON file about both; --add, --sync and --remove write its next version. Recall
+    is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
     """
     from trainer.comm import SoloComm
     from trainer.runs.folder import run_or_newest
@@ -138,12 +138,12 @@ def summary_text(index: "AdIndex", changes: "AdChanges", out: str, seconds: floa
     state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
     ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
     if changes.num_unknown:
-        ads += f", {changes.num_unknown:,} to remove that are not there"
+        ads += f", {changes.num_unknown:,} to remove were not found"
     structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
     if changes.is_rebuilt:
-        structure += "; rebuilt, as with too many unused vectors it finds less"
+        structure += "; rebuilt, as many unused vectors lower its recall"
     elif state.num_unused:
-        structure += f"; {state.num_unused:,} unused vectors go with the next build"
+        structure += f"; {state.num_unused:,} unused vectors, removed by the next build"
     recall = "exact"
     if state.queries:
         recall = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"

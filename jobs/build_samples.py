@@ -25,9 +25,9 @@ app = CommandApp(report=True, rich_markup_mode="rich", may_be_empty=("--user-col
 def main(options: SampleOptions) -> None:
     """Make sample groups, the trainer's input, from impression and behaviour logs.
 
-    Rows that are null where they must not be, have labels other than 0 and 1, or are in the future are counted and
+    Rows with forbidden nulls, with labels other than 0 and 1, or from the future are counted and
     kept in SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json. With --mapping a schema and
-    settings for the trainer are written to SAMPLES too. --days and --since add days to samples that are there.
+    settings for the trainer are written to SAMPLES too. --days and --since add days to existing samples.
     """
     from pipeline.cluster.tasks import connect
     from pipeline.samples.added import add_days

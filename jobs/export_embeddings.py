@@ -33,14 +33,14 @@ def main(
     run: WhichRun = None,
     checkpoint: WhichCheckpoint = None,
     network: Annotated[
-        str | None, typer.Option(help="Which E, by STORE:NAME or a part of it; needed where a run has several.")
+        str | None, typer.Option(help="Name of E, as STORE:NAME or a part of it; required if the run has several.")
     ] = None,
     store_version: StoreVersion = None,
     table: Annotated[str | None, typer.Option(help="An exact ID table, whose rows are exported instead.")] = None,
     out: Annotated[
         str | None,
         typer.Option(
-            help="File to write, or replace: NAME.parquet; or, of images, NAME.npy, with its keys in NAME.keys.npy.",
+            help="File to write, or replace: NAME.parquet; or, for images, NAME.npy, with its keys in NAME.keys.npy.",
             show_default="data/visual.parquet or data/TABLE.parquet",
         ),
     ] = None,

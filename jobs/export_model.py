@@ -38,7 +38,7 @@ Gate = Annotated[
     bool,
     typer.Option(
         "--gate/--no-gate",
-        help="Put it in use only where GAUC and log loss of the run's evaluation rows are not worse than those of the "
+        help="Put it in use only if GAUC and log loss on the run's evaluation rows are not worse than those of the "
         "model in use, by more than .002 and by more than noise.",
     ),
 ]
@@ -60,7 +60,7 @@ def main(
     ] = MODELS,
     id_dtype: Annotated[
         RowDType,
-        typer.Option(help="Type of the ID rows; others than float32 are smaller, and scores move a little."),
+        typer.Option(help="Type of the ID rows; types other than float32 are smaller, and change scores a little."),
     ] = "float32",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the network for this machine as well; it is faster then.")
@@ -70,7 +70,7 @@ def main(
         typer.Option(
             min=0,
             max=10_000,
-            help="Groups of the run's test samples to put in, on which changes of scores are measured; 0: none.",
+            help="Groups of the run's test samples to include, for measuring changes of scores; 0: none.",
         ),
     ] = SAMPLE_GROUPS,
     store_version: StoreVersion = None,
@@ -80,10 +80,10 @@ def main(
 ) -> None:
     """Publish a trained run as the next version of a model that python -m serving answers requests with.
 
-    A version holds all that scores need: the network, the ID rows, and the visual vectors of all images of the newest
-    snapshot of each feature store. It never changes, but for the vectors: publish_vectors keeps them up to date. What
-    killed exports have left is removed after a day. A version that is worse than the one in use, or that cannot be
-    compared with it, is published and not put in use.
+    A version has everything for scoring: the network, the ID rows, and the visual vectors of all images of the newest
+    snapshot of each feature store. Only the vectors change later: publish_vectors keeps them up to date. Leftovers of
+    killed exports are removed after a day. A version that is worse than the one in use, or cannot be compared with it,
+    is published but not put in use.
     """
     from serving.bundle.export import ExportOptions
     from trainer.daily import run_of_days

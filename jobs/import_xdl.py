@@ -52,7 +52,7 @@ def random(options: XdlRandomOptions) -> None:
 
     if options.num_ids > options.num_images:
         raise typer.BadParameter(
-            f"{options.num_ids} is more than --images {options.num_images}: keys would have no image",
+            f"{options.num_ids} is more than --images {options.num_images}: some keys would have no image",
             param_hint="--ids",
         )
     with progress_bar("drawing images", options.num_images) as bar:

@@ -1,4 +1,4 @@
-"""Make demo data: pictures of clothes, and the raw logs of simulated people who look at them."""
+"""Make demo data: pictures of clothes, and the raw logs of simulated shoppers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ app = CommandApp(report=True, rich_markup_mode="rich")
 @app.command(epilog=EXAMPLES)
 @takes(DemoOptions)
 def main(options: DemoOptions) -> None:
-    """Make demo data: pictures of clothes, and the raw logs of simulated people who look at them.
+    """Make demo data: pictures of clothes, and the raw logs of simulated shoppers.
 
-    Colour and pattern are independent of the category, and taste is for looks: that part of the signal is in the
-    pixels alone. OUT/demo.json says which AUC the truth itself would reach.
+    Colour and pattern are independent of the category, and tastes depend on looks: that part of the signal is only in
+    the pixels. OUT/demo.json has the AUC of the true click probabilities.
     """
     from pipeline.demo.make import make_demo
 

@@ -1,4 +1,4 @@
-"""Bring the visual vectors of a published model up to the newest images of its feature stores."""
+"""Update the visual vectors of a published model to the newest images of its feature stores."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,24 +38,24 @@ def main(
     version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="the one in use")] = None,
     eps: Annotated[
         float,
-        typer.Option(min=0, help="Keep a vector if each of its numbers moved by less than this; 0: if it is the same."),
+        typer.Option(min=0, help="Keep a vector if each of its numbers moved by less than this; 0: if identical."),
     ] = EPS,
     store: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]URL",
-            help="Where a feature store is now; again for more.",
+            help="Current address of a feature store; repeat for more.",
             show_default="where it was at the export",
         ),
     ] = None,
     store_version: StoreVersion = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Bring the visual vectors of a published model up to the newest images of its feature stores.
+    """Update the visual vectors of a published model to the newest images of its feature stores.
 
-    Only images that are new, changed or gone since the last time are looked at; their vectors become one commit, which
-    scorers take over by themselves. Run it again, and nothing happens. How far it moves scores is measured on the
-    sample in the model.
+    Processes only images that are new, changed or removed since the last time. Their vectors become one commit, which
+    running scorers load by themselves. A second run changes nothing. The change of scores is measured on the model's
+    sample.
     """
     from serving.bundle.open import Bundle
     from serving.bundle.version import ModelVersion

@@ -42,7 +42,7 @@ def main(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="In the place of a run: a published model, its version in use.")
+        str | None, typer.Option(help="Instead of a run: a published model, by default its version in use.")
     ] = None,
     version: Annotated[
         int | None, typer.Option("--version", min=1, help="Of the model.", show_default="the one in use")
@@ -51,10 +51,10 @@ def main(
 ) -> None:
     """Score test impressions with a trained run, or a published model: a Parquet file with a row for each.
 
-    It has the columns user, ad, time, label, logit and probability; file, row and place say where in the samples an
-    impression is: the sample group of a file, and the impression in the group, from 0. On several ranks (horovodrun)
-    a run scores a part on each: the file has the same rows, and logits differ in the last digits, by up to about
-    0.001 where E computes in bfloat16.
+    It has the columns user, ad, time, label, logit and probability, and the position of the impression in the samples:
+    file, row (the sample group in the file) and place (the impression in the group), from 0. On several ranks
+    (horovodrun) each rank scores a part: the file has the same rows, and logits differ in the last digits, by up to
+    about 0.001 if E computes in bfloat16.
     """
     check_ending(out, "--out", ".parquet")
     _check_options(model, samples, version, {"--run": run, "--checkpoint": checkpoint, "--store": store})
@@ -69,7 +69,7 @@ def main(
 
         if model is not None and samples is not None:
             if comm.size > 1:
-                raise ConfigError(f"--model {model} is scored on one rank, and there are {comm.size}; leave them out")
+                raise ConfigError(f"--model {model} is scored on one rank, not {comm.size}; start no ranks")
             from serving.scoring.samples import score_model
 
             written: Written | None = score_model(model, samples, out, version)
@@ -86,12 +86,12 @@ def _check_options(model: str | None, samples: str | None, version: int | None, 
     """Raise BadParameter for options that do not go together."""
     if model is None:
         if version is not None:
-            raise typer.BadParameter("it is of a model; name it by --model", param_hint="--version")
+            raise typer.BadParameter("it needs a model; give --model", param_hint="--version")
         return
     if given := [name for name, value in of_run.items() if value is not None]:
         raise typer.BadParameter(f"it is of a run; leave it out, or --model {model}", param_hint=given[0])
     if samples is None:
-        raise typer.BadParameter("--model needs it: a model has no samples of its own", param_hint="--samples")
+        raise typer.BadParameter("required with --model, as a model has no samples of its own", param_hint="--samples")
 
 
 def summary_text(written: "Written", num_ranks: int, out: str, seconds: float) -> list[str]:

@@ -54,10 +54,10 @@ NAMES = {
         "serving.scoring.request.Scored",
     ],
 }
-"""What is public, by the part of the page; all else may change without a word."""
+"""The public names, by section of the page; all others may change without notice."""
 HEAD = """# Python
 
-What your programs may use, from the docstrings; all else may change without a word. Commands are the other way in:
+The public names for your programs, from the docstrings; all others may change without notice. For commands see
 [COMMANDS.md](COMMANDS.md).
 
 Letters at the end of an array's name are its shape: P ranks, N rows, M live rows, U unique keys asked, Q unique
@@ -81,18 +81,18 @@ def text_of(each: griffe.Object) -> str:
 
 
 def signature(function: griffe.Function, name: str) -> str:
-    """Write how a function is called, as a block of code."""
+    """Write the signature of a function as a block of code."""
     line = fill(function.signature(name=name), 110, subsequent_indent="    ", break_long_words=False)
     return f"```python\n{line}\n```\n"
 
 
 def is_value(member: griffe.Object) -> bool:
-    """Tell whether a member is read without a call: an attribute, a property, or one of our own that is kept."""
+    """Return whether a member is read without a call: an attribute, a property, or a cached property."""
     return not isinstance(member, griffe.Function) or "cached_property" in str([d.value for d in member.decorators])
 
 
 def of_class(each: griffe.Class) -> Iterator[str]:
-    """Yield what makes a class, its values and its methods, those that have a docstring and no underscore."""
+    """Yield a class's constructor, values and methods, those with a docstring and without an underscore."""
     own = {
         name: member
         for name, member in each.members.items()

@@ -1,4 +1,4 @@
-"""Plant small faults in copies of the checkout, one at a time, and see whether the tests notice each: `make breaks`.
+"""Plant small faults in copies of the checkout, one at a time, and check that the tests notice each: `make breaks`.
 
 tools/breaks.toml has the faults: the package, a text that stands exactly once in its .py files, what replaces it, what
 a user would suffer, and the tests that have to fail. Modules and test files may move: they are searched for.
@@ -58,7 +58,7 @@ class Break:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of a fault; `by`: the test that failed first, or why the result is unsound.
+    """The result of a fault; `by`: the test that failed first, or why the result is unsound.
 
     Unsound: the tests fail without the fault too, or cannot be collected with it, or do not end.
     """
@@ -84,7 +84,7 @@ class Checkout:
 
     @cached_property
     def _sources(self) -> dict[str, str]:
-        """The texts of all .py files by their paths below the root, but those of hidden folders."""
+        """The texts of all .py files by their paths below the root, except in hidden folders."""
         folders = sorted(each for each in self.root.iterdir() if each.name[0] != ".")
         paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
         return {path.relative_to(self.root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
@@ -121,7 +121,7 @@ class Checkout:
         ]
 
     def problems(self, breaks: Sequence[Break]) -> list[str]:
-        """List the faults that do not fit the sources: what to adapt after something has moved or changed."""
+        """List the faults that do not fit the sources, to be adapted after a change."""
         found = []
         for each in breaks:
             if len(files := self.files_with(each)) != 1:
@@ -136,7 +136,7 @@ class Checkout:
 
 
 class Pytest:
-    """Starts pytest in copies; another thread can kill what runs."""
+    """Starts pytest in copies; another thread can kill the running processes."""
 
     def __init__(self) -> None:
         self._running: set[int] = set()
@@ -165,13 +165,13 @@ class Pytest:
         except subprocess.TimeoutExpired:
             return -1, f"no end after {limit_s:g} s"
         finally:
-            _kill(process.pid)  # also what a test that was cut off has started
+            _kill(process.pid)  # also processes that a killed test has started
             process.wait()
             with self._lock:
                 self._running.discard(process.pid)
 
     def end(self) -> None:
-        """Kill what runs, and start nothing more."""
+        """Kill all running processes, and start no more."""
         with self._lock:
             self._is_over = True
             for pid in self._running:
@@ -185,7 +185,7 @@ def _kill(group: int) -> None:
 
 @contextmanager
 def planted(copy: Path, each: Break) -> Iterator[None]:
-    """Have the fault in a copy in the block."""
+    """Plant the fault in a copy for the block."""
     (path,) = Checkout(copy).files_with(each)
     file = copy / path
     text, time_ns = file.read_text(encoding="utf-8"), file.stat().st_mtime_ns
@@ -304,7 +304,7 @@ def table(breaks: Sequence[Break], results: Sequence[Result]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.breaks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only look whether every text and test is there once")
+    parser.add_argument("--check", action="store_true", help="only check that every text and test exists once")
     parser.add_argument("--list", action="store_true", help="print the faults")
     parser.add_argument("--only", type=_numbers, help="numbers of faults, as 3,7", default=())
     parser.add_argument("--workers", type=int, default=1, help="how many run side by side, in copies of their own")

@@ -1,4 +1,4 @@
-"""The page COMMANDS of the site: every command with its arguments and examples, as its --help has them."""
+"""The page COMMANDS of the site: every command with its arguments and examples, from its --help."""
 
 import importlib
 import re
@@ -64,13 +64,13 @@ def blocks(text: str) -> Iterator[str]:
 
 
 def row(parameter: Any, context: click.Context) -> tuple[str, str] | None:
-    """Return the names of a parameter with what it takes, and what it says; None for --help."""
+    """Return the names of a parameter with its type, and its help; None for --help."""
     record = parameter.get_help_record(context)
     if record is None or "--help" in parameter.opts:
         return None
     names, text = (re.sub(" +", " ", each) for each in record)
     text = re.sub(r"\[default: \((.*?)\)(?=[;\]])", r"[default: \1", text)
-    names = re.sub(r" <(?!\w+\|)[^>]*>$", "", names)  # a type says little; choices stay
+    names = re.sub(r" <(?!\w+\|)[^>]*>$", "", names)  # types are left out, choices stay
     return f"`{names}`", text
 
 

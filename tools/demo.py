@@ -1,7 +1,7 @@
 """The whole chain on drawn clothes or your own photographs: data, features, samples, trainings, a table, a scorer.
 
-Every step is a command that a person could type; it is printed before it runs. A second call keeps the images and their
-features, and makes the samples and the trainings anew.
+Every step is a command that a user could type; it is printed before it runs. A second call keeps the images and their
+features, and makes the samples and the trainings again.
 """
 
 import json
@@ -50,7 +50,7 @@ console = text_console()
 
 
 def run_step(title: str, command: Sequence[str | Path]) -> None:
-    """Run one command, its output shown as it comes; end the demo with the command's exit code if it fails."""
+    """Run one command, showing its output; end the demo with the command's exit code if it fails."""
     words = [str(word) for word in command]
     console.print(f"\n{title}", style="bold")
     console.print(f"$ {shlex.join(words)}", style="cyan")
@@ -113,7 +113,7 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
 def serve(place: Path, images: Path | None) -> dict[str, float]:
     """Publish the run with both images, score it over HTTP, and give a new picture a score without a restart.
 
-    The picture is drawn among the drawn ones; a person's own `images` get none, it is then next to them.
+    The picture is drawn into the folder of drawn images, or, if the user gave `images`, into a folder next to them.
     """
     python, model, store = sys.executable, place / "models/ctr", place / "features"
     pictures = place / ("new-images" if images else "images")
@@ -187,7 +187,7 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def main(
-    place: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("data/demo"),
+    place: Annotated[Path, typer.Option("--dir", help="Folder of the demo.")] = Path("data/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the data, of VGG16's random weights and of the trainings.")] = 0,
     ranks: Annotated[int, typer.Option("-np", "--ranks", min=1, help="Ranks that train.")] = 2,
     small: Annotated[bool, typer.Option("--small", help="A few hundred images: minutes, and noisy metrics.")] = False,

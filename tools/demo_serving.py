@@ -51,7 +51,7 @@ class Scorer:
         return self.connection.getresponse()
 
     def is_ready(self) -> bool:
-        """Tell whether the model is loaded and warmed up. Raises ScorerError where the process has ended."""
+        """Return whether the model is loaded and warmed up. Raises ScorerError if the process has ended."""
         if (code := self.process.poll()) is not None:
             raise ScorerError(f"the scorer ended with exit code {code}")
         try:
@@ -122,7 +122,7 @@ def draw_new_picture(folder: Path) -> str:
 
 
 def wait_for_picture(scorer: Scorer, request: dict[str, Any]) -> float:
-    """Ask until no candidate's image is missing, and return the score of the first one. Raises ScorerError."""
+    """Request scores until no candidate's image is missing, and return the first score. Raises ScorerError."""
     answer: dict[str, Any] = {}
 
     def is_known() -> bool:

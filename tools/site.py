@@ -4,9 +4,9 @@ python -m tools.site                 write data/docs-site; open data/docs-site/i
 python -m tools.site --out FOLDER    write it elsewhere
 
 README.md is the first page. The pages COMMANDS and API are written from the sources, and are in the site alone. A link
-to a file of the repository leads to a copy of that file. What is wrong is printed, the exit code is 1, and the site
-that was there stays: a page that the navigation (docs/zensical.toml) lacks, one that it has and that is not there, and
-a link to a page, a section, a picture or a file that is not there.
+to a file of the repository leads to a copy of that file. Problems are printed, the exit code is 1, and the previous
+site stays: a page that the navigation (docs/zensical.toml) lacks, a missing page in it, and a link to a missing page,
+section, picture or file.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SETTINGS = "docs/zensical.toml"
 NAMES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 """Pages outside of docs/, and their names in the site."""
 WRITTEN: dict[str, Callable[[], str]] = {"docs/COMMANDS.md": commands.page, "docs/API.md": api.page}
-"""Pages that are in the site alone, and what writes them."""
+"""Pages that exist only in the site, and the functions that write them."""
 FILES = "files"
 """The folder of the site that has copies of the repository's files."""
 MARKDOWN = MarkdownIt("commonmark").enable("table")
@@ -58,7 +58,7 @@ def text_of(root: Path, page: str) -> str:
 
 
 def targets_of(text: str) -> set[str]:
-    """Collect what a page links to and shows, as it is written there; code is not looked at."""
+    """Collect the links and pictures of a page as written, except in code."""
 
     def walk(tokens: list[Token]) -> Iterator[str]:
         for token in tokens:
@@ -71,9 +71,9 @@ def targets_of(text: str) -> set[str]:
 
 
 def staged(text: str, page: str, pages: dict[str, str], root: Path) -> tuple[str, set[str]]:
-    """Write a page for the site: with links as they have to be there, and the files of the repository that it needs.
+    """Write a page for the site, with links of the site, and the files of the repository that it needs.
 
-    Targets that are not there stay as they are, for the check of the built site to find.
+    Missing targets stay unchanged, for the check of the built site to find.
     """
     files: set[str] = set()
     here = PurePosixPath(pages[page]).parent
@@ -104,9 +104,9 @@ def named_in(navigation: Any) -> Iterator[str]:
 
 
 def check_navigation(settings: str, pages: dict[str, str]) -> None:
-    """Compare the pages of the navigation with those that there are. Raises SiteError."""
+    """Compare the pages of the navigation with the existing ones. Raises SiteError."""
     named, there = list(named_in(tomllib.loads(settings)["project"]["nav"])), set(pages.values())
-    problems = [f"{SETTINGS}: nav has {name}, which is no page" for name in named if name not in there]
+    problems = [f"{SETTINGS}: nav has {name}, which is not a page" for name in named if name not in there]
     problems += [f"{SETTINGS}: nav lacks {name}, so nobody finds it" for name in sorted(there.difference(named))]
     if problems:
         raise SiteError("\n".join(problems))
@@ -135,7 +135,7 @@ def generate(folder: Path) -> None:
     """Run the generator in `folder`, which writes site/ there. Raises SiteError."""
     program = Path(sys.prefix) / "docs" / "bin" / "zensical"
     if not program.exists():
-        raise SiteError(f"{program} is not there: make docs")
+        raise SiteError(f"{program} is missing: make docs")
     done = subprocess.run([program, "build", "--clean"], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (folder / "site" / "index.html").is_file():
         raise SiteError(f"zensical ended with exit code {done.returncode}\n{done.stdout}{done.stderr}".rstrip())
@@ -143,7 +143,7 @@ def generate(folder: Path) -> None:
 
 @dataclass
 class Parsed:
-    """What a built page has: the names of its sections, and what it links to and loads, with the tag that does."""
+    """Content of a built page: the names of its sections, and its links and loads, with their tags."""
 
     names: set[str] = field(default_factory=set)
     links: list[tuple[str, str]] = field(default_factory=list)
@@ -189,7 +189,7 @@ def problems_of(site: Path, pages: dict[str, str]) -> list[str]:
             if not other.is_file():
                 problems.append(f"{page}: {shown} is not there")
             elif parts.fragment and other in found and unquote(parts.fragment) not in found[other].names:
-                problems.append(f"{page}: {shown} is no section of that page")
+                problems.append(f"{page}: {shown} is not a section of that page")
     return problems
 
 
@@ -205,7 +205,7 @@ def build(root: Path, out: Path) -> int:
         if problems := problems_of(folder / "site", pages):
             raise SiteError("\n".join(problems))
         if out.exists() and not (out / "index.html").is_file():
-            raise SiteError(f"{out} is there, and is no site: name another folder by --out")
+            raise SiteError(f"{out} exists and is not a site: name another folder by --out")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(folder / "site", out)
     return len(pages)
@@ -214,7 +214,7 @@ def build(root: Path, out: Path) -> int:
 def main() -> int:
     """Build the site and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "docs-site", help="where the site goes")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "docs-site", help="folder of the site")
     out: Path = parser.parse_args().out
     try:
         count = build(ROOT, out)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table, with a newline at its end; nothing where there are no rows."""
+    """Write a table, with a newline at its end; an empty text without rows."""
     cells = [head, ["---"] * len(head), *rows]
     if len(cells) == 2:
         return ""

@@ -1,4 +1,4 @@
-"""Print every file of the project with the line that says what it is for, folder by folder.
+"""Print every file of the project with its purpose in one line, folder by folder.
 
 python tools/tree.py            print the tree
 python tools/tree.py --check    print what is wrong; exit 1 where a file does not say what it is for, or a file, a
@@ -28,7 +28,7 @@ def listed_files() -> list[Path]:
 
 
 def summary_of(path: Path) -> str:
-    """Return the first sentence of the first line that the file says about itself; empty where it says nothing."""
+    """Return the first sentence of a file's first line of description, or an empty text."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
         line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
@@ -87,7 +87,7 @@ def problems(summaries: dict[Path, str]) -> list[str]:
     lines = {path: len(text.splitlines()) for path, text in texts.items()}
     modules = Counter(path.parent for path in sources if path.name != "__init__.py")
     return [
-        *(f"{path} needs a first line that says what it is for" for path, summary in summaries.items() if not summary),
+        *(f"{path} needs a first line with its purpose" for path, summary in summaries.items() if not summary),
         *(
             f"{path} has {count} lines: over {MOST_LINES} it has two jobs"
             for path, count in lines.items()

@@ -1,4 +1,4 @@
-"""Run the commands of docs/TUTORIAL.md as they are written, and make the pictures of that page from what they do.
+"""Run the commands of docs/TUTORIAL.md as they are written, and make the pictures of that page from their output.
 
 python -m tools.tutorial              run them in a folder for a while, and write docs/pictures/tutorial-*
 python -m tools.tutorial --quick      with few clicks, and write no pictures: does every command still work?
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "TUTORIAL.md"
 PLACE = Path("data/tutorial")
 QUICK = {"--small": "--items 200 --users 150 --days 4", "random:0": "random:0 --backbone mobilenet_v3_small:avgpool"}
-"""What is written in place of what, for few clicks, and features of a small network."""
+"""Replacements in the commands, for few clicks and features of a small network."""
 SERVERS = re.compile(r"python -m (serving data|explorer)")
 WIDTH, MOST_LINES = 100, 20
 READY_S = 120
@@ -118,7 +118,7 @@ def _answers(url: str) -> bool:
 
 
 def as_svg(done: list[tuple[str, str]]) -> str:
-    """Draw commands and what they printed as a terminal; of many lines the first ones of the last command."""
+    """Draw commands and their output as a terminal; of a long output, the first lines of the last command."""
     shown = done if sum(len(lines_of(printed)) for _, printed in done) <= MOST_LINES else done[-1:]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), legacy_windows=False)
     for command, printed in shown:
@@ -135,7 +135,7 @@ def as_svg(done: list[tuple[str, str]]) -> str:
 
 
 def lines_of(printed: str) -> list[str]:
-    """Cut what a command printed into lines, without those that tell how far it is, and how fast this machine."""
+    """Split the output of a command into lines, without progress and times of this machine."""
     lines = [line.rstrip() for line in printed.splitlines()]
     return [
         line for line in lines if not re.match(r"\w+: [\d,]+ of [\d,]+$|dask-submit: |step \d+/\d+  loss|time  ", line)
@@ -143,7 +143,7 @@ def lines_of(printed: str) -> list[str]:
 
 
 def contact_sheet(folder: Path, columns: int = 12, rows: int = 4, side_px: int = 64) -> Image.Image:
-    """Lay some pictures of each kind out in rows."""
+    """Arrange some pictures of each kind in rows."""
     kinds = sorted(path for path in (folder / PLACE / "images").iterdir() if path.is_dir())
     files = [sorted(kind.glob("*.jpg")) for kind in kinds]
     chosen = [each[place] for place in range(max(map(len, files))) for each in files if place < len(each)]
@@ -183,11 +183,11 @@ PICTURES: dict[str, Callable[[Path, str], Image.Image]] = {
     "tutorial-curve.png": lambda folder, _: Image.open(folder / PLACE / "runs/both/evaluation/missing_curve.png"),
     "tutorial-request.png": drawn_request,
 }
-"""What a picture of the page shows, by the folder in which the commands ran and what the block printed."""
+"""The content of a picture, by the folder in which the commands ran and the block's output."""
 
 
 def make_picture(name: str, done: list[tuple[str, str]], folder: Path, out: Path) -> None:
-    """Write one picture of a block, by its commands and what each printed."""
+    """Write one picture of a block, by its commands and their output."""
     if name in PICTURES:
         picture = PICTURES[name](folder, done[-1][1])
         picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(out / name, optimize=True)
@@ -228,7 +228,7 @@ def main() -> int:
     """Follow the tutorial and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few clicks, a small network, and no pictures")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures", help="where pictures go")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures", help="folder of the pictures")
     chosen = parser.parse_args()
     page = quick_page() if chosen.quick else PAGE.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as place:

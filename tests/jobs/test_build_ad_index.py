@@ -120,7 +120,7 @@ def test_new_ads_are_added_without_a_rebuild(folder: Path, out: str, tmp_path: P
     table = {"ad_image": np.array([1_020, 1_021, 1_030, 1_004]), "ad_category": np.array([0, 1, 0, 4])}
     text = done(folder, "--out", out, "--add", "--ads", ads_table([20, 21, 3, 4], tmp_path / "b.parquet", **table))
     assert "ads          2 new, 1 changed, 1 unchanged, 0 removed" in text
-    assert "hnsw, 22 ads, 6 numbers each, inner product; 1 unused vectors go with the next build" in text
+    assert "hnsw, 22 ads, 6 numbers each, inner product; 1 unused vectors, removed by the next build" in text
     after, ads = by_key(out), AdIndex.open(out)
     assert set(after) == set(range(22))
     assert [key for key in before if not np.array_equal(before[key], after[key])] == [3]
@@ -138,8 +138,8 @@ def test_ads_are_removed_by_key_and_by_file_without_a_run(folder: Path, out: str
     options = ["--remove", "3", "--remove", "-4", "--remove", str(tmp_path / "gone.csv"), "--remove", str(table)]
     result = CliRunner().invoke(app, ["--out", out, *options])
     assert result.exit_code == 0, result.stderr
-    assert "ads          0 new, 0 changed, 0 unchanged, 4 removed, 2 to remove that are not there" in result.stdout
-    assert "hnsw, 16 ads, 6 numbers each, inner product; 4 unused vectors go with the next build" in result.stdout
+    assert "ads          0 new, 0 changed, 0 unchanged, 4 removed, 2 to remove were not found" in result.stdout
+    assert "hnsw, 16 ads, 6 numbers each, inner product; 4 unused vectors, removed by the next build" in result.stdout
     assert f"written to   {out}, version 2" in result.stdout
     left = set(range(20)) - {3, 5, 6, 8}
     assert set(by_key(out)) == left

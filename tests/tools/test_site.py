@@ -131,7 +131,7 @@ def test_pages_and_navigation_have_to_agree(small: Path, tmp_path: Path) -> None
     with pytest.raises(site.SiteError, match=r"nav lacks B\.md"):
         site.build(small, tmp_path / "out")
     (small / "docs" / "A.md").rename(small / "docs" / "C.md")
-    with pytest.raises(site.SiteError, match=r"nav has A\.md, which is no page"):
+    with pytest.raises(site.SiteError, match=r"nav has A\.md, which is not a page"):
         site.build(small, tmp_path / "out")
 
 

@@ -85,7 +85,7 @@ def test_a_summary_ends_with_its_sentence_and_not_at_an_abbreviation(write) -> N
 
 def test_a_file_that_says_nothing_is_refused(write, monkeypatch, capsys) -> None:
     path = write("width_cm = 40\n")
-    assert checked(monkeypatch, capsys) == (1, [f"{path} needs a first line that says what it is for"])
+    assert checked(monkeypatch, capsys) == (1, [f"{path} needs a first line with its purpose"])
 
 
 def function_of(lines: int) -> str:

@@ -1,4 +1,4 @@
-"""Which Chromium is driven: one that is named, the one that tools/browser_packages.sh unpacks, or one of the path."""
+"""The Chromium to use: a named one, the one that tools/browser_packages.sh unpacks, or one of the path."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ WAY_OUT = f"tools/browser_packages.sh {PACKAGES} fetches it, or name one by CHRO
 
 
 def find_chromium() -> str | None:
-    """Find the program: that of the variable CHROMIUM, the unpacked one, or one of the path; None where none is."""
+    """Find the program: that of the variable CHROMIUM, the unpacked one, or one of the path; else None."""
     named, unpacked = os.environ.get("CHROMIUM"), PACKAGES / "bin" / "chromium"
     if named:
         return named

@@ -31,7 +31,7 @@ _OPEN = re.compile(r"open (http://\S+)")
 
 
 class Shot(NamedTuple):
-    """A picture: its name, the page, and what has to be on it by then."""
+    """A picture: its name, the page, and the element to wait for."""
 
     name: str
     path: str
@@ -57,7 +57,7 @@ _SHORTER = """place => {
     while (walker.nextNode())
         walker.currentNode.textContent = walker.currentNode.textContent.replace(absolute, '');
 }"""
-"""Leaves out of each path what is before the demo's folder: where it lies on this machine is of no interest."""
+"""Removes the part of each path before the demo's folder, as it belongs to this machine."""
 
 app = CommandApp()
 
@@ -87,7 +87,7 @@ def main(
 
 
 def taken(browser: "Browser", address: str, shots: Sequence[Shot], place: str) -> Iterator[tuple[str, bytes]]:
-    """Take each picture of the explorer at an address; give its name and its PNG. Paths below `place` begin there."""
+    """Take each picture of the explorer at an address; yield its name and PNG. Paths below `place` are shortened."""
     page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
     page.set_default_timeout(TIMEOUT_MS)
     for shot in shots:
@@ -97,7 +97,7 @@ def taken(browser: "Browser", address: str, shots: Sequence[Shot], place: str) -
 
 @contextmanager
 def running(place: Path) -> Iterator[str]:
-    """Run the explorer of a demo; gives its address. Raises UserError where it does not begin."""
+    """Run the explorer of a demo, and yield its address. Raises UserError if it does not start."""
     folders = {"store": "features", "runs": "runs", "samples": "samples", "images": "images", "model": "models/ctr"}
     options = [word for name, folder in folders.items() for word in (f"--{name}", str(place / folder))]
     with tempfile.TemporaryFile("w+") as log:
@@ -116,7 +116,7 @@ def running(place: Path) -> Iterator[str]:
 
 
 def small(png: bytes) -> bytes:
-    """Write a PNG with a palette, of as many colours as fit into MOST_BYTES; with the fewest where none does."""
+    """Write a PNG with a palette of as many colours as fit into MOST_BYTES, or with the fewest if none fits."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(png)).convert("RGB")
