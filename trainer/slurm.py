@@ -97,7 +97,7 @@ def _run_step(words: list[str]) -> tuple[int, set[int]]:
 
 
 def variables_of(by: By, slurm: Mapping[str, str], port: int) -> Variables:
-    """Return what the launcher of Horovod or torch would set for this rank; all meet on `port` of srun's node."""
+    """Return the variables of Horovod's or torch's launcher for this rank; all meet on `port` of srun's node."""
     head, node = slurm["SLURM_LAUNCH_NODE_IPADDR"], slurm["SLURM_NODEID"]
     place = Place(ranks_of_nodes(slurm), int(node), int(slurm["SLURM_LOCALID"]))
     interface = launch.interface_towards(head)
@@ -107,7 +107,7 @@ def variables_of(by: By, slurm: Mapping[str, str], port: int) -> Variables:
 
 
 def _become(by: str, port: str, *command: str) -> None:
-    """Become the command of a rank, with the variables that say which one it is."""
+    """Replace this process by the command of a rank, with the rank's variables."""
     try:
         os.execvpe(command[0], command, {**os.environ, **variables_of(By(by), os.environ, int(port))})
     except OSError as error:

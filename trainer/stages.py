@@ -55,7 +55,7 @@ WAIT: Stage = "wait for the next batch"
 _REST: Stage = "rest"
 
 Kind = Literal["step", "eval"]
-"""Of what a batch is prepared for."""
+"""Purpose of a prepared batch."""
 
 BATCHES_AHEAD = 2
 _KEPT_STEPS = 1000

@@ -137,7 +137,7 @@ JOBS = [
     (
         "jobs/build_ad_index --run {towers} --ads {garbage} --out {new}",
         2,
-        "{garbage} is no *.parquet file",
+        "{garbage} is neither a *.parquet file",
     ),
     ("jobs/build_ad_index --add --index hnsw", 2, "--index"),
     ("jobs/build_ad_index --index [/x]", 2, "--index"),

@@ -151,8 +151,8 @@ def test_ads_are_removed_by_key_and_by_file_without_a_run(folder: Path, out: str
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ("ad_item\n5\nsix\n", 1, "line 3: 'six' is no key; give whole numbers, one a line"),
-        (None, 2, "this is no key (a whole number of 64 bits), no .parquet file, and no text file"),
+        ("ad_item\n5\nsix\n", 1, "line 3: 'six' is not a key; give one whole number per line"),
+        (None, 2, "this is not a key (a whole number of 64 bits), a .parquet file or a text file"),
     ],
 )
 def test_what_cannot_be_removed(

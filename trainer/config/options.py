@@ -344,7 +344,7 @@ class OptimConfig(Section):
     ids_lr: Training[LearningRate | None] = 0.006
     """Learning rate of ID rows; null: lr. It is the alpha of ftrl, without warm-up and schedule."""
     ids_restart: Training[bool] = False
-    """Begin ID rows and their optimiser anew with each epoch (MEDA, KDD 2023); the rest continues."""
+    """Reset ID rows and their optimiser at each epoch (MEDA, KDD 2023); the rest continues."""
     warmup_steps: Training[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
     weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0

@@ -204,7 +204,7 @@ def _limits() -> Iterator[int]:
 def keep_freed_memory() -> None:
     """Keep freed blocks of up to 32 MB, half a gigabyte in all, for the next allocation.
 
-    By default glibc hands large blocks back at once, and each step has the kernel find and clear the same pages anew:
+    By default glibc returns large blocks at once, and in each step the kernel finds and clears the same pages again:
     a tenth of the time of E's forward and backward. Nothing happens where the C library is another one.
     """
     libc = ctypes.CDLL(None)

@@ -376,7 +376,7 @@ class Training:
             self.metrics = metrics_of(run.history, best)
             self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")
         else:
-            self._progress.say(f"step {best} had the best GAUC, but before this run: there is no checkpoint of it here")
+            self._progress.say(f"step {best} had the best GAUC, but in an earlier run; this one has no such checkpoint")
             self._save()
 
     def _report_tables(self) -> None:

@@ -390,7 +390,7 @@ def _places(lengths_B: Tensor, value_N: Tensor, length: int) -> TokenPlaces:
     sample_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
     sample_N = expand_rows(sample_B, lengths_B, value_N.shape[0])
     place_N = torch.arange(value_N.shape[0], device=lengths_B.device) - start_B.index_select(0, sample_N)
-    # The first place of a sample without behaviours counts as a token: softmax over none is no number.
+    # The first position of a sample without behaviours counts as a token: softmax over none is not a number.
     is_token_BL = place_L < lengths_B.clamp_min(1).unsqueeze(1)
     return TokenPlaces(place_N, sample_N * length + place_N, is_token_BL)
 

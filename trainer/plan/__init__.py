@@ -1,1 +1,1 @@
-"""What a run would need and how fast it would be on more machines: python -m trainer.plan."""
+"""Estimates of a run's needs and speed on more machines: python -m trainer.plan."""

@@ -1,4 +1,4 @@
-"""python -m trainer.plan: what a run would need and how fast it would be on more machines, before you rent them."""
+"""python -m trainer.plan: estimate a run's needs and speed on more machines, before you rent them."""
 
 import sys
 from pathlib import Path

@@ -190,7 +190,7 @@ class PlanQuestion:
     latency_s: float
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where ranks would be without samples."""
+        """Raise ConfigError if a rank would have no samples."""
         for count in self.ranks:
             if self.global_size(count) < count:
                 raise ConfigError(
@@ -226,7 +226,7 @@ class Calibration:
     """This machine at the batch size of a rank, with one rank on it or several.
 
     Ranks beyond the number of cores take turns on them. A measurement takes about half a minute; `folder` gets the
-    samples, a feature store, and the runs. Raises PlanError with what a run said that failed.
+    samples, a feature store, and the runs. Raises PlanError with the error of a failed run.
     """
 
     def __init__(self, question: PlanQuestion, sampled: SampledKeys, folder: Path, say: Callable[[str], None]) -> None:
@@ -374,7 +374,7 @@ def widths(config: Config, sampled: SampledKeys) -> Widths:
 
 
 def stored_bytes(config: Config, sampled: SampledKeys) -> StoredBytes:
-    """Tell what is held: the store's rows, all ID tables with their optimiser's state, and in how much memory."""
+    """Return the contents of memory, the store's rows and all ID tables with optimiser state, and its size."""
     snapshot, shapes = sampled.snapshot, table_shapes(used_fields(sampled.schema, config.model), config.model)
     state = state_of(config.optim)
     return StoredBytes(
@@ -393,7 +393,7 @@ def assumptions(question: PlanQuestion, sampled: SampledKeys) -> list[str]:
     return [
         f"Every machine is like this one, with {per_machine} rank{'s' if per_machine > 1 else ''} on it; "
         f"they are joined by a network of {speed:g} Gbit/s each way with {question.latency_s * 1e6:g} us for a message "
-        "(--network-gbit, --latency-us); nobody else uses it.",
+        "(--network-gbit, --latency-us), without other traffic.",
         f"Keys are counted in batches drawn from the samples: measured up to {sampled.images.num_samples:,} samples.",
         f"Steps were timed with drawn features, at the batch size of a rank but at most {LARGEST_MEASURED:,} samples; "
         "beyond that a step takes longer in proportion.",

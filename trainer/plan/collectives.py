@@ -1,4 +1,4 @@
-"""A program on ranks: what a collective costs, almost empty and with eight megabytes in it.
+"""A program on ranks that measures the cost of collectives, almost empty and with eight megabytes.
 
 horovodrun -np 2 python -m trainer.plan.collectives
 """

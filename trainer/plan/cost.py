@@ -11,7 +11,7 @@ class KeyCounts:
     """Counts of keys of one kind (images, ids) in one global batch of P ranks."""
 
     asked: float
-    """Unique keys of one rank, mean over ranks: what it asks for, and what an owner is asked for on average."""
+    """Unique keys of one rank, mean over ranks: those it requests, and those requested from an owner."""
     unique: float
     """In the whole batch."""
     owned: float
@@ -56,17 +56,17 @@ class NetworkSpeed:
     """
 
     call_s: float
-    """Any collective, however little it moves, measured between ranks of one machine."""
+    """Seconds of any collective without data, measured between ranks of one machine."""
     latency_s: float
-    """More for each message to another rank when there are several machines."""
+    """Additional seconds per message to another rank if there are several machines."""
     link_bytes_per_s: float
     """Of a machine, each way."""
     local_bytes_per_s: float
-    """Of a rank, between ranks of one machine: also the most that its software moves."""
+    """Bandwidth of a rank, between ranks of one machine: also the limit of its software."""
     ranks_per_machine: int = 1
 
     def alltoall_s(self, ranks: int, bytes_out: float) -> float:
-        """Return the seconds of an alltoall. `bytes_out`: what leaves a rank, or comes to it, whichever is more."""
+        """Return the seconds of an alltoall. `bytes_out`: bytes sent or received by a rank, whichever is more."""
         return self._seconds(ranks, ranks - 1, bytes_out)
 
     def allreduce_s(self, ranks: int, size_bytes: float) -> float:
@@ -86,7 +86,7 @@ class NetworkSpeed:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank needs on a machine that is as full of ranks as it will be, and what joins the ranks."""
+    """A rank's times on a machine with its final number of ranks, and the network between ranks."""
 
     read_s: float
     """Per sample decoded, from Parquet to a batch; reading goes on during the step."""

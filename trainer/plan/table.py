@@ -13,9 +13,9 @@ from featurestore.console.output import print_line, print_table
 from trainer.plan.cost import BatchCounts, Machine, StepCost, Widths, step_cost
 
 MOST_OF_MEMORY = 0.8
-"""Of a machine's, for what its ranks hold."""
+"""Share of a machine's memory for its ranks."""
 LEAST_EFFICIENCY = 0.5
-"""More ranks are recommended as long as each does at least so much of what it would do alone."""
+"""Least efficiency, per rank, of a recommended number of ranks."""
 PROGRAM_BYTES = 2 * 2**30
 """Memory of a rank besides features and ID rows: Python and torch (.6 GB), batches that are read ahead, activations."""
 _SKEW_NOTICE = 1.05
@@ -24,7 +24,7 @@ _DECODE_NOTICE = 1.31
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """What ranks hold: the feature store and the ID tables. `table_bytes` is of all tables, with Adam's state."""
+    """The memory of ranks: the feature store and the ID tables. `table_bytes`: all tables, with Adam's state."""
 
     feature_bytes: int
     """Of all rows of the store."""
@@ -133,7 +133,7 @@ def recommend(rows: Sequence[RankPlan], memory_bytes: int | None) -> tuple[int |
 
 
 def advise(row: RankPlan, stored: StoredBytes) -> list[str]:
-    """Say what to change about streams of samples and about shards."""
+    """Return advice on the streams of samples and on shards."""
     lines = []
     if (decoded := row.counts.decoded * row.ranks / row.counts.samples) > _DECODE_NOTICE:
         lines.append(
@@ -175,7 +175,7 @@ def as_json(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def show(plan: TrainingPlan, console: Console) -> None:
-    """Print the rows, then what to take and what was taken for granted."""
+    """Print the rows, then the recommendation and the assumptions."""
     print_line(console, plan.title, style="bold")
     epoch, against = f"epoch of {plan.samples:,.0f}", f"efficiency against {plan.base_ranks}"
     table = Table()

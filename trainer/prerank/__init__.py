@@ -1,4 +1,4 @@
-"""Pre-ranking by two towers: vectors of ads under an index, and what a search of it is worth."""
+"""Pre-ranking by two towers: an index of ad vectors, and the quality of its searches."""
 
 INDEX = "data/ad-index"  # where an index is by default
 MIN_RECALL = 0.95  # recall@10 that an index has to reach

@@ -115,7 +115,7 @@ def search(
 def _with_run(
     work: "Callable[[TrainedRun, AdIndex], None]", run: str, index: str, checkpoint: str | None, samples: str | None
 ) -> int:
-    """Do `work` with a run and an index of its ads, on one rank; return the exit code."""
+    """Call `work` with a run and an index of its ads, on one rank; return the exit code."""
 
     def opened(comm: "Comm") -> None:
         from trainer.prerank.artifact import AdIndex

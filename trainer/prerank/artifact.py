@@ -45,9 +45,9 @@ STATE, STRUCTURE, ADS, QUERIES = "index.json", "index.npz", "ads.parquet", "quer
 KEEP_REPLACED_S = 3600.0  # how long readers may use a version after another one took its place
 COUNT = 10  # candidates of a query whose recall is measured when an index is written
 NUM_QUERIES = 500
-# Scores of two structures differ in the last bits; what is nearer than this is as good.
+# Scores of two structures differ in the last bits; smaller differences count as equal.
 _TIE = 1e-5
-# Batches of another make-up move the last bits of a vector; what is nearer than this is the same.
+# The composition of a batch moves the last bits of a vector; smaller differences count as equal.
 _SAME = 1e-5
 _MAX_UNUSED = 0.25
 _NONE: Keys = np.empty(0, np.int64)
@@ -55,7 +55,7 @@ _NONE: Keys = np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class Queries:
-    """What an index is measured with: vectors of users, or of some of its own ads where there are no users."""
+    """Queries to measure an index: vectors of users, or, without users, of some of its own ads."""
 
     vectors_KW: Vectors
     source: QuerySource
@@ -107,7 +107,7 @@ def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float
 
 
 class IndexOrigin(Frozen):
-    """Whose vectors these are. Vectors of two checkpoints cannot be compared, so one index has those of one."""
+    """The origin of vectors. Those of two checkpoints cannot be compared, so an index has those of one."""
 
     run: str
     checkpoint: str
@@ -117,7 +117,7 @@ class IndexOrigin(Frozen):
     bias: float
     """Logit = inner product + bias + what the context of the impression adds."""
     stores: dict[str, SnapshotId] = Field(default_factory=dict)
-    """Where the images were looked up, by the store's name; empty for a model without images."""
+    """The snapshots of images, by the store's name; empty for a model without images."""
 
 
 class IndexState(Sealed):
@@ -128,7 +128,7 @@ class IndexState(Sealed):
     dim: int
     num_ads: int
     num_unused: int
-    """Vectors of ads that were removed or have another one now: searches pass over them."""
+    """Number of vectors of removed or changed ads, which searches skip."""
     recall: float
     """Recall@10 against exact search, of a search with the index's own effort."""
     min_recall: float
@@ -193,7 +193,7 @@ class AdIndex:
         files = open_published(url)
         if not isinstance(files, PublishedFiles) or STATE not in files.list():
             raise AdIndexNotFoundError(
-                f"{url} is no index of ads; make it with: python jobs/build_ad_index.py --run RUN --out {url}"
+                f"{url} is not an index of ads; make one with: python jobs/build_ad_index.py --run RUN --out {url}"
             )
         try:
             state = read_sealed(files, STATE, IndexState)
@@ -206,7 +206,7 @@ class AdIndex:
 
     @property
     def warning(self) -> str | None:
-        """One line where the index finds fewer of the best ads than it should."""
+        """A warning in one line if the index finds fewer of the best ads than it should."""
         state = self.state
         if state.recall >= state.min_recall:
             return None
@@ -246,7 +246,7 @@ class AdIndex:
         return self._change(keys_N, vectors_NW, _NONE, origin)
 
     def remove(self, keys_R: Keys) -> tuple["AdIndex", AdChanges]:
-        """Write the next version, without these ads; those that are not there are counted. Otherwise as `add`."""
+        """Write the next version, without these ads, counting missing ones. Otherwise like `add`."""
         return self._change(_NONE, np.empty((0, self.state.dim), np.float32), keys_R, self.state.origin)
 
     def sync(
@@ -298,7 +298,7 @@ class AdIndex:
         return _publish(self._files.url, self.version, index, ads, queries, recall, min_recall, origin), changes
 
     def _kept_or_rebuilt(self, ads: tuple[Keys, Vectors]) -> tuple[VectorIndex, Queries | None, float]:
-        """Return this object's structure, or a new one of these ads where it has become bad; queries, and recall."""
+        """Return this structure, or a new one if its recall has become bad, with the queries and the recall."""
         index, exact, limit = self.index, VectorIndex.build("flat", *ads), self.state.min_recall
         has_many_unused = index.num_unused > _MAX_UNUSED * (index.num_unused + index.num_keys)
         queries = self._queries()
@@ -335,7 +335,7 @@ def _replaceable_version(url: str) -> int:
 
 
 def _read(files: Storage, state: IndexState, name: str) -> bytes:
-    """The whole file, its digest verified. Raises CorruptFileError."""
+    """Read a whole file, and verify its digest. Raises CorruptFileError."""
     try:
         return read_verified(files, name, "sha256", state.sha256.get(name, ""))
     except FileNotFoundError as failure:

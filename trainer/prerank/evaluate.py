@@ -37,7 +37,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class SearchFigures:
-    """What K searches gave. `recall`: by number of candidates, the share of the best ads that the index found."""
+    """Results of K searches. `recall`: by number of candidates, the share of the best ads that the index found."""
 
     queries: int
     effort: int | None
@@ -80,7 +80,7 @@ def users_of_tests(trained: TrainedRun, samples: str | None, most: int) -> Queri
 
 
 def user_queries(trained: TrainedRun) -> Queries | None:
-    """Compute vectors of users of the run's own samples, of the test days if there are any, to measure an index with.
+    """Compute user vectors from the run's own samples, of the test days if there are any, to measure an index.
 
     None where the samples are gone or empty.
     """

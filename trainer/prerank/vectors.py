@@ -47,7 +47,7 @@ class Ads:
     columns: Mapping[str, ColumnRows]
 
     def batches(self, schema: Schema, fields: Sequence[Field], size: int) -> Iterator[Batch]:
-        """Cut the ads into batches without users and context: of all fields but `fields` there is no row."""
+        """Divide the ads into batches without users and context: only `fields` have rows."""
         names = {field.name for field in fields}
         nothing = Jagged(np.empty(0, np.int64), np.empty(0, np.int32))
         for start in range(0, len(self.keys_N), size):
@@ -126,7 +126,7 @@ def _keys_of(value: str, column: str) -> Index:
         lines = storage.read_bytes(name).decode().splitlines()
     except (FileNotFoundError, StorageError, UnicodeDecodeError) as failure:
         raise DataNotFoundError(
-            f"--remove {value}: this is no key (a whole number of 64 bits), no .parquet file, and no text file"
+            f"--remove {value}: this is not a key (a whole number of 64 bits), a .parquet file or a text file"
         ) from failure
     keys = []
     for number, line in enumerate(lines, 1):
@@ -134,12 +134,14 @@ def _keys_of(value: str, column: str) -> Index:
         if (key := _key(word)) is not None:
             keys.append(key)
         elif word and (number > 1 or word != column):
-            raise DataError(f"--remove {value}, line {number}: {word[:40]!r} is no key; give whole numbers, one a line")
+            raise DataError(
+                f"--remove {value}, line {number}: {word[:40]!r} is not a key; give one whole number per line"
+            )
     return np.array(keys, np.int64)
 
 
 def _key(text: str) -> int | None:
-    """The int64 that a text is, if it is one."""
+    """Parse a text as an int64, or return None."""
     try:
         key = int(text)
     except ValueError:
@@ -158,7 +160,7 @@ def _files(address: str) -> tuple[Storage, list[str]]:
     if not address.endswith(".parquet"):
         storage = Storage(address)
         if storage.is_local and Path(storage.url).is_file():
-            raise DataNotFoundError(f"--ads {address} is no *.parquet file, and no folder of them; give a table of ads")
+            raise DataNotFoundError(f"--ads {address} is neither a *.parquet file nor a folder of them")
         return storage, [each for each in storage.list() if each.endswith(".parquet")]
     storage, name = file_at(address)
     return storage, [each for each in storage.list() if each == name]
@@ -174,7 +176,7 @@ def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[D
 def _last_ads(
     storage: Storage, row_group: RowGroup, rules: Mapping[str, Rule], label: str, column: str, seen: Index
 ) -> DecodedGroups:
-    """Of every ad of the row group that is not among `seen` its last impression."""
+    """Return the last impression of every ad of the row group that is not in `seen`."""
     table = read_row_group(storage, row_group, list(source_columns(rules)))
     columns = decode(table, rules, label, storage.full(row_group.file), row_group.first_row).columns
     keys_B = columns[column].values
@@ -249,7 +251,7 @@ def ad_vectors(
 
 
 def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Vectors]]:
-    """Give each batch with the vectors of its groups, (G, W) float32."""
+    """Yield each batch with the vectors of its groups, (G, W) float32."""
     model = towers(trained)
 
     def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], _: Tensor) -> Tensor:

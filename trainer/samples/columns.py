@@ -187,7 +187,7 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a column has to be: `depth` lists around integers, or around real numbers, `width` of them a row.
+    """The type of a column: `depth` lists around integers, or around real numbers, `width` of them a row.
 
     `may_miss`: real numbers may be null or NaN, and are NaN then. `lengths_of`: columns whose lists are exactly as long
     as this one's, as the ids that these weights belong to. `gallery`: its innermost lists are images of one ad or
@@ -216,7 +216,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class ColumnRows:
-    """A column of one side: row m is `values[offsets[m]:offsets[m + 1]]`, or `values[m]` where there are no offsets."""
+    """A column of one side: row m is `values[offsets[m]:offsets[m + 1]]`, or `values[m]` without offsets."""
 
     values: Values
     offsets: Index | None
@@ -243,7 +243,7 @@ class DecodedGroups:
 
 
 def sizes_of(column: str) -> str:
-    """Name what `DecodedGroups` call the numbers of images of a gallery's ads or behaviours; no file has it."""
+    """Return the name in `DecodedGroups` of a gallery's numbers of images; no file has such a column."""
     return f"{column} sizes"
 
 
@@ -255,7 +255,7 @@ def ranges(starts_M: Index, lengths_M: Index) -> Index:
 
 
 def rules_of(schema: Schema) -> dict[str, Rule]:
-    """Say what every column has to be. Raises SchemaError where two fields want different things of one column."""
+    """Return the rule of every column. Raises SchemaError if two fields need different rules for one column."""
     uris = {field.column_name for field in schema.of_kind("content")}  # an image's ID is its key
     galleries = {field.column_name for field in schema.of_kind("content") if field.gallery}
     group = Rule("user", 0, "integer", text="uri" if schema.group in uris else "id")
@@ -286,7 +286,7 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
 
 
 def source_columns(rules: Mapping[str, Rule]) -> dict[str, Rule]:
-    """List the columns of the files that the rules read, and what each has to be: a crossed one is several."""
+    """List the columns of the files that the rules read, with the rule of each; a crossed column is several."""
     found: dict[str, Rule] = {}
     for column, rule in rules.items():
         each = replace(rule, crossed=())
@@ -330,7 +330,7 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
         if not (count := found.names.count(column)):
             missing.append(f"column {column} is missing, {expected}")
         elif count > 1:
-            reason = f"is in it {count} times, and nobody can tell which is meant; write the file with one"
+            reason = f"is in it {count} times; write the file with only one"
             problems.append(f"{file}: column {column} {reason}")
         elif not _fits(found.field(column).type, rule):
             problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
@@ -397,7 +397,7 @@ def values_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: in
 
 
 def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Encoded:
-    """Decode the values of one of the `text_columns` of a table, with what they were written as. Raises DataError."""
+    """Decode the values of one of the `text_columns` of a table, with their texts. Raises DataError."""
     encoded, _ = _encoded(table, column, rule, _Where(file, first_row))
     return encoded
 
@@ -469,7 +469,7 @@ def _fits(found: pa.DataType, rule: Rule) -> bool:
 
 
 def _element(found: pa.DataType, depth: int) -> pa.DataType | None:
-    """The type inside so many lists, of a dictionary that of its values; None where there are fewer lists."""
+    """Return the type inside `depth` lists, for a dictionary that of its values; None if there are fewer lists."""
     kind: Any = found
     for _ in range(depth):
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
@@ -497,7 +497,7 @@ def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Val
 
 
 def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Encoded, tuple[Index, ...]]:
-    """As `_flatten`, of a column of texts or of crossed ones: each distinct value once."""
+    """Flatten a column of texts or of crossed values, with each distinct value once."""
     if rule.crossed:
         first, *others = (_encoded(table, each, replace(rule, crossed=()), where) for each in rule.crossed)
         for (_, offsets), column in zip(others, rule.crossed[1:], strict=True):
@@ -531,7 +531,7 @@ def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[A
 
 
 def unwrapped(array: Any) -> tuple[Any, Index]:
-    """Take the elements out of a list array without nulls, and its offsets from 0."""
+    """Return the elements of a list array without nulls, and its offsets from 0."""
     if pa.types.is_fixed_size_list(array.type):
         size = array.type.list_size
         return array.flatten(), np.arange(len(array) + 1, dtype=np.int64) * size
@@ -600,7 +600,7 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
 
 
 def newest_day(files: Iterable[str]) -> date | None:
-    """Find the last day that the names of the files tell; None where one of them tells none, or there are none."""
+    """Find the last day in the names of the files; None if one has no day, or there are no files."""
     found = [_NAME.match(name_of(file)) for file in files]
     days = [date.fromisoformat(match[1]) for match in found if match]
     return max(days) if days and len(days) == len(found) else None

@@ -40,7 +40,7 @@ Int64 = NDArray[np.int64]
 def write_dictionary(
     comm: Comm, folder: RunPath, index: SampleIndex, rules: Mapping[str, Rule], earlier: RunPath | None = None
 ) -> bool:
-    """Write `folder`/ids.parquet, the same for any number of ranks; returns False where the samples have no texts.
+    """Write `folder`/ids.parquet, the same for any number of ranks; return False if the samples have no texts.
 
     Every rank calls it; `folder` is one for all of them. `earlier`: the dictionary of a run whose ID rows this one
     begins with; its entries are taken in. Raises, on all ranks together, DataError where two texts have one ID, or
@@ -75,7 +75,7 @@ class IdDictionary:
 
     @classmethod
     def of_run(cls, folder: RunPath) -> "IdDictionary | None":
-        """Open the dictionary of the run in `folder`; None where its samples had no texts."""
+        """Open the dictionary of the run in `folder`; None if its samples had no texts."""
         return cls(folder / FILE) if (folder / FILE).is_file() else None
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
@@ -149,7 +149,7 @@ def write_part(path: RunPath, held: Mapping[int, str]) -> None:
 
 
 def _publish(parts: list[RunPath], scratch: RunPath, final: RunPath) -> None:
-    """Merges the parts into one file, which gets its name when it is whole."""
+    """Merge the parts into one file, which is renamed when it is complete."""
     merged = scratch / FILE
     with _near(parts) as near, _writer(merged) as writer:
         for bucket in range(1 << _BUCKET_BITS):

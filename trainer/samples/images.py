@@ -1,4 +1,4 @@
-"""Images that samples name: how often each, which of them a feature store lacks, and what they are called.
+"""Images in samples: how often each occurs, which of them a feature store lacks, and their names.
 
 Letters of shapes: U distinct keys of images, P ranks. Uses are rows of three numbers, (U, 3): the key, the impressions
 and the behaviours that name it; distinct keys, ascending.
@@ -113,7 +113,7 @@ def lacking(
 def names_of(
     indexes: Sequence[SampleIndex], rules: dict[str, Rule], fields: Sequence[Field], keys_U: NDArray[np.int64]
 ) -> dict[int, str]:
-    """Find what images are called: in the samples' images.parquet, else in the samples, where they have texts.
+    """Find the names of images: in the samples' images.parquet, else in the samples, if they have texts.
 
     Images of samples that were made with keys have no name. Raises DataError.
     """

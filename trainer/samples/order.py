@@ -22,9 +22,9 @@ from trainer.samples.columns import DecodedGroups, Index, concatenate
 Int64 = NDArray[np.int64]
 
 _SAMPLES_PER_STREAM = 64
-"""Of a batch, at least: each stream ends its part of a batch within a sample group, which is then in two batches."""
+"""Least samples of a stream in a batch, as each stream splits a sample group between two batches."""
 _UNEVEN = 1.03
-"""The samples of the rank that has most, over their mean, up to which no stream is shared."""
+"""Largest ratio of a rank's samples to the mean for which no stream is shared."""
 _HUGE = 2
 """Times the mean size of a row group."""
 _LAST = 3
@@ -40,7 +40,7 @@ class Share(NamedTuple):
     length: int
 
     def of(self, count: int) -> range:
-        """Return which of `count` samples, the stream's in a batch, are this rank's."""
+        """Return the range of this rank among the stream's `count` samples of a batch."""
         return range(count * self.begin // self.length, count * self.end // self.length)
 
 
@@ -79,7 +79,7 @@ def deal(sizes_R: Sequence[int], order_R: Sequence[int], streams: int) -> list[l
 
 
 def windows_of(row_groups: Sequence[int], stream: int, streams: int, window_groups: int) -> list[Sequence[int]]:
-    """Cut a stream's row groups into what is mixed at a time; all streams together hold `window_groups`."""
+    """Divide a stream's row groups into windows that are mixed; all streams together hold `window_groups`."""
     size = max(1, window_groups // streams + (stream < window_groups % streams))
     return [row_groups[at : at + size] for at in range(0, len(row_groups), size)]
 
@@ -87,7 +87,7 @@ def windows_of(row_groups: Sequence[int], stream: int, streams: int, window_grou
 def batch_parts(lengths_S: Sequence[int], batch_size: int) -> Iterator[tuple[Int64, Int64]]:
     """Yield for each batch where it begins in each stream, and its samples of each: (S,) and (S,).
 
-    Every batch has `batch_size` samples, the last one what is left. Each stream gives its share of what is left of all,
+    Every batch has `batch_size` samples, the last one the rest. Each stream gives its share of the remaining samples,
     rounded so that the sum is exact; what rounding takes from a stream, later batches give back.
     """
     begin_S, left_S = np.zeros(len(lengths_S), np.int64), np.array(lengths_S, np.int64)

@@ -218,7 +218,7 @@ def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, posit
 
 
 def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str, Any]:
-    """Take what a batch has of the schema's fields, by the names of `Batch`; `taken` gives rows of a column."""
+    """Return a batch's inputs of the schema's fields, by the names of `Batch`; `taken` returns rows of a column."""
 
     def keys(field: Field) -> Jagged:
         rows = taken(field, field.column_name)

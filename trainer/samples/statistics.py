@@ -26,15 +26,15 @@ Float64 = NDArray[np.float64]
 _KEPT_VALUES = 1 << 20
 """Values from which quantiles are taken, over all row groups; each is off by at most half a kept value of its group."""
 _LEAST_KEPT = 64
-_METHOD = 1  # to be raised with another way to measure, so that what is kept is measured again
+_METHOD = 1  # raise it when the measurement changes, so that cached statistics are measured again
 FOUND = ("mean", "std", "boundaries")
 DECLARED = ("kind", "width", "transform", "buckets", "fill")
-"""What of a field decides on its statistics, beside the numbers in its column."""
+"""The settings of a field that determine its statistics, besides the numbers in its column."""
 
 
 @dataclass(frozen=True)
 class NumberSums:
-    """A field's numbers in one or several row groups, summed up; missing ones are counted and left out of the rest."""
+    """A summary of a field's numbers in one or several row groups; missing ones are only counted."""
 
     moments_W: tuple[Moments, ...]
     missing: int
@@ -43,7 +43,7 @@ class NumberSums:
     kept_S: Float64
     """For buckets: values of the row groups one after the other, each group's ascending."""
     counts_S: Float64
-    """How many values each of them stands for."""
+    """Number of values that each of them represents."""
 
     @classmethod
     def of_all(cls, parts: Sequence["NumberSums"]) -> "NumberSums":
@@ -59,7 +59,7 @@ class NumberSums:
 
 
 def fill_in(schema: Schema, found: Mapping[str, Mapping[str, Any]]) -> Schema:
-    """Fill in what `found` has of each field that lacks statistics, if it was declared there as it is here."""
+    """Fill in the statistics in `found` for each field that lacks them, if its settings are the same."""
     return schema.model_copy(update={"fields": tuple(_filled_in(field, found) for field in schema.fields)})
 
 
@@ -69,7 +69,7 @@ def fields_to_measure(schema: Schema) -> tuple[Field, ...]:
 
 
 def measure(comm: Comm, index: SampleIndex, schema: Schema) -> dict[str, dict[str, Any]]:
-    """Measure what the samples of `index` say of the fields that lack statistics, for `fill_in`; every rank calls it.
+    """Measure the statistics of fields that lack them in the samples of `index`, for `fill_in`; every rank calls it.
 
     Each rank reads every P-th row group, of the columns needed. Raises DataError on all ranks together, where a value
     cannot be used or a field has none.
@@ -90,7 +90,7 @@ def with_statistics(
 ) -> Schema:
     """Fill in the statistics of the samples of `index`.
 
-    What is measured is kept in the cache folder of rank 0's machine, by the digest of the samples. Every rank calls it.
+    Results are cached on rank 0's machine, by the digest of the samples. Every rank calls it.
     Raises DataError on all ranks together."""
     fields = fields_to_measure(schema)
     if not fields:

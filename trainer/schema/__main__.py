@@ -1,4 +1,4 @@
-"""python -m trainer.schema: look at data and write a first schema of it, and check a schema against samples."""
+"""python -m trainer.schema: suggest a schema for data, and check a schema against samples."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ Examples:
 """
 
 app = CommandApp(
-    help="Look at data and write a first schema of it, and check a schema against samples.",
+    help="Suggest a schema for data, and check a schema against samples.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     epilog=EXAMPLES,
@@ -53,7 +53,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="File to write; must be new.", show_default="the terminal")] = None,
     label: Annotated[str, typer.Option(help="Column of labels, in sample groups.")] = "label",
     group: Annotated[str, typer.Option(help="Column that groups samples for GAUC.")] = "user",
-    rows: Annotated[int, typer.Option(min=1, help="Rows to look at, at most.")] = 200_000,
+    rows: Annotated[int, typer.Option(min=1, help="Most rows to read.")] = 200_000,
 ) -> None:
     """Write a first schema of sample groups, or a first mapping of raw logs for jobs/build_samples.py.
 
@@ -143,7 +143,7 @@ def missing(
     epilog="Examples:\n\n"
     "    python -m trainer.schema lookup data/runs/both -8127164312765119041\n\n"
     "    python -m trainer.schema lookup data/runs/both sku-17 '[\"shoes\",3]'",
-    context_settings={"ignore_unknown_options": True},  # a negative ID is no option
+    context_settings={"ignore_unknown_options": True},  # a negative ID is not an option
 )
 def lookup(
     run: Annotated[str, typer.Argument(help="Folder or address of a run whose samples have texts.")],
@@ -163,7 +163,7 @@ def lookup(
     dictionary = IdDictionary.of_run(run_path(run))
     if dictionary is None:
         raise DataNotFoundError(
-            f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder"
+            f"{run} has no ids.parquet: its training samples have no texts, or it is not a run's folder"
         )
     if not values:
         entries, total = dictionary.first(SHOWN)
@@ -181,7 +181,7 @@ def lookup(
 
 
 def place_of_file(data: str) -> tuple[str, str | None]:
-    """Return the folder or address of a table and its name; None of what is no table itself."""
+    """Return the folder or address of a table and its name; None if it is not a table itself."""
     folder, _, name = data.rpartition("/")
     is_table = name.endswith((".parquet", ".csv", ".tsv"))
     return (

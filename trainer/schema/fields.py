@@ -169,7 +169,7 @@ class Field(BaseModel):
 
     @property
     def bucket_starts(self) -> tuple[float, ...] | None:
-        """Where each bucket but the first begins, ascending; None where the samples have to tell."""
+        """Lower bounds of all buckets but the first, ascending; None if they are taken from the samples."""
         return LOG2_BOUNDARIES if self.boundaries is None and self.buckets == LOG2 else self.boundaries
 
     @property

@@ -28,7 +28,7 @@ _KEPT = 4096
 
 @dataclass(frozen=True)
 class DistinctCount:
-    """The smallest 4,096 hashes of what was seen: exact up to that number of values, then with an error of about 1.6 %.
+    """The smallest 4,096 hashes of all values: exact up to that number, then with an error of about 1.6 %.
 
     Source: Bar-Yossef et al., "Counting distinct elements in a data stream", 2002: the k-th smallest of n hashes that
     are spread evenly over [0, 1) is about k / n. The standard error is 1 / sqrt(k - 2).
@@ -37,7 +37,7 @@ class DistinctCount:
     hashes_K: UInt64Array = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))  # ascending
 
     def with_values(self, values_N: npt.ArrayLike) -> "DistinctCount":
-        """Add these int64 values to what was seen."""
+        """Add these int64 values."""
         return self._kept(splitmix64(values_N) if np.size(values_N) else np.empty(0, np.uint64))
 
     def merged(self, other: "DistinctCount") -> "DistinctCount":
@@ -46,7 +46,7 @@ class DistinctCount:
 
     @property
     def is_exact(self) -> bool:
-        """Whether `estimate` is no estimate."""
+        """Whether `estimate` is exact."""
         return len(self.hashes_K) < _KEPT
 
     @property
@@ -258,5 +258,5 @@ def content_of(kind: pa.DataType) -> Content:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Tell whether it is a list of any form."""
+    """Return whether it is a list of any form."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

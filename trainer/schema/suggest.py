@@ -43,14 +43,14 @@ USER_ROWS = 50_000  # rows in which it is looked whether a column is the same in
 
 @dataclass(frozen=True)
 class Log:
-    """One table: where its files are, and what it is taken for."""
+    """One table: its files, and its assumed role."""
 
     name: str  # impressions | behaviors
     files: str
     table: TableProfile
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
-    how: tuple[str, ...]  # lines of the mapping that say how times and texts are written
+    how: tuple[str, ...]  # lines of the mapping with the formats of times and texts
 
 
 def inspect_logs(storage: Storage, most_rows: int, file: str | None = None) -> list[Log]:
@@ -75,7 +75,7 @@ def inspect_logs(storage: Storage, most_rows: int, file: str | None = None) -> l
 
 
 def render_mapping(logs: list[Log], where: str) -> str:
-    """Write the mapping as YAML, with what was found as comments."""
+    """Write the mapping as YAML, with the findings as comments."""
     lines = [
         f"# First mapping of {where}: look through it, then make samples of it:",
         f"# python jobs/build_samples.py --logs {where} --mapping THIS_FILE --samples SAMPLES",
@@ -133,7 +133,7 @@ def _log(storage: Storage, place: str, paths: list[str], most_rows: int) -> Log:
 
 
 def _how(storage: Storage, path: str, table: TableProfile, time: str | None) -> Iterator[str]:
-    """Write what the mapping has to say of how a table is written, where that is not as usual."""
+    """Write the formats of a table for the mapping, if they are not the defaults."""
     style = style_of(storage, path)
     if style not in (None, CsvStyle()):
         yield f"csv: {yaml.safe_dump(asdict(style), default_flow_style=True, width=1 << 30).strip()}"
@@ -289,7 +289,7 @@ def suggest(table: TableProfile, label: str) -> Suggestion:
 
 
 def render_schema(schema: Schema, made: Suggestion, table: TableProfile, where: str) -> str:
-    """Write the schema as YAML with comments: what was found, and what is left out."""
+    """Write the schema as YAML, with comments on findings and on columns left out."""
     header = [
         f"First schema of {where}: look through it, then continue with python -m trainer.schema check.",
         f"Suggested from {'all' if table.complete else 'the first'} {table.rows:,} sample groups.",
@@ -387,7 +387,7 @@ def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, 
 
 
 def _transform(column: Column) -> str | None:
-    """How such numbers are best scaled, by their range: what is never negative and grows large has a long tail."""
+    """Choose the scaling of numbers by their range: large non-negative numbers have a long tail."""
     if column.smallest is None or column.largest is None or -1 <= column.smallest <= column.largest <= 1:
         return None
     return "log_standardize" if column.smallest >= 0 and column.largest >= LONG_TAIL else "standardize"

@@ -1,4 +1,4 @@
-"""The supervisor's hand on one host: starts ranks, passes on what they print, and ends them for certain.
+"""The supervisor's agent on one host: starts ranks, forwards their output, and reliably ends them.
 
     python agent.py LEASE_S         started by the supervisor, over ssh on other machines; needs no other module
 
@@ -30,7 +30,7 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 class Agent:
-    """Ranks of this host. Threads read what they print; the main thread starts them, as they die with it."""
+    """Ranks of this host. Threads read their output; the main thread starts them, as they die with it."""
 
     def __init__(self, lease_s: float) -> None:
         import psutil  # which is not there for --as-rank: Python is started without packages
@@ -39,12 +39,12 @@ class Agent:
         self._lease_s = lease_s
         self._leased_until = time.monotonic() + lease_s
         self._answers = os.dup(1)
-        os.dup2(2, 1)  # what this process prints by mistake is no answer
+        os.dup2(2, 1)  # accidental output of this process must not be taken for an answer
         self._lock = threading.Lock()
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
 
     def work(self) -> None:
-        """Do what the supervisor says, until it is gone."""
+        """Execute the supervisor's commands until it is gone."""
         for task in (self._beat, self._watch_lease):
             threading.Thread(target=task, daemon=True).start()
         self._answer({"is": "here", "interfaces": self._interfaces, "ssh": os.environ.get("SSH_CONNECTION")})
@@ -68,7 +68,7 @@ class Agent:
         self.end()
 
     def end(self) -> None:
-        """Kill all ranks and this process, whatever its threads wait for."""
+        """Kill all ranks and this process, even if its threads are waiting."""
         self._signal(signal.SIGKILL)
         os._exit(0)
 

@@ -49,7 +49,7 @@ def parse_hosts(lines: Sequence[str], source: str) -> list[HostSlots]:
         match = _HOST.fullmatch(text)
         count = int(match["count"] or match["slots"] or 1) if match else 0
         if match is None or count == 0 or match["name"].startswith("-"):
-            raise ConfigError(f"{source}: '{text}' is no host; write it as name:slots, as a:4")
+            raise ConfigError(f"{source}: '{text}' is not a host; write it as name:slots, as a:4")
         if match["name"] in found:
             raise ConfigError(f"{source}: host {match['name']} is there twice; add its slots")
         found[match["name"]] = HostSlots(match["name"], count)
@@ -122,7 +122,7 @@ class Link:
         self._lease_s, self._news = lease_s, news
         self._process: asyncio.subprocess.Process | None = None
         self._leased_until = 0.0
-        """Until then, by this machine's clock, ranks may live on a host that is out of reach."""
+        """Time, by this machine's clock, until which ranks may be alive on an unreachable host."""
 
     async def keep(self) -> None:
         """Connect for ever, again whenever the connection is lost, with growing pauses."""
@@ -135,11 +135,11 @@ class Link:
 
     @property
     def may_have_ranks(self) -> bool:
-        """Whether the host is out of reach, and ranks of the last connection may not have ended yet."""
+        """Whether the host is unreachable and ranks of the last connection may still be alive."""
         return self.hello is None and time.monotonic() < self._leased_until
 
     async def close(self) -> None:
-        """End the agent, and with it its ranks; returns when it is gone, or cannot be reached."""
+        """End the agent and its ranks; return when it is gone or unreachable."""
         if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
             self._process.stdin.close()
             with contextlib.suppress(TimeoutError):
@@ -153,7 +153,7 @@ class Link:
             self._process.stdin.write(json.dumps(what).encode() + b"\n")
 
     def drop(self, why: str) -> None:
-        """Give the connection up: its agent ends all ranks when it notices, a lease later at the latest."""
+        """Drop the connection: its agent ends all ranks when it notices, at the latest after a lease."""
         self.trouble = why
         if self._process is not None and self._process.returncode is None:
             # Not Process.kill: it looks first whether the process has ended, and takes the exit code from asyncio.

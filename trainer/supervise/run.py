@@ -98,7 +98,7 @@ def _newest_step(run: RunPath) -> int:
 
 
 LEASE_S = 60.0
-"""After so long without a renewal, a supervisor of another machine counts as gone."""
+"""Seconds without a renewal after which a supervisor on another machine counts as gone."""
 _HOLDER = re.compile(r"process (\d{1,10}) on ([\w.-]{1,255})")
 
 

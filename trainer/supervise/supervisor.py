@@ -33,7 +33,7 @@ _LOOK_S = 1.0
 _SETTLE_S = 3.0
 """After enough hosts are there, for the others to come too."""
 _KILL_S = 20.0
-"""After SIGKILL; a host that does not say by then that its ranks are gone is given up."""
+"""Seconds after SIGKILL until a host that has not reported the end of its ranks is given up."""
 _LAST_LINES_S = 10.0
 _OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")
 """Variables, or beginnings of them, that are a host's own."""
@@ -50,9 +50,9 @@ class RankEnd:
     rank: int
     host: str
     code: int | None
-    """As of subprocess: below 0 the signal; None where its host is out of reach."""
+    """Exit code as in subprocess: below 0 the signal; None if its host is unreachable."""
     error: str | None = None
-    """What it said last on stderr, see LastWords."""
+    """Its last lines on stderr, see LastWords."""
     was_killed: bool = False
     """Whether the supervisor sent SIGKILL, as the rank did not end by itself."""
 
@@ -171,7 +171,7 @@ class LastWords:
 
 
 def end_text(end: RankEnd) -> str:
-    """Say how a rank ended, e.g. "rank 3 on b died (signal 9)"."""
+    """Describe the end of a rank, e.g. "rank 3 on b died (signal 9)"."""
     who = f"rank {end.rank} on {end.host}"
     if end.code is None:
         return f"{who} is out of reach" + (f" ({end.error})" if end.error else "")
@@ -188,7 +188,7 @@ def _name(number: int) -> str:
 
 
 def past_text(past: Past) -> str:
-    """Say why a generation ended: the end of its culprit, and what the first other rank said of it, or any rank."""
+    """Explain the end of a generation: the first failure, and the report of another rank, if any."""
     if past.asked and past.first is None:
         return "stopped after a checkpoint, to continue with more hosts"
     ends = [past.culprit or past.ends[0]]
@@ -200,7 +200,7 @@ def past_text(past: Past) -> str:
 
 
 def start_text(step: int, hosts: Sequence[HostSlots], slots_left: int, slots: int) -> str:
-    """Say with what the next generation begins."""
+    """Describe the start of the next generation."""
     ranks = count_slots(hosts)
     where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
     begin = f"resuming at step {step:,}" if step else "starting at the first step"
@@ -303,7 +303,7 @@ class Supervisor:
             step = await self._newest_step()  # an earlier supervisor's ranks may have written one meanwhile
             self._drain()
             if any(self._links[each.host].hello is None for each in hosts):
-                continue  # lost while the checkpoints were looked at
+                continue  # lost while the checkpoints were examined
             self.printer.say(start_text(step, hosts, count_slots(self._available(), self.max_ranks), self._slots()))
             if any(link.hello is None for link in self._links.values()):
                 self.printer.say(f"without {self._troubles()}")
@@ -350,7 +350,7 @@ class Supervisor:
         return count > now
 
     async def _hosts(self) -> tuple[HostSlots, ...] | None:
-        """Wait until enough hosts are there; None where a user stopped that, or it took too long."""
+        """Wait until enough hosts are available; None if a user stopped the wait, or it took too long."""
         start_s, settled_s, is_reported = time.monotonic(), float("inf"), False
         while (waited_s := time.monotonic() - start_s) < self.wait_for_hosts_s and not self._stop.asked.is_set():
             self._drain()
@@ -426,7 +426,7 @@ class Supervisor:
                 typed = getattr(failure, "exit_code", FAILED) == USAGE
                 if typed or time.monotonic() > end_s or self._stop.asked.is_set():
                     raise
-                self.printer.say(f"the checkpoints cannot be looked at: {failure}; trying again")
+                self.printer.say(f"cannot read the checkpoints: {failure}; trying again")
                 await self._pause(self.backoff_s)
 
     async def _pause(self, seconds: float) -> None:
@@ -434,7 +434,7 @@ class Supervisor:
             await asyncio.wait_for(self._stop.asked.wait(), seconds)
 
     def _last_words(self, code: int) -> str:
-        """Say how the supervision ends."""
+        """Report the end of the supervision."""
         last = self.past[-1]
         restarts = len(self.past) - 1
         after = f"after {restarts} restart{'s' * (restarts != 1)}, with step {last.step_after:,}"
@@ -508,7 +508,7 @@ class Generation:
         self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
 
     def _kill(self) -> None:
-        """Kill what is alive; the second time, give up the hosts that have not said that it is gone."""
+        """Kill living ranks; the second time, give up hosts that have not reported their end."""
         if self._killed:
             for host in {self._host_of[rank] for rank in self._alive}:
                 self._links[host].drop("its ranks did not end by SIGKILL")
@@ -521,7 +521,7 @@ class Generation:
             link.send({"do": "signal", "number": number})
 
     def _show(self, line: Mapping[str, Any]) -> None:
-        """Print a line of a rank: that of rank 0 as it is."""
+        """Print a line of a rank; lines of rank 0 without a prefix."""
         rank, text = line["rank"], line["text"]
         if line["stream"] == "err":
             self._last[rank].add(text)

@@ -41,7 +41,7 @@ def test_hosts_in_every_form() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["a:0"], "--hosts: 'a:0' is no host; write it as name:slots, as a:4"),
+        (["a:0"], "--hosts: 'a:0' is not a host; write it as name:slots, as a:4"),
         (["a:b:1"], "'a:b:1' is no host"),
         (["-oProxyCommand=x"], "is no host"),
         (["-x:1"], "is no host"),
