@@ -255,7 +255,7 @@ def read_sealed(storage: Storage, path: str, model_class: type[ModelT]) -> Model
 
 
 def create_sealed(storage: Storage, path: str, model: ModelT) -> ModelT:
-    """Create a sealed file unless it is there; return what the file holds then, of this writer or of another.
+    """Create a sealed file unless it exists; return its content, by this writer or another.
 
     Raises StorageError: then it is not known yet whether it was made.
     """

@@ -148,7 +148,7 @@ def read(storage: Storage) -> list[QuarantineRow]:
 
 
 def resolve(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
-    """Forget `rows`, and older ones of their keys; what is left becomes one file. Rows added meanwhile stay.
+    """Remove `rows`, and older rows of their keys; merge the rest into one file. Rows added meanwhile stay.
 
     Killed on the way, rows come back rather than get lost.
     """

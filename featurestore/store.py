@@ -63,7 +63,7 @@ class FeatureStore:
         return basis_of(self.info, self.storage)
 
     def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-        """Return what the store keeps of full rows (N, full_dim): themselves, or their coordinates where it is compact.
+        """Convert full rows (N, full_dim) to the store's form: unchanged, or their coordinates if it is compact.
 
         Numbers, not encoded yet. Raises InvalidRowsError for another width.
         """

@@ -1,4 +1,4 @@
-"""Text: lines of CSV, names of number types, and what is safe to print.
+"""Text: lines of CSV, names of number types, and printable forms of texts.
 
 Quotes count as Arrow takes them: at the beginning of a value alone, doubled within it, with line breaks between them.
 """

@@ -74,7 +74,7 @@ def main(
     def load() -> Config:
         config = load_config(file, given)
         if warm_parts is not None and config.run.warm_start is None:
-            raise ConfigError(f"--warm-parts {warm_parts} says what is taken of another run: name it by --warm-start")
+            raise ConfigError(f"--warm-parts {warm_parts} needs another run: name it by --warm-start")
         return config
 
     raise typer.Exit(on_ranks(load, train))

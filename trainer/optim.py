@@ -68,7 +68,7 @@ class DenseOptimizer:
             self._flat[1] = failures
 
     def start_reduction(self) -> None:
-        """Begin to sum what has not begun yet; every rank calls it after backward."""
+        """Start the sums that have not started yet; every rank calls it after backward."""
         for each in self._reductions:
             each.start()
 

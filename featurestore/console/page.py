@@ -147,7 +147,7 @@ def save_plot(figure: "Figure", path: Path) -> None:
 
 @contextlib.contextmanager
 def recorded(page: ReportPage, *, with_findings: bool = False) -> Iterator[None]:
-    """Fill `page` with what is printed meanwhile, and write it where the command comes to its end.
+    """Record all output of the block in `page`, and write it if the command completes.
 
     A command that fails writes none; `with_findings`: its exit code 1 says that it has found something.
     """

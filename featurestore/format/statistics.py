@@ -35,7 +35,7 @@ class FeatureStatistics:
 
 
 def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return what to multiply centred dimensions by, (D,): 1 / std.
+    """Return the factors of centred dimensions, (D,): 1 / std.
 
     Deviations below a tenth of their mean are raised to it. It is 1 for dimensions that never change in a store where
     none does."""

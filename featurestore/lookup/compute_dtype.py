@@ -10,7 +10,7 @@ ComputeDType = Literal[AutoDType, "float64"]
 
 
 def dtype_of_environment() -> AutoDType | None:
-    """Return the type that CROSSMEDIA_COMPUTE_DTYPE names; None where it is not set, and the hardware decides.
+    """Return the type that CROSSMEDIA_COMPUTE_DTYPE names, or None if it is not set.
 
     Raises ValueError where it names something else.
     """

@@ -86,7 +86,7 @@ class EmbeddingModel(nn.Module):
 
 
 class EmbeddingService(nn.Module):
-    """One rank's partition of a store and the E networks that look at it.
+    """One rank's partition of a store and the E networks that read it.
 
     The partition says what becomes of a key without a feature: it has the zero vector ("zeros"), a trained vector, one
     per network ("learned"), or `gather` raises MissingKeysError ("error").

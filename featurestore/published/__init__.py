@@ -1,4 +1,4 @@
-"""Files that are published together: numbered versions of an address, each made by one exclusive create for ever.
+"""Files that are published together: numbered, immutable versions of an address.
 
     ADDRESS/
       versions/00000000000000000003.json         version 3: its files by name; creating it is the publication

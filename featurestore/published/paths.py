@@ -131,7 +131,7 @@ def open_file(path: RunPath) -> IO[bytes]:
 
 
 def check_bucket(path: RunPath) -> None:
-    """Raise BucketNotFoundError where the path is in a bucket that is not there. One request, on a disk none.
+    """Raise BucketNotFoundError if the path's bucket does not exist. One request; none on a disk.
 
     Raises StorageError."""
     from featurestore.storage.storage import Storage
@@ -149,7 +149,7 @@ def remove_all(path: RunPath) -> None:
 
 @contextlib.contextmanager
 def written_locally(folder: RunPath) -> Iterator[Path]:
-    """Give a folder of this machine to write files to: this one, or one whose files are put at the address at the end.
+    """Yield a local folder to write to: this one, or a temporary one that is uploaded to the address at the end.
 
     The end is that of the block. Raises OSError, StorageError."""
     if not isinstance(folder, FarPath):

@@ -187,7 +187,7 @@ class _RepairPlan:
                 self.replacements[entry.path] = entry.model_copy(update=without)
 
     def commit(self) -> Commit:
-        """Return what puts each file in the place of the one that it replaces; what others append stays behind it.
+        """Return a function that puts each file in the place of the one it replaces, before those appended by others.
 
         It replaces all files of those shards: by them it is known which keys need a tombstone.
         """

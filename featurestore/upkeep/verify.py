@@ -1,4 +1,4 @@
-"""Verification: every file, shard and cache of a store against what its log says.
+"""Verification of every file, shard and cache of a store against its log.
 
 In `damaged/` are manifests that a repair took out of the log, and notes of data files that only older snapshots still
 name. Such a file can only come back from a backup: it is reported without alarm until its snapshots expire.
@@ -401,7 +401,7 @@ class FileKeys:
 def check_file(
     storage: Storage, info: StoreInfo, shard: int, entry: FileEntry, memory: FileMemory
 ) -> tuple[list[str], FileKeys | None]:
-    """List what is wrong with a data file, and return its keys, none where it cannot be read.
+    """List the problems of a data file, and return its keys, or none if it cannot be read.
 
     Size, sha256, page checksums, columns, row counts, order, duplicates, membership, values. Reads the whole file once;
     needs its size, from `memory`, and a block. Raises StorageError, except for a broken sector of a local disk.

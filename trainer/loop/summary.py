@@ -387,10 +387,10 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
 
 
 def hardware_of(comm: Comm, device: torch.device, compute_dtype: str) -> dict[str, Any]:
-    """Return what the ranks compute on and in, and talk over, the same on each rank; called by every rank.
+    """Return the ranks' devices, number types and transport, the same on each rank; called by every rank.
 
     `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: e.g. "Gloo by Horovod"; None in one
-    process that no launcher started. `compute_dtype`: what the setting, auto too, came to.
+    process that no launcher started. `compute_dtype`: the resolved setting.
     """
     devices = comm.allgather_object(device_name(device), name="devices")
     return {"devices": devices, "collectives": comm.carrier(device), "compute_dtype": compute_dtype}
@@ -476,7 +476,7 @@ def ranks_text(count: int) -> str:
 
 
 def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Make the table of where a step's time goes: first what is done a step ahead, then the step itself."""
+    """Make the table of a step's time by stage: first the stages that run a step ahead, then the step itself."""
     table = Table("stage of a step")
     for column in ("median ms", "of a step", "hidden"):
         table.add_column(column, justify="right")

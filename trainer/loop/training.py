@@ -114,7 +114,7 @@ def checked(
     num_telling = int(comm.allreduce_sum_(torch.tensor([int(differing)]), "new ads that tell"))
     counted = f"new ads: {num_telling:,} of {num_new:,} impressions are of ads without a trained ID row"
     if num_telling < LEAST:
-        say(f"{counted}, and {LEAST:,} would tell whether their pictures count; that stays as it was")
+        say(f"{counted}; {LEAST:,} would show whether their pictures count; that stays unchanged")
         return metrics
     found = {earlier: metrics, not earlier: others}
     own, none = (float(found[count]["new_ad_auc"] or 0) for count in (True, False))

@@ -75,7 +75,7 @@ class CtrModel(nn.Module):
         raise NotImplementedError
 
     def with_pictures_of_ads(self, fields: Fields) -> dict[str, FieldVectors]:
-        """Make what `forward` gets of what was looked up: where asked for, ads' pictures speak for new IDs."""
+        """Make the inputs of `forward` from looked-up vectors; ads' pictures replace new IDs if the model does so."""
         result = dict(fields)
         for part in (self.new_ads, self.id_proxy):
             result = result if part is None else part(result)
@@ -96,7 +96,7 @@ class CtrModel(nn.Module):
     def put_together(
         self, user: list[Tensor], ad: list[Tensor], fields: Fields, dense: Dense, group_of_sample_B: Tensor
     ) -> Tensor:
-        """Make `inputs` of what `of_side` has made of both sides."""
+        """Make `inputs` from the results of `of_side` for both sides."""
         images = self.images(fields, dense, group_of_sample_B, ad)
         return torch.cat([*self.of_group(user, group_of_sample_B), *ad, *images], dim=1)
 
@@ -113,7 +113,7 @@ class CtrModel(nn.Module):
         return [dense[field.name] for field in self._of(side, "dense")]
 
     def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
-        """Collect what the images say: the ad's visual vectors and the behaviours' aggregated ones, (B, W) a field.
+        """Collect the image inputs: the ad's visual vectors and the behaviours' aggregated ones, (B, W) a field.
 
         Then, if they are asked for, the products of their means with the ad, and the tiers of similarity, (B, T) for
         each behaviour field. `ad`: its `of_side`.
@@ -141,12 +141,12 @@ class CtrModel(nn.Module):
 
     @property
     def asks_with(self) -> tuple[str, ...]:
-        """Name what aggregators that look at the ad ask with, a query each: its `images`, its `ids`."""
+        """Return the queries of aggregators that attend to the ad: its `images`, its `ids`."""
         asking = {"images": self._asks_with_images, "ids": self._asks_with_ids}
         return tuple(name for name, asks in asking.items() if asks)
 
     def _query_widths(self, config: ModelConfig, width: Mapping[str, int]) -> list[int]:
-        """Return the widths of what the aggregators ask with, and settle which of the two ask. Raises ConfigError."""
+        """Return the widths of the aggregators' queries, and decide which of the two are used. Raises ConfigError."""
         of_images = sum(width[field.name] for field in self._of("ad", "content"))
         of_ids = sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense"))
         wanted = AGGREGATORS[config.pooling].asks

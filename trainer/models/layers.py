@@ -1,4 +1,4 @@
-"""Layers: fields put together, MLPs, and inputs that training hides.
+"""Layers: concatenation of fields, MLPs, and inputs that training hides.
 
 What needs all rows of a step takes them of the global batch. What is drawn depends on a sample's place in it, not on
 the rank. Letters here: M rows on this rank, W units of a layer.
@@ -41,7 +41,7 @@ _SIDES: dict[str, frozenset[Side]] = {
 
 
 def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
-    """Return the fields that the model looks at: all ID and dense ones, and content ones as `images` says.
+    """Return the fields that the model uses: all ID and dense ones, and content ones by `images`.
 
     Logistic regression has one weight for each id: ID fields are one wide there, whatever the schema says.
     Raises ConfigError where `images` asks for a side on which the schema has no content field.
@@ -225,7 +225,7 @@ class PlacedDropout(nn.Module):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks; backward, the sum over ranks of what each rank's loss wants of it."""
+    """The sum over ranks; backward, the sum over ranks of the gradients of each rank's loss."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, comm: Comm, name: str) -> Tensor:
@@ -416,7 +416,7 @@ def dropped(
 
 
 def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return the random 64 bits of these numbers in a stream, (N,), whatever was drawn before.
+    """Return the random 64 bits of these numbers in a stream, (N,), independent of earlier draws.
 
     They are splitmix64 of the stream's start plus the number.
     """

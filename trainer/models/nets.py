@@ -135,7 +135,7 @@ def paired_fields(fields: Collection[Field]) -> list[tuple[Field, Field]]:
 
 
 class FeatureGates(nn.Module):
-    """2 sigmoid(W2 relu(W1 c + b1) + b2), a number for each input of one stream; c: what the stream goes by.
+    """2 sigmoid(W2 relu(W1 c + b1) + b2), a number for each input of one stream; c: the stream's condition.
 
     Mao et al., AAAI 2023, section 3.2: about 1 at first, between 0 and 2.
     """
@@ -237,7 +237,7 @@ class Lr(CtrModel):
 
 
 class TwoTower(CtrModel):
-    """Logit = <user vector, ad vector> + bias + what the context of the impression adds.
+    """Logit = <user vector, ad vector> + bias + a term of the impression's context.
 
     The pre-rank variant of "Image Matters" (arXiv 1711.06505): the user's side gets the user's ID vectors, dense fields
     and the summed visual vectors of the behaviours, the ad's side those of the ad; each goes through an MLP of its own,
@@ -319,7 +319,7 @@ _BASE_NETS: dict[BaseNet | OwnNet, type[CtrModel]] = {
     "finalmlp": FinalMlp,
     "two_tower": TwoTower,
 }
-_CONTRACT = "docs/CODE.md, A net of your own, has what it needs"
+_CONTRACT = "see docs/CODE.md, A net of your own"
 
 
 def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
@@ -371,7 +371,7 @@ def _imported(base: str, module_name: str) -> Any:
         raise ConfigError(f"model.base={base} is of Python's own library, which has no nets; {_CONTRACT}")
     try:
         return importlib.import_module(module_name)
-    except Exception as failure:  # whatever a module raises while it is imported
+    except Exception as failure:  # a module may raise any error while it is imported
         if isinstance(failure, ModuleNotFoundError) and f"{module_name}.".startswith(f"{failure.name}."):
             raise ConfigError(
                 f"model.base={base}: there is no module {failure.name}; install the package, or set PYTHONPATH to the "

@@ -66,7 +66,7 @@ _ROUNDING = 1.01  # a row may be rounded in the type that it is kept in
 
 
 class NewAds(nn.Module):
-    """What the networks see in place of the visual vectors of new ads: zeros, where pictures do not count.
+    """Replaces the visual vectors of new ads: by zeros, if pictures do not count.
 
     An ad is new while none of its own IDs has been trained: while every number of their rows lies where rows start, or
     is zero, as ID dropout leaves it. So nothing but the rows themselves has to be known, here and where ads are served.
@@ -116,7 +116,7 @@ class NewAds(nn.Module):
 
 
 def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
-    """Make `NewAds`, or return None where the model has no use for it.
+    """Make `NewAds`, or return None if the model does not use it.
 
     It has none without `image_dropout`, or where the model sees no picture of the ad, or the ad has no own ID. An ID
     crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank). Raises
@@ -130,7 +130,7 @@ def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) 
 
 
 def build_id_proxy(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> IdProxy | None:
-    """Make `IdProxy`; None where it is not asked for, or there is nothing for it, as for `build_new_ads`."""
+    """Make `IdProxy`, or return None if it is off or not usable, as for `build_new_ads`."""
     images, own_ids = _images_and_ids(schema, fields)
     return IdProxy(images, own_ids, config) if config.id_proxy and images and own_ids else None
 

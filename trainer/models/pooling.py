@@ -289,7 +289,7 @@ class TransformerPooling(Aggregator):
         return torch.cat([segment_max(token_NH, lengths_B), newest_BH], dim=1)
 
     def weights(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> PairWeights:
-        """Return how much the tokens of a sample look at each behaviour, (N, 1).
+        """Return the mean attention of a sample's tokens to each behaviour, (N, 1).
 
         It is the mean over its heads and over the tokens that look. Unlike the weights of `AttentivePooling` nothing is
         multiplied by it.
@@ -339,7 +339,7 @@ class TokenAttention(nn.Module):
         self.of_heads = nn.Linear(hidden, hidden)
 
     def forward(self, token_NH: Tensor, places: TokenPlaces) -> Tensor:
-        """Return what each token takes from the tokens of its sample, (N, H).
+        """Return the attention output of each token over the tokens of its sample, (N, H).
 
         A place without a token has no weight.
         """
@@ -482,7 +482,7 @@ class ConcatPooling(GroupPooling):
         return padded.index_copy(0, group_K * self.length + place_K, rows_KV).view(num_groups, self.width)
 
     def _by_place(self, behaviors: FieldVectors, lengths_G: Tensor) -> Tensor:
-        """Look up what each place of each group holds, (G, L, V), so that no size depends on what the lengths are."""
+        """Look up the values of each position of each group, (G, L, V), so that no size depends on the lengths."""
         place_L = torch.arange(self.length, device=lengths_G.device)
         is_there_GL = place_L < lengths_G.unsqueeze(1)
         next_GL = (lengths_G.cumsum(0) - lengths_G).unsqueeze(1) + place_L + 1

@@ -252,7 +252,7 @@ class AdIndex:
     def sync(
         self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float = MAX_GONE
     ) -> tuple["AdIndex", AdChanges]:
-        """Write the next version, with these ads alone. Otherwise as `add`.
+        """Write the next version, with only these ads. Otherwise as `add`.
 
         Raises AdIndexError too where more than a share of `max_gone` of the ads would go: a table may be cut short.
         """

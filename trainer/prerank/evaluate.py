@@ -1,4 +1,4 @@
-"""Users of a two-tower run as queries, and what searches of an index for them give: recall, time, ads.
+"""Searches of an index with users of a two-tower run as queries: recall, time, ads.
 
 For runs opened by one rank. Letters of shapes: K queries, C candidates found of each, W width of the vectors.
 """
@@ -101,7 +101,7 @@ def user_queries(trained: TrainedRun) -> Queries | None:
 def candidates(
     trained: TrainedRun, ads: AdIndex, samples: str | None, user: str, count: int
 ) -> list[tuple[int, float]]:
-    """Find keys and inner products of the ads that suit a user best, as the user was in their last test group.
+    """Find keys and inner products of the best ads for a user, as of the user's last test group.
 
     `user`: a number or a text, as the samples have it. Raises DataError where no test sample is of that user.
     """

@@ -80,7 +80,7 @@ def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
 
 
 def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads:
-    """Find the distinct ads of train and test samples; one that changed is taken as its last impression has it.
+    """Find the distinct ads of train and test samples, with the values of their last impression.
 
     Last: in the order of test after train, of file names, and of rows. Raises DataError, SchemaError.
     """

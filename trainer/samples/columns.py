@@ -612,7 +612,7 @@ def name_of(file: str) -> str:
 
 
 def in_either_split(read: Callable[[str], ResultT], file: str) -> ResultT:
-    """Call `read` with a file's place, or where it is gone, with its place in the other split.
+    """Call `read` with a file's path, or, if it has moved, with its path in the other split.
 
     A day that is added to a folder while a run reads it moves an earlier one from test/ to train/, bytes and all.
     Raises what `read` does.

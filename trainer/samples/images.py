@@ -37,7 +37,7 @@ Uses = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LackingImages:
-    """What samples name and a store lacks, of all ranks; the sums over keys, so an ad of two such images counts twice.
+    """Images in samples that a store lacks, over all ranks; sums over keys, so an ad with two of them counts twice.
 
     `without`: impressions that name no image at all, which are among `impressions`; `examples`: keys of images that
     many impressions name. `of`: all impressions of the samples.

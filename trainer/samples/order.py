@@ -58,7 +58,7 @@ def streams_of(data: DataConfig, row_groups: int) -> int:
 
 
 def deal(sizes_R: Sequence[int], order_R: Sequence[int], streams: int) -> list[list[int]]:
-    """Deal row groups out in the order given, each to the shortest stream; a stream keeps that order.
+    """Assign row groups in the given order, each to the shortest stream; a stream keeps that order.
 
     Only huge ones come before their turn, and the last ones by their size, so that the streams end about equally long.
     """

@@ -176,7 +176,7 @@ def _lease_of_mine() -> bytes:
 
 
 def _holder(storage: Storage, name: str, lease_s: float) -> str | None:
-    """Return who holds the lease; None where nobody does, or has not renewed it for so long, by the store's clock.
+    """Return the holder of the lease; None if it is free or has expired, by the store's clock.
 
     Raises TrainerError where the file is not a lease.
     """

@@ -102,7 +102,7 @@ class Past:
 
 
 def place(available: Sequence[HostSlots], min_ranks: int, max_ranks: int) -> tuple[HostSlots, ...] | None:
-    """Fill the hosts in their order, each up to its slots; None where they have fewer than `min_ranks`.
+    """Fill the hosts in order, each up to its slots; None if they have fewer than `min_ranks`.
 
     Nothing of a run has to be divisible by the number of ranks.
     """
@@ -135,7 +135,7 @@ def fruitless(past: Sequence[Past]) -> list[Past]:
 
 
 def exit_code(last: Past, asked_to_stop: bool) -> int | None:
-    """Return the code to end with after a generation; None where the run is to be started again.
+    """Return the exit code after a generation, or None if the run should be started again.
 
     Wrong settings are wrong the next time too. A stop that nobody asked the supervisor for is a host that goes down.
     """

@@ -152,8 +152,8 @@ def _evaluation(impressions: int, auc_of_new: float | None, logit_N: np.ndarray)
         (
             [_evaluation(LEAST + 5, 0.1, ENOUGH), _evaluation(LEAST + 5, 0.9, np.r_[FEW + 1, 1e-7])],
             [
-                "new ads: 999 of 1,005 impressions are of ads without a trained ID row, and 1,000 would tell whether "
-                "their pictures count; that stays as it was"
+                "new ads: 999 of 1,005 impressions are of ads without a trained ID row; 1,000 would show whether "
+                "their pictures count; that stays unchanged"
             ],
         ),
     ],
