@@ -54,7 +54,7 @@ def test_one_warning_for_all_that_cannot_be_written(tmp_path: Path, capsys: pyte
     told = capsys.readouterr().err.splitlines()
     assert [line.split(" cannot")[0] for line in told] == [
         "warning: figures for TensorBoard",
-        "warning: cannot print",
+        "warning: output",
     ]
 
 
