@@ -42,9 +42,9 @@ def test_hosts_in_every_form() -> None:
     ("lines", "message"),
     [
         (["a:0"], "--hosts: 'a:0' is not a host; write it as name:slots, as a:4"),
-        (["a:b:1"], "'a:b:1' is no host"),
-        (["-oProxyCommand=x"], "is no host"),
-        (["-x:1"], "is no host"),
+        (["a:b:1"], "'a:b:1' is not a host"),
+        (["-oProxyCommand=x"], "is not a host"),
+        (["-x:1"], "is not a host"),
         (["a:1", "a:2"], "host a is there twice"),
         (["# nothing"], "names no host"),
     ],
