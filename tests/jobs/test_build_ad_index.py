@@ -352,7 +352,7 @@ def test_options_that_do_not_go_together(options: list[str], message: str, folde
 
 def test_nothing_to_add_to(folder: Path, out: str) -> None:
     result = job(folder, "--out", out, "--add")
-    assert (result.exit_code, f"error: {out} is no index of ads" in result.stderr) == (2, True)
+    assert (result.exit_code, f"error: {out} is not an index of ads" in result.stderr) == (2, True)
 
 
 def test_help_has_examples() -> None:

@@ -224,7 +224,7 @@ class TestMistakes:
 
     def test_no_index(self, run: Path, tmp_path: Path) -> None:
         done = call("eval", "--run", run, "--index", tmp_path)
-        assert (done.exit_code, f"error: {tmp_path} is no index of ads" in done.stderr) == (2, True)
+        assert (done.exit_code, f"error: {tmp_path} is not an index of ads" in done.stderr) == (2, True)
 
     def test_unknown_user(self, run: Path, index: str) -> None:
         done = call("search", "--run", run, "--index", index, "--user", -1)
