@@ -97,12 +97,12 @@ def test_arrow_comes_back_as_arrow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", "no JSON"),
-        (b"{", "no JSON"),
-        (b'{"candidates": {"ad_item": [NaN]}}', "no JSON"),
-        (b"\xff\xfe", "no JSON"),
-        (b"[" * 20, "no JSON"),
-        (b'"\\ud800"', "no JSON"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b'{"candidates": {"ad_item": [NaN]}}', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 20, "not JSON"),
+        (b'"\\ud800"', "not JSON"),
         (b"3", "the body is 3"),
         (b'{"users": {}}', '"users"'),
         (b'{"user": {}}', "no candidates"),
