@@ -125,7 +125,7 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("run.name=../x", "run.name='../x'"),
         ("run.resume=latest", "run.resume=latest needs the run's name"),
         ("run.resume=auto", "run.resume=auto needs the run's name"),
-        ("data.samples=${nowhere.at.all}", "interpolation"),
+        ("data.samples=${nowhere.at.all}", "unresolved"),
         ("epochs=3", "write it as section.field=value"),
         ("train.epochs", "write it as section.field=value"),
         ("run.device=gpu", "run.device='gpu': it should be 'auto', 'cpu' or 'cuda'"),
