@@ -72,7 +72,7 @@ def main(
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
     if against is not None and missing_curve:
-        raise typer.BadParameter("--against has no missing curve; leave --missing-curve out", param_hint="--against")
+        raise typer.BadParameter("a comparison has no missing curve; leave --missing-curve out", param_hint="--against")
     if store_version is not None and store is None:
         raise typer.BadParameter("it needs --store", param_hint="--store-version")
 

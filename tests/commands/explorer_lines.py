@@ -26,5 +26,5 @@ EXPLORER = [
     ("explorer export s3://bucket/pages --images {emptydir}", 2, "a folder of this machine"),
     ("explorer export", 2, "Missing argument"),
     ("explorer export {missing} --images {emptydir} --most-files 1", 2, "--most-files"),
-    ("explorer export {script} --images {emptydir}", 2, "something else than an export"),
+    ("explorer export {script} --images {emptydir}", 2, "is not an earlier export"),
 ]

@@ -200,7 +200,7 @@ JOBS = [
     (f"jobs/build_semantic_ids --out {{new}} --store {{store}} --no-samples --seed {HUGE}", 2, HUGE),
     ("jobs/build_samples --logs {missing} --samples {new}", 2, "{missing}"),
     ("jobs/build_samples --logs {brackets} --samples {new}", 2, "[/x]"),
-    ("jobs/build_samples --logs {empty} --samples {new}", 1, ""),
+    ("jobs/build_samples --logs {empty} --samples {new}", 2, "{empty}"),
     ("jobs/build_samples --logs {missing} --samples {new} --window-days nan", 2, "--window-days"),
     ("jobs/build_samples --logs {missing} --samples {new} --window-days inf", 2, "--window-days"),
     ("jobs/build_samples --logs {missing} --samples {new} --min-dwell-s nan", 2, "--min-dwell-s"),

@@ -134,7 +134,7 @@ def test_an_export_replaces_an_export_and_nothing_else(shop: World, tmp_path: Pa
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine.txt").write_text("mine")
-    with pytest.raises(ExplorerError, match="something else"):
+    with pytest.raises(ExplorerError, match="not an earlier export"):
         export(places, other, 10, _silent)
     assert (other / "mine.txt").read_text() == "mine"
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []

@@ -153,6 +153,6 @@ def test_a_failed_build_is_one_exit_code_and_keeps_the_old_site(
 def test_a_folder_of_something_else_is_not_replaced(small: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all that I have")
-    with pytest.raises(site.SiteError, match="no site"):
+    with pytest.raises(site.SiteError, match="is not a site"):
         site.build(small, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all that I have"

@@ -105,7 +105,7 @@ class ProgressLog:
         try:
             self.console.print(text)
         except OSError as failure:
-            self.warn("stdout", f"what a run prints cannot be written: {failure}; the run continues")
+            self.warn("stdout", f"output cannot be printed: {failure}; the run continues")
 
     def warn(self, what: str, text: str) -> None:
         """Print a warning on stderr, once for each thing that it is about."""

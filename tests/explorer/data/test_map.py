@@ -101,7 +101,7 @@ def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypat
     monkeypatch.setattr(maps, "MOST_POINTS", 1000)
     fewer = of_features(places, Task())
     assert fewer.count < count
-    assert "Of 4 shards 2 were read" in fewer.notes[0]
+    assert "2 of 4 shards were read" in fewer.notes[0]
 
 
 def test_wide_features_become_narrow_and_keep_their_distances(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_link_in_data_that_leads_out_is_damage(
     repair(filled)
     assert verify(filled).problems == []
     if kind == "folder of a shard":
-        with pytest.raises(CorruptFileError, match="remove the link"):
+        with pytest.raises(CorruptFileError, match="or remove it"):
             filled.put(make_rows(100, filled.info))
         (Path(filled.url) / path).unlink()
     filled.put(make_rows(100, filled.info))

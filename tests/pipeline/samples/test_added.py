@@ -216,7 +216,7 @@ class TestAddDays:
         assert not Path(made.samples, index.row_groups[0].file).exists()
         assert (samples_digest(comm, index, tmp_path / "other"), labels_of(index, schema)) == expected
         Path(made.samples, "train", "day=2026-01-04-000.parquet").unlink()
-        with pytest.raises(DataError, match=r"test/day=2026-01-04-000\.parquet was removed"):
+        with pytest.raises(DataError, match=r"test/day=2026-01-04-000\.parquet is gone"):
             labels_of(index, schema)
 
     def test_nothing_is_missing(self, made: SampleOptions, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

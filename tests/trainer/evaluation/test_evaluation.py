@@ -308,7 +308,7 @@ class TestAgainst:
         assert not (tmp_path / "out").exists()
 
     def test_the_curve_is_of_one_run(self, run: Path) -> None:
-        assert "--against: it compares the runs" in evaluate(run, "--against", run, "--missing-curve", code=2)
+        assert "a comparison has no missing curve" in evaluate(run, "--against", run, "--missing-curve", code=2)
 
 
 def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(

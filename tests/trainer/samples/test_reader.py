@@ -238,7 +238,7 @@ def test_damaged_files_are_named(tmp_path: Path, write_samples: Write) -> None:
     with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is not a readable Parquet file"):
         reader_of(tmp_path)
     path.unlink()
-    with pytest.raises(DataError, match=r"day=2026-01-02\.parquet was removed"):
+    with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is gone"):
         list(reader.batches())
 
 

@@ -270,7 +270,7 @@ def test_the_sentence_says_what_the_table_has(
         assert met > 0 and f"met images without a feature {met:,} times" in on_missing(opened)
     trained("exact")  # of a snapshot that has every image
     with runs.use("exact") as strict:
-        assert "is not known" in sentence(explain(strict, number, 0), {})
+        assert "is not meaningful" in sentence(explain(strict, number, 0), {})
         assert "was not trained for missing images: it met none" in on_missing(strict)
         monkeypatch.setattr(type(strict.trained.saved), "missing_met", property(lambda saved: 1))
         assert not strict.knows_missing and "it met 1, too few to learn from" in on_missing(strict)
@@ -278,7 +278,7 @@ def test_the_sentence_says_what_the_table_has(
     assert f"{100 * found.chosen.without_images.probability:.2f} %" in said
     assert f"rank {found.chosen.rank} of {len(found.candidates)}" in said
     assert "shoes/red.jpg" in said
-    assert "IDs alone" in said_of_ids
+    assert "uses only IDs" in said_of_ids
     for each, alone in zip(found.candidates, plain.candidates, strict=True):
         assert each.ids_alone is not None
         assert each.ids_alone.logit == pytest.approx(alone.score.logit, abs=TOLERANCE)

@@ -263,7 +263,7 @@ def test_mistakes_of_inference_are_told(tmp_path: Path) -> None:
     async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         for path, body, status, words in (
             ("/v2/models/other/infer", infer_body(), 404, "ctr"),
-            ("/v2/models/ctr/versions/9/infer", infer_body(), 404, "is 3"),
+            ("/v2/models/ctr/versions/9/infer", infer_body(), 404, "but 3"),
             ("/v2/models/ctr/infer", [], 400, "no inputs"),
             ("/v2/models/ctr/infer", {"inputs": [3]}, 400, "object with name"),
             ("/v2/models/ctr/infer", {"inputs": infer_body()["inputs"] * 2}, 400, "twice"),

@@ -12,8 +12,8 @@ from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks
 from tests.servers import environment_of
+from tests.trainer.checkpoints import tensors_of
 from tests.trainer.runs.resumed.legs import TOLERANCE, Killed, assert_no_step_or_sample_is_lost
-from tests.trainer.runs.resumed.test_runs_on_s3 import tensors
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.runs import open as open_module
@@ -61,11 +61,11 @@ def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
         proxy.rule = cut
         first = started_at("there").leg(0, ranks=2, die_at=33, forks=forks)
         second = started_at("elsewhere").leg(1, ranks=1)
-        far = tensors(run_path(f"{s3_url}/runs/run"))
+        far = tensors_of(run_path(f"{s3_url}/runs/run"))
     assert first.first_step == 1 < second.first_step <= 33
     assert_no_step_or_sample_is_lost([first, second], whole, steps)
     assert min(proxy.faults.count(fault) for fault in (Fault.CUT, Fault.CUT_ANSWER)) > 5
-    near = tensors(on_disk.run)
+    near = tensors_of(on_disk.run)
     assert far.keys() == near.keys()
     assert max(float((far[name].double() - near[name].double()).abs().max()) for name in far) < TOLERANCE
 

@@ -75,7 +75,7 @@ def test_commands_take_channels(places: Places, tmp_path: Path) -> None:
     said = called(export_app, "--run", run, "--store-version", "stable", "--out", tmp_path / "visual.parquet")
     assert f"features     snapshot {store.snapshot('stable').version} of" in said
     lost = CliRunner().invoke(evaluate_app, [str(run), "--store-version", "stable"])
-    assert lost.exit_code == 2 and "--store names" in " ".join(lost.output.split())
+    assert lost.exit_code == 2 and "--store-version: it needs --store" in " ".join(lost.output.split())
 
 
 def test_what_is_no_channel_is_refused_by_name(places: Places) -> None:
