@@ -229,7 +229,8 @@ class FeatureClient:
         if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
             refused = "refuses the token: it must be" if self._has_token else "needs a token: connect(..., token=...),"
             return AccessError(f"{self.address} {refused} one of the server's --token-file")
-        if not isinstance(error, flight.FlightUnavailableError):
+        # A server that ends cancels the calls that it has taken and not begun.
+        if not isinstance(error, flight.FlightUnavailableError | flight.FlightCancelledError):
             return ServerError(f"{self.address} failed: {reason}")
         if "certificate" in reason:  # gRPC has no code for it
             return AccessError(f"the certificate of {self.address} is refused, see ca=: {reason}")

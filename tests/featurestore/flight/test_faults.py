@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,9 @@ import pytest
 from pyarrow import flight
 
 from featurestore import FeatureClient, FeatureStore, StoreInfo, connect, keys_of_uris
-from featurestore.errors import (
-    DeadlineError,
-    UnavailableError,
-)
+from featurestore.errors import DeadlineError, UnavailableError
 from featurestore.flight.protocol import KEYS_SCHEMA, MAX_KEYS
+from featurestore.flight.server import FeatureServer, Listening, OpenSnapshots
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve, ServerProcess, ServeSmall
 
@@ -92,6 +91,22 @@ def test_sigterm_does_not_wait_for_ever(serve: Serve, wide: FeatureStore) -> Non
         begun = time.monotonic()
         assert server.end() == 0
         assert time.monotonic() - begun < 40
+
+
+class Ending(FeatureServer):
+    """A server that ends between a call's arrival and its begin: gRPC cancels it."""
+
+    def do_exchange(self, _context: Any, _descriptor: Any, _reader: Any, _writer: Any) -> None:
+        raise flight.FlightCancelledError("CANCELLED")
+
+
+def test_a_call_that_an_ending_server_cancels_is_to_be_tried_again(wide: FeatureStore) -> None:
+    with (
+        Ending(OpenSnapshots(wide), Listening()) as server,
+        connect(server.address) as client,
+        pytest.raises(UnavailableError, match="the connection broke"),
+    ):
+        client.lookup(KEYS[:1])
 
 
 def wait_until_refused(address: str, timeout_s: float = 10) -> None:
