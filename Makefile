@@ -123,12 +123,8 @@ bench: $(PEERS) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.compact --dir $(BENCH_DIR)/compact --json $(BENCH_DIR)/compact.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.plan --dir $(BENCH_DIR)/plan --json $(BENCH_DIR)/plan.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.resume --dir $(BENCH_DIR)/resume --json $(BENCH_DIR)/resume.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.scale --dir $(BENCH_DIR)/scale --json $(BENCH_DIR)/scale.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.growth --dir $(BENCH_DIR)/growth --json $(BENCH_DIR)/growth.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json
-	$(ON_PATH) $(BIN)/python -m benchmarks.explorer --dir $(BENCH_DIR)/explorer --json $(BENCH_DIR)/explorer.json
 
 gpu-check: $(FOR_TESTS) ## Compare training on a GPU with the CPU, and measure it; GPU_DEVICE=cpu runs the same without one
 	mkdir -p $(BENCH_DIR)

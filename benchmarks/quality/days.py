@@ -1,4 +1,4 @@
-"""Day after day: the daily command against a training on all days, and what each part of it is worth.
+"""Day after day: the daily command, alone and with --continue, against a training on all days.
 
 Each way ends with a run for every judged day, which is measured on the day after it. A log of many days is cut into
 `PERIODS` of equally many impressions first, each named by its last day.
@@ -7,9 +7,7 @@ Each way ends with a run for every judged day, which is measured on the day afte
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +20,29 @@ from benchmarks.seeds import seed_mean
 from featurestore.console.files import write_json
 from featurestore.published.versions import open_published
 from trainer.comm import SoloComm
-from trainer.config.config import WARM_PARTS, Config, load_config
-from trainer.daily import LATER_RATES, follow
+from trainer.config.config import Config, load_config
+from trainer.daily import follow
 from trainer.main import train
 from trainer.samples.columns import files_by_day
 
 PERIODS, MANY_DAYS = 15, 30
 MEASURED = (-5, -3, -1)
-"""Places of the days that runs are measured on. The first run of a chain that begins with all days has those before."""
+"""Places of the days that runs are measured on. The first run of the daily command has all days before the first."""
 METRICS = ("gauc", "logloss")
 Metrics = Mapping[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """How the run of a day begins, on how many days it trains, and how often it goes through them.
-
-    `parts`: what a run takes of the one before (run.warm_parts). `all_first`: whether the first run trains on all days
-    before the judged ones; else a chain of runs begins with the very first day. `rates`: of the preset's learning
-    rates.
-    """
-
-    parts: str
-    window_days: int = 1
-    epochs: int
-    all_first: bool
-    rates: float = 1
-
-
-WAYS: Mapping[str, Way] = {
-    "new_ids_each_day": Way(parts="partial", epochs=2, all_first=False),
-    "with_7_days": Way(parts="partial", epochs=2, all_first=False, window_days=7),
-    "with_id_rows": Way(parts="full", epochs=2, all_first=False),
-    "and_one_pass": Way(parts="full", epochs=1, all_first=False),
-    "and_all_days_first": Way(parts="full", epochs=1, all_first=True),
-    "and_optimizers": Way(parts="all", epochs=1, all_first=True),
-    "and_lower_rates": Way(parts="all", epochs=1, all_first=True, rates=LATER_RATES),
-    "and_2_days": Way(parts="all", epochs=1, all_first=True, window_days=2, rates=LATER_RATES),
-}
-"""Ways of a chain of runs: the first default, and what each change to it is worth."""
+WAYS = ("all_days", "daily", "daily_continue")
 
 
 def days_section(bench: Bench) -> list[Section]:
-    """Measure GAUC and log loss of the next day: of a training on all days, the daily command, and the other ways."""
-    ways = ("all_days", "daily", "daily_continue", *WAYS)
-    task = bench.progress.add_task("day after day", total=len(ways) * len(bench.data) * len(bench.seeds))
+    """Measure GAUC and log loss of the next day."""
+    task = bench.progress.add_task("day after day", total=len(WAYS) * len(bench.data) * len(bench.seeds))
     figures: dict[str, Figure] = {}
     grid: dict[str, dict[str, Figure]] = {}
     for data in (by_period(each, bench.folder) for each in bench.data):
         found: dict[str, list[Metrics]] = {}
-        for way in ways:
+        for way in WAYS:
             for seed in bench.seeds:
                 bench.progress.update(task, description=f"{data.name}, {way}, seed {seed}")
                 found.setdefault(way, []).append(_kept(bench, data, way, seed))
@@ -79,7 +50,7 @@ def days_section(bench: Bench) -> list[Section]:
         for metric in METRICS:
             for way, seeds in found.items():
                 grid.setdefault(f"{data.name}_{way}", {})[metric] = seed_mean([each[metric] for each in seeds]).mean
-            for way in ("daily", "daily_continue"):
+            for way in WAYS[1:]:
                 pairs = zip(found[way], found["all_days"], strict=True)
                 gain = seed_mean([mine[metric] - whole[metric] for mine, whole in pairs])
                 key = f"{metric}_{way}_minus_all_days_{data.name}"
@@ -109,40 +80,18 @@ def _run(bench: Bench, data: DataSet, way: str, seed: int, folder: Path) -> Mapp
     days = list(files_by_day(open_published(data.samples)))
     measured = [days[place] for place in MEASURED]
     base = load_config(None, [f"{name}={value}" for name, value in _settings(bench, data, seed, folder).items()])
-    last = days[days.index(measured[0]) - 1]
-    if way in ("daily", "daily_continue"):
-        follow(base, SoloComm(), first=last, last=days[-2], continues=way == "daily_continue")
-        rows = json.loads((folder / "daily" / "days.json").read_text())
-        return {row["test_day"]: row for row in rows if row["test_day"] in measured}
     if way == "all_days":
-        return {day: _train(base, day, days[: days.index(day)], day) for day in measured}
-    return dict(_chain(base, WAYS[way], days, last, measured))
+        return {day: _train(base, day, days[: days.index(day)]) for day in measured}
+    last = days[days.index(measured[0]) - 1]
+    follow(base, SoloComm(), first=last, last=days[-2], continues=way == "daily_continue")
+    rows = json.loads((folder / "daily" / "days.json").read_text())
+    return {row["test_day"]: row for row in rows if row["test_day"] in measured}
 
 
-def _chain(
-    base: Config, way: Way, days: Sequence[str], last: str, measured: Sequence[str]
-) -> Iterator[tuple[str, Metrics]]:
-    """Train the run of each day from the one before, up to the last measured day."""
-    before: str | None = None
-    for at, (day, after) in enumerate(pairwise(days)):
-        if way.all_first and day < last:
-            continue
-        begins = before is None
-        own = days[: at + 1] if begins and way.all_first else days[max(0, at + 1 - way.window_days) : at + 1]
-        run = {"warm_start": before and f"{base.run.dir}/{before}", "warm_parts": WARM_PARTS[way.parts]}
-        later = {"lr": way.rates * base.optim.lr, "ids_lr": way.rates * base.optim.alpha}
-        config = base.changed(run=run, train={"epochs": way.epochs}, optim=later)
-        config = base.changed(run=run) if begins and way.all_first else config
-        metrics = _train(config, day, own, after if after in measured else None)
-        if after in measured:
-            yield after, metrics
-        before = day
-
-
-def _train(config: Config, name: str, train_days: Sequence[str], test_day: str | None) -> Metrics:
-    days = {"train_days": list(train_days), "test_days": [test_day] if test_day else []}
-    train(config.changed(run={"name": name}, data=days), SoloComm())
-    return dict(json.loads((Path(config.run.dir) / name / "report.json").read_text())["metrics"])
+def _train(config: Config, test_day: str, train_days: Sequence[str]) -> Metrics:
+    days = {"train_days": list(train_days), "test_days": [test_day]}
+    train(config.changed(run={"name": test_day}, data=days), SoloComm())
+    return dict(json.loads((Path(config.run.dir) / test_day / "report.json").read_text())["metrics"])
 
 
 def _settings(bench: Bench, data: DataSet, seed: int, folder: Path) -> Mapping[str, Any]:

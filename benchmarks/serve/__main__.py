@@ -4,8 +4,7 @@ python -m benchmarks.serve --json data/bench/serve.json
 
 A model of the paper-shaped workload is trained for a few steps, with images and without, and published for this
 machine. The server has the first core, the client the others; a user has 33 behaviours. Goals: http_p50_ms_200 2,
-http_p99_ms_200 6, images_vs_none 1.05, vs_engine_rps 5, vs_fastapi_eager_rps 2, switch_failed 0, delta_share .03,
-rss_growth_mb 20.
+http_p99_ms_200 6, images_vs_none 1.05, vs_engine_rps 5, vs_fastapi_eager_rps 2, delta_share .03.
 """
 
 import os
@@ -25,9 +24,7 @@ class Part(StrEnum):
     """A part of the benchmark."""
 
     SPEED = "speed"
-    SWITCH = "switch"
     DELTA = "delta"
-    GROWTH = "growth"
 
 
 app = CommandApp(report=True, failures=(OSError,))
@@ -46,11 +43,9 @@ def main(
     samples: Annotated[int, typer.Option(help="Of a training step.", min=20)] = 1000,
     requests: Annotated[int, typer.Option(help="Of each number of candidates and round.", min=10)] = 1000,
     rounds: Annotated[int, typer.Option(help="Of all servers.", min=1)] = 3,
-    switches: Annotated[int, typer.Option(help="Between two versions.", min=1)] = 200,
-    growth_requests: Annotated[int, typer.Option(help="Over which memory must not grow.", min=100)] = 100_000,
 ) -> None:
     """Measure the scorer over HTTP against the engine, FastAPI, and itself without images."""
-    from benchmarks.serve import speed, switch, upkeep
+    from benchmarks.serve import delta, speed
     from benchmarks.serve.world import World
 
     chosen = only or list(Part)
@@ -59,11 +54,10 @@ def main(
         world = World(make(folder / "workload", knobs, progress), folder.absolute(), steps)
         task = progress.add_task("models", total=1 + len(chosen))
         world.train("both")
-        later = [world.train("later", "train.seed=1").name] if Part.SWITCH in chosen else []
-        world.publish("both", "both", *later)
+        world.publish("both")
         if Part.SPEED in chosen:
             world.train("none", "model.images=none")
-            world.publish("none", "none")
+            world.publish("none")
         progress.advance(task)
         sections: list[Section] = []
         for part in chosen:
@@ -71,12 +65,8 @@ def main(
             match part:
                 case Part.SPEED:
                     sections += speed.measure(world, speed.Rounds(requests, rounds))
-                case Part.SWITCH:
-                    sections += switch.measure(world, switches)
                 case Part.DELTA:
-                    sections += upkeep.delta(world)
-                case Part.GROWTH:
-                    sections += upkeep.growth(world, growth_requests)
+                    sections += delta.measure(world)
             progress.advance(task)
     run = {"images": images, "dim": dim, "requests": requests, "rounds": rounds}
     write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)

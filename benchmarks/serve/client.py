@@ -31,13 +31,7 @@ class Connection:
 
         A connection that the server closed while nothing was sent is opened again, as all clients do.
         """
-        return self._answer(f"{self._head}{len(body)}\r\n\r\n".encode() + body)
-
-    def get(self, path: bytes) -> tuple[int, bytes]:
-        """Ask for a path; return as `post` does."""
-        return self._answer(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
-
-    def _answer(self, message: bytes) -> tuple[int, bytes]:
+        message = f"{self._head}{len(body)}\r\n\r\n".encode() + body
         try:
             self._socket.sendall(message)
             received = bytearray(self._some())
@@ -72,9 +66,6 @@ class Connection:
         self._socket.close()
 
 
-Send = Callable[[Connection, bytes], tuple[int, bytes]]
-
-
 @dataclass(frozen=True)
 class Load:
     """Some requests: when they were over, and how long each took."""
@@ -103,21 +94,14 @@ def one_after_the_other(port: int, bodies: Sequence[bytes], count: int) -> Load:
     return _load(port, bodies, connections=1, count=count, due_s=None)
 
 
-def as_many_as_it_can(
-    port: int, bodies: Sequence[bytes], count: int, connections: int = 8, send: Send = Connection.post
-) -> Load:
+def as_many_as_it_can(port: int, bodies: Sequence[bytes], count: int, connections: int = 8) -> Load:
     """Send requests over several connections, each when the one before on its connection is answered."""
-    return _load(port, bodies, connections=connections, count=count, due_s=None, send=send)
+    return _load(port, bodies, connections=connections, count=count, due_s=None)
 
 
-def at_rate(
-    port: int, bodies: Sequence[bytes], count: int, rate: float, connections: int = 24, send: Send = Connection.post
-) -> Load:
-    """Send requests at a fixed rate. A latency begins when its request is due, whether or not a connection is free.
-
-    With `send=Connection.get` the bodies are paths to ask for.
-    """
-    return _load(port, bodies, connections=connections, count=count, due_s=lambda number: number / rate, send=send)
+def at_rate(port: int, bodies: Sequence[bytes], count: int, rate: float, connections: int = 24) -> Load:
+    """Send requests at a fixed rate. A latency begins when its request is due, whether or not a connection is free."""
+    return _load(port, bodies, connections=connections, count=count, due_s=lambda number: number / rate)
 
 
 def _load(
@@ -127,7 +111,6 @@ def _load(
     connections: int,
     count: int,
     due_s: Callable[[int], float] | None,
-    send: Send = Connection.post,
 ) -> Load:
     latency_s, lock, numbers = np.zeros(count), threading.Lock(), iter(range(count))
     statuses: Counter[int] = Counter()
@@ -145,7 +128,7 @@ def _load(
                     due = begin + due_s(number)
                     time.sleep(max(0.0, due - start))
                     start = due
-                status, _ = send(connection, bodies[number % len(bodies)])
+                status, _ = connection.post(bodies[number % len(bodies)])
                 latency_s[number] = time.perf_counter() - start
                 with lock:
                     statuses[status] += 1

@@ -12,8 +12,6 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import psutil
-
 from benchmarks.process import RunFailedError
 
 _START_S = 180.0
@@ -27,28 +25,12 @@ class Server:
     port: int
     process: "subprocess.Popen[bytes]"
 
-    @property
-    def memory(self) -> "Memory":
-        """What the process and its children have in memory now."""
-        root = psutil.Process(self.process.pid)
-        found = [each.memory_info() for each in (root, *root.children(recursive=True))]
-        resident, shared = sum(each.rss for each in found), sum(each.shared for each in found)
-        return Memory(resident / 1e6, (resident - shared) / 1e6)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Memory of a server, in MB: all of it, and what is left of it without mapped files."""
-
-    resident_mb: float
-    private_mb: float
-
 
 @contextlib.contextmanager
-def started(arguments: Sequence[str], log: Path, ready: str = "/v2/health/ready") -> Iterator[Server]:
+def started(arguments: Sequence[str], log: Path) -> Iterator[Server]:
     """Start a program of this repository with `--port` on the first core; it is ended behind the block.
 
-    Raises RunFailedError where it ends, or does not answer 200 at `ready`.
+    Raises RunFailedError where it ends, or does not say that it is ready.
     """
     port, cores = _free_port(), sorted(os.sched_getaffinity(0))
     command = ["taskset", "-c", str(cores[0]), sys.executable, *arguments, "--port", str(port)]
@@ -56,7 +38,7 @@ def started(arguments: Sequence[str], log: Path, ready: str = "/v2/health/ready"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
-            _wait(process, f"http://127.0.0.1:{port}{ready}", log)
+            _wait(process, f"http://127.0.0.1:{port}/v2/health/ready", log)
             os.sched_setaffinity(0, cores[1:] or cores)
             yield Server(port, process)
         finally:

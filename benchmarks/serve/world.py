@@ -46,13 +46,11 @@ class World:
             finished(["-m", "trainer.main", "--config", str(self.workload.config), *words])
         return folder
 
-    def publish(self, name: str, *runs: str) -> Path:
-        """Publish runs as the versions of a new model, compiled for this machine; the first one is in use."""
+    def publish(self, name: str) -> Path:
+        """Publish a run as a new model of its name, compiled for this machine."""
         folder = self.model(name)
         shutil.rmtree(folder, ignore_errors=True)
-        for place, run in enumerate(runs):
-            use = "--no-use" if place else "--use"
-            finished(["jobs/export_model.py", "--run", str(self.run(run)), "--out", str(folder), "--compile", use])
+        finished(["jobs/export_model.py", "--run", str(self.run(name)), "--out", str(folder), "--compile"])
         return folder
 
     def bodies(self, candidates: int, count: int, seed: int = 0) -> list[bytes]:

@@ -41,30 +41,25 @@ class Part(StrEnum):
 
     warm = "warm"
     build = "build"
-    write = "write"
     limit = "limit"
 
 
 def measure(bench: "Bench", limit_mb: int, parts: Collection[Part] = tuple(Part)) -> list[Section]:
     """Measure the sections of these parts, the headline first."""
-    from benchmarks.store.builds import cache_figures, write_figures
+    from benchmarks.store.builds import cache_figures
     from benchmarks.store.limit import limit_figures
     from benchmarks.store.lookup import delta_figures, warm_figures
     from benchmarks.store.peers import fill_peers
 
     held = bench.make_store()
     newest = replace(held, version=bench.add_deltas(held))
-    built = []
-    if Part.build in parts:
-        built.append(cache_figures(bench, held, newest))
-    if Part.write in parts:
-        built.append(write_figures(bench, held))
+    built = [cache_figures(bench, held, newest)] if Part.build in parts else []
     sections = []
     if Part.warm in parts:
         folder = bench.folder / "peers"
         peers = fill_peers(held, folder, bench.progress)
-        sections.append(warm_figures(bench, held, peers))
-        sections.append(delta_figures(bench, held, newest, peers["store"].folder))
+        sections.append(warm_figures(bench, held, peers, folder / "cache"))
+        sections.append(delta_figures(bench, held, newest, folder / "cache"))
         shutil.rmtree(folder)
     sections += [*built, *([limit_figures(bench, limit_mb)] if Part.limit in parts else [])]
     figures = {name: value for section in sections for name, value in section.flat().items()}

@@ -1,13 +1,9 @@
-"""Building the cache from the store's Parquet files, writing rows into a store, and opening: against plain pyarrow.
+"""Building the cache from the store's Parquet files, and opening it: against plain pyarrow.
 
 Cache builds all make the same files, from a warm page cache, in as many threads; the plain ones from Parquet files with
 the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,
 the plain ones check page checksums. "binary" is a column of the store's own type, read and written with no more than
-pyarrow: the price of the store's proofs. A list column of bfloat16 is one of its bits in uint16; the same bits taken
-for float16 are next to it.
-
-Writes take rows that are in memory. The store validates, sorts, splits into shards, computes statistics and two
-digests, syncs each file to the disk, reads it back, and commits; plain pyarrow writes as many files and nothing else.
+pyarrow: the price of the store's proofs. A list column of bfloat16 is one of its bits in uint16.
 
 Ratios are of fastest rounds (see `benchmarks.timing.Timings`), those of medians beside them as `*_median`.
 """
@@ -25,22 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.report import Figure, Section
-from benchmarks.store.data import DIM, EXTRACTOR, Bench, Held, uris_of
+from benchmarks.store.data import DIM, Bench, Held
 from benchmarks.timing import Timings, interleaved
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
+from featurestore import FeaturePartition, FeatureRows
 from featurestore.format.datafile import ROW_GROUP_BYTES
-from featurestore.keys import shard_of
 from featurestore.lookup.cache import append_rows, open_or_build
 
 _ROW_BYTES = DIM * 2
 _BATCH_BYTES = 2 << 20  # as the store reads: larger ones are slower for lists too
-_WRITE_SHARDS = 16
-_WRITE_ROWS = 8192
-_WRITE_THREADS = 4  # as many as `FeatureStore.put` has
 _TYPES: dict[str, pa.DataType] = {
     "binary": pa.binary(_ROW_BYTES),
     "list_uint16": pa.list_(pa.uint16(), DIM),
-    "list_float16": pa.list_(pa.float16(), DIM),
 }
 
 
@@ -73,45 +64,9 @@ def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
     figures = {
         "warm_open_s": opened.median("load"),
         **_against(built, "store", "list_uint16", "cache_build_vs_list_column"),
-        **_against(built, "store", "list_float16", "cache_build_vs_list_column_float16"),
         **_against(built, "store", "binary", "cache_build_vs_binary_column"),
     }
     return Section("cache builds", figures, _speeds(built, bench.num_rows), prefix="cache_build_")
-
-
-def write_figures(bench: Bench, held: Held) -> Section:
-    """Measure writes of some thousand rows into a new store, and into plain files."""
-    count = min(_WRITE_ROWS, bench.num_rows)
-    rows = FeatureRows.of(uris_of(range(count)), held.matrix_ND[:count], keys=held.keys_N[:count])
-    info = StoreInfo(dim=DIM, extractor=EXTRACTOR, num_shards=_WRITE_SHARDS)
-    shard_N = shard_of(rows.keys_N, _WRITE_SHARDS)
-    target = bench.folder / "written"
-
-    def put() -> None:
-        FeatureStore.create(target, info).put(rows)
-
-    def write_plain(kind: str) -> None:
-        def write(shard: int) -> None:
-            here = rows.take(np.flatnonzero(shard_N == shard))
-            write_plain_file(target / f"{shard}.parquet", here, kind)
-
-        target.mkdir()
-        with ThreadPoolExecutor(_WRITE_THREADS) as pool:
-            list(pool.map(write, range(_WRITE_SHARDS)))
-
-    def begin() -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        os.sync()
-
-    variants: dict[str, Callable[[], object]] = {"store": put, **{kind: partial(write_plain, kind) for kind in _TYPES}}
-    written = interleaved(variants, max(3, bench.rounds // 6), bench.progress, "writes", begin)
-    shutil.rmtree(target)
-    figures = {
-        **_against(written, "store", "list_uint16", "write_vs_list_column"),
-        **_against(written, "store", "list_float16", "write_vs_list_column_float16"),
-        **_against(written, "store", "binary", "write_vs_binary_column"),
-    }
-    return Section(f"writes of {count:,} rows into {_WRITE_SHARDS} files", figures, _speeds(written, count), "write_")
 
 
 def write_plain_file(path: Path, rows: FeatureRows, kind: str) -> None:

@@ -3,7 +3,8 @@
 python -m benchmarks.train --json data/bench/train.json
 
 Every variant trains the same model on the same files from the same first values, each run is a process of its own (two
-under horovodrun), and ratios are of the medians of interleaved rounds of one run of this benchmark.
+under horovodrun), and ratios are of the medians of interleaved rounds of one run of this benchmark. The section
+"compact" measures rows of fewer numbers.
 """
 
 import os
@@ -71,6 +72,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Of a run at one rank.", min=2)] = 24,
     memory_steps: Annotated[int, typer.Option(help="Small steps in which memory must not grow.", min=5)] = 500,
+    dims: Annotated[int, typer.Option(help="Numbers of a compact row.", min=1)] = 256,
     only: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(NAMES)}; may be repeated. Default: all.")
     ] = None,
@@ -98,11 +100,18 @@ def main(
         progress_bars(*columns) as progress,
     ):
         workload = make(folder, knobs, progress)
-        bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
+        bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, dims, settings or [], progress)
         sections = measure(bench, chosen, others)
     if (worst := spread(sections)) > _QUIET_SPREAD:
         print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)
-    run = {"images": images, "dim": dim, "samples_per_rank": samples_per_rank, "steps": steps, "rounds": rounds}
+    run = {
+        "images": images,
+        "dim": dim,
+        "dims": dims,
+        "samples_per_rank": samples_per_rank,
+        "steps": steps,
+        "rounds": rounds,
+    }
     write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
 
 

@@ -5,14 +5,14 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
 
 from benchmarks.report import Figure, Section
-from benchmarks.train.launch import Launcher, Outcome
 from benchmarks.train.link import LinkError, link
-from benchmarks.train.rounds import Rounds, Run, check_losses, interleaved
+from benchmarks.train.runs import Launcher, Outcome, Rounds, Run, check_losses, interleaved
 from benchmarks.train.traffic import traffic_section
 from benchmarks.workload import Workload
 
@@ -23,20 +23,25 @@ _SAME_MODEL = (
     ("ours_2_ranks", *_SERVERS),
 )
 _MEMORY_SAMPLES = 600  # the steps continue into a third epoch
+_COMPUTE = ("compute", "compute_from_numbers")
 FUXICTR = ("fuxictr", "fuxictr_grouped")
-SECTIONS = ("hosts", "link", "traffic", "memory")
+SECTIONS = ("link", "traffic", "memory", "compact")
 VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all sections share. `steps`: of a run of the trainer at one rank; slower variants make fewer."""
+    """What all sections share.
+
+    `steps`: of a run of the trainer at one rank; slower variants make fewer. `dims`: numbers of a compact row.
+    """
 
     workload: Workload
     scratch: Path
     rounds: int
     steps: int
     memory_steps: int
+    dims: int
     settings: Sequence[str]
     progress: Progress
 
@@ -85,14 +90,14 @@ def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequen
         check_losses(rounds.outcomes | checked, same)
     sections = [Section("samples per second", beside(rounds), rounds.grid())]
     wanted = [name for name in SECTIONS if not only or name in only]
-    if "hosts" in wanted:
-        sections.append(hosts_section(bench))
     if "link" in wanted:
         sections.append(link_section(bench))
     if "traffic" in wanted:
         sections.append(_traffic(bench))
     if "memory" in wanted:
         sections.append(memory_section(bench, rounds))
+    if "compact" in wanted:
+        sections.append(compact_section(bench))
     if alternatives:
         sections.append(alternatives_section(bench, alternatives))
     found = {name: value for section in sections for name, value in section.flat().items()}
@@ -124,23 +129,6 @@ def beside(rounds: Rounds) -> dict[str, Figure]:
         "vs_fuxictr_grouped": rounds.ratio("ours", "fuxictr_grouped"),
     }
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def hosts_section(bench: Bench) -> Section:
-    """Measure two ranks on two hosts, namespaces that 1 Gbit/s joins, over the same two ranks on loopback."""
-    here = bench.launcher(2)
-    try:
-        with link(bench.scratch) as over:
-            ranks = Launcher(bench.workload, bench.scratch, 2, over.prefix, over.environment)
-            runs: dict[str, Run] = {
-                "two_hosts": lambda: ranks.trainer("ours", bench.steps_2_ranks, bench.settings),
-                "loopback": lambda: here.trainer("ours", bench.steps_2_ranks, bench.settings),
-            }
-            rounds = interleaved(runs, bench.rounds, bench.progress, "two hosts")
-    except LinkError as failure:
-        return Section("two ranks on two hosts", {"two_hosts_vs_loopback": None, "hosts_reason": str(failure)})
-    figures = {"two_hosts_vs_loopback": rounds.ratio("two_hosts", "loopback")}
-    return Section("two ranks on two hosts", figures, rounds.grid(), prefix="hosts_")
 
 
 def link_section(bench: Bench) -> Section:
@@ -182,6 +170,40 @@ def memory_section(bench: Bench, rounds: Rounds) -> Section:
     ]
     worst = max([*over, max(sizes) - bench.workload.store_bytes])
     return Section("memory", {"rss_over_features_gb": worst / 1e9, f"rss_growth_mb_{steps}_steps": growth / 1e6})
+
+
+def compact_section(bench: Bench) -> Section:
+    """Measure the trainer on compact rows over the full width, and over its own products and FuxiCTR on the same rows.
+
+    What compact rows keep of GAUC is a table of stores (benchmarks/tables/beyond.yaml).
+    """
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.remake import remake
+
+    place = bench.workload.folder / f"features-{bench.dims}-bfloat16"
+    report = remake(FeatureStore.open(bench.workload.store), place, dims=bench.dims, dtype="bfloat16")
+    one, few, compact = bench.launcher(1), max(3, bench.steps // 2), [*bench.settings, f"data.store={place}"]
+    runs: dict[str, Run] = {
+        "full": partial(one.trainer, "full", bench.steps, bench.settings),
+        "compact": partial(one.trainer, "compact", bench.steps, compact),
+        **{name: partial(one.peer, name, few, compact) for name in _COMPUTE},
+    }
+    if (python := fuxictr_python()).exists():
+        runs |= {name: partial(one.peer, name, few, compact, python=str(python)) for name in FUXICTR}
+    checked = one.trainer("check", _CHECKED_STEPS, [*compact, "train.log_every=1"])
+    rounds = interleaved(runs, bench.rounds, bench.progress, "compact rows")
+    check_losses({**rounds.outcomes, "compact": [checked]}, ("compact", *_COMPUTE))
+    figures: dict[str, Figure] = {
+        "compact_vs_full": rounds.ratio("compact", "full"),
+        "step_vs_compute_compact": rounds.ratio("compute", "compact"),
+        "step_vs_compute_compact_from_numbers": rounds.ratio("compute_from_numbers", "compact"),
+        "samples_per_s_compact": rounds.speed("compact"),
+        "vs_fuxictr_compact": rounds.ratio("compact", "fuxictr"),
+        "vs_fuxictr_compact_grouped": rounds.ratio("compact", "fuxictr_grouped"),
+        "compact_bytes_share": report.row_bytes_share,
+        "compact_files_share": report.bytes / report.source_bytes,
+    }
+    return Section(f"rows of {bench.dims} numbers", figures, rounds.grid(), prefix="compact_rows_")
 
 
 def alternatives_section(bench: Bench, alternatives: Mapping[str, Sequence[str]]) -> Section:

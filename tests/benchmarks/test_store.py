@@ -31,9 +31,8 @@ def test_all_variants_at_a_tiny_size(tmp_path, monkeypatch):
     assert all(figures[name] > 0 for name in HEADLINE)
     assert figures["store_over_limit"] == pytest.approx(5, rel=0.01)
     assert 0 < figures["limit_cache_build_peak_mb"] < figures["memory_limit_mb"]
-    for peer in ("lookup", "numpy_take", "lmdb_out", "rocksdb_get", "rocksdb_multi_get", "lance_take", "lance_by_key"):
-        for column in ("1_thread", "2_threads"):
-            assert figures[f"{peer}_{column}_rows_per_s"] > 0
+    for peer in ("lookup", "numpy_take", "lmdb_out", "rocksdb_get", "lance_take"):
+        assert figures[f"{peer}_rows_per_s"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name != "store.json"], "nothing is left behind"
 
 

@@ -17,7 +17,6 @@ from featurestore.console import commandline
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
     "benchmarks.quality.fuxi",
-    "benchmarks.resume.worker",
     "benchmarks.serve.rivals",
     "benchmarks.store.limit",
     "benchmarks.train.peer",

@@ -24,26 +24,7 @@ HEAVY = ("dask", "distributed", "faiss", "matplotlib", "pandas", "pyarrow", "s3f
 WITHOUT_PLACES = {"benchmarks.quality", "tools/demo", "trainer.slurm"}
 """Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
 WRITERS = {
-    f"benchmarks.{name}"
-    for name in (
-        "comm",
-        "compact",
-        "days",
-        "explorer",
-        "flight",
-        "gpu",
-        "plan",
-        "read",
-        "restart",
-        "resume",
-        "resume.stall",
-        "scale",
-        "serve",
-        "store",
-        "train",
-        "workload",
-    )
-} | {
+    *(f"benchmarks.{name}" for name in ("gpu", "growth", "serve", "store", "train", "workload")),
     "jobs/import_xdl random",
     "featurestore check-backend",
 }

@@ -41,7 +41,7 @@ PROCESSES = [
     "featurestore get {store} 1000 --out {pipe}",
     "dask-submit --memory-limit nan {script}",
     "jobs/export_embeddings --run {run} --out .npy",
-    "benchmarks.explorer --images 1000 --pictures 10 --dir {empty}",
+    "benchmarks.growth --dir {empty}",
 ]
 """Some of them, from each package: a process of its own ends as a call within this one does."""
 

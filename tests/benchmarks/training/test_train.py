@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from benchmarks import workload
 from benchmarks.train.__main__ import app, check_fuxictr
-from benchmarks.train.launch import Outcome
 from benchmarks.train.link import link
-from benchmarks.train.rounds import DifferentLossesError, check_losses
+from benchmarks.train.runs import DifferentLossesError, Outcome, check_losses
 from benchmarks.train.sections import FUXICTR, VARIANTS, fuxictr_python
 from benchmarks.train.traffic import traffic_section
 from benchmarks.workload import Knobs, WorkloadError, make
@@ -47,6 +46,27 @@ def test_peers_train_the_same_model(folder: Path) -> None:
     assert figures["vs_store_in_server_1gbit"] is None, "was not asked for"
     if len(names) < len(VARIANTS):
         pytest.skip("FuxiCTR is not installed here: make bench installs it; all other variants ran")
+
+
+@pytest.mark.slow
+def test_compact_rows(folder: Path) -> None:
+    out = folder / "compact.json"
+    compact = ["--only", "compact", "--dims", "4", "--dir", str(folder / "workload"), "--json", str(out)]
+    result = CliRunner().invoke(app, [*TINY, *compact])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    assert figures["compact_bytes_share"] == 8 / 32
+
+    def speed(name: str) -> float | None:
+        return figures.get(f"compact_rows_{name}_samples_per_s")
+
+    ours = figures["samples_per_s_compact"]
+    assert ours == speed("compact") == figures["compact_vs_full"] * speed("full") > 0
+    assert figures["step_vs_compute_compact"] == speed("compute") / ours > 0
+    assert figures["step_vs_compute_compact_from_numbers"] == speed("compute_from_numbers") / ours
+    for name, figure in (("fuxictr", "vs_fuxictr_compact"), ("fuxictr_grouped", "vs_fuxictr_compact_grouped")):
+        rival = speed(name)  # none where FuxiCTR could not be installed
+        assert figures[figure] == (rival and ours / rival)
 
 
 class TestWorkload:

@@ -1,7 +1,7 @@
 """Runs that are killed and go on with other numbers of ranks: no step, sample or row is lost or taken twice
 
 In float64, where rounding hides nothing, they end with the same parameters, optimisers, ID rows and predictions as an
-undisturbed run. What other types make of sums in another order: python -m benchmarks.resume.
+undisturbed run. What other types make of sums in another order: docs/TROUBLE.md.
 """
 
 import itertools

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.growth.logs import Shop
 from benchmarks.process import run_to_end
-from benchmarks.scale.logs import Shop
 
 SAMPLES_ALONE = "samples"
 _RANKS = 2
@@ -58,14 +58,14 @@ class Place:
         python, at = sys.executable, {name: str(self.folder / name) for name in ("samples", "store")}
         at |= {name: str(self.folder / "drawn" / name) for name in ("logs", "vectors")}
         ranks = [str(Path(python).with_name("horovodrun")), "-np", str(_RANKS), python]
-        run = str(self.folder / "runs" / "scale")
+        run = str(self.folder / "runs" / "growth")
         build = ["jobs/build_samples.py", "--logs", at["logs"], "--samples", at["samples"], "--test-days", "1"]
         yield SAMPLES_ALONE, [python, *build], "samples"
         bring = ["jobs/import_features.py", "--from", at["vectors"], "--store", at["store"], "--name", "drawn"]
         yield "store", [python, *bring, "--source", "drawn vectors"], "store"
         words = [word for each in self._settings(at) for word in ("--set", each)]
         yield "train", [*ranks, "-m", "trainer.main", *words], "runs"
-        yield "evaluate", [*ranks, "-m", "trainer.evaluate", run, "--bootstrap", "0"], "runs/scale/evaluation"
+        yield "evaluate", [*ranks, "-m", "trainer.evaluate", run, "--bootstrap", "0"], "runs/growth/evaluation"
         vectors = ["jobs/export_embeddings.py", "--run", run, "--out", str(self.folder / "visual.parquet")]
         yield "export_vectors", [python, *vectors], "visual.parquet"
         model = ["jobs/export_model.py", "--run", run, "--out", str(self.folder / "model")]
@@ -81,7 +81,7 @@ class Place:
             "train.epochs=1",
             f"model.tables={{user: {rows}, item: {rows}, image: {rows}, category: 4096, scene: 256}}",
             f"run.dir={self.folder / 'runs'}",
-            "run.name=scale",
+            "run.name=growth",
             "run.overwrite=true",
             "run.device=cpu",
         ]

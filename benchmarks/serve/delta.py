@@ -1,4 +1,4 @@
-"""What it takes to keep a model served: a delta publish of one image in a hundred, and memory over many requests."""
+"""What it takes to publish the changed vectors of one image in a hundred, compared with those of all images."""
 
 import contextlib
 import shutil
@@ -8,10 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.report import Figure, Section
-from benchmarks.serve.client import as_many_as_it_can
-from benchmarks.serve.servers import started
-from benchmarks.serve.speed import scorer
-from benchmarks.serve.variety import VariedBodies
 from benchmarks.serve.world import World
 from featurestore import FeatureRows, FeatureStore, to_bits
 from serving.bundle.images import export_vectors, networks_for
@@ -24,7 +20,7 @@ _CHANGED = 0.01
 _ROUNDS = 3
 
 
-def delta(world: World) -> list[Section]:
+def measure(world: World) -> list[Section]:
     """Compare the publish of changed features of some images with vectors of all images.
 
     Both run in this process, in turns: the best round of each counts.
@@ -91,30 +87,3 @@ def _change(world: World, store: FeatureStore, number: int) -> int:
     uris = [f"{number}.jpg" for number in numbers_K]
     store.put(FeatureRows.of(uris, to_bits(values_KD, "bfloat16"), keys=world.workload.keys[numbers_K]))
     return len(numbers_K)
-
-
-def growth(world: World, requests: int) -> list[Section]:
-    """Measure by how much the memory of a scorer grows over requests of all kinds, after a tenth of them."""
-    first = max(requests // 10, 1000)
-    bodies = VariedBodies.of(world, first + requests)
-    refused = bodies.refused(first, first + requests)
-    with started(scorer(world, "both"), world.folder / "growth.log") as server:
-        as_many_as_it_can(server.port, bodies[:first], first)
-        before = server.memory
-        half = as_many_as_it_can(server.port, bodies[first : first + requests // 2], requests // 2)
-        between = server.memory
-        rest = as_many_as_it_can(server.port, bodies[first + requests // 2 :], requests - requests // 2)
-        after = server.memory
-    statuses = half.statuses + rest.statuses
-    figures: dict[str, Figure] = {
-        "rss_growth_mb": after.resident_mb - before.resident_mb,
-        "rss_growth_second_half_mb": after.resident_mb - between.resident_mb,
-        "rss_growth_private_mb": after.private_mb - before.private_mb,
-        "rss_mb": before.resident_mb,
-        "rss_requests": requests,
-        "rss_refused": statuses[400],
-        "rss_failed": requests - statuses[200] - statuses[400],
-        "rss_wrongly_answered": abs(statuses[400] - refused),
-        "rss_s": half.seconds + rest.seconds,
-    }
-    return [Section("memory of a scorer", figures)]

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.growth.__main__ import app
+from benchmarks.growth.logs import DAYS, SESSION, Shop
 from benchmarks.process import RunFailedError, run_to_end
-from benchmarks.scale.__main__ import app
-from benchmarks.scale.logs import DAYS, SESSION, Shop
 
 STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]
 
@@ -20,9 +20,9 @@ STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_mod
 @pytest.mark.slow
 @pytest.mark.services
 def test_figures_are_written(tmp_path: Path) -> None:
-    out = tmp_path / "scale.json"
+    out = tmp_path / "growth.json"
     sizes = ["--impressions", "2000", "--impressions", "4000", "--samples-alone", "6000", "--dims", "8"]
-    done = CliRunner().invoke(app, [*sizes, "--dir", str(tmp_path / "scale"), "--json", str(out)])
+    done = CliRunner().invoke(app, [*sizes, "--dir", str(tmp_path / "growth"), "--json", str(out)])
     assert done.exit_code == 0, done.output
     figures = json.loads(out.read_text())
     for stage in STAGES:

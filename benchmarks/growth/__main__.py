@@ -1,7 +1,7 @@
 """Measure how time, memory and bytes of each stage grow with the number of impressions.
 
-python -m benchmarks.scale --json data/bench/scale.json
-python -m benchmarks.scale --impressions 10000 --impressions 40000 --samples-alone 80000 --dir /tmp/scale
+python -m benchmarks.growth --json data/bench/growth.json
+python -m benchmarks.growth --impressions 10000 --impressions 40000 --samples-alone 80000 --dir /tmp/growth
 
 A stage is a command, its start included. Its exponent of growth between two sizes is log(cost) over log(size): 1 grows
 as the data do, 0 not at all.
@@ -22,7 +22,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
 if TYPE_CHECKING:
-    from benchmarks.scale.stages import Stage
+    from benchmarks.growth.stages import Stage
 
 app = CommandApp(report=True, failures=(OSError,))
 _COSTS = ("seconds", "memory_mb", "written_mb")
@@ -32,7 +32,7 @@ _COSTS = ("seconds", "memory_mb", "written_mb")
 def main(
     json_path: JsonPath = None,
     folder: Annotated[Path, typer.Option("--dir", help="For all that is drawn and made; it is kept.")] = Path(
-        "data/bench/scale"
+        "data/bench/growth"
     ),
     impressions: Annotated[
         list[int] | None, typer.Option(min=1000, help="A size, for all stages. Default: 100,000 and 1,000,000.")
@@ -43,8 +43,8 @@ def main(
     dims: Annotated[int, typer.Option(min=1, help="Numbers of a vector.")] = 256,
 ) -> None:
     """Measure how time, memory and bytes of each stage grow with the data."""
-    from benchmarks.scale.logs import Shop
-    from benchmarks.scale.stages import Place
+    from benchmarks.growth.logs import Shop
+    from benchmarks.growth.stages import Place
 
     sizes = dict.fromkeys(sorted(impressions or [100_000, 1_000_000]), False)
     if samples_alone:

@@ -1,1 +1,0 @@
-"""Compact features compared with the full width."""

@@ -1,1 +1,0 @@
-"""Benchmark of the explorer: its pages on a large store, and small pictures under load."""
