@@ -111,7 +111,7 @@ format: $(FOR_TESTS) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(FOR_DOCS) ## Build docs/ as a site with search, in data/docs-site, check its links, and run the tutorial and the notebook
+docs: $(FOR_DOCS) ## Build docs/ as a site with search, in data/docs-site, and run the tutorial and the notebook
 	$(BIN)/python -m tools.site --out $(DOCS_DIR)
 	$(ON_PATH) $(IN_PARALLEL) -m pages tests/docs tests/tools
 

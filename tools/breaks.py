@@ -9,26 +9,22 @@ python -m tools.breaks --check             run nothing: is every text there once
 
 A test is named as test_x, test_x[case] or TestY::test_x, where that is not the only one with the end of its file's path
 before it, as serving/test_z.py::test_x; or a file alone is. The tests first run without a fault, as a test that fails
-anyway notices nothing: --baseline once, each (before each fault) or no. The working tree is never changed.
+anyway notices nothing. The working tree is never changed.
 """
 
 import argparse
-import json
 import os
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -40,8 +36,8 @@ LIMIT_S = 400
 """Of the tests of one fault: more than pytest gives a single test, which fails where a fault lets it hang."""
 _TEST = re.compile(r"^(?:class (\w+)|( *)(?:async )?def (test_\w+)\()", re.MULTILINE)
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
-Baseline = Literal["once", "each", "no"]
 Say = Callable[[str], None]
+Status = Literal["noticed", "GAP", "unsound"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +60,7 @@ class Result:
     """
 
     number: int
-    status: Literal["noticed", "GAP", "unsound"]
+    status: Status
     by: str
     seconds: float
 
@@ -135,52 +131,27 @@ class Checkout:
         return found
 
 
-class Pytest:
-    """Starts pytest in copies; another thread can kill the running processes."""
-
-    def __init__(self) -> None:
-        self._running: set[int] = set()
-        self._lock = threading.Lock()
-        self._is_over = False
-
-    def run(self, copy: Path, nodes: Sequence[str], *options: str, limit_s: float = LIMIT_S) -> tuple[int, str]:
-        """Run these tests in a copy; return pytest's exit code, -1 after the limit, and its output."""
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
-        with self._lock:
-            if self._is_over:
-                return -1, "interrupted"
-            process = subprocess.Popen(
-                [*command, f"--basetemp={copy}-tmp", *options, *nodes],
-                cwd=copy,
-                env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": ""},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            self._running.add(process.pid)
-        try:
-            output, _ = process.communicate(timeout=limit_s)
-            return process.returncode, output
-        except subprocess.TimeoutExpired:
-            return -1, f"no end after {limit_s:g} s"
-        finally:
-            _kill(process.pid)  # also processes that a killed test has started
-            process.wait()
-            with self._lock:
-                self._running.discard(process.pid)
-
-    def end(self) -> None:
-        """Kill all running processes, and start no more."""
-        with self._lock:
-            self._is_over = True
-            for pid in self._running:
-                _kill(pid)
-
-
-def _kill(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def run_pytest(copy: Path, nodes: Sequence[str], *options: str, limit_s: float = LIMIT_S) -> tuple[int, str]:
+    """Run these tests in a copy; return pytest's exit code, -1 after the limit, and its output."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    process = subprocess.Popen(
+        [*command, f"--basetemp={copy}-tmp", *options, *nodes],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        return -1, f"no end after {limit_s:g} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also processes that a killed test has started
+        process.wait()
 
 
 @contextmanager
@@ -198,22 +169,14 @@ def planted(copy: Path, each: Break) -> Iterator[None]:
         os.utime(file, ns=(time_ns, time_ns))
 
 
-def try_break(pytest: Pytest, copy: Path, each: Break, nodes: Sequence[str], with_baseline: bool = False) -> Result:
-    """Plant a fault, and run its tests until the first fails; before that without it, if asked for."""
+def try_break(copy: Path, each: Break, nodes: Sequence[str]) -> Result:
+    """Plant a fault, and run its tests until the first fails."""
     start = time.monotonic()
-
-    def result(status: Literal["noticed", "GAP", "unsound"], by: str) -> Result:
-        return Result(number=each.number, status=status, by=by, seconds=round(time.monotonic() - start, 1))
-
-    if with_baseline:
-        code, output = pytest.run(copy, nodes, "-x")
-        if code != 0:
-            return result("unsound", f"without the fault: {_reason(output)}")
     with planted(copy, each):
-        code, output = pytest.run(copy, nodes, "-x")
-    if code == 0:
-        return result("GAP", "")
-    return result("noticed" if code == 1 else "unsound", _reason(output))
+        code, output = run_pytest(copy, nodes, "-x")
+    status: Status = "GAP" if code == 0 else "noticed" if code == 1 else "unsound"
+    seconds = round(time.monotonic() - start, 1)
+    return Result(number=each.number, status=status, by=_reason(output) if code else "", seconds=seconds)
 
 
 def _reason(output: str) -> str:
@@ -232,46 +195,30 @@ def copy_checkout(root: Path, target: Path) -> None:
             shutil.copy2(root / name, target / name)
 
 
-def run_all(
-    root: Path, breaks: Sequence[Break], *, workers: int = 1, baseline: Baseline = "once", say: Say = print
-) -> list[Result]:
-    """Try all faults in as many copies as there are workers; return the results by number."""
-    checkout, pytest, results = Checkout(root), Pytest(), list[Result]()
+def run_all(root: Path, breaks: Sequence[Break], say: Say = print) -> list[Result]:
+    """Try all faults in a copy, one after the other."""
+    checkout, results = Checkout(root), list[Result]()
     nodes = {each.number: [node for test in each.tests for node in checkout.nodes_of(test)] for each in breaks}
-    copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-
-    def work(each: Break) -> Result:
-        if without := [test for test in failing if any(_is_of(test, node) for node in nodes[each.number])]:
-            return Result(number=each.number, status="unsound", by=f"without the fault: {without[0]}", seconds=0)
-        copy = copies.get()
-        try:
-            return try_break(pytest, copy, each, nodes[each.number], baseline == "each")
-        finally:
-            copies.put(copy)
-
-    with (
-        tempfile.TemporaryDirectory(prefix="breaks-", ignore_cleanup_errors=True) as folder,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        try:
-            for number in range(workers):
-                copy_checkout(root, Path(folder, str(number)))
-                copies.put(Path(folder, str(number)))
-            failing = _failing(pytest, Path(folder, "0"), nodes, say) if baseline == "once" else []
-            for done in as_completed([pool.submit(work, each) for each in breaks]):
-                results.append(result := done.result())
-                line = f"{len(results)}/{len(breaks)} break {result.number}: {result.status}, {result.seconds} s"
-                say(f"{line}, {result.by}".removesuffix(", "))
-        finally:  # also at SIGINT and SIGTERM
-            pool.shutdown(wait=False, cancel_futures=True)
-            pytest.end()
-    return sorted(results, key=lambda result: result.number)
+    with tempfile.TemporaryDirectory(prefix="breaks-", ignore_cleanup_errors=True) as folder:
+        copy = Path(folder, "copy")
+        copy_checkout(root, copy)
+        failing = _failing(copy, nodes, say)
+        for each in breaks:
+            if without := [test for test in failing if any(_is_of(test, node) for node in nodes[each.number])]:
+                reason = f"without the fault: {without[0]}"
+                result = Result(number=each.number, status="unsound", by=reason, seconds=0)
+            else:
+                result = try_break(copy, each, nodes[each.number])
+            results.append(result)
+            line = f"{len(results)}/{len(breaks)} break {result.number}: {result.status}, {result.seconds} s"
+            say(f"{line}, {result.by}".removesuffix(", "))
+    return results
 
 
-def _failing(pytest: Pytest, copy: Path, nodes: dict[int, list[str]], say: Say) -> list[str]:
+def _failing(copy: Path, nodes: dict[int, list[str]], say: Say) -> list[str]:
     """Run all tests once without a fault; return those that fail. Exits where pytest does not run them all."""
     start, union = time.monotonic(), list(dict.fromkeys(node for each in nodes.values() for node in each))
-    code, output = pytest.run(copy, union, limit_s=LIMIT_S * len(nodes))
+    code, output = run_pytest(copy, union, limit_s=LIMIT_S * len(nodes))
     if code not in (0, 1):
         raise SystemExit(f"the tests cannot be run without a fault:\n{output}")
     failing = _FAILED.findall(output)
@@ -307,9 +254,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="only check that every text and test exists once")
     parser.add_argument("--list", action="store_true", help="print the faults")
     parser.add_argument("--only", type=_numbers, help="numbers of faults, as 3,7", default=())
-    parser.add_argument("--workers", type=int, default=1, help="how many run side by side, in copies of their own")
-    parser.add_argument("--baseline", choices=["once", "each", "no"], default="once", help="the tests without a fault")
-    parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args()
 
 
@@ -339,13 +283,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     start = time.monotonic()
-    results = run_all(
-        ROOT, chosen, workers=asked.workers, baseline=asked.baseline, say=lambda text: print(text, flush=True)
-    )
+    results = run_all(ROOT, chosen, lambda text: print(text, flush=True))
     print(f"\n{table(chosen, results)}, {time.monotonic() - start:.0f} s")
-    if asked.json:
-        found = [{**asdict(each), **asdict(result)} for each, result in zip(chosen, results, strict=True)]
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if all(result.status == "noticed" for result in results) else 1
 
 

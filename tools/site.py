@@ -1,25 +1,22 @@
-"""Build the pages of docs/ as a site with search that needs no server and no network, and check every link in it.
+"""Build the pages of docs/ as a site with search that needs no server and no network.
 
 python -m tools.site                 write data/docs-site; open data/docs-site/index.html
 python -m tools.site --out FOLDER    write it elsewhere
 
 README.md is the first page. The pages COMMANDS and API are written from the sources, and are in the site alone. A link
-to a file of the repository leads to a copy of that file. Problems are printed, the exit code is 1, and the previous
-site stays: a page that the navigation (docs/zensical.toml) lacks, a missing page in it, and a link to a missing page,
-section, picture or file.
+to a file of the repository leads to a copy of that file; tests/tools/test_pages.py checks all links. Problems are
+printed, the exit code is 1, and the previous site stays: a page that the navigation (docs/zensical.toml) lacks, or a
+missing page in it.
 """
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -38,11 +35,10 @@ WRITTEN: dict[str, Callable[[], str]] = {"docs/COMMANDS.md": commands.page, "doc
 FILES = "files"
 """The folder of the site that has copies of the repository's files."""
 MARKDOWN = MarkdownIt("commonmark").enable("table")
-ATTRIBUTES = {"a": "href", "img": "src", "script": "src", "link": "href", "source": "src", "iframe": "src"}
 
 
 class SiteError(Exception):
-    """The site cannot be built, or has links that lead nowhere; each line of the message is one problem."""
+    """The site cannot be built; each line of the message is one problem."""
 
 
 def pages_of(root: Path) -> dict[str, str]:
@@ -73,7 +69,7 @@ def targets_of(text: str) -> set[str]:
 def staged(text: str, page: str, pages: dict[str, str], root: Path) -> tuple[str, set[str]]:
     """Write a page for the site, with links of the site, and the files of the repository that it needs.
 
-    Missing targets stay unchanged, for the check of the built site to find.
+    Missing targets stay unchanged.
     """
     files: set[str] = set()
     here = PurePosixPath(pages[page]).parent
@@ -141,58 +137,6 @@ def generate(folder: Path) -> None:
         raise SiteError(f"zensical ended with exit code {done.returncode}\n{done.stdout}{done.stderr}".rstrip())
 
 
-@dataclass
-class Parsed:
-    """Content of a built page: the names of its sections, and its links and loads, with their tags."""
-
-    names: set[str] = field(default_factory=set)
-    links: list[tuple[str, str]] = field(default_factory=list)
-
-
-class PageParser(HTMLParser):
-    """Collect the names and the links of a built page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parsed = Parsed()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Take the names and links of one tag."""
-        values = dict(attrs)
-        self.parsed.names.update(name for key in ("id", "name") if (name := values.get(key)))
-        if (attribute := ATTRIBUTES.get(tag)) and (target := values.get(attribute)):
-            self.parsed.links.append((tag, target))
-
-
-def parsed(path: Path) -> Parsed:
-    """Parse a built page."""
-    parser = PageParser()
-    parser.feed(path.read_text(encoding="utf-8"))
-    return parser.parsed
-
-
-def problems_of(site: Path, pages: dict[str, str]) -> list[str]:
-    """List the links of a built site that lead nowhere, and what a page loads from the network."""
-    built = {page: site / re.sub(r"\.md$", ".html", name) for page, name in pages.items()}
-    found = {path.resolve(): parsed(path) for path in built.values()}
-    problems = []
-    for page, path in built.items():
-        for tag, target in dict.fromkeys(found[path.resolve()].links):
-            parts = urlsplit(target)
-            shown = re.sub(r"\.html(?=#|$)", ".md", target)
-            if parts.scheme or parts.netloc:
-                if tag not in ("a", "link") and parts.scheme != "data":
-                    problems.append(f"{page}: {target} comes from the network")
-                continue
-            other = (path.parent / unquote(parts.path) if parts.path else path).resolve()
-            other = other / "index.html" if other.is_dir() else other
-            if not other.is_file():
-                problems.append(f"{page}: {shown} is not there")
-            elif parts.fragment and other in found and unquote(parts.fragment) not in found[other].names:
-                problems.append(f"{page}: {shown} is not a section of that page")
-    return problems
-
-
 def build(root: Path, out: Path) -> int:
     """Build the site of a repository into `out`, replace what is there, and return the number of pages.
 
@@ -202,8 +146,6 @@ def build(root: Path, out: Path) -> int:
         folder = Path(place)
         pages = stage(root, folder)
         generate(folder)
-        if problems := problems_of(folder / "site", pages):
-            raise SiteError("\n".join(problems))
         if out.exists() and not (out / "index.html").is_file():
             raise SiteError(f"{out} exists and is not a site: name another folder by --out")
         shutil.rmtree(out, ignore_errors=True)

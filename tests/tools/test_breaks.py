@@ -57,7 +57,7 @@ def faults_of(root: Path) -> list[Break]:
 @pytest.mark.long
 def test_what_is_noticed_what_is_not_and_what_says_nothing(root: Path) -> None:
     lines: list[str] = []
-    found = run_all(root, faults_of(root), workers=2, say=lines.append)
+    found = run_all(root, faults_of(root), lines.append)
     failing = "tests/shop/test_shelf.py::test_that_fails_anyway"
     assert [(each.status, each.by) for each in found] == [
         ("noticed", "tests/shop/test_shelf.py::TestShelf::test_many"),

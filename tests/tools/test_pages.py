@@ -13,7 +13,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from tools import commands as commands_page
-from tools.site import text_of
+from tools.site import WRITTEN, targets_of, text_of
 from trainer.config.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,8 @@ def anchors(page: Path) -> set[str]:
 def command_lines() -> Iterator[tuple[str, list[str]]]:
     """Every command line in a block of code of a page, as words; the examples in the help of each command too."""
     for page in (*NAMES, "docs/COMMANDS.md"):
-        for block in re.findall(r"^ *```\n(.*?)^ *```", text_of(ROOT, page), re.MULTILINE | re.DOTALL):
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text_of(ROOT, page), re.MULTILINE | re.DOTALL)
+        for block in (text for language, text in blocks if not language):
             for line in map(str.strip, block.replace("\\\n", " ").splitlines()):
                 if re.match(r"(python|dask-submit|horovodrun|torchrun) ", line):
                     yield f"{Path(page).name}: {line}", shlex.split(line, comments=True)
@@ -76,14 +77,16 @@ def test_files_that_a_page_names_are_there(name: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "CHANGELOG.md", "docs/COMMANDS.md", "docs/API.md"])
 def test_links_lead_to_a_page_and_a_section(name: str) -> None:
-    page = ROOT / name
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    page, text = ROOT / name, text_of(ROOT, name)
+    assert not re.search(r"<(script|iframe)\b", text), "the site needs no network"
+    for target in targets_of(text) | set(re.findall(r'(?:src|href)="([^"]+)"', text)):
         if not target.startswith("https://"):
             file, _, section = target.partition("#")
-            other = page.parent / file if file else page
-            assert other.is_file(), target
+            other = (page.parent / file if file else page).resolve()
+            assert other.is_relative_to(ROOT), target
+            assert other.is_file() or f"docs/{file}" in WRITTEN, target
             assert not section or section in anchors(other), target
 
 
