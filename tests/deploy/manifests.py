@@ -16,8 +16,6 @@ from tests.deploy.schemas import fields_of, validators
 
 KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
-ALONE = sorted(path.stem for path in KUBERNETES.glob("*.yaml"))
-"""Manifests of one file, which are applied after the base."""
 VERSION = "1.33"
 Manifest = dict[str, Any]
 ROLES = {"required": ["Launcher", "Worker"], "propertyNames": {"enum": ["Launcher", "Worker"]}}
@@ -34,14 +32,11 @@ def build(folder: Path) -> list[Manifest]:
 
 @functools.cache
 def _built(name: str) -> str:
-    if name in OVERLAYS:
-        return json.dumps(build(KUBERNETES / "overlays" / name))
-    file = KUBERNETES / f"{name}.yaml"
-    return json.dumps([*build(KUBERNETES / "base"), *yaml.load_all(file.read_text(), yaml.CSafeLoader)])
+    return json.dumps(build(KUBERNETES / "overlays" / name))
 
 
 def overlay(name: str) -> list[Manifest]:
-    """The objects of one of our overlays, or of a file with those of the base, fresh copies."""
+    """The objects of one of our overlays, fresh copies."""
     return json.loads(_built(name))
 
 

@@ -1,4 +1,4 @@
-"""deploy/kubernetes/kserve.yaml is what KServe and Kubernetes take, and what our own command line takes.
+"""The overlay kserve is what KServe and Kubernetes take, and what our own command line takes.
 
 Of InferenceService, KServe's own fields and types are known (tests/deploy/schemas.py); the pod in it is checked by
 Kubernetes' schema, with unknown fields refused.
@@ -11,17 +11,17 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
 from typer.main import get_command
 
+from tests.deploy.manifests import overlay
 from tests.deploy.schemas import fields_of, validators
 
-FILE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "kserve.yaml"
 MODE = "serving.kserve.io/deploymentMode"
 
 
 def service() -> dict[str, Any]:
-    return yaml.safe_load(FILE.read_text())
+    (found,) = [each for each in overlay("kserve") if each["kind"] == "InferenceService"]
+    return found
 
 
 def check(manifest: dict[str, Any]) -> None:

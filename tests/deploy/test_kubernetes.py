@@ -13,9 +13,8 @@ import kubernetes_validate
 import pytest
 
 from tests.deploy.commandlines import expanded, horovodrun, parse, torchrun
-from tests.deploy.manifests import ALONE, KUBERNETES, OVERLAYS, Manifest, build, check, overlay, pods
+from tests.deploy.manifests import KUBERNETES, OVERLAYS, Manifest, build, check, overlay, pods
 
-EVERY = [*OVERLAYS, *ALONE]
 INJECTED = {"JOB_COMPLETION_INDEX": "1", "DASK_WORKER_NAME": "worker-1"}
 """Variables that a Job and Dask's operator set."""
 FROM_OUTSIDE = ("/etc/mpi/", "/usr/sbin/", "/dev/null", "/secrets/ssh/", "/v2/")
@@ -50,17 +49,17 @@ def words_in(manifests: list[Manifest], container: Manifest) -> list[str]:
 
 
 def test_there_is_one_for_each_way() -> None:
-    assert OVERLAYS == ["extract", "operations", "serving", "train-mpi", "train-torchrun"] and ALONE == ["kserve"]
+    assert OVERLAYS == ["extract", "kserve", "operations", "serving", "train-mpi", "train-torchrun"]
     kinds = {manifest["kind"] for name in OVERLAYS for manifest in overlay(name)}
     assert kinds == {
-        "ConfigMap", "CronJob", "DaskJob", "Deployment", "HorizontalPodAutoscaler", "Job", "MPIJob", "NetworkPolicy",
-        "PodDisruptionBudget", "Service", "ServiceAccount", "ServiceMonitor",
+        "ConfigMap", "CronJob", "DaskJob", "Deployment", "HorizontalPodAutoscaler", "InferenceService", "Job", "MPIJob",
+        "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount", "ServiceMonitor",
     }  # fmt: skip
     names = {m["metadata"]["name"] for m in overlay("operations") if m["kind"] == "CronJob"}
     assert names == {"refresh", "build-day", "daily", "compact", "expire", "verify"}
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_kubernetes_and_the_operators_take_all(name: str) -> None:
     for manifest in overlay(name):
         check(manifest)
@@ -109,7 +108,7 @@ def test_fields_that_we_do_not_use_are_known() -> None:
             check(manifest)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_pods_have_no_rights_and_a_read_only_root(name: str) -> None:
     found = list(containers(name))
     assert found
@@ -133,7 +132,7 @@ def test_pods_have_no_rights_and_a_read_only_root(name: str) -> None:
         assert all("secret" in volume for path, volume in mounts.items() if path.startswith("/secrets/")), who
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_secrets_are_names(name: str) -> None:
     """No object is a secret, and no variable is one or is made of one: horovodrun puts variables into command lines."""
     for manifest in overlay(name):
@@ -145,7 +144,7 @@ def test_secrets_are_names(name: str) -> None:
     assert not [key for key in settings if re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY", key)]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_the_programs_take_the_command_lines(name: str) -> None:
     for who, _, container in containers(name):
         words = words_of(name, container)
@@ -170,7 +169,7 @@ def test_a_misspelt_option_is_found() -> None:
             parse(words)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_every_pod_is_closed_in(name: str) -> None:
     """Its labels are those of the policy that lets nobody in, and of the one that opens what its component needs."""
     policies = {each["metadata"]["name"]: each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"}
@@ -185,7 +184,7 @@ def test_every_pod_is_closed_in(name: str) -> None:
             assert len(opened) == (2 if component == "operations" else 3), component
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_nothing_goes_out_but_to_what_is_named(name: str) -> None:
     """Every rule names whom it lets out to; beyond the cluster that is a range of nobody until it is filled in."""
     policies = [each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"]
@@ -200,7 +199,7 @@ def test_nothing_goes_out_but_to_what_is_named(name: str) -> None:
             assert is_own or "ipBlock" in to or (labels == {"k8s-app": "kube-dns"} and len(rule["ports"]) == 2)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_pods_fill_no_disk_of_a_node(name: str) -> None:
     for who, pod, container in containers(name):
         sizes = [each["emptyDir"]["sizeLimit"] for each in pod["spec"]["volumes"] if "emptyDir" in each]
@@ -210,7 +209,7 @@ def test_pods_fill_no_disk_of_a_node(name: str) -> None:
         assert 0 < asked <= limit and limit > sum(int(size[:-2]) for size in sizes), who
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_what_listens_for_others_has_tls(name: str) -> None:
     """Scorers, whose tokens would be in clear, and Dask; trainings have pods of their own alone, by a policy."""
     for who, _, container in containers(name):
