@@ -14,7 +14,7 @@ from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
 from featurestore.text import refusal
 
-NEEDED = ("httpx2", "plotly", "python_multipart", "sklearn", "umap")
+NEEDED = ("httpx2", "plotly", "python_multipart", "sklearn")
 """Packages that only the explorer needs."""
 
 Store = Annotated[str | None, typer.Option(help="Feature store: a folder or s3:// address.")]
@@ -114,10 +114,6 @@ def export(
     most_files: Annotated[
         int, typer.Option(min=10, help="Most pages and pictures; further links lead to a page that says so.")
     ] = 2000,
-    map_minutes: Annotated[
-        float,
-        typer.Option(min=0, help="Minutes that UMAP may take for all maps that are not cached."),
-    ] = 5,
 ) -> None:
     """Write the same pages into a folder, following all links from the first page. Leaves out forms and live parts."""
     check_installed()
@@ -130,16 +126,11 @@ def export(
     places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
     places.check()
     with progress_bar("pages and pictures") as bar:
-        exported = write(places, out, most_files, bar, umap_s=60 * map_minutes, doing=bar.doing)
+        exported = write(places, out, most_files, bar, bar.doing)
     print_summary(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
     if exported.num_left_out:
         print_summary(
             f"{exported.num_left_out:,} addresses or more are left out: --most-files takes more than {most_files:,}"
-        )
-    if exported.quick_maps:
-        print_summary(
-            f"maps by principal components only: {', '.join(exported.quick_maps)}; UMAP needs more than --map-minutes "
-            f"{map_minutes:g}, or python -m explorer map beforehand"
         )
     for problem in exported.errors:
         print_problem(f"an error page: {problem}")
@@ -160,10 +151,10 @@ def map(
     store: Store = None,
     samples: Samples = None,
 ) -> None:
-    """Lay images out in a plane by UMAP: by the visual vectors of a run, or the features of a store.
+    """Write images with their vectors: the visual vectors of a run, or the features of a store.
 
-    Columns: key, uri, x, y, ctr, category, error, impressions. `embedding-atlas OUT --x x --y y` opens the file. The
-    page Map of the same run, store and samples shows it at once.
+    Columns: key, uri, x, y (two principal components), ctr, category, error, impressions, vector.
+    `embedding-atlas OUT --vector vector` opens the file and lays it out by UMAP.
     """
     check_installed()
     from explorer.data.background import Task
@@ -186,14 +177,14 @@ def map(
                 super().tell(doing, done, total)
                 bars.update(bar, description=doing, completed=done, total=total or None)
 
-        found = make_map(places, None if folder is None else folder.name, ShownTask(), network=network)
+        found = make_map(places, None if folder is None else folder.name, ShownTask(), network)
     try:
         replace_file(out, found.file.read_bytes())
     except OSError as error:
         raise ExplorerError(f"cannot write {out}: {refusal(error)}") from error
     for note in found.about["notes"]:
         print_problem(f"note: {note}")
-    print_summary(f"{len(found.keys_N):,} images, laid out by {found.method}: {out}")
+    print_summary(f"{len(found.keys_N):,} images: {out}")
 
 
 def main() -> None:

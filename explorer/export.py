@@ -26,8 +26,6 @@ class ExportedPages(NamedTuple):
     """Address and status of each error page."""
     num_left_out: int
     """At least this many: those that exported pages link to."""
-    quick_maps: list[str]
-    """Names of the maps laid out only by principal components, as UMAP had no time."""
 
 
 def export(
@@ -35,14 +33,12 @@ def export(
     out: Path,
     most_files: int,
     tell: Callable[[int, int], None],
-    *,
-    umap_s: float = 0.0,
     doing: Callable[[str], None] = lambda doing: None,
 ) -> ExportedPages:
     """Write the pages of `places` into the folder `out`, completely or not at all; `tell` gets done and known files.
 
-    `umap_s`: time for UMAP, for all maps that are not cached; `doing` gets its progress. Replaces an earlier export in
-    `out`. Raises ExplorerError if `out` holds something else or cannot be written.
+    `doing` gets the progress of a map. Replaces an earlier export in `out`. Raises ExplorerError if `out` holds
+    something else or cannot be written.
     """
     if out.exists() and not (out / LEFT_OUT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ExplorerError(f"{out} is not an earlier export; name a new folder")
@@ -52,7 +48,7 @@ def export(
     except OSError as failure:
         raise ExplorerError(f"cannot write {out}: {failure.strerror}") from failure
     try:
-        site = Site(places, frozen=True, most_files=most_files, umap_s=umap_s, doing=doing)
+        site = Site(places, frozen=True, most_files=most_files, doing=doing)
         exported = asyncio.run(_export(site, folder, tell))
         folder.chmod(0o755)
         shutil.rmtree(out, ignore_errors=True)
@@ -79,7 +75,7 @@ async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) ->
             tell(done, len(site.linked))
     text = site.text("/", LEFT_OUT, title="Left out")
     num_bytes += _write(folder / LEFT_OUT, text.encode())
-    return ExportedPages(done + 1, num_bytes, errors, len(site.left_out), site.quick_maps)
+    return ExportedPages(done + 1, num_bytes, errors, len(site.left_out))
 
 
 def _write(file: Path, content: bytes) -> int:

@@ -150,7 +150,7 @@ def show_pages(place: Path, images: Path | None) -> list[str | Path]:
     places: list[str | Path] = ["--store", place / "features", "--runs", place / "runs", "--samples", place / "samples"]
     places += ["--images", images or place / "images"]
     explorer: list[str | Path] = [sys.executable, "-m", "explorer"]
-    export = [*explorer, "export", place / "pages", *places, "--most-files", str(PAGES), "--map-minutes", "0"]
+    export = [*explorer, "export", place / "pages", *places, "--most-files", str(PAGES)]
     run_step("Pages: the store, its images, the runs and their scores, as files", export)
     return ["python", *explorer[1:], *places, "--model", place / "models/ctr"]
 

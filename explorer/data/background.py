@@ -1,6 +1,6 @@
 """Background tasks of seconds or minutes: each runs once, in a thread of the server, and reports its progress.
 
-A page that needs one shows a preview and polls until the task is done.
+A page that needs one shows its progress and polls until the task is done.
 """
 
 import time
@@ -30,8 +30,6 @@ class Task(Generic[T]):
         self.ended_s = 0.0
         self.error: Exception | None = None
         self._results: list[T] = []
-        self.early: T | None = None
-        """Preview of the result, shown before the end."""
         self.is_cancelled = False
         """Set when the server ends; long work checks it."""
 

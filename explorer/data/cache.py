@@ -3,6 +3,7 @@
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Generic, TypeVar
@@ -59,6 +60,28 @@ class LruCache(Generic[ValueT]):
                 self.size -= self._size(oldest)
 
 
+@dataclass(frozen=True)
+class FileCache:
+    """Files, or folders, of one kind in the explorer's cache folder; the `most` used last stay."""
+
+    prefix: str
+    suffix: str
+    most: int
+
+    def path(self, digest: str, folder: Path | None = None) -> Path:
+        """Return the place of what has this digest of its inputs. Raises StorageError."""
+        return (folder or explorer_cache()) / f"{self.prefix}{digest}{self.suffix}"
+
+    def prune(self, folder: Path | None = None) -> None:
+        """Remove those used longest ago; existing memory maps stay valid."""
+        found = (folder or explorer_cache()).glob(f"{self.prefix}*{self.suffix}")
+        for old in sorted(found, key=lambda each: each.stat().st_mtime, reverse=True)[self.most :]:
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
+
+
 def explorer_cache() -> Path:
     """Return the folder of the explorer's cached files, creating it private to this user.
 
@@ -67,12 +90,3 @@ def explorer_cache() -> Path:
     folder = default_cache_dir().with_name("explorer")
     claim(folder)
     return folder
-
-
-def prune(folder: Path, pattern: str, most: int) -> None:
-    """Remove files or folders of a pattern except the `most` used last; existing memory maps stay valid."""
-    for old in sorted(folder.glob(pattern), key=lambda each: each.stat().st_mtime, reverse=True)[most:]:
-        if old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink(missing_ok=True)

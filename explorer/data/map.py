@@ -1,16 +1,13 @@
 """A map: images as points of a plane, close together if their vectors are, with their statistics as ads.
 
-Points are stored as Parquet, which embedding-atlas opens.
+Points are stored as Parquet with their vectors, which embedding-atlas opens and lays out by UMAP.
 
 Letters of shapes: N images that are drawn, which are the points, and the impressions of `mean_loss`; V width of their
 vectors, D feature width, I different ad images.
 """
 
-import contextlib
 import hashlib
 import json
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from explorer.data import projection
 from explorer.data.background import Task
-from explorer.data.cache import explorer_cache, prune
+from explorer.data.cache import FileCache
 from explorer.data.predictions import predictions_of
-from explorer.data.projection import LEAST_FOR_UMAP
 from explorer.data.vectors import visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
@@ -287,11 +282,11 @@ def _columns(
         yield keys_N, groups.columns[schema.label].values.astype(np.float64), category_N
 
 
-Method = Literal["pca", "umap"]
-_PREFIX, _PLANE = "map-", "plane-"
-_KEPT = 32
+_FILES = FileCache("map-", ".parquet", most=32)
 _ABOUT = b"explorer_map"
 NO_CATEGORY = "unknown"
+_COLUMNS = ["key", "uri", "x", "y", "ctr", "category", "error", "impressions"]
+"""Those that the page shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,67 +302,44 @@ class MapPoints:
     error_N: NDArray[np.float32]
     impressions_N: Int64Array
     about: dict[str, Any]
-    """method, run, network and all networks of it, num_images (of which the points are a sample), the id of the store
-    that has the images, and notes, sentences for the page."""
+    """run, network and all networks of it, num_images (of which the points are a sample), the id of the store that has
+    the images, and notes, sentences for the page."""
     file: Path
     """The Parquet file of the points."""
 
-    @property
-    def method(self) -> Method:
-        """The method of the layout."""
-        method: Method = self.about["method"]
-        return method
+
+def principal(vectors_NV: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Project on the two directions of most variance, (N, 2): some milliseconds for thousands."""
+    if len(vectors_NV) < 2 or vectors_NV.shape[1] < 2:
+        return np.concatenate([vectors_NV[:, :1], np.zeros((len(vectors_NV), 1), np.float32)], axis=1)
+    from sklearn.decomposition import PCA
+
+    plane_N2: NDArray[np.float32] = PCA(2, svd_solver="covariance_eigh").fit_transform(vectors_NV).astype(np.float32)
+    return plane_N2
 
 
-def make_points(places: Places, vectors: MapVectors, method: Method, task: Task[Any]) -> MapPoints:
-    """Lay out images and join their statistics, or read the cached points.
+def make_map(places: Places, run: str | None, task: Task[Any], network: str | None = None) -> MapPoints:
+    """Lay out the visual vectors of a run, or the store's features, and join the statistics; or read the cached points.
 
-    Raises ExplorerError if UMAP fails; missing samples or predictions are mentioned in the notes.
+    `network`: which E of a run that has several, by default the first. Missing samples or predictions are mentioned in
+    the notes. Raises the errors of its parts.
     """
-    folder = explorer_cache()
-    made_of = [vectors.digest, method, _identity(places, vectors), list(vectors.networks)]
-    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
-    file = folder / f"{_PREFIX}{name}.parquet"
+    vectors = of_features(places, task) if run is None else of_run(places, run, task, network)
+    made_of = [vectors.digest, _identity(places, vectors), list(vectors.networks)]
+    file = _FILES.path(hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24])
     if (known := read_points(file)) is not None:
         return known
-    _write(file, vectors, method, _plane(folder, vectors, method, task), places, task)
+    _write(file, vectors, places, task)
     found = read_points(file)
     assert found is not None
-    for pattern in (f"{_PREFIX}*.parquet", f"{_PLANE}*.npy"):
-        prune(folder, pattern, _KEPT)
+    _FILES.prune()
     return found
-
-
-def has_plane(vectors: MapVectors, method: Method) -> bool:
-    """Return whether this layout of the images is cached."""
-    return _plane_file(explorer_cache(), vectors, method).is_file()
-
-
-def _plane_file(folder: Path, vectors: MapVectors, method: Method) -> Path:
-    return folder / f"{_PLANE}{vectors.digest}-{method}.npy"
-
-
-def _plane(folder: Path, vectors: MapVectors, method: Method, task: Task[Any]) -> NDArray[np.float32]:
-    """Lay out the images, or read the cached layout."""
-    file = _plane_file(folder, vectors, method)
-    with contextlib.suppress(OSError, ValueError):
-        known: NDArray[np.float32] = np.load(file)
-        if known.shape == (vectors.count, 2):
-            return known
-    if method == "umap":
-        plane_N2 = projection.umap_in_process(vectors.vectors_NV, task.tell)
-    else:
-        task.tell("lays out the images")
-        plane_N2 = projection.principal(vectors.vectors_NV)
-    with replaced_file(file) as part:
-        np.save(part, plane_N2)
-    return plane_N2
 
 
 def read_points(file: Path) -> MapPoints | None:
     """Read a file of points; None if it is missing or damaged."""
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file, columns=_COLUMNS)
         about = json.loads(table.schema.metadata[_ABOUT])
     except FileNotFoundError:
         return None
@@ -403,9 +375,9 @@ def _identity(places: Places, vectors: MapVectors) -> list[Any]:
     return [place, *[(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]]
 
 
-def _write(
-    file: Path, vectors: MapVectors, method: Method, plane_N2: NDArray[np.float32], places: Places, task: Task[Any]
-) -> None:
+def _write(file: Path, vectors: MapVectors, places: Places, task: Task[Any]) -> None:
+    task.tell("lays out the images")
+    plane_N2 = principal(vectors.vectors_NV)
     count, notes = len(vectors.keys_N), list(vectors.notes)
     impressions_N, ctr_N, error_N = np.zeros(count, np.int64), np.full(count, np.nan), np.full(count, np.nan)
     category_N = [NO_CATEGORY] * count
@@ -427,7 +399,7 @@ def _write(
             at_N = np.minimum(np.searchsorted(keys_I, vectors.keys_N), len(keys_I) - 1)
             is_in_N = keys_I[at_N] == vectors.keys_N
             error_N[is_in_N] = loss_I[at_N[is_in_N]]
-    about = {**vectors.about, "method": method, "run": run, "num_images": vectors.num_images, "notes": notes}
+    about = {**vectors.about, "run": run, "num_images": vectors.num_images, "notes": notes}
     about["networks"] = list(vectors.networks)
     columns: dict[str, Any] = {
         "key": pa.array(vectors.keys_N),
@@ -438,6 +410,9 @@ def _write(
         "category": pa.array(category_N, pa.string()),
         "error": pa.array(error_N.astype(np.float32)),
         "impressions": pa.array(impressions_N),
+        "vector": pa.FixedSizeListArray.from_arrays(
+            pa.array(vectors.vectors_NV.reshape(-1)), vectors.vectors_NV.shape[1]
+        ),
     }
     table = pa.table(columns).replace_schema_metadata({_ABOUT: json.dumps(about)})
     with replaced_file(file) as part:
@@ -548,40 +523,3 @@ def _scaled(values_N: NDArray[np.float32]) -> NDArray[np.float64]:
         return np.full(len(values_N), 0.5)
     scaled_N: NDArray[np.float64] = np.clip((values_N - low) / float(high - low), 0, 1)
     return scaled_N
-
-
-class _TimeIsUpError(Exception):
-    """UMAP has reached its time limit."""
-
-
-class _Until(Task[Any]):
-    """Reports progress to another task, up to a time limit."""
-
-    def __init__(self, task: Task[Any], end_s: float) -> None:
-        super().__init__()
-        self._task, self._end_s = task, end_s
-
-    def tell(self, doing: str, done: int = 0, total: int = 0) -> None:
-        self._task.tell(doing, done, total)
-        if time.monotonic() > self._end_s:
-            raise _TimeIsUpError
-
-
-def make_map(
-    places: Places, run: str | None, task: Task[MapPoints], *, network: str | None = None, umap_s: float = math.inf
-) -> MapPoints:
-    """Make the map of a run's visual vectors, or of the store's features; the quick picture is `task.early`.
-
-    `network`: which E of a run that has several, by default the first. `umap_s`: time limit for UMAP if it is not
-    cached; without UMAP only the quick picture is returned. Raises the errors of its parts.
-    """
-    vectors = of_features(places, task) if run is None else of_run(places, run, task, network)
-    if vectors.count < LEAST_FOR_UMAP:
-        return make_points(places, vectors, "pca", task)
-    if has_plane(vectors, "umap"):
-        return make_points(places, vectors, "umap", task)
-    task.early = make_points(places, vectors, "pca", task)
-    try:
-        return make_points(places, vectors, "umap", _Until(task, time.monotonic() + umap_s)) if umap_s else task.early
-    except _TimeIsUpError:
-        return task.early

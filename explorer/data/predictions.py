@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from explorer.data.background import Task
-from explorer.data.cache import explorer_cache, prune
+from explorer.data.cache import FileCache
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.console.files import replace_file
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 MOST_IMPRESSIONS = 300_000
 MOST_IMAGES = 200_000
 """Beyond these limits use a command: a page computes for about a minute, and leaves few files."""
-_PREFIX = "predictions-"
-_KEPT = 64
+_FILES = FileCache("predictions-", ".npz", most=64)
 _LOCK = Lock()
 """One prediction at a time: each uses all cores, and two of one run would be the same."""
 
@@ -53,7 +52,7 @@ def predictions_of(places: Places, name: str, task: Task[Any], cache: Path | Non
     task.tell(f"opens {name}")
     saved = read_run(folder, None, places.samples)
     store = _store_of(saved, places)
-    file = (cache or explorer_cache()) / f"{_PREFIX}{_digest(saved, places, store)}.npz"
+    file = _FILES.path(_digest(saved, places, store), cache)
     with _LOCK:
         if (known := _read(file)) is not None:
             return known
@@ -133,4 +132,4 @@ def _write(file: Path, found: "Predictions") -> None:
         replace_file(file, buffer.getvalue())
     except OSError as error:
         raise StorageError(f"cannot write {file}: {refusal(error)}") from error
-    prune(file.parent, f"{_PREFIX}*.npz", _KEPT)
+    _FILES.prune(file.parent)

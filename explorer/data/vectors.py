@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from explorer.data.cache import explorer_cache, prune
+from explorer.data.cache import FileCache
 from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath
 
@@ -33,10 +33,9 @@ Progress = Callable[[int, int], None]
 """Receives the number done, and the total."""
 
 _VECTORS, _KEYS, _URIS, _ABOUT = "vectors.npy", "keys.npy", "uris.arrow", "about.json"
-_PREFIX = "vectors-"
 _LOCK = Lock()
-_KEPT = 16
-"""Number of checkpoints whose vectors are cached, those used last."""
+_FOLDERS = FileCache("vectors-", "", most=16)
+"""One for each of the checkpoints used last."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,14 @@ def visual_vectors(
     from trainer.runs.export import open_network
 
     found = open_network(run, which=which, network=network, store_version=store_version, store=store)
-    folder, digest = cache or explorer_cache(), digest_of(found)
-    place = folder / f"{_PREFIX}{digest}"
+    digest = digest_of(found)
+    place = _FOLDERS.path(digest, cache)
     with _LOCK:
         if (opened := _opened(place, digest)) is None:
             _compute(found, place, progress)
             opened = _opened(place, digest)
             assert opened is not None
-            prune(folder, f"{_PREFIX}*", _KEPT)
+            _FOLDERS.prune(cache)
     return opened
 
 

@@ -98,10 +98,6 @@ class Site:
     """The number of files that a frozen site exports; later addresses lead to a page that says so."""
     left_out: set[str] = field(default_factory=set)
     """Of a frozen site: the addresses beyond the limit of files."""
-    umap_s: float = 0.0
-    """Of a frozen site: seconds left for UMAP, for all maps together."""
-    quick_maps: list[str] = field(default_factory=list)
-    """Of a frozen site: names of the maps that UMAP did not lay out."""
     doing: Callable[[str], None] = lambda doing: None
     """Of a frozen site: receives the progress of a page."""
 

@@ -1,10 +1,8 @@
 """The map: images in a plane, by the visual vectors of a run or the features of the store."""
 
-import math
 import re
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
 
@@ -14,7 +12,6 @@ from starlette.routing import Route
 
 from explorer.data.background import Task
 from explorer.data.map import COLOURS, COLUMNS, Cell, Colour, MapPoints, cells, drawn, has, make_map
-from explorer.data.projection import LEAST_FOR_UMAP
 from explorer.data.runs.comparing import shown_first
 from explorer.data.runs.folders import list_runs, open_run, read_facts
 from explorer.errors import ExplorerError, NotHereError
@@ -26,8 +23,8 @@ from featurestore.text import one_line
 _MOST_RUNS = 30
 """Number of runs whose maps are offered: those that changed last."""
 _STOP_POLLING = 286
-_LOOK_S, _WAIT_S = 0.05, 60.0
-"""Seconds to wait for a quick map if the browser has no scripts."""
+_WAIT_S = 60.0
+"""Seconds to wait for a map if the browser has no scripts."""
 
 
 class MapPages(PageKind):
@@ -67,13 +64,10 @@ class MapPages(PageKind):
         if run is None and self.site.places.store is None:
             return self.site.page(request, "map/none.html", title="Map")
         part = self._part(run, network, colour)
-        begun_s = time.monotonic()
         if self.site.frozen:
-            self._finish(part)
-        waits_s = _WAIT_S if request.query_params.get("wait") == "1" else 0.0
-        while part.shown is None and not part.problem and time.monotonic() - begun_s < waits_s:
-            time.sleep(_LOOK_S)
-            part = replace(part)
+            self.site.finish(part.task)
+        elif request.query_params.get("wait") == "1":
+            part.task.wait(_WAIT_S)
         return self.site.page(
             request,
             "map/map.html",
@@ -88,24 +82,9 @@ class MapPages(PageKind):
             image_link=self._image_link,
         )
 
-    def _finish(self, part: "MapPart") -> None:
-        """Wait for the map of an export; note if UMAP has not laid it out."""
-        begun_s, site = time.monotonic(), self.site
-        site.finish(part.task)
-        site.umap_s = max(0.0, site.umap_s - (time.monotonic() - begun_s))
-        name = " ".join(filter(None, (part.run, part.network))) or "the features of the store"
-        shown = part.shown
-        is_quick = shown is not None and shown.method == "pca" and len(shown.keys_N) >= LEAST_FOR_UMAP
-        if is_quick and name not in site.quick_maps:
-            site.quick_maps.append(name)
-
     def part(self, request: Request) -> Response:
-        """Return the current state of the map; stop polling when it is complete."""
+        """Return the map, or how far it is; stop polling when it is there."""
         part = self._part(*self._asked(request, ()))
-        if not part.is_ended and part.shown is not None and request.query_params.get("shown") == part.shown.method:
-            answer = self.site.page(request, "map/status.html", title="Map", part=part)
-            answer.headers["HX-Retarget"] = "#map-status"  # the map that is shown stays as it is
-            return answer
         return self.site.page(
             request,
             "map/part.html",
@@ -123,7 +102,7 @@ class MapPages(PageKind):
         if shown is None:
             raise NotHereError("the map is not computed yet; open its page first")
         of = "-".join(filter(None, (run or "features", network)))
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{of}-{shown.method}.parquet")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{of}.parquet")
         return FileResponse(shown.file, filename=name, media_type="application/vnd.apache.parquet")
 
     def _image_link(self, key: int) -> str | None:
@@ -155,7 +134,7 @@ class MapPages(PageKind):
 
     def _part(self, run: str | None, network: str | None, colour: Colour) -> "MapPart":
         """Start the map, or return its state."""
-        places, umap_s = self.site.places, self.site.umap_s if self.site.frozen else math.inf
+        places = self.site.places
         identity, store_id = "", None
         if run is not None:
             identity = read_facts(open_run(places, run)).checkpoint
@@ -166,7 +145,7 @@ class MapPages(PageKind):
             identity, store_id = f"{identity} {snapshot.version}", snapshot.info.store_id
         task: Task[MapPoints] = self.site.background.task(
             repr(("map", run, network, identity)),
-            lambda task: make_map(places, run, task, network=network, umap_s=umap_s),
+            lambda task: make_map(places, run, task, network),
         )
         return MapPart(run=run, network=network, colour=colour, task=task, store_id=store_id)
 
@@ -185,12 +164,12 @@ class MapPart:
 
     @cached_property
     def is_ended(self) -> bool:
-        """Return whether the map is final."""
+        """Return whether there is a map, or a reason why there is none."""
         return self.task.is_ended
 
     @property
     def problem(self) -> str:
-        """The reason why there is no map, or none by UMAP."""
+        """The reason why there is no map."""
         error = self.task.error if self.is_ended else None
         if error is None or isinstance(error, UserError):
             return "" if error is None else one_line(error)
@@ -198,8 +177,8 @@ class MapPart:
 
     @cached_property
     def shown(self) -> MapPoints | None:
-        """The best available map."""
-        return self.task.result() if self.is_ended and self.task.error is None else self.task.early
+        """The map; None until it is there."""
+        return self.task.result() if self.is_ended and self.task.error is None else None
 
     @property
     def networks(self) -> list[str]:

@@ -20,7 +20,6 @@ PROGRAMS = {
     "benchmarks.serve.rivals",
     "benchmarks.store.limit",
     "benchmarks.train.peer",
-    "explorer.data.projection",
     "tools.breaks",
     "tools.browser.screenshots",
     "tools.reference",

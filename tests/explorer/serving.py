@@ -57,7 +57,7 @@ def pages_of(**places: object) -> Iterator[str]:
 
 def exported(world: World, out: Path, *options: object) -> str:
     """Run `python -m explorer export`; return what it prints."""
-    command = [*EXPLORER, "export", str(out), *world.options(), "--map-minutes", "0", *map(str, options)]
+    command = [*EXPLORER, "export", str(out), *world.options(), *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

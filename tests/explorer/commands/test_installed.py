@@ -15,8 +15,8 @@ def test_here_all_is_there() -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "umap" else object())
-    with pytest.raises(ExplorerError, match=r"\(umap\).*crossmedia\[explorer\]"):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "sklearn" else object())
+    with pytest.raises(ExplorerError, match=r"\(sklearn\).*crossmedia\[explorer\]"):
         check_installed()
 
 
@@ -24,5 +24,5 @@ def test_each_is_in_the_extra_of_this_name() -> None:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     extra = parser["options.extras_require"]["explorer"]
-    distributions = {"python_multipart": "python-multipart", "sklearn": "scikit-learn", "umap": "umap-learn"}
+    distributions = {"python_multipart": "python-multipart", "sklearn": "scikit-learn"}
     assert sorted(line.partition(">")[0] for line in extra.split()) == sorted(distributions.get(n, n) for n in NEEDED)

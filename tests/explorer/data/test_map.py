@@ -1,6 +1,5 @@
-"""Maps: every image or an even sample, what the test samples say of each, a quick picture first, and Parquet files."""
+"""Maps: every image or an even sample, what the test samples say of each, and Parquet files."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from explorer.data import map as maps
-from explorer.data import predictions, projection
+from explorer.data import predictions
 from explorer.data.background import Task
 from explorer.data.map import MapPoints, evenly, make_map, of_features, of_run, read_ads
-from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore import FeatureRows, FeatureStore, StoreInfo
 from tests.explorer.stores import EXTRACTOR
@@ -29,25 +27,8 @@ def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
     return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
 
 
-@pytest.fixture
-def fake_umap(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """In place of the process, which takes half a minute to load: the first two numbers, and how often it was asked."""
-    asked: list[int] = []
-
-    def project(vectors_NV: Any, tell: Any) -> Any:
-        asked.append(len(vectors_NV))
-        tell("lays out")
-        return vectors_NV[:, :2].copy()
-
-    monkeypatch.setattr(projection, "umap_in_process", project)
-    return asked
-
-
-def test_every_image_has_its_place_and_what_the_samples_say(places: Places, world: World, fake_umap: list[int]) -> None:
-    task: Task[MapPoints] = Task()
-    found = make_map(places, "both", task)
-    assert task.early is not None
-    assert (task.early.method, found.method) == ("pca", "umap")
+def test_every_image_has_its_place_and_what_the_samples_say(places: Places, world: World) -> None:
+    found = make_map(places, "both", Task())
     keys = FeatureStore.open(world.store).snapshot().keys()
     assert sorted(found.keys_N.tolist()) == keys.tolist()
     predicted = predict_run(world.runs / "both")
@@ -62,23 +43,24 @@ def test_every_image_has_its_place_and_what_the_samples_say(places: Places, worl
         else:
             assert np.isnan([found.ctr_N[point], found.error_N[point]]).all()
     assert found.about["notes"] == []
-    again: Task[MapPoints] = Task()
-    assert make_map(places, "both", again).x_N.tolist() == found.x_N.tolist()
-    assert again.early is None  # UMAP is on the disk
-    assert len(fake_umap) == 1
+    time_ns = found.file.stat().st_mtime_ns
+    assert make_map(places, "both", Task()).x_N.tolist() == found.x_N.tolist()
+    assert found.file.stat().st_mtime_ns == time_ns
 
 
-def test_the_file_has_the_columns_that_embedding_atlas_takes(places: Places, fake_umap: list[int]) -> None:
+def test_the_file_has_the_columns_that_embedding_atlas_takes(places: Places) -> None:
     found = make_map(places, "both", Task())
     table = pq.read_table(found.file)
-    assert table.column_names == ["key", "uri", "x", "y", "ctr", "category", "error", "impressions"]
+    assert table.column_names == ["key", "uri", "x", "y", "ctr", "category", "error", "impressions", "vector"]
     assert len(table) == len(found.keys_N)
+    vectors_NV = np.stack(table["vector"].to_numpy())
+    assert np.array_equal(maps.principal(vectors_NV)[:, 0], found.x_N)
     assert table["x"].null_count == table["y"].null_count == 0
     found.file.write_bytes(b"PAR1")
     assert make_map(places, "both", Task()).x_N.tolist() == found.x_N.tolist()
 
 
-def test_features_of_the_store_are_laid_out_without_a_run(places: Places, world: World, fake_umap: list[int]) -> None:
+def test_features_of_the_store_are_laid_out_without_a_run(places: Places, world: World) -> None:
     found = make_map(Places(store=places.store, samples=places.samples), None, Task())
     assert sorted(found.keys_N.tolist()) == FeatureStore.open(world.store).snapshot().keys().tolist()
     assert np.isfinite(found.ctr_N).any()
@@ -116,7 +98,7 @@ def test_wide_features_become_narrow_and_keep_their_distances(tmp_path: Path) ->
     assert np.abs(small / wide - 1).max() < 0.3
 
 
-def test_what_is_not_known_is_told(places: Places, fake_umap: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_known_is_told(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "MOST_IMPRESSIONS", 1)
     found = make_map(places, "both", Task())
     assert found.about["notes"][0].startswith("The error cannot be shown: there are ")
@@ -137,57 +119,11 @@ def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypa
     assert whole.at(np.array([whole.keys_I[2], 5, whole.keys_I[0]])).tolist() == [2, -1, 0]
 
 
-def test_few_images_need_no_umap(places: Places, fake_umap: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maps, "MOST_POINTS", 5)
-    assert make_map(places, "both", Task()).method == "pca"
-    assert fake_umap == []
-
-
 @pytest.mark.parametrize("shape", [(1, 5), (2, 5), (5, 1), (3, 2)])
 def test_principal_components_of_little(shape: tuple[int, int]) -> None:
-    plane_N2 = projection.principal(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    plane_N2 = maps.principal(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     assert plane_N2.shape == (shape[0], 2)
     assert np.isfinite(plane_N2).all()
-
-
-def check_clusters_stay_apart() -> None:
-    random = np.random.default_rng(0)
-    vectors_NV = np.concatenate([random.normal(size=(12, 8)), 30 + random.normal(size=(12, 8))]).astype(np.float32)
-    told: list[str] = []
-    plane_N2 = projection.umap_in_process(vectors_NV, told.append)
-    centre_2 = plane_N2[:12].mean(axis=0), plane_N2[12:].mean(axis=0)
-    spread = max(np.linalg.norm(part - part.mean(axis=0), axis=1).max() for part in (plane_N2[:12], plane_N2[12:]))
-    assert np.linalg.norm(centre_2[0] - centre_2[1]) > spread
-    assert any(each.startswith("loads UMAP") for each in told)
-
-
-@pytest.mark.long
-def test_umap_keeps_clusters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same code, interpreted: for few points that takes less time than to compile it."""
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    check_clusters_stay_apart()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # the compiler takes half a minute of a free core
-def test_umap_compiled_keeps_clusters_apart() -> None:
-    check_clusters_stay_apart()
-
-
-def test_a_process_that_fails_or_is_not_wanted_any_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    with pytest.raises(ExplorerError, match="UMAP ended with 3: out of memory"):
-        projection.umap_in_process(np.zeros((30, 2), np.float32), lambda text: None)
-    script.write_text("#!/bin/sh\nexec sleep 60\n")
-
-    def stop(text: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        projection.umap_in_process(np.zeros((30, 2), np.float32), stop)
 
 
 def points(x: list[float], y: list[float], **more: Any) -> MapPoints:
@@ -201,7 +137,7 @@ def points(x: list[float], y: list[float], **more: Any) -> MapPoints:
         "category_N": ["unknown"] * count,
         "error_N": np.full(count, np.nan, np.float32),
         "impressions_N": np.zeros(count, np.int64),
-        "about": {"method": "pca"},
+        "about": {},
         "file": Path("map.parquet"),
     }
     return MapPoints(**{**values, **more})

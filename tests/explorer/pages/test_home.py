@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.data import projection
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
@@ -17,9 +16,7 @@ def _home(places: Places) -> str:
 
 
 def test_questions_lead_to_pages_that_are_there(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page computes beside it is cut short: UMAP would take half a minute, and go on after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(projection, "umap_in_process", lambda vectors_NV, tell: vectors_NV[:, :2].copy())
     places = Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
     with TestClient(application(site := Site(places))) as client:
         text = client.get("/").text

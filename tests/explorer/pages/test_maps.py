@@ -1,4 +1,4 @@
-"""The page of the map: a quick picture, then the better one, its file, and what may be asked for."""
+"""The page of the map: how far it is, then the map, its file, and what may be asked for."""
 
 import io
 import re
@@ -13,10 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.data import projection
 from explorer.data.background import Task
 from explorer.data.map import make_map
-from explorer.errors import ExplorerError
 from explorer.html import charts
 from explorer.html.site import Site
 from explorer.pages.maps import MapPart
@@ -32,21 +30,6 @@ from trainer.runs.saved import read_run
 
 
 @pytest.fixture
-def go(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """UMAP waits for it."""
-    go = threading.Event()
-
-    def project(vectors_NV: Any, tell: Any) -> Any:
-        tell("lays them out")
-        if not go.wait(60):
-            raise ExplorerError("nobody let it go")
-        return vectors_NV[:, :2].copy()
-
-    monkeypatch.setattr(projection, "umap_in_process", project)
-    return go
-
-
-@pytest.fixture
 def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
@@ -58,13 +41,19 @@ def pages(places: Places) -> Iterator[TestClient]:
         yield client
 
 
-def test_the_quick_map_is_there_before_the_better_one(pages: TestClient, go: threading.Event) -> None:
-    html = pages.get("/map", params={"run": "both", "wait": "1"}).text
-    assert "two principal components" in html
+def test_the_map_is_polled_until_it_is_there(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def later(*args: Any) -> Any:
+        assert go.wait(60)
+        return make_map(*args)
+
+    monkeypatch.setattr("explorer.pages.maps.make_map", later)
+    html = pages.get("/map", params={"run": "both"}).text
+    assert "The map is being made" in html
     part = unescape(re.search(r'hx-get="(/parts/map[^"]*)"', html)[1])  # type: ignore[index]
-    assert 'name="shown" value="pca"' in html
-    waiting = pages.get(part, params={"run": "both", "colour": "folder", "shown": "pca"})
-    assert waiting.headers["HX-Retarget"] == "#map-status"
+    waiting = pages.get(part)
+    assert waiting.status_code == 200
     assert "mapgrid" not in waiting.text
     go.set()
     for _ in range(600):
@@ -72,53 +61,36 @@ def test_the_quick_map_is_there_before_the_better_one(pages: TestClient, go: thr
         if whole.status_code == 286:
             break
     assert whole.status_code == 286
-    assert "laid out by UMAP" in whole.text
+    assert "two principal components" in whole.text
     assert whole.text.count("<li style=") == len(re.findall(r'<a href="/images/-?\d+"><img ', whole.text)) > 3
     assert "hx-get" not in pages.get("/map?run=both").text
 
 
-def test_its_file_is_parquet(pages: TestClient, go: threading.Event) -> None:
-    go.set()
+def test_its_file_is_parquet(pages: TestClient) -> None:
     assert pages.get("/map/points.parquet?run=both-longer").status_code == 404
     html = pages.get("/map?run=both-longer&wait=1").text
     link = unescape(re.search(r'href="(/map/points.parquet[^"]*)"', html)[1])  # type: ignore[index]
     answer = pages.get(link)
-    assert answer.headers["content-disposition"].startswith('attachment; filename="map-both-longer-')
+    assert answer.headers["content-disposition"].startswith('attachment; filename="map-both-longer.parquet')
     assert "uri" in pq.read_table(io.BytesIO(answer.content)).column_names
-    assert re.search(r"embedding-atlas \S+\.parquet --x x --y y", html)
+    assert re.search(r"embedding-atlas \S+\.parquet --vector vector", html)
 
 
 @pytest.mark.parametrize("colour", ["folder", "category", "ctr", "error"])
-def test_each_colour_is_drawn(pages: TestClient, go: threading.Event, colour: str) -> None:
-    go.set()
+def test_each_colour_is_drawn(pages: TestClient, colour: str) -> None:
     html = pages.get("/map", params={"run": "both", "colour": colour, "wait": "1"}).text
     assert 'id="map"' in html
     assert "<script>alert" not in html
     assert "onerror=alert" not in re.sub(r"<script type=.*?</script>|\"[^\"]*\"", "", html)
 
 
-def test_a_run_is_chosen_that_sees_images(pages: TestClient, go: threading.Event) -> None:
+def test_a_run_is_chosen_that_sees_images(pages: TestClient) -> None:
     html = pages.get("/map").text
     assert 'aria-current="true">run both</a>' in html
     assert "run=ids-only" not in html
     blind = pages.get("/map?run=ids-only&wait=1").text
     assert "has no E for images, so no map; choose another run" in blind
     assert "--" not in blind.partition("<main")[2]
-    go.set()
-
-
-def test_where_umap_fails_the_quick_map_stays(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(vectors_NV: Any, tell: Any) -> Any:
-        raise ExplorerError("UMAP ended with -9: killed")
-
-    monkeypatch.setattr(projection, "umap_in_process", fail)
-    pages.get("/map?run=both&wait=1")
-    for _ in range(600):
-        answer = pages.get("/parts/map?run=both")
-        if answer.status_code == 286:
-            break
-    assert "UMAP ended with -9" in answer.text
-    assert "mapgrid" in answer.text
 
 
 @pytest.mark.parametrize(
@@ -150,8 +122,7 @@ def several(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def test_of_several_contents_each_has_its_map(places: Places, several: Path, go: threading.Event) -> None:
-    go.set()
+def test_of_several_contents_each_has_its_map(places: Places, several: Path) -> None:
     places = replace(places, runs=str(several))
     with TestClient(application(Site(places))) as pages:
         html = pages.get("/map?run=two&wait=1").text
@@ -184,13 +155,12 @@ def test_of_several_contents_each_has_its_map(places: Places, several: Path, go:
     ] == [*spots]
 
 
-def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World, go: threading.Event) -> None:
-    go.set()
+def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World) -> None:
     with TestClient(application(Site(places))) as pages:
         assert 'href="/images/' in pages.get("/map?run=both&wait=1").text
     site = Site(places)
     shown = MapPart(run="both", network=None, colour="folder", task=Task(), store_id="another")
-    shown.task.early = make_map(places, "both", Task(), umap_s=0)
+    shown.task.run(lambda _: make_map(places, "both", Task()))
     assert not shown.has_pages
     text = site.text("/map", "map/part.html", part=shown, maps=charts, image_link=lambda key: "/images/1")
     assert "/images/" not in text
@@ -202,7 +172,7 @@ def test_an_answer_shows_one_state_of_a_map_that_ends_meanwhile(world: World) ->
     task: Task[Any] = Task()
     part = MapPart(run="both", network=None, colour="folder", task=task, store_id=None)
     assert (part.is_ended, part.shown) == (False, None)
-    points = make_map(Places(store=str(world.store), runs=str(world.runs)), "both", Task(), umap_s=0)
+    points = make_map(Places(store=str(world.store), runs=str(world.runs)), "both", Task())
     task.run(lambda _: points)
     assert (part.is_ended, part.shown) == (False, None)
     now = replace(part)
