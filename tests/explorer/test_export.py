@@ -46,7 +46,7 @@ def exported_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> tu
     """The whole shop with its runs, up to a limit: what was done, and the folder. Made once, in ten seconds."""
     folder = tmp_path_factory.mktemp("world") / "pages"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))  # so that no better map is there
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
         return export(_places(world), folder, 250, _silent), folder
 
 
