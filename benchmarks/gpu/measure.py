@@ -23,7 +23,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import device_name
-from trainer.exchange.exchange import ContentRequest
+from trainer.engine.wiring import ContentRequest
 from trainer.ids.tables import RowRequest
 from trainer.runs.open import Run, open_run
 from trainer.samples.reader import Batch
@@ -119,7 +119,7 @@ def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:
     (service,) = run.engine.services.values()
     num_images = sum(each.num_unique for each in served if isinstance(each, ContentRequest))
     features = num_images * (_PLACE_BYTES if service.holds_rows else service.partition.info.row_bytes)
-    places: list[Tensor] = [*request.index_of_field.values(), *request.lengths_of_field.values()]
+    places: list[Tensor] = [each for field in request.fields.values() for each in (field.index_N, field.lengths_M)]
     places += [rows for plan in request.plans for rows in (plan.reply_rows, plan.status_rows_P)]
     places += [each.rows_Q for each in served if isinstance(each, RowRequest)]
     arrays: list[NDArray[Any]] = [

@@ -15,7 +15,6 @@ from trainer.engine.similarity import Similarity
 from trainer.engine.wiring import EngineParts, Inputs
 from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.vectors import FieldVectors, HostLengths
-from trainer.ids.tables import apply_gradients
 from trainer.models.nets import check_logits
 from trainer.optim import Rates, rates_at
 from trainer.samples.reader import Batch
@@ -114,7 +113,9 @@ class Engine(EngineParts):
 
     def move_rows(self, rates: Rates) -> None:
         """Move the ID rows by the gradients of the last backward. All ranks call it once a step."""
-        apply_gradients(self.tables.values(), self._rows, rates)
+        for source in self.id_sources:
+            source.move(rates)
+        self._rows.end_step(rates)
 
     def predict(self, prepared: PreparedBatch) -> NDArray[np.float64]:
         """Return logits (B,) in float64. All ranks call it equally often."""

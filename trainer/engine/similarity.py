@@ -215,7 +215,7 @@ class ImageComparison:
         tiers, top_k = self._config.similarity_tiers, self._config.similarity_top_k
         with self._stages.timed("compare images", request.kind):
             words = {
-                name: words_of_source[number][request.places_of_field[name]]
+                name: words_of_source[number][request.fields[name].places_N]
                 for name, number in self._source_of_field.items()
             }
             return {

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from featurestore.format.statistics import FeatureStatistics
+from featurestore.keys import owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
-from featurestore.lookup.ondevice import held_bytes, on_device
+from featurestore.lookup.ondevice import Gathered, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
@@ -20,24 +21,60 @@ from trainer.engine.choices import TRAINED, dense_optimizer, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Signatures, pairs_of_fields
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource
+from trainer.exchange.exchange import Exchange
+from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
 from trainer.ids.shards import IdRows, StatePart, TableShape, check_names, owned_rows, row_bytes
-from trainer.ids.tables import IdTable, SharedRows
+from trainer.ids.tables import IdSource, IdTable
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import IdDropout, chosen_values, nearest_of, tiers_of, width_of
 from trainer.models.nets import build_model
 from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field, Schema
-from trainer.stages import Stages
+from trainer.stages import Kind, Stages
 
 if TYPE_CHECKING:
     from trainer.engine.engine import PreparedBatch
 
 NO_IMAGES = ".no_image."
 """In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
+
+
+@dataclass
+class ContentRequest:
+    """Gathered features of the unique keys whose vectors E makes."""
+
+    gathered: Gathered
+    inverse_R: Int64
+    num_unique: int
+
+
+class ContentSource:
+    """A source of visual vectors: one E of an embedding service."""
+
+    def __init__(self, name: str, service: EmbeddingService, model: str, num_ranks: int) -> None:
+        self._service, self._model, self._num_ranks = service, model, num_ranks
+        self._num_shards = service.partition.info.num_shards
+        self.width, self.key_sources = service.width(model), {name: self}
+
+    def owner_of(self, keys_U: Int64) -> Int64:
+        """Find the rank that has the shard of each key."""
+        return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
+
+    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
+        """Gather the features of the unique keys."""
+        keys_Q, inverse_R = unique(keys_R)
+        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
+
+    def vectors(self, served: Sequence[ContentRequest]) -> list[Tensor]:
+        """Return the visual vectors of the features."""
+        return [self._service.embed(self._model, each.gathered) for each in served]
+
+    def release(self, served: ContentRequest) -> None:
+        """Give the features' memory back to the service."""
+        self._service.release(served.gathered)
 
 
 @dataclass
@@ -161,6 +198,7 @@ class EngineParts:
                 dtype=dtype,
             )
         )
+        self.id_sources = list(dict.fromkeys(table.source for table in self.tables.values()))
         needed_bytes = sum(held_bytes(service.partition) for service in self.services.values())
         if holds_features(comm, features_on_device, needed_bytes, self._device):
             for service in self.services.values():
@@ -258,14 +296,15 @@ class EngineParts:
 
     def _exchange_of(self, model: ModelConfig) -> Exchange:
         """Make the exchange, ID tables first among its sources."""
-        sources: dict[str, ExchangeSource] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
+        content: dict[str, ContentSource] = {}
         for field in self.fields:
             if field.kind == "content":
                 network = model_name(field, model)
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
-                if name not in sources:
-                    sources[name] = ContentSource(self.services[field.store_name], network, self._comm.size)
+                if name not in content:
+                    content[name] = ContentSource(name, self.services[field.store_name], network, self._comm.size)
+        sources = [*self.id_sources, *content.values()]
         return Exchange(self._comm, sources, source_of_field, self._device, self._dtype, self.stages)
 
     def _input_steps_of(self, schema: Schema, model: ModelConfig, seed: int) -> list[InputStep]:
@@ -394,15 +433,10 @@ def build_tables(
     Raises ConfigError where the system refuses the memory.
     """
     shapes = list(shapes)
-    rows_of_width: dict[int, int] = {}
-    first_rows = []
-    for shape in shapes:
-        first_rows.append(rows_of_width.get(shape.width, 0))
-        rows_of_width[shape.width] = first_rows[-1] + owned_rows(shape, rank, num_ranks)
-    shared = {
-        width: SharedRows(_memory_of(shapes, count, width, optimizer.state, device, dtype), optimizer)
-        for width, count in rows_of_width.items()
-    }
+    sources: dict[int, IdSource] = {}
+    for width in dict.fromkeys(shape.width for shape in shapes):
+        count = sum(owned_rows(shape, rank, num_ranks) for shape in shapes if shape.width == width)
+        sources[width] = IdSource(_memory_of(shapes, count, width, optimizer.state, device, dtype), optimizer)
     return {
         shape.name: (ExactTable if isinstance(shape, ExactShape) else IdTable)(
             shape,  # type: ignore[arg-type]  # an exact one for an exact table
@@ -410,11 +444,9 @@ def build_tables(
             num_ranks,
             seed=seed,
             scale=scale,
-            optimizer=optimizer,
-            shared=shared[shape.width],
-            first_row=first_row,
+            source=sources[shape.width],
         )
-        for shape, first_row in zip(shapes, first_rows, strict=True)
+        for shape in shapes
     }
 
 

@@ -1,11 +1,12 @@
 """The exchange: keys to their owners, vectors back, gradients the same way.
 
-A *source* is what has vectors for keys: one E over one store, or one ID table. Fields of one source share its keys, so
-a key in several fields is asked for once. All sources ride in one alltoall of keys; those of one width in one alltoall
-of vectors. See trainer/samples/reader.py for the letters of shapes; here also S sources.
+A *key source* finds what it has for keys: one E over one store, or one ID table. Fields of one key source share its
+keys, so a key in several fields is asked for once. A *vector source* makes vectors of what key sources of one width
+have found. All keys ride in one alltoall; vectors of one width in one. See trainer/samples/reader.py for the letters of
+shapes; here also S key sources.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -13,9 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore.keys import owner_of, shard_of
-from featurestore.lookup.embedding import EmbeddingService
-from featurestore.lookup.ondevice import Gathered, on_device
+from featurestore.lookup.ondevice import on_device
 from trainer.comm import Comm
 from trainer.exchange.routing import (
     FAILED,
@@ -36,16 +35,14 @@ from trainer.stages import Kind, Stages, StageSequence
 
 
 class ServedKeys(Protocol):
-    """A source's state of a request: for each of R keys received, its row among the Q unique ones."""
+    """A key source's state of a request: for each of R keys received, its row among the Q unique ones."""
 
     inverse_R: Int64
     num_unique: int
 
 
-class ExchangeSource(Protocol):
-    """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
-
-    width: int
+class KeySource(Protocol):
+    """Finds what it has for keys that this rank owns; nothing in it depends on weights, so it runs ahead of them."""
 
     def owner_of(self, keys_U: Int64) -> Int64:
         """Return the rank that answers for each key."""
@@ -53,14 +50,19 @@ class ExchangeSource(Protocol):
     def serve(self, keys_R: Int64, kind: Kind) -> Any:
         """Return a `ServedKeys` for keys that this rank owns; the same key may come several times."""
 
-    def expect(self, served: Any) -> None:
-        """Prepare for `vectors` of this request, which comes next; all sources know of it before the first is asked."""
-
-    def vectors(self, served: Any) -> Tensor:
-        """Return the vectors (Q, V) of the unique keys, with autograd attached."""
-
     def release(self, served: Any) -> None:
         """End a request: its memory may be used again."""
+
+
+class VectorSource(Protocol):
+    """Makes vectors of one width: an E, or all ID tables of that width."""
+
+    width: int
+    key_sources: Mapping[str, Any]
+    """`KeySource`s by name."""
+
+    def vectors(self, served: Sequence[Any]) -> Sequence[Tensor]:
+        """Return the vectors (Q, V) of the unique keys of each key source in turn, with autograd attached."""
 
 
 @dataclass
@@ -79,6 +81,16 @@ class WidthPlan:
     """Where each source's vectors lie in the answers, owner by owner."""
 
 
+@dataclass(frozen=True)
+class FieldPlaces:
+    """Of each value of a field its place among the unique keys that its source was asked for; lengths of its rows."""
+
+    places_N: Int64
+    index_N: Tensor
+    """The places on the device."""
+    lengths_M: Tensor
+
+
 @dataclass
 class KeyRequest:
     """Keys asked and received for one batch."""
@@ -87,11 +99,7 @@ class KeyRequest:
     received: KeyBlocks
     served_S: list[Any]
     plans: list[WidthPlan]
-    places_of_field: dict[str, Int64]
-    """Of each value its place among the unique keys that its source was asked for."""
-    index_of_field: dict[str, Tensor]
-    """The same, on the device."""
-    lengths_of_field: dict[str, Tensor]
+    fields: dict[str, FieldPlaces]
     kind: Kind
     """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
     error: Exception | None = field(default=None)
@@ -111,23 +119,25 @@ class KeyRequest:
 class Exchange:
     """Asks the owners for the vectors of a batch's keys, and answers the other ranks at the same time.
 
-    `source_of_field` says which source each field belongs to; sources and fields are the same, in the same order, on
-    every rank.
+    `source_of_field` names the key source of each field; sources and fields are the same, in the same order, on every
+    rank.
     """
 
     def __init__(
         self,
         comm: Comm,
-        sources: Mapping[str, ExchangeSource],
+        sources: Sequence[VectorSource],
         source_of_field: Mapping[str, str],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         stages: Stages | None = None,
     ) -> None:
         self._comm, self._device, self._dtype = comm, torch.device(device), dtype
-        self._sources, self._stages = list(sources.values()), stages or Stages()
-        self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in sources]
-        self._widths = sorted({source.width for source in self._sources})
+        self._sources, self._stages = sources, stages or Stages()
+        self._keys_S: list[KeySource] = [each for source in sources for each in source.key_sources.values()]
+        self._width_S = [source.width for source in sources for _ in source.key_sources]
+        names_S = [name for source in sources for name in source.key_sources]
+        self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in names_S]
 
     def request(self, fields: Mapping[str, Jagged], kind: Kind) -> KeyRequest:
         """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
@@ -143,13 +153,13 @@ class Exchange:
         error: Exception | None = None
         try:
             with self._stages.timed("gather", kind):
-                for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
+                for source, keys_R in zip(self._keys_S, blocks.keys_SR, strict=True):
                     served_S.append(source.serve(keys_R, kind))
         except Exception as failure:  # any error: the other ranks are blocked on this rank's answer
             error = failure
-        plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
-        places, index, lengths = self._fields_of(asked_S, fields)
-        return KeyRequest(asked_S, blocks, served_S, plans, places, index, lengths, kind, error)
+        widths = sorted(set(self._width_S))
+        plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in widths]
+        return KeyRequest(asked_S, blocks, served_S, plans, self._places_of(asked_S, fields), kind, error)
 
     def refuse(self, error: Exception, kind: Kind) -> NoReturn:
         """Stand in for `request` on a rank that has no batch; raises `error`, on the other ranks RemoteRankError."""
@@ -167,18 +177,20 @@ class Exchange:
         try:
             if request.error is None:
                 with self._stages.timed("embed images", request.kind):
-                    for source, served in zip(self._sources, request.served_S, strict=True):
-                        source.expect(served)
-                    unique_S = [s.vectors(served) for s, served in zip(self._sources, request.served_S, strict=True)]
+                    served_S = iter(request.served_S)
+                    for source in self._sources:
+                        unique_S += source.vectors([next(served_S) for _ in source.key_sources])
         except Exception as failure:  # as above
             request.error = failure
         if request.error is not None:
             none = torch.zeros(0, dtype=self._dtype, device=self._device, requires_grad=torch.is_grad_enabled())
-            unique_S = [none.view(0, source.width) for source in self._sources]
+            unique_S = [none.view(0, width) for width in self._width_S]
+            for plan in request.plans:  # nothing but status rows
+                plan.reply_rows = torch.zeros_like(plan.reply_rows)
         with self._stages.timed("exchange vectors", request.kind):
-            *vectors_S, request.failures = _Answers.apply(self, request, *unique_S)  # type: ignore[no-untyped-call]
+            *vectors_S, request.failures = _Answers.apply(self._comm, request, *unique_S)  # type: ignore[no-untyped-call]
         return {
-            name: FieldVectors(vectors_UV, request.index_of_field[name], request.lengths_of_field[name])
+            name: FieldVectors(vectors_UV, request.fields[name].index_N, request.fields[name].lengths_M)
             for vectors_UV, names in zip(vectors_S, self._fields_S, strict=True)
             for name in names
         }
@@ -191,18 +203,14 @@ class Exchange:
         if num_failures:
             self._comm.agree(request.error, name=f"{request.kind}.vectors.agree")
 
-    def send(self, rows_NV: Tensor, splits_P: Tensor, name: str) -> Tensor:
-        """Send rows to the other ranks, and return what they send. Every rank calls it."""
-        return self._comm.alltoall(rows_NV, splits_P, name=name)[0]
-
     def release(self, request: KeyRequest) -> None:
         """End a step: the sources may use the request's memory again."""
-        for source, served in zip(self._sources, request.served_S, strict=False):
+        for source, served in zip(self._keys_S, request.served_S, strict=False):
             source.release(served)
         request.served_S = []
 
     def source_of(self, field: str) -> int:
-        """Return the number of the source that a field belongs to."""
+        """Return the number of the key source that a field belongs to."""
         return next(source for source, names in enumerate(self._fields_S) if field in names)
 
     def _exchange_keys(
@@ -210,23 +218,23 @@ class Exchange:
     ) -> tuple[list[Bucketized], KeyBlocks]:
         """Return this rank's requests to each source, and all ranks' requests to this one."""
         with self._stages.timed("unique", kind):
-            asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
+            asked_S = [self._bucketize(source, fields) for source in range(len(self._keys_S))]
             payload, lengths_P = pack_key_blocks(status, asked_S, self._comm.size)
         with self._stages.timed("exchange keys", kind):
             received, recv_lengths_P = self._comm.alltoall(
                 torch.from_numpy(payload), splits_of(lengths_P), name=f"{kind}.keys"
             )
-        return asked_S, unpack_key_blocks(received.numpy(), recv_lengths_P.numpy().astype(np.int64), len(self._sources))
+        return asked_S, unpack_key_blocks(received.numpy(), recv_lengths_P.numpy().astype(np.int64), len(self._keys_S))
 
     def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> Bucketized:
         values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
         keys_U, inverse_N = unique(np.concatenate([np.empty(0, dtype=np.int64), *values]))
-        return bucketize_by_owner(keys_U, inverse_N, self._sources[source].owner_of(keys_U), self._comm.size)
+        return bucketize_by_owner(keys_U, inverse_N, self._keys_S[source].owner_of(keys_U), self._comm.size)
 
     def _plan(
         self, width: int, asked_S: list[Bucketized], served_S: list[ServedKeys] | None, counts_PS: Int64
     ) -> WidthPlan:
-        sources = [s for s, source in enumerate(self._sources) if source.width == width]
+        sources = [s for s, each in enumerate(self._width_S) if each == width]
         recv_counts_PS = counts_PS[:, sources]
         send_counts_PS = np.stack([asked_S[s].send_counts_P for s in sources], axis=1)
         status_rows_P, slices_SP = answer_slices(send_counts_PS)
@@ -247,21 +255,17 @@ class Exchange:
             slices_SP,
         )
 
-    def _fields_of(
-        self, asked_S: list[Bucketized], fields: Mapping[str, Jagged]
-    ) -> tuple[dict[str, Int64], dict[str, Tensor], dict[str, Tensor]]:
-        places: dict[str, Int64] = {}
-        index: dict[str, Tensor] = {}
-        lengths: dict[str, Tensor] = {}
+    def _places_of(self, asked_S: list[Bucketized], fields: Mapping[str, Jagged]) -> dict[str, FieldPlaces]:
+        places: dict[str, FieldPlaces] = {}
         for asked, names in zip(asked_S, self._fields_S, strict=True):
             start = 0
             for name in names:
                 end = start + len(fields[name].values_N)
-                places[name] = asked.inverse_N[start:end]
-                index[name] = on_device(places[name], self._device)
-                lengths[name] = on_device(fields[name].lengths_M.astype(np.int64), self._device)
+                places_N, lengths_M = asked.inverse_N[start:end], fields[name].lengths_M.astype(np.int64)
+                index_N = on_device(places_N, self._device)
+                places[name] = FieldPlaces(places_N, index_N, on_device(lengths_M, self._device))
                 start = end
-        return places, index, lengths
+        return places
 
 
 class _Answers(torch.autograd.Function):
@@ -272,19 +276,16 @@ class _Answers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, request: KeyRequest, *unique_S: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.request = exchange, request
-        failed = request.error is not None
-        ctx.failed = failed
+    def forward(ctx: Any, comm: Comm, request: KeyRequest, *unique_S: Tensor) -> tuple[Tensor, ...]:
+        ctx.comm, ctx.request = comm, request
         ctx.num_unique_S = [len(unique_QV) for unique_QV in unique_S]
         vectors_S = list(unique_S)
         failures = torch.zeros((), dtype=torch.int64, device=unique_S[0].device)
         for plan in request.plans:
-            status = unique_S[plan.sources[0]].new_full((1, plan.width), FAILED if failed else OK)
+            status = unique_S[plan.sources[0]].new_full((1, plan.width), OK if request.error is None else FAILED)
             table = torch.cat([status, *(unique_S[s] for s in plan.sources)])
-            rows = _rows_of(plan, failed)
             name = f"{request.kind}.vectors.{plan.width}"
-            answers = exchange.send(table.index_select(0, rows), plan.reply_splits_P, name)
+            answers, _ = comm.alltoall(table.index_select(0, plan.reply_rows), plan.reply_splits_P, name=name)
             failures += (answers[plan.status_rows_P, 0] != OK).sum()
             for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
                 pieces_P = [answers[rows] for rows in slices_P]
@@ -303,15 +304,13 @@ class _Answers(torch.autograd.Function):
             answers = like.new_empty(int(plan.answer_splits_P.numpy().sum()), plan.width)
             answers[plan.status_rows_P] = 0
             for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
-                start = 0
-                for rows in slices_P:
-                    end = start + rows.stop - rows.start
-                    answers[rows] = gradient_S[source][start:end]
-                    start = end
+                pieces_P = torch.split(gradient_S[source], [rows.stop - rows.start for rows in slices_P])
+                for rows, piece in zip(slices_P, pieces_P, strict=True):
+                    answers[rows] = piece
             name = f"{ctx.request.kind}.gradients.{plan.width}"
-            received = ctx.exchange.send(answers, plan.answer_splits_P, name)
+            received, _ = ctx.comm.alltoall(answers, plan.answer_splits_P, name=name)
             counts = [1, *(ctx.num_unique_S[s] for s in plan.sources)]
-            table = sum_rows(received, _rows_of(plan, ctx.failed), sum(counts))
+            table = sum_rows(received, plan.reply_rows, sum(counts))
             for source, summed_QV in zip(plan.sources, torch.split(table, counts)[1:], strict=True):
                 unique_S[source] = summed_QV
         if stages is not None:
@@ -319,45 +318,6 @@ class _Answers(torch.autograd.Function):
         return (None, None, *unique_S)
 
 
-def _rows_of(plan: WidthPlan, failed: bool) -> Tensor:
-    """Return the rows to send: of an owner with an error, nothing but its status row."""
-    return torch.zeros_like(plan.reply_rows) if failed else plan.reply_rows
-
-
 def splits_of(counts_P: Int64) -> Tensor:
     """Convert counts to the type that Horovod requires."""
     return torch.from_numpy(counts_P.astype(np.int32))
-
-
-@dataclass
-class ContentRequest:
-    """Gathered features of the unique keys whose vectors E makes."""
-
-    gathered: Gathered
-    inverse_R: Int64
-    num_unique: int
-
-
-class ContentSource:
-    """A source of visual vectors: one E of an embedding service."""
-
-    def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
-        self._service, self._model, self._num_ranks = service, model, num_ranks
-        self._num_shards = service.partition.info.num_shards
-        self.width = service.width(model)
-
-    def owner_of(self, keys_U: Int64) -> Int64:
-        return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
-
-    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
-        keys_Q, inverse_R = unique(keys_R)
-        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
-
-    def expect(self, served: ContentRequest) -> None:
-        """Do nothing: the features are gathered already."""
-
-    def vectors(self, served: ContentRequest) -> Tensor:
-        return self._service.embed(self._model, served.gathered)
-
-    def release(self, served: ContentRequest) -> None:
-        self._service.release(served.gathered)

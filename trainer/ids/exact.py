@@ -89,8 +89,8 @@ class ExactRequest(RowRequest):
     slot_Q: Int64
     place_Q: Int64
     is_training: bool
-    settled: RowRequest | None = None
-    """The rows of the ids in the current step."""
+    inverse_Q: Int64 | None = None
+    """Of each id its place among the rows that `settle` has returned."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class ExactTable(IdTable):
     def serve(self, ids_R: Int64, kind: str = "step") -> ExactRequest:
         """Find the unique ids, and the rows of those that have one.
 
-        Runs ahead of the steps, so ids without a row are looked for again by `vectors`."""
+        Runs ahead of the steps, so ids without a row are looked for again by `settle`."""
         ids_Q, inverse_R = unique(ids_R)
         if kind == "step":
             self.seen = self.seen.with_values(ids_Q)
@@ -143,28 +143,13 @@ class ExactTable(IdTable):
         none = torch.empty(0, dtype=torch.int64)
         return ExactRequest(none, inverse_R, len(ids_Q), ids_Q, hash_Q, slot_Q, place_Q, kind == "step")
 
-    def expect(self, request: RowRequest) -> None:
-        assert isinstance(request, ExactRequest)
-        super().expect(self._settle(request))
-
-    def vectors(self, request: RowRequest) -> Tensor:
-        """Return the vectors of the ids (Q, V), with autograd attached.
+    def settle(self, request: RowRequest) -> Tensor:
+        """Return the rows (U,) that the ids of a request have in this step; a cold row of several ids is read once, so
+        that it is moved once.
 
         In a training step, ids are counted and admitted before: one that has occurred in `admit_after` steps, this one
         included, gets a row of its own."""
         assert isinstance(request, ExactRequest)
-        if request.settled is None:
-            self.expect(request)
-        settled, request.settled = request.settled, None
-        assert settled is not None
-        rows_UV = super().vectors(settled)
-        if settled.num_unique == request.num_unique:
-            return rows_UV
-        return take_rows(rows_UV, self._on_device(settled.inverse_R))
-
-    def _settle(self, request: ExactRequest) -> RowRequest:
-        """Which rows the ids of a request have in this step, (U,), and the one of each id, (Q,): several ids have one
-        cold row, which is read once, so that it is moved once."""
         is_training = request.is_training and torch.is_grad_enabled()
         place_Q = self._places(request, request.place_Q)
         if is_training:
@@ -173,9 +158,12 @@ class ExactTable(IdTable):
         if is_training:
             self.counts.served += len(place_Q)
             self.counts.cold += int(cold_Q.sum())
-        rows_U, inverse_Q = _once(place_Q, cold_Q)
-        request.settled = RowRequest(self._on_device(rows_U), inverse_Q, len(rows_U))
-        return request.settled
+        rows_U, request.inverse_Q = _once(place_Q, cold_Q)
+        return self._on_device(rows_U)
+
+    def of_ids(self, request: RowRequest, rows_UV: Tensor) -> Tensor:
+        assert isinstance(request, ExactRequest) and request.inverse_Q is not None
+        return rows_UV if len(rows_UV) == request.num_unique else take_rows(rows_UV, self._on_device(request.inverse_Q))
 
     def tally(self) -> dict[str, int]:
         return {"rows": int(self.map.used_S.sum()), **asdict(self.counts)}

@@ -1,92 +1,22 @@
 """ID tables: vectors of IDs, sharded over the ranks, as sources of the exchange.
 
-The rows of all tables of one width lie in one piece of memory, and a step of the optimiser moves all of them at once.
+The rows of all tables of one width lie in one piece of memory: a step reads them at once and moves them at once, by a
+few operations on all rows instead of as many for each table.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore.keys import (
-    owner_of,
-)
+from featurestore.keys import owner_of
 from featurestore.lookup.ondevice import on_device
 from trainer.exchange.routing import Int64, unique_below
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import IdRows, TableShape, TableShards, owned_rows
 from trainer.optim import Rates
 from trainer.schema.profile import DistinctCount
-
-
-@dataclass(frozen=True, eq=False)
-class TakenRows:
-    """Copies of rows that one step of training reads and moves, of several tables one after the other."""
-
-    counts: Mapping[str, int]
-    rows_Q: Tensor
-    """By place in `SharedRows`."""
-    rows: IdRows
-
-    def of_tables(self, tables: Sequence[str]) -> "TakenRows":
-        """Return the rows of these tables alone."""
-        if list(tables) == list(self.counts):
-            return self
-        starts = dict(zip(self.counts, np.cumsum([0, *self.counts.values()]).tolist(), strict=False))
-        pieces = [slice(starts[table], starts[table] + self.counts[table]) for table in tables]
-        block_QW = torch.cat([self.rows.block_NW[piece] for piece in pieces])
-        rows = IdRows(block_QW, self.rows.width, self.rows.state)
-        counts = {table: self.counts[table] for table in tables}
-        return TakenRows(counts, torch.cat([self.rows_Q[piece] for piece in pieces]), rows)
-
-
-class SharedRows:
-    """Rows of all tables of one width, read and moved together.
-
-    What several tables expect to read is read at once, and a step moves it at once: a few operations on all rows
-    instead of as many for each table.
-    """
-
-    def __init__(self, rows: IdRows, optimizer: RowOptimizer) -> None:
-        self.rows, self._optimizer = rows, optimizer
-        self._expected: dict[str, Tensor] = {}
-        self._read: dict[str, Tensor] = {}
-        self._taken: dict[str, TakenRows] = {}
-        """What `read` has copied last in training, by each of its tables."""
-
-    def expect(self, table: str, rows_Q: Tensor) -> None:
-        """Prepare for `read`, which comes next, of these rows, before any of them changes."""
-        self._expected[table] = rows_Q
-        self._read.pop(table, None)
-
-    def expects(self, table: str) -> bool:
-        """Return whether `expect` was called for the next `read`."""
-        return table in self._expected or table in self._read
-
-    def read(self, table: str) -> Tensor:
-        """Copy the weights (Q, V) as they are now, or averages, of the rows that were expected."""
-        if table in self._expected:
-            counts = {name: len(rows_Q) for name, rows_Q in self._expected.items()}
-            rows_Q = torch.cat(list(self._expected.values()))
-            rows = self.rows.take(rows_Q)
-            every = self._optimizer.read(rows).contiguous()
-            self._read |= dict(zip(counts, torch.split(every, list(counts.values())), strict=True))
-            self._expected = {}
-            if torch.is_grad_enabled():
-                self._taken |= dict.fromkeys(counts, TakenRows(counts, rows_Q, rows))
-        return self._read.pop(table)
-
-    def move(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rates: Rates) -> None:
-        """Step the optimiser on the rows last read of these tables, by their weights then and gradients (Q, V)."""
-        for read in dict.fromkeys(self._taken[table] for table in weights):
-            tables = [table for table in read.counts if table in weights and self._taken[table] is read]
-            taken = read.of_tables(tables)
-            weight_QV, gradient_QV = (torch.cat([each[table] for table in tables]) for each in (weights, gradients))
-            self._optimizer.step(taken.rows, weight_QV, gradient_QV, rates)
-            self.rows.put(taken.rows_Q, taken.rows)
-        self._taken = {}
 
 
 @dataclass
@@ -102,23 +32,14 @@ class IdTable(TableShards):
     """The shards of one table that this rank owns; a rank beyond the number of shards owns none."""
 
     def __init__(
-        self,
-        shape: TableShape,
-        rank: int,
-        num_ranks: int,
-        *,
-        seed: int,
-        scale: float,
-        optimizer: RowOptimizer,
-        shared: SharedRows,
-        first_row: int,
+        self, shape: TableShape, rank: int, num_ranks: int, *, seed: int, scale: float, source: "IdSource"
     ) -> None:
-        """Use `build_tables`. `shared` has room for this table from `first_row` on."""
-        rows = shared.rows.narrow(first_row, owned_rows(shape, rank, num_ranks))
-        super().__init__(shape, rank, num_ranks, seed=seed, scale=scale, optimizer=optimizer, rows=rows)
-        self.width, self.shared, self._first_row = shape.width, shared, first_row
-        self._leaf_QV: Tensor | None = None
-        """What `vectors` has last returned in training."""
+        """Use `build_tables`. The table takes the next free rows of `source`."""
+        self.source, self.first_row = source, source.num_taken
+        source.num_taken += owned_rows(shape, rank, num_ranks)
+        source.key_sources[shape.name] = self
+        rows = source.rows.narrow(self.first_row, source.num_taken - self.first_row)
+        super().__init__(shape, rank, num_ranks, seed=seed, scale=scale, optimizer=source.optimizer, rows=rows)
         self.seen = DistinctCount()
         """Different ids that this rank has served in training."""
 
@@ -140,42 +61,58 @@ class IdTable(TableShards):
         rows_Q, inverse_R = unique_below(slot_R * self.shape.rows_per_shard + row_R, num_rows)
         return RowRequest(on_device(rows_Q, self.rows.weight.device), inverse_R, len(rows_Q))
 
-    def expect(self, request: RowRequest) -> None:
-        """Prepare for `vectors`, which comes next: tables that share memory are read at once."""
-        self.shared.expect(self.shape.name, request.rows_Q + self._first_row)
-
-    def vectors(self, request: RowRequest) -> Tensor:
-        """Return the rows (Q, V) as an autograd leaf; `take_gradients` hands out what has gathered in its `.grad`."""
-        if not self.shared.expects(self.shape.name):
-            self.expect(request)
-        rows_QV = self.shared.read(self.shape.name)
-        if torch.is_grad_enabled():
-            self._leaf_QV = rows_QV.requires_grad_()
-        return rows_QV
-
     def release(self, request: RowRequest) -> None:
         """Do nothing: there is nothing to give back."""
+
+    def settle(self, request: RowRequest) -> Tensor:
+        """Return the rows of the table that the step of this request reads, all different."""
+        return request.rows_Q
+
+    def of_ids(self, request: RowRequest, rows_UV: Tensor) -> Tensor:
+        """Return the vector of each unique id of the request, of the rows that `settle` named."""
+        return rows_UV
 
     def tally(self) -> dict[str, int]:
         """Return this rank's counts besides `seen`, to be summed over ranks."""
         return {}
 
-    def take_gradients(self) -> tuple[Tensor, Tensor] | None:
-        """Give once what the last `vectors` returned in training and its gradients (Q, V), if there are any."""
-        leaf_QV, self._leaf_QV = self._leaf_QV, None
-        if leaf_QV is None or leaf_QV.grad is None or len(leaf_QV) == 0:
-            return None
-        return leaf_QV.detach(), leaf_QV.grad
+
+@dataclass(frozen=True)
+class TakenRows:
+    """Copies of the rows that one step of training reads and moves, and what it has read of them."""
+
+    rows_Q: Tensor
+    rows: IdRows
+    weight_QV: Tensor
+    """An autograd leaf, whose gradients gather in its `.grad`."""
 
 
-def apply_gradients(tables: Iterable[IdTable], optimizer: RowOptimizer, rates: Rates) -> None:
-    """Step the optimiser on the rows of every table's last `vectors`, and on no others. Every rank calls it."""
-    weights: dict[SharedRows, dict[str, Tensor]] = {}
-    gradients: dict[SharedRows, dict[str, Tensor]] = {}
-    for table in tables:
-        if (moved := table.take_gradients()) is not None:
-            for found, values_QV in zip((weights, gradients), moved, strict=True):
-                found.setdefault(table.shared, {})[table.shape.name] = values_QV
-    for shared, weights_of in weights.items():
-        shared.move(weights_of, gradients[shared], rates)
-    optimizer.end_step(rates)
+class IdSource:
+    """All tables of one width on this rank: the source of their vectors."""
+
+    def __init__(self, rows: IdRows, optimizer: RowOptimizer) -> None:
+        """`rows`: memory for the rows of all tables."""
+        self.rows, self.width, self.optimizer = rows, rows.width, optimizer
+        self.key_sources: dict[str, IdTable] = {}
+        self.num_taken = 0
+        """Rows that tables have taken."""
+        self._taken: TakenRows | None = None
+
+    def vectors(self, requests: Sequence[RowRequest]) -> list[Tensor]:
+        """Return the vectors (Q, V) of each table's ids as they are now, or averages, with autograd attached."""
+        served = list(zip(self.key_sources.values(), requests, strict=True))
+        places = [table.settle(request) for table, request in served]
+        rows_Q = torch.cat([place_U + table.first_row for place_U, (table, _) in zip(places, served, strict=True)])
+        rows = self.rows.take(rows_Q)
+        weight_QV = self.optimizer.read(rows).contiguous()
+        if torch.is_grad_enabled():
+            self._taken = TakenRows(rows_Q, rows, weight_QV.requires_grad_())
+        read = torch.split(weight_QV, [len(place_U) for place_U in places])
+        return [table.of_ids(request, rows_UV) for (table, request), rows_UV in zip(served, read, strict=True)]
+
+    def move(self, rates: Rates) -> None:
+        """Step the optimiser on the rows last read in training, if there are gradients; and on no others."""
+        taken, self._taken = self._taken, None
+        if taken is not None and len(taken.rows_Q) and taken.weight_QV.grad is not None:
+            self.optimizer.step(taken.rows, taken.weight_QV.detach(), taken.weight_QV.grad, rates)
+            self.rows.put(taken.rows_Q, taken.rows)

@@ -34,8 +34,9 @@ from featurestore.published.paths import RunPath, write_json_file
 from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
+from trainer.engine.wiring import ContentRequest
 from trainer.errors import TrainerError
-from trainer.exchange.exchange import ContentRequest, KeyRequest
+from trainer.exchange.exchange import KeyRequest
 from trainer.stages import AHEAD, WAIT, Stages
 
 _LINE_EVERY_S = 5.0
@@ -312,8 +313,8 @@ def count_images(request: KeyRequest) -> ImageCounts:
 def unique_by_field(request: KeyRequest) -> dict[str, tuple[int, int]]:
     """Count for each field of the batch its different keys, and all its keys."""
     return {
-        name: (int(np.count_nonzero(np.bincount(places_N))), len(places_N))
-        for name, places_N in request.places_of_field.items()
+        name: (int(np.count_nonzero(np.bincount(each.places_N))), len(each.places_N))
+        for name, each in request.fields.items()
     }
 
 

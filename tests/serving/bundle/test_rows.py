@@ -49,7 +49,7 @@ def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun
     for name, table in trained.engine.tables.items():
         ids = ids_of(trained, name)
         request = table.serve(ids, "eval")
-        wanted = table.vectors(request).detach().numpy()[request.inverse_R]
+        wanted = table.source.vectors([request])[0].detach().numpy()[request.inverse_R]
         rows, _ = bundle.ids.find(name, ids)
         found = bundle.ids.gather(table.width, rows)
         assert found.dtype == np.float32

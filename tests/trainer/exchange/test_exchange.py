@@ -1,7 +1,7 @@
 """Vectors and gradients of several ranks, played by threads of one process, against plain lookups in whole tables."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -51,9 +51,9 @@ class Served:
 class WholeTable:
     """A source whose ranks all hold the same whole table; each gets the gradient of the keys that it owns."""
 
-    def __init__(self, width: int, num_ranks: int) -> None:
+    def __init__(self, name: str, width: int, num_ranks: int) -> None:
         draw = torch.Generator().manual_seed(width)
-        self.width, self._num_ranks = width, num_ranks
+        self.width, self._num_ranks, self.key_sources = width, num_ranks, {name: self}
         self.rows = torch.randn(KEYS, width, dtype=torch.float64, generator=draw).requires_grad_()
 
     def owner_of(self, keys_U: Int64) -> Int64:
@@ -62,10 +62,8 @@ class WholeTable:
     def serve(self, keys_R: Int64, kind: str) -> Served:
         return Served(*unique(keys_R))
 
-    def expect(self, served: Served) -> None: ...
-
-    def vectors(self, served: Served) -> Tensor:
-        return self.rows[torch.from_numpy(served.keys_Q)]
+    def vectors(self, served: Sequence[Served]) -> list[Tensor]:
+        return [self.rows[torch.from_numpy(each.keys_Q)] for each in served]
 
     def release(self, served: Served) -> None: ...
 
@@ -91,12 +89,12 @@ def loss_of(fields: dict[str, Jagged], values_of: Callable[[str], Tensor]) -> Te
 def test_vectors_and_gradients_are_those_of_plain_lookups(num_ranks: int) -> None:
     boxes: list[list[Tensor]] = [[] for _ in range(num_ranks)]
     barrier = threading.Barrier(num_ranks, timeout=60)
-    tables = [{name: WholeTable(width, num_ranks) for name, width in WIDTHS.items()} for _ in range(num_ranks)]
-    plain = {name: WholeTable(width, 1).rows for name, width in WIDTHS.items()}
+    tables = [{name: WholeTable(name, width, num_ranks) for name, width in WIDTHS.items()} for _ in range(num_ranks)]
+    plain = {name: WholeTable(name, width, 1).rows for name, width in WIDTHS.items()}
 
     def step(rank: int) -> None:
         comm = ThreadComm(rank, boxes, barrier)
-        exchange = Exchange(comm, tables[rank], SOURCE_OF_FIELD, dtype=torch.float64)
+        exchange = Exchange(comm, list(tables[rank].values()), SOURCE_OF_FIELD, dtype=torch.float64)
         request = exchange.request(fields_of(rank), "step")
         found: dict[str, FieldVectors] = exchange.vectors(request)
         for name, field in fields_of(rank).items():

@@ -14,7 +14,7 @@ from trainer.engine.choices import row_optimizer
 from trainer.engine.wiring import build_tables
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.shards import TableShape
-from trainer.ids.tables import apply_gradients
+from trainer.ids.tables import IdTable, RowRequest
 from trainer.optim import Rates
 
 RATES = Rates(lr=0.1, ids_lr=0.1)
@@ -59,16 +59,27 @@ def ids_of(table: ExactTable, ids: np.ndarray, rank: int) -> np.ndarray:
 def train(table: ExactTable, ids: Sequence[int] | np.ndarray) -> None:
     """One step in which the loss is the sum of each id's vector, times the id."""
     request = table.serve(np.asarray(ids, np.int64), "step")
-    vectors_QV = table.vectors(request)
+    vectors_QV = vectors_of(table, request)
     weight_R = torch.from_numpy(np.asarray(ids, np.float64)).unsqueeze(1)
     (vectors_QV[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
-    apply_gradients([table], table.optimizer, RATES)
+    move(table)
+
+
+def vectors_of(table: IdTable, request: RowRequest) -> Tensor:
+    """Those of the only table of its width."""
+    return table.source.vectors([request])[0]
+
+
+def move(table: IdTable, rates: Rates = RATES) -> None:
+    """End a training step."""
+    table.source.move(rates)
+    table.optimizer.end_step(rates)
 
 
 def vector_of(table: ExactTable, each: int) -> Tensor:
     """As in evaluation."""
     with torch.no_grad():
-        return table.vectors(table.serve(np.array([each]), "eval"))[0]
+        return vectors_of(table, table.serve(np.array([each]), "eval"))[0]
 
 
 def have_rows(table: ExactTable, ids: Iterable[int]) -> set[int]:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from featurestore.keys import shard_of
 from tests.trainer.ids.exact_tables import (
-    RATES,
     SHARDS,
     STEPS,
     assert_same,
@@ -15,17 +14,18 @@ from tests.trainer.ids.exact_tables import (
     day_of,
     have_rows,
     ids_of,
+    move,
     shape_of,
     state_of,
     table_of,
     tables_of,
     train,
     vector_of,
+    vectors_of,
 )
 from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
 from trainer.ids.shards import WEIGHT, TableShape, owned_bytes
-from trainer.ids.tables import apply_gradients
 
 
 class TestAdmission:
@@ -64,9 +64,9 @@ class TestAdmission:
         before = state_of(table)
         for _ in range(3):
             vector_of(table, 5)
-            table.vectors(table.serve(np.array([5, 9, 13]), "eval"))  # with gradients, as if they were wanted
+            vectors_of(table, table.serve(np.array([5, 9, 13]), "eval"))  # with gradients, as if they were wanted
             with torch.no_grad():
-                table.vectors(table.serve(np.array([5, 9]), "step"))
+                vectors_of(table, table.serve(np.array([5, 9]), "step"))
         assert_same(state_of(table), before)
         assert table.seen.estimate == 2  # what "step" brought
         assert (table.counts.served, table.counts.cold) == (1, 1)
@@ -81,19 +81,19 @@ class TestAdmission:
 class TestRows:
     def test_first_values_depend_on_seed_table_and_id_alone(self) -> None:
         one, other = table_of(), table_of(rank=0, num_ranks=1)
-        one.vectors(one.serve(np.array([1, 5, 9]), "step"))
+        vectors_of(one, one.serve(np.array([1, 5, 9]), "step"))
         for each in ([9], [1], [7, 5]):
-            other.vectors(other.serve(np.array(each), "step"))
+            vectors_of(other, other.serve(np.array(each), "step"))
         assert all(torch.equal(vector_of(one, each), vector_of(other, each)) for each in (1, 5, 9))
         values = torch.stack([vector_of(one, each) for each in (1, 5, 9)])
         assert len(values.unique()) == 9
         elsewhere = table_of(seed=2)
-        elsewhere.vectors(elsewhere.serve(np.array([5]), "step"))
+        vectors_of(elsewhere, elsewhere.serve(np.array([5]), "step"))
         assert not torch.equal(vector_of(elsewhere, 5), vector_of(one, 5))
 
     def test_first_values_have_the_deviation_of_hashed_ones(self) -> None:
         table, ids = table_of(shape_of(100_000)), np.arange(20_000)
-        values = table.vectors(table.serve(ids, "step")).detach()
+        values = vectors_of(table, table.serve(ids, "step")).detach()
         assert abs(float(values.mean())) < 0.001
         assert float(values.std()) == pytest.approx(0.05, rel=0.02)
 
@@ -105,12 +105,12 @@ class TestRows:
             for tables in (hashed, exact):
                 request = tables["item"].serve(ids, "step")
                 inverse_R = torch.from_numpy(request.inverse_R)
-                (tables["item"].vectors(request)[inverse_R] * torch.from_numpy(ids).unsqueeze(1)).sum().backward()
-                apply_gradients(tables.values(), tables["item"].optimizer, RATES)
+                (vectors_of(tables["item"], request)[inverse_R] * torch.from_numpy(ids).unsqueeze(1)).sum().backward()
+                move(tables["item"])
         ids = np.unique(np.concatenate(STEPS))
         with torch.no_grad():
             found = [
-                table.vectors(request)[torch.from_numpy(request.inverse_R)]
+                vectors_of(table, request)[torch.from_numpy(request.inverse_R)]
                 for table in (hashed["item"], exact["item"])
                 for request in (table.serve(ids, "eval"),)
             ]
@@ -170,8 +170,8 @@ class TestRanks:
             requests += [ahead.serve(later, "step") for later in STEPS[step + steps_ahead : step + steps_ahead + 1]]
             train(one, ids)
             request, weight_R = requests[step], torch.from_numpy(ids.astype(np.float64)).unsqueeze(1)
-            (ahead.vectors(request)[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
-            apply_gradients([ahead], ahead.optimizer, RATES)
+            (vectors_of(ahead, request)[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
+            move(ahead)
         assert_same(state_of(ahead), state_of(one))
 
     def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:

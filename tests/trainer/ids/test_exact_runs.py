@@ -180,7 +180,7 @@ def test_the_export_has_what_the_engine_looks_up(trained: Train, tmp_path: Path)
     asked = np.unique([*range(60), *(each for each in rows["id"].to_pylist() if each is not None)])
     with torch.no_grad():
         request = table.serve(asked, "eval")
-        found = table.vectors(request)[torch.from_numpy(request.inverse_R)].numpy()
+        found = table.source.vectors([request])[0][torch.from_numpy(request.inverse_R)].numpy()
     opened.close()
     of_id = dict(zip(zip(rows["shard"].to_pylist(), rows["id"].to_pylist(), strict=True), rows["vector"], strict=True))
     for each, vector in zip(asked.tolist(), found, strict=True):

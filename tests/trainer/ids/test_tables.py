@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.trainer.ids.exact_tables import move, vectors_of
 from trainer.config.options import OptimConfig
 from trainer.engine.choices import row_optimizer
 from trainer.engine.wiring import build_tables
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import TableShape, initial_rows, owned_bytes
-from trainer.ids.tables import IdTable, apply_gradients
+from trainer.ids.tables import IdTable
 from trainer.optim import Rates
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
@@ -31,9 +32,9 @@ def table_of(rank: int = 0, num_ranks: int = 1, shape: TableShape = SHAPE, seed:
 
 def train(table: IdTable, ids: list[int], rates: Rates = RATES) -> None:
     request = table.serve(np.array(ids))
-    rows_QV = table.vectors(request)
+    rows_QV = vectors_of(table, request)
     (rows_QV[torch.from_numpy(request.inverse_R)] * torch.arange(1, len(ids) + 1).unsqueeze(1)).sum().backward()
-    apply_gradients([table], table.optimizer, rates)
+    move(table, rates)
 
 
 class TestShape:
@@ -117,7 +118,7 @@ class TestTraining:
         """Zhou et al., arXiv 1706.06978, 5.1, with the steps that touched a row as its frequency."""
         steps = [[5, 6], [5], [5, 7], [], [7, 7, 5]]
         table = table_of(id_l2=0.7)
-        rows = {i: row.clone() for i in (5, 6, 7) for row in table.vectors(table.serve(np.array([i]))).detach()}
+        rows = {i: row.clone() for i in (5, 6, 7) for row in vectors_of(table, table.serve(np.array([i]))).detach()}
         moments = {i: (torch.zeros(3, dtype=torch.float64), 0.0, 0) for i in rows}
         for ids in steps:
             train(table, ids)
@@ -131,36 +132,37 @@ class TestTraining:
                 deviation = (variance / (1 - 0.99**frequency)) ** 0.5 + 1e-8
                 rows[i] = rows[i] - 0.1 * momentum / (1 - 0.9**frequency) / deviation
         for i, row in rows.items():
-            torch.testing.assert_close(table.vectors(table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                vectors_of(table, table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0
+            )
 
-    @pytest.mark.parametrize("read_at_once", [True, False])
     @pytest.mark.parametrize("ids", ["rowwise_adam", "adam"])
-    def test_tables_that_share_memory_train_as_they_do_alone(self, ids: str, read_at_once: bool) -> None:
-        """The last step reads rows of a that its loss does not use: they stay."""
+    def test_tables_that_share_memory_train_as_they_do_alone(self, ids: str) -> None:
         shapes = [TableShape("a", 3, 50, 8), TableShape("b", 2, 20, 8), TableShape("c", 3, 30, 8)]
         together = build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer(ids=ids), dtype=torch.float64)
         alone = {shape.name: table_of(shape=shape, ids=ids) for shape in shapes}
-        assert together["a"].shared is together["c"].shared
+        assert list(together["a"].source.key_sources) == ["a", "c"]
         steps: list[dict[str, list[int]]] = [
             {"a": [5, 6], "b": [5], "c": [5, 5, 9]},
-            {"a": [], "c": [6, 9]},
-            {"b": [1]},
-            {"a": [5], "c": [5]},
-            {"a": [6, 8], "b": [1], "c": [5, 7]},
+            {"a": [], "b": [], "c": [6, 9]},
+            {"a": [], "b": [1], "c": []},
+            {"a": [5], "b": [], "c": [5]},
         ]
         for step in steps:
-            for tables in (together, alone):
-                requests = {name: tables[name].serve(np.array(each)) for name, each in step.items()}
-                for name, request in requests.items() if read_at_once else ():
-                    tables[name].expect(request)
-                for name, request in requests.items():
-                    rows_QV = tables[name].vectors(request)
-                    if name == "a" and step is steps[-1]:
-                        continue
-                    (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum().backward()
-            apply_gradients(together.values(), together["a"].optimizer, RATES)
-            for table in alone.values():
-                apply_gradients([table], table.optimizer, RATES)
+            read: dict[str, torch.Tensor] = {}
+            for source in dict.fromkeys(table.source for table in together.values()):
+                requests = [table.serve(np.array(step[name])) for name, table in source.key_sources.items()]
+                read |= dict(zip(source.key_sources, source.vectors(requests), strict=True))
+            sum(
+                (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum() for rows_QV in read.values()
+            ).backward()
+            for source in dict.fromkeys(table.source for table in together.values()):
+                source.move(RATES)
+            together["a"].optimizer.end_step(RATES)
+            for name, table in alone.items():
+                rows_QV = vectors_of(table, table.serve(np.array(step[name])))
+                (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum().backward()
+                move(table)
             for name, table in alone.items():
                 mine = together[name].export_shards()
                 assert all(torch.equal(rows, mine[part]) for part, rows in table.export_shards().items())
@@ -174,8 +176,8 @@ class TestTraining:
     def test_reading_without_gradient_leaves_the_last_step_alone(self) -> None:
         table = table_of()
         with torch.no_grad():
-            table.vectors(table.serve(np.array([1])))
-        apply_gradients([table], table.optimizer, RATES)
+            vectors_of(table, table.serve(np.array([1])))
+        move(table, RATES)
         assert table.rows.parts["steps"].sum() == 0
 
     def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:
