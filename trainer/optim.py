@@ -1,7 +1,6 @@
 """The optimiser of dense parameters, and the reduction of their gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +47,6 @@ class DenseOptimizer:
         self._config = config
         # The function below torch.optim.Adam: the class imports torch's compiler, a second and a half of every start.
         self._moments = {name: _Moments.of(parameter) for name, parameter in self.parameters.items()}
-        # Matrices alone: biases, slopes of PReLU and the like have one dimension.
-        self._matrices: list[Tensor] = [value for value in values if value.ndim > 1]
         self._reductions = _reductions(comm, self.parameters, self._flat)
 
     def zero_grad(self) -> None:
@@ -90,8 +87,6 @@ class DenseOptimizer:
     def step(self, rates: Rates, number: int) -> None:
         """Move the parameters in step `number`, the first of which is 1."""
         moments, config = list(self._moments.values()), self._config
-        if config.weight_decay:
-            torch._foreach_mul_(self._matrices, 1 - rates.lr * config.weight_decay)
         values: list[Tensor] = list(self.parameters.values())
         adam(
             values,
@@ -109,13 +104,6 @@ class DenseOptimizer:
             eps=config.eps,
             maximize=False,
         )
-
-    def begin(self) -> None:
-        """Take note that the parameters have got other values, before the first step."""
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Have averages in place of the parameters in the block, if there are averages; no step is done in it."""
-        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters by name, and Adam's state: the tensors, not copies."""

@@ -66,7 +66,7 @@ def pretrained_layer(partition: FeaturePartition, keys_N: Int64, width: int) -> 
     places = {str(key): 1 + place for place, key in enumerate(keys_N.tolist())}
     with tempfile.TemporaryDirectory() as folder:
         features, vocabulary = Path(folder) / "features.npz", Path(folder) / "vocabulary.json"
-        np.savez(features, key=keys_N, value=to_float32(partition.lookup(keys_N).features_UD, partition.dtype))
+        np.savez(features, key=keys_N, value=to_float32(partition.lookup(keys_N).features_UD, partition.info.dtype))
         # It looks at the second entry to learn the type of the keys.
         vocabulary.write_text(json.dumps({"image": places, "label": {}}))
         specification = {"vocab_size": len(keys_N) + 2, "oov_idx": len(keys_N) + 1, "freeze_emb": True}

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from featurestore.format.statistics import Scaling, input_scale
 from featurestore.lookup.compute_dtype import ComputeDType
-from featurestore.lookup.ondevice import BLOCK_ROWS, Gathered, HeldRows, PReLU, as_array, as_tensor, on_device
+from featurestore.lookup.ondevice import BLOCK_ROWS, Copies, Gathered, HeldRows, PReLU, as_array, as_tensor, on_device
 from featurestore.lookup.partition import FeaturePartition
 
 
@@ -106,7 +106,7 @@ class EmbeddingService(nn.Module):
         )
         self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
         self._free_buffers: list[Tensor] = []
-        self._copying: torch.cuda.Stream | None = None
+        self._copies = Copies()
 
     @property
     def device(self) -> torch.device:
@@ -133,11 +133,6 @@ class EmbeddingService(nn.Module):
         for name in self.models:
             self._model(name).fold_standardization_(mean_D, std_D, scaling)
 
-    def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-        """Return each dimension's mean and the networks' factor for the centred dimension, (D,) each."""
-        model = self._model(next(iter(self.models)))
-        return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
-
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
         """Look up the features of `keys_Q` in the order asked.
 
@@ -150,18 +145,8 @@ class EmbeddingService(nn.Module):
             missing_Q = self.partition.lookup(keys_Q, out=as_array(features_QD)).missing_U
         else:
             missing_Q = self._gather_numbers(keys_Q, features_QD)
-        features_QD, copied = self._copied(features_QD)
+        features_QD, copied = self._copies.begin(features_QD, self.device)
         return Gathered(features_QD, missing_Q if missing_Q.any() else None, buffer, copied)
-
-    def _copied(self, features_QD: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
-        """Begin to copy rows to the GPU, in a stream of its own; return them and what says that they are there."""
-        if self.device.type == "cpu":
-            return features_QD, None
-        if self._copying is None:
-            self._copying = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copying):
-            on_gpu_QD = features_QD.to(self.device, non_blocking=True)
-            return on_gpu_QD, self._copying.record_event()
 
     def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
         """Make numbers of the features once, ahead of the step, not in every pass; return which keys have none."""
@@ -176,17 +161,10 @@ class EmbeddingService(nn.Module):
 
     def embed(self, name: str, gathered: Gathered) -> Tensor:
         """Return visual vectors (Q, V) by the network `name`, with autograd attached."""
-        model = self._model(name)
-        device = model.mean_D.device
-        if gathered.copied is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(gathered.copied)
-            gathered.features_QD.record_stream(stream)
-        numbers_QD = model.numbers(gathered.features_QD)
-        visual_QV = model.of_numbers(numbers_QD)
+        visual_QV = self._model(name)(gathered.arrived())
         if gathered.missing_Q is None or self.partition.missing_policy == "error":
             return visual_QV
-        missing_Q1 = on_device(gathered.missing_Q, device).unsqueeze(1)
+        missing_Q1 = on_device(gathered.missing_Q, self.device).unsqueeze(1)
         instead = self.no_image[name] if self.partition.missing_policy == "learned" else visual_QV.new_zeros(())
         return torch.where(missing_Q1, instead, visual_QV)
 
@@ -210,6 +188,6 @@ class EmbeddingService(nn.Module):
             buffer = self._free_buffers.pop()
             if len(buffer) >= num_rows:
                 return buffer
-        on_gpu = any(buffer.device.type == "cuda" for buffer in self.buffers())
+        on_gpu = self.device.type == "cuda"
         dtype = self._stored_dtype if on_gpu else self._model(next(iter(self.models))).compute_dtype
         return torch.empty(num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu)

@@ -14,12 +14,9 @@ import numpy.typing as npt
 from featurestore.errors import FeatureStoreError, MissingKeysError
 from featurestore.keys import HashIndex, Int64Array, shard_of_hash, splitmix64
 from featurestore.lookup.cache import CachedShard
-from featurestore.lookup.rowfiles import RowFiles
+from featurestore.lookup.rowfiles import RowFiles, output_for
 from featurestore.snapshot import Snapshot, SnapshotId, missing_message
 from featurestore.spec import MissingPolicy, StoreInfo
-from featurestore.text import DType
-
-_MAX_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,11 @@ class HashedRows:
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
         self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the files
         self._gap_S[list(shards)] = np.asarray(self._files.first_rows) - starts
-        self._has_gaps = bool(self._gap_S.any())
 
     @property
     def dim(self) -> int:
         """Width of a feature."""
         return self.info.dim
-
-    @property
-    def dtype(self) -> DType:
-        """The store's dtype; bfloat16 rows come as their bits in uint16."""
-        return self.info.dtype
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +116,7 @@ class HashedRows:
     def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
         """Return each key's row in the files, and whether there is none, (U,) each; counts or raises the missing."""
         place_U, missing_U, shard_U = self._noted(keys_U)
-        return place_U + self._gap_S[shard_U] if self._has_gaps else place_U, missing_U
+        return place_U + self._gap_S[shard_U], missing_U
 
     def _noted(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
         """Do what `_find` does; count or raise the missing."""
@@ -137,13 +128,8 @@ class HashedRows:
         return found
 
     def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
-        if self.num_rows == 0:
-            out_UD[:] = 0
-            return
-        if not missing_U.any():
-            self._files.take(row_U, out_UD)
-            return
-        self._files.take(np.where(missing_U, 0, row_U), out_UD)  # any row will do where there is none
+        if not missing_U.all():
+            self._files.take(np.where(missing_U, 0, row_U), out_UD)  # any row will do where there is none
         out_UD[missing_U] = 0
 
     def _check_owned(self, keys_U: Int64Array, shard_U: Int64Array) -> None:
@@ -160,14 +146,3 @@ class HashedRows:
             raise MissingKeysError(missing_message(keys_U.reshape(-1)[missing_U], self._where))
         with self._lock:
             self.missing_count += int(missing_U.sum())
-
-
-def output_for(info: StoreInfo, count: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-    """Return `out`, or new memory for `count` rows of a store. Raises ValueError where `out` does not fit."""
-    shape = (count, info.dim)
-    if out is None:
-        return np.empty(shape, info.storage_dtype)
-    if out.shape != shape or out.dtype != info.storage_dtype or not out.flags.carray:
-        wanted = f"{shape} {info.storage_dtype}, contiguous and writable"
-        raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
-    return out

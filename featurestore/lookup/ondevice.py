@@ -43,6 +43,22 @@ class _PReLU(torch.autograd.Function):
         return passed, of_weight.reshape(weight.shape)
 
 
+class Copies:
+    """Copies of rows to a GPU, in a stream of their own, during its other work."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    def begin(self, rows_QD: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Begin a copy; return it and what says that it is there. On a CPU it is the rows themselves."""
+        if device.type == "cpu":
+            return rows_QD, None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            return rows_QD.to(device, non_blocking=True), self._stream.record_event()
+
+
 @dataclass
 class Gathered:
     """Features of Q keys, and which keys had none.
@@ -57,6 +73,14 @@ class Gathered:
     """The memory that the service takes back."""
     copied: torch.cuda.Event | None = field(default=None, repr=False)
     """What the GPU has to wait for before it reads them; None: nothing."""
+
+    def arrived(self) -> Tensor:
+        """Return the features (Q, D), which the work that a GPU is given from now on finds there."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(self.features_QD.device)
+            stream.wait_event(self.copied)
+            self.features_QD.record_stream(stream)
+        return self.features_QD
 
 
 def on_device(values: NDArray[Any], device: torch.device) -> Tensor:

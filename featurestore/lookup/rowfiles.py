@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.keys import Int64Array
+from featurestore.spec import StoreInfo
 
 _TOUCHED_BYTES = 1024  # rows narrower than this are copied a third faster without `_touch_and_take`
 _MEMORY_SHARE = 0.5  # of the machine's; larger files are read from the disk as their rows are asked for
@@ -76,6 +77,17 @@ class RowFiles:
         """End the threads and let go of the files."""
         self._pool.shutdown()
         self.matrix = np.empty((0, self.matrix.shape[1]), self.matrix.dtype)
+
+
+def output_for(info: StoreInfo, count: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """Return `out`, or new memory for `count` rows of a store. Raises ValueError where `out` does not fit."""
+    shape = (count, info.dim)
+    if out is None:
+        return np.empty(shape, info.storage_dtype)
+    if out.shape != shape or out.dtype != info.storage_dtype or not out.flags.carray:
+        wanted = f"{shape} {info.storage_dtype}, contiguous and writable"
+        raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
+    return out
 
 
 def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:

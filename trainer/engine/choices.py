@@ -5,7 +5,7 @@ trainer/ids/optimizers.py.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -239,8 +239,31 @@ class RowAverages(WrappedOptimizer):
         return weight_QV + (rows.weight + rows.parts[_LAG.name] - weight_QV) * kept_Q.unsqueeze(1)
 
 
-class AveragedDense(DenseOptimizer):
-    """Adam on dense parameters, and averages of these."""
+class ChosenDense(DenseOptimizer):
+    """Adam on dense parameters with what a run may choose beside it: decay of weights, and averages."""
+
+    def __init__(self, comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+        super().__init__(comm, parameters, config)
+        # Matrices alone: biases, slopes of PReLU and the like have one dimension.
+        self._matrices: list[Tensor] = [value for value in self.parameters.values() if value.ndim > 1]
+
+    @torch.no_grad()
+    def step(self, rates: Rates, number: int) -> None:
+        """Shrink matrices, as AdamW does, then take Adam's step."""
+        if self._config.weight_decay:
+            torch._foreach_mul_(self._matrices, 1 - rates.lr * self._config.weight_decay)
+        super().step(rates, number)
+
+    def begin(self) -> None:
+        """Take note that the parameters have got other values, before the first step."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Have averages in place of the parameters in the block, if there are averages; no step is done in it."""
+        return nullcontext()
+
+
+class AveragedDense(ChosenDense):
+    """The same, and averages of the parameters."""
 
     def __init__(self, comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
         super().__init__(comm, parameters, config)
@@ -302,6 +325,6 @@ def state_of(config: OptimConfig) -> tuple[StatePart, ...]:
     return RowAverages.state_around(state) if config.average_share else state
 
 
-def dense_optimizer(comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> DenseOptimizer:
+def dense_optimizer(comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> ChosenDense:
     """Make the optimiser of dense parameters that `optim` names."""
-    return (AveragedDense if config.average_share else DenseOptimizer)(comm, parameters, config)
+    return (AveragedDense if config.average_share else ChosenDense)(comm, parameters, config)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config.options import ModelConfig
@@ -67,6 +68,13 @@ class Planes:
             bits_CB = (block_QD @ self._planes_DB)[: len(features_CD)] > 0
             bits_Q64[start : start + _BLOCK_ROWS] = np.packbits(bits_CB, axis=1, bitorder="little")
         return bits_Q64
+
+
+def scaling_of(service: EmbeddingService) -> Scaling:
+    """Return each dimension's mean and the networks' factor for the centred dimension, (D,) each."""
+    model = next(iter(service.models.values()))
+    assert isinstance(model, EmbeddingModel)
+    return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
 
 
 class Signatures:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
 from trainer.engine.choices import TRAINED, dense_optimizer, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
-from trainer.engine.similarity import ImageComparison, Signatures, pairs_of_fields
+from trainer.engine.similarity import ImageComparison, Signatures, pairs_of_fields, scaling_of
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange
 from trainer.exchange.routing import Int64, unique
@@ -323,7 +324,7 @@ class EngineParts:
     def _comparison_of(self, model: ModelConfig, pairs: Mapping[str, str]) -> ImageComparison:
         """Make what compares images with each other."""
         compared = {f.name: self.services[f.store_name] for f in self.fields if f.name in {*pairs, *pairs.values()}}
-        made = {service: Signatures(service.partition, service.scaling) for service in compared.values()}
+        made = {service: Signatures(service.partition, partial(scaling_of, service)) for service in compared.values()}
         numbers = {name: self._exchange.source_of(name) for name in compared}
         signatures = {numbers[name]: made[service] for name, service in compared.items()}
         return ImageComparison(self._comm, model, pairs, numbers, signatures, self.stages)

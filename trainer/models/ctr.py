@@ -9,17 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
-from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors, take_rows
-from trainer.models.layers import HiddenLayers, Mlp, StepPlace, nearest_of, tiers_of, used_fields, value_rows, width_of
+from trainer.models.layers import (
+    HiddenLayers,
+    Mlp,
+    StepPlace,
+    all_behaviors,
+    nearest_behaviors,
+    tiers_of,
+    used_fields,
+    value_rows,
+    width_of,
+)
 from trainer.models.newads import build_id_proxy, build_new_ads
-from trainer.models.pooling import AGGREGATORS, mean_pool, sum_pool
+from trainer.models.pooling import AGGREGATORS, mean_pool, queries_of, sum_pool
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, Side
 
 Fields = Mapping[str, FieldVectors]
 Dense = Mapping[str, Tensor]
-_OF_AD = ("content", "id", "multi_id", "dense")
 
 
 class CtrModel(nn.Module):
@@ -50,25 +58,30 @@ class CtrModel(nn.Module):
         self.hidden = HiddenLayers(config, self.place)
         self.pool = mean_pool if config.multi_hot == "mean" else sum_pool
         width = {field.name: width_of(field, config) for field in self.fields}
-        queries = self._query_widths(config, width)
+        behaviors = [field.name for field in self._of("user", "content")]
+        of_ad = {
+            "images": sum(width[field.name] for field in self._of("ad", "content")),
+            "ids": sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense")),
+        }
+        self.asks_with = queries_of(config.pooling, of_ad) if behaviors else ()
+        """What of the ad the aggregators ask with: its images, its ids."""
+        queries = [of_ad[name] for name in self.asks_with]
         aggregators = {
-            field.name: AGGREGATORS[config.pooling](width[field.name], queries, config, self.hidden)
-            for field in self._of("user", "content")
+            name: AGGREGATORS[config.pooling](width[name], queries, config, self.hidden) for name in behaviors
         }
         self.aggregators = nn.ModuleDict(aggregators)
-        of_ad = sum(width[field.name] for field in self._of("ad", *_OF_AD))
+        has_products = config.image_products and any(of_ad.values())
         self.products = nn.ModuleDict(
-            {name: nn.Linear(of_ad, width[name], bias=False) for name in aggregators}
-            if config.image_products and of_ad
-            else {}
+            {name: nn.Linear(sum(of_ad.values()), width[name], bias=False) for name in behaviors if has_products}
         )
         self.new_ads = build_new_ads(schema, self.fields, config)
         self.id_proxy = build_id_proxy(schema, self.fields, config)
-        self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
+        self._looked_at = nearest_behaviors if config.similarity_top_k else all_behaviors
+        self._tiers = [tiers_of(name) for name in behaviors] if config.similarity_tiers else []
         taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
         self.input_width += sum(width[name] for name in self.products)
-        self.input_width += self._num_tiers * len(aggregators)
+        self.input_width += config.similarity_tiers * len(self._tiers)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Return logits (B,). `fields`: id, multi_id, content; `dense`: (M, width) each; M = G or B by side."""
@@ -103,7 +116,7 @@ class CtrModel(nn.Module):
     def id_vectors(self, side: Side, fields: Fields) -> list[Tensor]:
         """Return ID vectors of one side, (M, W) for each field."""
         return [
-            self.pool(fields[field.name]) if field.kind == "multi_id" else one_each(fields[field.name])
+            self.pool(fields[field.name]) if field.kind == "multi_id" else value_rows(fields[field.name])
             for field in self._of(side, "id", "multi_id")
             if field.name not in self._elsewhere
         ]
@@ -115,62 +128,27 @@ class CtrModel(nn.Module):
     def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
         """Collect the image inputs: the ad's visual vectors and the behaviours' aggregated ones, (B, W) a field.
 
-        Then, if they are asked for, the products of their means with the ad, and the tiers of similarity, (B, T) for
-        each behaviour field. `ad`: its `of_side`.
+        Then the products of their means with the ad, and tiers of similarity where there are such. `ad`: its `of_side`.
         """
-        visual = [one_each(fields[field.name]) for field in self._of("ad", "content")]
-        asking = (visual if self._asks_with_images else []), (ad if self._asks_with_ids else [])
-        queries = [torch.cat(each, dim=1) for each in asking if each]
-        names, of_sample_B = list(self.aggregators), group_of_sample_B
-        tiers = [dense[tiers_of(name)] for name in names] if self._num_tiers else []
-        if self._only_nearest:
-            names = [nearest_of(name) for name in names]
-            of_sample_B = torch.arange(group_of_sample_B.shape[0], device=group_of_sample_B.device)
-        pools = zip(self.aggregators.values(), names, strict=True)
-        pooled = [pool(fields[name], of_sample_B, queries) for pool, name in pools]
+        visual = [value_rows(fields[field.name]) for field in self._of("ad", "content")]
+        of_ad = {"images": visual, "ids": ad}
+        queries = [torch.cat(of_ad[name], dim=1) for name in self.asks_with]
+        behaviors, row_of_sample_B = self._looked_at(fields, list(self.aggregators), group_of_sample_B)
+        pools = zip(self.aggregators.values(), behaviors, strict=True)
+        pooled = [pool(each, row_of_sample_B, queries) for pool, each in pools]
         products = []
         if self.products:
             ad_BW = torch.cat([*visual, *ad], dim=1)
-            means = (take_rows(mean_pool(fields[name]), of_sample_B) for name in names)
-            products = [each * of_ad(ad_BW) for each, of_ad in zip(means, self.products.values(), strict=True)]
-        return [*visual, *pooled, *products, *tiers]
+            means = (take_rows(mean_pool(each), row_of_sample_B) for each in behaviors)
+            products = [each * layer(ad_BW) for each, layer in zip(means, self.products.values(), strict=True)]
+        return [*visual, *pooled, *products, *(dense[name] for name in self._tiers)]
 
     def of_group(self, user: list[Tensor], group_of_sample_B: Tensor) -> list[Tensor]:
         """Put the user's part (G, W) together once per group, and hand it to the group's samples: (B, W), or none."""
         return [take_rows(torch.cat(user, dim=1), group_of_sample_B)] if user else []
 
-    @property
-    def asks_with(self) -> tuple[str, ...]:
-        """Return the queries of aggregators that attend to the ad: its `images`, its `ids`."""
-        asking = {"images": self._asks_with_images, "ids": self._asks_with_ids}
-        return tuple(name for name, asks in asking.items() if asks)
-
-    def _query_widths(self, config: ModelConfig, width: Mapping[str, int]) -> list[int]:
-        """Return the widths of the aggregators' queries, and decide which of the two are used. Raises ConfigError."""
-        of_images = sum(width[field.name] for field in self._of("ad", "content"))
-        of_ids = sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense"))
-        wanted = AGGREGATORS[config.pooling].asks
-        asks = wanted != "nothing" and any(self._of("user", "content"))
-        self._asks_with_images = asks and of_images > 0
-        self._asks_with_ids = asks and of_ids > 0 and (wanted != "images" or of_images == 0)
-        if asks and of_images + of_ids == 0:
-            raise ConfigError(
-                f"model.pooling={config.pooling} needs a field on side ad to ask with; set model.pooling=sum"
-            )
-        if asks and wanted == "images and ids" and of_ids == 0:
-            raise ConfigError(
-                f"model.pooling={config.pooling} asks with the ad's IDs too, and the schema has none on side ad; "
-                "add one, or set model.pooling=attentive"
-            )
-        return [of_images] * self._asks_with_images + [of_ids] * self._asks_with_ids
-
     def _of(self, side: Side, *kinds: str) -> list[Field]:
         return [field for field in self.fields if field.side == side and field.kind in kinds]
-
-
-def one_each(field: FieldVectors) -> Tensor:
-    """Return the vector of each row of a field that has one value a row, times its weight, (M, V)."""
-    return value_rows(field)
 
 
 class Dicm(CtrModel):

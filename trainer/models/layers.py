@@ -72,6 +72,21 @@ def nearest_of(behaviors: str) -> str:
     return f"{behaviors}.nearest"
 
 
+def all_behaviors(
+    fields: Mapping[str, FieldVectors], names: Sequence[str], group_of_sample_B: Tensor
+) -> tuple[list[FieldVectors], Tensor]:
+    """Return the behaviours that samples look at, and the row of each sample: all of its group."""
+    return [fields[name] for name in names], group_of_sample_B
+
+
+def nearest_behaviors(
+    fields: Mapping[str, FieldVectors], names: Sequence[str], group_of_sample_B: Tensor
+) -> tuple[list[FieldVectors], Tensor]:
+    """Do the same as `all_behaviors` with those nearest to the ad, of which each sample has a row of its own."""
+    row_B = torch.arange(group_of_sample_B.shape[0], device=group_of_sample_B.device)
+    return [fields[nearest_of(name)] for name in names], row_B
+
+
 def _check_names(fields: tuple[Field, ...]) -> None:
     """Refuse names of content fields and stores that cannot name modules: a few are taken, and dots divide."""
     taken = nn.ModuleDict()

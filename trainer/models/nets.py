@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from trainer.config.options import BaseNet, ModelConfig, OwnNet
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors, take_rows
-from trainer.models.ctr import CtrModel, Dense, Dicm, Fields, one_each
-from trainer.models.layers import Mlp, used_fields, width_of
+from trainer.models.ctr import CtrModel, Dense, Dicm, Fields
+from trainer.models.layers import Mlp, used_fields, value_rows, width_of
 from trainer.models.pooling import Aggregator, BehaviorAttention, PairWeights, sum_pool
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, Side
@@ -91,7 +91,7 @@ class Din(CtrModel):
         self.mlp = Mlp([self.input_width + self.attention.width, *config.mlp, 1], self.hidden)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        query_BW = torch.cat([one_each(fields[name]) for name in self._ads], dim=1)
+        query_BW = torch.cat([value_rows(fields[name]) for name in self._ads], dim=1)
         interest_BW = self.attention([fields[name] for name in self.behaviors], group_of_sample_B, query_BW)
         logit_B1: Tensor = self.mlp(torch.cat([self.inputs(fields, dense, group_of_sample_B), interest_BW], dim=1))
         return logit_B1.squeeze(1)
@@ -303,7 +303,7 @@ class TwoTower(CtrModel):
     def _of_rows(self, field: Field, values: FieldVectors) -> Tensor:
         if field.kind == "multi_id":
             return self.pool(values)
-        return sum_pool(values) if field.kind == "content" and field.side == "user" else one_each(values)
+        return sum_pool(values) if field.kind == "content" and field.side == "user" else value_rows(values)
 
 
 def _width(fields: Sequence[Field], config: ModelConfig) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config.options import ModelConfig, Pooling
+from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, take_rows
 from trainer.models.layers import (
     HiddenLayers,
@@ -71,6 +72,25 @@ class Aggregator(nn.Module):
     ) -> PairWeights | None:
         """Return how much each behaviour counts; None where behaviours have no weights."""
         return None
+
+
+def queries_of(pooling: Pooling, width_of_ad: Mapping[str, int]) -> tuple[str, ...]:
+    """Return what the aggregators ask with: the ad's `images`, its `ids`, both or neither; `width_of_ad` of each.
+
+    Raises ConfigError where there is not what they need.
+    """
+    wanted = AGGREGATORS[pooling].asks
+    if wanted == "nothing":
+        return ()
+    has = tuple(name for name, width in width_of_ad.items() if width)
+    if not has:
+        raise ConfigError(f"model.pooling={pooling} needs a field on side ad to ask with; set model.pooling=sum")
+    if wanted == "images and ids" and "ids" not in has:
+        raise ConfigError(
+            f"model.pooling={pooling} asks with the ad's IDs too, and the schema has none on side ad; "
+            "add one, or set model.pooling=attentive"
+        )
+    return has[:1] if wanted == "images" else has
 
 
 class ActivationUnit(nn.Module):

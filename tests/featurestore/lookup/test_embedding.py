@@ -39,7 +39,7 @@ def _folded(service: EmbeddingService, store: Path, scaling: Scaling | None = No
     """What each dimension is multiplied by, where the deviations are those of the service's own store."""
     statistics = FeatureStore.open(store).snapshot().statistics()
     service.fold_standardization_(statistics.mean_D, statistics.std_D, scaling)
-    return service.scaling()[1]
+    return service.models["e"].inverse_std_D.numpy()
 
 
 class TestModel:

@@ -32,7 +32,7 @@ def test_lookup_gives_the_rows_in_the_order_asked(
     store.put(rows)
     index = np.random.default_rng(1).integers(0, 900, 2500)  # duplicates, and more than one piece of work
     with FeaturePartition.load(store, cache_dir=cache, threads=threads) as partition:
-        assert (partition.dim, partition.dtype, partition.num_rows) == (dim, dtype, 900)
+        assert (partition.dim, partition.info.dtype, partition.num_rows) == (dim, dtype, 900)
         assert partition.snapshot_version == 1 and partition.info.kind == info
         found = partition.lookup(rows.keys_N[index])
         assert found.features_UD.dtype == info.storage_dtype

@@ -21,7 +21,7 @@ from serving.bundle.publish import PublishReport, publish, row_distances
 from serving.bundle.vectors import SIGNATURE_COLUMNS
 from tests.serving.bundle.conftest import Exported
 from trainer.comm import SoloComm
-from trainer.engine.similarity import Signatures
+from trainer.engine.similarity import Signatures, scaling_of
 from trainer.runs.saved import open_trained
 
 ALL = np.arange(995, 1_100)
@@ -283,7 +283,7 @@ def test_signatures_are_published_too(exported: Callable[[str], Exported], tmp_p
     service, table = trained.engine.services["images"], bundle.vectors["images"]
     rows, missing = table.lookup(ALL)
     partition = FeaturePartition.load(world.source, cache_dir=world.cache, missing="zeros")
-    wanted = Signatures(partition, service.scaling).of(ALL)
+    wanted = Signatures(partition, lambda: scaling_of(service)).of(ALL)
     np.testing.assert_array_equal(table.words(rows, missing), wanted)
 
 

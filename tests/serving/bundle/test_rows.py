@@ -13,7 +13,7 @@ from serving.bundle.open import Bundle
 from tests.serving.bundle.conftest import VARIANTS, Exported
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
-from trainer.engine.similarity import Signatures
+from trainer.engine.similarity import Signatures, scaling_of
 from trainer.ids.exact import ExactTable
 from trainer.runs.saved import TrainedRun, open_trained
 
@@ -120,7 +120,7 @@ def test_signatures_have_the_bits_of_training(exported: Callable[[str], Exported
     made = exported("similarity")
     trained, bundle = open_trained(made.run, SoloComm()), Bundle.open(made.url, cache_dir=tmp_path)
     service, table = trained.engine.services["images"], bundle.vectors["images"]
-    wanted = Signatures(service.partition, service.scaling).of(KEYS)
+    wanted = Signatures(service.partition, lambda: scaling_of(service)).of(KEYS)
     rows, missing = table.lookup(KEYS)
     np.testing.assert_array_equal(table.words(rows, missing), wanted)
     assert 0 < (wanted[:, -1] == 0).sum() < len(KEYS)
