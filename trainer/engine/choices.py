@@ -163,13 +163,8 @@ class AdaptiveL2(WrappedOptimizer):
     """
 
     def __init__(self, inner: RowOptimizer, strength: float) -> None:
-        super().__init__(inner, self.state_around(inner.state))
+        super().__init__(inner, inner.state if _STEPS in inner.state else (*inner.state, _STEPS))
         self._strength = strength
-
-    @staticmethod
-    def state_around(state: tuple[StatePart, ...]) -> tuple[StatePart, ...]:
-        """Add the number of a row's steps, unless the optimiser counts them itself."""
-        return state if _STEPS in state else (*state, _STEPS)
 
     @torch.no_grad()
     def step(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
@@ -186,14 +181,9 @@ class RowAverages(WrappedOptimizer):
     """
 
     def __init__(self, inner: RowOptimizer, share: float) -> None:
-        super().__init__(inner, self.state_around(inner.state))
+        super().__init__(inner, (*inner.state, _LAG, _AVERAGED_AT))
         self.lags = True
         self._average, self._is_read = StepAverage(share), False
-
-    @staticmethod
-    def state_around(state: tuple[StatePart, ...]) -> tuple[StatePart, ...]:
-        """Add what is kept of a row's average."""
-        return (*state, _LAG, _AVERAGED_AT)
 
     def result(self, rows: IdRows) -> Tensor:
         return self._averages(rows, self.current(rows))
@@ -319,10 +309,7 @@ def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device 
 
 def state_of(config: OptimConfig) -> tuple[StatePart, ...]:
     """List what the optimiser that `optim` names keeps of a row."""
-    state = _BY_NAME[config.ids].state
-    if config.id_l2:
-        state = AdaptiveL2.state_around(state)
-    return RowAverages.state_around(state) if config.average_share else state
+    return row_optimizer(config, torch.float32).state
 
 
 def dense_optimizer(comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> ChosenDense:

@@ -1,32 +1,27 @@
 """Exact ID tables: one row for each ID, with admission and eviction.
 
-An id is removed when it is no longer used, or when it is the one longest unused in a full shard.
+An id is removed when it is no longer used, or when it is the one longest unused in a full shard. Letters of shapes: R
+ids received, Q unique among them, N ids, S shards owned, C counters of a shard; a *slot* is a shard's place among those
+owned.
 
 Every shard has room for its part of `max_rows` rows and one more, row 0, the *cold row*: it stands in for all ids of
-the shard that have no row of their own, is trained by their samples, and begins with zeros. All that a shard holds
-depends on the ids that training has brought to it, step by step, and neither on the number of ranks nor on the order of
-the ids within a step. Letters of shapes: R ids received, Q unique among them, S shards owned; a *slot* is a shard's
-place among those.
-
-Row 0 of a shard belongs to no id: an id that has no row is given that one. Rows 1, 2, ... are given
-out in the order of arrival and, among ids that arrive together, of the ids; so they do not depend on the number of
-ranks. Letters of shapes: N ids, S shards owned; a *slot* is a shard's place among those.
+the shard that have no row of their own, is trained by their samples, and begins with zeros. Rows 1, 2, ... are given
+out in the order of arrival and, among ids that arrive together, of the ids. A shard's clock counts its training steps,
+and each row has the step in which it was last used. So all that a shard holds depends on the ids that training has
+brought to it, step by step, and neither on the number of ranks nor on the order of the ids within a step.
 
 Memory is asked for at once for as many rows as there may be, and the system hands it out when it is first written to.
 So a table grows without being copied; what is done again when a shard's part of the map has become too small is that
 part alone.
 
-A count-min sketch with conservative update (Cormode and Muthukrishnan, "An improved data stream summary", 2005; Estan
-and Varghese, "New directions in traffic measurement and accounting", 2002): each id has two counters, shared with other
-ids; its count is the smaller one, and only what is below the new count is raised. So a count is never too low, and it
-is too high where both counters belong to others too. Letters of shapes: N ids, S shards owned, C counters of a shard.
-
-The shard has a clock, which counts its training steps, and notes for each row in which of them it was last used. So the
-choice depends on the ids of each step alone, and not on the number of ranks.
+Ids are counted by a count-min sketch with conservative update (Cormode and Muthukrishnan, "An improved data stream
+summary", 2005; Estan and Varghese, "New directions in traffic measurement and accounting", 2002): each id has two
+counters, shared with other ids; its count is the smaller one, and only what is below the new count is raised. So a
+count is never too low, and it is too high where both counters belong to others too.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
@@ -42,7 +37,7 @@ from trainer.config.options import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import take_rows
-from trainer.ids.shards import LAST_WEIGHT, WEIGHT, IdRows, TableShape, uniform
+from trainer.ids.shards import WEIGHT, IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
 
 IDS, LAST_USE, COUNTS, FADED = "ids", "last_use", "counts", "faded"
@@ -200,37 +195,19 @@ class ExactTable(IdTable):
                 part.zero_()
         self._fill(epoch)
 
-    def import_shards(self, state: Mapping[str, Tensor]) -> None:
-        """Load the owned shards from `state`, which may contain others. Raises CheckpointError."""
-        for slot in range(len(self.shards)):
-            self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
-
     def warm_names(self) -> list[str]:
         """List names of the tensors that `begin_with` takes; those of `used_at` and `clock` may be lacking."""
         parts = (*_WARM, USED_AT, CLOCK) if self.shape.evicts else _WARM
         return [self._name(shard, part) for shard in self.shards for part in parts]
 
-    def begin_with(self, state: Mapping[str, Tensor]) -> None:
-        """Take ids, weights and days of last use; and counts, where there are as many counters here."""
-        for slot in range(len(self.shards)):
-            parts = self._parts_of(slot, state, _WARM)
-            if self.optimizer.lags:
-                parts[LAST_WEIGHT] = parts[WEIGHT]
-            if self.shape.evicts:
-                parts |= order_of_use(state, self._name(self.shards[slot], ""), parts[LAST_USE])
-            if len(parts[COUNTS]) != self.shape.counters_per_shard:
-                del parts[COUNTS], parts[FADED]
-            self._import(slot, parts)
-
-    def _parts_of(self, slot: int, state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
-        """Parts of a shard from a checkpoint. Raises CheckpointError if one is missing."""
-        name_of = {part: self._name(self.shards[slot], part) for part in parts}
-        if lacking := [name for name in name_of.values() if name not in state]:
-            raise CheckpointError(
-                f"{lacking[0]} is not in the checkpoint; was it written with another "
-                f"model.tables.{self.shape.name}, model.table_shards or optim.ids?"
-            )
-        return {part: state[name] for part, name in name_of.items()}
+    def _warm_parts(self, slot: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Ids, weights and days of last use; and counts, where there are as many counters here."""
+        parts = super()._warm_parts(slot, state) | self._parts_of(slot, state, _WARM)
+        if self.shape.evicts:
+            parts |= order_of_use(state, self._name(self.shards[slot], ""), parts[LAST_USE])
+        if len(parts[COUNTS]) != self.shape.counters_per_shard:
+            del parts[COUNTS], parts[FADED]
+        return parts
 
     def _places(self, request: ExactRequest, before_Q: Int64) -> Int64:
         """The place of each id as it is now, (Q,), whatever has come, gone and moved since they were `before_Q`."""
@@ -313,7 +290,6 @@ class ExactTable(IdTable):
             mark[free:] = 0
 
     def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
-        """Makes those parts the shard's; what `parts` lacks stays as it is, zeros before the first step."""
         ids_N, num_rows = parts[IDS].numpy(), 1 + len(parts[IDS])
         if num_rows > self.shape.rows_per_shard:
             raise CheckpointError(
@@ -321,16 +297,7 @@ class ExactTable(IdTable):
                 f"{self.shape.rows_per_shard - 1:,}; raise model.tables.{self.shape.name}.max_rows"
             )
         self.map.set_ids(slot, ids_N)
-        for part, values in self._kept_of(slot).items():
-            if part == IDS or part not in parts:
-                continue
-            if values.shape != parts[part].shape:
-                raise CheckpointError(
-                    f"{self._name(self.shards[slot], part)} has shape {tuple(parts[part].shape)} in the checkpoint and "
-                    f"{tuple(values.shape)} in this run; set model.tables.{self.shape.name} and the table's width as "
-                    "they were"
-                )
-            values.copy_(parts[part])
+        super()._import(slot, parts)
 
     def _of_slot(self, slot: int) -> IdRows:
         """A view of a shard's rows in use, the cold row first."""

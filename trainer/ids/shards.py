@@ -207,35 +207,46 @@ class TableShards:
                 exported[self._name(shard, WEIGHT)] = self.optimizer.result(self._of_slot(slot))
         return exported
 
-    def weights(self) -> dict[str, Tensor]:
-        """View the owned shards' weights, <table>/<shard>/weight, for new values before the first step."""
-        return {self._name(shard, WEIGHT): self._of_slot(slot).weight for slot, shard in enumerate(self.shards)}
-
     def warm_names(self) -> list[str]:
         """List names of the tensors that `begin_with` takes."""
-        return list(self.weights())
+        return [self._name(shard, WEIGHT) for shard in self.shards]
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
         """Take the owned shards' weights out of a checkpoint, before the first step; the optimiser's state stays.
 
         Raises CheckpointError."""
-        mine = self.weights()
-        check_names(mine, {name: state[name] for name in mine if name in state})
-        for name, values in mine.items():
-            values.copy_(state[name])
+        for slot in range(len(self.shards)):
+            self._import(slot, self._warm_parts(slot, state))
 
     def import_shards(self, state: Mapping[str, Tensor]) -> None:
         """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
-        for name, mine in self._kept().items():
-            if name not in state:
-                of_rows = "optim.ids, or without optim.id_l2 or optim.average_share"
-                settings = "model.table_shards" if name.endswith(f"/{WEIGHT}") else of_rows
-                raise CheckpointError(f"{name} is not in the checkpoint; was it written with another {settings}?")
-            theirs = state[name]
+        for slot in range(len(self.shards)):
+            self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
+
+    def _warm_parts(self, slot: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts of a shard that `begin_with` takes. Raises CheckpointError."""
+        (weight,) = self._parts_of(slot, state, [WEIGHT]).values()
+        return {LAST_WEIGHT if self.optimizer.lags else WEIGHT: weight}
+
+    def _parts_of(self, slot: int, state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
+        """Parts of a shard from a checkpoint. Raises CheckpointError if one is missing."""
+        name_of = {part: self._name(self.shards[slot], part) for part in parts}
+        if lacking := [name for name in name_of.values() if name not in state]:
+            raise CheckpointError(
+                f"{lacking[0]} is not in the checkpoint; was it written with another model.tables.{self.shape.name}, "
+                "model.table_shards or optim.ids, or without optim.id_l2 or optim.average_share?"
+            )
+        return {part: state[name] for part, name in name_of.items()}
+
+    def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
+        """Make those parts the shard's; what `parts` lacks stays as it is. Raises CheckpointError."""
+        for part, mine in self._kept_of(slot).items():
+            theirs = parts.get(part, mine)
             if theirs.shape != mine.shape:
                 raise CheckpointError(
-                    f"{name} has shape {tuple(theirs.shape)} in the checkpoint and {tuple(mine.shape)} in this run; "
-                    f"set model.tables.{self.shape.name}, the table's width and model.table_shards as they were"
+                    f"{self._name(self.shards[slot], part)} has shape {tuple(theirs.shape)} in the checkpoint and "
+                    f"{tuple(mine.shape)} in this run; set model.tables.{self.shape.name}, the table's width and "
+                    "model.table_shards as they were"
                 )
             mine.copy_(theirs)
 
