@@ -161,7 +161,7 @@ class EmbeddingService(nn.Module):
 
     def embed(self, name: str, gathered: Gathered) -> Tensor:
         """Return visual vectors (Q, V) by the network `name`, with autograd attached."""
-        visual_QV = self._model(name)(gathered.arrived())
+        visual_QV: Tensor = self._model(name)(gathered.arrived())
         if gathered.missing_Q is None or self.partition.missing_policy == "error":
             return visual_QV
         missing_Q1 = on_device(gathered.missing_Q, self.device).unsqueeze(1)

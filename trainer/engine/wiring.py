@@ -22,7 +22,7 @@ from trainer.engine.choices import TRAINED, dense_optimizer, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Signatures, pairs_of_fields, scaling_of
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import Exchange
+from trainer.exchange.exchange import Exchange, VectorSource
 from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
@@ -305,7 +305,7 @@ class EngineParts:
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 if name not in content:
                     content[name] = ContentSource(name, self.services[field.store_name], network, self._comm.size)
-        sources = [*self.id_sources, *content.values()]
+        sources: list[VectorSource] = [*self.id_sources, *content.values()]
         return Exchange(self._comm, sources, source_of_field, self._device, self._dtype, self.stages)
 
     def _input_steps_of(self, schema: Schema, model: ModelConfig, seed: int) -> list[InputStep]:

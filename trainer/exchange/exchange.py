@@ -58,8 +58,10 @@ class VectorSource(Protocol):
     """Makes vectors of one width: an E, or all ID tables of that width."""
 
     width: int
-    key_sources: Mapping[str, Any]
-    """`KeySource`s by name."""
+
+    @property
+    def key_sources(self) -> Mapping[str, KeySource]:
+        """What finds keys for it, by name."""
 
     def vectors(self, served: Sequence[Any]) -> Sequence[Tensor]:
         """Return the vectors (Q, V) of the unique keys of each key source in turn, with autograd attached."""
