@@ -77,12 +77,11 @@ class ExactShape(TableShape):
 
 @dataclass
 class ExactRequest(RowRequest):
-    """Unique ids (Q,), ascending, their hashes and slots, and their places as they were when they were asked for."""
+    """Unique ids (Q,), ascending, their hashes and slots; `settle` finds their rows."""
 
     ids_Q: Int64
     hash_Q: UInt64Array
     slot_Q: Int64
-    place_Q: Int64
     is_training: bool
     inverse_Q: Int64 | None = None
     """Of each id its place among the rows that `settle` has returned."""
@@ -125,18 +124,15 @@ class ExactTable(IdTable):
         super().__init__(shape, rank, num_ranks, **others)
 
     def serve(self, ids_R: Int64, kind: str = "step") -> ExactRequest:
-        """Find the unique ids, and the rows of those that have one.
-
-        Runs ahead of the steps, so ids without a row are looked for again by `settle`."""
+        """Find the unique ids, their hashes and slots, ahead of the steps; `settle` finds their rows in the step."""
         ids_Q, inverse_R = unique(ids_R)
         if kind == "step":
             self.seen = self.seen.with_values(ids_Q)
         hash_Q = splitmix64(ids_Q)
         slot_Q = self._slot_of_shard[shard_of_hash(hash_Q, self.shape.num_shards)]
         assert (slot_Q >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
-        place_Q = self.map.places(slot_Q, hash_Q, ids_Q)
         none = torch.empty(0, dtype=torch.int64)
-        return ExactRequest(none, inverse_R, len(ids_Q), ids_Q, hash_Q, slot_Q, place_Q, kind == "step")
+        return ExactRequest(none, inverse_R, len(ids_Q), ids_Q, hash_Q, slot_Q, kind == "step")
 
     def settle(self, request: RowRequest) -> Tensor:
         """Return the rows (U,) that the ids of a request have in this step; a cold row of several ids is read once, so
@@ -146,7 +142,7 @@ class ExactTable(IdTable):
         included, gets a row of its own."""
         assert isinstance(request, ExactRequest)
         is_training = request.is_training and torch.is_grad_enabled()
-        place_Q = self._places(request, request.place_Q)
+        place_Q = self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
         if is_training:
             place_Q = self._use(request, place_Q)
         cold_Q = place_Q % self.shape.rows_per_shard == 0
@@ -209,14 +205,6 @@ class ExactTable(IdTable):
             del parts[COUNTS], parts[FADED]
         return parts
 
-    def _places(self, request: ExactRequest, before_Q: Int64) -> Int64:
-        """The place of each id as it is now, (Q,), whatever has come, gone and moved since they were `before_Q`."""
-        place_Q = before_Q.copy()
-        lost_Q = np.flatnonzero(~self.map.holds(request.slot_Q, place_Q, request.ids_Q))
-        if len(lost_Q):
-            place_Q[lost_Q] = self.map.places(request.slot_Q[lost_Q], request.hash_Q[lost_Q], request.ids_Q[lost_Q])
-        return place_Q
-
     def _use(self, request: ExactRequest, place_Q: Int64) -> Int64:
         """Notes the use of the ids in a training step, counts those without a row and gives rows to some; the places of
         all then. Rows that the step uses are marked before, so that none of them makes room."""
@@ -229,7 +217,9 @@ class ExactTable(IdTable):
                 request.slot_Q[waiting_M], request.hash_Q[waiting_M], request.ids_Q[waiting_M]
             )
             self._mark(request.slot_Q, place_Q, waiting_M)
-        return place_Q if self.counts.evicted == evicted else self._places(request, place_Q)
+        if self.counts.evicted != evicted:  # the rows that are left may have moved
+            return self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
+        return place_Q
 
     def _mark(self, slot_Q: Int64, place_Q: Int64, which_M: Int64) -> None:
         """Notes that these places are used today, in this step."""
@@ -360,19 +350,12 @@ def _once(place_Q: Int64, cold_Q: NDArray[np.bool_]) -> tuple[Int64, Int64]:
     return np.concatenate([place_Q[~cold_Q], cold_U]), inverse_Q
 
 
-Bool = NDArray[np.bool_]
-
 _FIRST_ENTRIES = 64
 _ENTRIES_A_ROW = 2  # at least
 
 
 class RowMap:
-    """The rows of ids in `num_slots` shards of `rows_per_shard` rows each, row 0 included.
-
-    A thread may call `places` while another one calls `insert` or `remove`: a row that it finds is the id's until one
-    is removed, which `holds` tells afterwards; an id that it does not find may have come by then. Nothing else may run
-    beside another call.
-    """
+    """The rows of ids in `num_slots` shards of `rows_per_shard` rows each, row 0 included."""
 
     def __init__(self, num_slots: int, rows_per_shard: int) -> None:
         """Raises MemoryError where the system refuses the memory."""
@@ -419,17 +402,11 @@ class RowMap:
         row_N[order_N] = row_M
         place_N = slot_N * self.rows_per_shard + row_N
         fits_N = row_N != 0
-        self.id_of_place[place_N[fits_N]] = ids_N[fits_N]  # before the entry, for a thread that finds the entry
+        self.id_of_place[place_N[fits_N]] = ids_N[fits_N]
         self.used_S = np.minimum(self.used_S + count_S, self.rows_per_shard - 1)
         self._grow()
         self._enter(slot_N[fits_N], hash_N[fits_N], row_N[fits_N])
         return place_N
-
-    def holds(self, slot_N: Int64, place_N: Int64, ids_N: Int64) -> Bool:
-        """Return whether each position, from an earlier `places`, is a row that still belongs to the id, (N,)."""
-        row_N = place_N - slot_N * self.rows_per_shard
-        holds_N: Bool = (row_N > 0) & (row_N <= self.used_S[slot_N]) & (self.id_of_place[place_N] == ids_N)
-        return holds_N
 
     def remove(self, slot: int, gone_K: Int64) -> tuple[Int64, Int64]:
         """Take the rows `gone_K` of a shard, ascending, from their ids; the last rows get their numbers.
@@ -471,7 +448,7 @@ class RowMap:
         if grown_S.any():
             self._enter_again(np.flatnonzero(grown_S))
 
-    def _too_full(self) -> Bool:
+    def _too_full(self) -> NDArray[np.bool_]:
         entries_S = self._mask_S + 1
         return (self.used_S * self._entries_a_row_S > entries_S) & (entries_S < self._span)
 

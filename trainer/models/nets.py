@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -408,21 +409,17 @@ def noted_weights(model: CtrModel) -> Iterator[dict[str, PairWeights]]:
     aggregators.
     """
     found: dict[str, PairWeights] = {}
-    with contextlib.ExitStack() as hooks:
-        for name, aggregator in model.aggregators.items():
-            hooks.callback(aggregator.register_forward_pre_hook(_Note(name, found)).remove)
-        yield found
 
-
-class _Note:
-    """Called with what an aggregator is about to be called with."""
-
-    def __init__(self, name: str, found: dict[str, PairWeights]) -> None:
-        self._name, self._found = name, found
-
-    def __call__(self, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def note(name: str, aggregator: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(aggregator, Aggregator)
         with torch.no_grad():
             weights = aggregator.weights(*arguments)
         if weights is not None:
-            self._found[self._name] = weights
+            found[name] = weights
+
+    hooks = [each.register_forward_pre_hook(partial(note, name)) for name, each in model.aggregators.items()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,7 +1,5 @@
 """The map of an exact table against a dict: rows in the order of arrival, whatever the number of ranks."""
 
-import threading
-
 import numpy as np
 import pytest
 
@@ -107,48 +105,10 @@ def test_rows_are_removed_and_the_last_ones_take_their_numbers() -> None:
         assert owned.rows(every) == [row_of.get(each, 0) for each in every.tolist()]
 
 
-def test_a_place_found_before_holds_as_long_as_its_id_is_there() -> None:
-    owned = Owned(60)
-    ids = np.arange(100)
-    owned.learn(ids)
-    slot_N, hash_N, _ = owned.of(ids)
-    place_N = owned.map.places(slot_N, hash_N, ids)
-    assert (owned.map.holds(slot_N, place_N, ids) == (place_N % 60 != 0)).all()
-    for slot in range(SHARDS):
-        owned.map.remove(slot, np.array([1, 3]))
-    held = owned.map.holds(slot_N, place_N, ids)
-    assert 0 < np.count_nonzero(held) < 100 - 2 * SHARDS  # moved rows are elsewhere
-    assert (held == (owned.map.places(slot_N, hash_N, ids) == place_N) & (place_N % 60 != 0)).all()
-
-
 def test_no_ids_are_no_matter() -> None:
     owned = Owned(5)
     owned.learn(np.empty(0, np.int64))
     assert owned.rows(np.empty(0, np.int64)) == []
-
-
-@pytest.mark.long
-def test_a_thread_finds_the_right_row_or_none_while_ids_come() -> None:
-    owned, batches = Owned(40_000), steps(60, 2000, 150_000)
-    expected = by_dict(batches, 39_999)
-    asked = np.unique(np.concatenate(batches))
-    rows, turn = np.array([expected[each] for each in asked.tolist()]), slice(None, None, 29)
-    wrong: list[int] = []
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.is_set():
-            found = np.array(owned.rows(asked[turn]))
-            wrong.append(int(((found != rows[turn]) & (found != 0)).sum()))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    for batch in batches:
-        owned.learn(batch)
-    ended.set()
-    thread.join()
-    assert wrong and not any(wrong)
-    assert owned.rows(asked) == rows.tolist()
 
 
 def test_bytes_are_those_of_the_arrays() -> None:
