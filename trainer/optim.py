@@ -46,7 +46,7 @@ class DenseOptimizer:
         self._flat = torch.zeros(size, dtype=values[0].dtype, device=values[0].device)
         self._config = config
         # The function below torch.optim.Adam: the class imports torch's compiler, a second and a half of every start.
-        self._moments = {name: _Moments.of(parameter) for name, parameter in self.parameters.items()}
+        self._moments = {name: _moments_of(parameter) for name, parameter in self.parameters.items()}
         self._reductions = _reductions(comm, self.parameters, self._flat)
 
     def zero_grad(self) -> None:
@@ -91,10 +91,10 @@ class DenseOptimizer:
         adam(
             values,
             [value.grad for value in values if value.grad is not None],
-            [each.exp_avg for each in moments],
-            [each.exp_avg_sq for each in moments],
+            [each["exp_avg"] for each in moments],
+            [each["exp_avg_sq"] for each in moments],
             [],
-            [each.step for each in moments],
+            [each["step"] for each in moments],
             fused=True,
             amsgrad=False,
             beta1=config.beta1,
@@ -111,24 +111,14 @@ class DenseOptimizer:
 
     def moments(self) -> dict[str, Tensor]:
         """Return Adam's state, as adam/<name>/{exp_avg, exp_avg_sq, step}."""
-        return {
-            f"adam/{name}/{part}": value for name, each in self._moments.items() for part, value in vars(each).items()
-        }
+        return {f"adam/{name}/{part}": value for name, each in self._moments.items() for part, value in each.items()}
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Adam's state of one parameter."""
-
-    step: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    @classmethod
-    def of(cls, parameter: nn.Parameter) -> "_Moments":
-        """Make the state that Adam begins with."""
-        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        return cls(step, torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach()))
+def _moments_of(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Make the state that Adam begins with."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    value = parameter.detach()
+    return {"step": step, "exp_avg": torch.zeros_like(value), "exp_avg_sq": torch.zeros_like(value)}
 
 
 class _Reduction:

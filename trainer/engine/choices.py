@@ -134,9 +134,6 @@ class WrappedOptimizer(RowOptimizer):
     def current(self, rows: IdRows) -> Tensor:
         return self.inner.current(rows)
 
-    def result(self, rows: IdRows) -> Tensor:
-        return self.inner.result(rows)
-
     def step(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
         self.inner.step(rows, weight_QV, gradient_QV, rates)
 
@@ -185,19 +182,17 @@ class RowAverages(WrappedOptimizer):
         self.lags = True
         self._average, self._is_read = StepAverage(share), False
 
-    def result(self, rows: IdRows) -> Tensor:
-        return self._averages(rows, self.current(rows))
-
     def read(self, rows: IdRows) -> Tensor:
-        return self.result(rows) if self._is_read else self.current(rows)
+        current_QV = self.current(rows)
+        return self._averages(rows, current_QV) if self._is_read else current_QV
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        self._is_read = True
+        before, self._is_read = self._is_read, True
         try:
             yield
         finally:
-            self._is_read = False
+            self._is_read = before
 
     @torch.no_grad()
     def step(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:

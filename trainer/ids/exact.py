@@ -184,13 +184,6 @@ class ExactTable(IdTable):
                 self.filter.fade(slot)
                 self._faded_S[slot] = day
 
-    def restart(self, epoch: int) -> None:
-        """Reset all rows in use for this epoch; ids keep their rows. Unused memory stays untouched."""
-        for slot in range(len(self.shards)):
-            for part in self._of_slot(slot).parts.values():
-                part.zero_()
-        self._fill(epoch)
-
     def warm_names(self) -> list[str]:
         """List names of the tensors that `begin_with` takes; those of `used_at` and `clock` may be lacking."""
         parts = (*_WARM, USED_AT, CLOCK) if self.shape.evicts else _WARM

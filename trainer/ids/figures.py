@@ -9,12 +9,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from trainer.comm import Comm
 from trainer.ids.exact import ExactShape
+from trainer.ids.shards import TableShape
 from trainer.ids.tables import IdTable
 from trainer.schema.profile import DistinctCount
 
@@ -23,17 +24,6 @@ WARNED_SHARE = 0.25
 `trainer.schema.profile.ROWS_PER_ID` rows for each id, as we suggest them."""
 _GOOD_SHARE = 0.01
 _MOST_ROWS = 10**12  # of the configuration
-
-
-class Hashed(Protocol):
-    """The shape of a hashed table, as far as collisions depend on it."""
-
-    @property
-    def size(self) -> int:
-        """Rows of all shards."""
-
-    def rows_of_hashes(self, hash_N: Any) -> Any:
-        """Find the row of each splitmix64 hash, by its place in the whole table."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class Collisions:
         )
 
 
-def collisions_of(shape: Hashed, seen: DistinctCount) -> Collisions:
+def collisions_of(shape: TableShape, seen: DistinctCount) -> Collisions:
     """Measure a table that has met the ids of `seen`: counted up to some thousand ids, else what is to be expected.
 
     With n ids hashed evenly into m rows, an id is alone with probability (1 - 1/m)^(n - 1), and a row stays empty with

@@ -28,7 +28,7 @@ class RowOptimizer:
     state: tuple[StatePart, ...] = ()
     """What is kept of a row together with its weights."""
     lags = False
-    """Whether weights in memory may be others than `result`."""
+    """Whether weights in memory may be others than what a checkpoint is to have."""
 
     def __init__(self, config: OptimConfig) -> None:
         self._config = config
@@ -36,10 +36,6 @@ class RowOptimizer:
     def current(self, rows: IdRows) -> Tensor:
         """Return the weights (Q, V) of these rows as they are now; a view where no step moves rows beside its own."""
         return rows.weight
-
-    def result(self, rows: IdRows) -> Tensor:
-        """Return what these rows are worth outside of training (Q, V)."""
-        return self.current(rows)
 
     def read(self, rows: IdRows) -> Tensor:
         """Return what a batch is to see of these rows (Q, V)."""

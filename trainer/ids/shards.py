@@ -187,8 +187,9 @@ class TableShards:
 
     def restart(self, epoch: int) -> None:
         """Begin all rows anew for this epoch, with other values than before, and with zero as their state."""
-        for part in self.rows.parts.values():
-            part.zero_()
+        for slot in range(len(self.shards)):
+            for part in self._of_slot(slot).parts.values():
+                part.zero_()
         self._fill(epoch)
 
     def names(self) -> list[str]:
@@ -204,7 +205,8 @@ class TableShards:
         exported = self._kept()
         if self.optimizer.lags:
             for slot, shard in enumerate(self.shards):
-                exported[self._name(shard, WEIGHT)] = self.optimizer.result(self._of_slot(slot))
+                with self.optimizer.averaged():
+                    exported[self._name(shard, WEIGHT)] = self.optimizer.read(self._of_slot(slot))
         return exported
 
     def warm_names(self) -> list[str]:
