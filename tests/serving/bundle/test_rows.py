@@ -12,6 +12,7 @@ import torch
 from serving.bundle.open import Bundle
 from tests.serving.bundle.conftest import VARIANTS, Exported
 from tests.trainer.conftest import Places
+from tests.trainer.ids.exact_tables import vectors_of
 from trainer.comm import SoloComm
 from trainer.engine.similarity import Signatures, scaling_of
 from trainer.ids.exact import ExactTable
@@ -49,7 +50,7 @@ def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun
     for name, table in trained.engine.tables.items():
         ids = ids_of(trained, name)
         request = table.serve(ids, "eval")
-        wanted = table.source.vectors([request])[0].detach().numpy()[request.inverse_R]
+        wanted = vectors_of(table, request).detach().numpy()[request.inverse_R]
         rows, _ = bundle.ids.find(name, ids)
         found = bundle.ids.gather(table.width, rows)
         assert found.dtype == np.float32

@@ -66,8 +66,10 @@ def train(table: ExactTable, ids: Sequence[int] | np.ndarray) -> None:
 
 
 def vectors_of(table: IdTable, request: RowRequest) -> Tensor:
-    """Those of the only table of its width."""
-    return table.source.vectors([request])[0]
+    """Those of one table, where the others of its width are asked for nothing."""
+    tables, none = list(table.source.key_sources.values()), np.empty(0, np.int64)
+    requests = [request if each is table else each.serve(none, "eval") for each in tables]
+    return table.source.vectors(requests)[tables.index(table)]
 
 
 def move(table: IdTable, rates: Rates = RATES) -> None:

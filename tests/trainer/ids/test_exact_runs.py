@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from jobs.export_embeddings import app
 from tests.trainer.checkpoints import tensors_of
+from tests.trainer.ids.exact_tables import vectors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.daily import follow
@@ -180,7 +181,7 @@ def test_the_export_has_what_the_engine_looks_up(trained: Train, tmp_path: Path)
     asked = np.unique([*range(60), *(each for each in rows["id"].to_pylist() if each is not None)])
     with torch.no_grad():
         request = table.serve(asked, "eval")
-        found = table.source.vectors([request])[0][torch.from_numpy(request.inverse_R)].numpy()
+        found = vectors_of(table, request)[torch.from_numpy(request.inverse_R)].numpy()
     opened.close()
     of_id = dict(zip(zip(rows["shard"].to_pylist(), rows["id"].to_pylist(), strict=True), rows["vector"], strict=True))
     for each, vector in zip(asked.tolist(), found, strict=True):
