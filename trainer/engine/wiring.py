@@ -30,8 +30,9 @@ from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
 from trainer.ids.shards import IdRows, StatePart, TableShape, check_names, owned_rows, row_bytes
 from trainer.ids.tables import IdSource, IdTable
 from trainer.models.ctr import CtrModel
-from trainer.models.layers import IdDropout, chosen_values, nearest_of, tiers_of, width_of
+from trainer.models.layers import chosen_values, nearest_of, tiers_of, width_of
 from trainer.models.nets import build_model
+from trainer.models.newads import IdDropout
 from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages

@@ -1,21 +1,16 @@
-"""Layers: concatenation of fields, MLPs, and inputs that training hides.
+"""Layers: the fields that a model uses, MLPs, and operations on rows of uneven length.
 
 What needs all rows of a step takes them of the global batch. What is drawn depends on a sample's place in it, not on
 the rank. Letters here: M rows on this rank, W units of a layer.
 
 `torch.segment_reduce` over sorted rows took a fifth of the time of `index_add_` on 99,000 rows of 12 (CPU, 2 cores).
 Under torch.export, which has no compiled form of it, what has uneven lengths goes by the row of each value instead.
-
-A new ad has a known category and a picture, but rows that nobody trained: of its own ID and of its image's ID. After
-DropoutNet (Volkovs et al., NIPS 2017), which drops the whole preference vector of an item, both are dropped together,
-and nothing is scaled up in return. They become zero, which is the mean of rows before their first step. A picture that
-is dropped is zero as well, as one without features may be (data.missing=zeros).
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featurestore.keys import splitmix64, stream_start, unit_interval
+from featurestore.keys import splitmix64, stream_start
 from featurestore.lookup.ondevice import PReLU, on_device
 from trainer.comm import Comm, SoloComm
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, reduce_segments, take_rows
-from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, Side
 
 _SIDES: dict[str, frozenset[Side]] = {
@@ -380,56 +374,6 @@ class _SegmentMax(torch.autograd.Function):
         return torch.repeat_interleave(share_MV, lengths_M, dim=0, output_size=len(rows_N)) * is_highest_N, None
 
 
-class IdDropout:
-    """Drops the own IDs, or the visual vectors, of the ads of some training samples.
-
-    IDs are dropped of a share `rate` of samples, visual vectors of a share `image_rate`.
-    """
-
-    def __init__(self, schema: Schema, rate: float, seed: int, *, image_rate: float = 0.0) -> None:
-        self.rate, self._seed, self._image_rate = rate, seed, image_rate
-        self.fields = own_ids_of_ads(schema)
-        self._images = tuple(field.name for field in schema.of_kind("content", side="ad"))
-
-    def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
-        """Replace the vectors of dropped samples by zeros that have no gradient, for training step `step`."""
-        result = dict(vectors)
-        if self.rate:
-            dropped_B = dropped(self._seed, step, batch.places, self.rate)
-            result |= {name: _zeroed(result[name], dropped_B) for name in self.fields if name in result}
-        if self._image_rate:
-            dropped_B = dropped(self._seed, step, batch.places, self._image_rate, "image_dropout")
-            result |= {name: _zeroed(result[name], dropped_B) for name in self._images if name in result}
-        return result
-
-
-def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
-    """Return the fields whose value is new with a new ad: `new_ad_field`, and the IDs of its contents.
-
-    An ID field of the ad side is a content's ID when it reads the column of a content field. One that crosses such
-    columns with others is new with a new ad too.
-    """
-    own = {f.column_name for f in schema.fields if f.name == schema.new_ad_field}
-    own |= {field.column_name for field in schema.of_kind("content", side="ad")}
-    return tuple(
-        field.name
-        for field in schema.of_kind("id", "multi_id", side="ad")
-        if field.name == schema.new_ad_field or own & {field.column_name, *(field.columns or ())}
-    )
-
-
-def dropped(
-    seed: int, step: int, place_B: NDArray[np.int64], rate: float, what: str = "id_dropout"
-) -> NDArray[np.bool_]:
-    """Return whether the samples at these places of the global batch are dropped, (B,).
-
-    Counter based: the number at the sample's place in the global batch, of a stream for (seed, what, step). So it
-    depends neither on the number of ranks nor on what was drawn before.
-    """
-    is_dropped_B: NDArray[np.bool_] = unit_interval(random_words(f"{seed}/{what}/{step}", place_B)) < rate
-    return is_dropped_B
-
-
 def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return the random 64 bits of these numbers in a stream, (N,), independent of earlier draws.
 
@@ -437,13 +381,3 @@ def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]
     """
     counter_N = number_N.astype(np.uint64) + stream_start(stream)
     return splitmix64(counter_N.view(np.int64))
-
-
-def _zeroed(field: FieldVectors, dropped_B: NDArray[np.bool_]) -> FieldVectors:
-    """Point the values of dropped rows to a row of zeros behind the others."""
-    vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
-    assert isinstance(field.lengths_M, Tensor)
-    of_row_B = on_device(dropped_B, field.index_N.device)
-    dropped_N = torch.repeat_interleave(of_row_B, field.lengths_M, output_size=len(field.index_N))
-    index_N = field.index_N.masked_fill(dropped_N, len(field.vectors_UV))
-    return replace(field, vectors_UV=vectors_UV, index_N=index_N)

@@ -30,7 +30,8 @@ from worlds import Sample, features, steps, texts
 from trainer.engine.wiring import shape_of
 from trainer.ids.exact import ExactShape
 from trainer.ids.shards import TableShape, initial_rows
-from trainer.models.layers import dropped, random_words
+from trainer.models.layers import random_words
+from trainer.models.newads import dropped
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 

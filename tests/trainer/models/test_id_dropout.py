@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from trainer.exchange.vectors import FieldVectors
-from trainer.models.layers import IdDropout, dropped, own_ids_of_ads
+from trainer.models.newads import IdDropout, dropped, own_ids_of_ads
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema, load_schema
 
