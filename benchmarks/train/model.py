@@ -37,12 +37,12 @@ class Model:
         engine = run.engine
         self.run, self.comm, self.net = run, run.comm, engine.model
         self.content: list[Field] = [field for field in engine.fields if field.kind == "content"]
-        self._tables, self._optim = engine.tables, run.config.optim
+        self._optim = run.config.optim
         parts = nn.ModuleDict({"model": self.net, "images": image_model})
         trained = {name: parameter for name, parameter in parts.named_parameters() if parameter.requires_grad}
         self._dense = DenseOptimizer(run.comm, trained, self._optim)
         self.ids = Exchange(
-            run.comm, self._tables, {field.name: field.table_name for field in engine.fields if field.is_id}
+            run.comm, engine.id_sources, {field.name: field.table_name for field in engine.fields if field.is_id}
         )
         self._steps = 0
 
