@@ -52,7 +52,7 @@ def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun
         request = table.serve(ids, "eval")
         wanted = vectors_of(table, request).detach().numpy()[request.inverse_R]
         rows, _ = bundle.ids.find(name, ids)
-        found = bundle.ids.gather(table.width, rows)
+        found = bundle.ids.gather(table.shape.width, rows)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, wanted.astype(np.float32))
         assert len(np.unique(found, axis=0)) > 2
