@@ -135,11 +135,10 @@ class ExactTable(IdTable):
         return ExactRequest(none, inverse_R, len(ids_Q), ids_Q, hash_Q, slot_Q, kind == "step")
 
     def settle(self, request: RowRequest) -> Tensor:
-        """Return the rows (U,) that the ids of a request have in this step; a cold row of several ids is read once, so
-        that it is moved once.
+        """Return the rows (U,) that the ids of a request have in this step, each once.
 
-        In a training step, ids are counted and admitted before: one that has occurred in `admit_after` steps, this one
-        included, gets a row of its own."""
+        Several ids have one cold row, which is read once, so that it is moved once. In a training step, ids are counted
+        and admitted before: one that has occurred in `admit_after` steps, this one included, gets a row of its own."""
         assert isinstance(request, ExactRequest)
         is_training = request.is_training and torch.is_grad_enabled()
         place_Q = self.map.places(request.slot_Q, request.hash_Q, request.ids_Q)
