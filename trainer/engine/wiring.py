@@ -27,7 +27,7 @@ from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
-from trainer.ids.shards import IdRows, StatePart, TableShape, check_names, owned_rows, row_bytes
+from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
 from trainer.models.ctr import CtrModel
 from trainer.models.layers import chosen_values, nearest_of, tiers_of, width_of
@@ -430,15 +430,12 @@ def build_tables(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, IdTable]:
-    """Make the tables by name; the rows of those of one width lie one after the other. `scale`: see `initial_rows`.
-
-    Raises ConfigError where the system refuses the memory.
-    """
+    """Make the tables by name; the rows of those of one width lie one after the other. `scale`: see `initial_rows`."""
     shapes = list(shapes)
     sources: dict[int, IdSource] = {}
     for width in dict.fromkeys(shape.width for shape in shapes):
         count = sum(owned_rows(shape, rank, num_ranks) for shape in shapes if shape.width == width)
-        sources[width] = IdSource(_memory_of(shapes, count, width, optimizer.state, device, dtype), optimizer)
+        sources[width] = IdSource(IdRows.zeros(count, width, optimizer.state, device, dtype), optimizer)
     return {
         shape.name: (ExactTable if isinstance(shape, ExactShape) else IdTable)(
             shape,  # type: ignore[arg-type]  # an exact one for an exact table
@@ -450,23 +447,3 @@ def build_tables(
         )
         for shape in shapes
     }
-
-
-def _memory_of(
-    shapes: Sequence[TableShape],
-    count: int,
-    width: int,
-    state: Sequence[StatePart],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> IdRows:
-    """Rows of all tables of one width. Raises ConfigError that names the largest one."""
-    try:
-        return IdRows.zeros(count, width, state, device, dtype)
-    except (RuntimeError, MemoryError) as failure:  # torch has no class of its own for the memory of a CPU
-        shape = max((shape for shape in shapes if shape.width == width), key=lambda shape: shape.num_rows)
-        raise ConfigError(
-            f"{shape.setting}: this rank's {count:,} rows of {width} numbers and their "
-            f"optimiser's state take {count * row_bytes(width, state, dtype) / 1e9:,.1f} GB, which the system refuses; "
-            "lower it, or use more ranks"
-        ) from failure

@@ -350,7 +350,6 @@ class RowMap:
     """The rows of ids in `num_slots` shards of `rows_per_shard` rows each, row 0 included."""
 
     def __init__(self, num_slots: int, rows_per_shard: int) -> None:
-        """Raises MemoryError where the system refuses the memory."""
         self.rows_per_shard = rows_per_shard
         self.used_S: Int64 = np.zeros(num_slots, np.int64)
         """Rows in use, without row 0: they are 1 .. used."""

@@ -10,7 +10,7 @@ from tests.trainer.ids.exact_tables import move, vectors_of
 from trainer.config.options import OptimConfig
 from trainer.engine.choices import row_optimizer
 from trainer.engine.wiring import build_tables
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import TableShape, initial_rows, owned_bytes
 from trainer.ids.tables import IdTable
@@ -76,15 +76,6 @@ class TestInitialRows:
 
 
 class TestMemory:
-    def test_a_refusal_of_the_system_names_the_largest_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: object, **__: object) -> None:
-            raise MemoryError("Unable to allocate 0.2 GiB for an array")
-
-        monkeypatch.setattr(np, "zeros", refuse)
-        shapes = [TableShape("user", 3, 5_000_000, 8), SHAPE]
-        with pytest.raises(ConfigError, match=r"model\.tables\.user=5000000: this rank's 5,000,056 rows .* 0\.2 GB"):
-            build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer())
-
     def test_bytes_are_those_of_the_tensors(self) -> None:
         for rank in range(3):
             rows = table_of(rank, 3).rows.block_NW
