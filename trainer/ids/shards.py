@@ -245,8 +245,9 @@ class TableShards:
         for part, mine in self._kept_of(slot).items():
             theirs = parts.get(part, mine)
             if theirs.shape != mine.shape:
+                name = self._name(self.shards[slot], WEIGHT if part == LAST_WEIGHT else part)
                 raise CheckpointError(
-                    f"{self._name(self.shards[slot], part)} has shape {tuple(theirs.shape)} in the checkpoint and "
+                    f"{name} has shape {tuple(theirs.shape)} in the checkpoint and "
                     f"{tuple(mine.shape)} in this run; set model.tables.{self.shape.name}, the table's width and "
                     "model.table_shards as they were"
                 )
