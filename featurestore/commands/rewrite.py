@@ -96,20 +96,13 @@ def show_remade(report: "RemakeReport") -> None:
 @app.command(
     epilog="Examples:\n\n"
     "- `python -m featurestore purge data/features --uris takedown.txt --dry-run`\n\n"
-    "- `python -m featurestore purge s3://bucket/features --keys takedown.npy --move-channels --unpin`\n\n"
+    "- `python -m featurestore purge s3://bucket/features --keys takedown-keys.txt`\n\n"
     "- `python -m featurestore verify data/features --absent takedown.txt`"
 )
 def purge(
     url: Url,
-    keys: Annotated[
-        Path | None, typer.Option("--keys", help="Keys: a number on each line, an int64 .npy, or `key` of a .parquet.")
-    ] = None,
-    uris: Annotated[Path | None, typer.Option("--uris", help="Uris: one on each line, or `uri` of a .parquet.")] = None,
-    move_channels: Annotated[
-        bool,
-        typer.Option("--move-channels", help="Channels of older snapshots that go follow to the new snapshot."),
-    ] = False,
-    drop_pins: Annotated[bool, typer.Option("--unpin", help="Remove pins of snapshots that go.")] = False,
+    keys: Annotated[Path | None, typer.Option("--keys", help="Text file of keys, one on each line.")] = None,
+    uris: Annotated[Path | None, typer.Option("--uris", help="Text file of uris, one on each line.")] = None,
     writer_hours: Annotated[
         float,
         typer.Option("--writer-hours", min=0, help="Younger files of no snapshot may be a writer's, and stay."),
@@ -136,8 +129,6 @@ def purge(
         report = purge_store(
             FeatureStore.open(url),
             images,
-            move_channels=move_channels,
-            drop_pins=drop_pins,
             writer_hours=writer_hours,
             dry_run=dry_run,
             progress=progress,
@@ -179,7 +170,6 @@ def _purge_lines(report: "PurgeReport", images: "Images", dry_run: bool) -> list
             f"history      {count_text(len(report.expired), 'snapshot')} {would}gone: {ranges_text(report.expired)}"
         )
     lines += [f"channel      {name} points to snapshot {report.version or 'the newest'}" for name in report.moved]
-    lines += [f"pin          {name} removed" for name in report.unpinned]
     if report.num_quarantined:
         lines.append(f"quarantine   {count_text(report.num_quarantined, 'row')} {would}removed")
     lines += [f"staging      parts of run {run} {would}removed" for run in report.runs]

@@ -27,14 +27,14 @@ from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.published.channels import ChannelMove, read_channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING, QuarantineRow
-from featurestore.storage.local import TEMPORARY, read_regular, read_text
+from featurestore.storage.local import TEMPORARY, read_text
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.text import count_text
 from featurestore.upkeep import DAMAGED, DATA
 from featurestore.upkeep.expiry import move_aside
-from featurestore.upkeep.history import Pin, move_channel, read_pins, unpin
+from featurestore.upkeep.history import move_channel, read_pins
 
 _THREADS = 4
 _PARQUET = b"PAR1"
@@ -45,7 +45,6 @@ _ATTEMPTS = 5
 _HOUR_S = 3_600.0
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 NamedBy = Literal["key", "uri"]
-TraceKind = Literal["rows", "unread"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,8 @@ class Images:
 class Trace:
     """A file that has rows of the images, or one that cannot be read and may have some."""
 
-    kind: TraceKind
     path: str
-    rows: int
+    rows: int | None  # None where it cannot be read
     text: str  # for people, with the full address
 
 
@@ -152,9 +150,9 @@ def _look(storage: Storage, path: str, images: Images) -> tuple[Trace | None, se
         return None, set()
     except (CorruptFileError, pa.ArrowException, OSError, KeyError) as error:
         text = f"{storage.full(path)} cannot be read, and may have their rows: {error}"
-        return Trace("unread", path, 0, text), found
+        return Trace(path, None, text), found
     text = f"{storage.full(path)} has {num_rows:,} of their rows"
-    return Trace("rows", path, num_rows, text) if num_rows else None, found
+    return Trace(path, num_rows, text) if num_rows else None, found
 
 
 @dataclass
@@ -170,7 +168,6 @@ class PurgeReport:
     expired: tuple[int, ...] = ()
     moved: list[str] = field(default_factory=list)
     """Channels that follow to the new snapshot."""
-    unpinned: list[str] = field(default_factory=list)
     num_quarantined: int = 0
     runs: list[str] = field(default_factory=list)
     """Of which the staged parts were removed."""
@@ -191,8 +188,6 @@ def purge(
     store: FeatureStore,
     images: Images,
     *,
-    move_channels: bool = False,
-    drop_pins: bool = False,
     writer_hours: float = 1.0,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -200,9 +195,9 @@ def purge(
     """Remove all rows of the images from all snapshots, the quarantine and what was staged, and prove it.
 
     Snapshots whose files have such rows go, and with them the history that they are. A channel that points to the
-    newest snapshot follows to the new one; one that points to an older snapshot that goes is refused, unless
-    `move_channels` lets it follow too; a pin of such a snapshot is refused unless `drop_pins`. Files of no snapshot
-    that are younger than `writer_hours` may be a writer's, and stay: then the proof fails, and it has to run again.
+    newest snapshot follows to the new one; one that points to an older snapshot that goes is refused, and so is a pin
+    of one. Files of no snapshot that are younger than `writer_hours` may be a writer's, and stay: then the proof fails,
+    and it has to run again.
     Let no other writer be at work: what one adds meanwhile is found by the proof, and one that began from a file that
     goes fails.
 
@@ -214,8 +209,6 @@ def purge(
         store=store,
         storage=store.storage,
         images=images,
-        move_channels=move_channels,
-        drop_pins=drop_pins,
         writer_s=writer_hours * _HOUR_S,
         dry_run=dry_run,
     )
@@ -229,8 +222,6 @@ class _Purge:
     store: FeatureStore
     storage: Storage
     images: Images
-    move_channels: bool
-    drop_pins: bool
     writer_s: float
     dry_run: bool
     report: PurgeReport = field(default_factory=PurgeReport)
@@ -242,7 +233,7 @@ class _Purge:
             traces = before.traces
             found |= before.found
             self.report.without_rows = self.images.without_rows(found)
-            self.report.num_rows = max(self.report.num_rows, sum(trace.rows for trace in traces))
+            self.report.num_rows = max(self.report.num_rows, sum(trace.rows or 0 for trace in traces))
             try:
                 if self._remove(traces):
                     break
@@ -264,13 +255,15 @@ class _Purge:
         newest = manifests[-1] if manifests else log.EMPTY
         self._check_readable(newest, traces)
         quarantined = self._quarantined()
-        pins, moves = self._pins_and_channels(affected, newest)
+        moves = self._moves(affected, newest)
         self.report.expired = tuple(sorted({*self.report.expired, *affected}))
         if not self.dry_run:
             if newest.version in affected:
                 newest = self._commit_again(newest, bad)
                 self.report.version = newest.version
-            self._follow(pins, moves, newest)
+            for move in moves:
+                move_channel(self.store, move.channel, newest.version, f"{PURGE}: snapshot {move.version} has gone")
+                self.report.moved.append(move.channel)
             move_aside(self.store, sorted(affected))
             if any(_paths(log.read(self.storage, version)) & bad for version in log.versions(self.storage)):
                 return False  # another process restored or committed such a file meanwhile
@@ -284,32 +277,27 @@ class _Purge:
         return True
 
     def _check_readable(self, newest: Manifest, traces: Sequence[Trace]) -> None:
-        unread = {trace.path: trace.text for trace in traces if trace.kind == "unread"}
+        unread = {trace.path: trace.text for trace in traces if trace.rows is None}
         for path in _paths(newest) & unread.keys():
             raise CorruptFileError(f"{unread[path]}: python -m featurestore repair {self.store.url}, and purge again")
 
-    def _pins_and_channels(
-        self, affected: dict[int, Manifest], newest: Manifest
-    ) -> tuple[list[Pin], list[ChannelMove]]:
-        """Find pins and channels of snapshots that go. Raises PinError for those that the caller did not allow to."""
-        pins = [pin for pin in read_pins(self.storage) if pin.version in affected]
+    def _moves(self, affected: dict[int, Manifest], newest: Manifest) -> list[ChannelMove]:
+        """Find the channels that follow to the new snapshot.
+
+        Raises PinError for a pin, or a channel of an older snapshot, that keeps one that goes."""
         moves = [move for move in read_channels(self.storage) if move.version in affected]
         # After a kill: the snapshot before a purge's is the same but for the rows.
         same = {newest.commit_id} | ({newest.parent} if newest.operation == PURGE else set())
-        stray = [move for move in moves if move.commit_id not in same]
-        problems = []
-        if pins and not self.drop_pins:
-            names = ", ".join(f"{pin.name} (snapshot {pin.version})" for pin in pins)
-            problems.append(f"pins keep snapshots that have such rows: {names}; --unpin removes them")
-        if stray and not self.move_channels:
-            names = ", ".join(f"{move.channel} (snapshot {move.version})" for move in stray)
-            problems.append(
-                f"channels point to snapshots that have such rows: {names}; --move-channels lets them follow to the"
-                " snapshot that the purge makes of the newest one"
+        pins = [pin for pin in read_pins(self.storage) if pin.version in affected]
+        keepers = [f"pin {pin.name} (snapshot {pin.version})" for pin in pins]
+        keepers += [f"channel {move.channel} (snapshot {move.version})" for move in moves if move.commit_id not in same]
+        if keepers:
+            raise PinError(
+                f"nothing was purged from {self.store.url}, as snapshots that have such rows are kept by"
+                f" {', '.join(keepers)}: unpin the pins, let the channels point to the newest snapshot (a purge moves"
+                " those along), and purge again"
             )
-        if problems:
-            raise PinError(f"nothing was purged from {self.store.url}: {'; and '.join(problems)}")
-        return pins, moves
+        return moves
 
     def _commit_again(self, newest: Manifest, bad: set[str]) -> Manifest:
         """Commit the newest snapshot from files without the rows."""
@@ -350,14 +338,6 @@ class _Purge:
     def _are_in(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         return self.images.are_in(numpy_column(table, KEY), table[URI])
 
-    def _follow(self, pins: Sequence[Pin], moves: Sequence[ChannelMove], newest: Manifest) -> None:
-        for move in moves:
-            move_channel(self.store, move.channel, newest.version, f"{PURGE}: snapshot {move.version} has gone")
-            self.report.moved.append(move.channel)
-        for pin in pins:
-            unpin(self.store, pin.name)
-            self.report.unpinned.append(pin.name)
-
     def _quarantined(self) -> list[QuarantineRow]:
         """Read all of their rows in quarantine, older ones of a key too. Raises CorruptFileError."""
         names = self.storage.list(staging.QUARANTINE)
@@ -397,28 +377,17 @@ def _paths(manifest: Manifest) -> set[str]:
 
 
 def read_images(file: Path, named_by: NamedBy | None = None) -> Images:
-    """Read images from a file of keys or of uris.
+    """Read images from a text file of keys or of uris, one on each line.
 
-    The file has one on each line, or in the column `key` or `uri` of a .parquet; an int64 .npy has keys. With None they
-    are keys where the .parquet has that column, or each line is a whole number. Raises KeyFileError.
+    With None they are keys where each line is a whole number. Raises KeyFileError.
     """
     try:
-        if file.suffix == ".npy":
-            keys_N = np.load(file, allow_pickle=False)
-            if keys_N.dtype != np.int64 or keys_N.ndim != 1 or not keys_N.size:
-                raise ValueError(f"it has {keys_N.dtype} of shape {keys_N.shape}: keys are one list of int64")
-            return Images.of_keys(keys_N)
-        if file.suffix == ".parquet":
-            table = pq.read_table(pa.BufferReader(read_regular(file)))
-            named_by = named_by or ("key" if KEY in table.column_names else "uri")
-            names = ["" if name is None else str(name) for name in table[named_by].to_pylist()]
-        else:
-            names = [line for line in read_text(file).splitlines() if line.strip()]
-            named_by = named_by or ("key" if all(map(_WHOLE_NUMBER.fullmatch, names)) else "uri")
-        if not names or not all(names):
-            raise ValueError(f"it has no {named_by}, or an empty one")
+        names = [line for line in read_text(file).splitlines() if line.strip()]
+        named_by = named_by or ("key" if all(map(_WHOLE_NUMBER.fullmatch, names)) else "uri")
+        if not names:
+            raise ValueError(f"it has no {named_by}")
         return Images.of_uris(names) if named_by == "uri" else Images.of_keys(np.array([*map(_key, names)], np.int64))
-    except (OSError, ValueError, OverflowError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError) as error:
         wanted = f"{named_by}s" if named_by else "keys or uris"
         raise KeyFileError(f"{file} is not a file of {wanted}: {error}") from error
 

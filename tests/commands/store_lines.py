@@ -132,7 +132,7 @@ FEATURESTORE = [
     ("featurestore purge {store}", 2, "--keys"),
     ("featurestore purge {store} --keys {empty} --uris {empty}", 2, "--keys"),
     ("featurestore purge {store} --keys {empty}", 2, "{empty}"),
-    ("featurestore purge {store} --uris {empty}", 2, "no uri,"),
+    ("featurestore purge {store} --uris {empty}", 2, "it has no uri"),
     ("featurestore purge {store} --keys {garbage}", 2, "{garbage}"),
     ("featurestore purge {store} --keys {pipe}", 2, "{pipe}"),
     ("featurestore purge {store} --writer-hours -1 --keys {empty}", 2, "--writer-hours"),

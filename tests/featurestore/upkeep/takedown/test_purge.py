@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -17,7 +15,7 @@ from featurestore.commit import Commit
 from featurestore.errors import CorruptFileError, KeyFileError, PinError, SnapshotNotFoundError
 from featurestore.upkeep import purge as purge_module
 from featurestore.upkeep.compaction import compact
-from featurestore.upkeep.history import move_channel, pin, read_pins, restore
+from featurestore.upkeep.history import move_channel, pin, read_pins, restore, unpin
 from featurestore.upkeep.purge import Images, PurgeReport, find_traces, read_images
 from featurestore.upkeep.purge import purge as purge_store
 from featurestore.upkeep.verify import verify
@@ -85,7 +83,7 @@ class PurgeContract:
     def test_no_file_has_a_row_and_all_others_stay(self, takendown: FeatureStore) -> None:
         before, oldest = contents(takendown), contents(takendown, 1)
         move_channel(takendown, "stable", 5)
-        assert {trace.kind for trace in find_traces(takendown.storage, IMAGES).traces} == {"rows"}
+        assert all(trace.rows for trace in find_traces(takendown.storage, IMAGES).traces)
         report = purge(takendown)
         assert report.is_complete and report.version == 6 and report.expired == (2, 3, 4, 5)
         assert contents(takendown) == without(before) and contents(takendown, 1) == oldest
@@ -237,13 +235,15 @@ class TestReaders:
         pin(filled, "model", 2)
         move_channel(filled, "stable", 4)
         files = [entry.path for entry in filled.storage.entries()]
-        with pytest.raises(PinError, match=r"model \(snapshot 2\); --unpin .* and channels .*stable \(snapshot 4\)"):
+        with pytest.raises(PinError, match=r"pin model \(snapshot 2\), channel stable \(snapshot 4\): unpin"):
             purge(filled)
-        with pytest.raises(PinError, match="--move-channels"):
-            purge(filled, drop_pins=True, dry_run=True)
-        assert [entry.path for entry in filled.storage.entries()] == files
-        report = purge(filled, drop_pins=True, move_channels=True)
-        assert report.is_complete and (report.unpinned, report.moved) == (["model"], ["stable"])
+        unpin(filled, "model")
+        with pytest.raises(PinError, match=r"kept by channel stable \(snapshot 4\)"):
+            purge(filled, dry_run=True)
+        move_channel(filled, "stable", 5)
+        assert {entry.path for entry in filled.storage.entries()} - {*files} == {f"channels/stable/{2:020}.json"}
+        report = purge(filled)
+        assert report.is_complete and report.moved == ["stable"]
         assert filled.snapshot("stable").version == 6 and read_pins(filled.storage) == []
 
     def test_a_pin_of_a_snapshot_without_the_rows_stays(self, filled: FeatureStore) -> None:
@@ -316,7 +316,8 @@ class TestProof:
         place = Path(filled.url) / where
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, place)
-        assert [(trace.path, trace.kind) for trace in find_traces(filled.storage, IMAGES).traces] == [(where, "rows")]
+        (trace,) = find_traces(filled.storage, IMAGES).traces
+        assert trace.path == where and trace.rows
         report = purge(filled)
         assert report.is_complete == (where != "x.parquet") != place.exists(), "a file of somebody else's stays"
 
@@ -324,8 +325,8 @@ class TestProof:
         purge(filled)
         filled.delete([key_of_uri(GONE[0])])
         filled.storage.write_bytes("data/0000/.tmp-dead", b"PAR1 half a file")
-        found = [(trace.path.split("/")[0], trace.kind) for trace in find_traces(filled.storage, IMAGES).traces]
-        assert sorted(found) == [("data", "rows"), ("data", "unread")]
+        rows = {trace.path: trace.rows for trace in find_traces(filled.storage, IMAGES).traces}
+        assert rows.pop("data/0000/.tmp-dead") is None and list(rows.values()) == [1]
         report_after = purge(filled)
         assert report_after.proof is not None and report_after.is_complete
 
@@ -393,23 +394,7 @@ def test_keys_and_uris(tmp_path: Path) -> None:
     assert not read_images(file).uris and read_images(file, "uri").uris == {"5", "-3", "0"}
     file.write_text("a.jpg\n5\na.jpg\n")
     assert read_images(file, "uri").uris == read_images(file).uris == {"a.jpg", "5"}
-    np.save(tmp_path / "keys.npy", np.array([4, 4, 2]))
-    assert read_images(tmp_path / "keys.npy").keys_N.tolist() == [2, 4]
     for text in ("", "x\n", "1.5\n", f"{2**63}\n"):
         file.write_text(text)
         with pytest.raises(KeyFileError, match=r"names\.txt is not a file of keys: "):
             read_images(file, "key")
-
-
-def test_names_in_tables(tmp_path: Path) -> None:
-    file, table = tmp_path / "names.parquet", pa.table({"key": [0, 7], "uri": ["a.jpg", "b.jpg"]})
-    pq.write_table(table, file)
-    assert read_images(file).keys_N.tolist() == read_images(file, "key").keys_N.tolist() == [0, 7]
-    assert read_images(file, "uri").uris == {"a.jpg", "b.jpg"}
-    pq.write_table(table.select(["uri"]), file)
-    assert read_images(file).uris == {"a.jpg", "b.jpg"}
-    wrong = {"x": ["a"]}, {"uri": ["a.jpg", None]}, {"uri": [""]}, {"uri": []}, {"key": [1, None]}, {"key": [1.5]}
-    for columns in wrong:
-        pq.write_table(pa.table(columns), file)
-        with pytest.raises(KeyFileError, match=r"names\.parquet is not a file of "):
-            read_images(file)
