@@ -48,7 +48,7 @@ def remake(
 ) -> None:
     """Make a new store of another: in another dtype, or of principal components, and measure what its rows keep.
 
-    Says how large relative error and angles are, and how many nearest neighbours stay. With `--dims` the new store is
+    Says how large the relative error is, and how many nearest neighbours stay. With `--dims` the new store is
     compact: each row becomes its coordinates along the principal components of all rows. The basis is a file of the new
     store; extract_features.py --reduce OUT makes rows by it, and refresh_features.py knows it. After an interruption
     the same command continues with the rows.
@@ -80,8 +80,6 @@ def show_remade(report: "RemakeReport") -> None:
     for name, value in {
         "relative error, mean": kept.relative_error_mean,
         "relative error, 99 % of rows below": kept.relative_error_p99,
-        "cosine, mean": kept.cosine_mean,
-        "cosine, least": kept.cosine_min,
         "10 nearest neighbours found again": kept.recall_at_10,
     }.items():
         table.add_row(name, "", "too few rows" if value is None else f"{value:.6f}")

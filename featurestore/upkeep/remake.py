@@ -57,8 +57,6 @@ class Accuracy(Frozen):
     num_queries: int
     relative_error_mean: float | None  # distance between a row and its stored form, relative to the row's length
     relative_error_p99: float | None
-    cosine_mean: float | None
-    cosine_min: float | None
     recall_at_10: float | None  # share of a row's exact nearest neighbours that are so among the kept rows too
 
 
@@ -360,9 +358,11 @@ def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, Fl
 def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]) -> Accuracy:
     """Compare rows before and after, in the same order; at most a tenth ask for their neighbours among the others.
 
-    Rows of zeros have no relative error and no angle. Cost: K x N x D multiplications, twice.
+    Rows of zeros have no relative error. Cost: K x N x D multiplications, twice.
     """
-    error_N, cosine_N = _errors(exact_ND, kept_ND)
+    length_N = np.linalg.norm(exact_ND, axis=1)
+    is_compared_N = length_N > 0
+    error_N = (np.linalg.norm(exact_ND - kept_ND, axis=1) / np.where(is_compared_N, length_N, 1))[is_compared_N]
     num_queries = min(_MOST_QUERIES, len(exact_ND) // 10)
     enough = bool(len(error_N))
     return Accuracy(
@@ -370,23 +370,8 @@ def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.
         num_queries=num_queries,
         relative_error_mean=float(error_N.mean()) if enough else None,
         relative_error_p99=float(np.percentile(error_N, 99)) if enough else None,
-        cosine_mean=float(cosine_N.mean()) if enough else None,
-        cosine_min=float(cosine_N.min()) if enough else None,
         recall_at_10=_recall(exact_ND, kept_ND, num_queries) if len(exact_ND) > 2 * _NUM_NEIGHBOURS else None,
     )
-
-
-def _errors(
-    exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return relative error and cosine of each row that is not zero."""
-    difference_ND = exact_ND - kept_ND
-    pairs = (exact_ND, exact_ND), (kept_ND, kept_ND), (exact_ND, kept_ND), (difference_ND, difference_ND)
-    length_N, kept_length_N, dot_N, distance_N = (np.einsum("nd,nd->n", *pair, dtype=np.float64) for pair in pairs)
-    nonzero_N = length_N > 0
-    error_N = np.sqrt(distance_N[nonzero_N] / length_N[nonzero_N])
-    both_N = np.sqrt(length_N[nonzero_N]) * np.sqrt(kept_length_N[nonzero_N])
-    return error_N, np.divide(dot_N[nonzero_N], both_N, out=np.zeros_like(both_N), where=both_N > 0)
 
 
 def _recall(exact_ND: npt.NDArray[Any], kept_ND: npt.NDArray[Any], num_queries: int) -> float:
@@ -423,18 +408,20 @@ def principal_components(
             reader = snapshot.shard_reader(shard)
             for block in merged_blocks(reader):
                 values_ND = snapshot.codec.decode(matrix_of(block, info))
-                _check_finite(values_ND, block, snapshot.storage.url)
+                if not np.isfinite(values_ND).all():
+                    raise InvalidRowsError(
+                        f"shard {shard} of {snapshot.storage.url} has numbers that are not finite: python -m"
+                        " featurestore verify names the file"
+                    )
                 moments.add(values_ND)
             if progress is not None:
                 progress(number, len(shards))
         total_variance = moments.total_variance()
         spectrum_K, components_KD = moments.components(dims)
     rank = int(np.count_nonzero(spectrum_K > info.dim * np.finfo(np.float64).eps * spectrum_K[0]))
-    if not rank:
-        raise InvalidRowsError(f"all rows of {snapshot.storage.url} are equal: there is nothing to reduce")
     if rank < dims:
         raise InvalidRowsError(
-            f"dims={dims}: the rows of {snapshot.storage.url} vary in {rank} directions alone; choose up to {rank}"
+            f"dims={dims}: the rows of {snapshot.storage.url} vary in {rank} directions alone: choose no more"
         )
     origin = BasisOrigin(
         store_id=info.store_id,
@@ -505,13 +492,3 @@ class CoMoments:
         largest_K = np.abs(components_KD).argmax(axis=1)
         components_KD *= np.sign(components_KD[np.arange(dims), largest_K])[:, None]
         return spectrum_K, components_KD
-
-
-def _check_finite(values_ND: npt.NDArray[np.float32], block: pa.Table, url: str) -> None:
-    finite_N = np.isfinite(values_ND).all(axis=1)
-    if not finite_N.all():
-        first = block[URI][int(np.flatnonzero(~finite_N)[0])]
-        raise InvalidRowsError(
-            f"{first} in {url} has numbers that are not finite: no store should hold such a row; delete its key, or"
-            " extract it again"
-        )
