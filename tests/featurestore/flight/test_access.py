@@ -8,7 +8,7 @@ import trustme
 from pyarrow import flight
 
 from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
-from featurestore.commands.serve import read_tls
+from featurestore.commands.look import read_tls
 from featurestore.errors import AccessError, FeatureStoreError, UnavailableError
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import ServeSmall
