@@ -58,6 +58,7 @@ from featurestore.upkeep.verify import NOTE_PREFIX, DamageNote, FileKeys, Proble
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place
 _ASIDE = ("stray", "expired", "quarantine")
+_LEFT = ("folder", "basis", "order", "pin", "channel", "collision")
 
 
 @dataclass
@@ -100,7 +101,7 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
         report.actions.append(f"move {problem.path} to {DAMAGED}/")
         if not dry_run:
             _put_aside(store.storage, problem.path)
-    report.left = [problem for kind in ("folder", "basis", "order", "pin", "collision") for problem in by_kind[kind]]
+    report.left = [problem for kind in _LEFT for problem in by_kind[kind]]
     return report
 
 

@@ -73,7 +73,7 @@ _FOLDERS = (
     DAMAGED,
 )
 FileId = tuple[str, str]  # path and sha256
-_SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, what reads it, and the way out
+_SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, its check, and the way out
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,11 @@ def verify(
         return report
     behind_links = "Then verify again: nothing else was checked"
     folders = ((folder, partial(store.storage.list, folder)) for folder in _FOLDERS)
-    report.problems += _unreadable(("folder", folder, read, behind_links) for folder, read in folders)
+    report.problems += _damaged(("folder", folder, read, behind_links) for folder, read in folders)
     if report.problems:  # files behind such a link are not the store's
         return report
     manifests = _read_manifests(store, report)
-    report.problems += [*_unexpected_files(store), *_unreadable(_small_files(store)), *_pin_problems(store, manifests)]
-    report.problems += _channel_problems(store, manifests)
+    report.problems += _damaged(_small_files(store, manifests))
     if version is not None:
         if version not in manifests and not any(version in problem.versions for problem in report.problems):
             raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see python -m featurestore log")
@@ -185,76 +184,64 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
     return good
 
 
-def _unreadable(files: Iterable[_SmallFile]) -> Iterator[Problem]:
-    """Read files, and yield a problem for each damaged one."""
-    for kind, path, read, way_out in files:
+def _damaged(files: Iterable[_SmallFile]) -> Iterator[Problem]:
+    """Check files, and yield a problem for each damaged one."""
+    for kind, path, check, way_out in files:
         try:
-            read()
+            check()
         except FileNotFoundError:  # it has expired meanwhile, or is settled
             continue
         except CorruptFileError as error:
             yield Problem(kind, path, str(error), way_out)
 
 
-def _small_files(store: FeatureStore) -> Iterator[_SmallFile]:
+def _small_files(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[_SmallFile]:
     storage, url = store.storage, store.url
+    aside = _repair(url, "moves it to damaged/")
+    check: Callable[[], object]
+    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.unexpected_files(storage, folder)]:
+        what = "has a name that no manifest can have: no reader and no commit sees it"
+        yield "stray", path, partial(_refuse, storage.full(path), what), aside
     for version in log.versions(storage, log.EXPIRED):
-        read = partial(log.read, storage, version, log.EXPIRED)
-        yield "expired", log.manifest_path(version, log.EXPIRED), read, _repair(url, "moves it to damaged/")
+        check = partial(log.read, storage, version, log.EXPIRED)
+        yield "expired", log.manifest_path(version, log.EXPIRED), check, aside
     if store.info.reduction is not None:
         way_out = "Put it back from a backup, or from another store of the same basis, where it has the same name"
         yield "basis", store.info.reduction.path, partial(basis_of, store.info, storage), way_out
     for name in storage.list(staging.QUARANTINE):
-        way_out = _repair(url, "moves it to damaged/; the next refresh tries its images again")
-        path = f"{staging.QUARANTINE}/{name}"
-        yield "quarantine", path, partial(staging.read_file, storage, name), way_out
-
-
-def _unexpected_files(store: FeatureStore) -> Iterator[Problem]:
-    way_out = _repair(store.url, "moves it to damaged/")
-    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.unexpected_files(store.storage, folder)]:
-        message = f"{store.storage.full(path)} has a name that no manifest can have: no reader and no commit sees it"
-        yield Problem("stray", path, message, way_out)
-
-
-def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[Problem]:
-    storage = store.storage
+        check = partial(staging.read_file, storage, name)
+        yield "quarantine", f"{staging.QUARANTINE}/{name}", check, f"{aside}; the next refresh tries its images again"
     for name in storage.list(history.PINS):
-        path, pin_name = f"{history.PINS}/{name}", name.removesuffix(".json")
-        way_out = f"`python -m featurestore unpin {store.url} {pin_name}`, and pin the snapshot again"
-        try:
-            pin = history.read_pin(storage, pin_name)
-        except FileNotFoundError:
-            continue
-        except CorruptFileError as error:
-            yield Problem("pin", path, str(error), way_out)
-            continue
-        if pin.version not in manifests:
-            yield Problem(
-                "pin", path, f"{storage.full(path)} keeps snapshot {pin.version}, which is not there", way_out
-            )
-
-
-def _channel_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[Problem]:
-    storage = store.storage
+        path, pin = f"{history.PINS}/{name}", name.removesuffix(".json")
+        way_out = f"`python -m featurestore unpin {url} {pin}`, and pin the snapshot again"
+        yield "pin", path, partial(_check_pin, storage, pin, storage.full(path), manifests), way_out
     for name in storage.list(log.CHANNELS):
-        path = f"{log.CHANNELS}/{name}"
-        way_out = f"Set it again: `python -m featurestore channel {store.url} {name} N`"
-        if not channels.is_channel_name(name):
-            yield Problem("channel", path, f"{storage.full(path)} is not a channel", "Remove it")
-            continue
-        try:
-            move = channels.last_move(storage, name)
-        except CorruptFileError as error:
-            yield Problem("channel", path, str(error), way_out)
-            continue
-        if move is None or move.version is None:
-            continue
-        pointed = f"{storage.full(path)} points to snapshot {move.version}"
-        if move.version not in manifests:
-            yield Problem("channel", path, f"{pointed}, which is not there", way_out)
-        elif manifests[move.version].commit_id != move.commit_id:
-            yield Problem("channel", path, f"{pointed} of commit {move.commit_id[:8]}, and here it is another", way_out)
+        path, way_out = f"{log.CHANNELS}/{name}", "Remove it"
+        check = partial(_refuse, storage.full(path), "is not a channel")
+        if channels.is_channel_name(name):
+            check = partial(_check_channel, storage, name, storage.full(path), manifests)
+            way_out = f"Set it again: `python -m featurestore channel {url} {name} N`"
+        yield "channel", path, check, way_out
+
+
+def _refuse(place: str, what: str) -> None:
+    raise CorruptFileError(f"{place} {what}")
+
+
+def _check_pin(storage: Storage, name: str, place: str, manifests: Mapping[int, Manifest]) -> None:
+    pin = history.read_pin(storage, name)
+    if pin.version not in manifests:
+        _refuse(place, f"keeps snapshot {pin.version}, which is not there")
+
+
+def _check_channel(storage: Storage, name: str, place: str, manifests: Mapping[int, Manifest]) -> None:
+    move = channels.last_move(storage, name)
+    if move is None or move.version is None:
+        return
+    if move.version not in manifests:
+        _refuse(place, f"points to snapshot {move.version}, which is not there")
+    if manifests[move.version].commit_id != move.commit_id:
+        _refuse(place, f"points to snapshot {move.version} of commit {move.commit_id[:8]}, and here it is another")
 
 
 def _check_data(

@@ -25,6 +25,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import log as log_of_store
 from featurestore.upkeep.history import move_channel, read_pins, remove_channel
+from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.faulty import faulty, made_but_lost, preceded_by
 
@@ -260,6 +261,7 @@ class TestDamage:
             expire(nine, keep_last=1, keep_days=0)
         assert log.versions(nine.storage) == list(range(1, 10))
         assert [problem.kind for problem in verify(nine).problems] == ["channel"]
+        assert [problem.kind for problem in repair(nine).left] == ["channel"]
         move_channel(nine, "stable", 5)
         assert nine.snapshot("stable").version == 5 and verify(nine).problems == []
 
