@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import lcm
 from pathlib import Path
@@ -34,7 +34,6 @@ _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and the pages are mapped at first touch
-_SMAPS = Path("/proc/self/smaps")
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -54,24 +53,20 @@ class RowFiles:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lookup")
         row_bytes = dim * dtype.itemsize
-        size_bytes = sum(num_rows) * row_bytes
-        self._touch_first = row_bytes >= _TOUCHED_BYTES
-        if size_bytes <= _MEMORY_SHARE * physical_memory_bytes():
+        self._take = _touch_and_take if row_bytes >= _TOUCHED_BYTES else _take
+        if sum(num_rows) * row_bytes <= _MEMORY_SHARE * physical_memory_bytes():
             list(self._pool.map(populate, [self.matrix[first:end] for first, end in self.spans]))
-            if self._touch_first:
-                self._touch_first = 2 * huge_page_bytes(self.matrix, size_bytes) < size_bytes
 
     def take(self, row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
         """Copy the rows at these places, all inside a file."""
         pieces = self._threads if out_UD.nbytes > _SMALL_BYTES else 1
         size = -(-len(row_U) // pieces) if len(row_U) else 1
         spans = [slice(start, start + size) for start in range(0, len(row_U), size)]
-        take = _touch_and_take if self._touch_first else _take
         work = [(self.matrix, row_U[span], out_UD[span]) for span in spans]
         if len(work) > 1:
-            list(self._pool.map(lambda arguments: take(*arguments), work))
+            list(self._pool.map(lambda arguments: self._take(*arguments), work))
         elif work:
-            take(*work[0])
+            self._take(*work[0])
 
     def close(self) -> None:
         """End the threads and let go of the files."""
@@ -97,7 +92,7 @@ def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any])
 
 
 def _touch_and_take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
-    """Copy the rows at these places, faster where pages are small.
+    """Copy wide rows at these places.
 
     One number of each page is read first, for many rows at once: the processor then waits for the address translations
     of many pages together instead of one after the other. A fifth to a half faster on files mapped by small pages;
@@ -152,36 +147,6 @@ def populate(matrix: npt.NDArray[Any]) -> None:
     size = address + matrix.nbytes - begin
     for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_READ):  # hints: what the kernel does not know it refuses
         _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
-
-
-def huge_page_bytes(matrix: npt.NDArray[Any], size_bytes: int) -> int:
-    """Return how many of the `size_bytes` of an array over mapped files are in huge pages; 0 where nobody says.
-
-    Fewer than one huge page has are in none: the system, which is slow to answer, is not asked.
-    """
-    if size_bytes < _HUGE_PAGE:
-        return 0
-    begin = matrix.ctypes.data
-    try:
-        with _SMAPS.open() as lines:
-            return sum_huge_pages(lines, begin, begin + matrix.nbytes)
-    except OSError:
-        return 0
-
-
-def sum_huge_pages(smaps: Iterable[str], begin: int, end: int) -> int:
-    """Add up the bytes of files mapped by huge pages in the address ranges of /proc/PID/smaps inside [begin, end)."""
-    total, inside = 0, False
-    for line in smaps:
-        name, *values = line.split()
-        if not name.endswith(":"):  # the first line of a range: 7f1a00000000-7f1a40000000 r--s ...
-            first, _, last = name.partition("-")
-            inside = begin <= int(first, 16) and int(last, 16) <= end
-            if int(first, 16) >= end:
-                break
-        elif inside and name == "FilePmdMapped:":
-            total += int(values[0]) * 1024
-    return total
 
 
 def physical_memory_bytes() -> int:

@@ -1,7 +1,6 @@
 """One rank's partition: the right row or none, missing and hidden keys, files in one matrix."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from featurestore.errors import (
 )
 from featurestore.keys import sampled, splitmix64
 from featurestore.lookup import rowfiles
-from featurestore.lookup.rowfiles import huge_page_bytes, sum_huge_pages
 
 
 @pytest.mark.long
@@ -58,58 +56,20 @@ def test_what_is_larger_than_half_of_the_memory_is_not_read_at_its_opening(
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
 
 
-SMAPS = """\
-55d000000000-55d000200000 rw-p 00000000 00:00 0  [heap]
-FilePmdMapped:      4096 kB
-7f0000000000-7f0000400000 r--s 00000000 fe:00 7  /cache/shard-0000.rows.bin
-Size:               4096 kB
-FilePmdMapped:      2048 kB
-VmFlags: rd sh mr mw me ms hg
-7f0000400000-7f0000600000 ---p 00000000 00:00 0
-7f0000600000-7f0000a00000 r--s 00000000 fe:00 8  /cache/shard-0001.rows.bin
-FilePmdMapped:      4096 kB
-7f0000a00000-7f0000c00000 r--s 00000000 fe:00 9  /cache/another
-FilePmdMapped:      2048 kB
-"""
-
-
-def test_the_system_is_asked_of_a_huge_page_and_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = np.zeros(1)
-    (tmp_path / "smaps").touch()
-    monkeypatch.setattr("featurestore.lookup.rowfiles._SMAPS", tmp_path / "smaps")
-    monkeypatch.setattr("featurestore.lookup.rowfiles.sum_huge_pages", lambda *_: 2 << 20)
-    assert [huge_page_bytes(matrix, size) for size in (0, (2 << 20) - 1, 2 << 20)] == [0, 0, 2 << 20]
-
-
-def test_huge_pages_are_counted_of_the_rows_alone() -> None:
-    assert sum_huge_pages(SMAPS.splitlines(), 0x7F0000000000, 0x7F0000A00000) == 6 << 20
-    assert sum_huge_pages([], 0, 1) == 0
-
-
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.6, 1.0])
-def test_rows_are_the_same_by_small_pages_and_by_huge_ones(
-    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, share: float
+@pytest.mark.parametrize("wider_by", [0, 1])
+def test_rows_are_the_same_touched_first_or_not(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, wider_by: int
 ) -> None:
-    """Touched before they are copied only where the pages are small: that makes it faster there, and slower here."""
+    """Wide rows are touched before they are copied; narrow ones are copied faster as they are."""
     rows = make_rows(300, store.info)
     store.put(rows)
     touched = []
     touch_and_take = rowfiles._touch_and_take
-
-    def watch(*arguments: Any) -> None:
-        touched.append(touch_and_take(*arguments))
-
-    monkeypatch.setattr(rowfiles, "_touch_and_take", watch)
-    monkeypatch.setattr(rowfiles, "_TOUCHED_BYTES", narrowest := store.info.row_bytes)
-    monkeypatch.setattr(rowfiles, "huge_page_bytes", lambda *_: int(share * 300 * store.info.row_bytes))
+    monkeypatch.setattr(rowfiles, "_touch_and_take", lambda *rest: touched.append(touch_and_take(*rest)))
+    monkeypatch.setattr(rowfiles, "_TOUCHED_BYTES", store.info.row_bytes + wider_by)
     opened = FeaturePartition.load(store, cache_dir=cache)
     assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
-    assert bool(touched) == (share < 0.5)
-    touched.clear()
-    monkeypatch.setattr(rowfiles, "_TOUCHED_BYTES", narrowest + 1)
-    opened = FeaturePartition.load(store, cache_dir=cache)
-    assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
-    assert not touched, "narrow rows are copied faster as they are"
+    assert bool(touched) == (wider_by == 0)
 
 
 def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, make_rows) -> None:
