@@ -1,6 +1,5 @@
 """Import vectors that another network or modality made, into a feature store of their own."""
 
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import typer
@@ -45,14 +44,12 @@ def open_source(options: ImportOptions) -> "VectorSource":
     """Find what is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not fit."""
     from pipeline.vectors import formats
 
-    address, wanted = options.address, options.file_format
-    if wanted == "auto" and (suffix := PurePosixPath(address).suffix) in (".npy", ".parquet"):
-        wanted = "npy" if suffix == ".npy" else "parquet"
-    if (wanted == "npy") != (options.keys is not None):
+    address = options.address
+    if address.endswith(".npy") != (options.keys is not None):
         raise typer.BadParameter("a .npy matrix needs its keys, and no other format has any", param_hint="--keys")
-    if wanted == "npy":
-        return formats.plan_matrix(address, str(options.keys))
-    if wanted == "parquet" or (wanted == "auto" and not formats.looks_like(address)):
+    if options.keys is not None:
+        return formats.plan_matrix(address, options.keys)
+    if address.endswith(".parquet") or not formats.looks_like(address):
         return formats.plan_parquet(address, options.dim, options.feature_column)
     return formats.plan_xdl(address, options.dim)
 

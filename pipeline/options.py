@@ -181,9 +181,6 @@ class ImportOptions:
     origin: Annotated[
         str | None, typer.Option("--source", help="What made the vectors, in words; another one is refused later.")
     ] = None
-    file_format: Annotated[
-        Literal["auto", "parquet", "npy", "xdl"], typer.Option("--format", help="auto goes by the names of the files.")
-    ] = "auto"
     keys: Annotated[str | None, typer.Option(help="Of a .npy matrix: .npy of int64, or a text file of ids.")] = None
     dim: Annotated[
         int | None,

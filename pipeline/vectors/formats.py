@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featurestore.format.codec import read_npy
 from featurestore.format.datafile import is_text
 from featurestore.keys import Int64Array, key_of_uri, keys_of_uris
 from featurestore.storage.local import StorageEntry
@@ -144,56 +145,16 @@ def _joined(blocks: list[VectorBlock]) -> VectorBlock:
     )
 
 
-_CHUNK_BYTES = 8 << 20
-
-
 @dataclass(frozen=True)
-class NpyArray:
-    """The array of a .npy file."""
+class MatrixSlice:
+    """Rows `start` to `stop` of the matrix in a .npy file, with their keys, or their ids as lines of text."""
 
     url: str
     path: str
     dtype: np.dtype[Any]
-    shape: tuple[int, ...]
+    dim: int
     offset: int  # bytes before the numbers
-
-    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Read rows `start` to `stop`."""
-        row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
-        with Storage(self.url).open_input(self.path) as file:
-            file.seek(self.offset + start * row_bytes)
-            data = file.read((stop - start) * row_bytes)
-        if len(data) != (stop - start) * row_bytes:
-            raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
-        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
-
-
-@dataclass(frozen=True)
-class IdLines:
-    """Some lines of a text file: bytes `start` to `stop`."""
-
-    url: str
-    path: str
-    start: int
-    stop: int
-
-    def texts(self) -> list[str]:
-        """Read one text for each line. Raises VectorImportError."""
-        with Storage(self.url).open_input(self.path) as file:
-            file.seek(self.start)
-            data = file.read(self.stop - self.start)
-        try:
-            return data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise VectorImportError(f"{self.path} is no text in UTF-8: {error}") from error
-
-
-@dataclass(frozen=True)
-class MatrixSlice:
-    """Rows `start` to `stop` of a matrix with their keys."""
-
-    matrix: NpyArray
-    keys: NpyArray | IdLines
+    names: Int64Array | bytes
     start: int
     stop: int
 
@@ -205,43 +166,82 @@ class MatrixSlice:
     @property
     def place(self) -> str:
         """Name of the place for messages."""
-        return f"{self.matrix.path}, rows {self.start} to {self.stop}"
+        return f"{self.path}, rows {self.start} to {self.stop}"
 
     def read(self, block_rows: int) -> Iterator[VectorBlock]:
-        """Read the rows; those with an empty id are bad."""
-        uris = self.keys.texts() if isinstance(self.keys, IdLines) else None
-        for first in range(self.start, self.stop, block_rows):
-            last = min(first + block_rows, self.stop)
-            vectors_ND = _single(self.matrix.rows(first, last))
-            if uris is not None:
-                yield _named(self.matrix.path, first, uris[first - self.start : last - self.start], vectors_ND)
-            else:
-                keys_N: Int64Array = cast("NpyArray", self.keys).rows(first, last).astype(np.int64)
-                yield VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND)
+        """Read the rows; those with an empty id are bad. Raises VectorImportError."""
+        uris = self._ids(self.names) if isinstance(self.names, bytes) else list(map(uri_of_key, self.names.tolist()))
+        row_bytes = self.dim * self.dtype.itemsize
+        with Storage(self.url).open_input(self.path) as file:
+            file.seek(self.offset + self.start * row_bytes)
+            for first in range(0, self.num_rows, block_rows):
+                uris_N = uris[first : first + block_rows]
+                data = file.read(len(uris_N) * row_bytes)
+                if len(data) != len(uris_N) * row_bytes:
+                    raise VectorImportError(f"{self.path} has become shorter while it was read: try again")
+                vectors_ND = _single(np.frombuffer(data, self.dtype).reshape(-1, self.dim))
+                if isinstance(self.names, bytes):
+                    yield _named(self.path, self.start + first, uris_N, vectors_ND)
+                else:
+                    yield VectorBlock(self.names[first : first + block_rows], uris_N, vectors_ND)
+
+    def _ids(self, lines: bytes) -> list[str]:
+        try:
+            return lines.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise VectorImportError(f"the ids of {self.place} are not text in UTF-8: {error}") from error
 
 
 def plan_matrix(address: str, keys_address: str) -> VectorSource:
-    """Cut a matrix and its keys into slices of some megabytes. Raises VectorImportError."""
-    matrix, fingerprint = _open_array(address, 2)
-    if matrix.dtype.kind != "f":
-        raise VectorImportError(f"{address} holds {matrix.dtype}: give floating point numbers")
-    rows = block_rows(matrix.shape[1])
-    starts = range(0, matrix.shape[0], rows)
-    if keys_address.endswith(".npy"):
-        array, keys_fingerprint = _open_array(keys_address, 1)
-        if array.dtype.kind not in "iu" or array.dtype == np.uint64:
-            raise VectorImportError(f"{keys_address} holds {array.dtype}, not int64 keys")
-        num_keys = array.shape[0]
-        keys: list[NpyArray | IdLines] = [array] * len(starts)
-    else:
-        lines, num_keys, keys_fingerprint = _scan_lines(keys_address, rows)
-        keys = list(lines)
-    if num_keys != matrix.shape[0]:
-        raise VectorImportError(f"{keys_address} has {num_keys:,} keys and {address} {matrix.shape[0]:,} rows")
+    """Cut a matrix and its keys into slices of some megabytes. The keys, or ids, are in memory.
+
+    Raises VectorImportError."""
+    storage, entries = find_files(address)
+    path = entries[0].path
+    with storage.open_input(path) as file:
+        try:
+            shape, is_fortran, dtype = _read_header(file)
+        except (ValueError, SyntaxError) as error:
+            raise VectorImportError(f"{address} is no .npy file: {error}") from error
+        offset = file.tell()
+    if len(shape) != 2 or dtype.kind != "f" or 0 in shape:
+        raise VectorImportError(f"{address} holds {dtype} {shape}, not 2 dimensions of floating point numbers")
+    if is_fortran:
+        raise VectorImportError(f"{address} is stored column by column: save numpy.ascontiguousarray of it")
+    num_rows, dim = shape
+    size = offset + dtype.itemsize * num_rows * dim
+    if entries[0].size_bytes != size:
+        raise VectorImportError(f"{address} is truncated: {entries[0].size_bytes:,} bytes instead of {size:,}")
+    rows = block_rows(dim)
+    names, num_keys, fingerprint = _names_of_rows(keys_address, rows)
+    if num_keys != num_rows:
+        raise VectorImportError(f"{keys_address} has {num_keys:,} keys and {address} {num_rows:,} rows")
     slices: list[VectorSlice] = [
-        MatrixSlice(matrix, part, start, min(start + rows, num_keys)) for start, part in zip(starts, keys, strict=True)
+        MatrixSlice(storage.url, path, dtype, dim, offset, each, start, min(start + rows, num_rows))
+        for start, each in zip(range(0, num_rows, rows), names, strict=True)
     ]
-    return VectorSource(matrix.shape[1], tuple(slices), f"{fingerprint} {keys_fingerprint}")
+    return VectorSource(dim, tuple(slices), f"{fingerprint_of(storage, entries)} {fingerprint}")
+
+
+def _names_of_rows(address: str, rows: int) -> tuple[list[Int64Array | bytes], int, str]:
+    """Read the keys in a .npy, or lines of ids, cut after each `rows` of them; count them all."""
+    storage, entries = find_files(address)
+    data, fingerprint = storage.read_bytes(entries[0].path), fingerprint_of(storage, entries)
+    if address.endswith(".npy"):
+        try:
+            keys_N = read_npy(data)
+        except (ValueError, SyntaxError, EOFError) as error:
+            raise VectorImportError(f"{address} is no .npy file: {error}") from error
+        if keys_N.ndim != 1 or keys_N.dtype.kind not in "iu" or keys_N.dtype == np.uint64:
+            raise VectorImportError(f"{address} holds {keys_N.dtype} {keys_N.shape}, not int64 keys")
+        keys_N = keys_N.astype(np.int64)
+        return [keys_N[first : first + rows] for first in range(0, len(keys_N), rows)], len(keys_N), fingerprint
+    ends_L = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
+    if not data.endswith(b"\n"):
+        ends_L = np.append(ends_L, len(data))  # of a last line without its end
+    bounds = [0, *ends_L[rows - 1 :: rows].tolist()]
+    bounds += [len(data)] if bounds[-1] != len(data) else []
+    return [data[start:end] for start, end in pairwise(bounds)], len(ends_L), fingerprint
 
 
 def _named(path: str, first: int, uris: list[str], vectors_ND: npt.NDArray[np.float32]) -> VectorBlock:
@@ -256,25 +256,6 @@ def _single(values_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         return values_ND.astype(np.float32)
 
 
-def _open_array(address: str, num_dimensions: int) -> tuple[NpyArray, str]:
-    storage, entries = find_files(address)
-    path = entries[0].path
-    with storage.open_input(path) as file:
-        try:
-            shape, is_fortran, dtype = _read_header(file)
-        except (ValueError, SyntaxError) as error:
-            raise VectorImportError(f"{address} is no .npy file: {error}") from error
-        offset = file.tell()
-    if len(shape) != num_dimensions or dtype.hasobject or 0 in shape:
-        raise VectorImportError(f"{address} holds {dtype} {shape}, not {num_dimensions} dimension(s) of numbers")
-    if is_fortran and num_dimensions > 1:
-        raise VectorImportError(f"{address} is stored column by column: save numpy.ascontiguousarray of it")
-    size = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    if entries[0].size_bytes != size:
-        raise VectorImportError(f"{address} is truncated: {entries[0].size_bytes:,} bytes instead of {size:,}")
-    return NpyArray(storage.url, path, dtype, shape, offset), fingerprint_of(storage, entries)
-
-
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -282,26 +263,6 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(file)
     raise ValueError(f"format {version} is for arrays of records")
-
-
-def _scan_lines(address: str, rows: int) -> tuple[list[IdLines], int, str]:
-    """Find where each `rows` lines begin and end, and count the lines."""
-    storage, entries = find_files(address)
-    path, size = entries[0].path, entries[0].size_bytes
-    bounds, num_lines, position, last = [0], 0, 0, b"\n"
-    with storage.open_input(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            ends_L = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + position + 1
-            first = rows - 1 - num_lines % rows
-            bounds += ends_L[first::rows].tolist()
-            num_lines += len(ends_L)
-            position += len(chunk)
-            last = chunk[-1:]
-    num_lines += last != b"\n"  # a last line without its end
-    if bounds[-1] != size:
-        bounds.append(size)
-    lines = [IdLines(storage.url, path, start, stop) for start, stop in pairwise(bounds)]
-    return lines, num_lines, fingerprint_of(storage, entries)
 
 
 FOOTER_THREADS = 16  # waiting for answers, not computing

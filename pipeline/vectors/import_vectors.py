@@ -28,7 +28,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array
 from featurestore.parsing import parse_json
 from featurestore.spec import ExtractorSpec
-from featurestore.storage.storage import Storage
+from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import VectorImportError
@@ -73,12 +73,6 @@ class UnitReport:
         """Load the report of a complete unit."""
         fields = parse_json(store.storage.read_bytes(_path(run_id, unit, _REPORT)))
         return cls(tuple(fields["parts"]), fields["num_rows"], tuple(BadRow(*bad) for bad in fields["bad"]))
-
-
-def complete_units(storage: Storage, run_id: str) -> set[str]:
-    """Name the units that an earlier run has staged whole."""
-    names = storage.list(f"staging/{run_id}")
-    return {name.removesuffix(_REPORT) for name in names if name.endswith(_REPORT)}
 
 
 def stage_unit(
@@ -178,7 +172,7 @@ def _rows(block: VectorBlock, bits_ND: npt.NDArray[Any], index_N: IndexArray) ->
 
 
 def _path(run_id: str, unit: str, suffix: str) -> str:
-    return f"staging/{run_id}/{unit}{suffix}"
+    return f"{STAGING}/{run_id}/{unit}{suffix}"
 
 
 BACKBONE = "imported"
@@ -320,21 +314,18 @@ class ImportRun(StoreRun):
 
     def stage(self) -> dict[str, UnitReport]:
         """Stage all units that an earlier run did not; return the reports of all."""
-        complete = complete_units(self.store.storage, self.run_id)
-        reports = {unit: UnitReport.load(self.store, self.run_id, unit) for unit in self._units if unit in complete}
+        names = self.store.storage.list(f"{STAGING}/{self.run_id}")
+        complete = [unit for unit in self._units if f"{unit}{_REPORT}" in names]
+        reports = {unit: UnitReport.load(self.store, self.run_id, unit) for unit in complete}
         self.num_resumed = sum(report.num_rows for report in reports.values())
-        reports |= self._stage({unit: it for unit, it in self._units.items() if unit not in complete}, ())
+        reports |= self._stage({unit: it for unit, it in self._units.items() if unit not in reports}, ())
         return {unit: reports[unit] for unit in self._units}
 
     def stage_again(self, contested: Int64Array) -> dict[str, UnitReport]:
         """Stage the units that hold contested keys again, without these; return their reports."""
-        keys = contested.tolist()
-        units = {
-            unit: slices
-            for unit, slices in self._units.items()
-            if np.isin(load_index(self.store, self.run_id, unit)["key"], contested).any()
-        }
-        return self._stage(units, keys)
+        indexes = {unit: load_index(self.store, self.run_id, unit)["key"] for unit in self._units}
+        units = {unit: self._units[unit] for unit, keys in indexes.items() if np.isin(keys, contested).any()}
+        return self._stage(units, contested.tolist())
 
     def index(self) -> IndexArray:
         """Load the rows of all units, in their order."""

@@ -103,7 +103,7 @@ JOBS = [
     ("jobs/import_features --from '' --store {new}", 2, "--from"),
     ("jobs/import_features --from {garbage_parquet} --dim 0", 2, "--dim"),
     ("jobs/import_features --from {garbage_parquet} --max-gone nan", 2, "--max-gone"),
-    ("jobs/import_features --from {garbage_parquet} --format [/x]", 2, "--format"),
+    ("jobs/import_features --from {garbage_parquet} --dtype [/x]", 2, "--dtype"),
     ("jobs/import_features --from {garbage_parquet} --num-shards 3", 2, "--num-shards"),
     ("jobs/import_xdl nosuch", 2, "No such command"),
     ("jobs/import_xdl samples --from {missing} --samples {new}", 2, "{missing}"),

@@ -97,7 +97,6 @@ def test_ids_meet_their_rows_in_every_slice(tmp_path, vectors_ND, monkeypatch):
     from pipeline.vectors import formats
 
     monkeypatch.setattr(formats, "block_rows", lambda dim: 7)
-    monkeypatch.setattr(formats, "_CHUNK_BYTES", 5)
     np.save(tmp_path / "a.npy", vectors_ND)
     for end in ("", "\n"):
         (tmp_path / "ids").write_text("\n".join(f"é{n}" for n in range(40)) + end)

@@ -147,19 +147,21 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     pq.write_table(pa.table({"key": [1], "a": [[float("nan")]]}), tmp_path / "nan.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing more")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("no vectors")
     write_xdl(tmp_path / "xdl", [0], vectors_ND[:1])
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow/data.3").write_bytes(b"")
     for name, args, message in [
         ("nowhere", (), "there is nothing at"),
         ("empty", (), "there is nothing at"),
-        ("empty", ("--format", "parquet"), "there are no files that end with .parquet at"),
-        ("xdl", ("--format", "parquet"), "there are no files that end with .parquet at"),
+        ("other", (), "there are no files that end with .parquet at"),
         ("hollow", (), "all 1 files of"),
         ("xdl", ("--dim", 100), "1 of 1 files, data.0 first, are not a number of records of 408 bytes"),
         ("a.npy", ("--keys", tmp_path / "short.npy"), "has 39 keys and"),
-        ("a.npy", ("--keys", tmp_path / "text.npy"), "holds <U1, not int64 keys"),
-        ("short.npy", ("--keys", tmp_path / "short.npy"), "holds int64 (39,), not 2 dimension(s)"),
+        ("a.npy", ("--keys", tmp_path / "text.npy"), "holds <U1 (2,), not int64 keys"),
+        ("a.npy", ("--keys", tmp_path / "none.npy"), "none.npy is no .npy file"),
+        ("short.npy", ("--keys", tmp_path / "short.npy"), "holds int64 (39,), not 2 dimensions"),
         ("columns.npy", ("--keys", tmp_path / "short.npy"), "column by column"),
         ("cut.npy", ("--keys", tmp_path / "short.npy"), "cut.npy is truncated: 1,080 bytes instead of 1,088"),
         ("none.npy", ("--keys", tmp_path / "short.npy"), "is no .npy file"),
