@@ -10,13 +10,9 @@ PipelineError
 ├── VectorImportError  vectors are not what they are said to be, or cannot be imported
 │   └── VectorsNotFoundError        no such file or folder, or no vectors in it
 ├── DemoError          demo data cannot be made from what was given
-├── ClusterError       no usable Dask cluster
+├── ClusterError       no usable Dask cluster: too few workers, other versions, no certificates, packages missing
 │   ├── SchedulerUnreachableError   nothing answers at the address
-│   ├── MissingCertificatesError    tls:// and no certificates in Dask's configuration
-│   ├── InsecureSchedulerError      beyond loopback and without TLS
-│   ├── MissingWorkersError         too few workers in the time
-│   ├── VersionMismatchError        client, scheduler and workers differ
-│   └── MissingPackagesError        workers that cannot import this project
+│   └── InsecureSchedulerError      beyond loopback and without TLS
 └── SampleError        the logs cannot be made into samples
     └── SampleOptionError           an option makes no sense, or names what is not there
 """
@@ -89,26 +85,10 @@ class SchedulerUnreachableError(ClusterError):
         )
 
 
-class MissingCertificatesError(ClusterError):
-    """The scheduler's address is tls:// and Dask's configuration has no certificates."""
-
-
 class InsecureSchedulerError(ClusterError):
     """A scheduler is beyond loopback and without TLS."""
 
     exit_code = USAGE
-
-
-class MissingWorkersError(ClusterError):
-    """There are fewer workers than asked for within the time."""
-
-
-class VersionMismatchError(ClusterError):
-    """Client, scheduler and workers run versions that do not work together."""
-
-
-class MissingPackagesError(ClusterError):
-    """Workers cannot import this project."""
 
 
 class SampleError(PipelineError):

@@ -99,7 +99,7 @@ def _check_basis(basis: Basis, given: Mapping[str, Any]) -> None:
 
 
 def wait_for_worker(client: Client) -> None:
-    """Return once the cluster has a worker. Raises MissingWorkersError after a minute."""
+    """Return once the cluster has a worker. Raises ClusterError after a minute."""
     wait_for_workers(client, str(client.scheduler_info()["address"]), 1, WORKERS_TIMEOUT_S)
 
 

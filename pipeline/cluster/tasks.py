@@ -35,12 +35,8 @@ from pipeline.errors import (
     SCHEDULER_LOST,
     ClusterError,
     InsecureSchedulerError,
-    MissingCertificatesError,
-    MissingPackagesError,
-    MissingWorkersError,
     PipelineError,
     SchedulerUnreachableError,
-    VersionMismatchError,
 )
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
@@ -196,8 +192,8 @@ def connect(
 
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
-    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError, InsecureSchedulerError
-    before anything is sent; in the block, ClusterError in place of what Dask raises when the scheduler dies.
+    `memory_limit` do not count then. Raises ClusterError, before anything is sent, and in the block in place of what
+    Dask raises when the scheduler dies.
     """
     address = configured_address(timeout_s)
     if address is not None:
@@ -263,13 +259,13 @@ def address_in_file(path: Path, timeout_s: float) -> str:
 def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Client]:
     """Open a client of the running scheduler at `address`, which stays running.
 
-    Raises SchedulerUnreachableError, MissingCertificatesError.
+    Raises ClusterError.
     """
     try:
         asyncio.run(asyncio.wait_for(_shake_hands(address, timeout_s), 2 * timeout_s))
         client = Client(address, timeout=timeout_s)
     except TypeError as error:  # so says distributed.comm where it has no certificates
-        raise MissingCertificatesError(
+        raise ClusterError(
             f"the scheduler {address} needs TLS certificates, and Dask's configuration has none: set"
             " DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and"
             " DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
@@ -350,20 +346,20 @@ def check_address(address: str, insecure: bool = False) -> None:
 
 
 def wait_for_workers(client: Client, address: str, count: int, timeout_s: float) -> None:
-    """Return once `count` workers are there. Raises MissingWorkersError after `timeout_s`."""
+    """Return once `count` workers are there. Raises ClusterError after `timeout_s`."""
     if count == 0:
         return
     try:
         client.wait_for_workers(count, timeout=timeout_s)
     except TimeoutError as error:
-        raise MissingWorkersError(
+        raise ClusterError(
             f"{len(client.nthreads())} of {count} workers are at {address} after {timeout_s:g} s; start more with"
             f" `dask worker {address}`, or lower --wait-workers, or raise --timeout"
         ) from error
 
 
 def check_versions(versions: Mapping[str, Any]) -> None:
-    """Raise VersionMismatchError where major.minor of Python, dask or distributed differ from the client's.
+    """Raise ClusterError where major.minor of Python, dask or distributed differ from the client's.
 
     `versions` is what `Client.get_versions()` gives. A patch version may differ: Dask's protocol does not.
     """
@@ -376,7 +372,7 @@ def check_versions(versions: Mapping[str, Any]) -> None:
         if _major_minor(theirs := node["packages"].get(package)) != _major_minor(here[package])
     ]
     if differences:
-        raise VersionMismatchError(
+        raise ClusterError(
             f"versions on the cluster differ from those here: {'; '.join(differences)}. Install the same ones on every"
             " machine"
         )
@@ -387,14 +383,14 @@ def _major_minor(version: str | None) -> list[str] | None:
 
 
 def check_packages(client: Client) -> None:
-    """Raise MissingPackagesError, with the reason, for workers that cannot import our packages.
+    """Raise ClusterError, with the reason, for workers that cannot import our packages.
 
     `exec` and not a function of ours is sent: to read that, the worker would have to import us.
     """
     answers = client.run(exec, IMPORT_OURS, {}, on_error="return")
     failures = [f"{worker}: {answer!r}" for worker, answer in answers.items() if isinstance(answer, Exception)]
     if failures:
-        raise MissingPackagesError(
+        raise ClusterError(
             f"{len(failures)} workers cannot import this project ({'; '.join(failures[:3])}). Install it on every"
             " worker's machine, in the environment that runs `dask worker`: `pip install .` in the project's folder"
         )
