@@ -32,14 +32,13 @@ from pipeline.options import XdlOptions, XdlRandomOptions
 from pipeline.samples.build import LOOKED_AT, bad_reasons, write_schema
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
 from pipeline.samples.mapping import names_in
-from pipeline.samples.publish import MARK, QUARANTINE_FILE, FolderContent, replaced_files, replaced_folder
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderContent, replaced_files, replaced_folder
 from pipeline.vectors.formats import NUM_FILES, find_files, record_dtype
 from trainer.schema import Field, Kind, Schema
 from trainer.schema.fields import schema_text, table_rows
 from trainer.schema.profile import look
 from trainer.schema.suggest import WEIGHT_SUFFIX, sample_files
 
-SPLITS = ("train", "test")
 RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
 RANDOM_DATA = FolderContent("random data", (MARK, TEXT_FILE))

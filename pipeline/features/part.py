@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 DEADLY = "brings down the process that decodes it"
 DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
+LEAST_DECODE_THREADS = 4  # reading is waiting
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -119,21 +120,16 @@ def extract_part(
     torch.set_num_threads(torch_threads(settings.workers_per_host))
     store = FeatureStore.open(settings.store)
     rows = _PartRows(settings.batch_size, network, store)
-    num_threads = decode_threads or default_decode_threads()
+    num_threads = decode_threads or max(LEAST_DECODE_THREADS, len(os.sched_getaffinity(0)))
     safe = [ref for ref in refs if ref.key not in deadly]
     for image in in_order(_Loader(network.preset).load, safe, num_threads, 2 * max(rows.batch_size, num_threads)):
         rows.add(image)
     rows.finish()
     bad = (*rows.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
     report = PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad)
-    replace(report, images=images_of(refs)).save(settings.store, settings.run_id, part)
+    replace(report, images=tuple((ref.key, ref.source_tag) for ref in refs)).save(settings.store, settings.run_id, part)
     store.stage_part(settings.run_id, part, rows.features())
     return report
-
-
-def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:
-    """Give what distinguishes images over two runs: key and source tag of each."""
-    return tuple((ref.key, ref.source_tag) for ref in refs)
 
 
 def without_unread(report: PartReport) -> PartReport:
@@ -160,24 +156,15 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
 
 def try_image(settings: PartSettings, ref: ImageRef) -> None:
     """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
-    _Loader(_preset_of(settings)).load(ref)
-
-
-def _preset_of(settings: PartSettings) -> Preset:
     from pipeline.network.layers import preset_of
 
-    return preset_of(settings.backbone, settings.weights)
+    _Loader(preset_of(settings.backbone, settings.weights)).load(ref)
 
 
 def torch_threads(workers_per_host: dict[str, int]) -> int:
     """Give this process's share of its host's cores; all of them when it is the only worker there."""
     num_workers = workers_per_host.get(host_of(get_worker().address), 1)
     return max(1, len(os.sched_getaffinity(0)) // num_workers)
-
-
-def default_decode_threads() -> int:
-    """Count the threads that read and decode: as many as cores, and at least a few, as reading is waiting."""
-    return max(4, len(os.sched_getaffinity(0)))
 
 
 def host_of(address: str) -> str:

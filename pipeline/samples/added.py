@@ -64,10 +64,9 @@ from pipeline.samples.groups import (
     write_quarantine,
 )
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows, users_of
-from pipeline.samples.publish import MARK, QUARANTINE_FILE, NewFiles, replaced_files
+from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, NewFiles, replaced_files
 from trainer.schema.fields import IMAGES_FILE
 
-SPLITS = ("train", "test")
 _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
 _FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
 """Options that may differ from those of the samples."""
@@ -313,7 +312,8 @@ def _grouped(
     is_early = any(len(early) for _, early in found)
     wanted = WantedRows(low * DAY - pause_us, first * DAY, early_users)
     before = tables.pieces(IMPRESSIONS, wanted) if is_early else []
-    behaviors = [dataclasses.replace(piece, wanted=history.of_users(users)) for piece in behaviors]
+    of_users = dataclasses.replace(history, users_path=users)
+    behaviors = [dataclasses.replace(piece, wanted=of_users) for piece in behaviors]
     # Of a day, and of its users alone, scratch is small: it is quicker as it is.
     read = shuffle(client, [*impressions, *before, *behaviors], scratch, buckets, options, compress=False)
     shown, done = read[IMPRESSIONS], read[BEHAVIORS]

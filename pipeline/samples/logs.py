@@ -77,10 +77,6 @@ class WantedRows:
             wanted_N[likely] = is_in.to_numpy(zero_copy_only=False)
         return wanted_N
 
-    def of_users(self, path: str) -> "WantedRows":
-        """Want only those rows whose users are in a file."""
-        return WantedRows(self.low_us, self.high_us, path)
-
     def may_have(self, times: tuple[int, int] | None) -> bool:
         """Return whether rows whose first and last time are these may have a wanted one; None: it is not known."""
         return times is None or (times[0] < self.high_us and times[1] >= self.low_us)
@@ -372,7 +368,10 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
             reasons.append(f"{name} {fault}")
             if len(new) and fault != "is null":
                 examples[reasons[-1]] = repr(table.column(layout.names[name])[new[0]].as_py())[:_SHOWN]
-    good |= {name: _constant(value, table.num_rows) for name, value in layout.constants.items()}
+    good |= {
+        name: np.full(table.num_rows, value, np.int64 if isinstance(value, int) else np.float64)
+        for name, value in layout.constants.items()
+    }
     is_good_N = reason_N < 0
     (bad_N,) = np.nonzero(~is_good_N)
     bad = sorted([*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *torn.items()])
@@ -399,10 +398,6 @@ def _column(table: pa.Table, name: str, layout: TableLayout, latest_s: int) -> t
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     return _arrays(column, layout.kinds[name], latest_s, layout)
-
-
-def _constant(value: float, count: int) -> npt.NDArray[Any]:
-    return np.full(count, value, np.int64 if isinstance(value, int) else np.float64)
 
 
 Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault

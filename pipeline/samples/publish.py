@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
 from pipeline.errors import SampleError, SampleOptionError
 
+SPLITS = ("train", "test")
 MARK = "summary.json"
 QUARANTINE_FILE = "quarantine.parquet"
 CODEBOOK_FILE = "codebook.safetensors"
@@ -47,11 +48,16 @@ class FolderContent:
     shown_by: tuple[str, ...]
     refuted_by: str | None = None
 
-    def problem(self, names: Container[str]) -> str | None:
-        """Say what shows that a folder with these names holds something else; None where nothing does."""
+    def check(self, place: str, names: Collection[str]) -> None:
+        """Raise SampleOptionError where the names at a place show that it holds something else."""
+        problem = next((f"has no {name}" for name in self.shown_by if name not in names), None)
         if self.refuted_by is not None and self.refuted_by in names:
-            return f"has {self.refuted_by}"
-        return next((f"has no {name}" for name in self.shown_by if name not in names), None)
+            problem = f"has {self.refuted_by}"
+        if names and problem:
+            raise SampleOptionError(
+                f"{place} has files that are no {self.name} (it {problem}), and its content would be replaced; name"
+                " another place or empty it"
+            )
 
 
 SAMPLES = FolderContent("samples", (MARK, "train"), refuted_by=CODEBOOK_FILE)
@@ -102,7 +108,7 @@ def replaced_files(
                 raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
         return
     new_before = before or open_published(target)
-    _check_publishable(new_before, content)
+    content.check(new_before.url, set(new_before.list()) - {FILES, VERSIONS})  # of a first build that was killed
     if not isinstance(new_before, PublishedFiles):
         refuse_unsafe(place)
     try:
@@ -149,14 +155,6 @@ def _version(before: Storage) -> PublishedVersion:
     return PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
 
 
-def _check_publishable(before: Storage, content: FolderContent) -> None:
-    names = set(before.list()) - {FILES, VERSIONS}  # these may be of a first build that was killed
-    if names and (problem := content.problem(names)):
-        raise SampleOptionError(
-            f"{before.url} has files that are no {content.name} (it {problem}); name another place or empty it"
-        )
-
-
 @contextlib.contextmanager
 def replaced_folder(
     target: str | Path, content: FolderContent = SAMPLES, spared: Mapping[str, str] | None = None
@@ -169,21 +167,16 @@ def replaced_folder(
     program runs in or one of `spared` (by options) would go with it.
     """
     _check_named(str(target), content.name, spared or {})
+    target = Path(target)
     try:
-        with _replaced_folder(Path(target), content) as building:
+        _check_replaceable(target, content)
+        with _building(target.parent, f".{target.name}.building-") as building:
             yield building
+            (building / LOCK).unlink()
+            _check_replaceable(target, content)
+            _swap(building, target)
     except OSError as error:
         raise SampleError(f"cannot make the {content.name} in {target}: {error or type(error).__name__}") from error
-
-
-@contextlib.contextmanager
-def _replaced_folder(target: Path, content: FolderContent) -> Iterator[Path]:
-    _check_replaceable(target, content)
-    with _building(target.parent, f".{target.name}.building-") as building:
-        yield building
-        (building / LOCK).unlink()
-        _check_replaceable(target, content)
-        _swap(building, target)
 
 
 @contextlib.contextmanager
@@ -223,12 +216,7 @@ def _check_replaceable(target: Path, content: FolderContent) -> None:
         return
     if not target.is_dir():
         raise SampleOptionError(f"{target} is a file; name a folder for the {content.name}")
-    names = {path.name for path in target.iterdir()}
-    if names and (problem := content.problem(names)):
-        raise SampleOptionError(
-            f"{target} has files that are no {content.name} (it {problem}), and its content would be replaced; "
-            "name another folder or empty it"
-        )
+    content.check(str(target), {path.name for path in target.iterdir()})
 
 
 def _swap(building: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from featurestore.store import FeatureStore
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import DEFAULT_STORE, SemanticOptions
 from pipeline.samples.build import schema_of_samples, write_schema
-from pipeline.samples.publish import CODEBOOK_FILE, MARK, SEMANTIC_IDS, replaced_files
+from pipeline.samples.publish import CODEBOOK_FILE, MARK, SEMANTIC_IDS, SPLITS, replaced_files
 from pipeline.semantic import codes as books
 from pipeline.semantic.codes import (
     FOLDER,
@@ -37,8 +37,6 @@ from pipeline.semantic.codes import (
 )
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.fields import SETTINGS_FILE, schema_text, table_rows
-
-SPLITS = ("train", "test")
 
 
 @dataclass
