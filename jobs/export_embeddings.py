@@ -56,57 +56,50 @@ def main(
     """
     from trainer.runs.folder import run_or_newest
 
+    start = time.monotonic()
     if table is None:
         out = out or "data/visual.parquet"
         check_ending(out, "--out", ".parquet", ".npy")
-        export_images(run_or_newest(run), checkpoint, network, store_version, out)
+        done, end = export_images(run_or_newest(run), checkpoint, network, store_version, out)
     elif network is not None or store_version is not None:
         raise typer.BadParameter("a table has no network and no snapshot: leave these out", param_hint="--table")
     else:
         out = out or f"data/{table}.parquet"
         check_ending(out, "--out", ".parquet")
-        export_ids(run_or_newest(run), checkpoint, table, out)
+        done, end = export_ids(run_or_newest(run), checkpoint, table, out), ""
+    print_summary(f"{done}\ntime         {time.monotonic() - start:.1f} s\nwritten to   {out}{end}")
 
 
 def export_images(
     run: "RunPath", checkpoint: str | None, network: str | None, store_version: "VersionName | None", out: str
-) -> None:
-    """Write the visual vectors of all images, and print what was done."""
+) -> tuple[str, str]:
+    """Write the visual vectors of all images; return what is printed of that, and what follows the name of the file."""
     from trainer.runs.export import export_vectors, open_network
 
-    start = time.monotonic()
     opened = open_network(run, which=checkpoint, network=network, store_version=store_version)
     with progress_bar("images") as progress:
         keys = export_vectors(opened, out, progress)
     about = opened.describe()
-    lines = [
-        f"run          {about['run']}, {about['checkpoint']}, network {about['network']}",
-        f"features     snapshot {about['snapshot']} of {about['store']}",
-        f"images       {opened.num_images:,}, {about['dim']} numbers each",
-        f"time         {time.monotonic() - start:.1f} s",
-        f"written to   {out}" + (f", keys {keys}" if keys else ""),
-    ]
-    if not keys:
-        lines.append(f"next         python jobs/build_semantic_ids.py --vectors {out}")
-    print_summary("\n".join(lines))
+    done = (
+        f"run          {about['run']}, {about['checkpoint']}, network {about['network']}\n"
+        f"features     snapshot {about['snapshot']} of {about['store']}\n"
+        f"images       {opened.num_images:,}, {about['dim']} numbers each"
+    )
+    return done, f", keys {keys}" if keys else f"\nnext         python jobs/build_semantic_ids.py --vectors {out}"
 
 
-def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> None:
-    """Write the rows of an exact table, and print what was done."""
+def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> str:
+    """Write the rows of an exact table; return what is printed of that."""
     from trainer.runs.export import export_table, open_table
 
-    start = time.monotonic()
     opened = open_table(run, table, checkpoint)
     with progress_bar("shards") as progress:
         count = export_table(opened, out, progress)
     about = opened.describe()
-    lines = [
-        f"run          {about['run']}, {about['checkpoint']}, table {about['table']}",
-        f"ids          {count:,}, in {about['num_shards']} shards with a cold row each",
-        f"time         {time.monotonic() - start:.1f} s",
-        f"written to   {out}",
-    ]
-    print_summary("\n".join(lines))
+    return (
+        f"run          {about['run']}, {about['checkpoint']}, table {about['table']}\n"
+        f"ids          {count:,}, in {about['num_shards']} shards with a cold row each"
+    )
 
 
 if __name__ == "__main__":

@@ -67,14 +67,12 @@ def summary_text(options: DemoOptions, summary: "DemoSummary") -> str:
         lines.append(f"unreadable   {content['num_unreadable']:,} images left out, listed in demo.json")
     if content.get("num_unlabelled"):
         lines.append(f"unlabelled   {content['num_unlabelled']:,} images")
-    lines.append(f"images       {summary.images}" + (_pointer(options, summary) if options.images else ""))
-    lines.append(f"logs         {options.out / 'logs'}")
-    return "\n".join(lines)
-
-
-def _pointer(options: DemoOptions, summary: "DemoSummary") -> str:
-    """Write the next command: the images stay where they are, so the extraction needs their folder."""
-    return f"\nnext         jobs/extract_features.py --images {summary.images} --store {options.out / 'features'}"
+    lines.append(f"images       {summary.images}")
+    if options.images:  # they stay where they are, so the extraction needs their folder
+        lines.append(
+            f"next         jobs/extract_features.py --images {summary.images} --store {options.out / 'features'}"
+        )
+    return "\n".join([*lines, f"logs         {options.out / 'logs'}"])
 
 
 if __name__ == "__main__":
