@@ -109,7 +109,7 @@ def train(config: Config, comm: "Comm") -> None:
     from trainer.loop.summary import PLACE, ProgressLog, traces_text
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.open import claim_folder, open_run
-    from trainer.runs.places import DAMAGED
+    from trainer.runs.saving import DAMAGED
     from trainer.runs.warmstart import not_taken
 
     started = time.time()

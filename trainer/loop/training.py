@@ -30,10 +30,9 @@ from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import summary
 from trainer.loop.summary import PLACE, TENSORBOARD, ProgressLog, tracing
 from trainer.models.newads import NewAds
-from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.open import Run
-from trainer.runs.saving import Checkpointer, Outcome
+from trainer.runs.saving import Checkpointer, Outcome, end_with
 from trainer.samples.reader import Batch, BatchPosition
 from trainer.stages import WAIT, Kind, ReadAhead, prepare_ahead
 
@@ -372,7 +371,7 @@ class Training:
         if best is None or best == self._engine.num_steps:
             self._save()
         elif run.comm.broadcast_object(run.place.has(best)):
-            path = checkpoint.end_with(run.comm, run.place, best, self._engine, run.config.data.cache_dir)
+            path = end_with(run.comm, run.place, best, self._engine, run.config.data.cache_dir)
             self.metrics = metrics_of(run.history, best)
             self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")
         else:

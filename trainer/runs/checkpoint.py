@@ -5,10 +5,12 @@ step-00000050/
       dense.safetensors                  rank 0: what is the same on every rank: parameters, their Adam state, counts
       rows-00000-of-00002.safetensors    one per rank: its ID rows and their optimiser's state, by table and shard
 
-Where these files lie, and how they become a checkpoint together: `trainer.runs.places`. That a checkpoint is damaged
+Where these files lie, and how they become a checkpoint together: `trainer.runs.saving`. That a checkpoint is damaged
 shows when it is loaded, as each of its files is read then and compared with its digest.
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,28 +18,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import xxhash
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from featurestore.errors import CorruptFileError, FormatVersionError, StorageError
+from featurestore.lookup.cache import RUNS, default_cache_dir
 from featurestore.parsing import first_mistake, parse_json
 from featurestore.published.paths import RunPath, read_file, write_file
 from featurestore.snapshot import SnapshotId
-from featurestore.spec import FileName, Sealed, seal, unseal
+from featurestore.spec import FileName, Sealed, unseal
+from featurestore.storage.local import claim
 from trainer.comm import Comm
 from trainer.config.comparison import SAMPLES_DIGEST, Difference, differences
 from trainer.config.config import Config
 from trainer.config.options import Decision, Section
 from trainer.errors import CheckpointError, DamagedCheckpointError, OtherRunError, RemoteRankError
-from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, finished, unrelated
-from trainer.runs.places import CheckpointPlace, WrittenPart, local_copy
+from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, finished
 from trainer.samples.reader import BatchPosition
 
 TO_RESUME: tuple[Decision, ...] = ("training", "nothing")
 TO_READ: tuple[Decision, ...] = ("positions", *TO_RESUME)
 """What may differ from a checkpoint that a run continues from, and from one that is evaluated or exported."""
 DENSE = "dense.safetensors"
+_BLOCK_BYTES = 8 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -131,28 +136,6 @@ class CheckpointState(Sealed):
         return self.stores[store].version if store in self.stores else None
 
 
-def rows_name(comm: Comm) -> str:
-    """Name the file of this rank's ID rows."""
-    return f"rows-{comm.rank:05}-of-{comm.size:05}.safetensors"
-
-
-def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> bytes:
-    """Format state.json of these parts."""
-    return seal(state.model_copy(update={"files": {name: part.digest for name, part in parts.items()}}))
-
-
-def end_with(
-    comm: Comm, into: CheckpointPlace, step: int, trained: Loadable, cache_dir: str | None = None
-) -> Checkpoint:
-    """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
-    checkpoint = comm.on_rank_0(partial(into.at, step))
-    load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
-    with agreed(comm, f"cannot remove the checkpoints after {checkpoint}"):
-        if comm.rank == 0:
-            into.remove(unrelated(into.run, checkpoint))
-    return checkpoint
-
-
 def read_state(checkpoint: Checkpoint) -> CheckpointState:
     """Read state.json with the stores that were accepted in the place of lost ones. Raises as `read_recorded`."""
     state = read_recorded(checkpoint)
@@ -240,6 +223,41 @@ def read_rows(
                 f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint"
             )
         yield lambda name: file_of[name].get_tensor(name)
+
+
+@contextmanager
+def local_copy(
+    checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | os.PathLike[str] | None = None
+) -> Iterator[Path]:
+    """Give a file of this machine with the content of a checkpoint's file: itself, or a copy in the cache folder.
+
+    The copy is there for the block, and is verified: `digest` is the xxh3-128 that it has to have. A file of a disk is
+    not looked at. Raises DamagedCheckpointError for another one, or where the file is gone, OSError, StorageError.
+    """
+    if checkpoint.files.is_local:
+        yield Path(checkpoint.path(file))
+        return
+    with tempfile.NamedTemporaryFile(dir=cache_folder(cache_dir), prefix=".tmp-", suffix=f"-{file}") as copy:
+        found = xxhash.xxh3_128()
+        try:
+            with checkpoint.open_input(file) as content:
+                while block := content.read(_BLOCK_BYTES):
+                    found.update(block)
+                    copy.write(block)
+        except FileNotFoundError as failure:
+            raise DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
+        copy.flush()
+        if found.hexdigest() != digest:
+            raise DamagedCheckpointError(f"{checkpoint}/{file} is damaged: its digest is not the one in state.json")
+        yield Path(copy.name)
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the folder of this machine for copies of runs' files: that of `data.cache_dir`, or the usual one."""
+    folder = Path(cache_dir or default_cache_dir())
+    claim(folder)
+    claim(folder / RUNS)
+    return folder / RUNS
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.partition import FeaturePartition
@@ -28,9 +30,9 @@ from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import checkpoint, warmstart
-from trainer.runs.checkpoint import TO_READ, TO_RESUME, Origin, PassedOver, Resumed, continued
+from trainer.runs.checkpoint import TO_READ, TO_RESUME, Origin, PassedOver, Resumed, cache_folder, continued
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
-from trainer.runs.places import CheckpointPlace, local_folder, upload_new
+from trainer.runs.saving import CheckpointPlace
 from trainer.runs.stores import (
     StorePlace,
     kind_of_features,
@@ -127,6 +129,29 @@ class Run(OpenRun):
     def local(self) -> Path:
         """The folder of this machine for traces and TensorBoard's files: the run's own, but for an address."""
         return local_folder(self.folder, self.config.data.cache_dir)
+
+
+def local_folder(path: RunPath, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a folder of this machine for what belongs to a run: its own, or of an address one in the cache folder."""
+    if not isinstance(path, FarPath):
+        return path
+    folder = cache_folder(cache_dir) / f"{path.name}-{xxhash.xxh3_64_hexdigest(path.url.encode())}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def upload_new(folder: Path, names: tuple[str, ...], to: RunPath, known: dict[str, int]) -> None:
+    """Copy files of these folders below `folder` to an address, but for those whose size is that in `known`.
+
+    Does nothing where the run is on a disk. Raises OSError, StorageError."""
+    if not isinstance(to, FarPath):
+        return
+    storage = Storage(to.url)
+    for file in sorted(each for name in names for each in (folder / name).rglob("*") if each.is_file()):
+        name, data = str(file.relative_to(folder)), file.read_bytes()
+        if known.get(name) != len(data):
+            storage.write_bytes(name, data)
+            known[name] = len(data)
 
 
 def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:

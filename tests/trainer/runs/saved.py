@@ -12,8 +12,7 @@ from torch import Tensor
 from featurestore.published.paths import RunPath
 from trainer.comm import Comm, SoloComm
 from trainer.runs.checkpoint import CheckpointState, Origin
-from trainer.runs.places import CheckpointPlace
-from trainer.runs.saving import Checkpointer
+from trainer.runs.saving import Checkpointer, CheckpointPlace
 
 SHARDS = 8
 

@@ -17,7 +17,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, DamagedCheckpointError, RemoteRankError
 from trainer.runs import checkpoint
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
-from trainer.runs.places import CheckpointPlace, WrittenPart
+from trainer.runs.saving import CheckpointPlace, WrittenPart, state_bytes
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -128,7 +128,7 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
             checkpoint.read_state(path)
     file.write_text(content)
     newer = checkpoint.read_state(path).model_copy(update={"format_version": 99})
-    file.write_bytes(checkpoint.state_bytes(newer, {}))
+    file.write_bytes(state_bytes(newer, {}))
     with pytest.raises(CheckpointError, match="has format 99"):
         checkpoint.read_state(path)
 
@@ -137,7 +137,7 @@ def test_no_file_outside_of_its_folder_is_one_of_a_checkpoint(tmp_path: Path) ->
     path = _save(tmp_path)
     state, part = checkpoint.read_state(path), WrittenPart("0", PublishedFile(path="files/x", size_bytes=1))
     for name in ("../x", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0", "a" * 300):
-        Path(path.path("state.json")).write_bytes(checkpoint.state_bytes(state, {name: part}))
+        Path(path.path("state.json")).write_bytes(state_bytes(state, {name: part}))
         with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged: files"):
             checkpoint.read_state(path)
 

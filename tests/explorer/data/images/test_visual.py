@@ -14,7 +14,7 @@ from featurestore import FeatureStore, key_of_uri
 from tests.explorer.world import PLAIN, UNKNOWN
 from trainer.runs.checkpoint import read_state, state_bytes
 from trainer.runs.folder import finished
-from trainer.runs.places import CheckpointPlace
+from trainer.runs.saving import CheckpointPlace
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.main import train
 from trainer.runs.folder import Checkpoint
-from trainer.runs.places import CheckpointPlace
 from trainer.runs.saved import RunSource, open_source
+from trainer.runs.saving import CheckpointPlace
 
 pytestmark = pytest.mark.long  # they train whole runs
 

@@ -17,7 +17,7 @@ from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import PassedOver, Resumed, continued
 from trainer.runs.folder import finished
-from trainer.runs.places import CheckpointPlace
+from trainer.runs.saving import CheckpointPlace
 
 Places = Any
 ROWS = "rows-00000-of-00001.safetensors"

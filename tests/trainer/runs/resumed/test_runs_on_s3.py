@@ -25,7 +25,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.predict import predict_run
 from trainer.loop import training
 from trainer.main import train
-from trainer.runs.places import CheckpointPlace
+from trainer.runs.saving import CheckpointPlace
 
 Places = Any
 

@@ -20,8 +20,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
 from trainer.runs.folder import finished
-from trainer.runs.places import CheckpointPlace, PackedTensors, WrittenPart, write_tensors
-from trainer.runs.saving import Checkpointer, Outcome
+from trainer.runs.saving import Checkpointer, CheckpointPlace, Outcome, PackedTensors, WrittenPart, write_tensors
 
 
 def nothing() -> None:

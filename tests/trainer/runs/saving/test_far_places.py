@@ -20,7 +20,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
 from trainer.runs import checkpoint
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
-from trainer.runs.places import CheckpointPlace
+from trainer.runs.saving import CheckpointPlace
 
 
 @pytest.fixture(autouse=True)
@@ -181,8 +181,8 @@ class TestReaders:
         assert values(held) == {5.0}
 
     def test_after_the_grace_it_is_gone(self, folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("trainer.runs.places.KEEP_REMOVED_S", -5.0)
-        monkeypatch.setattr("trainer.runs.places.EXPIRE_EVERY_S", 0.0)
+        monkeypatch.setattr("trainer.runs.saving.KEEP_REMOVED_S", -5.0)
+        monkeypatch.setattr("trainer.runs.saving.EXPIRE_EVERY_S", 0.0)
         place = CheckpointPlace(folder)
         for step in (50, 60, 70):
             save(place, step, keep=1)
