@@ -211,15 +211,9 @@ class Day:
         """Read the run's report; None before its end."""
         return report_of(self.folder)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the day is trained, and evaluated if the next day exists."""
-        report = self.report()
-        return report is not None and (bool(report["metrics"]) or self.test_day is None)
-
     def config(self, base: Config, before: RunPath | None) -> Config:
         """Make the settings of the run, which continues what the one in folder `before` has learned, or its own."""
-        resume = "latest" if self.report() is not None or finished(self.folder) else None
+        resume = "latest" if finished(self.folder) else None
         run: dict[str, Any] = {
             "dir": str(self.folder.parent),
             "name": self.name,
@@ -304,77 +298,73 @@ def follow(
         return chosen
 
     for day in comm.on_rank_0(opened):
-
-        def next_run(day: Day = day) -> tuple[Config, dict[str, Any] | None] | None:
-            if day.is_done:
-                return None
-            before = _run_before(day)
-            if before and day.report() is None:
-                _check_stores(before, base)
-            return day.config(base, before if continues else None), day.report()
-
-        coming = comm.on_rank_0(next_run)
-        if coming is not None:
-            config, report = coming
-            try:
-                if report is None:
-                    train(config, comm)
-                else:
-                    evaluate_trained(day, config, report, comm)
-            except (CheckpointError, AnotherStoreError) as failure:
-                kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
-                raise kind(f"{failure}\nTo train {day.name} again, remove {day.folder}") from failure
-            comm.on_rank_0(lambda: write(folder))
+        config, report = comm.on_rank_0(partial(_work_on, day, base, continues=continues))
+        try:
+            if config is not None:
+                train(config, comm)
+            elif report is not None:
+                evaluate_trained(day, report, comm)
+            else:
+                continue
+        except (CheckpointError, AnotherStoreError) as failure:
+            kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
+            raise kind(f"{failure}\nTo train {day.name} again, remove {day.folder}") from failure
+        comm.on_rank_0(lambda: write(folder))
     comm.on_rank_0(lambda: show(folder))
 
 
-def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: "Comm") -> None:
+def _work_on(day: Day, base: Config, *, continues: bool) -> tuple[Config | None, dict[str, Any] | None]:
+    """Return the settings to train the day with, or the report of a trained day that is to be evaluated, or neither."""
+    report = day.report()
+    if report is not None:
+        return None, None if report["metrics"] or day.test_day is None else report
+    before = _run_before(day)
+    if before:
+        _check_stores(before, base)
+    return day.config(base, before if continues else None), None
+
+
+def evaluate_trained(day: Day, report: Mapping[str, Any], comm: "Comm") -> None:
     """Evaluate a trained day on the next one, and add the metrics to its `report`. Every rank calls it.
 
     The trained model stays unchanged; if samples of its days have changed since, the report says so. Raises
     TrainerError, FeatureStoreError.
     """
-    from trainer.loop.summary import ProgressLog, ranks_text
-    from trainer.loop.training import StopSignals, Training
-    from trainer.runs.open import open_run
+    from trainer.evaluation.predict import measure_test
+    from trainer.loop.summary import TENSORBOARD, ProgressLog, write_report
+    from trainer.runs.open import local_folder, upload_new
+    from trainer.runs.saved import RunSource, open_source
 
-    comm.deadline_s = config.run.deadline_s
-    with contextlib.closing(open_run(config, comm, reading=True)) as run, StopSignals() as signals:
-        step = run.engine.num_steps
-        with ProgressLog(run.local if comm.rank == 0 else None, step, step) as progress:
-            count = f"{run.test_reader.num_samples:,} test samples of {day.test_day}"
-            progress.say(f"{run.folder}: {count}, {ranks_text(comm.size)}, trained before")
-            if run.samples_changed:
-                progress.say(f"samples of {', '.join(day.train_days)} have changed since {day.name} was trained")
-            training = Training(run, progress, signals)
-            training.evaluate()
-        own = {name: partition.missing_count for name, partition in run.partitions.items()}
-        everyone = comm.allgather_object(own, name="missing")
-        missing = {
-            name: count + sum(each[name] for each in everyone) for name, count in report["missing_by_store"].items()
-        }
-        added = {
-            "metrics": training.metrics,
-            "history": run.history,
-            "missing_by_store": missing,
-            "missing_lookups": sum(missing.values()),
-            "samples_changed": run.samples_changed,
-        }
-        comm.on_rank_0(lambda: run.copy_local("tensorboard"))
-    comm.on_rank_0(lambda: _write_evaluation(day, {**report, **added}))
+    comm.on_rank_0(partial(_set_test_day, day))
+    step = report["global_step"]
+    with contextlib.closing(open_source(RunSource(day.folder), comm)) as opened:
+        local = comm.on_rank_0(lambda: local_folder(day.folder, opened.config.data.cache_dir))
+        with ProgressLog(local if comm.rank == 0 else None, step, step) as progress:
+            progress.say(f"{day.folder}: {opened.test.num_samples:,} test samples of {day.test_day}, trained before")
+            metrics = measure_test(opened)
+            progress.metrics(step, metrics)
+            missing = opened.missing_by_store()
+            for note in (*opened.notes, *opened.saved.notes_on_missing(sum(missing.values()))):
+                progress.say(note)
+    missing = {name: count + missing[name] for name, count in report["missing_by_store"].items()}
+    added = {
+        "metrics": metrics,
+        "history": [*report["history"], {"step": step, **metrics}],
+        "missing_by_store": missing,
+        "missing_lookups": sum(missing.values()),
+        "samples_changed": opened.samples_changed,
+    }
+    comm.on_rank_0(lambda: upload_new(local, (TENSORBOARD,), day.folder, {}))
+    comm.on_rank_0(lambda: write_report(day.folder / "report.json", {**report, **added}))
 
 
-def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
-    """Write the report last, as it marks the day as done."""
-    from trainer.loop.summary import write_report
-
+def _set_test_day(day: Day) -> None:
+    """Write to the run's settings which day it is evaluated on; the report, written last, marks it as done."""
     file = day.folder / "config.yaml"
-    trained = load_saved(file)
     try:
-        save_config(trained.changed(data={"test_days": [day.test_day]}), file)
+        save_config(load_saved(file).changed(data={"test_days": [day.test_day]}), file)
     except (OSError, StorageError) as failure:
         raise TrainerError(f"{file} cannot be written: {failure}") from failure
-    write_report(day.folder / "report.json", report)
 
 
 def _check_base(base: Config) -> None:

@@ -96,6 +96,14 @@ def predict(opened: EvaluatedRun) -> Float:
     return logit_N
 
 
+def measure_test(opened: EvaluatedRun) -> Metrics:
+    """Measure all test impressions as `evaluate`, the same on every rank; all call it. Raises TrainerError."""
+    with contextlib.closing(ReadAhead(opened.reader.batches())) as ahead:
+        predicted = ((each.batch, opened.engine.predict(each)) for each in opened.engine.prepared(ahead, "eval"))
+        known = known_ads(opened.comm, opened.train, opened.schema)
+        return evaluate(opened.comm, predicted, known, opened.schema.new_ad_field)
+
+
 def predict_without(opened: EvaluatedRun, share: float, seed: int) -> Float:
     """Predict logits (N,) as if this share of all image keys had no feature, in every store that the model reads.
 

@@ -327,16 +327,14 @@ def continued(
     config: Config,
     folder: RunPath,
     open_at: Callable[[Resumed | None, list[PassedOver]], Opened],
-    *,
-    reading: bool = False,
 ) -> Opened:
     """Return what `open_at` opens at the checkpoint that `run.resume` says, or at None for a run that begins.
 
     Where that is the newest one, and it is damaged, `open_at` gets the one before it and what was passed over, newest
-    first; unless the run is just read (`reading`). Raises what `open_at` does, and of
-    checkpoints that are all damaged the error of the newest. Every rank calls it.
+    first. Raises what `open_at` does, and of checkpoints that are all damaged the error of the newest. Every rank calls
+    it.
     """
-    may_skip = not reading and config.run.resume in ("latest", "auto")
+    may_skip = config.run.resume in ("latest", "auto")
     passed_over: list[PassedOver] = []
     newest: Exception | None = None
     while (checkpoint := _chosen(comm, config, folder, passed_over)) is not None:

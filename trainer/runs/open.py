@@ -30,7 +30,7 @@ from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, DataNotFoundError
 from trainer.files import checkpoints_of
 from trainer.runs import checkpoint, warmstart
-from trainer.runs.checkpoint import TO_READ, TO_RESUME, Origin, PassedOver, Resumed, cache_folder, continued
+from trainer.runs.checkpoint import Origin, PassedOver, Resumed, cache_folder, continued
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
 from trainer.runs.saving import CheckpointPlace
 from trainer.runs.stores import (
@@ -69,10 +69,15 @@ class OpenRun:
         """The rows of the first store, that of data.store where the model has it; None where it sees no content."""
         return next(iter(self.partitions.values()), None)
 
-    def missing_lookups(self) -> int:
+    def missing_by_store(self) -> dict[str, int]:
         """Count the lookups, of all ranks, of images without a feature, hidden ones too; every rank calls it."""
-        own = torch.tensor([sum(partition.missing_count for partition in self.partitions.values())])
-        return int(self.comm.allreduce_sum_(own, "missing_lookups"))
+        own = {name: partition.missing_count for name, partition in self.partitions.items()}
+        everyone = self.comm.allgather_object(own, name="missing")
+        return {name: sum(each[name] for each in everyone) for name in own}
+
+    def missing_lookups(self) -> int:
+        """Count those of all stores; every rank calls it."""
+        return sum(self.missing_by_store().values())
 
     def close(self) -> None:
         """Release the stores' rows."""
@@ -97,10 +102,8 @@ class Run(OpenRun):
     passed_over: Sequence[PassedOver]
     """Newer ones, newest first, which are damaged."""
     warm_start: WarmStart | None
-    samples_changed: bool
-    """Whether the training samples are not, or no longer, those of the checkpoint; only where the run is just read."""
     lacked: Sequence[str]
-    """What to say of images that the samples name and a store lacks; nothing where the run is just read."""
+    """What to say of images that the samples name and a store lacks."""
 
     @property
     def checkpoints(self) -> RunPath:
@@ -154,31 +157,20 @@ def upload_new(folder: Path, names: tuple[str, ...], to: RunPath, known: dict[st
             known[name] = len(data)
 
 
-def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
-    """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
-
-    `reading`: the run is evaluated and not trained further, so its folder may be read-only, and its training samples
-    may have changed; the model and the kind of features still have to be the checkpoint's.
-    """
+def open_run(config: Config, comm: Comm) -> Run:
+    """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError, FeatureStoreError."""
     folder = run_path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    return continued(comm, config, folder, partial(_open_run, config, comm, folder, reading=reading), reading=reading)
+    return continued(comm, config, folder, partial(_open_run, config, comm, folder))
 
 
 def _open_run(
-    config: Config,
-    comm: Comm,
-    folder: RunPath,
-    resumed: Resumed | None,
-    passed_over: Sequence[PassedOver],
-    *,
-    reading: bool,
+    config: Config, comm: Comm, folder: RunPath, resumed: Resumed | None, passed_over: Sequence[PassedOver]
 ) -> Run:
     """Open the run at this checkpoint, or at its first step."""
     schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
-    if not reading:
-        damaged = [each.checkpoint for each in passed_over]
-        comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None, damaged))
+    damaged = [each.checkpoint for each in passed_over]
+    comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None, damaged))
     samples = comm.on_rank_0(lambda: open_samples(config, places))
     recorded = resumed[1].origin if resumed else None
     warm = None if resumed else comm.on_all(lambda: _checked_warm_start(config, schema))
@@ -194,15 +186,14 @@ def _open_run(
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
     origin = _origin(config, schema, digest, streams_of(config.data, len(train.row_groups)), partitions)
     if resumed:
-        origin.check_same(resumed[1].origin, resumed[0], TO_READ if reading else TO_RESUME)
-    engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
+        origin.check_same(resumed[1].origin, resumed[0])
+    engine = engine_of(config, comm, schema, partitions, device, statistics)
     if resumed:
         with _closed_on_failure(partitions.values()):  # an earlier checkpoint may be tried
             checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
     elif warm:
         warmstart.load(comm, warm, origin, engine, config.data.cache_dir)
-    if not reading:
-        engine.begin_day(newest_day(each.file for each in train.row_groups))
+    engine.begin_day(newest_day(each.file for each in train.row_groups))
     return Run(
         config=config,
         comm=comm,
@@ -221,8 +212,7 @@ def _open_run(
         resumed=resumed[0] if resumed else None,
         passed_over=passed_over,
         warm_start=warm,
-        samples_changed=recorded is not None and digest != recorded.data.get("samples_digest"),
-        lacked=[] if reading else lacking_images(config, comm, schema, places, partitions, [train, test]),
+        lacked=lacking_images(config, comm, schema, places, partitions, [train, test]),
     )
 
 

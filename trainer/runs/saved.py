@@ -246,6 +246,8 @@ class EvaluatedRun(TrainedRun):
     test: SampleIndex
     reader: SampleReader
     """Of `test`."""
+    samples_changed: bool
+    """Whether the training samples are not, or no longer, those of the checkpoint."""
     notes: list[str]
     """What a reader of the figures should know."""
 
@@ -272,14 +274,15 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
         test = open_test(comm, config, schema, source.samples)
     else:
         test = open_index(comm, samples, TEST, schema, config.data.test_days)
-    digest = samples_digest(comm, train, config.data.cache_dir)
+    changed = samples_digest(comm, train, config.data.cache_dir) != saved.state.origin.data["samples_digest"]
     opened = open_at(saved, config, comm, places, saved.trained_on)
     return EvaluatedRun(
         **vars(opened),
         train=train,
         test=test,
         reader=test_reader(config, comm, test, schema),
-        notes=_notes(source, saved, opened.stores, digest),
+        samples_changed=changed,
+        notes=_notes(source, saved, opened.stores, changed),
     )
 
 
@@ -300,12 +303,12 @@ def _version_of(store: str, version: VersionName | None) -> int:
         raise ConfigError(f"--store {store}: {failure}") from failure
 
 
-def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId], samples: str) -> list[str]:
-    """Say what a reader of the figures should know; `samples`: the digest of those that training has now."""
+def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId], samples_changed: bool) -> list[str]:
+    """Say what a reader of the figures should know."""
     notes = []
     if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
-    notes += saved.notes_on_samples(samples != saved.state.origin.data["samples_digest"])
+    notes += saved.notes_on_samples(samples_changed)
     recorded = checkpoint.read_recorded(saved.checkpoint).stores
     for name, record in saved.state.stores.items():
         if record != recorded[name]:

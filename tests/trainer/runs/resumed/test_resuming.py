@@ -105,9 +105,9 @@ def test_all_ranks_take_the_same_one(folder: RunPath, tmp_path: Path) -> None:
         checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
         return trained, passed_over
 
-    def resume(comm: Comm, *, reading: bool = False) -> tuple[Trained, list[PassedOver]]:
-        config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", "run.resume=auto"])
-        return continued(comm, config, run, lambda *chosen: open_at(comm, *chosen), reading=reading)
+    def resume(comm: Comm, resume: str = "auto") -> tuple[Trained, list[PassedOver]]:
+        config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", f"run.resume={resume}"])
+        return continued(comm, config, run, lambda *chosen: open_at(comm, *chosen))
 
     for size in (1, 2, 3):
         for trained, passed_over in on_ranks(size, resume):
@@ -116,7 +116,7 @@ def test_all_ranks_take_the_same_one(folder: RunPath, tmp_path: Path) -> None:
                 assert name in each.why
             assert float(trained.dense["layer.weight"][0, 0]) == steps[0]
             assert {int(rows[0]) for rows in trained.rows.values()} <= set(range(steps[0], steps[0] + 8))
-    raised = on_ranks(2, lambda comm: resume(comm, reading=True))
+    raised = on_ranks(2, lambda comm: resume(comm, "57"))
     assert {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
     assert all("step-00000057/state.json" in str(each) for each in raised)
     CheckpointPlace(run).claim([each.checkpoint for each in on_ranks(1, resume)[0][1]])
