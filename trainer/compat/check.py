@@ -197,12 +197,12 @@ class Check:
         if found.failures and (force is None or found.gates[0].gate == NETWORK):
             raise TrainerError(f"not accepted: {found.failures[0]}")
         path, name, chosen = self.saved.checkpoint, self.place.name, SnapshotId.of(candidate)
-        if self.recorded.is_same(chosen):
-            back = checkpoint.withdraw(path, name, self.recorded)
-            return f"no other store any more: {back}" if back else "nothing to accept: it would not be refused"
         figures = {**found.report(), "forced": force}
         entry = checkpoint.AcceptedStore(name=name, recorded=self.recorded, accepted=chosen, figures=figures)
-        return f"kept in {checkpoint.accept(path, entry)}"
+        file = checkpoint.accept(path, entry)
+        if file is None:
+            return "nothing to accept: it would not be refused"
+        return f"no other store any more: {file}" if self.recorded.is_same(chosen) else f"kept in {file}"
 
     def promote(self, source: VersionName | None, channel: str, force: str | None) -> tuple[Comparison, str]:
         """Move a channel of the store to snapshot `source` if the gates hold against the one that it points to now.

@@ -139,7 +139,10 @@ class CheckpointState(Sealed):
 def read_state(checkpoint: Checkpoint) -> CheckpointState:
     """Read state.json with the stores that were accepted in the place of lost ones. Raises as `read_recorded`."""
     state = read_recorded(checkpoint)
-    return state.model_copy(update={"stores": standing_in(checkpoint, state.stores)})
+    stores = dict(state.stores)
+    for each in _read_accepted(checkpoint.run / ACCEPTED_FILE):
+        stores |= {name: each.accepted for name, record in stores.items() if each.replaces(name, record)}
+    return state.model_copy(update={"stores": stores})
 
 
 def read_recorded(checkpoint: Checkpoint) -> CheckpointState:
@@ -165,13 +168,10 @@ def load(
 ) -> None:
     """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
 
-    Files on a disk are verified first, by each rank a share. From an object store, a rank copies one file at a time to
-    `cache_dir`, of those that have a shard of it. Raises CheckpointError on all ranks, naming the file, where one is
+    Of its files, a rank verifies and reads those that have a shard of it; from an object store it copies one at a time
+    to `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is
     missing, damaged (DamagedCheckpointError) or does not fit.
     """
-    with agreed(comm, f"cannot read {checkpoint}"):
-        for name in sorted(state.files)[comm.rank :: comm.size]:
-            checkpoint.verify(name, state.files[name])
     with agreed(comm, f"cannot read {checkpoint}"):
         with local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:
             trained.load_dense_state(_read_named(file, None))
@@ -182,7 +182,7 @@ def load(
             with local_copy(checkpoint, name, state.files[name], cache_dir) as file:
                 found |= _read_named(file, wanted)
         for name in sorted({*rows} - {*chosen}) if wanted - found.keys() else ():
-            with _verified(checkpoint, name, state.files[name], cache_dir):
+            with local_copy(checkpoint, name, state.files[name], cache_dir):
                 pass  # a damaged header may have other names; of a whole one, what is lacking does not fit
         trained.load_shard_state(found)
 
@@ -195,7 +195,7 @@ def read_dense(
     The names are those that begin with `prefix`, without it. Raises CheckpointError."""
     with (
         _saying(f"cannot read {checkpoint}"),
-        _verified(checkpoint, DENSE, state.files[DENSE], cache_dir) as local,
+        local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as local,
         safe_open(local, framework="pt") as file,
     ):
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
@@ -215,7 +215,7 @@ def read_rows(
         for file in sorted(set(state.files) - {DENSE}):
             if not wanted & _names_in(checkpoint, file):
                 continue
-            local = opened.enter_context(_verified(checkpoint, file, state.files[file], cache_dir))
+            local = opened.enter_context(local_copy(checkpoint, file, state.files[file], cache_dir))
             tensors = opened.enter_context(safe_open(local, framework="pt"))
             file_of |= dict.fromkeys(tensors.keys(), tensors)
         if lacking := sorted(wanted - file_of.keys()):
@@ -226,30 +226,30 @@ def read_rows(
 
 
 @contextmanager
-def local_copy(
-    checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | os.PathLike[str] | None = None
-) -> Iterator[Path]:
+def local_copy(checkpoint: Checkpoint, file: str, digest: str, cache_dir: str | None = None) -> Iterator[Path]:
     """Give a file of this machine with the content of a checkpoint's file: itself, or a copy in the cache folder.
 
-    The copy is there for the block, and is verified: `digest` is the xxh3-128 that it has to have. A file of a disk is
-    not looked at. Raises DamagedCheckpointError for another one, or where the file is gone, OSError, StorageError.
+    The copy is there for the block. `digest` is the xxh3-128 that the file has to have. Raises DamagedCheckpointError
+    for another one, or where the file is gone, OSError, StorageError.
     """
-    if checkpoint.files.is_local:
-        yield Path(checkpoint.path(file))
-        return
-    with tempfile.NamedTemporaryFile(dir=cache_folder(cache_dir), prefix=".tmp-", suffix=f"-{file}") as copy:
-        found = xxhash.xxh3_128()
+    with ExitStack() as opened:
+        found, copy = xxhash.xxh3_128(), None
         try:
-            with checkpoint.open_input(file) as content:
-                while block := content.read(_BLOCK_BYTES):
-                    found.update(block)
-                    copy.write(block)
+            content = opened.enter_context(checkpoint.open_input(file))
         except FileNotFoundError as failure:
             raise DamagedCheckpointError(f"{checkpoint}/{file} is missing") from failure
-        copy.flush()
+        if not checkpoint.files.is_local:
+            folder = cache_folder(cache_dir)
+            copy = opened.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", suffix=f"-{file}"))
+        while block := content.read(_BLOCK_BYTES):
+            found.update(block)
+            if copy is not None:
+                copy.write(block)
         if found.hexdigest() != digest:
             raise DamagedCheckpointError(f"{checkpoint}/{file} is damaged: its digest is not the one in state.json")
-        yield Path(copy.name)
+        if copy is not None:
+            copy.flush()
+        yield Path(checkpoint.path(file) if copy is None else copy.name)
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -281,14 +281,6 @@ def _saying(what: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, StorageError) as failure:
         raise CheckpointError(f"{what}: {failure}") from failure
-
-
-@contextmanager
-def _verified(checkpoint: Checkpoint, name: str, digest: str, cache_dir: str | None) -> Iterator[Path]:
-    """Gives a file of this machine with the content, once it is known to have that digest."""
-    checkpoint.verify(name, digest)
-    with local_copy(checkpoint, name, digest, cache_dir) as local:
-        yield local
 
 
 def _names_in(checkpoint: Checkpoint, name: str) -> set[str]:
@@ -334,44 +326,30 @@ def continued(
     first. Raises what `open_at` does, and of checkpoints that are all damaged the error of the newest. Every rank calls
     it.
     """
-    may_skip = config.run.resume in ("latest", "auto")
     passed_over: list[PassedOver] = []
     newest: Exception | None = None
-    while (checkpoint := _chosen(comm, config, folder, passed_over)) is not None:
+    for checkpoint in comm.on_rank_0(partial(_to_try, config, folder)):  # another rank may see other ones
         try:
             state = comm.on_all(partial(read_state, checkpoint))
             return open_at((checkpoint, state), passed_over)
         except (DamagedCheckpointError, RemoteRankError) as failure:
-            is_other = isinstance(failure, RemoteRankError) and failure.kind != DamagedCheckpointError.__name__
-            if is_other or not may_skip:
+            if isinstance(failure, RemoteRankError) and failure.kind != DamagedCheckpointError.__name__:
                 raise
             newest = newest or failure
             passed_over = [*passed_over, PassedOver(checkpoint, _what(comm, failure))]
-        if not comm.on_rank_0(partial(_left, folder, passed_over)):
-            raise newest
+    if newest is not None:
+        raise newest
     return open_at(None, [])
 
 
-def _chosen(comm: Comm, config: Config, folder: RunPath, passed_over: list[PassedOver]) -> Checkpoint | None:
-    """Return the checkpoint to try, the same on all ranks."""
-
-    def find() -> Checkpoint | None:
-        if passed_over:
-            return _left(folder, passed_over)[-1]
-        resume = config.run.resume
-        if resume == "auto":
-            resume = "latest" if finished(folder) else None
-        return None if resume is None else find_checkpoint(folder, resume, "run.resume=")
-
-    if config.run.resume is None:
-        return None
-    return comm.on_rank_0(find)  # by the time another rank looks, it may have changed
-
-
-def _left(folder: RunPath, passed_over: list[PassedOver]) -> list[Checkpoint]:
-    """List the checkpoints, oldest first, without those that were passed over."""
-    gone = {each.checkpoint for each in passed_over}
-    return [each for each in finished(folder) if each not in gone]
+def _to_try(config: Config, folder: RunPath) -> list[Checkpoint]:
+    """List the checkpoints to continue from: the one that run.resume names, or all, newest first, where it is the
+    newest."""
+    resume = config.run.resume
+    found = finished(folder)[::-1] if resume in ("latest", "auto") else []
+    if found or resume in (None, "auto"):
+        return found
+    return [find_checkpoint(folder, resume, "run.resume=")]
 
 
 def _what(comm: Comm, failure: DamagedCheckpointError | RemoteRankError) -> str:
@@ -411,50 +389,24 @@ class _AcceptedStores(Section):
     accepted: list[AcceptedStore]
 
 
-def standing_in(checkpoint: Checkpoint, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
-    """Find what is to be read of each store: what was accepted in the place of what the checkpoint recorded, or that.
-
-    Raises CheckpointError where the file of accepted stores is damaged."""
-    found = dict(stores)
-    for each in _read_accepted(_accepted_file(checkpoint)):
-        for name, record in found.items():
-            if each.replaces(name, record):
-                found[name] = each.accepted
-    return found
-
-
-def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath:
+def accept(checkpoint: Checkpoint, store: AcceptedStore) -> RunPath | None:
     """Accept a store for the checkpoint's run, in place of an earlier one for the same; returns the file.
 
-    Raises CheckpointError where it cannot be written.
+    The recorded store itself takes back what was accepted; None where nothing was. Raises CheckpointError where the
+    file cannot be written.
     """
-    return _write_accepted(checkpoint, [*_other_accepted(checkpoint, store.name, store.recorded), store])
-
-
-def withdraw(checkpoint: Checkpoint, name: str, recorded: SnapshotId) -> RunPath | None:
-    """Take back what was accepted in the place of `recorded`, which is there again.
-
-    Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
-    """
-    left = _other_accepted(checkpoint, name, recorded)
-    return _write_accepted(checkpoint, left) if len(left) < len(_read_accepted(_accepted_file(checkpoint))) else None
-
-
-def _other_accepted(checkpoint: Checkpoint, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
-    return [each for each in _read_accepted(_accepted_file(checkpoint)) if not each.replaces(name, recorded)]
-
-
-def _write_accepted(checkpoint: Checkpoint, stores: list[AcceptedStore]) -> RunPath:
-    file = _accepted_file(checkpoint)
+    file = checkpoint.run / ACCEPTED_FILE
+    before = _read_accepted(file)
+    others = [each for each in before if not each.replaces(store.name, store.recorded)]
+    is_back = store.recorded.is_same(store.accepted)
+    if is_back and len(others) == len(before):
+        return None
+    after = _AcceptedStores(accepted=others if is_back else [*others, store])
     try:
-        write_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
+        write_file(file, after.model_dump_json(indent=1) + "\n")
     except (OSError, StorageError) as failure:
         raise CheckpointError(f"{file} cannot be written: {failure}") from failure
     return file
-
-
-def _accepted_file(checkpoint: Checkpoint) -> RunPath:
-    return checkpoint.run / ACCEPTED_FILE
 
 
 def _read_accepted(file: RunPath) -> list[AcceptedStore]:

@@ -12,9 +12,8 @@ from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import FarPath, RunPath, check_bucket, read_file, run_path
 from featurestore.published.versions import PublishedFiles, open_published
-from featurestore.storage.storage import digest_of
 from trainer.config.config import Config, RunConfig
-from trainer.errors import CheckpointNotFoundError, ConfigError, DamagedCheckpointError, TrainerError
+from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
 from trainer.files import checkpoints_of
 
 STATE = "state.json"
@@ -61,20 +60,6 @@ class Checkpoint:
     def open_input(self, file: str) -> IO[bytes]:
         """Open a file of it for reading, seekable. Raises FileNotFoundError, StorageError."""
         return self.files.open_input(f"{self.name}/{file}")
-
-    def verify(self, file: str, digest: str) -> None:
-        """Raise DamagedCheckpointError where a file of a disk is missing or has another xxh3-128.
-
-        One of an object store is not looked at: each copy of it is verified. Raises OSError, StorageError.
-        """
-        if not self.files.is_local:
-            return
-        try:
-            found = digest_of(self.files, f"{self.name}/{file}")
-        except FileNotFoundError as failure:
-            raise DamagedCheckpointError(f"{self}/{file} is missing") from failure
-        if found != digest:
-            raise DamagedCheckpointError(f"{self}/{file} is damaged: its digest is not the one in state.json")
 
 
 def run_or_newest(run: str | None) -> RunPath:
@@ -163,21 +148,13 @@ def finished(run: RunPath) -> list[Checkpoint]:
     return sorted(found, key=lambda each: each.step)
 
 
-def unrelated(run: RunPath, resumed: Checkpoint) -> list[Checkpoint]:
-    """List the checkpoints of the run in folder `run` that it did not pass on its way to `resumed`, oldest first.
-
-    Those are the checkpoints of later steps, or all where `resumed` is not one of them.
-    """
-    is_own = resumed.is_of(run)
-    return [each for each in finished(run) if not is_own or each.step > resumed.step]
-
-
 def in_the_way(run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> list[Checkpoint]:
     """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own.
 
-    But for `damaged` ones, which it passed over."""
-    found = finished(run) if resumed is None else unrelated(run, resumed)
-    return [each for each in found if each not in damaged]
+    Those are the checkpoints of later steps, or all where `resumed` is not one of this folder; oldest first, and
+    without `damaged` ones, which it passed over."""
+    last = resumed.step if resumed is not None and resumed.is_of(run) else -1
+    return [each for each in finished(run) if each.step > last and each not in damaged]
 
 
 def check_folder(config: Config, run: RunPath, resumed: Checkpoint | None, damaged: Sequence[Checkpoint] = ()) -> None:

@@ -6,7 +6,7 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -189,8 +189,12 @@ def _open_run(
         origin.check_same(resumed[1].origin, resumed[0])
     engine = engine_of(config, comm, schema, partitions, device, statistics)
     if resumed:
-        with _closed_on_failure(partitions.values()):  # an earlier checkpoint may be tried
+        try:
             checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
+        except BaseException:  # an earlier checkpoint may be tried
+            for partition in partitions.values():
+                partition.close()
+            raise
     elif warm:
         warmstart.load(comm, warm, origin, engine, config.data.cache_dir)
     engine.begin_day(newest_day(each.file for each in train.row_groups))
@@ -221,16 +225,6 @@ def _begin(engine: Engine, reader: SampleReader, resumed: Resumed | None) -> Bat
     position = resumed[1].position if resumed else BatchPosition(0, 0)
     engine.first_step = engine.num_steps - (position.epoch * reader.steps_per_epoch + position.step)
     return position
-
-
-@contextlib.contextmanager
-def _closed_on_failure(partitions: Iterable[FeaturePartition]) -> Iterator[None]:
-    """Close these partitions where the block raises."""
-    with contextlib.ExitStack() as opened:
-        for each in partitions:
-            opened.callback(each.close)
-        yield
-        opened.pop_all()
 
 
 def open_stores(

@@ -61,7 +61,7 @@ from trainer.engine.machine import free_bytes
 from trainer.errors import CheckpointError
 from trainer.files import checkpoints_of
 from trainer.runs.checkpoint import DENSE, CheckpointState, Loadable, Trained, agreed, load, read_state
-from trainer.runs.folder import STATE, Checkpoint, step_name, step_of, unrelated
+from trainer.runs.folder import STATE, Checkpoint, in_the_way, step_name, step_of
 
 _FAILURES = (OSError, StorageError, SafetensorError, MemoryError)
 _WAIT_S = 0.01
@@ -618,5 +618,5 @@ def end_with(
     load(comm, checkpoint, read_state(checkpoint), trained, cache_dir)
     with agreed(comm, f"cannot remove the checkpoints after {checkpoint}"):
         if comm.rank == 0:
-            into.remove(unrelated(into.run, checkpoint))
+            into.remove(in_the_way(into.run, checkpoint))
     return checkpoint
