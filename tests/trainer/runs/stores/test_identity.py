@@ -165,6 +165,7 @@ class TestRebuilt:
         found = SnapshotId.of(FeatureStore.open(places.folder / "features").snapshot())
         entry = checkpoint.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={})
         file = checkpoint.accept(path, entry)
+        assert isinstance(file, Path)
         invoke(evaluate_app, run, "--bootstrap", 0, "--json", tmp_path / "figures.json")
         (note,) = (each for each in json.loads((tmp_path / "figures.json").read_text())["notes"] if "accepted" in each)
         assert all(f"of store {each} at" in note for each in ids)
