@@ -62,16 +62,14 @@ class Checkpoint:
         return self.files.open_input(f"{self.name}/{file}")
 
 
-def run_or_newest(run: str | None) -> RunPath:
-    """Return the path of a run that an option names, or the newest run. Raises ConfigError where there is none."""
-    return newest_run() if run is None else run_path(run)
+def run_or_newest(run: str | None, folder: Path = Path(RunConfig().dir)) -> RunPath:
+    """Return the path of a run that an option names, by default of the one whose checkpoints changed last.
 
-
-def newest_run(folder: Path = Path(RunConfig().dir)) -> RunPath:
-    """Find the run in `folder`, or in a folder of it (those of trainer.daily), whose checkpoints changed last.
-
-    Raises ConfigError where there is none.
+    That is searched for in `folder` and the folders in it, as those of trainer.daily. Raises ConfigError where there is
+    none.
     """
+    if run is not None:
+        return run_path(run)
     listed = [finished(each.parent) for each in folder.glob(f"**/{checkpoints_of(Path())}")]
     newest = [checkpoints[-1] for checkpoints in listed if checkpoints]
     if not newest:

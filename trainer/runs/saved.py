@@ -121,15 +121,6 @@ class SavedRun:
         """Say which run and checkpoint an exported file is of, for its metadata."""
         return {"run": str(self.folder), "checkpoint": self.checkpoint.name, "checkpoint_digest": self.digest}
 
-    def notes_on_samples(self, changed: bool) -> list[str]:
-        """Say what matters about figures where the training samples that are there now are not the checkpoint's."""
-        if not changed:
-            return []
-        return [
-            f"the training samples in {self.config.data.samples} are not, or no longer, those of the checkpoint: what "
-            "is new, and what was seen how often, is counted in the samples that are there now"
-        ]
-
 
 @dataclass(kw_only=True)
 class TrainedRun(OpenRun):
@@ -308,7 +299,11 @@ def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId],
     notes = []
     if source.store is not None and all(record.url != source.store for record in stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
-    notes += saved.notes_on_samples(samples_changed)
+    if samples_changed:
+        notes.append(
+            f"the training samples in {saved.config.data.samples} are not, or no longer, those of the checkpoint: what "
+            "is new, and what was seen how often, is counted in the samples that are there now"
+        )
     recorded = checkpoint.read_recorded(saved.checkpoint).stores
     for name, record in saved.state.stores.items():
         if record != recorded[name]:

@@ -123,10 +123,14 @@ class _Chosen:
         try:
             yield
         except CheckpointError as failure:
-            raise CheckpointError(
-                f"warm start from {self._warm.checkpoint}, part {part}: {failure}, or leave {part} out of "
-                "run.warm_parts"
-            ) from failure
+            raise _refusal(self._warm, part, str(failure)) from failure
+
+
+def _refusal(warm: WarmStart, part: WarmPart, why: str) -> CheckpointError:
+    """Say why a part cannot be taken, and how it could be."""
+    return CheckpointError(
+        f"warm start from {warm.checkpoint}, part {part}: {why}, or leave {part} out of run.warm_parts"
+    )
 
 
 def not_taken(model: Mapping[str, Any], warm: WarmStart) -> list[str]:
@@ -150,10 +154,7 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
             _settings((each.name, each.there) for each in found),
             _settings((each.name, each.here) for each in found),
         )
-        raise CheckpointError(
-            f"warm start from {warm.checkpoint}, part model: it was trained with {was}, this run has {has}; set {was}, "
-            "or leave model out of run.warm_parts"
-        )
+        raise _refusal(warm, "model", f"it was trained with {was}, this run has {has}; set {was}")
 
 
 def _settings(values: Iterable[tuple[str, Any]]) -> str:
@@ -166,18 +167,16 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
     for name in model["fields"].keys() & theirs["fields"].keys():
         here, there = ([each["fields"][name].get(key) for key in ("buckets", "boundaries")] for each in (model, theirs))
         if here != there:
-            raise CheckpointError(
-                f"warm start from {warm.checkpoint}, part ids: the buckets of field {name} begin elsewhere in this "
-                "run; use its data.schema_file, or leave ids out of run.warm_parts"
-            )
+            why = f"the buckets of field {name} begin elsewhere in this run; use its data.schema_file"
+            raise _refusal(warm, "ids", why)
     marks_new_ads = model["image_dropout"] and model["images"] in ("ad", "both")
     if marks_new_ads and theirs["id_init_std"] > model["id_init_std"]:
-        raise CheckpointError(
-            f"warm start from {warm.checkpoint}, part ids: its rows started with "
-            f"model.id_init_std={theirs['id_init_std']}, and with model.image_dropout={model['image_dropout']} an ad "
-            f"is new while its rows lie within this run's {model['id_init_std']}, so none would be; leave ids out of "
-            "run.warm_parts, or set model.image_dropout=0"
+        why = (
+            f"its rows started with model.id_init_std={theirs['id_init_std']}, and with "
+            f"model.image_dropout={model['image_dropout']} an ad is new while its rows lie within this run's "
+            f"{model['id_init_std']}, so none would be; set model.image_dropout=0"
         )
+        raise _refusal(warm, "ids", why)
 
 
 def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
@@ -203,11 +202,9 @@ def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
         name, _, key = each.name.rpartition(".")
         found.append(f"{name}, {key}" + ("" if key in FOUND else f"={each.there}, here {each.here}"))
     if found or list(mine) != list(theirs):
-        raise CheckpointError(
-            f"warm start from {warm.checkpoint}, part model: its schema has other fields "
-            f"({'; '.join(sorted(found)) or 'the same in another order'}), so its layers read other inputs; "
-            "use its data.schema_file, or leave model out of run.warm_parts"
-        )
+        fields = "; ".join(sorted(found)) or "the same in another order"
+        why = f"its schema has other fields ({fields}), so its layers read other inputs; use its data.schema_file"
+        raise _refusal(warm, "model", why)
 
 
 def _read_of(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
