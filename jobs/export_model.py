@@ -136,7 +136,7 @@ def put_in_use(out: str, new: "BundleManifest", options: "ExportOptions") -> lis
     from featurestore.published.paths import run_path
     from featurestore.storage.storage import Storage
     from serving.bundle import log
-    from trainer.compat.scores import RunInUse, gate_model
+    from trainer.compat.check import RunInUse, gate_model
 
     storage = Storage(out)
     found: list[GateResult] = []

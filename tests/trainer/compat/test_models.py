@@ -11,7 +11,7 @@ import yaml
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.compat.scores import RunInUse, gate_model
+from trainer.compat.check import RunInUse, gate_model
 from trainer.config.config import load_config
 from trainer.evaluation.predict import predict_run
 from trainer.main import train

@@ -88,7 +88,7 @@ def test_the_difference_is_that_of_two_evaluations(
         scored.extend([*ours, *baseline])
         return compare(ours, baseline, **options)
 
-    monkeypatch.setattr("trainer.compat.scores.compare", noted)
+    monkeypatch.setattr("trainer.compat.check.compare", noted)
     newest = store.snapshot("stable").version + 2
     found, _ = check.promote(newest, "stable", None)
     whole = [predict_run(check.saved.folder, store=store.url, store_version=version) for version in (newest, "stable")]
