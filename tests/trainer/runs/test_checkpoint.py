@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from featurestore.published.paths import RunPath, run_path
+from featurestore.published.paths import RunPath
 from featurestore.published.versions import PublishedFile
 from tests.trainer.checkpoints import damage, files_of
 from tests.trainer.runs import saved
@@ -18,13 +18,6 @@ from trainer.errors import CheckpointError, DamagedCheckpointError, RemoteRankEr
 from trainer.runs import checkpoint
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
 from trainer.runs.saving import CheckpointPlace, WrittenPart, state_bytes
-
-
-@pytest.fixture(params=["disk", "s3"])
-def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPath:
-    """Where a run may be."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "a" if request.param == "disk" else run_path(f"{request.getfixturevalue('s3_url')}/runs/a")
 
 
 def _save(run: RunPath, step: int = 50, value: float = 1.0, size: int = 1, keep: int = 3) -> Checkpoint:
