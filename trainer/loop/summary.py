@@ -209,23 +209,12 @@ Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
 STEP_PHASES: tuple[Phase, ...] = ("wait", "compute")
 
 
-@dataclass(frozen=True)
-class ImageCounts:
-    """Images of one step, as this rank counts them.
-
-    They are keys in this rank's batch, and unique ones that this rank, as their owner, runs E on and answers for.
-    """
-
-    references: int
-    served: int
-
-
 @dataclass
 class StepTotals:
     """Sums over the training steps of one rank since the run, or its resumption, began.
 
-    `image_references`, `images`: the sums of `ImageCounts`; over all ranks `images` is the number of
-    unique images of the global batches. `missing_by_store`: lookups of images without a feature, those of evaluations
+    `image_references`, `images`: the sums of `count_images`; over all ranks `images` is the number of unique images of
+    the global batches. `missing_by_store`: lookups of images without a feature, those of evaluations
     included. `unique_by_field`: different and all keys of a field in a rank's batch, summed over the steps that are
     logged. `warm_up_*`: the first step, which also pays for buffers and caches.
     """
@@ -253,12 +242,12 @@ class StepTotals:
             if phase in STEP_PHASES:
                 self.step_cpu_s += time.process_time() - start_cpu_s
 
-    def add(self, result: StepResult, images: ImageCounts) -> None:
-        """Count one training step."""
+    def add(self, result: StepResult, references: int, images: int) -> None:
+        """Count one training step, with its images as `count_images` gives them."""
         self.steps += 1
         self.samples += result.num_samples
-        self.image_references += images.references
-        self.images += images.served
+        self.image_references += references
+        self.images += images
         if self.steps == 1:
             self.warm_up_samples, self.warm_up_s = self.samples, self.step_seconds
 
@@ -281,33 +270,12 @@ class StepTotals:
         return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s
 
 
-@dataclass
-class CheckpointCounts:
-    """Checkpoints since the run, or its resumption, began."""
-
-    written: int = 0
-    failed: int = 0
-    failed_in_a_row: int = 0
-
-    def add(self, error: str) -> int:
-        """Count one that was written, or failed by an error; return how many have failed since the last good one."""
-        if error:
-            self.failed += 1
-            self.failed_in_a_row += 1
-        else:
-            self.written += 1
-            self.failed_in_a_row = 0
-        return self.failed_in_a_row
-
-
-def count_images(request: KeyRequest) -> ImageCounts:
-    """Count the images of this rank's batch, and those that this rank serves and computes for all; before its step."""
+def count_images(request: KeyRequest) -> tuple[int, int]:
+    """Count the images of one step, before it: keys in this rank's batch, and unique ones that this rank, as their
+    owner, runs E on and answers for."""
     pairs = zip(request.asked_S, request.served_S, strict=False)  # fewer are served where one went wrong
     content = [(asked, served) for asked, served in pairs if isinstance(served, ContentRequest)]
-    return ImageCounts(
-        references=sum(len(asked.inverse_N) for asked, _ in content),
-        served=sum(served.num_unique for _, served in content),
-    )
+    return sum(len(asked.inverse_N) for asked, _ in content), sum(served.num_unique for _, served in content)
 
 
 def unique_by_field(request: KeyRequest) -> dict[str, tuple[int, int]]:
@@ -319,9 +287,12 @@ def unique_by_field(request: KeyRequest) -> dict[str, tuple[int, int]]:
 
 
 def step_details(
-    comm: Comm, totals: StepTotals, stages: Stages, unique_by_field: Mapping[str, tuple[int, int]], images: ImageCounts
+    comm: Comm, totals: StepTotals, stages: Stages, unique_by_field: Mapping[str, tuple[int, int]], images: int
 ) -> dict[str, float]:
-    """Return what TensorBoard gets of a step that is logged, beside its loss; called by every rank."""
+    """Return what TensorBoard gets of a step that is logged, beside its loss; called by every rank.
+
+    `images`: those that this rank computed.
+    """
     last_ms = stages.last_ms()
     details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
     for name, row in stage_table([last_ms]).items():
@@ -330,7 +301,7 @@ def step_details(
     details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique_by_field.items()}
     sent = {name: each.sent for name, each in comm.traffic.items() if name.startswith("step.")}
     details |= {f"bytes_sent_per_step/{name}": total / totals.steps for name, total in sent.items()}
-    served_R = comm.allgather_object(images.served, name="log.images")
+    served_R = comm.allgather_object(images, name="log.images")
     served = sum(served_R)
     if served:
         details["images/owner_skew"] = max(served_R) * len(served_R) / served

@@ -176,7 +176,9 @@ class Training:
         self._warned: set[str] = set()
         train = run.config.train
         self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, lambda: run.copy_local(TENSORBOARD))
-        self.checkpoints = summary.CheckpointCounts()
+        self.checkpoints = {"written": 0, "failed": 0}
+        """Since the run, or its resumption, began."""
+        self._failed_in_a_row = 0
 
     def fit(self) -> None:
         """Do all remaining steps, the last evaluation and checkpoint; with early stopping, end with the best one.
@@ -280,12 +282,12 @@ class Training:
 
     def _step(self, prepared: PreparedBatch) -> None:
         start_s = time.perf_counter()
-        images = summary.count_images(prepared.request)
+        references, images = summary.count_images(prepared.request)
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
         if not math.isfinite(result.loss):
             raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower optim.lr")
-        self.totals.add(result, images)
+        self.totals.add(result, references, images)
         samples, seconds = self.totals.steady
         speed = samples * self._run.comm.size / seconds
         scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_s": speed}
@@ -333,7 +335,9 @@ class Training:
         """Count a checkpoint that has ended, and say so where it failed. Raises CheckpointError where too many did."""
         if outcome is None:
             return
-        if self.checkpoints.add(outcome.error) > MOST_FAILURES:
+        self.checkpoints["failed" if outcome.error else "written"] += 1
+        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.error else 0
+        if self._failed_in_a_row > MOST_FAILURES:
             raise CheckpointError(
                 f"the checkpoint of step {outcome.step} cannot be written: {outcome.error}; nor could the "
                 f"{MOST_FAILURES} before it; see to that, and continue with run.resume=latest"
@@ -405,7 +409,7 @@ class Training:
         with self.totals.timed("checkpoint"):
             self._note_outcome(self._saves.wait())
             address = self._saves.save(self._engine, self._state(), keep, self._best())
-        self.checkpoints.add("")
+        self._note_outcome(Outcome(self._engine.num_steps, ""))
         return address
 
     def _state(self) -> CheckpointState:
