@@ -271,8 +271,10 @@ class StepTotals:
 
 
 def count_images(request: KeyRequest) -> tuple[int, int]:
-    """Count the images of one step, before it: keys in this rank's batch, and unique ones that this rank, as their
-    owner, runs E on and answers for."""
+    """Count the images of one step on this rank, before the step.
+
+    They are keys in its batch, and unique ones that it, as their owner, runs E on and answers for.
+    """
     pairs = zip(request.asked_S, request.served_S, strict=False)  # fewer are served where one went wrong
     content = [(asked, served) for asked, served in pairs if isinstance(served, ContentRequest)]
     return sum(len(asked.inverse_N) for asked, _ in content), sum(served.num_unique for _, served in content)
