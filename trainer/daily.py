@@ -411,21 +411,17 @@ def _claim(folder: RunPath, base: Config) -> None:
         "train": base.train.model_dump(mode="json"),
         "data": base.data.model_dump(mode="json"),
     }
-    file = folder / DAYS_FILE
-    try:
-        if file.is_file() and any(DAY.fullmatch(each.name) for each in folder.iterdir()):
-            _check_same(mine, parse_json(read_file(file)), file)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json_file(file, mine)
-    except (OSError, StorageError, ValueError) as failure:
-        raise TrainerError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
-
-
-def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: RunPath) -> None:
-    """Raise ConfigError if existing days have other settings or addresses."""
     from trainer.config.comparison import differences
 
+    file = folder / DAYS_FILE
+    try:
+        if not (file.is_file() and any(DAY.fullmatch(each.name) for each in folder.iterdir())):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json_file(file, mine)
+            return
+        theirs = parse_json(read_file(file))
+    except (OSError, StorageError, ValueError) as failure:
+        raise TrainerError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
     found = [each for each in differences(mine, theirs) if each.decides != "nothing" or each.setting in _SAME_PLACES]
     if found:
         lines = "\n  ".join(each.text("there") for each in found)
