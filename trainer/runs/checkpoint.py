@@ -168,9 +168,9 @@ def load(
 ) -> None:
     """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
 
-    Of its files, a rank verifies and reads those that have a shard of it; from an object store it copies one at a time
-    to `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is
-    missing, damaged (DamagedCheckpointError) or does not fit.
+    A rank verifies and reads the files that have a shard of it; from an object store it copies one at a time to
+    `cache_dir`. Raises CheckpointError on all ranks, naming the file, where one is missing, damaged
+    (DamagedCheckpointError) or does not fit.
     """
     with agreed(comm, f"cannot read {checkpoint}"):
         with local_copy(checkpoint, DENSE, state.files[DENSE], cache_dir) as file:

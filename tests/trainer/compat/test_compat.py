@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -241,10 +239,3 @@ def test_a_limit_that_is_no_number(places: Places) -> None:
     words = [str(places.folder / "runs" / "a"), str(places.folder / "features"), "--max-logloss-rise", "nan"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2 and "--max-logloss-rise" in result.output, result.output
-
-
-def test_help_has_examples_and_loads_no_torch() -> None:
-    result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0 and "python -m trainer.compat data/runs/both data/features --accept" in result.output
-    code = "import sys, trainer.compat.__main__; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -358,8 +357,6 @@ def test_command(days: Places) -> None:
     assert (refused.exit_code, "add --continue" in refused.stderr) == (2, True)
     result = CliRunner().invoke(app, ["--first-day", "monday"])
     assert result.exit_code == 2 and "'monday' does not match" in result.stderr
-    code = "import sys, trainer.daily; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
