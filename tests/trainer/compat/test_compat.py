@@ -218,22 +218,6 @@ class TestWithTheOldOneGone:
         assert json.loads(kept)["accepted"][0]["figures"]["forced"] == "the same pictures"
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "text"),
-    [
-        (("nowhere",), 2, "no store at"),
-        (("{features}", "--name", "titles"), 2, "--name titles: the content fields of"),
-        (("{features}", "--version", 9), 2, "has no snapshot 9"),
-        (("{features}", "--checkpoint", 9), 2, "no such checkpoint"),
-    ],
-)
-def test_mistakes(places: Places, words: tuple[object, ...], code: int, text: str) -> None:
-    given = [str(word).format(features=places.folder / "features") for word in words]
-    result = CliRunner().invoke(app, [str(places.folder / "runs" / "a"), *given])
-    assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.output
-    assert text in result.stderr
-
-
 def test_a_limit_that_is_no_number(places: Places) -> None:
     """Nothing is larger than nan: every store would pass."""
     words = [str(places.folder / "runs" / "a"), str(places.folder / "features"), "--max-logloss-rise", "nan"]
