@@ -418,11 +418,8 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
     """Print the final tables; that of the fields where a step was logged, as their keys are counted then."""
-    table = Table(
-        title=f"{report['name']}: {report['global_step']:,} steps, {ranks_text(report['num_ranks'])}",
-    )
-    table.add_column("test samples")
-    table.add_column("value", justify="right")
+    title = f"{report['name']}: {report['global_step']:,} steps, {ranks_text(report['num_ranks'])}"
+    table = _table("test samples", "value", title=title)
     for name, value in report["metrics"].items():
         table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
     table.add_section()
@@ -437,11 +434,21 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             table.add_row(f"  of store {store}", _text(count, "-"))
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
-    ratios = report["unique_ratio_by_field"]
-    shown = [table, _stages_shown(report["stages"]), *([_ratios_shown(ratios)] if ratios else [])]
-    for each in [*shown, *([_id_tables_shown(report["tables"])] if report["tables"] else [])]:
-        print_table(console, each)
+    print_table(console, table)
+    print_table(console, _stages_shown(report["stages"]))
+    if ratios := report["unique_ratio_by_field"]:
+        print_table(console, _ratios_shown(ratios))
+    if report["tables"]:
+        print_table(console, _id_tables_shown(report["tables"]))
     console.print(f"written to {report['folder']}")
+
+
+def _table(first: str, *numbers: str, title: str | None = None) -> Table:
+    """Make a table of these columns, all but the first of numbers."""
+    table = Table(first, title=title)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
 
 
 def ranks_text(count: int) -> str:
@@ -451,9 +458,7 @@ def ranks_text(count: int) -> str:
 
 def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Make the table of a step's time by stage: first the stages that run a step ahead, then the step itself."""
-    table = Table("stage of a step")
-    for column in ("median ms", "of a step", "hidden"):
-        table.add_column(column, justify="right")
+    table = _table("stage of a step", "median ms", "of a step", "hidden")
     for name, row in stages.items():
         if name == WAIT:
             table.add_section()
@@ -463,17 +468,14 @@ def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
 
 
 def _ratios_shown(ratios: Mapping[str, float | None]) -> Table:
-    table = Table("field")
-    table.add_column("different keys of all, in a rank's batch", justify="right")
+    table = _table("field", "different keys of all, in a rank's batch")
     for name, value in ratios.items():
         table.add_row(name, _text(value, "-"))
     return table
 
 
 def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:
-    shown = Table("ID table")
-    for column in ("different ids", "rows", "ids that share a row"):
-        shown.add_column(column, justify="right")
+    shown = _table("ID table", "different ids", "rows", "ids that share a row")
     for name, row in tables.items():
         about = "" if row["is_exact"] else "about "
         rows = f"{row['rows']:,}" + (f" of {row['max_rows']:,}" if row["kind"] == "exact" else "")

@@ -278,20 +278,17 @@ def open_source(source: RunSource, comm: Comm) -> EvaluatedRun:
 
 
 def _config_of(source: RunSource, saved: SavedRun) -> Config:
-    """The run's configuration with the places of `source`."""
+    """The run's configuration with the places of `source`, whose store is at one snapshot. Raises ConfigError."""
     data: dict[str, Any] = {}
     if source.samples is not None:
         data["test_days"] = []  # the run's own test samples are not needed
     if source.store is not None and saved.config.model.images != "none":
-        data |= {"store": source.store, "store_version": _version_of(source.store, source.store_version)}
+        try:
+            version = FeatureStore.open(source.store).snapshot(source.store_version).version
+        except FeatureStoreError as failure:
+            raise ConfigError(f"--store {source.store}: {failure}") from failure
+        data |= {"store": source.store, "store_version": version}
     return saved.config.changed(data=data)
-
-
-def _version_of(store: str, version: VersionName | None) -> int:
-    try:
-        return FeatureStore.open(store).snapshot(version).version
-    except FeatureStoreError as failure:
-        raise ConfigError(f"--store {store}: {failure}") from failure
 
 
 def _notes(source: RunSource, saved: SavedRun, stores: Mapping[str, SnapshotId], samples_changed: bool) -> list[str]:
