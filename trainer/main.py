@@ -105,6 +105,7 @@ def train(config: Config, comm: "Comm") -> None:
     Of a run that is continued and finished already, nothing is written again.
     """
     from featurestore.console.output import text_console
+    from trainer.files import checkpoints_of
     from trainer.loop import summary
     from trainer.loop.summary import PLACE, ProgressLog, traces_text
     from trainer.loop.training import StopSignals, Training, total_steps
@@ -133,7 +134,7 @@ def train(config: Config, comm: "Comm") -> None:
             for each in run.passed_over:
                 progress.say(
                     f"warning: {each.checkpoint.name} is passed over, and kept as {DAMAGED}{each.checkpoint.name} in "
-                    f"{run.checkpoints}: {each.why}; continuing from step {run.engine.num_steps}"
+                    f"{checkpoints_of(run.folder)}: {each.why}; continuing from step {run.engine.num_steps}"
                 )
             if removed:
                 progress.say(f"removed by run.overwrite=true: {', '.join(each.name for each in removed)}")

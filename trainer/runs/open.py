@@ -28,7 +28,6 @@ from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
 from trainer.errors import CheckpointError, DataNotFoundError
-from trainer.files import checkpoints_of
 from trainer.runs import checkpoint, warmstart
 from trainer.runs.checkpoint import Origin, PassedOver, Resumed, cache_folder, continued
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
@@ -104,11 +103,6 @@ class Run(OpenRun):
     warm_start: WarmStart | None
     lacked: Sequence[str]
     """What to say of images that the samples name and a store lacks."""
-
-    @property
-    def checkpoints(self) -> RunPath:
-        """Folder of the run's checkpoints."""
-        return checkpoints_of(self.folder)
 
     @cached_property
     def place(self) -> CheckpointPlace:
