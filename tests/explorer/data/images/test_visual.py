@@ -12,9 +12,9 @@ from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore import FeatureStore, key_of_uri
 from tests.explorer.world import PLAIN, UNKNOWN
-from trainer.runs.checkpoint import read_state, state_bytes
+from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import finished
-from trainer.runs.saving import CheckpointPlace
+from trainer.runs.saving import CheckpointPlace, state_bytes
 
 
 @pytest.fixture(autouse=True)
