@@ -3,13 +3,13 @@
 import contextlib
 import http.client
 import json
+import os
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 
 from featurestore.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 NUM_CANDIDATES, NUM_REQUESTS = 200, 200
 _READY_S, _SWITCH_S, _STOP_S = 120, 60, 20
 
 
-class ScorerError(UserError):
-    """The scorer does not start, or does not answer as it should."""
+class ServerError(UserError):
+    """A server does not start, or does not answer as it should."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,9 @@ class Scorer:
     """A scorer that runs on this machine."""
 
     connection: http.client.HTTPConnection
-    process: "subprocess.Popen[bytes]"
 
     def score(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Post one request, over a connection that stays open, and return the answer. Raises ScorerError."""
+        """Post one request, over a connection that stays open, and return the answer. Raises ServerError."""
         try:
             answer = self._post(request)
         except ConnectionError:  # the scorer closes connections that are not used for some seconds
@@ -42,7 +42,7 @@ class Scorer:
             answer = self._post(request)
         body = answer.read()
         if answer.status != 200:
-            raise ScorerError(f"the scorer answered {answer.status}: {body.decode()}")
+            raise ServerError(f"the scorer answered {answer.status}: {body.decode()}")
         found: dict[str, Any] = json.loads(body)
         return found
 
@@ -50,39 +50,42 @@ class Scorer:
         self.connection.request("POST", "/v1/score", json.dumps(request), {"Content-Type": "application/json"})
         return self.connection.getresponse()
 
-    def is_ready(self) -> bool:
-        """Return whether the model is loaded and warmed up. Raises ScorerError if the process has ended."""
-        if (code := self.process.poll()) is not None:
-            raise ScorerError(f"the scorer ended with exit code {code}")
-        try:
-            self.connection.request("GET", "/v2/health/ready")
-            answer = self.connection.getresponse()
-            answer.read()
-            return answer.status == 200
-        except OSError:
-            self.connection.close()
-            return False
-
 
 @contextlib.contextmanager
-def running_scorer(model: Path, say: Callable[[str], None]) -> Iterator[Scorer]:
-    """Start a scorer on a free port of loopback, wait until it is ready, and stop it at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "serving", str(model), "--port", str(port)]
-    say(f"$ {shlex.join(command)} &")
-    process = subprocess.Popen(command)
+def running(command: Sequence[str], port: int, ready: str, folder: Path | None = None) -> Iterator[None]:
+    """Run `python COMMAND` from when it answers 200 at the path `ready` to the end of the block. Raises ServerError."""
+    shown = f"python {shlex.join(command)}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment)
+
+    def is_ready() -> bool:
+        if (code := process.poll()) is not None:
+            raise ServerError(f"{shown} ended with exit code {code}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=10):
+            return True
+        return False
+
     try:
-        scorer = Scorer(http.client.HTTPConnection("127.0.0.1", port, timeout=30), process)
-        _wait(scorer.is_ready, _READY_S, "the scorer is not ready")
-        yield scorer
+        _wait(is_ready, _READY_S, f"{shown} is not ready")
+        yield
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@contextlib.contextmanager
+def running_scorer(model: Path, say: Callable[[str], None]) -> Iterator[Scorer]:
+    """Run a scorer on a free port of loopback."""
+    from trainer.launch import free_port
+
+    port = free_port()
+    command = ["-m", "serving", str(model), "--port", str(port)]
+    say(f"$ python {shlex.join(command)} &")
+    with running(command, port, "/v2/health/ready"):
+        yield Scorer(http.client.HTTPConnection("127.0.0.1", port, timeout=30))
 
 
 def request_of(samples: Path) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def draw_new_picture(folder: Path) -> str:
 
 
 def wait_for_picture(scorer: Scorer, request: dict[str, Any]) -> float:
-    """Request scores until no candidate's image is missing, and return the first score. Raises ScorerError."""
+    """Request scores until no candidate's image is missing, and return the first score. Raises ServerError."""
     answer: dict[str, Any] = {}
 
     def is_known() -> bool:
@@ -137,5 +140,5 @@ def _wait(is_done: Callable[[], bool], limit_s: float, problem: str) -> None:
     start_s = time.monotonic()
     while not is_done():
         if time.monotonic() - start_s > limit_s:
-            raise ScorerError(f"{problem} after {limit_s:g} seconds")
+            raise ServerError(f"{problem} after {limit_s:g} seconds")
         time.sleep(0.2)

@@ -11,21 +11,17 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from tools.demo_serving import ROOT, running
 from trainer.launch import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "TUTORIAL.md"
 QUICK = {"--small": "--items 200 --users 150 --days 4", "random:0": "random:0 --backbone mobilenet_v3_small:avgpool"}
 """Replacements in the commands, for few clicks and features of a small network."""
 SERVERS = re.compile(r"python -m (serving data|explorer)")
-READY_S = 120
 
 
 def blocks_of(page: str) -> list[str]:
@@ -49,35 +45,6 @@ def run(text: str, folder: Path) -> None:
     subprocess.run(["bash", "-euc", text], cwd=folder, env=environment, check=True)
 
 
-@contextlib.contextmanager
-def running(text: str, folder: Path, port: int) -> Iterator[None]:
-    """Start a server, wait until it answers, and stop it at the end. Raises RuntimeError."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, *text.split()[1:]]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
-        try:
-            path = "/v2/health/ready" if "serving" in text else "/"
-            start_s = time.monotonic()
-            while not _answers(f"http://127.0.0.1:{port}{path}"):
-                if process.poll() is not None or time.monotonic() - start_s > READY_S:
-                    log.seek(0)
-                    raise RuntimeError(f"{text}: it does not answer\n{log.read().decode()}")
-                time.sleep(0.3)
-            yield
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
 def follow(page: str, folder: Path) -> None:
     """Run all blocks of a page in `folder`; servers run until the last of them. Raises CalledProcessError."""
     blocks = blocks_of(page)
@@ -87,7 +54,9 @@ def follow(page: str, folder: Path) -> None:
             text = block.replace("8080", str(port))
             if SERVERS.match(text):
                 own = port if str(port) in text else free_port()
-                servers.enter_context(running(text if own == port else f"{text} --port {own}", folder, own))
+                ready = "/v2/health/ready" if "serving" in text else "/"
+                port_option = [] if own == port else ["--port", str(own)]
+                servers.enter_context(running([*text.split()[1:], *port_option], own, ready, folder))
                 continue
             for command in commands_of(text):
                 print(f"$ {command}", flush=True)

@@ -1,11 +1,13 @@
 """Cached values: computed once for all who ask, let go when there is no room, and never an error."""
 
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from explorer.data.cache import LruCache
+from explorer.data.cache import FileCache, LruCache
 
 
 def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
@@ -63,3 +65,15 @@ def test_the_sizes_of_the_values_are_bounded():
         cache.put(name, bytes(size))
     assert [cache.peek(name) for name in "abc"] == [bytes(5), None, bytes(4)]
     assert cache.size == 9
+
+
+def test_files_and_folders_unused_for_longest_go(tmp_path: Path) -> None:
+    files = FileCache("kind-", "", most=2)
+    for used_s, digest in enumerate(["a", "b", "c", "d"]):
+        place = files.path(digest, tmp_path)
+        place.mkdir() if digest in "ac" else place.touch()
+        os.utime(place, (used_s, used_s))
+    os.utime(files.path("a", tmp_path), (9, 9))
+    (tmp_path / "another-kind").touch()
+    files.prune(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["another-kind", "kind-a", "kind-d"]
