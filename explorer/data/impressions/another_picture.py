@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from explorer.data.cache import LruCache
@@ -12,9 +11,9 @@ from explorer.data.images.visual import feature_of_picture
 from explorer.data.impressions.explained import OtherPicture, Score, has_feature, with_other_pictures
 from explorer.data.impressions.groups import PictureName, Row, SampleGroup
 from explorer.data.impressions.open_runs import Logits, OpenedRun
+from explorer.data.store.duplicates import named
 from explorer.errors import ExplorerError, NotHereError
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import shard_of
 from featurestore.store import FeatureStore
 
 _MOST_NAMES = 50_000
@@ -64,25 +63,13 @@ class PictureNames:
         found = {key: uri for key in keys if (uri := self._names.peek((url, key))) is not None}
         if asked := sorted(keys - found.keys()):
             try:
-                read = _read(url, version, asked)
+                images = named(FeatureStore.open(url).snapshot(version), asked)
             except FeatureStoreError:  # names are optional: without one, pages show the key
                 return found
-            for key, uri in read.items():
-                self._names.put((url, key), uri)
-            found |= read
+            for image in images:
+                self._names.put((url, image.key), image.uri)
+            found |= {image.key: image.uri for image in images}
         return found
-
-
-def _read(url: str, version: int | None, keys: list[int]) -> dict[int, str]:
-    store = FeatureStore.open(url)
-    snapshot = store.snapshot(version)
-    key_U = np.asarray(keys, np.int64)
-    shard_U = shard_of(key_U, store.info.num_shards)
-    found: dict[int, str] = {}
-    for shard in np.unique(shard_U):
-        have_K, uris = snapshot.shard_reader(int(shard)).uris(key_U[shard_U == shard])
-        found |= dict(zip(have_K.tolist(), uris, strict=True))
-    return found
 
 
 def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes) -> Score:
