@@ -1,14 +1,13 @@
 """The run that is supervised: the command that trains it, its newest checkpoint, and one supervisor for it."""
 
 import fcntl
-import json
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from typer.main import get_command
 
 from featurestore.console.commandline import CommandApp, say_error
 from featurestore.errors import StorageError
-from featurestore.parsing import parse_json
 from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.storage.storage import Storage
+from featurestore.text import printable
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import app, warm_settings
@@ -99,7 +98,6 @@ def _newest_step(run: RunPath) -> int:
 
 LEASE_S = 60.0
 """Seconds without a renewal after which a supervisor on another machine counts as gone."""
-_HOLDER = re.compile(r"process (\d{1,10}) on ([\w.-]{1,255})")
 
 
 @contextmanager
@@ -116,19 +114,16 @@ def claimed(folder: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
 
 @contextmanager
 def _lock(file: Path) -> Iterator[None]:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("a+", encoding="utf-8", errors="replace")
-    except OSError as failure:
-        raise TrainerError(f"{file} cannot be written: {failure}; choose another run.dir") from failure
-    with lock:
+    with ExitStack() as stack:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(file.open("a+", encoding="utf-8", errors="replace"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as failure:
             lock.seek(0)
             raise _held(file, lock.read(200).strip()) from failure
         except OSError as failure:
-            raise TrainerError(f"{file} cannot be locked: {failure}; choose another run.dir") from failure
+            raise TrainerError(f"{file} cannot be written: {failure}; choose another run.dir") from failure
         lock.truncate(0)
         lock.write(f"{_me()}\n")
         lock.flush()
@@ -137,14 +132,13 @@ def _lock(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _lease(file: FarPath, lease_s: float) -> Iterator[None]:
-    storage, name = Storage(file.parent.url), file.name
+    storage, name, ended = Storage(file.parent.url), file.name, threading.Event()
     holder = _holder(storage, name, lease_s)
-    if holder is not None and holder != _me() and not _is_gone(holder):
+    if holder not in (None, _me()) and not _is_gone(str(holder)):
         raise _held(file, f"{holder}, or was until less than {lease_s:g} s ago")
     storage.delete_files([name])
-    if not storage.create_exclusive(name, _lease_of_mine()):
+    if not storage.create_exclusive(name, _me().encode()):
         raise _held(file, "one that began at the same moment")
-    ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(storage, name, lease_s, ended), daemon=True)
     renewing.start()
     try:
@@ -152,46 +146,29 @@ def _lease(file: FarPath, lease_s: float) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        with suppress(TrainerError):  # not a lease: somebody else's file
-            if _holder(storage, name, lease_s) == _me():
-                storage.delete_files([name])
+        if _holder(storage, name, lease_s) == _me():
+            storage.delete_files([name])
 
 
 def _renew(storage: Storage, name: str, lease_s: float, ended: threading.Event) -> None:
     while not ended.wait(lease_s / 4):
-        try:
+        with suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
             holder = _holder(storage, name, lease_s)
-            if holder in (None, _me()):
-                storage.write_bytes(name, _lease_of_mine())
-                continue
-        except (OSError, StorageError, TrainerError):
-            continue  # the store is away, or nobody's lease is there: nobody else can take the run either
-        say_error(f"the run is supervised by {holder} now: this supervisor stops")
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-
-
-def _lease_of_mine() -> bytes:
-    return json.dumps({"holder": _me()}).encode()
+            if holder not in (None, _me()):
+                say_error(f"the run is supervised by {holder} now: this supervisor stops")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            storage.write_bytes(name, _me().encode())
 
 
 def _holder(storage: Storage, name: str, lease_s: float) -> str | None:
-    """Return the holder of the lease; None if it is free or has expired, by the store's clock.
-
-    Raises TrainerError where the file is not a lease.
-    """
+    """Return the holder of the lease; None if it is free or has expired, by the store's clock."""
     try:
-        age_s = storage.now() - storage.entry(name).mtime_s
-        if age_s >= lease_s:
+        if storage.now() - storage.entry(name).mtime_s >= lease_s:
             return None
-        holder = parse_json(storage.read_bytes(name))["holder"]
-        if isinstance(holder, str) and _HOLDER.fullmatch(holder):
-            return holder
+        return printable(storage.read_bytes(name).decode(errors="replace")[:200])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise TrainerError(f"{storage.full(name)} is not the lease of a supervisor: remove it if no supervisor runs")
 
 
 def _me() -> str:
@@ -200,7 +177,7 @@ def _me() -> str:
 
 def _is_gone(holder: str) -> bool:
     """Return whether the holder was a process of this machine that has ended."""
-    match = _HOLDER.fullmatch(holder)
+    match = re.fullmatch(r"process (\d{1,10}) on (.+)", holder)
     return match is not None and match[2] == os.uname().nodename and not Path(f"/proc/{match[1]}").exists()
 
 

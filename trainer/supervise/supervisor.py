@@ -70,8 +70,6 @@ class RankEnd:
 class Past:
     """One generation that is over."""
 
-    hosts: tuple[HostSlots, ...]
-    """With the number of ranks of each."""
     step_before: int
     step_after: int
     ends: tuple[RankEnd, ...]
@@ -236,30 +234,12 @@ class Printer:
                 stream.flush()
 
 
-class StopRequest:
-    """What signals ask for: the first one that the training stops, a second one that it does so at once."""
-
-    def __init__(self, say: Callable[[str], None], grace_s: float) -> None:
-        """`say` gets a line for each of the two; `grace_s`: what the ranks have for a checkpoint."""
-        self.asked, self.at_once = asyncio.Event(), False
-        self._say, self._grace_s = say, grace_s
-
-    def on_signal(self) -> None:
-        """Take one more signal."""
-        if not self.asked.is_set():
-            self._say(
-                f"stopping: the ranks may write a checkpoint, for {self._grace_s:g} s (--stop-grace-s); "
-                "a second signal ends them at once"
-            )
-        elif not self.at_once:
-            self._say("stopping at once")
-        self.at_once = self.asked.is_set()
-        self.asked.set()
-
-
 @dataclass(kw_only=True)
 class Supervisor:
-    """The supervision of one run, as its user has asked for it; `past`: the generations that are over."""
+    """The supervision of one run, as its user has asked for it; `past`: the generations that are over.
+
+    `stop` is set when a signal has come; then the ranks write a checkpoint, or end at once by a second one.
+    """
 
     command: TrainCommand
     read_hosts: Callable[[], list[HostSlots]]
@@ -275,17 +255,18 @@ class Supervisor:
     stop_grace_s: float
     lease_s: float
     past: list[Past] = field(default_factory=list)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    stops_at_once: bool = False
 
     async def run(self) -> int:
         """Train to the end; returns the exit code. Raises UserError where the hosts or checkpoints cannot be read."""
         self._news: asyncio.Queue[News] = asyncio.Queue()
         self._links: dict[str, Link] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._stop = StopRequest(self.printer.say, self.stop_grace_s)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
-            asyncio.get_running_loop().add_signal_handler(number, self._stop.on_signal)
+            asyncio.get_running_loop().add_signal_handler(number, self.on_signal)
         self._wanted = self.read_hosts()
         self._keep_links()
         looking = asyncio.create_task(self._look_for_hosts())
@@ -294,6 +275,18 @@ class Supervisor:
         finally:
             looking.cancel()
             await self._close_links()
+
+    def on_signal(self) -> None:
+        """Let the training stop after a checkpoint or, by a second signal, at once."""
+        if not self.stop.is_set():
+            self.printer.say(
+                f"stopping: the ranks may write a checkpoint, for {self.stop_grace_s:g} s (--stop-grace-s); "
+                "a second signal ends them at once"
+            )
+        elif not self.stops_at_once:
+            self.printer.say("stopping at once")
+        self.stops_at_once = self.stop.is_set()
+        self.stop.set()
 
     async def _generations(self) -> int:
         while True:
@@ -308,7 +301,7 @@ class Supervisor:
             if any(link.hello is None for link in self._links.values()):
                 self.printer.say(f"without {self._troubles()}")
             self.past.append(await self._generation(hosts, step))
-            code = exit_code(self.past[-1], self._stop.asked.is_set())
+            code = exit_code(self.past[-1], self.stop.is_set())
             if code is not None:
                 self.printer.say(self._last_words(code))
                 return code
@@ -332,13 +325,13 @@ class Supervisor:
             generation.start(self.command.start(), variables, len(self.past))
             while not generation.is_over:
                 await generation.next_news(1.0)
-                if self._stop.asked.is_set():
-                    generation.stop(0 if self._stop.at_once else self.stop_grace_s)
+                if self.stop.is_set():
+                    generation.stop(0 if self.stops_at_once else self.stop_grace_s)
                 elif asked or self._may_grow(hosts, generation.started_s):
                     asked = True
                     generation.stop(self.stop_grace_s)
         after = await self._newest_step()
-        return Past(hosts=tuple(hosts), step_before=step, step_after=after, ends=tuple(generation.ends), asked=asked)
+        return Past(step_before=step, step_after=after, ends=tuple(generation.ends), asked=asked)
 
     def _may_grow(self, hosts: Sequence[HostSlots], started_s: float) -> bool:
         """Return whether more ranks could run than do, and the last start was long enough ago."""
@@ -352,7 +345,7 @@ class Supervisor:
     async def _hosts(self) -> tuple[HostSlots, ...] | None:
         """Wait until enough hosts are available; None if a user stopped the wait, or it took too long."""
         start_s, settled_s, is_reported = time.monotonic(), float("inf"), False
-        while (waited_s := time.monotonic() - start_s) < self.wait_for_hosts_s and not self._stop.asked.is_set():
+        while (waited_s := time.monotonic() - start_s) < self.wait_for_hosts_s and not self.stop.is_set():
             self._drain()
             is_quiet = not any(link.may_have_ranks for link in self._links.values())
             if is_quiet and (chosen := self._placed()):
@@ -366,7 +359,7 @@ class Supervisor:
         return None
 
     def _without_hosts(self) -> int:
-        if self._stop.asked.is_set():
+        if self.stop.is_set():
             self.printer.say("stopped; the same command continues the run")
             return STOPPED
         self.printer.say(
@@ -424,14 +417,14 @@ class Supervisor:
                 return await asyncio.to_thread(self.command.newest_step)
             except (UserError, OSError) as failure:
                 typed = getattr(failure, "exit_code", FAILED) == USAGE
-                if typed or time.monotonic() > end_s or self._stop.asked.is_set():
+                if typed or time.monotonic() > end_s or self.stop.is_set():
                     raise
                 self.printer.say(f"cannot read the checkpoints: {failure}; trying again")
                 await self._pause(self.backoff_s)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.asked.wait(), seconds)
+            await asyncio.wait_for(self.stop.wait(), seconds)
 
     def _last_words(self, code: int) -> str:
         """Report the end of the supervision."""

@@ -24,7 +24,7 @@ def end(rank: int = 3, host: str = "b", code: int | None = -9, **more: object) -
 
 
 def past(*ends: RankEnd, before: int = 0, after: int = 0, asked: bool = False) -> Past:
-    return Past(hosts=(A, B), step_before=before, step_after=after, ends=ends or (end(),), asked=asked)
+    return Past(step_before=before, step_after=after, ends=ends or (end(),), asked=asked)
 
 
 @pytest.mark.parametrize(
