@@ -26,7 +26,7 @@ python jobs/build_ad_index.py --run data/runs/towers
 python jobs/build_ad_index.py --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index
 python jobs/build_ad_index.py --run data/runs/towers --ads new-ads.parquet --add
 python jobs/build_ad_index.py --run data/runs/towers --sync live-ads.parquet
-python jobs/build_ad_index.py --remove 1017 --remove 1021 --remove expired.csv
+python jobs/build_ad_index.py --remove 1017 --remove 1021
 """
 
 app = CommandApp(report=True, rich_markup_mode="rich")
@@ -43,38 +43,34 @@ AdSamples = Annotated[
     str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
 ]
 Out = Annotated[str, typer.Option(help="Folder or address of the index; an index there is replaced.")]
-Kind = Annotated[IndexKind | None, typer.Option("--index", help="flat is exact; hnsw is faster.", show_default="flat")]
+Kind = Annotated[IndexKind, typer.Option("--index", help="flat is exact; hnsw is faster.")]
 Add = Annotated[bool, typer.Option("--add", help="Add to the existing index, without rebuilding it.")]
 LiveAds = Annotated[
     str | None,
     typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
 ]
-Gone = Annotated[
-    list[str] | None,
-    typer.Option(metavar="KEY|FILE", help="Remove an ad, or those of a .parquet or text file; again for more."),
+Removed = Annotated[
+    list[int] | None,
+    typer.Option(metavar="KEY", min=-(2**63), max=2**63 - 1, help="Key of an ad to remove; may be repeated."),
 ]
 MaxGone = Annotated[float, typer.Option(min=0, max=1, help="Share of the index's ads that --sync may remove.")]
-MinRecall = Annotated[
-    float | None,
-    typer.Option(
-        min=0, max=1, help="Recall@10 that hnsw should reach; less is a warning.", show_default=f"{MIN_RECALL}"
-    ),
-]
+MinRecall = Annotated[float, typer.Option(min=0, max=1, help="Recall@10 that hnsw should reach; less is a warning.")]
 _BATCH_SIZE = 8192  # ads whose vectors are computed at once
 
 
 @app.command(epilog=EXAMPLES)
 def main(
+    context: typer.Context,
     run: Run = None,
     ads: AdTable = None,
     samples: AdSamples = None,
     out: Out = INDEX,
-    kind: Kind = None,
+    kind: Kind = "flat",
     add: Add = False,
     sync: LiveAds = None,
-    remove: Gone = None,
+    remove: Removed = None,
     max_gone: MaxGone = MAX_GONE,
-    min_recall: MinRecall = None,
+    min_recall: MinRecall = MIN_RECALL,
     checkpoint: WhichCheckpoint = None,
     store_version: StoreVersion = None,
 ) -> None:
@@ -85,36 +81,28 @@ def main(
     is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
     """
     from trainer.comm import SoloComm
+    from trainer.prerank.artifact import AdIndex
+    from trainer.prerank.vectors import origin_of
     from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
 
-    given = {
-        "--remove": remove,
-        "--sync": sync,
-        "--add": add,
-        "--ads": ads,
-        "--samples": samples,
-        "--index": kind,
-        "--min-recall": min_recall,
-        "--run": run,
-        "--checkpoint": checkpoint,
-        "--store-version": store_version,
-    }
-    _check_options({name for name, value in given.items() if value not in (None, False, [])})
-    start, limit = time.monotonic(), MIN_RECALL if min_recall is None else min_recall
+    _check_options(context)
+    start = time.monotonic()
     Storage(out).check_bucket()  # before the work
     if remove:
-        (index, changes), lines = _removed(out, remove), list[str]()
+        (index, changes), lines = AdIndex.open(out).remove(remove), list[str]()
     else:
         opened = open_trained(run_or_newest(run), SoloComm(), which=checkpoint, store_version=store_version)
         with contextlib.closing(opened) as trained:
-            known = _known(trained, out) if add or sync else None
+            origin, known = origin_of(trained), AdIndex.open(out) if add or sync else None
+            if known:
+                known.check_origin(origin)  # before the work
             chosen, vectors_NW = _vectors(trained, sync or ads, samples)
             lines = describe_run(trained)  # before lookups of users' images are counted too
-            if known is None:
-                index, changes = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
+            if known:
+                index, changes = known.update(chosen.keys_N, vectors_NW, origin, max_gone if sync else None)
             else:
-                index, changes = _changed(trained, known, chosen, vectors_NW, max_gone if sync else None)
+                index, changes = _built(trained, out, kind, chosen, vectors_NW, min_recall)
     print_summary("\n".join([*lines[:2], *summary_text(index, changes, out, time.monotonic() - start), *lines[2:]]))
     if index.warning:
         print_warning(index.warning)
@@ -156,35 +144,19 @@ def summary_text(index: "AdIndex", changes: "AdChanges", out: str, seconds: floa
     ]
 
 
-def _check_options(given: set[str]) -> None:
+def _check_options(context: typer.Context) -> None:
     """Raise BadParameter for options that do not go together."""
+    sources = {each.opts[0]: context.get_parameter_source(str(each.name)) for each in context.command.params}
+    given = {option for option, source in sources.items() if source and source.name == "COMMANDLINE"}
     if {"--ads", "--samples"} <= given:
         raise typer.BadParameter("give one of --ads and --samples", param_hint="--samples")
-    change = {"--run", "--checkpoint", "--store-version"}
-    for way, goes_with in {"--remove": set[str](), "--sync": change, "--add": change | {"--ads", "--samples"}}.items():
+    always = {"--out", "--max-gone", "--html"}
+    change = always | {"--run", "--checkpoint", "--store-version"}
+    for way, goes_with in {"--remove": always, "--sync": change, "--add": change | {"--ads", "--samples"}}.items():
         if way in given and (wrong := sorted(given - {way} - goes_with)):
             kept = wrong[0] in ("--index", "--min-recall")
             why = f"{way} keeps the kind and the limit of the index" if kept else f"{way} does not go with {wrong[0]}"
             raise typer.BadParameter(f"{why}; leave {wrong[0]} out", param_hint=wrong[0])
-
-
-def _removed(out: str, ads: list[str]) -> "tuple[AdIndex, AdChanges]":
-    """Take ads out of the index, by their keys or the files that have them."""
-    from trainer.prerank.artifact import AdIndex
-    from trainer.prerank.vectors import keys_to_remove
-
-    old = AdIndex.open(out)
-    return old.remove(keys_to_remove(ads, old.state.origin.key_column))
-
-
-def _known(trained: "TrainedRun", out: str) -> "AdIndex":
-    """Open the index that is there. Raises AdIndexError where its vectors are of another run."""
-    from trainer.prerank.artifact import AdIndex
-    from trainer.prerank.vectors import origin_of
-
-    known = AdIndex.open(out)
-    known.check_origin(origin_of(trained))
-    return known
 
 
 def _vectors(trained: "TrainedRun", table: str | None, samples: str | None) -> "tuple[Ads, Vectors]":
@@ -205,23 +177,11 @@ def _built(
 ) -> "tuple[AdIndex, AdChanges]":
     """Write an index of these ads alone."""
     from trainer.prerank.artifact import AdChanges, AdIndex
-    from trainer.prerank.evaluate import user_queries
-    from trainer.prerank.vectors import origin_of
+    from trainer.prerank.vectors import origin_of, user_queries
 
-    queries = None if kind == "flat" else user_queries(trained)
+    queries = user_queries(trained) if kind == "hnsw" else None
     index = AdIndex.build(out, kind, chosen.keys_N, vectors_NW, origin_of(trained), queries, min_recall)
     return index, AdChanges(num_new=len(chosen.keys_N))
-
-
-def _changed(
-    trained: "TrainedRun", known: "AdIndex", chosen: "Ads", vectors_NW: "Vectors", max_gone: float | None
-) -> "tuple[AdIndex, AdChanges]":
-    """Add these ads to an index; `max_gone`: they are all live ads, and the share of others that may go with that."""
-    from trainer.prerank.vectors import origin_of
-
-    if max_gone is None:
-        return known.add(chosen.keys_N, vectors_NW, origin_of(trained))
-    return known.sync(chosen.keys_N, vectors_NW, origin_of(trained), max_gone)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ PIPES = [
     ("jobs/import_xdl samples --from {pipe} --samples {new}", 1, A_PIPE),
     ("jobs/import_xdl samples --from {xdl} --test-from {pipe} --samples {new}", 1, A_PIPE),
     ("jobs/import_features --from {pipeimages} --store {new}", 1, "are empty"),
-    ("jobs/build_ad_index --remove {pipe} --out {index}", 2, "a text file"),
-    ("jobs/build_ad_index --remove {pipe_parquet} --out {index}", 1, A_PIPE),
     ("jobs/build_ad_index --run {towers} --sync {pipe_parquet} --out {index}", 1, A_PIPE),
     ("jobs/build_ad_index --run {towers} --ads {pipe_parquet} --out {new}", 1, A_PIPE),
     ("jobs/make_demo_data --out {new} --images {photos} --labels {pipe}", 1, A_PIPE),

@@ -1,23 +1,20 @@
 """python -m trainer.prerank: measure an index of ads, and ask it; the towers are trained by trainer.main."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import check_place, write_json_option
+from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import figure, print_rows, print_summary
 from featurestore.published.paths import run_path
-from trainer.cli import WhichCheckpoint, counts_of, run_on_ranks
-from trainer.errors import ConfigError
+from trainer.cli import WhichCheckpoint, counts_of
 from trainer.prerank import INDEX
 
 if TYPE_CHECKING:
-    from trainer.comm import Comm
     from trainer.prerank.artifact import AdIndex
     from trainer.runs.saved import TrainedRun
 
@@ -54,7 +51,7 @@ def evaluate_index(
     ] = None,
     samples: Samples = None,
     checkpoint: WhichCheckpoint = None,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    out: JsonOption = None,
 ) -> None:
     """Measure the recall of the index against exact search, and the time of a search.
 
@@ -62,12 +59,10 @@ def evaluate_index(
     """
     if k[-1] > MOST_FOUND:
         raise typer.BadParameter(f"{k[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")
-    if out is not None:  # before the work
-        check_place(out, "--json")
+    from trainer.prerank.artifact import search_figures
+    from trainer.prerank.vectors import users_of_tests
 
-    def work(trained: "TrainedRun", ads: "AdIndex") -> None:
-        from trainer.prerank.evaluate import search_figures, users_of_tests
-
+    with _opened(run, index, checkpoint, samples) as (trained, ads):
         users_KW = users_of_tests(trained, samples, queries).vectors_KW
         notes = trained.saved.notes_on_missing(trained.missing_lookups())
         report = {
@@ -78,10 +73,8 @@ def evaluate_index(
             "search": asdict(search_figures(ads, users_KW, k, effort)),
             "notes": [*notes, *([ads.warning] if ads.warning else [])],
         }
-        _show(report)
-        write_json_option(out, report)
-
-    raise typer.Exit(_with_run(work, run, index, checkpoint, samples))
+    _show(report)
+    write_json_option(out, report)
 
 
 @app.command(epilog="Example: `python -m trainer.prerank search --run data/runs/towers --user 17 --k 5`")
@@ -94,42 +87,36 @@ def search(
     checkpoint: WhichCheckpoint = None,
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
+    from trainer.prerank.vectors import candidates
+    from trainer.samples.dictionary import IdDictionary
 
-    def work(trained: "TrainedRun", ads: "AdIndex") -> None:
-        from trainer.prerank.evaluate import candidates
-        from trainer.samples.dictionary import IdDictionary
-
+    with _opened(run, index, checkpoint, samples) as (trained, ads):
         found = candidates(trained, ads, samples, user, k)
-        names = [ads.state.origin.key_column]
-        rows: list[tuple[str, ...]] = [(str(key), f"{value:.4f}") for key, value in found]
-        if dictionary := IdDictionary.of_run(run_path(run)):
-            texts = dictionary.texts(key for key, _ in found)
-            names.append("text")
-            rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
-        print_rows([*names, "inner product"], rows, numbers=["inner product"])
-        _print_notes(trained.saved.notes_on_missing(trained.missing_lookups()))
+        notes = trained.saved.notes_on_missing(trained.missing_lookups())
+    names = [ads.state.origin.key_column]
+    rows: list[tuple[str, ...]] = [(str(key), f"{value:.4f}") for key, value in found]
+    if dictionary := IdDictionary.of_run(run_path(run)):
+        texts = dictionary.texts(key for key, _ in found)
+        names.append("text")
+        rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
+    print_rows([*names, "inner product"], rows, numbers=["inner product"])
+    _print_notes(notes)
 
-    raise typer.Exit(_with_run(work, run, index, checkpoint, samples))
 
+@contextlib.contextmanager
+def _opened(
+    run: str, index: str, checkpoint: str | None, samples: str | None
+) -> "Iterator[tuple[TrainedRun, AdIndex]]":
+    """Open a run, and an index of its ads. Raises TrainerError, FeatureStoreError."""
+    from trainer.comm import SoloComm
+    from trainer.prerank.artifact import AdIndex
+    from trainer.prerank.vectors import origin_of
+    from trainer.runs.saved import open_trained
 
-def _with_run(
-    work: "Callable[[TrainedRun, AdIndex], None]", run: str, index: str, checkpoint: str | None, samples: str | None
-) -> int:
-    """Call `work` with a run and an index of its ads, on one rank; return the exit code."""
-
-    def opened(comm: "Comm") -> None:
-        from trainer.prerank.artifact import AdIndex
-        from trainer.prerank.vectors import origin_of
-        from trainer.runs.saved import open_trained
-
-        if comm.size > 1:
-            raise ConfigError("trainer.prerank is for one rank; start it without horovodrun or torchrun")
-        with contextlib.closing(open_trained(run_path(run), comm, which=checkpoint, samples=samples)) as trained:
-            ads = AdIndex.open(index)
-            ads.check_origin(origin_of(trained))
-            work(trained, ads)
-
-    return run_on_ranks(opened)
+    with contextlib.closing(open_trained(run_path(run), SoloComm(), which=checkpoint, samples=samples)) as trained:
+        ads = AdIndex.open(index)
+        ads.check_origin(origin_of(trained))
+        yield trained, ads
 
 
 def _show(report: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ Each version of the address (see `featurestore.published`) has these files:
 Letters of shapes: N ads or rows, R removed ads, K queries, C candidates found of each, W width of the vectors.
 """
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from pydantic import Field
 
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
-from featurestore.index import VectorIndex
+from featurestore.index import VectorIndex, use_threads
 from featurestore.published.versions import (
     FILES,
     VERSIONS,
@@ -35,7 +37,7 @@ from featurestore.snapshot import SnapshotId
 from featurestore.spec import Frozen, IndexKind, Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
 from trainer.errors import AdIndexError, AdIndexNotFoundError
-from trainer.prerank import MAX_GONE, MIN_RECALL
+from trainer.prerank import MIN_RECALL
 
 Keys = NDArray[np.int64]
 Vectors = NDArray[np.float32]
@@ -236,35 +238,32 @@ class AdIndex:
         """Read keys, ascending, and vectors of all ads, (N,) and (N, W). Raises CorruptFileError."""
         return self._rows_of(ADS)
 
-    def add(self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin) -> tuple["AdIndex", AdChanges]:
+    def update(
+        self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float | None = None
+    ) -> tuple["AdIndex", AdChanges]:
         """Write the next version, with these ads too; only vectors that are new or differ are appended.
 
-        Nothing is rebuilt, unless recall would be below the limit, or more than a quarter of the vectors unused. This
-        object must not be used any more. Raises AdIndexError, CommitConflictError, InvalidRowsError, StorageError.
+        `max_gone`: these are all ads, so the others are removed, unless that is a larger share of the index: a table
+        may be cut short. Nothing is rebuilt, unless recall would be below the limit, or more than a quarter of the
+        vectors unused. This object must not be used any more. Raises AdIndexError, CommitConflictError,
+        InvalidRowsError, StorageError.
         """
         self.check_origin(origin)
-        return self._change(keys_N, vectors_NW, _NONE, origin)
-
-    def remove(self, keys_R: Keys) -> tuple["AdIndex", AdChanges]:
-        """Write the next version, without these ads, counting missing ones. Otherwise like `add`."""
-        return self._change(_NONE, np.empty((0, self.state.dim), np.float32), keys_R, self.state.origin)
-
-    def sync(
-        self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float = MAX_GONE
-    ) -> tuple["AdIndex", AdChanges]:
-        """Write the next version, with only these ads. Otherwise as `add`.
-
-        Raises AdIndexError too where more than a share of `max_gone` of the ads would go: a table may be cut short.
-        """
-        self.check_origin(origin)
-        known_K, _ = self.vectors()
-        gone_R = np.setdiff1d(known_K, keys_N)
-        if len(gone_R) > max_gone * len(known_K):
-            raise AdIndexError(
-                f"{len(gone_R):,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a"
-                f" share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
-            )
+        gone_R = _NONE
+        if max_gone is not None:
+            known_K, _ = self.vectors()
+            gone_R = np.setdiff1d(known_K, keys_N)
+            if len(gone_R) > max_gone * len(known_K):
+                raise AdIndexError(
+                    f"{len(gone_R):,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than "
+                    f"a share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
+                )
         return self._change(keys_N, vectors_NW, gone_R, origin)
+
+    def remove(self, keys: Sequence[int]) -> tuple["AdIndex", AdChanges]:
+        """Write the next version, without these ads, counting missing ones. Otherwise like `update`."""
+        removed_R, none_0W = np.unique(np.array(keys, np.int64)), np.empty((0, self.state.dim), np.float32)
+        return self._change(_NONE, none_0W, removed_R, self.state.origin)
 
     def _change(
         self, keys_N: Keys, vectors_NW: Vectors, removed_R: Keys, origin: IndexOrigin
@@ -277,7 +276,6 @@ class AdIndex:
         else:
             same_N = np.zeros(len(keys_N), np.bool_)  # the index refuses them
         new_N, new_NW = keys_N[~same_N], vectors_NW[~same_N]
-        removed_R = np.unique(removed_R)
         gone_R = removed_R[np.isin(removed_R, known_K)]
         changes = AdChanges(
             num_new=int((~is_known_N).sum()),
@@ -301,19 +299,14 @@ class AdIndex:
         """Return this structure, or a new one if its recall has become bad, with the queries and the recall."""
         index, exact, limit = self.index, VectorIndex.build("flat", *ads), self.state.min_recall
         has_many_unused = index.num_unused > _MAX_UNUSED * (index.num_unused + index.num_keys)
-        queries = self._queries()
-        if queries is None:
+        if self.state.queries is None:  # flat
             return exact if has_many_unused else index, None, 1.0
+        queries = Queries(self._rows_of(QUERIES)[1], self.state.queries)
         is_worse = reach(index, exact, queries, 0) < limit <= self.state.recall
         if is_worse or has_many_unused:
             index, recall = best_index(self.state.kind, *ads, exact, queries, limit)
             return index, queries, recall
         return index, queries, reach(index, exact, queries, limit)
-
-    def _queries(self) -> Queries | None:
-        """What recall is measured with; None for flat."""
-        source = self.state.queries
-        return Queries(self._rows_of(QUERIES)[1], source) if source else None
 
     def _rows_of(self, name: str) -> tuple[Keys, Vectors]:
         return from_parquet(_read(self._files, self.state, name), self.state.dim, self._files.full(name))
@@ -396,3 +389,57 @@ def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
     if vector.type.list_size != width:
         raise CorruptFileError(f"{path} has vectors of {vector.type.list_size} numbers, not {width}")
     return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, width)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Searches one by one, each on one thread, and all of them together on that thread."""
+
+    queries_per_s: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    batched_queries_per_s: float
+
+
+@dataclass(frozen=True)
+class SearchFigures:
+    """Results of K searches. `recall`: by number of candidates, the share of the best ads that the index found."""
+
+    queries: int
+    effort: int | None
+    recall: dict[int, float]
+    index: Timing
+    exact: Timing
+
+
+def search_figures(
+    ads: AdIndex, queries_KW: Vectors, counts: Sequence[int], effort: int | None = None
+) -> SearchFigures:
+    """Measure recall and time of searches for these users; K >= 1.
+
+    Exact is a flat index over the exported vectors. Times are of the largest of `counts`.
+    """
+    exact = VectorIndex.build("flat", *ads.vectors())
+    use_threads(1)
+    most = max(counts)
+    return SearchFigures(
+        queries=len(queries_KW),
+        effort=effort or ads.index.effort,
+        recall={count: recall_at(ads.index, exact, queries_KW, count, effort) for count in sorted(set(counts))},
+        index=_timed(ads.index, queries_KW, most, effort),
+        exact=_timed(exact, queries_KW, most, None),
+    )
+
+
+def _timed(index: VectorIndex, queries_KW: Vectors, count: int, effort: int | None) -> Timing:
+    seconds = []
+    for query_W in queries_KW:
+        start = time.perf_counter()
+        index.search(query_W[None], count, effort)
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    index.search(queries_KW, count, effort)
+    batched_s = time.perf_counter() - start
+    p50, p95, p99 = np.percentile(np.array(seconds) * 1000, [50, 95, 99]).tolist()
+    return Timing(len(seconds) / sum(seconds), p50, p95, p99, len(seconds) / batched_s)

@@ -1,26 +1,24 @@
-"""Vectors of ads and users by the two towers of a run.
+"""Vectors of ads and users by the two towers of a run, and searches for users.
 
-Either way they become sample groups with one ad each and nothing else, so the engine takes them as it takes samples.
+Ads become sample groups with one ad each and nothing else, so the engine takes them as it takes samples. For runs
+opened by one rank. Letters of shapes: as in trainer/prerank/artifact.py, and B samples, G groups, U unique keys.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
-from featurestore.errors import StorageError
+from featurestore.keys import id_of_text
 from featurestore.published.versions import open_published
 from featurestore.storage.storage import Storage, file_at
 from trainer.comm import SoloComm
-from trainer.errors import ConfigError, DataError, DataNotFoundError
-from trainer.exchange.vectors import FieldVectors
+from trainer.errors import ConfigError, DataError, DataNotFoundError, SchemaError
 from trainer.models.nets import TwoTower
-from trainer.prerank.artifact import IndexOrigin
-from trainer.runs.saved import TrainedRun, finite
+from trainer.prerank.artifact import NUM_QUERIES, AdIndex, IndexOrigin, Queries, Vectors, sample_of
+from trainer.runs.open import test_reader
+from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test
 from trainer.samples.columns import (
     ColumnRows,
     DecodedGroups,
@@ -33,10 +31,10 @@ from trainer.samples.columns import (
     source_columns,
 )
 from trainer.samples.index import RowGroup, open_index, read_row_group, row_groups_of_table
-from trainer.samples.reader import Batch, Jagged, inputs_of
-from trainer.schema import CROSS, Field, Schema
+from trainer.samples.reader import Batch, Jagged, SampleReader, inputs_of
+from trainer.schema import Field, Schema
 
-_SPLITS = ("train", "test")
+_GROUPS_PER_QUERY = 4  # a user has several
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,14 @@ class Ads:
             def taken(field: Field, column: str, index_B: Index = index_B) -> Jagged:
                 return Jagged(*self.columns[column].take(index_B)) if field.name in names else nothing
 
-            yield _batch(inputs_of(schema, taken), len(index_B))
+            none_B = np.zeros(len(index_B), np.int64)
+            yield Batch(
+                **inputs_of(schema, taken),
+                group_of_sample_B=none_B,
+                label_B=none_B.astype(np.float32),
+                group_id_B=none_B,
+                global_samples=len(index_B),
+            )
 
 
 def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
@@ -68,7 +73,11 @@ def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
     rules = {
         column: replace(rule, side="user", depth=rule.depth - 1) for column, rule in _rules(schema, fields).items()
     }
-    parts = [part for name in names for part in _parts(storage, name, rules)]
+    parts = []
+    for name in names:
+        for group in row_groups_of_table(storage, name, rules):
+            table = read_row_group(storage, group, list(source_columns(rules)))
+            parts.append(decode_unlabelled(table, rules, storage.full(name), group.first_row))
     if not parts:
         raise DataNotFoundError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
     column = schema.new_ad_column
@@ -85,7 +94,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
     Last: in the order of test after train, of file names, and of rows. Raises DataError, SchemaError.
     """
     storage, column = open_published(samples), schema.new_ad_column
-    splits = [split for split in _SPLITS if any(name.endswith(".parquet") for name in storage.list(split))]
+    splits = [split for split in (TRAIN, TEST) if any(name.endswith(".parquet") for name in storage.list(split))]
     if not splits:
         raise DataNotFoundError(
             f"--samples {samples}: it has no train and no test samples; give a folder with samples, or --ads"
@@ -99,54 +108,6 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
             parts.append(last)
     columns = concatenate(parts).columns
     return Ads(columns[column].values, columns)
-
-
-def keys_to_remove(values: Sequence[str], column: str) -> Index:
-    """Read the keys that `--remove` names: each value is a key, a Parquet file with the column, or a text file of keys.
-
-    A text file has one key a line, after the column's name or not; empty lines count nothing. Raises DataError.
-    """
-    parts = [_keys_of(value, column) for value in values]
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-
-
-def _keys_of(value: str, column: str) -> Index:
-    if (key := _key(value)) is not None:
-        return np.array([key])
-    if value.endswith(".parquet"):
-        storage, names = _files(value)
-        if not names:
-            raise DataNotFoundError(f"--remove {value}: there is no such file")
-        crossed = tuple(column.split(CROSS)) if CROSS in column else ()
-        rules = {column: Rule("user", 0, "integer", text="id", crossed=crossed)}
-        parts = [part for name in names for part in _parts(storage, name, rules)]
-        return np.concatenate([np.empty(0, np.int64), *(part.columns[column].values for part in parts)])
-    storage, name = file_at(value)
-    try:
-        lines = storage.read_bytes(name).decode().splitlines()
-    except (FileNotFoundError, StorageError, UnicodeDecodeError) as failure:
-        raise DataNotFoundError(
-            f"--remove {value}: this is not a key (a whole number of 64 bits), a .parquet file or a text file"
-        ) from failure
-    keys = []
-    for number, line in enumerate(lines, 1):
-        word = line.strip().strip('"')
-        if (key := _key(word)) is not None:
-            keys.append(key)
-        elif word and (number > 1 or word != column):
-            raise DataError(
-                f"--remove {value}, line {number}: {word[:40]!r} is not a key; give one whole number per line"
-            )
-    return np.array(keys, np.int64)
-
-
-def _key(text: str) -> int | None:
-    """Parse a text as an int64, or return None."""
-    try:
-        key = int(text)
-    except ValueError:
-        return None
-    return key if -(2**63) <= key < 2**63 else None
 
 
 def _rules(schema: Schema, fields: Sequence[Field]) -> dict[str, Rule]:
@@ -164,13 +125,6 @@ def _files(address: str) -> tuple[Storage, list[str]]:
         return storage, [each for each in storage.list() if each.endswith(".parquet")]
     storage, name = file_at(address)
     return storage, [each for each in storage.list() if each == name]
-
-
-def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[DecodedGroups]:
-    """The row groups of a table of ads."""
-    for row_group in row_groups_of_table(storage, file, rules):
-        table = read_row_group(storage, row_group, list(source_columns(rules)))
-        yield decode_unlabelled(table, rules, storage.full(file), row_group.first_row)
 
 
 def _last_ads(
@@ -193,19 +147,6 @@ def _rows(rows: ColumnRows, index_M: Index) -> ColumnRows:
     return ColumnRows(
         values, None if rows.offsets is None else np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64)
     )
-
-
-def _batch(inputs: Mapping[str, Any], count: int) -> Batch:
-    return Batch(
-        **inputs,
-        group_of_sample_B=np.zeros(count, np.int64),
-        label_B=np.zeros(count, np.float32),
-        group_id_B=np.zeros(count, np.int64),
-        global_samples=count,
-    )
-
-
-Vectors = NDArray[np.float32]
 
 
 def towers(trained: TrainedRun) -> TwoTower:
@@ -240,12 +181,10 @@ def ad_vectors(
     """
     model = towers(trained)
 
-    def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], _: Tensor) -> Tensor:
-        return model.ad_vectors(fields, dense)
-
     parts = [np.empty((0, model.width))]
     for batch in ads.batches(trained.schema, model.ad_fields, batch_size):
-        parts.append(trained.engine.compute(trained.engine.prepare(batch, "eval"), network))
+        prepared = trained.engine.prepare(batch, "eval")
+        parts.append(trained.engine.compute(prepared, lambda fields, dense, _: model.ad_vectors(fields, dense)))
         progress(sum(map(len, parts)), len(ads.keys_N))
     return finite(np.concatenate(parts).astype(np.float32))
 
@@ -254,8 +193,72 @@ def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tupl
     """Yield each batch with the vectors of its groups, (G, W) float32."""
     model = towers(trained)
 
-    def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], _: Tensor) -> Tensor:
-        return model.user_vectors(fields, dense)
-
     for batch in batches:
-        yield batch, finite(trained.engine.compute(trained.engine.prepare(batch, "eval"), network).astype(np.float32))
+        prepared = trained.engine.prepare(batch, "eval")
+        users_GW = trained.engine.compute(prepared, lambda fields, dense, _: model.user_vectors(fields, dense))
+        yield batch, finite(users_GW.astype(np.float32))
+
+
+def reader_of_tests(trained: TrainedRun, samples: str | None) -> SampleReader:
+    """Open the test impressions of `samples`, else of the run. Raises DataError, SchemaError."""
+    index = open_test(trained.comm, trained.config, trained.schema, samples)
+    return test_reader(trained.config, trained.comm, index, trained.schema)
+
+
+def users_of_tests(trained: TrainedRun, samples: str | None, most: int) -> Queries:
+    """Compute vectors of at most `most` users of the first test impressions of `samples`, else of the run.
+
+    Raises DataError, SchemaError."""
+    users_KW = _first_users(trained, reader_of_tests(trained, samples), _GROUPS_PER_QUERY * most)
+    return sample_of(users_KW, "users", most)
+
+
+def user_queries(trained: TrainedRun) -> Queries | None:
+    """Compute user vectors from the run's own samples, of the test days if there are any, to measure an index.
+
+    None where the samples are gone or empty.
+    """
+    data = trained.config.data
+    for split, days in ((TEST, data.test_days), (TRAIN, data.train_days)):
+        if days == []:
+            continue
+        try:
+            index = open_index(trained.comm, data.samples, split, trained.schema, days)
+            reader = test_reader(trained.config, trained.comm, index, trained.schema)
+            users_KW = _first_users(trained, reader, _GROUPS_PER_QUERY * NUM_QUERIES)
+        except (DataError, SchemaError):
+            continue
+        if len(users_KW):
+            return sample_of(users_KW, "users")
+    return None
+
+
+def candidates(
+    trained: TrainedRun, ads: AdIndex, samples: str | None, user: str, count: int
+) -> list[tuple[int, float]]:
+    """Find keys and inner products of the best ads for a user, as of the user's last test group.
+
+    `user`: a number or a text, as the samples have it. Raises DataError where no test sample is of that user.
+    """
+    last: Batch | None = None
+    number = id_of_text(user)
+    for batch in reader_of_tests(trained, samples).batches():
+        if (batch.group_id_B == number).any():
+            last = batch
+    if last is None:
+        where = samples or trained.config.data.samples
+        raise DataNotFoundError(f"user {user} has no test sample in {where}; choose one that has, or other --samples")
+    _, vectors_GW = next(user_vectors(trained, iter([last])))
+    group = last.group_of_sample_B[last.group_id_B == number][-1]
+    keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)
+    return [(int(key), float(value)) for key, value in zip(keys_1C[0], score_1C[0], strict=True) if np.isfinite(value)]
+
+
+def _first_users(trained: TrainedRun, reader: SampleReader, wanted: int) -> Vectors:
+    """Vectors of the first `wanted` groups, or of all."""
+    parts = [np.empty((0, towers(trained).width), np.float32)]
+    for _, users_GW in user_vectors(trained, reader.batches()):
+        parts.append(users_GW)
+        if sum(map(len, parts)) >= wanted:
+            break
+    return np.concatenate(parts)[:wanted]

@@ -20,8 +20,14 @@ from trainer.exchange.vectors import FieldVectors
 from trainer.main import train
 from trainer.models.nets import build_model
 from trainer.models.pooling import mean_pool, sum_pool
-from trainer.prerank.evaluate import reader_of_tests
-from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers, user_vectors
+from trainer.prerank.vectors import (
+    ad_vectors,
+    ads_of_samples,
+    ads_of_table,
+    reader_of_tests,
+    towers,
+    user_vectors,
+)
 from trainer.runs.saved import open_trained
 from trainer.samples.index import open_index
 from trainer.samples.reader import SampleReader

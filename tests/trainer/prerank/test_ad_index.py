@@ -67,7 +67,7 @@ def test_an_addition_has_new_changed_and_unchanged_ads(url: str) -> None:
     changed[1] += 1
     changed[2] += 1e-7  # the last bits of a sum in another order
     keys = np.concatenate([KEYS, [55]])
-    ads, added = AdIndex.open(url).add(keys, np.concatenate([changed, vectors(1, seed=9)]), ORIGIN)
+    ads, added = AdIndex.open(url).update(keys, np.concatenate([changed, vectors(1, seed=9)]), ORIGIN)
     assert (added.num_new, added.num_replaced, added.num_unchanged) == (1, 1, 3)
     assert (ads.version, ads.state.num_ads, ads.state.num_unused) == (2, 5, 1)
     again = AdIndex.open(url)
@@ -106,7 +106,7 @@ def test_a_place_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_nothing_new_makes_no_version(url: str) -> None:
     before = names(Path(url))
-    ads, added = AdIndex.open(url).add(KEYS[:2], vectors(4)[:2], ORIGIN)
+    ads, added = AdIndex.open(url).update(KEYS[:2], vectors(4)[:2], ORIGIN)
     assert (added.num_new, added.num_replaced, added.num_unchanged, ads.version) == (0, 0, 2, 1)
     assert names(Path(url)) == before
 
@@ -114,14 +114,14 @@ def test_nothing_new_makes_no_version(url: str) -> None:
 def test_vectors_of_another_checkpoint_are_refused(url: str) -> None:
     other = ORIGIN.model_copy(update={"checkpoint": "step-2", "checkpoint_digest": "d2"})
     with pytest.raises(AdIndexError, match="has vectors of checkpoint step-1 of run a, and not of step-2 of run a"):
-        AdIndex.open(url).add(KEYS, vectors(4), other)
+        AdIndex.open(url).update(KEYS, vectors(4), other)
     assert AdIndex.open(url).version == 1
 
 
 @pytest.mark.parametrize("wrong", [vectors(4)[:, :3], np.full((4, WIDTH), np.inf, np.float32)])
 def test_vectors_that_do_not_fit_are_refused(url: str, wrong: np.ndarray) -> None:
     with pytest.raises(InvalidRowsError):
-        AdIndex.open(url).add(KEYS, wrong, ORIGIN)
+        AdIndex.open(url).update(KEYS, wrong, ORIGIN)
     assert AdIndex.open(url).version == 1
 
 
@@ -143,9 +143,9 @@ def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str, monkeypa
 
 def test_two_additions_at_once_do_not_lose_one(url: str) -> None:
     first, second = AdIndex.open(url), AdIndex.open(url)
-    first.add(np.array([1]), vectors(1), ORIGIN)
+    first.update(np.array([1]), vectors(1), ORIGIN)
     with pytest.raises(CommitConflictError, match="has number 2 by now, and not 1; run it again"):
-        second.add(np.array([2]), vectors(1), ORIGIN)
+        second.update(np.array([2]), vectors(1), ORIGIN)
     assert (AdIndex.open(url).version, AdIndex.open(url).state.num_ads) == (2, 5)
 
 
@@ -184,22 +184,22 @@ def found_by(ads: AdIndex, count: int) -> set[int]:
 
 
 def test_removed_ads_are_in_no_search_and_no_vectors(url: str) -> None:
-    ads, changes = AdIndex.open(url).remove(np.array([7, 55]))
+    ads, changes = AdIndex.open(url).remove([7, 55])
     assert (changes.num_removed, changes.num_unknown, changes.is_rebuilt) == (1, 1, False)
     for each in (ads, AdIndex.open(url)):
         assert (each.version, each.state.num_ads, each.state.num_unused) == (2, 3, 1)
         assert each.vectors()[0].tolist() == [-3, 0, 9_000_000_000_000]
         assert found_by(each, 4) == {-3, 0, 9_000_000_000_000}
-    ads, _ = AdIndex.open(url).add(np.array([7]), vectors(1, seed=9), ORIGIN)
+    ads, _ = AdIndex.open(url).update(np.array([7]), vectors(1, seed=9), ORIGIN)
     assert dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))[7] == vectors(1, seed=9)[0].tolist()
     assert found_by(AdIndex.open(url), 4) == set(KEYS.tolist())
 
 
 def test_removing_what_is_not_there_makes_no_version_and_removing_all_is_refused(url: str) -> None:
-    ads, changes = AdIndex.open(url).remove(np.array([1, 2]))
+    ads, changes = AdIndex.open(url).remove([1, 2])
     assert (changes.num_removed, changes.num_unknown, ads.version) == (0, 2, 1)
     with pytest.raises(InvalidRowsError, match="all 4 keys of the index would be removed"):
-        AdIndex.open(url).remove(KEYS)
+        AdIndex.open(url).remove(KEYS.tolist())
     assert AdIndex.open(url).version == 1
 
 
@@ -207,7 +207,7 @@ def test_a_sync_adds_changes_and_removes_in_one_version(url: str) -> None:
     table = vectors(4)
     table[1] += 1
     keys = np.array([7, -3, 55, 9_000_000_000_000])
-    ads, changes = AdIndex.open(url).sync(keys, table, ORIGIN)
+    ads, changes = AdIndex.open(url).update(keys, table, ORIGIN, max_gone=0.5)
     assert (changes.num_new, changes.num_replaced, changes.num_unchanged, changes.num_removed) == (1, 2, 1, 1)
     assert ads.version == AdIndex.open(url).version == 2
     found = dict(zip(*(part.tolist() for part in AdIndex.open(url).vectors()), strict=True))
@@ -217,9 +217,9 @@ def test_a_sync_adds_changes_and_removes_in_one_version(url: str) -> None:
 
 def test_a_sync_that_would_remove_most_is_refused(url: str) -> None:
     with pytest.raises(AdIndexError, match=r"3 of the 4 ads in .* are not in the table, more than a share of 0\.5"):
-        AdIndex.open(url).sync(KEYS[:1], vectors(4)[:1], ORIGIN)
+        AdIndex.open(url).update(KEYS[:1], vectors(4)[:1], ORIGIN, max_gone=0.5)
     assert AdIndex.open(url).state.num_ads == 4
-    ads, changes = AdIndex.open(url).sync(KEYS[:1], vectors(4)[:1], ORIGIN, max_gone=1)
+    ads, changes = AdIndex.open(url).update(KEYS[:1], vectors(4)[:1], ORIGIN, max_gone=1)
     assert (changes.num_removed, ads.state.num_ads, found_by(ads, 4)) == (3, 1, {7})
 
 
@@ -282,9 +282,9 @@ class TestRecall:
         queries = Queries(users.astype(np.float32), "users")
         best_first = keys[np.argsort(-(numbers @ users.mean(axis=0)))]
         kept = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries)
-        few, changes = kept.remove(best_first[:100])
+        few, changes = kept.remove(best_first[:100].tolist())
         assert (changes.is_rebuilt, few.state.num_unused) == (False, 100)
-        ads, changes = AdIndex.open(str(tmp_path)).remove(best_first[:4_000])
+        ads, changes = AdIndex.open(str(tmp_path)).remove(best_first[:4_000].tolist())
         assert changes.is_rebuilt
         assert (ads.state.num_ads, ads.state.num_unused) == (2_000, 0)
         assert ads.state.recall >= 0.95

@@ -17,9 +17,16 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
 from trainer.prerank.__main__ import app
-from trainer.prerank.artifact import AdIndex
-from trainer.prerank.evaluate import reader_of_tests, search_figures, users_of_tests
-from trainer.prerank.vectors import ad_vectors, ads_of_samples, origin_of, towers, user_vectors
+from trainer.prerank.artifact import AdIndex, search_figures
+from trainer.prerank.vectors import (
+    ad_vectors,
+    ads_of_samples,
+    origin_of,
+    reader_of_tests,
+    towers,
+    user_vectors,
+    users_of_tests,
+)
 from trainer.runs.saved import TrainedRun, open_trained
 
 Places = Any
