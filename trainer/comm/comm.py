@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -196,33 +197,57 @@ def _nothing() -> None:
 
 _GRACE_S = 2.0
 """Seconds that a late rank waits for the others to report that they are waiting too."""
+_ANSWER_S = 5.0
+"""How long an answer of the launcher's store may take, as its process may be stopped."""
 Answer = TypeVar("Answer")
 _AFTER_A_LOSS = "start again, with run.resume=latest and the run's name where it has a checkpoint"
 
 
-class Bulletin:
-    """A board where ranks past their deadline post the collectives in which they wait.
+class Board:
+    """The key-value store of the launcher, which all ranks reach, and where late ranks post in what they wait.
 
-    `put` and `get` are those of the launcher's key-value store, which all ranks reach. `get` returns None for a missing
-    key; both ignore the errors of a lost store. A rank may wait in two collectives at once: that of its step, and that
-    of the thread ahead.
+    `read` returns None for a missing key; a store that is lost is as one without keys. A rank may wait in two
+    collectives at once: that of its step, and that of the thread ahead.
     """
 
-    def __init__(self, rank: int, put: Callable[[str, str], object], get: Callable[[str], str | None]) -> None:
-        self._rank, self._put, self._get = rank, put, get
+    def __init__(
+        self, rank: int, write: Callable[[str, str], object], read: Callable[[str], str | None], where: str
+    ) -> None:
+        self._rank, self._write, self._read, self._where = rank, write, read, where
+        self.is_silent = False
+        """Whether the store has not answered in time; then it is not asked again."""
+
+    def put(self, key: str, value: str) -> str | None:
+        """Write a value for all ranks; return why that failed, None where it did not."""
+        return self.ask(lambda: self._write(key, value))[1]
+
+    def get(self, key: str) -> str | None:
+        """Read the value that a rank has written."""
+        return self.ask(lambda: self._read(key))[0]
+
+    def ask(self, question: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
+        """Return the store's answer, or None and why there is none."""
+        try:
+            return (None, "no answer") if self.is_silent else (in_time(question, _ANSWER_S), None)
+        except TimeoutError:
+            self.is_silent = True
+            return None, "no answer"
+        except (RuntimeError, OSError, HTTPException) as error:
+            return None, str(error.args[-1]) if error.args else type(error).__name__
 
     def lateness(self, name: str, size: int, deadline_s: float) -> str:
         """Name the ranks, of `size`, that did not reach collective `name` in time, and the collectives they are in."""
-        self._put(f"{self._rank}.{name}", name)
-        self._put(str(self._rank), name)
+        self.put(f"{self._rank}.{name}", name)
+        self.put(str(self._rank), name)
         time.sleep(_GRACE_S)
-        late = [rank for rank in range(size) if rank != self._rank and self._get(f"{rank}.{name}") is None]
-        where = {rank: self._get(str(rank)) for rank in late}
+        late = [rank for rank in range(size) if rank != self._rank and self.get(f"{rank}.{name}") is None]
+        where = {rank: self.get(str(rank)) for rank in late}
         ranks = ", ".join(f"rank {rank}" + (f" (in {at})" if at else "") for rank, at in where.items())
         return (
             f"collective {name} has taken more than run.deadline_s={deadline_s:g} on rank {self._rank}; "
             f"not there: {ranks or 'nobody is missing, so look at the network'}. See what that rank is doing "
             "(pip install py-spy; py-spy dump), or raise run.deadline_s; start again with run.resume=latest"
+            + (f"; {self._where}, where ranks say where they are, does not answer" if self.is_silent else "")
         )
 
 
@@ -276,10 +301,8 @@ def connect(deadline_s: float = DEADLINE_S) -> Comm:
     if by_horovod and by_torchrun and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError("horovodrun and torchrun both started this process; start one of them, not one in the other")
     if by_horovod:
-        _check_numbers("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_GLOO_RENDEZVOUS_PORT")
         return HorovodComm(deadline_s)
     if by_torchrun:
-        _check_numbers("torchrun", "RANK", "WORLD_SIZE", "MASTER_PORT")
         return TorchComm(deadline_s)
     return SoloComm(deadline_s)
 
@@ -310,12 +333,3 @@ def _complete(names: tuple[str, ...], signs: tuple[str, ...]) -> bool:
             f"{', '.join(found) or signs[-1]} is set, but not {', '.join(missing)}: " + _WAY_OUT.format(found="it")
         )
     return True
-
-
-def _check_numbers(launcher: str, *names: str) -> None:
-    """Raise ConfigError unless the launcher's variables of rank, number of ranks and port are numbers that fit."""
-    rank, size, port = (os.environ[name] for name in names)
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise ConfigError(f"{names[0]}={rank} is not a number below {names[1]}={size}: {launcher} sets both")
-    if not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise ConfigError(f"{names[2]}={port} is not a port; {launcher} sets it")

@@ -35,8 +35,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from trainer.comm.comm import (
     DEADLINE_S,
-    Answer,
-    Bulletin,
+    Board,
     Comm,
     Object,
     check_splits,
@@ -57,8 +56,6 @@ _FOREVER = timedelta(days=365)
 """A group's own timeout, which would close its connections; ours is `Comm.deadline_s`."""
 _LEAVE_S = 5.0
 """How long the rank that holds the store waits for the others to leave."""
-_ANSWER_S = 5.0
-"""How long an answer of the store may take."""
 _times = itertools.count()
 
 
@@ -81,8 +78,16 @@ class Meeting:
     here: RankAddress
     is_ours: bool
     """Whether rank 0 holds the store, which ends with it."""
-    is_silent: bool = False
-    """Whether the store has not answered in time; then it is not used again."""
+
+    @functools.cached_property
+    def board(self) -> Board:
+        """Where the ranks of this store say in what they wait."""
+        store = self.store
+
+        def read(key: str) -> str | None:
+            return store.get(key).decode() if store.check([key]) else None
+
+        return Board(self.rank, store.set, read, "the store at MASTER_ADDR:MASTER_PORT")
 
     @classmethod
     def of_environment(cls, patience_s: float) -> "Meeting":
@@ -106,31 +111,14 @@ class Meeting:
         gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
         return cls(store, rank, size, RankAddress(socket.gethostname(), address, gpus), is_ours)
 
-    def put(self, key: str, value: str) -> None:
-        """Write a value for all ranks; do nothing if the store is lost."""
-        self._ask(lambda: self.store.set(key, value))
-
-    def get(self, key: str) -> str | None:
-        """Read a rank's value; None if there is none, or the store is lost."""
-        return self._ask(lambda: self.store.get(key).decode() if self.store.check([key]) else None)
-
     def leave(self) -> None:
         """Tell the rank with the store that this one no longer needs it; that rank waits a little for all others."""
         if not self.is_ours:
             return
-        left, end_s = self._ask(lambda: self.store.add("left", 1)), time.monotonic() + _LEAVE_S
+        end_s, (left, _) = time.monotonic() + _LEAVE_S, self.board.ask(lambda: self.store.add("left", 1))
         while self.rank == 0 and left is not None and left < self.size and time.monotonic() < end_s:
             time.sleep(0.01)
-            left = self._ask(lambda: self.store.add("left", 0))
-
-    def _ask(self, question: Callable[[], Answer]) -> Answer | None:
-        try:
-            return None if self.is_silent else in_time(question, _ANSWER_S)
-        except TimeoutError:
-            self.is_silent = True
-        except (RuntimeError, OSError):
-            pass
-        return None
+            left, _ = self.board.ask(lambda: self.store.add("left", 0))
 
 
 class Lanes:
@@ -450,11 +438,7 @@ class TorchComm(Comm):
 
     def _give_up(self, key: str) -> NoReturn:
         self._abandon()
-        bulletin = Bulletin(self.rank, self._meeting.put, self._meeting.get)
-        text = bulletin.lateness(_name_of(key), self.size, self.deadline_s)
-        if self._meeting.is_silent:
-            text += "; the store at MASTER_ADDR:MASTER_PORT, where ranks say where they are, does not answer"
-        raise LateRankError(text)
+        raise LateRankError(self._meeting.board.lateness(_name_of(key), self.size, self.deadline_s))
 
     def _abandon(self) -> None:
         """Abandon the lanes, as closing them would wait for their collectives."""

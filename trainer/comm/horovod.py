@@ -5,11 +5,11 @@ first wait for each other, with their own deadline.
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from typing import Any, cast
 
 import torch
@@ -17,12 +17,10 @@ from torch import Tensor
 
 from trainer.comm.comm import (
     DEADLINE_S,
-    Answer,
-    Bulletin,
+    Board,
     Comm,
     Object,
     check_splits,
-    in_time,
     loss,
     pickled,
     unpickled,
@@ -59,7 +57,10 @@ class HorovodComm(Comm):
 
         self._hvd: Any = hvd
         self._internal_error: type[Exception] = HorovodInternalError
-        meet(int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"]), deadline_s)
+        rank, scope = int(os.environ["HOROVOD_RANK"]), f"comm.{next(_times)}"
+        where = f"the store at {':'.join(_ADDRESS)}"
+        self._board = Board(rank, functools.partial(_put, scope), functools.partial(_get, scope), where)
+        meet(self._board, rank, int(os.environ["HOROVOD_SIZE"]), deadline_s)
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.moves_cuda_tensors = bool(hvd.nccl_built())
@@ -117,8 +118,7 @@ class HorovodComm(Comm):
                 pause_s = min(1.2 * pause_s, 1e-3)
                 if time.monotonic() - start_s > self.deadline_s:
                     self.is_stuck = True
-                    bulletin = Bulletin(self.rank, put, get)
-                    raise LateRankError(bulletin.lateness(name, self.size, self.deadline_s))
+                    raise LateRankError(self._board.lateness(name, self.size, self.deadline_s))
             return self._hvd.synchronize(handle)
 
     @contextlib.contextmanager
@@ -131,78 +131,55 @@ class HorovodComm(Comm):
 
 
 _ADDRESS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
-_ANSWER_S = 5.0
-"""Timeout of an answer, as the process of the store may be stopped."""
-_times = itertools.count()
+_times = itertools.count()  # several Comms of one process come one after the other
 
 
-def put(key: str, value: str, scope: str = "late") -> None:
-    """Write a text; do nothing if the store is lost."""
-    _ask(lambda: _put(key, value, scope))
-
-
-def get(key: str, scope: str = "late") -> str | None:
-    """Read a text; None if there is none, or the store is lost."""
-    answer, _ = _ask(lambda: _get(key, scope))
-    return answer
-
-
-def meet(rank: int, size: int, deadline_s: float) -> None:
+def meet(board: Board, rank: int, size: int, deadline_s: float) -> None:
     """Wait until all ranks have arrived here. Each reads one key, but rank 0 reads one of each rank.
 
     Raises LostRankError if the store is out of reach, LateRankError if ranks do not arrive, after `deadline_s`.
     """
-    scope = f"meeting.{next(_times)}"  # several Comms of one process come one after the other
-    end_s, pause_s, number, is_written = time.monotonic() + deadline_s, 1e-3, 0, False
-    awaited = [str(each) for each in range(size)] if rank == 0 else ["all"]
+    here, end_s, pause_s, number = f"here.{rank}", time.monotonic() + deadline_s, 1e-3, 0
+    awaited = [f"here.{each}" for each in range(size)] if rank == 0 else ["all"]
+    trouble = board.put(here, "here")
     while number < len(awaited):
-        if not is_written:
-            _, trouble = _ask(lambda: _put(str(rank), "here", scope))
-            is_written = trouble is None
-        if is_written and get(awaited[number], scope) is not None:
+        if trouble is None and board.get(awaited[number]) is not None:
             number += 1
             continue
         if time.monotonic() > end_s:
-            raise _absence(rank, size, deadline_s, scope) if is_written else _no_store(rank, deadline_s, trouble)
+            raise _absence(board, rank, size, deadline_s) if trouble is None else _no_store(rank, deadline_s, trouble)
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, 0.1)
+        board.is_silent = False  # it is asked again, as its process may have been stopped for a while
+        if trouble is not None:
+            trouble = board.put(here, "here")
     if rank == 0:
-        put("all", "here", scope)
+        board.put("all", "here")
 
 
-def _absence(rank: int, size: int, deadline_s: float, scope: str) -> LateRankError:
-    late = [each for each in range(size) if get(str(each), scope) is None] or [0]  # which has to say that all are there
+def _absence(board: Board, rank: int, size: int, deadline_s: float) -> LateRankError:
+    late = [each for each in range(size) if board.get(f"here.{each}") is None]  # none: rank 0 has not said so
     return LateRankError(
         f"rank {rank} has waited more than run.deadline_s={deadline_s:g} for the others to start; not there: "
-        f"{', '.join(f'rank {each}' for each in late)}. See what that rank is doing (py-spy dump), or raise "
+        f"{', '.join(f'rank {each}' for each in late or [0])}. See what that rank is doing (py-spy dump), or raise "
         "run.deadline_s, and start again"
     )
 
 
-def _no_store(rank: int, deadline_s: float, trouble: str | None) -> LostRankError:
+def _no_store(rank: int, deadline_s: float, trouble: str) -> LostRankError:
     return LostRankError(
         f"rank {rank} did not reach the process that started the ranks within run.deadline_s={deadline_s:g}, at "
         f"{':'.join(_ADDRESS)}={':'.join(_place())}: {trouble}"
     )
 
 
-def _ask(question: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
-    """Return the answer, or None and the reason."""
-    try:
-        return in_time(question, _ANSWER_S), None
-    except TimeoutError:
-        return None, "no answer"
-    except (RuntimeError, OSError, HTTPException) as error:
-        return None, str(error.args[-1]) if error.args else type(error).__name__
-
-
-def _put(key: str, value: str, scope: str) -> None:
+def _put(scope: str, key: str, value: str) -> None:
     from horovod.runner.http.http_client import put_data_into_kvstore
 
     put_data_into_kvstore(*_place(), scope, key, value)
 
 
-def _get(key: str, scope: str) -> str:
+def _get(scope: str, key: str) -> str:
     from horovod.runner.http.http_client import read_data_from_kvstore
 
     return str(read_data_from_kvstore(*_place(), scope, key))
