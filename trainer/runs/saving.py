@@ -418,14 +418,12 @@ class Checkpointer:
         """Write or begin to write this rank's parts. Returns an outcome where that failed at once."""
         start_s, self._begun_s = time.perf_counter(), time.monotonic()
         step = state.step
-        content, error, is_fatal = self._prepared(step, trained)
+        content, error = self._prepared(step, trained)
         needed = sum(packed_bytes(each) for each in content.values())
         held = len(self._rows.data) + len(self._dense.data)
-        said = _Ready(error, is_fatal, socket.gethostname(), max(0, needed - held), free_bytes())
+        said = _Ready(error, socket.gethostname(), max(0, needed - held), free_bytes())
         everyone = self._comm.allgather_object(said, name="checkpoint.begin")
         if failed := next((each for each in everyone if each.error), None):
-            if failed.is_fatal:
-                raise CheckpointError(failed.error)
             return None if failed.error == _THERE else Outcome(step, failed.error)
         self._step, self._mine = step, _Progress(Phase.WRITING)
         self._publish = lambda parts: self._published(state, parts, keep, best)
@@ -479,18 +477,18 @@ class Checkpointer:
         elif self._thread is not None:
             self._thread.join(_PATIENCE_S)
 
-    def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str, bool]:
+    def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str]:
         """Returns what is to be written, or why that failed: the other ranks wait for it."""
         content: dict[str, Mapping[str, Tensor]] = {}
         try:
             if self._comm.rank == 0:
                 if self._place.has(step):
-                    return {}, _THERE, False
+                    return {}, _THERE
                 content[DENSE] = trained.dense_state()
             content[rows_name(self._comm)] = trained.shard_state()
         except Exception as failure:
-            return {}, _text(failure), isinstance(failure, CheckpointError)
-        return content, "", False
+            return {}, _text(failure)
+        return content, ""
 
     def _with_copies(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
         """Copies now; returns what is left to do. Where there is no memory after all, it says so when ranks look."""
@@ -580,7 +578,6 @@ class _Ready(NamedTuple):
     """What a rank says when a checkpoint begins: why it cannot, or the memory that its copy takes."""
 
     error: str
-    is_fatal: bool
     host: str
     needed_bytes: int
     free_bytes: int | None
