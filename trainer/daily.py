@@ -21,7 +21,7 @@ from featurestore.console.output import print_table, text_console
 from featurestore.errors import AnotherStoreError, StorageError
 from featurestore.parsing import parse_json
 from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
-from trainer.config.config import WARM_PARTS, Config, RunConfig, load_config, load_saved, save_config
+from trainer.config.config import WARM_PARTS, Config, RunConfig, differences, load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.files import DAYS_FILE
 from trainer.main import on_ranks, train, warm_settings
@@ -411,8 +411,6 @@ def _claim(folder: RunPath, base: Config) -> None:
         "train": base.train.model_dump(mode="json"),
         "data": base.data.model_dump(mode="json"),
     }
-    from trainer.config.comparison import differences
-
     file = folder / DAYS_FILE
     try:
         if not (file.is_file() and any(DAY.fullmatch(each.name) for each in folder.iterdir())):

@@ -15,8 +15,7 @@ from featurestore.snapshot import SnapshotId
 from featurestore.spec import flat
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config.comparison import settings_that_decide
-from trainer.config.config import Config, config_digest, load_config
+from trainer.config.config import Config, config_digest, load_config, settings_that_decide
 from trainer.errors import DataError, DataNotFoundError, TrainerError
 from trainer.files import read_mapping
 from trainer.runs.folder import report_of

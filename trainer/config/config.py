@@ -1,15 +1,18 @@
-"""The configuration of a run: defaults < file < `--set`, merged by OmegaConf, checked by pydantic before all else.
+"""The configuration of a run: its settings, how they are given, checked and saved, and how two records differ.
 
-Every setting has its type, limits, default and text in the classes here and in `options.py`; `presets/dicm.yaml` and
-docs/SETTINGS.md are written from them by `python -m tools.settings`.
+The way of a setting: its class, here or in `options.py`, has its type, limits, default, text, and the kind of what it
+decides. `load_config` lays a file and `--set` over the defaults (OmegaConf) and checks the result (pydantic).
+`differences` compares two records of settings; resuming, warm starts, evaluation, `trainer.daily` and `trainer.compat`
+say which kinds of differences they accept. `presets/dicm.yaml` and docs/SETTINGS.md are written from the classes by
+`python -m tools.settings`.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,22 +24,22 @@ from featurestore.errors import StorageError
 from featurestore.parsing import parse_yaml
 from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
-from featurestore.spec import MissingPolicy
+from featurestore.spec import MissingPolicy, differing
 from featurestore.text import one_line, without_passwords
 from trainer.config.options import (
+    SETTINGS_OF_POOLINGS,
     Count,
+    Decision,
     ModelConfig,
     Nothing,
     OptimConfig,
     Positions,
     Section,
     Training,
+    decision_of,
     validated,
 )
 from trainer.errors import ConfigError
-
-_KEPT = 64
-"""Number of saved files whose checked configuration is cached, as pages of the explorer read it often."""
 
 Device = Literal["auto", "cpu", "cuda"]
 WarmPart = Literal["images", "model", "ids", "optimizers"]
@@ -229,51 +232,30 @@ class Config(Section):
 
 def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
     """Merge the defaults, over them `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
-    return _checked([*([] if file is None else [_read(file)]), *map(_parse_setting, settings)])
+    layers = [] if file is None else [_parsed(_text(file), file)]
+    return _checked([*layers, *map(_parse_setting, settings)])
 
 
 def load_saved(file: RunPath) -> Config:
-    """Read the configuration in a run's folder. Raises ConfigError."""
+    """Read the configuration in a run's folder, which may be somebody else's. Raises ConfigError."""
     text = _text(file)
-    if "${" in text:  # from the environment, which may differ the next time
-        return _saved(text, file)
-    return _saved_once(text, file)
-
-
-def _saved(text: str, file: RunPath) -> Config:
-    """Parse and check the text of a saved file, in about 30 ms."""
     if not text.strip():  # as a file of settings it would be the defaults
         raise ConfigError(f"{file} is empty, so the settings of the run are lost; restore it from a copy")
-    if "*" in text:
-        try:
-            parse_yaml(text, aliases=False)
-        except ValueError as failure:
-            raise _unreadable(file, failure) from failure
+    try:
+        parse_yaml(text, aliases=False)
+    except ValueError as failure:
+        raise _unreadable(file, failure) from failure
     return _checked([_parsed(text, file)])
-
-
-_saved_once = lru_cache(_KEPT)(_saved)
 
 
 def _checked(layers: Iterable[DictConfig]) -> Config:
     """Merge layers over the defaults, resolve interpolations, and check the result."""
-    values = Config().model_dump(mode="json")
-    for layer in layers:
-        _lay_over(values, OmegaConf.to_container(layer))
+    merged = OmegaConf.merge(Config().model_dump(mode="json"), *layers)
     try:
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        resolved: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as failure:
         raise ConfigError(f"unresolved ${{...}} reference in the configuration: {one_line(failure)}") from failure
     return validated(Config, {str(name): value for name, value in resolved.items()}, "configuration", ConfigError)
-
-
-def _lay_over(below: dict[Any, Any], above: Any) -> None:
-    """Update the mapping `below` with the values `above`, merging nested mappings."""
-    for name, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(name), dict):
-            _lay_over(below[name], value)
-        else:
-            below[name] = value
 
 
 def save_config(config: Config, path: RunPath) -> None:
@@ -284,10 +266,6 @@ def save_config(config: Config, path: RunPath) -> None:
 def config_digest(values: dict[str, Any]) -> str:
     """Compute the sha256 of a configuration (or a section of it) in canonical JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: RunPath) -> DictConfig:
-    return _parsed(_text(path), path)
 
 
 def _text(path: RunPath) -> str:
@@ -322,3 +300,98 @@ def _parse_setting(setting: str) -> DictConfig:
         return OmegaConf.from_dotlist([setting])
     except (YAMLError, OmegaConfBaseException, RecursionError) as failure:
         raise ConfigError(f"--set {setting}: the value is not readable as YAML: {one_line(failure)}") from failure
+
+
+SAMPLES_DIGEST = "data.samples_digest"
+_DECISIONS: dict[str, Decision] = {
+    **{
+        f"{section}.{name}": decision_of(field)
+        for section, model in Config.model_fields.items()
+        for name, field in model.annotation.model_fields.items()  # type: ignore[union-attr]
+    },
+    SAMPLES_DIGEST: "positions",
+}
+_OF_NETS = {
+    "dcn": {"cross_layers", "cross_structure"},
+    "two_tower": {"tower_width"},
+}
+_OF_ATTENTION = {"attention_hidden"}
+"""Read by some poolings, and by the base din."""
+_OF_POOLINGS = set[str]().union(*SETTINGS_OF_POOLINGS.values()) - _OF_ATTENTION
+_OF_BEHAVIORS = _OF_POOLINGS | {"pooling", "image_products", "similarity_tiers", "similarity_top_k"}
+OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
+"""Settings that a model without images does not use."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A value that differs between two records: `here` in the first, `there` in the second; None if missing."""
+
+    name: str
+    """Section, setting and further names inside its value, joined by dots."""
+    here: Any
+    there: Any
+    decides: Decision
+
+    @property
+    def setting(self) -> str:
+        """The setting with its section."""
+        return ".".join(self.name.split(".")[:2])
+
+    def text(self, there: str) -> str:
+        """Format both values; `there` names the second record."""
+        return f"{self.name} is {self.here!r} here, {self.there!r} {there}"
+
+
+def differences(
+    here: Mapping[str, Any], there: Mapping[str, Any], accepted: Collection[Decision] = ()
+) -> list[Difference]:
+    """List the differences between two records, except those of the kinds `accepted`.
+
+    A record is a mapping of sections (data, model, optim, ...) to values by name. That of a checkpoint's origin has not
+    only settings, but also the digest of the samples, the fields of the schema, and the kind of the stores' features.
+    A setting that is unused in both records, because of other settings of the model, counts as equal. Values that are
+    not settings are of kind `parameters`, except the samples.
+    """
+    idle = {f"model.{name}" for name in _idle(here.get("model", {})) & _idle(there.get("model", {}))}
+    found = [Difference(*each, decides_of(each[0])) for each in differing(here, there)]
+    return [each for each in found if each.decides not in accepted and each.setting not in idle]
+
+
+def decides_of(name: str) -> Decision:
+    """Return the kind of a setting, or of another value of an origin, by its name."""
+    return _DECISIONS.get(".".join(name.split(".")[:2]), "parameters")
+
+
+def settings_that_decide(*kinds: Decision) -> dict[str, set[str]]:
+    """List the settings of these kinds by section."""
+    found: dict[str, set[str]] = {}
+    for name, kind in _DECISIONS.items():
+        if kind in kinds and name != SAMPLES_DIGEST:
+            section, _, setting = name.partition(".")
+            found.setdefault(section, set()).add(setting)
+    return found
+
+
+def _idle(model: Mapping[str, Any]) -> set[str]:
+    """List the settings of a model that others make unused; none if its net is a user's, which may read any."""
+    base, images, pooling = (model.get(name, "") for name in ("base", "images", "pooling"))
+    if not base or "." in base:
+        return set()
+    pools = images in ("behavior", "both") and base != "two_tower"
+    idle = set[str]().union(*(names for net, names in _OF_NETS.items() if net != base))
+    read_by_pooling = SETTINGS_OF_POOLINGS.get(pooling, set())
+    idle |= _OF_POOLINGS - read_by_pooling
+    if images == "none":
+        idle |= OF_IMAGES
+    if images == "behavior":
+        idle.add("id_proxy")
+    if not pools:
+        idle |= _OF_BEHAVIORS
+    if base in ("lr", "two_tower"):
+        idle.add("image_products")
+    if base == "lr":
+        idle.add("mlp")
+    if base != "din" and not (pools and read_by_pooling >= _OF_ATTENTION):
+        idle |= _OF_ATTENTION
+    return idle

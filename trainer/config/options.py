@@ -31,8 +31,6 @@ from trainer.errors import TrainerError
 KIND = "kind:"
 """The beginning of the tag of one kind of a value that may be of several; a message does not show it."""
 Model = TypeVar("Model", bound=BaseModel)
-
-
 Value = TypeVar("Value")
 Decision = Literal["positions", "parameters", "rows", "training", "nothing"]
 DECISIONS: Mapping[Decision, str] = {
@@ -42,7 +40,7 @@ DECISIONS: Mapping[Decision, str] = {
     "training": "how the numbers move, and what is measured",
     "nothing": "speed, places and printing: what lies at a place is compared by itself",
 }
-"""The kind of a setting, which is part of its type; comparisons of runs use `trainer.config.comparison`."""
+"""The kind of a setting, which is part of its type; `trainer.config.config.differences` compares runs by it."""
 
 
 class Decides(NamedTuple):
@@ -148,8 +146,6 @@ RateDecay = Annotated[float, Field(gt=0, le=1)]
 _DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+")
 LARGEST_UNTRAINED = 0.001
 """Largest model.id_init_std: a first step of Adam moves a row this far."""
-MOST_EXACT_ROWS = (1 << 31) - 1
-"""Most rows of a shard, as the map from ids to rows holds signed 32-bit numbers (trainer/ids/exact.py)."""
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -158,8 +154,8 @@ class ExactTableConfig(Section):
 
     kind: Rows[Literal["exact"]]
     """Says that the table has a row for each id."""
-    max_rows: Rows[TableRows]
-    """Ids that have rows at a time; every shard takes its part, rounded up."""
+    max_rows: Rows[Annotated[int, Field(ge=1, lt=1 << 31)]]
+    """Ids that have rows at a time, below 2^31; every shard takes its part, rounded up."""
     when_full: Rows[Literal["evict", "refuse"]] = "evict"
     """What happens to a new id in a full shard: evict removes the rows longest unused; refuse gives it the cold row."""
     admit_after: Rows[Annotated[int, Field(ge=1, le=255)]] = 1
@@ -198,7 +194,7 @@ class ModelConfig(Section):
     ad's ids, transformer sees the ad next to each behaviour and costs most; two towers sum."""
     pooling_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
     """Pooling concat and transformer: behaviours taken, the newest; concat fills fewer up with zeros."""
-    transformer_width: Parameters[Width] = 32
+    transformer_width: Parameters[Annotated[Width, Field(multiple_of=2)]] = 32
     """Pooling transformer: hidden width of a behaviour's token, an even number; it gives twice as many numbers."""
     image_products: Parameters[bool] = True
     """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
@@ -283,13 +279,6 @@ class ModelConfig(Section):
             )
         return value
 
-    @field_validator("transformer_width")
-    @classmethod
-    def _two_heads_share_the_width(cls, value: int) -> int:
-        if value % 2:
-            raise ValueError(f"two heads of attention share it evenly; try {value + 1}")
-        return value
-
     @model_validator(mode="after")
     def _new_ads_are_distinct(self) -> "ModelConfig":
         if self.image_dropout and self.id_init_std > LARGEST_UNTRAINED:
@@ -307,17 +296,6 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"model.image_dropout={self.image_dropout} shows ads without their pictures, and "
                     f"model.{name}={getattr(self, name)} would compare these all the same; set one of them to 0"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _rows_have_numbers(self) -> "ModelConfig":
-        for name, table in self.tables.items():
-            if isinstance(table, ExactTableConfig) and -(-table.max_rows // self.table_shards) > MOST_EXACT_ROWS:
-                enough = 1 << (-(-table.max_rows // MOST_EXACT_ROWS) - 1).bit_length()
-                raise ValueError(
-                    f"model.tables.{name}.max_rows={table.max_rows} is more than {MOST_EXACT_ROWS} rows a shard, with "
-                    f"model.table_shards={self.table_shards}; lower it, or set model.table_shards={enough}"
                 )
         return self
 

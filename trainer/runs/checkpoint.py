@@ -31,8 +31,7 @@ from featurestore.snapshot import SnapshotId
 from featurestore.spec import FileName, Sealed, unseal
 from featurestore.storage.local import claim
 from trainer.comm import Comm
-from trainer.config.comparison import SAMPLES_DIGEST, Difference, differences
-from trainer.config.config import Config
+from trainer.config.config import SAMPLES_DIGEST, Config, Difference, differences
 from trainer.config.options import Decision, Section
 from trainer.errors import CheckpointError, DamagedCheckpointError, OtherRunError, RemoteRankError
 from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, finished

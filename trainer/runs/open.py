@@ -22,8 +22,7 @@ from featurestore.published.versions import open_published
 from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
-from trainer.config.comparison import values_that_decide
-from trainer.config.config import Config, save_config
+from trainer.config.config import Config, save_config, settings_that_decide
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
@@ -323,11 +322,12 @@ def _checked_warm_start(config: Config, schema: Schema) -> WarmStart | None:
 def _origin(
     config: Config, schema: Schema, samples: str, streams: int, partitions: Mapping[str, FeaturePartition]
 ) -> Origin:
-    positions = {**values_that_decide(config.data, "positions"), "shuffle_streams": streams, "samples_digest": samples}
+    positions = settings_that_decide("positions")
+    data = config.data.model_dump(include=positions["data"] - {"train_days"})  # the samples tell
     return Origin(
-        data={name: value for name, value in positions.items() if name != "train_days"},  # the samples tell
-        train=values_that_decide(config.train, "positions"),
-        optim=values_that_decide(config.optim, "parameters", "rows"),
+        data={**data, "shuffle_streams": streams, "samples_digest": samples},
+        train=config.train.model_dump(include=positions["train"]),
+        optim=config.optim.model_dump(include=settings_that_decide("parameters", "rows")["optim"]),
         model=model_of(config, schema),
         stores={name: kind_of_features(partition.info) for name, partition in partitions.items()},
     )

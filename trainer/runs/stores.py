@@ -15,8 +15,7 @@ from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config.comparison import differences
-from trainer.config.config import Config
+from trainer.config.config import Config, differences
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.layers import used_fields
 from trainer.runs.checkpoint import CheckpointState, Resumed

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from featurestore.published.paths import run_path
 from trainer.comm import Comm
-from trainer.config.comparison import differences
-from trainer.config.config import WarmPart
+from trainer.config.config import WarmPart, differences
 from trainer.engine.wiring import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.ids.shards import check_names

@@ -1,8 +1,9 @@
-"""The configuration: what overrides what, what is refused, and how the refusal reads."""
+"""The configuration: what overrides what, what is refused and how that reads, and how two records differ."""
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
@@ -10,14 +11,20 @@ from trainer.config.config import (
     WARM_PARTS,
     Config,
     config_digest,
+    decides_of,
+    differences,
     load_config,
     load_saved,
     save_config,
+    settings_that_decide,
 )
 from trainer.config.options import (
     DECISIONS,
     LONGEST_NAME,
+    SETTINGS_OF_POOLINGS,
     ExactTableConfig,
+    ModelConfig,
+    Pooling,
     Section,
     decision_of,
     near_match,
@@ -116,6 +123,8 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
             "model.tables.item={kind: exact, max_rows: 9, admit_after: 256}",
             "item.admit_after=256: it should be",
         ),
+        ("model.tables.item={kind: exact, max_rows: 2147483648}", "max_rows=2147483648: it should be less than"),
+        ("model.transformer_width=31", "model.transformer_width=31: it should be a multiple of 2"),
         ("model.tables.item={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.tables.item={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
@@ -177,11 +186,9 @@ def test_multi_query_needs_the_ad_image() -> None:
     assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
 
 
-def test_a_transformer_needs_the_ad_and_a_width_that_two_heads_share() -> None:
+def test_a_transformer_needs_the_ad() -> None:
     with pytest.raises(ConfigError, match=r"model\.pooling='transformer': it looks at the ad .* set model\.base=mlp"):
         load_config(settings=["model.base=two_tower", "model.pooling=transformer"])
-    with pytest.raises(ConfigError, match=r"model\.transformer_width=31: two heads of attention .* try 32"):
-        load_config(settings=["model.transformer_width=31"])
 
 
 def test_all_mistakes_are_told_at_once() -> None:
@@ -227,28 +234,87 @@ def test_what_several_settings_do_together_is_told_without_all_others() -> None:
     assert "visual_width" not in str(caught.value)
 
 
-def test_rows_that_have_no_number_are_refused_with_the_shards_that_would_do() -> None:
-    def load(rows: int, shards: int) -> None:
-        table = f"model.tables.item={{kind: exact, max_rows: {rows}}}"
-        load_config(settings=[table, f"model.table_shards={shards}"])
-
-    most = 2**31 - 1
-    load(4 * most, 4)
-    told = rf"model\.tables\.item\.max_rows={4 * most + 1} is more than {most} rows a shard, with model\.table_shards=4"
-    with pytest.raises(ConfigError, match=told) as caught:
-        load(4 * most + 1, 4)
-    assert str(caught.value).endswith("lower it, or set model.table_shards=8")
-    assert "\n" not in str(caught.value)
-    load(4 * most + 1, 8)
-
-
-def test_a_saved_file_that_changes_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a file said the last time is kept only for the same text, and not where it names the environment."""
+def test_a_saved_file_has_no_aliases_and_is_not_empty(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    for lr in (0.5, 0.25):
-        save_config(load_config(settings=[f"optim.lr={lr}"]), file)
-        assert load_saved(file) == load_saved(file) == load_config(settings=[f"optim.lr={lr}"])
-    file.write_text("optim: {lr: '${oc.decode:${oc.env:OWN_LR}}'}")
-    for lr in ("0.5", "0.25"):
-        monkeypatch.setenv("OWN_LR", lr)
-        assert load_saved(file).optim.lr == float(lr)
+    for text, message in (("a: &a [1]\nb: *a\n", "it has aliases"), ("\n", "the settings of the run are lost")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_saved(file)
+
+
+def _record(*settings: str) -> dict[str, Any]:
+    return load_config(settings=settings).model_dump(mode="json")
+
+
+def test_a_difference_has_both_values_and_what_it_decides() -> None:
+    changed = ("data.shuffle=false", "model.tables.item=9", "optim.lr=0.5", "run.name=x", "model.mlp=[8]")
+    found = {each.name: each for each in differences(_record(*changed), _record())}
+    assert {name: each.decides for name, each in found.items()} == {
+        "data.shuffle": "positions",
+        "model.tables.item": "rows",
+        "model.mlp": "parameters",
+        "optim.lr": "training",
+        "run.name": "nothing",
+    }
+    assert found["model.tables.item"].text("there") == "model.tables.item is 9 here, 65536 there"
+    assert found["model.tables.item"].setting == "model.tables"
+    assert differences(_record(), _record()) == []
+
+
+def test_kinds_that_are_accepted_are_left_out() -> None:
+    found = differences(_record("optim.lr=0.5", "run.name=x", "train.seed=3"), _record(), ("training", "nothing"))
+    assert [each.name for each in found] == ["train.seed"]
+
+
+def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> None:
+    here = {"data": {"samples_digest": "a"}, "model": {"fields": {"age": {"kind": "id"}}}, "store": {"dim": 8}}
+    found = differences(here, {"data": {"samples_digest": "b"}, "model": {"label": "click"}, "store": {"dim": 9}})
+    assert {each.name: each.decides for each in found} == {
+        "data.samples_digest": "positions",
+        "model.fields.age.kind": "parameters",
+        "model.label": "parameters",
+        "store.dim": "parameters",
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "is_idle"),
+    [
+        ("model.base=mlp", "model.cross_structure=stacked", True),
+        ("model.base=dcn", "model.cross_structure=stacked", False),
+        ("model.base=mine.MyNet", "model.cross_structure=stacked", False),  # it may read any
+        ("model.base=mine.MyNet", "model.transformer_width=4", False),
+        ("model.base=lr", "model.mlp=[8]", True),
+        ("model.images=none", "model.pooling=sum", True),
+        ("model.images=ad", "model.pooling=sum", True),
+        ("model.images=ad", "model.id_proxy=true", False),
+        ("model.images=behavior", "model.id_proxy=true", True),
+        ("model.base=two_tower", "model.pooling=sum", True),
+        ("model.base=lr", "model.image_products=false", True),
+        ("model.pooling=sum", "model.transformer_width=4", True),
+        ("model.pooling=transformer", "model.transformer_width=4", False),
+        ("model.pooling=sum", "model.pooling_length=4", True),
+        ("model.pooling=concat", "model.pooling_length=4", False),
+        ("model.pooling=transformer", "model.pooling_length=4", False),
+        ("model.pooling=sum", "model.attention_hidden=4", True),
+        ("model.pooling=multi_query", "model.attention_hidden=4", False),
+        ("model.pooling=sum", "model.visual_width=4", False),
+    ],
+)
+def test_a_setting_that_the_others_make_idle_counts_as_equal(model: str, setting: str, is_idle: bool) -> None:
+    assert (differences(_record(model, setting), _record(model)) == []) == is_idle
+
+
+def test_what_a_pooling_reads_are_settings_of_the_model() -> None:
+    assert SETTINGS_OF_POOLINGS.keys() <= set(get_args(Pooling))
+    assert set().union(*SETTINGS_OF_POOLINGS.values()) <= ModelConfig.model_fields.keys()
+
+
+def test_an_idle_setting_counts_where_one_of_the_two_uses_it() -> None:
+    found = differences(_record("model.base=dcn", "model.cross_structure=stacked"), _record())
+    assert [each.name for each in found] == ["model.base", "model.cross_structure"]
+
+
+def test_settings_are_listed_by_what_they_decide() -> None:
+    assert settings_that_decide("positions")["train"] == {"seed"}
+    assert decides_of("model.tables.item.max_rows") == "rows"
