@@ -36,8 +36,7 @@ from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderConten
 from pipeline.vectors.formats import NUM_FILES, find_files, record_dtype
 from trainer.schema import Field, Kind, Schema
 from trainer.schema.fields import schema_text, table_rows
-from trainer.schema.profile import look
-from trainer.schema.suggest import WEIGHT_SUFFIX, sample_files
+from trainer.schema.suggest import WEIGHT_SUFFIX, look, sample_files
 
 RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"

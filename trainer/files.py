@@ -6,8 +6,7 @@ from typing import Any, TypeVar
 
 from featurestore.errors import StorageError
 from featurestore.parsing import parse_yaml
-from featurestore.published.paths import FarPath
-from featurestore.storage.local import read_text
+from featurestore.published.paths import FarPath, read_text, run_path
 from featurestore.storage.storage import Storage, file_at
 from trainer.errors import TrainerError
 
@@ -25,7 +24,7 @@ def read_mapping(
     The file may be at an address, as s3://shop/samples/schema.yaml.
     """
     try:
-        values = parse_yaml(_text(path))
+        values = parse_yaml(read_text(run_path(path)))
     except FileNotFoundError as failure:
         raise error(f"{setting}{path}: there is no such file") from failure
     except (OSError, ValueError, StorageError) as failure:
@@ -33,13 +32,6 @@ def read_mapping(
     if not isinstance(values, Mapping):
         raise error(f"{path} has to be {wanted}, found {type(values).__name__}")
     return dict(values)
-
-
-def _text(path: Path | str) -> str:
-    if "://" not in str(path):
-        return read_text(Path(path))
-    storage, name = file_at(str(path))
-    return storage.read_bytes(name).decode()
 
 
 def output_at(address: str) -> tuple[Storage, str]:

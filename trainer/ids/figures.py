@@ -17,11 +17,11 @@ from trainer.comm import Comm
 from trainer.ids.exact import ExactShape
 from trainer.ids.shards import TableShape
 from trainer.ids.tables import IdTable
-from trainer.schema.profile import DistinctCount
+from trainer.schema.fields import DistinctCount
 
 WARNED_SHARE = 0.25
 """Of the ids of a table: where more of them share a row, the run warns. More than the 22 % of tables with
-`trainer.schema.profile.ROWS_PER_ID` rows for each id, as we suggest them."""
+`trainer.schema.fields.ROWS_PER_ID` rows for each id, as we suggest them."""
 _GOOD_SHARE = 0.01
 _MOST_ROWS = 10**12  # of the configuration
 

@@ -16,7 +16,7 @@ from trainer.exchange.routing import Int64, unique_below
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import IdRows, TableShape, TableShards, owned_rows
 from trainer.optim import Rates
-from trainer.schema.profile import DistinctCount
+from trainer.schema.fields import DistinctCount
 
 
 @dataclass

@@ -32,14 +32,6 @@ is an image's key."""
 Int64 = NDArray[np.int64]
 
 
-class UndecodableTextError(ValueError):
-    """Value number `place` of a column is no UTF-8."""
-
-    def __init__(self, place: int) -> None:
-        super().__init__(place)
-        self.place = place
-
-
 @dataclass(frozen=True)
 class Encoded:
     """Value n has the ID `ids_U[index_N[n]]` and was written `texts_U[index_N[n]]`."""
@@ -61,13 +53,10 @@ def is_text(kind: pa.DataType | None) -> bool:
 
 
 def encode_texts(array: Any, kind: TextKind) -> Encoded:
-    """Hash a string array without nulls to IDs. Raises UndecodableTextError."""
+    """Hash a string array without nulls to IDs. Raises UnicodeDecodeError."""
     encoded = array.dictionary_encode()
     index_N = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    try:
-        texts_U = encoded.dictionary.to_pylist()
-    except UnicodeDecodeError as failure:
-        raise UndecodableTextError(_first_wrong(encoded.dictionary, index_N)) from failure
+    texts_U = encoded.dictionary.to_pylist()
     if kind == "uri":
         return Encoded(keys_of_uris(texts_U), texts_U, index_N)
     texts_U = [text.strip() for text in texts_U]
@@ -100,21 +89,6 @@ def _as_json(part: Encoded, place_U: Int64) -> list[int | str]:
     ids = part.ids_U[chosen_U].tolist()
     texts = [part.texts_U[place] for place in chosen_U]
     return [number if str(number) == text else text for number, text in zip(ids, texts, strict=True)]
-
-
-def _first_wrong(dictionary: Any, index_N: Int64) -> int:
-    """The first value whose text is no UTF-8."""
-    kind = pa.large_binary() if pa.types.is_large_string(dictionary.type) else pa.binary()
-    wrong = [place for place, name in enumerate(dictionary.cast(kind).to_pylist()) if not _is_utf8(name)]
-    return int(np.flatnonzero(np.isin(index_N, wrong))[0])
-
-
-def _is_utf8(name: bytes) -> bool:
-    try:
-        name.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 Float64 = NDArray[np.float64]
@@ -510,9 +484,8 @@ def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Enc
     assert rule.text is not None
     try:
         return encode_texts(array, rule.text), offsets
-    except UndecodableTextError as failure:
-        row = where.row_of_value(failure.place, offsets)
-        raise DataError(f"{row}: column {name} has text that is not UTF-8; write the file in UTF-8") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{where.file}: column {name} has text that is not UTF-8; write the file in UTF-8") from None
 
 
 def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Any, tuple[Index, ...]]:

@@ -6,7 +6,6 @@ them, one row group after the other. So a rank holds `HELD` texts and rank 0 a 6
 """
 
 import contextlib
-import io
 import itertools
 import tempfile
 import uuid
@@ -21,12 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from featurestore.console.files import replaced_file
 from featurestore.errors import StorageError
-from featurestore.published.paths import FarPath, RunPath, open_file, remove_all
+from featurestore.published.paths import FarPath, RunPath, open_file, remove_all, written_locally
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.samples.columns import Rule, texts_of
-from trainer.samples.index import RowGroup, SampleIndex, read_row_group
+from trainer.samples.columns import Rule
+from trainer.samples.index import RowGroup, SampleIndex, read_texts
 
 FILE = "ids.parquet"
 HELD = 500_000
@@ -47,8 +47,8 @@ def write_dictionary(
     where samples cannot be read, and OSError.
     """
     earlier_parts = [earlier] if earlier is not None and comm.on_rank_0(earlier.is_file) else []
-    columns = sorted(index.text_columns)
-    if not columns and not earlier_parts:
+    wanted = {column: rules[column] for column in sorted(index.text_columns)}
+    if not wanted and not earlier_parts:
         return False
     scratch = folder / comm.broadcast_object(f".ids-{uuid.uuid4().hex}")
 
@@ -58,12 +58,16 @@ def write_dictionary(
         scratch.mkdir()
 
     comm.on_rank_0(begin)
-    wanted = {column: rules[column] for column in columns}
-    with comm.agreed():
+    with comm.agreed(), written_locally(scratch) as local:
         collected = _collected(index, index.row_groups[comm.rank :: comm.size], wanted)
         for number, held in enumerate(collected):
-            write_part(scratch / f"{comm.rank:05}-{number:05}.parquet", held)
-    comm.on_rank_0(lambda: _publish(_sorted(scratch.iterdir()) + earlier_parts, scratch, folder / FILE))
+            write_part(local / f"{comm.rank:05}-{number:05}.parquet", held)
+
+    def publish() -> None:
+        _merge([*scratch.iterdir(), *earlier_parts], folder)
+        remove_all(scratch)
+
+    comm.on_rank_0(publish)
     return True
 
 
@@ -108,17 +112,13 @@ def _collected(
 ) -> Iterator[dict[int, str]]:
     """Texts by ID, about `HELD` at a time."""
     held: dict[int, str] = {}
-    for row_group in row_groups:
-        file = index.storage.full(row_group.file)
-        for column, rule in rules.items():
-            table = read_row_group(index.storage, row_group, list(rule.crossed or (column,)))
-            encoded = texts_of(table, column, rule, file, row_group.first_row)
-            for number, text in zip(encoded.ids_U.tolist(), encoded.texts_U, strict=True):
-                if str(number) != text:
-                    _check_one(number, held.setdefault(number, text), text)
-            if len(held) >= HELD:
-                yield held
-                held = {}
+    for encoded in read_texts(index, row_groups, rules):
+        for number, text in zip(encoded.ids_U.tolist(), encoded.texts_U, strict=True):
+            if str(number) != text:
+                _check_one(number, held.setdefault(number, text), text)
+        if len(held) >= HELD:
+            yield held
+            held = {}
     yield held
 
 
@@ -132,10 +132,10 @@ def _buckets(ids_N: Int64) -> Int64:
     return (ids_N >> (64 - _BUCKET_BITS)) + (1 << (_BUCKET_BITS - 1))
 
 
-def write_part(path: RunPath, held: Mapping[int, str]) -> None:
+def write_part(path: Path, held: Mapping[int, str]) -> None:
     """Write the texts of some IDs as a file of its own, in the form of ids.parquet.
 
-    Within a row group they are in the order of `held`. Raises OSError, StorageError.
+    Within a row group they are in the order of `held`. Raises OSError.
     """
     ids_N = np.fromiter(held.keys(), np.int64, len(held))
     columns: list[Any] = [pa.array(ids_N), pa.array(list(held.values()), pa.string())]
@@ -148,10 +148,14 @@ def write_part(path: RunPath, held: Mapping[int, str]) -> None:
             _write_bucket(writer, table.take(order[start:end]))
 
 
-def _publish(parts: list[RunPath], scratch: RunPath, final: RunPath) -> None:
-    """Merge the parts into one file, which is renamed when it is complete."""
-    merged = scratch / FILE
-    with _near(parts) as near, _writer(merged) as writer:
+def _merge(parts: list[RunPath], folder: RunPath) -> None:
+    """Merge the parts into `folder`/ids.parquet, which is there when it is complete."""
+    with (
+        _near(parts) as near,
+        written_locally(folder) as local,
+        replaced_file(local / FILE) as part,
+        _writer(part) as writer,
+    ):
         for bucket in range(1 << _BUCKET_BITS):
             table = pa.concat_tables([_read_bucket(path, bucket) for path in near]).sort_by("id")
             ids_N, texts = table["id"].to_numpy(), cast("Any", table["text"])
@@ -160,11 +164,6 @@ def _publish(parts: list[RunPath], scratch: RunPath, final: RunPath) -> None:
             for place in again_K[differing_K].tolist():
                 _check_one(int(ids_N[place]), texts[place - 1].as_py(), texts[place].as_py())
             _write_bucket(writer, table.take(np.setdiff1d(np.arange(len(ids_N)), again_K)))
-    if isinstance(merged, FarPath) or isinstance(final, FarPath):
-        final.write_bytes(merged.read_bytes())
-    else:
-        merged.replace(final)
-    remove_all(scratch)
 
 
 @contextlib.contextmanager
@@ -172,18 +171,12 @@ def _near(parts: list[RunPath]) -> Iterator[list[Path]]:
     """The parts as files of this machine: each is read once for every row group."""
     with tempfile.TemporaryDirectory() as folder:
         near = []
-        for number, part in enumerate(parts):
+        for number, part in enumerate(sorted(parts, key=str)):
+            copy = Path(folder) / f"{number}.parquet"
             if isinstance(part, FarPath):
-                copy = Path(folder) / f"{number}.parquet"
                 copy.write_bytes(part.read_bytes())
-                near.append(copy)
-            else:
-                near.append(part)
+            near.append(copy if isinstance(part, FarPath) else part)
         yield near
-
-
-def _sorted(paths: Iterable[RunPath]) -> list[RunPath]:
-    return sorted(paths, key=str)
 
 
 def _entries(table: pa.Table) -> list[tuple[int, str]]:
@@ -191,15 +184,8 @@ def _entries(table: pa.Table) -> list[tuple[int, str]]:
     return list(zip(ids, texts, strict=True))
 
 
-@contextlib.contextmanager
-def _writer(path: RunPath) -> Iterator[pq.ParquetWriter]:
-    """A file that is written row group by row group; on an object store it is held in memory, packed, and put there."""
-    buffer = io.BytesIO()
-    target: Any = buffer if isinstance(path, FarPath) else path
-    with pq.ParquetWriter(target, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        yield writer
-    if isinstance(path, FarPath):
-        path.write_bytes(buffer.getvalue())
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True)
 
 
 def _write_bucket(writer: Any, table: pa.Table) -> None:

@@ -24,8 +24,8 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm, SoloComm
 from trainer.errors import DataError, SchemaError
-from trainer.samples.columns import SPLITS, Rule, rules_of, sample_files, texts_of, values_of
-from trainer.samples.index import RowGroup, SampleIndex, open_index, read_row_groups
+from trainer.samples.columns import SPLITS, Rule, rules_of, sample_files
+from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
 from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
 from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE
 
@@ -70,11 +70,9 @@ def uses_of(
     """
     sides = {field.column_name: field.side for field in fields}
     total, waiting, count = merged([]), list[Uses](), 0
-    for row_group, table in read_row_groups(index.storage, row_groups, list(sides)):
-        file = index.storage.full(row_group.file)
+    for values in read_values(index, row_groups, {column: rules[column] for column in sides}):
         for column, side in sides.items():
-            keys_N = values_of(table, column, rules[column], file, row_group.first_row)
-            keys_U, counts_U = np.unique(keys_N, return_counts=True)
+            keys_U, counts_U = np.unique(values[column], return_counts=True)
             by_side = [counts_U * (side == each) for each in ("ad", "user")]
             waiting.append(np.column_stack([keys_U, *by_side]))
             count += len(keys_U)
@@ -119,15 +117,13 @@ def names_of(
     """
     found = dict(_listed(indexes[0].storage, keys_U))
     for index in indexes:
-        columns = [column for column in {field.column_name for field in fields} if column in index.text_columns]
-        if not columns or len(found) == len(keys_U):
+        columns = {field.column_name: rules[field.column_name] for field in fields}
+        texts = {column: rule for column, rule in columns.items() if column in index.text_columns}
+        if not texts or len(found) == len(keys_U):
             continue
-        for row_group, table in read_row_groups(index.storage, index.row_groups, columns):
-            file = index.storage.full(row_group.file)
-            for column in columns:
-                encoded = texts_of(table, column, rules[column], file, row_group.first_row)
-                for place in np.flatnonzero(np.isin(encoded.ids_U, keys_U)).tolist():
-                    found[int(encoded.ids_U[place])] = encoded.texts_U[place]
+        for encoded in read_texts(index, index.row_groups, texts):
+            for place in np.flatnonzero(np.isin(encoded.ids_U, keys_U)).tolist():
+                found[int(encoded.ids_U[place])] = encoded.texts_U[place]
     return found
 
 

@@ -26,14 +26,16 @@ from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.published.versions import open_published
-from featurestore.storage.local import StorageEntry, claim, is_private
+from featurestore.storage.local import claim, is_private
 from featurestore.storage.storage import Storage, digest_of, settled_tags
 from trainer.comm import Comm
 from trainer.errors import DataError, DataNotFoundError
 from trainer.samples.columns import (
     SPLITS,
+    Encoded,
     Index,
     Rule,
+    Values,
     check_types,
     files_of,
     in_either_split,
@@ -42,6 +44,7 @@ from trainer.samples.columns import (
     sample_files,
     source_columns,
     text_columns,
+    texts_of,
     values_of,
 )
 from trainer.schema import Schema
@@ -118,8 +121,8 @@ def open_index(
 
 def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
     """Read those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
-    with _opened(storage, row_group.file) as parquet:
-        return _read(parquet, storage, row_group, columns)
+    _, table = next(read_row_groups(storage, [row_group], columns))
+    return table
 
 
 def read_row_groups(
@@ -129,7 +132,29 @@ def read_row_groups(
     for file, of_file in itertools.groupby(row_groups, lambda each: each.file):
         with _opened(storage, file) as parquet:
             for row_group in of_file:
-                yield row_group, _read(parquet, storage, row_group, columns)
+                try:
+                    table = parquet.read_row_group(row_group.number, columns=columns)
+                except (pa.ArrowException, OSError) as failure:
+                    where = f"{storage.full(file)}, row group {row_group.number}"
+                    raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
+                yield row_group, table
+
+
+def read_values(
+    index: SampleIndex, row_groups: Iterable[RowGroup], rules: Mapping[str, Rule]
+) -> Iterator[dict[str, Values]]:
+    """Read all values of the columns that the rules are for, row group by row group. Raises DataError."""
+    for row_group, table in read_row_groups(index.storage, row_groups, list(source_columns(rules))):
+        file, first_row = index.storage.full(row_group.file), row_group.first_row
+        yield {column: values_of(table, column, rule, file, first_row) for column, rule in rules.items()}
+
+
+def read_texts(index: SampleIndex, row_groups: Iterable[RowGroup], rules: Mapping[str, Rule]) -> Iterator[Encoded]:
+    """Read columns of texts, one after the other of each row group, with their IDs. Raises DataError."""
+    for row_group, table in read_row_groups(index.storage, row_groups, list(source_columns(rules))):
+        file, first_row = index.storage.full(row_group.file), row_group.first_row
+        for column, rule in rules.items():
+            yield texts_of(table, column, rule, file, first_row)
 
 
 def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) -> list[RowGroup]:
@@ -149,13 +174,10 @@ def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
     import torch
 
     column = schema.new_ad_column
-    rule = rules_of(schema)[column]
-    own = np.empty(0, np.int64)
-    row_groups, columns = index.row_groups[comm.rank :: comm.size], list(source_columns({column: rule}))
+    wanted, own = {column: rules_of(schema)[column]}, np.empty(0, np.int64)
     with comm.agreed():
-        for row_group, table in read_row_groups(index.storage, row_groups, columns):
-            file = index.storage.full(row_group.file)
-            own = np.union1d(own, values_of(table, column, rule, file, row_group.first_row))
+        for values in read_values(index, index.row_groups[comm.rank :: comm.size], wanted):
+            own = np.union1d(own, values[column])
     return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
 
 
@@ -176,14 +198,6 @@ def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: 
         return found, text_columns(parquet.schema_arrow, rules)
 
 
-def _read(parquet: pq.ParquetFile, storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
-    try:
-        return parquet.read_row_group(row_group.number, columns=columns)
-    except (pa.ArrowException, OSError) as failure:
-        where = f"{storage.full(row_group.file)}, row group {row_group.number}"
-        raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
-
-
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(in_either_split(storage.open_input, file), page_checksum_verification=True)
@@ -198,29 +212,37 @@ def _opened(storage: Storage, file: str) -> pq.ParquetFile:
 def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> str:
     """Compute the digest of the samples' names, counts and contents, which checkpoints keep.
 
-    The files of `index` that are not known yet are read, by each rank its share; every rank calls it.
-
-    What is known is kept in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
+    The files of `index` whose digests are not cached yet are read, by each rank its share; every rank calls it. The
+    cache is in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
     """
     files = list(dict.fromkeys(each.file for each in index.row_groups))  # by name, whichever split they are in
-    memory = _Memory(index.storage, Path(cache_dir or default_cache_dir()) / SAMPLES)
-    known, unknown = comm.on_rank_0(lambda: memory.split(files))
-    size_bytes = sum(unknown.values())
+    cache = _cache_file(index, "digests", cache_dir)
+    known, tags, sizes = comm.on_rank_0(lambda: _cached_digests(index.storage, cache))
+    unknown = sorted(set(files) - known.keys(), key=lambda file: (-sizes.get(file, 0), file))  # even shares of bytes
+    size_bytes = sum(sizes.get(file, 0) for file in unknown)
     if size_bytes > _REPORTED_BYTES:
         console = text_console(quiet=comm.rank != 0)
         console.print(f"reading {size_bytes / 1e9:.1f} GB of samples in {index.storage.url} to tell them from others")
-    with comm.agreed():
-        by_size = sorted(unknown, key=lambda file: (-unknown[file], file))  # so that no rank has much more to read
-        found = _digests(index.storage, by_size[comm.rank :: comm.size])
+    own = unknown[comm.rank :: comm.size]
+    with comm.agreed(), ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(own, pool.map(partial(_digest, index.storage), own), strict=True))
     for share in comm.allgather_object(found, name="samples_digest"):
         known |= share
-    comm.on_rank_0(lambda: memory.keep(known))
+    if unknown:
+        kept = {f"{file} {tag}": known[file] for file, tag in tags.items() if file in known}
+        comm.on_rank_0(lambda: _cache(cache, kept))
     return xxhash.xxh3_128_hexdigest("\n".join([index.layout_digest, *(known[file] for file in files)]).encode())
 
 
-def _digests(storage: Storage, files: Sequence[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(files, pool.map(lambda file: _digest(storage, file), files), strict=True))
+def _cached_digests(storage: Storage, cache: Path) -> tuple[dict[str, str], dict[str, str], dict[str, int]]:
+    """Return the digests in the cache, the tags and the sizes in bytes of the samples' files.
+
+    Files that were written a moment ago have no tag: they may change within the same one.
+    """
+    entries = [each for split in SPLITS for each in storage.entries(split, recursive=False)]
+    cached, tags = _cached(cache), settled_tags(entries)
+    known = {file: str(cached[key]) for file, tag in tags.items() if (key := f"{file} {tag}") in cached}
+    return known, tags, {each.path: each.size_bytes for each in entries}
 
 
 def _digest(storage: Storage, file: str) -> str:
@@ -228,48 +250,6 @@ def _digest(storage: Storage, file: str) -> str:
         return in_either_split(partial(digest_of, storage), file)
     except (OSError, StorageError) as failure:
         raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
-
-
-class _Memory:
-    """Digests of earlier starts by the files' tags.
-
-    Where it cannot be read or kept, or other users may write to it, it is empty."""
-
-    def __init__(self, storage: Storage, folder: Path) -> None:
-        self._storage = storage
-        self._file = folder / f"{xxhash.xxh3_64_hexdigest(storage.url.encode())}.json"
-        self._entries: dict[str, StorageEntry] = {}
-        self._tags: dict[str, str] = {}
-        """Of the files whose digests may be kept."""
-
-    def split(self, files: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
-        """Digests of the files that are known, and sizes in bytes of the others."""
-        listed = [each for split in SPLITS for each in self._storage.entries(split, recursive=False)]
-        self._entries = {each.path: each for each in listed}
-        kept, settled = self._read(), settled_tags(listed)
-        known: dict[str, str] = {}
-        for file in files:
-            if file in settled:
-                self._tags[file] = settled[file]
-                tag, digest = kept.get(file, ("", ""))
-                if tag == settled[file]:
-                    known[file] = digest
-        sizes = {file: entry.size_bytes for file, entry in self._entries.items()}
-        return known, {file: sizes.get(file, 0) for file in files if file not in known}
-
-    def keep(self, digests: Mapping[str, str]) -> None:
-        """Writes what is new, and forgets files that are gone."""
-        kept = {file: value for file, value in self._read().items() if file in self._entries}
-        mine = {file: [tag, digests[file]] for file, tag in self._tags.items()}
-        if all(kept.get(file) == (tag, digest) for file, (tag, digest) in mine.items()):
-            return
-        _remember(self._file, kept | mine)
-
-    def _read(self) -> dict[str, tuple[str, str]]:
-        try:
-            return {str(file): (str(tag), str(digest)) for file, (tag, digest) in _remembered(self._file).items()}
-        except (ValueError, TypeError):
-            return {}
 
 
 def measured_once(
@@ -280,18 +260,23 @@ def measured_once(
     The folder keeps the last ones of each address of samples. Every rank calls it.
     """
     key = xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
-    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
-    file = Path(cache_dir or default_cache_dir()) / SAMPLES / name
-    found = comm.on_rank_0(lambda: _remembered(file).get(key))
+    cache = _cache_file(index, what, cache_dir)
+    found = comm.on_rank_0(lambda: _cached(cache).get(key))
     if found is None:
         found = measured()
-        kept = {**_remembered(file), key: found}
-        comm.on_rank_0(lambda: _remember(file, dict(list(kept.items())[-_REMEMBERED:])))
+        kept = [*_cached(cache).items(), (key, found)][-_REMEMBERED:]
+        comm.on_rank_0(lambda: _cache(cache, dict(kept)))
     return found
 
 
-def _remembered(file: Path) -> dict[str, Any]:
-    """Read what `_remember` wrote; nothing where it cannot be read, or where other users may write to it."""
+def _cache_file(index: SampleIndex, what: str, cache_dir: str | Path | None) -> Path:
+    """Return the file of the cache folder that has what was measured on samples at this address."""
+    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
+    return Path(cache_dir or default_cache_dir()) / SAMPLES / name
+
+
+def _cached(file: Path) -> dict[str, Any]:
+    """Read what `_cache` wrote; nothing where it cannot be read, or where other users may write to it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
     except (OSError, ValueError):
@@ -299,7 +284,7 @@ def _remembered(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _remember(file: Path, values: Mapping[str, Any]) -> None:
+def _cache(file: Path, values: Mapping[str, Any]) -> None:
     """Keep `values` as JSON in a file of the cache folder for samples; do nothing where it cannot be written."""
     part = file.with_name(f".tmp-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError, StorageError):

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from featurestore.format.statistics import Moments
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.samples.columns import Rule, before_scaling, filled, rules_of, values_of
-from trainer.samples.index import RowGroup, SampleIndex, measured_once, read_row_groups
+from trainer.samples.columns import Rule, before_scaling, filled, rules_of
+from trainer.samples.index import RowGroup, SampleIndex, measured_once, read_values
 from trainer.schema import Field, Schema
 from trainer.schema.fields import STANDARDIZED
 
@@ -60,7 +60,15 @@ class NumberSums:
 
 def fill_in(schema: Schema, found: Mapping[str, Mapping[str, Any]]) -> Schema:
     """Fill in the statistics in `found` for each field that lacks them, if its settings are the same."""
-    return schema.model_copy(update={"fields": tuple(_filled_in(field, found) for field in schema.fields)})
+
+    def filled_in(field: Field) -> Field:
+        theirs, mine = found.get(field.name, {}), field.model_dump(mode="json", exclude_none=True)
+        if not field.lacks_statistics or any(mine.get(name) != theirs.get(name) for name in DECLARED):
+            return field
+        new = {name: theirs[name] for name in FOUND if name in theirs and name not in mine}
+        return Field.model_validate(mine | new)
+
+    return schema.model_copy(update={"fields": tuple(map(filled_in, schema.fields))})
 
 
 def fields_to_measure(schema: Schema) -> tuple[Field, ...]:
@@ -103,14 +111,9 @@ def _parts(
     index: SampleIndex, row_groups: Sequence[RowGroup], fields: Sequence[Field], rules: Mapping[str, Rule], budget: int
 ) -> Iterator[dict[str, NumberSums]]:
     """Of each of the row groups."""
-    columns = list({field.column_name for field in fields})
-    for row_group, table in read_row_groups(index.storage, row_groups, columns):
-        file, parts = index.storage.full(row_group.file), {}
-        for field in fields:
-            name = field.column_name
-            values_N = values_of(table, name, rules[name], file, row_group.first_row)
-            parts[field.name] = part_of(field, values_N, budget)
-        yield parts
+    wanted = {field.column_name: rules[field.column_name] for field in fields}
+    for values in read_values(index, row_groups, wanted):
+        yield {field.name: part_of(field, values[field.column_name], budget) for field in fields}
 
 
 def part_of(field: Field, values_N: NDArray[Any], budget: int) -> NumberSums:
@@ -170,11 +173,3 @@ def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
         std_W = np.array([np.sqrt(moments.m2_D[0] / moments.count) for moments in part.moments_W])
         found["std"] = np.where(part.smallest_W < part.largest_W, std_W, 1.0).tolist()
     return found
-
-
-def _filled_in(field: Field, found: Mapping[str, Mapping[str, Any]]) -> Field:
-    theirs = found.get(field.name, {})
-    mine = field.model_dump(mode="json", exclude_none=True)
-    if not field.lacks_statistics or any(mine.get(name) != theirs.get(name) for name in DECLARED):
-        return field
-    return Field.model_validate(mine | {name: theirs[name] for name in FOUND if name in theirs and name not in mine})

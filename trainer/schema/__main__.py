@@ -197,8 +197,7 @@ def has_lists(storage: "Storage") -> bool:
     Of samples it is one in train/ or test/: other files are next to these, as bad rows. Raises DataError where there is
     no file.
     """
-    from trainer.schema.profile import content_of, data_files, inner_type, read_tables
-    from trainer.schema.suggest import sample_files
+    from trainer.schema.suggest import data_files, look, sample_files
 
     files = sample_files(storage) or data_files(storage)
     if not files:
@@ -206,10 +205,8 @@ def has_lists(storage: "Storage") -> bool:
         raise DataNotFoundError(
             f"{storage.url} {'has no .parquet, .csv or .tsv files' if is_there else 'is not there'}"
         )
-    for table in read_tables(storage, files[0], 1):
-        types = [inner_type(field.type) for field in table.schema]
-        return any(depth and content_of(kind) in ("integer", "real") for kind, depth in types)
-    return False
+    columns = look(storage, files[:1], None, 1).columns.values()
+    return any(column.depth and column.content in ("integer", "real") for column in columns)
 
 
 def _write_table(path: Path, table: "pa.Table") -> None:

@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_validator
 
+from featurestore.keys import UInt64Array, splitmix64
 from trainer.config.options import near_match, validated
 from trainer.errors import SchemaError
 from trainer.files import read_mapping
@@ -256,13 +261,7 @@ class Schema(BaseModel):
 
 def load_schema(path: Path | str | None = None) -> Schema:
     """Read the schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
-    return _read(path) if path else _packaged(DEFAULT_SCHEMA)
-
-
-@lru_cache(1)
-def _packaged(path: Path) -> Schema:
-    """Read the packaged schema, once."""
-    return _read(path)
+    return _read(path) if path else _packaged()
 
 
 def _read(path: Path | str) -> Schema:
@@ -275,6 +274,11 @@ def _read(path: Path | str) -> Schema:
             f"{path}: new_ad_field={schema.new_ad_field} has to be a field of side ad and kind id; {near}"
         )
     return schema
+
+
+@lru_cache(1)
+def _packaged() -> Schema:
+    return _read(DEFAULT_SCHEMA)
 
 
 SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
@@ -292,6 +296,54 @@ def table_rows(num_distinct: int) -> int:
     return max(SMALLEST_TABLE, 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length())
 
 
+_KEPT = 4096
+
+
+@dataclass(frozen=True)
+class DistinctCount:
+    """The smallest 4,096 hashes of all values: exact up to that number, then with an error of about 1.6 %.
+
+    Source: Bar-Yossef et al., "Counting distinct elements in a data stream", 2002: the k-th smallest of n hashes that
+    are spread evenly over [0, 1) is about k / n. The standard error is 1 / sqrt(k - 2).
+    """
+
+    hashes_K: UInt64Array = dataclass_field(default_factory=lambda: np.empty(0, np.uint64))  # ascending
+
+    def with_values(self, values_N: npt.ArrayLike) -> "DistinctCount":
+        """Add these int64 values."""
+        return self._kept(splitmix64(values_N) if np.size(values_N) else np.empty(0, np.uint64))
+
+    def merged(self, other: "DistinctCount") -> "DistinctCount":
+        """Merge what both saw."""
+        return self._kept(other.hashes_K)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `estimate` is exact."""
+        return len(self.hashes_K) < _KEPT
+
+    @property
+    def estimate(self) -> int:
+        """The estimated number of different values seen."""
+        if self.is_exact:
+            return len(self.hashes_K)
+        return round((_KEPT - 1) * 2.0**64 / (float(self.hashes_K[-1]) + 1))
+
+    def _kept(self, more_N: UInt64Array) -> "DistinctCount":
+        if not self.is_exact:
+            more_N = more_N[more_N < self.hashes_K[-1]]  # the others are not among the smallest
+        if len(self.hashes_K):  # most of a stream was seen before
+            place_N = np.searchsorted(self.hashes_K, more_N).clip(max=len(self.hashes_K) - 1)
+            more_N = more_N[self.hashes_K[place_N] != more_N]
+        if not len(more_N):
+            return self
+        every_N = np.concatenate([self.hashes_K, more_N])
+        every_N.sort(kind="stable")  # quicker than others, as most are in order
+        is_first_N = np.ones(len(every_N), np.bool_)
+        np.not_equal(every_N[1:], every_N[:-1], out=is_first_N[1:])
+        return DistinctCount(every_N[is_first_N][:_KEPT])
+
+
 def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[str, str] | None = None) -> str:
     """Write the schema as YAML, one field a line; `load_schema` reads an equal one.
 
@@ -299,8 +351,8 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
     """
     notes = comments or {}
     roles = {"label": schema.label, "group": schema.group, "new_ad_field": schema.new_ad_field}
-    lines = [*(f"# {line}".rstrip() for line in header), "", *(_one_line({role: roles[role]}) for role in roles), ""]
-    lines.append("fields:")
+    lines = [f"# {line}".rstrip() for line in header]
+    lines += ["", *(yaml_line(role, column) for role, column in roles.items()), "", "fields:"]
     for field in schema.fields:
         written = _flow(field.model_dump(exclude_defaults=True))
         lines.append(f"  - {written}" + (f"  # {notes[field.name]}" if field.name in notes else ""))
@@ -311,18 +363,19 @@ def settings_text(samples: str, schema_file: str, tables: Mapping[str, int], sto
     """Write settings for `python -m trainer.main --config`: where samples and schema are, and rows of each ID table."""
     data = {"samples": samples, "schema_file": schema_file} | ({"store": store} if store else {})
     lines = ["# Over the default preset: python -m trainer.main --config THIS_FILE", "", "data:"]
-    lines += [f"  {_one_line({name: value})}" for name, value in data.items()]
+    lines += [f"  {yaml_line(name, value)}" for name, value in data.items()]
     lines += [
         "",
         "model:",
         "  tables:  # rows; IDs are hashed into them",
-        *(f"    {_one_line({k: tables[k]})}" for k in tables),
+        *(f"    {yaml_line(name, rows)}" for name, rows in tables.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _one_line(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), width=_ENDLESS, allow_unicode=True).strip()
+def yaml_line(name: str, value: Any) -> str:
+    """Write a name and its value as a line of YAML."""
+    return yaml.safe_dump({name: value}, width=_ENDLESS, allow_unicode=True).strip()
 
 
 def _flow(values: Mapping[str, Any]) -> str:

@@ -1,21 +1,219 @@
-"""A schema and a mapping suggested from profiles."""
+"""A look at data: profiles of its columns, and a schema or a mapping suggested from them.
+
+Letters of shapes: N values.
+"""
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
+import pyarrow.parquet as pq
+from pyarrow import csv
 
+from featurestore.errors import StorageError
+from featurestore.keys import id_of_text
 from featurestore.storage.storage import Storage
-from featurestore.text import CsvStyle
+from featurestore.text import STYLE_BYTES, CsvTextError, find_style, long_rows
 from trainer.errors import DataError, DataNotFoundError, SchemaError
-from trainer.schema.fields import LOG2, Field, GalleryPooling, Kind, Schema, Side, schema_text, table_rows
-from trainer.schema.profile import Column, Content, TableProfile, data_files, look, read_tables, style_of
+from trainer.schema.fields import (
+    LOG2,
+    DistinctCount,
+    Field,
+    GalleryPooling,
+    Kind,
+    Schema,
+    Side,
+    schema_text,
+    table_rows,
+    yaml_line,
+)
+
+CSV_SUFFIXES = (".csv", ".tsv")
+SUFFIXES = (".parquet", *CSV_SUFFIXES)
+Content = Literal["integer", "real", "text", "time", "other"]
+
+
+@dataclass
+class Column:
+    """One column, as far as it was read. `depth` lists around the values."""
+
+    name: str
+    type: str
+    content: Content
+    depth: int
+    rows: int = 0
+    nulls: int = 0
+    missing: int = 0  # values that are null or NaN, those in lists too
+    values: int = 0
+    distinct: DistinctCount = dataclasses.field(default_factory=DistinctCount)
+    shortest: int | None = None  # of the innermost lists
+    longest: int = 0
+    like_label: bool = True  # the outer lists are as long as the labels'
+    is_binary: bool = True  # all values are 0 or 1
+    smallest: float | None = None
+    largest: float | None = None
+    example: str | None = None  # a text
+
+    @property
+    def fixed_width(self) -> int | None:
+        """Length of all innermost lists, where it is one."""
+        return self.longest if self.depth and self.shortest == self.longest else None
+
+
+@dataclass
+class TableProfile:
+    """Columns of some files, and whether all of their rows were read."""
+
+    columns: dict[str, Column] = dataclasses.field(default_factory=dict)
+    rows: int = 0
+    complete: bool = True
+
+
+def data_files(storage: Storage, path: str = "") -> list[str]:
+    """List the files below `path` that can be looked into; hidden ones are left out."""
+    found = [entry.path for entry in storage.entries(path)]
+    return [
+        each
+        for each in found
+        if each.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in each.split("/"))
+    ]
+
+
+def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Table]:
+    """Read row groups of a Parquet file, or blocks of a CSV file, until `most_rows` were given. Raises DataError."""
+    left = most_rows
+    try:
+        with storage.open_input(path) as file:
+            for table in _csv_blocks(file, most_rows) if path.endswith(CSV_SUFFIXES) else _row_groups(file):
+                yield table.slice(0, left)
+                left -= len(table)
+                if left <= 0:
+                    return
+    except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
+        raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
+
+
+def _row_groups(file: Any) -> Iterator[pa.Table]:
+    with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        for number in range(parquet.num_row_groups):
+            yield parquet.read_row_group(number)
+
+
+def _csv_blocks(file: Any, most_rows: int) -> Iterator[pa.Table]:
+    style = find_style(file.read(STYLE_BYTES))
+    file.seek(0)
+    long_rows(file, style.delimiter, most_rows)
+    file.seek(0)
+    parse = csv.ParseOptions(delimiter=style.delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip")
+    read, convert = csv.ReadOptions(encoding=style.encoding), csv.ConvertOptions(decimal_point=style.decimal)
+    for batch in csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
+        yield pa.Table.from_batches([batch])
+
+
+def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> TableProfile:
+    """Profile the columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
+    found = TableProfile()
+    for path in paths:
+        if found.rows >= most_rows:
+            found.complete = False
+            break
+        for table in read_tables(storage, path, most_rows - found.rows):
+            if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
+                raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them")
+            found.rows += len(table)
+            _add_table(found, table, label)
+    return found
+
+
+def _add_table(found: TableProfile, table: pa.Table, label: str | None) -> None:
+    label_lengths = None
+    if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
+        label_lengths = pc.list_value_length(table.column(label).combine_chunks())
+    for name in table.column_names:
+        array: Any = table.column(name).combine_chunks()
+        kind, depth = inner_type(array.type)
+        column = found.columns.setdefault(name, Column(name, str(array.type), content_of(kind), depth))
+        column.rows += len(array)
+        column.nulls += array.null_count
+        if depth:
+            same = label_lengths is not None and pc.list_value_length(array).equals(label_lengths)
+            column.like_label &= same
+        _add_values(column, _innermost(column, array))
+
+
+def _innermost(column: Column, array: Any) -> Any:
+    while is_list(array.type):
+        lengths = pc.list_value_length(array).drop_null()
+        array = array.flatten()
+        if not is_list(array.type) and len(lengths):
+            bounds = pc.min_max(lengths)
+            shortest = int(bounds["min"].as_py())
+            column.shortest = shortest if column.shortest is None else min(column.shortest, shortest)
+            column.longest = max(column.longest, int(bounds["max"].as_py()))
+    return array
+
+
+def _add_values(column: Column, array: Any) -> None:
+    column.missing += array.null_count
+    array = array.drop_null()
+    column.values += len(array)
+    if column.content == "text":
+        try:
+            texts = pc.unique(array.cast(pa.string())).to_pylist()
+        except UnicodeDecodeError as failure:
+            raise DataError(f"column {column.name} has text that is not UTF-8; write the file in UTF-8") from failure
+        column.distinct = column.distinct.with_values(np.array([id_of_text(text) for text in texts], np.int64))
+        column.example = column.example or next(iter(texts), None)
+        column.is_binary &= all(text in ("0", "1") for text in islice(texts, 3))
+    elif column.content in ("integer", "real") and len(array):
+        values_N = array.to_numpy(zero_copy_only=False)
+        if column.content == "real":
+            is_nan_N = np.isnan(values_N)
+            column.missing += int(is_nan_N.sum())
+            values_N = values_N[~is_nan_N]
+            if not len(values_N):
+                return
+        column.is_binary &= bool(((values_N == 0) | (values_N == 1)).all())
+        column.smallest = min(float(values_N.min()), column.smallest if column.smallest is not None else np.inf)
+        column.largest = max(float(values_N.max()), column.largest if column.largest is not None else -np.inf)
+        bits_N = values_N.astype(np.float64).view(np.int64) if column.content == "real" else values_N.astype(np.int64)
+        column.distinct = column.distinct.with_values(bits_N)
+
+
+def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
+    """Return the type within all lists, and how many lists there are."""
+    inner: Any = kind
+    depth = 0
+    while is_list(inner):
+        inner, depth = inner.value_type, depth + 1
+    return inner, depth
+
+
+def content_of(kind: pa.DataType) -> Content:
+    """Say what numbers or texts a type has."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+        return "integer"
+    if pa.types.is_floating(kind):
+        return "real"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    return "time" if pa.types.is_temporal(kind) else "other"
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether it is a list of any form."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
 
 # What people call our columns; the first that fits wins.
 SYNONYMS = {
@@ -50,7 +248,7 @@ class Log:
     table: TableProfile
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
-    how: tuple[str, ...]  # lines of the mapping with the formats of times and texts
+    time_formats: tuple[str, ...]  # lines of the mapping
 
 
 def inspect_logs(storage: Storage, most_rows: int, file: str | None = None) -> list[Log]:
@@ -85,17 +283,13 @@ def render_mapping(logs: list[Log], where: str) -> str:
     ]
     missing = {"impressions", "behaviors"} - {log.name for log in logs}
     lines += [f"# There is no table of {name} here, and the job needs both." for name in sorted(missing)]
-    if any(log.how for log in logs):
-        lines.append("")
-    for line in dict.fromkeys(line for log in logs for line in log.how):
-        # The job finds these two by itself, in each table: one of a single table would be said of both.
-        is_found = line.startswith(("csv:", "time_unit:")) and not all(line in log.how for log in logs)
-        lines.append(f"# found in one table, and by the job: {line}" if is_found else line)
+    if formats := dict.fromkeys(line for log in logs for line in log.time_formats):
+        lines += ["", *formats]
     for log in logs:
         lines += [
             "",
             f"{log.name}:  # {'' if log.table.complete else 'the first '}{log.table.rows:,} rows",
-            f"  {_line('files', log.files)}",
+            f"  {yaml_line('files', log.files)}",
         ]
         lines += ["  columns:", *_columns(log)]
         if log.name == "impressions":
@@ -110,11 +304,10 @@ def match_columns(names: list[str], log: str) -> dict[str, str]:
     """Match our columns to the files' names, as far as the names tell."""
     ours: dict[str, str] = {}
     for name in OF_LOG[log]:
-        free = [each for each in names if each not in ours.values()]
-        exact = [each for each in free if each == name]
-        near = [each for each in free if re.fullmatch(SYNONYMS[name], each, re.IGNORECASE)]
-        if exact or near:
-            ours[name] = (exact or near)[0]
+        fits = re.compile(SYNONYMS[name], re.IGNORECASE).fullmatch
+        free = [each for each in names if each not in ours.values() and (each == name or fits(each))]
+        if free:
+            ours[name] = name if name in free else free[0]
     return ours
 
 
@@ -127,33 +320,28 @@ def _log(storage: Storage, place: str, paths: list[str], most_rows: int) -> Log:
     is_shown = label is not None and table.columns[label].is_binary
     log = "impressions" if is_shown else "behaviors"
     ours = match_columns(names, log)
-    further = [name for name in names if name not in ours.values()]
-    of_user = _of_user(storage, paths, ours.get("user"), further) if is_shown else frozenset[str]()
-    return Log(log, place, table, ours, of_user, tuple(_how(storage, paths[0], table, ours.get("timestamp"))))
+    first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
+    of_user = _of_user(first, ours["user"], set(names) - set(ours.values())) if is_shown and "user" in ours else set()
+    formats = _time_formats(first, ours["timestamp"]) if "timestamp" in ours else []
+    return Log(log, place, table, ours, frozenset(of_user), tuple(formats))
 
 
-def _how(storage: Storage, path: str, table: TableProfile, time: str | None) -> Iterator[str]:
-    """Write the formats of a table for the mapping, if they are not the defaults."""
-    style = style_of(storage, path)
-    if style not in (None, CsvStyle()):
-        yield f"csv: {yaml.safe_dump(asdict(style), default_flow_style=True, width=1 << 30).strip()}"
-    if time is None:
-        return
-    column = table.columns[time]
-    smallest = column.smallest or 0
-    if column.content == "integer" and smallest >= 10**11:
-        yield f"time_unit: {'us' if smallest >= 10**14 else 'ms'}  # of {time}, by its size"
-    if column.content == "text":
-        times = next(iter(read_tables(storage, path, USER_ROWS))).column(time)
-        texts = [str(each) for each in pc.unique(times).drop_null().to_pylist()]
-        if texts and not _is_time(texts[0], None):
-            fitting = [each for each in TIME_FORMATS if all(_is_time(text, each) for text in texts[:MOST_TIMES])]
-            is_sure = len(fitting) == 1
-            first = "" if is_sure else "# "
-            shown = fitting or ["%d/%m/%Y %H:%M"]
-            yield from (f'{first}time_format: "{each}"  # for times such as {texts[0]}' for each in shown)
-            if not is_sure:
-                yield f"# how {time} is written has to be said: take one of these lines, or write your own"
+def _time_formats(first: pa.Table, name: str) -> list[str]:
+    """Write lines with the formats of a column of times for the mapping; none if they are ISO 8601, or numbers.
+
+    Several formats that fit, or an example if none does, are commented out.
+    """
+    if content_of(first.schema.field(name).type) != "text":
+        return []
+    texts = [str(each) for each in pc.unique(first.column(name)).drop_null().to_pylist()[:MOST_TIMES]]
+    if not texts or _is_time(texts[0], None):
+        return []
+    fitting = [each for each in TIME_FORMATS if all(_is_time(text, each) for text in texts)]
+    lines = [f'time_format: "{each}"  # for times such as {texts[0]}' for each in fitting or ["%d/%m/%Y %H:%M"]]
+    if len(fitting) == 1:
+        return lines
+    advice = f"# how {name} is written has to be said: take one of these lines, or write your own"
+    return [*(f"# {line}" for line in lines), advice]
 
 
 def _is_time(text: str, time_format: str | None) -> bool:
@@ -164,23 +352,20 @@ def _is_time(text: str, time_format: str | None) -> bool:
     return True
 
 
-def _of_user(storage: Storage, paths: list[str], user: str | None, further: list[str]) -> frozenset[str]:
-    """Columns with one value in all rows of each user, in the first rows; none where no user comes twice."""
-    if user is None or not further:
-        return frozenset()
-    first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
+def _of_user(first: pa.Table, user: str, further: set[str]) -> set[str]:
+    """List columns with one value in all rows of each user, in the first rows; none where no user comes twice."""
     flat = [name for name in further if not pa.types.is_nested(first.schema.field(name).type)]
     counts = first.group_by(user).aggregate([([], "count_all"), *((name, "count_distinct") for name in flat)])
     if counts.column("count_all").to_numpy().max() < 2:
-        return frozenset()
-    return frozenset(name for name in flat if counts.column(f"{name}_count_distinct").to_numpy().max() <= 1)
+        return set()
+    return {name for name in flat if counts.column(f"{name}_count_distinct").to_numpy().max() <= 1}
 
 
 def _columns(log: Log) -> list[str]:
     lines = []
     for name in OF_LOG[log.name]:
         if name in log.ours:
-            lines.append(f"    {_line(name, log.ours[name])}  # {_note(log.table.columns[log.ours[name]], name)}")
+            lines.append(f"    {yaml_line(name, log.ours[name])}  # {_note(log.table.columns[log.ours[name]], name)}")
         elif name in REQUIRED:
             lines.append(f"    # {name}: which column? it is needed")
         else:
@@ -198,17 +383,13 @@ def _extras(log: Log, side: str) -> list[str]:
     lines = [f"  {side}:"] if usable else []
     for column in usable:
         kind = "dense" if column.content == "real" else "id"
-        lines.append(f"    {_line(column.name, kind)}  # {_note(column, kind)}")
+        lines.append(f"    {yaml_line(column.name, kind)}  # {_note(column, kind)}")
     return lines + [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
 
 
 def _note(column: Column, kind: str) -> str:
     is_id = kind not in ("timestamp", "label", "dwell_s", "dense")
     return column_note(column) + (f", table of {table_rows(column.distinct.estimate):,} rows" if is_id else "")
-
-
-def _line(name: str, value: str) -> str:
-    return yaml.safe_dump({name: value}, allow_unicode=True, width=1 << 30).strip()
 
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
@@ -233,6 +414,12 @@ class Suggestion:
     def tables(self) -> dict[str, int]:
         """Rows of each ID table."""
         return {name: table_rows(count) for name, count in self.ids_of_table.items()}
+
+    def add(self, column: Column, /, **values: Any) -> None:
+        """Add a field that reads this column, called as the column unless `values` has a name."""
+        field = Field.model_validate({"name": column.name} | values)
+        self.fields.append(field)
+        self.notes[field.name] = column_note(column)
 
 
 def sample_files(storage: Storage) -> list[str]:
@@ -281,8 +468,8 @@ def suggest(table: TableProfile, label: str) -> Suggestion:
             made.left_out[column.name] = reason
             continue
         if kind == "dense":
-            made_of = {"width": width, "transform": _transform(column), "fill": "mean" if column.missing else None}
-            _add(made, column, Field.model_validate({"name": column.name, "side": side, "kind": kind} | made_of))
+            fill = "mean" if column.missing else None
+            made.add(column, side=side, kind=kind, width=width, transform=_transform(column), fill=fill)
         else:
             _add_ids(made, table, column, side, kind)
     return made
@@ -303,12 +490,9 @@ def render_schema(schema: Schema, made: Suggestion, table: TableProfile, where: 
 
 
 def side_of(column: Column) -> Side:
-    """Find the side by the name's beginning, else by whether its lists are as long as the labels'."""
-    if column.name.startswith(USER_PREFIXES):
-        return "user"
-    if column.name.startswith(AD_PREFIX) and column.like_label and column.depth:
-        return "ad"
-    return "ad" if column.depth and column.like_label else "user"
+    """Find the side: of the ads are lists as long as the labels', unless the name begins as those of users."""
+    of_ads = column.depth and column.like_label and not column.name.startswith(USER_PREFIXES)
+    return "ad" if of_ads else "user"
 
 
 def column_note(column: Column) -> str:
@@ -351,12 +535,7 @@ def _kind(column: Column, side: Side) -> tuple[Kind, int | None, str | None]:
         return "dense", None, None
     if not column.fixed_width:
         return "dense", None, f"{column.type} of {column.shortest} to {column.longest} numbers; dense needs one width"
-    return "dense", column.fixed_width if column.fixed_width > 1 else 1, None
-
-
-def _add(made: Suggestion, column: Column, new: Field) -> None:
-    made.fields.append(new)
-    made.notes[new.name] = column_note(column)
+    return "dense", column.fixed_width, None
 
 
 def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, kind: Kind) -> None:
@@ -375,13 +554,13 @@ def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, 
     if name == AGES and kind == "multi_id":
         items = [each for each in made.fields if each.name == "behavior_item" and each.kind == "multi_id"]
         values |= {"table": None, "buckets": LOG2, "beside": items[0].name if items else None}
-        _add(made, column, Field(name=name, **values))
+        made.add(column, **values)
         return
     if images:
         values |= {"column": name, "name": f"{name}_id"}
     elif side == "ad" and CONTEXT_NAME.search(name):
         values["context"] = True
-    _add(made, column, Field(**{"name": name} | values))
+    made.add(column, **values)
     count = made.ids_of_table.get(values["table"], 0)
     made.ids_of_table[values["table"]] = max(count, column.distinct.estimate)
 

@@ -10,8 +10,7 @@ from trainer.engine.wiring import build_tables
 from trainer.ids.figures import Collisions, collisions_of, gather_figures, rows_for
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import TableShape
-from trainer.schema.fields import table_rows
-from trainer.schema.profile import DistinctCount
+from trainer.schema.fields import DistinctCount, table_rows
 
 READER = RowOptimizer(OptimConfig())
 IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)

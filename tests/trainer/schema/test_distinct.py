@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.schema.profile import DistinctCount
+from trainer.schema.fields import DistinctCount
 
 
 def test_few_values_are_counted_exactly():
