@@ -21,7 +21,8 @@ from trainer.files import read_mapping
 from trainer.runs.folder import report_of
 from trainer.runs.stores import StorePlace, missing_places, store_places
 from trainer.samples.columns import files_by_day
-from trainer.samples.index import open_index, samples_digest
+from trainer.samples.index import open_index
+from trainer.samples.survey import samples_digest
 from trainer.schema import Schema, load_schema
 
 METRICS = ("gauc", "auc", "new_ad_auc", "new_ad_gauc", "logloss")

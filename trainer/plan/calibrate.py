@@ -46,7 +46,7 @@ from trainer.runs.stores import store_places
 from trainer.samples.columns import name_of, rules_of, source_columns
 from trainer.samples.index import SampleIndex, open_index, read_row_group
 from trainer.samples.reader import Batch, SampleReader
-from trainer.samples.statistics import fill_in, measure
+from trainer.samples.survey import fill_in, measure
 from trainer.schema import Schema, load_schema
 from trainer.stages import WAIT
 

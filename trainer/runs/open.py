@@ -44,10 +44,10 @@ from trainer.runs.stores import (
 from trainer.runs.warmstart import WarmStart
 from trainer.samples import dictionary
 from trainer.samples.columns import Index, newest_day, rules_of, sample_files
-from trainer.samples.index import SampleIndex, known_ads, open_index, samples_digest
+from trainer.samples.index import SampleIndex, known_ads, open_index
 from trainer.samples.order import streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
-from trainer.samples.statistics import fill_in, with_statistics
+from trainer.samples.survey import fill_in, samples_digest, with_statistics
 from trainer.schema import Schema, load_schema
 
 

@@ -32,9 +32,9 @@ from trainer.runs.folder import STATE, Checkpoint, find_checkpoint, report_of
 from trainer.runs.open import OpenRun, engine_of, model_of, open_samples, open_stores, test_reader
 from trainer.runs.stores import StorePlace, check_identity, other_features, records, snapshot_of, store_places
 from trainer.samples.columns import sample_files
-from trainer.samples.index import SampleIndex, open_index, samples_digest
+from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.reader import SampleReader
-from trainer.samples.statistics import fill_in
+from trainer.samples.survey import fill_in, samples_digest
 from trainer.schema import Schema, load_schema
 
 Vectors = NDArray[np.float32]

@@ -21,8 +21,8 @@ from trainer.models.layers import used_fields
 from trainer.runs.checkpoint import CheckpointState, Resumed
 from trainer.runs.folder import Checkpoint
 from trainer.samples.columns import rules_of
-from trainer.samples.images import LackingImages, lacking, names_of
-from trainer.samples.index import SampleIndex, measured_once, samples_digest
+from trainer.samples.index import SampleIndex
+from trainer.samples.survey import LackingImages, lacking, measured_once, names_of, samples_digest
 from trainer.schema import DEFAULT_STORE, Field, Schema
 from trainer.schema.fields import SCHEMA_FILE
 

@@ -24,7 +24,7 @@ from trainer.ids.shards import check_names
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Loadable, Origin
 from trainer.runs.folder import Checkpoint, checkpoint_at, find_checkpoint
-from trainer.samples.statistics import DECLARED, FOUND
+from trainer.samples.survey import DECLARED, FOUND
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
 _DECIDED = "model.new_ads.counts"

@@ -1,37 +1,19 @@
-"""The samples' files: the row groups of a split, the digest of their contents, and what was measured on them.
+"""The samples' files: the row groups of a split, or of some days, and their reading."""
 
-The digest and the measurements are kept in a cache. Names and counts of rows do not tell: labels can be turned round in
-place. Nor does a checksum in a file's metadata: tools that read, change and write a table copy it. So each file is read
-once, by one of the ranks, and read again only when its tag (inode, size and times; an ETag on an object store) is
-another one.
-"""
-
-import contextlib
 import itertools
-import json
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from featurestore.console.output import text_console
-from featurestore.errors import StorageError
-from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from featurestore.published.versions import open_published
-from featurestore.storage.local import claim, is_private
-from featurestore.storage.storage import Storage, digest_of, settled_tags
+from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.errors import DataError, DataNotFoundError
 from trainer.samples.columns import (
-    SPLITS,
     Encoded,
     Index,
     Rule,
@@ -48,10 +30,6 @@ from trainer.samples.columns import (
     values_of,
 )
 from trainer.schema import Schema
-
-_REMEMBERED = 16  # measurements of one folder of samples: other days, other snapshots
-_THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
-_REPORTED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -207,89 +185,3 @@ def _opened(storage: Storage, file: str) -> pq.ParquetFile:
         raise DataError(
             f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
         ) from failure
-
-
-def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> str:
-    """Compute the digest of the samples' names, counts and contents, which checkpoints keep.
-
-    The files of `index` whose digests are not cached yet are read, by each rank its share; every rank calls it. The
-    cache is in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
-    """
-    files = list(dict.fromkeys(each.file for each in index.row_groups))  # by name, whichever split they are in
-    cache = _cache_file(index, "digests", cache_dir)
-    known, tags, sizes = comm.on_rank_0(lambda: _cached_digests(index.storage, cache))
-    unknown = sorted(set(files) - known.keys(), key=lambda file: (-sizes.get(file, 0), file))  # even shares of bytes
-    size_bytes = sum(sizes.get(file, 0) for file in unknown)
-    if size_bytes > _REPORTED_BYTES:
-        console = text_console(quiet=comm.rank != 0)
-        console.print(f"reading {size_bytes / 1e9:.1f} GB of samples in {index.storage.url} to tell them from others")
-    own = unknown[comm.rank :: comm.size]
-    with comm.agreed(), ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(zip(own, pool.map(partial(_digest, index.storage), own), strict=True))
-    for share in comm.allgather_object(found, name="samples_digest"):
-        known |= share
-    if unknown:
-        kept = {f"{file} {tag}": known[file] for file, tag in tags.items() if file in known}
-        comm.on_rank_0(lambda: _cache(cache, kept))
-    return xxhash.xxh3_128_hexdigest("\n".join([index.layout_digest, *(known[file] for file in files)]).encode())
-
-
-def _cached_digests(storage: Storage, cache: Path) -> tuple[dict[str, str], dict[str, str], dict[str, int]]:
-    """Return the digests in the cache, the tags and the sizes in bytes of the samples' files.
-
-    Files that were written a moment ago have no tag: they may change within the same one.
-    """
-    entries = [each for split in SPLITS for each in storage.entries(split, recursive=False)]
-    cached, tags = _cached(cache), settled_tags(entries)
-    known = {file: str(cached[key]) for file, tag in tags.items() if (key := f"{file} {tag}") in cached}
-    return known, tags, {each.path: each.size_bytes for each in entries}
-
-
-def _digest(storage: Storage, file: str) -> str:
-    try:
-        return in_either_split(partial(digest_of, storage), file)
-    except (OSError, StorageError) as failure:
-        raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
-
-
-def measured_once(
-    comm: Comm, index: SampleIndex, what: str, asked: object, cache_dir: str | None, measured: Callable[[], Any]
-) -> Any:
-    """Return what `measured` returns for `asked`, or what the cache folder of rank 0's machine has kept of it.
-
-    The folder keeps the last ones of each address of samples. Every rank calls it.
-    """
-    key = xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
-    cache = _cache_file(index, what, cache_dir)
-    found = comm.on_rank_0(lambda: _cached(cache).get(key))
-    if found is None:
-        found = measured()
-        kept = [*_cached(cache).items(), (key, found)][-_REMEMBERED:]
-        comm.on_rank_0(lambda: _cache(cache, dict(kept)))
-    return found
-
-
-def _cache_file(index: SampleIndex, what: str, cache_dir: str | Path | None) -> Path:
-    """Return the file of the cache folder that has what was measured on samples at this address."""
-    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
-    return Path(cache_dir or default_cache_dir()) / SAMPLES / name
-
-
-def _cached(file: Path) -> dict[str, Any]:
-    """Read what `_cache` wrote; nothing where it cannot be read, or where other users may write to it."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _cache(file: Path, values: Mapping[str, Any]) -> None:
-    """Keep `values` as JSON in a file of the cache folder for samples; do nothing where it cannot be written."""
-    part = file.with_name(f".tmp-{uuid.uuid4().hex}")
-    with contextlib.suppress(OSError, StorageError):
-        claim(file.parent.parent)
-        claim(file.parent)
-        part.touch(mode=0o600)
-        part.write_text(json.dumps(values), encoding="utf-8")
-        part.replace(file)

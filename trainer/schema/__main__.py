@@ -22,29 +22,18 @@ if TYPE_CHECKING:
 BATCH_SIZE = 8192
 SHOWN = 10
 SHOWN_IMAGES = 20
-EXAMPLES = """
-Examples:
-
-    python -m trainer.schema inspect data/samples --out schema.yaml
-
-    python -m trainer.schema inspect data/mylogs --out mapping.yaml
-
-    python -m trainer.schema check schema.yaml data/samples
-
-    python -m trainer.schema missing data/samples data/features
-
-    python -m trainer.schema lookup data/runs/both 4521387690122 sku-17
-"""
-
 app = CommandApp(
     help="Suggest a schema for data, and check a schema against samples.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    epilog=EXAMPLES,
 )
 
 
-@app.command(epilog="Example: `python -m trainer.schema inspect data/samples --out schema.yaml`")
+@app.command(
+    epilog="Examples:\n\n"
+    "    python -m trainer.schema inspect data/samples --out schema.yaml\n\n"
+    "    python -m trainer.schema inspect data/mylogs --out mapping.yaml"
+)
 def inspect(
     data: Annotated[
         str,
@@ -87,7 +76,7 @@ def check(
     from trainer.comm import SoloComm
     from trainer.samples.index import open_index
     from trainer.samples.reader import SampleReader
-    from trainer.samples.statistics import FOUND, fill_in, measure
+    from trainer.samples.survey import FOUND, fill_in, measure
 
     fields = load_schema(schema)
     for split in ("train", "test"):
@@ -122,7 +111,7 @@ def missing(
     store's quarantine, or that it was not extracted.
     """
     from featurestore.console.files import check_ending
-    from trainer.samples.images import list_missing
+    from trainer.samples.survey import list_missing
 
     if out is not None:
         check_ending(out, "--out", ".csv")
@@ -183,12 +172,9 @@ def lookup(
 def place_of_file(data: str) -> tuple[str, str | None]:
     """Return the folder or address of a table and its name; None if it is not a table itself."""
     folder, _, name = data.rpartition("/")
-    is_table = name.endswith((".parquet", ".csv", ".tsv"))
-    return (
-        (folder or ("/" if data.startswith("/") else "."), name)
-        if is_table and ("://" in data or Path(data).is_file())
-        else (data, None)
-    )
+    if not name.endswith((".parquet", ".csv", ".tsv")) or not ("://" in data or Path(data).is_file()):
+        return data, None
+    return folder or ("/" if data.startswith("/") else "."), name
 
 
 def has_lists(storage: "Storage") -> bool:

@@ -38,7 +38,8 @@ from tests.pipeline.samples.rows import (
 from trainer.comm import SoloComm
 from trainer.errors import DataError
 from trainer.runs.open import PartReader
-from trainer.samples.index import SampleIndex, open_index, samples_digest
+from trainer.samples.index import SampleIndex, open_index
+from trainer.samples.survey import samples_digest
 from trainer.schema import Schema, load_schema
 
 FIRST = "2026-01-"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from trainer.config.options import ExactTableConfig, IdOptimizer, ModelConfig, OptimConfig, Pooling
-from trainer.samples.statistics import fill_in
+from trainer.samples.survey import fill_in
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, SEED = 16, 8, 7

@@ -29,7 +29,7 @@ from trainer.engine.engine import Engine
 from trainer.errors import DataError
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch
-from trainer.samples.statistics import measure
+from trainer.samples.survey import measure
 from trainer.stages import Stages, prepare_ahead
 
 

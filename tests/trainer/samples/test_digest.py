@@ -19,8 +19,9 @@ from trainer.daily import follow
 from trainer.errors import CheckpointError
 from trainer.main import train
 from trainer.runs.open import open_run
-from trainer.samples import index as content
-from trainer.samples.index import SampleIndex, open_index, samples_digest
+from trainer.samples import survey as content
+from trainer.samples.index import SampleIndex, open_index
+from trainer.samples.survey import samples_digest
 from trainer.schema import load_schema
 
 Places = Any

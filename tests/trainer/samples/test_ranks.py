@@ -81,23 +81,11 @@ def test_ranks_decode_their_own_streams_alone(
     assert alone.num_decoded == alone.num_samples
 
 
-def test_one_stream_is_the_order_of_the_time_before_streams(samples: tuple[Path, list[pa.Table]]) -> None:
-    """Row groups in a drawn order, windows of two of them, groups shuffled in each, batches one after the other."""
-    folder, tables = samples
-    groups = [row["ad_serial"] for table in tables for row in table.to_pylist()]
-    starts = [start + at for start, table in ((0, 30), (30, 1), (31, 22)) for at in range(0, table, 7)]
-    row_groups = [groups[low:high] for low, high in itertools.pairwise([*starts, 53])]
-    order = np.random.default_rng([3, 2]).permutation(len(row_groups))
-    expected: list[int] = []
-    for window in range(0, len(order), 2):
-        held = [group for each in order[window : window + 2] for group in row_groups[each]]
-        shuffled = np.random.default_rng([3, 2, 1 + window // 2]).permutation(len(held))
-        expected += [serial for place in shuffled for serial in held[place]]
-    assert [serial for batch in reader_of(folder).batches(epoch=2) for serial in serials_of(batch)] == expected
-
-
-def test_every_stream_is_mixed_in_windows_of_its_own(samples: tuple[Path, list[pa.Table]]) -> None:
-    """The order of three streams, written out: no window is mixed as another one, and none as in another epoch."""
+@pytest.mark.parametrize(("streams", "window_groups"), [(1, 2), (3, 6)])
+def test_every_stream_is_mixed_in_windows_of_its_own(
+    samples: tuple[Path, list[pa.Table]], streams: int, window_groups: int
+) -> None:
+    """The order of an epoch, written out: no window is mixed as another one, and none as in another epoch."""
     folder, tables = samples
     groups = [row["ad_serial"] for table in tables for row in table.to_pylist()]
     starts = [start + at for start, table in ((0, 30), (30, 1), (31, 22)) for at in range(0, table, 7)]
@@ -106,9 +94,9 @@ def test_every_stream_is_mixed_in_windows_of_its_own(samples: tuple[Path, list[p
     for epoch in (0, 2):
         order = np.random.default_rng([3, epoch]).permutation(len(row_groups)).tolist()
         first, serials = 1, []
-        for stream, members in enumerate(deal(sizes, order, 3)):
+        for stream, members in enumerate(deal(sizes, order, streams)):
             mixed: list[int] = []
-            for window in windows_of(members, stream, 3, 6):
+            for window in windows_of(members, stream, streams, window_groups):
                 held = [group for each in window for group in row_groups[each]]
                 shuffled = np.random.default_rng([3, epoch, first]).permutation(len(held))
                 mixed += [serial for place in shuffled for serial in held[place]]
@@ -123,7 +111,7 @@ def test_every_stream_is_mixed_in_windows_of_its_own(samples: tuple[Path, list[p
             ]
             for begin_S, count_S in parts
         ]
-        reader = reader_of(folder, streams=3, window_groups=6, batch_size=16)
+        reader = reader_of(folder, streams=streams, window_groups=window_groups, batch_size=16)
         assert [serials_of(batch) for batch in reader.batches(epoch)] == expected
 
 

@@ -1,7 +1,5 @@
 """Statistics of the training samples: equal to numpy's over all values, the same bits for any ranks, hard cases."""
 
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.conftest import SCHEMA
 from trainer.comm import SoloComm
 from trainer.errors import DataError
-from trainer.samples import statistics
+from trainer.samples import survey
 from trainer.samples.index import SampleIndex, open_index
-from trainer.samples.statistics import (
+from trainer.samples.survey import (
     fields_to_measure,
     fill_in,
     measure,
@@ -27,35 +26,6 @@ from trainer.samples.statistics import (
 from trainer.schema import Field, Schema
 
 TRAIN = "train"
-
-
-class Together(SoloComm):
-    """Ranks that are threads of this process."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
-        super().__init__()
-        self.rank, self.size, self._barrier, self._board = rank, size, barrier, board
-
-    def allgather_object(self, value: Any, name: str = "objects") -> list[Any]:
-        self._board[self.rank] = value
-        self._barrier.wait(20)
-        found = list(self._board)
-        self._barrier.wait(20)
-        return found
-
-
-def on_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
-    barrier, board, results = threading.Barrier(size), [None] * size, [None] * size
-
-    def run(rank: int) -> None:
-        results[rank] = work(Together(rank, size, barrier, board))
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +91,7 @@ def test_quantiles_of_more_values_than_are_kept(monkeypatch: pytest.MonkeyPatch)
     field = Field(name="x", side="ad", kind="id", buckets=10)
     values = np.random.default_rng(0).lognormal(3, 2, 50_000).astype(np.float32)
     parts = [part_of(field, chunk, 200) for chunk in np.array_split(values, 13)]
-    merged = statistics.NumberSums.of_all(parts)
+    merged = survey.NumberSums.of_all(parts)
     assert len(merged.kept_S) == 2_600
     assert merged.counts_S.sum() == pytest.approx(50_000)
     starts = quantile_boundaries(merged, 10)
@@ -173,7 +143,7 @@ class TestRemembered:
             calls.append(1)
             return measure(*arguments)
 
-        monkeypatch.setattr(statistics, "measure", counted)
+        monkeypatch.setattr(survey, "measure", counted)
         first = with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path))
         assert with_statistics(SoloComm(), index, SCHEMA, "digest", str(tmp_path)) == first
         assert not fields_to_measure(first)

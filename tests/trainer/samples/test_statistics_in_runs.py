@@ -22,7 +22,7 @@ from trainer.runs import checkpoint
 from trainer.runs.folder import finished
 from trainer.runs.saved import open_trained
 from trainer.samples.columns import rules_of
-from trainer.samples.statistics import FOUND
+from trainer.samples.survey import FOUND
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 from trainer.schema.fields import schema_text

@@ -1,0 +1,442 @@
+"""A survey of all samples before a run: the digest of their files, statistics of their numbers, lacking images.
+
+Each is a pass over all samples that the ranks share, and its result is kept in a cache. Letters of shapes: P ranks,
+W numbers a row, S values kept, U distinct keys of images.
+
+**Digest.** Names and counts of rows do not tell: labels can be turned round in place. Nor does a checksum in a file's
+metadata: tools that read, change and write a table copy it. So each file is read once, by one of the ranks, and read
+again only when its tag (inode, size and times; an ETag on an object store) is another one.
+
+**Statistics** scale numbers and cut them into buckets. Every row group gives its own part: count, mean and squared
+distances of each number, and up to some thousand of its values at equal distances in their order. Parts are merged in
+the order of the row groups, in float64, so no bit hangs on which rank read which. A schema with its statistics filled
+in is a schema like any other: the checkpoint's origin has it, and who opens the run takes it from there.
+
+**Images.** Uses are rows of three numbers, (U, 3): the key, the impressions and the behaviours that name it; distinct
+keys, ascending.
+"""
+
+import contextlib
+import itertools
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from featurestore.console.output import text_console
+from featurestore.errors import StorageError
+from featurestore.format.statistics import Moments
+from featurestore.keys import NO_IMAGE, owner_of, shard_of
+from featurestore.lookup.cache import SAMPLES, default_cache_dir
+from featurestore.published.versions import open_published
+from featurestore.storage.local import claim, is_private
+from featurestore.storage.storage import Storage, digest_of, settled_tags
+from featurestore.store import FeatureStore
+from trainer.comm import Comm, SoloComm
+from trainer.errors import DataError, SchemaError
+from trainer.samples.columns import SPLITS, Rule, before_scaling, filled, in_either_split, rules_of, sample_files
+from trainer.samples.index import RowGroup, SampleIndex, open_index, read_texts, read_values
+from trainer.schema import DEFAULT_STORE, Field, Schema, load_schema
+from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, STANDARDIZED
+
+if TYPE_CHECKING:
+    from featurestore.lookup.partition import FeaturePartition
+
+_REMEMBERED = 16  # measurements of one folder of samples: other days, other snapshots
+_THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
+_REPORTED_BYTES = 1 << 30
+
+
+def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> str:
+    """Compute the digest of the samples' names, counts and contents, which checkpoints keep.
+
+    The files of `index` whose digests are not cached yet are read, by each rank its share; every rank calls it. The
+    cache is in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
+    """
+    files = list(dict.fromkeys(each.file for each in index.row_groups))  # by name, whichever split they are in
+    cache = _cache_file(index, "digests", cache_dir)
+    known, tags, sizes = comm.on_rank_0(lambda: _cached_digests(index.storage, cache))
+    unknown = sorted(set(files) - known.keys(), key=lambda file: (-sizes.get(file, 0), file))  # even shares of bytes
+    size_bytes = sum(sizes.get(file, 0) for file in unknown)
+    if size_bytes > _REPORTED_BYTES:
+        console = text_console(quiet=comm.rank != 0)
+        console.print(f"reading {size_bytes / 1e9:.1f} GB of samples in {index.storage.url} to tell them from others")
+    own = unknown[comm.rank :: comm.size]
+    with comm.agreed(), ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(own, pool.map(partial(_digest, index.storage), own), strict=True))
+    for share in comm.allgather_object(found, name="samples_digest"):
+        known |= share
+    if unknown:
+        kept = {f"{file} {tag}": known[file] for file, tag in tags.items() if file in known}
+        comm.on_rank_0(lambda: _cache(cache, kept))
+    return xxhash.xxh3_128_hexdigest("\n".join([index.layout_digest, *(known[file] for file in files)]).encode())
+
+
+def _cached_digests(storage: Storage, cache: Path) -> tuple[dict[str, str], dict[str, str], dict[str, int]]:
+    """Return the digests in the cache, the tags and the sizes in bytes of the samples' files.
+
+    Files that were written a moment ago have no tag: they may change within the same one.
+    """
+    entries = [each for split in SPLITS for each in storage.entries(split, recursive=False)]
+    cached, tags = _cached(cache), settled_tags(entries)
+    known = {file: str(cached[key]) for file, tag in tags.items() if (key := f"{file} {tag}") in cached}
+    return known, tags, {each.path: each.size_bytes for each in entries}
+
+
+def _digest(storage: Storage, file: str) -> str:
+    try:
+        return in_either_split(partial(digest_of, storage), file)
+    except (OSError, StorageError) as failure:
+        raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
+
+
+def measured_once(
+    comm: Comm, index: SampleIndex, what: str, asked: object, cache_dir: str | None, measured: Callable[[], Any]
+) -> Any:
+    """Return what `measured` returns for `asked`, or what the cache folder of rank 0's machine has kept of it.
+
+    The folder keeps the last ones of each address of samples. Every rank calls it.
+    """
+    key = xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())
+    cache = _cache_file(index, what, cache_dir)
+    found = comm.on_rank_0(lambda: _cached(cache).get(key))
+    if found is None:
+        found = measured()
+        kept = [*_cached(cache).items(), (key, found)][-_REMEMBERED:]
+        comm.on_rank_0(lambda: _cache(cache, dict(kept)))
+    return found
+
+
+def _cache_file(index: SampleIndex, what: str, cache_dir: str | Path | None) -> Path:
+    """Return the file of the cache folder that has what was measured on samples at this address."""
+    name = f"{xxhash.xxh3_64_hexdigest(index.storage.url.encode())}-{what}.json"
+    return Path(cache_dir or default_cache_dir()) / SAMPLES / name
+
+
+def _cached(file: Path) -> dict[str, Any]:
+    """Read what `_cache` wrote; nothing where it cannot be read, or where other users may write to it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _cache(file: Path, values: Mapping[str, Any]) -> None:
+    """Keep `values` as JSON in a file of the cache folder for samples; do nothing where it cannot be written."""
+    part = file.with_name(f".tmp-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError, StorageError):
+        claim(file.parent.parent)
+        claim(file.parent)
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(values), encoding="utf-8")
+        part.replace(file)
+
+
+Float64 = NDArray[np.float64]
+_KEPT_VALUES = 1 << 20
+"""Values from which quantiles are taken, over all row groups; each is off by at most half a kept value of its group."""
+_LEAST_KEPT = 64
+_METHOD = 1  # raise it when the measurement changes, so that cached statistics are measured again
+FOUND = ("mean", "std", "boundaries")
+DECLARED = ("kind", "width", "transform", "buckets", "fill")
+"""The settings of a field that determine its statistics, besides the numbers in its column."""
+
+
+@dataclass(frozen=True)
+class NumberSums:
+    """A summary of a field's numbers in one or several row groups, without missing ones."""
+
+    moments_W: tuple[Moments, ...]
+    smallest_W: Float64
+    largest_W: Float64
+    kept_S: Float64
+    """For buckets: values of the row groups one after the other, each group's ascending."""
+    counts_S: Float64
+    """Number of values that each of them represents."""
+
+    @classmethod
+    def of_all(cls, parts: Sequence["NumberSums"]) -> "NumberSums":
+        """Merge the parts of several row groups, in their order."""
+        return cls(
+            tuple(reduce(Moments.merged, each) for each in zip(*(part.moments_W for part in parts), strict=True)),
+            np.minimum.reduce([part.smallest_W for part in parts]),
+            np.maximum.reduce([part.largest_W for part in parts]),
+            np.concatenate([part.kept_S for part in parts]),
+            np.concatenate([part.counts_S for part in parts]),
+        )
+
+
+def fill_in(schema: Schema, found: Mapping[str, Mapping[str, Any]]) -> Schema:
+    """Fill in the statistics in `found` for each field that lacks them, if its settings are the same."""
+
+    def filled_in(field: Field) -> Field:
+        theirs, mine = found.get(field.name, {}), field.model_dump(mode="json", exclude_none=True)
+        if not field.lacks_statistics or any(mine.get(name) != theirs.get(name) for name in DECLARED):
+            return field
+        new = {name: theirs[name] for name in FOUND if name in theirs and name not in mine}
+        return Field.model_validate(mine | new)
+
+    return schema.model_copy(update={"fields": tuple(map(filled_in, schema.fields))})
+
+
+def fields_to_measure(schema: Schema) -> tuple[Field, ...]:
+    """List the fields that the training samples have to tell something of."""
+    return tuple(field for field in schema.fields if field.lacks_statistics)
+
+
+def measure(comm: Comm, index: SampleIndex, schema: Schema) -> dict[str, dict[str, Any]]:
+    """Measure the statistics of fields that lack them in the samples of `index`, for `fill_in`; every rank calls it.
+
+    Each rank reads every P-th row group, of the columns needed. Raises DataError on all ranks together, where a value
+    cannot be used or a field has none.
+    """
+    fields, rules = fields_to_measure(schema), rules_of(schema)
+    if not fields:
+        return {}
+    budget = max(_LEAST_KEPT, _KEPT_VALUES // max(len(index.row_groups), 1))
+    mine, wanted = index.row_groups[comm.rank :: comm.size], {f.column_name: rules[f.column_name] for f in fields}
+
+    def own_parts() -> list[dict[str, NumberSums]]:
+        read = read_values(index, mine, wanted)
+        return [{f.name: part_of(f, values[f.column_name], budget) for f in fields} for values in read]
+
+    own = comm.on_all(own_parts)
+    by_rank = comm.allgather_object(own, name="statistics")
+    in_order = [by_rank[number % comm.size][number // comm.size] for number in range(len(index.row_groups))]
+    return {f.name: _statistics(f, NumberSums.of_all([parts[f.name] for parts in in_order])) for f in fields}
+
+
+def with_statistics(
+    comm: Comm, index: SampleIndex, schema: Schema, digest: str, cache_dir: str | None = None
+) -> Schema:
+    """Fill in the statistics of the samples of `index`; `digest` is that of the samples. Every rank calls it.
+
+    Raises DataError on all ranks together."""
+    fields = fields_to_measure(schema)
+    if not fields:
+        return schema
+    asked = [_METHOD, digest, [field.model_dump(mode="json") for field in fields]]
+    return fill_in(schema, measured_once(comm, index, "inputs", asked, cache_dir, lambda: measure(comm, index, schema)))
+
+
+def part_of(field: Field, values_N: NDArray[Any], budget: int) -> NumberSums:
+    """Summarise these values of a field; of buckets at most `budget` values are kept."""
+    width = field.width or 1 if field.kind == "dense" else 1
+    numbers_MW = filled(field, values_N) if field.is_bucketed else before_scaling(field, values_N)
+    numbers_MW = numbers_MW.reshape(-1, width)
+    present = [column[~np.isnan(column)] for column in numbers_MW.T]
+    everything = np.concatenate(present)
+    kept_S = np.sort(everything) if field.is_bucketed else np.empty(0)
+    each = 1.0
+    if len(kept_S) > budget:
+        each = len(kept_S) / budget
+        kept_S = kept_S[((np.arange(budget) + 0.5) * each).astype(np.int64)]
+    return NumberSums(
+        tuple(_moments(column) for column in present),
+        np.array([column.min(initial=np.inf) for column in present]),
+        np.array([column.max(initial=-np.inf) for column in present]),
+        kept_S,
+        np.full(len(kept_S), each),
+    )
+
+
+def quantile_boundaries(part: NumberSums, buckets: int) -> tuple[float, ...]:
+    """Find where `buckets` equally full buckets begin, but for the first; fewer, where a value fills more than one."""
+    order_S = np.argsort(part.kept_S, kind="stable")
+    kept_S, until_S = part.kept_S[order_S], np.cumsum(part.counts_S[order_S])
+    shares = np.arange(1, buckets) / buckets * until_S[-1]
+    starts = np.unique(kept_S[np.searchsorted(until_S, shares, side="right")])
+    return tuple(starts[starts > part.smallest_W.min()].tolist())
+
+
+def _moments(column_M: Float64) -> Moments:
+    if not len(column_M):
+        return Moments.empty(1)
+    mean = column_M.mean()
+    return Moments(len(column_M), np.array([mean]), np.array([np.square(column_M - mean).sum()]))
+
+
+def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
+    """A constant column has a deviation of 1, so that it becomes zero and not NaN."""
+    counts = [moments.count for moments in part.moments_W]
+    if not all(counts):
+        raise DataError(
+            f"field {field.name}: column {field.column_name} has no number in the training samples, so there is no "
+            f"{'bucket' if field.is_bucketed else 'mean'} to be found; leave the field out, or give mean, std or "
+            "boundaries in the schema"
+        )
+    found = field.model_dump(mode="json", exclude_none=True)
+    if field.is_bucketed:
+        assert isinstance(field.buckets, int)
+        return found | {"boundaries": list(quantile_boundaries(part, field.buckets))}
+    if field.mean is None:
+        found["mean"] = [float(moments.mean_D[0]) for moments in part.moments_W]
+    if field.std is None and field.transform in STANDARDIZED:
+        std_W = np.array([np.sqrt(moments.m2_D[0] / moments.count) for moments in part.moments_W])
+        found["std"] = np.where(part.smallest_W < part.largest_W, std_W, 1.0).tolist()
+    return found
+
+
+_HELD = 1 << 20  # uses that wait to be merged
+_SHOWN = 3
+
+Uses = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LackingImages:
+    """Images in samples that a store lacks, over all ranks; sums over keys, so an ad with two of them counts twice.
+
+    `without`: impressions that name no image at all, which are among `impressions`; `examples`: keys of images that
+    many impressions name. `of`: all impressions of the samples.
+    """
+
+    images: int
+    impressions: int
+    behaviors: int
+    without: int
+    of: int
+    examples: tuple[int, ...]
+
+
+def merged_uses(parts: Sequence[Uses]) -> Uses:
+    """Sum the uses of equal keys."""
+    rows = np.concatenate([np.empty((0, 3), np.int64), *parts])
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    starts_U = np.flatnonzero(np.diff(rows[:, 0], prepend=rows[0, 0] - 1) if len(rows) else rows[:, 0])
+    counts_U2 = np.add.reduceat(rows[:, 1:], starts_U) if len(rows) else rows[:, 1:]
+    return np.column_stack([rows[starts_U, 0], counts_U2])
+
+
+def uses_of(
+    index: SampleIndex, row_groups: Iterable[RowGroup], rules: dict[str, Rule], fields: Sequence[Field]
+) -> Uses:
+    """Count the uses of the images of these content fields.
+
+    Reads their columns alone, one row group after the other, and holds 24 bytes for each distinct image, twice while
+    they are merged. Raises DataError.
+    """
+    sides = {field.column_name: field.side for field in fields}
+    total, waiting, count = merged_uses([]), list[Uses](), 0
+    for values in read_values(index, row_groups, {column: rules[column] for column in sides}):
+        for column, side in sides.items():
+            keys_U, counts_U = np.unique(values[column], return_counts=True)
+            by_side = [counts_U * (side == each) for each in ("ad", "user")]
+            waiting.append(np.column_stack([keys_U, *by_side]))
+            count += len(keys_U)
+        if count > max(_HELD, len(total)):
+            total, waiting, count = merged_uses([total, *waiting]), [], 0
+    return merged_uses([total, *waiting])
+
+
+def lacking(
+    comm: Comm, indexes: Sequence[SampleIndex], schema: Schema, fields: Sequence[Field], partition: "FeaturePartition"
+) -> LackingImages:
+    """Count the images that the samples name in these fields of one store, and the store lacks; every rank calls it.
+
+    Each rank reads every P-th row group, then asks the owner of each key once. Raises DataError on all ranks together.
+    """
+    import torch
+
+    rules = rules_of(schema)
+    with comm.agreed():
+        own = merged_uses([uses_of(each, each.row_groups[comm.rank :: comm.size], rules, fields) for each in indexes])
+    owner_U = owner_of(shard_of(own[:, 0], partition.info.num_shards), comm.size)
+    splits_P = torch.from_numpy(np.bincount(owner_U, minlength=comm.size).astype(np.int32))
+    asked = torch.from_numpy(own[np.argsort(owner_U, kind="stable")])
+    received, _ = comm.alltoall(asked, splits_P, name="image_uses")
+    served = merged_uses([received.numpy()])
+    lacks = served[~partition.contains(served[:, 0])] if len(served) else served
+    is_none_U = lacks[:, 0] == NO_IMAGE
+    named = lacks[~is_none_U]
+    sums = [len(named), *lacks[:, 1:].sum(0).tolist(), int(lacks[is_none_U, 1].sum())]
+    images, impressions, behaviors, without = comm.allreduce_sum_(torch.tensor(sums), name="image_uses.sums").tolist()
+    own_examples = named[np.argsort(-named[:, 1], kind="stable")][:_SHOWN, :2].tolist()
+    every = comm.allgather_object(own_examples, name="image_uses.examples")
+    examples = sorted(itertools.chain.from_iterable(every), key=lambda use: (-use[1], use[0]))[:_SHOWN]
+    of = sum(each.num_samples for each in indexes)
+    return LackingImages(images, impressions, behaviors, without, of, tuple(key for key, _ in examples))
+
+
+def names_of(
+    indexes: Sequence[SampleIndex], rules: dict[str, Rule], fields: Sequence[Field], keys_U: NDArray[np.int64]
+) -> dict[int, str]:
+    """Find the names of images: in the samples' images.parquet, else in the samples, if they have texts.
+
+    Images of samples that were made with keys have no name. Raises DataError.
+    """
+    found = dict(_names_listed(indexes[0].storage, keys_U))
+    for index in indexes:
+        columns = {field.column_name: rules[field.column_name] for field in fields}
+        texts = {column: rule for column, rule in columns.items() if column in index.text_columns}
+        if not texts or len(found) == len(keys_U):
+            continue
+        for encoded in read_texts(index, index.row_groups, texts):
+            for place in np.flatnonzero(np.isin(encoded.ids_U, keys_U)).tolist():
+                found[int(encoded.ids_U[place])] = encoded.texts_U[place]
+    return found
+
+
+def _names_listed(storage: Storage, keys_U: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
+    """Read the names of these keys in images.parquet, where it is there, one row group after the other."""
+    if IMAGES_FILE not in storage.list():
+        return
+    wanted = pa.array(keys_U)
+    try:
+        with pq.ParquetFile(storage.open_input(IMAGES_FILE), page_checksum_verification=True) as file:
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                table = table.filter(pc.is_in(table.column("key"), value_set=wanted))
+                names: Any = table.column("uri").cast(pa.binary()).to_pylist()
+                texts = (name.decode(errors="replace") for name in names)
+                yield from zip(table.column("key").to_pylist(), texts, strict=True)
+    except (pa.ArrowException, KeyError, OSError, StorageError) as failure:
+        where = storage.full(IMAGES_FILE)
+        raise DataError(f"{where} cannot be read: {str(failure).strip()}; make the samples again") from failure
+
+
+def list_missing(samples: str, store: str, schema_file: str | None = None, name: str = DEFAULT_STORE) -> pa.Table:
+    """List the images that all samples name in the fields of a store, and its newest snapshot lacks.
+
+    Columns image (its name, or its key where none is known), impressions, behaviors and why; ordered by impressions.
+    Raises DataError, SchemaError, FeatureStoreError.
+    """
+    storage = open_published(samples)
+    own = storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None
+    schema = load_schema(schema_file or own)
+    rules = rules_of(schema)
+    fields = [field for field in schema.of_kind("content") if field.store_name == name]
+    if not fields:
+        known = sorted({field.store_name for field in schema.of_kind("content")})
+        raise SchemaError(f"no content field of the schema names store {name}, only {', '.join(known) or 'none'}")
+    opened = FeatureStore.open(store)
+    splits = [split for split in SPLITS if sample_files(storage, split)]
+    indexes = [open_index(SoloComm(), storage, split, schema) for split in splits or SPLITS[:1]]
+    uses = merged_uses([uses_of(each, each.row_groups, rules, fields) for each in indexes])
+    uses = uses[~opened.snapshot().contains(uses[:, 0])]
+    uses = uses[np.lexsort([uses[:, 0], -uses[:, 2], -uses[:, 1]])]
+    bad = {row.key: row for row in opened.quarantine_rows()}
+    names = {key: row.uri for key, row in bad.items()} | {NO_IMAGE: ""}
+    names |= names_of(indexes, rules, fields, uses[:, 0])
+    why = {key: f"quarantined: {row.reason}" for key, row in bad.items()} | {NO_IMAGE: "the logs name no image"}
+    keys = uses[:, 0].tolist()
+    return pa.table(
+        {
+            "image": [names.get(key, str(key)) for key in keys],
+            "impressions": pa.array(uses[:, 1]),
+            "behaviors": pa.array(uses[:, 2]),
+            "why": [why.get(key, "not in the store") for key in keys],
+        }
+    )
