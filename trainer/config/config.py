@@ -311,14 +311,10 @@ _DECISIONS: dict[str, Decision] = {
     },
     SAMPLES_DIGEST: "positions",
 }
-_OF_NETS = {
-    "dcn": {"cross_layers", "cross_structure"},
-    "two_tower": {"tower_width"},
+_OF_POOLINGS = set[str]().union(*SETTINGS_OF_POOLINGS.values())
+_OF_BEHAVIORS = {"pooling", "image_products", "similarity_tiers", "similarity_top_k", *_OF_POOLINGS} - {
+    "attention_hidden"
 }
-_OF_ATTENTION = {"attention_hidden"}
-"""Read by some poolings, and by the base din."""
-_OF_POOLINGS = set[str]().union(*SETTINGS_OF_POOLINGS.values()) - _OF_ATTENTION
-_OF_BEHAVIORS = _OF_POOLINGS | {"pooling", "image_products", "similarity_tiers", "similarity_top_k"}
 OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
 """Settings that a model without images does not use."""
 
@@ -379,19 +375,17 @@ def _idle(model: Mapping[str, Any]) -> set[str]:
     if not base or "." in base:
         return set()
     pools = images in ("behavior", "both") and base != "two_tower"
-    idle = set[str]().union(*(names for net, names in _OF_NETS.items() if net != base))
-    read_by_pooling = SETTINGS_OF_POOLINGS.get(pooling, set())
-    idle |= _OF_POOLINGS - read_by_pooling
-    if images == "none":
-        idle |= OF_IMAGES
-    if images == "behavior":
-        idle.add("id_proxy")
-    if not pools:
-        idle |= _OF_BEHAVIORS
-    if base in ("lr", "two_tower"):
-        idle.add("image_products")
-    if base == "lr":
-        idle.add("mlp")
-    if base != "din" and not (pools and read_by_pooling >= _OF_ATTENTION):
-        idle |= _OF_ATTENTION
-    return idle
+    read_by_pooling = SETTINGS_OF_POOLINGS.get(pooling, set()) if pools else set()
+    is_used = {
+        **dict.fromkeys(OF_IMAGES, images != "none"),
+        **dict.fromkeys(_OF_BEHAVIORS, pools),
+        **{name: name in read_by_pooling for name in _OF_POOLINGS},
+        "attention_hidden": base == "din" or "attention_hidden" in read_by_pooling,
+        "image_products": pools and base != "lr",
+        "id_proxy": images not in ("none", "behavior"),
+        "mlp": base != "lr",
+        "tower_width": base == "two_tower",
+        "cross_layers": base == "dcn",
+        "cross_structure": base == "dcn",
+    }
+    return {name for name, used in is_used.items() if not used}
