@@ -92,7 +92,7 @@ def serve(
     check_installed()
     from explorer.places import Places
     from explorer.server import serve as listen_and_answer
-    from serving.http.settings import AccessSettings
+    from serving.settings import AccessSettings
 
     places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
     places.check()

@@ -35,11 +35,19 @@ from explorer.pages.store import StorePages
 from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.text import one_line
+from serving.http.access import (
+    LOOPBACKS,
+    Credentials,
+    SecuredServer,
+    check_files,
+    configure_logging,
+    listen,
+    matches_token,
+    url_of,
+    uvicorn_config,
+)
 from serving.http.limits import BODIES_AT_ONCE, BodyLimits, RefusedError, allow_connections
-from serving.http.listening import SecuredServer, listen, url_of, uvicorn_config
-from serving.http.logs import configure_logging
-from serving.http.security import LOOPBACKS, Credentials, check_files, matches_token
-from serving.http.settings import AccessSettings
+from serving.settings import AccessSettings
 
 logger = logging.getLogger("explorer")
 

@@ -112,7 +112,7 @@ def _export(out: str, options: "ExportOptions", compiled: bool) -> "Exported":
     from functools import partial
 
     from serving.bundle.export import export_model, write_network
-    from serving.scoring.changes import id_rows_drift
+    from serving.scoring.drift import id_rows_drift
 
     network = partial(write_network, compiled=compiled)
     with progress_bar("images") as progress:

@@ -13,9 +13,9 @@ from trainer.cli import StoreVersion
 
 if TYPE_CHECKING:
     from featurestore.published.channels import VersionName
+    from serving.bundle.images import PublishReport
     from serving.bundle.manifest import LogitDrift, VectorsOf
-    from serving.bundle.publish import PublishReport
-    from serving.bundle.version import ModelVersion
+    from serving.bundle.open import ModelVersion
 
 EXAMPLES = """Examples:
 
@@ -57,9 +57,8 @@ def main(
     running scorers load by themselves. A second run changes nothing. The change of scores is measured on the model's
     sample.
     """
-    from serving.bundle.open import Bundle
-    from serving.bundle.version import ModelVersion
-    from serving.scoring.changes import publish_drift
+    from serving.bundle.open import Bundle, ModelVersion
+    from serving.scoring.drift import publish_drift
 
     opened = ModelVersion.open(model, version)
     places = store_places(store or [], [of.store for of in opened.manifest.vectors])
@@ -89,8 +88,7 @@ def _published(
     """Bring the vectors of one feature store up to its snapshot `version`, and print what that did."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import MAX_DELTAS
-    from serving.bundle.images import networks_for
-    from serving.bundle.publish import publish
+    from serving.bundle.images import networks_for, publish
 
     url = opened.vectors_url(of)
     with progress_bar("shards") as progress:

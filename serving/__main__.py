@@ -6,7 +6,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from featurestore.console.commandline import CommandApp, run_app
-from serving.commands import bundle, check, expire, serve
+from serving import commands
 
 
 class ServingGroup(TyperGroup):
@@ -39,8 +39,7 @@ app = CommandApp(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (serve, bundle, expire, check):
-    app.add_typer(commands.app)
+app.add_typer(commands.app)
 
 
 def main() -> None:

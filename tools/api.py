@@ -48,7 +48,7 @@ NAMES = {
     ],
     "Serving": [
         "serving.bundle.open.Bundle",
-        "serving.bundle.open.BundleIdentity",
+        "serving.bundle.log.BundleIdentity",
         "serving.scoring.scorer.Scorer",
         "serving.scoring.request.Request",
         "serving.scoring.request.Scored",

@@ -10,9 +10,8 @@ import numpy as np
 from benchmarks.report import Figure, Section
 from benchmarks.serve.world import World
 from featurestore import FeatureRows, FeatureStore, to_bits
-from serving.bundle.images import export_vectors, networks_for
-from serving.bundle.publish import PublishReport, publish
-from serving.bundle.version import ModelVersion
+from serving.bundle.images import PublishReport, export_vectors, networks_for, publish
+from serving.bundle.open import ModelVersion
 from trainer.runs.checkpoint import read_dense
 from trainer.runs.saved import read_run
 

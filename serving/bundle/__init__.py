@@ -10,3 +10,7 @@ SAMPLE_GROUPS = 64
 """Groups of test samples in a bundle."""
 RowDType = Literal["float32", "float16", "int8"]
 """Number type of the ID rows in a bundle."""
+
+
+KEEP_LAST, KEEP_DAYS, GRACE_DAYS = 5, 30.0, 1.0
+"""Defaults of an expiry: number of versions kept, days since publication or use, and days since use alone."""

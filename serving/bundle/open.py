@@ -1,53 +1,71 @@
 """An open version of a bundle: all files of a scorer, verified, with ID rows and vectors mapped into memory."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
-from featurestore.errors import FeatureStoreError, StorageError
+from pydantic import ValidationError
+
+from featurestore.parsing import first_mistake, parse_json
 from featurestore.storage.storage import Storage
-from featurestore.store import FeatureStore
-from serving.bundle.idrows import BundleIdRows
-from serving.bundle.log import read_version
-from serving.bundle.manifest import TRAINED, BundleManifest
-from serving.bundle.vectors import VectorTable
-from serving.bundle.version import ModelVersion
+from serving.bundle.files import LocalFiles
+from serving.bundle.log import BundleIdentity, read_version
+from serving.bundle.manifest import MODEL, SCHEMA, TRAINED, BundleManifest, VectorsOf
+from serving.bundle.rows import BundleIdRows, VectorTable
 from serving.errors import BrokenBundleError
-from serving.network.exporting import PORTABLE
-from serving.network.machine import compiled_name
+from serving.network.exporting import PORTABLE, compiled_name
 from serving.network.served import ServedNetwork
+from trainer.config.options import ModelConfig
+from trainer.errors import TrainerError
+from trainer.models.layers import used_fields
+from trainer.schema import Field, Schema, load_schema
+
+ResultT = TypeVar("ResultT")
 
 
-@dataclass(frozen=True)
-class BundleIdentity:
-    """A bundle's version, and the snapshot of each vectors store by the name of its feature store."""
+class ModelVersion:
+    """A version's manifest, its files, the schema and the settings of its model."""
 
-    version: int
-    vectors: Mapping[str, int]
+    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
+        """Use `open` instead, except for a version that is not published yet."""
+        self.storage, self.manifest, self.cache_dir = storage, manifest, cache_dir
+        self.files = LocalFiles(storage, manifest, cache_dir, verify)
+        self.schema: Schema = self._checked(SCHEMA, load_schema)
+        self.model: ModelConfig = self._checked(MODEL, _read_model)
+        self.fields: tuple[Field, ...] = used_fields(self.schema, self.model)
+        """The fields that the model uses."""
 
     @classmethod
-    def newest(cls, url: str) -> "BundleIdentity":
-        """Look up the version in use of the bundle at `url`, and its newest vectors; a few small reads.
+    def open(
+        cls, url: str, version: int | None = None, *, cache_dir: str | Path | None = None, verify: bool = True
+    ) -> Self:
+        """Open a version, by default the one in use.
 
-        Raises BundleNotFoundError, BrokenBundleError, StorageError."""
+        Files of an object store are copied to `cache_dir` first. With `verify` each file that is used is read once and
+        its digest compared. Raises BundleNotFoundError, StorageError, and BrokenBundleError, which names the missing or
+        changed file.
+        """
         storage = Storage(url)
-        return cls.of(storage, read_version(storage))
+        return cls(storage, read_version(storage, version), Path(cache_dir) if cache_dir else None, verify)
 
-    @classmethod
-    def of(cls, storage: Storage, manifest: BundleManifest) -> "BundleIdentity":
-        """Look up the newest vectors of a version. Raises BrokenBundleError, StorageError."""
+    def vectors_url(self, of: VectorsOf) -> str:
+        """Return the address of a vectors store."""
+        return self.storage.full(f"{self.manifest.folder}/{of.folder}")
+
+    def _checked(self, name: str, read: Callable[[Path], ResultT]) -> ResultT:
+        path = self.files.path(name)
         try:
-            urls = {of.store: storage.full(f"{manifest.folder}/{of.folder}") for of in manifest.vectors}
-            return cls(
-                manifest.version, {name: FeatureStore.open(url).snapshot().version for name, url in urls.items()}
-            )
-        except StorageError:
-            raise
-        except FeatureStoreError as error:
-            raise BrokenBundleError(str(error)) from error
+            return read(path)
+        except ValidationError as error:
+            raise BrokenBundleError(f"{path}: {first_mistake(error)}; this code reads other settings") from error
+        except (TrainerError, ValueError) as error:
+            raise BrokenBundleError(f"{path}: {error}") from error
+
+
+def _read_model(path: Path) -> ModelConfig:
+    return ModelConfig.model_validate(parse_json(path.read_bytes()))
 
 
 class Bundle(ModelVersion):

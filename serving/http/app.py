@@ -1,13 +1,16 @@
 """The application: its routes, and the handling of a request from its headers to its answer, with metrics.
 
 It uses starlette, the thinnest maintained layer with routes over ASGI; no validating framework is between orjson and
-the scorer.
+the scorer. Each error is a JSON object {"error": "one message with field, value and the way out"}.
 """
 
 import asyncio
 import contextlib
 import gc
+import logging
+import logging.config
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,19 +27,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from featurestore.text import printable
-from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
-from serving.http.errors import error_response, response_of
-from serving.http.inference.protocol import SERVER, TensorBody, model_metadata
-from serving.http.inference.tensors import HEADER
+from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
+from serving.http.access import TokenGuard, error_response
+from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody, ModelSource, Scores
+from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
-from serving.http.live.model import ModelSource, Scores
-from serving.http.live.switch import LiveModel
-from serving.http.live.warmup import Recorder
-from serving.http.logs import log_slow, logger
+from serving.http.live import LiveModel, NotReadyError, Recorder
 from serving.http.metrics import ServingMetrics
 from serving.http.queue import ScoringQueue
-from serving.http.security import TokenGuard
-from serving.http.settings import ServerSettings
+from serving.settings import ServerSettings
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _MODEL = "/v2/models/{name}"
@@ -269,3 +268,37 @@ def _own_version() -> str:
         return version("crossmedia")
     except PackageNotFoundError:  # run from its sources
         return "0"
+
+
+logger = logging.getLogger("serving")
+
+
+def response_of(error: Exception) -> Response:
+    """Turn an error into its answer: 400, 413 or 422 for a request, a RefusedError's status, 503 without a model.
+
+    Any other error is a bug: 500. The log gets the traceback without the message, which may contain user data."""
+    if isinstance(error, RefusedError):
+        return error_response(error.status, error.message, error.headers)
+    if isinstance(error, RequestTooLargeError):
+        return error_response(413, str(error))
+    if isinstance(error, NotFiniteError):
+        return error_response(422, str(error))
+    if isinstance(error, RequestError):
+        return error_response(400, str(error))
+    if isinstance(error, NotReadyError):
+        return error_response(503, "the model is being loaded: try again", {"Retry-After": "1"})
+    logger.error("bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
+    return error_response(500, f"an error in the server ({type(error).__name__}): its log says where")
+
+
+STAGES = ("read", "wait", "parse", "score", "encode")
+
+
+def log_slow(route: str, status: int, seconds: float, scores: Scores | None, sizes: tuple[int, int]) -> None:
+    """Log a slow request: its stages in milliseconds and its sizes, not its contents."""
+    parts = ""
+    if scores is not None:
+        stages = ", ".join(f"{stage} {1000 * scores.stages[stage]:.1f}" for stage in STAGES if stage in scores.stages)
+        counts = f"{len(scores.scored)} requests, {scores.num_candidates} candidates"
+        parts = f" ({stages}); {counts}, {sizes[0]} bytes received, {sizes[1]} bytes sent"
+    logger.warning("slow: %s %d in %.1f ms%s", route, status, 1000 * seconds, parts)

@@ -26,7 +26,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from serving.http.live.model import Model, Scores, num_entries
+from serving.http.codec import Model, Scores, num_entries
 from trainer.schema import Field
 
 MetricT = TypeVar("MetricT", Counter, Histogram)

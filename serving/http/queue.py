@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from serving.http.codec import Body
+from serving.http.codec import Body, Decoded, Model, Scores
 from serving.http.limits import RefusedError
-from serving.http.live.model import Decoded, Model, Scores
-from serving.http.live.switch import LiveModel
-from serving.network.steps import ResultT, Steps
-from serving.scoring.budget import Budget
+from serving.http.live import LiveModel
+from serving.network import ResultT, Steps
 from serving.scoring.request import REQUEST_COST, Request, Sizes, check_sizes, joined, sizes_of
+from serving.settings import Budget
 
 FIRST_GUESS_S = 2.5e-7
 """Seconds per pair of a candidate and a behaviour, until it was measured; see `Sizes.cost`."""

@@ -31,14 +31,22 @@ import uvicorn
 
 from featurestore.console.commandline import STOPPED, say_error
 from featurestore.errors import FAILED, UserError
-from serving.http.app import Scoring
+from serving.http.access import (
+    SIGNALS,
+    Credentials,
+    SecuredServer,
+    check_files,
+    configure_logging,
+    listen,
+    stop_connecting,
+    url_of,
+    uvicorn_config,
+)
+from serving.http.app import Scoring, logger
+from serving.http.codec import ModelSource
 from serving.http.limits import allow_connections
-from serving.http.listening import SIGNALS, SecuredServer, listen, stop_connecting, url_of, uvicorn_config
-from serving.http.live.model import ModelSource
-from serving.http.logs import configure_logging, logger
 from serving.http.metrics import FOLDER_VARIABLE
-from serving.http.security import Credentials, check_files
-from serving.http.settings import ServerSettings
+from serving.settings import ServerSettings
 
 MakeSource = Callable[[ServerSettings], ModelSource]
 

@@ -2,22 +2,28 @@
 
     export_network(model, config, folder, compiled=True)
 
-writes `network.pt2`, which runs wherever this version of torch does, and `network-<machine>.pt2` (`machine.py`). The
+writes `network.pt2`, which runs wherever this version of torch does, and `network-<machine>.pt2` (`compiled_name`). The
 model is the trainer's own module: none of its mathematics is written a second time. Takes about ten seconds, plus half
 a minute of one core for compiled code, which needs a C++ compiler.
+
+A model concatenates the user's part with each candidate's and multiplies both by one weight. `split_shared_linear`
+rewrites the program so that the user's part is multiplied once for all candidates. This only changes the order of a
+sum, and saves a third of the operations of the paper's model.
 """
 
+import hashlib
+import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 
-from serving.network.machine import compiled_name
-from serving.network.once import split_shared_linear
-from serving.network.slots import Slots
+from serving.network.inputs import Slots
 from trainer.config.options import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
@@ -136,3 +142,79 @@ def _compile(program: ExportedProgram, slots: Slots, path: Path) -> Path:
     settings = {"aot_inductor.metadata": {SLOTS: slots.to_json()}, "cpp.threads": 1}
     aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     return path
+
+
+_aten = torch.ops.aten
+
+
+def split_shared_linear(program: ExportedProgram) -> None:
+    """Rewrite the program in place."""
+    for node in list(program.graph.nodes):
+        if node.target is _aten.linear.default:
+            _split_linear(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _split_linear(node: Node) -> None:
+    """Rewrite linear([user's row for all, x], W, b) = linear(x, W_x, b) + linear(user's row, W_user)."""
+    joined, weight, *bias = _args(node)
+    if not (isinstance(joined, Node) and joined.target is _aten.cat.default and _args(joined)[1:] == (1,)):
+        return
+    first, *others = _args(joined)[0]
+    if not (others and _is_one_row_for_all(first)):
+        return
+    row_1W = _args(first)[0]
+    width = row_1W.meta["val"].shape[1]
+    with node.graph.inserting_before(node):
+        of_row = _call(node, _aten.slice.Tensor, weight, 1, 0, width)
+        of_others = _call(node, _aten.slice.Tensor, weight, 1, width, weight.meta["val"].shape[1])
+        others_BW = _call(node, _aten.cat.default, others, 1)
+        once = _call(node, _aten.linear.default, row_1W, of_row, *bias)
+        result = _call(node, _aten.add.Tensor, _call(node, _aten.linear.default, others_BW, of_others), once)
+    node.replace_all_uses_with(result)
+
+
+def _is_one_row_for_all(node: Node) -> bool:
+    """Return whether a node is `row.index_select(0, zeros)` of one row."""
+    if node.target is not _aten.index_select.default:
+        return False
+    row, _, places = _args(node)
+    is_one: bool = row.meta["val"].shape[0] == 1 and places.target is _aten.zeros.default
+    return is_one
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _call(like: Node, target: Callable[..., Any], *args: Any) -> Node:
+    """Insert a call with the shape of its result, which torch.export stores."""
+    new = like.graph.call_function(target, args)
+    with like.meta["val"].fake_mode:
+        new.meta["val"] = target(*torch.fx.node.map_arg(args, _value))
+    return new
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def compiled_name() -> str:
+    """Name the file of a network compiled for this machine, e.g. network-x86_64-avx512-1f0c9d2ab34e.pt2.
+
+    The digits depend on all that the code may use: each feature of the processor, the versions of torch and libc.
+    """
+    features = f"{_processor_features()} {torch.__version__} {' '.join(platform.libc_ver())}"
+    digits = hashlib.sha256(features.encode()).hexdigest()[:12]
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return f"network-{platform.machine()}-{capability}-{digits}.pt2"
+
+
+def _processor_features() -> str:
+    """Return the features that the kernel names of the first core, sorted; cores of one machine have the same."""
+    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return " ".join(sorted(value.split()))
+    return platform.processor()

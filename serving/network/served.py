@@ -20,12 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.errors import BrokenBundleError
-from serving.network.exporting import PORTABLE, SLOTS
-from serving.network.inputs import Float32, NetworkInputs
-from serving.network.machine import compiled_name
-from serving.network.slots import Slots
-from serving.network.steps import Steps, run_steps
-from serving.network.users import split_by_user
+from serving.network import Steps, run_steps
+from serving.network.exporting import PORTABLE, SLOTS, compiled_name
+from serving.network.inputs import Float32, NetworkInputs, Slots, split_by_user
 
 _BLOCK = 256  # candidates a run, so that intermediate results stay in the processor's cache
 MOST_PAIRS = 1 << 15

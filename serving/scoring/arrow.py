@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
 from featurestore.text import one_line
 from serving.errors import OverflowingInputError, RequestError
-from serving.network.steps import CHUNK, Steps, run_steps
-from serving.scoring.columns import RequestColumns
+from serving.network import CHUNK, Steps, run_steps
 from serving.scoring.decode import CROSSED_CHUNK, Bool, DecodedRequests, batch_of
+from serving.scoring.request import RequestColumns
 from trainer.errors import DataError, OverflowingValueError, SchemaError
 from trainer.samples.columns import (
     Encoded,

@@ -66,7 +66,7 @@ def test_a_misspelt_field_is_found(path: list[Any], value: Any) -> None:
 
 
 def test_the_arguments_are_those_of_our_command() -> None:
-    from serving.commands.serve import app
+    from serving.commands import app
 
     (container,) = service()["spec"]["predictor"]["containers"]
     assert container["command"] == ["python", "-m", "serving", "serve"]
@@ -85,7 +85,7 @@ def test_the_arguments_are_those_of_our_command() -> None:
 
 
 def test_the_probes_ask_addresses_that_need_no_token() -> None:
-    from serving.http.security import OPEN_PATHS
+    from serving.http.access import OPEN_PATHS
 
     (container,) = service()["spec"]["predictor"]["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):

@@ -240,7 +240,7 @@ def test_the_ports_of_the_policies_are_those_of_the_programs() -> None:
 
 
 def test_the_scorer_is_found_probed_and_kept() -> None:
-    from serving.http.security import OPEN_PATHS
+    from serving.http.access import OPEN_PATHS
 
     deployment = find("serving", "Deployment", "scorer")
     pod = deployment["spec"]["template"]

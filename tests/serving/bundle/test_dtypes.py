@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.bundle.idrows import decoded, encoded
 from serving.bundle.open import Bundle
+from serving.bundle.rows import decoded, encoded
 from tests.serving.bundle.conftest import Exported, export
 
 IDS = np.arange(200)

@@ -12,14 +12,14 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.verify import verify
 from serving.bundle import log
+from serving.bundle.files import find_damage
+from serving.bundle.log import remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
-from serving.bundle.upkeep.expiry import remove_leftovers
-from serving.bundle.upkeep.verify import find_damage
 from tests.fuse import FORK, Fuse
 from tests.serving.bundle.conftest import Exported, export
+from tests.serving.bundle.test_expiry import Versions
 from tests.serving.bundle.test_publish import World
-from tests.serving.bundle.upkeep.test_expiry import Versions
 
 pytestmark = pytest.mark.services
 EVERY = pytest.mark.parametrize(

@@ -15,10 +15,9 @@ from featurestore.lookup.partition import FeaturePartition
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from serving.bundle.images import ChangedImages, StoreNetworks, networks_for
+from serving.bundle.images import ChangedImages, PublishReport, StoreNetworks, networks_for, publish, row_distances
 from serving.bundle.open import Bundle
-from serving.bundle.publish import PublishReport, publish, row_distances
-from serving.bundle.vectors import SIGNATURE_COLUMNS
+from serving.bundle.rows import SIGNATURE_COLUMNS
 from tests.serving.bundle.conftest import Exported
 from trainer.comm import SoloComm
 from trainer.engine.similarity import Signatures, scaling_of

@@ -11,11 +11,10 @@ import pytest
 from featurestore import FeatureRows, FeatureStore
 from featurestore.storage.storage import Storage
 from serving.bundle import log
-from serving.bundle.images import networks_for
-from serving.bundle.open import Bundle, BundleIdentity
-from serving.bundle.publish import publish
-from serving.bundle.upkeep.expiry import expire, remove_leftovers
-from serving.bundle.upkeep.verify import find_damage
+from serving.bundle.files import find_damage
+from serving.bundle.images import networks_for, publish
+from serving.bundle.log import BundleIdentity, expire, remove_leftovers
+from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError
 from tests.serving.bundle.conftest import Exported, export, forge
 

@@ -18,10 +18,9 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from serving.bundle import log
 from serving.bundle.export import ExportOptions, export_model
+from serving.bundle.log import BundleIdentity, remove_leftovers
 from serving.bundle.manifest import BUNDLES
-from serving.bundle.open import Bundle, BundleIdentity
-from serving.bundle.upkeep.expiry import remove_leftovers
-from serving.bundle.version import ModelVersion
+from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, fails, opened_faulty
 from tests.serving.bundle.conftest import Exported, export, no_network, no_scores

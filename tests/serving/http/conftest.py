@@ -39,9 +39,8 @@ class Published:
 
     def add_image(self, key: int = NEW_IMAGE, seed: int = 0) -> None:
         """Add an image to the feature store, or change one, and publish its vector."""
-        from serving.bundle.images import networks_for
-        from serving.bundle.publish import publish
-        from serving.bundle.version import ModelVersion
+        from serving.bundle.images import networks_for, publish
+        from serving.bundle.open import ModelVersion
 
         features_1D = np.random.default_rng(seed).normal(size=(1, 16)).astype(np.float32)
         store = FeatureStore.open(self.folder / "features")

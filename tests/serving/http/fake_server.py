@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from featurestore.errors import UserError
-from serving.http.settings import ServerSettings
 from serving.http.workers import serve
+from serving.settings import ServerSettings
 from tests.serving.http.fakes import fake_source
 
 

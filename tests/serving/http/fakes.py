@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from serving.errors import BrokenBundleError, RequestError
-from serving.http.settings import ServerSettings
-from serving.network.steps import Steps
+from serving.network import Steps
 from serving.scoring.request import Request, Scored, Sizes
+from serving.settings import ServerSettings
 from trainer.samples.columns import Rule, rules_of
 from trainer.schema import Field, load_schema
 

@@ -8,10 +8,9 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from serving.http.codec import ARROW, JSON, as_json
-from serving.http.inference.tensors import HEADER
-from serving.http.live.model import Model
-from serving.http.live.warmup import synthetic_requests
+from serving.http.codec import ARROW, JSON, Model, as_json
+from serving.http.inference import HEADER
+from serving.http.live import synthetic_requests
 from trainer.samples.columns import Rule
 
 ALLOWED = {200, 400, 404, 413, 415}

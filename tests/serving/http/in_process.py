@@ -10,8 +10,8 @@ import httpx2
 from starlette.applications import Starlette
 
 from serving.http.app import Scoring
-from serving.http.live.model import ModelSource
-from serving.http.settings import ServerSettings
+from serving.http.codec import ModelSource
+from serving.settings import ServerSettings
 from tests.serving.http.fakes import FakeSource, write_state
 
 BASE = "http://scorer"

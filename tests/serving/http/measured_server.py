@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from serving.__main__ import main
-from serving.http import listening
+from serving.http import access
 
 SHOWN_MS = 1.0
 
@@ -34,5 +34,5 @@ class MeasuredLoop(asyncio.SelectorEventLoop):
 
 if __name__ == "__main__":
     file = Path(sys.argv.pop(1))
-    listening._TimedLoop = lambda _: MeasuredLoop(file)
+    access._TimedLoop = lambda _: MeasuredLoop(file)
     main()

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from serving.http.app import Scoring
-from serving.http.live.source import BundleSource
-from serving.http.settings import ServerSettings
+from serving.http.live import BundleSource
+from serving.settings import ServerSettings
 from tests.serving.http.conftest import Published
 from tests.serving.http.fuzz import ALLOWED, FuzzBody, bodies
 from tests.serving.http.in_process import scoring_of

@@ -19,13 +19,13 @@ import pytest
 
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
-from serving.bundle.open import BundleIdentity
-from serving.bundle.version import ModelVersion
+from serving.bundle.log import BundleIdentity
+from serving.bundle.open import ModelVersion
 from serving.http.codec import ARROW, as_json
-from serving.http.live.source import BundleSource
-from serving.http.settings import ServerSettings
+from serving.http.live import BundleSource
 from serving.scoring.request import Request
 from serving.scoring.scorer import Scorer
+from serving.settings import ServerSettings
 from tests.serving.http.conftest import NEW_IMAGE, Published
 from tests.serving.http.fuzz import ALLOWED, bodies
 from tests.serving.http.processes import ServerProcess, ended

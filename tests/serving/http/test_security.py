@@ -10,8 +10,8 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 
 from serving.errors import ServerSettingsError
-from serving.http.security import check_files
-from serving.http.settings import ServerSettings
+from serving.http.access import check_files
+from serving.settings import ServerSettings
 from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import fake_server
 

@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from serving.errors import BrokenBundleError
-from serving.network.exporting import PORTABLE, export_network
-from serving.network.inputs import FieldRows, NetworkInputs
-from serving.network.machine import compiled_name
+from serving.network.exporting import PORTABLE, compiled_name, export_network
+from serving.network.inputs import FieldRows, NetworkInputs, Slots, split_by_user
 from serving.network.served import ServedNetwork
-from serving.network.slots import Slots
-from serving.network.users import split_by_user
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
 from trainer.config.options import BaseNet, Pooling
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from serving.scoring.changes import drawn_requests
-from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import decode_requests
+from serving.scoring.drift import drawn_requests
+from serving.scoring.request import RequestColumns
 from tests.trainer.equivalence.scenarios import BUCKETS, SCHEMA, Scenario
 from trainer.schema import Field, Schema
 

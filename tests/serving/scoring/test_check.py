@@ -22,9 +22,9 @@ from jobs.score import app as score_app
 from serving.__main__ import app
 from serving.http.app import Scoring
 from serving.http.codec import ARROW, as_json
-from serving.http.live.source import BundleSource
-from serving.http.settings import ServerSettings
+from serving.http.live import BundleSource
 from serving.scoring.scorer import Scorer
+from serving.settings import ServerSettings
 from tests.explorer.serving import in_thread
 from tests.serving.scoring.variants import Exported, export, train_run
 from trainer.evaluation.predict import predict_run

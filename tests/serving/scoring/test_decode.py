@@ -9,9 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.scoring.arrow import decode_table
-from serving.scoring.columns import RequestColumns
-from serving.scoring.decode import decode_requests
-from serving.scoring.values import all_integers
+from serving.scoring.decode import all_integers, decode_requests
+from serving.scoring.request import RequestColumns
 from tests.serving.scoring.wide import SCHEMA, groups, request_of, table_of
 from trainer.samples.columns import decode, rules_of
 from trainer.samples.order import Piece

@@ -17,15 +17,14 @@ import pytest
 
 from featurestore.spec import MissingPolicy
 from serving.bundle import export as exporting
-from serving.bundle import idrows
-from serving.bundle.vectors import VectorTable
+from serving.bundle import rows
+from serving.bundle.rows import VectorTable
 from serving.errors import NotFiniteError, OverflowingInputError, RequestError
+from serving.network import Steps
 from serving.network.inputs import NetworkInputs
 from serving.network.served import ServedNetwork
-from serving.network.steps import Steps
 from serving.scoring.arrow import scorable_rows
-from serving.scoring.columns import RequestColumns
-from serving.scoring.request import Request, Scored
+from serving.scoring.request import Request, RequestColumns, Scored
 from serving.scoring.scorer import Scorer
 from tests.serving.scoring.variants import GONE, VARIANTS, Exported, export
 from trainer.config.options import BaseNet, ModelConfig, Pooling
@@ -225,8 +224,8 @@ def test_probabilities() -> None:
 def test_the_comparison_notices_another_hash(
     variants: Variants, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = idrows.splitmix64
-    monkeypatch.setattr(idrows, "splitmix64", lambda keys_N: right(np.asarray(keys_N) + 1))
+    right = rows.splitmix64
+    monkeypatch.setattr(rows, "splitmix64", lambda keys_N: right(np.asarray(keys_N) + 1))
     assert worst_difference(variants("mlp_concat").run, *opened("mlp_concat")) > 1e-3
 
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from serving.errors import RequestError
 from serving.scoring.arrow import decode_table
-from serving.scoring.columns import RequestColumns
 from serving.scoring.decode import decode_requests
-from serving.scoring.request import Request
+from serving.scoring.request import Request, RequestColumns
 from tests.serving.scoring.wide import SCHEMA, table_of
 
 COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)

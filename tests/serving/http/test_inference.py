@@ -12,12 +12,11 @@ import pytest
 
 from serving.errors import RequestError
 from serving.http.app import Scoring
-from serving.http.inference.columns import metadata, request_of
-from serving.http.inference.tensors import Tensor, split_body, tensors_of
-from serving.network.steps import run_steps
-from serving.scoring.budget import Budget
-from serving.scoring.columns import RequestColumns
+from serving.http.inference import Tensor, metadata, request_of, split_body, tensors_of
+from serving.network import run_steps
 from serving.scoring.decode import decode_requests
+from serving.scoring.request import RequestColumns
+from serving.settings import Budget
 from tests.serving.http.fakes import write_state
 from tests.serving.http.in_process import run_with
 from tests.serving.http.processes import ServerProcess, fake_server

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pytest
 
 from serving.errors import BrokenBundleError, NotFiniteError, RequestError
-from serving.http.live.switch import LiveModel, NotReadyError
-from serving.http.live.warmup import ROUNDS, Recorder, synthetic_requests, warm_up
+from serving.http.live import ROUNDS, LiveModel, NotReadyError, Recorder, synthetic_requests, warm_up
 from serving.http.metrics import ServingMetrics
 from serving.scoring.request import Request, Scored
 from tests.serving.http.fakes import FakeIdentity, FakeModel, FakeSource, write_state
@@ -62,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time that a switch sees, in `now_s`."""
     clock = SimpleNamespace(now_s=0.0, perf_counter=time.perf_counter)
     clock.monotonic = lambda: clock.now_s
-    monkeypatch.setattr("serving.http.live.switch.time", clock)
+    monkeypatch.setattr("serving.http.live.time", clock)
     return clock
 
 
@@ -269,7 +268,7 @@ def test_a_model_that_fails_its_warm_up_is_closed(tmp_path: Path, monkeypatch: p
 
     async def run() -> None:
         await live.start()
-        monkeypatch.setattr("serving.http.live.switch.warm_up", fails)
+        monkeypatch.setattr("serving.http.live.warm_up", fails)
         write_state(tmp_path, version=2)
         await live.poll_once()
 

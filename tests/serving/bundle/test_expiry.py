@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from featurestore.storage.storage import Storage
 from serving.__main__ import app
 from serving.bundle import log
+from serving.bundle.log import BundleExpireReport, expire
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
-from serving.bundle.upkeep.expiry import BundleExpireReport, expire
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, FaultyStorage
 from tests.serving.bundle.conftest import Exported, export, forge

@@ -1,10 +1,12 @@
-"""The budget of a request body: limits that are checked before anything of that size is built.
+"""The settings of a server, and the budget of a request body: limits that hold before anything of that size is built.
 
-docs/SECURITY.md has the same limits as a table; serving/scoring/request.py measures what a body holds.
+The settings are frozen objects that are also sent to worker processes. docs/SECURITY.md has the budget as a table;
+serving/scoring/request.py measures what a body holds.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from serving.errors import RequestTooLargeError
 
@@ -58,3 +60,63 @@ class Budget:
     def check_names(self, names: Iterable[str]) -> None:
         """Raise RequestTooLargeError for a name that is too long."""
         self.check("name_length", max(map(len, names), default=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessSettings:
+    """Address, tokens, certificate and timeouts of a server."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token_file: Path | None = None
+    read_timeout_s: float = 30.0
+    """Time for a client to send a request, and to read its answer."""
+    drain_s: int = 30
+    """Time for running requests to end after SIGTERM."""
+
+    @property
+    def scheme(self) -> str:
+        """https if a certificate is given, else http."""
+        return "https" if self.tls_cert is not None else "http"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(AccessSettings):
+    """All options of `python -m serving serve`, see its help texts."""
+
+    model: str
+    """Folder or address of the bundle."""
+    name: str
+    """Name of the model in the addresses of the Open Inference Protocol."""
+    workers: int = 1
+    max_body_mb: float = 8.0
+    max_requests: int = Budget.requests
+    max_candidates: int = Budget.candidates
+    max_behaviors: int = Budget.behaviors
+    max_pairs: int = Budget.pairs
+    max_values: int = Budget.values
+    max_wait_ms: float = 50.0
+    poll_s: float = 2.0
+    record: int = 32
+    record_file: Path | None = None
+    slow_ms: float = 100.0
+    log_requests: bool = False
+    cache_dir: Path | None = None
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body that is read."""
+        return round(self.max_body_mb * 1e6)
+
+    @property
+    def budget(self) -> Budget:
+        """The limits of a body's content."""
+        return Budget(
+            requests=self.max_requests,
+            candidates=self.max_candidates,
+            behaviors=self.max_behaviors,
+            pairs=self.max_pairs,
+            values=self.max_values,
+        )

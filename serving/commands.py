@@ -1,0 +1,466 @@
+"""Commands of `python -m serving`: serve, info, log, use, expire and check."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal as bytes_text
+
+from featurestore.console.commandline import CommandApp
+from featurestore.console.files import JsonOption, read_tokens, write_json_option
+from featurestore.console.output import figure, print_problem, print_rows, print_summary, progress_bar
+from featurestore.errors import FAILED
+from featurestore.published.paths import run_path
+from featurestore.text import count_text, ranges_text
+from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
+from serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import BundleExpireReport
+    from serving.bundle.manifest import BundleManifest, VectorsOf
+    from serving.http.codec import ModelSource
+    from serving.scoring.drift import LogitsCompared
+
+
+app = CommandApp()
+
+_DAY_S = 86_400
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+Workers = Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the port.")]
+Name = Annotated[str | None, typer.Option(help="Name in /v2/models/NAME; by default the last part of MODEL.")]
+TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")]
+TlsKey = Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")]
+TokenFile = Annotated[Path | None, typer.Option(help="File with one token per line; requests without one get 401.")]
+MaxBodyMb = Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")]
+MaxRequests = Annotated[int, typer.Option(min=1, help="Most requests in a body; above it 413.")]
+MaxCandidates = Annotated[int, typer.Option(min=1, help="Most candidates in a body; above it 413.")]
+MaxBehaviors = Annotated[int, typer.Option(min=1, help="Most values in one list of a user; above it 413.")]
+MaxPairs = Annotated[int, typer.Option(min=1, help="Most pairs of candidate and behaviour in a body; above it 413.")]
+MaxValues = Annotated[int, typer.Option(min=1, help="Most values and names in a body; above it 413.")]
+MaxWaitMs = Annotated[float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")]
+ReadTimeoutS = Annotated[
+    float, typer.Option(min=0.1, max=_DAY_S, help="Time for a client to send a request, and to take its answer.")
+]
+DrainS = Annotated[int, typer.Option(min=0, max=_DAY_S, help="Time for running requests to end after SIGTERM.")]
+PollS = Annotated[
+    float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
+]
+Record = Annotated[int, typer.Option(min=0, max=10_000, help="Requests to keep for the next version's warm-up.")]
+RecordFile = Annotated[Path | None, typer.Option(help="File to keep them across restarts. It contains user data.")]
+SlowMs = Annotated[float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")]
+LogRequests = Annotated[
+    bool, typer.Option("--log-requests", help="Log the body of every request. The log then contains user data.")
+]
+CacheDir = Annotated[Path | None, typer.Option(help="Folder for local copies; by default that of the feature store.")]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m serving data/models/ctr --port 8080`\n\n"
+    "- `python -m serving serve s3://shop/models/ctr --host 0.0.0.0 --workers 4 --tls-cert tls.crt --tls-key tls.key "
+    "--token-file tokens.txt`"
+)
+def serve(
+    model: Model,
+    host: Host = ServerSettings.host,
+    port: Port = ServerSettings.port,
+    workers: Workers = ServerSettings.workers,
+    name: Name = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
+    max_body_mb: MaxBodyMb = ServerSettings.max_body_mb,
+    max_requests: MaxRequests = ServerSettings.max_requests,
+    max_candidates: MaxCandidates = ServerSettings.max_candidates,
+    max_behaviors: MaxBehaviors = ServerSettings.max_behaviors,
+    max_pairs: MaxPairs = ServerSettings.max_pairs,
+    max_values: MaxValues = ServerSettings.max_values,
+    max_wait_ms: MaxWaitMs = ServerSettings.max_wait_ms,
+    read_timeout_s: ReadTimeoutS = ServerSettings.read_timeout_s,
+    drain_s: DrainS = ServerSettings.drain_s,
+    poll_s: PollS = ServerSettings.poll_s,
+    record: Record = ServerSettings.record,
+    record_file: RecordFile = None,
+    slow_ms: SlowMs = ServerSettings.slow_ms,
+    log_requests: LogRequests = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Answer requests over HTTP: /v1/score, the Open Inference Protocol, and /metrics.
+
+    The server loads a version that is put in use, or newer vectors, while the old ones answer, and switches without
+    failing a request. On SIGTERM it finishes running requests first; a second signal ends it at once.
+    """
+    _find(model)
+    from serving.http.workers import serve as listen_and_answer
+
+    settings = ServerSettings(
+        model=model,
+        name=name or run_path(model).name or "model",
+        host=host,
+        port=port,
+        workers=workers,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        token_file=token_file,
+        max_body_mb=max_body_mb,
+        max_requests=max_requests,
+        max_candidates=max_candidates,
+        max_behaviors=max_behaviors,
+        max_pairs=max_pairs,
+        max_values=max_values,
+        max_wait_ms=max_wait_ms,
+        read_timeout_s=read_timeout_s,
+        drain_s=drain_s,
+        poll_s=poll_s,
+        record=record,
+        record_file=record_file,
+        slow_ms=slow_ms,
+        log_requests=log_requests,
+        cache_dir=cache_dir,
+    )
+    raise typer.Exit(listen_and_answer(settings, _published))
+
+
+def _find(model: str) -> None:
+    """Report a wrong folder at once, before Torch is loaded and the port is taken. Raises BundleNotFoundError."""
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import read_version
+
+    read_version(Storage(model))
+
+
+def _published(settings: ServerSettings) -> "ModelSource":
+    """Open the source of models. Loads Torch, so it is called only after files are checked, and only in workers."""
+    from serving.http.live import BundleSource
+
+    return BundleSource(settings)
+
+
+_MISSING = {
+    "zeros": "count as zeros",
+    "learned": "count as the vector that training has learned for them",
+    "error": "count as zeros; training has met none, as it would have stopped",
+}
+"""Texts for the policies for images without a feature."""
+
+Url = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
+
+
+@app.command(
+    epilog="Examples:\n\n- `python -m serving info data/models/ctr`\n\n"
+    "- `python -m serving info s3://shop/models/ctr --version 3`"
+)
+def info(
+    url: Url,
+    version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Show the contents of a version: its run, its ID rows, and the snapshots of its vectors.
+
+    Exit code 1 if one of its files is missing or has another size.
+    """
+    from featurestore.log import utc_text
+    from featurestore.storage.storage import Storage
+    from serving.bundle.files import find_damage
+    from serving.bundle.log import read_version, version_in_use
+
+    storage = Storage(url)
+    manifest = read_version(storage, version)
+    in_use = version_in_use(storage) == manifest.version
+    damage = find_damage(storage, manifest)
+    vectors = {of.store: _vectors_of(storage, manifest, of) for of in manifest.vectors}
+    rows_bytes = sum(file.bytes for file in manifest.files if file.name in {each.name for each in manifest.rows})
+    error = manifest.id_error
+    lines = {
+        "model": storage.url,
+        "version": f"{manifest.version} ({'in use' if in_use else 'not in use'})",
+        "published": f"{utc_text(manifest.time_s)} by {manifest.writer}",
+        "run": f"{manifest.run}, {manifest.checkpoint} ({manifest.checkpoint_digest[:12]})",
+        "files": f"{len(manifest.files)}, {sum(file.bytes for file in manifest.files):,} bytes",
+        "id rows": f"{sum(each.num_rows for each in manifest.rows):,} as {manifest.id_dtype}, {rows_bytes:,} bytes",
+        **({"error of id rows": f"worst {error.worst:.2g}, mean {error.mean:.2g} of a logit"} if error else {}),
+        **{f"table {each.name}": f"{each.kind}, {each.num_rows:,} rows of {each.width}" for each in manifest.tables},
+        **{f"vectors of {name}": _vectors_text(each) for name, each in vectors.items()},
+        "missing images": _MISSING[manifest.missing_in_training],
+        **{f"test {name.replace('_', ' ')}": figure(value) for name, value in manifest.metrics.items()},
+    }
+    width = max(24, *map(len, lines))
+    for name, value in [*lines.items(), *(("damage", each) for each in damage)]:
+        print_summary(f"{name:<{width}} {value}")
+    values = {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": vectors, "damage": damage}
+    write_json_option(json_file, values)
+    if damage:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: `python -m serving log data/models/ctr --last 20`")
+def log(
+    url: Url,
+    last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """List the published versions, newest first, with the time when each was last put in use."""
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import choices, known_versions, read_version, version_in_use
+
+    storage = Storage(url)
+    known = known_versions(storage)
+    if not known:
+        read_version(storage)  # says what is wrong
+    in_use, chosen = version_in_use(storage), choices(storage)
+    found = {version: _readable(storage, version) for version in known[::-1][:last]}
+    rows = [
+        _log_row(version, manifest, version == in_use, [each.time_s for each in chosen if each.version == version])
+        for version, manifest in found.items()
+    ]
+    print_rows(
+        ("version", "published", "run", "checkpoint", "id rows", "bytes", "in use"), rows, numbers=("version", "bytes")
+    )
+    write_json_option(
+        json_file,
+        {
+            "in_use": in_use,
+            "versions": [manifest.model_dump(mode="json") for manifest in found.values() if manifest],
+            "damaged": [version for version, manifest in found.items() if not manifest],
+            "choices": [each.model_dump(mode="json") for each in chosen],
+        },
+    )
+
+
+@app.command(epilog="Example: `python -m serving use data/models/ctr 3`")
+def use(
+    url: Url,
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A published version.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Compare only the sizes of its files.")] = False,
+) -> None:
+    """Put a version in use, also an earlier one. Running scorers switch to it.
+
+    Its files are first read and compared with their digests, and the version is opened as a scorer does. A version that
+    is damaged or cannot be opened is refused, and the previous one stays in use."""
+    from featurestore.storage.storage import Storage
+    from serving.bundle.files import find_damage
+    from serving.bundle.log import read_version, version_in_use
+    from serving.bundle.log import use as use_version
+    from serving.errors import BrokenBundleError
+
+    storage = Storage(url)
+    before = version_in_use(storage)
+    stays = f"; version {before} stays in use" if before is not None else ""
+    try:
+        manifest = read_version(storage, version)
+    except BrokenBundleError as error:
+        raise BrokenBundleError(f"version {version} of {storage.url} is damaged{stays}: {error}") from error
+    with progress_bar("files") as progress:
+        damage = find_damage(storage, manifest, digests=not quick, progress=progress)
+    if damage := damage or _problem_of_opening(storage.url, version):
+        raise BrokenBundleError("\n".join([f"version {version} of {storage.url} is damaged{stays}:", *damage]))
+    use_version(storage, version)
+    instead = f" instead of version {before}" if before not in (None, version) else ""
+    print_summary(f"version {version} of {storage.url} is in use{instead}")
+
+
+def _problem_of_opening(url: str, version: int) -> list[str]:
+    """Return in one line why a version with sound files cannot be opened, or an empty text. Raises StorageError."""
+    from featurestore.errors import StorageError, UserError
+    from featurestore.text import one_line
+    from serving.bundle.open import Bundle
+    from serving.scoring.scorer import Scorer
+
+    try:
+        bundle = Bundle.open(url, version, verify=False)
+        try:
+            Scorer(bundle)
+        finally:
+            bundle.close()
+    except StorageError:
+        raise
+    except UserError as error:
+        return [str(error)]
+    except Exception as error:  # numpy and torch raise many kinds of errors for a forged manifest
+        return [f"it cannot be opened: {type(error).__name__}: {one_line(error)}"]
+    return []
+
+
+def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any] | None:
+    """Return the newest snapshot of a vectors store, and the snapshot of features that it matches; None if damaged."""
+    from featurestore.errors import FeatureStoreError, StorageError
+    from featurestore.store import FeatureStore
+
+    try:
+        snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
+        num_images = snapshot.num_rows
+    except StorageError:
+        raise
+    except FeatureStoreError:
+        return None
+    mirrors = snapshot.manifest.mirrors
+    return {
+        "snapshot": snapshot.version,
+        "images": num_images,
+        "bytes": snapshot.manifest.file_bytes,
+        "committed_s": snapshot.manifest.time_s,
+        "mirrors": mirrors.model_dump() if mirrors else None,
+    }
+
+
+def _vectors_text(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "damaged"
+    of = (
+        f"of snapshot {found['mirrors']['version']} of {found['mirrors']['url']}"
+        if found["mirrors"]
+        else "of unknown features"
+    )
+    return f"snapshot {found['snapshot']}: {found['images']:,} images {of}, {found['bytes']:,} bytes"
+
+
+def _readable(storage: "Storage", version: int) -> "BundleManifest | None":
+    """Read the manifest of a version; None if it is damaged."""
+    from serving.bundle.log import read_version
+    from serving.errors import BrokenBundleError
+
+    try:
+        return read_version(storage, version)
+    except BrokenBundleError:
+        return None
+
+
+def _log_row(version: int, manifest: "BundleManifest | None", in_use: bool, chosen_s: Sequence[float]) -> Sequence[str]:
+    from featurestore.log import utc_text
+
+    since = f"{'since' if in_use else 'was,'} {utc_text(chosen_s[-1])}" if chosen_s else ""
+    if manifest is None:
+        return f"{version}", "damaged", "", "", "", "", since
+    return (
+        f"{version}",
+        utc_text(manifest.time_s),
+        manifest.run,
+        manifest.checkpoint,
+        manifest.id_dtype,
+        bytes_text(sum(file.bytes for file in manifest.files)),
+        since,
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m serving expire data/models/ctr --dry-run`\n\n"
+    "- `python -m serving expire s3://shop/models/ctr --keep-last 3 --keep-days 7`"
+)
+def expire(
+    url: Url,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=0, help="How many of the last versions to keep.")
+    ] = KEEP_LAST,
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0, help="Keep versions that were published or in use in the last days.")
+    ] = KEEP_DAYS,
+    grace_days: Annotated[
+        float,
+        typer.Option("--grace-days", min=0, help="Always keep versions that were in use in the last days."),
+    ] = GRACE_DAYS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")] = False,
+) -> None:
+    """Remove versions that none of these options keeps, with all of their files.
+
+    The version in use and the newest one always stay. Leftovers of killed exports are removed after a day. The grace
+    time must be longer than a scorer takes to switch. To remove snapshots of vectors, use `python -m featurestore
+    expire`."""
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import expire as expire_versions
+
+    report = expire_versions(
+        Storage(url), keep_last=keep_last, keep_days=keep_days, grace_days=grace_days, dry_run=dry_run
+    )
+    print_summary(_text(report, dry_run))
+
+
+def _text(report: "BundleExpireReport", dry_run: bool) -> str:
+    keep, remove, delete = ("would keep", "would remove", "would delete") if dry_run else ("kept", "removed", "deleted")
+    expired = f": {ranges_text(report.expired)}" if report.expired else ""
+    left = f", leftovers of {count_text(report.num_leftovers, 'killed export')}" if report.num_leftovers else ""
+    return (
+        f"{keep} {count_text(len(report.kept), 'version')}: {ranges_text(report.kept)}\n"
+        f"{remove} {count_text(len(report.expired), 'version')}{expired}\n"
+        f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{left}"
+        + "".join(f"\n  {path}" for path in report.paths)
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m serving check data/models/ctr`\n\n"
+    "- `python -m serving check data/models/ctr --samples data/tomorrow --url http://127.0.0.1:8080`"
+)
+def check(
+    model: Url,
+    samples: Annotated[
+        str | None, typer.Option(help="Samples whose test/ is scored.", show_default="those of the run")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running server to ask.", show_default="the model is scored in this process")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="Certificates to trust for --url, PEM.", show_default="those of the system")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File whose first line is the token for the server.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Folder or address of the run.", show_default="where it was exported from")
+    ] = None,
+    version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
+    impressions: Annotated[int, typer.Option(min=1, help="Approximate number of impressions to score.")] = 100_000,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Largest difference of a logit.", show_default="1e-05; 0.01 where E multiplies in bfloat16"
+        ),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare a model's logits with its run's on the same impressions; exit 1 if one differs too much.
+
+    The run's engine looks images up in the snapshot that the model's vectors were computed from.
+    """
+    from serving.bundle.open import ModelVersion
+    from serving.errors import ServingError
+    from serving.scoring.drift import compare
+    from serving.scoring.samples import RemoteScorer, ca_context, in_process
+    from serving.scoring.scorer import Scorer
+
+    if url is None and (token_file or ca):
+        option = "--token-file" if token_file else "--ca"
+        raise typer.BadParameter("it needs a running server: give --url", param_hint=option)
+    opened = ModelVersion.open(model, version, verify=url is None)
+    with contextlib.ExitStack() as stack:
+        if url is None:
+            scorer = stack.enter_context(contextlib.closing(Scorer.open(model, opened.manifest.version)))
+            score, answered = in_process(scorer), f"this process ({scorer.bundle.network.form} network)"
+        else:
+            remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None, ca_context(ca))
+            score, answered = remote.score, url
+        found = compare(opened, score, run=run_path(run) if run else None, samples=samples, impressions=impressions)
+    if url is not None and remote.version != opened.manifest.version:
+        raise ServingError(
+            f"{url} answers with version {remote.version} of {model} instead of {opened.manifest.version}; give "
+            f"--version {remote.version}, or wait until the server has switched"
+        )
+    print_summary(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
+    print_summary(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
+    _print(found)
+    write_json_option(json_file, asdict(found))
+    if not found.worst <= (allowed := found.tolerance if tolerance is None else tolerance):
+        print_problem(f"{found.worst:.3g} is more than --tolerance {allowed:g}")
+        raise typer.Exit(FAILED)
+
+
+def _print(found: "LogitsCompared") -> None:
+    print_summary(f"impressions  {found.impressions:,}")
+    print_summary(f"logits       differ by {found.worst:.3g} at most ({found.worst_at}), {found.mean:.3g} on average")
+    for note in found.notes:
+        print_summary(f"note         {note}")

@@ -1,1 +1,0 @@
-"""The Open Inference Protocol: columns of a request as tensors, in JSON or binary."""

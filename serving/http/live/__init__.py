@@ -1,1 +1,0 @@
-"""The model in use: its interface, its warm-up, and the switch to a newer one."""

@@ -1,0 +1,251 @@
+"""How far logits differ: a bundle's from its run's, by the type of its ID rows, or by a publish of vectors."""
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.keys import Int64Array
+from featurestore.published.paths import RunPath, run_path
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from serving.bundle import SAMPLE_GROUPS
+from serving.bundle.export import SavedTables, rows_at
+from serving.bundle.images import PublishReport
+from serving.bundle.manifest import SAMPLE, BundleManifest, LogitDrift
+from serving.bundle.open import Bundle, ModelVersion
+from serving.bundle.rows import BundleIdRows, Float32, VectorTable
+from serving.errors import BrokenBundleError
+from serving.scoring.arrow import scorable_rows
+from serving.scoring.request import Request, RequestColumns
+from serving.scoring.samples import ScoreTable, score_samples
+from serving.scoring.scorer import Scorer
+from trainer.comm import SoloComm
+from trainer.config.options import ModelConfig
+from trainer.runs.saved import SavedRun, TrainedRun, open_test, open_trained
+from trainer.samples.columns import Rule
+from trainer.samples.index import SampleIndex
+from trainer.samples.reader import SampleReader
+from trainer.schema import Side
+
+TOLERANCE = 1e-5
+"""Largest difference of a logit if E multiplies in float32 or float64."""
+BFLOAT16_TOLERANCE = 0.01
+"""Largest difference of a logit if E multiplies in bfloat16. The order of the sums of an image depends on the number of
+images in the product; this may round a number of its vector differently, by up to 2 ** -8 of its value."""
+
+
+@dataclass(frozen=True)
+class LogitsCompared:
+    """Differences between the logits of a bundle and of its run."""
+
+    impressions: int
+    worst: float
+    mean: float
+    worst_at: str
+    """File, row and position of the impression that differs most."""
+    tolerance: float
+    """Largest difference of a logit that rounding alone may cause for this run."""
+    notes: tuple[str, ...]
+    """Notes for the user on these differences."""
+
+
+def compare(
+    model: ModelVersion,
+    score: ScoreTable,
+    *,
+    run: RunPath | None = None,
+    samples: str | None = None,
+    impressions: int | None = None,
+) -> LogitsCompared:
+    """Score test impressions by `score`, which serves the bundle `model`, and by the engine of its run.
+
+    `run`: the run's current address, by default the one it was exported from. `samples`: by default the run's own.
+    `impressions`: approximate number of impressions, by default all. Images are looked up in the snapshot that the
+    vectors match. Raises BrokenBundleError if the run's checkpoint is a different one, TrainerError, ServingError.
+    """
+    manifest = model.manifest
+    snapshots = _source_snapshots(model)
+    first = next(iter(snapshots.values()), None)
+    with contextlib.closing(
+        open_trained(run or run_path(manifest.run), SoloComm(), which=manifest.checkpoint, store_version=first)
+    ) as trained:
+        if trained.saved.digest != manifest.checkpoint_digest:
+            raise BrokenBundleError(
+                f"{trained.saved.checkpoint} is not the checkpoint that version {manifest.version} was made of: its "
+                f"digest is {trained.saved.digest[:12]} instead of {manifest.checkpoint_digest[:12]}; name the run by "
+                "--run"
+            )
+        index = _first(open_test(SoloComm(), trained.config, trained.schema, samples), impressions)
+        columns = RequestColumns(model.schema, model.fields).sources
+        online_N = np.concatenate(list(score_samples(score, index, columns)))
+        offline_N = _engine_logits(trained, index)
+        notes = trained.saved.notes_on_missing(trained.missing_lookups())
+        tolerance = tolerance_of(trained.config.model)
+        used = {name: record.version for name, record in trained.stores.items()}
+    for name, version in snapshots.items():
+        if used.get(name, version) != version:
+            notes.append(f"the run reads images of {name} from snapshot {used[name]}, but the vectors match {version}")
+    if manifest.id_dtype != "float32":
+        error = f"{manifest.id_error.worst:.2g}" if manifest.id_error else "more"
+        notes.append(
+            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by about {error}; set "
+            "--tolerance accordingly"
+        )
+    apart_N = np.abs(online_N - offline_N)
+    worst = int(apart_N.argmax())
+    return LogitsCompared(
+        len(apart_N), float(apart_N[worst]), float(apart_N.mean()), _place(index, worst), tolerance, tuple(notes)
+    )
+
+
+def tolerance_of(model: ModelConfig) -> float:
+    """Return the largest difference that rounding may cause between two ways of scoring an impression."""
+    return BFLOAT16_TOLERANCE if model.compute_dtype == "bfloat16" else TOLERANCE
+
+
+def _engine_logits(trained: TrainedRun, index: SampleIndex) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    reader = SampleReader(index, trained.schema, batch_size=trained.config.train.eval_batch_size)
+    prepared = trained.engine.prepared(reader.batches(), "eval")
+    return np.concatenate([trained.engine.predict(each) for each in prepared])
+
+
+def _source_snapshots(model: ModelVersion) -> dict[str, int]:
+    """Return the number of each feature store's snapshot that its newest vectors match."""
+    found = {}
+    for of in model.manifest.vectors:
+        manifest = FeatureStore.open(model.vectors_url(of)).snapshot().manifest
+        found[of.store] = (manifest.mirrors or of.source).version
+    return found
+
+
+def _first(index: SampleIndex, impressions: int | None) -> SampleIndex:
+    """Keep the first row groups with at least `impressions` impressions together; all if that is None."""
+    if impressions is None:
+        return index
+    starts = np.cumsum([0, *(each.num_samples for each in index.row_groups)])[:-1]
+    return replace(index, row_groups=index.row_groups[: int((starts < impressions).sum())])
+
+
+def _place(index: SampleIndex, impression: int) -> str:
+    for row_group in index.row_groups:
+        if impression < row_group.num_samples:
+            return f"impression {impression} of the row group from row {row_group.first_row} of {row_group.file}"
+        impression -= row_group.num_samples
+    raise AssertionError("an impression of the index")
+
+
+_DRAWN_VALUES = 8
+_DRAWN_IDS = 1 << 40
+
+
+def id_rows_drift(saved: SavedRun, draft: BundleManifest, storage: Storage) -> LogitDrift:
+    """Measure how far the written ID rows of a version move logits, compared to the checkpoint's rows.
+
+    Uses the version's sample, or random requests if it has none. Reads the run's ID tables once. Raises
+    BrokenBundleError, CheckpointError, TrainerError."""
+    bundle = _with_vectors(Bundle(storage, draft, None, verify=False), {})
+    has_sample = draft.file(SAMPLE) is not None
+    sample = _sample_of(bundle) if has_sample else drawn_requests(Scorer(bundle).columns)
+    asking = _NotedRows(bundle.ids)
+    bundle.ids = asking
+    as_written = _logits(bundle, sample)
+    asked = {width: np.unique(np.concatenate(places)) for width, places in asking.asked.items()}
+    bundle = copy.copy(bundle)
+    bundle.ids = _GivenRows(bundle.ids, asked, rows_at(SavedTables(saved), asked))
+    error = _error(as_written, _logits(bundle, sample))
+    return error if has_sample else error.model_copy(update={"inputs": "drawn ids"})
+
+
+def publish_drift(bundle: Bundle, reports: Sequence[PublishReport]) -> LogitDrift | None:
+    """Measure how far a publish has moved logits; None if the bundle has no sample. `bundle`: without vectors.
+
+    Reads only the vectors of the sample's images from the snapshots' files. Raises BrokenBundleError,
+    SnapshotNotFoundError, StorageError."""
+    if bundle.manifest.file(SAMPLE) is None:
+        return None
+    sample, _ = _sample_of(bundle), bundle.network  # loaded once for both
+    before = _with_vectors(bundle, {each.store: each.before for each in reports})
+    after = _with_vectors(bundle, {each.store: each.snapshot for each in reports})
+    return _error(_logits(before, sample), _logits(after, sample))
+
+
+class _NotedRows(BundleIdRows):
+    """The same rows; records which rows are gathered, by width."""
+
+    def __init__(self, rows: BundleIdRows) -> None:
+        self.__dict__.update(rows.__dict__)
+        self.asked: dict[int, list[Int64Array]] = {}
+
+    def gather(self, width: int, rows_N: Int64Array) -> Float32:
+        self.asked.setdefault(width, []).append(rows_N)
+        return super().gather(width, rows_N)
+
+
+class _GivenRows(BundleIdRows):
+    """The same rows with replaced values: those of the ascending positions (U,), by width."""
+
+    def __init__(self, rows: BundleIdRows, places: dict[int, Int64Array], values: dict[int, Float32]) -> None:
+        self.__dict__.update(rows.__dict__)
+        self._places, self._values = places, values
+
+    def gather(self, width: int, rows_N: Int64Array) -> Float32:
+        return self._values[width][np.searchsorted(self._places[width], rows_N)]
+
+
+def _with_vectors(bundle: Bundle, snapshots: dict[str, int]) -> Bundle:
+    """Open the bundle with these snapshots of its vectors, the newest ones by default, for a few lookups."""
+    other = copy.copy(bundle)
+    other.vectors = {
+        of.store: VectorTable.of_snapshot(
+            of, FeatureStore.open(bundle.vectors_url(of)).snapshot(snapshots.get(of.store))
+        )
+        for of in bundle.manifest.vectors
+    }
+    return other
+
+
+def _sample_of(bundle: Bundle) -> pa.Table:
+    return scorable_rows(RequestColumns(bundle.schema, bundle.fields), pq.read_table(bundle.files.path(SAMPLE)))
+
+
+def drawn_requests(columns: Mapping[str, Rule]) -> list[Request]:
+    """Draw SAMPLE_GROUPS requests with these columns, 8 candidates and behaviours each.
+
+    Ids are random, numbers are normally distributed; the requests are the same every time.
+    """
+    random = np.random.default_rng(0)
+
+    def values(rule: Rule, *shape: int) -> Any:
+        if rule.is_real:
+            return random.normal(size=shape).tolist()
+        return random.integers(0, _DRAWN_IDS, shape).tolist()
+
+    def column(rule: Rule) -> Any:
+        inner = rule.width or 1
+        if rule.depth == 0:
+            return values(rule)
+        if rule.side == "user" and rule.depth == 1 and rule.width is not None:
+            return values(rule, inner)
+        return values(rule, _DRAWN_VALUES, *[inner] * (rule.depth - 1))
+
+    def of_side(side: Side) -> dict[str, Any]:
+        return {name: column(rule) for name, rule in columns.items() if rule.side == side}
+
+    return [Request(user=of_side("user"), candidates=of_side("ad")) for _ in range(SAMPLE_GROUPS)]
+
+
+def _logits(bundle: Bundle, sample: pa.Table | list[Request]) -> Float32:
+    scorer = Scorer(bundle)
+    scored = scorer.score(sample) if isinstance(sample, list) else scorer.score_table(sample)
+    return np.concatenate([each.logits_C for each in scored])
+
+
+def _error(one: Float32, other: Float32) -> LogitDrift:
+    moved: Any = np.abs(one.astype(np.float64) - other)
+    return LogitDrift(num_scores=len(moved), worst=float(moved.max()), mean=float(moved.mean()))
