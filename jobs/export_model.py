@@ -165,7 +165,7 @@ def summary_text(
     if error:
         lines.append(
             f"error        {error.worst:.2g} of a logit at worst, {error.mean:.2g} on average of {error.num_scores:,} "
-            f"of {error.inputs}, as ID rows are {manifest.id_dtype}"
+            f"of the sample, as ID rows are {manifest.id_dtype}"
         )
     for of in manifest.vectors:
         networks = ", ".join(f"network {each.name}: {each.width} numbers" for each in of.networks)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
     from serving.bundle.log import BundleExpireReport
     from serving.bundle.manifest import BundleManifest, VectorsOf
-    from serving.http.codec import ModelSource
     from serving.scoring.drift import LogitsCompared
 
 
@@ -51,8 +50,6 @@ DrainS = Annotated[int, typer.Option(min=0, max=_DAY_S, help="Time for running r
 PollS = Annotated[
     float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
 ]
-Record = Annotated[int, typer.Option(min=0, max=10_000, help="Requests to keep for the next version's warm-up.")]
-RecordFile = Annotated[Path | None, typer.Option(help="File to keep them across restarts. It contains user data.")]
 SlowMs = Annotated[float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")]
 LogRequests = Annotated[
     bool, typer.Option("--log-requests", help="Log the body of every request. The log then contains user data.")
@@ -85,8 +82,6 @@ def serve(
     read_timeout_s: ReadTimeoutS = ServerSettings.read_timeout_s,
     drain_s: DrainS = ServerSettings.drain_s,
     poll_s: PollS = ServerSettings.poll_s,
-    record: Record = ServerSettings.record,
-    record_file: RecordFile = None,
     slow_ms: SlowMs = ServerSettings.slow_ms,
     log_requests: LogRequests = False,
     cache_dir: CacheDir = None,
@@ -118,13 +113,11 @@ def serve(
         read_timeout_s=read_timeout_s,
         drain_s=drain_s,
         poll_s=poll_s,
-        record=record,
-        record_file=record_file,
         slow_ms=slow_ms,
         log_requests=log_requests,
         cache_dir=cache_dir,
     )
-    raise typer.Exit(listen_and_answer(settings, _published))
+    raise typer.Exit(listen_and_answer(settings))
 
 
 def _find(model: str) -> None:
@@ -133,13 +126,6 @@ def _find(model: str) -> None:
     from serving.bundle.log import read_version
 
     read_version(Storage(model))
-
-
-def _published(settings: ServerSettings) -> "ModelSource":
-    """Open the source of models. Loads Torch, so it is called only after files are checked, and only in workers."""
-    from serving.http.live import BundleSource
-
-    return BundleSource(settings)
 
 
 _MISSING = {

@@ -99,8 +99,6 @@ class ServerSettings(AccessSettings):
     max_values: int = Budget.values
     max_wait_ms: float = 50.0
     poll_s: float = 2.0
-    record: int = 32
-    record_file: Path | None = None
     slow_ms: float = 100.0
     log_requests: bool = False
     cache_dir: Path | None = None

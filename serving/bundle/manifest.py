@@ -127,9 +127,8 @@ class VectorsOf(Frozen):
 
 
 class LogitDrift(Frozen):
-    """How far a change moves logits on a sample: another number type of ID rows, or a publish of vectors."""
+    """How far a change moves logits of the sample: another number type of ID rows, or a publish of vectors."""
 
-    inputs: Literal["test samples", "drawn ids"] = "test samples"
     num_scores: int
     worst: float
     mean: float

@@ -32,7 +32,7 @@ from featurestore.console.files import problem_of_dates, read_tokens
 from featurestore.errors import TokenFileError
 from serving.errors import ListenError, ServerSettingsError
 from serving.http.limits import limit_writes, protocol_with
-from serving.settings import AccessSettings, ServerSettings
+from serving.settings import AccessSettings
 
 logger = logging.getLogger("serving")
 
@@ -145,12 +145,6 @@ def check_files(settings: AccessSettings) -> None:
         _warn_of_dates(settings.tls_cert)
     elif settings.tls_key is not None:
         raise ServerSettingsError("--tls-key needs --tls-cert: give both, or neither")
-    if (
-        isinstance(settings, ServerSettings)
-        and settings.record_file
-        and not settings.record_file.absolute().parent.is_dir()
-    ):
-        raise ServerSettingsError(f"--record-file {settings.record_file}: its folder does not exist; create it first")
     if settings.host not in LOOPBACKS and settings.token_file is None:
         logger.warning("no --token-file on %s: everyone who can reach this server can use it", settings.host)
     if settings.host not in LOOPBACKS and settings.tls_cert is None:

@@ -29,10 +29,10 @@ from starlette.types import ASGIApp
 from featurestore.text import printable
 from serving.errors import NotFiniteError, RequestError, RequestTooLargeError
 from serving.http.access import TokenGuard, error_response
-from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody, ModelSource, Scores
+from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody, Scores
 from serving.http.inference import HEADER, SERVER, TensorBody, model_metadata
 from serving.http.limits import BODIES_AT_ONCE, CLOSE, BodyLimits, RefusedError
-from serving.http.live import LiveModel, NotReadyError, Recorder
+from serving.http.live import BundleSource, LiveModel
 from serving.http.metrics import ServingMetrics
 from serving.http.queue import ScoringQueue
 from serving.settings import ServerSettings
@@ -47,7 +47,7 @@ class Scoring:
     """All parts of a worker's server, put together; `app` answers with them."""
 
     settings: ServerSettings
-    source: ModelSource
+    source: BundleSource
     on_failure: Callable[[Exception], None]
     """Called if the first model cannot be loaded."""
     on_ready: Callable[[], None] | None = None
@@ -57,8 +57,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        self.recorder = Recorder(settings.record, settings.record_file)
-        self.live = LiveModel(self.source, self.recorder, self.metrics, settings.poll_s)
+        self.live = LiveModel(self.source, self.metrics, settings.poll_s)
         self.queue = ScoringQueue(self.live, settings.budget, settings.max_body_bytes, settings.max_wait_ms / 1000)
         self.stopping = False
 
@@ -173,8 +172,6 @@ class Scoring:
         self.queue.pace.worked(encode_s)
         await self.queue.pace.pause()
         self.metrics.record_scored(scores)
-        if isinstance(scores.decoded, list):
-            self.recorder.add(scores.decoded, len(content))
         request.state.scores, request.state.sizes = scores, (len(content), len(answer.body))
         return Response(answer.body, headers=dict(answer.headers), media_type=answer.media_type)
 
@@ -229,7 +226,6 @@ class Scoring:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            self.recorder.save()
             self.live.close()
 
     async def _work(self) -> None:
@@ -274,7 +270,7 @@ logger = logging.getLogger("serving")
 
 
 def response_of(error: Exception) -> Response:
-    """Turn an error into its answer: 400, 413 or 422 for a request, a RefusedError's status, 503 without a model.
+    """Turn an error into its answer: 400, 413 or 422 for a request, or a RefusedError's status.
 
     Any other error is a bug: 500. The log gets the traceback without the message, which may contain user data."""
     if isinstance(error, RefusedError):
@@ -285,8 +281,6 @@ def response_of(error: Exception) -> Response:
         return error_response(422, str(error))
     if isinstance(error, RequestError):
         return error_response(400, str(error))
-    if isinstance(error, NotReadyError):
-        return error_response(503, "the model is being loaded: try again", {"Retry-After": "1"})
     logger.error("bug: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
     return error_response(500, f"an error in the server ({type(error).__name__}): its log says where")
 

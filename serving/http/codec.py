@@ -7,119 +7,21 @@ Arrow: a stream (application/vnd.apache.arrow.stream) with the columns of the sa
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
+from serving.bundle.log import BundleIdentity
 from serving.errors import RequestError
 from serving.network import Steps
-from serving.scoring.request import Request, Scored, Sizes, check_table, short_repr
+from serving.scoring.request import Decoded, Request, Scored, check_table, short_repr
 from serving.settings import Budget
-from trainer.samples.columns import Rule
 from trainer.schema import Field
 
-Decoded = Sequence[Request] | pa.Table
-"""A decoded body: requests, or a table with one request per row."""
-
-
-class Identity(Protocol):
-    """The identity of a model: two models with equal identities are the same."""
-
-    @property
-    def version(self) -> int:
-        """Number of the bundle's version."""
-        ...
-
-    @property
-    def vectors(self) -> Mapping[str, int]:
-        """The snapshot of the visual vectors of each store."""
-        ...
-
-
-class Model(Protocol):
-    """A loaded model: `serving.scoring.Scorer` has these methods."""
-
-    @property
-    def identity(self) -> Identity:
-        """Version of the bundle and snapshots of its vectors."""
-        ...
-
-    @property
-    def columns(self) -> Mapping[str, Rule]:
-        """The columns of a request, with the rule for each."""
-        ...
-
-    @property
-    def fields(self) -> Sequence[Field]:
-        """The fields that the model uses."""
-        ...
-
-    @property
-    def vectors_time_s(self) -> Mapping[str, float]:
-        """When the vectors in use of each store were committed, in seconds since 1970."""
-        ...
-
-    def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """Score all requests. Raises RequestError, or NotFiniteError if a logit is not a finite number."""
-        ...
-
-    def score_table(self, table: pa.Table) -> list[Scored]:
-        """Score a table with the columns of sample files, one request per row. Raises RequestError."""
-        ...
-
-    def steps(self, decoded: Decoded, sizes: Sizes) -> Steps[list[Scored]]:
-        """Score a body of these sizes in pieces: the model stays open until the last one. Raises RequestError."""
-        ...
-
-    def sample(self) -> pa.Table | None:
-        """Read the sample that this version is checked with, or None."""
-        ...
-
-    def close(self) -> None:
-        """Unmap the files."""
-        ...
-
-
-class ModelSource(Protocol):
-    """The place where versions of a model are published."""
-
-    def newest(self) -> Identity:
-        """Look up the version in use, and the newest snapshots of its vectors; a few small reads."""
-        ...
-
-    def open(self, identity: Identity, current: Model | None) -> Model:
-        """Load a version with these vectors, reusing the parts that the current model shares.
-
-        Takes seconds. Raises BundleNotFoundError, BrokenBundleError, StorageError.
-        """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """The answers to one body, all of one model, and the seconds that each stage took."""
-
-    identity: Identity
-    fields: Sequence[Field]
-    decoded: Decoded
-    scored: Sequence[Scored]
-    stages: dict[str, float]
-
-    @property
-    def num_candidates(self) -> int:
-        """Candidates of all requests of the body."""
-        return sum(len(each.logits_C) for each in self.scored)
-
-
-def num_entries(column: Any) -> int:
-    """Count the entries of all lists of a column of a table, or its rows if it has no lists."""
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return sum(len(chunk.flatten()) for chunk in column.chunks)
-    return len(column)
-
+if TYPE_CHECKING:
+    from serving.scoring.scorer import Scorer
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 _PARTS = ("user", "context", "candidates")
@@ -142,10 +44,26 @@ class WrittenAnswer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The answers to one body, all of one model, and the seconds that each stage took."""
+
+    identity: BundleIdentity
+    fields: Sequence[Field]
+    decoded: Decoded
+    scored: Sequence[Scored]
+    stages: dict[str, float]
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of all requests of the body."""
+        return sum(len(each.logits_C) for each in self.scored)
+
+
 class Body(Protocol):
     """A received body in one of the forms: `decode` is called first, then `answer` with its scores."""
 
-    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
+    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
         """Decode it to requests or a table, in pieces. Raises RequestError, or RequestTooLargeError over the budget."""
         ...
 
@@ -162,7 +80,7 @@ class JsonBody:
     logits: bool = False
     _alone: bool = True
 
-    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
+    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
         """Parse it, see `requests_of`."""
         requests, self._alone = requests_of((yield from parse_json(self.body, budget)), budget)
         return requests
@@ -181,7 +99,7 @@ class ArrowBody:
 
     body: bytes
 
-    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
+    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
         """Read the table, see `arrow_table`."""
         table = yield from arrow_table(self.body, budget)
         return table
@@ -266,11 +184,6 @@ def request_of(value: Any, where: str, budget: Budget) -> Request:
     return Request(user=value.get("user", {}), context=value.get("context", {}), candidates=value["candidates"])
 
 
-def as_json(request: Request) -> dict[str, Any]:
-    """Return a request as it is written in JSON."""
-    return {"user": request.user, "context": request.context, "candidates": request.candidates}
-
-
 def _answer(scored: Scored, logits: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {"scores": scored.probabilities()}
     if logits:
@@ -314,7 +227,7 @@ def _check_messages(body: bytes, budget: Budget) -> None:
             raise RequestError("the Arrow stream adds to a dictionary; write it without emit_dictionary_deltas")
 
 
-def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
+def arrow_answer(identity: BundleIdentity, scored: Sequence[Scored]) -> bytes:
     """Write the answer to an Arrow body: one row per request, and version and snapshots in the schema's metadata."""
     metadata = {"version": str(identity.version)}
     metadata |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}

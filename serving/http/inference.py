@@ -20,18 +20,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from math import isnan, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 from serving.errors import RequestError
-from serving.http.codec import JSON, Decoded, Model, Scores, WrittenAnswer, parse_json
+from serving.http.codec import JSON, Scores, WrittenAnswer, parse_json
 from serving.network import CHUNK, Steps
-from serving.scoring.request import Request, Scored, short_repr
+from serving.scoring.request import Decoded, Request, Scored, short_repr
 from serving.settings import Budget
 from trainer.samples.columns import Rule
+
+if TYPE_CHECKING:
+    from serving.scoring.scorer import Scorer
 
 HEADER = "inference-header-content-length"
 
@@ -292,7 +295,7 @@ def _shape_error(name: str, tensor: Tensor, wanted: str) -> RequestError:
     return RequestError(f"input {name} has shape {list(tensor.shape)}, and has to be {wanted}")
 
 
-def model_metadata(name: str, model: Model) -> dict[str, Any]:
+def model_metadata(name: str, model: "Scorer") -> dict[str, Any]:
     """Describe a model and its tensors."""
     return {
         "name": name,
@@ -315,7 +318,7 @@ class TensorBody:
     """The outputs to send, and which of them as binary data."""
     _id: str | None = None
 
-    def decode(self, model: Model, budget: Budget) -> Steps[Decoded]:
+    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
         """Read the tensors of one request."""
         value, binary = yield from split_body(self.body, self.header, budget)
         tensors = yield from tensors_of(value, binary, budget)

@@ -10,7 +10,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
 from prometheus_client import (
@@ -26,8 +26,11 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from serving.http.codec import Model, Scores, num_entries
+from serving.http.codec import Scores
 from trainer.schema import Field
+
+if TYPE_CHECKING:
+    from serving.scoring.scorer import Scorer
 
 MetricT = TypeVar("MetricT", Counter, Histogram)
 
@@ -95,7 +98,7 @@ class ServingMetrics:
     ) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=mode)
 
-    def record_model(self, model: Model, switched: bool) -> None:
+    def record_model(self, model: "Scorer", switched: bool) -> None:
         """Record the model in use, and whether it replaces another one."""
         if self._version is None:
             self._version = self._gauge("serving_model_version", "Version of the bundle that answers", [], "livemin")
@@ -107,7 +110,7 @@ class ServingMetrics:
         if switched:
             self.switches.labels("switched").inc()
 
-    def record_age(self, model: Model) -> None:
+    def record_age(self, model: "Scorer") -> None:
         """Record the age of the vectors."""
         for store, time_s in model.vectors_time_s.items():
             self._age.labels(store).set(max(0.0, time.time() - time_s))
@@ -171,6 +174,14 @@ def _count(field: Field, scores: Scores) -> int:
     """Count the values of a user field in the same way as its places are counted."""
     column = field.columns[0] if field.columns else field.column_name
     if isinstance(scores.decoded, pa.Table):
-        return num_entries(scores.decoded.column(column)) if column in scores.decoded.column_names else 0
+        return _num_entries(scores.decoded.column(column)) if column in scores.decoded.column_names else 0
     values = [request.user[column] for request in scores.decoded if column in request.user]
     return sum(len(value) if isinstance(value, list) else 1 for value in values)
+
+
+def _num_entries(column: Any) -> int:
+    """Count the entries of all lists of a column of a table, or its rows if it has no lists."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return sum(len(chunk.flatten()) for chunk in column.chunks)
+    return len(column)

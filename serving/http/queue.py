@@ -11,15 +11,19 @@ import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from serving.http.codec import Body, Decoded, Model, Scores
+from serving.http.codec import Body, Scores
 from serving.http.limits import RefusedError
 from serving.http.live import LiveModel
 from serving.network import ResultT, Steps
-from serving.scoring.request import REQUEST_COST, Request, Sizes, check_sizes, joined, sizes_of
+from serving.scoring.request import REQUEST_COST, Decoded, Request, Sizes, check_sizes, joined, sizes_of
 from serving.settings import Budget
+
+if TYPE_CHECKING:
+    from serving.scoring.scorer import Scorer
 
 FIRST_GUESS_S = 2.5e-7
 """Seconds per pair of a candidate and a behaviour, until it was measured; see `Sizes.cost`."""
@@ -44,7 +48,7 @@ class Work:
     body: Body
     decoded: Decoded
     sizes: Sizes
-    model: Model
+    model: "Scorer"
     """The model by whose columns it was decoded."""
     done: "asyncio.Future[Scores]"
     stages: dict[str, float]
@@ -109,7 +113,7 @@ class ScoringQueue:
         return self._cost * self.seconds_per_cost
 
     async def score(self, body: Body, size_bytes: int) -> Scores:
-        """Wait for the model and score a body. Raises NotReadyError, RefusedError (503), RequestError."""
+        """Wait for the model and score a body. Raises RefusedError (503), RequestError."""
         self._live.model  # noqa: B018 (raises if there is none yet)
         self._refuse_if_busy()
         if self._undecoded_bytes and self._undecoded_bytes + size_bytes > self._max_undecoded_bytes:
@@ -146,7 +150,7 @@ class ScoringQueue:
         stages = {"parse": time.perf_counter() - start_s}
         return Work(body, decoded, sizes, model, asyncio.get_running_loop().create_future(), stages)
 
-    def _decoding_steps(self, body: Body, model: Model) -> Steps[tuple[Decoded, Sizes]]:
+    def _decoding_steps(self, body: Body, model: "Scorer") -> Steps[tuple[Decoded, Sizes]]:
         decoded = yield from body.decode(model, self._budget)
         sizes = sizes_of(decoded, model.columns)
         check_sizes(self._budget, sizes)
@@ -184,7 +188,7 @@ class ScoringQueue:
         measured = min(seconds_per_cost, _MOST_GROWTH * self.seconds_per_cost)  # one pause says little about the next
         self.seconds_per_cost += _WEIGHT * (measured - self.seconds_per_cost)
 
-    async def _process(self, model: Model, works: list[Work]) -> None:
+    async def _process(self, model: "Scorer", works: list[Work]) -> None:
         together: list[Work] = []
         for work in works:
             work.stages["wait"] = time.perf_counter() - work.decoded_s
@@ -202,7 +206,7 @@ class ScoringQueue:
         if together:
             await self._score(model, together)
 
-    async def _score(self, model: Model, works: list[Work]) -> None:
+    async def _score(self, model: "Scorer", works: list[Work]) -> None:
         """Score several bodies together; if that fails, score each alone, so that a bad one fails alone."""
         start_s = time.perf_counter()
         try:

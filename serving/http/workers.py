@@ -43,12 +43,12 @@ from serving.http.access import (
     uvicorn_config,
 )
 from serving.http.app import Scoring, logger
-from serving.http.codec import ModelSource
 from serving.http.limits import allow_connections
+from serving.http.live import BundleSource
 from serving.http.metrics import FOLDER_VARIABLE
 from serving.settings import ServerSettings
 
-MakeSource = Callable[[ServerSettings], ModelSource]
+MakeSource = Callable[[ServerSettings], BundleSource]
 
 _MAX_PAUSE_S = 30.0
 _TICKS_TO_STOP = 5
@@ -59,7 +59,7 @@ _TICKS_OF_PATIENCE = 10
 """Most ticks to wait for the first request of a connection that is already open."""
 
 
-def serve(settings: ServerSettings, make_source: MakeSource) -> int:
+def serve(settings: ServerSettings, make_source: MakeSource = BundleSource) -> int:
     """Listen and answer until a signal, and return the exit code.
 
     Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError if the port is taken, and

@@ -2,36 +2,29 @@
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath, run_path
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from serving.bundle import SAMPLE_GROUPS
 from serving.bundle.export import SavedTables, rows_at
 from serving.bundle.images import PublishReport
 from serving.bundle.manifest import SAMPLE, BundleManifest, LogitDrift
 from serving.bundle.open import Bundle, ModelVersion
 from serving.bundle.rows import BundleIdRows, Float32, VectorTable
 from serving.errors import BrokenBundleError
-from serving.scoring.arrow import scorable_rows
-from serving.scoring.request import Request, RequestColumns
+from serving.scoring.request import RequestColumns
 from serving.scoring.samples import ScoreTable, score_samples
 from serving.scoring.scorer import Scorer
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig
 from trainer.runs.saved import SavedRun, TrainedRun, open_test, open_trained
-from trainer.samples.columns import Rule
 from trainer.samples.index import SampleIndex
 from trainer.samples.reader import SampleReader
-from trainer.schema import Side
 
 TOLERANCE = 1e-5
 """Largest difference of a logit if E multiplies in float32 or float64."""
@@ -140,26 +133,19 @@ def _place(index: SampleIndex, impression: int) -> str:
     raise AssertionError("an impression of the index")
 
 
-_DRAWN_VALUES = 8
-_DRAWN_IDS = 1 << 40
+def id_rows_drift(saved: SavedRun, draft: BundleManifest, storage: Storage) -> LogitDrift | None:
+    """Measure how far the written ID rows of a version move logits of its sample, compared to the checkpoint's rows.
 
-
-def id_rows_drift(saved: SavedRun, draft: BundleManifest, storage: Storage) -> LogitDrift:
-    """Measure how far the written ID rows of a version move logits, compared to the checkpoint's rows.
-
-    Uses the version's sample, or random requests if it has none. Reads the run's ID tables once. Raises
-    BrokenBundleError, CheckpointError, TrainerError."""
+    None if the version has no sample. Reads the run's ID tables once. Raises BrokenBundleError, CheckpointError,
+    TrainerError."""
+    if draft.file(SAMPLE) is None:
+        return None
     bundle = _with_vectors(Bundle(storage, draft, None, verify=False), {})
-    has_sample = draft.file(SAMPLE) is not None
-    sample = _sample_of(bundle) if has_sample else drawn_requests(Scorer(bundle).columns)
-    asking = _NotedRows(bundle.ids)
-    bundle.ids = asking
-    as_written = _logits(bundle, sample)
+    bundle.ids = asking = _NotedRows(bundle.ids)
+    as_written = _logits(bundle)
     asked = {width: np.unique(np.concatenate(places)) for width, places in asking.asked.items()}
-    bundle = copy.copy(bundle)
     bundle.ids = _GivenRows(bundle.ids, asked, rows_at(SavedTables(saved), asked))
-    error = _error(as_written, _logits(bundle, sample))
-    return error if has_sample else error.model_copy(update={"inputs": "drawn ids"})
+    return _drift(as_written, _logits(bundle))
 
 
 def publish_drift(bundle: Bundle, reports: Sequence[PublishReport]) -> LogitDrift | None:
@@ -169,10 +155,10 @@ def publish_drift(bundle: Bundle, reports: Sequence[PublishReport]) -> LogitDrif
     SnapshotNotFoundError, StorageError."""
     if bundle.manifest.file(SAMPLE) is None:
         return None
-    sample, _ = _sample_of(bundle), bundle.network  # loaded once for both
+    bundle.network  # noqa: B018 (loaded once for both)
     before = _with_vectors(bundle, {each.store: each.before for each in reports})
     after = _with_vectors(bundle, {each.store: each.snapshot for each in reports})
-    return _error(_logits(before, sample), _logits(after, sample))
+    return _drift(_logits(before), _logits(after))
 
 
 class _NotedRows(BundleIdRows):
@@ -210,42 +196,14 @@ def _with_vectors(bundle: Bundle, snapshots: dict[str, int]) -> Bundle:
     return other
 
 
-def _sample_of(bundle: Bundle) -> pa.Table:
-    return scorable_rows(RequestColumns(bundle.schema, bundle.fields), pq.read_table(bundle.files.path(SAMPLE)))
-
-
-def drawn_requests(columns: Mapping[str, Rule]) -> list[Request]:
-    """Draw SAMPLE_GROUPS requests with these columns, 8 candidates and behaviours each.
-
-    Ids are random, numbers are normally distributed; the requests are the same every time.
-    """
-    random = np.random.default_rng(0)
-
-    def values(rule: Rule, *shape: int) -> Any:
-        if rule.is_real:
-            return random.normal(size=shape).tolist()
-        return random.integers(0, _DRAWN_IDS, shape).tolist()
-
-    def column(rule: Rule) -> Any:
-        inner = rule.width or 1
-        if rule.depth == 0:
-            return values(rule)
-        if rule.side == "user" and rule.depth == 1 and rule.width is not None:
-            return values(rule, inner)
-        return values(rule, _DRAWN_VALUES, *[inner] * (rule.depth - 1))
-
-    def of_side(side: Side) -> dict[str, Any]:
-        return {name: column(rule) for name, rule in columns.items() if rule.side == side}
-
-    return [Request(user=of_side("user"), candidates=of_side("ad")) for _ in range(SAMPLE_GROUPS)]
-
-
-def _logits(bundle: Bundle, sample: pa.Table | list[Request]) -> Float32:
+def _logits(bundle: Bundle) -> Float32:
+    """Score the bundle's sample."""
     scorer = Scorer(bundle)
-    scored = scorer.score(sample) if isinstance(sample, list) else scorer.score_table(sample)
-    return np.concatenate([each.logits_C for each in scored])
+    sample = scorer.sample()
+    assert sample is not None
+    return np.concatenate([each.logits_C for each in scorer.score(sample)])
 
 
-def _error(one: Float32, other: Float32) -> LogitDrift:
-    moved: Any = np.abs(one.astype(np.float64) - other)
+def _drift(one: Float32, other: Float32) -> LogitDrift:
+    moved = np.abs(one.astype(np.float64) - other)
     return LogitDrift(num_scores=len(moved), worst=float(moved.max()), mean=float(moved.mean()))

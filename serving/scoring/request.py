@@ -51,6 +51,10 @@ class Request:
         return f"input {column}" if self.as_tensors else f"{part}.{column}"
 
 
+Decoded = Sequence[Request] | pa.Table
+"""A decoded body: requests, or a table with the columns of sample files, one request per row."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """The answer to a request: a logit for each candidate, in order, and its unknown IDs and missing images.
@@ -148,7 +152,7 @@ def joined(several: Sequence[Sizes]) -> Sizes:
     )
 
 
-def sizes_of(value: Sequence[Request] | pa.Table, columns: Mapping[str, Rule]) -> Sizes:
+def sizes_of(value: Decoded, columns: Mapping[str, Rule]) -> Sizes:
     """Measure the requests of a body by the lengths of their lists. `columns`: those of the model."""
     if isinstance(value, pa.Table):
         return _sizes_of_table(value, columns)

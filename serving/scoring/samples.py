@@ -71,7 +71,7 @@ def score_model(url: str, samples: str, out: str, version: int | None = None) ->
 
 def in_process(scorer: Scorer) -> ScoreTable:
     """Return a function that scores a table in this process."""
-    return lambda table: [each.logits_C for each in scorer.score_table(table)]
+    return lambda table: [each.logits_C for each in scorer.score(table)]
 
 
 _ARROW = "application/vnd.apache.arrow.stream"

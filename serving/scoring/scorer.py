@@ -24,7 +24,7 @@ from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
 from serving.network.served import MOST_PAIRS
 from serving.scoring.arrow import check_columns, scorable_rows, table_steps
 from serving.scoring.decode import Bool, DecodedRequests, request_steps
-from serving.scoring.request import Places, Request, RequestColumns, Scored, Sizes, sizes_of
+from serving.scoring.request import Decoded, Places, RequestColumns, Scored, Sizes, sizes_of
 from trainer.engine.similarity import pairs_of_fields, similarity
 from trainer.engine.wiring import model_name
 from trainer.errors import DataError
@@ -264,15 +264,14 @@ class Scorer:
             return None
         return scorable_rows(self._columns, pq.read_table(self._bundle.files.path(SAMPLE)))
 
-    def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """Score all requests, or none if one is wrong. Raises RequestError, or NotFiniteError for bad logits."""
-        return run_steps(self.steps(requests, sizes_of(requests, self.columns)))
+    def score(self, decoded: Decoded) -> list[Scored]:
+        """Score requests, or a table with the columns of sample files, whose labels are optional.
 
-    def score_table(self, table: pa.Table) -> list[Scored]:
-        """Score a table with the columns of sample files, one request per row; labels are optional."""
-        return run_steps(self.steps(table, sizes_of(table, self.columns)))
+        Raises RequestError if one of them is wrong, or NotFiniteError if a logit is not a finite number.
+        """
+        return run_steps(self.steps(decoded, sizes_of(decoded, self.columns)))
 
-    def steps(self, decoded: Sequence[Request] | pa.Table, sizes: Sizes) -> Steps[list[Scored]]:
+    def steps(self, decoded: Decoded, sizes: Sizes) -> Steps[list[Scored]]:
         """Score requests or a table in pieces; `sizes`: the sizes of the requests."""
         if isinstance(decoded, pa.Table):
             check_columns(self._columns, decoded)

@@ -103,7 +103,7 @@ def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: st
     bundle = Bundle.open(model, cache_dir=tmp_path)
     sample = pq.read_table(bundle.files.path(SAMPLE))
     assert 0 < sample.num_rows <= 64
-    found = np.concatenate([each.logits_C for each in Scorer(bundle).score_table(sample)])
+    found = np.concatenate([each.logits_C for each in Scorer(bundle).score(sample)])
     with contextlib.closing(open_trained(places.folder / "runs" / "both", SoloComm())) as trained:
         groups = decode(sample, rules_of(trained.schema), "label", "sample", 0)
         ends = groups.sample_offsets[1:]
@@ -124,16 +124,9 @@ def test_other_types_of_rows_print_their_error(places: Places, tmp_path: Path, d
     error = json.loads((tmp_path / "export.json").read_text())["id_error"]
     assert 0 < error["mean"] <= error["worst"] < limit
     assert error["num_scores"] > 100
-
-
-@pytest.mark.usefixtures("same_network")
-def test_without_test_samples_the_error_is_that_of_drawn_ids(places: Places, tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    options = ("--run", places.folder / "runs" / "both", "--out", out, "--id-dtype", "int8", "--sample-groups", 0)
-    text = done(export_model.app, *options, "--json", tmp_path / "export.json")
-    assert "on average of 512 of drawn ids, as ID rows are int8" in text
-    error = json.loads((tmp_path / "export.json").read_text())["id_error"]
-    assert 0 < error["mean"] <= error["worst"] < 1e-2
+    text = done(export_model.app, *options, "--sample-groups", 0, "--json", tmp_path / "export.json")
+    assert "changes of scores cannot be measured" in text
+    assert json.loads((tmp_path / "export.json").read_text())["id_error"] is None
 
 
 @pytest.mark.usefixtures("same_network")
@@ -172,7 +165,7 @@ def test_compiled_code_of_this_machine_is_taken(places: Places, base: str, tmp_p
     assert compiled.manifest.vectors and compiled.network.note is None
     assert (compiled.network.form, portable.network.form) == ("compiled", "portable")
     sample = pq.read_table(portable.files.path(SAMPLE))
-    found = [np.concatenate([each.logits_C for each in Scorer(b).score_table(sample)]) for b in (compiled, portable)]
+    found = [np.concatenate([each.logits_C for each in Scorer(b).score(sample)]) for b in (compiled, portable)]
     np.testing.assert_allclose(*found, atol=1e-6)
 
 

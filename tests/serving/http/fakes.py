@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from serving.bundle.log import BundleIdentity
 from serving.errors import BrokenBundleError, RequestError
+from serving.http.live import BundleSource
 from serving.network import Steps
-from serving.scoring.request import Request, Scored, Sizes
+from serving.scoring.request import Decoded, Request, Scored, Sizes
 from serving.settings import ServerSettings
 from trainer.samples.columns import Rule, rules_of
 from trainer.schema import Field, load_schema
@@ -20,19 +22,11 @@ from trainer.schema import Field, load_schema
 SLOW = ("score_s", "slow_item", "begun")
 
 
-@dataclass(frozen=True)
-class FakeIdentity:
-    """Version and snapshots."""
-
-    version: int
-    vectors: Mapping[str, int] = field(default_factory=dict)
-
-
 @dataclass
 class FakeModel:
     """Scores a candidate by its item and the model's version: logit = version + item / 1000."""
 
-    identity: FakeIdentity
+    identity: BundleIdentity
     score_s: float = 0.0
     slow_item: int | None = None
     """Where it is given, requests with this item alone take `score_s`: not those that warm the model up."""
@@ -53,28 +47,21 @@ class FakeModel:
     def vectors_time_s(self) -> Mapping[str, float]:
         return {store: time.time() - 60 for store in self.identity.vectors}
 
-    def score(self, requests: Sequence[Request]) -> list[Scored]:
+    def score(self, decoded: Decoded) -> list[Scored]:
         assert not self.closed
-        if self.slow_item is None or any(self.slow_item in each.candidates["ad_item"] for each in requests):
+        if isinstance(decoded, pa.Table):
+            return self._score_table(decoded)
+        if self.slow_item is None or any(self.slow_item in each.candidates["ad_item"] for each in decoded):
             if self.begun is not None:
                 Path(self.begun).touch()
             time.sleep(self.score_s)
-        return [self._score(request) for request in requests]
+        return [self._score(request) for request in decoded]
 
-    def score_table(self, table: pa.Table) -> list[Scored]:
-        if "ad_item" not in table.column_names:
-            raise RequestError("column ad_item is missing; send it")
-        return [
-            self._score(Request(user={}, candidates={"ad_item": row})) for row in table.column("ad_item").to_pylist()
-        ]
-
-    def steps(self, decoded: Sequence[Request] | pa.Table, sizes: Sizes) -> Steps[list[Scored]]:
+    def steps(self, decoded: Decoded, sizes: Sizes) -> Steps[list[Scored]]:
         scored: list[Scored] = []
         for piece in sizes.pieces():
-            if isinstance(decoded, pa.Table):
-                scored += self.score_table(decoded.slice(piece.start, piece.stop - piece.start))
-            else:
-                scored += self.score(decoded[piece])
+            is_table = isinstance(decoded, pa.Table)
+            scored += self.score(decoded.slice(piece.start, piece.stop - piece.start) if is_table else decoded[piece])
             yield
         return scored
 
@@ -83,6 +70,13 @@ class FakeModel:
 
     def close(self) -> None:
         self.closed = True
+
+    def _score_table(self, table: pa.Table) -> list[Scored]:
+        if "ad_item" not in table.column_names:
+            raise RequestError("column ad_item is missing; send it")
+        return [
+            self._score(Request(user={}, candidates={"ad_item": row})) for row in table.column("ad_item").to_pylist()
+        ]
 
     def _score(self, request: Request) -> Scored:
         items = request.candidates.get("ad_item")
@@ -98,18 +92,18 @@ class FakeModel:
 
 
 @dataclass
-class FakeSource:
+class FakeSource(BundleSource):
     """Reads which version is in use from a file that tests write: {"version", "vectors", "broken", "score_s",
     "slow_item"}."""
 
     file: Path
     opened: list[FakeModel] = field(default_factory=list)
 
-    def newest(self) -> FakeIdentity:
+    def newest(self) -> BundleIdentity:
         value = json.loads(self.file.read_text())
-        return FakeIdentity(value["version"], value.get("vectors", {}))
+        return BundleIdentity(value["version"], value.get("vectors", {}))
 
-    def open(self, identity: FakeIdentity, current: object) -> FakeModel:
+    def open(self, identity: BundleIdentity, current: object) -> FakeModel:
         value = json.loads(self.file.read_text())
         if value.get("broken"):
             raise BrokenBundleError(f"bundle {identity.version}: network.pt2 is not what was published")

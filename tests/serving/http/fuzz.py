@@ -8,9 +8,10 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from serving.http.codec import ARROW, JSON, Model, as_json
+from serving.http.codec import ARROW, JSON
 from serving.http.inference import HEADER
 from serving.http.live import synthetic_requests
+from serving.scoring.scorer import Scorer
 from trainer.samples.columns import Rule
 
 ALLOWED = {200, 400, 404, 413, 415}
@@ -30,10 +31,10 @@ class FuzzBody(NamedTuple):
     content: bytes
 
 
-def bodies(model: Model, count: int, seed: int = 0) -> Iterator[FuzzBody]:
+def bodies(model: Scorer, count: int, seed: int = 0) -> Iterator[FuzzBody]:
     """Bodies in all forms, in turn; about one in ten is valid."""
     chance = random.Random(seed)
-    requests = [as_json(each) for each in synthetic_requests(model.columns)]
+    requests = [{"user": each.user, "candidates": each.candidates} for each in synthetic_requests(model.columns)]
     for number in range(count):
         request = orjson.loads(orjson.dumps(chance.choice(requests)))
         kind = number % 4

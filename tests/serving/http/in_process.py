@@ -10,14 +10,14 @@ import httpx2
 from starlette.applications import Starlette
 
 from serving.http.app import Scoring
-from serving.http.codec import ModelSource
+from serving.http.live import BundleSource
 from serving.settings import ServerSettings
 from tests.serving.http.fakes import FakeSource, write_state
 
 BASE = "http://scorer"
 
 
-def scoring_of(source: ModelSource, tokens: list[str] | None = None, **settings: Any) -> Scoring:
+def scoring_of(source: BundleSource, tokens: list[str] | None = None, **settings: Any) -> Scoring:
     """The parts of a server with these settings."""
     failures: list[Exception] = []
     scoring = Scoring(ServerSettings(model="-", name="ctr", **settings), source, failures.append, tokens=tokens)

@@ -12,9 +12,10 @@ import orjson
 import pyarrow as pa
 import pytest
 
+from serving.bundle.log import BundleIdentity
 from serving.http.app import Scoring
 from serving.http.codec import ARROW
-from tests.serving.http.fakes import FakeIdentity, FakeModel, FakeSource, write_state
+from tests.serving.http.fakes import FakeModel, FakeSource, write_state
 from tests.serving.http.in_process import client_of, run_with, scoring_of
 
 TOKEN = "0123456789abcdef0123"
@@ -310,7 +311,7 @@ def test_while_a_body_is_scored_others_are_answered_and_it_keeps_its_model(tmp_p
             while scoring.live._held is None:  # until its first piece is scored
                 await asyncio.sleep(0)
             health = 0
-            scoring.live._use(source.open(FakeIdentity(2), None))
+            scoring.live._use(source.open(BundleIdentity(2, {}), None))
             while not asked.done():
                 health += (await client.get("/v2/health/live")).status_code == 200
                 await asyncio.sleep(0)
@@ -379,7 +380,7 @@ def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: P
     go = threading.Event()
 
     class HeldUp(FakeSource):
-        def open(self, identity: FakeIdentity, current: object) -> FakeModel:
+        def open(self, identity: BundleIdentity, current: object) -> FakeModel:
             assert go.wait(60)
             return super().open(identity, current)
 
@@ -461,23 +462,3 @@ def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
     run_with(tmp_path, test)
     assert "ValueError" in caplog.text
     assert "secret-name" not in caplog.text
-
-
-def test_requests_are_recorded_up_to_the_number_and_kept_in_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "recorded"
-
-    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        for item in range(20):
-            await client.post("/v1/score", json={"user": {"user": item}, "candidates": {"ad_item": [item]}})
-        assert len(scoring.recorder.recorded()) == 5
-
-    run_with(tmp_path, test, record=5, record_file=file)
-    assert file.stat().st_mode & 0o777 == 0o600
-    lines = [orjson.loads(line) for line in file.read_bytes().splitlines()]
-    assert len(lines) == 5
-    assert all(line["user"]["user"] == line["candidates"]["ad_item"][0] for line in lines)
-
-    async def again(client: httpx2.AsyncClient, scoring: Scoring) -> None:
-        assert len(scoring.recorder.recorded()) == 5
-
-    run_with(tmp_path, again, record=5, record_file=file)

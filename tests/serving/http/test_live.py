@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from serving.errors import BrokenBundleError, NotFiniteError, RequestError
-from serving.http.live import ROUNDS, LiveModel, NotReadyError, Recorder, synthetic_requests, warm_up
+from serving.bundle.log import BundleIdentity
+from serving.errors import BrokenBundleError, NotFiniteError
+from serving.http.limits import RefusedError
+from serving.http.live import LiveModel, synthetic_requests, warm_up
 from serving.http.metrics import ServingMetrics
-from serving.scoring.request import Request, Scored
-from tests.serving.http.fakes import FakeIdentity, FakeModel, FakeSource, write_state
+from serving.scoring.request import Decoded, Scored
+from tests.serving.http.fakes import FakeModel, FakeSource, write_state
 from tests.serving.http.in_process import client_of, scoring_of
 from trainer.samples.columns import Rule
 
@@ -25,13 +27,13 @@ def value_of(metrics: ServingMetrics, line: str) -> float:
 
 
 def live_of(folder: Path, **state: object) -> LiveModel:
-    return LiveModel(FakeSource(write_state(folder, **state)), Recorder(4), ServingMetrics(), poll_s=0.01)
+    return LiveModel(FakeSource(write_state(folder, **state)), ServingMetrics(), poll_s=0.01)
 
 
 def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_closed(tmp_path: Path) -> None:
     async def run() -> None:
         live = live_of(tmp_path, version=1, vectors={"images": 5})
-        with pytest.raises(NotReadyError):
+        with pytest.raises(RefusedError):
             _ = live.model
         await live.start()
         first = live.model
@@ -40,7 +42,7 @@ def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_cl
         write_state(tmp_path, version=1, vectors={"images": 6})
         await live.poll_once()
         second = live.model
-        assert second.identity == FakeIdentity(1, {"images": 6})
+        assert second.identity == BundleIdentity(1, {"images": 6})
         assert (first.closed, second.closed) == (True, False)
         write_state(tmp_path, version=2, vectors={"images": 1})
         await live.poll_once()
@@ -134,66 +136,37 @@ def test_the_first_model_has_to_load(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-RAISED = {
-    "old_column": RequestError("old_column is none of the columns"),
-    "too_large": NotFiniteError("the logit of candidate 0 is not a finite number"),
-    "a_bug": AssertionError(),
-}
-"""What a model raises for a user with such a column."""
-
-
 class Counting(FakeModel):
-    """Counts the requests it scores, refuses those of another schema, and may give NaN."""
+    """Counts what it scores; the logits of item 8 are not finite numbers."""
 
     calls: int = 0
-    nan: bool = False
     judge: pa.Table | None = None
 
     def sample(self) -> pa.Table | None:
         return self.judge
 
-    def score(self, requests: list[Request]) -> list[Scored]:
-        for request in requests:
-            if error := RAISED.get(next(iter(request.user), "")):
-                raise error
-        self.calls += len(requests)
-        scored = super().score(requests)
-        if self.nan:
-            scored[0].logits_C[:] = np.nan
+    def score(self, decoded: Decoded) -> list[Scored]:
+        scored = super().score(decoded)
+        self.calls += len(scored)
+        if isinstance(decoded, pa.Table) and decoded["ad_item"].to_pylist() == [[8]]:
+            raise NotFiniteError("the logit of candidate 0 is not a finite number")
         return scored
 
 
-def test_a_model_is_warmed_up_by_recorded_requests_that_it_takes_else_by_made_up_ones() -> None:
-    recorder = Recorder(8)
-    recorder.add([Request(user={column: 1}, candidates={"ad_item": [1]}) for column in RAISED], 100)
-    model = Counting(FakeIdentity(1))
-    drawn = len(list(synthetic_requests(model.columns)))
-    assert warm_up(model, recorder) == drawn
-    recorder.add([Request(user={"user": 1}, candidates={"ad_item": [1]})], 100)
-    model.calls = 0
-    assert warm_up(model, recorder) == 1
-    assert model.calls == drawn + 1 + ROUNDS
+def test_a_model_is_warmed_up_by_its_sample_else_by_synthetic_requests() -> None:
+    model = Counting(BundleIdentity(1, {}))
+    assert warm_up(model) == model.calls == len(list(synthetic_requests(model.columns)))
+    for rows in (0, 3):
+        model.calls, model.judge = 0, pa.table({"ad_item": pa.array([[5, 6]] * rows, pa.list_(pa.int64()))})
+        assert warm_up(model) == model.calls == (rows or len(list(synthetic_requests(model.columns))))
 
 
-def test_a_model_whose_scores_are_no_numbers_is_refused_at_its_warm_up() -> None:
-    model = Counting(FakeIdentity(1))
-    model.nan = True
-    with pytest.raises(BrokenBundleError, match="not finite numbers"):
-        warm_up(model, Recorder(0))
-
-
-def test_a_model_is_judged_by_its_own_sample() -> None:
-    class Judged(Counting):
-        def score_table(self, table: pa.Table) -> list[Scored]:
-            if table["ad_item"].to_pylist() == [[8]]:
-                raise NotFiniteError("the logit of candidate 0 is not a finite number")
-            return super().score_table(table)
-
-    model = Judged(FakeIdentity(1))
+def test_a_model_whose_sample_has_no_finite_scores_is_refused() -> None:
+    model = Counting(BundleIdentity(1, {}))
     for items, is_sound in (([[5], [7]], True), ([[5], [8]], False)):
         model.judge = pa.table({"ad_item": items})
-        with contextlib.nullcontext() if is_sound else pytest.raises(BrokenBundleError):
-            warm_up(model, Recorder(0))
+        with contextlib.nullcontext() if is_sound else pytest.raises(BrokenBundleError, match="not finite numbers"):
+            warm_up(model)
 
 
 def test_made_up_requests_have_every_column_in_its_form() -> None:
@@ -214,17 +187,6 @@ def test_made_up_requests_have_every_column_in_its_form() -> None:
     assert request.user["galleries"] == [[1]] * 30
     assert request.candidates == {"ad": [1] * 200, "numbers": [[0.5, 0.5]] * 200}
     assert {len(each.candidates["ad"]) for each in synthetic_requests(columns)} == {0, 1, 2, 200}
-
-
-def test_large_requests_are_not_recorded_and_each_has_the_same_chance() -> None:
-    recorder = Recorder(10)
-    recorder.add([Request(user={}, candidates={"ad_item": [0]})], 10**6)
-    assert recorder.recorded() == []
-    for item in range(1_000):
-        recorder.add([Request(user={}, candidates={"ad_item": [item]})], 100)
-    items = [request.candidates["ad_item"][0] for request in recorder.recorded()]
-    assert len(set(items)) == 10
-    assert 200 < np.mean(items) < 800
 
 
 @pytest.mark.long
@@ -261,9 +223,9 @@ def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_p
 
 def test_a_model_that_fails_its_warm_up_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = FakeSource(write_state(tmp_path, version=1))
-    live = LiveModel(source, Recorder(4), ServingMetrics(), poll_s=0.01)
+    live = LiveModel(source, ServingMetrics(), poll_s=0.01)
 
-    def fails(model: object, recorder: object) -> int:
+    def fails(model: object) -> int:
         raise MemoryError
 
     async def run() -> None:

@@ -143,12 +143,6 @@ def test_certificates_that_are_not_valid_yet_or_end_soon_warn(tmp_path: Path, ca
     assert caplog.text == ""
 
 
-def test_the_folder_of_the_recorded_requests_has_to_be_there(tmp_path: Path) -> None:
-    check(record_file=tmp_path / "requests.jsonl")
-    with pytest.raises(ServerSettingsError, match=r"--record-file .*nowhere.*: its folder does not exist; create"):
-        check(record_file=tmp_path / "nowhere" / "requests.jsonl")
-
-
 def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Pair) -> None:
     other_folder = tmp_path / "other"
     other_folder.mkdir()

@@ -78,7 +78,7 @@ def test_scores_are_the_trainers_logits(variants: Variants, opened: Opened, name
     expected_N = predict_run(variant.run, store=store).logit_N
     assert np.ptp(expected_N) > 0.01
     table = variant.table.select([name for name in variant.table.column_names if name in scorer.columns])
-    of_table = logits_of(scorer.score_table(table))
+    of_table = logits_of(scorer.score(table))
     np.testing.assert_allclose(of_table, expected_N, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(logits_of(scorer.score(requests)), of_table)
     few = requests[::5]  # with and without behaviours, of one candidate and of several
@@ -200,7 +200,7 @@ def test_a_request_whose_logits_are_not_finite_is_refused_by_name(
         scorer.score([request, changed(requests[3], ad_shape=shapes[3])])
     wrong = table.set_column(table.column_names.index("ad_shape"), "ad_shape", pa.array(shapes))
     with pytest.raises(OverflowingInputError, match="the table, row 3: column ad_shape has 3"):
-        scorer.score_table(wrong)
+        scorer.score(wrong)
     assert scorable_rows(RequestColumns(scorer.bundle.schema, scorer.fields), wrong).num_rows == len(wrong) - 1
 
     right = ServedNetwork.steps
