@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.output import print_summary
-from pipeline.options import SampleOptions, takes
+from pipeline.options import SampleOptions
 
 EXAMPLES = """Examples:
 

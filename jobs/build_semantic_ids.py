@@ -6,9 +6,9 @@ from typing import Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.output import print_summary
-from pipeline.options import DEFAULT_SAMPLES, SemanticOptions, takes
+from pipeline.options import DEFAULT_SAMPLES, SemanticOptions
 from trainer.schema.fields import SETTINGS_FILE
 
 EXAMPLES = """Examples:

@@ -2,9 +2,9 @@
 
 import warnings
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app
+from featurestore.console.commandline import CONTINUES, CommandApp, run_app, takes
 from featurestore.console.output import print_summary, print_warning
-from pipeline.options import ExtractOptions, takes
+from pipeline.options import ExtractOptions
 
 EXAMPLES = """Examples:
 

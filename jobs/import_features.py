@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app
+from featurestore.console.commandline import CONTINUES, CommandApp, run_app, takes
 from featurestore.console.output import print_summary
-from pipeline.options import ImportOptions, takes
+from pipeline.options import ImportOptions
 
 if TYPE_CHECKING:
     from pipeline.vectors.formats import VectorSource

@@ -4,9 +4,9 @@ from typing import Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.output import print_summary, progress_bar
-from pipeline.options import XdlOptions, XdlRandomOptions, takes
+from pipeline.options import XdlOptions, XdlRandomOptions
 from trainer.schema.fields import SETTINGS_FILE
 
 EXAMPLES = """Examples:

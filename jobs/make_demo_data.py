@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.output import figure, print_summary, progress_bar
-from pipeline.options import DemoOptions, takes
+from pipeline.options import DemoOptions
 
 if TYPE_CHECKING:
     from pipeline.demo.make import DemoSummary

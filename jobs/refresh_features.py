@@ -1,8 +1,8 @@
 """Bring a feature store up to date with its images: new, changed and vanished ones, in one commit."""
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app
+from featurestore.console.commandline import CONTINUES, CommandApp, run_app, takes
 from featurestore.console.output import print_summary
-from pipeline.options import RefreshOptions, takes
+from pipeline.options import RefreshOptions
 
 EXAMPLES = """Examples:
 

@@ -1,13 +1,10 @@
 """The options of jobs, each said once: its name, its default, its limits and its help; a command gets one object."""
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Literal, TypeVar
 
 import typer
-from typer.models import ParameterInfo
 
 from featurestore.console.commandline import on_this_machine, power_of_two
 from featurestore.lookup.compute_dtype import AutoDType
@@ -66,35 +63,6 @@ KeepDaysOption = Annotated[
         min=1, max=LONGEST_DAYS, help="For an address: days for which replaced files stay for those who read them."
     ),
 ]
-
-
-def takes(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Make a command of a function of one object: its options are the fields of the dataclass `kind` with a help."""
-    hints = {
-        name: hint
-        for name, hint in get_type_hints(kind, include_extras=True).items()
-        if any(isinstance(about, ParameterInfo) for about in getattr(hint, "__metadata__", ()))
-    }
-    defaults = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if defaults[name] is MISSING else defaults[name],
-            annotation=hint,
-        )
-        for name, hint in hints.items()
-    ]
-
-    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
-        def command(**values: Any) -> None:
-            function(kind(**values))
-
-        command.__name__, command.__doc__, command.__annotations__ = function.__name__, function.__doc__, hints
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import USAGE_ERROR, CommandApp, run_app
 from serving import commands
 
 
@@ -23,8 +23,12 @@ class ServingGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command. A first word that is neither a command nor a path is a mistyped command."""
-        is_place = "/" in args[0] or Path(args[0]).exists()
-        return super().resolve_command(ctx, ["serve", *args] if is_place and args[0] not in self.commands else args)
+        word = args[0]
+        is_place = "/" in word or Path(word).exists()
+        try:
+            return super().resolve_command(ctx, ["serve", *args] if is_place and word not in self.commands else args)
+        except USAGE_ERROR as error:
+            ctx.fail(f"{error.message} Nor is {word} a folder here; give the folder or address of a published model")
 
 
 app = CommandApp(

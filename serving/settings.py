@@ -7,8 +7,14 @@ serving/scoring/request.py measures what a body holds.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from featurestore.published.paths import run_path
 from serving.errors import RequestTooLargeError
+
+_DAY_S = 86_400
 
 _WORDS = {
     "requests": ("requests", "send several bodies, or let the server take more by --max-requests"),
@@ -66,15 +72,19 @@ class Budget:
 class AccessSettings:
     """Address, tokens, certificate and timeouts of a server."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    token_file: Path | None = None
-    read_timeout_s: float = 30.0
-    """Time for a client to send a request, and to read its answer."""
-    drain_s: int = 30
-    """Time for running requests to end after SIGTERM."""
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")] = None
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with one token per line; requests without one get 401.")
+    ] = None
+    read_timeout_s: Annotated[
+        float, typer.Option(min=0.1, max=_DAY_S, help="Time for a client to send a request, and to take its answer.")
+    ] = 30.0
+    drain_s: Annotated[int, typer.Option(min=0, max=_DAY_S, help="Time for running requests to end after SIGTERM.")] = (
+        30
+    )
 
     @property
     def scheme(self) -> str:
@@ -84,24 +94,45 @@ class AccessSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(AccessSettings):
-    """All options of `python -m serving serve`, see its help texts."""
+    """The options of `python -m serving serve`."""
 
-    model: str
-    """Folder or address of the bundle."""
-    name: str
-    """Name of the model in the addresses of the Open Inference Protocol."""
-    workers: int = 1
-    max_body_mb: float = 8.0
-    max_requests: int = Budget.requests
-    max_candidates: int = Budget.candidates
-    max_behaviors: int = Budget.behaviors
-    max_pairs: int = Budget.pairs
-    max_values: int = Budget.values
-    max_wait_ms: float = 50.0
-    poll_s: float = 2.0
-    slow_ms: float = 100.0
-    log_requests: bool = False
-    cache_dir: Path | None = None
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
+    name: Annotated[str, typer.Option(help="Name in /v2/models/NAME.", show_default="the last part of MODEL")] = ""
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the port.")] = 1
+    max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")] = 8.0
+    max_requests: Annotated[int, typer.Option(min=1, help="Most requests in a body; above it 413.")] = Budget.requests
+    max_candidates: Annotated[int, typer.Option(min=1, help="Most candidates in a body; above it 413.")] = (
+        Budget.candidates
+    )
+    max_behaviors: Annotated[int, typer.Option(min=1, help="Most values in one list of a user; above it 413.")] = (
+        Budget.behaviors
+    )
+    max_pairs: Annotated[
+        int, typer.Option(min=1, help="Most pairs of candidate and behaviour in a body; above it 413.")
+    ] = Budget.pairs
+    max_values: Annotated[int, typer.Option(min=1, help="Most values and names in a body; above it 413.")] = (
+        Budget.values
+    )
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")
+    ] = 50.0
+    poll_s: Annotated[
+        float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
+    ] = 2.0
+    slow_ms: Annotated[
+        float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")
+    ] = 100.0
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log the body of every request. The log then contains user data.")
+    ] = False
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder for local copies; by default that of the feature store.")
+    ] = None
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model in the addresses of the Open Inference Protocol."""
+        return self.name or run_path(self.model).name or "model"
 
     @property
     def max_body_bytes(self) -> int:

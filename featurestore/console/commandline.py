@@ -13,22 +13,27 @@ Exit codes:
 import errno
 import functools
 import gc
+import inspect
 import io
 import math
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 import click
 import typer
 from typer.main import get_command
+from typer.models import ParameterInfo
 
 from featurestore.console.page import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text import one_line, printable, refusal
+
+Options = TypeVar("Options")
 
 OK, STOPPED = 0, 130
 STOPPED_BY_USER = "stopped by Ctrl-C"
@@ -38,7 +43,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path makes one slash of t
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000  # by Python's 700 it looks at what imports make, and keep, for a tenth of a start
 
 # typer brings a click of its own, and says nowhere what the roots of its errors are called.
-_USAGE_ERROR = cast("type[click.UsageError]", typer.BadParameter.__mro__[1])
+USAGE_ERROR = cast("type[click.UsageError]", typer.BadParameter.__mro__[1])
 _ROOT_ERROR = cast("type[click.ClickException]", typer.BadParameter.__mro__[2])
 _HELP_INSTEAD = "NoArgsIsHelpError"
 
@@ -142,7 +147,7 @@ def report_usage(error: click.ClickException) -> int:
     message = error.format_message()
     if type(error).__name__ == _HELP_INSTEAD:
         sys.stderr.write(f"{message}\n" if message.strip() else "")
-    elif isinstance(error, _USAGE_ERROR | click.UsageError) and error.ctx is not None:
+    elif isinstance(error, USAGE_ERROR | click.UsageError) and error.ctx is not None:
         say_error(f"{one_line(message)} (see {error.ctx.command_path} {error.ctx.help_option_names[-1]})")
     else:
         say_error(one_line(message))
@@ -169,6 +174,35 @@ def power_of_two(value: int | None) -> int | None:
     if value is not None and value & (value - 1):
         raise typer.BadParameter(f"{value} is not a power of two; try 64 or 128")
     return value
+
+
+def takes(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Make a command of a function of one object: its options are the fields of the dataclass `kind` with a help."""
+    hints = {
+        name: hint
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        if any(isinstance(about, ParameterInfo) for about in getattr(hint, "__metadata__", ()))
+    }
+    defaults = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if defaults[name] is MISSING else defaults[name],
+            annotation=hint,
+        )
+        for name, hint in hints.items()
+    ]
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            function(kind(**values))
+
+        command.__name__, command.__doc__, command.__annotations__ = function.__name__, function.__doc__, hints
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 def _check_not_empty(arguments: Sequence[str], may_be_empty: Collection[str]) -> None:

@@ -93,14 +93,20 @@ class Scoring:
 
     async def about(self, request: Request) -> Response:
         """Describe the server and its model."""
-        identity = self.live.model.identity if self.live.is_ready else None
+        name, identity = self.settings.model_name, self.live.model.identity if self.live.is_ready else None
         return _json(
             {
-                "name": self.settings.name,
+                "name": name,
                 "what": "click probabilities of candidates for a user: POST /v1/score, or the Open Inference Protocol",
                 "version": identity and identity.version,
                 "vectors": identity and dict(identity.vectors),
-                "addresses": ["/v1/score", "/v2", f"/v2/models/{self.settings.name}", "/v2/health/ready", "/metrics"],
+                "addresses": [
+                    "/v1/score",
+                    "/v2",
+                    f"/v2/models/{self.settings.model_name}",
+                    "/v2/health/ready",
+                    "/metrics",
+                ],
             }
         )
 
@@ -117,7 +123,7 @@ class Scoring:
         """Score the tensors of an inference request."""
         self._check_name(request)
         content = await self._read(request)
-        body = TensorBody(content, request.headers.get(HEADER), self.settings.name)
+        body = TensorBody(content, request.headers.get(HEADER), self.settings.model_name)
         return await self._scored(request, body, content)
 
     async def prometheus_metrics(self, request: Request) -> Response:
@@ -146,12 +152,14 @@ class Scoring:
     async def model_metadata(self, request: Request) -> Response:
         """Describe the model and its tensors."""
         self._check_name(request)
-        return _json(model_metadata(self.settings.name, self.live.model))
+        return _json(model_metadata(self.settings.model_name, self.live.model))
 
     async def model_is_ready(self, request: Request) -> Response:
         """Return whether the model is warmed up."""
         self._check_name(request)
-        return _json({"name": self.settings.name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503)
+        return _json(
+            {"name": self.settings.model_name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503
+        )
 
     async def _read(self, request: Request) -> bytes:
         start_s = time.perf_counter()
@@ -178,8 +186,8 @@ class Scoring:
     def _check_name(self, request: Request) -> None:
         """Raise RefusedError (404) if the address names another model or version."""
         name, asked = request.path_params["name"], request.path_params.get("version")
-        if name != self.settings.name:
-            raise RefusedError(404, f"no model {name[:60]!r} here: this server has {self.settings.name}")
+        if name != self.settings.model_name:
+            raise RefusedError(404, f"no model {name[:60]!r} here: this server has {self.settings.model_name}")
         if asked is not None and asked != (served := str(self.live.model.identity.version)):
             raise RefusedError(404, f"version {asked[:20]!r} is not served, but {served}; leave the version out")
 

@@ -68,7 +68,7 @@ def serve(settings: ServerSettings, make_source: MakeSource = BundleSource) -> i
     configure_logging()
     check_files(settings)
     listener = listen(settings)
-    logger.info("listening on %s for model %s of %s", url_of(settings, listener), settings.name, settings.model)
+    logger.info("listening on %s for model %s of %s", url_of(settings, listener), settings.model_name, settings.model)
     with listener:
         if settings.workers == 1:
             return run_worker(settings, listener, make_source)

@@ -4,6 +4,7 @@ from tests.commands.trainer_lines import HUGE
 
 SERVING = [
     ("serving look {model}", 2, "No such command 'look'"),
+    ("serving models", 2, "Nor is models a folder here; give the folder or address of a published model"),
     ("serving info {missing}", 2, "no published model"),
     ("serving info {emptydir}", 2, "no published model"),
     ("serving info {brackets}", 2, "[/x]"),

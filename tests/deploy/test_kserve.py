@@ -70,7 +70,7 @@ def test_the_arguments_are_those_of_our_command() -> None:
 
     (container,) = service()["spec"]["predictor"]["containers"]
     assert container["command"] == ["python", "-m", "serving", "serve"]
-    values = get_command(app).make_context("serve", list(container["args"])).params
+    values = get_command(app).commands["serve"].make_context("serve", list(container["args"])).params
     (port,) = container["ports"]
     assert values["port"] == port["containerPort"]
     assert values["host"] == "0.0.0.0"

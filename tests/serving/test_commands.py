@@ -178,7 +178,8 @@ def test_a_mistyped_command_is_not_taken_for_a_model(
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        errors = capsys.readouterr().err
+        assert said in errors and f"Nor is {word} a folder here" in errors
     # A folder of that name, and an address, are models.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "infos").mkdir()
