@@ -85,7 +85,7 @@ class BulkFinder:
         first_bit_T: Int64Array,
         known: Callable[[Int64Array], Bool],
     ) -> None:
-        """Use `BundleIdRows.many`."""
+        """Use `BundleIdRows.bulk_finder`."""
         self._finders, self._first_bit_T, self._is_known = finders, first_bit_T, known
         hashed = [each.table for each in finders if isinstance(each, _HashedTable)]
         shards = {table.num_shards for table in hashed}
@@ -155,7 +155,7 @@ class _ExactTable:
         return np.where(self._index.hash_M[place_N] == hash_N, own_N, self._cold_S[shard_N])
 
 
-def row_type(width: int, dtype: RowDType) -> np.dtype[np.generic]:
+def row_type(dtype: RowDType) -> np.dtype[np.generic]:
     """Return the numpy type of a row's numbers. In int8 rows the codes are followed by their scale, a float32."""
     return np.dtype({"float32": "<f4", "float16": "<f2", "int8": "i1"}[dtype])
 
@@ -168,7 +168,7 @@ def row_numbers(width: int, dtype: RowDType) -> int:
 def encoded(rows_RV: Float32, dtype: RowDType) -> NDArray[np.generic]:
     """Return rows as their file stores them. int8: integers from -127 to 127, and a scale to multiply them by."""
     if dtype != "int8":
-        return rows_RV.astype(row_type(rows_RV.shape[1], dtype))
+        return rows_RV.astype(row_type(dtype))
     scale_R = (np.abs(rows_RV).max(axis=1, initial=0) / LARGEST_CODE).astype("<f4")
     divisor_R1 = np.where(scale_R > 0, scale_R, 1)[:, None]
     codes_RV = np.clip(np.rint(rows_RV / divisor_R1), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
@@ -186,7 +186,7 @@ def decoded(stored_RW: NDArray[np.generic], dtype: RowDType) -> Float32:
 
 def map_rows(path: Path, file: RowsFile, dtype: RowDType) -> NDArray[np.generic]:
     """Map a file of rows into memory, read-only."""
-    return _mapped(path, row_type(file.width, dtype)).reshape(file.num_rows, row_numbers(file.width, dtype))
+    return _mapped(path, row_type(dtype)).reshape(file.num_rows, row_numbers(file.width, dtype))
 
 
 def _finder(table: TableRows, paths: dict[str, Path]) -> "_HashedTable | _DirectTable | _ExactTable":

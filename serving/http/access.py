@@ -35,23 +35,15 @@ from serving.http.limits import limit_writes, protocol_with
 from serving.settings import AccessSettings
 
 logger = logging.getLogger("serving")
-
 LOOPBACKS = ("127.0.0.1", "::1", "localhost")
-
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
-
 BACKLOG = 2048
-
 KEEP_ALIVE_S = 75
 """Longer than the minute after which proxies close idle connections, so that the server is not the first."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 _TICKS_TO_REFRESH = 20
 """Number of ticks, ten per second."""
-
 _SO_ATTACH_FILTER = 26
-
 _DROP_SYN = (
     (0x30, 0, 0, 13),  # load the byte of flags of the TCP header
     (0x54, 0, 0, 0x12),  # keep the bits SYN and ACK

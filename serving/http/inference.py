@@ -37,20 +37,14 @@ if TYPE_CHECKING:
     from serving.scoring.scorer import Scorer
 
 HEADER = "inference-header-content-length"
-
 DTYPES = {
     "BOOL": "?", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "<i1", "INT16": "<i2",
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
-
 MAX_DIMENSIONS = 3
-
 LENGTHS = ".lengths"
-
 OUTPUTS = {"score": "FP32", "logit": "FP32", "unknown": "INT32", "missing": "INT32"}
-
 BINARY = "application/octet-stream"
-
 SERVER = {"name": "crossmedia", "extensions": ["binary_tensor_data"]}
 
 

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from serving.scoring.scorer import Scorer
 
 logger = logging.getLogger("serving")
-
 SYNTHETIC_CANDIDATES = (1, 200, 0, 2, 1)
 SYNTHETIC_HISTORY = (30, 30, 0, 1, 2)
-
 _LONGEST_WAIT_S = 300.0
 _LOCK_SWITCH_S = 0.0005
 

@@ -42,13 +42,13 @@ class ServedNetwork:
         """Why existing compiled code is not used."""
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 1, portable: bool = False) -> Self:
+    def load(cls, folder: Path, *, portable: bool = False) -> Self:
         """Load the network that `export_network` wrote into `folder`. Takes about two seconds.
 
-        `threads`: of torch, in the whole process. `portable`: compiled code is not looked for. Raises
+        From then on torch uses one thread in the whole process. `portable`: compiled code is not looked for. Raises
         BrokenBundleError where a file is missing or is not what was written.
         """
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         note = None
         if not portable:
             compiled = folder / compiled_name()

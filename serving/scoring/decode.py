@@ -26,9 +26,7 @@ from trainer.samples.reader import Batch, Jagged, inputs_of
 from trainer.schema import Field
 
 Bool = NDArray[np.bool_]
-
 Result = TypeVar("Result")
-
 CROSSED_CHUNK = 2_000
 """Crossed values per piece; each takes some microseconds."""
 
