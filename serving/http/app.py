@@ -152,7 +152,8 @@ class Scoring:
     async def model_metadata(self, request: Request) -> Response:
         """Describe the model and its tensors."""
         self._check_name(request)
-        return _json(model_metadata(self.settings.model_name, self.live.model))
+        model = self.live.model
+        return _json(model_metadata(self.settings.model_name, model.identity.version, model.columns))
 
     async def model_is_ready(self, request: Request) -> Response:
         """Return whether the model is warmed up."""

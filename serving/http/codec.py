@@ -7,7 +7,7 @@ Arrow: a stream (application/vnd.apache.arrow.stream) with the columns of the sa
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -18,10 +18,8 @@ from serving.errors import RequestError
 from serving.network import Steps
 from serving.scoring.request import Decoded, Request, Scored, check_table, short_repr
 from serving.settings import Budget
+from trainer.samples.columns import Rule
 from trainer.schema import Field
-
-if TYPE_CHECKING:
-    from serving.scoring.scorer import Scorer
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 _PARTS = ("user", "context", "candidates")
@@ -63,8 +61,11 @@ class Scores:
 class Body(Protocol):
     """A received body in one of the forms: `decode` is called first, then `answer` with its scores."""
 
-    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
-        """Decode it to requests or a table, in pieces. Raises RequestError, or RequestTooLargeError over the budget."""
+    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
+        """Decode it to requests or a table, in pieces. `columns`: those of the model.
+
+        Raises RequestError, or RequestTooLargeError over the budget.
+        """
         ...
 
     def answer(self, scores: Scores) -> WrittenAnswer:
@@ -80,7 +81,7 @@ class JsonBody:
     logits: bool = False
     _alone: bool = True
 
-    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
+    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
         """Parse it, see `requests_of`."""
         requests, self._alone = requests_of((yield from parse_json(self.body, budget)), budget)
         return requests
@@ -99,7 +100,7 @@ class ArrowBody:
 
     body: bytes
 
-    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
+    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
         """Read the table, see `arrow_table`."""
         table = yield from arrow_table(self.body, budget)
         return table

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from math import isnan, prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orjson
@@ -29,12 +29,9 @@ from numpy.typing import NDArray
 from serving.errors import RequestError
 from serving.http.codec import JSON, Scores, WrittenAnswer, parse_json
 from serving.network import CHUNK, Steps
-from serving.scoring.request import Decoded, Request, Scored, short_repr
+from serving.scoring.request import Decoded, Request, short_repr
 from serving.settings import Budget
 from trainer.samples.columns import Rule
-
-if TYPE_CHECKING:
-    from serving.scoring.scorer import Scorer
 
 HEADER = "inference-header-content-length"
 DTYPES = {
@@ -289,13 +286,13 @@ def _shape_error(name: str, tensor: Tensor, wanted: str) -> RequestError:
     return RequestError(f"input {name} has shape {list(tensor.shape)}, and has to be {wanted}")
 
 
-def model_metadata(name: str, model: "Scorer") -> dict[str, Any]:
+def model_metadata(name: str, version: int, columns: Mapping[str, Rule]) -> dict[str, Any]:
     """Describe a model and its tensors."""
     return {
         "name": name,
-        "versions": [str(model.identity.version)],
+        "versions": [str(version)],
         "platform": "crossmedia",
-        "inputs": metadata(model.columns),
+        "inputs": metadata(columns),
         "outputs": [{"name": output, "datatype": kind, "shape": [-1]} for output, kind in OUTPUTS.items()],
     }
 
@@ -307,25 +304,22 @@ class TensorBody:
     body: bytes
     header: str | None
     name: str
-    _fields_of_ads: frozenset[str] = frozenset()
     _asked: dict[str, bool] = field(default_factory=dict)
     """The outputs to send, and which of them as binary data."""
     _id: str | None = None
 
-    def decode(self, model: "Scorer", budget: Budget) -> Steps[Decoded]:
+    def decode(self, columns: Mapping[str, Rule], budget: Budget) -> Steps[Decoded]:
         """Read the tensors of one request."""
         value, binary = yield from split_body(self.body, self.header, budget)
         tensors = yield from tensors_of(value, binary, budget)
         self._asked, self._id = _asked(value), value.get("id")
         if self._id is not None and not isinstance(self._id, str):
             raise RequestError(f"id is {short_repr(self._id)}, and has to be a text")
-        self._fields_of_ads = frozenset(each.name for each in model.fields if each.side == "ad")
-        return [(yield from request_of(tensors, model.columns))]
+        return [(yield from request_of(tensors, columns))]
 
     def answer(self, scores: Scores) -> WrittenAnswer:
         """Write the outputs that were asked for."""
-        outputs = self._outputs(scores.scored[0])
-        identity = scores.identity
+        outputs, identity = _outputs(scores), scores.identity
         fields: dict[str, Any] = {"model_name": self.name, "model_version": str(identity.version)}
         fields |= {"id": self._id} if self._id is not None else {}
         fields["parameters"] = {f"vectors.{store}": snapshot for store, snapshot in identity.vectors.items()}
@@ -335,20 +329,16 @@ class TensorBody:
             return WrittenAnswer(head, JSON)
         return WrittenAnswer(b"".join([head, *parts]), BINARY, {HEADER: str(len(head))})
 
-    def _outputs(self, scored: Scored) -> dict[str, NDArray[Any]]:
-        return {
-            "score": scored.probabilities(),
-            "logit": scored.logits_C,
-            "unknown": self._counts(scored.unknown, len(scored.logits_C)),
-            "missing": self._counts(scored.missing, len(scored.logits_C)),
-        }
 
-    def _counts(self, places: Mapping[str, NDArray[np.int64]], num_candidates: int) -> NDArray[np.int32]:
-        """Count the fields of each candidate; the user's fields do not count."""
-        counts = np.zeros(num_candidates, np.int32)
-        for name in places.keys() & self._fields_of_ads:
-            counts[np.unique(places[name])] += 1
-        return counts
+def _outputs(scores: Scores) -> dict[str, NDArray[Any]]:
+    """Return all outputs; unknown and missing are counts of each candidate's fields, without those of the user."""
+    (scored,) = scores.scored
+    ads = {each.name for each in scores.fields if each.side == "ad"}
+    counts = {"unknown": np.zeros_like(scored.logits_C, np.int32), "missing": np.zeros_like(scored.logits_C, np.int32)}
+    for output, places in (("unknown", scored.unknown), ("missing", scored.missing)):
+        for name in places.keys() & ads:
+            counts[output][np.unique(places[name])] += 1
+    return {"score": scored.probabilities(), "logit": scored.logits_C, **counts}
 
 
 def _asked(value: dict[str, Any]) -> dict[str, bool]:

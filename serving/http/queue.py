@@ -151,7 +151,7 @@ class ScoringQueue:
         return Work(body, decoded, sizes, model, asyncio.get_running_loop().create_future(), stages)
 
     def _decoding_steps(self, body: Body, model: "Scorer") -> Steps[tuple[Decoded, Sizes]]:
-        decoded = yield from body.decode(model, self._budget)
+        decoded = yield from body.decode(model.columns, self._budget)
         sizes = sizes_of(decoded, model.columns)
         check_sizes(self._budget, sizes)
         return decoded, sizes
