@@ -60,7 +60,7 @@ class NetworkInputs:
     num_groups: int
     fields: Mapping[str, FieldRows]
     dense: Mapping[str, Float32] = field(default_factory=dict)
-    """Every dense field, (M, width), as the model takes it (trainer/samples/values.py)."""
+    """Every dense field, (M, width), as the model takes it (trainer/samples/reader.py)."""
     similar: Mapping[str, NearestRows] = field(default_factory=dict)
     """By behaviour field, where the model compares images."""
 
