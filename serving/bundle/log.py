@@ -117,11 +117,7 @@ class BundleIdentity:
 
         Raises BundleNotFoundError, BrokenBundleError, StorageError."""
         storage = Storage(url)
-        return cls.of(storage, read_version(storage))
-
-    @classmethod
-    def of(cls, storage: Storage, manifest: BundleManifest) -> "BundleIdentity":
-        """Look up the newest vectors of a version. Raises BrokenBundleError, StorageError."""
+        manifest = read_version(storage)
         try:
             urls = {of.store: storage.full(f"{manifest.folder}/{of.folder}") for of in manifest.vectors}
             return cls(
@@ -199,7 +195,10 @@ def expire(
         if not value >= 0:
             raise ValueError(f"{name}={value} is less than 0")
     folders = _folders(storage)  # before the manifests, which then list all that is published from here on
-    manifests = {version: read_version(storage, version) for version in _known(storage)}
+    known = known_versions(storage)
+    if not known:
+        read_version(storage)  # says what is wrong
+    manifests = {version: read_version(storage, version) for version in known}
     names = Counter(each.bundle_id for each in manifests.values())
     own = {bundle_id for bundle_id, count in names.items() if count == 1}  # folders named by two manifests stay
     now_s = storage.now()  # writes a file, so only where there is a model
@@ -263,13 +262,6 @@ def _numbers_and_times(storage: Storage, folder: str) -> list[tuple[int, float]]
     entries = storage.entries(folder, recursive=False)
     found = ((version_of(entry.path.rpartition("/")[2]), entry.mtime_s) for entry in entries)
     return sorted((number, made_s) for number, made_s in found if number is not None)
-
-
-def _known(storage: Storage) -> list[int]:
-    known = known_versions(storage)
-    if not known:
-        read_version(storage)  # says what is wrong
-    return known
 
 
 def _remove(storage: Storage, manifest: BundleManifest, seen: int, own: set[str]) -> bool:

@@ -7,7 +7,7 @@ row or visual vector, D columns of a row of the vectors store, W words of a sign
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from featurestore.lookup.partition import FeaturePartition
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle import RowDType
-from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows, VectorsOf
+from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows, VectorsOf, row_bytes
 from serving.errors import BrokenBundleError
 from trainer.engine.similarity import BITS, WORDS, Words
 
@@ -160,11 +160,6 @@ def row_type(dtype: RowDType) -> np.dtype[np.generic]:
     return np.dtype({"float32": "<f4", "float16": "<f2", "int8": "i1"}[dtype])
 
 
-def row_numbers(width: int, dtype: RowDType) -> int:
-    """Return how many numbers of `row_type` a row has in its file."""
-    return width + (SCALE_BYTES if dtype == "int8" else 0)
-
-
 def encoded(rows_RV: Float32, dtype: RowDType) -> NDArray[np.generic]:
     """Return rows as their file stores them. int8: integers from -127 to 127, and a scale to multiply them by."""
     if dtype != "int8":
@@ -186,7 +181,8 @@ def decoded(stored_RW: NDArray[np.generic], dtype: RowDType) -> Float32:
 
 def map_rows(path: Path, file: RowsFile, dtype: RowDType) -> NDArray[np.generic]:
     """Map a file of rows into memory, read-only."""
-    return _mapped(path, row_type(dtype)).reshape(file.num_rows, row_numbers(file.width, dtype))
+    number = row_type(dtype)
+    return _mapped(path, number).reshape(file.num_rows, row_bytes(file.width, dtype) // number.itemsize)
 
 
 def _finder(table: TableRows, paths: dict[str, Path]) -> "_HashedTable | _DirectTable | _ExactTable":
@@ -213,36 +209,12 @@ _BITS_OF_A_COLUMN = 16
 SIGNATURE_COLUMNS = BITS // _BITS_OF_A_COLUMN
 
 
-class RowsByKey(Protocol):
-    """The rows behind a table: a partition that is mapped into memory, or the snapshot itself."""
-
-    @property
-    def dim(self) -> int:
-        """Numbers in a row."""
-        ...
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-        ...
-
-    snapshot_version: int
-
-    def lookup(self, keys_U: Int64Array) -> Lookup:
-        """Return rows in the order asked, with zeros for missing keys, and a mask of the missing keys."""
-        ...
-
-    def close(self) -> None:
-        """Release the rows."""
-        ...
-
-
 class VectorTable:
     """The vectors of one feature store's images at one snapshot of the vectors store. Lookups are thread-safe."""
 
-    def __init__(self, of: VectorsOf, partition: RowsByKey, time_s: float) -> None:
+    def __init__(self, of: VectorsOf, partition: "FeaturePartition | _SnapshotRows", time_s: float) -> None:
         """Use `open` or `of_snapshot`."""
-        self.manifest, self._partition = of, partition
+        self._partition = partition
         self.time_s = time_s
         """When the snapshot was committed, in seconds since 1970."""
         self.no_image: Mapping[str, Float32] = {
@@ -283,11 +255,6 @@ class VectorTable:
         """Number of the vectors store's snapshot."""
         return self._partition.snapshot_version
 
-    @property
-    def num_images(self) -> int:
-        """Images that have vectors."""
-        return self._partition.num_rows
-
     def lookup(self, keys_N: Int64Array) -> tuple[Float32, Bool]:
         """Copy the rows of images, (N, D), and mark those without one, (N,), whose vector is `no_image`."""
         found = self._partition.lookup(keys_N)
@@ -321,10 +288,6 @@ class _SnapshotRows:
     @property
     def dim(self) -> int:
         return self._snapshot.info.dim
-
-    @property
-    def num_rows(self) -> int:
-        return self._snapshot.num_rows
 
     def lookup(self, keys_U: Int64Array) -> Lookup:
         features_UD = np.zeros((len(keys_U), self.dim), np.float32)

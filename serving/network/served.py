@@ -4,8 +4,8 @@
     network.score(inputs)        (B,) float32
     network.form, network.note   "compiled" or "portable", and why existing compiled code is not used
 
-Uses code compiled for this kind of machine (`compiled_name`) if there is any. The portable form gives the same logits up
-to rounding, and takes some milliseconds a user. A call uses one core; torch's number of threads applies to the whole
+Uses code compiled for this kind of machine (`compiled_name`) if there is any. The portable form gives the same logits
+up to rounding, and takes some milliseconds a user. A call uses one core; torch's number of threads applies to the whole
 process.
 """
 

@@ -76,7 +76,7 @@ class World:
         table, keys = bundle.vectors["images"], snapshot.keys()
         rows, missing = table.lookup(ALL)
         np.testing.assert_array_equal(ALL[~missing], keys[np.isin(keys, ALL)])
-        assert table.num_images == len(keys)
+        assert table._partition.num_rows == len(keys)
         features = torch.from_numpy(snapshot.get(ALL[~missing]))
         with torch.no_grad():
             wanted = service.models[network](features).numpy()
