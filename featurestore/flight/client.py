@@ -37,7 +37,6 @@ from featurestore.lookup.hashedrows import Lookup
 from featurestore.lookup.rowfiles import output_for
 from featurestore.snapshot import missing_message
 from featurestore.spec import MissingPolicy
-from featurestore.text import DType
 
 _CALL_BYTES = 256 << 20  # of features in one call: each has its deadline
 _CALL_KEYS = 1 << 20
@@ -121,11 +120,6 @@ class FeatureClient:
     def dim(self) -> int:
         """Width of a feature."""
         return self.info.dim
-
-    @property
-    def dtype(self) -> DType:
-        """The store's dtype; bfloat16 rows come as their bits in uint16."""
-        return self.info.dtype
 
     def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
         """Return the features of `keys_U` in the order asked, written into `out` (U, D) where it is given.

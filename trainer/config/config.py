@@ -250,12 +250,23 @@ def load_saved(file: RunPath) -> Config:
 
 def _checked(layers: Iterable[DictConfig]) -> Config:
     """Merge layers over the defaults, resolve interpolations, and check the result."""
-    merged = OmegaConf.merge(Config().model_dump(mode="json"), *layers)
+    values = Config().model_dump(mode="json")
+    for layer in layers:
+        _lay_over(values, OmegaConf.to_container(layer))
     try:
-        resolved: Any = OmegaConf.to_container(merged, resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as failure:
         raise ConfigError(f"unresolved ${{...}} reference in the configuration: {one_line(failure)}") from failure
     return validated(Config, {str(name): value for name, value in resolved.items()}, "configuration", ConfigError)
+
+
+def _lay_over(below: dict[Any, Any], above: Any) -> None:
+    """Update the mapping `below` with the values `above`, merging nested mappings; OmegaConf refuses other types."""
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            _lay_over(below[name], value)
+        else:
+            below[name] = value
 
 
 def save_config(config: Config, path: RunPath) -> None:

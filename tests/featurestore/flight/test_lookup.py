@@ -54,7 +54,7 @@ def assert_same(client: FeatureClient, store: FeatureStore, folder: Path, keys_U
         assert found.features_UD.tobytes() == expected.features_UD.tobytes()
         np.testing.assert_array_equal(found.missing_U, expected.missing_U)
         np.testing.assert_array_equal(client.contains(keys_U), partition.contains(keys_U))
-        for name in ("dim", "dtype", "num_rows", "snapshot_version", "snapshot_id", "info", "missing_count"):
+        for name in ("dim", "num_rows", "snapshot_version", "snapshot_id", "info", "missing_count"):
             assert getattr(client, name) == getattr(partition, name), name
         values_ND = partition.codec.decode(expected.features_UD)
         np.testing.assert_array_equal(client.codec.decode(found.features_UD), values_ND)
