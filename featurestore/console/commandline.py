@@ -113,9 +113,18 @@ def command_end(stopped: str = STOPPED_BY_USER, failures: tuple[type[Exception],
             raise
         say_error(f"{error.filename}: {refusal(error)}")
         raise typer.Exit(FAILED) from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not _is_interrupt(error):
+            raise
         typer.echo(stopped, err=True)
         raise typer.Exit(STOPPED) from None
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Tell Ctrl-C from other errors; of one in a wait for a lock Python makes RuntimeError("release unlocked lock")."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:

@@ -84,6 +84,14 @@ def test_what_ends_a_command_is_one_line_and_a_code(error: BaseException, code: 
     assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
 
 
+def test_ctrl_c_within_a_wait_for_a_lock_is_ctrl_c() -> None:
+    error = RuntimeError("release unlocked lock")
+    error.__context__ = KeyboardInterrupt()
+    done = CliRunner().invoke(failing(error), [])
+    assert done.exit_code == 130 and done.stderr.startswith("stopped by Ctrl-C; what is finished is kept")
+    assert isinstance(CliRunner().invoke(failing(RuntimeError("a fault")), []).exception, RuntimeError)
+
+
 def test_what_is_not_ours_is_left_alone() -> None:
     assert isinstance(CliRunner().invoke(failing(ZeroDivisionError()), []).exception, ZeroDivisionError)
 
