@@ -6,8 +6,10 @@ Letters of shapes: U keys asked, C of them in a block, D feature width.
 import hmac
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,8 @@ BLOCK_BYTES = 4 << 20
 MAX_OLDER = 3
 _MASK_ROWS = 1 << 16
 _SHUTDOWN_S = 20.0
+_LINGER_S = 0.5
+"""Until a client has read the end of an answer that is written: a connection that is closed before may lose it."""
 
 
 class OpenSnapshots:
@@ -152,6 +156,7 @@ class FeatureServer(flight.FlightServerBase):
         scheme = SECURE if listening.tls else "grpc"
         host = f"[{listening.host}]" if ":" in listening.host else listening.host
         self._snapshots = snapshots
+        self._calls, self._running, self._drains = threading.Condition(), 0, False
         super().__init__(
             f"{scheme}://{host}:{listening.port}",
             tls_certificates=[listening.tls] if listening.tls else None,
@@ -194,6 +199,12 @@ class FeatureServer(flight.FlightServerBase):
             described = Described(info=partition.info, snapshot_id=partition.snapshot_id, num_rows=partition.num_rows)
             return iter([described.model_dump_json().encode()])
 
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new calls, and wait for those that run; return whether they have ended in time."""
+        with self._calls:
+            self._drains = True
+            return self._calls.wait_for(lambda: not self._running, timeout_s)
+
     def _scan(self, asked: ScanTicket) -> Iterator[pa.RecordBatch]:
         with self._answering():
             version = self._snapshots.partition(asked.version).snapshot_version
@@ -201,7 +212,11 @@ class FeatureServer(flight.FlightServerBase):
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Send errors of ours as such; of others the client learns that there was one, and stderr the rest."""
+        """Count a call, and send errors of ours as such; of others clients learn that there was one, stderr more."""
+        with self._calls:
+            if self._drains:
+                raise flight.FlightUnavailableError("the server shuts down")
+            self._running += 1
         try:
             yield
         except FeatureStoreError as error:
@@ -213,6 +228,10 @@ class FeatureServer(flight.FlightServerBase):
         except Exception as error:
             sys.stderr.write(traceback.format_exc())
             raise flight.FlightInternalError(f"the server failed: {type(error).__name__}") from error
+        finally:
+            with self._calls:
+                self._running -= 1
+                self._calls.notify_all()
 
 
 def _answer(partition: FeaturePartition, keys_C: Int64Array, features: bool) -> pa.RecordBatch:
@@ -235,7 +254,12 @@ def serve(snapshots: OpenSnapshots, listening: Listening, poll_s: float, report:
     newer snapshot. Raises ServerError where it cannot listen at the address.
     """
     ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    woken, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    # Whichever thread a signal meets writes there; the wait for a lock would not end if it met another one, or came
+    # just before.
+    signal.set_wakeup_fd(wakes.fileno())
     try:
         server = FeatureServer(snapshots, listening)
     except (pa.ArrowException, OSError) as error:
@@ -246,8 +270,9 @@ def serve(snapshots: OpenSnapshots, listening: Listening, poll_s: float, report:
     threading.Thread(target=follow, args=(snapshots, poll_s, report, ended), name="follow", daemon=True).start()
     try:
         report(f"{server.address} offers snapshot {snapshots.newest} of {snapshots.store.url}")
-        ended.wait()
+        woken.recv(1)  # Ctrl-C raises KeyboardInterrupt
     finally:
+        signal.set_wakeup_fd(-1)
         ended.set()
         _shut_down(server)
 
@@ -269,9 +294,8 @@ def follow(snapshots: OpenSnapshots, poll_s: float, report: Callable[[str], None
 
 def _shut_down(server: FeatureServer) -> None:
     """Refuse new calls and wait for those that run; a client that does not read its answer ends with the process."""
-    thread = threading.Thread(target=server.shutdown, name="shutdown", daemon=True)
-    thread.start()
-    thread.join(_SHUTDOWN_S)
-    if thread.is_alive():
+    if not server.drain(_SHUTDOWN_S):
         sys.stdout.flush()
         os._exit(0)
+    time.sleep(_LINGER_S)
+    server.shutdown()

@@ -109,6 +109,17 @@ def test_a_call_that_an_ending_server_cancels_is_to_be_tried_again(wide: Feature
         client.lookup(KEYS[:1])
 
 
+def test_a_server_that_drains_refuses_new_calls_and_waits_for_those_that_run(wide: FeatureStore) -> None:
+    with FeatureServer(OpenSnapshots(wide), Listening()) as server, connect(server.address) as client:
+        with stuck_reader(server.address) as reader:
+            rows = reader.read_chunk().data.num_rows
+            assert not server.drain(timeout_s=0.1)
+            with pytest.raises(UnavailableError, match="the server shuts down"):
+                client.lookup(KEYS[:1])
+            rows += sum(chunk.data.num_rows for chunk in reader)
+        assert rows == 12_000 and server.drain(timeout_s=30)
+
+
 def wait_until_refused(address: str, timeout_s: float = 10) -> None:
     """Wait until a server takes no new calls."""
     end = time.monotonic() + timeout_s
