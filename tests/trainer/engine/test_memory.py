@@ -44,7 +44,8 @@ def test_what_was_frozen_before_stays_frozen() -> None:
 def test_freed_blocks_are_used_again() -> None:
     """In a process of its own: in this one, other threads and tests cut pieces from the blocks that were freed."""
     done = subprocess.run([sys.executable, "-c", _PAGE_FAULTS], capture_output=True, text=True, check=True)
-    assert min(int(line) for line in done.stdout.splitlines()) < 500  # of 4,900 pages
+    faults = min(int(line) for line in done.stdout.splitlines())
+    assert faults < 5_000  # of 39,000 pages: by default glibc keeps 40 MB of these 160
 
 
 _PAGE_FAULTS = """
@@ -55,6 +56,7 @@ from trainer.engine.machine import keep_freed_memory
 keep_freed_memory()
 for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.zeros(5_000_000)
+    blocks = [torch.zeros(5_000_000) for _ in range(8)]
+    del blocks
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
