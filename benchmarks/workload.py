@@ -166,7 +166,7 @@ def _config(workload: Workload) -> dict[str, Any]:
             "cache_dir": str(workload.folder / "cache"),
             "schema_file": str(workload.folder / "schema.yaml"),
             "global_batch_size": knobs.samples_per_rank,
-            "shuffle_window_groups": 8,
+            "shuffle_window": 8 * knobs.samples_per_rank,
         },
         "model": {"pooling": "sum", "tables": {name: 2 * rows for name, rows in (tables | attributes).items()}},
         "train": {"eval_batch_size": knobs.samples_per_rank},

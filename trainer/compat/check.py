@@ -46,7 +46,7 @@ from trainer.samples.reader import Batch, SampleReader
 
 MOST_IMPRESSIONS = 200_000
 """Impressions to score; of more, about as many are drawn, the same for both sides."""
-_BATCH, _WINDOW_GROUPS, _SHARDS, _ROWS_A_PUT = 8_192, 128, 8, 8_192
+_BATCH, _WINDOW, _SHARDS, _ROWS_A_PUT = 8_192, 250_000, 8, 8_192
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ def _snapshots(saved: SavedRun, first: VersionName | None) -> dict[str, Snapshot
 def _drawn_batches(saved: SavedRun, index: SampleIndex, most: int) -> list[Batch]:
     """Read all impressions, or, if there are more, about `most` from random windows of the files, by a fixed seed."""
     is_drawn = index.num_samples > most
-    seed, window = (0, _WINDOW_GROUPS) if is_drawn else (None, 1)
-    reader = SampleReader(index, saved.schema, batch_size=min(_BATCH, most), seed=seed, window_groups=window)
+    seed, window = (0, _WINDOW) if is_drawn else (None, 1)
+    reader = SampleReader(index, saved.schema, batch_size=min(_BATCH, most), seed=seed, window=window)
     steps = min(reader.steps_per_epoch, -(-most // min(_BATCH, most))) if is_drawn else reader.steps_per_epoch
     batches = reader.batches()
     return [next(batches) for _ in range(steps)]

@@ -107,11 +107,12 @@ class DataConfig(Section):
     """Samples of one step, over all ranks; raise it with the data (the paper: 60,000)."""
     shuffle: Positions[bool] = True
     """Read every epoch in another order, drawn from train.seed."""
-    shuffle_window_groups: Positions[Count] = 128
-    """Row groups of the files (of 2,048 sample groups) that all ranks together mix, and hold; fewer save memory."""
+    shuffle_window: Positions[Count] = 500_000
+    """Samples that all ranks together mix, and hold; fewer save memory. Each stream holds a row group of the files (of
+    2,048 sample groups) at least."""
     shuffle_streams: Positions[Count | None] = None
     """Streams that every batch takes its samples from. Each rank reads some of them: choose a multiple of the ranks.
-    null: one for each 64 samples of a batch, at most shuffle_window_groups."""
+    null: one for each 64 samples of a batch, and as many as the window has row groups for."""
     missing: Training[MissingPolicy] = "learned"
     """What an image without a feature does: end the run, be zeros, or have a trained "no image" vector."""
 

@@ -149,8 +149,8 @@ def sample(config: Config, largest: int) -> SampledKeys:
     schema = fill_in(schema, measure(SoloComm(), few, schema))
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * largest), largest))
-    seed, window = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
-    reader = SampleReader(index, schema, batch_size=total, seed=seed, window_groups=window)
+    seed, window = (config.train.seed, data.shuffle_window) if data.shuffle else (None, 1)
+    reader = SampleReader(index, schema, batch_size=total, seed=seed, window=window)
     start_s = time.perf_counter()
     batch = next(reader.batches())
     read_s = (time.perf_counter() - start_s) / reader.num_decoded

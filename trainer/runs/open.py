@@ -177,7 +177,9 @@ def _open_run(
     )
     digest = samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
-    origin = _origin(config, schema, digest, streams_of(config.data, len(train.row_groups)), partitions)
+    origin = _origin(
+        config, schema, digest, streams_of(config.data, len(train.row_groups), train.num_samples), partitions
+    )
     if resumed:
         origin.check_same(resumed[1].origin, resumed[0])
     engine = engine_of(config, comm, schema, partitions, device, statistics)
@@ -342,7 +344,7 @@ def model_of(config: Config, schema: Schema) -> dict[str, Any]:
 def train_reader(config: Config, index: SampleIndex, schema: Schema, rank: int = 0, num_ranks: int = 1) -> SampleReader:
     """Make the reader of samples to train on, of rank `rank` of `num_ranks`."""
     data = config.data
-    seed, window_groups = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
+    seed, window = (config.train.seed, data.shuffle_window) if data.shuffle else (None, 1)
     return SampleReader(
         index,
         schema,
@@ -350,8 +352,8 @@ def train_reader(config: Config, index: SampleIndex, schema: Schema, rank: int =
         num_ranks=num_ranks,
         batch_size=data.global_batch_size,
         seed=seed,
-        window_groups=window_groups,
-        streams=streams_of(data, len(index.row_groups)),
+        window=window,
+        streams=streams_of(data, len(index.row_groups), index.num_samples),
     )
 
 

@@ -44,8 +44,8 @@ class Share(NamedTuple):
         return range(count * self.begin // self.length, count * self.end // self.length)
 
 
-def streams_of(data: DataConfig, row_groups: int) -> int:
-    """Choose the number of streams for training on `row_groups` row groups.
+def streams_of(data: DataConfig, row_groups: int, num_samples: int) -> int:
+    """Choose the number of streams for training on `row_groups` row groups with `num_samples` samples.
 
     It is as set, else the largest power of two that a batch, the row groups and the window have room for.
     """
@@ -53,7 +53,8 @@ def streams_of(data: DataConfig, row_groups: int) -> int:
         return 1
     if data.shuffle_streams is not None:
         return max(1, min(data.shuffle_streams, row_groups))
-    most = min(row_groups, data.shuffle_window_groups, data.global_batch_size // _SAMPLES_PER_STREAM)
+    held = data.shuffle_window * row_groups // max(num_samples, 1)  # row groups of mean size
+    most = min(row_groups, held, data.global_batch_size // _SAMPLES_PER_STREAM)
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -78,10 +79,17 @@ def deal(sizes_R: Sequence[int], order_R: Sequence[int], streams: int) -> list[l
     return [[order_R[place] for place in sorted(places)] for places in dealt]
 
 
-def windows_of(row_groups: Sequence[int], stream: int, streams: int, window_groups: int) -> list[Sequence[int]]:
-    """Divide a stream's row groups into windows that are mixed; all streams together hold `window_groups`."""
-    size = max(1, window_groups // streams + (stream < window_groups % streams))
-    return [row_groups[at : at + size] for at in range(0, len(row_groups), size)]
+def windows_of(row_groups: Sequence[int], sizes_R: Sequence[int], most: int) -> list[list[int]]:
+    """Divide a stream's row groups into windows that are mixed, of at most `most` samples or of one row group."""
+    windows: list[list[int]] = []
+    samples = most
+    for each in row_groups:
+        samples += sizes_R[each]
+        if samples > most or not windows:
+            windows.append([])
+            samples = sizes_R[each]
+        windows[-1].append(each)
+    return windows
 
 
 def batch_parts(lengths_S: Sequence[int], batch_size: int) -> Iterator[tuple[Int64, Int64]]:

@@ -102,7 +102,8 @@ class Span(NamedTuple):
 class SampleReader:
     """Batches of one split for one rank.
 
-    `seed` None: in the files' order, for which `streams` has to be 1. Each rank has a part of each global batch.
+    `seed` None: in the files' order, for which `streams` has to be 1. `window`: samples that all streams together mix,
+    and hold; a row group each at least. Each rank has a part of each global batch.
     """
 
     def __init__(
@@ -114,12 +115,12 @@ class SampleReader:
         num_ranks: int = 1,
         batch_size: int,
         seed: int | None = None,
-        window_groups: int = 1,
+        window: int = 1,
         streams: int = 1,
     ) -> None:
         self._index, self._schema, self._rules = index, schema, rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
-        self._seed, self._window_groups = seed, window_groups
+        self._seed, self._window = seed, window
         self.num_streams = max(1, min(streams, len(index.row_groups)))
         self.num_samples = index.num_samples
         self.num_decoded = 0
@@ -163,8 +164,8 @@ class SampleReader:
         if self._seed is not None:
             order_R = np.random.default_rng([self._seed, epoch]).permutation(order_R)
         streams, first = [], 1
-        for number, members in enumerate(deal(sizes_R, order_R.tolist(), self.num_streams)):
-            windows = windows_of(members, number, self.num_streams, self._window_groups)
+        for members in deal(sizes_R, order_R.tolist(), self.num_streams):
+            windows = windows_of(members, sizes_R, self._window // self.num_streams)
             counts_W = [sum(sizes_R[each] for each in window) for window in windows]
             seed = None if self._seed is None else (self._seed, epoch, first)
             streams.append(Stream(windows, counts_W, seed, self._decode))

@@ -162,7 +162,7 @@ class TestReading:
         schema = weighted_schema()
         index = open_index(SoloComm(), str(weighted.folder / "samples"), "train", schema)
         seen = 0
-        for batch in SampleReader(index, schema, batch_size=64, seed=3, window_groups=2).batches():
+        for batch in SampleReader(index, schema, batch_size=64, seed=3, window=50).batches():
             items, words = batch.fields["behavior_item"], batch.fields["ad_words"]
             np.testing.assert_array_equal(batch.weights["behavior_item"], items.values_N % 4 - 1.0)
             np.testing.assert_array_equal(batch.weights["ad_words"], 1.0 + words.values_N % 2)

@@ -67,7 +67,7 @@ class TestDraws:
         assert sampled.images.num_samples == sampled.index.num_samples
         found, asked, whole = sampled.images.keys(64, 2), [], []
         for rank in range(2):
-            options: dict[str, Any] = {"rank": rank, "num_ranks": 2, "window_groups": 3}
+            options: dict[str, Any] = {"rank": rank, "num_ranks": 2, "window": 75}
             reader = SampleReader(sampled.index, sampled.schema, batch_size=64, seed=0, **options)
             fields = [batch.fields for batch in reader.batches()]
             parts = [np.r_[each["behavior_image"].values_N, each["ad_image"].values_N] for each in fields]

@@ -25,7 +25,7 @@ def reader_of(
 ) -> SampleReader:
     schema = options.pop("schema", SCHEMA)
     index = open_index(SoloComm(), str(folder), "train", schema)
-    arguments = {"batch_size": 16, "seed": 3, "window_groups": 2} | options
+    arguments = {"batch_size": 16, "seed": 3, "window": 50} | options
     return kind(index, schema, rank=rank, num_ranks=num_ranks, **arguments)
 
 

@@ -48,20 +48,27 @@ class TestStreams:
         assert deal(sizes_R, order_R, 1) == [order_R]
 
     def test_windows_together_hold_what_is_asked_for(self) -> None:
-        for count in (1, 3, 40, 80, 128):
-            windows = [windows_of(range(300), stream, count, 128) for stream in range(count)]
-            assert sum(len(each[0]) for each in windows) == 128
-            assert all(list(itertools.chain(*each)) == list(range(300)) for each in windows)
-        assert [len(each) for each in windows_of(range(5), 2, 8, 3)] == [1] * 5
+        sizes_R = np.random.default_rng(0).integers(1, 50, 300).tolist()
+        for most in (49, 100, 1_000, 100_000):
+            windows = windows_of(range(300), sizes_R, most)
+            assert list(itertools.chain(*windows)) == list(range(300))
+            held = [sum(sizes_R[each] for each in window) for window in windows]
+            assert max(held) <= most
+            assert all(size + sizes_R[after[0]] > most for size, after in zip(held, windows[1:], strict=False))
+
+    def test_a_row_group_of_more_samples_is_a_window_of_its_own(self) -> None:
+        assert windows_of([3, 0, 1, 2], [5, 90, 5, 5], 10) == [[3, 0], [1], [2]]
+        assert windows_of([0, 1], [5, 5], 0) == [[0], [1]]
+        assert windows_of([], [], 10) == []
 
     @pytest.mark.parametrize(
         ("changes", "row_groups", "expected"),
         [
             ({}, 1_000, 8),
-            ({"global_batch_size": 60_000}, 1_000, 128),
+            ({"global_batch_size": 60_000, "shuffle_window": 128_000}, 1_000, 128),
             ({"global_batch_size": 60_000}, 30, 16),
-            ({"global_batch_size": 60_000, "shuffle_window_groups": 500}, 1_000, 256),
-            ({"global_batch_size": 60_000, "shuffle_window_groups": 1}, 1_000, 1),
+            ({"global_batch_size": 60_000, "shuffle_window": 500_000}, 1_000, 256),
+            ({"global_batch_size": 60_000, "shuffle_window": 1_000}, 1_000, 1),
             ({"global_batch_size": 20}, 1_000, 1),
             ({"shuffle_streams": 100}, 1_000, 100),
             ({"shuffle_streams": 100}, 30, 30),
@@ -70,7 +77,7 @@ class TestStreams:
         ],
     )
     def test_how_many(self, changes: dict[str, Any], row_groups: int, expected: int) -> None:
-        assert streams_of(DataConfig(**changes), row_groups) == expected
+        assert streams_of(DataConfig(**changes), row_groups, 1_000 * row_groups) == expected
 
 
 class TestBatches:

@@ -67,7 +67,7 @@ def test_ranks_decode_their_own_streams_alone(
     """But for a stream that two of them share, or a single row group."""
     write_samples(tmp_path / "train", [groups, 1, groups // 2], row_group=row_group)
     (_, *readers) = [
-        reader_of(tmp_path, rank, ranks, streams=8, batch_size=128, window_groups=8)
+        reader_of(tmp_path, rank, ranks, streams=8, batch_size=128, window=32 * row_group)
         for ranks in (1, 4)
         for rank in range(ranks)
     ]
@@ -76,14 +76,14 @@ def test_ranks_decode_their_own_streams_alone(
     shares = [reader.num_decoded / samples for reader, samples in zip(readers, own, strict=True)]
     assert shares == pytest.approx(readers[0].decode_shares(4), rel=0.05)
     assert max(shares) < 1.3 if row_group < 1_000 else max(shares) > 2
-    alone = reader_of(tmp_path, streams=8, batch_size=128, window_groups=8)
+    alone = reader_of(tmp_path, streams=8, batch_size=128, window=32 * row_group)
     assert len(list(alone.batches())) == alone.steps_per_epoch
     assert alone.num_decoded == alone.num_samples
 
 
-@pytest.mark.parametrize(("streams", "window_groups"), [(1, 2), (3, 6)])
+@pytest.mark.parametrize(("streams", "window"), [(1, 60), (3, 180)])
 def test_every_stream_is_mixed_in_windows_of_its_own(
-    samples: tuple[Path, list[pa.Table]], streams: int, window_groups: int
+    samples: tuple[Path, list[pa.Table]], streams: int, window: int
 ) -> None:
     """The order of an epoch, written out: no window is mixed as another one, and none as in another epoch."""
     folder, tables = samples
@@ -94,12 +94,12 @@ def test_every_stream_is_mixed_in_windows_of_its_own(
     for epoch in (0, 2):
         order = np.random.default_rng([3, epoch]).permutation(len(row_groups)).tolist()
         first, serials = 1, []
-        for stream, members in enumerate(deal(sizes, order, streams)):
+        for members in deal(sizes, order, streams):
             mixed: list[int] = []
-            for window in windows_of(members, stream, streams, window_groups):
-                held = [group for each in window for group in row_groups[each]]
-                shuffled = np.random.default_rng([3, epoch, first]).permutation(len(held))
-                mixed += [serial for place in shuffled for serial in held[place]]
+            for held in windows_of(members, sizes, window // streams):
+                own = [group for each in held for group in row_groups[each]]
+                shuffled = np.random.default_rng([3, epoch, first]).permutation(len(own))
+                mixed += [serial for place in shuffled for serial in own[place]]
                 first += 1
             serials.append(mixed)
         parts = batch_parts([len(each) for each in serials], 16)
@@ -111,7 +111,7 @@ def test_every_stream_is_mixed_in_windows_of_its_own(
             ]
             for begin_S, count_S in parts
         ]
-        reader = reader_of(folder, streams=streams, window_groups=window_groups, batch_size=16)
+        reader = reader_of(folder, streams=streams, window=window, batch_size=16)
         assert [serials_of(batch) for batch in reader.batches(epoch)] == expected
 
 

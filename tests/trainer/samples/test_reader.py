@@ -37,8 +37,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory, write_samples: Write) -> t
 def test_every_value_of_every_sample(samples: tuple[Path, list[pa.Table]]) -> None:
     folder, tables = samples
     expected = expected_rows(tables)
-    small = {"window_groups": 1, "batch_size": 5}
-    for options in ({}, {"seed": None}, small, {"window_groups": 100}, {"streams": 3}, {**small, "streams": 100}):
+    small = {"window": 1, "batch_size": 5}
+    for options in ({}, {"seed": None}, small, {"window": 2_500}, {"streams": 3}, {**small, "streams": 100}):
         rows = [row for batch in reader_of(folder, **options).batches() for row in rows_of(batch)]
         assert {row[0]: row for row in rows} == expected
         assert len(rows) == len(expected)
@@ -71,10 +71,7 @@ def test_order_depends_on_seed_and_epoch_alone(samples: tuple[Path, list[pa.Tabl
     assert len({tuple(each) for each in orders}) == 3
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     sessions = [
-        [
-            next(iter(batch.fields["session"].values_N)) // 7
-            for batch in reader_of(folder, window_groups=1).batches(epoch)
-        ]
+        [next(iter(batch.fields["session"].values_N)) // 7 for batch in reader_of(folder, window=1).batches(epoch)]
         for epoch in (0, 1)
     ]
     assert sessions[0] != sessions[1], "row groups are shuffled too, in each epoch otherwise"
@@ -257,7 +254,7 @@ def test_samples_are_read_through_the_store_s_door(samples: tuple[Path, list[pa.
     for file in (folder / "train").iterdir():
         storage.write_bytes(f"train/{file.name}", file.read_bytes())
     index = open_index(SoloComm(), storage.url, "train", SCHEMA)
-    batches = SampleReader(index, SCHEMA, batch_size=16, seed=3, window_groups=2).batches()
+    batches = SampleReader(index, SCHEMA, batch_size=16, seed=3, window=50).batches()
     assert [rows_of(batch) for batch in batches] == [rows_of(batch) for batch in reader_of(folder).batches()]
 
 
