@@ -132,7 +132,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_message(slurm: Slurm, shop: Sho
 
 @pytest.mark.slow
 def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
-    """extract.sbatch: Dask over TLS; its key is on the nodes' own disks, and gone when the job has ended."""
+    """dask.sbatch: Dask over TLS; its key is on the nodes' own disks, and gone when the job has ended."""
     images, log, head = tmp_path / "images", tmp_path / "log.txt", shop.net["s3"]
     images.mkdir()
     for number in range(IMAGES):
@@ -145,7 +145,7 @@ def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_p
         "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "20s",
     }
     job = slurm.submit(
-        SCRIPTS / "extract.sbatch", *extract, f"{BUCKET}/again", options=[f"--output={log}"],
+        SCRIPTS / "dask.sbatch", "jobs/extract_features.py", *extract, f"{BUCKET}/again", options=[f"--output={log}"],
         env={**shop.s3, **slow, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), "TMPDIR": "/mnt"},
     )  # fmt: skip
     active = ("PENDING", "RUNNING")
@@ -163,13 +163,13 @@ def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_p
 
 
 def test_samples_are_built_by_a_job(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
-    """build_samples.sbatch, on the nodes together, writes what one process writes."""
+    """dask.sbatch with build_samples, on the nodes together, writes what one process writes."""
     logs, log, calm = tmp_path / "logs", tmp_path / "log.txt", tmp_path / "calm"
     write(logs, *([table(part[n::4]) for n in range(4)] for part in random_logs(random.Random(5))))
     build = ROOT / "jobs" / "build_samples.py"
     subprocess.run([sys.executable, build, "--logs", logs, "--samples", calm], check=True, timeout=200)
     job = slurm.submit(
-        SCRIPTS / "build_samples.sbatch", "--logs", logs, "--samples", tmp_path / "samples",
+        SCRIPTS / "dask.sbatch", "jobs/build_samples.py", "--logs", logs, "--samples", tmp_path / "samples",
         options=[f"--output={log}"], env={"VENV": sys.prefix, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert slurm.wait(job, 250) == "COMPLETED", log.read_text() + slurm.log()

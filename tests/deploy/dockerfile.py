@@ -18,7 +18,7 @@ from dockerfile_parse import DockerfileParser
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "docker" / "Dockerfile"
-STUBS = ("apt-get", "groupadd", "useradd", "userdel")
+STUBS = ("apt-get", "groupadd", "useradd")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _ABSOLUTE = re.compile(r"(?<![\w.$}/])/(?=(?:opt|build|var|etc|home)(?:/|\b))")
 """Paths of an image in a command or a variable."""

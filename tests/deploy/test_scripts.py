@@ -34,8 +34,8 @@ def test_all_are_looked_at() -> None:
 
 
 def test_the_folder_of_a_key_is_of_its_job_alone(tmp_path: Path) -> None:
-    """with_dask.sh: what each node does before it gets the key of the cluster."""
-    text = (ROOT / "deploy" / "slurm" / "with_dask.sh").read_text()
+    """dask.sbatch: what each node does before it gets the key of the cluster."""
+    text = (ROOT / "deploy" / "slurm" / "dask.sbatch").read_text()
     (command,) = re.findall(
         r"""srun "\$\{on_every_node\[@\]\}" bash -c '(.*?)' "\$tls"$""", text, re.DOTALL | re.MULTILINE
     )
