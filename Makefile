@@ -13,6 +13,9 @@ BREAKS_ARGS ?=
 TEST_WORKERS ?= 3
 # All tests of a file run in one process, which makes what they share once; in the order of tests/conftest.py.
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# What needs several hosts; to look through all other files would take each worker half a minute.
+CLUSTER_TESTS := tests/cluster tests/deploy tests/security
+BROWSER_TESTS := tests/explorer/browser
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
 REFERENCE_ARGS ?= record data/reference.json
@@ -20,11 +23,11 @@ CLUSTER_DIR ?= data/cluster
 DOCS_DIR ?= data/docs-site
 BROWSER_DIR ?= data/browser
 VERSIONS_DIR ?= data/versions
-# Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
+# Syntax of the oldest supported Python is held by ruff (target-version), both by `make test-versions`.
 NEWEST_PYTHON := 3.13
 OLDEST_PYTHON := 3.11
 OLDEST_TORCH := torch==2.13.0 torchvision==0.28.0
-PACKAGES := featurestore pipeline trainer serving explorer jobs benchmarks
+PACKAGES := featurestore pipeline trainer serving explorer jobs benchmarks tools
 # horovodrun and dask-submit are looked for on the path.
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
@@ -80,14 +83,16 @@ test-versions: ## Run `make test` on the newest Python and torch, then on the ol
 
 # Debian's sshd and Slurm are unpacked below data/cluster; the machine itself stays as it is. What takes longest is marked
 # slow as well: TEST_ARGS="-m 'cluster and not slow'" leaves it out.
+# A test waits for daemons most of the time, so two run side by side.
+test-cluster: TEST_WORKERS := 2
 test-cluster: $(FOR_TESTS) ## Run what needs root, network namespaces, sshd or Slurm; it says what it could not run, and why
 	tools/cluster_packages.sh $(CLUSTER_DIR) || true
-	$(ON_PATH) CLUSTER_PACKAGES=$(abspath $(CLUSTER_DIR)) $(BIN)/python -m pytest -m cluster $(TEST_ARGS)
+	$(ON_PATH) CLUSTER_PACKAGES=$(abspath $(CLUSTER_DIR)) $(IN_PARALLEL) -m cluster $(CLUSTER_TESTS) $(TEST_ARGS)
 
 # Debian's Chromium is unpacked below data/browser; CHROMIUM=/path/to/chromium takes another one.
 test-browser: $(FOR_TESTS) ## Look at the explorer's pages in Chromium; it says so where there is none
 	tools/browser_packages.sh $(BROWSER_DIR) || true
-	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(IN_PARALLEL) -m browser $(TEST_ARGS)
+	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(IN_PARALLEL) -m browser $(BROWSER_TESTS) $(TEST_ARGS)
 
 screenshots: $(FOR_TESTS) ## Take the pictures of the explorer for README and docs, of the demo that is there
 	tools/browser_packages.sh $(BROWSER_DIR)
@@ -97,8 +102,6 @@ lint: $(FOR_TESTS) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
-	$(BIN)/mypy -p tools
-	$(BIN)/mypy --python-version $(NEWEST_PYTHON) $(addprefix -p ,$(PACKAGES))
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check
 	$(BIN)/python tools/breaks.py --check

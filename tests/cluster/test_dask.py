@@ -58,6 +58,7 @@ def test_an_extraction_whose_workers_host_dies_has_the_rows_of_a_calm_one(
     dask.start_worker("b")
 
 
+@pytest.mark.slow
 def test_samples_whose_workers_host_dies_have_the_bytes_of_calm_ones(dask: DaskHosts, tmp_path: Path) -> None:
     """Files in between lie on a disk that all workers see."""
     logs, log, calm = tmp_path / "logs", tmp_path / "log.txt", tmp_path / "calm"

@@ -80,6 +80,7 @@ def test_two_nodes_train_as_two_ranks_of_one_machine(slurm: Slurm, shop: Shop, w
     assert leg.samples == whole.samples and leg.losses == whole.losses
 
 
+@pytest.mark.slow
 def test_two_nodes_train_by_torch_too(slurm: Slurm, shop: Shop, whole: Leg, tmp_path: Path) -> None:
     training = Training(slurm, shop, tmp_path, by="torch")
     assert training.wait() == "COMPLETED", training.output()
@@ -87,7 +88,8 @@ def test_two_nodes_train_by_torch_too(slurm: Slurm, shop: Shop, whole: Leg, tmp_
     assert "torch" in training.log.read_text(), training.output()
 
 
-@pytest.mark.parametrize("node", ["a", pytest.param("b", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["a", "b"])
 def test_a_job_whose_node_fails_continues_on_it_later(
     slurm: Slurm, shop: Shop, whole: Leg, tmp_path: Path, node: str
 ) -> None:

@@ -15,6 +15,7 @@ from tests.trainer.runs.resumed.legs import Leg, assert_no_step_or_sample_is_los
 from tests.trainer.supervise.noting import PAUSE_S
 from tests.trainer.supervise.supervised import WORKER, Supervised
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LEASE_S = 10
 TIMEOUT_S = 280
 
@@ -59,7 +60,6 @@ def supervised(shop: Shop, folder: Path, *options: str) -> Supervised:
     return Supervised(folder, shop.settings_on_s3(folder), options)
 
 
-@pytest.mark.timeout(600)
 def test_a_host_dies_and_comes_back(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     run = supervised(shop, tmp_path)
     job = start(shop, run)
@@ -78,8 +78,6 @@ def test_a_host_dies_and_comes_back(shop: Shop, whole: Leg, tmp_path: Path) -> N
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.slow
 def test_the_network_between_two_hosts_is_cut_for_30_seconds(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     """The rank beyond the cut ends before another one is started: it has heard nothing for a lease."""
     run = supervised(shop, tmp_path)
@@ -102,8 +100,6 @@ def test_the_network_between_two_hosts_is_cut_for_30_seconds(shop: Shop, whole: 
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.slow
 def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     """The run's folder is on a small disk of host a, which other files fill until a checkpoint could not be written."""
     host = shop.net["a"]
@@ -121,8 +117,6 @@ def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) ->
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.slow
 def test_s3_is_away_for_a_minute(shop: Shop, whole: Leg, tmp_path: Path) -> None:
     """Nothing can be read or written: ranks and supervisor wait, or ranks fail and are started again until it is back.
 

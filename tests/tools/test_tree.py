@@ -1,5 +1,6 @@
 """The listing of all files: what it prints of each, and what its check refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,14 @@ def test_a_21st_module_side_by_side_is_refused(write, monkeypatch, capsys) -> No
     ):
         monkeypatch.setattr(tree, "listed_files", lambda files=files: files)
         assert checked(monkeypatch, capsys) == (int(bool(found)), found)
+
+
+@pytest.mark.parametrize("mark", ["cluster", "browser"])
+def test_the_makefile_looks_where_such_tests_are(mark: str) -> None:
+    makefile = (tree.ROOT / "Makefile").read_text()
+    (folders,) = re.findall(rf"^{mark.upper()}_TESTS := (.*)$", makefile, re.MULTILINE)
+    marked = re.compile(rf"""mark\.{mark}\b|add_marker\("{mark}"\)""")
+    found = [
+        path.relative_to(tree.ROOT) for path in (tree.ROOT / "tests").rglob("*.py") if marked.search(path.read_text())
+    ]
+    assert found and not [path for path in found if not any(path.is_relative_to(each) for each in folders.split())]
