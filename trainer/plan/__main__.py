@@ -11,18 +11,15 @@ from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import text_console
 from trainer.cli import counts_of
 from trainer.config.config import load_config
-from trainer.errors import ConfigError
 
 EXAMPLES = """
 Examples:
 
     python -m trainer.plan --samples data/samples --store data/features --ranks 8,20,40 --global-batch-size 60000
 
-    python -m trainer.plan --ranks 1,2 --ranks-per-machine 2 --samples-per-rank 3000 --config own.yaml --json plan.json
+    python -m trainer.plan --ranks 1,2 --ranks-per-machine 2 --config own.yaml --json plan.json
 
-    python -m trainer.plan --paper
-
-The first draws batches from the samples, measures this machine for a minute or two, and computes the rest.
+It draws batches from the samples, measures this machine for a minute or two, and computes the rest.
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 
@@ -37,9 +34,6 @@ def main(
     global_batch_size: Annotated[
         int | None, typer.Option(help="Samples of a step over all ranks; default data.global_batch_size.", min=1)
     ] = None,
-    samples_per_rank: Annotated[
-        int | None, typer.Option(help="Instead: samples of a step of each rank.", min=1)
-    ] = None,
     network_gbit: Annotated[float, typer.Option(help="Gbit/s between machines, each way.", min=0.001)] = 10.0,
     latency_us: Annotated[float, typer.Option(help="Of a message between machines.", min=0)] = 50.0,
     ranks_per_machine: Annotated[int, typer.Option(help="Ranks that share a machine like this one.", min=1)] = 1,
@@ -47,36 +41,23 @@ def main(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
     ] = None,
-    paper: Annotated[
-        bool,
-        typer.Option("--paper", help="Plan the paper's cluster by its own figures: other options do nothing."),
-    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks; recommend a number of ranks."""
-    if paper:
-        from trainer.plan.paper import plan_paper
-
-        plan = plan_paper()
-    else:
-        if global_batch_size is not None and samples_per_rank is not None:
-            raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
-        places = {"data.samples": samples, "data.store": store}
-        own = [f"{name}={value}" for name, value in places.items() if value]
-        config = load_config(file, [*own, *(settings or [])])
-        from trainer.plan.calibrate import PlanQuestion, plan_own
-
-        question = PlanQuestion(
-            ranks=ranks,
-            batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
-            per_rank=samples_per_rank is not None,
-            ranks_per_machine=ranks_per_machine,
-            link_bytes_per_s=network_gbit * 1e9 / 8,
-            latency_s=latency_us / 1e6,
-        )
-        plan = plan_own(config, question, lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
+    places = {"data.samples": samples, "data.store": store}
+    own = [f"{name}={value}" for name, value in places.items() if value]
+    config = load_config(file, [*own, *(settings or [])])
+    from trainer.plan.calibrate import PlanQuestion, plan_own
     from trainer.plan.table import as_json, show
 
+    question = PlanQuestion(
+        ranks=ranks,
+        batch_size=global_batch_size or config.data.global_batch_size,
+        ranks_per_machine=ranks_per_machine,
+        link_bytes_per_s=network_gbit * 1e9 / 8,
+        latency_s=latency_us / 1e6,
+    )
+    plan = plan_own(config, question, lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
     show(plan, text_console())
     write_json_option(json_file, as_json(plan))
 

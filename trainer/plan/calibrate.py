@@ -180,40 +180,33 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class PlanQuestion:
-    """The ranks, batch and network of a plan. `per_rank`: the batch size is each rank's, not of all together."""
+    """The ranks, global batch and network of a plan."""
 
     ranks: tuple[int, ...]
     batch_size: int
-    per_rank: bool
     ranks_per_machine: int
     link_bytes_per_s: float
     latency_s: float
 
     def __post_init__(self) -> None:
         """Raise ConfigError if a rank would have no samples."""
-        for count in self.ranks:
-            if self.global_size(count) < count:
-                raise ConfigError(
-                    f"a global batch of {self.batch_size} samples leaves some of {count} ranks without any; "
-                    f"give --global-batch-size of at least {count}, or --samples-per-rank"
-                )
-
-    def global_size(self, ranks: int) -> int:
-        """Return the samples of one step of `ranks` ranks."""
-        return self.batch_size * ranks if self.per_rank else self.batch_size
+        if self.batch_size < (most := max(self.ranks)):
+            raise ConfigError(
+                f"a global batch of {self.batch_size} samples leaves some of {most} ranks without any; "
+                f"give --global-batch-size of at least {most}"
+            )
 
 
 def plan_own(config: Config, question: PlanQuestion, say: Callable[[str], None]) -> TrainingPlan:
     """Draw batches, measure this machine, and make the plan. Raises TrainerError, FeatureStoreError."""
     say("reading samples")
-    sampled = sample(config, max(question.global_size(count) for count in (1, *question.ranks)))
+    sampled = sample(config, question.batch_size)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         calibration = Calibration(question, sampled, Path(folder), say)
         return build(
             title=f"{config.data.samples} and {config.data.store}, snapshot {sampled.snapshot.version}",
-            counts_of=lambda ranks: sampled.counts(question.global_size(ranks), ranks),
+            counts_of=lambda ranks: sampled.counts(question.batch_size, ranks),
             ranks=question.ranks,
-            base_ranks=1,
             widths=widths(config, sampled),
             machine_of=calibration.machine,
             stored=stored_bytes(config, sampled),
@@ -239,7 +232,7 @@ class Calibration:
     def machine(self, ranks: int) -> Machine:
         """Return a machine of `ranks` ranks, at their batch size or the largest that is measured."""
         local = min(ranks, self._question.ranks_per_machine)
-        size = min(self._question.global_size(ranks) // ranks, LARGEST_MEASURED, self._sampled.index.num_samples // 4)
+        size = min(self._question.batch_size // ranks, LARGEST_MEASURED, self._sampled.index.num_samples // 4)
         image_s, sample_s = self._rates(max(1, size), local)
         return Machine(self._sampled.read_s, image_s, sample_s, self._network(local))
 
@@ -260,7 +253,7 @@ class Calibration:
 
     def _measure_network(self, local: int) -> NetworkSpeed:
         ranks = max(2, min(local, _MOST_RANKS))
-        (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.plan.collectives"]])
+        (output,) = run_together([[*launcher_of(ranks), "-m", "trainer.plan.cost"]])
         found: dict[str, float] = json.loads(output[output.index("{") :].splitlines()[0])
         return NetworkSpeed(
             call_s=found["call_s"],
@@ -349,7 +342,9 @@ def run_together(commands: Sequence[Sequence[str]]) -> list[str]:
         with ThreadPoolExecutor(len(commands)) as pool:
             done = list(pool.map(call, commands))
     except subprocess.TimeoutExpired as failure:
-        raise PlanError(f"a measurement did not end within {_TIMEOUT_S} s; give fewer samples per rank") from failure
+        raise PlanError(
+            f"a measurement did not end within {_TIMEOUT_S} s; give a smaller --global-batch-size"
+        ) from failure
     for each in done:
         if each.returncode != 0:
             errors = [text.partition("error: ")[2] for text in each.stderr.splitlines() if "error: " in text]

@@ -31,8 +31,7 @@ class StoredBytes:
     shards: int
     table_bytes: int
     table_shards: int
-    machine_memory_bytes: int | None = None
-    """Of a machine, where it is known."""
+    machine_memory_bytes: int
     copied: bool = False
     """Whether checkpoints are written during the training, from a copy of the ID rows."""
 
@@ -45,7 +44,7 @@ class StoredBytes:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The plan for one number of ranks. `efficiency`: samples/s over those of the base, each divided by its ranks."""
+    """The plan for one number of ranks. `efficiency`: samples/s of a rank over those of one rank alone."""
 
     ranks: int
     counts: BatchCounts
@@ -63,8 +62,7 @@ class TrainingPlan:
     """The rows of all numbers of ranks, the number to take (None: no row fits into memory), and all assumptions."""
 
     title: str
-    base_ranks: int
-    samples: float
+    samples: int
     """Of an epoch."""
     rows: tuple[RankPlan, ...]
     recommended_ranks: int | None
@@ -77,15 +75,14 @@ def build(
     title: str,
     counts_of: Callable[[int], BatchCounts],
     ranks: Sequence[int],
-    base_ranks: int,
     widths: Widths,
     machine_of: Callable[[int], Machine],
     stored: StoredBytes,
-    samples: float,
+    samples: int,
     assumptions: Sequence[str],
 ) -> TrainingPlan:
     """Make the plan for each of `ranks`; `machine_of` gives a machine of a job with so many ranks."""
-    base = step_cost(counts_of(base_ranks), widths, machine_of(base_ranks))
+    base = step_cost(counts_of(1), widths, machine_of(1))
     rows, advice = [], []
     for count in ranks:
         machine, counts = machine_of(count), counts_of(count)
@@ -96,31 +93,31 @@ def build(
             counts=counts,
             machine=machine,
             cost=cost,
-            efficiency=cost.samples_per_s * base_ranks / (base.samples_per_s * count),
+            efficiency=cost.samples_per_s / (base.samples_per_s * count),
             epoch_s=samples / cost.samples_per_s,
             rank_bytes=rank_bytes,
             machine_bytes=local * (rank_bytes + PROGRAM_BYTES) / MOST_OF_MEMORY,
         )
         rows.append(row)
         advice += advise(row, stored)
-        if count > base_ranks and cost.samples_per_s < base.samples_per_s:
+        if count > 1 and cost.samples_per_s < base.samples_per_s:
             times = cost.samples_per_s / base.samples_per_s
-            advice.append(f"{count} ranks are slower than {base_ranks}: they make {times:.2g} times its samples/s.")
+            advice.append(f"{count} ranks are slower than 1: they make {times:.2g} times its samples/s.")
     recommended, reason = recommend(rows, stored.machine_memory_bytes)
-    return TrainingPlan(title, base_ranks, samples, tuple(rows), recommended, (reason, *advice), tuple(assumptions))
+    return TrainingPlan(title, samples, tuple(rows), recommended, (reason, *advice), tuple(assumptions))
 
 
-def recommend(rows: Sequence[RankPlan], memory_bytes: int | None) -> tuple[int | None, str]:
+def recommend(rows: Sequence[RankPlan], memory_bytes: int) -> tuple[int | None, str]:
     """Recommend the most ranks whose efficiency is half or more, of those whose memory a machine has, and say why.
 
     Where all are less efficient it is the fewest ranks that fit; None where none does.
     """
-    fitting = [row for row in rows if memory_bytes is None or row.machine_bytes <= memory_bytes]
+    fitting = [row for row in rows if row.machine_bytes <= memory_bytes]
     if not fitting:
         least = min(rows, key=lambda row: row.machine_bytes)
         return None, (
             f"None of {', '.join(str(row.ranks) for row in rows)} ranks fits: with {least.ranks} a machine needs "
-            f"{least.machine_bytes / 1e9:,.3g} GB and this one has {(memory_bytes or 0) / 1e9:,.3g} GB. Plan with more "
+            f"{least.machine_bytes / 1e9:,.3g} GB and this one has {memory_bytes / 1e9:,.3g} GB. Plan with more "
             "--ranks, or with a smaller store (python -m featurestore remake)."
         )
     efficient = [row for row in fitting if row.efficiency >= LEAST_EFFICIENCY]
@@ -177,9 +174,9 @@ def as_json(plan: TrainingPlan) -> dict[str, Any]:
 def show(plan: TrainingPlan, console: Console) -> None:
     """Print the rows, then the recommendation and the assumptions."""
     print_line(console, plan.title, style="bold")
-    epoch, against = f"epoch of {plan.samples:,.0f}", f"efficiency against {plan.base_ranks}"
+    epoch = f"epoch of {plan.samples:,}"
     table = Table()
-    for column in ("ranks", "images", "memory of a rank", "sent in a step", "step", "samples/s", epoch, against):
+    for column in ("ranks", "images", "memory of a rank", "sent in a step", "step", "samples/s", epoch, "efficiency"):
         table.add_column(column, justify="right")
     for row in plan.rows:
         counts = (str(row.ranks), f"{row.counts.images.unique:,.0f}", size(row.rank_bytes), size(row.cost.bytes_sent))

@@ -1,4 +1,4 @@
-"""The plan: the paper's table 1, its advice, what measuring makes of reports, and the command on small data."""
+"""The plan: its advice, what measuring makes of reports, and the command on small data."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
+from tests.pages import check_page
 from tests.ranks import command_of
 from tests.trainer.plan.machine import MACHINE, NETWORK, WIDTHS
 from tests.trainer.standing_ranks import run as run_here
@@ -25,8 +26,7 @@ from trainer.plan import calibrate
 from trainer.plan.__main__ import app
 from trainer.plan.calibrate import Calibration, PlanQuestion, rates_of, sample, stored_bytes
 from trainer.plan.cost import BatchCounts, KeyCounts, StepCost
-from trainer.plan.paper import ASSUMPTIONS, plan_paper
-from trainer.plan.table import RankPlan, StoredBytes, TrainingPlan, advise, build
+from trainer.plan.table import RankPlan, StoredBytes, advise, build, duration, size
 from trainer.samples.columns import newest_day
 from trainer.samples.index import open_index
 from trainer.stages import WAIT
@@ -34,47 +34,10 @@ from trainer.stages import WAIT
 Places = Any
 
 
-class TestPaper:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def plan() -> TrainingPlan:
-        return plan_paper()
-
-    def test_table_1(self, plan: TrainingPlan) -> None:
-        """Hours of two epochs of 18 days, and the efficiency against 5 nodes."""
-        hours = {row.ranks: row.epoch_s / 3600 for row in plan.rows}
-        assert hours[5] == pytest.approx(62.9, rel=1e-3)  # what the compute of a node is taken from
-        assert [hours[ranks] for ranks in (10, 20, 40)] == pytest.approx([32.0, 17.4, 10.2], rel=0.05)
-        efficiency = {row.ranks: row.efficiency for row in plan.rows}
-        assert efficiency[20] == pytest.approx(0.90, abs=0.02)
-        assert efficiency[40] == pytest.approx(0.77, abs=0.03)
-
-    def test_table_2(self, plan: TrainingPlan) -> None:
-        """Bytes of one batch over all 20 nodes; a twentieth of the keys is a node's own."""
-        parts = next(row.cost.bytes_by_part for row in plan.rows if row.ranks == 20)
-        both_ways = 20 / 0.95 * (parts["image vectors"] + parts["image gradients"])
-        assert both_ways == pytest.approx(30e6, rel=0.05)
-        ids = 20 / 0.95 * (parts["id vectors"] + parts["id gradients"])
-        assert both_ways + ids == pytest.approx(158e6, rel=0.06)
-
-    def test_without_latency_it_would_scale_better(self) -> None:
-        """So the two figures come from the assumptions that are printed, and from nothing else."""
-        assert plan_paper(latency_us=0.0, call_ms=0.0).rows[-1].efficiency > 0.92
-        printed = " ".join(plan_paper().assumptions)
-        assert all(text in printed for text in ("10 Gbit/s each way", "330 us", "62.9 h"))
-
-    def test_another_latency_gives_what_the_assumption_says(self) -> None:
-        twenty, forty = (f"{row.efficiency:.0%}".removesuffix("%") for row in plan_paper(latency_us=50.0).rows[2:])
-        assert f"0.05 ms would give {twenty} and {forty} % at 20 and 40" in ASSUMPTIONS[0]
-
-    def test_command(self) -> None:
-        done = CliRunner().invoke(app, ["--paper"])
-        assert done.exit_code == 0
-        assert "Take 40 ranks" in done.stdout and "62.9 h" in done.stdout
-
-
 class TestBuild:
-    STORED = StoredBytes(feature_bytes=1_000_000 * 8192, shards=64, table_bytes=64_000, table_shards=64)
+    STORED = StoredBytes(
+        feature_bytes=1_000_000 * 8192, shards=64, table_bytes=64_000, table_shards=64, machine_memory_bytes=1 << 40
+    )
 
     def test_memory_of_the_rank_with_most_shards(self) -> None:
         assert self.STORED.rank_bytes(20) == 1_000_000 * 8192 * 4 / 64 + 4_000
@@ -87,7 +50,7 @@ class TestBuild:
             images = KeyCounts(unique / ranks, unique, unique / ranks * (1.25 if ranks > 1 else 1))
             return BatchCounts(1_000, ranks, 0.0, images, KeyCounts(0, 0, 0))
 
-        plan = build("t", counts_of, [1, 20], 1, WIDTHS, lambda _: MACHINE, self.STORED, 1e6, ["granted"])
+        plan = build("t", counts_of, [1, 20], WIDTHS, lambda _: MACHINE, self.STORED, 1_000_000, ["granted"])
         alone, many = plan.rows
         assert alone.efficiency == 1
         assert many.efficiency == pytest.approx(alone.cost.seconds / many.cost.seconds / 20)
@@ -114,7 +77,7 @@ class TestBuild:
             return BatchCounts(100, ranks, 100 / ranks, keys, keys)
 
         slow = dataclasses.replace(MACHINE, network=dataclasses.replace(NETWORK, latency_s=1.0))
-        advice = build("t", counts_of, [1, 20], 1, WIDTHS, lambda _: slow, self.STORED, 1e6, []).advice
+        advice = build("t", counts_of, [1, 20], WIDTHS, lambda _: slow, self.STORED, 1_000_000, []).advice
         assert any(line.startswith("20 ranks are slower than 1: ") for line in advice)
 
 
@@ -133,11 +96,11 @@ class TestMeasuring:
     def test_ranks_beyond_the_cores_take_turns(self, places: Places, tmp_path: Path, monkeypatch: Any) -> None:
         """Four ranks of a machine of two cores are measured by two runs at a time, and cost twice as much."""
         config = load_config(settings=places.settings())
-        question, started = PlanQuestion((1, 4), 16, True, 4, 1e9, 0.0), []
+        question, started = PlanQuestion((1, 4), 128, 4, 1e9, 0.0), []
 
         def run(commands: Sequence[Sequence[str]]) -> list[str]:
             started.append(len(commands))
-            if "trainer.plan.collectives" in commands[0]:
+            if "trainer.plan.cost" in commands[0]:
                 return [json.dumps({"call_s": 1e-9, "byte_s": 1e-9})]
             for command in commands:
                 folder = Path(command[command.index("--config") + 1]).parent / command[-1].partition("=")[2]
@@ -147,6 +110,7 @@ class TestMeasuring:
             return [""]
 
         monkeypatch.setattr(calibrate, "run_together", run)
+        monkeypatch.setattr(calibrate, "LARGEST_MEASURED", 16)
         monkeypatch.setattr(calibrate.os, "sched_getaffinity", lambda _: {0, 1})
         calibration = Calibration(question, sample(config, 64), tmp_path, lambda _: None)
         alone, four = calibration.machine(1), calibration.machine(4)
@@ -208,8 +172,10 @@ class TestCommand:
             assert code == 0, said
             return [said]
 
-        file = tmp_path_factory.mktemp("plan") / "plan.json"
+        folder = tmp_path_factory.mktemp("plan")
+        file, page = folder / "plan.json", folder / "plan.html"
         options = ["--ranks", "2,4", "--global-batch-size", "100", "--network-gbit", "1", "--json", str(file)]
+        options += ["--html", str(page)]
         for setting in places.settings():
             options += ["--set", setting]
         some_here = mock.patch.object(calibrate, "run_together", run_some_here)
@@ -218,7 +184,7 @@ class TestCommand:
         assert done.exit_code == 0, done.output
         assert "Recommended" in done.stdout and "Taken for granted" in done.stdout
         values: dict[str, Any] = json.loads(file.read_text())
-        return values
+        return {**values, "page": check_page(page.read_text(encoding="utf-8"))}
 
     def test_figures(self, plan: dict[str, Any]) -> None:
         assert list(plan["ranks"]) == ["2", "4"]
@@ -230,6 +196,17 @@ class TestCommand:
             assert row["counts"]["images"]["unique"] <= 40
         assert plan["recommended_ranks"] in (2, 4)
         assert any("1 Gbit/s" in line for line in plan["assumptions"])
+
+    def test_the_page_has_the_figures(self, plan: dict[str, Any]) -> None:
+        page = plan["page"]
+        assert plan["title"] in page.texts
+        assert all(line in page.printed for line in (*plan["advice"], *plan["assumptions"]))
+        for ranks, row in plan["ranks"].items():
+            cost = row["cost"]
+            shown = [f"{row['counts']['images']['unique']:,.0f}", size(row["rank_bytes"])]
+            shown += [size(sum(cost["bytes_by_part"].values())), duration(cost["seconds"])]
+            shown += [f"{cost['samples_per_s']:,.0f}", duration(row["epoch_s"]), f"{row['efficiency']:.0%}"]
+            assert [ranks, *shown] in page.rows
 
     def test_bytes_are_those_of_the_counts(self, plan: dict[str, Any]) -> None:
         for ranks, row in plan["ranks"].items():

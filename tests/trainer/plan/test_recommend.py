@@ -15,11 +15,12 @@ def rows_of(ranks: list[int], efficiency: list[float] | None = None, local: int 
         title="drawn",
         counts_of=lambda count: dataclasses.replace(COUNTS, ranks=count),
         ranks=ranks,
-        base_ranks=1,
         widths=WIDTHS,
         machine_of=lambda _: dataclasses.replace(MACHINE, network=network),
-        stored=StoredBytes(feature_bytes=16 * GIB, shards=64, table_bytes=4 * GIB, table_shards=64),
-        samples=1e6,
+        stored=StoredBytes(
+            feature_bytes=16 * GIB, shards=64, table_bytes=4 * GIB, table_shards=64, machine_memory_bytes=1
+        ),
+        samples=1_000_000,
         assumptions=[],
     )
     values = efficiency or [1.0] * len(ranks)
@@ -27,9 +28,9 @@ def rows_of(ranks: list[int], efficiency: list[float] | None = None, local: int 
 
 
 def test_the_most_ranks_that_are_half_efficient() -> None:
-    ranks, reason = recommend(rows_of([2, 4, 8, 16], efficiency=[0.9, 0.7, 0.5, 0.4]), None)
+    ranks, reason = recommend(rows_of([2, 4, 8, 16], efficiency=[0.9, 0.7, 0.5, 0.4]), 1 << 40)
     assert ranks == 8 and reason.startswith("Take 8 ranks: the most that are at least 50% efficient (50%).")
-    ranks, reason = recommend(rows_of([2, 4], efficiency=[0.4, 0.2]), None)
+    ranks, reason = recommend(rows_of([2, 4], efficiency=[0.4, 0.2]), 1 << 40)
     assert ranks == 2 and "as none is at least 50% efficient" in reason
 
 
@@ -37,7 +38,7 @@ def test_memory_is_that_of_all_ranks_of_a_machine() -> None:
     """20 GiB on 4 ranks are 5 GiB each; two ranks of a machine, with their programs, leave a fifth of it free."""
     rows = rows_of([4], local=2)
     assert rows[0].machine_bytes == 2 * (5 * GIB + PROGRAM_BYTES) / 0.8
-    assert recommend(rows, None)[1].endswith("A machine needs 18.8 GB of memory.")
+    assert recommend(rows, 1 << 40)[1].endswith("A machine needs 18.8 GB of memory.")
 
 
 def test_ranks_that_do_not_fit_are_passed_over() -> None:
