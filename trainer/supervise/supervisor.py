@@ -6,13 +6,13 @@ What to do next is decided, and said, by pure functions of the generations that 
 
 import asyncio
 import contextlib
+import itertools
 import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +37,7 @@ _KILL_S = 20.0
 _LAST_LINES_S = 10.0
 _OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD", "SHELL", "SHLVL", "TMPDIR", "USER")
 """Variables, or beginnings of them, that are a host's own."""
-_ERROR, _LONG = "error: ", 500
-SUSPICIOUS = 2
-"""Fruitless generations that the same host began to end, after which it is left out if there are enough others."""
+_ERROR = "error: "
 MOST_BACKOFF_S = 60.0
 
 
@@ -52,7 +50,7 @@ class RankEnd:
     code: int | None
     """Exit code as in subprocess: below 0 the signal; None if its host is unreachable."""
     error: str | None = None
-    """Its last lines on stderr, see LastWords."""
+    """Its last error on stderr or, where it had none, its last line there."""
     was_killed: bool = False
     """Whether the supervisor sent SIGKILL, as the rank did not end by itself."""
 
@@ -92,12 +90,6 @@ class Past:
         stuck = next((end for end in self.ends if end.was_killed), None)
         return stuck if stuck and first and first.gave_up else first
 
-    @property
-    def suspect(self) -> str | None:
-        """The host whose rank died, hung or was lost; a rank that gives up may do so because of another one."""
-        end = self.culprit
-        return end.host if end and (end.was_killed or not end.gave_up) else None
-
 
 def place(available: Sequence[HostSlots], min_ranks: int, max_ranks: int) -> tuple[HostSlots, ...] | None:
     """Fill the hosts in order, each up to its slots; None if they have fewer than `min_ranks`.
@@ -113,23 +105,10 @@ def place(available: Sequence[HostSlots], min_ranks: int, max_ranks: int) -> tup
     return tuple(chosen) if max_ranks - left >= min_ranks else None
 
 
-def trusted(available: Sequence[HostSlots], past: Sequence[Past], min_ranks: int) -> list[HostSlots]:
-    """Leave out hosts that ended the last generations again and again before a checkpoint, if the others suffice."""
-    blamed = [each.suspect for each in fruitless(past)]
-    suspects = {host for host in blamed if blamed.count(host) >= SUSPICIOUS}
-    others = [each for each in available if each.host not in suspects]
-    return others if count_slots(others) >= min_ranks else list(available)
-
-
-def fruitless(past: Sequence[Past]) -> list[Past]:
-    """Return the last generations without progress, but for those that were ended to take more hosts."""
-    found: list[Past] = []
-    for each in reversed(past):
-        if each.made_progress:
-            break
-        if not each.asked:
-            found.append(each)
-    return found[::-1]
+def fruitless(past: Sequence[Past]) -> int:
+    """Count the last generations without progress, but for those that were ended to take more hosts."""
+    last = itertools.takewhile(lambda each: not each.made_progress, reversed(past))
+    return sum(not each.asked for each in last)
 
 
 def exit_code(last: Past, asked_to_stop: bool) -> int | None:
@@ -147,25 +126,8 @@ def exit_code(last: Past, asked_to_stop: bool) -> int | None:
 
 def back_off_s(past: Sequence[Past], base_s: float) -> float:
     """Return how long to wait before the next start: nothing after progress, else twice as long each time."""
-    count = len(fruitless(past))
+    count = fruitless(past)
     return 0.0 if count == 0 else min(MOST_BACKOFF_S, base_s * 2 ** (count - 1))
-
-
-class LastWords:
-    """What a rank said last on stderr, in one line: its last error with the lines indented below it, else any line."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self._goes_on = False
-
-    def add(self, line: str) -> None:
-        """Take in the next line of stderr."""
-        is_error = line.startswith(_ERROR)
-        if self._goes_on and line.startswith("  ") and len(self.text) < _LONG:
-            self.text += f"{' ' if self.text.endswith(':') else '; '}{line.strip()}"
-        elif is_error or (line.strip() and not self.text.startswith(_ERROR)):
-            self.text = line.strip()
-        self._goes_on = is_error or (self._goes_on and line.startswith("  "))
 
 
 def end_text(end: RankEnd) -> str:
@@ -306,7 +268,7 @@ class Supervisor:
                 self.printer.say(self._last_words(code))
                 return code
             self.printer.say(past_text(self.past[-1]))
-            if (tries := len(fruitless(self.past))) > self.most_fruitless:
+            if (tries := fruitless(self.past)) > self.most_fruitless:
                 self.printer.say(
                     f"{tries} starts in a row came to no checkpoint after step {self.past[-1].step_after:,}; "
                     "giving up (--max-restarts-without-progress)"
@@ -369,8 +331,7 @@ class Supervisor:
         return FAILED
 
     def _available(self) -> list[HostSlots]:
-        up = [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
-        return trusted(up, self.past, self.min_ranks)
+        return [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
 
     def _placed(self) -> tuple[HostSlots, ...] | None:
         return place(self._available(), self.min_ranks, self.max_ranks)
@@ -448,7 +409,7 @@ class Generation:
         self._links, self._news, self._printer = links, news, printer
         self._alive = set(self._host_of)
         self._killed: set[int] = set()
-        self._last: dict[int, LastWords] = defaultdict(LastWords)
+        self._last: dict[int, str] = {}  # of each rank's stderr: its last error, else its last line
         self._grace_s = self._kill_at = float("inf")
         self.ends: list[RankEnd] = []
         self.started_s = time.monotonic()
@@ -491,7 +452,7 @@ class Generation:
             if kind == "line":
                 self._show(news.what)
             elif news.what["rank"] in self._alive:
-                self._end(news.what["rank"], news.what["code"], self._last[news.what["rank"]].text or None)
+                self._end(news.what["rank"], news.what["code"], self._last.get(news.what["rank"]))
 
     def _end(self, rank: int, code: int | None, error: str | None) -> None:
         self._alive.discard(rank)
@@ -516,8 +477,9 @@ class Generation:
     def _show(self, line: Mapping[str, Any]) -> None:
         """Print a line of a rank; lines of rank 0 without a prefix."""
         rank, text = line["rank"], line["text"]
-        if line["stream"] == "err":
-            self._last[rank].add(text)
+        is_word = text.strip() and not self._last.get(rank, "").startswith(_ERROR)
+        if line["stream"] == "err" and (text.startswith(_ERROR) or is_word):
+            self._last[rank] = text.strip()
         stream = sys.stderr if line["stream"] == "err" else sys.stdout
         self._printer.line(stream, text if rank == 0 else f"[rank {rank}] {text}")
 

@@ -9,7 +9,7 @@ from tests.trainer.runs.resumed.legs import Killed, Leg
 
 __all__ = ["settings_of", "whole"]
 
-STEPS = 120
+STEPS = 80
 
 
 @pytest.fixture(scope="session")

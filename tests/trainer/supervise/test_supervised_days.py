@@ -13,7 +13,7 @@ from tests.trainer.supervise.supervised import QUICK, TWO_HOSTS, Supervised, kil
 
 Places = Any
 
-pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class SupervisedDays(Supervised):
