@@ -202,10 +202,8 @@ def main(
     show(summary)
     report = place / "report.json"
     write_json(report, summary | {"serving": serve(place, images)})
-    evaluate: list[str | Path] = [sys.executable, "-m", "trainer.evaluate", place / "runs/both", "--missing-curve"]
-    run_step(
-        "What the run is worth: intervals, slices, missing images", [*evaluate, "--html", place / "evaluation.html"]
-    )
+    evaluate: list[str | Path] = [sys.executable, "-m", "trainer.evaluate", place / "runs/both"]
+    run_step("What the run is worth: intervals and slices", [*evaluate, "--html", place / "evaluation.html"])
     explorer = show_pages(place, images)
     console.print(
         f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all\n\n"

@@ -22,7 +22,7 @@ Examples:
 
     python -m trainer.evaluate data/runs/both
 
-    horovodrun -np 4 python -m trainer.evaluate data/runs/both --missing-curve
+    horovodrun -np 4 python -m trainer.evaluate data/runs/both --html evaluation.html
 
     python -m trainer.evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
 
@@ -57,9 +57,6 @@ def main(
     bootstrap: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Resamples of users for the intervals; 0: none.")
     ] = 1000,
-    missing_curve: Annotated[
-        bool, typer.Option("--missing-curve", help="Also hide 10 to 50 % of the images at random.")
-    ] = False,
     against: Annotated[
         str | None,
         typer.Option(
@@ -71,8 +68,6 @@ def main(
 ) -> None:
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
-    if against is not None and missing_curve:
-        raise typer.BadParameter("a comparison has no missing curve; leave --missing-curve out", param_hint="--against")
     if store_version is not None and store is None:
         raise typer.BadParameter("it needs --store", param_hint="--store-version")
 
@@ -93,8 +88,7 @@ def main(
             other = run_path(against)
             compare_runs(source, other, comm, resamples=bootstrap, out=to, json_file=json_file)
             return
-        options = EvaluationOptions(bootstrap, missing_curve, to, json_file)
-        evaluate_run(source, options, comm)
+        evaluate_run(source, EvaluationOptions(bootstrap, to, json_file), comm)
 
     raise typer.Exit(run_on_ranks(work))
 

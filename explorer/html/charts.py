@@ -9,7 +9,7 @@ from explorer.data.map import Colour, MapPoints, drawn, folder_of, groups
 from explorer.data.runs.comparing import TITLES, Evaluation, RunDifference
 from explorer.data.runs.curves import ScalarCurve, StageTime
 from featurestore.keys import Int64Array
-from trainer.evaluation.figures import Estimate, SlicedBy
+from trainer.evaluation.bootstrap import Estimate, SlicedBy
 
 Figure = dict[str, Any]
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -84,21 +84,6 @@ def slices(sliced: SlicedBy, whole: Estimate, metric: str) -> Figure:
         line = {"type": "line", "x0": whole.value, "x1": whole.value, "yref": "paper", "y0": 0, "y1": 1}
         figure["layout"]["shapes"] = [{**line, "line": {"dash": "dot", "color": "#888888"}}]
     return figure
-
-
-def missing_curve(evaluation: Evaluation) -> Figure:
-    """Draw GAUC against the share of images that are hidden."""
-    points = [each for each in evaluation.missing_curve if "gauc" in each.metrics]
-    estimates = [each.metrics["gauc"] for each in points]
-    trace = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": [100 * each.share for each in points],
-        "y": [each.value for each in estimates],
-        "error_y": _reach(estimates),
-    }
-    layout = {"xaxis": {"title": {"text": "images hidden, %"}}, "yaxis": {"title": {"text": "GAUC"}}}
-    return {"data": [trace], "layout": layout}
 
 
 def reliability(evaluation: Evaluation) -> Figure:

@@ -129,7 +129,7 @@ class RunPages(PageKind):
             live=live,
             evaluation=evaluation,
             evaluation_problem=problem,
-            command=f"python -m trainer.evaluate {shlex.quote(str(folder))} --missing-curve",
+            command=f"python -m trainer.evaluate {shlex.quote(str(folder))}",
             settings=[(name, comparing.text_of(value)) for name, value in facts.settings.items()],
             stores=_stores(facts),
             titles=TITLES,

@@ -12,9 +12,8 @@ from featurestore.console.page import ReportPage, recorded
 from tests.commands.calls import COMMANDS, call, words_of
 from tests.commands.test_every_command import LEAVES, least_words
 from tests.pages import ReadPage, check_page
-from trainer.evaluation.figures import Estimate
+from trainer.evaluation.bootstrap import Estimate
 from trainer.evaluation.report import METRIC_TITLES, number, range_of
-from trainer.plan.table import duration, size
 
 WITH_PAGES = sorted(
     line
@@ -47,19 +46,6 @@ def test_a_path_that_cannot_be_written_ends_the_command_before_its_work(
     assert (called.code, called.trace, called.out) == (2, "", "")
     assert called.err == f"error: cannot write --html {page}: there is no folder {page.parent}; make it first\n"
     assert list(tmp_path.iterdir()) == [], "it began to work"
-
-
-def test_a_plan_has_the_figures_of_its_json(tmp_path: Path) -> None:
-    page, file = tmp_path / "plan.html", tmp_path / "plan.json"
-    called = call(words_of("trainer.plan --paper --html {page} --json {file}", {"page": page, "file": file}))
-    assert (called.code, called.err) == (0, "")
-    read, plan = written(page), json.loads(file.read_text())
-    assert plan["title"] in read.texts and all(line in read.printed for line in (*plan["advice"], *plan["assumptions"]))
-    for ranks, row in plan["ranks"].items():
-        bytes_of, cost = [size(row["rank_bytes"]), size(sum(row["cost"]["bytes_by_part"].values()))], row["cost"]
-        times = [duration(cost["seconds"]), f"{cost['samples_per_s']:,.0f}", duration(row["epoch_s"])]
-        images = f"{row['counts']['images']['unique']:,.0f}"
-        assert [ranks, images, *bytes_of, *times, f"{row['efficiency']:.0%}"] in read.rows
 
 
 def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp_path: Path) -> None:

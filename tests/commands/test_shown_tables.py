@@ -14,8 +14,7 @@ from tools import demo
 from trainer import daily as daytable
 from trainer.config.config import load_config, save_config
 from trainer.evaluation import report
-from trainer.evaluation.bootstrap import METRICS
-from trainer.evaluation.figures import Estimate, Figures, Measured, SlicedBy
+from trainer.evaluation.bootstrap import METRICS, Estimate, Figures, Measured, SlicedBy
 from trainer.ids.figures import Collisions, ExactFigures
 from trainer.loop import summary
 
@@ -49,7 +48,7 @@ def of_training(_: Path) -> list[str]:
 def of_evaluation(folder: Path) -> list[str]:
     metrics = {name: Estimate(0.5 + at / 1000, 0.4, 0.6) for at, name in enumerate(METRICS)}
     whole = Measured(1234567, 89, 10, metrics)
-    figures = Figures(whole, {"age": SlicedBy("age of the ad", {"new": whole})}, [], [])
+    figures = Figures(whole, {"age": SlicedBy("age of the ad", {"new": whole})}, [])
     report.show(text_console(), {"run": LONG, "checkpoint": "step-7", "notes": []}, figures, folder)
     return [*(f"{0.5 + at / 1000:.4f}" for at in range(len(METRICS))), "0.4000 to 0.6000", "1,234,567", LONG]
 

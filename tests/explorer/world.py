@@ -208,8 +208,7 @@ def _train(world: World) -> None:
         train(load_config(settings=Places(world.folder).settings(run__name=name, **common, **changes)), SoloComm())
     with nothing_drawn():  # no page has the plots of a report
         for name in ("both", "ids-only"):
-            options = EvaluationOptions(resamples=50, missing_curve=name == "both")
-            evaluate_run(RunSource(world.runs / name), options, SoloComm())
+            evaluate_run(RunSource(world.runs / name), EvaluationOptions(resamples=50), SoloComm())
 
 
 def _publish(world: World) -> None:

@@ -138,7 +138,7 @@ def nothing_drawn() -> Iterator[None]:
     from trainer.evaluation import report
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("reliability", "by_slice", "missing_curve"):
+        for name in ("reliability", "by_slice"):
             patch.setattr(report, name, lambda *_: NotDrawn())
         yield
 

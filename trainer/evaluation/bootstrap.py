@@ -1,4 +1,4 @@
-"""Metrics of rankings, and their intervals by paired bootstrap over users.
+"""Metrics of rankings, and their intervals by paired bootstrap over users. Does not import torch.
 
 A resample draws as many users as there are, with replacement; a user drawn twice counts twice with all impressions.
 Log loss, calibration, ECE and GAUC are made of sums over users (the AUC of a user does not change by being drawn), so a
@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from trainer.evaluation.figures import Estimate
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -36,6 +33,51 @@ LEVEL = 0.95
 _BLOCK_ELEMENTS = 1 << 20
 _LEAST_DEFINED = 0.5
 _LOSS, _CLICKS, _PROBABILITY, _COUNT, _GAUC_WEIGHT, _GAUC_SUM, _FIXED = range(7)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the ends of its interval; None if it is not defined (no impression, or one class only)."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A set of impressions."""
+
+    impressions: int
+    users: int
+    clicks: int
+    metrics: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class SlicedBy:
+    """The slices of one slicing that have impressions, in their order."""
+
+    title: str
+    slices: dict[str, Measured]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Impressions with predictions of about one height."""
+
+    impressions: int
+    predicted: float
+    clicked: Estimate
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The results of an evaluation, as in report.json."""
+
+    whole: Measured
+    sliced_by: dict[str, SlicedBy]
+    reliability: list[Bin]
 
 
 class Statistic(Protocol):
@@ -95,8 +137,8 @@ def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False)
 
 def probability(logit_N: Float) -> Float:
     """Compute the sigmoid, without overflow."""
-    values: Float = torch.sigmoid(torch.from_numpy(np.asarray(logit_N, np.float64))).numpy()
-    return values
+    values_N: Float = np.exp(-np.logaddexp(0, -logit_N.astype(np.float64)))
+    return values_N
 
 
 class MetricSums:
@@ -231,8 +273,8 @@ def log_loss(logit_N: Float, label_N: Float) -> float | None:
     """
     if len(label_N) == 0:
         return None
-    logit, label = torch.from_numpy(np.asarray(logit_N, np.float64)), torch.from_numpy(np.asarray(label_N, np.float64))
-    return float(torch.nn.functional.binary_cross_entropy_with_logits(logit, label))
+    logit_N = logit_N.astype(np.float64)
+    return float((np.logaddexp(0, logit_N) - logit_N * label_N).mean())
 
 
 def auc(score_N: Float, label_N: Float) -> float | None:

@@ -18,8 +18,7 @@ from featurestore.console.page import current_page
 from featurestore.published.paths import RunPath
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.evaluation.bootstrap import LEVEL, METRICS, Float, MetricSums, bootstrap, interval
-from trainer.evaluation.figures import Estimate
+from trainer.evaluation.bootstrap import LEVEL, METRICS, Estimate, Float, MetricSums, bootstrap, interval
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.evaluation.report import METRIC_TITLES, differences, number, range_of, write_report
 from trainer.runs.saved import RunSource

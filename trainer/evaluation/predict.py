@@ -25,11 +25,10 @@ from featurestore.console.output import print_line, text_console
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm, SoloComm
-from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.errors import DataError, TrainerError
 from trainer.evaluation import report
-from trainer.evaluation.bootstrap import Float, Metrics, measure
-from trainer.evaluation.figures import Figures
-from trainer.evaluation.report import SEED, draw_all, measure_all
+from trainer.evaluation.bootstrap import Figures, Float, Metrics, measure
+from trainer.evaluation.report import draw_all, measure_all
 from trainer.evaluation.slices import (
     Impressions,
     Slicing,
@@ -104,22 +103,6 @@ def measure_test(opened: EvaluatedRun) -> Metrics:
         return evaluate(opened.comm, predicted, known, opened.schema.new_ad_field)
 
 
-def predict_without(opened: EvaluatedRun, share: float, seed: int) -> Float:
-    """Predict logits (N,) as if this share of all image keys had no feature, in every store that the model reads.
-
-    Keys are chosen by a hash of key and seed: the same at any number of ranks, and a larger share hides all that a
-    smaller one hid. They get what the run gives to images without a feature: zeros, or its trained vector.
-    """
-    partitions = [service.partition for service in opened.engine.services.values()]
-    for partition in partitions:
-        partition.hide(share, seed)
-    try:
-        return predict(opened)
-    finally:
-        for partition in partitions:
-            partition.hide(0)
-
-
 def has_feature(opened: EvaluatedRun, store: str, key_I: NDArray[np.int64]) -> NDArray[np.bool_] | None:
     """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
     service = opened.engine.services.get(store)
@@ -155,15 +138,11 @@ def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: In
     return comm.broadcast_object(metrics)
 
 
-HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-
-
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Options of an evaluation; the report goes to RUN/evaluation by default, without a further JSON file."""
 
     resamples: int = 1000
-    missing_curve: bool = False
     out: RunPath | None = None
     json_file: Path | None = None
 
@@ -175,21 +154,15 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
     """
     console = text_console(quiet=comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
-        if options.missing_curve and not opened.engine.services:
-            raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
         count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
         print_line(console, f"{opened.saved.checkpoint}: {count}")
         impressions = read_impressions(comm, opened.test, opened.schema)
         cuts = _slicings(opened, impressions)
-        logits = {0.0: predict(opened)}
-        num_missing = opened.missing_lookups()
-        if options.missing_curve:
-            logits |= {share: predict_without(opened, share, SEED) for share in HIDDEN_SHARES}
-        about = report.about(opened, num_missing, options.missing_curve, options.resamples)
+        logit_N = predict(opened)
+        about = report.about(opened, options.resamples)
     if comm.rank != 0:
         return None
-    curve: dict[float, Float] = logits if options.missing_curve else {}
-    figures = measure_all(logits[0.0], impressions, cuts, curve, options.resamples)
+    figures = measure_all(logit_N, impressions, cuts, options.resamples)
     out = options.out or source.folder / "evaluation"
     report.write_report(out, "report.json", {**about, **asdict(figures)}, options.json_file, draw_all(figures))
     report.show(console, about, figures, out)

@@ -15,25 +15,28 @@ from featurestore.console.files import write_json
 from featurestore.console.output import print_line, print_table
 from featurestore.console.page import save_plot
 from featurestore.errors import StorageError
-from featurestore.keys import sampled
 from featurestore.published.paths import RunPath, written_locally
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import (
     LEVEL,
     METRICS,
+    Bin,
+    Estimate,
+    Figures,
     Float,
+    Measured,
     MetricSums,
     ReliabilitySums,
     Replicates,
+    SlicedBy,
     bootstrap,
     interval,
 )
-from trainer.evaluation.figures import Bin, Estimate, Figures, Hidden, Measured, SlicedBy
 from trainer.evaluation.slices import Impressions, Slicing
 from trainer.runs.saved import TEST, EvaluatedRun
 
 SEED = 0
-"""Of the resamples, and of the images that are hidden."""
+"""Of the resamples."""
 
 METRIC_TITLES = {
     "logloss": "log loss",
@@ -51,8 +54,6 @@ def draw_all(figures: Figures) -> dict[str, Figure]:
     drawn = {"reliability": reliability(figures.reliability)}
     for name, sliced in figures.sliced_by.items():
         drawn[f"by_{name}"] = by_slice(sliced, figures.whole)
-    if figures.missing_curve:
-        drawn["missing_curve"] = missing_curve(figures.missing_curve)
     return drawn
 
 
@@ -87,18 +88,6 @@ def by_slice(sliced: SlicedBy, whole: Measured) -> Figure:
     panels[0].set_yticks(range(len(names)), labels, fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(f"By {sliced.title} (impressions in brackets; grey: all)", fontsize=11)
-    return figure
-
-
-def missing_curve(points: Sequence[Hidden]) -> Figure:
-    """Plot GAUC against the share of image keys that are hidden."""
-    figure, axes = _one_panel()
-    shares = [100 * each.share for each in points]
-    _points(axes, shares, [each.metrics["gauc"] for each in points])
-    axes.plot(shares, [_number(each.metrics["gauc"].value) for each in points], color=_COLOR, linewidth=1)
-    axes.set_xlabel("images without a feature, %")
-    axes.set_ylabel("GAUC")
-    axes.set_title("Images hidden at random")
     return figure
 
 
@@ -154,10 +143,9 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int) -> dict[str, Any]:
-    """Say what was evaluated, on what, and how.
-
-    `num_missing`: lookups of images that had no feature; `hides`: some were hidden as well."""
+def about(opened: EvaluatedRun, resamples: int) -> dict[str, Any]:
+    """Say what was evaluated, on what, and how; after the predictions, whose missing lookups are counted."""
+    num_missing = opened.missing_lookups()
     return {
         "run": str(opened.saved.folder),
         "checkpoint": opened.saved.checkpoint.name,
@@ -166,7 +154,7 @@ def about(opened: EvaluatedRun, num_missing: int, hides: bool, resamples: int) -
         "missing": opened.config.data.missing,
         "bootstrap": {"resamples": resamples, "level": LEVEL},
         "missing_lookups": num_missing,
-        "notes": [*opened.notes, *opened.saved.notes_on_missing(num_missing, hides)],
+        "notes": [*opened.notes, *opened.saved.notes_on_missing(num_missing)],
     }
 
 
@@ -208,10 +196,6 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: R
                 f"  {name}", f"{each.impressions:,}", *(number(each.metrics[metric].value) for metric in METRICS)
             )
     print_table(console, slices)
-    for point in figures.missing_curve:
-        change = f", change {with_interval(point.gauc_change)}" if point.share else ""
-        gauc = with_interval(point.metrics["gauc"])
-        print_line(console, f"{point.share:.0%} of the images hidden: GAUC {gauc}{change}")
     for note in about["notes"]:
         print_line(console, f"note: {note}")
     print_line(console, f"written to {folder}")
@@ -222,24 +206,13 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def with_interval(estimate: Estimate) -> str:
-    """Format an estimate, as 0.6260 (0.6241 to 0.6279)."""
-    return f"{number(estimate.value)} ({range_of(estimate)})" if estimate.low is not None else number(estimate.value)
-
-
 def range_of(estimate: Estimate) -> str:
     """Format an interval, as 0.6241 to 0.6279; a dash where there is none."""
     return "-" if estimate.low is None else f"{number(estimate.low)} to {number(estimate.high)}"
 
 
-def measure_all(
-    logit_N: Float,
-    impressions: Impressions,
-    slicings: Sequence[Slicing],
-    logits_of_share: Mapping[float, Float],
-    resamples: int,
-) -> Figures:
-    """Measure metrics with intervals. `logits_of_share`: (N,) for each share of hidden images."""
+def measure_all(logit_N: Float, impressions: Impressions, slicings: Sequence[Slicing], resamples: int) -> Figures:
+    """Measure all impressions, each slice and the bins of reliability, with intervals."""
     users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
     label_N = impressions.label_N.astype(np.float64)
     reliability = ReliabilitySums(logit_N, label_N, user_N, len(users_U))
@@ -247,17 +220,12 @@ def measure_all(
     chosen = [(each, name, each.slice_N == at) for each in slicings for at, name in enumerate(each.names)]
     chosen = [(slicing, name, in_N) for slicing, name, in_N in chosen if in_N.any()]
     slices = [MetricSums(logit_N[in_N], label_N[in_N], user_N[in_N]) for _, _, in_N in chosen]
-    curve = [MetricSums(each, label_N, user_N) for each in logits_of_share.values()]
-    of_bins, of_whole, *rest = bootstrap([reliability, whole, *slices, *curve], len(users_U), resamples, SEED)
+    of_bins, of_whole, *of_slices = bootstrap([reliability, whole, *slices], len(users_U), resamples, SEED)
 
     sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
-    for (slicing, name, _), sums, replicates in zip(chosen, slices, rest[: len(slices)], strict=True):
+    for (slicing, name, _), sums, replicates in zip(chosen, slices, of_slices, strict=True):
         sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
-    hidden = [
-        _hidden(share, impressions, sums, replicates, of_whole)
-        for share, sums, replicates in zip(logits_of_share, curve, rest[len(slices) :], strict=True)
-    ]
-    return Figures(_measured(whole, of_whole), sliced_by, _bins(reliability, of_bins), hidden)
+    return Figures(_measured(whole, of_whole), sliced_by, _bins(reliability, of_bins))
 
 
 def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
@@ -280,20 +248,3 @@ def _bins(sums: ReliabilitySums, replicates: Replicates) -> list[Bin]:
         )
         for at in range(count)
     ]
-
-
-def _hidden(
-    share: float,
-    impressions: Impressions,
-    sums: MetricSums,
-    replicates: Replicates,
-    of_whole: Replicates,
-) -> Hidden:
-    at = METRICS.index("gauc")
-    without = sampled(impressions.image_N, share, SEED) if impressions.image_N is not None else np.zeros(0, np.bool_)
-    change = interval(
-        replicates.value_M[at] - of_whole.value_M[at],
-        replicates.draws_RM[:, at] - of_whole.draws_RM[:, at],
-        users=sums.users_M[at],
-    )
-    return Hidden(share, int(without.sum()), _measured(sums, replicates).metrics, change)

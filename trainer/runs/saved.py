@@ -94,15 +94,14 @@ class SavedRun:
         """Choose the snapshot that the run was trained on, or the one that its settings name. Raises as `snapshot`."""
         return self.snapshot(place, snapshot_of(place, (self.checkpoint, self.state)).version)
 
-    def notes_on_missing(self, num_lookups: int, hides: bool = False) -> list[str]:
-        """Say what matters about figures where lookups found no feature; `hides`: some were hidden as well."""
+    def notes_on_missing(self, num_lookups: int) -> list[str]:
+        """Say what matters about figures where lookups found no feature."""
         never_met = self.missing_in_training == "error" or self.missing_met == 0
-        if not never_met or not (num_lookups or hides):
+        if not never_met or not num_lookups:
             return []
         return [
             f"the run was trained with data.missing={self.missing_in_training}, and its model has never met an image "
-            f"without a feature; here such images get zeros ({num_lookups:,} lookups"
-            f"{', and those hidden at random' if hides else ''})"
+            f"without a feature; here such images get zeros ({num_lookups:,} lookups)"
         ]
 
     @cached_property

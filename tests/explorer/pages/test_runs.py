@@ -84,10 +84,9 @@ def test_the_list_has_every_run_with_settings_that_differ(pages: TestClient) -> 
 
 def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient) -> None:
     html = page(pages, "/runs/both")
-    for each in ('id="loss"', 'id="stages"', 'id="test-gauc"', 'id="missing"', 'id="reliability"', 'id="slices-1"'):
+    for each in ('id="loss"', 'id="stages"', 'id="test-gauc"', 'id="reliability"', 'id="slices-1"'):
         assert each in html
     text = text_of(html)
-    assert "Images hidden at random" in text
     assert "train.max_steps 12" in text
     assert "step-00000012" in text
     assert "trainer.evaluate" not in text.partition("Stores and checkpoints")[2]
@@ -96,7 +95,7 @@ def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient) ->
 
 def test_a_run_without_evaluation_says_which_command_makes_it(pages: TestClient, world: World) -> None:
     text = text_of(page(pages, "/runs/both-longer"))
-    assert f"python -m trainer.evaluate {world.runs / 'both-longer'} --missing-curve" in text
+    assert f"python -m trainer.evaluate {world.runs / 'both-longer'}" in text
 
 
 def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
@@ -233,9 +232,9 @@ def test_hostile_names_are_only_text(changing: TestClient, changing_world: World
         each = re.sub(r'<script type="application/json".*?</script>', "", each)  # noqa: PLW2901 - data, never markup
         assert "<script>alert" not in each
         assert "'onclick='alert" not in each
-    assert "--missing-curve" in one
+    assert "trainer.evaluate" in one
     if "`" in name:
-        assert "&#39;" in one.partition("trainer.evaluate")[2].partition("--missing-curve")[0]  # in quotes for a shell
+        assert "&#39;" in one.partition("trainer.evaluate")[2].partition("</code>")[0]  # in quotes for a shell
 
 
 @pytest.mark.parametrize(

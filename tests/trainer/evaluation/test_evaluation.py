@@ -1,6 +1,5 @@
-"""python -m trainer.evaluate on tiny runs: what it writes, hidden images, other samples and stores, two ranks."""
+"""python -m trainer.evaluate on tiny runs: what it writes, other samples and stores, two ranks."""
 
-import contextlib
 import json
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from featurestore.keys import sampled
 from featurestore.snapshot import SnapshotId
 from featurestore.store import FeatureStore
 from tests.pages import check_page
@@ -24,11 +22,10 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.evaluate import app
 from trainer.evaluation.bootstrap import METRICS
-from trainer.evaluation.predict import predict, predict_run, predict_without
+from trainer.evaluation.predict import predict_run
 from trainer.evaluation.report import METRIC_TITLES, number
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint
-from trainer.runs.saved import RunSource, open_source
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("undrawn")]  # they train whole runs; `evaluated` draws
 
@@ -76,10 +73,9 @@ def ids_only(own: Places) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(run: Path) -> Path:
-    """The report of the run with images, the curve of hidden ones included."""
-    said = evaluate(run, "--missing-curve", "--bootstrap", 200)
+    """The report of the run with images."""
+    said = evaluate(run, "--bootstrap", 200)
     assert f"written to {run / 'evaluation'}" in said
-    assert "50% of the images hidden: GAUC 0." in said
     return run / "evaluation"
 
 
@@ -114,18 +110,8 @@ class TestReport:
         assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new", "missing"}
         assert sum(each["impressions"] for each in report["reliability"]) == report["whole"]["impressions"]
 
-    def test_curve_starts_where_nothing_is_hidden(self, evaluated: Path) -> None:
-        report = report_of(evaluated)
-        curve = report["missing_curve"]
-        assert [point["share"] for point in curve] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
-        assert curve[0]["metrics"] == report["whole"]["metrics"]
-        hidden = [point["impressions_without_ad_image"] for point in curve]
-        assert hidden[0] == 0
-        assert hidden == sorted(hidden)
-        assert len({point["metrics"]["logloss"]["value"] for point in curve}) == len(curve)
-
     def test_plots_are_pictures_of_something(self, evaluated: Path) -> None:
-        names = {"reliability", "by_ad_age", "by_ad_impressions", "by_history", "by_image", "missing_curve"}
+        names = {"reliability", "by_ad_age", "by_ad_impressions", "by_history", "by_image"}
         files = {path.stem: path for path in evaluated.glob("*.png")}
         assert set(files) == names
         for name, path in files.items():
@@ -133,7 +119,7 @@ class TestReport:
             assert (pixels < 128).sum() > 500, name
 
     def test_again_it_is_the_same(self, run: Path, evaluated: Path, tmp_path: Path) -> None:
-        options = ("--missing-curve", "--bootstrap", 200, "--json", tmp_path / "a.json", "--out", tmp_path)
+        options = ("--bootstrap", 200, "--json", tmp_path / "a.json", "--out", tmp_path)
         evaluate(run, *options)
         assert json.loads((tmp_path / "a.json").read_text()) == report_of(evaluated)
 
@@ -142,7 +128,6 @@ class TestReport:
         report = report_of(tmp_path)
         assert report["checkpoint"] == "step-00000010"
         assert all(each["low"] is None for each in report["whole"]["metrics"].values())
-        assert report["missing_curve"] == []
         path = find_checkpoint(run, "10")
         evaluate(run, "--bootstrap", 0, "--checkpoint", path, "--out", tmp_path / "again")
         assert report_of(tmp_path / "again")["whole"] == report["whole"]
@@ -154,31 +139,16 @@ class TestReport:
         assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new"}
 
 
-@pytest.mark.parametrize(("policy", "tiers"), [("zeros", 0), ("learned", 0), ("zeros", 4)])
-def test_hidden_images_are_as_if_they_were_not_in_the_store(
-    own: Places, tmp_path: Path, policy: str, tiers: int
-) -> None:
-    settings = {"data__missing": policy, "model__similarity_tiers": tiers}
-    run = train_run(own, f"hide-{policy}-{tiers}", train__max_steps=10, **settings)
-    shutil.copytree(own.folder / "features", tmp_path / "features")
-    keys = np.arange(1_000, 1_050)
-    with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
-        before_N, hidden_N, after_N = predict(opened), predict_without(opened, 0.3, seed=7), predict(opened)
-    FeatureStore.open(tmp_path / "features").delete(keys[sampled(keys, 0.3, seed=7)])
-    without = predict_run(run, store=str(tmp_path / "features"))
-    assert hidden_N == pytest.approx(without.logit_N, abs=1e-5)
-    assert (before_N == after_N).all()
-    assert without.is_new_ad_N is not None
-    assert without.is_new_ad_N.sum() == report_of(run)["metrics"]["new_ad_impressions"] > 0
-    assert np.abs(hidden_N - before_N).max() > 1e-3
-
-
-def test_run_that_never_met_a_missing_image_is_told(places: Places, tmp_path: Path) -> None:
+def test_images_that_are_not_in_the_store_are_told_to_a_run_that_never_met_one(places: Places, tmp_path: Path) -> None:
     run = train_run(places, "refused-missing", train__max_steps=5)
     evaluate(run, "--bootstrap", 0, "--out", tmp_path / "a")
     assert report_of(tmp_path / "a")["notes"] == []
-    evaluate(run, "--bootstrap", 0, "--missing-curve", "--out", tmp_path / "b")
-    assert "its model has never met an image without a feature" in report_of(tmp_path / "b")["notes"][0]
+    shutil.copytree(places.folder / "features", tmp_path / "features")
+    FeatureStore.open(tmp_path / "features").delete(range(1_000, 1_020))
+    evaluate(run, "--bootstrap", 0, "--store", tmp_path / "features", "--out", tmp_path / "b")
+    assert any(
+        "its model has never met an image without a feature" in note for note in report_of(tmp_path / "b")["notes"]
+    )
 
 
 class TestOtherPlaces:
@@ -262,9 +232,6 @@ class TestRefusals:
         assert "--store" in evaluate(run, "--store", tmp_path / "nothing", code=2)
         assert not (run / "evaluation").exists()
 
-    def test_no_image_can_be_hidden_from_ids(self, ids_only: Path) -> None:
-        assert "reads no image, so none can be hidden" in evaluate(ids_only, "--missing-curve", code=2)
-
     def test_out_that_is_a_file(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         assert "choose another by --out" in evaluate(run, "--bootstrap", 0, "--out", tmp_path / "file", code=1)
@@ -307,9 +274,6 @@ class TestAgainst:
         assert f"{other} predicted other impressions" in said and len(said.splitlines()) == 1
         assert not (tmp_path / "out").exists()
 
-    def test_the_curve_is_of_one_run(self, run: Path) -> None:
-        assert "a comparison has no missing curve" in evaluate(run, "--against", run, "--missing-curve", code=2)
-
 
 def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(
     run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks
@@ -321,7 +285,7 @@ def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(
 
 
 def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
-    options = (str(run), "--missing-curve", "--bootstrap", "50", "--out")
+    options = (str(run), "--bootstrap", "50", "--out")
     done = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
     assert done.exit_code == 0 and " impressions, 1 rank\n" in done.stdout, done.output
     text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two", "--html", tmp_path / "page.html")

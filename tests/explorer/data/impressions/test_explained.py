@@ -30,7 +30,7 @@ from tests.serving.scoring.variants import GONE, TABLES
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.evaluation.predict import predict_run, predict_without, score_run
+from trainer.evaluation.predict import predict, predict_run, score_run
 from trainer.main import train
 from trainer.runs.saved import RunSource, open_source
 from trainer.schema import DEFAULT_SCHEMA
@@ -97,8 +97,10 @@ def test_scores_are_those_of_the_job(
 @of_kinds("lr", "contents", "similar", "gallery_max", "images_none", "exact")
 def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, trained: Trained, runs: TrainedRuns) -> None:
     opened_run = open_source(RunSource(trained(kind)), SoloComm())
-    expected = predict_without(opened_run, 1.0, 0)
-    usual = predict_without(opened_run, 0.0, 0)
+    usual = predict(opened_run)
+    for service in opened_run.engine.services.values():
+        service.partition.hide(1.0)
+    expected = predict(opened_run)
     opened_run.close()
     with runs.use(kind) as opened:
         listed = score_first(opened)
