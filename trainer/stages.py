@@ -111,15 +111,6 @@ class Stages:
             stage: 1e3 * statistics.median(list(self._seconds[stage])[1:] or self._seconds[stage]) for stage in known
         }
 
-    def step_spread(self) -> float:
-        """Return a step's deviation over its median, from the median deviation: a rare slow step does not count."""
-        own = [seconds for stage, seconds in self._seconds.items() if stage not in AHEAD]
-        steps_s: list[float] = [sum(each) for each in zip(*own, strict=False)][1:]
-        if not steps_s:
-            return 0.0
-        middle_s = statistics.median(steps_s)
-        return 1.4826 * statistics.median(abs(each - middle_s) for each in steps_s) / middle_s
-
 
 class StageSequence:
     """Stages one after the other; `switch` ends one and begins the next, None ends the last."""

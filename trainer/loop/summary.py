@@ -9,16 +9,14 @@ import io
 import itertools
 import os
 import socket
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
@@ -206,7 +204,6 @@ def tracing(folder: Path | None, rank: int, warn: Callable[[str], None]) -> Iter
 
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
-STEP_PHASES: tuple[Phase, ...] = ("wait", "compute")
 
 
 @dataclass
@@ -215,8 +212,7 @@ class StepTotals:
 
     `image_references`, `images`: the sums of `count_images`; over all ranks `images` is the number of unique images of
     the global batches. `missing_by_store`: lookups of images without a feature, those of evaluations
-    included. `unique_by_field`: different and all keys of a field in a rank's batch, summed over the steps that are
-    logged. `warm_up_*`: the first step, which also pays for buffers and caches.
+    included. `warm_up_*`: the first step, which also pays for buffers and caches.
     """
 
     steps: int = 0
@@ -224,23 +220,18 @@ class StepTotals:
     image_references: int = 0
     images: int = 0
     missing_by_store: dict[str, int] = field(default_factory=dict)
-    unique_by_field: dict[str, tuple[int, int]] = field(default_factory=dict)
     warm_up_samples: int = 0
     warm_up_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
-    step_cpu_s: float = 0.0
-    """Processor time of all threads in the training steps."""
 
     @contextmanager
     def timed(self, phase: Phase) -> Iterator[None]:
-        """Add the block's wall time to the phase, and its processor time to that of steps."""
-        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        """Add the block's wall time to the phase."""
+        start_s = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start_s
-            if phase in STEP_PHASES:
-                self.step_cpu_s += time.process_time() - start_cpu_s
 
     def add(self, result: StepResult, references: int, images: int) -> None:
         """Count one training step, with its images as `count_images` gives them."""
@@ -251,16 +242,10 @@ class StepTotals:
         if self.steps == 1:
             self.warm_up_samples, self.warm_up_s = self.samples, self.step_seconds
 
-    def add_unique(self, unique_by_field: Mapping[str, tuple[int, int]]) -> None:
-        """Count the keys of one step that is logged."""
-        for name, (different, keys) in unique_by_field.items():
-            before = self.unique_by_field.get(name, (0, 0))
-            self.unique_by_field[name] = (before[0] + different, before[1] + keys)
-
     @property
     def step_seconds(self) -> float:
         """Return the wall time of training alone, without evaluation and checkpoints."""
-        return sum(self.seconds.get(phase, 0.0) for phase in STEP_PHASES)
+        return sum(self.seconds.get(phase, 0.0) for phase in ("wait", "compute"))
 
     @property
     def steady(self) -> tuple[int, float]:
@@ -280,17 +265,7 @@ def count_images(request: KeyRequest) -> tuple[int, int]:
     return sum(len(asked.inverse_N) for asked, _ in content), sum(served.num_unique for _, served in content)
 
 
-def unique_by_field(request: KeyRequest) -> dict[str, tuple[int, int]]:
-    """Count for each field of the batch its different keys, and all its keys."""
-    return {
-        name: (int(np.count_nonzero(np.bincount(each.places_N))), len(each.places_N))
-        for name, each in request.fields.items()
-    }
-
-
-def step_details(
-    comm: Comm, totals: StepTotals, stages: Stages, unique_by_field: Mapping[str, tuple[int, int]], images: int
-) -> dict[str, float]:
+def step_details(comm: Comm, totals: StepTotals, stages: Stages, images: int) -> dict[str, float]:
     """Return what TensorBoard gets of a step that is logged, beside its loss; called by every rank.
 
     `images`: those that this rank computed.
@@ -300,7 +275,6 @@ def step_details(
     for name, row in stage_table([last_ms]).items():
         if row["hidden"] is not None:
             details[f"stage_hidden/{name}"] = row["hidden"]
-    details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique_by_field.items()}
     sent = {name: each.sent for name, each in comm.traffic.items() if name.startswith("step.")}
     details |= {f"bytes_sent_per_step/{name}": total / totals.steps for name, total in sent.items()}
     served_R = comm.allgather_object(images, name="log.images")
@@ -315,17 +289,16 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
 
     Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
     ranks. Times are the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it
-    is the only one. `owner_skew`: images served by the busiest rank over the mean. `step_spread`: the standard
-    deviation of a rank's step over its median. `busy_cores`: of a rank in its steps. A ratio without a
-    denominator is None.
+    is the only one. `owner_skew`: images served by the busiest rank over the mean. A ratio without a denominator is
+    None.
     """
     traffic = {name: asdict(each) for name, each in comm.traffic.items() if name.startswith("step.")}
-    mine = (asdict(own), traffic, stages.medians_ms(), stages.step_spread())
+    mine = (asdict(own), traffic, stages.medians_ms())
     everyone = comm.allgather_object(mine, name="totals")
     ranks = [StepTotals(**values) for values, *_ in everyone]
     steps = own.steps
-    sent = {name: sum(each[name]["sent"] for _, each, *_ in everyone) for name in sorted(traffic)}
-    received = sum(each["received"] for _, traffics, *_ in everyone for each in traffics.values())
+    sent = {name: sum(each[name]["sent"] for _, each, _ in everyone) for name in sorted(traffic)}
+    received = sum(each["received"] for _, traffics, _ in everyone for each in traffics.values())
     served = [each.images for each in ranks]
     steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
     references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
@@ -344,7 +317,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
         "bytes_sent_per_step": per_step(sum(sent.values())),
         "bytes_received_per_step": per_step(received),
         "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
-        "unique_ratio_by_field": _unique_ratios(ranks),
         "owner_skew": max(served) * len(served) / images if images else None,
         "missing_lookups": sum(sum(each.missing_by_store.values()) for each in ranks),
         "missing_by_store": {
@@ -354,9 +326,7 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
             for phase in Phase.__args__  # type: ignore[attr-defined]
         },
-        "stages": stage_table([medians_ms for _, _, medians_ms, _ in everyone]),
-        "step_spread": statistics.mean(spread for *_, spread in everyone),
-        "busy_cores": statistics.mean(each.step_cpu_s / each.step_seconds if each.steps else 0.0 for each in ranks),
+        "stages": stage_table([medians_ms for _, _, medians_ms in everyone]),
     }
 
 
@@ -376,16 +346,6 @@ def hardware_text(hardware: Mapping[str, Any], num_ranks: int) -> str:
     if hardware["collectives"] is None:
         return f"one process on {devices}, no collectives, {dtype}"
     return f"{ranks_text(num_ranks)} on {devices}, collectives: {hardware['collectives']}, {dtype}"
-
-
-def _unique_ratios(ranks: Sequence[StepTotals]) -> dict[str, float | None]:
-    """Return of each field the different keys of a rank's batch over all of them."""
-    ratios: dict[str, float | None] = {}
-    for name in sorted({name for each in ranks for name in each.unique_by_field}):
-        counts = [each.unique_by_field.get(name, (0, 0)) for each in ranks]
-        keys = sum(total for _, total in counts)
-        ratios[name] = sum(different for different, _ in counts) / keys if keys else None
-    return ratios
 
 
 def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float | None]]:
@@ -417,7 +377,7 @@ def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """Print the final tables; that of the fields where a step was logged, as their keys are counted then."""
+    """Print the final tables."""
     title = f"{report['name']}: {report['global_step']:,} steps, {ranks_text(report['num_ranks'])}"
     table = _table("test samples", "value", title=title)
     for name, value in report["metrics"].items():
@@ -436,8 +396,6 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     print_table(console, table)
     print_table(console, _stages_shown(report["stages"]))
-    if ratios := report["unique_ratio_by_field"]:
-        print_table(console, _ratios_shown(ratios))
     if report["tables"]:
         print_table(console, _id_tables_shown(report["tables"]))
     console.print(f"written to {report['folder']}")
@@ -464,13 +422,6 @@ def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
             table.add_section()
         shares = [row["share_of_step"], row["hidden"]]
         table.add_row(name, f"{row['median_ms']:.1f}", *("" if each is None else f"{each:.0%}" for each in shares))
-    return table
-
-
-def _ratios_shown(ratios: Mapping[str, float | None]) -> Table:
-    table = _table("field", "different keys of all, in a rank's batch")
-    for name, value in ratios.items():
-        table.add_row(name, _text(value, "-"))
     return table
 
 

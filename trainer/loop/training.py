@@ -293,9 +293,7 @@ class Training:
         scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_s": speed}
         details: dict[str, float] = {}
         if self._is_due(self._config.train.log_every):
-            unique = summary.unique_by_field(prepared.request)
-            self.totals.add_unique(unique)
-            details = summary.step_details(self._run.comm, self.totals, self._engine.stages, unique, images)
+            details = summary.step_details(self._run.comm, self.totals, self._engine.stages, images)
         self._progress.step(self._engine.num_steps, scalars, details)
         self._engine.stages.add_rest(time.perf_counter() - start_s)
 

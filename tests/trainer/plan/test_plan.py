@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from tests.pages import check_page
-from tests.ranks import command_of
+from tests.ranks import StandingRanks
 from tests.trainer.plan.machine import MACHINE, NETWORK, WIDTHS
 from tests.trainer.standing_ranks import run as run_here
 from trainer.comm import SoloComm
@@ -157,29 +157,27 @@ def test_a_compact_store_is_planned_with_by_its_own_width(places: Places, tmp_pa
     assert (drawn.info.dim, drawn.info.dtype) == (6, "float16")
 
 
-@pytest.mark.services  # horovodrun, for what a collective costs
+@pytest.mark.services  # two ranks, for what a collective costs
 class TestCommand:
     @pytest.fixture(scope="class")
     @staticmethod
-    def plan(places: Places, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        """Two and four ranks, one a machine, really measured: the runs of the trainer in this process."""
-        run_together = calibrate.run_together
+    def plan(places: Places, two_ranks: StandingRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+        """Two ranks, one a machine, really measured: the runs of the trainer in this process, collectives on ranks."""
 
         def run_some_here(commands: Sequence[Sequence[str]]) -> list[str]:
-            if list(commands[0][:3]) != [sys.executable, "-m", "trainer.main"]:
-                return run_together(commands)
+            if list(commands[0][-2:]) == ["-m", "trainer.plan.cost"]:
+                return [two_ranks.run(*commands[0][-2:])]
             ((code, said),) = (run_here(list(command[1:])) for command in commands)
             assert code == 0, said
             return [said]
 
         folder = tmp_path_factory.mktemp("plan")
         file, page = folder / "plan.json", folder / "plan.html"
-        options = ["--ranks", "2,4", "--global-batch-size", "100", "--network-gbit", "1", "--json", str(file)]
+        options = ["--ranks", "2", "--global-batch-size", "100", "--network-gbit", "1", "--json", str(file)]
         options += ["--html", str(page)]
         for setting in places.settings():
             options += ["--set", setting]
-        some_here = mock.patch.object(calibrate, "run_together", run_some_here)
-        with some_here, mock.patch.object(calibrate, "launcher_of", command_of):
+        with mock.patch.object(calibrate, "run_together", run_some_here):
             done = CliRunner().invoke(app, options)
         assert done.exit_code == 0, done.output
         assert "Recommended" in done.stdout and "Taken for granted" in done.stdout
@@ -187,14 +185,14 @@ class TestCommand:
         return {**values, "page": check_page(page.read_text(encoding="utf-8"))}
 
     def test_figures(self, plan: dict[str, Any]) -> None:
-        assert list(plan["ranks"]) == ["2", "4"]
+        assert list(plan["ranks"]) == ["2"]
         for ranks, row in plan["ranks"].items():
             cost = row["cost"]
             assert cost["seconds"] > 0 and cost["samples_per_s"] == pytest.approx(100 / cost["seconds"])
             assert 0 < row["efficiency"] < 1.5
             assert row["rank_bytes"] > 50 * 16 * 2 / int(ranks)
             assert row["counts"]["images"]["unique"] <= 40
-        assert plan["recommended_ranks"] in (2, 4)
+        assert plan["recommended_ranks"] == 2
         assert any("1 Gbit/s" in line for line in plan["assumptions"])
 
     def test_the_page_has_the_figures(self, plan: dict[str, Any]) -> None:
