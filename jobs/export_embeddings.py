@@ -19,7 +19,7 @@ EXAMPLES = """Examples:
 \b
 python jobs/export_embeddings.py
 python jobs/export_embeddings.py --run data/runs/both --out visual.parquet
-python jobs/export_embeddings.py --run data/runs/titles --network titles --checkpoint 1000 --out titles.npy
+python jobs/export_embeddings.py --run data/runs/titles --network titles --checkpoint 1000 --out titles.parquet
 python jobs/export_embeddings.py --run data/runs/exact --table item --out items.parquet
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
@@ -40,7 +40,7 @@ def main(
     out: Annotated[
         str | None,
         typer.Option(
-            help="File to write, or replace: NAME.parquet; or, for images, NAME.npy, with its keys in NAME.keys.npy.",
+            help="File to write, or replace: NAME.parquet.",
             show_default="data/visual.parquet or data/TABLE.parquet",
         ),
     ] = None,
@@ -48,8 +48,7 @@ def main(
     """Export embeddings of a run: what its E makes of all images of a feature store, or the rows of an exact ID table.
 
     Parquet of images has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors)
-    of which run, checkpoint, store and snapshot they are; a .npy gets that as NAME.npy.json. build_semantic_ids takes
-    Parquet.
+    of which run, checkpoint, store and snapshot they are.
 
     Parquet of a table has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id
     is the cold row of its shard, which is used for all ids of the shard that are not in the file.
@@ -59,33 +58,32 @@ def main(
     start = time.monotonic()
     if table is None:
         out = out or "data/visual.parquet"
-        check_ending(out, "--out", ".parquet", ".npy")
-        done, end = export_images(run_or_newest(run), checkpoint, network, store_version, out)
+        check_ending(out, "--out", ".parquet")
+        done = export_images(run_or_newest(run), checkpoint, network, store_version, out)
     elif network is not None or store_version is not None:
         raise typer.BadParameter("a table has no network and no snapshot: leave these out", param_hint="--table")
     else:
         out = out or f"data/{table}.parquet"
         check_ending(out, "--out", ".parquet")
-        done, end = export_ids(run_or_newest(run), checkpoint, table, out), ""
-    print_summary(f"{done}\ntime         {time.monotonic() - start:.1f} s\nwritten to   {out}{end}")
+        done = export_ids(run_or_newest(run), checkpoint, table, out)
+    print_summary(f"{done}\ntime         {time.monotonic() - start:.1f} s\nwritten to   {out}")
 
 
 def export_images(
     run: "RunPath", checkpoint: str | None, network: str | None, store_version: "VersionName | None", out: str
-) -> tuple[str, str]:
-    """Write the visual vectors of all images; return what is printed of that, and what follows the name of the file."""
+) -> str:
+    """Write the visual vectors of all images; return what is printed of that."""
     from trainer.runs.export import export_vectors, open_network
 
     opened = open_network(run, which=checkpoint, network=network, store_version=store_version)
     with progress_bar("images") as progress:
-        keys = export_vectors(opened, out, progress)
+        export_vectors(opened, out, progress)
     about = opened.describe()
-    done = (
+    return (
         f"run          {about['run']}, {about['checkpoint']}, network {about['network']}\n"
         f"features     snapshot {about['snapshot']} of {about['store']}\n"
         f"images       {opened.num_images:,}, {about['dim']} numbers each"
     )
-    return done, f", keys {keys}" if keys else f"\nnext         python jobs/build_semantic_ids.py --vectors {out}"
 
 
 def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> str:

@@ -123,7 +123,6 @@ def lines_of(out: str) -> list[list[str]]:
 
 JOBS = [
     "jobs/score --run {run} --out {new}.parquet",
-    "jobs/export_embeddings --run {run} --out {new}.npy",
     "jobs/export_embeddings --run {run} --out {new}.parquet",
     "jobs/build_ad_index --run {towers} --samples {samples} --out {new}",
     "jobs/build_semantic_ids --store {store} --levels 2 --codes 4 --no-samples --out {new}",

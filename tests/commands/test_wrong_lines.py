@@ -40,7 +40,7 @@ PROCESSES = [
     "featurestore info {deepstore}",
     "featurestore get {store} 1000 --out {pipe}",
     "dask-submit --memory-limit nan {script}",
-    "jobs/export_embeddings --run {run} --out .npy",
+    "jobs/export_embeddings --run {run} --out .parquet",
     "benchmarks.workload --out {empty}",
 ]
 """Some of them, from each package: a process of its own ends as a call within this one does."""

@@ -148,17 +148,9 @@ def test_components_of_a_compact_store_are_taken_as_the_run_took_them(places: Pl
     assert len(found) == 49 and len({tuple(vector) for vector in found.values()}) == 49
 
 
-def test_npy_has_its_keys_beside_it(run: Path, places: Places, tmp_path: Path) -> None:
-    assert f"keys {tmp_path / 'v.keys.npy'}" in done("--run", run, "--out", tmp_path / "v.npy")
-    vectors_ND, keys_N = np.load(tmp_path / "v.npy"), np.load(tmp_path / "v.keys.npy")
-    assert (vectors_ND.dtype, vectors_ND.shape, keys_N.dtype) == (np.float32, (49, 12), np.int64)
-    assert_same(dict(zip(keys_N.tolist(), vectors_ND.tolist(), strict=True)), expected(run, places))
-    assert json.loads((tmp_path / "v.npy.json").read_text())["snapshot"] == 3
-
-
 def test_the_folder_of_the_file_is_made(run: Path, tmp_path: Path) -> None:
-    done("--run", run, "--out", tmp_path / "no" / "such" / "v.npy")
-    assert len(np.load(tmp_path / "no" / "such" / "v.npy")) == len(np.load(tmp_path / "no" / "such" / "v.keys.npy"))
+    done("--run", run, "--out", tmp_path / "no" / "such" / "v.parquet")
+    assert len(read(tmp_path / "no" / "such" / "v.parquet")) == 49
 
 
 def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +163,9 @@ def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monk
     assert counts[0] >= 25
 
 
-@pytest.mark.parametrize("name", ["v.parquet", "v.npy"])
-def test_a_failure_leaves_what_was_there(name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done("--run", run, "--out", tmp_path / name, "--store-version", 1)
+def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "v.parquet"
+    done("--run", run, "--out", out, "--store-version", 1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     tables = export.ImageNetwork.tables
 
@@ -182,31 +174,13 @@ def test_a_failure_leaves_what_was_there(name: str, run: Path, tmp_path: Path, m
         raise export.DataError("it broke")
 
     monkeypatch.setattr(export.ImageNetwork, "tables", broken)
-    assert "error: it broke" in failed("--run", run, "--out", tmp_path / name)
+    assert "error: it broke" in failed("--run", run, "--out", out)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_no_matrix_stands_beside_the_keys_of_another(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stop between the two files."""
-    done("--run", run, "--out", tmp_path / "v.npy", "--store-version", 1)
-    replace = Path.replace
-
-    def stopped(path: Path, target: Path) -> Path:
-        if target.name == "v.npy":
-            raise OSError("stopped")
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", stopped)
-    assert "stopped" in failed("--run", run, "--out", tmp_path / "v.npy")
-    assert len(np.load(tmp_path / "v.keys.npy")) == 49
-    assert not (tmp_path / "v.npy").exists()
 
 
 def test_semantic_ids_are_made_of_it(run: Path, places: Places, tmp_path: Path) -> None:
     out = tmp_path / "v.parquet"
-    assert f"build_semantic_ids.py --vectors {out}" in done("--run", run, "--out", out)
+    done("--run", run, "--out", out)
     options = ["--vectors", out, "--samples", places.folder / "samples", "--out", tmp_path / "sid", "--codes", 4]
     result = CliRunner().invoke(build_semantic_ids.app, [str(each) for each in options])
     assert result.exit_code == 0, result.output
@@ -246,7 +220,7 @@ class TestMistakes:
         assert "--network text names 0 of them" in failed("--run", run, "--network", "text", "--out", two[-1], code=2)
 
     def test_places(self, run: Path, tmp_path: Path) -> None:
-        assert "has to end with .parquet or .npy" in failed("--run", run, "--out", tmp_path / "v.csv", code=2)
+        assert "has to end with .parquet" in failed("--run", run, "--out", tmp_path / "v.csv", code=2)
         (tmp_path / "v").touch()
         assert "/v is a file: " in failed("--run", run, "--out", tmp_path / "v" / "v.parquet", code=2)
         assert "no snapshot 9" in failed("--run", run, "--store-version", 9, "--out", tmp_path / "v.parquet", code=2)

@@ -175,44 +175,17 @@ def load_part(part: nn.Module, state: Mapping[str, Tensor]) -> None:
     part.load_state_dict(dict(state))
 
 
-def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda done, total: None) -> str | None:
-    """Write the vectors of all images to `out`, NAME.parquet or NAME.npy, and report images done and all of them.
+def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda done, total: None) -> None:
+    """Write the vectors of all images to `out`, NAME.parquet, and report images done and all of them.
 
-    Returns where the keys of a .npy are: NAME.keys.npy. On an object store each file is put in
-    one piece, out of memory. Raises TrainerError, FeatureStoreError.
+    On an object store the file is put in one piece, out of memory. Raises TrainerError, FeatureStoreError.
     """
-    storage, name = output_at(out)
-
-    def reported() -> Iterator[pa.Table]:
-        done = 0
+    done, (storage, name) = 0, output_at(out)
+    with parquet_file(storage, name, network.schema()) as write:
         for table in network.tables():
-            yield table
+            write(table)
             done += len(table)
             progress(done, network.num_images)
-
-    if not name.endswith(".npy"):
-        with parquet_file(storage, name, network.schema()) as write:
-            for table in reported():
-                write(table)
-        return None
-    keys_name = f"{name.removesuffix('.npy')}.keys.npy"
-    _write_npy(storage, name, keys_name, network, reported())
-    return out.removesuffix(name) + keys_name
-
-
-def _write_npy(storage: Storage, name: str, keys_name: str, network: ImageNetwork, tables: Iterator[pa.Table]) -> None:
-    """Write the matrix with its own keys, or nothing: an older one is removed before other keys come."""
-    rows, width = network.num_images, network.width
-    with storage.open_output(name) as matrix, storage.open_output(keys_name) as keys:
-        for file, dtype, shape in ((matrix, "<f4", (rows, width)), (keys, "<i8", (rows,))):
-            header = {"descr": dtype, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-        for table in tables:
-            numbers: Any = table[VECTOR].combine_chunks()
-            matrix.write(numbers.flatten().to_numpy().astype("<f4").tobytes())
-            keys.write(table[KEY].to_numpy().astype("<i8").tobytes())
-        storage.delete(name)
-        storage.write_bytes(f"{name}.json", (json.dumps(network.describe(), indent=1) + "\n").encode())
 
 
 def _chosen(folder: RunPath, networks: list[tuple[str, str]], asked: str | None) -> tuple[str, str]:
