@@ -98,6 +98,8 @@ def test_what_happened_is_said_in_one_line() -> None:
     assert past_text(aborted) == (
         "rank 3 on b did not end by itself and was killed; rank 0 on a died (signal 6, SIGABRT: what(): Timeout)"
     )
+    crashed = past(end(0, "a", -11), end(was_killed=True))
+    assert past_text(crashed) == "rank 0 on a died (signal 11, SIGSEGV)", "the other one waited for it"
     quiet = past(end(code=1), end(0, "a", 1, error="error: the disk is full"))
     assert past_text(quiet) == (
         "rank 3 on b ended with exit code 1; rank 0 on a ended with exit code 1 (error: the disk is full)"
