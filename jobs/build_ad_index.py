@@ -26,7 +26,6 @@ python jobs/build_ad_index.py --run data/runs/towers
 python jobs/build_ad_index.py --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index
 python jobs/build_ad_index.py --run data/runs/towers --ads new-ads.parquet --add
 python jobs/build_ad_index.py --run data/runs/towers --sync live-ads.parquet
-python jobs/build_ad_index.py --remove 1017 --remove 1021
 """
 
 app = CommandApp(report=True, rich_markup_mode="rich")
@@ -49,10 +48,6 @@ LiveAds = Annotated[
     str | None,
     typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
 ]
-Removed = Annotated[
-    list[int] | None,
-    typer.Option(metavar="KEY", min=-(2**63), max=2**63 - 1, help="Key of an ad to remove; may be repeated."),
-]
 MaxGone = Annotated[float, typer.Option(min=0, max=1, help="Share of the index's ads that --sync may remove.")]
 MinRecall = Annotated[float, typer.Option(min=0, max=1, help="Recall@10 that hnsw should reach; less is a warning.")]
 _BATCH_SIZE = 8192  # ads whose vectors are computed at once
@@ -68,7 +63,6 @@ def main(
     kind: Kind = "flat",
     add: Add = False,
     sync: LiveAds = None,
-    remove: Removed = None,
     max_gone: MaxGone = MAX_GONE,
     min_recall: MinRecall = MIN_RECALL,
     checkpoint: WhichCheckpoint = None,
@@ -77,7 +71,7 @@ def main(
     """Compute the vectors of ads with a trained two-tower run, and index them for pre-ranking.
 
     The key of an ad is its value of the schema's new_ad_field. Columns with context: true are not needed. OUT gets the
-    vectors as Parquet, the index, and a JSON file about both; --add, --sync and --remove write its next version. Recall
+    vectors as Parquet, the index, and a JSON file about both; --add and --sync write its next version. Recall
     is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
     """
     from trainer.comm import SoloComm
@@ -89,20 +83,17 @@ def main(
     _check_options(context)
     start = time.monotonic()
     Storage(out).check_bucket()  # before the work
-    if remove:
-        (index, changes), lines = AdIndex.open(out).remove(remove), list[str]()
-    else:
-        opened = open_trained(run_or_newest(run), SoloComm(), which=checkpoint, store_version=store_version)
-        with contextlib.closing(opened) as trained:
-            origin, known = origin_of(trained), AdIndex.open(out) if add or sync else None
-            if known:
-                known.check_origin(origin)  # before the work
-            chosen, vectors_NW = _vectors(trained, sync or ads, samples)
-            lines = describe_run(trained)  # before lookups of users' images are counted too
-            if known:
-                index, changes = known.update(chosen.keys_N, vectors_NW, origin, max_gone if sync else None)
-            else:
-                index, changes = _built(trained, out, kind, chosen, vectors_NW, min_recall)
+    opened = open_trained(run_or_newest(run), SoloComm(), which=checkpoint, store_version=store_version)
+    with contextlib.closing(opened) as trained:
+        origin, known = origin_of(trained), AdIndex.open(out) if add or sync else None
+        if known:
+            known.check_origin(origin)  # before the work
+        chosen, vectors_NW = _vectors(trained, sync or ads, samples)
+        lines = describe_run(trained)  # before lookups of users' images are counted too
+        if known:
+            index, changes = known.update(chosen.keys_N, vectors_NW, origin, max_gone if sync else None)
+        else:
+            index, changes = _built(trained, out, kind, chosen, vectors_NW, min_recall)
     print_summary("\n".join([*lines[:2], *summary_text(index, changes, out, time.monotonic() - start), *lines[2:]]))
     if index.warning:
         print_warning(index.warning)
@@ -125,8 +116,6 @@ def summary_text(index: "AdIndex", changes: "AdChanges", out: str, seconds: floa
     """Write what the job prints of the index."""
     state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
     ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
-    if changes.num_unknown:
-        ads += f", {changes.num_unknown:,} to remove were not found"
     structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
     if changes.is_rebuilt:
         structure += "; rebuilt, as many unused vectors lower its recall"
@@ -150,9 +139,8 @@ def _check_options(context: typer.Context) -> None:
     given = {option for option, source in sources.items() if source and source.name == "COMMANDLINE"}
     if {"--ads", "--samples"} <= given:
         raise typer.BadParameter("give one of --ads and --samples", param_hint="--samples")
-    always = {"--out", "--max-gone", "--html"}
-    change = always | {"--run", "--checkpoint", "--store-version"}
-    for way, goes_with in {"--remove": always, "--sync": change, "--add": change | {"--ads", "--samples"}}.items():
+    change = {"--out", "--max-gone", "--html", "--run", "--checkpoint", "--store-version"}
+    for way, goes_with in {"--sync": change, "--add": change | {"--ads", "--samples"}}.items():
         if way in given and (wrong := sorted(given - {way} - goes_with)):
             kept = wrong[0] in ("--index", "--min-recall")
             why = f"{way} keeps the kind and the limit of the index" if kept else f"{way} does not go with {wrong[0]}"

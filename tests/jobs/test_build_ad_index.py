@@ -131,27 +131,15 @@ def test_new_ads_are_added_without_a_rebuild(folder: Path, out: str, tmp_path: P
     assert ads.version == 2
 
 
-def test_ads_are_removed_by_key_without_a_run(folder: Path, out: str, tmp_path: Path) -> None:
-    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
-    options = [f"--remove={key}" for key in (3, -4, 5, 6, 77, 8)]
-    result = CliRunner().invoke(app, ["--out", out, *options])
-    assert result.exit_code == 0, result.stderr
-    assert "ads          0 new, 0 changed, 0 unchanged, 4 removed, 2 to remove were not found" in result.stdout
-    assert "hnsw, 16 ads, 6 numbers each, inner product; 4 unused vectors, removed by the next build" in result.stdout
-    assert f"written to   {out}, version 2" in result.stdout
-    left = set(range(20)) - {3, 5, 6, 8}
-    assert set(by_key(out)) == left
-    ads = AdIndex.open(out)
-    assert set(ads.index.search(np.ones((3, 6), np.float32), 20)[0].ravel().tolist()) == left
-    assert ads.state.num_ads == 16
-
-
 def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Path) -> None:
-    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"))
+    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
     live = ads_table(list(range(4, 24)), tmp_path / "live.parquet")
     text = done(folder, "--out", out, "--sync", live)
     assert "ads          4 new, 0 changed, 16 unchanged, 4 removed" in text
+    assert "hnsw, 20 ads, 6 numbers each, inner product; 4 unused vectors, removed by the next build" in text
     assert set(by_key(out)) == set(range(4, 24))
+    (found, *_), _ = AdIndex.open(out).index.search(np.ones((3, 6), np.float32), 20)
+    assert set(found.tolist()) == set(range(4, 24))
     cut = ads_table([4, 5], tmp_path / "cut.parquet")
     result = job(folder, "--out", out, "--sync", cut)
     assert result.exit_code == 1
@@ -314,12 +302,10 @@ def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--ads", "a.parquet", "--samples", "b"], "give one of --ads and --samples"),
-        (["--remove", "3", "--run", "x"], "--remove does not go with --run; leave --run out"),
         (["--sync", "a.parquet", "--add"], "--sync does not go with --add; leave --add out"),
         (["--sync", "a.parquet", "--ads", "b.parquet"], "--sync does not go with --ads; leave --ads out"),
         (["--add", "--index", "flat"], "--add keeps the kind and the limit of the index; leave --index out"),
         (["--index", "annoy"], "'annoy' is not one of"),
-        (["--remove", "expired.csv"], "Invalid value for '--remove': Input should be a valid integer"),
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], message: str, folder: Path) -> None:

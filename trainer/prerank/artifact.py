@@ -145,15 +145,14 @@ class IndexState(Sealed):
 class AdChanges:
     """The numbers of ads that a new version added, changed, left and removed.
 
-    They are ads that were not there, that got another vector, that had the same one already, that are gone, and that
-    were to be removed and were not there. `is_rebuilt`: the structure was rebuilt for it.
+    They are ads that were not there, that got another vector, that had the same one already, and that are gone.
+    `is_rebuilt`: the structure was rebuilt for it.
     """
 
     num_new: int = 0
     num_replaced: int = 0
     num_unchanged: int = 0
     num_removed: int = 0
-    num_unknown: int = 0
     is_rebuilt: bool = False
 
 
@@ -249,26 +248,13 @@ class AdIndex:
         InvalidRowsError, StorageError.
         """
         self.check_origin(origin)
-        gone_R = _NONE
-        if max_gone is not None:
-            known_K, _ = self.vectors()
-            gone_R = np.setdiff1d(known_K, keys_N)
-            if len(gone_R) > max_gone * len(known_K):
-                raise AdIndexError(
-                    f"{len(gone_R):,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than "
-                    f"a share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
-                )
-        return self._change(keys_N, vectors_NW, gone_R, origin)
-
-    def remove(self, keys: Sequence[int]) -> tuple["AdIndex", AdChanges]:
-        """Write the next version, without these ads, counting missing ones. Otherwise like `update`."""
-        removed_R, none_0W = np.unique(np.array(keys, np.int64)), np.empty((0, self.state.dim), np.float32)
-        return self._change(_NONE, none_0W, removed_R, self.state.origin)
-
-    def _change(
-        self, keys_N: Keys, vectors_NW: Vectors, removed_R: Keys, origin: IndexOrigin
-    ) -> tuple["AdIndex", AdChanges]:
         known_K, old_KW = self.vectors()
+        gone_R = _NONE if max_gone is None else np.setdiff1d(known_K, keys_N)
+        if max_gone is not None and len(gone_R) > max_gone * len(known_K):
+            raise AdIndexError(
+                f"{len(gone_R):,} of the {len(known_K):,} ads in {self._files.url} are not in the table, more than a "
+                f"share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
+            )
         place_N = np.searchsorted(known_K, keys_N).clip(max=len(known_K) - 1)
         is_known_N = known_K[place_N] == keys_N
         if vectors_NW.shape[1:] == old_KW.shape[1:]:
@@ -276,13 +262,11 @@ class AdIndex:
         else:
             same_N = np.zeros(len(keys_N), np.bool_)  # the index refuses them
         new_N, new_NW = keys_N[~same_N], vectors_NW[~same_N]
-        gone_R = removed_R[np.isin(removed_R, known_K)]
         changes = AdChanges(
             num_new=int((~is_known_N).sum()),
             num_replaced=int((is_known_N & ~same_N).sum()),
             num_unchanged=int(same_N.sum()),
             num_removed=len(gone_R),
-            num_unknown=len(removed_R) - len(gone_R),
         )
         if not len(new_N) and not len(gone_R):
             return self, changes

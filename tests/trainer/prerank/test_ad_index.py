@@ -184,8 +184,8 @@ def found_by(ads: AdIndex, count: int) -> set[int]:
 
 
 def test_removed_ads_are_in_no_search_and_no_vectors(url: str) -> None:
-    ads, changes = AdIndex.open(url).remove([7, 55])
-    assert (changes.num_removed, changes.num_unknown, changes.is_rebuilt) == (1, 1, False)
+    ads, changes = AdIndex.open(url).update(KEYS[1:], vectors(4)[1:], ORIGIN, max_gone=0.5)
+    assert (changes.num_removed, changes.num_unchanged, changes.is_rebuilt) == (1, 3, False)
     for each in (ads, AdIndex.open(url)):
         assert (each.version, each.state.num_ads, each.state.num_unused) == (2, 3, 1)
         assert each.vectors()[0].tolist() == [-3, 0, 9_000_000_000_000]
@@ -193,14 +193,6 @@ def test_removed_ads_are_in_no_search_and_no_vectors(url: str) -> None:
     ads, _ = AdIndex.open(url).update(np.array([7]), vectors(1, seed=9), ORIGIN)
     assert dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))[7] == vectors(1, seed=9)[0].tolist()
     assert found_by(AdIndex.open(url), 4) == set(KEYS.tolist())
-
-
-def test_removing_what_is_not_there_makes_no_version_and_removing_all_is_refused(url: str) -> None:
-    ads, changes = AdIndex.open(url).remove([1, 2])
-    assert (changes.num_removed, changes.num_unknown, ads.version) == (0, 2, 1)
-    with pytest.raises(InvalidRowsError, match="all 4 keys of the index would be removed"):
-        AdIndex.open(url).remove(KEYS.tolist())
-    assert AdIndex.open(url).version == 1
 
 
 def test_a_sync_adds_changes_and_removes_in_one_version(url: str) -> None:
@@ -282,9 +274,14 @@ class TestRecall:
         queries = Queries(users.astype(np.float32), "users")
         best_first = keys[np.argsort(-(numbers @ users.mean(axis=0)))]
         kept = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries)
-        few, changes = kept.remove(best_first[:100].tolist())
+
+        def left(count: int) -> tuple[np.ndarray, np.ndarray]:
+            """The ads without so many of the best."""
+            return (some := np.sort(best_first[count:])), numbers[some]
+
+        few, changes = kept.update(*left(100), ORIGIN, max_gone=1)
         assert (changes.is_rebuilt, few.state.num_unused) == (False, 100)
-        ads, changes = AdIndex.open(str(tmp_path)).remove(best_first[:4_000].tolist())
+        ads, changes = AdIndex.open(str(tmp_path)).update(*left(4_000), ORIGIN, max_gone=1)
         assert changes.is_rebuilt
         assert (ads.state.num_ads, ads.state.num_unused) == (2_000, 0)
         assert ads.state.recall >= 0.95
