@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from benchmarks.report import Figure, JsonPath, write_report
+from benchmarks.timing import in_turns
 from featurestore.console.commandline import CommandApp, run_app
 from pipeline.errors import StoreRunError
 from pipeline.network import DEFAULT_BACKBONE
@@ -78,12 +79,11 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
         run_alone(client, bare_seconds, locations[:batch_size], batch_size, compute_dtype)  # warm both sides up
         extract_seconds(client, locations[:batch_size], batch_size)
         bare_s, extract_s = [], []
-        for turn in range(rounds):
-            for side in ("bare", "extract") if turn % 2 == 0 else ("extract", "bare"):
-                if side == "bare":
-                    bare_s.append(run_alone(client, bare_seconds, locations, batch_size, compute_dtype))
-                else:
-                    extract_s.append(extract_seconds(client, locations, batch_size))
+        for _, side in in_turns(("bare", "extract"), rounds):
+            if side == "bare":
+                bare_s.append(run_alone(client, bare_seconds, locations, batch_size, compute_dtype))
+            else:
+                extract_s.append(extract_seconds(client, locations, batch_size))
     ratios = [bare / extracted for bare, extracted in zip(bare_s, extract_s, strict=True)]
     return {
         "extract_vs_bare": statistics.median(ratios),

@@ -1,18 +1,26 @@
-"""Programs of a benchmark as processes of their own: run to their end, watched for the memory that they take."""
+"""Programs of a benchmark as processes of their own: run to their end, or servers that answer on one core."""
 
 import contextlib
+import os
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import psutil
 
 from featurestore.errors import UserError
+from trainer.launch import free_port
 
 _POLL_S = 0.25
+_START_S, _STOP_S = 180.0, 30.0
+_LINES = 15
 
 
 class RunFailedError(UserError):
@@ -36,8 +44,7 @@ def run_to_end(command: Sequence[str], log: Path, environment: Mapping[str, str]
         with _ended(process), _watched(process.pid) as memory:
             code = process.wait()
     if code:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RunFailedError(f"{' '.join(command)}\nended with {code}:\n{tail}")
+        raise RunFailedError(f"{' '.join(command)}\nended with {code}:\n{_tail(log)}")
     return memory
 
 
@@ -47,8 +54,11 @@ def _ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     try:
         yield
     finally:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
 
 
@@ -83,3 +93,48 @@ def _memory(processes: Sequence[psutil.Process]) -> Memory:
             anonymous += sum(int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem") if name in lines)
             resident.append(int(process.memory_info().rss))
     return Memory(max(resident), anonymous)
+
+
+@contextmanager
+def serving(arguments: Sequence[str], log: Path) -> Iterator[int]:
+    """Start a server, a program of this repository, on the first core, and yield its port once it is ready.
+
+    In the block this process, its client, keeps to the other cores. Raises RunFailedError where the server ends.
+    """
+    port = free_port()
+    command = [*on_first_core(), sys.executable, *arguments, "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        with _ended(process), _on_other_cores():
+            _wait(process, f"http://127.0.0.1:{port}/v2/health/ready", log)
+            yield port
+
+
+def on_first_core() -> list[str]:
+    """Return the words before a command line that keep its process to the first core."""
+    return ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+
+
+@contextmanager
+def _on_other_cores() -> Iterator[None]:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores - {min(cores)} or cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(URLError, OSError), urlopen(url, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.1)
+    raise RunFailedError(f"a server did not answer at {url}:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LINES:])

@@ -22,7 +22,7 @@ import yaml
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from featurestore.console.commandline import CommandApp, power_of_two, run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary, progress_bars
 from featurestore.keys import keys_of_uris, shard_of
 from trainer.errors import TrainerError
@@ -273,23 +273,13 @@ def main(
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
     steps: Annotated[int, typer.Option(help="Of one rank in an epoch.", min=1)] = Knobs.steps,
     test_samples: Annotated[int, typer.Option(min=1)] = Knobs.test_samples,
-    behaviors: Annotated[int, typer.Option(help="Images that a group has seen.", min=1)] = Knobs.behaviors,
-    impressions: Annotated[int, typer.Option(help="Of a group.", min=1)] = Knobs.impressions,
-    zipf: Annotated[float, typer.Option(help="Exponent of the images' popularity.", min=0.0)] = Knobs.zipf,
-    users: Annotated[int, typer.Option(min=1)] = Knobs.users,
-    shards: Annotated[
-        int, typer.Option(help="Of the store, a power of two.", min=1, callback=power_of_two)
-    ] = Knobs.shards,
-    row_group: Annotated[int, typer.Option(help="Sample groups of a Parquet row group.", min=1)] = Knobs.row_group,
     seed: Annotated[int, typer.Option(min=0)] = Knobs.seed,
 ) -> None:
     """Write a paper-shaped workload, or find that it is there.
 
     Then: python -m trainer.main --config OUT/config.yaml
     """
-    knobs = Knobs(
-        images, dim, samples_per_rank, steps, test_samples, behaviors, impressions, zipf, users, shards, row_group, seed
-    )
+    knobs = Knobs(images, dim, samples_per_rank, steps, test_samples, seed=seed)
     with progress_bars() as progress:
         workload = make(out, knobs, progress)
     print_summary(f"{workload.config}")

@@ -43,8 +43,7 @@ def main(
     dims: Annotated[int, typer.Option(min=1, help="Numbers of a vector.")] = 256,
 ) -> None:
     """Measure how time, memory and bytes of each stage grow with the data."""
-    from benchmarks.growth.logs import Shop
-    from benchmarks.growth.stages import Place
+    from benchmarks.growth.stages import Place, Shop
 
     sizes = dict.fromkeys(sorted(impressions or [100_000, 1_000_000]), False)
     if samples_alone:

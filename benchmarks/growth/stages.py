@@ -1,4 +1,8 @@
-"""The stages from logs to exported vectors, as the commands that a person runs, each measured as a whole."""
+"""A drawn shop of any size, and the stages from its logs to exported vectors, each measured as a user runs it.
+
+A shop with N impressions in ten days has N / 10 users and N / 10 items with an image each, and two behaviours for each
+impression. Items are as popular as the square of a uniform number says. Letters: N rows, D numbers of a vector.
+"""
 
 import shutil
 import sys
@@ -6,12 +10,111 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.growth.logs import Shop
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
 from benchmarks.process import run_to_end
 
+Int64 = NDArray[np.int64]
+
+DAYS = 10
+SESSION = 5  # impressions
 SAMPLES_ALONE = "samples"
+_BEHAVIORS = 2  # for each impression
+_CATEGORIES, _SCENES = 2000, 8
+_FIRST_S, _DAY_S = 1_767_225_600, 86_400  # 2026-01-01
+_BLOCK_ROWS = 50_000
 _RANKS = 2
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A shop that is drawn: its impressions, and the width of its image vectors."""
+
+    impressions: int
+    dims: int
+    seed: int = 0
+
+    @property
+    def users(self) -> int:
+        """Users, and as many items with an image each."""
+        return max(self.impressions // 10, 100)
+
+    def write_logs(self, folder: Path) -> None:
+        """Write impressions and behaviours as `build_samples` reads them, a file a day."""
+        for log in ("impressions", "behaviors"):
+            (folder / log).mkdir(parents=True)
+        for day in range(DAYS):
+            draw = np.random.default_rng([self.seed, 1, day])
+            sessions = self.impressions // DAYS // SESSION
+            for log, table in (("impressions", self._shown(draw, day, sessions)), ("behaviors", self._done(draw, day))):
+                pq.write_table(table, folder / log / f"day-{day:02d}.parquet")
+
+    def write_vectors(self, folder: Path) -> None:
+        """Write a vector for each image, as `import_features` reads them."""
+        folder.mkdir(parents=True)
+        for number, start in enumerate(range(0, self.users, _BLOCK_ROWS)):
+            item_N = np.arange(start, min(start + _BLOCK_ROWS, self.users))
+            draw = np.random.default_rng([self.seed, 2, number])
+            vectors_ND = draw.standard_normal((len(item_N), self.dims), dtype=np.float32)
+            vectors_ND[:, 0] += self._quality()[item_N]
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), self.dims)
+            pq.write_table(pa.table({"id": _uris(item_N), "vector": vectors}), folder / f"part-{number:04d}.parquet")
+
+    def _shown(self, draw: np.random.Generator, day: int, sessions: int) -> pa.Table:
+        start_S = np.sort(draw.integers(0, _DAY_S - 60, sessions)) + _FIRST_S + day * _DAY_S
+        session_N = np.repeat(np.arange(sessions), SESSION)
+        item_N = self._items(draw, len(session_N))
+        chance_N = 1 / (1 + np.exp(1.5 - self._quality()[item_N]))
+        return _table(
+            {
+                "timestamp": _times(np.repeat(start_S, SESSION) + np.tile(np.arange(SESSION), sessions)),
+                "user": np.repeat(draw.integers(0, self.users, sessions), SESSION),
+                "session": session_N + day * sessions,
+                "scene": draw.integers(0, _SCENES, len(session_N)),
+                **_of_items(item_N),
+                "label": (draw.random(len(item_N)) < chance_N).astype(np.int8),
+            }
+        )
+
+    def _done(self, draw: np.random.Generator, day: int) -> pa.Table:
+        count = _BEHAVIORS * self.impressions // DAYS
+        return _table(
+            {
+                "timestamp": _times(np.sort(draw.integers(0, _DAY_S, count)) + _FIRST_S + day * _DAY_S),
+                "user": draw.integers(0, self.users, count),
+                **_of_items(self._items(draw, count)),
+                "dwell_s": draw.exponential(30.0, count).astype(np.float32),
+            }
+        )
+
+    def _items(self, draw: np.random.Generator, count: int) -> Int64:
+        return (self.users * draw.random(count) ** 2).astype(np.int64)
+
+    def _quality(self) -> NDArray[np.float32]:
+        return np.random.default_rng([self.seed, 3]).standard_normal(self.users, dtype=np.float32)
+
+
+def _table(columns: dict[str, Any]) -> pa.Table:
+    return pa.table(columns)
+
+
+def _of_items(item_N: Int64) -> dict[str, Any]:
+    return {"item": item_N, "image": _uris(item_N), "category": item_N % _CATEGORIES}
+
+
+def _uris(item_N: Int64) -> Any:
+    join: Any = pc.binary_join_element_wise
+    return join("shop/", pa.array(item_N).cast(pa.string()), ".jpg", "")
+
+
+def _times(seconds_N: Int64) -> Any:
+    return pa.array(seconds_N * 1_000_000).cast(pa.timestamp("us", tz="UTC"))
 
 
 @dataclass(frozen=True)

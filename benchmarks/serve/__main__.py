@@ -45,7 +45,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Of all servers.", min=1)] = 3,
 ) -> None:
     """Measure the scorer over HTTP against the engine, FastAPI, and itself without images."""
-    from benchmarks.serve import delta, speed
+    from benchmarks.serve.sections import Rounds, measure_delta, measure_speed
     from benchmarks.serve.world import World
 
     chosen = only or list(Part)
@@ -64,9 +64,9 @@ def main(
             progress.update(task, description=part.value)
             match part:
                 case Part.SPEED:
-                    sections += speed.measure(world, speed.Rounds(requests, rounds))
+                    sections += measure_speed(world, Rounds(requests, rounds))
                 case Part.DELTA:
-                    sections += delta.measure(world)
+                    sections += measure_delta(world)
             progress.advance(task)
     run = {"images": images, "dim": dim, "requests": requests, "rounds": rounds}
     write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)

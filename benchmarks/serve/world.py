@@ -1,8 +1,6 @@
 """What the benchmark serves: runs trained for a few steps, published as models, and request bodies of test samples."""
 
-import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ import numpy as np
 import orjson
 import pyarrow.parquet as pq
 
-from benchmarks.process import RunFailedError
+from benchmarks.process import run_to_end
 from benchmarks.workload import Workload
 
 SETTINGS = ("model.pooling=attentive", "train.epochs=1000", "train.checkpoint_every=null")
@@ -43,15 +41,19 @@ class World:
             every = [f"run.dir={folder.parent}", f"run.name={name}", "run.overwrite=true"]
             every += [f"train.max_steps={self.steps}", *SETTINGS, *settings]
             words = [word for each in every for word in ("--set", each)]
-            finished(["-m", "trainer.main", "--config", str(self.workload.config), *words])
+            self.finish(["-m", "trainer.main", "--config", str(self.workload.config), *words])
         return folder
 
     def publish(self, name: str) -> Path:
         """Publish a run as a new model of its name, compiled for this machine."""
         folder = self.model(name)
         shutil.rmtree(folder, ignore_errors=True)
-        finished(["jobs/export_model.py", "--run", str(self.run(name)), "--out", str(folder), "--compile"])
+        self.finish(["jobs/export_model.py", "--run", str(self.run(name)), "--out", str(folder), "--compile"])
         return folder
+
+    def finish(self, arguments: Sequence[str]) -> None:
+        """Run a program of this repository to its end. Raises RunFailedError."""
+        run_to_end([sys.executable, *arguments], self.folder / "log.txt")
 
     def bodies(self, candidates: int, count: int, seed: int = 0) -> list[bytes]:
         """Draw JSON bodies of requests: a user of the test samples, and candidates among all ads shown in them."""
@@ -75,19 +77,3 @@ def _bodies(
         columns = {name: values[shown] for name, values in ads.items()}
         request = {"user": users[int(draw.integers(0, len(users)))], "candidates": columns}
         yield orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def finished(arguments: Sequence[str]) -> str:
-    """Run a program of this repository to its end and return what it printed. Raises RunFailedError."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise RunFailedError(f"{' '.join(arguments)}\nended with {done.returncode}:\n{tail}")
-    return done.stdout
-
-
-def figures_of(arguments: Sequence[str], path: Path) -> dict[str, Any]:
-    """Run a program that writes figures by --json, and read them. Raises RunFailedError."""
-    finished([*arguments, "--json", str(path)])
-    figures: dict[str, Any] = json.loads(path.read_text())
-    return figures

@@ -49,12 +49,11 @@ def main(
     """Train every variant over some seeds, and say which differences are more than noise."""
 
     def work(_: Config, comm: "Comm") -> None:
-        from benchmarks.tables.runs import Runner
-        from benchmarks.tables.sections import make
+        from benchmarks.tables.runs import Runner, make_sections
         from benchmarks.tables.variants import load_tables
 
         runner = Runner(folder, config_file, tuple(settings or ()), comm)
-        sections = make(load_tables(file, names or ()), range(seeds), runner, comm)
+        sections = make_sections(load_tables(file, names or ()), range(seeds), runner, comm)
         comm.on_rank_0(lambda: write_sections(sections, json_path))
 
     raise typer.Exit(on_ranks(lambda: load_config(config_file, settings or ()), work))

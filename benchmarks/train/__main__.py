@@ -46,17 +46,6 @@ def check_fuxictr(chosen: list[str]) -> None:
         print(f"note: {missing}; its figures are left out", file=sys.stderr)
 
 
-def alternatives(texts: list[str]) -> dict[str, list[str]]:
-    """Parse settings by name, of NAME:SETTING,SETTING."""
-    found = {}
-    for text in texts:
-        name, colon, settings = text.partition(":")
-        if not colon or not name or "=" not in settings:
-            raise typer.BadParameter(f"{text!r} is not as double:model.compute_dtype=float64", param_hint="--variant")
-        found[name] = settings.split(",")
-    return found
-
-
 def spread(sections: list[Section]) -> float:
     """Compute the fastest over the slowest round of the variant in which they differ most."""
     cells = [each for section in sections for each in section.grid.values() if "slowest" in each]
@@ -76,12 +65,6 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(NAMES)}; may be repeated. Default: all.")
     ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME:SETTING,SETTING", help="The trainer with other settings, compared with it without them."
-        ),
-    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of every run.")
     ] = None,
@@ -91,7 +74,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the workload.", min=0)] = Knobs.seed,
 ) -> None:
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
-    chosen, others = known(only or []), alternatives(variant or [])
+    chosen = known(only or [])
     check_fuxictr(chosen)
     columns = text_column(), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
@@ -101,7 +84,7 @@ def main(
     ):
         workload = make(folder, knobs, progress)
         bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, dims, settings or [], progress)
-        sections = measure(bench, chosen, others)
+        sections = measure(bench, chosen)
     if (worst := spread(sections)) > _QUIET_SPREAD:
         print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)
     run = {

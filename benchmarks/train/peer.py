@@ -63,24 +63,18 @@ Name = Literal[
 
 
 def variant_of(name: Name, run: Run, folder: Path) -> Variant:
-    """Make the variant of this name, which may keep files in `folder`; each imports what it alone needs."""
-    match name:
-        case "compute" | "compute_from_numbers":
-            from benchmarks.train.compute import Compute
+    """Make the variant of this name, which may keep files in `folder`; FuxiCTR is in an environment of its own."""
+    if name in ("fuxictr", "fuxictr_grouped"):
+        from benchmarks.train.fuxi import FuxiCtr
 
-            return Compute(run, from_numbers=name == "compute_from_numbers")
-        case "worker" | "worker_grouped":
-            from benchmarks.train.worker import StoreInWorker
+        return FuxiCtr(run, grouped=name == "fuxictr_grouped")
+    from benchmarks.train import rivals
 
-            return StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
-        case "server" | "server_in_turn" | "server_in_pieces":
-            from benchmarks.train.server import StoreInServer
-
-            return StoreInServer(run, name != "server_in_turn", _PIECES if name == "server_in_pieces" else 1)
-        case "fuxictr" | "fuxictr_grouped":
-            from benchmarks.train.fuxi import FuxiCtr
-
-            return FuxiCtr(run, grouped=name == "fuxictr_grouped")
+    if name in ("compute", "compute_from_numbers"):
+        return rivals.Compute(run, from_numbers=name == "compute_from_numbers")
+    if name in ("worker", "worker_grouped"):
+        return rivals.StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
+    return rivals.StoreInServer(run, name != "server_in_turn", _PIECES if name == "server_in_pieces" else 1)
 
 
 def train(variant: Variant, steps: int, run: Run) -> Seen:

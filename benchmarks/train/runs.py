@@ -1,26 +1,52 @@
-"""Runs of the trainer and of its peers as processes of their own, and rounds of them.
+"""Runs of the trainer and of its peers as processes of their own, on one host or two, and rounds of them.
 
 Of the rounds: medians, spread, and the proof that all of them trained the same model.
+
+Two hosts are those of the tests (`tests/cluster/hosts.py`): network namespaces, as near to two machines as one comes;
+they need root and iproute2. Each has a core of its own, and a link of a given speed joins them. horovodrun starts the
+second rank by ssh; the script that it finds under this name enters the other host's network instead, so no sshd is
+needed.
 """
 
+import contextlib
 import json
+import os
+import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.progress import Progress
 
 from benchmarks.process import run_to_end
 from benchmarks.report import Figure
+from benchmarks.timing import in_turns
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
 
 _CHECKED_LOSSES = 2  # "store in worker" has no more batches on its disk
 _LOSS_TOLERANCE = 2e-3
+_DEVICE = "eth0"
+_SSH = """#!/bin/sh
+# ssh [options] HOST [options] COMMAND: runs COMMAND in the network of HOST.
+host=
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o | -p | -i | -l) shift 2 ;;
+    -*) shift ;;
+    *) [ -z "$host" ] || break; host=$1; shift ;;
+  esac
+done
+case "$host" in
+  {host}) exec {enter} sh -c "$*" ;;
+  *) echo "there is no host $host" >&2; exit 255 ;;
+esac
+"""
 
 
 class DifferentLossesError(UserError):
@@ -124,15 +150,14 @@ class Rounds:
         }
 
 
-def interleaved(variants: Mapping[str, Run], rounds: int, progress: Progress, title: str) -> Rounds:
-    """Run every variant once a round, every second round in reverse, so that a slow moment hits all alike."""
+def rounds_of(variants: Mapping[str, Run], rounds: int, progress: Progress, title: str) -> Rounds:
+    """Run every variant once a round, in turns."""
     outcomes: dict[str, list[Outcome]] = {name: [] for name in variants}
     task = progress.add_task(title, total=rounds * len(variants))
-    for round_ in range(rounds):
-        for name, run in list(variants.items())[:: -1 if round_ % 2 else 1]:
-            progress.update(task, description=f"{title}: {name}")
-            outcomes[name].append(run())
-            progress.advance(task)
+    for _, name in in_turns(variants, rounds):
+        progress.update(task, description=f"{title}: {name}")
+        outcomes[name].append(variants[name]())
+        progress.advance(task)
     progress.update(task, description=title)
     return Rounds({name: runs for name, runs in outcomes.items() if runs})
 
@@ -151,3 +176,46 @@ def check_losses(outcomes: Mapping[str, Sequence[Outcome]], same: Sequence[str])
                 f"{name} and {first_name} do not train the same model: their first losses are {losses} and {first}, "
                 f"{worst:.2g} apart where {_LOSS_TOLERANCE} is allowed; no figure is reported"
             )
+
+
+class LinkError(Exception):
+    """This machine cannot join namespaces by a link; the text says why."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """How to start two ranks over the link, one on each host."""
+
+    prefix: list[str]
+    environment: dict[str, str]
+
+
+@contextlib.contextmanager
+def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
+    """Make the link; it is gone after the block, or with this process. `rate`: as tc writes it.
+
+    Raises LinkError where the machine has no namespaces.
+    """
+    from tests.cluster.hosts import lacking, network
+
+    if missing := lacking():
+        raise LinkError(f"hosts of one machine need {missing}")
+    with TemporaryDirectory(dir=folder) as files, network(Path(files), ["a", "b"], rate, ssh=False) as net:
+        here, there = net["a"], net["b"]
+        script = Path(files) / "ssh"
+        script.write_text(_SSH.format(host=there.address, enter=shlex.join(there.command_here())))
+        script.chmod(0o755)
+        horovodrun = str(Path(sys.executable).with_name("horovodrun"))
+        launcher = [
+            horovodrun,
+            "-np",
+            "2",
+            "-H",
+            f"{here.address}:1,{there.address}:1",
+            "--network-interfaces",
+            _DEVICE,
+        ]
+        # Horovod adds the loopback device to those it was given, and then takes any one of them.
+        each_rank = ["env", f"HOROVOD_GLOO_IFACE={_DEVICE}"]
+        search = f"{script.parent}:{os.environ['PATH']}"
+        yield Link(here.command_here(*launcher, *each_rank), {**os.environ, "PATH": search})

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
 from benchmarks.report import Figure, Section
-from benchmarks.train.link import LinkError, link
-from benchmarks.train.runs import Launcher, Outcome, Rounds, Run, check_losses, interleaved
-from benchmarks.train.traffic import traffic_section
+from benchmarks.train.runs import Launcher, LinkError, Outcome, Rounds, Run, check_losses, link, rounds_of
 from benchmarks.workload import Workload
 
 _CHECKED_STEPS = 3
@@ -27,6 +26,10 @@ _COMPUTE = ("compute", "compute_from_numbers")
 FUXICTR = ("fuxictr", "fuxictr_grouped")
 SECTIONS = ("link", "traffic", "memory", "compact")
 VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
+PAPER_RANKS = 20
+_KEY_BYTES = 8
+_BF16_BYTES = 2
+_PARTS = ("step.keys", "step.vectors", "step.gradients", "step.dense")
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ def fuxictr_python() -> Path:
     return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 
-def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequence[str]]) -> list[Section]:
+def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
     """Measure all sections, or those of `only`, the headline first. Raises RunFailedError, DifferentLossesError."""
     chosen = {name: run for name, run in bench.variants().items() if not only or name in only}
     checked = _checked(bench, chosen)
-    rounds = interleaved(chosen, bench.rounds, bench.progress, "rounds")
+    rounds = rounds_of(chosen, bench.rounds, bench.progress, "rounds")
     for same in _SAME_MODEL:
         check_losses(rounds.outcomes | checked, same)
     sections = [Section("samples per second", beside(rounds), rounds.grid())]
@@ -98,8 +101,6 @@ def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequen
         sections.append(memory_section(bench, rounds))
     if "compact" in wanted:
         sections.append(compact_section(bench))
-    if alternatives:
-        sections.append(alternatives_section(bench, alternatives))
     found = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", headline(rounds, found)), *sections]
 
@@ -143,7 +144,7 @@ def link_section(bench: Bench) -> Section:
                 "server_in_turn": lambda: ranks.peer("server_in_turn", few, bench.settings),
                 "server_in_pieces": lambda: ranks.peer("server_in_pieces", few, bench.settings),
             }
-            rounds = interleaved(runs, bench.rounds, bench.progress, "1 Gbit/s")
+            rounds = rounds_of(runs, bench.rounds, bench.progress, "1 Gbit/s")
     except LinkError as failure:
         return Section("two ranks over 1 Gbit/s", {"vs_store_in_server_1gbit": None, "link_reason": str(failure)})
     ratios = {name: rounds.ratio("ours", name) or 0.0 for name in _SERVERS}
@@ -191,7 +192,7 @@ def compact_section(bench: Bench) -> Section:
     if (python := fuxictr_python()).exists():
         runs |= {name: partial(one.peer, name, few, compact, python=str(python)) for name in FUXICTR}
     checked = one.trainer("check", _CHECKED_STEPS, [*compact, "train.log_every=1"])
-    rounds = interleaved(runs, bench.rounds, bench.progress, "compact rows")
+    rounds = rounds_of(runs, bench.rounds, bench.progress, "compact rows")
     check_losses({**rounds.outcomes, "compact": [checked]}, ("compact", *_COMPUTE))
     figures: dict[str, Figure] = {
         "compact_vs_full": rounds.ratio("compact", "full"),
@@ -206,21 +207,6 @@ def compact_section(bench: Bench) -> Section:
     return Section(f"rows of {bench.dims} numbers", figures, rounds.grid(), prefix="compact_rows_")
 
 
-def alternatives_section(bench: Bench, alternatives: Mapping[str, Sequence[str]]) -> Section:
-    """Measure speed at one and two ranks, and quality on the test samples, of the trainer with other settings."""
-    runs: dict[str, Run] = {}
-    for name, settings in {"default": [], **alternatives}.items():
-        for ranks, steps in ((1, bench.steps), (2, bench.steps_2_ranks)):
-            launcher, given = bench.launcher(ranks), [*bench.settings, *settings]
-            runs[f"{name}_{ranks}"] = lambda at=launcher, n=steps, s=given: at.trainer("ours", n, s)  # type: ignore[misc]
-    rounds = interleaved(runs, bench.rounds, bench.progress, "other settings")
-    grid = rounds.grid()
-    for name, cells in grid.items():
-        metrics = rounds.outcomes[name][-1].report["metrics"]
-        cells |= {key: metrics[key] for key in ("gauc", "auc", "logloss")}
-    return Section("other settings, by ranks", grid=grid, prefix="set_")
-
-
 def _traffic(bench: Bench) -> Section:
     two = bench.launcher(2)
     task = bench.progress.add_task("bytes on the wire", total=None)
@@ -228,6 +214,62 @@ def _traffic(bench: Bench) -> Section:
     none = two.trainer("none", 3, [*bench.settings, "model.images=none"]).report
     bench.progress.update(task, total=1, completed=1)
     return traffic_section(both, none, bench.workload.knobs.dim)
+
+
+def traffic_section(both: Mapping[str, Any], none: Mapping[str, Any], dim: int) -> Section:
+    """Make the table of bytes of a global batch of 20 ranks (the paper's table 2) of what two ranks sent by collective.
+
+    `both`, `none`: reports of a run with images, and of one that differs in having IDs alone: the keys asked, the
+    vectors that came, their gradients. All are counted at the ranks' Comm.
+
+    An image that a rank asks of another costs our exchange a key, a vector and a gradient. The paper counts keys with
+    the IDs, so `image_bytes_reduction` leaves them out on both sides; `..._with_keys` has them on both. Dense gradients
+    go around the ranks in a ring, whatever the alternative.
+    """
+    ranks = int(both["num_ranks"])
+    assert ranks == int(none["num_ranks"]) > 1
+    with_images, ids = _parts(both), _parts(none)
+    images = {part: with_images[part] - ids[part] for part in _PARTS}
+    asked = images["step.keys"] / _KEY_BYTES  # of others, over all ranks
+    vector_bytes = (images["step.vectors"] + images["step.gradients"]) / asked
+    # A rank asks others for (P - 1) / P of its different images, and there are more ranks.
+    scale = PAPER_RANKS / ranks * ((PAPER_RANKS - 1) / PAPER_RANKS) / ((ranks - 1) / ranks)
+    asked_20, references_20 = asked * scale, both["image_references_per_step"] / ranks * PAPER_RANKS
+    feature_bytes = dim * _BF16_BYTES
+    id_bytes = scale * sum(ids[part] for part in ("step.keys", "step.vectors", "step.gradients"))
+    dense_bytes = with_images["step.dense"] * (PAPER_RANKS - 1) / (ranks - 1)  # a ring: 2 (P - 1) times, over all ranks
+    figures: dict[str, Figure] = {
+        "image_bytes_reduction": feature_bytes / vector_bytes,
+        "image_bytes_reduction_with_keys": (feature_bytes + _KEY_BYTES) / (vector_bytes + _KEY_BYTES),
+        "images_asked_of_others_per_rank": asked_20 / PAPER_RANKS,
+        "measured_bytes_per_step_2_ranks": sum(with_images.values()),
+    }
+    grid: dict[str, dict[str, Figure]] = {
+        "ours": _row(asked_20 * vector_bytes, asked_20, id_bytes, dense_bytes),
+        "store_in_server": _row(asked_20 * feature_bytes, asked_20, id_bytes, dense_bytes),
+        "store_in_worker": _row(references_20 * feature_bytes, 0, id_bytes, dense_bytes),
+    }
+    return Section(f"MB of one global batch of {PAPER_RANKS} ranks", figures, grid, prefix="mb_20_ranks_")
+
+
+def _row(image_bytes: float, asked: float, id_bytes: float, dense_bytes: float) -> dict[str, Figure]:
+    return {
+        "images": image_bytes / 1e6,
+        "image_keys": asked * _KEY_BYTES / 1e6,
+        "ids": id_bytes / 1e6,
+        "dense": dense_bytes / 1e6,
+        "all": (image_bytes + asked * _KEY_BYTES + id_bytes + dense_bytes) / 1e6,
+    }
+
+
+def _parts(report: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes per step by the first two parts of the collectives' names."""
+    sums = dict.fromkeys(_PARTS, 0.0)
+    for name, sent in report["bytes_by_collective_per_step"].items():
+        part = ".".join(name.split(".")[:2])
+        if part in sums:
+            sums[part] += sent
+    return sums
 
 
 def _checked(bench: Bench, chosen: Mapping[str, Run]) -> dict[str, list[Outcome]]:

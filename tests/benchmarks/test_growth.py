@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.growth.__main__ import app
-from benchmarks.growth.logs import DAYS, SESSION, Shop
+from benchmarks.growth.stages import DAYS, SESSION, Shop
 from benchmarks.process import RunFailedError, run_to_end
 
 STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]

@@ -19,8 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from benchmarks.tables.__main__ import app
-from benchmarks.tables.runs import Planned, Runner
-from benchmarks.tables.sections import make, section_of
+from benchmarks.tables.runs import Planned, Runner, make_sections, section_of
 from benchmarks.tables.variants import Table, Variant, load_tables
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
@@ -231,7 +230,7 @@ def test_two_ranks_where_one_sees_the_reports_late(places: Places, tmp_path: Pat
     first, second = json.loads((tmp_path / "seen.json").read_text())
     assert len(first) == 2 and second == first
     # One rank finds the runs of two, whose figures are its own.
-    make({"towers": TOWERS}, range(1), Runner(tmp_path / "out", None, settings, SoloComm()), SoloComm())
+    make_sections({"towers": TOWERS}, range(1), Runner(tmp_path / "out", None, settings, SoloComm()), SoloComm())
     assert reports(tmp_path / "out").keys() == first.keys()
 
 
@@ -246,7 +245,7 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             for name in ("stat", "open") if is_late else ():
                 stack.enter_context(mock.patch.object(Path, name, late(getattr(Path, name))))
-            make({"towers": TOWERS}, range(1), Runner(folder, None, tuple(shared), comm), comm)
+            make_sections({"towers": TOWERS}, range(1), Runner(folder, None, tuple(shared), comm), comm)
         seen.append(reports(folder))
     if comm.rank == 0:
         out.write_text(json.dumps(seen))

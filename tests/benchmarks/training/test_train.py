@@ -10,12 +10,9 @@ import pytest
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from benchmarks import workload
 from benchmarks.train.__main__ import app, check_fuxictr
-from benchmarks.train.link import link
-from benchmarks.train.runs import DifferentLossesError, Outcome, check_losses
-from benchmarks.train.sections import FUXICTR, VARIANTS, fuxictr_python
-from benchmarks.train.traffic import traffic_section
+from benchmarks.train.runs import DifferentLossesError, Outcome, check_losses, link
+from benchmarks.train.sections import FUXICTR, VARIANTS, fuxictr_python, traffic_section
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
 from tests.cluster.hosts import lacking
@@ -100,11 +97,6 @@ class TestWorkload:
             with pytest.raises(WorkloadError, match="strange is not empty"):
                 make(tmp_path / "strange", small, progress)
         assert (tmp_path / "strange" / "own.txt").exists()
-
-    def test_a_wrong_knob_is_one_message(self, tmp_path: Path) -> None:
-        result = CliRunner().invoke(workload.app, ["--out", str(tmp_path), "--shards", "3"])
-        assert result.exit_code == 2
-        assert "not a power of two" in result.output
 
 
 def test_figures_are_refused_where_losses_differ() -> None:

@@ -1,16 +1,20 @@
-"""Building the cache from the store's Parquet files, and opening it: against plain pyarrow.
+"""The store against all others: lookups with everything in memory, and builds of the cache.
+
+Lookups are of random keys, new ones for each run, in one thread, so that no variant finds the rows of another in the
+processor's cache. The store and numpy.take are timed once into new memory and once into a buffer, and their ratio is
+the lower of the two; the others are timed into a buffer alone. Ratios are of medians; `*_fastest` is of the fastest
+rounds: where the two differ much, other processes had the cores.
 
 Cache builds all make the same files, from a warm page cache, in as many threads; the plain ones from Parquet files with
 the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,
 the plain ones check page checksums. "binary" is a column of the store's own type, read and written with no more than
-pyarrow: the price of the store's proofs. A list column of bfloat16 is one of its bits in uint16.
-
-Ratios are of fastest rounds (see `benchmarks.timing.Timings`), those of medians beside them as `*_median`.
+pyarrow: the price of the store's proofs. A list column of bfloat16 is one of its bits in uint16. Ratios are of fastest
+rounds (see `benchmarks.timing.Timings`), those of medians beside them as `*_median`.
 """
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,18 +25,95 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.report import Figure, Section
-from benchmarks.store.data import DIM, Bench, Held
+from benchmarks.store.data import DIM, NUM_DELTAS, Bench, Held, Indices, check_equal
+from benchmarks.store.peers import Peer, StorePeer
 from benchmarks.timing import Timings, interleaved
 from featurestore import FeaturePartition, FeatureRows
 from featurestore.format.datafile import ROW_GROUP_BYTES
 from featurestore.lookup.cache import append_rows, open_or_build
 
+_COLUMNS = {  # what is timed, and what the JSON calls it
+    "numpy.take": "numpy_take",
+    "numpy.take into buffer": "numpy_take_out",
+    "store": "lookup",
+    "store into buffer": "lookup_out",
+    "LMDB": "lmdb_out",
+    "RocksDB": "rocksdb_get",
+    "Lance": "lance_take",
+}
 _ROW_BYTES = DIM * 2
 _BATCH_BYTES = 2 << 20  # as the store reads: larger ones are slower for lists too
 _TYPES: dict[str, pa.DataType] = {
     "binary": pa.binary(_ROW_BYTES),
     "list_uint16": pa.list_(pa.uint16(), DIM),
 }
+
+
+def warm_figures(bench: Bench, held: Held, peers: Mapping[str, Peer], cache: Path) -> Section:
+    """Measure all ways."""
+    timings = _timed(bench, held, StorePeer(held, cache), lambda index_U: index_U, peers, "lookups")
+    figures: dict[str, Figure] = {
+        "lookup_vs_numpy_take": _vs_numpy(timings.speedup),
+        "lookup_vs_numpy_take_fastest": _vs_numpy(timings.fastest_speedup),
+        "lookup_vs_lmdb": timings.speedup("store into buffer", over="LMDB"),
+        "lookup_vs_rocksdb": timings.speedup("store into buffer", over="RocksDB"),
+        "lookup_vs_lance": timings.speedup("store into buffer", over="Lance"),
+    }
+    grid = {name: {"rows_per_s": bench.num_keys / timings.median(timed)} for timed, name in _COLUMNS.items()}
+    return Section(f"lookups of {bench.num_keys:,} random keys, warm", figures, grid)
+
+
+def delta_figures(bench: Bench, held: Held, newest: Held, cache: Path) -> Section:
+    """Measure the snapshot with deltas over the same rows."""
+    title = f"lookups over {NUM_DELTAS} deltas"
+    timings = _timed(bench, held, StorePeer(newest, cache), bench.sources_of, {}, title)
+    key = f"lookup_vs_numpy_take_{NUM_DELTAS}_deltas"
+    figures = {
+        key: _vs_numpy(timings.speedup),
+        f"{key}_fastest": _vs_numpy(timings.fastest_speedup),
+        f"lookup_{NUM_DELTAS}_deltas_rows_per_s": bench.num_keys / timings.median("store into buffer"),
+    }
+    return Section(f"lookups, warm, {NUM_DELTAS} delta commits of 1 % over the store", figures)
+
+
+def _timed(
+    bench: Bench,
+    held: Held,
+    store: StorePeer,
+    sources_of: Callable[[Indices], Indices],
+    peers: Mapping[str, Peer],
+    title: str,
+) -> Timings:
+    """Check each way once, then time it. `sources_of` says whose feature the store has of each row."""
+    matrix_ND = held.matrix_ND
+    index_U = np.empty(bench.num_keys, np.int64)
+    out_UD = np.zeros((bench.num_keys, matrix_ND.shape[1]), matrix_ND.dtype)
+    rng = np.random.default_rng(bench.seed + 2)
+
+    def draw() -> None:
+        index_U[:] = rng.integers(0, bench.num_rows, len(index_U))
+
+    ways: dict[str, Peer] = {"store": store, **peers}
+    for name, peer in ways.items():
+        draw()
+        out_UD[:] = 0
+        peer.lookup(index_U, out_UD)
+        check_equal(out_UD, matrix_ND[sources_of(index_U) if peer is store else index_U], name)
+    variants: dict[str, Callable[[], object]] = {
+        "numpy.take": lambda: np.take(matrix_ND, index_U, axis=0),
+        "store": lambda: store.partition.lookup(held.keys_N[index_U]),
+        "numpy.take into buffer": lambda: np.take(matrix_ND, index_U, axis=0, out=out_UD, mode="clip"),
+        "store into buffer": partial(store.lookup, index_U, out_UD),
+        **{name: partial(peer.lookup, index_U, out_UD) for name, peer in peers.items()},
+    }
+    timings = interleaved(variants, bench.rounds, bench.progress, title, draw)
+    for peer in ways.values():
+        peer.close()
+    return timings
+
+
+def _vs_numpy(speedup: Callable[[str, str], float]) -> float:
+    return min(speedup("store", "numpy.take"), speedup("store into buffer", "numpy.take into buffer"))
 
 
 def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
