@@ -20,6 +20,9 @@ VERSION = "1.33"
 Manifest = dict[str, Any]
 ROLES = {"required": ["Launcher", "Worker"], "propertyNames": {"enum": ["Launcher", "Worker"]}}
 """Of an MPIJob: mpi-operator looks for these names, and its schema takes any."""
+MODES = {"enum": ["Serverless", "RawDeployment", "ModelMesh"]}
+ANNOTATIONS = {"properties": {"serving.kserve.io/deploymentMode": MODES}, "additionalProperties": False}
+"""Of an InferenceService: no schema knows them."""
 
 
 def build(folder: Path) -> list[Manifest]:
@@ -48,6 +51,8 @@ def check(manifest: Manifest) -> None:
     validators()[manifest["kind"]].validate(manifest)
     if manifest["kind"] == "MPIJob":
         jsonschema.validate(manifest["spec"]["mpiReplicaSpecs"], ROLES)
+    if manifest["kind"] == "InferenceService":
+        jsonschema.validate(manifest["metadata"]["annotations"], ANNOTATIONS)
     for pod in pods(manifest):
         as_pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | pod.get("metadata", {})}
         kubernetes_validate.validate(as_pod | {"spec": pod["spec"]}, VERSION, strict=True)

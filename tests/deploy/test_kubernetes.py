@@ -19,6 +19,7 @@ INJECTED = {"JOB_COMPLETION_INDEX": "1", "DASK_WORKER_NAME": "worker-1"}
 """Variables that a Job and Dask's operator set."""
 FROM_OUTSIDE = ("/etc/mpi/", "/usr/sbin/", "/dev/null", "/secrets/ssh/", "/v2/")
 """Paths that an operator or the image brings."""
+KSERVE = ("kserve", "InferenceService", "ctr")
 
 
 def find(name: str, kind: str, called: str) -> Manifest:
@@ -82,6 +83,14 @@ def test_kubernetes_and_the_operators_take_all(name: str) -> None:
         (("operations", "CronJob", "expire"), ["spec", "concurrency"], "Forbid"),
         (("train-torchrun", "Job", "train"), ["spec", "completionsMode"], "Indexed"),
         (("train-torchrun", "NetworkPolicy", "crossmedia-closed"), ["spec", "egress", 0, "port"], 1),
+        (KSERVE, ["spec", "predictor", "minReplica"], 2),
+        (KSERVE, ["spec", "predictor", "scaleMetric"], "gpu"),
+        (KSERVE, ["spec", "predictors"], {}),
+        (KSERVE, ["metadata", "annotations", "serving.kserve.io/deployMode"], "RawDeployment"),
+        (KSERVE, ["metadata", "annotations", "serving.kserve.io/deploymentMode"], "raw"),
+        (KSERVE, ["spec", "predictor", "containers", 0, "livenessProbe", "httpGet", "paths"], "/"),
+        (KSERVE, ["spec", "predictor", "containers", 0, "ports", 0, "containerPort"], "8080"),
+        (KSERVE, ["spec", "predictor", "volumes", 0, "secret", "name"], "x"),
     ],
 )
 def test_a_misspelt_field_is_found(where: tuple[str, str, str], path: list[Any], value: Any) -> None:
@@ -97,9 +106,11 @@ def test_a_misspelt_field_is_found(where: tuple[str, str, str], path: list[Any],
 def test_fields_that_we_do_not_use_are_known() -> None:
     """The schemas are whole, those of the operators too."""
     job, monitor = find("train-mpi", "MPIJob", "train"), find("serving", "ServiceMonitor", "scorer")
+    service = find(*KSERVE)
+    service["spec"]["predictor"]["logger"] = {"mode": "all", "url": "http://log"}
     job["spec"]["runPolicy"]["schedulingPolicy"] = {"queue": "night", "minAvailable": 2}
     monitor["spec"]["endpoints"][0] |= {"honorLabels": True, "scrapeTimeout": "1m30s"}
-    for manifest in (job, monitor):
+    for manifest in (job, monitor, service):
         check(manifest)
     job["spec"]["runPolicy"]["schedulingPolicy"]["minAvailable"] = "two"
     monitor["spec"]["endpoints"][0]["scrapeTimeout"] = "90 seconds"
@@ -239,13 +250,12 @@ def test_the_ports_of_the_policies_are_those_of_the_programs() -> None:
         assert "tcp://" not in words and ("tls://extract-scheduler:8786" in words or "--protocol=tls" in words), who
 
 
-def test_the_scorer_is_found_probed_and_kept() -> None:
+@pytest.mark.parametrize("name", ["serving", "kserve"])
+def test_the_scorer_is_probed_without_a_token_and_drains(name: str) -> None:
     from serving.http.access import OPEN_PATHS
 
-    deployment = find("serving", "Deployment", "scorer")
-    pod = deployment["spec"]["template"]
-    (container,) = pod["spec"]["containers"]
-    values = parse(words_of("serving", container))
+    ((_, pod, container),) = containers(name)
+    values = parse(words_of(name, container))
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         asked = container[probe]["httpGet"]
         assert asked["path"] in OPEN_PATHS and asked["port"] == "https" and asked["scheme"] == "HTTPS"
@@ -253,6 +263,11 @@ def test_the_scorer_is_found_probed_and_kept() -> None:
     assert values["host"] == "0.0.0.0" and values["tls_cert"] and values["token_file"]
     wait_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] > values["drain_s"] + wait_s
+
+
+def test_the_scorer_is_found_and_kept() -> None:
+    deployment = find("serving", "Deployment", "scorer")
+    pod = deployment["spec"]["template"]
     labels = pod["metadata"]["labels"].items()
     for kind, path in (
         ("Service", ("selector",)),
