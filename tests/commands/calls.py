@@ -48,6 +48,8 @@ def commands() -> dict[str, str]:
 COMMANDS = commands()
 PARSED = functools.cache(commandline.get_command)
 """The parser of each app, which is made once for all lines: to make it takes as long as many a line."""
+CHECKED = functools.cache(commandline._check_numbers_of)
+HUGE = "99999999999999999999"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def call(words: list[str]) -> Called:
     with (
         mock.patch.object(sys, "argv", words),
         mock.patch.object(commandline, "get_command", PARSED),
+        mock.patch.object(commandline, "_check_numbers_of", CHECKED),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

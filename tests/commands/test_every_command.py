@@ -1,5 +1,6 @@
 """Every command, found by itself: a quick help, a line for each kind of mistake, and one line for Ctrl-C."""
 
+import enum
 import importlib
 import json
 import os
@@ -8,15 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from typer.main import get_command
+from typer.utils import get_params_from_function
 
-from featurestore.console.commandline import CommandApp
-from tests.commands.calls import COMMANDS, PROGRAMS, ROOT, call, process_of
+from featurestore.console.commandline import CommandApp, power_of_two
+from tests.commands.calls import COMMANDS, HUGE, PROGRAMS, ROOT, call, process_of
 from tests.commands.lines import LINES
 
 HEAVY = ("dask", "distributed", "faiss", "matplotlib", "pandas", "pyarrow", "s3fs", "scipy", "sklearn", "torch")
@@ -90,11 +93,76 @@ for line, module in json.loads(sys.argv[1]):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def check_one_message(words: list[str], text: str) -> None:
+    """Check that a line is refused by one message with `text`, before the command begins."""
+    called = call(words)
+    assert (called.code, called.out, called.trace) == (2, "", ""), (words, called.err)
+    assert called.err.startswith("error: ") and called.err.count("\n") == 1, (words, called.err)
+    assert text in called.err, (words, called.err)
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """Take a type apart: int, float and others in it, also in a list; Literal and Enum for a choice."""
+    if get_origin(annotation) is Literal:
+        return {Literal}
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return {enum.Enum}
+    return {annotation}.union(*map(kinds_of, get_args(annotation)))
+
+
+WRONG: dict[Any, tuple[str, ...]] = {
+    int: ("x", "1.5", "nan", HUGE, f"-{HUGE}"),
+    float: ("x", "nan", "inf", "1e400"),
+    datetime: ("nan", "2026-02-30"),
+    Literal: ("[/x]",),
+    enum.Enum: ("[/x]",),
+}
+"""Values that the type of an option excludes."""
+
+
+def wrong_values(line: str) -> Iterator[tuple[str, str]]:
+    """Yield each option of a command with each value that its type, or its limits, exclude."""
+    told = get_params_from_function(LEAVES[line].callback)
+    for each in LEAVES[line].params:
+        if each.param_type_name != "option" or each.is_flag:
+            continue
+        about = told[each.name].default
+        values = [value for kind in kinds_of(told[each.name].annotation) for value in WRONG.get(kind, ())]
+        values += [str(about.min - 1)] if about.min is not None else []
+        values += [str(about.max + 1)] if about.max is not None else []
+        values += ["3"] if about.callback is power_of_two else []
+        yield from ((each.opts[0], value) for value in values)
+
+
 @pytest.mark.parametrize("line", [*LEAVES, "dask-submit"])
 def test_a_wrong_option_is_named(line: str) -> None:
-    called = call([*line.split(), "--no-such-option", "1", "2"])
-    assert (called.code, called.trace) == (2, "") and called.err.startswith("error: ")
-    assert called.err.count("\n") == 1
+    check_one_message([*line.split(), "--no-such-option", "1", "2"], "option")
+
+
+@pytest.mark.parametrize("line", LEAVES)
+def test_a_wrong_value_of_any_option_is_named(line: str) -> None:
+    """Not of its type, beyond its limits or 64 bits, not finite, or empty."""
+    words = [*line.split(), *least_words(LEAVES[line])]
+    for option, value in wrong_values(line):
+        check_one_message([*words, option, value], option)
+    may_be_empty = importlib.import_module(COMMANDS[words[0]]).app.may_be_empty
+    for each in LEAVES[line].params:
+        if each.param_type_name == "option" and not each.is_flag and each.opts[0] not in may_be_empty:
+            check_one_message([*words, each.opts[0], ""], f"{each.opts[0]} is empty")
+
+
+@pytest.mark.parametrize("line", [line for line in LEAVES if least_words(LEAVES[line])])
+def test_what_is_required_is_named(line: str) -> None:
+    check_one_message(line.split(), "Missing ")
+
+
+def test_values_come_from_all_kinds_of_options() -> None:
+    found = {(option, value) for line in LEAVES for option, value in wrong_values(line)}
+    assert len(found) > 400
+    assert found >= {
+        ("--keep-days", "nan"), ("--keep-days", "-1"), ("--port", "65536"), ("--at", "2026-02-30"),
+        ("--dtype", "[/x]"), ("--num-shards", "3"), ("--num-shards", "65537"), ("--shard", HUGE), ("--max-gone", "2"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("line", sorted(set(LEAVES) - WITHOUT_PLACES))

@@ -12,8 +12,7 @@ from _pytest.mark import ParameterSet
 from distributed import Client
 
 from tests.commands.calls import ROOT, call, process_of, words_of
-from tests.commands.lines import LINES
-from tests.commands.store_lines import FAR
+from tests.commands.lines import FAR, LINES
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 PROGRESS = re.compile(r"━|: [\d,]+ of [\d,]+$")

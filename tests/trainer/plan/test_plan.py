@@ -228,7 +228,7 @@ class TestCommand:
         ],
     )
     def test_mistakes(self, options: list[str], message: str, places: Places) -> None:
-        """Others, which need no places, are in tests/commands/trainer_lines.py."""
+        """Others, which need no places, are in tests/commands/lines.py."""
         own = {"data.samples", "data.store"} if {"--samples", "--store"} & set(options) else set()
         settings = [each for each in places.settings() if each.partition("=")[0] not in own]
         given = ["--ranks", "2", *(word for each in settings for word in ("--set", each))]
