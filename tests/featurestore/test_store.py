@@ -1,26 +1,53 @@
-"""What every store does, whatever it lies on: one class of tests, inherited once for each kind of storage."""
+"""What every store does, whatever it lies on; writers that lose races; versions, quarantine and lack of memory."""
 
 import pickle
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
-from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, shard_of, to_float32
+from featurestore import (
+    ExtractorSpec,
+    FeaturePartition,
+    FeatureRows,
+    FeatureStore,
+    QuarantineRow,
+    StoreInfo,
+    log,
+    shard_of,
+    staging,
+    to_float32,
+)
+from featurestore.__main__ import app
 from featurestore.errors import (
+    CommitConflictError,
+    CorruptFileError,
     InvalidRowsError,
     KeyCollisionError,
     MissingKeysError,
     SnapshotNotFoundError,
     SpecMismatchError,
+    StorageError,
     StoreExistsError,
     StoreNotFoundError,
 )
 from featurestore.format.datafile import schema_of
+from featurestore.log import manifest_path, version_of, versions
+from featurestore.spec import MAX_VERSION, Manifest, seal
 from featurestore.staging import read_shards_of_parts
-from tests.faulty import faulty
+from featurestore.storage.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.repair import RepairReport, repair
+from featurestore.upkeep.verify import verify
+from tests.faulty import Fault, FaultyStorage, fails, faulty, made_but_lost, opened_faulty
 from tests.featurestore.staged import build_shard
 from tests.metadata import metadata_of
 
@@ -312,3 +339,343 @@ class TestS3Store(StoreContract):
 def test_other_tools_find_dtype_and_shape_of_the_feature(info: StoreInfo) -> None:
     field = schema_of(info).field("feature")
     assert field.metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}
+
+
+def history(store: FeatureStore) -> list[Manifest]:
+    versions = log.versions(store.storage)
+    assert versions == list(range(1, len(versions) + 1)), "versions have a gap"
+    return [log.read_manifest(store.storage, version) for version in versions]
+
+
+def test_a_writer_that_dies_before_its_commit_leaves_nothing_visible(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(20, store.info)
+    store.stage_part("run", "p", rows)
+    assert build_shard(store, "run", int(shard_of(rows.keys_N, 8)[0]), ["p"]) is not None
+    (Path(store.url) / "log").mkdir()
+    (Path(store.url) / "log" / ".tmp-dead").write_bytes(b"half a manif")
+    assert store.snapshot().version == 0
+    assert store.put(rows).version == 1
+
+
+def test_a_commit_whose_answer_was_lost_is_made_once(store: FeatureStore, make_rows) -> None:
+    def made_but_denied(create: Fault, path: str, data: bytes) -> bool:
+        create(path, data)
+        return False  # the client's own retry met its own object
+
+    for version, answer in enumerate((made_but_denied, made_but_lost), start=1):
+        assert faulty(store, create_exclusive=answer).put(make_rows(1, store.info, seed=version)).version == version
+    assert [m.version for m in history(store)] == [1, 2]
+
+
+def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(store: FeatureStore, make_rows) -> None:
+    times = iter([1])
+
+    def fails_once(read: Fault, path: str) -> bytes:
+        if path == log.manifest_path(1) and next(times, None):
+            store.put(make_rows(1, store.info, seed=9, first=5), "other")
+            raise StorageError("timed out")
+        return read(path)
+
+    assert faulty(store, read_bytes=fails_once).put(make_rows(1, store.info), "mine").version == 1
+    assert [m.operation for m in history(store)] == ["mine", "other"]
+
+
+def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureStore, make_rows) -> None:
+    times = iter([1])
+
+    def overwritten(create: Fault, path: str, data: bytes) -> bool:
+        if not next(times, None):
+            return create(path, data)
+        store.put(make_rows(1, store.info, first=7), "rival")
+        return True  # it says that both were first
+
+    assert faulty(store, create_exclusive=overwritten).put(make_rows(1, store.info), "mine").version == 2
+    assert [m.operation for m in history(store)] == ["rival", "mine"]
+    assert store.snapshot().num_rows == 2
+
+
+def test_a_disk_that_refuses_ends_the_commit_with_its_error(store: FeatureStore, make_rows) -> None:
+    with pytest.raises(StorageError, match="No space left"):
+        faulty(store, create_exclusive=fails("No space left on device")).put(make_rows(1, store.info))
+    assert store.snapshot().version == 0
+
+
+def test_losing_every_race_ends_in_a_conflict(store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(make_rows(1, store.info))
+    monkeypatch.setattr(log, "_MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(log, "versions", lambda storage: [])  # it never sees the version that is there
+    with pytest.raises(CommitConflictError, match="3 times"):
+        store.put(make_rows(1, store.info, first=1))
+
+
+def test_a_commit_checks_that_its_files_are_whole(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(1, store.info)
+    shard = int(shard_of(rows.keys_N, 8)[0])
+    store.stage_part("run", "p", rows)
+    entry = build_shard(store, "run", shard, ["p"])
+    assert entry is not None
+    path = Path(store.url) / entry.path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Exception, match="bytes instead of"):
+        store.commit({shard: entry}, "put")
+    assert store.snapshot().version == 0
+
+
+def test_the_manifest_counts_what_it_names(store: FeatureStore, make_rows, info: StoreInfo) -> None:
+    rows = make_rows(30, info)
+    store.put(rows)
+    manifest = store.delete(rows.keys_N[:4]).manifest
+    entries = manifest.entries
+    assert manifest.file_rows == sum(entry.rows for entry in entries) == 34
+    assert manifest.num_files == len(entries)
+    assert manifest.file_bytes == sum(store.storage.size(entry.path) for entry in entries)
+    assert sum(entry.num_deleted for entry in entries) == 4
+    assert np.isclose(manifest.time_s, time.time(), atol=60)
+
+
+def test_a_store_whose_answer_was_lost_is_made_once(
+    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(create: Fault, path: str, data: bytes) -> bool:
+        return bool(made_but_lost(create, path, data) if path == "store.json" else create(path, data))
+
+    def denied(create: Fault, path: str, data: bytes) -> bool:
+        return bool(create(path, data)) and path != "store.json"
+
+    for name, answer in (("lost", lost), ("denied", denied)):
+        opened_faulty(monkeypatch, {"create_exclusive": answer}, "featurestore.store")
+        mine = FeatureStore.create(tmp_path / name, info)
+        assert FeatureStore.open(tmp_path / name).info == mine.info
+        with pytest.raises(StoreExistsError):  # made alike, but not here
+            FeatureStore.create(tmp_path / name, info)
+
+
+def test_of_two_makers_of_a_store_the_second_is_told(
+    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's store appears while this one tries the place."""
+    made: list[FeatureStore] = []
+
+    def rival(storage: Storage) -> None:
+        monkeypatch.undo()
+        made.append(FeatureStore.create(storage.url, info))
+
+    for create in (FeatureStore.create, FeatureStore.open_or_create):
+        url = tmp_path / create.__name__
+        monkeypatch.setattr("featurestore.store.refuse_unsafe", rival)
+        if create == FeatureStore.create:
+            with pytest.raises(StoreExistsError):
+                create(url, info)
+        else:
+            assert create(url, info).info == made[-1].info
+        assert FeatureStore.open(url).info == made[-1].info
+
+
+def test_a_uri_of_a_rival_is_found_after_its_file_was_compacted(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(200, store.info)
+    shard_N = shard_of(rows.keys_N, 8)
+    first, second = (rows.take(np.array([place])) for place in np.flatnonzero(shard_N == shard_N[0])[:2])
+    store.put(first)
+    store.stage_part("run", "p", FeatureRows.of(["other"], second.features_ND, keys=second.keys_N))
+    entry = build_shard(store, "run", int(shard_N[0]), ["p"])
+    assert entry is not None
+    store.put(second)
+    compact(store, force=True)  # one file in place of the two that the rival knew
+    with pytest.raises(KeyCollisionError):
+        store.commit({int(shard_N[0]): entry}, "extract")
+
+
+IMPOSSIBLE = [
+    "99999999999999999999.json",
+    "09223372036854775808.json",  # 2**63
+    "100000000000000000000.json",  # what a repair once made of the first
+    "00000000000000000000.json",
+    "3.json",
+    "٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٣.json",
+    "0000000000000000000a.json",
+    "00000000000000000003.json.bak",
+]
+
+
+@pytest.fixture
+def filled(store: FeatureStore, make_rows) -> FeatureStore:
+    store.put(make_rows(50, store.info))
+    store.put(make_rows(20, store.info, seed=1))
+    return store
+
+
+def write(store: FeatureStore, name: str, data: bytes = b"no manifest") -> None:
+    (Path(store.url) / "log" / name).write_bytes(data)
+
+
+def test_the_largest_version_is_the_last_name_that_counts() -> None:
+    assert version_of(f"{MAX_VERSION:020d}.json") == MAX_VERSION == 2**63 - 1
+    assert [version_of(name) for name in IMPOSSIBLE] == [None] * len(IMPOSSIBLE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.parametrize("good", [False, True])
+def test_a_file_with_an_impossible_name_is_seen_by_verify_alone_and_put_aside(
+    filled: FeatureStore, make_rows, name: str, good: bool
+) -> None:
+    data = (Path(filled.url) / manifest_path(2)).read_bytes()
+    write(filled, name, data if good else b"no manifest")
+    assert filled.snapshot().version == 2 and filled.put(make_rows(5, filled.info, seed=2)).version == 3
+    (problem,) = verify(filled).problems
+    assert (problem.kind, problem.path) == ("stray", f"log/{name}") and "damaged/" in problem.way_out
+    assert repair(filled) == RepairReport(actions=[f"move log/{name} to damaged/"])
+    assert filled.storage.list("damaged") == [f"log-{name}"]
+    assert verify(filled).problems == [] and versions(filled.storage) == [1, 2, 3]
+    assert filled.put(make_rows(5, filled.info, seed=3)).version == 4
+
+
+def test_names_that_begin_with_a_dot_are_other_programs_business(filled: FeatureStore) -> None:
+    write(filled, ".nfs000000000000000012")
+    assert verify(filled).problems == []
+
+
+@pytest.mark.parametrize("version", [4, 9999, 2**40])
+def test_numbers_continue_behind_a_stray_manifest(filled: FeatureStore, make_rows, version: int) -> None:
+    write(filled, f"{version:020d}.json", (Path(filled.url) / manifest_path(2)).read_bytes())
+    with pytest.raises(CorruptFileError, match="is the manifest of version 2"):
+        filled.snapshot()
+    with pytest.raises(CorruptFileError):  # no commit goes behind it
+        filled.put(make_rows(5, filled.info))
+    assert versions(filled.storage) == [1, 2, version]
+    before = filled.snapshot(2).manifest.shards
+    assert repair(filled).version == version + 1
+    assert verify(filled).problems == [] and filled.snapshot().manifest.shards == before
+    assert filled.put(make_rows(5, filled.info)).version == version + 2
+
+
+def test_of_several_damaged_manifests_the_newest_good_one_is_committed_again_once(filled: FeatureStore) -> None:
+    write(filled, f"{2:020d}.json")
+    for version in (9998, 9999):
+        write(filled, f"{version:020d}.json")
+    planned = repair(filled, dry_run=True)
+    report = repair(filled)
+    assert report.version == 10_000 and report.actions == planned.actions
+    assert versions(filled.storage) == [1, 10_000] and verify(filled).problems == []
+    assert filled.snapshot().manifest.shards == filled.snapshot(1).manifest.shards
+
+
+@pytest.mark.parametrize("version", [3, MAX_VERSION, MAX_VERSION + 1])
+def test_a_version_that_cannot_be_is_not_found(filled: FeatureStore, version: int) -> None:
+    with pytest.raises(SnapshotNotFoundError, match="the newest is 2"):
+        filled.snapshot(version)
+
+
+def test_the_commands_say_it(filled: FeatureStore) -> None:
+    write(filled, "99999999999999999999.json")
+    found = CliRunner().invoke(app, ["verify", filled.url])
+    assert found.exit_code == 1 and "99999999999999999999.json has a name that no manifest can have" in found.output
+    mended = CliRunner().invoke(app, ["repair", filled.url])
+    assert mended.exit_code == 0 and "move log/99999999999999999999.json to damaged/" in mended.output
+    assert CliRunner().invoke(app, ["verify", filled.url]).exit_code == 0
+
+
+def test_a_manifest_whose_counts_are_wrong_is_not_committed_again(filled: FeatureStore) -> None:
+    """Sealed well, so that readers take it; what it names is right, what it counts is not."""
+    manifest = filled.snapshot().manifest
+    write(filled, f"{2:020d}.json", seal(manifest.model_copy(update={"num_files": manifest.num_files + 1})))
+    assert [problem.kind for problem in verify(filled).problems] == ["manifest"]
+    assert repair(filled).version == 3
+    assert verify(filled).problems == [] and versions(filled.storage) == [1, 3]
+
+
+def row(key, time_s, reason="broken"):
+    return QuarantineRow(key, f"{key}.jpg", reason, time_s)
+
+
+@pytest.fixture
+def storage(tmp_path):
+    storage = Storage(tmp_path)
+    staging.add(storage, [row(1, 1.0), row(2, 1.0)])
+    staging.add(storage, [row(1, 2.0, "still broken"), row(3, 2.0)])
+    return storage
+
+
+def test_settled_rows_go_and_the_others_stand_in_one_file(storage):
+    staging.resolve(storage, [row(1, 2.0, "still broken"), row(7, 9.0)])
+    assert staging.read(storage) == [row(2, 1.0), row(3, 2.0)]
+    assert len(storage.list("quarantine")) == 1
+    staging.resolve(storage, [])
+    staging.resolve(storage, [row(9, 9.0)])
+    assert staging.read(storage) == [row(2, 1.0), row(3, 2.0)]
+    staging.resolve(storage, staging.read(storage))
+    assert staging.read(storage) == [] == storage.list("quarantine")
+
+
+def test_what_another_adds_meanwhile_stays(storage):
+    read = staging.read(storage)
+    staging.add(storage, [row(1, 3.0, "broken again")])
+    staging.resolve(storage, read)
+    assert staging.read(storage) == [row(1, 3.0, "broken again")]
+
+
+def test_rows_are_not_lost_when_it_stops_half_way(storage):
+    with pytest.raises(StorageError):
+        staging.resolve(FaultyStorage(storage, {"delete": fails("the power went out")}), [row(1, 2.0)])
+    assert {found.key for found in staging.read(storage)} == {1, 2, 3}
+
+
+def test_a_file_that_vanishes_while_others_are_read_is_no_damage(storage):
+    calls = []
+
+    def stale(names, path):
+        calls.append(path)
+        return [*names(path), "gone.parquet"] if len(calls) == 1 else names(path)
+
+    assert {found.key for found in staging.read(FaultyStorage(storage, {"list": stale}))} == {1, 2, 3}
+    assert len(calls) == 2
+
+
+def test_a_reading_starts_no_threads(store: FeatureStore) -> None:
+    """Threads of Arrow that were still starting when the command was done have aborted it (134)."""
+    store.add_quarantine([QuarantineRow(1, "a", "bad", 1.0)])
+    read = """
+import os, sys
+from featurestore import FeatureStore
+store = FeatureStore.open(sys.argv[1])
+before = len(os.listdir("/proc/self/task"))
+assert len(store.quarantine_rows()) == 1
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", read, store.url], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+
+
+EXTRACTOR = ExtractorSpec(backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="float32")
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = FeatureStore.create(tmp_path / "store", StoreInfo(dim=8, num_shards=1, extractor=EXTRACTOR))
+    store.put(FeatureRows.of(["a", "b"], np.zeros((2, 8), np.uint16)))
+    return store
+
+
+def exhaust(monkeypatch, method):
+    def fail(*_args, **_options):
+        raise pa.ArrowMemoryError("malloc of size 8388608 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, method, fail)
+
+
+def test_a_cache_build_says_so(store, tmp_path, monkeypatch):
+    exhaust(monkeypatch, "iter_batches")
+    with pytest.raises(MemoryError, match="malloc"):
+        FeaturePartition.load(store, cache_dir=tmp_path / "cache")
+
+
+def test_verify_calls_no_file_damaged(store, monkeypatch):
+    exhaust(monkeypatch, "iter_batches")
+    with pytest.raises(MemoryError, match="malloc"):
+        verify(store)
+
+
+def test_a_length_that_cannot_be_is_damage_where_no_digest_was_checked(store, monkeypatch):
+    exhaust(monkeypatch, "read")
+    with pytest.raises(CorruptFileError, match="damaged"):
+        store.snapshot().read_shard(0)

@@ -8,7 +8,7 @@ from rich.table import Table
 from featurestore.console.output import print_line, print_problem, print_summary, print_table, text_console
 from featurestore.console.page import ReportPage, recorded
 from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
-from tests.featurestore.console.test_page import HOSTILE, plot_of
+from tests.featurestore.console.test_output import HOSTILE, plot_of
 
 LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 

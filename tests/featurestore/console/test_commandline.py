@@ -1,5 +1,6 @@
-"""What commands print is text, never markup; what was typed wrong is one line and exit code 2."""
+"""What commands print is text, never markup; a wrong line, token file or file to write is one line and exit code 2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, say_error
+from featurestore.console.files import read_tokens, replace_file, replaced_file, write_json, write_json_option
 from featurestore.console.output import print_table, progress_bars, text_column, text_console
-from featurestore.errors import StorageError, StoreNotFoundError
+from featurestore.errors import USAGE, StorageError, StoreNotFoundError, TokenFileError, UserError
 from featurestore.text import one_line, printable
 
 NASTY = ("[/x]", "[bold]", "a[red]b", ":smile:", "[link=http://x]y[/link]")
@@ -139,3 +141,72 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     script = f"{sys.executable} -m featurestore --help | head -c 1"
     done = subprocess.run(script, shell=True, capture_output=True, check=False)
     assert b"Traceback" not in done.stderr
+
+
+def test_tokens_are_lines_that_are_not_empty_and_no_comments(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# of the notebooks\n0123456789abcdef0123\n\nfedcba98765432100123 \n")
+    assert read_tokens(file) == ["0123456789abcdef0123", "fedcba98765432100123"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has no token; write one a line"),
+        (b"# a comment\n\n", "has no token; write one a line"),
+        (b"0123456789abcdef\nshort\n", "token 2 has 5 characters and can be guessed; write 16 or more"),
+        (b"0123456789abcdef with space\n", "token 1 has a space"),
+        (b"0123456789\x01abcdef\n", "token 1 has a space or a control character"),
+        ("\u00e4".encode() * 20, "is not ASCII text"),
+        (None, "No such file or directory; name a file"),
+    ],
+)
+def test_wrong_files_are_one_line_each(tmp_path: Path, content: bytes | None, words: str) -> None:
+    file = tmp_path / "tokens"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(TokenFileError, match=words) as raised:
+        read_tokens(file)
+    assert str(raised.value).startswith(f"--token-file {file}")
+    assert "\n" not in str(raised.value)
+    assert raised.value.exit_code == USAGE
+
+
+def test_what_is_not_finite_is_null_and_nothing_else_is_left_behind(tmp_path: Path) -> None:
+    write_json(tmp_path / "demo.json", {"auc": [float("nan"), (0.5, float("inf"))], "gauc": 0.5})
+    assert json.loads((tmp_path / "demo.json").read_text()) == {"auc": [None, [0.5, None]], "gauc": 0.5}
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file(tmp_path / "a", "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        replace_file(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_the_option_json_is_named(tmp_path: Path) -> None:
+    write_json_option(None, {})
+    with pytest.raises(UserError, match=f"cannot write --json {tmp_path}: "):
+        write_json_option(tmp_path, {})
+
+
+def test_what_is_not_written_whole_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    replace_file(file, "old")
+    with pytest.raises(ValueError, match="half"), replaced_file(file) as part:
+        part.write_text("new")
+        raise ValueError("half of it")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        replace_file(tmp_path / "pipe", "new")
+    assert (tmp_path / "pipe").is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -1,14 +1,31 @@
-"""Tables on a terminal and in a pipe: no number is cut or folded, and no command prints by another way."""
+"""Tables, progress and report pages: no number is cut, a bar goes with the work, and a page is inert and whole."""
 
 import io
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from featurestore.console.output import print_table, text_console
+from featurestore.console import output
+from featurestore.console import page as page_module
+from featurestore.console.output import (
+    print_line,
+    print_problem,
+    print_summary,
+    print_table,
+    progress_bar,
+    text_console,
+)
+from featurestore.console.page import ReportPage, current_page, recorded, save_plot
+from featurestore.errors import USAGE, OutputPlaceError, UserError
+from featurestore.text import printable
+from tests.pages import ReadPage, check_page
 
 ROOT = Path(__file__).parents[3]
 NUMBERS = ["1,234,567,890", "0.123456", "0.6260 to 0.6279", "2,048 (+0.0123)"]
@@ -75,3 +92,233 @@ def test_only_output_makes_consoles_and_prints_tables() -> None:
                 found.append(file)
     assert found == []
     assert isinstance(text_console(stderr=True), Console)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of the bar alone, in a list of one, which a test sets: loops of other threads live by the real one."""
+    now = [100.0]
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar("reading", 2000) as bar:
+        bar.advance(500)
+        clock[0] += 10
+        bar.advance(500)
+        clock[0] += 1
+        bar.advance(1000)
+    assert capsys.readouterr().err == "reading: 1,000 of 2,000\nreading: 2,000 of 2,000\n"
+
+
+def test_what_is_quick_says_nothing_in_a_log(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("shards") as bar:
+        clock[0] += 9
+        bar(8, 8)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar("reading", 4, done=1) as bar:
+        bar.advance(1)
+        bar(4, 4)
+    shown = capsys.readouterr().err
+    assert "reading" in shown and "4/4" in shown and shown.endswith("\x1b[2K")
+
+
+def test_what_goes_on_is_told_beside_the_numbers(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar("pages") as bar:
+        bar(1, 9)
+        for _ in range(3):
+            clock[0] += 6
+            bar.doing(f"map, {clock[0]:.0f} s")
+    assert capsys.readouterr().err == "pages: map, 112 s\n"
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar("pages") as bar:
+        bar(1, 9)
+        bar.doing("lays out a map")
+    assert "lays out a map" in capsys.readouterr().err
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</title><img src=x onerror=alert(1)>",
+    "\"' onload='alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;b&gt; &amp;amp;",
+    "../../etc/passwd",
+    "\u202egpj.exe",
+    "עברית العربية",
+    "a\x00b\x1b[31m\nc",
+    "]]><!-- --><?x ?>",
+    "javascript:alert(1)",
+]
+
+
+def plot_of(text: str) -> Figure:
+    """Draw a plot with this text."""
+    figure = Figure()
+    axes = figure.subplots()
+    axes.barh([text], [1.0])
+    axes.set_title(printable(text), parse_math=False)
+    return figure
+
+
+def page_of(tmp_path: Path) -> ReportPage:
+    return ReportPage(tmp_path / "page.html", "Title", ["python", "-m", "x"])
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_inert_wherever_it_stands(text: str, tmp_path: Path) -> None:
+    page = ReportPage(tmp_path / "page.html", text, ["python", text])
+    table = Table(text, title=f"title {text}")
+    table.add_column(text, justify="right")
+    table.add_row(text, text)
+    with recorded(page):
+        print_line(text_console(), text, style="bold")
+        print_line(text_console(), text)
+        print_summary(f"images       {text}")
+        print_problem(text)
+        print_table(text_console(), table)
+        save_plot(plot_of(text), tmp_path / "plot.png")
+    read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "\u202e" not in read.text and "\x00" not in read.text and "\x1b" not in read.text
+    shown = "".join(map(_shown, text.split("\n", maxsplit=1)[0]))
+    assert read.printed.count(shown) >= 8  # a heading, a line, a job's line, a problem, and a table's title and cells
+    assert [each.split("\n")[0] for each in read.titles] == [shown] * 2
+    assert read.plots == [printable(printable(text))]
+
+
+def _shown(letter: str) -> str:
+    return letter if letter.isprintable() else f"\\u{ord(letter):04x}" if ord(letter) > 255 else f"\\x{ord(letter):02x}"
+
+
+def test_blocks_come_in_the_order_in_which_they_were_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table("name", title="A table")
+    table.add_column("value", justify="right")
+    table.add_row("a part", "")
+    table.add_row("one", "1,234", style="bold")
+    with recorded(page_of(tmp_path)):
+        print_line(text_console(), "first")
+        print_table(text_console(), table)
+        print_line(text_console(), "A heading", style="bold")
+        print_line(text_console(), "- point one")
+        print_line(text_console(), "- point two")
+        print_summary("images       12\nlast words")
+        print_line(text_console(quiet=True), "of another rank")
+        print_table(text_console(quiet=True), Table("of another rank"))
+        text_console().print("progress")
+    told = capsys.readouterr().out
+    read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    wanted = ["first", "A table", "name", "value", "a part", "one", "1,234", "A heading", "- point one", "- point two"]
+    wanted += ["images       12", "last words"]
+    places = [read.printed.index(each) for each in wanted]
+    assert places == sorted(places)
+    assert all(each in told for each in (*wanted, "progress"))
+    assert "another" not in read.printed and "progress" not in read.printed
+    assert read.value("one") == ["1,234"] and '<span class="r1">A heading</span>' in read.text
+
+
+def test_a_wide_table_is_not_folded(tmp_path: Path) -> None:
+    table = Table(*(f"column {number}" for number in range(100)))
+    table.add_row(*(f"cell {number} " * 9 for number in range(100)))
+    with recorded(page_of(tmp_path)):
+        print_table(text_console(), table)
+    read = ReadPage.of(tmp_path / "page.html")
+    assert read.rows[1] == [("cell {0} " * 9).format(number).strip() for number in range(100)]
+
+
+def test_passwords_in_addresses_are_hidden(tmp_path: Path) -> None:
+    page = ReportPage(tmp_path / "x.html", "T", ["python", "--store", "http://me:hidden-word@host/x", "a b"])
+    table = Table("store")
+    table.add_row("s3://me:hidden-word@host/x")
+    with recorded(page):
+        print_line(text_console(), "from s3://me:hidden-word@host/x")
+        print_summary("store        s3://me:hidden-word@host/x")
+        print_table(text_console(), table)
+    assert ": python --store http://me:***@host/x 'a b'" in ReadPage(page.html()).printed
+    assert "hidden-word" not in page.html() and page.html().count("me:***@host") == 4
+
+
+def test_a_page_is_written_at_the_end_of_a_command_and_not_of_one_that_failed(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    with pytest.raises(UserError), recorded(page_of(tmp_path)):
+        raise UserError("no")
+    with pytest.raises(typer.Exit), recorded(page_of(tmp_path)):
+        raise typer.Exit(1)
+    with pytest.raises(KeyboardInterrupt), recorded(page_of(tmp_path)):
+        raise KeyboardInterrupt
+    assert current_page() is None and not file.exists()
+    with pytest.raises(typer.Exit), recorded(page_of(tmp_path), with_findings=True):
+        print_problem("broken: a file")
+        raise typer.Exit(1)
+    assert "broken: a file" in check_page(file.read_text(encoding="utf-8")).texts
+    file.unlink()
+    with pytest.raises(typer.Exit), recorded(page_of(tmp_path)):
+        raise typer.Exit(0)
+    assert file.exists()
+    file.unlink()
+    page = page_of(tmp_path)
+    with recorded(page):
+        page.leave_out()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page.html").write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(page_module, "replace_file", fail)
+    with (
+        pytest.raises(UserError, match=r"cannot write --html .*page\.html: no space left"),
+        recorded(page_of(tmp_path)),
+    ):
+        print_line(text_console(), "x")
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    wrong = {
+        tmp_path: "it is a folder",
+        tmp_path / "missing" / "page.html": "there is no folder",
+        tmp_path / "pipe": "not a regular file",
+        tmp_path / "file" / "page.html": "there is no folder",
+        tmp_path / ("x" * 255): "File name too long",
+        Path("/proc/page.html"): "page.html",
+    }
+    for path, told in wrong.items():
+        with pytest.raises(OutputPlaceError, match=told) as caught:
+            ReportPage(path, "T", []).check_place()
+        assert caught.value.exit_code == USAGE and str(path) in str(caught.value)
+    ReportPage(tmp_path / "new.html", "T", []).check_place()
+    ReportPage(tmp_path / "file", "T", []).check_place()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+def test_the_terminal_is_the_same_with_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed() -> tuple[str, str]:
+        table = Table("name", title="T")
+        table.add_row("one")
+        print_table(text_console(), table)
+        print_summary("images       12")
+        print_problem("warning: x")
+        return capsys.readouterr()
+
+    without = printed()
+    with recorded(page_of(tmp_path)):
+        assert printed() == without
+    assert without[1] == "warning: x\n"

@@ -1,14 +1,26 @@
-"""Codecs: numbers rounded to a store's dtype, and what a store takes and gives."""
+"""Codecs and rows: numbers rounded to a store's dtype, rows that a store refuses, live rows as Arrow tables."""
 
+import io
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from featurestore import Codec, FeatureRows, FeatureStore, StoreInfo, to_bits, to_float32
-from featurestore.errors import InvalidRowsError
+from featurestore import Codec, FeatureRows, FeatureStore, StoreInfo, keys_of_uris, to_bits, to_float32
+from featurestore.errors import CorruptFileError, InvalidRowsError, KeyCollisionError
+from featurestore.format.codec import read_npy
+from featurestore.format.shard import ShardReader
 from featurestore.index import nearest
 from featurestore.text import DType
+from featurestore.upkeep.compaction import compact
+from tests.featurestore.conftest import MakeRows
 from tests.featurestore.staged import build_shard
 
 DIM = 24
@@ -68,3 +80,215 @@ def test_rows_may_come_as_float32(tmp_path: Path, info: StoreInfo, dtype: DType)
     values[7, 3] = np.nan
     with pytest.raises(InvalidRowsError, match=rf"1 of 40 features are not finite.*key {rows.keys_N[7]} \('7'\)"):
         store.put(FeatureRows.of(rows.uris, values))
+
+
+def written(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_threads_read_what_was_written() -> None:
+    files = [written(np.arange(number)) for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        assert [len(array) for array in pool.map(read_npy, files)] == list(range(200))
+
+
+def test_pickles_and_other_bytes_are_refused() -> None:
+    for data in (written(np.array([{}], object)), b"", b"no array"):
+        with pytest.raises((ValueError, EOFError)):
+            read_npy(data)
+
+
+def nearest_even_bfloat16(value: np.float32) -> int:
+    """By its definition: of the two neighbours the nearer one, of equally near ones that with an even last bit."""
+    bits = int(np.float32(value).view(np.uint32))
+    low, rest = bits >> 16, bits & 0xFFFF
+    return low + (rest > 0x8000 or (rest == 0x8000 and low % 2 == 1))
+
+
+@settings(deadline=None)
+@given(st.floats(width=32, allow_nan=False))
+def test_bfloat16_rounds_to_nearest_even(value: float) -> None:
+    single = np.float32(value)
+    bits = to_bits(np.array([single]), "bfloat16")
+    assert bits.dtype == np.uint16
+    assert int(bits[0]) == nearest_even_bfloat16(single)
+
+
+def test_bfloat16_ties_and_specials() -> None:
+    ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF], dtype=np.uint32).view(np.float32)
+    assert [hex(b) for b in to_bits(ties, "bfloat16")] == ["0x3f80", "0x3f82", "0x3f81", "0x3f80"]
+    specials = np.array([np.inf, -np.inf, np.nan, -0.0], dtype=np.float32)
+    back = to_float32(to_bits(specials, "bfloat16"), "bfloat16")
+    assert back[0] == np.inf and back[1] == -np.inf and np.isnan(back[2]) and np.signbit(back[3])
+    all_ones = np.array([0xFFFFFFFF], dtype=np.uint32).view(np.float32)  # a NaN that would round over into zero
+    assert np.isnan(to_float32(to_bits(all_ones, "bfloat16"), "bfloat16"))[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_conversion_there_and_back_is_exact(dtype: DType) -> None:
+    stored = to_bits(np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32), dtype)
+    assert np.array_equal(to_bits(to_float32(stored, dtype), dtype), stored)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_features_that_are_not_finite_are_refused(info: StoreInfo, make_rows, dtype: DType, bad: float) -> None:
+    info = info.model_copy(update={"dtype": dtype})
+    values = np.zeros((3, 8), np.float32)
+    values[1, 7] = bad
+    rows = FeatureRows.of(["a", "b", "c"], to_bits(values, dtype))
+    with pytest.raises(InvalidRowsError, match=r"1 of 3 features are not finite.*'b'"):
+        rows.validate(info)
+
+
+def test_a_float16_overflow_is_refused(info: StoreInfo) -> None:
+    info = info.model_copy(update={"dtype": "float16"})
+    with pytest.raises(InvalidRowsError, match="not finite"):
+        FeatureRows.of(["a"], to_bits(np.full((1, 8), 1e6, np.float32), "float16")).validate(info)
+
+
+def test_shape_dtype_and_lengths_are_checked(info: StoreInfo, make_rows) -> None:
+    rows = make_rows(4, info)
+    rows.validate(info)
+    with pytest.raises(InvalidRowsError, match=r"shape \(4, 7\), the store wants \(4, 8\)"):
+        replace(rows, features_ND=rows.features_ND[:, :7]).validate(info)
+    with pytest.raises(InvalidRowsError, match=r"features are float32, the store holds bfloat16.*encode"):
+        replace(rows, features_ND=rows.features_ND.astype(np.float32)).validate(info)
+    with pytest.raises(InvalidRowsError, match="different lengths"):
+        replace(rows, uris=rows.uris[:3]).validate(info)
+    with pytest.raises(InvalidRowsError, match="15 bytes instead of 16"):
+        FeatureRows.of(["a"], rows.features_ND[:1], content_digests=[b"x" * 15])
+
+
+def test_two_uris_under_one_key_are_refused_and_one_uri_twice_is_not(info: StoreInfo, make_rows) -> None:
+    rows = make_rows(["a", "b"], info)
+    with pytest.raises(KeyCollisionError, match=r"key 7 .*'a' and 'b'"):
+        replace(rows, keys_N=np.array([7, 7])).validate(info)
+    make_rows(["a", "a"], info).validate(info)
+
+
+def test_take_keeps_every_column(info: StoreInfo, make_rows) -> None:
+    rows = make_rows(5, info)
+    taken = rows.take(np.array([4, 1]))
+    taken.validate(info)
+    assert taken.uris == [rows.uris[4], rows.uris[1]]
+    assert taken.width_N.tolist() == [4, 1]
+    assert taken.content_digest_N[1].tobytes() == bytes([1] * 15 + [0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_decoded_and_as_stored(dtype: str, info: StoreInfo, tmp_path: Path) -> None:
+    """Against `get`, after a key was replaced and another removed."""
+    info = info.model_copy(update={"dtype": dtype})
+    store = FeatureStore.create(tmp_path / "store", info)
+    uris = [f"{number}.jpg" for number in range(100)]
+    rng = np.random.default_rng(0)
+    store.put(FeatureRows.of(uris, rng.standard_normal((100, 8)).astype(np.float32), widths=np.arange(100)))
+    store.put(FeatureRows.of(uris[:9], rng.standard_normal((9, 8)).astype(np.float32), widths=np.full(9, 7)))
+    store.delete(keys_of_uris(uris[5:8]))
+    snapshot = store.snapshot()
+    table, stored = snapshot.to_arrow(), snapshot.to_arrow(["feature", "key"], decode=False)
+    kept = uris[:5] + uris[8:]
+    assert sorted(table["uri"].to_pylist()) == sorted(kept) and len(stored) == len(kept) == snapshot.num_rows
+    keys_M = table["key"].to_numpy()
+    np.testing.assert_array_equal(keys_M, keys_of_uris(table["uri"].to_pylist()))
+    expected_MD = snapshot.get(keys_M)
+    np.testing.assert_array_equal(np.array(table["feature"].to_pylist(), np.float32), store.codec.decode(expected_MD))
+    assert stored.schema.names == ["feature", "key"]
+    assert stored["feature"].to_pylist() == [bytes(row) for row in snapshot.get(stored["key"].to_numpy())]
+    widths = dict(zip(table["uri"].to_pylist(), table["width"].to_pylist(), strict=True))
+    assert [widths[uri] for uri in (uris[0], uris[8], uris[9], uris[99])] == [7, 7, 9, 99]
+    assert snapshot.arrow_reader().read_all().equals(table)
+
+
+def test_types_and_columns(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> None:
+    store.put(make_rows(10, info))
+    snapshot = store.snapshot()
+    table = snapshot.to_arrow()
+    assert table.schema.names == ["key", "uri", "content_digest", "source_tag", "width", "height", "feature"]
+    assert table.schema.field("feature").type == pa.list_(pa.float32(), 8)
+    assert snapshot.to_arrow(decode=False).schema.field("feature").metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}
+    assert snapshot.to_arrow(["width"]).schema.names == ["width"]
+    for columns in (["deleted"], ["key", "key"], [], ["x"]):
+        with pytest.raises(ValueError, match="choose from key, uri"):
+            snapshot.to_arrow(columns)
+
+
+def test_a_stream_has_the_shards_asked_for(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> None:
+    store.put(make_rows(200, info))
+    snapshot = store.snapshot()
+    for shards in ([], [3], [5, 1]):
+        expected = [key for shard in shards for key in snapshot.read_shard(shard).keys_N.tolist()]
+        assert snapshot.arrow_reader(["key"], shards=shards).read_all()["key"].to_pylist() == expected
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_random_commits_against_a_dict(seed: int, store: FeatureStore) -> None:
+    """Every snapshot has the newest row of each key, and no deleted one."""
+    rng = random.Random(seed)
+    live: dict[str, tuple[int, list[float]]] = {}
+    snapshots: dict[int, dict[str, tuple[int, list[float]]]] = {}
+    for _ in range(10):
+        uris = rng.sample([f"{number}.jpg" for number in range(60)], rng.randint(1, 25))
+        kind = rng.choice(["put", "put", "put", "delete", "compact"])
+        if kind == "put":
+            rows = {uri: (rng.randint(1, 999), [float(rng.randint(-99, 99)) for _ in range(8)]) for uri in uris}
+            live |= rows
+            values = np.array([feature for _, feature in rows.values()], np.float32)
+            store.put(FeatureRows.of(uris, values, widths=[width for width, _ in rows.values()]))
+        elif kind == "delete":
+            live = {uri: row for uri, row in live.items() if uri not in uris}
+            store.delete(keys_of_uris(uris))
+        else:
+            compact(store, force=True)
+        snapshots[store.snapshot().version] = dict(live)
+    for version, expected in snapshots.items():
+        rows_M = store.snapshot(version).to_arrow().to_pylist()
+        assert {row["uri"]: (row["width"], row["feature"]) for row in rows_M} == expected
+        assert len(rows_M) == len(expected)
+
+
+@pytest.mark.parametrize("columns", [["uri", "width"], ["feature"], None])
+def test_only_the_named_columns_are_read(
+    columns: list[str] | None,
+    store: FeatureStore,
+    info: StoreInfo,
+    make_rows: MakeRows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.put(make_rows(20, info))
+    read: set[str] = set()
+    live_tables = ShardReader.live_tables
+
+    def noted(self: ShardReader, names: Any) -> Any:
+        read.update(names)
+        return live_tables(self, names)
+
+    monkeypatch.setattr(ShardReader, "live_tables", noted)
+    table = store.snapshot().arrow_reader(columns).read_all()
+    assert len(table) == 20 and read == set(table.schema.names)
+
+
+def test_a_damaged_file_is_named(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> None:
+    store.put(make_rows(200, info))
+    path = Path(store.url) / store.snapshot().manifest.entries[0].path
+    data = bytearray(path.read_bytes())
+    data[200:260] = bytes(60)
+    path.write_bytes(data)
+    with pytest.raises(CorruptFileError, match=path.name):
+        store.snapshot().to_arrow()
+
+
+@pytest.mark.long
+def test_a_stream_holds_a_part_of_the_rows(info: StoreInfo, make_rows: MakeRows, tmp_path: Path) -> None:
+    wide = FeatureStore.create(tmp_path / "wide", info.model_copy(update={"dim": 4096}))
+    wide.put(make_rows(4_000, wide.info))
+    before = pa.total_allocated_bytes()
+    most, count = 0, 0
+    for batch in wide.snapshot().arrow_reader(["key", "feature"]):
+        count += len(batch)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert count == 4_000 and most < 4_000 * wide.info.dim * 4 / 2

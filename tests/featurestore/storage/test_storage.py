@@ -1,28 +1,43 @@
-"""The door to files: one contract for a disk, memory and two S3 servers, and what is the disk's alone."""
+"""The door to files: one contract for a disk, memory and two S3 servers, addresses, and files that are not regular."""
 
 import errno
 import io
+import json
 import os
 import pickle
 import random
+import re
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.ftp import FTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from featurestore.errors import USAGE, AddressError, CorruptFileError, NotAFolderError, StorageError, UnsafeBackendError
+from featurestore import FeaturePartition, FeatureStore, StoreInfo, to_float32
+from featurestore.errors import (
+    USAGE,
+    AddressError,
+    BucketNotFoundError,
+    CorruptFileError,
+    NotAFolderError,
+    StorageError,
+    UnsafeBackendError,
+)
+from featurestore.published.paths import run_path
 from featurestore.storage import remote
-from featurestore.storage.local import DiskFiles
+from featurestore.storage.local import DiskFiles, IrregularFileError, open_regular, read_regular, read_text
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from tests.hdfs import folder_as_hdfs
@@ -431,3 +446,153 @@ def test_hdfs_without_library_port_or_server_is_one_line(address: str, monkeypat
     with pytest.raises(AddressError) as caught:
         Storage(address).read_bytes("store.json")
     assert "\n" not in str(caught.value) and caught.value.exit_code == USAGE
+
+
+Opener = Callable[[str], object]
+
+
+@pytest.mark.parametrize("opened", [Storage, run_path])
+@pytest.mark.parametrize("address", ["s3://", "s3:///x", "s3:/", "s3a://", "s3:///x/y", str(Path("s3://"))])
+def test_an_address_without_a_bucket_is_no_folder_of_this_machine(address: str, opened: Opener) -> None:
+    with pytest.raises(AddressError, match=f"^{address} has no bucket: [^\\n]+$") as raised:
+        opened(address)
+    assert raised.value.exit_code == USAGE
+
+
+@pytest.mark.parametrize("opened", [Storage, run_path])
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [("S3://bucket/x", "write s3://"), ("s3://Bad_Bucket!/x", "Bad_Bucket! is not the name of a bucket")],
+)
+def test_an_address_that_cannot_be_one_gets_a_line(address: str, told: str, opened: Opener) -> None:
+    with pytest.raises(AddressError, match=f"^{re.escape(address)}: [^\\n]*{re.escape(told)}[^\\n]*$"):
+        opened(address)
+
+
+def test_names_of_files_that_begin_like_an_address_are_files() -> None:
+    assert Storage("s3:x").is_local and Storage("s3").is_local and run_path("s3:x") == Path("s3:x")
+
+
+def test_a_bucket_that_is_not_there_is_named(missing_bucket: str) -> None:
+    storage = Storage(f"{missing_bucket}/runs")
+    uses: list[Callable[[], object]] = [
+        storage.check_bucket,
+        storage.now,
+        lambda: storage.write_bytes("a", b"x"),
+        lambda: storage.create_exclusive("a", b"x"),
+    ]
+    for use in uses:
+        with pytest.raises(
+            BucketNotFoundError, match=r"nobucket/runs.*: the object store has no bucket nobucket$"
+        ) as raised:
+            use()
+        assert raised.value.exit_code == USAGE
+
+
+DOORS: list[Callable[[Path], object]] = [open_regular, read_regular, read_text]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_pipe_or_a_device_is_refused(door: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for place in (tmp_path / "pipe", tmp_path / "link", Path("/dev/null")):
+        with pytest.raises(IrregularFileError, match=r"not a regular file \(pipe, socket or device\)$"):
+            door(place)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_other_places_raise_what_open_raises(door: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none"):
+        door(tmp_path / "none")
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        door(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        with pytest.raises(OSError, match=r"socket"):
+            door(tmp_path / "socket")
+
+
+def test_files_and_links_to_them_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes("é\r\nb\rc\n".encode())
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        assert read_regular(tmp_path / name) == "é\r\nb\rc\n".encode()
+        assert read_text(tmp_path / name) == "é\nb\nc\n"
+
+
+@pytest.mark.timeout(20)
+def test_a_storage_reads_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    storage = Storage(tmp_path)
+    for read in (
+        storage.read_bytes,
+        storage.open_input,
+        storage.entry,
+        lambda path: storage.read_into(path, memoryview(bytearray(1))),
+    ):
+        with pytest.raises(StorageError, match="not a regular file"):
+            read("pipe")
+
+
+WRITER = """
+import sys
+import numpy as np
+from featurestore import FeatureRows, FeatureStore, StoreInfo
+store = FeatureStore.create(sys.argv[1], StoreInfo.model_validate_json(sys.argv[2]))
+rows = FeatureRows.of([f"{i}.jpg" for i in range(100)], np.arange(800, dtype=np.uint16).reshape(100, 8))
+store.put(rows)
+store.delete(rows.keys_N[:10])
+"""
+READER = """
+import json, sys
+import numpy as np
+from featurestore import FeaturePartition, keys_of_uris
+keys = keys_of_uris([f"{i}.jpg" for i in range(10, 100)])
+found = {}
+for rank in range(2):
+    with FeaturePartition.load(sys.argv[1], rank, 2, cache_dir=sys.argv[2]) as partition:
+        owned = keys[partition.owns(keys)]
+        found |= dict(zip(owned.tolist(), partition.lookup(owned).features_UD.tolist()))
+print(json.dumps([found[key] for key in keys.tolist()]))
+"""
+
+
+@pytest.fixture
+def run(s3_endpoint: str):
+    """A process with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and no other setting of AWS."""
+    wanted = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_") or name in wanted}
+    assert all(environment[name] for name in wanted)
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    return run
+
+
+def test_a_store_on_s3_by_the_environment_alone(run, s3_url: str, info: StoreInfo, tmp_path: Path) -> None:
+    url = f"{s3_url}/deep/features"
+    run("-c", WRITER, url, info.model_dump_json())
+    expected = np.arange(800).reshape(100, 8)[10:]
+    assert json.loads(run("-c", READER, url, tmp_path / "cache")) == expected.tolist()
+    shown = run("-m", "featurestore", "get", url, "--uri", "99.jpg").split(": ")[1].split()
+    assert np.allclose([float(value) for value in shown], to_float32(expected[-1].astype(np.uint16), "bfloat16"))
+
+
+def test_a_cache_that_was_made_from_s3_needs_none_of_its_data_files_again(
+    s3_url: str, info: StoreInfo, make_rows, tmp_path: Path
+) -> None:
+    store = FeatureStore.create(f"{s3_url}/features", info)
+    rows = make_rows(50, info)
+    store.put(rows)
+    with FeaturePartition.load(store.url, cache_dir=tmp_path) as partition:
+        first = partition.lookup(rows.keys_N).features_UD
+    store.storage.delete("data")
+    with FeaturePartition.load(store.url, cache_dir=tmp_path) as partition:
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, first)
+    assert np.array_equal(first, rows.features_ND)

@@ -1,13 +1,361 @@
-"""Tasks on a cluster: results in the order of the calls, and a mistake that is raised once, not tried again."""
+"""A cluster for tasks: the configured one or a local one, what is checked of it, and the order of results."""
 
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
+import dask.system
+import numpy as np
+import psutil
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from featurestore.errors import KeyCollisionError
-from pipeline.cluster.tasks import run_all, run_tasks
-from pipeline.errors import SampleError
+from pipeline.cluster.tasks import (
+    check_address,
+    check_packages,
+    check_versions,
+    connect,
+    open_client,
+    run_all,
+    run_tasks,
+)
+from pipeline.errors import ClusterError, InsecureSchedulerError, SampleError, SchedulerUnreachableError
+from tests.commands.calls import call
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    monkeypatch.delenv("DASK_SCHEDULER_FILE", raising=False)
+    monkeypatch.delenv("DASK_CROSSMEDIA__INSECURE_SCHEDULER", raising=False)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of this process, in threads: cheap, and an outside one for connect()."""
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
+    ) as cluster:
+        yield cluster
+
+
+def worker_pids(client: Client) -> list[int]:
+    return list(client.run(os.getpid).values())
+
+
+def test_local_cluster_has_the_size_asked_for_and_leaves_no_process():
+    with connect(workers=2, threads_per_worker=3, memory_limit="1GB") as client:
+        info = client.scheduler_info()["workers"].values()
+        assert [worker["nthreads"] for worker in info] == [3, 3]
+        assert {worker["memory_limit"] for worker in info} == {1_000_000_000}
+        assert client.scheduler.address.startswith("tcp://127.0.0.1:")
+        assert client.dashboard_link.startswith("http://127.0.0.1:")
+        assert client.scheduler_comm.interval < 0.01  # by default tasks wait for 10 ms
+        assert client.submit(sum, [1, 2]).result() == 3
+        pids = worker_pids(client)
+        assert len(set(pids)) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_workers_of_a_local_cluster_do_not_profile_themselves():
+    """On Python 3.11 the profiler can stop the whole worker for ever."""
+    with connect() as client:
+        callbacks = client.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
+        assert all("profile" not in names and "heartbeat" in names for names in callbacks.values())
+        assert set(client.run(os.environ.get, "MALLOC_TRIM_THRESHOLD_").values()) == {str(64 << 20)}
+
+
+def test_local_cluster_is_closed_when_the_job_fails():
+    pids: list[int] = []
+    with pytest.raises(ZeroDivisionError), connect() as client:
+        pids += worker_pids(client)
+        _ = 1 / 0
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_default_is_one_worker_with_all_cores():
+
+    with connect() as client:
+        assert list(client.nthreads().values()) == [dask.system.CPU_COUNT]
+
+
+@pytest.mark.parametrize("variable", ["DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE"])
+def test_configured_scheduler_is_used_and_stays(variable, cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": cluster.scheduler_address}))
+    monkeypatch.setenv(variable, cluster.scheduler_address if variable.endswith("ADDRESS") else str(file))
+    for _ in range(2):  # the second time shows that the first did not close it
+        with connect(workers=5) as client:
+            assert client.scheduler.address == cluster.scheduler_address
+            assert client.submit(max, 1, 2, pure=False).result(timeout=10) == 2
+
+
+def test_silent_scheduler_is_named_quickly(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(SchedulerUnreachableError, match=r"tcp://127\.0\.0\.1:9 .*DASK_SCHEDULER_ADDRESS"):
+        connect(timeout_s=0.5).__enter__()
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_scheduler_file_without_an_address_is_named(content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "scheduler.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("DASK_SCHEDULER_FILE", str(file))
+    with pytest.raises(SchedulerUnreachableError, match=r"scheduler\.json"):
+        connect(timeout_s=0.1).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is no scheduler"),
+        (bytes(64), "what answers there is no scheduler"),
+        (b"", "it says nothing for 2 s"),
+    ],
+)
+def test_another_service_at_the_address_is_named(words: bytes, reason: str):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    held.append(server.accept()[0])
+                    held[-1].sendall(words)
+
+        threading.Thread(target=serve, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(SchedulerUnreachableError, match=reason), open_client(address, 1):
+            pass
+        assert time.monotonic() - started < 8
+        for each in held:
+            each.close()
+
+
+def test_wrong_protocol_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "gopher://127.0.0.1:8786")
+    with pytest.raises(SchedulerUnreachableError, match="gopher"):
+        connect(timeout_s=0.5).__enter__()
+
+
+INTERRUPTED_JOB = """
+import os, time
+from pipeline.cluster.tasks import connect
+if __name__ == "__main__":
+    with connect(workers=1) as client:
+        try:
+            print(*client.run(os.getpid).values(), flush=True)
+            for _ in range(1200):  # a signal just before a sleep is seen after it
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            print("still working:", client.submit(sum, [1, 2]).result(timeout=10), flush=True)
+"""
+
+
+def test_ctrl_c_reaches_the_job_and_not_its_workers(tmp_path: Path):
+    script = tmp_path / "job.py"
+    script.write_text(INTERRUPTED_JOB)
+    job = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    worker = int(job.stdout.readline())
+
+    os.killpg(job.pid, signal.SIGINT)  # what a terminal does
+    out, err = job.communicate(timeout=20)
+    assert (job.returncode, out) == (0, "still working: 3\n"), err
+    assert "Traceback" not in err
+    assert not psutil.pid_exists(worker)
+
+
+def test_tls_without_certificates_says_how_to_give_them(monkeypatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tls://127.0.0.1:9")
+    message = r"DASK_DISTRIBUTED__COMM__TLS__CA_FILE.*CLIENT__KEY"
+    with pytest.raises(ClusterError, match=message), connect():
+        pass
+
+
+@pytest.fixture
+def listener():
+    """A socket on an address of this machine that others reach; who connects there is in its queue."""
+    found = [each.address for card in psutil.net_if_addrs().values() for each in card if each.family == socket.AF_INET]
+    beyond = [address for address in found if not address.startswith("127.")]
+    if not beyond:
+        pytest.skip("this machine has no address beyond loopback")
+    with socket.create_server((beyond[0], 0)) as server:
+        server.settimeout(0.2)
+        yield server
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()
+    return f"tcp://{host}:{port}"
+
+
+def was_called(listener: socket.socket) -> bool:
+    try:
+        listener.accept()[0].close()
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("by", ["variable", "file", "configuration"])
+def test_scheduler_beyond_loopback_is_refused_before_anything_is_sent(
+    by: str, listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    address, file = address_of(listener), tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": address}))
+    if by == "variable":
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address)
+    elif by == "file":
+        monkeypatch.setenv("DASK_SCHEDULER_FILE", str(file))
+    with dask.config.set({"scheduler-address": address} if by == "configuration" else {}):
+        message = rf"{address} is beyond loopback .*DASK_CROSSMEDIA__INSECURE_SCHEDULER=True"
+        with pytest.raises(InsecureSchedulerError, match=message):
+            connect(timeout_s=0.5).__enter__()
+        assert not was_called(listener)
+        for refused in (False, 0, "yes", ""):
+            with dask.config.set({"crossmedia.insecure-scheduler": refused}), pytest.raises(InsecureSchedulerError):
+                connect(timeout_s=0.5).__enter__()
+        listener.close()  # the client would wait for the answer of one that never gives it
+        with dask.config.set({"crossmedia.insecure-scheduler": True}), pytest.raises(SchedulerUnreachableError):
+            connect(timeout_s=0.5).__enter__()
+
+
+JOBS = {
+    "extract_features": ["--images", "x", "--store", "x", "--weights", "random:0"],
+    "refresh_features": ["--images", "x", "--store", "x"],
+    "build_samples": ["--logs", "x", "--samples", "x"],
+    "import_features": ["--from", "x.npy", "--keys", "keys.npy", "--store", "x"],
+    "import_xdl": ["samples", "--from", "x", "--samples", "x"],
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_jobs_without_dask_submit_refuse_it_too(
+    job: str, listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    np.save(tmp_path / "x.npy", np.zeros((2, 4), np.float32))
+    np.save(tmp_path / "keys.npy", np.arange(2))
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address_of(listener))
+    done = call([f"jobs/{job}", *JOBS[job]])
+    assert (done.code, done.trace) == (2, ""), done.err
+    lines = [line for line in done.err.splitlines() if "random:0" not in line]
+    assert len(lines) == 1 and f"error: the scheduler {address_of(listener)} is beyond loopback" in lines[0]
+    assert not was_called(listener)
+
+
+def test_a_job_goes_to_a_scheduler_beyond_loopback_that_a_person_has_accepted(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "from pipeline.cluster.tasks import connect\nwith connect() as client:\n    print(client.scheduler.address)\n"
+    )
+    host = listener.getsockname()[0]
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host=host, dashboard_address=None
+    ) as beyond:
+        address = beyond.scheduler_address
+        assert address.startswith(f"tcp://{host}:")
+        run = [sys.executable, str(script)]
+        submit = [str(Path(sys.executable).parent / "dask-submit"), "--scheduler", address, "--insecure", str(script)]
+        accepted = {"DASK_SCHEDULER_ADDRESS": address, "DASK_CROSSMEDIA__INSECURE_SCHEDULER": "True"}
+        for command, environment in ((run, accepted), (submit, {}), (submit[:3] + submit[4:], accepted)):
+            done = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=100, check=False
+            )
+            assert (done.returncode, done.stdout) == (0, f"{address}\n"), done.stderr
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "127.8.9.1:1", "tcp://localhost:1", "tcp://[::1]:1"])
+def test_loopback_is_accepted(address):
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["tls://192.0.2.1:8786", "wss://192.0.2.1:8786", "inproc://192.0.2.1/7/1"])
+def test_encrypted_address_is_accepted(address):
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["tcp://192.0.2.1:8786", "192.0.2.1:8786", "ws://192.0.2.1:1", "tcp://0.0.0.0:1"])
+def test_open_address_beyond_loopback_is_refused(address):
+    with pytest.raises(InsecureSchedulerError, match="without TLS"):
+        check_address(address)
+
+
+def test_name_counts_by_what_it_resolves_to(monkeypatch):
+    import socket
+
+    found = {"inside": ["127.0.0.1", "::1"], "outside": ["192.0.2.1"], "both": ["127.0.0.1", "192.0.2.1"]}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: [(0, 0, 0, "", (ip, 0)) for ip in found[host]])
+    check_address("tcp://inside:8786")
+    for host in ("outside", "both"):
+        with pytest.raises(InsecureSchedulerError, match=host):
+            check_address(f"tcp://{host}:8786")
+
+
+@pytest.mark.parametrize("address", ["tcp://no-such-host.invalid:1", "gopher://127.0.0.1:1", "tcp://[::1"])
+def test_address_without_a_meaning_is_named(address):
+    with pytest.raises(SchedulerUnreachableError, match=re.escape(address)):
+        check_address(address)
+
+
+def versions(**of_worker: str) -> dict:
+    here = {"python": "3.11.4.final.0", "dask": "2026.8.0", "distributed": "2026.8.0"}
+    node = {"packages": here}
+    return {
+        "client": node,
+        "scheduler": node,
+        "workers": {"tcp://w:1": node, "tcp://w:2": {"packages": here | of_worker}},
+    }
+
+
+@pytest.mark.parametrize("same", [{}, {"python": "3.11.9.final.0"}, {"dask": "2026.8.1"}, {"numpy": "1.0.0"}])
+def test_equal_versions_pass(same):
+    check_versions(versions(**same))
+
+
+@pytest.mark.parametrize(
+    ("package", "version"), [("python", "3.12.4.final.0"), ("dask", "2026.7.0"), ("distributed", "2025.8.0")]
+)
+def test_other_versions_are_named(package, version):
+    here = versions()["client"]["packages"][package]
+    with pytest.raises(ClusterError, match=f": {package} is {version} on worker tcp://w:2 and {here} here. "):
+        check_versions(versions(**{package: version}))
+
+
+def test_missing_package_on_the_scheduler_is_a_mismatch():
+    with pytest.raises(ClusterError, match="dask is None on the scheduler"):
+        check_versions(versions() | {"scheduler": {"packages": {"python": "3.11.1", "distributed": "2026.8.0"}}})
+
+
+def test_workers_without_this_project_are_named(cluster, monkeypatch):
+    with Client(cluster) as client:
+        check_packages(client)
+        monkeypatch.setattr("pipeline.cluster.tasks.IMPORT_OURS", "import featurestore, no_such_package")
+        with pytest.raises(ClusterError, match="no_such_package") as caught:
+            check_packages(client)
+    assert all(f"{worker.address}: " in str(caught.value) for worker in cluster.workers.values())
+    assert f"{len(cluster.workers)} workers cannot" in str(caught.value) and "pip install" in str(caught.value)
 
 
 def fail(kind, path):

@@ -1,5 +1,7 @@
-"""Images to rows: equal to torchvision's forward, bad and equal images told apart, nothing computed twice."""
+"""Images to rows: equal to torchvision's forward for any network, nothing computed twice, compact stores."""
 
+import contextlib
+import json
 import shutil
 import threading
 import time
@@ -8,22 +10,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import models
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
+from typer.testing import CliRunner
 
 from featurestore import FeaturePartition
-from featurestore.errors import SpecMismatchError
-from featurestore.format.rows import to_float32
+from featurestore.errors import SpecMismatchError, StoreNotFoundError
+from featurestore.format.rows import FeatureRows, to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.storage import remote
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.remake import remake
+from featurestore.upkeep.verify import verify
+from jobs import extract_features
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.part import PartSettings, extract_part, in_order
 from pipeline.features.refresh import describe_network, extract
 from pipeline.network.backbone import backbone
 from pipeline.options import ExtractOptions
 from tests.metadata import metadata_of
+from tests.pipeline.features.conftest import change_everything, counts, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
@@ -300,3 +308,146 @@ def test_images_and_store_on_s3_give_what_a_disk_gives(client, run, photos, tmp_
         FeaturePartition.load(tmp_path / "features", cache_dir=tmp_path / "disk") as local,
     ):
         np.testing.assert_array_equal(remote.lookup(keys).features_UD, local.lookup(keys).features_UD)
+
+
+@pytest.fixture
+def job(client, tmp_path, monkeypatch):
+    """Runs the job on the tests' cluster, into a store beside the images."""
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
+
+    def run(images, *args, store="features", code=0):
+        settings = ["--images", str(images), "--store", str(tmp_path / store), "--compute-dtype", "float32"]
+        result = CliRunner().invoke(extract_features.app, [*settings, "--weights", "random:3", *args])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return run
+
+
+def stored_by(path, uris):
+    store = FeatureStore.open(path)
+    return store.codec.decode(store.snapshot().get([key_of_uri(uri) for uri in uris]))
+
+
+@torch.inference_mode()
+def resnet18_pooled(paths):
+    """torchvision's whole resnet18 around the seeded weights, up to its pooling, on its own transform."""
+    network = models.resnet18(weights=None)
+    state = backbone("resnet18:avgpool", "random:3", "float32").network.extractor.state_dict()
+    assert not network.load_state_dict(state, strict=False).unexpected_keys
+    network.fc = torch.nn.Identity()
+    own = models.ResNet18_Weights.DEFAULT.transforms()
+    return network.eval()(torch.stack([own(Image.open(path).convert("RGB")) for path in paths])).numpy()
+
+
+def test_a_store_of_resnet18(job, photos, tmp_path):
+    assert "new          4\n" in job(photos, "--backbone", "resnet18:avgpool", "--dtype", "float32")
+    info = FeatureStore.open(tmp_path / "features").info
+    assert (info.dim, info.extractor.backbone, info.extractor.layer) == (512, "torchvision resnet18", "avgpool")
+    assert json.loads(info.extractor.preprocessing)["preset"] == "torchvision ResNet18_Weights.IMAGENET1K_V1"
+    paths = sorted(photos.iterdir())
+    expected_BD = resnet18_pooled(paths)
+    rows_BD = stored_by(tmp_path / "features", [path.name for path in paths])
+    np.testing.assert_allclose(rows_BD, expected_BD, rtol=1e-3, atol=1e-4 * expected_BD.max())
+
+    refused = job(photos, "--backbone", "resnet18:flatten", code=1)
+    assert "extractor.layer is 'avgpool' instead of 'flatten'" in " ".join(refused.split())
+    refused = job(photos, "--backbone", "mobilenet_v3_small:avgpool", code=1)
+    assert "dim is 512 instead of 576" in " ".join(refused.split())
+    assert "unchanged    4\n" in job(photos, "--backbone", "resnet18:avgpool")  # dtype: as the store has it
+
+
+def test_a_wrong_name_is_a_usage_error_before_a_cluster_starts(job, photos, monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
+    text = " ".join(job(photos, "--backbone", "resnet18:avgpol", code=2).split())
+    assert "error: backbone 'resnet18:avgpol': resnet18 has no layer 'avgpol'; near: avgpool" in text
+    assert "resnet18:avgpool (512)" in text
+
+
+DIMS = 4
+
+
+@pytest.fixture
+def folder(write):
+    return write(a=1, b=2, c=3, d=4, e=5, f=6, g=7)
+
+
+@pytest.fixture
+def full(make, folder, tmp_path):
+    """A store of all numbers, float32."""
+    make(folder, "full")
+    return FeatureStore.open(tmp_path / "full")
+
+
+def numbers(path):
+    store = FeatureStore.open(path)
+    snapshot = store.snapshot()
+    return store.codec.decode(snapshot.get(snapshot.keys()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extraction_makes_the_rows_that_reduce_makes(make, folder, full, tmp_path, dtype):
+    remake(full, tmp_path / "small", dims=DIMS, dtype=dtype)
+    summary = make(folder, "direct", reduce=str(tmp_path / "small"), dtype=None)
+    small, direct = (FeatureStore.open(tmp_path / name) for name in ("small", "direct"))
+    assert summary.num_new == summary.num_computed == 7 and direct.snapshot().num_rows == 7
+    assert direct.info.reduction == small.info.reduction and direct.info.dtype == dtype and direct.info.dim == DIMS
+    assert verify(direct).problems == []
+    made, expected = numbers(tmp_path / "direct"), numbers(tmp_path / "small")
+    step = np.abs(expected) * (2**-7 if dtype == "bfloat16" else 1e-6)
+    assert (np.abs(made - expected) <= step + 1e-6 * np.abs(expected).max()).all() and np.ptp(expected) > 0
+
+
+def test_a_basis_file_serves_as_well_and_bad_ones_are_named(make, folder, full, tmp_path):
+    remake(full, tmp_path / "small", dims=DIMS)
+    small = FeatureStore.open(tmp_path / "small")
+    file = str(tmp_path / "small" / small.info.reduction.path)
+    make(folder, "direct", reduce=file, dtype=None)
+    assert FeatureStore.open(tmp_path / "direct").info.dtype == "bfloat16"
+    for wrong, error, match in (
+        (str(tmp_path / "full"), SpecMismatchError, "is not compact"),
+        (str(tmp_path / "none.safetensors"), StoreNotFoundError, "no basis at"),
+        (str(tmp_path / "none"), StoreNotFoundError, "no store at"),
+    ):
+        with pytest.raises(error, match=match):
+            make(folder, "more", reduce=wrong)
+    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 512: backbone .*mobilenet"):
+        make(folder, "more", reduce=file, backbone="resnet18:avgpool")
+    with pytest.raises(SpecMismatchError, match=r"of another network; these rows have 576: weights_digest "):
+        make(folder, "more", reduce=file, weights="random:1")
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder, full, computed, tmp_path):
+    remake(full, tmp_path / "features", dims=DIMS, dtype="float32")
+    change_everything(folder, write)
+    before = sum(computed)
+    summary = run(folder)
+    assert counts(summary) == (4, 1, 1, 3, 2, 1, 0, 3) and sum(computed) - before == 2
+    make(folder, "anew", reduce=str(tmp_path / "features"))
+    assert {uri: row[:-1] for uri, row in rows_of(tmp_path / "features").items()} == {
+        uri: row[:-1] for uri, row in rows_of(tmp_path / "anew").items()
+    }
+    np.testing.assert_allclose(numbers(tmp_path / "features"), numbers(tmp_path / "anew"), rtol=1e-5, atol=1e-5)
+    write(later=40)
+    assert make(folder, "features").num_computed == 1, "an extraction into it needs no --reduce either"
+    assert verify(FeatureStore.open(tmp_path / "features")).problems == []
+
+
+def test_another_basis_is_refused(make, run, folder, full, tmp_path):
+    remake(full, tmp_path / "features", dims=DIMS)
+    full.put(FeatureRows.of(["mine.jpg"], np.ones((1, full.info.dim), np.float32)))
+    remake(full, tmp_path / "other", dims=DIMS)
+    with pytest.raises(SpecMismatchError, match=r"reduction\.sha256 is .* instead of"):
+        make(folder, "features", reduce=str(tmp_path / "other"))
+    with pytest.raises(SpecMismatchError, match="takes rows of 576 numbers"):
+        make(folder, "features", backbone="resnet18:avgpool", reduce=None)
+
+
+def test_a_recoded_compact_store_is_refreshed_too(run, write, folder, full, tmp_path):
+    remake(full, tmp_path / "small", dims=DIMS, dtype="float32")
+    remake(FeatureStore.open(tmp_path / "small"), tmp_path / "features", dtype="float16")
+    write(h=8)
+    assert run(folder).num_new == 1
+    store = FeatureStore.open(tmp_path / "features")
+    assert store.info.dtype == "float16" and store.snapshot().num_rows == 8 and verify(store).problems == []
