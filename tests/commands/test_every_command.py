@@ -156,6 +156,12 @@ def test_what_is_required_is_named(line: str) -> None:
     check_one_message(line.split(), "Missing ")
 
 
+@pytest.mark.parametrize("job", sorted(name for name in COMMANDS if name.startswith("jobs/")))
+def test_the_help_of_a_job_has_an_example(job: str) -> None:
+    called = call([job, "--help"])
+    assert called.code == 0 and f"{job}.py" in called.out
+
+
 def test_values_come_from_all_kinds_of_options() -> None:
     found = {(option, value) for line in LEAVES for option, value in wrong_values(line)}
     assert len(found) > 400

@@ -58,31 +58,6 @@ def test_defaults_make_samples_of_both_splits(runner, place):
     assert "20 impressions, 50.00% clicks" in done.stdout
 
 
-@pytest.mark.parametrize("options", [["--max-behaviors", "0"], ["--test-days", "-1"], ["--window-days", "two"], ["-x"]])
-def test_wrong_option_is_a_usage_error(options):
-    done = CliRunner().invoke(app, options)
-    assert done.exit_code == 2
-    assert options[0] in done.stderr
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--window-days", "inf"],
-        ["--window-days", "1e300"],
-        ["--window-days", "nan"],
-        ["--min-dwell-s", "inf"],
-        ["--max-behaviors", "99999999999999999999"],
-        ["--test-days", "99999999999999999999"],
-    ],
-)
-def test_numbers_without_sense_are_usage_errors(options):
-    done = CliRunner().invoke(app, options)
-    assert done.exit_code == 2
-    assert isinstance(done.exception, SystemExit)
-    assert f"Invalid value for '{options[0]}'" in done.stderr
-
-
 @pytest.fixture
 def inside(place, client, monkeypatch):
     """Runs the job in this process and in `place`, on the tests' cluster; gives its exit code and error."""
@@ -162,10 +137,3 @@ def test_logs_in_the_samples_folder_stay(inside, place):
         "error: data would be replaced by the samples, with --logs data/logs in it; name another",
     )
     assert (place / "data/logs/behaviors/day=1.parquet").is_file()
-
-
-def test_help_has_examples():
-    done = CliRunner().invoke(app, ["--help"])
-    assert done.exit_code == 0
-    assert "dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py" in done.stdout
-    assert "[default: (user_age" in done.stdout

@@ -219,12 +219,6 @@ class TestMistakes:
         assert f"{has}, and --network images names 2 of them" in failed(*two, "--network", "images", code=2)
         assert "--network text names 0 of them" in failed("--run", run, "--network", "text", "--out", two[-1], code=2)
 
-    def test_places(self, run: Path, tmp_path: Path) -> None:
-        assert "has to end with .parquet" in failed("--run", run, "--out", tmp_path / "v.csv", code=2)
-        (tmp_path / "v").touch()
-        assert "/v is a file: " in failed("--run", run, "--out", tmp_path / "v" / "v.parquet", code=2)
-        assert "no snapshot 9" in failed("--run", run, "--store-version", 9, "--out", tmp_path / "v.parquet", code=2)
-
     def test_damage(self, places: Places, tmp_path: Path) -> None:
         run = train_run(places, "damaged", train__max_steps=1)
         file = Path(find_checkpoint(run).path(DENSE))
@@ -241,8 +235,3 @@ class TestMistakes:
         info = store.info.model_copy(update={"dim": 8, "store_id": ""})
         FeatureStore.create(tmp_path / "features", info)
         assert "features of another kind" in failed("--run", run, "--out", tmp_path / "v.parquet")
-
-    def test_help(self) -> None:
-        said = done("--help")
-        assert "python jobs/export_embeddings.py --run data/runs/both --out visual.parquet" in said
-        assert "Exit codes: 0 done, 1 failed, 2 wrong options." in said

@@ -56,9 +56,6 @@ def test_mistakes_are_one_message(job, tmp_path):
     assert_message(job(), 1, "nowhere")
     assert_message(job("--weights", "random:x"), 2, "error: weights 'random:x': the seed of random weights is a number")
     assert_message(job("--weights", "none.pth"), 2, "error: weights 'none.pth': neither imagenet")
-    assert_message(job("--num-shards", "12"), 2, "12 is not a power of two")
-    assert_message(job("--dtype", "int4"), 2, "'int4' is not one of")
-    assert_message(job("--batch-size", "0"), 2, "greater than or equal to 1")
 
 
 def test_weights_are_looked_at_before_a_cluster_starts(job, tmp_path, monkeypatch):
@@ -66,14 +63,6 @@ def test_weights_are_looked_at_before_a_cluster_starts(job, tmp_path, monkeypatc
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
     message = "text.pth: not a state dict that torch can load safely (UnpicklingError); one is"
     assert_message(job("--weights", "text.pth"), 2, message)
-
-
-def test_the_help_has_examples(job):
-    result = job("--help")
-    assert result.exit_code == 0
-    assert "dask-submit -n 4 jobs/extract_features.py" in result.stdout
-    assert "[default: (64)]" in result.stdout
-    assert "[default: (feature)]" in result.stdout
 
 
 def test_the_summary_names_what_was_bad():

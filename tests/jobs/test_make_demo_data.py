@@ -206,19 +206,3 @@ def test_too_few_photographs_are_refused(photos: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "5 readable images" in result.output
     assert not (tmp_path / "out").exists(), "nothing is left behind"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--labels", "labels.csv"], "goes with --images"),
-        (["--images", ".", "--items", "50"], "goes with drawn clothes"),
-        (["--days", "1"], "--days"),
-        (["--items", "3"], "--items"),
-    ],
-)
-def test_wrong_usage_is_said_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = _make(tmp_path / "out", *arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
-    assert not (tmp_path / "out").exists()

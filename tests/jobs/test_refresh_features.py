@@ -42,7 +42,6 @@ def assert_message(result, code, text):
 
 def test_mistakes_are_one_message(job, tmp_path):
     assert_message(job(), 2, "data/features: store.json is not there; jobs/extract_features.py makes one")
-    assert_message(job("--max-gone", "2"), 2, "--max-gone")
     assert_message(job("--channel", "19"), 2, "not the name of a channel")
 
 
@@ -107,9 +106,3 @@ def test_all_options_arrive_and_the_counts_are_printed(job, monkeypatch):
     ):
         assert line in result.stdout
     assert "quarantined  1: 1 empty file (a.jpg)" in result.stdout
-
-
-def test_the_help_has_examples(job):
-    result = job("--help")
-    assert result.exit_code == 0
-    assert "dask-submit jobs/refresh_features.py --images s3://shop/photos" in result.stdout

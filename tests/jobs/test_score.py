@@ -107,14 +107,6 @@ def test_texts_stay_texts(run: Path, tmp_path: Path) -> None:
     assert words["time"].null_count == half and numbers["time"].null_count == 0
 
 
-def test_what_cannot_be_written_is_found_before_the_work(run: Path, tmp_path: Path) -> None:
-    wrong = job("--run", run, "--out", tmp_path / "scores.csv")
-    assert wrong.exit_code == 2 and "--out" in wrong.stderr
-    (tmp_path / "file").write_text("no folder")
-    wrong = job("--run", run, "--out", tmp_path / "file" / "scores.parquet")
-    assert wrong.exit_code == 2 and "/file is a file: " in wrong.stderr, wrong.output
-
-
 def test_a_failed_score_leaves_the_file_as_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done("--run", run, "--out", tmp_path / "scores.parquet")
     before = (tmp_path / "scores.parquet").read_bytes()

@@ -1,7 +1,5 @@
 """python -m featurestore as a person types it: what it prints, its exit codes, its errors."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,32 +80,3 @@ def test_verify_names_the_broken_file_and_exits_1(filled: FeatureStore) -> None:
     result = run("verify", filled.url)
     assert result.exit_code == 1
     assert entry.path in result.stderr and "1 problem in 1 manifest, 8 files" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["info", "{nothing}"], 2, "no store at"),
-        (["verify", "{nothing}"], 2, "no store at"),
-        (["get", "{store}", "5"], 1, "1 key has no feature"),
-        (["get", "{store}", "--version", "9", "5"], 2, "no snapshot 9; the newest is 1"),
-        (["get", "{store}", "--uri", "images/0.jpg", "--out", "{nothing}/x.npy"], 1, "cannot write"),
-        (["get", "{store}"], 2, "name a KEY or --uri"),
-        (["get", "{store}", "shirt"], 2, "valid integer"),
-        (["look", "{store}"], 2, "No such command"),
-    ],
-)
-def test_mistakes_get_one_message_and_no_traceback(
-    filled: FeatureStore, tmp_path: Path, arguments: list[str], code: int, message: str
-) -> None:
-    result = run(*[a.format(store=filled.url, nothing=tmp_path / "nothing") for a in arguments])
-    assert result.exit_code == code
-    assert message in result.stderr and "Traceback" not in result.output
-
-
-def test_it_runs_as_a_module(filled: FeatureStore) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "featurestore", "verify", filled.url], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("0 problems in 1 manifest,")

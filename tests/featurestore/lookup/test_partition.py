@@ -22,9 +22,14 @@ from featurestore.lookup import rowfiles
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("dim", [1, 7, 8, 3000])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "threads"),
+    [
+        ("bfloat16", 1, 1), ("bfloat16", 7, 3), ("bfloat16", 3000, 3),
+        ("float16", 7, 1), ("float16", 8, 3),
+        ("float32", 1, 3), ("float32", 8, 1), ("float32", 3000, 1),
+    ],
+)  # fmt: skip
 def test_lookup_gives_the_rows_in_the_order_asked(
     tmp_path: Path, cache: Path, info: StoreInfo, make_rows, dtype: str, dim: int, threads: int
 ) -> None:
@@ -426,9 +431,19 @@ def check(index, asked_U, num_shards, owned):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("num_shards", [1, 2, 64, 1 << 16])
-@pytest.mark.parametrize("num_ranks", [1, 3])
-@pytest.mark.parametrize("count", [1, 2, 500, 20_000])
+@pytest.mark.parametrize(
+    ("num_shards", "num_ranks", "count"),
+    [
+        (1, 1, 1),
+        (1, 3, 20_000),
+        (2, 1, 500),
+        (2, 3, 2),
+        (64, 1, 20_000),
+        (64, 3, 500),
+        (1 << 16, 1, 2),
+        (1 << 16, 3, 1),
+    ],
+)
 def test_every_hash_is_found_and_no_other(num_shards, num_ranks, count):
     rng = np.random.default_rng(count)
     hash_N = rng.integers(0, 2**64, count, dtype=np.uint64)

@@ -173,13 +173,6 @@ def test_every_flaw_is_named(tmp_path: Path, flaw: str, reason: str) -> None:
     assert reason in str(caught.value)
 
 
-def test_a_place_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    result = CliRunner().invoke(app, ["check-backend", str(tmp_path / "file")])
-    assert result.exit_code == 2
-    assert "/file is a file: a folder is needed" in result.stderr and "unsafe" not in result.stderr
-
-
 def test_a_racer_that_dies_ends_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill_one(done: int, total: int) -> None:
         children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()

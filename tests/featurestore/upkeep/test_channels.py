@@ -285,17 +285,3 @@ class TestCommand:
         assert "snapshot candidate to stable" in run("diff", nine.url, "candidate", "stable").output
         assert run("channel", nine.url, "candidate", "--remove").output == "candidate is not a channel any more\n"
         assert "no channel 'candidate'; it has stable" in run("info", nine.url, "--version", "candidate").output
-
-    @pytest.mark.parametrize(
-        ("arguments", "says"),
-        [
-            (["19", 4], "not the name of a channel"),
-            (["stable", "a/b"], "neither the number of a snapshot nor the name of a channel"),
-            (["stable", "4", "--remove"], "takes a NAME and no snapshot"),
-            (["stable"], "no channel 'stable'; it has none"),
-        ],
-    )
-    def test_mistakes_are_one_line_and_2(self, nine: FeatureStore, arguments: list, says: str) -> None:
-        result = run("channel", nine.url, *arguments)
-        assert result.exit_code == 2
-        assert says in " ".join(result.output.replace("│", " ").split())

@@ -370,11 +370,6 @@ class TestCommand:
         assert run("compact", filled.url).output.startswith("snapshot 6: 7 shards of ")
         assert run("compact", filled.url).output == "nothing to compact in snapshot 6\n"
 
-    def test_mistakes_get_one_message(self, filled: FeatureStore) -> None:
-        result = run("compact", filled.url, "--shard", 9)
-        assert (result.exit_code, result.stderr) == (1, f"error: there is no shard 9: {filled.url} has 0 to 7\n")
-        assert run("compact", filled.url, "--threads", 0).exit_code == 2
-
 
 def test_features_are_those_that_were_put(store: FeatureStore, make_rows) -> None:
     """Not only the same as before: the newest of each key."""

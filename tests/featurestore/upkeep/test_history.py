@@ -265,25 +265,6 @@ class TestCommands:
         got = run("get", timed.url, "--uri", "images/0.jpg", "--at", "2027-01-15T08:00:45")
         assert got.output == run("get", timed.url, "--uri", "images/0.jpg", "--version", 4).output
 
-    @pytest.mark.parametrize(
-        ("arguments", "code", "message"),
-        [
-            (["diff", "{store}", "1", "12"], 2, "no snapshot 12"),
-            (["restore", "{store}", "12"], 2, "no snapshot 12"),
-            (["unpin", "{store}", "a"], 2, "no pin 'a'"),
-            (["pin", "{store}", "a/b"], 2, "not the name of a pin"),
-            (["info", "{store}", "--at", "2020-01-01"], 2, "no snapshot of 2020-01-01"),
-            (["info", "{store}", "--at", "yesterday"], 2, "does not match"),
-            (["info", "{store}", "--at", "2027-01-01", "--version", "1"], 2, "give one of them"),
-            (["log", "{store}", "--last", "0"], 2, "Invalid value"),
-            (["log", "{store}x"], 2, "no store at"),
-        ],
-    )
-    def test_mistakes_get_one_message(self, timed: FeatureStore, arguments: list[str], code: int, message: str) -> None:
-        result = run(*[argument.format(store=timed.url) for argument in arguments])
-        assert result.exit_code == code
-        assert message in result.stderr and "Traceback" not in result.output
-
 
 def test_times_are_printed_in_utc() -> None:
     assert log.utc_text(T0) == "2027-01-15 08:00:00 UTC"

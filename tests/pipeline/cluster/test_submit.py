@@ -1,4 +1,4 @@
-"""dask-submit as its users run it: a command, its script's output and exit code, signals, and what stays behind."""
+"""dask-submit as its users run it: a script's output and exit code, signals, what stays; see also tests/commands."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import pipeline.cluster.submit
+from tests.commands.calls import call
 
 pytestmark = pytest.mark.services
 slow = pytest.mark.slow
@@ -106,6 +107,7 @@ def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_pat
         assert len(client.nthreads()) == 2
 
 
+@slow
 def test_scheduler_and_workers_of_dasks_own_commands_are_used_and_left_running(script, tmp_path):
     file = tmp_path / "scheduler.json"
     dask = str(BIN / "dask")
@@ -129,7 +131,7 @@ def test_scheduler_and_workers_of_dasks_own_commands_are_used_and_left_running(s
     [
         pytest.param("", 0, marks=slow),
         pytest.param("raise ValueError('no')", 1, marks=slow),
-        ("sys.exit(255)", 255),
+        pytest.param("sys.exit(255)", 255, marks=slow),
         ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
     ],
 )
@@ -248,12 +250,6 @@ def test_scheduler_beyond_loopback_needs_tls_or_insecure(script):
     assert "no Dask scheduler answers at tcp://192.0.2.1:8786" in message
 
 
-def test_unreachable_scheduler_is_named_quickly(script):
-    code, message = refused("--scheduler", "tcp://127.0.0.1:9", "--timeout", 1, script("print('ran')"))
-    assert code == 1
-    assert "no Dask scheduler answers at tcp://127.0.0.1:9" in message
-
-
 def test_lacking_workers_are_counted(cluster, script):
     address = cluster.scheduler_address
     code, message = refused("--scheduler", address, "--wait-workers", 5, "--timeout", 1, script("print('ran')"))
@@ -261,49 +257,11 @@ def test_lacking_workers_are_counted(cluster, script):
     assert f"2 of 5 workers are at {address} after" in message
 
 
-@pytest.fixture
-def mistaken(monkeypatch, capsys):
-    """Exit code and message of a line that is refused before anything starts, and before our packages are imported."""
-
-    def call(*args: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["dask-submit", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            pipeline.cluster.submit.main()
-        out, err = capsys.readouterr()
-        assert out == "" and "Traceback" not in err
-        return end.value.code, err
-
-    return call
-
-
-def test_no_script_no_run(mistaken):
-    assert refused("no_such.py")[0] == 2
-    code, message = mistaken("no_such.py")
-    assert code == 2
-    assert "no_such.py" in message
-    assert mistaken()[0] == 2
-
-
-@pytest.mark.parametrize(
-    "options", [["-n", "0"], ["-n", "two"], ["--memory-limit", "4x"], ["--timeout", "0"], ["--no-such"]]
-)
-def test_mistake_in_an_option_is_named(options, script, mistaken):
-    code, message = mistaken(*options, script("print('ran')"))
-    assert code == 2
-    assert options[0] in message
-
-
 @pytest.mark.parametrize("limit", ["1", "0.5", "4GB", "128MiB", "auto"])
 def test_a_share_of_the_memory_is_a_limit_too(limit):
     """1 is the whole of it, as Dask has it, and not a byte."""
     context = pipeline.cluster.submit.submit.make_context("dask-submit", ["--memory-limit", limit, __file__])
     assert context.params["memory_limit"] == limit
-
-
-def test_local_and_running_cluster_exclude_each_other(script, mistaken):
-    code, message = mistaken("-n", 1, "--scheduler", "tcp://127.0.0.1:9", script("print('ran')"))
-    assert code == 2
-    assert "exclude each other" in message
 
 
 WITHOUT_US = """
@@ -347,6 +305,6 @@ def test_worker_that_does_not_fit_stops_the_run(preload, message, script, tmp_pa
 
 
 def test_help_shows_examples_and_dask_lists_the_command():
-    assert "dask-submit -n 4" in submit("--help").stdout
+    assert "dask-submit -n 4" in call(["dask-submit", "--help"]).out
     listed = submit("--help", command="dask").stdout
     assert any(line.split()[:1] == ["submit"] for line in listed.splitlines())

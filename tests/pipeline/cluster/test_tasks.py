@@ -50,12 +50,9 @@ def cluster():
         yield cluster
 
 
-def worker_pids(client: Client) -> list[int]:
-    return list(client.run(os.getpid).values())
-
-
-def test_local_cluster_has_the_size_asked_for_and_leaves_no_process():
-    with connect(workers=2, threads_per_worker=3, memory_limit="1GB") as client:
+def test_local_cluster_has_the_size_asked_for_and_leaves_no_process_when_the_job_fails():
+    """Its workers do not profile themselves: on Python 3.11 the profiler can stop the whole worker for ever."""
+    with pytest.raises(ZeroDivisionError), connect(workers=2, threads_per_worker=3, memory_limit="1GB") as client:
         info = client.scheduler_info()["workers"].values()
         assert [worker["nthreads"] for worker in info] == [3, 3]
         assert {worker["memory_limit"] for worker in info} == {1_000_000_000}
@@ -63,30 +60,16 @@ def test_local_cluster_has_the_size_asked_for_and_leaves_no_process():
         assert client.dashboard_link.startswith("http://127.0.0.1:")
         assert client.scheduler_comm.interval < 0.01  # by default tasks wait for 10 ms
         assert client.submit(sum, [1, 2]).result() == 3
-        pids = worker_pids(client)
-        assert len(set(pids)) == 2
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-
-
-def test_workers_of_a_local_cluster_do_not_profile_themselves():
-    """On Python 3.11 the profiler can stop the whole worker for ever."""
-    with connect() as client:
         callbacks = client.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
         assert all("profile" not in names and "heartbeat" in names for names in callbacks.values())
         assert set(client.run(os.environ.get, "MALLOC_TRIM_THRESHOLD_").values()) == {str(64 << 20)}
-
-
-def test_local_cluster_is_closed_when_the_job_fails():
-    pids: list[int] = []
-    with pytest.raises(ZeroDivisionError), connect() as client:
-        pids += worker_pids(client)
+        pids = list(client.run(os.getpid).values())
+        assert len(set(pids)) == 2
         _ = 1 / 0
-    assert pids
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_default_is_one_worker_with_all_cores():
-
     with connect() as client:
         assert list(client.nthreads().values()) == [dask.system.CPU_COUNT]
 

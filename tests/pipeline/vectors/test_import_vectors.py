@@ -321,10 +321,6 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     ]:
         code = 2 if message.startswith("there ") else 1
         assert message in job(tmp_path / name, *args, code=code), name
-    assert "a .npy matrix needs its keys" in job(tmp_path / "a.npy", code=2)
-    assert "not a power of two" in job(tmp_path / "a.npy", "--num-shards", 3, code=2)
-    help_text = CliRunner().invoke(import_features.app, ["--help"]).output
-    assert "python jobs/import_features.py --from text.parquet" in help_text
 
 
 def test_without_a_store_it_is_the_default_place(job, tmp_path, monkeypatch, vectors_ND):

@@ -1,4 +1,4 @@
-"""A compact store: its basis is that of numpy's SVD, the same bits every time, and rows of two bases never mix."""
+"""Stores made of another one, in another dtype or compact: every row, one commit, and one continued after a kill."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,17 +16,28 @@ import pytest
 from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, to_bits
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, to_bits
 from featurestore.__main__ import app
-from featurestore.errors import CorruptFileError, InvalidRowsError, SpecMismatchError, StorageError, StoreExistsError
+from featurestore.errors import (
+    CommitConflictError,
+    CorruptFileError,
+    InvalidRowsError,
+    SnapshotNotFoundError,
+    SpecMismatchError,
+    StorageError,
+    StoreExistsError,
+    UnsafeBackendError,
+)
 from featurestore.format.codec import basis_of
+from featurestore.spec import FileEntry
 from featurestore.storage.storage import Storage
+from featurestore.text import DType
 from featurestore.upkeep import remake as module
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake
+from featurestore.upkeep.remake import CoMoments, principal_components, read_report, remake, sample
 from featurestore.upkeep.verify import verify
-from tests.featurestore.upkeep.remake.killed import kill_at
+from tests.featurestore.upkeep.killed import kill_at
 from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.long
@@ -48,6 +60,8 @@ def rows_of(first: int, count: int, seed: int = 0) -> FeatureRows:
         drawn(count, seed),
         content_digests=[i.to_bytes(15, "big") + b"\0" for i in range(first, first + count)],
         source_tags=[f"tag-{i}" for i in range(first, first + count)],
+        widths=np.arange(count),
+        heights=np.arange(count) + 1,
     )
 
 
@@ -300,35 +314,6 @@ def test_verify_finds_a_flipped_bit_and_expiry_keeps_the_basis(source: FeatureSt
     assert verify(a).problems == []
 
 
-def test_components_that_were_cut_off_continue(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
-    write, written = module.write_shard_file, []
-
-    def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
-        if len(written) == 4:
-            raise StorageError("the disk is full")
-        written.append(shard)
-        return write(storage, info, shard, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "write_shard_file", fails_in_the_fifth)
-    with pytest.raises(StorageError, match="full"):
-        remake(source, tmp_path / "new", dims=8, threads=1)
-    monkeypatch.setattr(module, "write_shard_file", write)
-    assert FeatureStore.open(tmp_path / "new").snapshot().version == 0
-    expected = principal_components(source.snapshot(), 8)
-    source.put(rows_of(3000, 10, seed=4))  # the snapshot that was begun with is kept to
-    for wrong in ({"dims": 7}, {"dims": 8, "dtype": "float16"}, {"dims": 8, "version": 1}):
-        with pytest.raises(StoreExistsError, match=r"becoming a store of snapshot 3 .* as float32, 8 of 40 numbers"):
-            remake(source, tmp_path / "new", **wrong)
-    half = next((tmp_path / "new" / "data").glob("*/*.parquet"))  # a disk that lost power may have it so
-    half.write_bytes(half.read_bytes()[:-9])
-    seen: list[int] = []
-    report = remake(source, tmp_path / "new", dims=8, progress=lambda done, _: seen.append(done))
-    assert seen == [12, 13, 14, 15, 16] and report.source_version == 3 and report.num_rows == ROWS - 30
-    new = FeatureStore.open(tmp_path / "new")
-    assert new.basis is not None and np.array_equal(new.basis.components_KD, expected.components_KD)
-    assert new.storage.list("staging/remake") == [] and verify(new).problems == []
-
-
 def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
     """It has a snapshot of the number, and other rows: half of the new store would be of those."""
 
@@ -348,27 +333,6 @@ def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, t
         StoreExistsError, match=r"becoming a store of snapshot 3 .* continue with that, name another place"
     ):
         remake(anew, tmp_path / "new", dims=8)
-
-
-@pytest.mark.long
-@pytest.mark.services
-def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
-    """Before the basis, before the plan, before the store is made, among the shards, and after the commit."""
-    call, methods = (
-        partial(remake, dims=8, dtype="float16", threads=1),
-        ("create_exclusive", "open_output", "write_bytes"),
-    )
-    places = (("basis", 0), ("staging/remake/plan", 0), ("store.json", 0), ("staging/remake/shard", 3), ("reports", 0))
-    for prefix, writes in places:
-        kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
-        published = list((tmp_path / "new" / "log").glob("0*.json"))
-        assert bool(published) == (prefix == "reports")
-    assert remake(source, tmp_path / "new", dims=8, dtype="float16").num_rows == ROWS - 30
-    remake(source, tmp_path / "calm", dims=8, dtype="float16")
-    new, calm = FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm")
-    keys = source.snapshot().keys()
-    assert new.info.reduction == calm.info.reduction and new.snapshot().version == 1
-    assert np.array_equal(new.snapshot().get(keys), calm.snapshot().get(keys)) and verify(new).problems == []
 
 
 @pytest.mark.services
@@ -397,3 +361,254 @@ def test_bits_of_a_compact_store_are_bits_of_its_dtype(source: FeatureStore, tmp
     assert np.array_equal(new.snapshot().get(key), to_bits(values, "bfloat16"))
     assert np.array_equal(new.project(drawn(3)), new.basis.project(drawn(3)))  # type: ignore[union-attr]
     assert source.project(drawn(3)).shape == (3, DIM)
+
+
+CONTINUED = [
+    ({"dtype": "bfloat16"}, [{"dtype": "float16"}, {"dtype": "bfloat16", "version": 1}], "bfloat16", [4, 5, 6, 7, 8]),
+    (
+        {"dims": 8},
+        [{"dims": 7}, {"dims": 8, "dtype": "float16"}, {"dims": 8, "version": 1}],
+        "float32, 8 of 40 numbers",
+        [12, 13, 14, 15, 16],
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "others", "described", "counts"), CONTINUED)
+def test_a_remake_that_was_cut_off_continues(
+    asked: dict[str, Any],
+    others: list[dict[str, Any]],
+    described: str,
+    counts: list[int],
+    source: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write, written = module.write_shard_file, []
+
+    def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
+        if len(written) == 4:
+            raise StorageError("the disk is full")
+        written.append(shard)
+        return write(storage, info, shard, *rest)  # type: ignore[arg-type]
+
+    remake(source, tmp_path / "calm", **asked)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_shard_file", fails_in_the_fifth)
+        with pytest.raises(StorageError, match="full"):
+            remake(source, tmp_path / "new", threads=1, **asked)
+    new, calm = FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm")
+    assert new.snapshot().version == 0
+    source.put(rows_of(3000, 10, seed=4))  # the snapshot that was begun with is kept to
+    for other in others:
+        with pytest.raises(StoreExistsError, match=rf"becoming a store of snapshot 3 .* as {described}"):
+            remake(source, tmp_path / "new", **other)
+    half, *whole = sorted((tmp_path / "new" / "data").rglob("*.parquet"))
+    half.write_bytes(half.read_bytes()[:-9])  # a disk that lost power may have it so
+    before = {path: path.stat().st_mtime_ns for path in whole}
+    seen: list[int] = []
+    report = remake(source, tmp_path / "new", progress=lambda done, _: seen.append(done), **asked)
+    assert seen == counts and report.source_version == 3 and report.num_rows == ROWS - 30
+    assert len(whole) == 3 and before == {path: path.stat().st_mtime_ns for path in whole}
+    check_same(new, calm)
+
+
+def check_same(new: FeatureStore, calm: FeatureStore) -> None:
+    """Check that a store that was cut off holds what an undisturbed one does, in one commit, and no notes."""
+    new, keys = FeatureStore.open(new.url), calm.snapshot().keys()
+    assert new.info.reduction == calm.info.reduction and new.snapshot().version == 1
+    assert np.array_equal(new.snapshot().keys(), keys)
+    assert np.array_equal(new.snapshot().get(keys), calm.snapshot().get(keys))
+    assert new.storage.list("staging/remake") == [] and verify(new).problems == []
+
+
+KILLS = [
+    # Before the store is made, between a shard's file and the note of it, and after the commit.
+    ({"dtype": "bfloat16"}, (), [("store.json", 0, 0), ("staging/remake/shard", 3, 3), ("reports", 0, 8)]),
+    # Before the basis and the plan too.
+    (
+        {"dims": 8, "dtype": "float16"},
+        ("write_bytes",),
+        [("basis", 0, 0), ("staging/remake/plan", 0, 0), ("staging/remake/shard", 3, None), ("reports", 0, 8)],
+    ),
+]
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(("asked", "methods", "places"), KILLS)
+def test_kill_9_again_and_again(
+    asked: dict[str, Any],
+    methods: tuple[str, ...],
+    places: list[tuple[str, int, int | None]],
+    source: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    call = partial(remake, threads=1, **asked)
+    for prefix, writes, num_noted in places:
+        kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, ("create_exclusive", "open_output", *methods))
+        assert num_noted in (None, len(list((tmp_path / "new").rglob("shard-*.json"))))
+        assert bool(list((tmp_path / "new" / "log").glob("0*.json"))) == (prefix == "reports")
+    assert remake(source, tmp_path / "new", **asked).num_rows == ROWS - 30
+    remake(source, tmp_path / "calm", **asked)
+    check_same(FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm"))
+
+
+def cli(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path: Path, dtype: DType) -> None:
+    source.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
+    seen: list[tuple[int, int]] = []
+    report = remake(source, tmp_path / "new", dtype=dtype, progress=lambda done, total: seen.append((done, total)))
+    new = FeatureStore.open(tmp_path / "new")
+    snapshot = new.snapshot()
+    assert snapshot.version == 1 and report.num_rows == snapshot.num_rows == snapshot.manifest.file_rows == ROWS - 30
+    assert all(len(files) == 1 and files[0].kind == "base" for files in snapshot.manifest.shards.values())
+    assert seen == [(n, 8) for n in range(1, 9)]
+    assert metadata_of(snapshot).equals(metadata_of(source.snapshot()))
+    keys, values = full_rows(source)
+    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
+    same_kind = new.info.model_copy(update={"dtype": "float32"}).kind
+    assert same_kind == source.info.kind and new.quarantine_rows() == source.quarantine_rows()
+    assert new.storage.list("staging/remake") == [] and verify(new).problems == []
+
+
+def test_the_report_measures_what_was_lost(source: FeatureStore, tmp_path: Path) -> None:
+    """All rows are compared here, so the figures can be worked out again from all rows."""
+    report = remake(source, tmp_path / "small", dtype="float16")
+    small = FeatureStore.open(tmp_path / "small")
+    keys, exact = full_rows(source)
+    kept = small.codec.decode(small.snapshot().get(keys)).astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1)
+    errors = np.linalg.norm(exact - kept, axis=1) / lengths
+    assert report.accuracy.num_compared == ROWS - 30 and report.accuracy.num_queries == 57
+    assert report.accuracy.relative_error_mean == pytest.approx(errors.mean(), rel=1e-4)
+    assert report.accuracy.relative_error_p99 == pytest.approx(np.percentile(errors, 99), rel=1e-4)
+    assert report.accuracy.recall_at_10 is not None and report.accuracy.recall_at_10 > 0.97
+    assert report.bytes == small.snapshot().manifest.file_bytes and read_report(small.storage) == report
+    exact_report = remake(source, tmp_path / "copy", dtype="float32")
+    assert exact_report.accuracy.recall_at_10 == 1 and exact_report.accuracy.relative_error_p99 == 0
+    remake(small, tmp_path / "back", dtype="float32")
+    assert np.array_equal(full_rows(FeatureStore.open(tmp_path / "back"))[1], kept)
+
+
+def test_a_sample_is_of_live_rows_and_reads_from_many_shards(source: FeatureStore) -> None:
+    snapshot = source.snapshot()
+    keys, values = sample(snapshot, 100, seed=1)
+    assert len(np.unique(keys)) == len(keys) == 100
+    assert np.array_equal(values, snapshot.get(keys))
+    other, _ = sample(snapshot, 100, seed=2)
+    assert len(np.intersect1d(keys, other)) < 50
+    assert len(sample(snapshot, 5000, seed=1)[0]) == ROWS - 30
+
+
+def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "measure_accuracy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remake(source, tmp_path / "new", dtype="bfloat16")
+    new = FeatureStore.open(tmp_path / "new")
+    assert new.snapshot().version == 1
+    report = remake(source, tmp_path / "new", dtype="bfloat16")
+    assert new.snapshot().version == 1 and report.num_rows == ROWS - 30 and new.storage.list("staging/remake") == []
+
+
+def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureStore, tmp_path: Path) -> None:
+    report = remake(source, tmp_path / "new", dtype="bfloat16")
+    files = sorted((tmp_path / "new").rglob("*"))
+    assert remake(source, tmp_path / "new", dtype="bfloat16") == report
+    with pytest.raises(StoreExistsError, match=r"made of snapshot 3 of .*source as bfloat16"):
+        remake(source, tmp_path / "new", dtype="float16")
+    source.put(rows_of(2000, 10))
+    with pytest.raises(StoreExistsError, match="made of snapshot 3"):
+        remake(source, tmp_path / "new", dtype="bfloat16")
+    with pytest.raises(StoreExistsError, match="the source itself"):
+        remake(source, source.url, dtype="bfloat16")
+    with pytest.raises(SnapshotNotFoundError, match="9"):
+        remake(source, tmp_path / "more", dtype="bfloat16", version=9)
+    assert sorted((tmp_path / "new").rglob("*")) == files
+    assert remake(source, tmp_path / "first", dtype="bfloat16", version=1).num_rows == ROWS
+
+
+def test_rows_put_before_the_end_are_not_overwritten(
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = module.write_shard_file
+
+    def others_put(storage: Storage, info: StoreInfo, shard: int, *arguments: Any) -> FileEntry:
+        if shard == 7:
+            FeatureStore.open(storage.url).put(rows_of(0, 5, seed=9))
+        return write(storage, info, shard, *arguments)
+
+    monkeypatch.setattr(module, "write_shard_file", others_put)
+    with pytest.raises(CommitConflictError, match="other rows before its remake was done"):
+        remake(source, tmp_path / "new", dtype="bfloat16")
+    new = FeatureStore.open(tmp_path / "new")
+    assert new.snapshot().num_rows == 5
+
+
+def test_what_cannot_be_remade_is_said(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
+    large = rows_of(3000, 1)
+    large.features_ND[0, 4] = 1e6
+    source.put(large)
+    with pytest.raises(InvalidRowsError, match=r"3000\.jpg and others have numbers that float16 cannot hold"):
+        remake(source, tmp_path / "half", dtype="float16")
+    empty = FeatureStore.create(tmp_path / "empty", info)
+    report = remake(empty, tmp_path / "bits", dtype="float32")
+    assert report.num_rows == 0 and report.accuracy.recall_at_10 is None and report.accuracy.relative_error_p99 is None
+    entry = source.snapshot().manifest.files(2)[0]
+    data = bytearray(source.storage.read_bytes(entry.path))
+    data[len(data) // 2] ^= 4
+    source.storage.write_bytes(entry.path, bytes(data))
+    with pytest.raises(CorruptFileError, match=re.escape(entry.path)):
+        remake(source, tmp_path / "broken", dtype="bfloat16")
+    assert FeatureStore.open(tmp_path / "broken").snapshot().version == 0
+
+
+def test_an_unsafe_place_is_refused_before_anything_is_written(
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Storage) -> None:
+        raise UnsafeBackendError("two were told that they were first")
+
+    for name in ("store", "upkeep.remake"):
+        monkeypatch.setattr(f"featurestore.{name}.refuse_unsafe", refuse, raising=False)
+    with pytest.raises(UnsafeBackendError):
+        remake(source, tmp_path / "new", dtype="bfloat16")
+    assert Storage(tmp_path / "new").entries() == []
+
+
+def test_in_memory_and_rows_of_zeros(memory_url: str, info: StoreInfo) -> None:
+    url = memory_url
+    source = FeatureStore.create(f"{url}/source", info)
+    source.put(FeatureRows.of([f"{i}" for i in range(30)], np.zeros((30, info.dim), np.float32)))
+    report = remake(source, f"{url}/small", dtype="bfloat16")
+    assert report.accuracy.relative_error_p99 is None and report.accuracy.relative_error_mean is None
+    new = FeatureStore.open(f"{url}/small")
+    assert new.snapshot().num_rows == 30 and new.storage.list("staging/remake") == []
+    assert not full_rows(new)[1].any() and not new.snapshot().statistics().std_D.any()
+    assert remake(source, f"{url}/small", dtype="bfloat16") == report
+
+
+def test_the_command(source: FeatureStore, tmp_path: Path) -> None:
+    code, output = cli("remake", source.url, tmp_path / "new", "--dtype", "bfloat16")
+    assert code == 0, output
+    table = {cells[0]: cells[1:] for line in output.splitlines() if (cells := re.findall(r"[^│┃]+(?=[│┃])", line))}
+    shown = {name.strip(): [cell.strip() for cell in cells] for name, cells in table.items()}
+    report = read_report(Storage(tmp_path / "new"))
+    assert report is not None
+    assert shown["rows"] == ["570", "570"] and shown["bytes"] == [f"{report.source_bytes:,}", f"{report.bytes:,}"]
+    assert shown["relative error, mean"] == ["", f"{report.accuracy.relative_error_mean:.6f}"]
+    assert shown["10 nearest neighbours found again"] == ["", f"{report.accuracy.recall_at_10:.6f}"]
+    assert "compared 570 rows, 57 of them as queries" in output
+    new = FeatureStore.open(tmp_path / "new")
+    key = int(new.snapshot().keys()[0])
+    code, output = cli("get", new.url, "--out", tmp_path / "row.npy", "--", key)
+    assert code == 0, output
+    assert np.array_equal(np.load(tmp_path / "row.npy"), new.codec.decode(new.snapshot().get([key])))
+    assert cli("verify", new.url)[0] == 0
+    code, output = cli("remake", source.url, new.url, "--dtype", "float16")
+    assert code == 2 and output.startswith("error: ") and len(output.splitlines()) == 1
