@@ -650,7 +650,7 @@ EXTRACTOR = ExtractorSpec(backbone="b", layer="l", weights_digest="w", preproces
 
 
 @pytest.fixture
-def store(tmp_path):
+def tiny(tmp_path):
     store = FeatureStore.create(tmp_path / "store", StoreInfo(dim=8, num_shards=1, extractor=EXTRACTOR))
     store.put(FeatureRows.of(["a", "b"], np.zeros((2, 8), np.uint16)))
     return store
@@ -663,19 +663,19 @@ def exhaust(monkeypatch, method):
     monkeypatch.setattr(pq.ParquetFile, method, fail)
 
 
-def test_a_cache_build_says_so(store, tmp_path, monkeypatch):
+def test_a_cache_build_says_so(tiny, tmp_path, monkeypatch):
     exhaust(monkeypatch, "iter_batches")
     with pytest.raises(MemoryError, match="malloc"):
-        FeaturePartition.load(store, cache_dir=tmp_path / "cache")
+        FeaturePartition.load(tiny, cache_dir=tmp_path / "cache")
 
 
-def test_verify_calls_no_file_damaged(store, monkeypatch):
+def test_verify_calls_no_file_damaged(tiny, monkeypatch):
     exhaust(monkeypatch, "iter_batches")
     with pytest.raises(MemoryError, match="malloc"):
-        verify(store)
+        verify(tiny)
 
 
-def test_a_length_that_cannot_be_is_damage_where_no_digest_was_checked(store, monkeypatch):
+def test_a_length_that_cannot_be_is_damage_where_no_digest_was_checked(tiny, monkeypatch):
     exhaust(monkeypatch, "read")
     with pytest.raises(CorruptFileError, match="damaged"):
-        store.snapshot().read_shard(0)
+        tiny.snapshot().read_shard(0)

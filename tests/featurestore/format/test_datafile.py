@@ -126,18 +126,18 @@ FLIPS_OF_A_FILE = 8  # at least, in the quick tests
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, info: StoreInfo) -> FeatureStore:
+def full(tmp_path_factory: pytest.TempPathFactory, small_info: StoreInfo) -> FeatureStore:
     """Two shards of a compact store: a base and deltas, tombstones, and each other kind of file.
 
     Tests put back what they change."""
     folder = tmp_path_factory.mktemp("corruption") / "store"
     values_ND = np.random.default_rng(0).standard_normal((160, 4)).astype(np.float32)
     origin = BasisOrigin(
-        store_id="", version=1, commit_id="", extractor=info.extractor, num_rows=160, total_variance=6.0
+        store_id="", version=1, commit_id="", extractor=small_info.extractor, num_rows=160, total_variance=6.0
     )
     spec = write_basis(Storage(folder), Basis(np.zeros(6), np.eye(4, 6), np.ones(4), origin))
     update = {"dim": 4, "num_shards": 2, "dtype": "float16", "reduction": spec}
-    store = FeatureStore.create(folder, StoreInfo(**{**dict(info), **update}))
+    store = FeatureStore.create(folder, StoreInfo(**{**dict(small_info), **update}))
     rows = FeatureRows.of([f"{i}.jpg" for i in range(160)], values_ND.astype(np.float16))
     for seed in range(3):
         store.put(rows.take(np.arange(40 * seed, 160)))
@@ -151,7 +151,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, info: StoreInfo) -> FeatureSt
 
 
 @pytest.fixture(scope="module")
-def info() -> StoreInfo:
+def small_info() -> StoreInfo:
     extractor = {"backbone": "vgg16", "layer": "fc6", "weights_digest": "0", "preprocessing": "", "compute_dtype": ""}
     return StoreInfo.model_validate({"dim": 8, "num_shards": 8, "extractor": extractor})
 
@@ -274,15 +274,15 @@ def test_a_footer_whose_row_groups_do_not_add_up_is_damaged(full: FeatureStore) 
     assert found
 
 
-def test_page_checksums_find_a_flipped_bit_without_the_sha256(info: StoreInfo) -> None:
+def test_page_checksums_find_a_flipped_bit_without_the_sha256(small_info: StoreInfo) -> None:
     values = to_bits(np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32), "bfloat16")
     rows = FeatureRows.of([f"{i}.jpg" for i in range(200)], values)
-    data = bytearray(encode(table_of(rows, info), info))
+    data = bytearray(encode(table_of(rows, small_info), small_info))
     place = bytes(data).index(values[100].tobytes())  # lz4 keeps what does not repeat as it is
     data[place] ^= 1
     assert pq.read_table(pa.BufferReader(bytes(data))).num_rows == 200  # a default read does not notice
     with pytest.raises(CorruptFileError, match="x is damaged"):
-        DataFile(pa.BufferReader(bytes(data)), info, "x").read()
+        DataFile(pa.BufferReader(bytes(data)), small_info, "x").read()
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

@@ -41,15 +41,6 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DASK_CROSSMEDIA__INSECURE_SCHEDULER", raising=False)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A cluster of this process, in threads: cheap, and an outside one for connect()."""
-    with LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
-    ) as cluster:
-        yield cluster
-
-
 def test_local_cluster_has_the_size_asked_for_and_leaves_no_process_when_the_job_fails():
     """Its workers do not profile themselves: on Python 3.11 the profiler can stop the whole worker for ever."""
     with pytest.raises(ZeroDivisionError), connect(workers=2, threads_per_worker=3, memory_limit="1GB") as client:

@@ -40,15 +40,15 @@ NETWORK = "mobilenet_v3_small:avgpool"
 
 
 @pytest.fixture
-def run(client, tmp_path):
+def extract_to(client, tmp_path):
     """Extracts a folder into a store beside it, in float32, by a small network."""
 
-    def run(images, **options):
+    def extract_to(images, **options):
         settings = {"backbone": NETWORK, "weights": "random:0", "dtype": "float32", "compute_dtype": "float32"}
         settings |= {"num_shards": 4, **options}
         return extract(ExtractOptions(images=str(images), store=str(tmp_path / "features"), **settings), client)
 
-    return run
+    return extract_to
 
 
 @pytest.fixture
@@ -99,13 +99,13 @@ def torchvision_features(paths):
     return network.eval()(pixels_BCHW).numpy()
 
 
-def test_stored_rows_are_those_of_torchvisions_own_forward(run, photos, tmp_path, encode):
+def test_stored_rows_are_those_of_torchvisions_own_forward(extract_to, photos, tmp_path, encode):
     grey = Image.open(photos / "0.jpg").convert("L")
     (photos / "sub").mkdir()
     (photos / "sub/grey.png").write_bytes(encode(grey, "PNG"))
     paths = sorted(path for path in photos.rglob("*.*"))
     uris = [path.relative_to(photos).as_posix() for path in paths]
-    summary = run(photos, batch_size=3, part_size=4)
+    summary = extract_to(photos, batch_size=3, part_size=4)
     assert (summary.num_images, summary.num_computed, summary.snapshot) == (5, 5, 1)
     expected_BD = torchvision_features(paths)
     np.testing.assert_allclose(stored(tmp_path, uris), expected_BD, rtol=0, atol=1e-4 * expected_BD.max())
@@ -117,8 +117,8 @@ def test_stored_rows_are_those_of_torchvisions_own_forward(run, photos, tmp_path
     np.testing.assert_allclose(statistics.mean_D, expected_BD.mean(0), rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_is_close(run, photos, tmp_path):
-    run(photos, dtype="bfloat16", compute_dtype="bfloat16")
+def test_bfloat16_is_close(extract_to, photos, tmp_path):
+    extract_to(photos, dtype="bfloat16", compute_dtype="bfloat16")
     paths = sorted(photos.iterdir())
     rows_BD = stored(tmp_path, [path.name for path in paths])
     expected_BD = torchvision_features(paths)
@@ -139,10 +139,10 @@ def test_auto_is_what_the_environment_names_else_what_the_workers_are_quick_at(c
         describe_network(client, NETWORK, "random:0", "auto")
 
 
-def test_equal_bytes_go_through_the_network_once(run, photos, counted, tmp_path):
+def test_equal_bytes_go_through_the_network_once(extract_to, photos, counted, tmp_path):
     for number in range(4):
         shutil.copy(photos / f"{number % 2}.jpg", photos / f"copy{number}.jpg")
-    summary = run(photos, part_size=2, batch_size=2)  # by order the copies would fall into other parts
+    summary = extract_to(photos, part_size=2, batch_size=2)  # by order the copies would fall into other parts
     assert sum(counted) == summary.num_computed == 4
     assert summary.num_duplicates == 4
     rows_BD = stored(tmp_path, ["0.jpg", "copy0.jpg", "copy2.jpg", "1.jpg", "copy1.jpg", "copy3.jpg"])
@@ -151,8 +151,8 @@ def test_equal_bytes_go_through_the_network_once(run, photos, counted, tmp_path)
     assert (rows_BD[0] != rows_BD[3]).any()
 
 
-def test_bad_images_are_quarantined_with_their_reason_and_counted(run, mixed, counted, tmp_path):
-    summary = run(mixed)
+def test_bad_images_are_quarantined_with_their_reason_and_counted(extract_to, mixed, counted, tmp_path):
+    summary = extract_to(mixed)
     reasons = {bad.uri: bad.reason for bad in summary.bad}
     assert list(reasons) == ["empty.jpg", "gone.jpg", "huge.png", "text.jpg", "truncated.jpg", "truncated_too.jpg"]
     assert reasons["empty.jpg"] == "empty file"
@@ -167,18 +167,18 @@ def test_bad_images_are_quarantined_with_their_reason_and_counted(run, mixed, co
     assert store.snapshot().manifest.num_quarantined == 6
     assert store.snapshot().num_rows == 2
 
-    again = run(mixed)  # what was bad is tried again, and said again; nothing else happens
+    again = extract_to(mixed)  # what was bad is tried again, and said again; nothing else happens
     assert again.bad == summary.bad
     assert (sum(counted), again.num_computed, again.num_unchanged, again.snapshot) == (2, 0, 2, 1)
     assert len(list((tmp_path / "features/quarantine").iterdir())) == 1
 
 
-def test_images_of_web_servers_that_are_gone_are_quarantined(run, photos, tmp_path, monkeypatch):
+def test_images_of_web_servers_that_are_gone_are_quarantined(extract_to, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "HTTP_PATIENCE_S", 0.2)
     monkeypatch.setattr(remote, "_unreached_until_s", {})
     gone = [f"http://127.0.0.1:{port}/{number}.jpg" for port in (1, 2) for number in range(20)]
     (photos / "table.csv").write_text("\n".join(["uri", "0.jpg", *gone]))
-    summary = run(photos / "table.csv")
+    summary = extract_to(photos / "table.csv")
     assert (summary.num_new, len(summary.bad)) == (1, 40)
     rows = FeatureStore.open(tmp_path / "features").quarantine_rows()
     assert {row.uri for row in rows} == set(gone)
@@ -187,48 +187,48 @@ def test_images_of_web_servers_that_are_gone_are_quarantined(run, photos, tmp_pa
     }
 
 
-def test_only_bad_images_are_an_error_and_no_commit(run, tmp_path):
+def test_only_bad_images_are_an_error_and_no_commit(extract_to, tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "text.jpg").write_text("a text")
     with pytest.raises(StoreRunError, match=r"none of the 1 images can be used: 1 not an image.*text.jpg"):
-        run(folder)
+        extract_to(folder)
     store = FeatureStore.open(tmp_path / "features")
     assert store.snapshot().version == 0
     assert [row.uri for row in store.quarantine_rows()] == ["text.jpg"]
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 
-def test_an_empty_folder_is_an_error_and_leaves_no_store(run, tmp_path):
+def test_an_empty_folder_is_an_error_and_leaves_no_store(extract_to, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="no images in"):
-        run(tmp_path / "empty")
+        extract_to(tmp_path / "empty")
     assert not (tmp_path / "features").exists()
 
 
-def test_unchanged_images_are_not_computed_again(run, photos, counted, draw, encode, tmp_path):
-    first = run(photos)
+def test_unchanged_images_are_not_computed_again(extract_to, photos, counted, draw, encode, tmp_path):
+    first = extract_to(photos)
     assert sum(counted) == 4
-    assert run(photos).num_unchanged == 4
+    assert extract_to(photos).num_unchanged == 4
     assert sum(counted) == 4
     (photos / "1.jpg").write_bytes(encode(draw(77)))
     (photos / "new.jpg").write_bytes(encode(draw(78)))
     old_D = stored(tmp_path, ["1.jpg"])[0]
-    second = run(photos)
+    second = extract_to(photos)
     assert (sum(counted), second.num_unchanged, second.num_computed) == (6, 3, 2)
     assert (first.snapshot, second.snapshot) == (1, 2)
     assert (stored(tmp_path, ["1.jpg"])[0] != old_D).any()
     assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 5
 
 
-def test_parts_of_a_run_that_failed_are_not_computed_again(run, mixed, photos, counted, monkeypatch, tmp_path):
+def test_parts_of_a_run_that_failed_are_not_computed_again(extract_to, mixed, photos, counted, monkeypatch, tmp_path):
     shutil.copytree(photos, mixed, dirs_exist_ok=True)
     with monkeypatch.context() as broken:
         broken.setattr(FeatureStore, "commit", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            run(mixed, part_size=4)
+            extract_to(mixed, part_size=4)
     assert sum(counted) == 6
-    summary = run(mixed, part_size=4)
+    summary = extract_to(mixed, part_size=4)
     assert sum(counted) == 6
     assert summary.num_resumed == summary.num_images - 1  # gone.jpg is looked for again
     assert len(summary.bad) == 6  # the staged reports remember the others
@@ -236,15 +236,15 @@ def test_parts_of_a_run_that_failed_are_not_computed_again(run, mixed, photos, c
     assert not list((tmp_path / "features/staging").glob("*/*"))
 
 
-def test_features_of_another_network_or_dtype_are_refused(run, photos):
-    run(photos)
+def test_features_of_another_network_or_dtype_are_refused(extract_to, photos):
+    extract_to(photos)
     with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest is"):
-        run(photos, weights="random:1")
+        extract_to(photos, weights="random:1")
     with pytest.raises(SpecMismatchError, match="dtype is 'float32' instead of 'bfloat16'"):
-        run(photos, dtype="bfloat16")
+        extract_to(photos, dtype="bfloat16")
     with pytest.raises(SpecMismatchError, match="num_shards is 4 instead of 8"):
-        run(photos, num_shards=8)
-    assert run(photos, num_shards=None).num_unchanged == 4
+        extract_to(photos, num_shards=8)
+    assert extract_to(photos, num_shards=None).num_unchanged == 4
 
 
 def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path):
@@ -263,11 +263,11 @@ def test_a_worker_with_other_weights_than_the_first_one_stages_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_in_options_are_refused_before_any_work(run, photos, tmp_path):
+def test_mistakes_in_options_are_refused_before_any_work(extract_to, photos, tmp_path):
     with pytest.raises(WeightsError, match="the seed"):
-        run(photos, weights="random:")
+        extract_to(photos, weights="random:")
     with pytest.raises(StoreRunError, match="num_shards=3 is not a power of two"):
-        run(photos, num_shards=3)
+        extract_to(photos, num_shards=3)
     assert not (tmp_path / "features").exists()
 
 
@@ -287,10 +287,10 @@ def test_results_come_in_order_and_not_too_far_ahead():
     assert list(results) == [item * item for item in range(1, 50)]
 
 
-def test_images_and_store_on_s3_give_what_a_disk_gives(client, run, photos, tmp_path, s3_url):
+def test_images_and_store_on_s3_give_what_a_disk_gives(client, extract_to, photos, tmp_path, s3_url):
     for path in photos.iterdir():
         Storage(f"{s3_url}/photos").write_bytes(path.name, path.read_bytes())
-    run(photos)
+    extract_to(photos)
     options = ExtractOptions(
         images=f"{s3_url}/photos",
         store=f"{s3_url}/features",
@@ -315,13 +315,13 @@ def job(client, tmp_path, monkeypatch):
     """Runs the job on the tests' cluster, into a store beside the images."""
     monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
 
-    def run(images, *args, store="features", code=0):
+    def extract_to(images, *args, store="features", code=0):
         settings = ["--images", str(images), "--store", str(tmp_path / store), "--compute-dtype", "float32"]
         result = CliRunner().invoke(extract_features.app, [*settings, "--weights", "random:3", *args])
         assert result.exit_code == code, result.output
         return result.output
 
-    return run
+    return extract_to
 
 
 def stored_by(path, uris):
