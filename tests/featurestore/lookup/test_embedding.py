@@ -226,7 +226,7 @@ def test_torch_names_the_capabilities_of_this_processor() -> None:
         assert {"cpu_name", "avx512_bf16", "amx_bf16"} <= capabilities.keys()
 
 
-DIM, ROWS = 8, 60
+ROWS = 60
 CPU = torch.device("cpu")
 
 
