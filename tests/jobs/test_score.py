@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from jobs.score import app
 from tests.ranks import StandingRanks
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.samples.texts.wordy import replaced, written
+from tests.trainer.samples.reading import replaced, written
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.evaluation.predict import predict_run

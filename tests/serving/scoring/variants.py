@@ -16,7 +16,7 @@ from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from serving.bundle.export import ExportOptions, export_model, write_network
 from tests.running.shared import made_once, shared_folder
 from tests.trainer.conftest import Places, make_places
-from tests.trainer.samples.texts.wordy import rewrite
+from tests.trainer.samples.reading import rewrite
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import ModelConfig, Pooling

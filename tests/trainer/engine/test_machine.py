@@ -1,11 +1,21 @@
-"""What a rank takes of its machine: threads of its share of the cores, and the device it computes on."""
+"""What a rank takes of its machine: threads, device, memory; and what a run says of its hardware."""
 
+import gc
+import json
 import re
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from featurestore.lookup.compute_dtype import VARIABLE, dtype_of_machine
+from tests.ranks import StandingRanks
+from tests.trainer import frozen
 from trainer.comm import SoloComm
 from trainer.comm.horovod import WITHOUT_NCCL
 from trainer.config.config import Device, load_config
@@ -18,12 +28,15 @@ from trainer.engine.machine import (
     device_name,
     holds_features,
     idle_gpus,
+    objects_frozen,
     share_machine,
     threads_of,
     uses_cuda,
 )
 from trainer.errors import ConfigError
 from trainer.ids.shards import TableShape
+from trainer.loop.summary import hardware_of, hardware_text
+from trainer.main import app
 
 STATE = state_of(OptimConfig(ids="rowwise_adam"))
 
@@ -179,3 +192,97 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
         assert device_name(torch.device("cuda", 1)) == "cuda:1 (NVIDIA H100)"
         assert device_name(torch.device("cpu")) == "cpu"
+
+
+Places = Any
+
+
+def report_of(places: Places, name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((places.folder / "runs" / name / "report.json").read_text())
+    return report
+
+
+def test_two_ranks_on_cpu_name_gloo(places: Places, two_ranks: StandingRanks) -> None:
+    settings = places.settings(run__name="gloo", train__max_steps=1, run__device="cpu")
+    first = two_ranks.run("-m", "trainer.main", "--set", *settings).splitlines()[0]
+    assert ", 2 ranks on cpu, collectives: Gloo by Horovod, compute_dtype float32, step 0 of 1" in first
+    report = report_of(places, "gloo")
+    assert (report["devices"], report["collectives"]) == (["cpu", "cpu"], "Gloo by Horovod")
+
+
+def test_one_process_has_no_collectives(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)  # the processor decides
+    dtype = dtype_of_machine("cpu")
+    settings = places.settings(run__name="solo", train__max_steps=1, run__device="cpu")
+    result = CliRunner().invoke(app, ["--set", *settings])
+    assert result.exit_code == 0, result.output
+    assert f", one process on cpu, no collectives, compute_dtype {dtype}, step 0 of 1" in result.stdout.splitlines()[0]
+    report = report_of(places, "solo")
+    assert (report["devices"], report["collectives"], report["compute_dtype"]) == (["cpu"], None, dtype)
+    assert f"compute_dtype: {dtype}\n" in (places.folder / "runs" / "solo" / "config.yaml").read_text()
+
+
+def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    solo = hardware_of(SoloComm(), torch.device("cuda", 0), "bfloat16")
+    assert hardware_text(solo, 1) == "one process on cuda:0 (NVIDIA H100), no collectives, compute_dtype bfloat16"
+    several = solo | {
+        "devices": [f"cuda:{rank} (NVIDIA H100)" for rank in (0, 1, 0, 1)],
+        "collectives": "NCCL by Horovod",
+    }
+    assert (
+        hardware_text(several, 4)
+        == "4 ranks on cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100), collectives: NCCL by Horovod, compute_dtype bfloat16"
+    )
+
+
+@pytest.fixture
+def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let go of what tests/conftest.py has frozen for all tests."""
+    monkeypatch.setattr(gc, "get_freeze_count", frozen.count)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # to look at all that the tests hold takes a second
+    gc.disable()
+    gc.unfreeze()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("nothing_frozen")
+def test_objects_are_frozen_for_the_block_alone() -> None:
+    with pytest.raises(ZeroDivisionError), objects_frozen():
+        assert gc.get_freeze_count() > 0
+        raise ZeroDivisionError
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("nothing_frozen")
+def test_what_was_frozen_before_stays_frozen() -> None:
+    gc.freeze()
+    with objects_frozen():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() > 0  # no fixed number: another thread may let go of frozen objects in between
+
+
+@pytest.mark.long
+def test_freed_blocks_are_used_again() -> None:
+    """In a process of its own: in this one, other threads and tests cut pieces from the blocks that were freed."""
+    done = subprocess.run([sys.executable, "-c", _PAGE_FAULTS], capture_output=True, text=True, check=True)
+    faults = min(int(line) for line in done.stdout.splitlines())
+    assert faults < 5_000  # of 39,000 pages: by default glibc keeps 40 MB of these 160
+
+
+_PAGE_FAULTS = """
+import resource
+import torch
+from trainer.engine.machine import keep_freed_memory
+
+keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.zeros(5_000_000) for _ in range(8)]
+    del blocks
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""

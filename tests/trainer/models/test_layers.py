@@ -1,13 +1,30 @@
-"""Layers against what plain loops over rows give, empty rows and batches included."""
+"""Layers of the networks: pooling and softmax against plain loops, norms and Dice against torch's, dropout, starts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
 from trainer.exchange.vectors import take_rows
-from trainer.models.layers import HiddenLayers, Mlp, StepPlace, expand_rows, segment_max, segment_softmax, segment_sum
+from trainer.models.layers import (
+    Dice,
+    GlobalBatchNorm,
+    HiddenLayers,
+    Mlp,
+    PlacedDropout,
+    StepPlace,
+    expand_rows,
+    segment_max,
+    segment_softmax,
+    segment_sum,
+)
+from trainer.models.nets import build_model
+from trainer.schema import Field, Schema, load_schema
 
 LENGTHS = torch.tensor([2, 0, 3])
 INDEX = torch.tensor([1, 1, 0, 3, 1])
@@ -84,3 +101,129 @@ class TestLayers:
         mlp = Mlp([5, 4, 3, 1], HiddenLayers(ModelConfig(activation="prelu"), StepPlace()))
         kinds = [type(layer).__name__ for layer in mlp]
         assert kinds == ["Linear", "PReLU", "Linear", "PReLU", "Linear"]
+
+
+TWO_IDS = Schema(fields=(Field(name="user", side="user", kind="id"), Field(name="ad", side="ad", kind="id")))
+
+
+def drawn_rows(count: int, width: int = 3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 + 3 * torch.randn(count, width, generator=generator, dtype=torch.float64)).requires_grad_()
+
+
+def norm_of(width: int = 3, *, affine: bool = True) -> GlobalBatchNorm:
+    return GlobalBatchNorm(width, StepPlace(), "step.norm.1", eps=1e-5, momentum=0.1, affine=affine).double()
+
+
+class TestBatchNorm:
+    def test_is_torch_s_in_training_and_evaluation(self) -> None:
+        mine, theirs = norm_of(), nn.BatchNorm1d(3).double()
+        for step in range(4):
+            one, other = drawn_rows(5 + step, seed=step), drawn_rows(5 + step, seed=step)
+            weight = drawn_rows(5 + step, seed=9)
+            (mine(one) * weight).sum().backward()
+            (theirs(other) * weight).sum().backward()
+            torch.testing.assert_close(one.grad, other.grad)
+        for name in ("weight", "bias"):
+            torch.testing.assert_close(getattr(mine, name).grad, getattr(theirs, name).grad)
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
+        torch.testing.assert_close(mine.eval()(drawn_rows(4)), theirs.eval()(drawn_rows(4)))
+
+    def test_evaluation_moves_nothing(self) -> None:
+        norm = norm_of().eval()
+        norm(drawn_rows(4))
+        assert norm.running_mean.tolist() == [0, 0, 0]
+
+    def test_no_row_at_all_moves_nothing(self) -> None:
+        norm, none = norm_of(), drawn_rows(0)
+        norm(none).sum().backward()
+        assert norm.running_mean.tolist() == [0, 0, 0]
+        assert norm.running_var.tolist() == [1, 1, 1]
+
+    def test_one_row_is_finite(self) -> None:
+        norm = norm_of()
+        assert norm(drawn_rows(1)).tolist() == [[0, 0, 0]]
+        assert norm.running_var.isfinite().all()
+
+
+def test_dice_is_its_formula() -> None:
+    dice = Dice(3, norm_of(affine=False)).double()
+    nn.init.normal_(dice.alpha)
+    p = torch.sigmoid(nn.BatchNorm1d(3, affine=False).double()(drawn_rows(6)))
+    torch.testing.assert_close(dice(drawn_rows(6)), p * drawn_rows(6) + (1 - p) * dice.alpha * drawn_rows(6))
+
+
+class TestDropout:
+    def test_depends_on_the_place_of_a_sample_and_not_on_the_rank(self) -> None:
+        place = StepPlace(seed=3, step=5)
+        dropout = PlacedDropout(0.3, place, layer=1)
+        place.place_B = np.arange(10)
+        whole = dropout(torch.ones(10, 7))
+        for place.place_B in (np.arange(4), np.arange(0), np.array([9, 2, 3])):
+            assert torch.equal(dropout(torch.ones(len(place.place_B), 7)), whole[place.place_B])
+
+    def test_share_and_scale(self) -> None:
+        dropped = PlacedDropout(0.3, StepPlace(place_B=np.arange(1000)), layer=1)(torch.ones(1000, 50))
+        assert float((dropped == 0).double().mean()) == pytest.approx(0.3, abs=0.01)
+        assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7], abs=1e-4)
+
+    @pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}])
+    def test_every_step_layer_and_seed_drops_others(self, other: dict[str, int]) -> None:
+        ones, place = torch.ones(20, 20), StepPlace(place_B=np.arange(20))
+        usual = PlacedDropout(0.5, place, layer=1)
+        assert not torch.equal(usual(ones), PlacedDropout(0.5, replace(place, **other), layer=1)(ones))
+        assert not torch.equal(usual(ones), PlacedDropout(0.5, place, layer=2)(ones))
+        assert torch.equal(usual(ones), PlacedDropout(0.5, replace(place), layer=1)(ones))
+
+    def test_the_largest_share_leaves_some(self) -> None:
+        """Shares are rounded, and what is left grows by 1 / (1 - share)."""
+        with pytest.raises(ValidationError, match=r"less than or equal to 0\.95"):
+            ModelConfig(dropout=0.999999)
+        place = StepPlace(place_B=np.arange(1000))
+        dropped = PlacedDropout(ModelConfig(dropout=0.95).dropout, place, layer=1)(torch.ones(1000, 50))
+        assert dropped.unique().tolist() == pytest.approx([0, 20], abs=0.01)
+
+    def test_evaluation_drops_nothing(self) -> None:
+        ones = torch.ones(20, 20)
+        assert PlacedDropout(0.5, StepPlace(), layer=1).eval()(ones) is ones
+
+
+def names_of(**settings: object) -> set[str]:
+    return set(build_model(TWO_IDS, ModelConfig.model_validate({"images": "none", **settings})).state_dict())
+
+
+def test_names_of_parameters_are_the_same_with_any_setting() -> None:
+    usual, prelu = names_of(), names_of(activation="prelu")
+    assert names_of(dropout=0.2) == usual
+    assert usual < prelu < names_of(activation="prelu", dropout=0.2, batch_norm=True)
+
+
+def test_order_of_the_layers() -> None:
+    config = ModelConfig(activation="relu", batch_norm=True, dropout=0.1)
+    mlp = Mlp([5, 4, 3, 1], HiddenLayers(config, StepPlace()))
+    kinds = [type(layer).__name__ for layer in mlp]
+    assert kinds == [*["Linear", "GlobalBatchNorm", "ReLU", "PlacedDropout"] * 2, "Linear"]
+
+
+def test_starts() -> None:
+    torch.manual_seed(0)
+    wide = {"images": "none", "mlp": [300], "id_width": 100}
+    xavier, plain = (
+        build_model(TWO_IDS, ModelConfig.model_validate({**wide, "init": init})) for init in ("xavier", "torch")
+    )
+    assert float(xavier.mlp[0].weight.detach().std()) == pytest.approx((2 / (200 + 300)) ** 0.5, rel=0.02)
+    assert not xavier.mlp[0].bias.detach().any()
+    assert (
+        float(plain.mlp[0].weight.detach().abs().max()) <= 200**-0.5 < float(xavier.mlp[0].weight.detach().abs().max())
+    )
+    assert plain.mlp[0].bias.detach().all()
+
+
+def test_logistic_regression_starts_as_torchs_layers_do() -> None:
+    starts = []
+    for init in ("xavier", "torch"):
+        torch.manual_seed(0)
+        starts.append(build_model(load_schema(), ModelConfig.model_validate({"base": "lr", "init": init})).state_dict())
+    assert len(starts[0]) > 2, "its attention to images is there"
+    torch.testing.assert_close(*starts, rtol=0, atol=0)

@@ -15,7 +15,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from tests.trainer.samples.texts.wordy import rewrite
+from tests.trainer.samples.reading import rewrite
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, DataError, SchemaError

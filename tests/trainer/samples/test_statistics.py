@@ -1,5 +1,6 @@
-"""Statistics of the training samples: equal to numpy's over all values, the same bits for any ranks, hard cases."""
+"""Statistics of the training samples: equal to numpy's, the same bits for any ranks, kept with the run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from tests.ranks import StandingRanks
 from tests.trainer.runs.saved import on_ranks
-from tests.trainer.samples.conftest import SCHEMA
+from tests.trainer.samples.conftest import NUMBERS, SCHEMA, price_of
 from trainer.comm import SoloComm
-from trainer.errors import DataError
+from trainer.config.config import Config, load_config
+from trainer.errors import CheckpointError, DataError
+from trainer.evaluate import app as evaluate
+from trainer.main import train
+from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
+from trainer.runs import checkpoint
+from trainer.runs.folder import finished
+from trainer.runs.saved import open_trained
 from trainer.samples import survey
+from trainer.samples.columns import rules_of
 from trainer.samples.index import SampleIndex, open_index
 from trainer.samples.survey import (
+    FOUND,
     fields_to_measure,
     fill_in,
     measure,
@@ -23,7 +35,9 @@ from trainer.samples.survey import (
     quantile_boundaries,
     with_statistics,
 )
-from trainer.schema import Field, Schema
+from trainer.schema import Field, Schema, load_schema
+from trainer.schema.__main__ import app as schema_app
+from trainer.schema.fields import schema_text
 
 TRAIN = "train"
 
@@ -174,3 +188,161 @@ def test_only_what_was_declared_the_same_is_taken_over() -> None:
     assert fill_in(Schema(fields=(field,)), theirs).fields == (field,)
     given = field.model_copy(update={"mean": (9.0,), "std": (3.0,)})
     assert fill_in(Schema(fields=(given,)), theirs).fields == (given,)
+
+
+def settings_of(places: Any, name: str, **changes: Any) -> list[str]:
+    schema = changes.pop("schema", places.folder / "schema.yaml")
+    common = {"model__base": "two_tower", "model__images": "none", "model__compute_dtype": "float32"}
+    common["train__max_steps"] = "8"
+    found: list[str] = places.settings(data__schema_file=schema, run__name=name, **common | changes)
+    return found
+
+
+def configured(places: Any, name: str, **changes: Any) -> Config:
+    return load_config(None, settings_of(places, name, **changes))
+
+
+def fields_of(run: Path) -> dict[str, Any]:
+    path = finished(run)[-1]
+    fields: dict[str, Any] = checkpoint.read_state(path).origin.model["fields"]
+    return fields
+
+
+@pytest.fixture(scope="module")
+def run(numbered: Any, two_ranks: StandingRanks) -> Path:
+    """Trained by two ranks."""
+    two_ranks.run("-m", "trainer.main", "--set", *settings_of(numbered, "two"))
+    return Path(numbered.folder) / "runs/two"
+
+
+def test_two_ranks_find_the_bits_of_one(run: Path, numbered: Any, tmp_path: Path) -> None:
+    train(configured(numbered, "one", data__cache_dir=tmp_path), SoloComm())
+    found, alone = fields_of(run), fields_of(run.parent / "one")
+    assert found == alone
+    assert {name for name, values in found.items() if values.keys() & set(FOUND)} == {field.name for field in NUMBERS}
+    report = json.loads((run / "report.json").read_text())
+    assert np.isfinite(report["metrics"]["logloss"])
+    assert not {"ad_price_bucket", "ad_rating"} & set(report["tables"])  # nothing shares a row there
+
+
+def test_it_goes_on_by_those_of_the_checkpoint(run: Path, numbered: Any) -> None:
+    train(configured(numbered, "two", run__resume="latest", train__max_steps=10), SoloComm())
+    assert json.loads((run / "report.json").read_text())["global_step"] == 10
+    other = run.parent / "schema-16.yaml"
+    fields = tuple(f.model_copy(update={"buckets": 16}) if f.buckets == 8 else f for f in SCHEMA.fields)
+    other.write_text(schema_text(SCHEMA.model_copy(update={"fields": fields})))
+    with pytest.raises(CheckpointError, match=r"fields\.ad_price_bucket\.buckets is 16 here, 8 in the checkpoint"):
+        train(configured(numbered, "two", run__resume="latest", train__max_steps=12, schema=other), SoloComm())
+
+
+@pytest.mark.long
+def test_a_run_that_has_none_is_refused(numbered: Any, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.yaml"
+    fields = tuple(f.model_copy(update={"transform": None}) if f.name == "ad_price" else f for f in SCHEMA.fields)
+    plain.write_text(schema_text(Schema(fields=fields)))
+    train(configured(numbered, "plain", schema=plain, run__dir=tmp_path / "runs"), SoloComm())
+    plain.write_text(schema_text(SCHEMA))
+    with pytest.raises(CheckpointError, match=r"fields\.ad_price\.transform is 'log_standardize' here, None in"):
+        open_trained(tmp_path / "runs/plain", SoloComm())
+    warm = {"run__warm_start": tmp_path / "runs/plain", "run__dir": tmp_path / "runs"}
+    with pytest.raises(CheckpointError, match="part model: its schema has other fields"):
+        train(configured(numbered, "next", **warm), SoloComm())
+
+
+def test_a_warm_start_takes_them_over(run: Path, numbered: Any, tmp_path: Path) -> None:
+    """Its layers have learned the earlier run's scale, and the samples of another day have another one."""
+    samples = tmp_path / "samples"
+    for path in (numbered.folder / "samples").glob("*/*"):
+        table = pq.read_table(path, partitioning=None)
+        dearer = pa.array([[2 * price for price in row] for row in table["ad_price"].to_pylist()])
+        place = samples / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.set_column(table.column_names.index("ad_price"), "ad_price", dearer), place / path.name)
+    common = {"data__samples": samples, "run__dir": tmp_path / "runs", "run__warm_start": run}
+    train(configured(numbered, "warm", **common), SoloComm())
+    assert fields_of(tmp_path / "runs/warm") == fields_of(run)
+    train(configured(numbered, "cold", **common | {"run__warm_parts": "none"}), SoloComm())
+    mine, theirs = (fields_of(each)["ad_price"]["mean"][0] for each in (tmp_path / "runs/cold", run))
+    assert mine > theirs + 0.3
+
+
+def test_evaluation_takes_them_of_the_checkpoint(run: Path, numbered: Any, tmp_path: Path) -> None:
+    """Of other samples than those of training, which have another scale."""
+    samples = tmp_path / "samples/test"
+    samples.mkdir(parents=True)
+    for path in (numbered.folder / "samples/test").glob("*"):
+        pq.write_table(pq.read_table(path, partitioning=None).slice(0, 20), samples / path.name)
+    result = CliRunner().invoke(evaluate, [str(run), "--samples", str(tmp_path / "samples"), "--bootstrap", "20"])
+    assert result.exit_code == 0, result.output
+    trained = open_trained(run, SoloComm())
+    assert trained.schema.fields == fields_with(run)
+    trained.close()
+
+
+def fields_with(run: Path) -> tuple[Any, ...]:
+    kept = fields_of(run)
+    names = ("mean", "std", "boundaries")
+    return tuple(
+        field.model_copy(update={name: tuple(kept[field.name][name]) for name in names if name in kept[field.name]})
+        for field in load_schema(run.parents[1] / "schema.yaml").fields
+    )
+
+
+def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(run: Path, numbered: Any, tmp_path: Path) -> None:
+    trained = open_trained(run, SoloComm())
+    model = towers(trained)
+    ads = ads_of_samples(str(numbered.folder / "samples"), trained.schema, model.ad_fields)
+    vectors = ad_vectors(trained, ads, batch_size=7)
+    keys = ads.keys_N.tolist()
+    columns = {
+        "ad_item": keys, "ad_image": ads.keys_N + 1_000, "ad_category": ads.keys_N % 5,
+        "ad_price": [price_of(key) for key in keys],
+        "ad_rating": pa.array([None if key % 4 == 0 else float(key % 7) for key in keys], pa.float32()),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "ads.parquet")
+    table = ads_of_table(str(tmp_path / "ads.parquet"), trained.schema, model.ad_fields)
+    np.testing.assert_allclose(ad_vectors(trained, table, batch_size=50), vectors, rtol=1e-4, atol=1e-6)
+    columns["ad_price"] = [3 * price_of(key) for key in keys]
+    pq.write_table(pa.table(columns), tmp_path / "ads.parquet")
+    dearer = ads_of_table(str(tmp_path / "ads.parquet"), trained.schema, model.ad_fields)
+    assert np.abs(ad_vectors(trained, dearer, batch_size=50) - vectors).max() > 1e-3
+    trained.close()
+
+
+def test_inspect_suggests_and_check_prints(numbered: Any, tmp_path: Path) -> None:
+    result = CliRunner().invoke(schema_app, ["inspect", str(numbered.folder / "samples")])
+    (tmp_path / "schema.yaml").write_text(result.output)
+    found = {f.name: (f.kind, f.transform, f.fill) for f in load_schema(tmp_path / "schema.yaml").fields}
+    assert found["income"] == ("dense", "log_standardize", "mean")
+    assert found["place"] == ("dense", "standardize", None)
+    assert found["ad_price"] == ("dense", "log_standardize", None)
+    checked = CliRunner().invoke(
+        schema_app, ["check", str(numbered.folder / "schema.yaml"), str(numbered.folder / "samples")]
+    )
+    assert checked.exit_code == 0, checked.output
+    assert '\nad_price_bucket  {"boundaries": [' in checked.output
+    assert "fit the schema" in checked.output
+
+
+def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
+    """Those in lists and NaN too: a run refuses both without fill."""
+    nan, columns = float("nan"), {"user": [1, 2, 3], "ad_item": [[1, 2], [3], [4]], "label": [[0, 1], [1], [0]]}
+    numbers = {
+        "height": [1.5, nan, 250.0],
+        "ad_price": [[1.0, None], [200.0], [3.0]],
+        "ad_rate": [[nan, 0.5], [0.1], [0.2]],
+        "ad_item_weight": [[nan, 0.5], [0.1], [0.2]],
+    }
+    (tmp_path / "train").mkdir()
+    table = pa.table({name: pa.array(values) for name, values in (columns | numbers).items()})
+    pq.write_table(table, tmp_path / "train/a.parquet")
+    (tmp_path / "schema.yaml").write_text(CliRunner().invoke(schema_app, ["inspect", str(tmp_path)]).output)
+    fields = {f.name: f for f in load_schema(tmp_path / "schema.yaml").fields}
+    assert {name: (fields[name].transform, fields[name].fill) for name in ("height", "ad_price", "ad_rate")} == {
+        "height": ("log_standardize", "mean"),
+        "ad_price": ("log_standardize", "mean"),
+        "ad_rate": (None, "mean"),
+    }
+    assert fields["ad_item"].weights is None
+    bucket = Field(name="bucket", side="ad", kind="id", column="ad_price", buckets=16, fill="bucket")  # OWN_DATA
+    assert rules_of(Schema(fields=(*fields.values(), bucket)))["ad_price"].may_miss

@@ -1,21 +1,89 @@
-"""python -m trainer.schema as a person types it: what it suggests, what it finds wrong, and its exit codes."""
+"""Schema files and their mistakes, what python -m trainer.schema suggests and finds, and its counts of values."""
 
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from trainer.errors import SchemaError
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import schema_text, settings_text, table_rows
+from trainer.schema.fields import DistinctCount, schema_text, settings_text, table_rows
 from trainer.schema.suggest import match_columns
 
+OWN = """
+new_ad_field: ad
+fields:
+  - {name: user, side: user, kind: id}
+  - {name: ad, side: ad, kind: id, column: ad_number}
+  - {name: picture, side: ad, kind: content, store: covers}
+"""
 
-def run(*args, code=0):
+
+def test_packaged_schema_has_both_images_and_their_ids() -> None:
+    schema = load_schema()
+    columns = {field.name: (field.side, field.kind, field.column_name) for field in schema.fields}
+    assert columns["behavior_image"] == ("user", "content", "behavior_image")
+    assert columns["ad_image"] == ("ad", "content", "ad_image")
+    assert columns["behavior_image_id"] == ("user", "multi_id", "behavior_image")
+    assert columns["ad_image_id"] == ("ad", "id", "ad_image")
+
+
+def test_own_schema(tmp_path: Path) -> None:
+    path = tmp_path / "schema.yaml"
+    path.write_text(OWN)
+    schema = load_schema(path)
+    assert [(field.column_name, field.store_name) for field in schema.of_kind("content")] == [("picture", "covers")]
+    assert (schema.label, schema.group, schema.new_ad_field) == ("label", "user", "ad")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("side: user", "sied: user", "fields.0.sied is unknown; did you mean fields.0.side?"),
+        ("kind: content", "kind: image", "fields.2.kind='image'"),
+        ("fields:", "field:", "field is unknown; did you mean fields?"),
+        (
+            "new_ad_field: ad",
+            "new_ad_field: adx",
+            "has to be a field of side ad and kind id; did you mean ad?",
+        ),
+        ("new_ad_field: ad", "new_ad_field: user", "new_ad_field=user has to be a field of side ad"),
+        ("name: ad,", "name: user,", "field user is named twice"),
+        ("store: covers", "table: covers", "table=covers is for kinds id and multi_id"),
+        (
+            "store: covers}",
+            "store: covers}\n  - {name: back, side: ad, kind: content, store: covers, width: 4}",
+            "fields picture and back share store covers but have width=None and width=4; give both one width",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "schema.yaml"
+    path.write_text(OWN.replace(old, new))
+    with pytest.raises(SchemaError) as caught:
+        load_schema(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a", "fields: [", ""])
+def test_files_that_are_no_schema(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "schema.yaml"
+    path.write_text(text)
+    with pytest.raises(SchemaError, match=r"schema\.yaml"):
+        load_schema(path)
+    with pytest.raises(SchemaError, match="there is no such file"):
+        load_schema(tmp_path / "absent.yaml")
+
+
+def called(*args, code=0):
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     assert result.exit_code == code, result.output
     assert code == 0 or isinstance(result.exception, SystemExit)
@@ -27,7 +95,7 @@ def by_name(schema: Schema):
 
 
 def test_a_schema_of_samples_is_the_packaged_one(places, tmp_path):
-    run("inspect", places.folder / "samples", "--out", tmp_path / "schema.yaml")
+    called("inspect", places.folder / "samples", "--out", tmp_path / "schema.yaml")
     found, packaged = load_schema(tmp_path / "schema.yaml"), load_schema()
     mine, theirs = by_name(found), by_name(packaged)
     assert mine.pop("ad_serial")["kind"] == "id"  # the tests' own column
@@ -43,14 +111,14 @@ def test_a_schema_of_samples_is_the_packaged_one(places, tmp_path):
         for item in row
     }
     assert f"ad_item, side: ad, kind: id, table: item}}  # list<element: int64>, {len(items)} different" in text
-    assert "fit the schema" in run("check", tmp_path / "schema.yaml", places.folder / "samples")
+    assert "fit the schema" in called("check", tmp_path / "schema.yaml", places.folder / "samples")
 
 
 def test_bad_rows_beside_samples_are_no_samples(places, tmp_path):
     samples = tmp_path / "samples"
     shutil.copytree(places.folder / "samples", samples)
     pq.write_table(pa.table({"log": ["impressions"], "file": ["a"], "row": [1]}), samples / "quarantine.parquet")
-    assert run("inspect", samples).replace(str(samples), "") == run("inspect", places.folder / "samples").replace(
+    assert called("inspect", samples).replace(str(samples), "") == called("inspect", places.folder / "samples").replace(
         str(places.folder / "samples"), ""
     )
 
@@ -58,7 +126,7 @@ def test_bad_rows_beside_samples_are_no_samples(places, tmp_path):
 def test_a_column_that_stands_twice_is_told(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/a.csv").write_text("user,label,user\n1,0,1\n")
-    assert "a.csv: column user is in it twice; rename one of them" in run("inspect", tmp_path / "logs", code=1)
+    assert "a.csv: column user is in it twice; rename one of them" in called("inspect", tmp_path / "logs", code=1)
 
 
 def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
@@ -71,7 +139,7 @@ def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
     (tmp_path / "train").mkdir()
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     pq.write_table(table, tmp_path / "train/a.parquet")
-    text = run("inspect", tmp_path, "--label", "clicked")
+    text = called("inspect", tmp_path, "--label", "clicked")
     (tmp_path / "schema.yaml").write_text(text)
     found = {
         field.name: (field.side, field.kind, field.width) for field in load_schema(tmp_path / "schema.yaml").fields
@@ -90,7 +158,9 @@ def test_check_says_what_does_not_fit(places, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     text = DEFAULT_SCHEMA.read_text()
     wrong.write_text(text.replace("ad_scene, side: ad", "ad_scen, side: ad"))
-    assert "column ad_scen is missing, expected list<integer>" in run("check", wrong, places.folder / "samples", code=2)
+    assert "column ad_scen is missing, expected list<integer>" in called(
+        "check", wrong, places.folder / "samples", code=2
+    )
     samples = tmp_path / "samples"
     for split in ("train", "test"):
         (samples / split).mkdir(parents=True)
@@ -99,28 +169,28 @@ def test_check_says_what_does_not_fit(places, tmp_path):
             labels = pa.array([[2] * len(row) for row in table["label"].to_pylist()], pa.list_(pa.int8()))
             table = table.set_column(table.schema.get_field_index("label"), "label", labels)
         pq.write_table(table, samples / split / "a.parquet")
-    output = run("check", DEFAULT_SCHEMA, samples, code=1)
+    output = called("check", DEFAULT_SCHEMA, samples, code=1)
     assert "train  " in output
     assert "test/a.parquet, row 0: column label has 2; a label is 0 or 1" in output
 
 
 def test_mistakes_are_one_message(places, tmp_path):
     samples = places.folder / "samples"
-    assert "no is not there" in run("inspect", tmp_path / "no", code=2)
-    assert "column click is not among user, session" in run("inspect", samples, "--label", "click", code=2)
+    assert "no is not there" in called("inspect", tmp_path / "no", code=2)
+    assert "column click is not among user, session" in called("inspect", samples, "--label", "click", code=2)
     (tmp_path / "mine.yaml").touch()
-    assert "mine.yaml is there already" in run("inspect", samples, "--out", tmp_path / "mine.yaml", code=2)
-    assert "there is no such file" in run("check", tmp_path / "no.yaml", samples, code=2)
+    assert "mine.yaml is there already" in called("inspect", samples, "--out", tmp_path / "mine.yaml", code=2)
+    assert "there is no such file" in called("check", tmp_path / "no.yaml", samples, code=2)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/a.csv").write_text("user,label\n")
-    assert "1 files and not one row" in run("inspect", tmp_path / "logs", code=1)
+    assert "1 files and not one row" in called("inspect", tmp_path / "logs", code=1)
     for name in ("a", "b"):
         (tmp_path / f"logs/{name}.csv").write_text("user,label\n1,0\n")
-    assert "more than one table of a kind: a.csv (impressions), b.csv (impressions)" in run(
+    assert "more than one table of a kind: a.csv (impressions), b.csv (impressions)" in called(
         "inspect", tmp_path / "logs", code=1
     )
     (tmp_path / "logs/a.parquet").write_bytes(b"no parquet")
-    assert "a.parquet cannot be read" in run("inspect", tmp_path / "logs", code=1)
+    assert "a.parquet cannot be read" in called("inspect", tmp_path / "logs", code=1)
 
 
 def test_columns_are_known_by_their_usual_names():
@@ -156,3 +226,22 @@ def test_it_runs_as_a_module(places, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert not end.value.code and err == ""
     assert "test   " in out
+
+
+def test_few_values_are_counted_exactly():
+    count = DistinctCount().with_values([3, 3, -1]).with_values([]).merged(DistinctCount().with_values([-1, 7]))
+    assert (count.estimate, count.is_exact) == (3, True)
+    assert DistinctCount().estimate == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num", [4_000, 4_096, 50_000, 1_000_000])
+def test_many_values_are_counted_closely_however_they_come(num):
+    values_N = np.random.default_rng(num).permutation(num)
+    whole = DistinctCount().with_values(values_N)
+    parts = DistinctCount()
+    for part_N in np.array_split(values_N, 5):
+        parts = parts.merged(DistinctCount().with_values(part_N).with_values(values_N[:100]))
+    assert parts.estimate == whole.estimate == pytest.approx(num, rel=0.06)
+    assert whole.is_exact == (num < 4_096)
+    assert len(whole.hashes_K) <= 4_096
