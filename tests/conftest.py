@@ -121,9 +121,9 @@ def two_torch_ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> I
         yield ranks
 
 
-@pytest.fixture(scope="module", params=["horovod", "torch"])
+@pytest.fixture(scope="module", params=["horovod", pytest.param("torch", marks=pytest.mark.slow)])
 def two_ranks_of_each(request: pytest.FixtureRequest) -> StandingRanks:
-    """Two ranks of each communicator, one after the other."""
+    """Two ranks of each communicator, one after the other; `make test` takes Horovod's: both have the same bits."""
     ranks: StandingRanks = request.getfixturevalue("two_ranks" if request.param == "horovod" else "two_torch_ranks")
     return ranks
 

@@ -1,9 +1,12 @@
 """Synthetic sample groups in Parquet, in the form that the samples job writes, and a feature store for them."""
 
+import functools
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -101,7 +104,18 @@ class Places:
 
 
 def make_places(folder: Path) -> Places:
-    """200 training groups (items 0 to 39) and 60 test groups (items 0 to 49, the last ten new), features 16 wide."""
+    """200 training groups (items 0 to 39) and 60 test groups (items 0 to 49, the last ten new), features 16 wide.
+
+    A copy of what this process has made once.
+    """
+    shutil.copytree(_made_once().name, folder, copy_function=shutil.copy, dirs_exist_ok=True)
+    return Places(folder)
+
+
+@functools.cache
+def _made_once() -> "TemporaryDirectory[str]":
+    made = TemporaryDirectory(prefix="places-")
+    folder = Path(made.name)
     _write_samples(folder / "samples" / "train", [90, 60, 50])
     _write_samples(folder / "samples" / "test", [60], seed=90, items=50)
     extractor = ExtractorSpec(
@@ -111,7 +125,7 @@ def make_places(folder: Path) -> Places:
     store = FeatureStore.create(folder / "features", info)
     features_ND = np.random.default_rng(5).normal(size=(50, 16)).astype(np.float32)
     store.put(FeatureRows.of([f"item/{n}" for n in range(50)], features_ND, keys=np.arange(1_000, 1_050)))
-    return Places(folder)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,8 @@ from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.samples.build import write_suggested
 from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
-from tests.trainer.alike import all_alike
 from tests.trainer.checkpoints import steps_of, tensors_of
-from tests.trainer.whole_runs import SHARED, Places, assert_same, drawn_scalars, report_of, run_alone
+from tests.trainer.whole_runs import SHARED, Places, all_alike, assert_same, drawn_scalars, report_of, run_alone
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
@@ -262,7 +261,7 @@ def shop(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPat
     ("launcher", "num_ranks", "standing"),
     [
         ("horovodrun -np 8 python", 8, None),
-        ("horovodrun -np 2 python", 2, "two_ranks"),
+        pytest.param("horovodrun -np 2 python", 2, "two_ranks", marks=pytest.mark.slow),
         ("torchrun --standalone --nproc-per-node 2", 2, "two_torch_ranks"),
     ],
 )

@@ -1,12 +1,15 @@
 """Whole runs of one rank in this process, and what they left behind."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from featurestore.published.paths import RunPath
 from tests.trainer.checkpoints import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -24,15 +27,16 @@ def run_alone(places: Places, **changes: Any) -> Path:
     return Path(config.run.dir) / str(config.run.name)
 
 
-def assert_same(found: Path, expected: Path) -> None:
-    """Check that two runs ended with the same bits in every parameter, optimiser state and ID row."""
+def assert_same(found: RunPath, expected: RunPath, *, metrics: bool = False) -> None:
+    """Check that two runs ended with the same bits in every parameter, optimiser state and ID row, and in metrics."""
     mine, theirs = tensors_of(found), tensors_of(expected)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert not metrics or report_of(found)["metrics"] == report_of(expected)["metrics"]
 
 
-def report_of(run: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((run / "report.json").read_text())
+def report_of(run: RunPath) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((run / "report.json").read_bytes())
     return report
 
 
@@ -40,3 +44,22 @@ def drawn_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a folder: step and value."""
     found = EventAccumulator(str(folder)).Reload()
     return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+_RANK_METRICS = {"auc", "gauc", "new_ad_auc", "new_ad_gauc"}
+
+
+def alike(name: str, value: Any, within: float = 1e-4) -> Any:
+    """What to compare another run's metric of that name with: a log loss within `within`, a rank metric within .03.
+
+    A rank metric is no continuous number: where two logits change places, it moves by one over its pairs, 1 % and more
+    of a few dozen impressions. Only the log loss can tell rounding from a mistake. Counts are compared as they are.
+    """
+    if not isinstance(value, float):
+        return value
+    return pytest.approx(value, abs=0.03 if name in _RANK_METRICS else within)
+
+
+def all_alike(metrics: Mapping[str, Any], within: float = 1e-4) -> dict[str, Any]:
+    """`alike` of each metric, to be compared with another run's metrics."""
+    return {name: alike(name, value, within) for name, value in metrics.items()}

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from tests.ranks import StandingRanks, TorchRanks, environment, forks_of_ranks, standing_ranks
-from tests.trainer.alike import all_alike
 from tests.trainer.standing_ranks import run as run_here
-from tests.trainer.whole_runs import SHARED, report_of
+from tests.trainer.whole_runs import SHARED, all_alike, report_of
 
 Places = Any
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
-from tests.trainer.alike import alike
 from tests.trainer.checkpoints import tensors_of
+from tests.trainer.whole_runs import alike, assert_same, report_of
 from trainer.comm import SoloComm
 from trainer.config.config import Config, load_config, save_config
 from trainer.daily import app, plan, run_of_days
@@ -62,11 +62,9 @@ def table_of(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def assert_same(found: Path, expected: Path, days: list[str] = DAYS) -> None:
+def assert_same_days(found: Path, expected: Path, days: list[str] = DAYS) -> None:
     for day in days:
-        mine, theirs = tensors_of(found / day), tensors_of(expected / day)
-        assert mine.keys() == theirs.keys()
-        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+        assert_same(found / day, expected / day)
     assert [{**row, "warm_start": None} for row in table_of(found)] == [
         {**row, "warm_start": None} for row in table_of(expected)[: len(days)]
     ]
@@ -190,9 +188,9 @@ def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(owner, name, killed)
     with pytest.raises(KeyboardInterrupt):
-        follow(cut, SoloComm(), first=DAYS[0], last=DAYS[2])
-    follow(cut, SoloComm(), first=DAYS[0], last=DAYS[2])
-    assert_same(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole", DAYS[:3])
+        follow(cut, SoloComm(), first=DAYS[0], last=DAYS[1])
+    follow(cut, SoloComm(), first=DAYS[0], last=DAYS[1])
+    assert_same_days(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole", DAYS[:2])
 
 
 def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days: Places) -> None:
@@ -227,12 +225,7 @@ def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
     follow(config, SoloComm())
     (row,) = table_of(tmp_path / "warm")
     assert (row["train_days"], row["warm_start"]) == ([DAYS[3]], str(run))
-    whole = followed.folder / "runs" / "whole" / DAYS[3]
-    assert [
-        name
-        for name, value in tensors_of(whole).items()
-        if not torch.equal(value, tensors_of(tmp_path / "warm" / DAYS[3])[name])
-    ] == []
+    assert_same(tmp_path / "warm" / DAYS[3], followed.folder / "runs" / "whole" / DAYS[3])
     with pytest.raises(ConfigError, match=r"no day of .* is evaluated yet"):
         run_of_days(tmp_path / "warm")
 
@@ -295,7 +288,7 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     newest.write_bytes(kept)
     follow(config_of(days, run__name="timely", data__missing="zeros"), SoloComm(), first=DAYS[1])
     late, timely = (days.folder / "runs" / name for name in ("late", "timely"))
-    ended, trained = tensors_of(late / DAYS[2]), json.loads((late / DAYS[2] / "report.json").read_text())
+    ended, trained = tensors_of(late / DAYS[2]), report_of(late / DAYS[2])
     day = pq.read_table(third, partitioning=None)
     more = sample_table(30, 7, items=50, first_serial=10_000)
     pq.write_table(pa.concat_tables([day, more.cast(day.schema)]), third, row_group_size=7)
@@ -310,7 +303,7 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     assert not any(row["samples_changed"] for row in expected)
     for column in ("day", "train_days", "steps", "test_day", "impressions", "logloss", "auc", "gauc"):
         assert rows[1][column] == expected[1][column], column
-    report = json.loads((late / DAYS[2] / "report.json").read_text())
+    report = report_of(late / DAYS[2])
     assert report["samples"] == trained["samples"] > 0, "what training told is still told"
     assert report["missing_lookups"] == sum(report["missing_by_store"].values()) > trained["missing_lookups"] == 0
     assert report["history"] == [{"step": trained["global_step"], **report["metrics"]}]
@@ -320,7 +313,7 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
 def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
     run = days.folder / "runs" / "d" / DAYS[0]
-    report = json.loads((run / "report.json").read_text())
+    report = report_of(run)
     (run / "report.json").write_text(json.dumps({**report, "metrics": {}}))
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 again, remove"):
@@ -349,8 +342,7 @@ def test_command(days: Places) -> None:
     # It is the run that trainer.main trains on these days.
     alone = days.settings(run__name="alone", train__epochs=1, data__train_days=f"[{DAYS[0]},{DAYS[1]}]")
     train(load_config(settings=[*alone, f"data.test_days=[{DAYS[2]}]"]), SoloComm())
-    mine, theirs = tensors_of(days.folder / "runs" / "c" / DAYS[1]), tensors_of(days.folder / "runs" / "alone")
-    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    assert_same(days.folder / "runs" / "c" / DAYS[1], days.folder / "runs" / "alone")
     refused = CliRunner().invoke(
         app, [*options, "--warm-start", str(days.folder / "runs" / "alone"), "--set", *settings]
     )
@@ -376,7 +368,7 @@ class TestTwoRanks:
         assert seen["days"] == ["done", "done"]
         assert seen["cut"] == [["StoppedError: SIGTERM received"] * 2, ["StoppedError: SIGTERM received"] * 2]
         assert seen["after the cut"] == ["done", "done"]
-        assert_same(places.folder / "runs" / "cut", places.folder / "runs" / "days")
+        assert_same_days(places.folder / "runs" / "cut", places.folder / "runs" / "days")
 
     def test_a_day_is_evaluated_on_both_when_the_next_one_comes(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, seen = job
@@ -404,14 +396,13 @@ class TestTwoRanks:
         assert seen["early"] == seen["early, after"] == ["done", "done"]
         assert seen["early, cut"] == ["StoppedError: SIGTERM received"] * 2
         early, cut = (places.folder / "runs" / name for name in ("early", "early-cut"))
-        reports = [json.loads((run / "report.json").read_text()) for run in (early, cut)]
+        reports = [report_of(run) for run in (early, cut)]
         history = [(entry["step"], entry["gauc"]) for entry in reports[0]["history"]]
         best = max(history, key=lambda entry: entry[1])
         assert history[-1][0] == best[0] + 8 < 9 * 12, "the learning rate is too high to get better for long"
         assert reports[0]["global_step"] == best[0] == read_state(find_checkpoint(early)).step
         assert reports[1]["history"] == reports[0]["history"]
-        mine, theirs = tensors_of(cut), tensors_of(early)
-        assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+        assert_same(cut, early)
 
     def test_warm_start_of_one_rank_from_two(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, _ = job

@@ -17,7 +17,7 @@ from featurestore.snapshot import SnapshotId
 from featurestore.store import FeatureStore
 from tests.pages import check_page
 from tests.ranks import StandingRanks
-from tests.trainer.alike import alike
+from tests.trainer.whole_runs import alike
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.evaluate import app

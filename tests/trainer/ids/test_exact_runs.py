@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from jobs.export_embeddings import app
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.ids.exact_tables import vectors_of
+from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.daily import follow
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.exact import ExactTable
-from trainer.main import train
 from trainer.runs.saved import open_trained
 
 pytestmark = pytest.mark.long  # they train whole runs
@@ -39,12 +39,8 @@ EVICTING = TABLES.replace(", when_full: refuse", "")
 def trained(places: Places, tmp_path: Path) -> Train:
     """Trains a run of this name with these settings, and returns its folder."""
 
-    def run(name: str, **changes: Any) -> Path:
-        settings = {"run__dir": tmp_path, "run__name": name, "model__tables": TABLES, "model__compute_dtype": "float32"}
-        train(load_config(settings=places.settings(**{**settings, **changes})), SoloComm())
-        return tmp_path / name
-
-    return run
+    settings = {"run__dir": tmp_path, "model__tables": TABLES, "model__compute_dtype": "float32"}
+    return lambda name, **changes: run_alone(places, run__name=name, **{**settings, **changes})
 
 
 def ids_of(run: Path, table: str) -> set[int]:
@@ -54,8 +50,7 @@ def ids_of(run: Path, table: str) -> set[int]:
 
 
 def table_of(run: Path, name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((run / "report.json").read_text())
-    figures: dict[str, Any] = report["tables"][name]
+    figures: dict[str, Any] = report_of(run)["tables"][name]
     return figures
 
 
@@ -66,9 +61,7 @@ def test_resumed_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     through = trained("through", **settings)
     stopped = trained("stopped", **{**settings, "train__max_steps": 4}, train__checkpoint_every=3)
     third = stopped / "checkpoints" / "step-00000003"
-    mine, theirs = tensors_of(trained("again", **settings, run__resume=third)), tensors_of(through)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert_same(trained("again", **settings, run__resume=third), through)
 
 
 def test_figures(trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,9 +90,7 @@ def test_resumed_after_evictions_it_ends_with_the_same_bits(trained: Train, ids:
     stopped = trained("stopped", **settings, train__max_steps=10, train__checkpoint_every=10)
     assert table_of(through, "image")["evicted"] > table_of(stopped, "image")["evicted"] > 4
     again = trained("stopped", **settings, train__max_steps=25, run__resume="latest")
-    mine, theirs = tensors_of(again), tensors_of(through)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert_same(again, through)
 
 
 def test_a_hashed_tables_rows_are_refused(trained: Train) -> None:
@@ -111,13 +102,12 @@ def test_a_hashed_tables_rows_are_refused(trained: Train) -> None:
         trained("exact", run__warm_start=before, run__warm_parts="full")
 
 
-def test_a_warm_start_takes_ids_and_counts_or_leaves_them(trained: Train) -> None:
+@pytest.mark.parametrize("parts", ["full", "partial"])
+def test_a_warm_start_takes_ids_and_counts_or_leaves_them(trained: Train, parts: str) -> None:
     before = trained("before", train__max_steps=6)
     assert len(ids_of(before, "item")) > 20
-    taken = trained("full", run__warm_start=before, run__warm_parts="full", train__max_steps=1)
-    assert ids_of(taken, "item") == ids_of(before, "item")
-    left = trained("partial", run__warm_start=before, run__warm_parts="partial", train__max_steps=1)
-    assert ids_of(left, "item") == set()
+    after = trained("after", run__warm_start=before, run__warm_parts=parts, train__max_steps=1)
+    assert ids_of(after, "item") == (ids_of(before, "item") if parts == "full" else set())
 
 
 def test_days_let_go_of_what_was_not_used(places: Places, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.trainer.checkpoints import tensors_of
+from tests.trainer.whole_runs import assert_same, run_alone
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
 from trainer.ids.shards import TableShape, initial_rows
-from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
@@ -31,12 +31,8 @@ Train = Callable[..., Path]
 def trained(places: Places, tmp_path: Path) -> Train:
     """Trains a run of this name with these settings, and returns its folder."""
 
-    def run(name: str, **changes: Any) -> Path:
-        settings = {"run__dir": tmp_path, "run__name": name, "train__epochs": 3, "model__compute_dtype": "float32"}
-        train(load_config(settings=places.settings(**{**settings, **changes})), SoloComm())
-        return tmp_path / name
-
-    return run
+    settings = {"run__dir": tmp_path, "train__epochs": 3, "model__compute_dtype": "float32"}
+    return lambda name, **changes: run_alone(places, run__name=name, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("ids", get_args(IdOptimizer))
@@ -50,9 +46,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: T
     for stop in (in_the_second, before_the_third)[: 2 if ids == "adam" else 1]:
         trained("stopped", **settings, train__max_steps=stop, run__resume="latest" if stop > steps // 2 else "null")
     again = trained("stopped", **settings, run__resume="latest")
-    mine, theirs = tensors_of(again), tensors_of(through)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert_same(again, through)
 
 
 def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:

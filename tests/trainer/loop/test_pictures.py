@@ -15,10 +15,9 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
-from tests.trainer.alike import alike, all_alike
 from tests.trainer.checkpoints import tensors_of
 from tests.trainer.conftest import Places, sample_table
-from tests.trainer.whole_runs import report_of, run_alone
+from tests.trainer.whole_runs import alike, all_alike, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.evaluation.bootstrap import Metrics, auc, log_loss
 from trainer.evaluation.predict import predict, predict_run

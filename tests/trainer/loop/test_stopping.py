@@ -1,22 +1,19 @@
 """Early stopping: when it stops, what the run ends with, and that an interrupted run ends with the same."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.trainer.checkpoints import steps_of, tensors_of
-from trainer.comm import SoloComm
+from tests.trainer.checkpoints import steps_of
+from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import ConfigError, TrainerError
 from trainer.loop import training as train_module
 from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of
-from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 
@@ -91,31 +88,20 @@ def whole(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(places: Places, name: str, folder: Path, checkpoint_every: int | str = 1, **changes: Any) -> Path:
-    settings = places.settings(
-        run__name=name,
-        run__dir=folder,
-        train__eval_every=2,
-        train__early_stopping=2,
-        train__keep_checkpoints=1,
-        train__checkpoint_every=checkpoint_every,
-        **changes,
-    )
-    train(load_config(settings=settings), SoloComm())
-    return folder / name
+    settings = {"train__eval_every": 2, "train__early_stopping": 2, "train__keep_checkpoints": 1}
+    settings["train__checkpoint_every"] = checkpoint_every
+    return run_alone(places, run__name=name, run__dir=folder, **settings, **changes)
 
 
 @pytest.mark.long
 def test_the_run_ends_with_the_best_evaluation(places: Places, whole: Path, tmp_path: Path) -> None:
     """The tenth step's GAUC is no higher than the sixth's; `GAUC` has no odd step."""
     assert steps_of(whole) == [6]
-    report = json.loads((whole / "report.json").read_text())
+    report = report_of(whole)
     assert (report["global_step"], report["metrics"]["gauc"]) == (6, 0.7)
     assert [entry["step"] for entry in report["history"]] == [2, 4, 6, 8, 10]
     plain = {"train__early_stopping": "null", "train__eval_every": "null", "train__max_steps": 6}
-    settings = places.settings(run__name="six", run__dir=tmp_path, **plain)
-    train(load_config(settings=settings), SoloComm())
-    mine, theirs = tensors_of(whole), tensors_of(tmp_path / "six")
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert_same(whole, run_alone(places, run__name="six", run__dir=tmp_path, **plain))
 
 
 @pytest.mark.long
@@ -123,9 +109,7 @@ def test_the_best_parameters_are_there_where_no_other_checkpoint_is_due(
     places: Places, whole: Path, tmp_path: Path, scripted: list[int]
 ) -> None:
     seldom = _run(places, "seldom", tmp_path, checkpoint_every="null", train__checkpoint_every_s="null")
-    mine, theirs = tensors_of(seldom), tensors_of(whole)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert_same(seldom, whole)
 
 
 @pytest.mark.long
@@ -146,11 +130,8 @@ def test_an_interrupted_run_ends_with_the_same(
             _run(places, "halves", tmp_path)
     assert read_state(find_checkpoint(tmp_path / "halves")).step == at
     halves = _run(places, "halves", tmp_path, run__resume="latest")
-    mine, theirs = tensors_of(halves), tensors_of(whole)
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
-    assert reports[0]["history"] == reports[1]["history"]
-    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert_same(halves, whole, metrics=True)
+    assert report_of(halves)["history"] == report_of(whole)["history"]
 
 
 @pytest.mark.long
@@ -171,10 +152,8 @@ def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
         with pytest.raises(StoppedError):
             _run(places, "halves", tmp_path)
     halves = _run(places, "halves", tmp_path, run__resume="latest")
-    reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
-    assert reports[0]["history"] == reports[1]["history"]
-    mine, theirs = tensors_of(halves), tensors_of(whole)
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert report_of(halves)["history"] == report_of(whole)["history"]
+    assert_same(halves, whole, metrics=True)
 
 
 def test_a_best_at_the_very_end_is_kept_as_any_run(places: Places, tmp_path: Path, scripted: list[int]) -> None:

@@ -21,9 +21,9 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.samples.mapping import parse_ids
 from tests.ranks import StandingRanks
-from tests.trainer.alike import all_alike
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, replaced, rewrite, written
+from tests.trainer.whole_runs import all_alike
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DataError, SchemaError

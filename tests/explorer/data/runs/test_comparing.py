@@ -14,7 +14,7 @@ from explorer.data.runs import comparing
 from explorer.data.runs.comparing import COMPARED, NEW_ADS, RunDifference, RunsCompared, compare_runs
 from explorer.places import Places
 from tests.explorer.world import World
-from tests.trainer.alike import alike
+from tests.trainer.whole_runs import alike
 from trainer.evaluation import predict
 from trainer.evaluation.compare import compare
 from trainer.evaluation.predict import Predictions, predict_run

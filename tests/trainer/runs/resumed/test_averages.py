@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.alike import alike
 from tests.trainer.checkpoints import tensors_of
+from tests.trainer.whole_runs import alike, assert_same
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError
@@ -80,9 +80,7 @@ def test_resumed_at_any_step_it_ends_with_the_same_bits(places: Places, averaged
     steps = read_state(find_checkpoint(averaged)).step
     trained(places, "halves", optim__average_share=0.5, train__max_steps=steps // 3)
     halves = trained(places, "halves", optim__average_share=0.5, run__resume="latest")
-    mine, theirs = tensors_of(halves), tensors_of(averaged)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert_same(halves, averaged)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])

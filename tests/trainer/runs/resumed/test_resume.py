@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from featurestore.errors import USAGE
-from featurestore.published.paths import RunPath
 from featurestore.storage.local import DiskFiles
-from tests.trainer.checkpoints import content_of, files_of, names_of, of_step, steps_of, tensors_of
+from tests.trainer.checkpoints import content_of, files_of, names_of, of_step, steps_of
 from tests.trainer.runs import saved
+from tests.trainer.whole_runs import assert_same, report_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
@@ -75,15 +74,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_same(found: RunPath, expected: RunPath) -> None:
-    """Two runs end with the same bits, and tell the same of them."""
-    mine, theirs = tensors_of(found), tensors_of(expected)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    reports = [json.loads((run / "report.json").read_bytes()) for run in (found, expected)]
-    assert reports[0]["metrics"] == reports[1]["metrics"]  # of the same bits
-
-
 def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
     before = content(runs.folder)
     with pytest.raises(
@@ -101,7 +91,7 @@ def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, caps
     assert "removed by run.overwrite=true: step-00000004, step-00000006\n" in capsys.readouterr().out
     assert steps_of(again) == [2, 4, 6]
     assert content_of(runs.step("a", 2)) == first
-    assert_same(again, expected)
+    assert_same(again, expected, metrics=True)
     assert load_config(again / "config.yaml").optim.lr == 0.5
 
 
@@ -128,7 +118,7 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) ->
     assert content(other) == before
     runs.branch("b", run__overwrite=True)
     assert steps_of(other) == [4, 6]
-    assert_same(other, expected)
+    assert_same(other, expected, metrics=True)
     assert len(list((other / "tensorboard").iterdir())) == 1
 
 
@@ -145,7 +135,7 @@ def test_killed_between_the_old_steps_and_the_new_ones(
     run = runs.folder / "a"
     assert steps_of(run) == [2]
     assert not (run / "report.json").exists(), "it told of the steps that are gone"
-    assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected)
+    assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected, metrics=True)
 
 
 def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +155,7 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatc
     run = runs.branch("a", run__overwrite=True)
     assert steps_of(run) == [2, 4, 6]
     assert {name[:13] for name in files_of(run)} == set(names_of(run)), "nothing else is left"
-    assert_same(run, expected)
+    assert_same(run, expected, metrics=True)
 
 
 def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
@@ -231,7 +221,7 @@ def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
 
 def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
     run = runs.train("a", run__resume="auto", train__max_steps=7)
-    assert json.loads((run / "report.json").read_text())["global_step"] == 7 and steps_of(run)[-1] == 7
+    assert report_of(run)["global_step"] == 7 and steps_of(run)[-1] == 7
 
 
 def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_again(

@@ -8,8 +8,9 @@ import pytest
 from featurestore.published.paths import RunPath, run_path
 from tests.trainer.checkpoints import damage, names_of, steps_of
 from tests.trainer.runs import saved
-from tests.trainer.runs.resumed.test_resume import Runs, assert_same, content
+from tests.trainer.runs.resumed.test_resume import Runs, content
 from tests.trainer.runs.saved import Trained, on_ranks, state_at
+from tests.trainer.whole_runs import assert_same
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DamagedCheckpointError, RemoteRankError
@@ -59,7 +60,7 @@ def test_a_run_goes_on_from_the_newest_whole_one(
         assert f"warning: {name} is passed over, and kept as damaged-{name} in {run}/checkpoints: " in said
         assert f"{name}/{why}" in said
     assert said.count("continuing from step 2") == 2
-    assert_same(run, expected)
+    assert_same(run, expected, metrics=True)
     files = finished(run)[-1].files
     assert files.list() == ["damaged-step-00000004", "damaged-step-00000006", *names_of(run)]
     assert steps_of(run) == [2, 4, 6] and files.list("damaged-step-00000006") == [ROWS, "state.json"]

@@ -15,9 +15,8 @@ import torch
 from featurestore.published.paths import FarPath, RunPath, run_path
 from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
-from tests.trainer.alike import alike
 from tests.trainer.checkpoints import steps_of, tensors_of
-from tests.trainer.runs.resumed.test_resume import assert_same
+from tests.trainer.whole_runs import alike, assert_same
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
@@ -59,7 +58,7 @@ def called(*words: object) -> str:
 
 def test_a_run_on_s3_is_that_of_a_disk(far_and_near: tuple[FarPath, Path]) -> None:
     far, near = far_and_near
-    assert_same(far, near)
+    assert_same(far, near, metrics=True)
     names = {each.name for each in far.iterdir()} - {"evaluation"}
     assert names == {"checkpoints", "config.yaml", "report.json", "tensorboard"}
     assert steps_of(far) == [2, 4, 6]
@@ -115,7 +114,7 @@ class TestReaders:
             )
             train(load_config(settings=settings), SoloComm())
             ends.append(tmp_path / name)
-        assert_same(*ends)
+        assert_same(*ends, metrics=True)
 
     def test_a_folder_that_is_no_run(self, far_and_near: tuple[FarPath, Path]) -> None:
         done = call(["trainer.evaluate", str(far_and_near[0].parent)])

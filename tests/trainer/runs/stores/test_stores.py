@@ -15,7 +15,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
-from tests.trainer.alike import all_alike
+from tests.trainer.whole_runs import all_alike
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app as compat_app
 from trainer.config.config import Config, load_config
