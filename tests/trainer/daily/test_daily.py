@@ -17,6 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
+from featurestore.published.paths import run_path
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from tests.trainer.checkpoints import tensors_of
@@ -30,8 +31,6 @@ from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
-
-pytestmark = pytest.mark.long  # they train whole runs
 
 WORKER = Path(__file__).parent / "days.py"
 DAYS = [f"2026-01-0{n}" for n in range(1, 5)]
@@ -70,6 +69,7 @@ def assert_same_days(found: Path, expected: Path, days: list[str] = DAYS) -> Non
     ]
 
 
+@pytest.mark.long
 def test_plan(tmp_path: Path) -> None:
     def planned(days: list[str], *given: str | None, warm: bool = False) -> list[tuple[str, list[str], str | None]]:
         return [
@@ -193,6 +193,7 @@ def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.Mo
     assert_same_days(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole", DAYS[:2])
 
 
+@pytest.mark.long
 def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days: Places) -> None:
     newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
     kept = newest.read_bytes()
@@ -219,6 +220,7 @@ def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days:
     assert run_of_days(folder / DAYS[3]) == folder / DAYS[3]
 
 
+@pytest.mark.long
 def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
     run = followed.folder / "runs" / "whole" / DAYS[2]
     config = config_of(followed, run__name="warm", run__dir=tmp_path, run__warm_start=run)
@@ -230,6 +232,7 @@ def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
         run_of_days(tmp_path / "warm")
 
 
+@pytest.mark.long
 def test_mistakes(days: Places) -> None:
     def refused(error: type[Exception], message: str, **changes: Any) -> None:
         with pytest.raises(error, match=message):
@@ -245,6 +248,7 @@ def test_mistakes(days: Places) -> None:
         follow(config_of(days, run__name="n"), SoloComm(), first="2027-01-01")
 
 
+@pytest.mark.long
 def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
     empty = days.folder / "empty" / "train"
     empty.mkdir(parents=True)
@@ -260,6 +264,7 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
         follow(config_of(days, run__name="d", data__samples=empty.parent), SoloComm())
 
 
+@pytest.mark.long
 def test_the_table_has_a_line_for_each_day_in_a_pipe(days: Places, capsys: pytest.CaptureFixture[str]) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[1])
     out = capsys.readouterr().out
@@ -310,6 +315,7 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     assert rows[2]["warm_start"] == str(late / DAYS[2])
 
 
+@pytest.mark.long
 def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
     run = days.folder / "runs" / "d" / DAYS[0]
@@ -320,6 +326,7 @@ def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) ->
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
 
 
+@pytest.mark.long
 def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
     (days.folder / "runs" / "d" / DAYS[0] / "report.json").unlink()
@@ -331,6 +338,7 @@ def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
 
 
+@pytest.mark.long
 def test_command(days: Places) -> None:
     settings = [*days.settings(run__name="c", train__epochs=1)]
     options = ["--samples-of-days", str(days.folder / "samples"), "--first-day", DAYS[0], "--last-day", DAYS[1]]
@@ -362,6 +370,7 @@ def job(
     return places, json.loads(out.read_text())
 
 
+@pytest.mark.long
 class TestTwoRanks:
     def test_a_stop_in_the_midst_of_days_changes_nothing(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, seen = job
@@ -415,3 +424,19 @@ class TestTwoRanks:
         weights = [name for name in expected if "/" not in name or name.endswith("/weight")]
         assert len([name for name in weights if name.startswith("item/")]) == 4
         assert all(torch.equal(state[name], expected[name]) for name in weights if name != "num_steps")
+
+
+@pytest.mark.long
+def test_days_on_s3_are_those_of_a_disk(
+    make_places: Callable[[Path], Places], tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second start finds all done."""
+    places = make_days(make_places(tmp_path))
+    far, near = run_path(f"{s3_url}/runs/d"), tmp_path / "runs" / "d"
+    for folder in (far, near, far):
+        capsys.readouterr()
+        follow(config_of(places, run__name="d", run__dir=folder.parent), SoloComm(), DAYS[0], continues=True)
+    assert "step 1/" not in capsys.readouterr().out
+    days, expected = (json.loads((each / "days.json").read_bytes()) for each in (far, near))
+    assert [{**row, "warm_start": None} for row in days] == [{**row, "warm_start": None} for row in expected]
+    assert [row["warm_start"] for row in days] == [None, *(str(far / day) for day in DAYS[:3])]

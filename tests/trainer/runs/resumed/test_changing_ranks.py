@@ -1,8 +1,4 @@
-"""Runs that are killed and go on with other numbers of ranks: no step, sample or row is lost or taken twice
-
-In float64, where rounding hides nothing, they end with the same parameters, optimisers, ID rows and predictions as an
-undisturbed run. What other types make of sums in another order: docs/TROUBLE.md.
-"""
+"""Killed runs that go on with other numbers of ranks, from a disk or S3: no step, sample or row is lost or repeated."""
 
 import itertools
 import random
@@ -17,16 +13,24 @@ import psutil
 import pytest
 import torch
 
+from featurestore.published.paths import run_path
+from featurestore.published.versions import FILES, PublishedFile, publish, upload
+from featurestore.storage.storage import Storage
+from tests.proxy import Fault, Request, proxy_before
 from tests.ranks import Forks, TorchRanks, ranks_of
+from tests.servers import environment_of
 from tests.trainer.checkpoints import steps_of, tensors_of
 from tests.trainer.runs.resumed.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
 from trainer.evaluation.predict import predict_run
+from trainer.runs import open as open_module
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
+from trainer.runs.open import Run, open_run
+from trainer.samples.index import SampleIndex
 
 Places = Any
-
-pytestmark = pytest.mark.services
 
 
 def assert_same_in_float64(found: Path, expected: Path) -> None:
@@ -40,6 +44,7 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
     np.testing.assert_allclose(*logits, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.services
 @pytest.mark.parametrize(
     ("optim", "ranks", "last"),
     [
@@ -72,6 +77,7 @@ def test_killed_with_other_ranks_each_time(
     assert read_state(find_checkpoint(killed.run)).num_ranks == 2
 
 
+@pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_thousand_steps_and_ten_kills_at_any_moment(settings_of: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -110,3 +116,85 @@ def kill_and_wait(process: "subprocess.Popen[str]", victim: int) -> None:
     assert process.returncode != 0
     _, alive = psutil.wait_procs(job, timeout=60)
     assert alive == []
+
+
+def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
+    """All samples, at places of their own; by the names that a version is to give them."""
+    return {str(file.relative_to(samples)): upload(storage, file, file.name) for file in samples.glob("*/*.parquet")}
+
+
+def test_cut_connections_and_dead_ranks_lose_and_repeat_no_sample(
+    places: Places,
+    settings_of: Callable[..., list[str]],
+    s3_endpoint: str,
+    s3_url: str,
+    tmp_path: Path,
+    forks: Forks,
+) -> None:
+    """Two ranks take samples published on S3, and one goes on when they have died, from S3 alone: its cache is empty,
+    as another machine's would be. Step by step they take those of one rank on a disk, have its losses, and end with its
+    numbers. Checkpoints are written beside."""
+    steps = 40  # most of two epochs
+    publish(Storage(s3_url), uploaded(places.folder / "samples", Storage(s3_url)))
+    on_disk = Killed(tmp_path / "disk", settings_of(tmp_path / "disk", steps, 1000))
+    whole = on_disk.leg(0, ranks=1)
+    reads = 0
+
+    def cut(request: Request) -> Fault | None:
+        nonlocal reads
+        if request.method != "GET" or f"/{FILES}/" not in request.path:
+            return None
+        reads += 1
+        return {3: Fault.CUT, 6: Fault.CUT_ANSWER}.get(reads % 8)
+
+    def started_at(place: str) -> Killed:
+        changes = {"data__samples": s3_url, "data__cache_dir": tmp_path / place, "train__checkpoint_beside": True}
+        changes |= {"train__checkpoint_every_s": 1}
+        return Killed(tmp_path / "far", settings_of(f"{s3_url}/runs", steps, 5, **changes))
+
+    with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
+        proxy.rule = cut
+        first = started_at("there").leg(0, ranks=2, die_at=33, forks=forks)
+        second = started_at("elsewhere").leg(1, ranks=1)
+        far = tensors_of(run_path(f"{s3_url}/runs/run"))
+    assert first.first_step == 1 < second.first_step <= 33
+    assert_no_step_or_sample_is_lost([first, second], whole, steps)
+    assert min(proxy.faults.count(fault) for fault in (Fault.CUT, Fault.CUT_ANSWER)) > 5
+    near = tensors_of(on_disk.run)
+    assert far.keys() == near.keys()
+    assert max(float((far[name].double() - near[name].double()).abs().max()) for name in far) < TOLERANCE
+
+
+def test_a_run_has_the_files_of_one_version(
+    places: Places, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another one is published between its training and its test samples; its checkpoint knows the next."""
+    samples, storage = places.folder / "samples", Storage(s3_url)
+    files = uploaded(samples, storage)
+    publish(storage, files)
+    opened = open_module.open_index
+    moved = min(name for name in files if name.startswith("train/"))
+
+    def publishes_before_the_second(*arguments: Any) -> SampleIndex:
+        if arguments[2] == "test":
+            publish(storage, {name.replace(moved, "test/moved.parquet"): file for name, file in files.items()})
+        return opened(*arguments)
+
+    def run_on(place: object, name: str) -> Run:
+        settings = places.settings(data__samples=place, run__dir=tmp_path, run__name=name, train__max_steps=9)
+        run = open_run(load_config(settings=settings), SoloComm())
+        run.close()
+        return run
+
+    on_disk = run_on(samples, "disk")
+    monkeypatch.setattr(open_module, "open_index", publishes_before_the_second)
+    run = run_on(s3_url, "s3")
+    monkeypatch.undo()
+    for mine, same in ((run.train_reader, on_disk.train_reader), (run.test_reader, on_disk.test_reader)):
+        assert mine.num_samples == same.num_samples
+        labels, expected = ([batch.label_B.tolist() for batch in reader.batches()] for reader in (mine, same))
+        assert labels == expected
+    assert run.origin.data["samples_digest"] == on_disk.origin.data["samples_digest"]  # a copy of samples is the same
+    later = run_on(s3_url, "later")
+    assert later.test_reader.num_samples > run.test_reader.num_samples
+    assert later.origin.data["samples_digest"] != run.origin.data["samples_digest"]

@@ -1,4 +1,4 @@
-"""Going on from an earlier checkpoint: what came after it is kept, and refused, or replaced as a whole; never mixed."""
+"""Going on from an earlier checkpoint: later ones are refused or replaced as a whole, damaged ones are passed over."""
 
 import json
 import shutil
@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 
 from featurestore.errors import USAGE
+from featurestore.published.paths import RunPath, run_path
 from featurestore.storage.local import DiskFiles
-from tests.trainer.checkpoints import content_of, files_of, names_of, of_step, steps_of
+from tests.trainer.checkpoints import content_of, damage, files_of, names_of, of_step, steps_of
 from tests.trainer.runs import saved
+from tests.trainer.runs.saved import Trained, on_ranks, state_at
 from tests.trainer.whole_runs import assert_same, report_of
-from trainer.comm import SoloComm
+from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
-from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TrainerError
 from trainer.main import train
-from trainer.runs.folder import Checkpoint
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import PassedOver, Resumed, continued
+from trainer.runs.folder import Checkpoint, finished
 from trainer.runs.saved import RunSource, open_source
 from trainer.runs.saving import CheckpointPlace
-
-pytestmark = pytest.mark.long  # they train whole runs
 
 Places = Any
 
@@ -74,6 +76,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
     before = content(runs.folder)
     with pytest.raises(
@@ -84,6 +87,7 @@ def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
     assert content(runs.folder) == before
 
 
+@pytest.mark.long
 def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = content_of(runs.step("a", 2))
     capsys.readouterr()
@@ -95,6 +99,7 @@ def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, caps
     assert load_config(again / "config.yaml").optim.lr == 0.5
 
 
+@pytest.mark.long
 def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
     runs.train("a", run__resume="latest", train__max_steps=7)
     link = runs.folder / "link"
@@ -103,6 +108,7 @@ def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
     assert steps_of(run) == [6, 7, 8]
 
 
+@pytest.mark.long
 def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
     run = runs.branch(
         "a", run__overwrite=True, train__max_steps=4, train__checkpoint_every=1, train__keep_checkpoints=3
@@ -110,6 +116,7 @@ def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
     assert steps_of(run) == [2, 3, 4]
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) -> None:
     other = runs.train("b", train__max_steps=4)
     before = content(other)
@@ -122,6 +129,7 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) ->
     assert len(list((other / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.long
 def test_killed_between_the_old_steps_and_the_new_ones(
     runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +146,7 @@ def test_killed_between_the_old_steps_and_the_new_ones(
     assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected, metrics=True)
 
 
+@pytest.mark.long
 def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delete_files = DiskFiles.delete_files
 
@@ -158,6 +167,7 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatc
     assert_same(run, expected, metrics=True)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +184,7 @@ def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
     assert caught.value.exit_code != USAGE and steps_of(runs.folder / "a") == [2, 4, 6, 50]
 
 
+@pytest.mark.long
 def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
     before = content(runs.folder)
     opened = open_source(RunSource(runs.folder / "a", "2"), SoloComm())
@@ -182,6 +193,7 @@ def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
     assert content(runs.folder) == before
 
 
+@pytest.mark.long
 def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied")
@@ -192,6 +204,7 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
     assert steps_of(runs.folder / "a") == [2, 4, 6]
 
 
+@pytest.mark.long
 def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     """As a launcher that starts a job again needs it: run.resume=auto."""
     runs.train("b", run__resume="auto", train__max_steps=4)
@@ -201,6 +214,7 @@ def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     assert trained and {name: found[name] for name in trained} == {name: expected[name] for name in trained}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("resume", ["auto", "latest", 6])
 def test_a_finished_run_that_is_started_again_stays_as_it_is(
     runs: Runs, resume: str | int, capsys: pytest.CaptureFixture[str]
@@ -211,6 +225,7 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(
     assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in " ".join(capsys.readouterr().out.split("\n"))
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
     file = runs.folder / "a" / "report.json"
     metrics = json.loads(file.read_text())["metrics"]
@@ -219,11 +234,13 @@ def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
     assert metrics and json.loads(file.read_text())["metrics"] == metrics
 
 
+@pytest.mark.long
 def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
     run = runs.train("a", run__resume="auto", train__max_steps=7)
     assert report_of(run)["global_step"] == 7 and steps_of(run)[-1] == 7
 
 
+@pytest.mark.long
 def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_again(
     places: Places, runs: Runs
 ) -> None:
@@ -241,3 +258,110 @@ def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_a
     assert f"or set back: {refusal}" in last and last.endswith("; not started again"), done.stderr
     assert done.stderr.count(refusal) == 2, "the rank's line, and the supervisor's"
     assert "resuming at step 6 on 1 rank" in done.stderr
+
+
+ROWS = "rows-00000-of-00001.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunPath:
+    """Where runs may be."""
+    return tmp_path / "runs" if request.param == "disk" else run_path(f"{request.getfixturevalue('s3_url')}/runs")
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_the_newest_whole_one(
+    places: Places, folder: RunPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained(runs: RunPath, **changes: Any) -> RunPath:
+        steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "train__keep_checkpoints": 5}
+        settings = places.settings(run__dir=runs, run__name="a", **{**steps, **changes})
+        train(load_config(settings=settings), SoloComm())
+        return runs / "a"
+
+    expected, run = trained(tmp_path / "expected"), trained(folder)
+    damage(run, 6, "dense.safetensors", "missing")
+    damage(run, 4, ROWS, "-1")
+    before = finished(run)[-1].files.published
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000006/dense.safetensors is missing; take another check"):
+        trained(folder, run__resume=6)
+    assert finished(run)[-1].files.published == before, "nothing was touched"
+    capsys.readouterr()
+    trained(folder, run__resume="auto")
+    said = " ".join(capsys.readouterr().out.split())
+    for step, why in ((6, "dense.safetensors is missing"), (4, f"{ROWS} is damaged: its digest is not the one in s")):
+        name = f"step-{step:08}"
+        assert f"warning: {name} is passed over, and kept as damaged-{name} in {run}/checkpoints: " in said
+        assert f"{name}/{why}" in said
+    assert said.count("continuing from step 2") == 2
+    assert_same(run, expected, metrics=True)
+    files = finished(run)[-1].files
+    assert files.list() == ["damaged-step-00000004", "damaged-step-00000006", *names_of(run)]
+    assert steps_of(run) == [2, 4, 6] and files.list("damaged-step-00000006") == [ROWS, "state.json"]
+    damage(run, 2, ROWS, "missing")
+    trained(folder, run__resume="auto", train__max_steps=7)
+    assert steps_of(run) == [4, 6, 7], "nothing could be published with it"
+    assert finished(run)[-1].files.list()[:1] == ["damaged-step-00000002"], "in the place of those before"
+
+
+@pytest.mark.long
+def test_if_all_are_damaged_the_newest_is_named(places: Places, tmp_path: Path) -> None:
+    runs = Runs(places, tmp_path)
+    run = runs.train("a", train__max_steps=4)
+    for step in (2, 4):
+        damage(run, step, "state.json", "cut")
+    before = content(run)
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000004/state\.json is damaged"):
+        runs.train("a", run__resume="auto")
+    assert content(run) == before, "nothing was touched"
+
+
+def test_all_ranks_take_the_same_one(folder: RunPath, tmp_path: Path) -> None:
+    """One rank alone finds the damage, in the file that it reads; whichever that is."""
+    run = folder / "a"
+    damages: list[tuple[str, str]] = [
+        ("rows-00001-of-00002.safetensors", "cut"),
+        ("rows-00001-of-00002.safetensors", "head"),
+        ("rows-00001-of-00002.safetensors", "names"),
+        ("rows-00000-of-00002.safetensors", "missing"),
+        ("dense.safetensors", "head"),
+        ("state.json", "cut"),
+        ("state.json", "missing"),
+    ]
+    steps = range(50, 51 + len(damages))
+    for step in steps:
+        on_ranks(2, lambda comm, step=step: saved.save(comm, run, _of(comm, step), state_at(step), 99))
+    for step, (name, how) in zip(steps[1:], damages, strict=True):
+        damage(run, step, name, how)
+
+    def open_at(comm: Comm, resumed: Resumed | None, passed_over: list[PassedOver]) -> tuple[Trained, list[PassedOver]]:
+        assert resumed is not None
+        trained = Trained(comm.rank, comm.size)
+        checkpoint.load(comm, *resumed, trained, str(tmp_path / "cache"))
+        return trained, passed_over
+
+    def resume(comm: Comm, resume: str = "auto") -> tuple[Trained, list[PassedOver]]:
+        config = load_config(settings=[f"run.dir={run.parent}", "run.name=a", f"run.resume={resume}"])
+        return continued(comm, config, run, lambda *chosen: open_at(comm, *chosen))
+
+    for size in (1, 2, 3):
+        for trained, passed_over in on_ranks(size, resume):
+            assert [each.checkpoint.name for each in passed_over] == [f"step-{step:08}" for step in steps[:0:-1]]
+            for each, (name, _) in zip(passed_over[::-1], damages, strict=True):
+                assert name in each.why
+            assert float(trained.dense["layer.weight"][0, 0]) == steps[0]
+            assert {int(rows[0]) for rows in trained.rows.values()} <= set(range(steps[0], steps[0] + 8))
+    raised = on_ranks(2, lambda comm: resume(comm, "57"))
+    assert {type(each) for each in raised} <= {DamagedCheckpointError, RemoteRankError}
+    assert all("step-00000057/state.json" in str(each) for each in raised)
+    CheckpointPlace(run).claim([each.checkpoint for each in on_ranks(1, resume)[0][1]])
+    assert steps_of(run) == [50]
+
+
+def _of(comm: Comm, step: int) -> Trained:
+    return Trained(comm.rank, 2, float(step))

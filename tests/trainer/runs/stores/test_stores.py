@@ -1,5 +1,6 @@
-"""Runs on two contents an item, each in a feature store of its own and of another dimension."""
+"""Runs on two contents an item, each in a store of its own; on channels, compact stores and imported vectors."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,19 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from featurestore.errors import AnotherStoreError
+from featurestore.errors import AnotherStoreError, ChannelError
 from featurestore.format.rows import FeatureRows
+from featurestore.snapshot import SnapshotId
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
+from featurestore.upkeep.history import move_channel
+from featurestore.upkeep.remake import remake
+from jobs import import_features
+from jobs.export_embeddings import app as export_app
 from tests.ranks import StandingRanks
+from tests.trainer.runs.stores.short import dense, train_on
 from tests.trainer.whole_runs import all_alike
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app as compat_app
 from trainer.config.config import Config, load_config
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.evaluate import app as evaluate_app
 from trainer.main import train
+from trainer.runs import checkpoint
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import open_trained
@@ -28,7 +38,6 @@ from trainer.runs.stores import store_places
 from trainer.schema import Schema, load_schema
 
 Places = Any
-
 SCHEMA = """
 fields:
   - {name: user, side: user, kind: id}
@@ -193,3 +202,137 @@ class TestPlaces:
             ConfigError, match=r"data\.stores\.tiles: no content field .* names store tiles, only images"
         ):
             store_places(self.config(*settings), schema)
+
+
+@pytest.fixture
+def places(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
+    """A store whose second snapshot has other features than its first, which is stable."""
+    places = make_places(tmp_path)
+    store = FeatureStore.open(tmp_path / "features")
+    move_channel(store, "stable", store.snapshot().version)
+    rows = [store.snapshot().read_shard(shard) for shard in range(store.info.num_shards)]
+    store.delete([int(key) for each in rows for key in each.keys_N[:1]])
+    return places
+
+
+def trained(places: Places, **changes: Any) -> None:
+    small = {"run__name": "a", "train__max_steps": 2, "data__store_version": "stable", "data__missing": "zeros"}
+    train(load_config(settings=places.settings(**{**small, **changes})), SoloComm())
+
+
+@pytest.mark.long
+def test_a_run_keeps_the_snapshot_that_its_channel_had_when_it_began(places: Places, tmp_path: Path) -> None:
+    store, run = FeatureStore.open(tmp_path / "features"), tmp_path / "runs/a"
+    stable, newest = store.snapshot("stable"), store.snapshot()
+    assert stable.version < newest.version
+    trained(places)
+    state = checkpoint.read_state(find_checkpoint(run))
+    assert state.stores["images"] == SnapshotId.of(stable)
+    assert json.loads((run / "report.json").read_text())["store_version"] == stable.version
+    move_channel(store, "stable", newest.version)
+    trained(places, run__resume="latest", train__max_steps=3)
+    assert checkpoint.read_state(find_checkpoint(run)).stores["images"] == SnapshotId.of(stable)
+    trained(places, run__resume="latest", train__max_steps=4, data__store_version=newest.version)
+    assert checkpoint.read_state(find_checkpoint(run)).stores["images"] == SnapshotId.of(newest)
+    trained(places, run__name="b")
+    assert checkpoint.read_state(find_checkpoint(tmp_path / "runs/b")).stores["images"] == SnapshotId.of(newest)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("undrawn")
+def test_commands_take_channels(places: Places, tmp_path: Path) -> None:
+    trained(places)
+    store, run = FeatureStore.open(tmp_path / "features"), tmp_path / "runs/a"
+
+    def called(app: Any, *words: object) -> str:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    evaluated = ("--store", store.url, "--bootstrap", 0, "--out", tmp_path / "report")
+    assert "is at snapshot" in called(evaluate_app, run, *evaluated)
+    assert "is at snapshot" not in called(evaluate_app, run, *evaluated, "--store-version", "stable")
+    said = called(export_app, "--run", run, "--store-version", "stable", "--out", tmp_path / "visual.parquet")
+    assert f"features     snapshot {store.snapshot('stable').version} of" in said
+    lost = CliRunner().invoke(evaluate_app, [str(run), "--store-version", "stable"])
+    assert lost.exit_code == 2 and "--store-version: it needs --store" in " ".join(lost.output.split())
+
+
+@pytest.mark.long
+def test_what_is_no_channel_is_refused_by_name(places: Places) -> None:
+    with pytest.raises(ChannelError, match="no channel 'stabel'; it has stable"):
+        trained(places, data__store_version="stabel")
+    with pytest.raises(ConfigError, match=r"data\.store_version.*not the name of a channel"):
+        trained(places, data__store_version="../x")
+
+
+DIMS = 6
+
+
+@pytest.fixture(scope="module")
+def reduced(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Samples, a store, and two of its components in `compact` and `half`."""
+    places = make_places(tmp_path_factory.mktemp("compact"))
+    for name, dtype in (("compact", "float32"), ("half", "float16")):
+        remake(FeatureStore.open(places.folder / "features"), places.folder / name, dims=DIMS, dtype=dtype)
+    return places
+
+
+def run(places: Places, name: str, store: str = "compact", **changes: Any) -> Path:
+    return train_on(places, name, store, **changes)
+
+
+def scales(folder: Path) -> torch.Tensor:
+    (found,) = [value for name, value in dense(folder).items() if name.endswith("inverse_std_D")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(reduced: Places) -> Path:
+    """A run on the components that nothing has interrupted."""
+    return run(reduced, "whole")
+
+
+@pytest.mark.long
+def test_resumption_is_exact_and_knows_the_basis(reduced: Places, whole: Path) -> None:
+    run(reduced, "halves", train__max_steps=12)
+    halves = run(reduced, "halves", run__resume="latest")
+    mine, theirs = dense(halves), dense(whole)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    store = FeatureStore.open(reduced.folder / "features")
+    store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32)))
+    remake(store, reduced.folder / "other", dims=DIMS, dtype="float32")
+    with pytest.raises(CheckpointError, match=r"stores\.images\.basis is '\w{64}' here, '\w{64}' in the checkpoint"):
+        run(reduced, "halves", "other", run__resume="latest", train__max_steps=36)
+    with pytest.raises(CheckpointError, match=r"stores\.images\.dim is 16 here, 6"):
+        run(reduced, "halves", "features", run__resume="latest", train__max_steps=36)
+
+
+@pytest.mark.long
+def test_components_in_float16_are_as_good_and_scaled_alike(reduced: Places, whole: Path) -> None:
+    runs = {"compact": whole, "half": run(reduced, "on-half", "half")}
+    metrics = {name: json.loads((path / "report.json").read_text())["metrics"] for name, path in runs.items()}
+    assert metrics["half"]["logloss"] == pytest.approx(metrics["compact"]["logloss"], abs=0.01)
+    assert len(set(scales(runs["compact"]).tolist())) == 1 and len(scales(runs["half"])) == DIMS
+    assert scales(runs["half"])[0] == pytest.approx(float(scales(runs["compact"])[0]), rel=0.01)
+    full = run(reduced, "full", "features", train__max_steps=1)
+    assert len(set(scales(full).tolist())) > 1, "features of all numbers are scaled each by its own"
+
+
+def test_a_run_on_imported_vectors(make_places, tmp_path, monkeypatch, client):
+    places = make_places(tmp_path)
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32))
+    np.save(tmp_path / "keys.npy", np.arange(1_000, 1_050))
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
+    options = ["--keys", str(tmp_path / "keys.npy"), "--store", str(tmp_path / "features-text"), "--name", "text"]
+    result = CliRunner().invoke(import_features.app, ["--from", str(tmp_path / "text.npy"), *options])
+    assert result.exit_code == 0, result.output
+    assert [FeatureStore.open(tmp_path / name).info.dim for name in ("features", "features-text")] == [16, 64]
+    settings = places.settings(
+        data__store=tmp_path / "features-text", run__name="text", train__max_steps=2, model__images="both"
+    )
+    config = load_config(settings=settings)
+    train(config, SoloComm())
+    report = json.loads((Path(config.run.dir) / "text/report.json").read_text())
+    assert report["global_step"] == 2
+    assert np.isfinite(report["metrics"]["logloss"])
