@@ -14,7 +14,6 @@ import torch
 from typer.testing import CliRunner
 
 from featurestore.lookup.compute_dtype import VARIABLE, dtype_of_machine
-from tests.ranks import StandingRanks
 from tests.trainer import frozen
 from trainer.comm import SoloComm
 from trainer.comm.horovod import WITHOUT_NCCL
@@ -200,14 +199,6 @@ Places = Any
 def report_of(places: Places, name: str) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((places.folder / "runs" / name / "report.json").read_text())
     return report
-
-
-def test_two_ranks_on_cpu_name_gloo(places: Places, two_ranks: StandingRanks) -> None:
-    settings = places.settings(run__name="gloo", train__max_steps=1, run__device="cpu")
-    first = two_ranks.run("-m", "trainer.main", "--set", *settings).splitlines()[0]
-    assert ", 2 ranks on cpu, collectives: Gloo by Horovod, compute_dtype float32, step 0 of 1" in first
-    report = report_of(places, "gloo")
-    assert (report["devices"], report["collectives"]) == (["cpu", "cpu"], "Gloo by Horovod")
 
 
 def test_one_process_has_no_collectives(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_what_ranks_new_ads_better_holds(request: pytest.FixtureRequest, store: 
     assert _distance(held_N, label_N) > _distance(other_N, label_N) + 0.5
 
 
-@pytest.mark.parametrize("store", ["right", "wrong"])
+@pytest.mark.parametrize("store", [pytest.param("right", marks=pytest.mark.slow), "wrong"])
 def test_two_ranks_decide_as_one(
     made: Places, request: pytest.FixtureRequest, store: str, two_ranks: StandingRanks
 ) -> None:

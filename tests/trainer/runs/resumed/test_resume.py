@@ -27,6 +27,7 @@ from trainer.runs.folder import Checkpoint, finished
 from trainer.runs.saved import RunSource, open_source
 from trainer.runs.saving import CheckpointPlace
 
+pytestmark = pytest.mark.long  # they train whole runs
 Places = Any
 
 
@@ -76,7 +77,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.long
 def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
     before = content(runs.folder)
     with pytest.raises(
@@ -87,7 +87,6 @@ def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
     assert content(runs.folder) == before
 
 
-@pytest.mark.long
 def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = content_of(runs.step("a", 2))
     capsys.readouterr()
@@ -99,7 +98,6 @@ def test_overwriting_leaves_the_new_steps_alone(runs: Runs, expected: Path, caps
     assert load_config(again / "config.yaml").optim.lr == 0.5
 
 
-@pytest.mark.long
 def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
     runs.train("a", run__resume="latest", train__max_steps=7)
     link = runs.folder / "link"
@@ -108,7 +106,6 @@ def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
     assert steps_of(run) == [6, 7, 8]
 
 
-@pytest.mark.long
 def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
     run = runs.branch(
         "a", run__overwrite=True, train__max_steps=4, train__checkpoint_every=1, train__keep_checkpoints=3
@@ -116,7 +113,6 @@ def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
     assert steps_of(run) == [2, 3, 4]
 
 
-@pytest.mark.long
 def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) -> None:
     other = runs.train("b", train__max_steps=4)
     before = content(other)
@@ -129,7 +125,6 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) ->
     assert len(list((other / "tensorboard").iterdir())) == 1
 
 
-@pytest.mark.long
 def test_killed_between_the_old_steps_and_the_new_ones(
     runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +141,6 @@ def test_killed_between_the_old_steps_and_the_new_ones(
     assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected, metrics=True)
 
 
-@pytest.mark.long
 def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delete_files = DiskFiles.delete_files
 
@@ -167,7 +161,6 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, expected: Path, monkeypatc
     assert_same(run, expected, metrics=True)
 
 
-@pytest.mark.long
 def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +177,6 @@ def test_a_checkpoint_of_another_start_that_comes_meanwhile_ends_this_one(
     assert caught.value.exit_code != USAGE and steps_of(runs.folder / "a") == [2, 4, 6, 50]
 
 
-@pytest.mark.long
 def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
     before = content(runs.folder)
     opened = open_source(RunSource(runs.folder / "a", "2"), SoloComm())
@@ -193,7 +185,6 @@ def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
     assert content(runs.folder) == before
 
 
-@pytest.mark.long
 def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied")
@@ -204,7 +195,6 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
     assert steps_of(runs.folder / "a") == [2, 4, 6]
 
 
-@pytest.mark.long
 def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     """As a launcher that starts a job again needs it: run.resume=auto."""
     runs.train("b", run__resume="auto", train__max_steps=4)
@@ -214,7 +204,6 @@ def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     assert trained and {name: found[name] for name in trained} == {name: expected[name] for name in trained}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("resume", ["auto", "latest", 6])
 def test_a_finished_run_that_is_started_again_stays_as_it_is(
     runs: Runs, resume: str | int, capsys: pytest.CaptureFixture[str]
@@ -225,7 +214,6 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(
     assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in " ".join(capsys.readouterr().out.split("\n"))
 
 
-@pytest.mark.long
 def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
     file = runs.folder / "a" / "report.json"
     metrics = json.loads(file.read_text())["metrics"]
@@ -234,13 +222,11 @@ def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
     assert metrics and json.loads(file.read_text())["metrics"] == metrics
 
 
-@pytest.mark.long
 def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
     run = runs.train("a", run__resume="auto", train__max_steps=7)
     assert report_of(run)["global_step"] == 7 and steps_of(run)[-1] == 7
 
 
-@pytest.mark.long
 def test_settings_that_the_checkpoint_refuses_are_what_was_typed_and_not_tried_again(
     places: Places, runs: Runs
 ) -> None:
@@ -274,7 +260,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunPath:
     return tmp_path / "runs" if request.param == "disk" else run_path(f"{request.getfixturevalue('s3_url')}/runs")
 
 
-@pytest.mark.long
 def test_a_run_goes_on_from_the_newest_whole_one(
     places: Places, folder: RunPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,7 +294,6 @@ def test_a_run_goes_on_from_the_newest_whole_one(
     assert finished(run)[-1].files.list()[:1] == ["damaged-step-00000002"], "in the place of those before"
 
 
-@pytest.mark.long
 def test_if_all_are_damaged_the_newest_is_named(places: Places, tmp_path: Path) -> None:
     runs = Runs(places, tmp_path)
     run = runs.train("a", train__max_steps=4)
