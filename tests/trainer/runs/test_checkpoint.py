@@ -15,10 +15,9 @@ from featurestore.published.versions import PublishedFile
 from tests.trainer.checkpoints import damage, files_of, of_step
 from tests.trainer.runs import saved
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, origin_of, state_at
+from tests.trainer.whole_runs import run_alone
 from trainer.comm import Comm, SoloComm
-from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError
-from trainer.main import train
 from trainer.runs import checkpoint
 from trainer.runs.folder import Checkpoint, find_checkpoint, finished
 from trainer.runs.saved import open_trained, read_run
@@ -196,28 +195,27 @@ Places = Any
 
 
 @pytest.fixture(scope="module")
-def run(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three_steps(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps, each of which left a checkpoint."""
     places = make_places(tmp_path_factory.mktemp("trained"))
-    changes = {"train__max_steps": 3, "train__checkpoint_every": 1}
-    train(load_config(settings=places.settings(run__name="a", **changes)), SoloComm())
-    return Path(places.folder) / "runs" / "a"
+    return run_alone(places, run__name="a", train__max_steps=3, train__checkpoint_every=1)
 
 
 @pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
+def copy(three_steps: Path, tmp_path: Path) -> Path:
     """The same, to be changed."""
-    return shutil.copytree(run, tmp_path / "a")
+    return shutil.copytree(three_steps, tmp_path / "a")
 
 
-def test_an_earlier_checkpoint_is_opened_by_its_step(run: Path) -> None:
-    with contextlib.closing(open_trained(run, SoloComm(), which="2")) as trained:
-        assert (trained.saved.checkpoint, trained.engine.num_steps, trained.saved.state.step) == (of_step(run, 2), 2, 2)
+def test_an_earlier_checkpoint_is_opened_by_its_step(three_steps: Path) -> None:
+    with contextlib.closing(open_trained(three_steps, SoloComm(), which="2")) as trained:
+        assert trained.saved.checkpoint == of_step(three_steps, 2)
+        assert trained.engine.num_steps == trained.saved.state.step == 2
 
 
-def test_a_folder_of_runs_is_not_a_run(run: Path) -> None:
+def test_a_folder_of_runs_is_not_a_run(three_steps: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not a run's folder: .*; it holds the runs a"):
-        read_run(run.parent)
+        read_run(three_steps.parent)
 
 
 @pytest.mark.parametrize(
