@@ -1,7 +1,6 @@
 """A net of the user's own, `model.base=mypackage.MyNet`: the example of docs/CODE.md, from training to serving."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
 from serving.__main__ import app as serving
-from tests.ranks import HOROVODRUN, StandingRanks, environment
+from tests.ranks import StandingRanks
 from tests.serving.http.processes import ServerProcess, ended
 from tests.serving.scoring.variants import export
 from tests.trainer.checkpoints import tensors_of
@@ -56,14 +55,12 @@ def own(places: SamplePlaces, package: Path, tmp_path_factory: pytest.TempPathFa
     return run_alone(places, run__dir=tmp_path_factory.mktemp("own"), train__checkpoint_every=5, **SHARED)
 
 
-@pytest.mark.services
-def test_two_ranks_equal_one(own: Path, package: Path, places: SamplePlaces, tmp_path: Path) -> None:
-    settings = places.settings(run__dir=tmp_path, **SHARED)
-    command = [HOROVODRUN, "-np", "2", sys.executable, "-m", "trainer.main", "--set", *settings]
-    variables = environment()
-    variables["PYTHONPATH"] += f":{package}"
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_two_ranks_equal_one(
+    own: Path, package: Path, places: SamplePlaces, tmp_path: Path, two_ranks: StandingRanks
+) -> None:
+    script = package / "train.py"  # beside the package, which its ranks can import then
+    script.write_text("from trainer.main import app\n\napp()\n")
+    two_ranks.run(script, "--set", *places.settings(run__dir=tmp_path, **SHARED))
     mine, theirs = tensors_of(own), tensors_of(tmp_path / "own")
     assert any("model.wide" in name for name in mine) and mine.keys() == theirs.keys()
     for name, value in mine.items():
