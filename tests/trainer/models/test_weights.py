@@ -12,12 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from tests.trainer.models.pooling.test_aggregators import field_of
+from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.config.config import load_config
 from trainer.config.options import ModelConfig
 from trainer.errors import DataError, SchemaError
 from trainer.exchange.vectors import FieldVectors
-from trainer.main import train
 from trainer.models.nets import build_model
 from trainer.models.pooling import mean_pool, sum_pool
 from trainer.prerank.vectors import (
@@ -82,12 +81,9 @@ def weighted(make_places: Callable[[Path], Any], tmp_path_factory: pytest.TempPa
     places = make_places(tmp_path_factory.mktemp("weighted"))
     rewritten(places.folder / "samples", with_weights)
     (places.folder / "schema.yaml").write_text(schema_text(weighted_schema()))
-    settings = places.settings(
-        data__schema_file=places.folder / "schema.yaml", model__base="two_tower", run__name="towers",
-        train__max_steps=12, model__compute_dtype="float32",
-        model__tables="{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_words: 128}",
-    )  # fmt: skip
-    train(load_config(None, settings), SoloComm())
+    settings = {"data__schema_file": places.folder / "schema.yaml", "model__compute_dtype": "float32"}
+    settings["model__tables"] = "{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_words: 128}"
+    run_alone(places, run__name="towers", model__base="two_tower", train__max_steps=12, **settings)
     return places
 
 

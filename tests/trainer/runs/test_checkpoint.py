@@ -41,7 +41,11 @@ def test_layout(run: RunPath) -> None:
     assert sorted(state.files) == parts[:-1]
 
 
-@pytest.mark.parametrize(("written", "read"), [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("run", "written", "read"),
+    [*(("disk", *ranks) for ranks in ((1, 1), (2, 1), (1, 2), (2, 3), (3, 2))), ("s3", 2, 3)],
+    indirect=["run"],
+)
 def test_loads_at_any_number_of_ranks(run: RunPath, written: int, read: int) -> None:
     path = _save(run, size=written, value=7.0)
 
@@ -97,10 +101,17 @@ def test_same_step_is_written_once(run: RunPath) -> None:
     assert trained.dense["layer.weight"][0, 0] == 1.0
 
 
+PARTS = ("dense.safetensors", "rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors")
+
+
 @pytest.mark.parametrize(
-    "name", ["dense.safetensors", "rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors"]
+    ("run", "name", "how"),
+    [
+        *(("disk", name, how) for name in PARTS for how in ("3", "-1", "cut", "missing")),
+        *(("s3", PARTS[1], how) for how in ("-1", "missing")),
+    ],
+    indirect=["run"],
 )
-@pytest.mark.parametrize("how", ["3", "-1", "cut", "missing"])
 def test_damaged_files_are_named(run: RunPath, name: str, how: str) -> None:
     path = _save(run, size=2)
     damage(run, 50, name, how)

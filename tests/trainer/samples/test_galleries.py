@@ -15,7 +15,9 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from tests.trainer.checkpoints import tensors_of
 from tests.trainer.samples.reading import rewrite
+from tests.trainer.whole_runs import report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, DataError, SchemaError
@@ -117,15 +119,11 @@ def test_galleries_of_one_image_are_that_image(
     places = placed(make_places, tmp_path / "places", lambda image: [image])
     trained = []
     for name, schema in (("images", DEFAULT_SCHEMA), ("galleries", schema_file(tmp_path, pooling))):
-        settings = places.settings(
-            run__name=name, train__max_steps=6, data__schema_file=schema, model__compute_dtype="float64"
-        )
-        train(load_config(settings=settings), SoloComm())
-        run = open_run(load_config(settings=[*settings, "run.resume=latest"]), SoloComm())
-        run.close()
-        trained.append(({**run.engine.dense_state(), **run.engine.shard_state()}, run.history[-1]))
-    (images, expected), (pooled, found) = trained
-    assert found["logloss"] == pytest.approx(expected["logloss"], rel=1e-9)
+        settings = {"train__max_steps": 6, "data__schema_file": schema, "model__compute_dtype": "float64"}
+        trained.append(run_alone(places, run__name=name, **settings))
+    images, pooled = map(tensors_of, trained)
+    found, expected = (report_of(run)["metrics"]["logloss"] for run in trained)
+    assert found == pytest.approx(expected, rel=1e-9)
     for name, value in images.items():  # gradients of one image are summed in another order
         torch.testing.assert_close(pooled[name], value, rtol=1e-7, atol=1e-9)
 
@@ -144,11 +142,9 @@ def test_an_image_in_many_galleries_is_asked_for_once(make_places: Callable[[Pat
 def trained_towers(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Places with galleries, and a two-tower run on them."""
     places = placed(make_places, tmp_path_factory.mktemp("galleries"), gallery_of)
-    settings = places.settings(
-        run__name="towers", train__max_steps=8, model__base="two_tower", model__tower_width=6,
-        model__compute_dtype="float32", data__schema_file=schema_file(places.folder),
-    )  # fmt: skip
-    train(load_config(settings=settings), SoloComm())
+    settings = {"train__max_steps": 8, "model__base": "two_tower", "model__tower_width": 6}
+    settings |= {"model__compute_dtype": "float32", "data__schema_file": schema_file(places.folder)}
+    run_alone(places, run__name="towers", **settings)
     return places
 
 

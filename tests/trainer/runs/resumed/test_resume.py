@@ -16,7 +16,7 @@ from featurestore.storage.local import DiskFiles
 from tests.trainer.checkpoints import content_of, damage, files_of, names_of, of_step, steps_of
 from tests.trainer.runs import saved
 from tests.trainer.runs.saved import Trained, on_ranks, state_at
-from tests.trainer.whole_runs import assert_same, report_of
+from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DamagedCheckpointError, RemoteRankError, TrainerError
@@ -39,9 +39,7 @@ class Runs:
 
     def train(self, name: str, **changes: Any) -> Path:
         steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "train__seed": 3}
-        settings = self._places.settings(run__dir=self.folder, run__name=name, **{**steps, **changes})
-        train(load_config(settings=settings), SoloComm())
-        return self.folder / name
+        return run_alone(self._places, run__dir=self.folder, run__name=name, **{**steps, **changes})
 
     def branch(self, name: str, step: int = 2, of: str = "a", **changes: Any) -> Path:
         """From an earlier checkpoint of run `of`, at another learning rate."""

@@ -16,7 +16,7 @@ from featurestore.published.paths import FarPath, RunPath, run_path
 from tests.commands.calls import call
 from tests.servers import environment_of, new_bucket, seaweedfs
 from tests.trainer.checkpoints import steps_of, tensors_of
-from tests.trainer.whole_runs import alike, assert_same
+from tests.trainer.whole_runs import alike, assert_same, run_alone
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
@@ -109,11 +109,8 @@ class TestReaders:
         ends = []
         for number, run in enumerate(far_and_near):
             name = f"warm-{number}"
-            settings = places.settings(
-                run__dir=tmp_path, run__name=name, run__warm_start=run, train__max_steps=2, run__warm_parts="full"
-            )
-            train(load_config(settings=settings), SoloComm())
-            ends.append(tmp_path / name)
+            warm = {"run__warm_start": run, "run__warm_parts": "full", "train__max_steps": 2}
+            ends.append(run_alone(places, run__dir=tmp_path, run__name=name, **warm))
         assert_same(*ends, metrics=True)
 
     def test_a_folder_that_is_no_run(self, far_and_near: tuple[FarPath, Path]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 from typer.testing import CliRunner
 
 from featurestore.errors import AnotherStoreError, ChannelError
@@ -22,8 +23,8 @@ from featurestore.upkeep.remake import remake
 from jobs import import_features
 from jobs.export_embeddings import app as export_app
 from tests.ranks import StandingRanks
-from tests.trainer.runs.stores.short import dense, train_on
-from tests.trainer.whole_runs import all_alike
+from tests.trainer.whole_runs import all_alike, report_of
+from tests.trainer.whole_runs import run_alone as run_here
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app as compat_app
 from trainer.config.config import Config, load_config
@@ -279,7 +280,15 @@ def reduced(make_places: Callable[[Path], Places], tmp_path_factory: pytest.Temp
 
 
 def run(places: Places, name: str, store: str = "compact", **changes: Any) -> Path:
-    return train_on(places, name, store, **changes)
+    """Train 24 steps on the store of that name, in float32, as numbers are compared; return the run's folder."""
+    short = {"train__epochs": 3, "data__global_batch_size": 16, "train__max_steps": 24}
+    changes = {**short, "model__compute_dtype": "float32", **changes}
+    return run_here(places, run__name=name, data__store=places.folder / store, **changes)
+
+
+def dense(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the dense parameters of a run's newest checkpoint."""
+    return load(find_checkpoint(folder).read_bytes("dense.safetensors"))
 
 
 def scales(folder: Path) -> torch.Tensor:
@@ -328,11 +337,7 @@ def test_a_run_on_imported_vectors(make_places, tmp_path, monkeypatch, client):
     result = CliRunner().invoke(import_features.app, ["--from", str(tmp_path / "text.npy"), *options])
     assert result.exit_code == 0, result.output
     assert [FeatureStore.open(tmp_path / name).info.dim for name in ("features", "features-text")] == [16, 64]
-    settings = places.settings(
-        data__store=tmp_path / "features-text", run__name="text", train__max_steps=2, model__images="both"
-    )
-    config = load_config(settings=settings)
-    train(config, SoloComm())
-    report = json.loads((Path(config.run.dir) / "text/report.json").read_text())
+    store = tmp_path / "features-text"
+    report = report_of(run_here(places, run__name="text", data__store=store, train__max_steps=2, model__images="both"))
     assert report["global_step"] == 2
     assert np.isfinite(report["metrics"]["logloss"])
