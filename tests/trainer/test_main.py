@@ -29,8 +29,18 @@ from featurestore.keys import NO_IMAGE
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
 from pipeline.samples.build import write_suggested
-from tests.ranks import Forks, StandingRanks, TorchRanks, command_of, environment, ranks_of
+from tests.ranks import (
+    Forks,
+    StandingRanks,
+    TorchRanks,
+    command_of,
+    environment,
+    forks_of_ranks,
+    ranks_of,
+    standing_ranks,
+)
 from tests.trainer.checkpoints import steps_of, tensors_of
+from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import SHARED, Places, all_alike, assert_same, drawn_scalars, report_of, run_alone
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
@@ -552,3 +562,33 @@ class TestRefusals:
         monkeypatch.setattr("trainer.runs.open.save_config", refuse)
         with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*No space left"):
             run_alone(places, run__name="x", run__dir=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bare_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
+    """Two ranks of torch in which `import horovod` fails."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['horovod'] = None\n")
+    bare = {"PYTHONPATH": os.pathsep.join([str(folder), environment()["PYTHONPATH"]])}
+    with (
+        forks_of_ranks(bare) as forks,
+        standing_ranks(forks, tmp_path_factory.mktemp("bare-ranks"), TorchRanks(2)) as ranks,
+    ):
+        yield ranks
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("undrawn")
+def test_training_and_evaluation_without_horovod(
+    places: Places, alone: Path, tmp_path: Path, bare_ranks: StandingRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = places.settings(run__dir=tmp_path, run__name="two", train__max_steps=30, **SHARED)
+    said = bare_ranks.run("-m", "trainer.main", "--set", *settings)
+    assert "2 ranks on cpu, collectives: Gloo by torch.distributed" in said
+    two, one = (report_of(run_folder)["metrics"] for run_folder in (tmp_path / "two", alone))
+    assert two == all_alike(one, within=1e-9)
+    evaluate = ("-m", "trainer.evaluate", tmp_path / "two", "--bootstrap", 0)
+    assert " impressions, 2 ranks\n" in bare_ranks.run(*evaluate)
+    monkeypatch.setitem(sys.modules, "horovod", None)  # what is imported at once has been imported by the two ranks
+    code, said = run_here(list(map(str, evaluate)))
+    assert code == 0 and " impressions, 1 rank\n" in said, said
