@@ -55,6 +55,7 @@ def test_own_schema(tmp_path: Path) -> None:
             "has to be a field of side ad and kind id; did you mean ad?",
         ),
         ("new_ad_field: ad", "new_ad_field: user", "new_ad_field=user has to be a field of side ad"),
+        ("column: ad_number", "buckets: 4", "new_ad_field=ad has to be a field of side ad and kind id"),
         ("name: ad,", "name: user,", "field user is named twice"),
         ("store: covers", "table: covers", "table=covers is for kinds id and multi_id"),
         (
@@ -71,6 +72,50 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
         load_schema(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("kind: id, transform: log1p", "transform=log1p is for kind dense, not id"),
+        ("kind: dense, transform: log", "transform='log': it should be 'standardize', 'log1p' or 'log_standardize'"),
+        ("kind: dense, buckets: 4", "buckets=4 is for kinds id and multi_id, not dense"),
+        ("kind: id, buckets: 1", "buckets"),
+        ("kind: id, buckets: log10", "buckets"),
+        ("kind: id, boundaries: [1, 1]", "each larger than the one before"),
+        ("kind: id, boundaries: [1, .nan]", "finite numbers"),
+        ("kind: id, buckets: 4, weights: w", "it has buckets and weights=w; give one of them"),
+        ("kind: dense, weights: w", "weights=w is for kinds id and multi_id, not dense"),
+        ("kind: dense, width: 2, transform: standardize, mean: [1]", "one number for each of the 2 of a row"),
+        ("kind: dense, transform: standardize, mean: [1], std: [0]", "std"),
+        ("kind: dense, mean: [1], std: [2]", "mean does nothing without transform=standardize"),
+        ("kind: dense, transform: log1p, fill: mean, mean: [1], std: [2]", "std does nothing without"),
+        ("kind: id, buckets: 4, fill: mean", "fill=mean is for kind dense"),
+        ("kind: dense, fill: bucket", "fill=bucket for fields with buckets"),
+        ("kind: id, fill: 0", "fill=0.0 is for kind dense and for fields with buckets"),
+        ("kind: multi_id, gallery: mean", "gallery=mean is for kind content, not multi_id"),
+        ("kind: content, context: true", "context=true is for side ad and kinds id, multi_id and dense"),
+        ("side: user, kind: id, context: true", "context=true is for side ad and kinds id, multi_id and dense"),
+        ("side: user, kind: multi_id, beside: ad", "beside=ad is for fields of side user and kind multi_id"),
+        ("side: user, kind: multi_id, beside: gone", "there are items"),
+        ("side: user, kind: id, beside: items", "beside=items is for fields of side user"),
+        ("kind: multi_id, beside: items", "beside=items is for fields of side user"),
+        ("kind: dense, columns: [a, b]", "columns=('a', 'b') is for kinds id and multi_id, not dense"),
+        ("kind: id, columns: [a]", "has to name two columns or more, each once"),
+        ("kind: id, columns: [a, a]", "has to name two columns or more, each once"),
+        ("kind: id, columns: [a, b], buckets: 4", "it has buckets and columns=['a', 'b']; give one"),
+        ("kind: id, columns: [a, b], column: c", "it has column=c and columns=['a', 'b']; give one"),
+    ],
+)
+def test_mistakes_of_a_field_are_named(tmp_path: Path, field: str, told: str) -> None:
+    side = "" if field.startswith("side:") else "side: ad, "
+    (tmp_path / "schema.yaml").write_text(
+        "new_ad_field: ad\nfields:\n  - {name: ad, side: ad, kind: id}\n  - {name: items, side: user, kind: multi_id}\n"
+        f"  - {{name: price, {side}{field}}}\n"
+    )
+    with pytest.raises(SchemaError) as caught:
+        load_schema(tmp_path / "schema.yaml")
+    assert told in str(caught.value) and str(tmp_path / "schema.yaml") in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["- a", "fields: [", ""])

@@ -15,7 +15,6 @@ from tests.trainer.models.pooling.test_aggregators import field_of
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig
-from trainer.errors import DataError, SchemaError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model
 from trainer.models.pooling import mean_pool, sum_pool
@@ -64,15 +63,6 @@ def with_weights(table: pa.Table) -> pa.Table:
 def rewritten(folder: Path, edit: Edit) -> None:
     for path in folder.glob("*/*.parquet"):
         pq.write_table(edit(pq.read_table(path, partitioning=None)), path, row_group_size=7)
-
-
-def replaced(name: str, row: int, value: Any) -> Edit:
-    def edit(table: pa.Table) -> pa.Table:
-        values = table[name].to_pylist()
-        values[row] = value(values[row]) if callable(value) else value
-        return table.set_column(table.column_names.index(name), name, pa.array(values, table.schema.field(name).type))
-
-    return edit
 
 
 @pytest.fixture(scope="module")
@@ -166,44 +156,6 @@ class TestReading:
             assert all(weights_N.dtype == np.float32 for weights_N in batch.weights.values())
             seen += len(words.values_N)
         assert seen > 500
-
-    @pytest.mark.parametrize(
-        ("name", "value", "message"),
-        [
-            ("behavior_item_weight", lambda row: [*row, 1.0], r"each value needs one entry in both"),
-            (
-                "ad_words_weight",
-                lambda row: [[*row[0], 1.0], *row[1:]],
-                r"ad_words_weight has \d entries, ad_words has",
-            ),
-            ("ad_words_weight", lambda row: [*row, []], "each impression needs one entry in both"),
-            ("behavior_item_weight", [float("nan")] * 9, "column behavior_item_weight has nan"),
-            ("ad_category_weight", lambda row: [float("inf")] * len(row), "column ad_category_weight has inf"),
-            ("behavior_item_weight", [None], "has a null in its list"),
-            ("behavior_item_weight", None, "column behavior_item_weight is null"),
-        ],
-    )
-    def test_wrong_weights_are_named(self, weighted: Any, tmp_path: Path, name: str, value: Any, message: str) -> None:
-        (tmp_path / "train").mkdir()
-        path = tmp_path / "train/a.parquet"
-        whole = pq.read_table(weighted.folder / "samples/train/day=2026-01-01.parquet", partitioning=None)
-        pq.write_table(replaced(name, 17, value)(whole), path, row_group_size=7)
-        schema = weighted_schema()
-        reader = SampleReader(open_index(SoloComm(), str(tmp_path), "train", schema), schema, batch_size=64)
-        with pytest.raises(DataError, match=message) as caught:
-            list(reader.batches())
-        assert "a.parquet, row 17" in str(caught.value)
-
-    def test_weights_of_dense_fields_and_texts_are_refused(self, weighted: Any, tmp_path: Path) -> None:
-        (tmp_path / "schema.yaml").write_text(
-            "new_ad_field: ad\nfields:\n  - {name: ad, side: ad, kind: id}\n"
-            "  - {name: price, side: ad, kind: dense, weights: w}\n"
-        )
-        with pytest.raises(SchemaError, match="weights=w is for kinds id and multi_id, not dense"):
-            load_schema(tmp_path / "schema.yaml")
-        field = Field(name="ad_item2", side="ad", kind="id", column="ad_item", weights="ad_words")
-        with pytest.raises(SchemaError, match="column ad_words is list<element: list<element: int64>>, expected list"):
-            open_index(SoloComm(), str(weighted.folder / "samples"), "train", Schema(fields=(field,)))
 
 
 def test_inspect_finds_them(weighted: Any, tmp_path: Path) -> None:

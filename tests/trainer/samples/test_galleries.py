@@ -20,7 +20,7 @@ from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.errors import ConfigError, DataError, SchemaError
+from trainer.errors import ConfigError
 from trainer.evaluate import app as evaluate_app
 from trainer.exchange.vectors import FieldVectors
 from trainer.main import train
@@ -30,7 +30,7 @@ from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch, SampleReader
-from trainer.schema import DEFAULT_SCHEMA, Field, Schema, load_schema
+from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 
 pytestmark = pytest.mark.long
@@ -185,47 +185,6 @@ def test_similarity_is_refused(make_places: Callable[[Path], Places], tmp_path: 
         settings = places.settings(run__name="run", data__schema_file=schema_file(tmp_path), **change)
         with pytest.raises(ConfigError, match="compare single images, and behavior_image has a gallery of each ad"):
             open_run(load_config(settings=settings), SoloComm())
-
-
-@pytest.mark.parametrize(
-    ("column", "values", "error", "message"),
-    [
-        (
-            "ad_gallery",
-            None,
-            SchemaError,
-            "column ad_gallery is missing, expected list<list<integer>> (or",
-        ),
-        ("ad_gallery", lambda row: [1] * len(row), SchemaError, "column ad_gallery is list<element: int64>, expected"),
-        ("ad_gallery", lambda row: [*row, []], DataError, "row 0: column ad_gallery has"),
-        ("ad_gallery", lambda row: [None, *row[1:]], DataError, "row 0: column ad_gallery has a null in its list"),
-        ("behavior_gallery", lambda row: [*row, []], DataError, "each behaviour needs one entry in both"),
-    ],
-)
-def test_wrong_galleries(
-    column: str,
-    values: Callable[[list[Any]], list[Any]] | None,
-    error: type[Exception],
-    message: str,
-    sample_table: Callable[..., pa.Table],
-    tmp_path: Path,
-) -> None:
-    table = nested(sample_table(5), gallery_of)
-    place = table.schema.get_field_index(column)
-    if values is None:
-        table = table.remove_column(place)
-    else:
-        table = table.set_column(place, column, pa.array([values(row) for row in table[column].to_pylist()]))
-    (tmp_path / "train").mkdir()
-    pq.write_table(table, tmp_path / "train" / "a.parquet")
-    with pytest.raises(error) as caught:
-        batches(tmp_path, load_schema(schema_file(tmp_path)))
-    assert message in str(caught.value)
-
-
-def test_a_gallery_is_of_content() -> None:
-    with pytest.raises(ValueError, match="field tags: gallery=mean is for kind content, not multi_id"):
-        Field(name="tags", side="ad", kind="multi_id", gallery="mean")
 
 
 def test_inspect_and_check(make_places: Callable[[Path], Places], tmp_path: Path) -> None:

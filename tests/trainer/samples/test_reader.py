@@ -115,74 +115,6 @@ def test_dense_and_nested_fields(tmp_path: Path, sample_table: Callable[..., pa.
     np.testing.assert_array_equal(batch.dense["taste"], taste.reshape(9, 2))
 
 
-def _replaced(table: pa.Table, column: str, values: Any) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(column), column, values)
-
-
-def _edited(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
-    values = table.column(column).to_pylist()
-    values[row] = value
-    return _replaced(table, column, pa.array(values, table.schema.field(column).type))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda table: table.drop_columns(["user", "ad_scene"]), "(or string); column ad_scene is missing, expected"),
-        (
-            lambda table: _replaced(table, "user", table.column("user").cast(pa.bool_())),
-            "column user is bool, expected integer (or string)",
-        ),
-        (
-            lambda table: _replaced(table, "ad_item", table.column("user")),
-            "column ad_item is int64, expected list<integer>",
-        ),
-        (lambda table: _replaced(table, "user", table.column("user").cast(pa.float64())), "column user is double"),
-        (lambda table: _replaced(table, "user", table.column("ad_item")), "column user is list<"),
-        (lambda table: table.append_column("user", table.column("user")), "column user is in it 2 times"),
-    ],
-)
-def test_wrong_columns_are_refused_before_reading(
-    tmp_path: Path, write_samples: Write, change: Callable[[pa.Table], pa.Table], message: str
-) -> None:
-    write_samples(tmp_path / "train", [5, 5])
-    path = tmp_path / "train" / "day=2026-01-02.parquet"
-    pq.write_table(change(pq.read_table(path, partitioning=None)), path)
-    with pytest.raises(SchemaError) as caught:
-        open_index(SoloComm(), str(tmp_path), "train", SCHEMA)
-    assert message in str(caught.value)
-    assert "day=2026-01-02.parquet" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "message"),
-    [
-        ("label", lambda n: [2] * n, "column label has 2; a label is 0 or 1"),
-        ("label", lambda n: [-1] * n, "column label has -1; a label is 0 or 1"),
-        ("label", lambda n: [], "column label is an empty list"),
-        ("label", lambda n: None, "column label is null"),
-        ("label", lambda n: [None] * n, "column label has a null in its list"),
-        ("ad_item", lambda n: [1] * (n + 1), "each impression needs one entry in both"),
-        ("behavior_image", lambda n: None, "column behavior_image is null"),
-        ("behavior_image", lambda n: [1] * 9, "column behavior_image has 9 entries, behavior_item has"),
-        ("behavior_category", lambda n: [1] * 9, "each behaviour needs one entry in both"),
-        ("behavior_item", lambda n: [1, None], "column behavior_item has a null in its list"),
-        ("user", lambda n: None, "column user is null"),
-    ],
-)
-def test_wrong_values_are_named(
-    tmp_path: Path, write_samples: Write, column: str, value: Callable[[int], Any], message: str
-) -> None:
-    (table,) = write_samples(tmp_path / "train", [20])
-    path = tmp_path / "train" / "day=2026-01-01.parquet"
-    count = len(table.column("label")[17])
-    pq.write_table(_edited(table, column, 17, value(count)), path, row_group_size=7)
-    with pytest.raises(DataError) as caught:
-        list(reader_of(tmp_path).batches())
-    assert message in str(caught.value)
-    assert "day=2026-01-01.parquet, row 17" in str(caught.value)
-
-
 def test_which_lists_belong_together() -> None:
     names = ["behavior_item", "behavior_image", "behavior_buy_item", "behavior_buy_image", "behavior_note", "user_item"]
     fields = [Field(name=name, side="user", kind="multi_id") for name in names]
@@ -201,15 +133,6 @@ def test_lists_of_their_own_may_have_any_length(tmp_path: Path, sample_table: Ca
     schema = Schema(fields=(*SCHEMA.fields, *more))
     index = open_index(SoloComm(), str(tmp_path), "train", schema)
     assert sum(batch.num_samples for batch in SampleReader(index, schema, batch_size=8).batches()) == index.num_samples
-
-
-def test_dense_numbers_have_to_be_finite(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
-    table = sample_table(4).append_column("height", pa.array([1.0, 2.0, float("nan"), 3.0]))
-    (tmp_path / "train").mkdir()
-    pq.write_table(table, tmp_path / "train" / "a.parquet")
-    schema = Schema(fields=(*SCHEMA.fields, Field(name="height", side="user", kind="dense")))
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: column height has nan"):
-        list(reader_of(tmp_path, schema=schema).batches())
 
 
 def test_no_samples_names_the_job(tmp_path: Path) -> None:

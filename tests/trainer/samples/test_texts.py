@@ -26,7 +26,7 @@ from tests.trainer.samples.reading import hashed, replaced, rewrite, written
 from tests.trainer.whole_runs import all_alike
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
-from trainer.errors import DataError, SchemaError
+from trainer.errors import DataError
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint, finished
 from trainer.runs.open import open_run
@@ -128,77 +128,6 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path, sample_table: Callable[.
     table = table.set_column(table.schema.get_field_index("user"), "user", users)
     with pytest.raises(DataError, match=r"a\.parquet: column user has text that is not UTF-8; write the file in UTF-8"):
         read(one_file(tmp_path, table))
-
-
-@pytest.mark.parametrize(
-    ("column", "edit", "message"),
-    [
-        ("ad_item", lambda row: [None, *row[1:]], "column ad_item has a null in its list"),
-        ("user", lambda row: None, "column user is null"),
-        ("behavior_category", lambda row: [*row, "a"], "each behaviour needs one entry in both"),
-        ("ad_scene", lambda row: [*row, "a"], "each impression needs one entry in both"),
-    ],
-)
-def test_wrong_texts_are_named(
-    column: str, edit: Callable[[Any], Any], message: str, tmp_path: Path, sample_table: Callable[..., pa.Table]
-) -> None:
-    table = replaced(sample_table(9), (*COLUMNS, "behavior_category"), pa.string(), lambda column, n: f"i{n}")
-    values = table[column].to_pylist()
-    values[6] = edit(values[6])
-    made = pa.array(values, table.schema.field(column).type)
-    table = table.set_column(table.schema.get_field_index(column), column, made)
-    with pytest.raises(DataError) as caught:
-        read(one_file(tmp_path, table))
-    assert (
-        f"a.parquet, row 6: {message}"
-        in f"{str(caught.value).partition('row ')[0]}row {str(caught.value).partition('row ')[2]}"
-        or message in str(caught.value)
-    )
-    assert "a.parquet, row 6: column " in str(caught.value)
-
-
-def test_crossed_lists_have_to_be_equally_long(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
-    table = (
-        sample_table(5)
-        .append_column("ad_tags", pa.array([[[1, 2]] * 9] * 5))
-        .append_column("ad_sizes", pa.array([[[1, 2]] * 9] * 5))
-    )
-    counts = [len(row) for row in table["label"].to_pylist()]
-    tags = [[[1, 2]] * count for count in counts]
-    sizes = [[[1, 2]] * count for count in counts]
-    sizes[3][-1] = [1]
-    table = table.set_column(table.schema.get_field_index("ad_tags"), "ad_tags", pa.array(tags))
-    table = table.set_column(table.schema.get_field_index("ad_sizes"), "ad_sizes", pa.array(sizes))
-    schema = Schema(fields=(Field(name="pair", side="ad", kind="multi_id", columns=("ad_tags", "ad_sizes")),))
-    with pytest.raises(
-        DataError, match=r"a\.parquet, row 3: column ad_sizes has 1 entries, ad_tags has 2; each crossed"
-    ):
-        read(one_file(tmp_path, table), schema)
-
-
-def test_a_crossed_column_that_is_missing_is_named(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
-    folder = one_file(tmp_path, sample_table(4).drop_columns(["ad_scene"]))
-    with pytest.raises(SchemaError, match=r"column ad_scene is missing, expected list<integer> \(or list<string>\)"):
-        read(folder, CROSSED)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"kind": "dense", "columns": ("a", "b")}, "columns=('a', 'b') is for kinds id and multi_id, not dense"),
-        ({"kind": "id", "columns": ("a",)}, "has to name two columns or more, each once"),
-        (
-            {"kind": "id", "columns": ("a", "b"), "buckets": 4},
-            "it has buckets and columns=['a', 'b']; give one",
-        ),
-        ({"kind": "id", "columns": ("a", "a")}, "has to name two columns or more, each once"),
-        ({"kind": "id", "columns": ("a", "b"), "column": "c"}, "it has column=c and columns=['a', 'b']; give one"),
-    ],
-)
-def test_wrong_crossings_in_a_schema(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="field pair: ") as caught:
-        Field(name="pair", side="user", **values)
-    assert message in str(caught.value)
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig
 from trainer.engine.wiring import table_shapes
-from trainer.errors import ConfigError, DataError, OverflowingValueError, SchemaError
+from trainer.errors import ConfigError, OverflowingValueError, SchemaError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model
 from trainer.samples.columns import bucket_ids, dense_values
@@ -123,43 +123,6 @@ def test_without_statistics_nothing_is_read() -> None:
         bucket_ids(Field(name="b", side="ad", kind="id", buckets=4), np.zeros(1))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("kind: id, transform: log1p", "transform=log1p is for kind dense, not id"),
-        ("kind: dense, transform: log", "transform='log': it should be 'standardize', 'log1p' or 'log_standardize'"),
-        ("kind: dense, buckets: 4", "buckets=4 is for kinds id and multi_id, not dense"),
-        ("kind: id, buckets: 1", "buckets"),
-        ("kind: id, buckets: log10", "buckets"),
-        ("kind: id, boundaries: [1, 1]", "each larger than the one before"),
-        ("kind: id, boundaries: [1, .nan]", "finite numbers"),
-        ("kind: id, buckets: 4, weights: w", "it has buckets and weights=w; give one of them"),
-        ("kind: dense, width: 2, transform: standardize, mean: [1]", "one number for each of the 2 of a row"),
-        ("kind: dense, transform: standardize, mean: [1], std: [0]", "std"),
-        ("kind: dense, mean: [1], std: [2]", "mean does nothing without transform=standardize"),
-        ("kind: dense, transform: log1p, fill: mean, mean: [1], std: [2]", "std does nothing without"),
-        ("kind: id, buckets: 4, fill: mean", "fill=mean is for kind dense"),
-        ("kind: dense, fill: bucket", "fill=bucket for fields with buckets"),
-        ("kind: id, fill: 0", "fill=0.0 is for kind dense and for fields with buckets"),
-    ],
-)
-def test_mistakes_are_named(tmp_path: Path, settings: str, message: str) -> None:
-    (tmp_path / "schema.yaml").write_text(
-        f"new_ad_field: ad\nfields:\n  - {{name: ad, side: ad, kind: id}}\n  - {{name: price, side: ad, {settings}}}\n"
-    )
-    with pytest.raises(SchemaError) as caught:
-        load_schema(tmp_path / "schema.yaml")
-    assert message in str(caught.value)
-    assert str(tmp_path / "schema.yaml") in str(caught.value)
-
-
-def test_ads_are_not_told_by_buckets(tmp_path: Path) -> None:
-    (tmp_path / "schema.yaml").write_text("new_ad_field: ad\nfields:\n  - {name: ad, side: ad, kind: id, buckets: 4}\n")
-    with pytest.raises(SchemaError, match="new_ad_field=ad has to be a field of side ad and kind id"):
-        load_schema(tmp_path / "schema.yaml")
-    assert Schema(fields=(dense(),)).fields[0].transform is None
-
-
 AGE = Field(name="behavior_age", side="user", kind="multi_id", buckets="log2", beside="behavior_item")
 SCHEMA = Schema(fields=(*load_schema().fields, AGE))
 
@@ -182,18 +145,6 @@ def test_each_behaviour_has_its_bucket(samples: Path) -> None:
         np.testing.assert_array_equal(ages.lengths_M, items.lengths_M)
         place = np.concatenate([np.arange(length) for length in ages.lengths_M]) if len(ages.lengths_M) else []
         np.testing.assert_array_equal(ages.values_N, 6 + 2 * np.array(place, np.int64))  # 32 <= 60 < 64
-
-
-def test_lists_of_other_lengths_are_told(samples: Path) -> None:
-    path = samples / "train/a.parquet"
-    table = pq.read_table(path, partitioning=None)
-    ages = table["behavior_age"].to_pylist()
-    ages[12] = [*ages[12], 5]
-    table = table.set_column(table.column_names.index("behavior_age"), "behavior_age", pa.array(ages))
-    pq.write_table(table, path, row_group_size=7)
-    reader = SampleReader(open_index(SoloComm(), str(samples), "train", SCHEMA), SCHEMA, batch_size=32)
-    with pytest.raises(DataError, match=r"a\.parquet, row 12: column behavior_age has \d entries, behavior_item has"):
-        list(reader.batches())
 
 
 def test_inspect_finds_them(samples: Path, tmp_path: Path) -> None:
@@ -226,22 +177,3 @@ def test_din_weighs_a_behaviour_by_its_age_too() -> None:
 
     together, swapped = logit([0, 1]), logit([1, 0])  # the same ages, of the other behaviour each
     assert abs(float(together.detach() - swapped.detach())) > 1e-6
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("kind: multi_id, side: user, beside: ad", "beside=ad is for fields of side user and kind multi_id"),
-        ("kind: multi_id, side: user, beside: gone", "there are items"),
-        ("kind: id, side: user, beside: items", "beside=items is for fields of side user"),
-        ("kind: multi_id, side: ad, beside: items", "beside=items is for fields of side user"),
-    ],
-)
-def test_wrong_ages_are_named(tmp_path: Path, settings: str, message: str) -> None:
-    (tmp_path / "schema.yaml").write_text(
-        "new_ad_field: ad\nfields:\n  - {name: ad, side: ad, kind: id}\n  - {name: items, side: user, kind: multi_id}\n"
-        f"  - {{name: age, {settings}}}\n"
-    )
-    with pytest.raises(SchemaError) as caught:
-        load_schema(tmp_path / "schema.yaml")
-    assert message in str(caught.value)

@@ -171,9 +171,3 @@ def test_a_side_without_a_field_is_refused(side: str, kept: tuple[str, ...]) -> 
     schema = Schema(fields=tuple(field for field in FIELDS if field.name in kept))
     with pytest.raises(ConfigError, match=rf"model\.base=two_tower needs a field of side {side}"):
         TwoTower(schema, config(images="none"))
-
-
-@pytest.mark.parametrize("field", [{"side": "user", "kind": "id"}, {"side": "ad", "kind": "content"}])
-def test_context_is_of_the_impression_alone(field: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="field x: context=true is for side ad and kinds id, multi_id and dense"):
-        Field.model_validate({"name": "x", "context": True, **field})
