@@ -9,10 +9,9 @@ from typer.core import TyperGroup
 
 from explorer.errors import ExplorerError
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import print_problem, print_summary, progress_bar, progress_bars
+from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
-from featurestore.text import refusal
 
 NEEDED = ("httpx2", "plotly", "python_multipart", "sklearn")
 """Packages that only the explorer needs."""
@@ -48,8 +47,7 @@ app = CommandApp(
     "`python -m explorer serve --store STORE`.",
     epilog="Examples:\n\n"
     "- `python -m explorer --store data/features --runs data/runs --images photos`\n\n"
-    "- `python -m explorer export pages --store data/features --runs data/runs --images photos`\n\n"
-    "- `python -m explorer map map.parquet --run data/runs/both`",
+    "- `python -m explorer export pages --store data/features --runs data/runs --images photos`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -136,55 +134,6 @@ def export(
         print_problem(f"an error page: {problem}")
     if exported.errors:
         raise typer.Exit(FAILED)
-
-
-@app.command(epilog="Example: `python -m explorer map map.parquet --run data/runs/both --samples data/samples`")
-def map(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, or replace: NAME.parquet.")],
-    run: Annotated[
-        str | None,
-        typer.Option(help="Folder or address of a run.", show_default="features of the store are laid out"),
-    ] = None,
-    network: Annotated[
-        str | None, typer.Option(help="Which E of the run, STORE:NAME.", show_default="the first of several")
-    ] = None,
-    store: Store = None,
-    samples: Samples = None,
-) -> None:
-    """Write images with their vectors: the visual vectors of a run, or the features of a store.
-
-    Columns: key, uri, x, y (two principal components), ctr, category, error, impressions, vector.
-    `embedding-atlas OUT --vector vector` opens the file and lays it out by UMAP.
-    """
-    check_installed()
-    from explorer.data.background import Task
-    from explorer.data.map import MapPoints, make_map
-    from explorer.places import Places
-    from featurestore.console.files import check_ending, replace_file
-
-    if run is None and store is None:
-        raise ExplorerError("nothing to lay out: name a --run or a --store")
-    check_ending(out, "OUT", ".parquet")
-    folder = None if run is None else run_path(run)
-    places = Places(store=store, samples=samples, runs=None if folder is None else str(folder.parent))
-    with progress_bars() as bars:
-        bar = bars.add_task("map", total=None)
-
-        class ShownTask(Task[MapPoints]):
-            """Shows the progress of a task."""
-
-            def tell(self, doing: str, done: int = 0, total: int = 0) -> None:
-                super().tell(doing, done, total)
-                bars.update(bar, description=doing, completed=done, total=total or None)
-
-        found = make_map(places, None if folder is None else folder.name, ShownTask(), network)
-    try:
-        replace_file(out, found.file.read_bytes())
-    except OSError as error:
-        raise ExplorerError(f"cannot write {out}: {refusal(error)}") from error
-    for note in found.about["notes"]:
-        print_problem(f"note: {note}")
-    print_summary(f"{len(found.keys_N):,} images: {out}")
 
 
 def main() -> None:

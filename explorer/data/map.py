@@ -9,7 +9,7 @@ vectors, D feature width, I different ad images.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,7 +27,6 @@ from explorer.places import Places
 from featurestore.console.files import replaced_file
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
-from featurestore.snapshot import Snapshot, SnapshotId
 from featurestore.text import one_line
 
 if TYPE_CHECKING:
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
 
 
 MOST_POINTS = 20_000
-_MOST_BYTES = 1 << 30
-"""Most bytes of features to read; of a larger store, some shards. A shard has random images, by a hash."""
-_WIDTH = 128
-"""Wider features are projected to this number of dimensions at random, which keeps distances to some 10 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +46,15 @@ class MapVectors:
     uris_N: Sequence[str]
     vectors_NV: NDArray[np.float32]
     digest: str
-    run: str | None
+    run: str
     num_images: int
     """Number of images; the points are a sample of them."""
     about: dict[str, Any]
-    samples: str | None
+    samples: str
     test_days: Sequence[str] | None
-    schema: "Callable[[], Schema]"
-    networks: Sequence[str] = field(default=())
+    schema: "Schema"
+    networks: Sequence[str]
     """The networks E of the run, STORE:NAME, one of which made the vectors."""
-    notes: Sequence[str] = field(default=())
 
     @property
     def count(self) -> int:
@@ -103,78 +97,14 @@ def of_run(places: Places, name: str, task: Task[Any], network: str | None = Non
         about={**found.about, "of": f"visual vectors of {found.about['checkpoint']}"},
         samples=saved.config.data.samples,
         test_days=saved.config.data.test_days,
-        schema=lambda: saved.schema,
+        schema=saved.schema,
         networks=networks,
-    )
-
-
-def of_features(places: Places, task: Task[Any]) -> MapVectors:
-    """Take the features of the store's newest snapshot: every k-th image, from some shards of a large store.
-
-    Raises FeatureStoreError, ExplorerError for an empty store.
-    """
-    from featurestore.store import FeatureStore
-    from trainer.schema import load_schema
-
-    assert places.store is not None
-    snapshot = FeatureStore.open(places.store).snapshot()
-    if snapshot.num_rows == 0:
-        raise ExplorerError(f"{places.store} has no images")
-    keys, uris, features, notes = _drawn(snapshot, task)
-    commit = [snapshot.info.store_id, snapshot.manifest.commit_id, snapshot.version]
-    return MapVectors(
-        keys_N=keys,
-        uris_N=uris,
-        vectors_NV=features,
-        digest=hashlib.sha256(json.dumps(["features", *commit]).encode()).hexdigest()[:24],
-        run=None,
-        num_images=snapshot.num_rows,
-        about={"of": f"features of snapshot {snapshot.version}", **SnapshotId.of(snapshot).named()},
-        samples=None,
-        test_days=None,
-        schema=load_schema,
-        notes=notes,
     )
 
 
 def evenly(count: int) -> Int64Array:
     """Choose at most MOST_POINTS of `count` rows, evenly."""
     return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).astype(np.int64))
-
-
-def _drawn(snapshot: Snapshot, task: Task[Any]) -> tuple[Int64Array, list[str], NDArray[np.float32], list[str]]:
-    """Read the images that are drawn, some megabytes at a time."""
-    shards = sorted(snapshot.manifest.shards)
-    every_shard = max(1, -(-snapshot.num_rows * snapshot.info.row_bytes // _MOST_BYTES))
-    chosen, notes = shards[::every_shard], []
-    if len(chosen) < len(shards):
-        notes.append(f"{len(chosen):,} of {len(shards):,} shards were read; each has random images.")
-    expected = snapshot.num_rows * len(chosen) / len(shards)
-    every = max(1, -(-int(expected) // MOST_POINTS))
-    narrow = _narrower(snapshot.info.dim)
-    keys: list[Int64Array] = []
-    uris: list[str] = []
-    parts, seen = [], 0
-    for batch in snapshot.arrow_batches(["key", "uri", "feature"], shards=chosen):
-        row_K = np.arange(-seen % every, len(batch), every)
-        seen += len(batch)
-        task.tell("reads features", seen, int(expected))
-        if len(row_K):
-            some = batch.take(row_K)
-            values: Any = some["feature"]
-            keys.append(np.asarray(some["key"]))
-            uris += map(str, some["uri"].to_pylist())
-            parts.append(narrow(values.flatten().to_numpy().reshape(len(row_K), -1)))
-    return np.concatenate(keys), uris, np.concatenate(parts).astype(np.float32), notes
-
-
-def _narrower(width: int) -> "Callable[[NDArray[np.float32]], NDArray[np.float32]]":
-    if width <= _WIDTH:
-        return lambda features: features
-    from sklearn.random_projection import GaussianRandomProjection
-
-    projected = GaussianRandomProjection(_WIDTH, random_state=0).fit(np.zeros((1, width), np.float32))
-    return lambda features: projected.transform(features).astype(np.float32)
 
 
 MOST_IMPRESSIONS = 2_000_000
@@ -318,13 +248,13 @@ def principal(vectors_NV: NDArray[np.float32]) -> NDArray[np.float32]:
     return plane_N2
 
 
-def make_map(places: Places, run: str | None, task: Task[Any], network: str | None = None) -> MapPoints:
-    """Lay out the visual vectors of a run, or the store's features, and join the statistics; or read the cached points.
+def make_map(places: Places, run: str, task: Task[Any], network: str | None = None) -> MapPoints:
+    """Lay out the visual vectors of a run, and join the statistics; or read the cached points.
 
     `network`: which E of a run that has several, by default the first. Missing samples or predictions are mentioned in
     the notes. Raises the errors of its parts.
     """
-    vectors = of_features(places, task) if run is None else of_run(places, run, task, network)
+    vectors = of_run(places, run, task, network)
     made_of = [vectors.digest, _identity(places, vectors), list(vectors.networks)]
     file = _FILES.path(hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24])
     if (known := read_points(file)) is not None:
@@ -370,15 +300,15 @@ def read_points(file: Path) -> MapPoints | None:
 def _identity(places: Places, vectors: MapVectors) -> list[Any]:
     """Return an identity of the samples behind the columns of the ads; it differs if a file was changed in place."""
     place = places.samples or vectors.samples
-    root = Path(place or "")
-    files = sorted(root.glob("test/*.parquet")) if place and root.is_dir() else []
+    root = Path(place)
+    files = sorted(root.glob("test/*.parquet")) if root.is_dir() else []
     return [place, *[(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]]
 
 
 def _write(file: Path, vectors: MapVectors, places: Places, task: Task[Any]) -> None:
     task.tell("lays out the images")
     plane_N2 = principal(vectors.vectors_NV)
-    count, notes = len(vectors.keys_N), list(vectors.notes)
+    count, notes = len(vectors.keys_N), list[str]()
     impressions_N, ctr_N, error_N = np.zeros(count, np.int64), np.full(count, np.nan), np.full(count, np.nan)
     category_N = [NO_CATEGORY] * count
     task.tell("reads the test samples")
@@ -391,15 +321,13 @@ def _write(file: Path, vectors: MapVectors, places: Places, task: Task[Any]) -> 
         category_N = [found.category_I[at] or NO_CATEGORY if at >= 0 else NO_CATEGORY for at in at_N.tolist()]
         if found.is_sampled:
             notes.append(f"CTRs are of about {MOST_IMPRESSIONS:,} of the test impressions.")
-    run = vectors.run
-    if run is not None:
-        losses = _noted(notes, "The error", lambda: mean_loss(predictions_of(places, run, task)))
-        if losses is not None and len(losses[0]):
-            keys_I, loss_I = losses
-            at_N = np.minimum(np.searchsorted(keys_I, vectors.keys_N), len(keys_I) - 1)
-            is_in_N = keys_I[at_N] == vectors.keys_N
-            error_N[is_in_N] = loss_I[at_N[is_in_N]]
-    about = {**vectors.about, "run": run, "num_images": vectors.num_images, "notes": notes}
+    losses = _noted(notes, "The error", lambda: mean_loss(predictions_of(places, vectors.run, task)))
+    if losses is not None and len(losses[0]):
+        keys_I, loss_I = losses
+        at_N = np.minimum(np.searchsorted(keys_I, vectors.keys_N), len(keys_I) - 1)
+        is_in_N = keys_I[at_N] == vectors.keys_N
+        error_N[is_in_N] = loss_I[at_N[is_in_N]]
+    about = {**vectors.about, "run": vectors.run, "num_images": vectors.num_images, "notes": notes}
     about["networks"] = list(vectors.networks)
     columns: dict[str, Any] = {
         "key": pa.array(vectors.keys_N),
@@ -423,11 +351,9 @@ def _ads(places: Places, vectors: MapVectors) -> AdImages | None:
     from trainer.comm import SoloComm
     from trainer.samples.index import open_index
 
-    samples = places.samples or vectors.samples
-    if samples is None:
-        raise ExplorerError("no --samples were given")
     days = None if places.samples else vectors.test_days
-    return read_ads(open_index(SoloComm(), samples, "test", vectors.schema(), days), vectors.schema())
+    index = open_index(SoloComm(), places.samples or vectors.samples, "test", vectors.schema, days)
+    return read_ads(index, vectors.schema)
 
 
 def _noted(notes: list[str], what: str, compute: Callable[[], Any]) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 from threading import BoundedSemaphore
 from typing import NamedTuple
 
-import xxhash
 from PIL import Image, ImageDraw
 
 from explorer.data.cache import LruCache
@@ -101,13 +100,6 @@ class Pictures:
             size_bytes = None if "://" in location else Path(location).stat().st_size
             return SeenFile(size_bytes, read_image(location, FIRST_BYTES))
         return SeenFile(None, b"")
-
-    def digest(self, uri: str) -> str | None:
-        """Compute the store's kind of digest for the current file of an image; None if it cannot be read."""
-        try:
-            return xxhash.xxh3_128_hexdigest(read_image(self.locate(uri)[0], MAX_FILE_BYTES))
-        except BadImageError:
-            return None
 
 
 def _made(location: str, size: int) -> Picture:

@@ -62,7 +62,8 @@ def relative(target: str, page: str) -> str:
 
 THUMBNAIL = 160
 """Pixels of the longer side of a picture in a list."""
-_LOOK_S = 0.1
+_LOOK_S, _POLL_S = 0.1, 2.0
+"""Seconds that a page waits for a task before it shows its progress: at first, and when it asks again."""
 _asked: ContextVar[str] = ContextVar("address of the page that is being written")
 
 
@@ -222,6 +223,15 @@ class PageKind(ABC):
     def waits(self, request: Request, part: str) -> bool:
         """Return whether to compute a slow part before the page is sent: with `wait=PART`, and in an export."""
         return self.site.frozen or request.query_params.get("wait") == part
+
+    def await_task(self, request: Request, part: str, task: Task[Any]) -> bool:
+        """Wait for the task of a slow part, and return whether it has ended.
+
+        Waits to the end in an export, `_POLL_S` when the page asks for the part by `wait=PART`, else hardly.
+        """
+        if self.site.frozen:
+            self.site.finish(task)
+        return task.wait(_POLL_S if request.query_params.get("wait") == part else _LOOK_S)
 
     def close(self) -> None:  # noqa: B027
         """Release resources of the pages; most have none."""

@@ -1,4 +1,4 @@
-"""Pages of images: search and browsing, one image over time with its neighbours, and uploaded pictures."""
+"""Pages of images: search and browsing, one image with its neighbours, and uploaded pictures."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from explorer.data.images.neighbours import (
     only_in,
     shared,
 )
-from explorer.data.images.rows import ImageNames, RowSpan, find_exactly, find_key, find_part, row_spans
+from explorer.data.images.rows import ImageNames, find_exactly, find_key, find_part
 from explorer.data.images.visual import MOST_BYTES, ImageRuns, blocks_of, embed, feature_of_picture, vector_of
 from explorer.data.pictures import shrunk
 from explorer.data.store.listing import name_of, open_snapshot
@@ -45,10 +45,8 @@ LARGE = 800
 _KEY_FROM = -(1 << 63)
 _FROZEN_BYTES = 64 << 20
 """Largest features of a store for which neighbours are exported; for more, the export would take hours."""
-_STOP_POLLING = 286
-_LOOK_S, _PATIENCE_S = 0.2, 10.0
-"""Seconds that a page waits for visual vectors before it shows their progress: for an image of the store, whose page
-polls, and for an uploaded picture, which the user would have to send again."""
+_PATIENCE_S = 10.0
+"""Seconds to wait for visual vectors for an uploaded picture, which the user would have to send again."""
 _TITLES = {"features": "Features", "visual": "Visual vectors", "codes": "Semantic IDs"}
 
 
@@ -67,7 +65,6 @@ class ImagePages(PageKind):
         super().__init__(site)
         self._names, self._runs, self._shelf = ImageNames(), ImageRuns(site.places), CodeShelf()
         self._features: LruCache[Neighbours] = LruCache(500)
-        self._spans: LruCache[list[RowSpan]] = LruCache(500)
         self._network = Lock()
 
     @property
@@ -95,7 +92,6 @@ class ImagePages(PageKind):
             Route("/images", self.search),
             *upload,
             Route("/images/{key}", self.image),
-            Route("/parts/images/vectors", self.vectors_part),
         ]
 
     def search(self, request: Request) -> Response:
@@ -132,7 +128,7 @@ class ImagePages(PageKind):
         )
 
     def image(self, request: Request) -> Response:
-        """Show one image: the picture, its rows over snapshots, and its neighbours."""
+        """Show one image, or a broken one: the picture and its neighbours."""
         if request.path_params["key"] == "like":  # someone opened the address of the form
             raise HTTPException(
                 405, "a picture has to be sent: choose one on the page Images, and press Find images like it"
@@ -143,28 +139,19 @@ class ImagePages(PageKind):
             raise NotHereError(f"no image has the key {request.path_params['key'][:40]}") from error
         store, snapshot = self._open(request)
         here = find_key(snapshot, key)
-        spans, rows_problem = None, ""
-        if here is None or self.waits(request, "rows"):
-            try:
-                spans = self._spans.get(
-                    (name_of(snapshot), name_of(store.snapshot()), key), lambda: row_spans(store, key)
-                )
-            except UserError as error:
-                spans, rows_problem = [], one_line(error)
         broken = next((row for row in store.quarantine_rows() if row.key == key), None) if here is None else None
-        known = [span.row.uri for span in spans or () if span.row is not None]
-        uri = here.uri if here else known[-1] if known else broken.uri if broken else None
-        if uri is None:
+        image = here or broken
+        if image is None:
             raise NotHereError(
-                f"no image has the key {key}: neither in snapshot {snapshot.version} nor in other snapshots, nor "
-                "among the broken ones"
+                f"no image has the key {key}, neither in snapshot {snapshot.version} nor among the broken ones"
             )
+        uri = image.uri
         runs = self._runs.names()
         run = self._run(request.query_params.get("run"), runs)
         spaces = None
         if here is not None and self._wants_spaces(request, snapshot):
             try:
-                spaces = self._spaces(snapshot, SoughtFeature(snapshot.get([key]), key, run))
+                spaces = self._spaces(request, snapshot, SoughtFeature(snapshot.get([key]), key, run))
             except UserError as error:  # the image's own feature cannot be read
                 spaces = [Space(name="features", title=_TITLES["features"], problem=one_line(error))]
         return self._page(
@@ -176,25 +163,11 @@ class ImagePages(PageKind):
             uri=uri,
             found=here,
             broken=broken,
-            spans=spans,
-            rows_problem=rows_problem,
-            file_digest=self.site.pictures.digest(uri) if spans is not None else None,
             runs=runs,
             run=run,
             large=LARGE,
             **_compared(spaces),
         )
-
-    def vectors_part(self, request: Request) -> Response:
-        """Show the progress of a run's visual vectors; when they are done, load the neighbours of the image."""
-        _, snapshot = self._open(request)
-        run = self._run(request.query_params.get("run"), self._runs.names())
-        if run is None:
-            raise NotHereError("there is no run with images")
-        task = self._runs.begin(run, snapshot, self.site.background)
-        status = _STOP_POLLING if task.is_ended else 200
-        key = whole(request, "key", least=_KEY_FROM)
-        return self._page(request, "vectors", _TITLES["visual"], snapshot, task=task, run=run, key=key, status=status)
 
     async def like(self, request: Request) -> Response:
         """Show the neighbours of an uploaded picture, which is not stored."""
@@ -217,7 +190,7 @@ class ImagePages(PageKind):
             feature_1D = feature_of_picture(store, data)
             runs = self._runs.names()
             run = self._run(asked_run, runs)
-            spaces = self._spaces(snapshot, SoughtFeature(feature_1D, None, run))
+            spaces = self._spaces(request, snapshot, SoughtFeature(feature_1D, None, run))
         finally:
             self._network.release()
         picture = base64.b64encode(shrunk(data, LARGE).jpeg).decode()
@@ -225,11 +198,11 @@ class ImagePages(PageKind):
             request, "like", "Images like yours", snapshot, picture_jpeg=picture, key=None, run=run, **_compared(spaces)
         )
 
-    def _spaces(self, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
+    def _spaces(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
         """Find the neighbours in each of the three spaces; an error in one becomes its sentence."""
         made: list[tuple[str, Callable[[], Space]]] = [
             ("features", lambda: self._in_features(snapshot, asked)),
-            ("visual", lambda: self._in_visual(snapshot, asked)),
+            ("visual", lambda: self._in_visual(request, snapshot, asked)),
             ("codes", lambda: self._in_codes(snapshot, asked)),
         ]
         spaces = []
@@ -252,15 +225,15 @@ class ImagePages(PageKind):
             how += f"among {found.num_searched:,} of {found.num_rows:,} images at random, as all would take too long."
         return Space(name="features", title=_TITLES["features"], found=found, how=how)
 
-    def _in_visual(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
+    def _in_visual(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> Space:
         title = _TITLES["visual"]
         if asked.run is None:
             problem = "There is no run with images: name the folder of runs by --runs."
             return Space(name="visual", title=title, problem=problem)
         task = self._runs.begin(asked.run, snapshot, self.site.background)
-        if self.site.frozen:
-            self.site.finish(task)
-        elif not task.wait(_LOOK_S if asked.key is not None else _PATIENCE_S):
+        if asked.key is None:
+            task.wait(_PATIENCE_S)
+        if not self.await_task(request, "vectors", task):
             return Space(name="visual", title=title, task=task)
         vectors = task.result()
         if asked.key is None:
@@ -312,7 +285,7 @@ class ImagePages(PageKind):
 
     def _wants_spaces(self, request: Request, snapshot: Snapshot) -> bool:
         if not self.site.frozen:
-            return request.query_params.get("wait") == "spaces"
+            return request.query_params.get("wait") in ("spaces", "vectors")
         return snapshot.manifest.file_rows * snapshot.info.row_bytes <= _FROZEN_BYTES
 
     def _open(self, request: Request) -> tuple[FeatureStore, Snapshot]:
@@ -335,5 +308,6 @@ def _without(found: Neighbours, key: int | None) -> Neighbours:
 
 def _compared(spaces: list[Space] | None) -> dict[str, Any]:
     if spaces is None:
-        return {"spaces": None, "only": {}, "shared": []}
-    return {"spaces": spaces, "only": only_in(spaces), "shared": shared(spaces)}
+        return {"spaces": None, "only": {}, "shared": [], "awaited": None}
+    awaited = next((space.task for space in spaces if space.task is not None), None)
+    return {"spaces": spaces, "only": only_in(spaces), "shared": shared(spaces), "awaited": awaited}

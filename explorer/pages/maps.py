@@ -1,4 +1,4 @@
-"""The map: images in a plane, by the visual vectors of a run or the features of the store."""
+"""The map: images in a plane, by the visual vectors of a run."""
 
 import re
 from collections.abc import Sequence
@@ -22,19 +22,15 @@ from featurestore.text import one_line
 
 _MOST_RUNS = 30
 """Number of runs whose maps are offered: those that changed last."""
-_STOP_POLLING = 286
-_WAIT_S = 60.0
-"""Seconds to wait for a map if the browser has no scripts."""
 
 
 class MapPages(PageKind):
-    """The page at /map, its part that is loaded later, and its points as a file."""
+    """The page at /map, and its points as a file."""
 
     @property
     def nav(self) -> NavItem | None:
-        """The entry Map, if a store or runs are given."""
-        places = self.site.places
-        return NavItem("Map", "/map") if places.store is not None or places.runs is not None else None
+        """The entry Map, if runs are given."""
+        return NavItem("Map", "/map") if self.site.places.runs is not None else None
 
     @property
     def questions(self) -> Sequence[Question]:
@@ -48,26 +44,22 @@ class MapPages(PageKind):
         ]
 
     def routes(self) -> Sequence[Route]:
-        """Return the routes of the page, of its part and of its file."""
+        """Return the routes of the page and of its file."""
         if self.nav is None:
             return []
         return [
             Route("/map", self.map),
-            Route("/parts/map", self.part),
             Route("/map/points.parquet", self.points),
         ]
 
     def map(self, request: Request) -> Response:
-        """Show the requested map; a part that is not computed yet is loaded later, or waited for (wait=1)."""
+        """Show the requested map; one that is not computed yet is loaded later."""
         runs = self._runs()
-        run, network, colour = self._asked(request, runs)
-        if run is None and self.site.places.store is None:
+        if "run" not in request.query_params and not runs:
             return self.site.page(request, "map/none.html", title="Map")
+        run, network, colour = self._asked(request, runs)
         part = self._part(run, network, colour)
-        if self.site.frozen:
-            self.site.finish(part.task)
-        elif request.query_params.get("wait") == "1":
-            part.task.wait(_WAIT_S)
+        self.await_task(request, "map", part.task)
         return self.site.page(
             request,
             "map/map.html",
@@ -82,26 +74,13 @@ class MapPages(PageKind):
             image_link=self._image_link,
         )
 
-    def part(self, request: Request) -> Response:
-        """Return the map, or how far it is; stop polling when it is there."""
-        part = self._part(*self._asked(request, ()))
-        return self.site.page(
-            request,
-            "map/part.html",
-            title="Map",
-            part=part,
-            maps=charts,
-            image_link=self._image_link,
-            status=_STOP_POLLING if part.is_ended else 200,
-        )
-
     def points(self, request: Request) -> Response:
         """Return the points as Parquet."""
         run, network, colour = self._asked(request, ())
         shown = self._part(run, network, colour).shown
         if shown is None:
             raise NotHereError("the map is not computed yet; open its page first")
-        of = "-".join(filter(None, (run or "features", network)))
+        of = "-".join(filter(None, (run, network)))
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{of}.parquet")
         return FileResponse(shown.file, filename=name, media_type="application/vnd.apache.parquet")
 
@@ -117,27 +96,20 @@ class MapPages(PageKind):
         seeing = [run for run in runs if run.checkpoints and run.images not in ("", "none")]
         return [run.name for run in sorted(seeing, key=lambda run: shown_first(run.name, run.images))]
 
-    def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str | None, str | None, Colour]:
-        """Read the requested run (None: the features of the store), its E, and the colour."""
-        of, colour = request.query_params.get("run"), request.query_params.get("colour", "folder")
+    def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str, str | None, Colour]:
+        """Read the requested run, by default the first of `runs`, its E, and the colour."""
+        of = request.query_params.get("run") or next(iter(runs), "")
+        colour = request.query_params.get("colour", "folder")
         if colour not in get_args(Colour):
             raise ExplorerError(f"colour={colour[:40]!r} is not one of {', '.join(COLOURS)}")
         named: Colour = colour  # type: ignore[assignment]
-        if of:
-            open_run(self.site.places, of)
-        elif of is None and runs:
-            of = runs[0]
-        if not of and request.url.path != "/map" and self.site.places.store is None:
-            raise NotHereError("there is no --store whose features could be shown")
-        network = request.query_params.get("network") or None
-        return of or None, network if of else None, named
+        open_run(self.site.places, of)
+        return of, request.query_params.get("network") or None, named
 
-    def _part(self, run: str | None, network: str | None, colour: Colour) -> "MapPart":
+    def _part(self, run: str, network: str | None, colour: Colour) -> "MapPart":
         """Start the map, or return its state."""
         places = self.site.places
-        identity, store_id = "", None
-        if run is not None:
-            identity = read_facts(open_run(places, run)).checkpoint
+        identity, store_id = read_facts(open_run(places, run)).checkpoint, None
         if places.store is not None:
             from featurestore.store import FeatureStore
 
@@ -154,7 +126,7 @@ class MapPages(PageKind):
 class MapPart:
     """The state of a map at the first access, so that one answer shows one state."""
 
-    run: str | None
+    run: str
     network: str | None
     """The requested E of the run; None: the first."""
     colour: Colour

@@ -40,15 +40,13 @@ _MOST_COLUMNS = 4
 _MOST_COMPARED = 6
 _MOST_LOOKED_AT = 200
 """Number of runs that are searched for those that differ only in their images."""
-_STOP_POLLING = 286
-"""Status for htmx: insert this part, and stop polling."""
 _SAMPLES = "data/samples"
 _WORTH = "What the images are worth"
 _TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
 
 
 class RunPages(PageKind):
-    """Pages below /runs, and the parts of them that are loaded later."""
+    """Pages below /runs."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -74,7 +72,7 @@ class RunPages(PageKind):
         ]
 
     def routes(self) -> Sequence[Route]:
-        """List the routes; parts have addresses of their own, so that a run may have any name."""
+        """List the routes."""
         if self.site.places.runs is None:
             return []
         return [
@@ -83,9 +81,6 @@ class RunPages(PageKind):
             Route("/worth", self.worth),
             Route("/runs/{name}", self.run),
             Route("/runs/{name}/{day}", self.run),
-            Route("/parts/runs/curves", self.curves_part),
-            Route("/parts/runs/verdicts", self.verdicts_part),
-            Route("/parts/runs/differences", self.differences_part),
         ]
 
     def close(self) -> None:
@@ -165,41 +160,11 @@ class RunPages(PageKind):
             other_rows=[row for row in rows if not row.is_figure],
             evaluations={run.name: _evaluation(open_run(self.site.places, run.name))[0] for run in runs},
             live=self._live(runs),
-            part=self._differences(names, wait=self.site.frozen),
+            part=self._differences(request, names),
             metrics=METRICS,
             titles=TITLES,
             first=lambda name: [name, *(each for each in names if each != name)],
             charts_of=charts,
-        )
-
-    def curves_part(self, request: Request) -> Response:
-        """Return the current curves; stop polling if no run is training."""
-        runs = [read_facts(open_run(self.site.places, name), name) for name in self._names(request, least=1)]
-        live = self._live(runs)
-        status = 200 if live.is_running else _STOP_POLLING
-        return self.site.page(
-            request, "runs/curves.html", title="Curves", live=live, titles=TITLES, charts_of=charts, status=status
-        )
-
-    def verdicts_part(self, request: Request) -> Response:
-        """Return the verdicts on the differences, or the progress of their computation."""
-        return self._of_differences(request, "runs/verdicts.html")
-
-    def differences_part(self, request: Request) -> Response:
-        """Return the differences as charts and tables."""
-        return self._of_differences(request, "runs/differences.html")
-
-    def _of_differences(self, request: Request, template: str) -> Response:
-        part = self._differences(self._names(request, least=2), wait=False)
-        status = _STOP_POLLING if part.is_ended else 200
-        return self.site.page(
-            request,
-            template,
-            title="Differences",
-            part=part,
-            titles=TITLES,
-            charts_of=charts,
-            status=status,
         )
 
     def _names(self, request: Request, *, least: int) -> list[str]:
@@ -218,7 +183,7 @@ class RunPages(PageKind):
                 problems.append(f"The curves of {run.name} cannot be read: {one_line(error)}")
         return Live(runs=runs, curves=by_run, problems=problems)
 
-    def _differences(self, names: Sequence[str], *, wait: bool) -> "DifferencesPart":
+    def _differences(self, request: Request, names: Sequence[str]) -> "DifferencesPart":
         places = self.site.places
         folders = [open_run(places, name) for name in names]
         commands = [
@@ -230,7 +195,7 @@ class RunPages(PageKind):
             repr(("differences", list(names), state)), lambda task: compare_runs(places, names, task)
         )
         part = DifferencesPart(names=list(names), commands=commands, task=task)
-        if wait or task.is_ended:
+        if self.await_task(request, "differences", task):
             try:
                 part.comparison = task.result()
             except UserError as error:

@@ -1,4 +1,4 @@
-"""Pages of a feature store: its snapshots and their changes, channels, copies, and broken images."""
+"""Pages of a feature store: its snapshots and their changes, and broken images."""
 
 import datetime
 from collections import Counter
@@ -10,16 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from explorer.data.cache import LruCache
-from explorer.data.store.duplicates import MOST_GROUPS, Duplicates, find_duplicates, named
-from explorer.data.store.listing import (
-    channel_histories,
-    live_rows,
-    look_at,
-    name_of,
-    open_snapshot,
-    version_before,
-)
-from explorer.data.store.snapshots import KINDS, Changes, CommitsBetween, Timeline, commits_between, newest_at
+from explorer.data.store.listing import live_rows, look_at, name_of, open_snapshot, version_before
+from explorer.data.store.snapshots import KINDS, Changes, Timeline, newest_at
 from explorer.errors import ExplorerError
 from explorer.html.query import Paging, choice, day, whole, whole_in
 from explorer.html.query import snapshot as asked_snapshot
@@ -31,9 +23,7 @@ from featurestore.staging import QUARANTINE
 from featurestore.store import FeatureStore
 from featurestore.text import one_line
 
-PER_PAGE, GROUPS_PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 10, 40
-_SHOWN_OF_GROUP = 12
-_DAY_S = 86_400
+PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 40
 
 
 class SnapshotsCompared(NamedTuple):
@@ -50,9 +40,7 @@ class StorePages(PageKind):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self._timeline, self._changes = Timeline(), Changes()
-        self._commits: LruCache[CommitsBetween] = LruCache(200)
         self._rows: LruCache[int] = LruCache(100)
-        self._duplicates: LruCache[Duplicates] = LruCache(20)
 
     @property
     def nav(self) -> NavItem | None:
@@ -83,8 +71,6 @@ class StorePages(PageKind):
             Route("/store", self.overview),
             Route("/store/snapshots/{number}", self.snapshot),
             Route("/store/arrived", self.arrived),
-            Route("/store/channels", self.channels),
-            Route("/store/duplicates", self.duplicates),
             Route("/store/broken", self.broken),
         ]
 
@@ -148,7 +134,7 @@ class StorePages(PageKind):
             before=before,
             earlier=next((each for each in reversed(known) if each < number), None),
             later=next((each for each in known if each > number), None),
-            **self._difference(request, store, difference, {"against": whole(request, "against")}),
+            **self._difference(request, difference, {"against": whole(request, "against")}),
         )
 
     def arrived(self, request: Request) -> Response:
@@ -184,41 +170,7 @@ class StorePages(PageKind):
             newest,
             since=_field_text(since),
             until=_field_text(until) if until else "",
-            **self._difference(request, store, SnapshotsCompared(old, new, note), params),
-        )
-
-    def channels(self, request: Request) -> Response:
-        """Show the snapshot of each channel, and the reason of each move."""
-        store, snapshot = self._open(request)
-        histories, problem = [], ""
-        try:
-            histories = channel_histories(store)
-        except UserError as error:
-            problem = one_line(error)
-        return self._page(request, "channels", "Channels", snapshot, histories=histories, problem=problem)
-
-    def duplicates(self, request: Request) -> Response:
-        """Show images whose bytes are equal, largest groups first."""
-        _, snapshot = self._open(request)
-        found, problem = self._duplicates.peek(name_of(snapshot)), ""
-        if found is None and self.waits(request, "duplicates"):
-            try:
-                found = self._duplicates.get(name_of(snapshot), lambda: find_duplicates(snapshot))
-            except UserError as error:
-                problem = one_line(error)
-        paging = Paging.of(request, len(found.groups) if found else 0, GROUPS_PER_PAGE)
-        groups = found.groups[paging.first : paging.first + GROUPS_PER_PAGE] if found else ()
-        shown = [(group, named(snapshot, group.keys[:_SHOWN_OF_GROUP])) for group in groups]
-        return self._page(
-            request,
-            "duplicates",
-            "Copies",
-            snapshot,
-            found=found,
-            problem=problem,
-            groups=shown,
-            paging=paging,
-            most_groups=MOST_GROUPS,
+            **self._difference(request, SnapshotsCompared(old, new, note), params),
         )
 
     def broken(self, request: Request) -> Response:
@@ -236,7 +188,7 @@ class StorePages(PageKind):
         return store, open_snapshot(store, asked_snapshot(request) if version is None else version)
 
     def _difference(
-        self, request: Request, store: FeatureStore, difference: SnapshotsCompared | None, params: dict[str, Any]
+        self, request: Request, difference: SnapshotsCompared | None, params: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the values for the template of differences: counts, if they are computed, and images of one kind."""
         kind: Any = choice(request, "kind", KINDS)
@@ -248,7 +200,6 @@ class StorePages(PageKind):
             "params": params,
             "counts": None,
             "images": [],
-            "commits": CommitsBetween(),
             "paging": Paging.of(request, 0, PER_PAGE),
             "problem": "",
         }
@@ -265,10 +216,6 @@ class StorePages(PageKind):
                 paging = Paging.of(request, counts.total(kind), PER_PAGE)
                 images = self._changes.page(old, new, kind, paging.first, PER_PAGE)
                 shown |= {"counts": counts, "kind": kind, "paging": paging, "images": images}
-                asked = name_of(old), name_of(new), tuple(log.versions(store.storage)), kind, paging.first
-                shown["commits"] = self._commits.get(
-                    asked, lambda: commits_between(store, self._timeline, self._changes, old, new, images)
-                )
         except UserError as error:
             shown["problem"] = one_line(error)
         return shown

@@ -36,5 +36,5 @@
     for (const place of event.detail.target.querySelectorAll(".plot[data-drawn]")) Plotly.purge(place);
   });
   // Not at htmx:afterSwap: when htmx settles, it takes away the classes that were given to new elements until then.
-  document.addEventListener("htmx:afterSettle", (event) => draw(event.detail.target));
+  document.addEventListener("htmx:afterSettle", () => draw(document));
 })();

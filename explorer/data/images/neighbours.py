@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from explorer.data.background import Task
 from explorer.data.cache import LruCache
-from explorer.data.store.duplicates import named
-from explorer.data.store.snapshots import NamedImage
+from explorer.data.store.snapshots import NamedImage, named
 from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
 from featurestore.parsing import parse_json

@@ -1,4 +1,4 @@
-"""Images of a snapshot by key, uri and shard, and the rows of one image over the snapshots of a store."""
+"""Images of a snapshot by key, uri and shard."""
 
 import itertools
 import time
@@ -12,24 +12,9 @@ import pyarrow.compute as pc
 from explorer.data.cache import LruCache
 from explorer.data.store.listing import name_of
 from explorer.data.store.snapshots import NamedImage
-from featurestore import log
-from featurestore.errors import CorruptFileError
-from featurestore.format.datafile import (
-    DELETED,
-    FEATURE,
-    KEY,
-    METADATA_COLUMNS,
-    URI,
-    matrix_of,
-    numpy_column,
-    open_entry,
-    text_column,
-)
+from featurestore.format.datafile import KEY, URI, numpy_column, text_column
 from featurestore.keys import key_of_uri, shard_of
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, Manifest
-from featurestore.storage.threads import in_threads
-from featurestore.store import FeatureStore
 
 MOST_FOUND = 120
 _LOOKS_S = 1.5
@@ -106,118 +91,3 @@ def find_part(snapshot: Snapshot, part: str, first_shard: int = 0) -> Found:
 
 def _images(table: pa.Table) -> list[NamedImage]:
     return list(map(NamedImage, numpy_column(table, KEY).tolist(), text_column(table, URI)))
-
-
-MOST_SNAPSHOTS = 60
-"""Number of snapshots that are examined, the newest ones."""
-_THREADS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageRow:
-    """One row of an image in a data file."""
-
-    uri: str
-    digest: str
-    """Digest of the image's bytes; zeros if unknown, as for imported vectors."""
-    source_tag: str
-    width: int
-    height: int
-    norm: float
-    """Euclidean length of the feature."""
-
-    @property
-    def has_digest(self) -> bool:
-        """Whether the store has a digest of the image's bytes."""
-        return self.digest.strip("0") != ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSpan:
-    """One row, or none, from the first to the last snapshot that has it."""
-
-    first: int
-    last: int
-    time_s: float
-    operation: str
-    """Time and operation of the first snapshot."""
-    row: ImageRow | None
-    """None: the image is not in these snapshots."""
-
-
-def row_of(store: FeatureStore, manifest: Manifest, key: int) -> ImageRow | None:
-    """Read the row of an image in a snapshot, or return None. Reads the names of its shard."""
-    files = manifest.files(int(shard_of([key], store.info.num_shards)[0]))
-    for entry in reversed(files):
-        if (found := _row_in(store, entry, key)) is not None:
-            return found.row
-    return None
-
-
-def row_spans(store: FeatureStore, key: int) -> list[RowSpan]:
-    """List the rows of an image over the newest MOST_SNAPSHOTS snapshots, oldest first.
-
-    Reads the names of each data file of its shard once, and the feature if the image is in it. The same row in another
-    file, after a compaction, is not a change. Skips damaged manifests.
-    """
-    shard = int(shard_of([key], store.info.num_shards)[0])
-    versions = log.versions(store.storage)[-MOST_SNAPSHOTS:]
-    found_in: dict[str, _InFile | None] = {}
-    spans: list[RowSpan] = []
-    for manifest in in_threads(lambda version: _manifest(store, version), versions, _THREADS):
-        if manifest is None:
-            continue
-        row: ImageRow | None = None
-        for entry in reversed(manifest.files(shard)):
-            if entry.path not in found_in:
-                found_in[entry.path] = _row_in(store, entry, key)
-            if (found := found_in[entry.path]) is not None:
-                row = found.row
-                break
-        if spans and spans[-1].row == row:
-            spans[-1] = RowSpan(**{**spans[-1].__dict__, "last": manifest.version})
-        elif spans or row is not None:
-            number = manifest.version
-            spans.append(
-                RowSpan(first=number, last=number, time_s=manifest.time_s, operation=manifest.operation, row=row)
-            )
-    return spans
-
-
-@dataclass(frozen=True)
-class _InFile:
-    """The row of a key in a file; None if it is a tombstone."""
-
-    row: ImageRow | None
-
-
-def _manifest(store: FeatureStore, version: int) -> Manifest | None:
-    try:
-        return log.read(store.storage, version)
-    except (FileNotFoundError, CorruptFileError):
-        return None
-
-
-def _row_in(store: FeatureStore, entry: FileEntry, key: int) -> _InFile | None:
-    """Find the row of a key in one file, or return None."""
-    with open_entry(store.storage, store.info, entry) as file:
-        table = file.read([*METADATA_COLUMNS, DELETED])
-        places = np.flatnonzero(numpy_column(table, KEY) == key)
-        if not len(places):
-            return None
-        place = int(places[-1])
-        values: dict[str, Any] = table.slice(place, 1).to_pylist()[0]
-        if values[DELETED]:
-            return _InFile(None)
-        group = int(np.searchsorted(np.asarray(file.group_starts), place, side="right")) - 1
-        features_ND = matrix_of(file.read([FEATURE], [group]), store.info)
-        feature_D = store.codec.decode(features_ND[place - file.group_starts[group]][None])[0]
-        row = ImageRow(
-            uri=values["uri"],
-            digest=values["content_digest"].hex(),
-            source_tag=values["source_tag"],
-            width=values["width"],
-            height=values["height"],
-            norm=float(np.linalg.norm(feature_D.astype(np.float64))),
-        )
-    return _InFile(row)

@@ -11,7 +11,7 @@ from explorer.data.images.visual import feature_of_picture
 from explorer.data.impressions.explained import OtherPicture, Score, has_feature, with_other_pictures
 from explorer.data.impressions.groups import PictureName, Row, SampleGroup
 from explorer.data.impressions.open_runs import Logits, OpenedRun
-from explorer.data.store.duplicates import named
+from explorer.data.store.snapshots import named
 from explorer.errors import ExplorerError, NotHereError
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore

@@ -1,4 +1,4 @@
-"""A store at a snapshot: opened, with its channels and broken images."""
+"""A store at a snapshot: opened, with its broken images."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,8 +7,7 @@ from explorer.data.pictures import Pictures
 from explorer.errors import NotHereError
 from featurestore import log
 from featurestore.errors import ChannelError, SnapshotNotFoundError
-from featurestore.log import CHANNELS
-from featurestore.published.channels import ChannelMove, VersionName, is_channel_name, read_moves
+from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot
 from featurestore.staging import QuarantineRow
 from featurestore.storage.threads import in_threads
@@ -51,33 +50,6 @@ def live_rows(snapshot: Snapshot) -> int | None:
     """Count the images of a snapshot if that needs no reading of files, or return None."""
     readers = [snapshot.shard_reader(shard) for shard in snapshot.manifest.shards]
     return sum(reader.num_rows for reader in readers) if all(reader.is_plain for reader in readers) else None
-
-
-MOST = 20
-"""Number of moves of a channel to show, the newest ones."""
-
-
-@dataclass(frozen=True)
-class ChannelHistory:
-    """The moves of one channel, newest first; it may have been removed."""
-
-    name: str
-    moves: tuple[ChannelMove, ...]
-    num_moves: int
-
-    @property
-    def version(self) -> int | None:
-        """The snapshot that it points to; None if it was removed."""
-        return self.moves[0].version if self.moves else None
-
-
-def channel_histories(store: FeatureStore) -> list[ChannelHistory]:
-    """Read all channels, by name. Raises CorruptFileError."""
-    found = []
-    for name in filter(is_channel_name, store.storage.list(CHANNELS)):
-        moves = read_moves(store.storage, name)[::-1]
-        found.append(ChannelHistory(name, tuple(moves[:MOST]), len(moves)))
-    return found
 
 
 _THREADS = 8

@@ -1,12 +1,11 @@
-"""Snapshots of a store: the timeline, what changed between two, and the commits between them.
+"""Snapshots of a store: the timeline, what changed between two, and names of images.
 
 Memory: three counts per shard, and the names of the few shards on a page, for any number of images.
 """
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -133,6 +132,19 @@ class NamedImage(NamedTuple):
     uri: str
 
 
+def named(snapshot: Snapshot, keys: Sequence[int]) -> list[NamedImage]:
+    """Find the uris of keys, in the order asked, without missing keys. Reads the uris of their shards."""
+    keys_U = np.asarray(keys, np.int64)
+    shard_U = shard_of(keys_U, snapshot.info.num_shards)
+
+    def uris(shard: int) -> list[NamedImage]:
+        found_K, names = snapshot.shard_reader(shard).uris(keys_U[shard_U == shard])
+        return list(map(NamedImage, found_K.tolist(), names))
+
+    known = {image.key: image for part in in_threads(uris, np.unique(shard_U).tolist(), _THREADS) for image in part}
+    return [known[key] for key in keys if key in known]
+
+
 @dataclass(frozen=True)
 class ChangeCounts:
     """Numbers of images added, changed and removed between two snapshots, in each shard whose files differ, (S,)."""
@@ -221,64 +233,3 @@ def _count(old: Snapshot, new: Snapshot, diff: Callable[[Snapshot, Snapshot, int
     counts_S3 = np.array(list(in_threads(counts, shards, _THREADS)), np.int64).reshape(-1, len(KINDS))
     added_S, changed_S, removed_S = counts_S3.T
     return ChangeCounts(tuple(shards), added_S, changed_S, removed_S)
-
-
-MOST_LISTED = 40
-MOST_STEPS = 12
-"""Most commits to search for those of images: each may read the names of the images' shards."""
-
-
-class CameBy(NamedTuple):
-    """The commit that changed an image; if not `is_sure`, this or an earlier one that has expired."""
-
-    commit: SnapshotLine
-    is_sure: bool
-
-
-@dataclass(frozen=True)
-class CommitsBetween:
-    """The commits after one snapshot up to another, newest first."""
-
-    lines: Sequence[SnapshotLine] = ()
-    """At most MOST_LISTED commits."""
-    count: int = 0
-    of_key: Mapping[int, CameBy] = field(default_factory=dict)
-    """By the images' keys; empty for more than MOST_STEPS commits."""
-
-
-def commits_between(
-    store: FeatureStore,
-    timeline: Timeline,
-    changes: Changes,
-    old: Snapshot,
-    new: Snapshot,
-    images: Sequence[NamedImage],
-) -> CommitsBetween:
-    """List the commits after `old` up to `new`, and find the newest one that changed each image.
-
-    Cost: reads a manifest for each commit, and, if there are several, the names of the images' shards twice for each
-    commit that changed them. Raises CorruptFileError, NotHereError.
-    """
-    versions = [each for each in log.versions(store.storage) if old.version < each <= new.version]
-    lines = timeline.lines(store, versions[::-1][:MOST_LISTED])
-    if not versions or len(versions) > MOST_STEPS:
-        return CommitsBetween(lines, len(versions))
-    by_version = {line.version: line for line in lines}
-    steps = [old, *(open_snapshot(store, version) for version in versions[:-1]), new]
-    keys_N = np.array([image.key for image in images], np.int64)
-    version_N = np.full(len(keys_N), new.version if len(versions) == 1 else 0)
-    shard_N = shard_of(keys_N, store.info.num_shards)
-    for before, after in reversed(list(pairwise(steps))):
-        for shard in np.unique(shard_N[version_N == 0]).tolist():
-            if before.manifest.files(shard) == after.manifest.files(shard):
-                continue
-            found = changes.shard(before, after, shard)
-            changed = np.concatenate([getattr(found, kind).keys_N for kind in KINDS])
-            version_N[(version_N == 0) & (shard_N == shard) & np.isin(keys_N, changed)] = after.version
-    before_of = {after.version: before.version for before, after in pairwise(steps)}
-    of_key = {
-        key: CameBy(by_version[version], before_of[version] == version - 1)
-        for key, version in zip(keys_N.tolist(), version_N.tolist(), strict=True)
-        if version in by_version
-    }
-    return CommitsBetween(lines, len(versions), of_key)

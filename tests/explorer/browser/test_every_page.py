@@ -11,7 +11,7 @@ from trainer.files import DAYS_FILE
 
 BY_FORMS = ("/runs/compare?run=both&run=ids-only",)
 """Pages that only a form leads to."""
-NO_PAGES = ("/static/", "/picture", "/parts/")
+NO_PAGES = ("/static/", "/picture")
 """What pages ask for by themselves."""
 FOCUSED = """() => {
     const at = document.activeElement;

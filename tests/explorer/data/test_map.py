@@ -10,10 +10,9 @@ import pytest
 from explorer.data import map as maps
 from explorer.data import predictions
 from explorer.data.background import Task
-from explorer.data.map import MapPoints, evenly, make_map, of_features, of_run, read_ads
+from explorer.data.map import MapPoints, evenly, make_map, of_run, read_ads
 from explorer.places import Places
-from featurestore import FeatureRows, FeatureStore, StoreInfo
-from tests.explorer.stores import EXTRACTOR
+from featurestore import FeatureStore
 from tests.explorer.world import World
 from trainer.comm import SoloComm
 from trainer.evaluation.predict import predict_run
@@ -60,42 +59,13 @@ def test_the_file_has_the_columns_that_embedding_atlas_takes(places: Places) -> 
     assert make_map(places, "both", Task()).x_N.tolist() == found.x_N.tolist()
 
 
-def test_features_of_the_store_are_laid_out_without_a_run(places: Places, world: World) -> None:
-    found = make_map(Places(store=places.store, samples=places.samples), None, Task())
-    assert sorted(found.keys_N.tolist()) == FeatureStore.open(world.store).snapshot().keys().tolist()
-    assert np.isfinite(found.ctr_N).any()
-    assert np.isnan(found.error_N).all()
-    alone = make_map(Places(store=places.store), None, Task())
-    assert "CTR and category cannot be shown: no --samples were given" in alone.about["notes"]
-
-
 def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = FeatureStore.open(world.store).snapshot().num_rows
     monkeypatch.setattr(maps, "MOST_POINTS", 10)
-    some = of_features(places, Task())
-    assert 7 <= some.count <= 10
-    assert some.num_images == count
-    assert of_run(places, "both", Task()).count == 10
+    some = of_run(places, "both", Task())
+    assert some.count == 10
+    assert some.num_images == FeatureStore.open(world.store).snapshot().num_rows
     assert evenly(1000).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
     assert evenly(3).tolist() == [0, 1, 2]
-    row_bytes = FeatureStore.open(world.store).info.row_bytes
-    monkeypatch.setattr(maps, "_MOST_BYTES", count * row_bytes // 2)
-    monkeypatch.setattr(maps, "MOST_POINTS", 1000)
-    fewer = of_features(places, Task())
-    assert fewer.count < count
-    assert "2 of 4 shards were read" in fewer.notes[0]
-
-
-def test_wide_features_become_narrow_and_keep_their_distances(tmp_path: Path) -> None:
-    info = StoreInfo(num_shards=2, dim=4096, dtype="float32", extractor=EXTRACTOR)
-    features_ND = np.random.default_rng(0).normal(size=(50, 4096)).astype(np.float32)
-    rows = FeatureRows.of([f"{number}.jpg" for number in range(50)], features_ND)
-    FeatureStore.create(tmp_path / "wide", info).put(rows)
-    found = of_features(Places(store=str(tmp_path / "wide")), Task())
-    assert found.vectors_NV.shape == (50, 128)
-    as_put_N = np.argsort([int(uri.removesuffix(".jpg")) for uri in found.uris_N])
-    wide, small = (np.linalg.norm(each[1:] - each[0], axis=1) for each in (features_ND, found.vectors_NV[as_put_N]))
-    assert np.abs(small / wide - 1).max() < 0.3
 
 
 def test_what_is_not_known_is_told(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:

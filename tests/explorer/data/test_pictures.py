@@ -8,7 +8,6 @@ import time
 
 import fsspec
 import pytest
-import xxhash
 from PIL import Image
 
 from explorer.data import pictures as module
@@ -69,7 +68,6 @@ def test_nothing_but_a_picture_below_the_place_is_given(folder, tmp_path, uri):
     assert found.problem in ("no picture", "refused", "broken")
     assert size_of(found) == (96, 96)
     assert pictures.look(uri) == (None, b"")
-    assert pictures.digest(uri) is None
 
 
 @pytest.mark.parametrize("uri", ["a/1.jpg", "./a/1.jpg", "a//1.jpg", "a/../b.png", "inside.jpg"])
@@ -93,7 +91,6 @@ def test_a_place_on_an_object_store_gives_what_is_below_it():
     assert pictures.get("a/1.jpg", 96).problem == ""
     assert pictures.get("memory://pictures-of-test/a/1.jpg", 96).problem == ""
     assert pictures.look("a/1.jpg") == (None, data[:32])
-    assert pictures.digest("a/1.jpg") == xxhash.xxh3_128_hexdigest(data)
     refused = "../other-of-test/2.jpg", "/other-of-test/2.jpg", "a/../1.jpg", "..", "memory://other-of-test/2.jpg"
     assert all(pictures.get(uri, 96).problem == "refused" for uri in refused)
     assert pictures.get("a/none.jpg", 96).problem == "no picture"

@@ -41,6 +41,13 @@ def pages(places: Places) -> Iterator[TestClient]:
         yield client
 
 
+def read(pages: TestClient, address: str) -> str:
+    """Ask for a map until it is there, or says why there is none."""
+    while "hx-get" in (text := pages.get(address, params=None).text):
+        assert "The map is being made" in text
+    return text
+
+
 def test_the_map_is_polled_until_it_is_there(pages: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
 
@@ -51,24 +58,20 @@ def test_the_map_is_polled_until_it_is_there(pages: TestClient, monkeypatch: pyt
     monkeypatch.setattr("explorer.pages.maps.make_map", later)
     html = pages.get("/map", params={"run": "both"}).text
     assert "The map is being made" in html
-    part = unescape(re.search(r'hx-get="(/parts/map[^"]*)"', html)[1])  # type: ignore[index]
-    waiting = pages.get(part)
-    assert waiting.status_code == 200
-    assert "mapgrid" not in waiting.text
+    part = unescape(re.search(r'hx-get="(/map[^"]*)"', html)[1])  # type: ignore[index]
+    waiting = pages.get(part).text
+    assert "mapgrid" not in waiting
+    assert part in unescape(waiting)
     go.set()
-    for _ in range(600):
-        whole = pages.get(part)
-        if whole.status_code == 286:
-            break
-    assert whole.status_code == 286
-    assert "two principal components" in whole.text
-    assert whole.text.count("<li style=") == len(re.findall(r'<a href="/images/-?\d+"><img ', whole.text)) > 3
+    whole = read(pages, part)
+    assert "two principal components" in whole
+    assert whole.count("<li style=") == len(re.findall(r'<a href="/images/-?\d+"><img ', whole)) > 3
     assert "hx-get" not in pages.get("/map?run=both").text
 
 
 def test_its_file_is_parquet(pages: TestClient) -> None:
     assert pages.get("/map/points.parquet?run=both-longer").status_code == 404
-    html = pages.get("/map?run=both-longer&wait=1").text
+    html = read(pages, "/map?run=both-longer&wait=map")
     link = unescape(re.search(r'href="(/map/points.parquet[^"]*)"', html)[1])  # type: ignore[index]
     answer = pages.get(link)
     assert answer.headers["content-disposition"].startswith('attachment; filename="map-both-longer.parquet')
@@ -78,7 +81,7 @@ def test_its_file_is_parquet(pages: TestClient) -> None:
 
 @pytest.mark.parametrize("colour", ["folder", "category", "ctr", "error"])
 def test_each_colour_is_drawn(pages: TestClient, colour: str) -> None:
-    html = pages.get("/map", params={"run": "both", "colour": colour, "wait": "1"}).text
+    html = read(pages, f"/map?run=both&colour={colour}&wait=map")
     assert 'id="map"' in html
     assert "<script>alert" not in html
     assert "onerror=alert" not in re.sub(r"<script type=.*?</script>|\"[^\"]*\"", "", html)
@@ -88,7 +91,7 @@ def test_a_run_is_chosen_that_sees_images(pages: TestClient) -> None:
     html = pages.get("/map").text
     assert 'aria-current="true">run both</a>' in html
     assert "run=ids-only" not in html
-    blind = pages.get("/map?run=ids-only&wait=1").text
+    blind = read(pages, "/map?run=ids-only&wait=map")
     assert "has no E for images, so no map; choose another run" in blind
     assert "--" not in blind.partition("<main")[2]
 
@@ -99,17 +102,17 @@ def test_a_run_is_chosen_that_sees_images(pages: TestClient) -> None:
         ("/map?run=nothing", 404),
         ("/map?colour=x", 400),
         ("/map/points.parquet?run=..", 404),
-        ("/parts/map?run=a%2Fb", 404),
+        ("/map?run=a%2Fb", 404),
     ],
 )
 def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
     assert pages.get(address).status_code == status
 
 
-def test_runs_without_images_and_no_store(tmp_path: Path) -> None:
+def test_runs_without_images(tmp_path: Path) -> None:
     with TestClient(application(Site(Places(runs=str(tmp_path))))) as pages:
         assert "nothing to lay out" in pages.get("/map").text
-        assert pages.get("/parts/map").status_code == 404
+        assert pages.get("/map/points.parquet").status_code == 404
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def several(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_of_several_contents_each_has_its_map(places: Places, several: Path) -> None:
     places = replace(places, runs=str(several))
     with TestClient(application(Site(places))) as pages:
-        html = pages.get("/map?run=two&wait=1").text
+        html = read(pages, "/map?run=two&wait=map")
         found = {
             word: unescape(link) for link, word in re.findall(r'<a href="([^"]*network[^"]*)"[^>]*>(\S+:\S+)</a>', html)
         }
@@ -134,7 +137,7 @@ def test_of_several_contents_each_has_its_map(places: Places, several: Path) -> 
         assert html.count('aria-current="true">images:') == 1
         spots = {}
         for name, link in found.items():
-            html = pages.get(f"{link}&wait=1").text
+            html = read(pages, f"{link}&wait=map")
             assert f'aria-current="true">{name}</a>' in html
             assert (
                 f"network={name.replace(':', '%3A')}&amp;run=two" in html.partition("Colour")[2].partition("</nav>")[0]
@@ -143,9 +146,8 @@ def test_of_several_contents_each_has_its_map(places: Places, several: Path) -> 
             spots[name] = pq.read_table(io.BytesIO(pages.get(file).content))["x"].to_pylist()
         one, other = spots.values()
         assert one != other
-        assert (
-            "has no content &#39;images:x&#39;; it has images:"
-            in pages.get("/map?run=two&network=images:x&wait=1").text
+        assert "has no content &#39;images:x&#39;; it has images:" in read(
+            pages, "/map?run=two&network=images:x&wait=map"
         )
     frozen = Site(places, frozen=True)
     with TestClient(application(frozen)) as pages:
@@ -157,7 +159,7 @@ def test_of_several_contents_each_has_its_map(places: Places, several: Path) -> 
 
 def test_images_that_the_store_has_not_lead_nowhere(places: Places, world: World) -> None:
     with TestClient(application(Site(places))) as pages:
-        assert 'href="/images/' in pages.get("/map?run=both&wait=1").text
+        assert 'href="/images/' in read(pages, "/map?run=both&wait=map")
     site = Site(places)
     shown = MapPart(run="both", network=None, colour="folder", task=Task(), store_id="another")
     shown.task.run(lambda _: make_map(places, "both", Task()))

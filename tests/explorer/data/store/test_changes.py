@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from explorer.data.store.listing import live_rows, open_snapshot, version_before
-from explorer.data.store.snapshots import KINDS, Changes, newest_at
+from explorer.data.store.snapshots import KINDS, Changes, named, newest_at
 from explorer.errors import NotHereError
+from featurestore import key_of_uri
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from tests.explorer.stores import ADDED, CHANGED, make_store, rows, storied
@@ -96,3 +97,9 @@ def test_images_are_counted_without_reading_where_that_is_exact(tmp_path):
     assert live_rows(store.snapshot(4)) is None
     compact(store, force=True)
     assert live_rows(store.snapshot()) == store.snapshot(4).num_rows == len(np.unique(store.snapshot(4).keys())) == 44
+
+
+def test_names_come_in_the_order_asked(tmp_path):
+    snapshot = storied(tmp_path / "store").snapshot()
+    keys = [key_of_uri(uri) for uri in ("b/1.jpg", "a/5.jpg", "nowhere", "a/11.jpg", "b/0.jpg")]
+    assert [image.uri for image in named(snapshot, keys)] == ["b/1.jpg", "a/5.jpg", "b/0.jpg"]

@@ -1,10 +1,9 @@
 """The line of snapshots: what each commit wrote, pins, and manifests that are damaged or gone."""
 
-from explorer.data.store.listing import channel_histories
 from explorer.data.store.snapshots import Timeline
 from featurestore import log
-from featurestore.upkeep.history import move_channel, pin, remove_channel
-from tests.explorer.stores import make_store, storied
+from featurestore.upkeep.history import move_channel, pin
+from tests.explorer.stores import storied
 
 
 def test_lines_say_what_commits_wrote(tmp_path):
@@ -26,19 +25,12 @@ def test_a_pin_is_seen_on_a_line_that_was_read_before(tmp_path):
     assert timeline.lines(store, [2])[0].pins == ("later",)
 
 
-def test_channels_stand_on_their_lines_and_their_page_says_why_they_moved(tmp_path):
+def test_channels_stand_on_their_lines(tmp_path):
     store = storied(tmp_path / "store")
     move_channel(store, "stable", 1)
     move_channel(store, "candidate", 3)
     move_channel(store, "stable", 3, "promoted")
     assert [line.channels for line in Timeline().lines(store, [4, 3, 2, 1])] == [(), ("candidate", "stable"), (), ()]
-    candidate, stable = channel_histories(store)
-    assert (candidate.name, candidate.version) == ("candidate", 3)
-    assert (stable.name, stable.version) == ("stable", 3)
-    assert [(move.version, move.reason) for move in stable.moves] == [(3, "promoted"), (1, "set")]
-    remove_channel(store, "candidate")
-    assert channel_histories(store)[0].version is None
-    assert channel_histories(make_store(tmp_path / "empty")) == []
 
 
 def test_a_damaged_manifest_is_a_line_and_an_expired_one_is_none(tmp_path):
