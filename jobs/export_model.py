@@ -112,11 +112,10 @@ def _export(out: str, options: "ExportOptions", compiled: bool) -> "Exported":
     from functools import partial
 
     from serving.bundle.export import export_model, write_network
-    from serving.scoring.drift import id_rows_drift
 
     network = partial(write_network, compiled=compiled)
     with progress_bar("images") as progress:
-        return export_model(out, options, network=network, measure=id_rows_drift, progress=progress)
+        return export_model(out, options, network=network, progress=progress)
 
 
 def _report(
@@ -157,16 +156,10 @@ def summary_text(
     rows = sum(each.num_rows for each in manifest.rows)
     names = {each.name for each in manifest.rows}
     rows_bytes = sum(file.bytes for file in manifest.files if file.name in names)
-    error = manifest.id_error
     lines = [
         f"run          {manifest.run}, {manifest.checkpoint}",
         f"id rows      {rows:,} in {len(manifest.tables)} tables, {manifest.id_dtype}, {rows_bytes:,} bytes",
     ]
-    if error:
-        lines.append(
-            f"error        {error.worst:.2g} of a logit at worst, {error.mean:.2g} on average of {error.num_scores:,} "
-            f"of the sample, as ID rows are {manifest.id_dtype}"
-        )
     for of in manifest.vectors:
         networks = ", ".join(f"network {each.name}: {each.width} numbers" for each in of.networks)
         lines.append(

@@ -1,6 +1,7 @@
 """Update the visual vectors of a published model to the newest images of its feature stores."""
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,8 +15,9 @@ from trainer.cli import StoreVersion
 if TYPE_CHECKING:
     from featurestore.published.channels import VersionName
     from serving.bundle.images import PublishReport
-    from serving.bundle.manifest import LogitDrift, VectorsOf
+    from serving.bundle.manifest import VectorsOf
     from serving.bundle.open import ModelVersion
+    from serving.scoring.drift import LogitDrift
 
 EXAMPLES = """Examples:
 
@@ -78,7 +80,7 @@ def main(
     print_summary(f"time         {time.monotonic() - start:.1f} s")
     write_json_option(
         json_file,
-        {"version": opened.manifest.version, "stores": figures, "change": change.model_dump() if change else None},
+        {"version": opened.manifest.version, "stores": figures, "change": asdict(change) if change else None},
     )
 
 

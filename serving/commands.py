@@ -82,7 +82,6 @@ def info(
     damage = find_damage(storage, manifest)
     vectors = {of.store: _vectors_of(storage, manifest, of) for of in manifest.vectors}
     rows_bytes = sum(file.bytes for file in manifest.files if file.name in {each.name for each in manifest.rows})
-    error = manifest.id_error
     lines = {
         "model": storage.url,
         "version": f"{manifest.version} ({'in use' if in_use else 'not in use'})",
@@ -90,7 +89,6 @@ def info(
         "run": f"{manifest.run}, {manifest.checkpoint} ({manifest.checkpoint_digest[:12]})",
         "files": f"{len(manifest.files)}, {sum(file.bytes for file in manifest.files):,} bytes",
         "id rows": f"{sum(each.num_rows for each in manifest.rows):,} as {manifest.id_dtype}, {rows_bytes:,} bytes",
-        **({"error of id rows": f"worst {error.worst:.2g}, mean {error.mean:.2g} of a logit"} if error else {}),
         **{f"table {each.name}": f"{each.kind}, {each.num_rows:,} rows of {each.width}" for each in manifest.tables},
         **{f"vectors of {name}": _vectors_text(each) for name, each in vectors.items()},
         "missing images": _MISSING[manifest.missing_in_training],

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from featurestore.errors import StorageError, StoreNotFoundError
-from featurestore.keys import Int64Array, UInt64Array, splitmix64
+from featurestore.keys import UInt64Array, splitmix64
 from featurestore.log import writer_name
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
@@ -47,7 +47,6 @@ from serving.bundle.manifest import (
     SCHEMA,
     TRAINED,
     BundleManifest,
-    LogitDrift,
     Missing,
     RowsFile,
     TableRows,
@@ -74,7 +73,6 @@ from trainer.samples.index import read_row_group
 _COPY_BYTES = 8 << 20
 
 WriteNetwork = Callable[[SavedRun, WrittenFiles], None]
-MeasureRows = Callable[[SavedRun, BundleManifest, Storage], LogitDrift | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +107,13 @@ def export_model(
     options: ExportOptions,
     *,
     network: WriteNetwork,
-    measure: MeasureRows,
     progress: Progress | None = None,
 ) -> Exported:
     """Publish a run's checkpoint as the next version of the bundle at `url`.
 
-    `network` writes the files of the network, see `write_network`; `measure` measures how far logits move if ID rows
-    are not float32. Memory holds one shard of ID rows or vectors at a time, or one file on an object store. Raises
-    TrainerError, FeatureStoreError or ServingError without publishing anything.
+    `network` writes the files of the network, see `write_network`. Memory holds one shard of ID rows or vectors at a
+    time, or one file on an object store. Raises TrainerError, FeatureStoreError or ServingError without publishing
+    anything.
     """
     saved, storage = read_run(options.run, options.checkpoint), Storage(url)
     tables = SavedTables(saved)
@@ -140,7 +137,6 @@ def export_model(
         checkpoint=saved.checkpoint.name,
         checkpoint_digest=saved.digest,
         id_dtype=options.id_dtype,
-        id_error=None,
         rows=rows,
         tables=id_tables,
         vectors=vectors,
@@ -149,8 +145,6 @@ def export_model(
         metrics=_metrics(saved),
         files=tuple(files.files),
     )
-    if options.id_dtype != "float32":
-        draft = draft.model_copy(update={"id_error": measure(saved, draft, storage)})
     num_images = _count_images(storage, draft)
     published = log.publish(storage, lambda version: draft.model_copy(update={"version": version}))
     if options.use:
@@ -278,21 +272,6 @@ class SavedTables:
             first_RV = initial_rows(shape, shard, seed, scale, begun).astype(weight_RV.numpy().dtype)
             moved_R &= (weight_RV.numpy() != first_RV).any(axis=1)
         return trained_R | moved_R
-
-
-def rows_at(tables: SavedTables, asked: Mapping[int, Int64Array]) -> dict[int, Float32]:
-    """Read the checkpoint's rows at the ascending positions `asked`, by the width of their file.
-
-    Reads all tables of these widths once. Raises CheckpointError, TrainerError."""
-    found: dict[int, Float32] = {}
-    for width, place_U in asked.items():
-        found[width], first_row = np.empty((len(place_U), width), np.float32), 0
-        for shape in (shape for shape in tables.shapes if shape.width == width):
-            for shard in tables.shards(shape):
-                start, end = np.searchsorted(place_U, (first_row, first_row + len(shard.rows_RV)))
-                found[width][start:end] = shard.rows_RV[place_U[start:end] - first_row]
-                first_row += len(shard.rows_RV)
-    return found
 
 
 def write_rows(

@@ -126,14 +126,6 @@ class VectorsOf(Frozen):
     """Whether 32 columns with the 512 bits of each image's signature follow."""
 
 
-class LogitDrift(Frozen):
-    """How far a change moves logits of the sample: another number type of ID rows, or a publish of vectors."""
-
-    num_scores: int
-    worst: float
-    mean: float
-
-
 class BundleManifest(Sealed):
     """One version of a bundle."""
 
@@ -147,8 +139,6 @@ class BundleManifest(Sealed):
     checkpoint_digest: str
     hash: Literal["splitmix64"] = "splitmix64"
     id_dtype: RowDType
-    id_error: LogitDrift | None
-    """Drift against float32 rows, for other types."""
     rows: tuple[RowsFile, ...]
     tables: tuple[TableRows, ...]
     vectors: tuple[VectorsOf, ...]

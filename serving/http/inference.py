@@ -19,7 +19,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
-from math import isnan, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -243,7 +243,7 @@ def _shape(rule: Rule) -> list[int]:
 def _value(name: str, tensor: Tensor, tensors: Mapping[str, Tensor], columns: Mapping[str, Rule]) -> Any:
     """Return a column's value in a request: a single value, a list, or a list of lists."""
     rule = columns[name]
-    values = _with_missing(tensor, rule)
+    values = tensor.values
     if rule.depth == 0:
         if tensor.shape != (1,):
             raise _shape_error(name, tensor, "[1]")
@@ -273,13 +273,6 @@ def _by_lengths(name: str, tensor: Tensor, values: list[Any], lengths: Tensor) -
     if len(tensor.shape) != 1:
         raise _shape_error(name, tensor, f"[N], as {name}{LENGTHS} is sent")
     return [values[start:end] for start, end in pairwise(accumulate(lengths.values, initial=0))]
-
-
-def _with_missing(tensor: Tensor, rule: Rule) -> list[Any]:
-    """Replace NaN, which marks a missing number in a tensor, by None, as in a request."""
-    if not rule.may_miss or not tensor.datatype.startswith("FP"):
-        return tensor.values
-    return [None if value is None or isnan(value) else value for value in tensor.values]
 
 
 def _shape_error(name: str, tensor: Tensor, wanted: str) -> RequestError:

@@ -5,33 +5,29 @@ answers, and warms it up; then the event loop switches to it. A body that is bei
 model open (`held`) until its last piece. A version that cannot be loaded, or fails its warm-up, is refused: the old one
 stays in use, and the new one is tried again later.
 
-The warm-up scores the bundle's own sample, or synthetic requests where it has none. It is also the last check of a new
-version: these scores must be finite numbers.
+The warm-up scores the bundle's own sample. It is also the last check of a new version: these scores must be finite
+numbers. A bundle without a sample (`--sample-groups 0`) is neither warmed up nor checked.
 """
 
 import asyncio
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from serving.bundle.log import BundleIdentity
 from serving.errors import BrokenBundleError, NotFiniteError
 from serving.http.limits import RefusedError
 from serving.http.metrics import ServingMetrics
-from serving.scoring.request import Decoded, Request
 from serving.settings import ServerSettings
-from trainer.samples.columns import Rule
 
 if TYPE_CHECKING:
     from serving.scoring.scorer import Scorer
 
 logger = logging.getLogger("serving")
-SYNTHETIC_CANDIDATES = (1, 200, 0, 2, 1)
-SYNTHETIC_HISTORY = (30, 30, 0, 1, 2)
 _LONGEST_WAIT_S = 300.0
 _LOCK_SWITCH_S = 0.0005
 
@@ -62,41 +58,22 @@ class BundleSource:
 
 
 def warm_up(model: "Scorer") -> int:
-    """Score the bundle's sample, row by row, or synthetic requests if it has none; return their number.
+    """Score the bundle's sample, row by row; return the number of rows, 0 if it has none.
 
     Raises BrokenBundleError if a score is not a finite number; errors of the model propagate.
     """
     sample = model.sample()
-    bodies: list[Decoded] = [] if sample is None else [sample.slice(row, 1) for row in range(sample.num_rows)]
-    bodies = bodies or [[request] for request in synthetic_requests(model.columns)]
+    num_rows = 0 if sample is None else sample.num_rows
     try:
-        for body in bodies:
-            model.score(body)
+        for row in range(num_rows):
+            assert sample is not None
+            model.score(sample.slice(row, 1))
     except NotFiniteError as error:
         raise BrokenBundleError(
             f"version {model.identity.version} gives scores that are not finite numbers: export a sound run, or go "
             "back by `python -m serving use`"
         ) from error
-    return len(bodies)
-
-
-def synthetic_requests(columns: Mapping[str, Rule]) -> Iterable[Request]:
-    """Generate requests with the model's columns: one candidate and many, a long history and none."""
-    for num_candidates, num_behaviors in zip(SYNTHETIC_CANDIDATES, SYNTHETIC_HISTORY, strict=True):
-        user = {name: _value(rule, num_behaviors) for name, rule in columns.items() if rule.side == "user"}
-        ads = {name: _value(rule, num_candidates) for name, rule in columns.items() if rule.side == "ad"}
-        yield Request(user=user, candidates=ads)
-
-
-def _value(rule: Rule, count: int) -> Any:
-    """Generate a value of a column: `count` entries at the outermost level, inside them the rule's width or one."""
-    number: Any = 1 if rule.number == "integer" else 0.5
-    if rule.depth == 0:
-        return number
-    if rule.side == "user" and rule.depth == 1 and rule.width is not None:
-        return [number] * rule.width
-    inner = number if rule.depth == 1 else [number] * (rule.width or 1)
-    return [inner] * count
+    return num_rows
 
 
 @dataclass

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from featurestore.keys import NO_IMAGE, ids_of_texts, keys_of_uris
 from serving.errors import OverflowingInputError, RequestError
 from serving.network import CHUNK, Steps, run_steps
-from serving.scoring.request import Request, RequestColumns, as_list, expected, short_repr
+from serving.scoring.request import Request, RequestColumns, expected, short_repr
 from trainer.errors import OverflowingValueError
 from trainer.samples.columns import Encoded, Index, Rule, TextKind, Values, cross, encode_numbers, sizes_of
 from trainer.samples.reader import Batch, Jagged, inputs_of
@@ -42,11 +42,8 @@ class UnusableValueError(ValueError):
 def flatten(entries: Sequence[Any], wanted: str) -> tuple[Sequence[Any], Index]:
     """Join lists, and return the length of each. Raises UnusableValueError for an entry that is not a list."""
     if not set(map(type, entries)) <= {list}:
-        lists = [as_list(entry) for entry in entries]
-        if None in lists:
-            place = lists.index(None)
-            raise UnusableValueError(place, f"{short_repr(entries[place])}, and has to be {wanted}")
-        entries = lists
+        place = next(place for place, entry in enumerate(entries) if type(entry) is not list)
+        raise UnusableValueError(place, f"{short_repr(entries[place])}, and has to be {wanted}")
     lengths_M = np.fromiter(map(len, entries), np.int64, len(entries))
     return entries[0] if len(entries) == 1 else list(chain.from_iterable(entries)), lengths_M
 
@@ -58,10 +55,10 @@ def whole_numbers(values: Sequence[Any], text: TextKind | None) -> NDArray[np.in
         return _int64(values)
     if kinds == {str} and text is not None:
         return _of_texts(values, text)
-    if all(_is_whole(kind) or (text is not None and kind is str) for kind in kinds):
+    usable: set[type] = {int, str} if text is not None else {int}
+    if kinds <= usable:
         return _int64([_id_of(value, place, text) for place, value in enumerate(values)])
-    wanted = "a whole number" + (" or a text" if text else "")
-    raise _first(values, lambda value: _is_whole(type(value)) or (text is not None and type(value) is str), wanted)
+    raise _first(values, usable, "a whole number" + (" or a text" if text else ""))
 
 
 def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
@@ -89,10 +86,10 @@ def image_keys(values: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.boo
 
 def real_numbers(values: Sequence[Any], may_miss: bool) -> NDArray[np.float32]:
     """Return real numbers as float32, (N,); a missing one (null, NaN) is NaN. Raises UnusableValueError."""
-    kinds = set(map(type, values))
-    if not kinds <= {float} and not all(_is_real(kind) or (may_miss and kind is type(None)) for kind in kinds):
+    kinds, usable = set(map(type, values)), {int, float, type(None)} if may_miss else {int, float}
+    if not kinds <= usable:
         wanted = "a number" + (" or null" if may_miss else "; give its field fill to replace missing ones")
-        raise _first(values, lambda value: _is_real(type(value)) or (may_miss and value is None), wanted)
+        raise _first(values, usable, wanted)
     with np.errstate(over="ignore"):
         numbers_N = _floats(values, kinds)
     wrong_N = np.isinf(numbers_N) if may_miss else ~np.isfinite(numbers_N)
@@ -166,16 +163,9 @@ def _int64(values: Sequence[Any]) -> NDArray[np.int64]:
         raise UnusableValueError(place, why) from None
 
 
-def _is_whole(kind: type) -> bool:
-    return issubclass(kind, int | np.integer) and kind is not bool
-
-
-def _is_real(kind: type) -> bool:
-    return issubclass(kind, int | float | np.integer | np.floating) and kind is not bool
-
-
-def _first(values: Sequence[Any], is_right: Callable[[Any], bool], wanted: str) -> UnusableValueError:
-    place = next(place for place, value in enumerate(values) if not is_right(value))
+def _first(values: Sequence[Any], usable: set[type], wanted: str) -> UnusableValueError:
+    """Make the error of the first value of another type."""
+    place = next(place for place, value in enumerate(values) if type(value) not in usable)
     value = values[place]
     is_large = type(value) is float and abs(value) >= 1 << 63  # the JSON parser returns larger whole numbers as floats
     way_out = "; send a number beyond 64 bits as a text if it is a name" if is_large and "text" in wanted else ""
@@ -359,9 +349,7 @@ class _Reader:
         entries: list[Any] = []
         for each, count in zip(self._requests, self._counts_G.tolist(), strict=True):
             if column in each.candidates:
-                values = as_list(each.candidates[column])
-                assert values is not None
-                entries += values
+                entries += each.candidates[column]
             elif count:
                 entries += [each.context[column]] * count
         return entries

@@ -1,4 +1,4 @@
-"""How far logits differ: a bundle's from its run's, by the type of its ID rows, or by a publish of vectors."""
+"""How far logits differ: a bundle's from its run's, and by a publish of vectors."""
 
 import contextlib
 import copy
@@ -7,22 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from featurestore.keys import Int64Array
 from featurestore.published.paths import RunPath, run_path
-from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from serving.bundle.export import SavedTables, rows_at
 from serving.bundle.images import PublishReport
-from serving.bundle.manifest import SAMPLE, BundleManifest, LogitDrift
+from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle, ModelVersion
-from serving.bundle.rows import BundleIdRows, Float32, VectorTable
+from serving.bundle.rows import Float32, VectorTable
 from serving.errors import BrokenBundleError
 from serving.scoring.request import RequestColumns
 from serving.scoring.samples import ScoreTable, score_samples
 from serving.scoring.scorer import Scorer
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig
-from trainer.runs.saved import SavedRun, TrainedRun, open_test, open_trained
+from trainer.runs.saved import TrainedRun, open_test, open_trained
 from trainer.samples.index import SampleIndex
 from trainer.samples.reader import SampleReader
 
@@ -31,6 +28,15 @@ TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 0.01
 """Largest difference of a logit if E multiplies in bfloat16. The order of the sums of an image depends on the number of
 images in the product; this may round a number of its vector differently, by up to 2 ** -8 of its value."""
+
+
+@dataclass(frozen=True)
+class LogitDrift:
+    """How far a publish of vectors moves the logits of the sample."""
+
+    num_scores: int
+    worst: float
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,9 @@ def compare(
         if used.get(name, version) != version:
             notes.append(f"the run reads images of {name} from snapshot {used[name]}, but the vectors match {version}")
     if manifest.id_dtype != "float32":
-        error = f"{manifest.id_error.worst:.2g}" if manifest.id_error else "more"
         notes.append(
-            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by about {error}; set "
-            "--tolerance accordingly"
+            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by that; set --tolerance "
+            "to what you accept"
         )
     apart_N = np.abs(online_N - offline_N)
     worst = int(apart_N.argmax())
@@ -133,21 +138,6 @@ def _place(index: SampleIndex, impression: int) -> str:
     raise AssertionError("an impression of the index")
 
 
-def id_rows_drift(saved: SavedRun, draft: BundleManifest, storage: Storage) -> LogitDrift | None:
-    """Measure how far the written ID rows of a version move logits of its sample, compared to the checkpoint's rows.
-
-    None if the version has no sample. Reads the run's ID tables once. Raises BrokenBundleError, CheckpointError,
-    TrainerError."""
-    if draft.file(SAMPLE) is None:
-        return None
-    bundle = _with_vectors(Bundle(storage, draft, None, verify=False), {})
-    bundle.ids = asking = _NotedRows(bundle.ids)
-    as_written = _logits(bundle)
-    asked = {width: np.unique(np.concatenate(places)) for width, places in asking.asked.items()}
-    bundle.ids = _GivenRows(bundle.ids, asked, rows_at(SavedTables(saved), asked))
-    return _drift(as_written, _logits(bundle))
-
-
 def publish_drift(bundle: Bundle, reports: Sequence[PublishReport]) -> LogitDrift | None:
     """Measure how far a publish has moved logits; None if the bundle has no sample. `bundle`: without vectors.
 
@@ -159,29 +149,6 @@ def publish_drift(bundle: Bundle, reports: Sequence[PublishReport]) -> LogitDrif
     before = _with_vectors(bundle, {each.store: each.before for each in reports})
     after = _with_vectors(bundle, {each.store: each.snapshot for each in reports})
     return _drift(_logits(before), _logits(after))
-
-
-class _NotedRows(BundleIdRows):
-    """The same rows; records which rows are gathered, by width."""
-
-    def __init__(self, rows: BundleIdRows) -> None:
-        self.__dict__.update(rows.__dict__)
-        self.asked: dict[int, list[Int64Array]] = {}
-
-    def gather(self, width: int, rows_N: Int64Array) -> Float32:
-        self.asked.setdefault(width, []).append(rows_N)
-        return super().gather(width, rows_N)
-
-
-class _GivenRows(BundleIdRows):
-    """The same rows with replaced values: those of the ascending positions (U,), by width."""
-
-    def __init__(self, rows: BundleIdRows, places: dict[int, Int64Array], values: dict[int, Float32]) -> None:
-        self.__dict__.update(rows.__dict__)
-        self._places, self._values = places, values
-
-    def gather(self, width: int, rows_N: Int64Array) -> Float32:
-        return self._values[width][np.searchsorted(self._places[width], rows_N)]
 
 
 def _with_vectors(bundle: Bundle, snapshots: dict[str, int]) -> Bundle:

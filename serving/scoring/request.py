@@ -37,7 +37,8 @@ class Request:
     """One user and C candidates, with the columns of the samples and the raw values of logs.
 
     `user` has the columns of side user, lists for behaviours; `candidates` those of side ad, a list of C each;
-    `context` columns of side ad that are the same for all candidates (the scene), one value each.
+    `context` columns of side ad that are the same for all candidates (the scene), one value each. Values are those of
+    JSON: lists, whole and real numbers, texts, null.
     """
 
     user: Mapping[str, Any]
@@ -170,9 +171,7 @@ def _counts(values: Iterator[int]) -> Index:
 
 
 def _length(value: Any) -> int:
-    if isinstance(value, list | tuple):
-        return len(value)
-    return len(value) if isinstance(value, np.ndarray) and value.ndim else 0
+    return len(value) if isinstance(value, list) else 0
 
 
 def _entries(value: Any) -> int:
@@ -244,13 +243,6 @@ def short_repr(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def as_list(value: Any) -> Sequence[Any] | None:
-    """Return a list or tuple as it is, a numpy array as a list, and None for anything else."""
-    if isinstance(value, list | tuple):
-        return value
-    return value.tolist() if isinstance(value, np.ndarray) and value.ndim else None
 
 
 _WAYS_OUT = {"user": "put it into user", "ad": "put it into candidates, or into context if all have the same"}
@@ -349,12 +341,12 @@ class RequestColumns:
         return count
 
     def _length(self, column: str, values: object, where: str) -> int:
-        if (entries := as_list(values)) is None:
+        if not isinstance(values, list):
             raise RequestError(
                 f"{where}candidates.{column} is {short_repr(values)}, and has to be a list with an entry for each"
                 " candidate"
             )
-        return len(entries)
+        return len(values)
 
 
 def expected(rule: Rule) -> str:

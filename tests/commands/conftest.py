@@ -15,7 +15,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from serving.bundle.export import ExportOptions, export_model
 from tests.commands.calls import ROOT, call
-from tests.serving.bundle.conftest import no_network, no_scores
+from tests.serving.bundle.conftest import no_network
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -36,7 +36,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folders = f"--run {folder}/good/runs/towers --samples {folder}/good/samples --out {folder}/index"
     assert call(shlex.split(f"jobs/build_ad_index {folders}")).code == 0
     model = ExportOptions(run=folder / "good" / "runs" / "run")
-    export_model(str(folder / "model"), model, network=no_network, measure=no_scores)
+    export_model(str(folder / "model"), model, network=no_network)
     found: dict[str, object] = {
         "dir": folder,
         "store": folder / "good" / "features",

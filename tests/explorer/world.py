@@ -215,4 +215,4 @@ def _publish(world: World) -> None:
     from serving.bundle.export import ExportOptions, export_model, write_network
 
     options = ExportOptions(run=world.runs / "both", use=True)
-    export_model(str(world.model), options, network=write_network, measure=lambda *_: None)
+    export_model(str(world.model), options, network=write_network)

@@ -115,21 +115,6 @@ def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: st
 
 
 @pytest.mark.usefixtures("same_network")
-@pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("int8", 1e-2)])
-def test_other_types_of_rows_print_their_error(places: Places, tmp_path: Path, dtype: str, limit: float) -> None:
-    out = tmp_path / "model"
-    options = ("--run", places.folder / "runs" / "both", "--out", out, "--id-dtype", dtype)
-    text = done(export_model.app, *options, "--json", tmp_path / "export.json")
-    assert f"as ID rows are {dtype}" in text
-    error = json.loads((tmp_path / "export.json").read_text())["id_error"]
-    assert 0 < error["mean"] <= error["worst"] < limit
-    assert error["num_scores"] > 100
-    text = done(export_model.app, *options, "--sample-groups", 0, "--json", tmp_path / "export.json")
-    assert "changes of scores cannot be measured" in text
-    assert json.loads((tmp_path / "export.json").read_text())["id_error"] is None
-
-
-@pytest.mark.usefixtures("same_network")
 def test_a_worse_model_is_published_and_not_put_in_use(places: Places, tmp_path: Path) -> None:
     out, json_file = tmp_path / "model", tmp_path / "export.json"
     good, bad = places.folder / "runs" / "ids", places.folder / "runs" / "bad"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serving.bundle.export import ExportOptions, export_model
-from tests.serving.bundle.conftest import no_network, no_scores
+from tests.serving.bundle.conftest import no_network
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -18,7 +18,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("security") / "data")
     train(load_config(settings=places.settings(run__name="run", train__max_steps=2)), SoloComm())
     options = ExportOptions(run=places.folder / "runs" / "run")
-    export_model(str(places.folder / "model"), options, network=no_network, measure=no_scores)
+    export_model(str(places.folder / "model"), options, network=no_network)
     return places
 
 

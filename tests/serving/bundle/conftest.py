@@ -17,7 +17,7 @@ from featurestore.parsing import parse_json
 from featurestore.storage.storage import Storage
 from serving.bundle.export import ExportOptions, export_model
 from serving.bundle.files import WrittenFiles
-from serving.bundle.manifest import NETWORK, BundleManifest, LogitDrift
+from serving.bundle.manifest import NETWORK, BundleManifest
 from tests.featurestore.storage.test_paths import sealed
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
@@ -110,7 +110,7 @@ def no_network(saved: SavedRun, files: WrittenFiles) -> None:
 
 def export(url: object, run: Path, **options: Any) -> BundleManifest:
     """Export a run without its network."""
-    return export_model(str(url), ExportOptions(run=run, **options), network=no_network, measure=no_scores).manifest
+    return export_model(str(url), ExportOptions(run=run, **options), network=no_network).manifest
 
 
 def forge(url: object, version: int, **fields: Any) -> None:
@@ -119,10 +119,6 @@ def forge(url: object, version: int, **fields: Any) -> None:
     values = {**parse_json(storage.read_bytes(path)), **fields}
     values.pop("digest")
     storage.write_bytes(path, sealed(values))
-
-
-def no_scores(saved: SavedRun, draft: BundleManifest, storage: Storage) -> LogitDrift | None:
-    return None
 
 
 @pytest.fixture(scope="session")

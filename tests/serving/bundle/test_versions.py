@@ -23,7 +23,7 @@ from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, fails, opened_faulty
-from tests.serving.bundle.conftest import Exported, export, no_network, no_scores
+from tests.serving.bundle.conftest import Exported, export, no_network
 from trainer.runs.folder import finished
 
 DAY_S = 24 * 3600
@@ -241,7 +241,7 @@ def test_nothing_is_removed_where_a_manifest_is_damaged(url: str) -> None:
 def test_a_damaged_version_is_in_the_way_of_no_other(url: str, made: Exported, tmp_path: Path) -> None:
     path = Path(url, "log", f"{1:020}.json")
     path.write_bytes(path.read_bytes()[:-1])
-    exported = export_model(url, ExportOptions(run=made.run), network=no_network, measure=no_scores)
+    exported = export_model(url, ExportOptions(run=made.run), network=no_network)
     assert exported.manifest.version == 2
     assert any("1.json is damaged" in note for note in exported.notes)
     open_bundle(url, tmp_path).close()
@@ -252,7 +252,7 @@ def test_a_run_that_has_not_ended_is_told(url: str, made: Exported, tmp_path: Pa
     shutil.copytree(made.run, run)
     (run / "report.json").unlink()
     for each, told in ((made.run, False), (run, True)):
-        exported = export_model(url, ExportOptions(run=each), network=no_network, measure=no_scores)
+        exported = export_model(url, ExportOptions(run=each), network=no_network)
         assert any("the run has not ended" in note for note in exported.notes) == told
         assert "auc" in exported.manifest.metrics and "step" not in exported.manifest.metrics
 

@@ -71,7 +71,7 @@ def _publish(folder: Path) -> None:
         config = load_config(settings=places.settings(run__name=f"run{number}", **changes))
         train(config, SoloComm())
         options = ExportOptions(run=Path(config.run.dir) / f"run{number}", use=number == 1)
-        export_model(str(places.folder / "models" / "ctr"), options, network=write_network, measure=lambda *_: None)
+        export_model(str(places.folder / "models" / "ctr"), options, network=write_network)
 
 
 @pytest.fixture(scope="session")

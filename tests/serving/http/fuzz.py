@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from serving.http.codec import ARROW, JSON
 from serving.http.inference import HEADER
-from serving.http.live import synthetic_requests
 from serving.scoring.scorer import Scorer
 from trainer.samples.columns import Rule
 
@@ -34,7 +33,13 @@ class FuzzBody(NamedTuple):
 def bodies(model: Scorer, count: int, seed: int = 0) -> Iterator[FuzzBody]:
     """Bodies in all forms, in turn; about one in ten is valid."""
     chance = random.Random(seed)
-    requests = [{"user": each.user, "candidates": each.candidates} for each in synthetic_requests(model.columns)]
+    requests = [
+        {
+            "user": {name: value_of(rule, behaviors) for name, rule in model.columns.items() if rule.side == "user"},
+            "candidates": {name: value_of(rule, ads) for name, rule in model.columns.items() if rule.side == "ad"},
+        }
+        for ads, behaviors in ((1, 30), (200, 30), (0, 0), (2, 1))
+    ]
     for number in range(count):
         request = orjson.loads(orjson.dumps(chance.choice(requests)))
         kind = number % 4
@@ -47,6 +52,16 @@ def bodies(model: Scorer, count: int, seed: int = 0) -> Iterator[FuzzBody]:
             yield tensors(chance, model.columns, request)
         else:
             yield FuzzBody("/v1/score", {"content-type": ARROW}, arrow(chance, request))
+
+
+def value_of(rule: Rule, count: int) -> Any:
+    """A value of a column: `count` entries at the outermost level, inside them the rule's width or one."""
+    number: Any = 1 if rule.number == "integer" else 0.5
+    if rule.depth == 0:
+        return number
+    if rule.side == "user" and rule.depth == 1 and rule.width is not None:
+        return [number] * rule.width
+    return [number if rule.depth == 1 else [number] * (rule.width or 1)] * count
 
 
 def damaged(chance: random.Random, value: Any, depth: int = 0) -> Any:

@@ -35,6 +35,10 @@ COLUMNS = {
 }
 
 
+NAN = float("nan")
+"""A missing number, as tensors have it."""
+
+
 def tensor(name: str, values: list[Any], *shape: int, datatype: str = "INT64") -> Tensor:
     return Tensor(name, datatype, shape or (len(values),), values)
 
@@ -47,13 +51,13 @@ def test_a_tensor_is_a_column() -> None:
     found = request(
         tensor("user", ["u1"], datatype="BYTES"),
         tensor("behavior_item", [1, 2, 3]),
-        tensor("user_numbers", [0.5, float("nan"), 2.0], datatype="FP32"),
+        tensor("user_numbers", [0.5, NAN, 2.0], datatype="FP32"),
         tensor("ad_item", [7, 8]),
         tensor("ad_tags", [1, 2, 3, 4], 2, 2),
         tensor("ad_numbers", [0.1, 0.2, 0.3, 0.4], 2, 2, datatype="FP32"),
         tensor("ad_scene", [5]),
     )
-    assert found.user == {"user": "u1", "behavior_item": [1, 2, 3], "user_numbers": [0.5, None, 2.0]}
+    assert found.user == {"user": "u1", "behavior_item": [1, 2, 3], "user_numbers": [0.5, NAN, 2.0]}
     assert found.candidates == {"ad_item": [7, 8], "ad_tags": [[1, 2], [3, 4]], "ad_numbers": [[0.1, 0.2], [0.3, 0.4]]}
     assert found.context == {"ad_scene": 5}
 

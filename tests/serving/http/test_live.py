@@ -13,12 +13,11 @@ import pytest
 from serving.bundle.log import BundleIdentity
 from serving.errors import BrokenBundleError, NotFiniteError
 from serving.http.limits import RefusedError
-from serving.http.live import LiveModel, synthetic_requests, warm_up
+from serving.http.live import LiveModel, warm_up
 from serving.http.metrics import ServingMetrics
 from serving.scoring.request import Decoded, Scored
 from tests.serving.http.fakes import FakeModel, FakeSource, write_state
 from tests.serving.http.in_process import client_of, scoring_of
-from trainer.samples.columns import Rule
 
 
 def value_of(metrics: ServingMetrics, line: str) -> float:
@@ -153,12 +152,12 @@ class Counting(FakeModel):
         return scored
 
 
-def test_a_model_is_warmed_up_by_its_sample_else_by_synthetic_requests() -> None:
+def test_a_model_is_warmed_up_by_its_sample() -> None:
     model = Counting(BundleIdentity(1, {}))
-    assert warm_up(model) == model.calls == len(list(synthetic_requests(model.columns)))
+    assert warm_up(model) == model.calls == 0
     for rows in (0, 3):
         model.calls, model.judge = 0, pa.table({"ad_item": pa.array([[5, 6]] * rows, pa.list_(pa.int64()))})
-        assert warm_up(model) == model.calls == (rows or len(list(synthetic_requests(model.columns))))
+        assert warm_up(model) == model.calls == rows
 
 
 def test_a_model_whose_sample_has_no_finite_scores_is_refused() -> None:
@@ -167,26 +166,6 @@ def test_a_model_whose_sample_has_no_finite_scores_is_refused() -> None:
         model.judge = pa.table({"ad_item": items})
         with contextlib.nullcontext() if is_sound else pytest.raises(BrokenBundleError, match="not finite numbers"):
             warm_up(model)
-
-
-def test_made_up_requests_have_every_column_in_its_form() -> None:
-    columns = {
-        "user": Rule("user", 0, "integer"),
-        "age": Rule("user", 0, "real"),
-        "vector": Rule("user", 1, "real", width=3),
-        "history": Rule("user", 1, "integer"),
-        "galleries": Rule("user", 2, "integer", gallery=True),
-        "ad": Rule("ad", 1, "integer"),
-        "numbers": Rule("ad", 2, "real", width=2),
-    }
-    request = list(synthetic_requests(columns))[1]
-    assert request.user["user"] == 1
-    assert request.user["age"] == 0.5
-    assert request.user["vector"] == [0.5] * 3
-    assert request.user["history"] == [1] * 30
-    assert request.user["galleries"] == [[1]] * 30
-    assert request.candidates == {"ad": [1] * 200, "numbers": [[0.5, 0.5]] * 200}
-    assert {len(each.candidates["ad"]) for each in synthetic_requests(columns)} == {0, 1, 2, 200}
 
 
 @pytest.mark.long

@@ -175,7 +175,7 @@ def train_run(places: Places, name: str, schema: str | None = None, tables: str 
 
 def export(run: Path, url: str, **options: Any) -> None:
     """Export a run as a person does, without compiled code."""
-    export_model(url, ExportOptions(run=run, **options), network=partial(write_network), measure=lambda *_: None)
+    export_model(url, ExportOptions(run=run, **options), network=partial(write_network))
 
 
 def shared_places(factory: pytest.TempPathFactory) -> Places:
