@@ -14,13 +14,10 @@ from serving.errors import RequestError
 from serving.http.app import Scoring
 from serving.http.inference import Tensor, metadata, request_of, split_body, tensors_of
 from serving.network import run_steps
-from serving.scoring.decode import decode_requests
-from serving.scoring.request import RequestColumns
 from serving.settings import Budget
 from tests.serving.http.fakes import write_state
 from tests.serving.http.in_process import run_with
 from tests.serving.http.processes import ServerProcess, fake_server
-from tests.serving.scoring.wide import SCHEMA
 from trainer.samples.columns import Rule
 
 COLUMNS = {
@@ -100,63 +97,6 @@ def test_tensors_that_are_no_columns_are_named(tensors: list[Tensor], words: str
     with pytest.raises(RequestError) as failure:
         request(*tensors)
     assert words in str(failure.value)
-
-
-WIDE = RequestColumns(SCHEMA, SCHEMA.fields)
-GOOD = {
-    "user": tensor("user", ["anna"], datatype="BYTES"),
-    "user_age": tensor("user_age", [31.0], datatype="FP32"),
-    "user_size": tensor("user_size", [float("nan")], datatype="FP32"),
-    "user_tags": tensor("user_tags", [1, 2]),
-    "user_tag_weights": tensor("user_tag_weights", [0.5, 2.0], datatype="FP32"),
-    "behavior_item": tensor("behavior_item", [1, 2, 3]),
-    "behavior_age": tensor("behavior_age", [10.0, 20.5, 30.0], datatype="FP32"),
-    "behavior_shop": tensor("behavior_shop", ["a", "b", "a"], datatype="BYTES"),
-    "behavior_image": tensor("behavior_image", [4, 7, 9]),
-    "behavior_album": tensor("behavior_album", ["a", "b", "c"], 3, 1, datatype="BYTES"),
-    "ad_item": tensor("ad_item", [5, 6]),
-    "ad_shops": tensor("ad_shops", [1, 2, 3, 4], 2, 2),
-    "ad_shop_weights": tensor("ad_shop_weights", [1.0, 2.0, 3.0, 4.0], 2, 2, datatype="FP32"),
-    "ad_price": tensor("ad_price", [0.5, 2.0], datatype="FP32"),
-    "ad_shape": tensor("ad_shape", [1.0, 2.0, 3.0, 4.0], 2, 2, datatype="FP32"),
-    "ad_image": tensor("ad_image", ["x.jpg", "y.jpg"], datatype="BYTES"),
-    "ad_album": tensor("ad_album", ["x.jpg", "y.jpg"], 2, 1, datatype="BYTES"),
-    "ad_scene": tensor("ad_scene", [4]),
-}
-
-
-def decode(*changed: Tensor, without: tuple[str, ...] = ()) -> None:
-    tensors = {**GOOD, **{each.name: each for each in changed}}
-    for name in without:
-        del tensors[name]
-    decode_requests(WIDE, [run_steps(request_of(tensors, WIDE.sources))])
-
-
-@pytest.mark.parametrize(
-    ("changed", "without", "words"),
-    [
-        ([tensor("ad_item", [5, 2**63])], (), "input ad_item[1] is 9223372036854775808, beyond 64 bits"),
-        ([tensor("ad_scene", [2**63])], (), "input ad_scene is 9223372036854775808, beyond 64 bits"),
-        ([tensor("ad_item", [5, 6, 7])], (), "input ad_item has 3 entries and input ad_shops has 2; each candidate"),
-        ([tensor("behavior_item", [1, None, 3])], (), "input behavior_item[1] is null, and has to be a whole number"),
-        ([tensor("ad_shops", [1, 2, 3, None], 2, 2)], (), "input ad_shops[1][1] is null, and has to be"),
-        ([tensor("ad_shape", [1.0] * 6, 2, 3, datatype="FP32")], (), "input ad_shape[0] has 3 numbers; the schema"),
-        ([tensor("behavior_item", [1, 2])], (), "needs one entry in both"),
-        ([tensor("behavior_age", [1.0, 2.0], datatype="FP32")], (), "input behavior_age has 2 entries, and"),
-        ([], ("ad_price",), "input ad_price is missing, expected a number for each candidate; send a tensor of this"),
-        ([], ("user", "ad_price"), "2 inputs are missing: ad_price, user; send a tensor for each"),
-    ],
-)
-def test_what_is_wrong_with_values_is_named_by_its_tensor(
-    changed: list[Tensor], without: tuple[str, ...], words: str
-) -> None:
-    """The parts user, context and candidates are those of /v1/score: a client of tensors has never sent them."""
-    decode()
-    with pytest.raises(RequestError) as failure:
-        decode(*changed, without=without)
-    said = str(failure.value)
-    assert words in said
-    assert not any(part in said for part in ("user.", "candidates.", "context"))
 
 
 def test_metadata_has_a_shape_for_each_column() -> None:

@@ -1,4 +1,4 @@
-"""Requests that cannot be scored: one error that names the place, the value and the way out; and what is no error."""
+"""Requests that cannot be scored: one error that names place and value, in each form; and what is no error."""
 
 import copy
 from collections.abc import Callable
@@ -37,105 +37,124 @@ ROW: dict[str, Any] = {
     "ad_album": [[], ["x.jpg"]],
     "ad_scene": [4, 4],
 }
+ADS = [name for name in ROW if name.startswith("ad_")]
+C, U, X = "candidates", "user", "context"
 
 
 def parts(scene: bool = True) -> dict[str, dict[str, Any]]:
     row = copy.deepcopy(ROW)
-    ads = {name: row.pop(name) for name in list(row) if name.startswith("ad_")}
-    context = {"ad_scene": ads.pop("ad_scene")[0]} if scene else {}
-    return {"user": row, "context": context, "candidates": ads}
+    ads = {name: row.pop(name) for name in ADS}
+    return {U: row, X: {"ad_scene": ads.pop("ad_scene")[0]} if scene else {}, C: ads}
 
 
-def request(**changes: Any) -> Request:
-    """A good request with some columns changed (`user__age=1`), or left out (...)."""
+def request(*changes: tuple[str, str, Any], as_tensors: bool = False) -> Request:
+    """A good request with some columns changed, each by its part, name and value, or left out (...)."""
     made = parts()
-    for name, value in changes.items():
-        part, _, column = name.partition("__")
+    for part, column, value in changes:
+        made[part][column] = value
         if value is ...:
             del made[part][column]
-        else:
-            made[part][column] = value
-    return Request(**made)
+    return Request(user=made[U], context=made[X], candidates=made[C], as_tensors=as_tensors)
+
+
+def refusal(*requests: Request) -> str:
+    with pytest.raises(RequestError) as error:
+        decode_requests(COLUMNS, requests)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["parts", "tensors"])
+@pytest.mark.parametrize(
+    ("part", "column", "value", "said"),
+    [
+        (C, "ad_item", [5, 1.5], "[1] is 1.5,"),
+        (C, "ad_item", [5, 2.0**70], "send a number beyond 64 bits as a text"),
+        (C, "ad_item", [5, True], "[1] is true,"),
+        (C, "ad_item", [None, 5], "[0] is null,"),
+        (C, "ad_item", [2**63, 5], "[0] is 9223372036854775808, beyond 64 bits"),
+        (C, "ad_item", [-(2**63) - 1, "a"], "[0] is -9223372036854775809, beyond 64 bits"),
+        (C, "ad_item", [5, {"a": [1]}], '[1] is {"a": [1]},'),
+        (C, "ad_item", ["\ud800", "a"], '[0] is "\\ud800", a text that is not Unicode'),
+        (C, "ad_item", [5], " has 1 entries and"),
+        (C, "ad_shops", [[1], 7], "[1] is 7,"),
+        (C, "ad_shops", [[1], [2, [3]]], "[1][1] is [3],"),
+        (C, "ad_shops", [[1], [2, True]], "[1][1] is true,"),
+        (C, "ad_shop_weights", [[1], [2]], "[1] has 1 entries, and ad_shops has 2"),
+        (C, "ad_price", [1, float("nan")], "[1] is nan,"),
+        (C, "ad_price", [1, 1e39], "[1] is 1e+39,"),
+        (C, "ad_price", [1, 10**400], "[1] is 1000"),
+        (C, "ad_price", [1, None], "[1] is null, and has to be a number; give its field fill"),
+        (C, "ad_price", [1, "2"], '[1] is "2",'),
+        (C, "ad_shape", [[1, 2], [3]], "[1] has 1 numbers; the schema says width=2"),
+        (X, "ad_scene", "\udfff", ' is "\\udfff", a text that is not Unicode'),
+        (X, "ad_scene", [], " is [],"),
+        (X, "ad_scene", 2**63, " is 9223372036854775808, beyond 64 bits"),
+        (U, "user", ["anna"], ' is ["anna"],'),
+        (U, "user_age", float("inf"), " is inf,"),
+        (U, "behavior_item", None, " is null,"),
+        (U, "behavior_item", "1,2,3", ' is "1,2,3",'),
+        (U, "behavior_age", [1, 2], " has 2 entries, and behavior_item has 3 there"),
+        (U, "behavior_album", [["a.jpg"], [], 4], "[2] is 4,"),
+        (U, "behavior_album", [["a.jpg"], [[]], []], "[1][0] is [],"),
+    ],
+)
+def test_a_wrong_value_is_named_as_it_was_sent(part: str, column: str, value: Any, said: str, as_tensors: bool) -> None:
+    """By its part and column; a client of tensors has never sent parts."""
+    found = refusal(request((part, column, value), as_tensors=as_tensors))
+    where = f"input {column}" if as_tensors else f"{part}.{column}"
+    assert (where + said if said[0] in "[ " else said) in found
+    assert not (as_tensors and any(f"{each}." in found for each in (C, U, X)))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "said"),
     [
-        ({"candidates__ad_item": [5, 1.5]}, "candidates.ad_item[1] is 1.5, and has to be a whole number or a text"),
-        ({"candidates__ad_item": [5, 2.0**70]}, "a whole number or a text; send a number beyond 64 bits as a text"),
-        ({"candidates__ad_item": [5, True]}, "candidates.ad_item[1] is true, and has to be a whole number or a text"),
-        ({"candidates__ad_item": [None, 5]}, "candidates.ad_item[0] is null, and has to be"),
-        ({"candidates__ad_item": [2**63, 5]}, "candidates.ad_item[0] is 9223372036854775808, beyond 64 bits"),
-        ({"candidates__ad_item": [-(2**63) - 1, "a"]}, "candidates.ad_item[0] is -9223372036854775809, beyond"),
-        ({"candidates__ad_item": [5, {"a": [1]}]}, 'candidates.ad_item[1] is {"a": [1]}, and has to be'),
-        ({"candidates__ad_item": ["\ud800", "a"]}, 'candidates.ad_item[0] is "\\ud800", a text that is not Unicode'),
-        ({"candidates__ad_item": [5]}, "candidates.ad_item has 1 entries and candidates.ad_shops has 2"),
-        ({"candidates__ad_item": 5}, "candidates.ad_item is 5, and has to be a list with an entry for each candidate"),
-        ({"candidates__ad_shops": [[1], 7]}, "candidates.ad_shops[1] is 7, and has to be a list of whole numbers or"),
-        ({"candidates__ad_shops": [[1], [2, [3]]]}, "candidates.ad_shops[1][1] is [3], and has to be a whole number"),
-        (
-            {"candidates__ad_shop_weights": [[1], [2]]},
-            "candidates.ad_shop_weights[1] has 1 entries, and ad_shops has 2",
-        ),
-        ({"candidates__ad_price": [1, float("nan")]}, "candidates.ad_price[1] is nan, and has to be a finite float32"),
-        ({"candidates__ad_price": [1, 1e39]}, "candidates.ad_price[1] is 1e+39, and has to be a finite float32"),
-        ({"candidates__ad_price": [1, 10**400]}, "and has to be a finite float32 number"),
-        ({"candidates__ad_price": [1, None]}, "candidates.ad_price[1] is null, and has to be a number; give its field"),
-        ({"candidates__ad_price": [1, "2"]}, 'candidates.ad_price[1] is "2", and has to be a number'),
-        ({"candidates__ad_shape": [[1, 2], [3]]}, "candidates.ad_shape[1] has 1 numbers; the schema says width=2"),
-        ({"candidates__ad_price": ...}, "column ad_price is missing, expected a number for each candidate"),
-        (
-            {"candidates__ad_prise": [1, 2]},
-            'candidates."ad_prise" is not a column of the model; did you mean ad_price?',
-        ),
-        ({"candidates__user": [1, 2]}, "candidates.user is a column of side user; put it into user"),
-        ({"candidates__ad_scene": [1, 2]}, "column ad_scene is in context and in candidates; leave one out"),
-        ({"context__ad_scene": "\udfff"}, 'context.ad_scene is "\\udfff", a text that is not Unicode'),
-        ({"context__ad_scene": []}, "context.ad_scene is [], and has to be a whole number or a text"),
-        (
-            {"user__user": ..., "candidates__ad_price": ...},
-            "2 columns are missing. user: put each into user. ad_price: put each into candidates, or into context",
-        ),
-        ({"user__user": ...}, "column user is missing, expected a whole number or text; put it into user"),
-        ({"user__user": ["anna"]}, 'user.user is ["anna"], and has to be a whole number or a text'),
-        ({"user__user_age": float("inf")}, "user.user_age is inf, and has to be a finite float32 number"),
-        ({"user__behavior_item": None}, "user.behavior_item is null, and has to be a list of whole numbers or texts"),
-        ({"user__behavior_item": "1,2,3"}, 'user.behavior_item is "1,2,3", and has to be a list of'),
-        ({"user__behavior_item": [1, 2]}, "needs one entry in both"),
-        ({"user__behavior_age": [1, 2]}, "user.behavior_age has 2 entries, and behavior_item has 3 there"),
-        ({"user__behavior_album": [["a.jpg"], [], 4]}, "user.behavior_album[2] is 4, and has to be a list of lists of"),
-        ({"user__behavior_album": [["a.jpg"], [[]], []]}, "user.behavior_album[1][0] is [], and has to be a whole"),
-        ({"user__ad_item": [5, 6]}, "user.ad_item is a column of side ad; put it into candidates, or into context"),
+        ([(C, "ad_item", 5)], "candidates.ad_item is 5, and has to be a list with an entry for each candidate"),
+        ([(C, "ad_price", ...)], "column ad_price is missing, expected a number for each candidate"),
+        ([(U, "user", ...)], "column user is missing, expected a whole number or text; put it into user"),
+        ([(U, "user", ...), (C, "ad_price", ...)], "2 columns are missing. user: put each into user. ad_price: put"),
+        ([(C, "ad_prise", [1, 2])], 'candidates."ad_prise" is not a column of the model; did you mean ad_price?'),
+        ([(C, "user", [1, 2])], "candidates.user is a column of side user; put it into user"),
+        ([(U, "ad_item", [5, 6])], "user.ad_item is a column of side ad; put it into candidates, or into context"),
+        ([(C, "ad_scene", [1, 2])], "column ad_scene is in context and in candidates; leave one out"),
+        ([(U, "behavior_item", [1, 2])], "needs one entry in both"),
     ],
 )
-def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError) as error:
-        decode_requests(COLUMNS, [request(**changes)])
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+def test_columns_that_are_missing_or_in_the_wrong_place(changes: list[tuple[str, str, Any]], said: str) -> None:
+    assert said in refusal(request(*changes))
 
 
-def test_which_of_several_requests_is_named() -> None:
-    with pytest.raises(RequestError, match=r"^requests\[1\]: candidates.ad_item\[1\] is null"):
-        decode_requests(COLUMNS, [request(), request(candidates__ad_item=[5, None])])
-    with pytest.raises(RequestError, match=r"^requests\[1\]: context.ad_scene is null"):
-        decode_requests(COLUMNS, [request(), request(context__ad_scene=None)])
-    with pytest.raises(RequestError, match=r"^requests\[2\]: user.behavior_image\[1\] is 1.5"):
-        decode_requests(COLUMNS, [request(), request(), request(user__behavior_image=[1, 1.5, 2])])
+def test_missing_tensors_are_named() -> None:
+    found = refusal(request((C, "ad_price", ...), as_tensors=True))
+    assert found == "input ad_price is missing, expected a number for each candidate; send a tensor of this name"
+    found = refusal(request((U, "user", ...), (C, "ad_price", ...), as_tensors=True))
+    assert found == "2 inputs are missing: ad_price, user; send a tensor for each"
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        (1, (C, "ad_item", [5, None]), "requests[1]: candidates.ad_item[1] is null"),
+        (1, (X, "ad_scene", None), "requests[1]: context.ad_scene is null"),
+        (2, (U, "behavior_image", [1, 1.5, 2]), "requests[2]: user.behavior_image[1] is 1.5"),
+    ],
+)
+def test_which_of_several_requests_is_named(place: int, change: tuple[str, str, Any], said: str) -> None:
+    assert refusal(*[request()] * place, request(change)).startswith(said)
 
 
 def test_roles_are_ignored_wherever_they_are() -> None:
     expected = decode_requests(COLUMNS, [request()]).batch
-    found = decode_requests(COLUMNS, [request(candidates__label=[0, 1], user__timestamp=7, context__label=None)]).batch
+    with_roles = request((C, "label", [0, 1]), (U, "timestamp", 7), (X, "label", None))
+    found = decode_requests(COLUMNS, [with_roles]).batch
     np.testing.assert_array_equal(found.fields["ad_item"].values_N, expected.fields["ad_item"].values_N)
 
 
 def test_null_images_are_missing_and_have_key_zero() -> None:
-    decoded = decode_requests(COLUMNS, [request(), request(user__behavior_image=["a.jpg", 7, 8])])
-    assert {name: np.flatnonzero(mask).tolist() for name, mask in decoded.nulls.items()} == {
-        "behavior_image": [2],
-        "ad_image": [1, 3],
-    }
+    decoded = decode_requests(COLUMNS, [request(), request((U, "behavior_image", ["a.jpg", 7, 8]))])
+    nulls = {name: np.flatnonzero(mask).tolist() for name, mask in decoded.nulls.items()}
+    assert nulls == {"behavior_image": [2], "ad_image": [1, 3]}
     assert decoded.batch.fields["ad_image"].values_N[[1, 3]].tolist() == [0, 0]
 
 
@@ -146,14 +165,13 @@ def test_null_images_of_tables_are_missing_too() -> None:
     expected = decode_requests(COLUMNS, [Request(**parts(scene=False))] * 2)
     for name, mask in decoded.nulls.items():
         np.testing.assert_array_equal(mask, expected.nulls[name])
-    np.testing.assert_array_equal(
-        decoded.batch.fields["ad_image"].values_N[[0, 2]], expected.batch.fields["ad_image"].values_N[[0, 2]]
-    )
+    images, wanted = (each.batch.fields["ad_image"].values_N[[0, 2]] for each in (decoded, expected))
+    np.testing.assert_array_equal(images, wanted)
 
 
-@pytest.mark.parametrize("candidates", [{}, {"ad_item": []}, {name: [] for name in ROW if name.startswith("ad_")}])
+@pytest.mark.parametrize("candidates", [{}, {"ad_item": []}, {name: [] for name in ADS}])
 def test_no_candidates_are_no_error(candidates: dict[str, Any]) -> None:
-    empty = Request(user=parts()["user"], candidates=candidates)
+    empty = Request(user=parts()[U], candidates=candidates)
     decoded = decode_requests(COLUMNS, [empty, request(), empty])
     assert decoded.counts_G.tolist() == [0, 2, 0]
     assert decoded.batch.group_of_sample_B.tolist() == [1, 1]
@@ -213,7 +231,7 @@ def check_anything(data: st.DataObject) -> None:
     """Nothing that a body can hold raises another error, or makes a batch of uneven columns."""
     made = [parts(), parts()]
     for _ in range(data.draw(st.integers(1, 3))):
-        columns = data.draw(st.sampled_from(made))[data.draw(st.sampled_from(["user", "context", "candidates"]))]
+        columns = data.draw(st.sampled_from(made))[data.draw(st.sampled_from([U, X, C]))]
         column = data.draw(st.sampled_from([*ROW, "label", "x"]))
         value = data.draw(ANYTHING | st.lists(ANYTHING, min_size=2, max_size=2))
         columns[column] = value
