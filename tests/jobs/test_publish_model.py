@@ -125,7 +125,7 @@ def test_a_worse_model_is_published_and_not_put_in_use(places: Places, tmp_path:
     assert f"published    version 2 of {out}, not in use yet" in refused.stdout
     (line,) = refused.stderr.splitlines()
     assert f"version 2 of {out} is not put in use: " in line
-    assert "gauc is " in line
+    assert "logloss is " in line
     figures = json.loads(json_file.read_text())
     assert (figures["in_use"], {each["gate"] for each in figures["gates"]}) == (False, {"gauc", "logloss"})
     assert log.version_in_use(Storage(str(out))) == 1

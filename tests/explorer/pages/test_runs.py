@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from explorer.errors import ExplorerError
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server import application
@@ -50,6 +51,22 @@ def pages(world: World) -> Iterator[TestClient]:
 def changing(changing_world: World) -> Iterator[TestClient]:
     with TestClient(application(Site(places_of(changing_world)))) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def own_runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Path]]:
+    """Pages of copied runs, whose tests put back what they change; differences are not measured on them."""
+    runs = tmp_path_factory.mktemp("own") / "runs"
+    shutil.copytree(world.runs, runs)
+
+    def not_measured(*_: object) -> None:
+        raise ExplorerError("it is not measured here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("explorer.pages.runs.compare_runs", not_measured)
+        places = Places(store=str(world.store), runs=str(runs), samples=str(world.samples))
+        with TestClient(application(Site(places))) as client:
+            yield client, runs
 
 
 BOMB = "\n".join(
@@ -207,19 +224,27 @@ def test_a_run_that_trains_is_live_until_it_ends(changing: TestClient, changing_
         ("evaluation/report.json", "[]"),
     ],
 )
-def test_half_written_files_break_no_page(changing: TestClient, changing_world: World, file: str, content: str) -> None:
-    (changing_world.runs / "both" / file).write_text(content)
-    for address in ("/runs", "/runs/both", "/runs/compare?run=both&run=ids-only", "/worth"):
-        page(changing, address)
+def test_half_written_files_break_no_page(own_runs: tuple[TestClient, Path], file: str, content: str) -> None:
+    client, runs = own_runs
+    place = runs / "both" / file
+    before = place.read_bytes()
+    place.write_text(content)
+    try:
+        for address in ("/runs", "/runs/both", "/runs/compare?run=both&run=ids-only", "/worth"):
+            page(client, address)
+    finally:
+        place.write_bytes(before)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_are_only_text(changing: TestClient, changing_world: World, name: str) -> None:
-    shutil.copytree(changing_world.runs / "both-longer", changing_world.runs / name)
-    html = page(changing, "/runs")
+def test_hostile_names_are_only_text(own_runs: tuple[TestClient, Path], name: str) -> None:
+    client, runs = own_runs
+    shutil.copytree(runs / "both-longer", runs / name)
+    html = page(client, "/runs")
     link = next(each for each in re.findall(r'href="(/runs/[^"]*)"', html) if "both" not in each and "ids" not in each)
-    one = page(changing, unescape(link))
-    compared = changing.get("/runs/compare", params={"run": ["both", name]}).text
+    one = page(client, unescape(link))
+    compared = client.get("/runs/compare", params={"run": ["both", name]}).text
+    shutil.rmtree(runs / name)
     for each in (html, one, compared):
         each = re.sub(r'<script type="application/json".*?</script>', "", each)  # noqa: PLW2901 - data, never markup
         assert "<script>alert" not in each
