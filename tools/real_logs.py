@@ -1,9 +1,9 @@
 """Real logs of several kinds in the form that jobs/build_samples.py reads: impressions, behaviours and a mapping.
 
-Users bring their own files; `KINDS` says what each folder has to hold. Where a log has ratings, a rating is an
-impression, and a click if it is 4 or more. Where a log has only what users took, a number of impressions without a
-click is drawn for each: items that others took at about the same time, so that neither the popularity of an item nor
-the time tells the label. The behaviours of a user are what he or she liked or took before.
+Users bring their own files, named as their publishers name them. Where a log has ratings, a rating is an impression,
+and a click if it is 4 or more. Where a log has only what users took, some impressions without a click are drawn for
+each: items that others took at about the same time, so that neither the popularity of an item nor the time tells the
+label. The behaviours of a user are what he or she liked or took before.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +39,6 @@ python -m benchmarks.quality --logs logs/ml --logs logs/frappe
 """
 
 Int = NDArray[np.int64]
-Columns = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class Events:
     session_N: Int
     label_N: Int | None = None
     drawn: int = 0
-    of_row: Columns = field(default_factory=dict)
+    of_row: dict[str, Any] = field(default_factory=dict)
     of_item: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
 
 
@@ -72,18 +71,15 @@ def read(path: Path, delimiter: str = ",", names: list[str] | None = None) -> di
     """Read a text table without quotes, or a CSV file with them, into arrays by column."""
     from pyarrow import csv
 
-    table = csv.read_csv(
-        path,
-        csv.ReadOptions(column_names=names, encoding="latin-1" if names else "utf-8"),
-        csv.ParseOptions(
-            delimiter=delimiter, quote_char='"' if delimiter == "," else False, invalid_row_handler=lambda _: "skip"
-        ),
-    )
+    reading = csv.ReadOptions(column_names=names, encoding="latin-1" if names else "utf-8")
+    parsing = csv.ParseOptions(delimiter=delimiter, quote_char='"' if delimiter == "," else False)
+    parsing.invalid_row_handler = lambda _: "skip"
+    table = csv.read_csv(path, reading, parsing)
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def by_item(item_M: Any, values: Any) -> dict[int, Any]:
-    """Map items to their values."""
+    """Map items to the values of one column."""
     return dict(zip(np.asarray(item_M).tolist(), np.asarray(values).tolist(), strict=True))
 
 
@@ -104,12 +100,8 @@ def movielens(folder: Path) -> Events:
     users = read(folder / "u.user", "|", ["user", "age", "gender", "occupation", "zip"])
     events = rated(ratings["user"], ratings["item"], ratings["time"], ratings["rating"])
     place_N = np.searchsorted(users["user"], events.user_N)
-    of_row = {
-        "scene": events.time_N // 3600 % 24 // 6,
-        "age": users["age"][place_N] // 10,
-        "gender": users["gender"][place_N],
-        "occupation": users["occupation"][place_N],
-    }
+    of_row = {name: users[name][place_N] for name in ("gender", "occupation")}
+    of_row |= {"age": users["age"][place_N] // 10, "scene": events.time_N // 3600 % 24 // 6}
     images = {int(file.stem): file.name for file in (folder / "posters").glob("*.jpg")}
     of_item = {"category": by_item(items["item"], bits)} | ({"image": images} if images else {})
     return replace(events, of_row=of_row, of_item=of_item)
@@ -119,9 +111,7 @@ def movielens_small(folder: Path) -> Events:
     """Read MovieLens latest-small: ratings of movies over 22 years."""
     ratings, movies = read(folder / "ratings.csv"), read(folder / "movies.csv")
     events = rated(ratings["userId"], ratings["movieId"], ratings["timestamp"], ratings["rating"])
-    years = [title.rstrip(" )")[-4:] for title in movies["title"]]
-    of_item = {"category": by_item(movies["movieId"], movies["genres"]), "year": by_item(movies["movieId"], years)}
-    return replace(events, of_item=of_item)
+    return replace(events, of_item={"category": by_item(movies["movieId"], movies["genres"])})
 
 
 def grocery(folder: Path) -> Events:
@@ -136,14 +126,14 @@ def grocery(folder: Path) -> Events:
 def frappe(folder: Path) -> Events:
     """Read Frappe: apps that users opened, in which contexts. It has no times; an order is drawn, over some days."""
     rows, apps = read(folder / "frappe.csv", "\t"), read(folder / "meta.csv", "\t")
-    number_N = np.arange(len(rows["user"]))
-    order_N = np.random.default_rng(0).permutation(number_N)
+    count = len(rows["user"])
+    order_N = np.random.default_rng(0).permutation(count)
     contexts = ("daytime", "weekday", "homework", "cost", "weather", "country", "city")
     return Events(
         user_N=rows["user"][order_N],
         item_N=rows["item"][order_N],
-        time_N=FRAPPE_START_S + number_N * FRAPPE_DAYS * DAY_S // len(number_N),
-        session_N=number_N,
+        time_N=FRAPPE_START_S + np.arange(count) * FRAPPE_DAYS * DAY_S // count,
+        session_N=np.arange(count),
         drawn=2,
         of_row={name: rows[name][order_N] for name in contexts},
         of_item={name: by_item(apps["item"], apps[name]) for name in ("category", "developer", "price")},
@@ -168,19 +158,15 @@ def checkins(folder: Path) -> Events:
 
 def journey(folder: Path) -> Events:
     """Read The Complete Journey: what households bought in the first four weeks of a year, by basket."""
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    rows: Any = pq.read_table(folder / "transactions.parquet")
-    rows = rows.filter(pc.field("transaction_timestamp") < JOURNEY_END)
+    rows: Any = pq.read_table(folder / "transactions.parquet", filters=[("transaction_timestamp", "<", JOURNEY_END)])
     rows = rows.sort_by([("transaction_timestamp", "ascending"), ("basket_id", "ascending")])
     users = {row["household_id"]: row for row in pq.read_table(folder / "demographics.parquet").to_pylist()}
     goods: Any = pq.read_table(folder / "products.parquet")
-    names = {"category": "product_category", "department": "department", "maker": "manufacturer_id", "brand": "brand"}
+    names = {"category": "product_category", "department": "department", "maker": "manufacturer_id"}
     known = [users.get(user, {}) for user in rows["household_id"].to_pylist()]
-    of_row: dict[str, Any] = {
-        name: [row.get(name) or "unknown" for row in known] for name in ("age", "income", "household_size")
-    }
+    of_row: dict[str, Any] = {name: [row.get(name) or "" for row in known] for name in ("age", "income")}
     return Events(
         user_N=rows["household_id"].to_numpy(),
         item_N=rows["product_id"].to_numpy(),
@@ -192,14 +178,8 @@ def journey(folder: Path) -> Events:
     )
 
 
-KINDS: Mapping[str, tuple[Callable[[Path], Events], str]] = {
-    "movielens": (movielens, "u.data, u.item, u.user and u.genre; posters/ITEM.jpg where there are some"),
-    "movielens-small": (movielens_small, "ratings.csv and movies.csv"),
-    "grocery": (grocery, "train.csv and item_meta.csv"),
-    "frappe": (frappe, "frappe.csv and meta.csv"),
-    "checkins": (checkins, "NYC.npy and NYC_POI.npy"),
-    "journey": (journey, "transactions.parquet, products.parquet and demographics.parquet"),
-}
+READERS = movielens, movielens_small, grocery, frappe, checkins, journey
+KINDS: Mapping[str, Callable[[Path], Events]] = {read.__name__.replace("_", "-"): read for read in READERS}
 Kind = StrEnum("Kind", list(KINDS))  # type: ignore[misc]
 
 
@@ -212,15 +192,11 @@ def impressions_of(events: Events) -> tuple[Int, Int, Int]:
     row_M = np.repeat(np.arange(count), 1 + events.drawn)
     label_M = (np.arange(len(row_M)) % (1 + events.drawn) == 0).astype(np.int64)
     away_M = random.integers(1, NEARBY + 1, len(row_M)) * random.choice([-1, 1], len(row_M))
-    other_M = row_M + away_M
-    other_M = np.clip(np.where((other_M < 0) | (other_M >= count), row_M - away_M, other_M), 0, count - 1)
+    other_M = np.clip(row_M + away_M, 0, count - 1)
     item_M = events.item_N[np.where(label_M == 1, row_M, other_M)]
     _, session_N = np.unique(np.stack([events.user_N, events.session_N], 1), axis=0, return_inverse=True)
-    taken_N, taken_M = (
-        session.ravel() * (1 + events.item_N.max()) + item
-        for session, item in ((session_N, events.item_N), (session_N.ravel()[row_M], item_M))
-    )
-    kept_M = (label_M == 1) | ~np.isin(taken_M, taken_N)
+    first_N = session_N.ravel() * (1 + events.item_N.max())  # of the numbers of a session's items
+    kept_M = (label_M == 1) | ~np.isin(first_N[row_M] + item_M, first_N + events.item_N)
     return row_M[kept_M], item_M[kept_M], label_M[kept_M]
 
 
@@ -229,31 +205,23 @@ def tables_of(events: Events) -> tuple[Any, Any]:
     import pyarrow as pa
 
     row_M, item_M, label_M = impressions_of(events)
-    items = item_M.tolist()
-    values = {"image": {item: f"item-{item}" for item in set(items)}, **events.of_item}
-    seconds = pa.array(events.time_N[row_M], pa.timestamp("s", "UTC"))
-    columns: dict[str, Any] = {
-        "timestamp": seconds.cast(pa.timestamp("us", "UTC")),
-        "user": events.user_N[row_M],
-        "item": item_M,
-        **{name: pa.array([str(of.get(item, "")) for item in items]) for name, of in values.items()},
-    }
-    shown = {name: np.asarray(column)[row_M] for name, column in events.of_row.items()}
-    impressions = pa.table({**columns, "session": events.session_N[row_M], **shown, "label": label_M})
-    liked = pa.table(columns).filter(pa.array(label_M == 1))
-    return impressions, liked.select([name for name in liked.column_names if name in BEHAVIOR])
+    shown: dict[str, Any] = {"timestamp": events.time_N[row_M], "user": events.user_N[row_M], "item": item_M}
+    for name, of in {"image": {}, **events.of_item}.items():
+        shown[name] = [str(of.get(item, "")) for item in item_M.tolist()]
+    liked = pa.table({name: shown[name] for name in BEHAVIOR}).filter(pa.array(label_M == 1))
+    for name, values_N in {"session": events.session_N, **events.of_row}.items():
+        shown[name] = np.asarray(values_N)[row_M]
+    return pa.table(shown | {"label": label_M}), liked
 
 
 def mapping_of(events: Events) -> dict[str, Any]:
     """Make the mapping: which columns are of the user or the context, and which are of the ad."""
-    optional = ["session", "category", *({"scene"} & events.of_row.keys())]
-    user = [name for name in events.of_row if name != "scene"]
-    ad = [name for name in events.of_item if name not in BEHAVIOR]
-    shown = {"columns": {name: name for name in optional}, "user": dict.fromkeys(user, "id")}
-    return {
-        "impressions": {**shown, "ad": dict.fromkeys(ad, "id")},
-        "behaviors": {"columns": {"category": "category"}},
-    }
+    ours = ["session", "category", *({"scene"} & events.of_row.keys())]
+    user, ad = (
+        {name: "id" for name in each if name not in (*ours, "image")} for each in (events.of_row, events.of_item)
+    )
+    shown = {"columns": {name: name for name in ours}, "user": user, "ad": ad}
+    return {"impressions": shown, "behaviors": {"columns": {"category": "category"}}}
 
 
 def main(
@@ -266,15 +234,14 @@ def main(
     import pyarrow.parquet as pq
     import yaml
 
-    read_events, needed = KINDS[kind.value]
     try:
-        events = read_events(folder)
+        events = KINDS[kind.value](folder)
         for name, table in zip(("impressions", "behaviors"), tables := tables_of(events), strict=True):
             (out / name).mkdir(parents=True, exist_ok=True)
             pq.write_table(table, out / name / f"{name}.parquet")
         (out / "mapping.yaml").write_text(yaml.safe_dump(mapping_of(events), sort_keys=False))
     except (OSError, KeyError, ValueError, pa.ArrowException) as failure:
-        raise UserError(f"{folder}: {failure}; a {kind.value} log is {needed}") from failure
+        raise UserError(f"{folder} does not hold the files of a {kind.value} log: {failure}") from failure
     typer.echo(f"{len(tables[0]):,} impressions and {len(tables[1]):,} behaviours in {out}")
 
 

@@ -30,6 +30,7 @@ python -m benchmarks.quality --data ml=data/ml/samples --batch-size 512 --only i
 python -m benchmarks.quality --data photos=photos/samples:photos/features --only images --seeds 1 --no-tune
 python -m benchmarks.quality --only ids --set model.multi_hot=sum
 python -m benchmarks.quality --data shop=data/samples:data/features --batch-size 512 --only days
+python -m benchmarks.quality --logs logs/frappe --logs logs/journey --seeds 5
 
 A run that has ended is not made again: its figures are kept in DIR/figures.
 """
@@ -77,6 +78,15 @@ def main(
     labels: Annotated[
         Path | None, typer.Option(exists=True, help="CSV with their labels, for jobs/make_demo_data.py.")
     ] = None,
+    logs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="A real log as tools/real_logs.py writes it, in place of all else: both at plain settings, on the "
+            "last days, by epoch and at the best of the days before; repeat it.",
+        ),
+    ] = None,
     only: Annotated[list[Name] | None, typer.Option(help="Sections; repeat it. Default: all.")] = None,
     nets: Annotated[list[Net] | None, typer.Option("--net", help="Nets; repeat it. Default: all.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each, of which the mean is taken.", min=1)] = 3,
@@ -96,17 +106,23 @@ def main(
     from benchmarks.quality.cold import cold_section
     from benchmarks.quality.compare import Bench, ids_section, images_section
     from benchmarks.quality.days import days_section
+    from benchmarks.quality.logs import logs_section, real_log
     from benchmarks.quality.runs import QualityRunError, fuxictr_python
 
     made = {"ids": ids_section, "images": images_section, "cold": cold_section, "days": days_section}
-    chosen = [str(name) for name in only or SECTIONS]
-    if {"ids", "images"} & set(chosen) and not fuxictr_python().exists():
+    made["logs"] = logs_section
+    chosen = ["logs"] if logs else [str(name) for name in only or SECTIONS]
+    if {"ids", "images", "logs"} & set(chosen) and not fuxictr_python().exists():
         raise QualityRunError(
             "FuxiCTR is not installed in this environment (make bench installs it), and it is what is compared"
         )
     given = settings_of(settings or [])
     try:
-        sets = data_sets(folder, data or [], users or (SMALL_USERS if small else USERS), (photos, labels), batch_size)
+        if logs:
+            sets = [real_log(each, batch_size) for each in logs]
+        else:
+            count = users or (SMALL_USERS if small else USERS)
+            sets = data_sets(folder, data or [], count, (photos, labels), batch_size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
     except subprocess.CalledProcessError as error:
@@ -114,7 +130,7 @@ def main(
     columns = text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with progress_bars(*columns) as progress:
         bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
-        sections = [section for name in SECTIONS if name in chosen for section in made[name](bench)]
+        sections = [section for name in made if name in chosen for section in made[name](bench)]
     write_sections(sections, json_path)
 
 

@@ -52,6 +52,10 @@ class Bench:
             net=net,
             samples=data.samples,
             store=data.store if images else None,
+            schema=data.schema,
+            train_days=data.train_days,
+            test_days=data.test_days,
+            left_out_days=data.left_out_days,
             batch_size=data.batch_size,
             epochs=self.epochs,
             seed=self.seeds[0],
@@ -118,27 +122,30 @@ def gaucs(curve: Sequence[Epoch]) -> list[float]:
     return [float(epoch["gauc"]) for epoch in curve]
 
 
-def of_goal(curve: Sequence[Epoch], goal: str) -> float:
-    """Return the GAUC after the first epoch, or the best of all."""
-    return gaucs(curve)[0] if goal == "epoch1" else max(gaucs(curve))
+def of_goal(curve: Sequence[Epoch], goal: str, metric: str = "gauc") -> float:
+    """Return a metric after epoch N ("epochN"), or after the epoch with the best GAUC of the test rows ("best")."""
+    place = int(np.argmax(gaucs(curve))) if goal == "best" else int(goal.removeprefix("epoch")) - 1
+    return float(curve[place][metric])
 
 
-def differences(found: Curves, data: str, goal: str) -> list[float]:
-    """Compute for each seed the mean over nets of ours minus theirs."""
-    nets = [net for name, net, side in found if name == data and side == "ours"]
+def differences(
+    found: Curves, data: str, goal: str, metric: str = "gauc", nets: Sequence[str] | None = None
+) -> list[float]:
+    """Compute for each seed the mean over nets, by default all, of ours minus theirs."""
+    nets = nets or [net for name, net, side in found if name == data and side == "ours"]
     ours, theirs = (
-        np.array([[of_goal(curve, goal) for curve in found[data, net, side]] for net in nets]) for side in SIDES
+        np.array([[of_goal(curve, goal, metric) for curve in found[data, net, side]] for net in nets]) for side in SIDES
     )
     return [float(value) for value in (ours - theirs).mean(0)]
 
 
-def headline(found: Curves, prefix: str, goals: Sequence[str]) -> dict[str, Figure]:
+def headline(found: Curves, prefix: str, goals: Sequence[str], metric: str = "gauc") -> dict[str, Figure]:
     """Return ours minus theirs by data set, with half of the 95 % interval over seeds, and the worst data set's."""
     figures: dict[str, Figure] = {}
     names = list(dict.fromkeys(name for name, _, _ in found))
     for goal in goals:
         key = f"{prefix}_{goal}"
-        means = {name: seed_mean(differences(found, name, goal)) for name in names}
+        means = {name: seed_mean(differences(found, name, goal, metric)) for name in names}
         figures[key] = min((each.mean for each in means.values()), default=None)
         for name, each in means.items():
             figures[f"{key}_{name}"] = each.mean

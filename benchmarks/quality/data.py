@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,19 @@ SMALL_USERS, USERS = 1_200, 12_000
 
 @dataclass(frozen=True)
 class DataSet:
-    """Samples, with a store of image features or without, and the batch size that fits them."""
+    """Samples, with a store of image features or without, and the batch size that fits them.
+
+    Of a real log also its schema, and the days that are trained on, by which an epoch is chosen, and left out.
+    """
 
     name: str
     samples: str
     store: str | None
     batch_size: int
+    schema: str | None = None
+    train_days: Sequence[str] | None = None
+    test_days: Sequence[str] | None = None
+    left_out_days: Sequence[str] | None = None
 
     def tuning_days(self) -> tuple[list[str], list[str]]:
         """Cut the training days into nine tenths, and a rest on which settings are chosen. Raises DataError."""

@@ -95,8 +95,11 @@ def model_of(spec: Spec, features: FeatureMap, folder: Path) -> tuple[type, dict
             return FinalMLP, {"mlp1_hidden_units": hidden, "mlp2_hidden_units": hidden, "use_fs": False, **settings}
 
 
-def watched(base: type, test: Rows) -> type:
-    """Make a subclass that keeps the metrics of the test rows after each epoch, and the seconds of its training."""
+def watched(base: type, test: Rows, left_out: Rows | None, batch_size: int) -> type:
+    """Make a subclass that keeps the metrics of the test rows after each epoch, and the seconds of its training.
+
+    Rows left out are measured too, after the test rows have decided whether the learning rate falls.
+    """
 
     class Watched(base):  # type: ignore[misc]
         """A model of FuxiCTR that notes the metrics of the test rows after each epoch."""
@@ -109,12 +112,21 @@ def watched(base: type, test: Rows) -> type:
 
         def eval_step(self) -> None:
             self._seconds = time.perf_counter() - self._started
+            self._measured, self._prefix = test, ""
             super().eval_step()
+            if left_out is not None:
+                self._measured, self._prefix = left_out, "left_out_"
+                self.evaluate(Loader(left_out, batch_size, shuffle=False))
+                self.train()
 
         def evaluate_metrics(self, y_true: Any, y_pred: Any, metrics: Any, group_id: Any = None) -> Any:
             logit_N = np.log(np.clip(y_pred, 1e-12, 1)) - np.log(np.clip(1 - y_pred, 1e-12, 1))
-            found = measure(logit_N, test.label_B.astype(np.float64), test.user_id_B)
-            self.curve.append({**found, "seconds": self._seconds})
+            rows, prefix = self._measured, self._prefix
+            found = measure(logit_N, rows.label_B.astype(np.float64), rows.user_id_B, prefix)
+            if prefix:
+                self.curve[-1].update(found)
+            else:
+                self.curve.append({**found, "seconds": self._seconds})
             return super().evaluate_metrics(y_true, y_pred, metrics, group_id)
 
     return Watched
@@ -195,10 +207,13 @@ def run(spec: Spec, folder: Path) -> dict[str, Any]:
         ad = layout.images[0][1]
         known[ad.store_name] = write_features(spec.store, ad.name, folder)
     train_rows, test_rows = (Rows.of(each, layout, known) for each in (train, test))
+    left_out = None
+    if spec.left_out_days:
+        left_out = Rows.of(read(spec.samples, "test", schema, spec.left_out_days), layout, known)
     features = feature_map(layout, known, train_rows, folder, spec.width)
     seed_everything(spec.seed)
     base, arguments = model_of(spec, features, folder)
-    model = watched(base, test_rows)(features, **arguments)
+    model = watched(base, test_rows, left_out, spec.batch_size)(features, **arguments)
     model.curve = []
     Path(model.model_dir).mkdir(parents=True, exist_ok=True)
     for layer in model.modules():

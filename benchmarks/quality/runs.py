@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,8 @@ class QualityRunError(UserError):
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """One run. `settings`: of the trainer by name, or arguments of FuxiCTR's class. Without a store: without images.
-    `judged`: samples on whose new ads a run of ours is measured once it is trained."""
+    `judged`: samples on whose new ads a run of ours is measured once it is trained. `left_out_days` are measured after
+    each epoch as well, and decide nothing."""
 
     side: Side
     net: str
@@ -53,6 +54,7 @@ class Spec:
     schema: str | None = None
     train_days: Sequence[str] | None = None
     test_days: Sequence[str] | None = None
+    left_out_days: Sequence[str] | None = None
     batch_size: int
     epochs: int
     seed: int
@@ -70,7 +72,9 @@ class Spec:
         commit = None if snapshot is None else snapshot.manifest.commit_id
         if self.judged:
             samples.append(open_index(SoloComm(), self.judged, "test", schema).layout_digest)
-        places = ("samples", "judged", "store", "threads")
+        if self.left_out_days:
+            samples.append(open_index(SoloComm(), self.samples, "test", schema, self.left_out_days).layout_digest)
+        places = ("samples", "judged", "store", "threads", "left_out_days")
         described = {name: value for name, value in asdict(self).items() if name not in places}
         depends_on: list[Any] = [described, samples, commit]
         if self.side == "ours":  # the defaults too
@@ -136,7 +140,16 @@ def _ours(spec: Spec, runs: Path, name: str) -> list[Epoch]:
     seconds = (report["seconds"]["compute"] + report["seconds"]["wait"]) / (report["steps"] / every)
     measured = {entry["step"]: entry for entry in report["history"]} | {report["steps"]: report["metrics"]}
     curve = [{**measured[step], "seconds": seconds} for step in sorted(measured)]
-    return [*curve[:-1], {**curve[-1], **judged}]
+    measured_epochs: list[Epoch] = [*curve[:-1], {**curve[-1], **judged}]
+    if not spec.left_out_days:
+        return measured_epochs
+    same = replace(spec, test_days=spec.left_out_days, left_out_days=None)  # trains alike: measuring changes nothing
+    again = _ours(same, runs, name)
+    return [{**own, **_prefixed(other)} for own, other in zip(measured_epochs, again, strict=True)]
+
+
+def _prefixed(epoch: Epoch) -> Epoch:
+    return {f"left_out_{name}": value for name, value in epoch.items()}
 
 
 def _of_new_ads(run: Path, samples: str) -> Epoch:
