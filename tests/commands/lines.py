@@ -577,8 +577,9 @@ OTHERS = [
     ("benchmarks.store --dir {empty}", 1, "{empty}"),
     ("tools/efficientnet_features --images {missing} --out {new}.npy", 2, "{missing}"),
     ("tools/efficientnet_features --images {emptydir} --out {new}.npy", 2, "has no images"),
-    ("tools/movielens_logs {missing}", 2, "{missing}"),
-    ("tools/movielens_logs {emptydir}", 1, "MovieLens100k"),
+    ("tools/real_logs frappe {missing} --out {new}", 2, "{missing}"),
+    ("tools/real_logs frappe {emptydir} --out {new}", 1, "frappe.csv"),
+    ("tools/real_logs nosuch {emptydir} --out {new}", 2, "nosuch"),
     ("tools/demo --ranks 0", 2, "--ranks"),
 ]
 

@@ -1,5 +1,6 @@
 """tools/real_logs.py on a few rows in the form of each log, up to the samples."""
 
+import contextlib
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_what_is_drawn_was_taken_by_others_and_not_in_the_session(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_are_made_of_each_log(kind: str, tmp_path: Path) -> None:
+def test_samples_are_made_of_each_log(kind: str, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **_: contextlib.nullcontext(client))
     impressions, _ = _made(kind, tmp_path)
     mapping = yaml.safe_load((tmp_path / "log" / "mapping.yaml").read_text())["impressions"]
     for names in mapping.values():
@@ -127,6 +129,7 @@ def test_samples_are_made_of_each_log(kind: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(build_samples, [*words, "--samples", str(tmp_path / "samples"), "--test-days", "0"])
     assert result.exit_code == 0, result.output
     samples = pq.read_table(tmp_path / "samples" / "train", partitioning=None)
+    assert pc.sum(pc.list_value_length(samples["label"])).as_py() > impressions.num_rows / 2
     assert {*mapping["user"], *(f"ad_{name}" for name in mapping["ad"])} <= set(samples.column_names)
 
 
