@@ -60,7 +60,8 @@ def cut_days(samples: Path) -> tuple[list[str], list[str], list[str]]:
     days = list(by_day)
     counts_D = [sum(_impressions(samples / file) for file in files) for files in by_day.values()]
     before_D = np.r_[0, np.cumsum(counts_D)] / max(1, sum(counts_D))
-    last, middle = (int(np.searchsorted(before_D, 1 - parts * SHARE, "right")) - 1 for parts in (1, 2))
+    last = int(np.searchsorted(before_D, 1 - SHARE, "right")) - 1
+    middle = int(np.searchsorted(before_D, before_D[last] - SHARE, "right")) - 1
     if not 0 < middle < last:
         raise DataError(f"{samples} has {len(days)} days; days for training, validation and judging need more of them")
     return days[:middle], days[middle:last], days[last:]

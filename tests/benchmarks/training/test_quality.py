@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from benchmarks.quality import cold, compare, days
+import trainer
+from benchmarks.quality import cold, compare, days, logs
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
@@ -127,6 +129,67 @@ def test_with_images_and_tuned(place: Path) -> None:
     assert {tuple(spec["train_days"]) for spec in tuned} == {DAYS[:1]}
     assert {tuple(spec["test_days"]) for spec in tuned} == {DAYS[1:2]}, "the test day takes no part in the choice"
     assert len(tuned) == sum(len(compare.grid_of(side)) for side in compare.SIDES)
+
+
+def _log(folder: Path) -> Path:
+    """Samples of a log with a schema of its own, in three days, which is what tools/real_logs.py and its job leave."""
+    shutil.copytree(folder / "samples", folder / "log" / "samples", dirs_exist_ok=True)
+    preset = Path(trainer.__file__).parent / "presets" / "schema.yaml"
+    shutil.copy(preset, folder / "log" / "samples" / "schema.yaml")
+    (folder / "log" / "samples" / "summary.json").write_text("{}")
+    return folder / "log"
+
+
+class TestRealLogs:
+    def test_days_are_cut_by_their_impressions(self, place: Path) -> None:
+        assert logs.cut_days(place / "samples") == ([DAYS[0]], [DAYS[1]], [DAYS[2]])
+        with pytest.raises(DataError, match="has 1 days"):
+            logs.cut_days(_days(place, DAYS[:1]))
+
+    def test_the_best_epoch_is_that_of_the_validation_days(self) -> None:
+        curve = [{"gauc": gauc, "left_out_gauc": other} for gauc, other in ((0.6, 0.7), (0.8, 0.5), (0.7, 0.9))]
+        assert compare.of_goal(curve, "best", logs.METRIC) == 0.5
+        assert compare.of_goal(curve, "epoch1", logs.METRIC) == 0.7
+
+    def test_figures_by_log_and_net(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        epoch = {"gauc": 0.6, "left_out_gauc": 0.7}
+        better = {"gauc": 0.5, "left_out_gauc": 0.8}
+        found = {
+            (log, net, side): [[better if (log, net, side) == ("a", "dnn", "ours") else epoch] * 4]
+            for log in ("a", "b")
+            for net in ("dnn", "din")
+            for side in compare.SIDES
+        }
+        monkeypatch.setattr(logs, "curves", lambda *_, **__: found)
+        sections = logs.logs_section(Bench([], tmp_path, ["dnn", "din"], range(1), 4, True, Progress()))
+        figures = {name: value for section in sections for name, value in section.flat().items()}
+        for goal in ("epoch1", "epoch2", "epoch4", "best"):
+            assert figures[f"gauc_left_out_{goal}_a"] == pytest.approx(0.05)
+            assert figures[f"gauc_left_out_{goal}"] == figures[f"gauc_left_out_{goal}_b"] == 0
+            assert figures[f"left_out_a_dnn_{goal}"] == pytest.approx(0.1)
+        assert figures["left_out_a_dnn_ours_best"] == 0.8
+
+    @pytest.mark.slow
+    @needs_fuxictr
+    def test_both_sides_are_measured_on_the_days_left_out(self, place: Path, tmp_path: Path) -> None:
+        words = ["--logs", str(_log(place)), "--net", "dnn", "--seeds", "1", "--epochs", "2", "--batch-size", "32"]
+        words += ["--dir", str(tmp_path / "bench"), "--json", str(tmp_path / "logs.json"), "--set", "optim.lr=0.01"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        figures = json.loads((tmp_path / "logs.json").read_text())
+        assert figures["left_out_log_dnn_ours_best"] > 0.6, "people click on even items"
+        kept = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "figures").iterdir()]
+        assert {tuple(each["spec"]["left_out_days"]) for each in kept} == {DAYS[2:]}
+        shown = {(each["curve"][0]["impressions"], each["curve"][0]["left_out_impressions"]) for each in kept}
+        assert len(shown) == 1, "both sides have the same rows"
+
+
+def _days(place: Path, chosen: Sequence[str]) -> Path:
+    out = place / f"only-{len(chosen)}" / "train"
+    out.mkdir(parents=True, exist_ok=True)
+    for day in chosen:
+        shutil.copy(place / "samples" / "train" / f"day={day}-000.parquet", out)
+    return out.parent
 
 
 class TestRows:
