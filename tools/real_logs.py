@@ -21,8 +21,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import UserError
 
 LIKED = 4
-PAUSE_S = 1800
-MOST_IN_SESSION = 20
+PAUSE_S, MOST_IN_SESSION = 1800, 20
 NEARBY = 1000
 """Rows before and after, in order of time, of which items without a click are drawn."""
 DAY_S = 86_400
@@ -217,10 +216,9 @@ def tables_of(events: Events) -> tuple[Any, Any]:
 def mapping_of(events: Events) -> dict[str, Any]:
     """Make the mapping: which columns are of the user or the context, and which are of the ad."""
     ours = ["session", "category", *({"scene"} & events.of_row.keys())]
-    user, ad = (
-        {name: "id" for name in each if name not in (*ours, "image")} for each in (events.of_row, events.of_item)
-    )
-    shown = {"columns": {name: name for name in ours}, "user": user, "ad": ad}
+    sides = {"user": events.of_row, "ad": events.of_item}
+    more = {side: {name: "id" for name in of if name not in (*ours, "image")} for side, of in sides.items()}
+    shown = {"columns": {name: name for name in ours}, **more}
     return {"impressions": shown, "behaviors": {"columns": {"category": "category"}}}
 
 

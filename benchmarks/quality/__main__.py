@@ -42,14 +42,21 @@ app = CommandApp(report=True, failures=(OSError,), rich_markup_mode="rich")
 
 
 def data_sets(
-    folder: Path, texts: list[str], users: int, pictures: tuple[Path | None, Path | None], size: int
+    folder: Path, logs: list[Path], texts: list[str], users: int, pictures: tuple[Path | None, Path | None], size: int
 ) -> list[DataSet]:
-    """List a person's own data sets, or the simulated ones: drawn clothes and, if they are given, photographs."""
-    if texts:
-        return [parse(text, size) for text in texts]
+    """List real logs, a person's own data sets, or the simulated ones: drawn clothes and, if given, photographs."""
+    from benchmarks.quality.logs import real_log
+
     place = folder / f"{users}-users"
-    made = [simulated(place / "drawn", users, None, None, size)]
-    return made + ([simulated(place / "photos", users, *pictures, size)] if pictures[0] else [])
+    try:
+        if logs or texts:
+            return [*(real_log(each, size) for each in logs), *(parse(text, size) for text in texts)]
+        made = [simulated(place / "drawn", users, None, None, size)]
+        return made + ([simulated(place / "photos", users, *pictures, size)] if pictures[0] else [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+    except subprocess.CalledProcessError as error:
+        raise typer.Exit(1) from error
 
 
 def settings_of(texts: list[str]) -> dict[str, str]:
@@ -81,10 +88,7 @@ def main(
     logs: Annotated[
         list[Path] | None,
         typer.Option(
-            exists=True,
-            file_okay=False,
-            help="A real log as tools/real_logs.py writes it, in place of all else: both at plain settings, on the "
-            "last days, by epoch and at the best of the days before; repeat it.",
+            exists=True, file_okay=False, help="A log of tools/real_logs.py, in place of all else; repeat it."
         ),
     ] = None,
     only: Annotated[list[Name] | None, typer.Option(help="Sections; repeat it. Default: all.")] = None,
@@ -106,27 +110,19 @@ def main(
     from benchmarks.quality.cold import cold_section
     from benchmarks.quality.compare import Bench, ids_section, images_section
     from benchmarks.quality.days import days_section
-    from benchmarks.quality.logs import logs_section, real_log
+    from benchmarks.quality.logs import logs_section
     from benchmarks.quality.runs import QualityRunError, fuxictr_python
 
     made = {"ids": ids_section, "images": images_section, "cold": cold_section, "days": days_section}
-    made["logs"] = logs_section
+    made |= {"logs": logs_section}
     chosen = ["logs"] if logs else [str(name) for name in only or SECTIONS]
     if {"ids", "images", "logs"} & set(chosen) and not fuxictr_python().exists():
         raise QualityRunError(
             "FuxiCTR is not installed in this environment (make bench installs it), and it is what is compared"
         )
     given = settings_of(settings or [])
-    try:
-        if logs:
-            sets = [real_log(each, batch_size) for each in logs]
-        else:
-            count = users or (SMALL_USERS if small else USERS)
-            sets = data_sets(folder, data or [], count, (photos, labels), batch_size)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--data") from error
-    except subprocess.CalledProcessError as error:
-        raise typer.Exit(1) from error
+    count = users or (SMALL_USERS if small else USERS)
+    sets = data_sets(folder, logs or [], data or [], count, (photos, labels), batch_size)
     columns = text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with progress_bars(*columns) as progress:
         bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
