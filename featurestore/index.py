@@ -1,6 +1,6 @@
-"""All uses of faiss: residual quantisers, nearest neighbours, and indexes by key.
+"""All uses of faiss: nearest neighbours, and indexes by key.
 
-Letters of shapes: N rows, K queries, C found of each, D width; of a residual quantiser L levels, C codes of each.
+Letters of shapes: N rows, K queries, C found of each, D width.
 """
 
 import io
@@ -262,39 +262,3 @@ def _checked(keys_N: Int64Array, vectors_ND: Vectors, dim: int) -> tuple[Int64Ar
     if (wrong := np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))).size:
         raise InvalidRowsError(f"the vector of key {keys_N[wrong[0]]} has numbers that are not finite")
     return np.ascontiguousarray(keys_N), vectors_ND
-
-
-def train_residual_quantizer(
-    sample_ND: npt.NDArray[np.float32], num_levels: int, num_codes: int, seed: int
-) -> npt.NDArray[np.float32]:
-    """Train codebooks of faiss's ResidualQuantizer, (L, C, D).
-
-    The first is trained on the sample, each further one on what is left after the levels before it. The nearest code
-    wins at every level (a beam of one), so that a prefix of codes never depends on later levels. `num_codes` is a power
-    of two, and the sample has at least that many rows. k-means, 25 passes a level; from the main directions to all of
-    them, where the sample has as many rows as dimensions and so has such directions.
-    """
-    quantizer = faiss.ResidualQuantizer(sample_ND.shape[1], num_levels, num_codes.bit_length() - 1)
-    quantizer.max_beam_size = 1
-    quantizer.train_type = faiss.ResidualQuantizer.Skip_codebook_tables
-    if len(sample_ND) >= sample_ND.shape[1]:
-        quantizer.train_type |= faiss.ResidualQuantizer.Train_progressive_dim
-    quantizer.cp.seed = seed
-    quantizer.cp.min_points_per_centroid = 1  # else it warns on stderr
-    quantizer.train(np.ascontiguousarray(sample_ND, np.float32))
-    codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(num_levels, num_codes, -1)
-    return np.asarray(codebooks, np.float32)
-
-
-def encode_residual(
-    codebooks_LCD: npt.NDArray[np.float32], rows_ND: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return codes of the rows, (N, L), and the squared length of what is left of each after every level, (N, L)."""
-    residual_ND = np.array(rows_ND, np.float32, order="C")
-    shape = len(residual_ND), len(codebooks_LCD)
-    codes_NL, left_NL = np.empty(shape, np.int64), np.empty(shape, np.float64)
-    for level, codebook_CD in enumerate(codebooks_LCD):
-        codes_NL[:, level] = nearest(codebook_CD, residual_ND, 1)[:, 0]
-        residual_ND -= codebook_CD[codes_NL[:, level]]
-        left_NL[:, level] = np.einsum("nd,nd->n", residual_ND, residual_ND, dtype=np.float64)
-    return codes_NL, left_NL

@@ -230,56 +230,6 @@ class SampleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticOptions:
-    """What to make codes of, and how. Vectors are those of a store's images, or of a file in its place."""
-
-    out: Annotated[
-        str, typer.Option(help="Folder or address to write: codebook, codes, samples, schema, settings; replaced.")
-    ] = "data/samples-sid"
-    store: Annotated[
-        str | None, typer.Option(help="Feature store whose images get codes.", show_default=DEFAULT_STORE)
-    ] = None
-    vectors: Annotated[
-        str | None, typer.Option(help="In place of --store: a .parquet of export_embeddings.py, or any with keys.")
-    ] = None
-    samples: Annotated[
-        str | None,
-        typer.Option(
-            help="Sample groups that get the codes as columns.", show_default=f"{DEFAULT_SAMPLES} where it is there"
-        ),
-    ] = None
-    no_samples: Annotated[bool, typer.Option("--no-samples", help="Codes alone.")] = False
-    schema: Annotated[
-        Path | None, typer.Option(help="Of the samples.", show_default="SAMPLES/schema.yaml, else the packaged one")
-    ] = None
-    store_name: Annotated[str, typer.Option(help="The store's name in the schema.")] = "images"
-    num_levels: Annotated[int, typer.Option("--levels", min=1, max=8, help="Codes of an image.")] = 3
-    num_codes: Annotated[
-        int, typer.Option("--codes", min=2, max=65536, help="Different codes of a level, a power of two.")
-    ] = 256
-    sample_rows: Annotated[int, typer.Option(min=2, help="Vectors to fit on, drawn at random.")] = 20_000
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0
-    standardize: Annotated[
-        bool | None,
-        typer.Option(
-            "--standardize/--raw",
-            help="Each dimension to mean 0 and deviation 1 first.",
-            show_default="standardize, but for the components of a compact store",
-        ),
-    ] = None
-    codebook: Annotated[
-        str | None,
-        typer.Option(help="File or address, of an earlier run, so that codes keep their meaning; nothing is fitted."),
-    ] = None
-    accept_store: Annotated[
-        bool,
-        typer.Option("--accept-store", help="Take --codebook also where it is of another store of the same network."),
-    ] = False
-    scratch: ScratchOption = None
-    keep_days: KeepDaysOption = 7
-
-
-@dataclass(frozen=True, kw_only=True)
 class XdlOptions:
     """Options of an import of XDL's text samples: which ones, and how."""
 

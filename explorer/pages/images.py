@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -15,12 +14,8 @@ from starlette.routing import Route
 
 from explorer.data.cache import LruCache
 from explorer.data.images.neighbours import (
-    CodeShelf,
     Neighbours,
-    SemanticIds,
     Space,
-    encode,
-    nearest_codes,
     nearest_features,
     nearest_vectors,
     only_in,
@@ -47,7 +42,7 @@ _FROZEN_BYTES = 64 << 20
 """Largest features of a store for which neighbours are exported; for more, the export would take hours."""
 _PATIENCE_S = 10.0
 """Seconds to wait for visual vectors for an uploaded picture, which the user would have to send again."""
-_TITLES = {"features": "Features", "visual": "Visual vectors", "codes": "Semantic IDs"}
+_TITLES = {"features": "Features", "visual": "Visual vectors"}
 
 
 class SoughtFeature(NamedTuple):
@@ -63,7 +58,7 @@ class ImagePages(PageKind):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._names, self._runs, self._shelf = ImageNames(), ImageRuns(site.places), CodeShelf()
+        self._names, self._runs = ImageNames(), ImageRuns(site.places)
         self._features: LruCache[Neighbours] = LruCache(500)
         self._network = Lock()
 
@@ -79,7 +74,7 @@ class ImagePages(PageKind):
             Question(
                 "What is an image similar to?",
                 "/images",
-                "Search, then its neighbours by features, by what a run has learned, and by semantic IDs.",
+                "Search, then its neighbours by features, and by what a run has learned.",
             ),
         ]
 
@@ -199,11 +194,10 @@ class ImagePages(PageKind):
         )
 
     def _spaces(self, request: Request, snapshot: Snapshot, asked: SoughtFeature) -> list[Space]:
-        """Find the neighbours in each of the three spaces; an error in one becomes its sentence."""
+        """Find the neighbours in both spaces; an error in one becomes its sentence."""
         made: list[tuple[str, Callable[[], Space]]] = [
             ("features", lambda: self._in_features(snapshot, asked)),
             ("visual", lambda: self._in_visual(request, snapshot, asked)),
-            ("codes", lambda: self._in_codes(snapshot, asked)),
         ]
         spaces = []
         for name, make in made:
@@ -249,34 +243,6 @@ class ImagePages(PageKind):
             f"each image, exactly, among all {found.num_rows:,} images."
         )
         return Space(name="visual", title=title, found=found, how=how)
-
-    def _in_codes(self, snapshot: Snapshot, asked: SoughtFeature) -> Space:
-        title, ids = _TITLES["codes"], self._semantic_ids(asked.run)
-        if ids is None:
-            problem = "The samples have no semantic IDs: python jobs/build_semantic_ids.py makes them."
-            return Space(name="codes", title=title, problem=problem)
-        codes = self._codes_of_picture(snapshot, ids, asked) if asked.key is None else ids.codes_of(asked.key)
-        if codes is None:
-            return Space(name="codes", title=title, problem="The image has no semantic ID.")
-        found = nearest_codes(snapshot, ids, codes, NUM_NEIGHBOURS, asked.key)
-        how = f"The longest prefix in common with the codes {', '.join(map(str, codes))}, made of {ids.origin}."
-        return Space(name="codes", title=title, found=found, how=how)
-
-    def _codes_of_picture(self, snapshot: Snapshot, ids: SemanticIds, asked: SoughtFeature) -> list[int] | None:
-        """Compute codes of a picture's feature if codes are of features; for visual vectors, E is unknown."""
-        if "of" in ids.source or "store" not in ids.source:
-            raise ExplorerError(f"the codes are of {ids.origin}, which cannot be computed for a new picture here")
-        return encode(ids, np.asarray(snapshot.codec.decode(asked.feature_1D)[0]))
-
-    def _semantic_ids(self, run: str | None) -> SemanticIds | None:
-        """Find semantic IDs next to the samples, or next to those that the run was trained on."""
-        if self.site.places.samples is not None:
-            return self._shelf.open(self.site.places.samples)
-        if run is None:
-            return None
-        from trainer.runs.saved import read_run
-
-        return self._shelf.open(read_run(self.site.places.run(run)).config.data.samples)
 
     def _run(self, asked: str | None, runs: list[str]) -> str | None:
         if asked and asked not in runs:

@@ -32,7 +32,6 @@ from pipeline.errors import SampleError, SampleOptionError
 SPLITS = ("train", "test")
 MARK = "summary.json"
 QUARANTINE_FILE = "quarantine.parquet"
-CODEBOOK_FILE = "codebook.safetensors"
 LOCK = ".lock"
 KEEP_DAYS = 7
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -46,13 +45,10 @@ class FolderContent:
 
     name: str
     shown_by: tuple[str, ...]
-    refuted_by: str | None = None
 
     def check(self, place: str, names: Collection[str]) -> None:
         """Raise SampleOptionError where the names at a place show that it holds something else."""
         problem = next((f"has no {name}" for name in self.shown_by if name not in names), None)
-        if self.refuted_by is not None and self.refuted_by in names:
-            problem = f"has {self.refuted_by}"
         if names and problem:
             raise SampleOptionError(
                 f"{place} has files that are no {self.name} (it {problem}), and its content would be replaced; name"
@@ -60,8 +56,7 @@ class FolderContent:
             )
 
 
-SAMPLES = FolderContent("samples", (MARK, "train"), refuted_by=CODEBOOK_FILE)
-SEMANTIC_IDS = FolderContent("semantic IDs", (MARK, CODEBOOK_FILE))
+SAMPLES = FolderContent("samples", (MARK, "train"))
 
 
 @dataclass(frozen=True)

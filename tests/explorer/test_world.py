@@ -41,14 +41,13 @@ def test_the_store_has_the_history_that_the_constants_tell(shop):
     assert all((shop.images / uri).is_file() for uri in uris_of(store, 5))
 
 
-def test_samples_runs_codes_and_bundle_are_there(world):
+def test_samples_runs_and_bundle_are_there(world):
     from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version
 
     assert len(list(world.samples.glob("train/*.parquet"))) == 4
     assert {path.parent.name for path in world.runs.glob("*/report.json")} == {"both", "ids-only", "both-longer"}
     assert {path.parents[1].name for path in world.runs.glob("*/evaluation/*.json")} == {"both", "ids-only"}
-    assert list((world.semantic / "codes").glob("*.parquet")) != []
     assert read_version(Storage(str(world.model))).version == 1
     known = FeatureStore.open(world.store).snapshot().keys().tolist()
     assert key_of_uri(UNKNOWN) not in known

@@ -79,11 +79,6 @@ class World:
         """The bundle of the run `both`, version 1 in use."""
         return self.folder / "models" / "ctr"
 
-    @property
-    def semantic(self) -> Path:
-        """Codes of all pictures, as jobs/build_semantic_ids.py writes them."""
-        return self.folder / "samples-sid"
-
     def options(self, *, model: bool = False) -> list[str]:
         """The options of `python -m explorer` that name these places."""
         places = {"store": self.store, "runs": self.runs, "samples": self.samples, "images": self.images}
@@ -111,9 +106,8 @@ def make_shop(folder: Path, client: "Client") -> World:
 
 
 def complete(world: World) -> World:
-    """Add samples, codes, three trained runs, and one of them published, in about ten seconds."""
+    """Add samples, three trained runs, and one of them published, in about ten seconds."""
     _write_samples(world)
-    _make_codes(world)
     _train(world)
     _publish(world)
     return world
@@ -180,15 +174,6 @@ def _write_samples(world: World) -> None:
             table = table.set_column(place, f"{side}_image", pa.ListArray.from_arrays(items.offsets, keys))
         (world.samples / part).mkdir(parents=True, exist_ok=True)
         pq.write_table(table, world.samples / part / f"day=2026-01-{day:02}.parquet", row_group_size=20)
-
-
-def _make_codes(world: World) -> None:
-    from pipeline.options import SemanticOptions
-    from pipeline.semantic.samples import build_semantic_ids
-
-    build_semantic_ids(
-        SemanticOptions(out=str(world.semantic), store=str(world.store), samples=str(world.samples), num_codes=4)
-    )
 
 
 def _train(world: World) -> None:

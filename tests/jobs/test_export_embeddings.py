@@ -12,7 +12,6 @@ from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore
 from featurestore.upkeep.remake import remake
-from jobs import build_semantic_ids
 from jobs.export_embeddings import app
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
@@ -178,17 +177,6 @@ def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_semantic_ids_are_made_of_it(run: Path, places: Places, tmp_path: Path) -> None:
-    out = tmp_path / "v.parquet"
-    done("--run", run, "--out", out)
-    options = ["--vectors", out, "--samples", places.folder / "samples", "--out", tmp_path / "sid", "--codes", 4]
-    result = CliRunner().invoke(build_semantic_ids.app, [str(each) for each in options])
-    assert result.exit_code == 0, result.output
-    codes = [row for path in (tmp_path / "sid" / "codes").iterdir() for row in pq.read_table(path).to_pylist()]
-    assert {row["key"] for row in codes} == set(expected(run, places))
-    row = pq.read_table(tmp_path / "sid" / "train", partitioning=None).to_pylist()[0]
-    of_key = {each["key"]: each["sid0"] for each in codes}
-    assert row["ad_image_sid0"] == [of_key.get(key, -1) for key in row["ad_image"]]
 
 
 def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -573,7 +573,7 @@ def _transform(column: Column) -> str | None:
 
 
 def _has_images(column: Column) -> bool:
-    return IMAGE_NAME.search(column.name) is not None and "_sid" not in column.name and column.content != "real"
+    return IMAGE_NAME.search(column.name) is not None and column.content != "real"
 
 
 def _is_gallery(column: Column) -> bool:

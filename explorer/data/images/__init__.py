@@ -1,1 +1,1 @@
-"""Data of the image pages: the images, their rows over time, and their neighbours in three spaces."""
+"""Data of the image pages: the images, their rows over time, and their neighbours by features and by visual vectors."""

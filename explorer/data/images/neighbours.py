@@ -1,32 +1,24 @@
-"""Neighbours of an image by features, visual vectors and semantic IDs, and their overlap between these spaces.
+"""Neighbours of an image by features and visual vectors, and their overlap between these spaces.
 
 Neighbours by vectors are exact, by cosine, and are searched block by block in bounded memory.
 
-Letters of shapes: M rows or images with codes, K rows of a block, D width of a vector, C found.
+Letters of shapes: M rows, K rows of a block, D width of a vector, C found.
 """
 
 import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from explorer.data.background import Task
-from explorer.data.cache import LruCache
 from explorer.data.store.snapshots import NamedImage, named
-from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
-from featurestore.parsing import parse_json
-from featurestore.published.versions import open_published
 from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import in_threads
-
-if TYPE_CHECKING:
-    from pipeline.semantic.codes import Codebook, CodeIndex
-
 
 READ_BYTES = 16 << 30
 """Most bytes of features read for one answer: some seconds a core. Of a larger store, random shards are read."""
@@ -37,7 +29,7 @@ Blocks = Iterable[tuple[Int64Array, npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An image and its similarity: the cosine in a space of vectors, the number of shared codes for semantic IDs."""
+    """An image and its similarity: the cosine in a space of vectors."""
 
     key: int
     uri: str
@@ -163,7 +155,7 @@ class Space:
     """The neighbours in one space, or a sentence on why there are none, or on the progress of the search."""
 
     name: str
-    """features, visual, or codes."""
+    """features or visual."""
     title: str
     found: Neighbours | None = None
     how: str = ""
@@ -207,105 +199,3 @@ def shared(spaces: list[Space]) -> list[Shared]:
 def keys_of(space: Space) -> set[int]:
     """List the keys of a space."""
     return {image.key for image in space.found.images} if space.found else set()
-
-
-_MARK = "summary.json"
-
-
-@dataclass(frozen=True)
-class SemanticIds:
-    """The codes of all images at an address; takes 16 bytes per image in memory."""
-
-    address: str
-    index: "CodeIndex"
-    source: dict[str, Any]
-    """The vectors that the codes were computed from, as recorded by the job."""
-
-    @property
-    def origin(self) -> str:
-        """Describe the vectors that the codes were computed from."""
-        of = self.source.get("of", {})
-        if "network" in of:
-            return f"visual vectors of {of.get('run')}, {of.get('checkpoint')}"
-        return f"features of snapshot {self.source['snapshot']}" if "snapshot" in self.source else "vectors of a file"
-
-    def codes_of(self, key: int) -> list[int] | None:
-        """List the codes of an image, or None."""
-        full = int(self.index.lookup(np.array([key], np.int64))[0])
-        return None if full < 0 else self.codes(full)
-
-    def codes(self, full: int) -> list[int]:
-        """Split a full code, which is one number, into its levels."""
-        full_N = np.array([full], np.int64)
-        return [int(self.index.code(full_N, level)[0]) for level in range(self.index.num_levels)]
-
-
-class CodeShelf:
-    """Semantic IDs by address; caches the last two. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._read: LruCache[SemanticIds] = LruCache(2)
-
-    def open(self, address: str) -> SemanticIds | None:
-        """Read the semantic IDs next to samples, or return None. Raises SampleError, StorageError."""
-        from pipeline.semantic.codes import FOLDER, read_codes
-
-        storage = open_published(address)
-        try:
-            mark = storage.read_bytes(_MARK)
-            summary: dict[str, Any] = parse_json(mark)
-            num_codes = int(summary["codebook"]["codes"])
-        except (FileNotFoundError, StorageError, ValueError, KeyError, TypeError):
-            return None
-        if not storage.list(FOLDER):
-            return None
-        return self._read.get(
-            (address, mark), lambda: SemanticIds(address, read_codes(storage, num_codes), summary.get("source", {}))
-        )
-
-
-def nearest_codes(
-    snapshot: Snapshot, ids: SemanticIds, codes: list[int], most: int, without: int | None = None
-) -> Neighbours:
-    """Find the images of the snapshot that share the longest prefix of codes; keys break ties.
-
-    Leaves out images that share no code. Reads all codes once for each level.
-    """
-    index = ids.index
-    keys: list[int] = []
-    nearness: list[float] = []
-    taken_M = np.zeros(len(index.keys_M), np.bool_)
-    if without is not None:
-        taken_M |= index.keys_M == without
-    for length in range(index.num_levels, 0, -1):
-        wanted = 0
-        for code in codes[:length]:
-            wanted = wanted * index.num_codes + code
-        same_M = (index.prefix(index.prefix_M, length) == wanted) & ~taken_M
-        taken_M |= same_M
-        found = index.keys_M[same_M][: most - len(keys)].tolist()
-        keys += found
-        nearness += [float(length)] * len(found)
-    count = len(index.keys_M)
-    images = tuple(with_names(snapshot, keys, nearness))
-    return Neighbours(images=images, num_searched=count, num_rows=count, seconds=0)
-
-
-def encode(ids: SemanticIds, vector_D: npt.NDArray[np.float32]) -> list[int] | None:
-    """Compute the codes of a vector of the codebook's kind; None if its width differs.
-
-    Raises SampleError.
-    """
-    codebook = _codebook(ids.address)
-    if codebook.dim != len(vector_D):
-        return None
-    codes_NL, _, _ = codebook.encode(vector_D[None].astype(np.float32))
-    return [int(code) for code in codes_NL[0]]
-
-
-def _codebook(address: str) -> "Codebook":
-    from pipeline.samples.publish import CODEBOOK_FILE
-    from pipeline.semantic.codes import Codebook
-
-    place = open_published(address)
-    return Codebook.from_bytes(place.read_bytes(CODEBOOK_FILE), place.full(CODEBOOK_FILE))

@@ -2,7 +2,6 @@
 
 import threading
 
-import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -13,9 +12,7 @@ from explorer.pages import images as pages
 from explorer.places import Places
 from explorer.server import application
 from featurestore import FeatureStore, key_of_uri
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.remake import remake
-from pipeline.semantic.codes import read_codes
 from tests.explorer.pages.reading import Reader, Reading
 from tests.explorer.stores import make_store, rows, storied
 from tests.explorer.world import ADDED, BROKEN, COPIED, COPY, HOSTILE, PLAIN, UNKNOWN
@@ -33,7 +30,7 @@ def reader(shop):
 
 @pytest.fixture
 def everything(world):
-    return Reader(store=world.store, images=world.images, runs=world.runs, samples=world.semantic)
+    return Reader(store=world.store, images=world.images, runs=world.runs, samples=world.samples)
 
 
 def spaces_of(reader, path, **params):
@@ -91,21 +88,14 @@ def test_a_broken_image_has_a_page_and_one_that_is_not_in_the_snapshot_has_none(
         assert "not a whole number" in reader.read(f"/images/{bad}", 400).text
 
 
-def test_neighbours_in_three_spaces(everything, world):
+def test_neighbours_by_features_and_visual_vectors(everything):
     key = key_of_uri(COPIED)
     page = spaces_of(everything, f"/images/{key}", run="both")
     features = of_space(page.text, "exactly, among all 28 images.", "Visual vectors")
     assert features.split("1.000")[0].strip() == COPY  # the same bytes, the same feature
     assert "the run both" in page.text
-    assert "codes shared" in page.text
     assert "only here" in page.text
     assert "Where the lists differ is what the run learned" in page.text
-    index = read_codes(Storage(str(world.semantic)), 4)
-    mine, copy = index.lookup(np.array([key, key_of_uri(COPY)], np.int64))
-    assert mine == copy
-    codes = of_space(page.text, "The longest prefix in common", "Read-only")
-    assert f"{index.num_levels} codes shared" in codes
-    assert COPY in codes
 
 
 def test_an_image_leads_to_its_impressions(everything, reader):
@@ -118,7 +108,7 @@ def test_an_image_leads_to_its_impressions(everything, reader):
 def test_the_runs_differ_in_what_they_see(everything):
     key = key_of_uri(PLAIN[0])
     texts = {
-        run: of_space(spaces_of(everything, f"/images/{key}", run=run).text, "Visual vectors", "Semantic IDs")
+        run: of_space(spaces_of(everything, f"/images/{key}", run=run).text, "Visual vectors", "Read-only")
         for run in ("both", "both-longer")
     }
     assert texts["both"] != texts["both-longer"]
@@ -132,7 +122,6 @@ def test_the_runs_differ_in_what_they_see(everything):
 def test_without_runs_and_samples_the_spaces_say_what_is_missing(reader):
     page = spaces_of(reader, f"/images/{key_of_uri(PLAIN[0])}")
     assert "name the folder of runs by --runs" in page.text
-    assert "no semantic IDs" in page.text
     assert "only here" not in page.text
 
 
@@ -222,9 +211,8 @@ def test_a_picture_that_is_sent_finds_its_own_image_first(everything, world):
     page = Reading(answer.text)
     features = of_space(page.text, "exactly, among all 28 images.", "Visual vectors")
     assert features.split()[:2] == [PLAIN[5], "1.000"]
-    visual = of_space(page.text, "makes of each image, exactly, among all 28 images.", "Semantic IDs")
+    visual = of_space(page.text, "makes of each image, exactly, among all 28 images.", "Read-only")
     assert visual.split()[:2] == [PLAIN[5], "1.000"]
-    assert PLAIN[5] in of_space(page.text, "The longest prefix in common", "Read-only")
     assert page.pictures[0].startswith("data:image/jpeg;base64,")
 
 

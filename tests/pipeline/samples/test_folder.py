@@ -13,7 +13,7 @@ from distributed import Client, LocalCluster
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples import logs as pieces_module
 from pipeline.samples.build import build_samples
-from pipeline.samples.publish import MARK, SAMPLES, SEMANTIC_IDS, FolderContent, replaced_folder
+from pipeline.samples.publish import MARK, SAMPLES, FolderContent, replaced_folder
 from pipeline.xdl import RANDOM_DATA
 from tests.pipeline.samples.rows import (
     DAY_S,
@@ -28,7 +28,7 @@ from tests.pipeline.samples.rows import (
     write,
 )
 
-CONTENTS = (SAMPLES, SEMANTIC_IDS, RANDOM_DATA)
+CONTENTS = (SAMPLES, RANDOM_DATA)
 
 
 def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, client, tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_folder_is_replaced_by_its_own_kind_alone(tmp_path: Path, there: Folde
 
     def make(content: FolderContent) -> None:
         with replaced_folder(target, content) as folder:
-            for name in (*content.shown_by, *(["train"] if content is SEMANTIC_IDS else [])):  # samples with codes
+            for name in content.shown_by:
                 (folder / name).write_text(content.name)
 
     make(there)
