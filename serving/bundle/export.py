@@ -265,12 +265,9 @@ class SavedTables:
         trained_R = np.zeros(len(weight_RV), np.bool_)
         for mark in marks:
             trained_R |= mark.numpy().reshape(len(mark), -1).any(axis=1)
-        epoch = self._saved.state.epoch if self._config.optim.ids_restart else 0
-        moved_R = np.ones(len(weight_RV), np.bool_)
-        for begun in {epoch, max(epoch - 1, 0)}:  # at the end of an epoch the next one's rows may not exist yet
-            seed, scale = self._config.train.seed, self._config.model.id_init_std
-            first_RV = initial_rows(shape, shard, seed, scale, begun).astype(weight_RV.numpy().dtype)
-            moved_R &= (weight_RV.numpy() != first_RV).any(axis=1)
+        seed, scale = self._config.train.seed, self._config.model.id_init_std
+        first_RV = initial_rows(shape, shard, seed, scale).astype(weight_RV.numpy().dtype)
+        moved_R: Bool = (weight_RV.numpy() != first_RV).any(axis=1)
         return trained_R | moved_R
 
 

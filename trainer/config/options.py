@@ -321,8 +321,6 @@ class OptimConfig(Section):
     moment a row; the others as McMahan 2013 and Duchi 2011."""
     ids_lr: Training[LearningRate | None] = 0.006
     """Learning rate of ID rows; null: lr. It is the alpha of ftrl, without warm-up and schedule."""
-    ids_restart: Training[bool] = False
-    """Reset ID rows and their optimiser at each epoch (MEDA, KDD 2023); the rest continues."""
     warmup_steps: Training[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
     weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0

@@ -140,9 +140,6 @@ class WrappedOptimizer(RowOptimizer):
     def end_step(self, rates: Rates) -> None:
         self.inner.end_step(rates)
 
-    def restart(self) -> None:
-        self.inner.restart()
-
     def shared_state(self) -> dict[str, Tensor]:
         return self.inner.shared_state()
 
@@ -204,10 +201,6 @@ class RowAverages(WrappedOptimizer):
     def end_step(self, rates: Rates) -> None:
         self.inner.end_step(rates)
         self._average.num_steps += 1
-
-    def restart(self) -> None:
-        self.inner.restart()
-        self._average.num_steps = 0
 
     def shared_state(self) -> dict[str, Tensor]:
         return {_AVERAGED_STEPS: torch.tensor(self._average.num_steps)} | self.inner.shared_state()

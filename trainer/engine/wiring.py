@@ -284,12 +284,6 @@ class EngineParts:
             if isinstance(table, ExactTable):
                 table.begin_day(day)
 
-    def restart_rows(self, epoch: int) -> None:
-        """Begin all ID rows anew for this epoch, and their optimiser with them. All ranks call it between two steps."""
-        self._rows.restart()
-        for table in self.tables.values():
-            table.restart(epoch)
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Compute with averages in the block, if the run keeps them; no training step is done in it."""

@@ -62,15 +62,15 @@ class Drift:
         self._node_N = _nodes(self.degree)
         self._powers = _Powers(beta1, beta2, self.window)
         self._table = torch.empty(1024, self.degree + 2, dtype=dtype, device=device)  # polynomial, lowest first; c
-        self.restart()
+        self._begin()
 
     @property
     def num_steps(self) -> int:
-        """Steps since the start, or the restart."""
+        """Count the steps."""
         return len(self.rates)
 
-    def restart(self) -> None:
-        """Return to the state before the first step: the rows have begun anew."""
+    def _begin(self) -> None:
+        """Take the state before the first step."""
         self.rates = array("d")
         """The learning rate of each step."""
         # Of the last `window` steps, oldest first, at the end of what is in use: values at the nodes, and c.
@@ -80,7 +80,7 @@ class Drift:
 
     def resume(self, rates: Sequence[float]) -> None:
         """Take the state after steps with these learning rates."""
-        self.restart()
+        self._begin()
         for rate in rates:
             self.add_step(rate)
 

@@ -306,26 +306,23 @@ class ExactTable(IdTable):
             FADED: torch.from_numpy(self._faded_S[slot : slot + 1]),
         }
 
-    def _fill(self, epoch: int) -> None:
+    def _fill(self) -> None:
         """First values of the rows in use; a cold row's are zeros."""
         for slot in range(len(self.shards)):
             ids_N = self.map.ids_of(slot)
-            first_NV = first_vectors(self.shape, splitmix64(ids_N), self._seed, self._scale, epoch)
+            first_NV = first_vectors(self.shape, splitmix64(ids_N), self._seed, self._scale)
             self._of_slot(slot).weight[1:].copy_(torch.from_numpy(first_NV))
 
     def _on_device(self, places: NDArray[Any]) -> Tensor:
         return on_device(places, self.rows.weight.device)
 
 
-def first_vectors(
-    shape: TableShape, hash_N: UInt64Array, seed: int, scale: float, epoch: int = 0
-) -> NDArray[np.float64]:
+def first_vectors(shape: TableShape, hash_N: UInt64Array, seed: int, scale: float) -> NDArray[np.float64]:
     """Draw the first values of the rows of ids with these splitmix64 hashes, (N, width).
 
     As those of hashed rows they are uniform with mean 0 and standard deviation `scale`, and by counter; here from
-    (seed, table, id) and, after the first one, the epoch."""
-    stream = f"{seed}/{shape.name}" + (f"/{epoch}" if epoch else "")
-    start_N = splitmix64((hash_N ^ stream_start(stream)).view(np.int64))
+    (seed, table, id)."""
+    start_N = splitmix64((hash_N ^ stream_start(f"{seed}/{shape.name}")).view(np.int64))
     counter_NV: UInt64Array = start_N[:, None] + np.arange(shape.width, dtype=np.uint64)[None, :]
     return uniform(counter_NV.reshape(-1), scale).reshape(-1, shape.width)
 

@@ -53,9 +53,6 @@ class RowOptimizer:
     def end_step(self, rates: Rates) -> None:
         """End the step, with or without rows; every rank calls it."""
 
-    def restart(self) -> None:
-        """Begin all rows anew, with zero as their state."""
-
     def shared_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs beside the rows: the same on every rank."""
         return {}
@@ -100,9 +97,6 @@ class Adam(RowOptimizer):
 
     def end_step(self, rates: Rates) -> None:
         self._drift.add_step(rates.ids_lr)
-
-    def restart(self) -> None:
-        self._drift.restart()
 
     def shared_state(self) -> dict[str, Tensor]:
         return {_RATES: torch.tensor(self._drift.rates, dtype=torch.float64)}

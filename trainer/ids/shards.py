@@ -1,7 +1,7 @@
 """The rows of ID tables: how they lie in memory and in shards, their first values, and what a checkpoint has of them.
 
-A row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row, column) and,
-where rows begin anew with each epoch, on the epoch: neither on the number of ranks.
+A row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row,
+column): neither on the number of ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -183,14 +183,7 @@ class TableShards:
         self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
         self._slot_of_shard[self.shards] = np.arange(len(self.shards))
         self.rows = rows
-        self._fill(0)
-
-    def restart(self, epoch: int) -> None:
-        """Begin all rows anew for this epoch, with other values than before, and with zero as their state."""
-        for slot in range(len(self.shards)):
-            for part in self._of_slot(slot).parts.values():
-                part.zero_()
-        self._fill(epoch)
+        self._fill()
 
     def names(self) -> list[str]:
         """List names of the tensors that `import_shards` takes of a checkpoint: <table>/<shard>/<part>."""
@@ -272,9 +265,9 @@ class TableShards:
         parts = self._of_slot(slot).parts
         return {LAST_WEIGHT if part == WEIGHT and self.optimizer.lags else part: parts[part] for part in parts}
 
-    def _fill(self, epoch: int) -> None:
+    def _fill(self) -> None:
         for slot, shard in enumerate(self.shards):
-            first = initial_rows(self.shape, shard, self._seed, self._scale, epoch)
+            first = initial_rows(self.shape, shard, self._seed, self._scale)
             self._of_slot(slot).weight.copy_(torch.from_numpy(first))
 
 
@@ -289,14 +282,13 @@ def owned_bytes(shape: TableShape, rank: int, num_ranks: int, state: Sequence[St
     return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype) + index_bytes
 
 
-def initial_rows(shape: TableShape, shard: int, seed: int, scale: float, epoch: int = 0) -> NDArray[np.float64]:
+def initial_rows(shape: TableShape, shard: int, seed: int, scale: float) -> NDArray[np.float64]:
     """Draw the first values of one shard, (rows_per_shard, width): uniform with mean 0 and standard deviation `scale`.
 
-    Counter based: splitmix64 of a stream start, drawn from (seed, table, shard) and, after the first one, the epoch,
-    plus row x width + column.
+    Counter based: splitmix64 of a stream start, drawn from (seed, table, shard), plus row x width + column.
     """
-    stream = f"{seed}/{shape.name}/{shard}" + (f"/{epoch}" if epoch else "")
-    counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64) + stream_start(stream)
+    counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64)
+    counter += stream_start(f"{seed}/{shape.name}/{shard}")
     return uniform(counter, scale).reshape(shape.rows_per_shard, shape.width)
 
 

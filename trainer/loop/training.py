@@ -238,8 +238,6 @@ class Training:
         if self._is_over():
             return
         reader, first_step = self._run.train_reader, self._run.position.step
-        if self._config.optim.ids_restart and epoch > 0 and first_step == 0:
-            self._engine.restart_rows(epoch)
         count = min(reader.steps_per_epoch - first_step, total_steps(self._run) - self._engine.num_steps)
         batches = reader.batches(epoch, first_step)
         with self._prepared(batches, count, "step") as coming:

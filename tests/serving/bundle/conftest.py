@@ -36,7 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "similarity": {"schema": "numbers", "model__similarity_tiers": 4, "model__similarity_top_k": 2},
     "contents": {"schema": "contents", "data__missing": "learned"},
     "exact": {"model__tables": f"{{user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16}}"},
-    "restarted": {"optim__ids_restart": "true", "train__max_steps": 46},
 }
 """Settings of a run, by name; `schema` names fields of `FIELDS` that it has besides the packaged ones."""
 

@@ -89,15 +89,15 @@ class PlainIds:
         for place in range(end + 1, (shard + 1) * self.shape.rows_per_shard):
             rows.clear(place)
 
-    def first(self, each: int, epoch: int) -> Tensor:
+    def first(self, each: int) -> Tensor:
         """The values that its row begins with."""
-        return torch.from_numpy(first_vectors(self.shape, splitmix64([each]), SEED, self.std, epoch)[0])
+        return torch.from_numpy(first_vectors(self.shape, splitmix64([each]), SEED, self.std)[0])
 
-    def first_rows(self, epoch: int) -> Tensor:
+    def first_rows(self) -> Tensor:
         """Of the whole table; rows of no id, and cold ones, are zeros."""
         rows = torch.zeros(self.shape.size, self.shape.width, dtype=torch.float64)
         for each, place in self.place_of.items():
-            rows[place] = self.first(each, epoch)
+            rows[place] = self.first(each)
         return rows
 
     def in_use(self, values: Tensor) -> list[Tensor]:

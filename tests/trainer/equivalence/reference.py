@@ -59,7 +59,7 @@ class Reference:
         groups = [{"params": [p], "weight_decay": self.decay_of(p)} for p in self.dense.values()]
         self.averages = {name: torch.zeros_like(value) for name, value in self.dense.items()}
         self.adam = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
-        self.tables = {name: self.first_rows(name, 0).requires_grad_() for name in self.shapes}
+        self.tables = {name: self.first_rows(name).requires_grad_() for name in self.shapes}
         self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
         self.mean_and_std = {
             store: [values.to(self.dtype) for values in both] for store, both in known["mean_and_std"].items()
@@ -80,12 +80,12 @@ class Reference:
         self.seen: dict[str, list[Tensor]] = {}
         self.number = self.place = 0
 
-    def first_rows(self, table: str, epoch: int) -> Tensor:
+    def first_rows(self, table: str) -> Tensor:
         """The values that a table's rows begin with."""
         if table in self.exact:
-            return self.exact[table].first_rows(epoch).to(self.dtype)
+            return self.exact[table].first_rows().to(self.dtype)
         shape, std = self.shapes[table], self.config.id_init_std
-        shards = [initial_rows(shape, shard, SEED, std, epoch) for shard in range(shape.num_shards)]
+        shards = [initial_rows(shape, shard, SEED, std) for shard in range(shape.num_shards)]
         return torch.from_numpy(np.concatenate(shards)).to(self.dtype)
 
     def decay_of(self, parameter: Tensor) -> float:
@@ -214,9 +214,6 @@ class Reference:
     def step(self, samples: list[Sample], number: int) -> tuple[float, dict[str, Tensor]]:
         """Mean loss, and the gradients; moves every parameter."""
         self.touched = {}
-        if number == self.scenario.restart_at:
-            for name, rows in self.rows.items():
-                rows.restart(self.first_rows(name, 1))
         for name, exact in self.exact.items():
             if self.scenario.steps_of_day and number % self.scenario.steps_of_day == 0:
                 exact.begin_day(number // self.scenario.steps_of_day, self.rows[name])

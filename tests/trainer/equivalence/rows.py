@@ -34,14 +34,6 @@ class PlainRows:
         """torch's own, of the whole table."""
         return torch.optim.Adam([self.weight], betas=(self.optim.beta1, self.optim.beta2), eps=self.optim.eps)
 
-    def restart(self, weight: Tensor) -> None:
-        """Other first values, and nothing touched."""
-        self.weight.detach().copy_(weight)
-        self.counts.zero_()
-        self.number, _ = 0, self.averaged_at.zero_()
-        self.lag.zero_()
-        self.state, self.adam = self.fresh(), self.dense_adam()
-
     def move(self, row: int, to: int) -> None:
         """Puts a row's weights and state at another place."""
         for values in self.everything():

@@ -71,9 +71,9 @@ SCHEMA_OF_FILES = Schema(
 class Scenario:
     """`deal`: how samples are dealt to ranks: "even" slices, in "streams" that lie scattered over the batch, or, to
     "starve" the others, in turn all to the last or to the first rank.
-    `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `restart_at`: the
-    step before which all ID rows begin anew. `steps_of_day`: after so many steps there is another day. `statistics`:
-    what ranks found out about the numbers of `LEARNED`. `most_ranks`: it is not run on more, to save time."""
+    `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `steps_of_day`:
+    after so many steps there is another day. `statistics`: what ranks found out about the numbers of `LEARNED`.
+    `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
@@ -84,7 +84,6 @@ class Scenario:
     compact: bool = False
     id_l2: float = 0.0
     optimizers: dict[str, object] = field(default_factory=dict)
-    restart_at: int | None = None
     steps_of_day: int | None = None
     texts: bool = False
     words: bool = False
@@ -119,7 +118,7 @@ class Scenario:
     def steps(self) -> int:
         """The number of steps."""
         has_exact = any(isinstance(table, ExactTableConfig) for table in self.tables.values())
-        return MANY_STEPS if has_exact or self.restart_at is not None else STEPS
+        return MANY_STEPS if has_exact else STEPS
 
     @property
     def optim(self) -> OptimConfig:
@@ -178,10 +177,9 @@ SCENARIOS = {
         optimizers={"ids": "adam", "weight_decay": 0.2},
         id_l2=0.3,
         deal="starve",
-        restart_at=6,
         dtypes=("float64", "float32"),
     ),
-    "rowwise_adam_restart": Scenario({"images": "ad"}, optimizers={"weight_decay": 0.5}, restart_at=5, most_ranks=2),
+    "rowwise_adam": Scenario({"images": "ad"}, optimizers={"weight_decay": 0.5}, most_ranks=2),
     "adagrad": Scenario({"images": "none"}, optimizers={"ids": "adagrad", "ids_lr": 0.2}, deal="starve", most_ranks=2),
     "rowwise_adagrad": Scenario(
         {"images": "none"}, optimizers={"ids": "rowwise_adagrad", "warmup_steps": 30}, id_l2=0.3, most_ranks=2
@@ -190,10 +188,9 @@ SCENARIOS = {
         {"images": "none"},
         optimizers={"ids": "ftrl", "ids_lr": 0.5},
         deal="starve",
-        restart_at=8,
         most_ranks=2,
     ),
-    # Averages over the last half of all steps; rows that miss steps, in which Adam moves them; rows that begin anew.
+    # Averages over the last half of all steps; rows that miss steps, in which Adam moves them.
     "averages": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "average_share": 0.5}),
     "exact_averages_rank_without_data": Scenario(
         {"images": "ad"},
@@ -201,7 +198,6 @@ SCENARIOS = {
         optimizers={"average_share": 0.2},
         id_l2=0.3,
         deal="starve",
-        restart_at=6,
     ),
     # A row for each user, and for items that have come three times; the others share the cold row of their shard. Rows
     # that a whole day, of two steps, has not used are gone after it, and counts are halved.
@@ -217,7 +213,6 @@ SCENARIOS = {
         tables={"user": exact(16, 1, "refuse"), "item": 96, "image": exact(900, 2)},
         optimizers={"ids": "adam"},
         deal="starve",
-        restart_at=7,
     ),
     # Full shards in which the rows longest unused make room, one at a time.
     "exact_evicting": Scenario(
@@ -225,14 +220,13 @@ SCENARIOS = {
         tables={"user": exact(16, 1), "item": exact(24, 1), "image": exact(64, 1)},
         optimizers={"ids": "adam", "ids_lr": 0.03},
     ),
-    # A rank may own the only shard, and three rows or more make room at once; then all rows in use begin anew.
+    # A rank may own the only shard, and three rows or more make room at once.
     "exact_evicting_rank_without_data": Scenario(
         {"images": "none"},
         id_l2=0.3,
         tables={"user": exact(20, 1), "item": exact(24, 2), "image": exact(40, 1)},
         deal="starve",
         one_shard=True,
-        restart_at=7,
     ),
     # Two E's, whose matrices decay.
     "weight_decay": Scenario(

@@ -107,8 +107,6 @@ def run(
             engine.begin_day(date(2026, 1, 1 + first // steps_of_day))
         with contextlib.closing(prepare_ahead(steps_of_day, lambda: engine.prepare(next(coming)))) as prepared:
             for number, result in enumerate(prepared, first):
-                if number == scenario.restart_at:
-                    engine.restart_rows(1)
                 losses.append(engine.train_step(result()).loss)
                 if number == 0:
                     gradients = first_gradients(comm, engine)

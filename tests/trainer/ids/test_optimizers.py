@@ -143,18 +143,6 @@ class TestAdam:
             second.step(*each)
             assert torch.equal(through.now(), second.now())
 
-    def test_begins_anew_as_a_new_one(self) -> None:
-        again, new = Table(ids="adam", warmup_steps=0, lr_gamma=1.0), Table(ids="adam", warmup_steps=0, lr_gamma=1.0)
-        for each in drawn_steps(0, 50):
-            again.step(*each)
-        again.optimizer.restart()
-        for name, part in again.rows.parts.items():
-            part.copy_(new.rows.parts[name])
-        for each in drawn_steps(1, 50):
-            again.step(*each)
-            new.step(*each)
-        assert torch.equal(again.now(), new.now())
-
     @pytest.mark.parametrize(
         ("settings", "message"),
         [

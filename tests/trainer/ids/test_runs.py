@@ -15,7 +15,6 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
-from trainer.ids.shards import TableShape, initial_rows
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
@@ -38,7 +37,7 @@ def trained(places: Places, tmp_path: Path) -> Train:
 @pytest.mark.parametrize("ids", get_args(IdOptimizer))
 def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     """And between two epochs, where what happens is the same for all optimisers: with one of them."""
-    settings = {"optim__ids": ids, "optim__ids_restart": True, "optim__id_l2": 0.01, "optim__warmup_steps": 8}
+    settings = {"optim__ids": ids, "optim__id_l2": 0.01, "optim__warmup_steps": 8}
     settings |= {"data__global_batch_size": 64, "data__train_days": "[2026-01-01]"}  # a few steps an epoch
     through = trained("through", **settings)
     steps = read_state(find_checkpoint(through)).step
@@ -47,23 +46,6 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: T
         trained("stopped", **settings, train__max_steps=stop, run__resume="latest" if stop > steps // 2 else "null")
     again = trained("stopped", **settings, run__resume="latest")
     assert_same(again, through)
-
-
-def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:
-    """Those that the last epoch has not touched are where that epoch began; the others' counts are its own."""
-    settings = {"optim__ids": "adam", "optim__id_l2": 1e-6}  # which counts a row's steps
-    settings["data__global_batch_size"] = 128
-    folders = {restart: trained(f"r-{restart}", **settings, optim__ids_restart=restart) for restart in (True, False)}
-    runs = {restart: tensors_of(folder) for restart, folder in folders.items()}
-    steps_of_epoch = read_state(find_checkpoint(folders[True])).step // 3
-    assert [int(whole(runs[restart], "scene/", "steps").max()) // steps_of_epoch for restart in (True, False)] == [1, 3]
-    shape, std = TableShape("user", 12, 64, 4), load_config().model.id_init_std
-    rows = [np.concatenate([initial_rows(shape, n, 0, std, epoch) for n in range(4)]) for epoch in range(3)]
-    assert not np.isclose(rows[0], rows[2]).all(axis=1).any()
-    for restart, epoch in ((True, 2), (False, 0)):
-        weight, untouched = whole(runs[restart], "user/", "weight"), ~whole(runs[restart], "user/", "momentum").any(1)
-        assert 0 < untouched.sum() < 64
-        np.testing.assert_allclose(weight[untouched], rows[epoch].astype(np.float32)[untouched])
 
 
 def whole(tensors: dict[str, Tensor], table: str, part: str) -> np.ndarray:

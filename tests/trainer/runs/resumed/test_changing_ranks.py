@@ -48,9 +48,9 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("optim", "ranks", "last"),
     [
-        ({"optim__ids": "adam", "optim__ids_restart": True}, (TorchRanks(3), 1), "two_ranks"),
+        ({"optim__ids": "adam"}, (TorchRanks(3), 1), "two_ranks"),
         pytest.param({"optim__ids": "rowwise_adam"}, (4, 1), "two_ranks", marks=pytest.mark.slow),
-        pytest.param({"optim__ids": "adam", "optim__ids_restart": True}, (3, 1), "two_ranks", marks=pytest.mark.slow),
+        pytest.param({"optim__ids": "adam"}, (3, 1), "two_ranks", marks=pytest.mark.slow),
         pytest.param({"optim__ids": "adam"}, (TorchRanks(3), 2), "two_torch_ranks", marks=pytest.mark.slow),
     ],
     ids=["torchrun, alone, horovod", "plain", "adam", "torchrun, horovod, torch"],
