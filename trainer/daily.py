@@ -219,7 +219,7 @@ class Day:
             "name": self.name,
             "resume": resume,
             "warm_start": str(before) if before else base.run.warm_start,
-            "warm_parts": WARM_PARTS["full" if base.optim.average_share else "all"],
+            "warm_parts": WARM_PARTS["all"],
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
         if run["warm_start"] is None:

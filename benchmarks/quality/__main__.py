@@ -103,7 +103,7 @@ def main(
 ) -> None:
     """Measure how good our models are, compared with those of FuxiCTR on the same rows and IDs.
 
-    Our runs with images have model.pooling=transformer and optim.average_share=0.5, where --set says nothing else. The
+    Our runs with images have model.pooling=transformer, where --set says nothing else. The
     sections "cold" and "days" are of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs
     say.
     """

@@ -27,7 +27,7 @@ GRIDS: Mapping[Side, Sequence[Sequence[Mapping[str, Any]]]] = {
 }
 """What is tried of each side, every rate with every penalty: its default rates and twice these; L2 of ID rows, ours
 adaptive and FuxiCTR's of all rows in each step."""
-WITH_IMAGES: Mapping[str, Any] = {"model.pooling": "transformer", "optim.average_share": 0.5}
+WITH_IMAGES: Mapping[str, Any] = {"model.pooling": "transformer"}
 """Of our runs with images, where `--set` says nothing else: what was best (docs/RESULTS.md)."""
 GOALS = {"epoch1": "after the first epoch", "best": "after the best one"}
 

@@ -307,10 +307,6 @@ class ModelConfig(Section):
         return value
 
 
-_LEAST_SHARE = 0.001
-"""Least share of steps to average; for less, logarithms of Gamma functions would lose their differences."""
-
-
 class OptimConfig(Section):
     """Adam for dense parameters, `ids` for the rows of ID tables; every `lr_every` steps rates shrink by `lr_gamma`."""
 
@@ -337,17 +333,8 @@ class OptimConfig(Section):
     """Adam: added to the root of the latter."""
     id_l2: Training[Annotated[float, Field(ge=0, le=1)]] = 0.0
     """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
-    average_share: Parameters[Annotated[float, Field(ge=0, le=1)]] = 0.0
-    """Evaluate, save and serve an average of all parameters over about this share of the steps so far, the last ones;
-    0: the parameters of the last step. At least 0.001, below which rows would not be averaged exactly."""
 
     @property
     def alpha(self) -> float:
         """The learning rate of ID rows before warm-up and decay."""
         return self.lr if self.ids_lr is None else self.ids_lr
-
-    @model_validator(mode="after")
-    def _average_fits(self) -> "OptimConfig":
-        if 0 < self.average_share < _LEAST_SHARE:
-            raise ValueError(f"optim.average_share={self.average_share}: it should be 0, or at least {_LEAST_SHARE}")
-        return self

@@ -1,7 +1,6 @@
 """The parts of an engine: how they are built and fit together, how they begin, and what a checkpoint has of them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -18,7 +17,7 @@ from featurestore.lookup.ondevice import Gathered, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
-from trainer.engine.choices import TRAINED, dense_optimizer, row_optimizer
+from trainer.engine.choices import DecayedDense, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Signatures, pairs_of_fields, scaling_of
 from trainer.errors import ConfigError
@@ -167,13 +166,10 @@ class EngineParts:
         reading: bool = False,
         features_on_device: Literal["auto"] | bool = "auto",
     ) -> None:
-        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out. Where it has
-        averages, these are the parameters then."""
+        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
         self.num_steps = self.first_step = 0  # first_step: where the run begins that continues another one's steps
         self.stages = Stages()
-        if reading:
-            optim = optim.model_copy(update={"average_share": 0.0})
-        self._comm, self._optim, self._reading, self._base = comm, optim, reading, model.base
+        self._comm, self._optim, self._base = comm, optim, model.base
         self._device, self._dtype = torch.device(device), dtype
         model = with_compute_dtype(model, comm, self._device, None)
         with torch.random.fork_rng(devices=[]):
@@ -206,7 +202,7 @@ class EngineParts:
             for service in self.services.values():
                 service.hold_rows()
         self.model.place.comm, self.model.place.seed = comm, seed
-        self._dense = dense_optimizer(comm, dict(self._modules.named_parameters()), optim)
+        self._dense = DecayedDense(comm, dict(self._modules.named_parameters()), optim)
         self._exchange = self._exchange_of(model)
         self._input_steps = self._input_steps_of(schema, model, seed)
         """What changes or adds to the inputs of the network before it gets them; by default nothing."""
@@ -220,8 +216,8 @@ class EngineParts:
     def dense_state(self) -> dict[str, Tensor]:
         """Return the state that is the same on every rank.
 
-        It has the parameters, or their averages and them, standardisation, Adam's state, the number of steps, and what
-        else the optimiser of ID rows knows.
+        It has the parameters, standardisation, Adam's state, the number of steps, and what else the optimiser of ID
+        rows knows.
         """
         state = self._dense.state()
         state.update(self._modules.named_buffers())
@@ -231,9 +227,8 @@ class EngineParts:
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
         """Undo `dense_state`, on every rank; "no image" vectors that it lacks stay zeros. Raises CheckpointError."""
-        left_out = (SHARED_STATE, TRAINED) if self._reading else (SHARED_STATE,)
         mine, theirs = (
-            {name: value for name, value in each.items() if not name.startswith(left_out)}
+            {name: value for name, value in each.items() if not name.startswith(SHARED_STATE)}
             for each in (self.dense_state(), state)
         )
         mine = {name: value for name, value in mine.items() if name in theirs or NO_IMAGES not in name}
@@ -267,7 +262,6 @@ class EngineParts:
         with torch.no_grad():
             for name, value in values.items():
                 mine[name].copy_(value)
-        self._dense.begin()
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's id vectors out of another run's `shard_state`, before step 1. Raises CheckpointError."""
@@ -283,12 +277,6 @@ class EngineParts:
         for table in self.tables.values():
             if isinstance(table, ExactTable):
                 table.begin_day(day)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Compute with averages in the block, if the run keeps them; no training step is done in it."""
-        with self._rows.averaged(), self._dense.averaged():
-            yield
 
     def _exchange_of(self, model: ModelConfig) -> Exchange:
         """Make the exchange, ID tables first among its sources."""

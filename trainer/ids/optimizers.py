@@ -6,7 +6,6 @@ ranks, of the mean loss over the global batch.
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,14 +35,6 @@ class RowOptimizer:
     def current(self, rows: IdRows) -> Tensor:
         """Return the weights (Q, V) of these rows as they are now; a view where no step moves rows beside its own."""
         return rows.weight
-
-    def read(self, rows: IdRows) -> Tensor:
-        """Return what a batch is to see of these rows (Q, V)."""
-        return self.current(rows)
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Let `read` return averages in the block, where there are such."""
-        return nullcontext()
 
     @torch.no_grad()
     def step(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:

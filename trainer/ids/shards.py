@@ -190,16 +190,15 @@ class TableShards:
         return list(self._kept())
 
     def export_shards(self) -> dict[str, Tensor]:
-        """Return weights as they are now, or their averages, and state of the owned shards, <table>/<shard>/<part>.
+        """Return weights as they are now, and state of the owned shards, <table>/<shard>/<part>.
 
-        They are to be written before the next step: views, but for averages and for weights that make up for steps that
-        did not touch them; then what is in memory is there too, as part last_weight.
+        They are to be written before the next step: views, but for weights that make up for steps that did not touch
+        them; then what is in memory is there too, as part last_weight.
         """
         exported = self._kept()
         if self.optimizer.lags:
             for slot, shard in enumerate(self.shards):
-                with self.optimizer.averaged():
-                    exported[self._name(shard, WEIGHT)] = self.optimizer.read(self._of_slot(slot))
+                exported[self._name(shard, WEIGHT)] = self.optimizer.current(self._of_slot(slot))
         return exported
 
     def warm_names(self) -> list[str]:
@@ -229,7 +228,7 @@ class TableShards:
         if lacking := [name for name in name_of.values() if name not in state]:
             raise CheckpointError(
                 f"{lacking[0]} is not in the checkpoint; was it written with another model.tables.{self.shape.name}, "
-                "model.table_shards or optim.ids, or without optim.id_l2 or optim.average_share?"
+                "model.table_shards or optim.ids, or without optim.id_l2?"
             )
         return {part: state[name] for part, name in name_of.items()}
 

@@ -99,12 +99,12 @@ class IdSource:
         self._taken: TakenRows | None = None
 
     def vectors(self, requests: Sequence[RowRequest]) -> list[Tensor]:
-        """Return the vectors (Q, V) of each table's ids as they are now, or averages, with autograd attached."""
+        """Return the vectors (Q, V) of each table's ids as they are now, with autograd attached."""
         served = list(zip(self.key_sources.values(), requests, strict=True))
         places = [table.settle(request) for table, request in served]
         rows_Q = torch.cat([place_U + table.first_row for place_U, (table, _) in zip(places, served, strict=True)])
         rows = self.rows.take(rows_Q)
-        weight_QV = self.optimizer.read(rows).contiguous()
+        weight_QV = self.optimizer.current(rows).contiguous()
         if torch.is_grad_enabled():
             self._taken = TakenRows(rows_Q, rows, weight_QV.requires_grad_())
         read = torch.split(weight_QV, [len(place_U) for place_U in places])

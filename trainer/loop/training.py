@@ -204,7 +204,7 @@ class Training:
         self._finish()
 
     def evaluate(self) -> None:
-        """Measure the parameters, or their averages, unless that was just done; without test samples, do nothing."""
+        """Measure the parameters unless that was just done; without test samples, do nothing."""
         run = self._run
         if self._is_evaluated():
             self.metrics = metrics_of(run.history, self._engine.num_steps)
@@ -213,7 +213,7 @@ class Training:
             return
 
         new_ads = self._engine.model.new_ads
-        with self.totals.timed("evaluate"), self._engine.averaged():
+        with self.totals.timed("evaluate"):
             if new_ads is not None and can_tell(run.config.run):
                 self.metrics = checked(self._measured, new_ads, run.comm, self._progress.say)
             else:

@@ -179,15 +179,13 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
 
 
 def _check_optimizers(optim: Mapping[str, Any], warm: WarmStart) -> None:
-    """State of one optimiser means nothing to another; averages of all steps so far would be of days long ago."""
+    """State of one optimiser means nothing to another."""
     found = differences({"optim": optim}, {"optim": warm.state.origin.optim})
-    said = "; ".join(each.text("there") for each in found)
-    if optim["average_share"] and not found:
-        said = f"optim.average_share is {optim['average_share']}"
-    if said:
+    if found:
+        said = "; ".join(each.text("there") for each in found)
         raise CheckpointError(
-            f"warm start from {warm.checkpoint}, part optimizers: {said}; their state fits the same optimiser without "
-            "optim.average_share: set run.warm_parts=full"
+            f"warm start from {warm.checkpoint}, part optimizers: {said}; their state fits the same optimiser: "
+            "set run.warm_parts=full"
         )
 
 

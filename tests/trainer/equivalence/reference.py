@@ -21,7 +21,7 @@ import torch
 from exact import PlainIds, ids_in
 from forward import filled, logit
 from packing import packed, unpacked
-from rows import PlainRows, step_share
+from rows import PlainRows
 from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Scenario
 from torch import Tensor
 from torch.nn import functional
@@ -57,7 +57,6 @@ class Reference:
         self.exact = {name: PlainIds(s, std) for name, s in self.shapes.items() if isinstance(s, ExactShape)}
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
         groups = [{"params": [p], "weight_decay": self.decay_of(p)} for p in self.dense.values()]
-        self.averages = {name: torch.zeros_like(value) for name, value in self.dense.items()}
         self.adam = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
         self.tables = {name: self.first_rows(name).requires_grad_() for name in self.shapes}
         self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
@@ -233,8 +232,6 @@ class Reference:
         for group in self.adam.param_groups:
             group["lr"] = optim.lr * share
         self.adam.step()
-        for name, value in self.dense.items() if optim.average_share else ():
-            self.averages[name] += step_share(optim, number + 1) * (value.detach() - self.averages[name])
         return float(loss.detach()), gradients
 
     def dropped(self, samples: list[Sample], number: int) -> np.ndarray:
@@ -244,8 +241,6 @@ class Reference:
     def trained(self) -> dict[str, Tensor]:
         """Everything that the steps moved, by the engine's names."""
         state = {name: value.detach() for name, value in self.dense.items()} | self.running
-        if self.scenario.optim.average_share:
-            state |= self.averages | {f"trained/{name}": value.detach() for name, value in self.dense.items()}
         for name, value in self.dense.items():
             state |= {f"adam/{name}/{part}": moment for part, moment in self.adam.state[value].items()}
         for name, shape in self.shapes.items():

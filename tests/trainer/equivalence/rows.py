@@ -12,8 +12,6 @@ class PlainRows:
     def __init__(self, weight: Tensor, optim: OptimConfig) -> None:
         self.weight, self.optim = weight, optim
         self.counts = torch.zeros(len(weight), dtype=torch.int32)
-        self.number, self.averaged_at = 0, torch.zeros(len(weight), dtype=torch.int32)
-        self.average, self.lag = weight.detach().clone(), torch.zeros_like(weight.detach())
         self.state = self.fresh()
         self.adam = self.dense_adam()
 
@@ -50,9 +48,6 @@ class PlainRows:
         return [
             self.weight.detach(),
             self.counts,
-            self.average,
-            self.averaged_at,
-            self.lag,
             *self.state.values(),
             *of_adam,
         ]
@@ -64,27 +59,13 @@ class PlainRows:
             self.counts[row] += 1
             self.weight.grad[row] += self.optim.id_l2 / int(self.counts[row]) * self.weight.detach()[row]
         gradient = self.weight.grad.clone()
-        before, self.number = self.weight.detach().clone(), self.number + 1
         with torch.no_grad():
             if self.optim.ids == "adam":
                 self.step_adam(touched, lr)
             for row in touched:
                 if self.optim.ids != "adam":
                     getattr(self, f"move_{self.optim.ids}")(row, gradient[row], lr)
-            for row in touched if self.optim.average_share else ():
-                self.average[row] = self.averaged(row, before[row], self.number - 1)
-                self.average[row] += step_share(self.optim, self.number) * (self.weight[row] - self.average[row])
-                self.lag[row] = self.average[row] - self.weight[row]
-                self.averaged_at[row] = self.number
         return gradient
-
-    def averaged(self, row: int, weight: Tensor, number: int) -> Tensor:
-        """The row's average after step `number`, since when nothing has touched it; it counts as it is now."""
-        last = int(self.averaged_at[row])
-        average = self.average[row].clone() if last else weight.clone()
-        for step in range(last + 1, number + 1):
-            average += step_share(self.optim, step) * (weight - average)
-        return average
 
     def step_adam(self, touched: list[int], lr: float) -> None:
         self.adam.param_groups[0]["lr"] = lr
@@ -124,14 +105,4 @@ class PlainRows:
         """Weights and state, as a checkpoint has them."""
         counted = self.optim.ids == "rowwise_adam" or self.optim.id_l2 > 0
         steps = {"steps": self.counts} if counted else {}
-        if not self.optim.average_share:
-            return {"weight": self.weight.detach(), **self.state, **steps}
-        averages = [self.averaged(row, weight, self.number) for row, weight in enumerate(self.weight.detach())]
-        kept = {"last_weight": self.weight.detach(), "average_lag": self.lag, "averaged_at": self.averaged_at}
-        return {"weight": torch.stack(averages), **kept, **self.state, **steps}
-
-
-def step_share(optim: OptimConfig, number: int) -> float:
-    """How far an average goes in a step: by Shamir and Zhang's formula, of which average_share is 1 / (eta + 1)."""
-    eta = 1 / optim.average_share - 1
-    return 1 - (number - 1) / (number + eta)
+        return {"weight": self.weight.detach(), **self.state, **steps}

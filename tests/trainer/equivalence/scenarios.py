@@ -190,15 +190,6 @@ SCENARIOS = {
         deal="starve",
         most_ranks=2,
     ),
-    # Averages over the last half of all steps; rows that miss steps, in which Adam moves them.
-    "averages": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "average_share": 0.5}),
-    "exact_averages_rank_without_data": Scenario(
-        {"images": "ad"},
-        tables={"user": exact(16, 1), "item": exact(24, 2), "image": 200},
-        optimizers={"average_share": 0.2},
-        id_l2=0.3,
-        deal="starve",
-    ),
     # A row for each user, and for items that have come three times; the others share the cold row of their shard. Rows
     # that a whole day, of two steps, has not used are gone after it, and counts are halved.
     "exact": Scenario(
