@@ -138,7 +138,7 @@ SETTINGS_OF_POOLINGS: Mapping[Pooling, set[str]] = {
     "transformer": {"pooling_length", "transformer_width"},
 }
 """Settings of the model that not every pooling reads, and which ones do."""
-IdOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "rowwise_adam", "ftrl"]
+IdOptimizer = Literal["adam", "rowwise_adagrad"]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
@@ -313,10 +313,10 @@ class OptimConfig(Section):
     lr: Training[LearningRate] = 0.001
     """Learning rate."""
     ids: Rows[IdOptimizer] = "adam"
-    """Optimiser of ID rows: adam as on the whole table, at the cost of the touched rows; rowwise_adam with one second
-    moment a row; the others as McMahan 2013 and Duchi 2011."""
+    """Optimiser of ID rows: adam as on the whole table, at the cost of the touched rows; rowwise_adagrad with one sum
+    of squares a row, for a third of the memory."""
     ids_lr: Training[LearningRate | None] = 0.006
-    """Learning rate of ID rows; null: lr. It is the alpha of ftrl, without warm-up and schedule."""
+    """Learning rate of ID rows; null: lr."""
     warmup_steps: Training[Annotated[int, Field(ge=0, lt=2**63)]] = 0
     """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
     weight_decay: Training[Annotated[float, Field(ge=0, le=10)]] = 0.0

@@ -1,4 +1,4 @@
-"""What a run may choose beside plain Adam: other optimisers of ID rows, adaptive L2, decay of weights.
+"""What a run may choose beside plain Adam: another optimiser of ID rows, adaptive L2, decay of weights.
 
 L2 is wrapped around the optimiser that is chosen, which knows nothing of it. Letters of shapes as in
 trainer/ids/optimizers.py.
@@ -10,42 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.comm import Comm
-from trainer.config.options import IdOptimizer, OptimConfig
+from trainer.config.options import OptimConfig
 from trainer.ids.optimizers import Adam, RowOptimizer
 from trainer.ids.shards import IdRows, StatePart
 from trainer.optim import DenseOptimizer, Rates
 
 _STEPS = StatePart("steps", "count")
-
-
-class RowwiseAdam(RowOptimizer):
-    """Adam with one second moment a row, the running mean of the squared gradient over it.
-
-    It is FBGEMM's PARTIAL_ROWWISE_ADAM. Steps that do not touch a row count for nothing: bias is corrected by those
-    that do.
-    """
-
-    state = (StatePart("momentum", "vector"), StatePart("variance", "number"), _STEPS)
-
-    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        config, parts = self._config, rows.parts
-        parts["steps"].add_(1)
-        momentum_QV = parts["momentum"].lerp_(gradient_QV, 1 - config.beta1)
-        variance_Q = parts["variance"].lerp_(gradient_QV.square().mean(1), 1 - config.beta2)
-        count_Q = parts["steps"].to(variance_Q.dtype)
-        deviation_Q = (variance_Q / (1 - config.beta2**count_Q)).sqrt_().add_(config.eps)
-        step_Q = rates.ids_lr / (1 - config.beta1**count_Q) / deviation_Q
-        return weight_QV - momentum_QV * step_Q.unsqueeze(1)
-
-
-class Adagrad(RowOptimizer):
-    """Adagrad (Duchi et al., JMLR 2011), as torch.optim.Adagrad: the step shrinks with the sum of squared gradients."""
-
-    state = (StatePart("sum", "vector"),)
-
-    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        sum_QV = rows.parts["sum"].addcmul_(gradient_QV, gradient_QV)
-        return torch.addcdiv(weight_QV, gradient_QV, sum_QV.sqrt().add_(self._config.eps), value=-rates.ids_lr)
 
 
 class RowwiseAdagrad(RowOptimizer):
@@ -59,54 +29,7 @@ class RowwiseAdagrad(RowOptimizer):
         return weight_QV - gradient_QV * step_Q.unsqueeze(1)
 
 
-FTRL_BETA = 1.0
-"""As McMahan et al. take it; with 0, a weight without any gradient so far would be 0 / 0."""
-
-
-class Ftrl(RowOptimizer):
-    """FTRL-Proximal by coordinate (McMahan et al., "Ad Click Prediction", KDD 2013, algorithm 1, without L1 and L2).
-
-    alpha is optim.ids_lr itself: a weight is a function of alpha and of the sums, so a schedule would move weights
-    without a gradient. The sums of a row begin so that its first value is theirs.
-    """
-
-    state = (StatePart("linear", "vector"), StatePart("sum", "vector"))
-
-    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
-        alpha, linear_QV, sum_QV = self._config.alpha, rows.parts["linear"], rows.parts["sum"]
-        started_QV = weight_QV * -(FTRL_BETA / alpha)
-        is_new_Q = ~(sum_QV.any(1) | linear_QV.any(1))
-        linear_QV.copy_(torch.where(is_new_Q.unsqueeze(1), started_QV, linear_QV))
-        root_QV = sum_QV.sqrt()
-        sum_QV.addcmul_(gradient_QV, gradient_QV)
-        new_root_QV = sum_QV.sqrt()
-        linear_QV.add_(gradient_QV).addcmul_(new_root_QV - root_QV, weight_QV, value=-1 / alpha)
-        return -linear_QV / ((new_root_QV + FTRL_BETA) / alpha)
-
-
-class WrappedOptimizer(RowOptimizer):
-    """Does what the optimiser inside does; what is wrapped around it overrides some of that."""
-
-    def __init__(self, inner: RowOptimizer, state: tuple[StatePart, ...]) -> None:
-        self.inner, self.state, self.lags = inner, state, inner.lags
-
-    def current(self, rows: IdRows) -> Tensor:
-        return self.inner.current(rows)
-
-    def step(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
-        self.inner.step(rows, weight_QV, gradient_QV, rates)
-
-    def end_step(self, rates: Rates) -> None:
-        self.inner.end_step(rates)
-
-    def shared_state(self) -> dict[str, Tensor]:
-        return self.inner.shared_state()
-
-    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
-        self.inner.load_shared_state(state)
-
-
-class AdaptiveL2(WrappedOptimizer):
+class AdaptiveL2(RowOptimizer):
     """The adaptive L2 of DIN (Zhou et al., arXiv 1706.06978, section 5.1) on the rows that a step touches.
 
     id_l2 / n x the row is added to its gradient. n is the number of steps that touched it so far, this one included.
@@ -116,15 +39,27 @@ class AdaptiveL2(WrappedOptimizer):
     """
 
     def __init__(self, inner: RowOptimizer, strength: float) -> None:
-        super().__init__(inner, inner.state if _STEPS in inner.state else (*inner.state, _STEPS))
-        self._strength = strength
+        self._inner, self._strength = inner, strength
+        self.state, self.lags = (*inner.state, _STEPS), inner.lags
+
+    def current(self, rows: IdRows) -> Tensor:
+        return self._inner.current(rows)
 
     @torch.no_grad()
     def step(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
         steps_Q = rows.parts[_STEPS.name] + 1
         share_Q = self._strength / steps_Q.to(weight_QV.dtype)
-        self.inner.step(rows, weight_QV, gradient_QV + weight_QV * share_Q.unsqueeze(1), rates)
+        self._inner.step(rows, weight_QV, gradient_QV + weight_QV * share_Q.unsqueeze(1), rates)
         rows.parts[_STEPS.name].copy_(steps_Q)
+
+    def end_step(self, rates: Rates) -> None:
+        self._inner.end_step(rates)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        return self._inner.shared_state()
+
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        self._inner.load_shared_state(state)
 
 
 class DecayedDense(DenseOptimizer):
@@ -143,18 +78,9 @@ class DecayedDense(DenseOptimizer):
         super().step(rates, number)
 
 
-_BY_NAME: Mapping[IdOptimizer, type[RowOptimizer]] = {
-    "adam": Adam,
-    "rowwise_adam": RowwiseAdam,
-    "adagrad": Adagrad,
-    "rowwise_adagrad": RowwiseAdagrad,
-    "ftrl": Ftrl,
-}
-
-
 def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RowOptimizer:
     """Make the optimiser of ID rows that `optim` names. Raises ConfigError where it cannot have these settings."""
-    chosen = Adam(config, dtype, device) if config.ids == "adam" else _BY_NAME[config.ids](config)
+    chosen = Adam(config, dtype, device) if config.ids == "adam" else RowwiseAdagrad(config)
     return AdaptiveL2(chosen, config.id_l2) if config.id_l2 else chosen
 
 

@@ -189,7 +189,7 @@ def degree_of(beta1: float, beta2: float, dtype: torch.dtype) -> int:
                 return degree
     raise ConfigError(
         f"optim.beta1={beta1} and optim.beta2={beta2}: with optim.ids=adam the moves of rows between two steps that "
-        "touch them would not be exact; take betas nearer to 0.9 and 0.999, or optim.ids=rowwise_adam"
+        "touch them would not be exact; take betas nearer to 0.9 and 0.999, or optim.ids=rowwise_adagrad"
     )
 
 

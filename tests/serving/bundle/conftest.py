@@ -29,10 +29,10 @@ from trainer.schema import DEFAULT_SCHEMA
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "float64": {"model__compute_dtype": "float64", "optim__ids": "rowwise_adam"},
+    "float64": {"model__compute_dtype": "float64"},
     "learned": {"data__missing": "learned", "optim__ids": "rowwise_adagrad"},
-    "ids_only": {"model__images": "none", "optim__ids": "adagrad"},
-    "two_networks": {"model__shared_image_model": "false", "optim__ids": "ftrl"},
+    "ids_only": {"model__images": "none", "optim__ids": "rowwise_adagrad"},
+    "two_networks": {"model__shared_image_model": "false"},
     "similarity": {"schema": "numbers", "model__similarity_tiers": 4, "model__similarity_top_k": 2},
     "contents": {"schema": "contents", "data__missing": "learned"},
     "exact": {"model__tables": f"{{user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16}}"},

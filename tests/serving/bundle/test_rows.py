@@ -84,7 +84,7 @@ def test_an_id_is_known_where_training_has_touched_its_row(
             continue
         touched = np.isin(rows, bundle.ids.find(name, ids_in_training)[0])
         assert 0 < touched.sum() < len(IDS)
-        if trained.config.optim.ids in ("adam", "rowwise_adam"):
+        if trained.config.optim.ids == "adam":
             np.testing.assert_array_equal(known, touched)
         else:  # a row whose gradients were all zero, as they often are with few small layers
             assert not known[~touched].any()

@@ -37,7 +37,7 @@ from trainer.ids.shards import TableShape
 from trainer.loop.summary import hardware_of, hardware_text
 from trainer.main import app
 
-STATE = state_of(OptimConfig(ids="rowwise_adam"))
+STATE = state_of(OptimConfig(ids="rowwise_adagrad"))
 
 
 def place(host: str, *cores: int) -> RankPlace:

@@ -21,10 +21,7 @@ class PlainRows:
         each, one = torch.zeros_like(like), torch.zeros(len(like), dtype=like.dtype)
         parts = {
             "adam": {"momentum": each, "variance": each, "last_step": self.counts, "last_weight": like},
-            "rowwise_adam": {"momentum": each, "variance": one},
-            "adagrad": {"sum": each},
             "rowwise_adagrad": {"sum": one},
-            "ftrl": {"sum": each, "linear": each},
         }
         return {name: part.clone() for name, part in parts[self.optim.ids].items()}
 
@@ -63,8 +60,8 @@ class PlainRows:
             if self.optim.ids == "adam":
                 self.step_adam(touched, lr)
             for row in touched:
-                if self.optim.ids != "adam":
-                    getattr(self, f"move_{self.optim.ids}")(row, gradient[row], lr)
+                if self.optim.ids == "rowwise_adagrad":
+                    self.move_rowwise_adagrad(row, gradient[row], lr)
         return gradient
 
     def step_adam(self, touched: list[int], lr: float) -> None:
@@ -76,33 +73,11 @@ class PlainRows:
             self.state["variance"][row] = moments["exp_avg_sq"][row]
             self.state["last_step"][row], self.state["last_weight"][row] = int(moments["step"]), self.weight[row]
 
-    def move_rowwise_adam(self, row: int, g: Tensor, lr: float) -> None:
-        beta1, beta2, t = self.optim.beta1, self.optim.beta2, int(self.counts[row])
-        self.state["momentum"][row] = beta1 * self.state["momentum"][row] + (1 - beta1) * g
-        self.state["variance"][row] = beta2 * self.state["variance"][row] + (1 - beta2) * (g**2).mean()
-        momentum = self.state["momentum"][row] / (1 - beta1**t)
-        deviation = (self.state["variance"][row] / (1 - beta2**t)).sqrt()
-        self.weight[row] -= lr * momentum / (deviation + self.optim.eps)
-
-    def move_adagrad(self, row: int, g: Tensor, lr: float) -> None:
-        self.state["sum"][row] += g**2
-        self.weight[row] -= lr * g / (self.state["sum"][row].sqrt() + self.optim.eps)
-
     def move_rowwise_adagrad(self, row: int, g: Tensor, lr: float) -> None:
         self.state["sum"][row] += (g**2).mean()
         self.weight[row] -= lr * g / (self.state["sum"][row].sqrt() + self.optim.eps)
 
-    def move_ftrl(self, row: int, g: Tensor, lr: float) -> None:
-        alpha, beta = self.optim.alpha, 1.0
-        w, n, z = self.weight[row].clone(), self.state["sum"][row], self.state["linear"][row]
-        if int(self.counts[row]) == 1:
-            z.copy_(-w * beta / alpha)
-        z += g - ((n + g**2).sqrt() - n.sqrt()) / alpha * w
-        n += g**2
-        self.weight[row] = -z / ((beta + n.sqrt()) / alpha)
-
     def parts(self) -> dict[str, Tensor]:
         """Weights and state, as a checkpoint has them."""
-        counted = self.optim.ids == "rowwise_adam" or self.optim.id_l2 > 0
-        steps = {"steps": self.counts} if counted else {}
+        steps = {"steps": self.counts} if self.optim.id_l2 > 0 else {}
         return {"weight": self.weight.detach(), **self.state, **steps}

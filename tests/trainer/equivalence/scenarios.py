@@ -13,7 +13,7 @@ STEPS, MANY_STEPS = 4, 12
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 """Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
-OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=3, eps=1e-6, ids="rowwise_adam")
+OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=3, eps=1e-6, ids="rowwise_adagrad")
 
 SCHEMA = Schema(
     fields=(
@@ -170,7 +170,7 @@ SCENARIOS = {
         {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 8, "item": 3, "image": 200}
     ),
     "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
-    # Every optimiser of ID rows; few rows are in every step, some in one; rates of their own, decay and warm-up.
+    # Both optimisers of ID rows; few rows are in every step, some in one; rates of their own, decay and warm-up.
     "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 3}),
     "adam_rank_without_data": Scenario(
         {"images": "none", "id_init_std": 1e-3},
@@ -179,16 +179,8 @@ SCENARIOS = {
         deal="starve",
         dtypes=("float64", "float32"),
     ),
-    "rowwise_adam": Scenario({"images": "ad"}, optimizers={"weight_decay": 0.5}, most_ranks=2),
-    "adagrad": Scenario({"images": "none"}, optimizers={"ids": "adagrad", "ids_lr": 0.2}, deal="starve", most_ranks=2),
     "rowwise_adagrad": Scenario(
         {"images": "none"}, optimizers={"ids": "rowwise_adagrad", "warmup_steps": 30}, id_l2=0.3, most_ranks=2
-    ),
-    "ftrl": Scenario(
-        {"images": "none"},
-        optimizers={"ids": "ftrl", "ids_lr": 0.5},
-        deal="starve",
-        most_ranks=2,
     ),
     # A row for each user, and for items that have come three times; the others share the cold row of their shard. Rows
     # that a whole day, of two steps, has not used are gone after it, and counts are halved.

@@ -27,10 +27,10 @@ def shape_of(max_rows: int = 4000, **rules: Any) -> ExactShape:
 
 
 def tables_of(
-    shape: TableShape, rank: int = 0, num_ranks: int = 1, ids: IdOptimizer = "rowwise_adam", **own: Any
+    shape: TableShape, rank: int = 0, num_ranks: int = 1, ids: IdOptimizer = "rowwise_adagrad", **own: Any
 ) -> Any:
     own = {"seed": 1, "scale": 0.05, "dtype": torch.float64, **own}
-    optimizer = row_optimizer(OptimConfig(lr=0.1, ids_lr=None, beta2=0.99, ids=ids), torch.float64)
+    optimizer = row_optimizer(OptimConfig(lr=0.1, ids_lr=None, ids=ids), torch.float64)
     return build_tables([shape], rank, num_ranks, optimizer=optimizer, **own)
 
 

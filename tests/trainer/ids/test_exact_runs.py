@@ -54,7 +54,7 @@ def table_of(run: Path, name: str) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize("ids", ["adam", "rowwise_adam"])
+@pytest.mark.parametrize("ids", ["adam", "rowwise_adagrad"])
 def test_resumed_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     """With a step prepared ahead when the checkpoint is written: its ids are not counted twice."""
     settings: dict[str, Any] = {"optim__ids": ids, "data__global_batch_size": 64, "train__max_steps": 10}
@@ -83,7 +83,7 @@ def test_rows_that_make_room_are_told(trained: Train, capsys: pytest.CaptureFixt
     assert said.count("warning: table image: ") == said.count(" rows made room for other ids, so few are trained") == 1
 
 
-@pytest.mark.parametrize("ids", ["adam", pytest.param("rowwise_adam", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ids", ["adam", pytest.param("rowwise_adagrad", marks=pytest.mark.slow)])
 def test_resumed_after_evictions_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     settings: dict[str, Any] = {"optim__ids": ids, "model__tables": EVICTING, "data__global_batch_size": 8}
     through = trained("through", **settings, train__max_steps=25)

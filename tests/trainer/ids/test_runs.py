@@ -82,7 +82,11 @@ def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places:
 def test_a_warm_start_takes_the_weights_whatever_moved_them(trained: Train, places: Places, tmp_path: Path) -> None:
     before = trained("before", optim__ids="adam", optim__ids_lr=0.05, train__max_steps=8)
     settings = places.settings(
-        run__dir=tmp_path, run__name="next", run__warm_start=before, run__warm_parts="full", optim__ids="ftrl"
+        run__dir=tmp_path,
+        run__name="next",
+        run__warm_start=before,
+        run__warm_parts="full",
+        optim__ids="rowwise_adagrad",
     )
     run = open_run(load_config(settings=settings), SoloComm())
     saved = tensors_of(before)
@@ -96,7 +100,7 @@ class TestAnotherOptimizer:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"optim__ids": "adagrad"}, r"optim\.ids is 'adagrad' here, 'adam' in the checkpoint"),
+            ({"optim__ids": "rowwise_adagrad"}, r"optim\.ids is 'rowwise_adagrad' here, 'adam' in the checkpoint"),
             ({"optim__ids": "adam", "optim__beta1": 0.8}, r"optim\.beta1 is 0\.8 here, 0\.9 in the checkpoint"),
             ({"optim__ids": "adam", "optim__id_l2": 0.1}, r"steps is not in the checkpoint; .* without optim\.id_l2"),
         ],

@@ -20,7 +20,7 @@ from trainer.optim import Rates
 from trainer.schema.fields import DistinctCount, table_rows
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
-OPTIM = OptimConfig(lr=0.1, ids_lr=None, beta2=0.99, ids="rowwise_adam")
+OPTIM = OptimConfig(lr=0.1, ids_lr=None, ids="rowwise_adagrad")
 RATES = Rates(lr=0.1, ids_lr=0.1)
 
 
@@ -93,14 +93,12 @@ class TestTraining:
         train(table, [5, 6])
         moved = (table.rows.weight != before).any(dim=1).nonzero().flatten()
         assert moved.tolist() == request.rows_Q.tolist()
-        assert table.rows.parts["steps"].sum() == len(request.rows_Q)
+        assert (table.rows.parts["sum"] > 0).sum() == len(request.rows_Q)
 
     def test_ids_in_one_row_share_its_gradient(self) -> None:
         table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
         train(table, [5, 6, 7])  # gradient 1 + 2 + 3
-        assert table.rows.parts["momentum"].tolist() == [[pytest.approx(0.6)] * 3]
-        assert table.rows.parts["variance"].tolist() == [pytest.approx(0.36)]
-        assert table.rows.parts["steps"].tolist() == [1]
+        assert table.rows.parts["sum"].tolist() == [pytest.approx(36)]
 
     def test_first_step_is_one_learning_rate(self) -> None:
         table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
@@ -113,24 +111,20 @@ class TestTraining:
         steps = [[5, 6], [5], [5, 7], [], [7, 7, 5]]
         table = table_of(id_l2=0.7)
         rows = {i: row.clone() for i in (5, 6, 7) for row in vectors_of(table, table.serve(np.array([i]))).detach()}
-        moments = {i: (torch.zeros(3, dtype=torch.float64), 0.0, 0) for i in rows}
+        sums, frequencies = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0)
         for ids in steps:
             train(table, ids)
             for i in set(ids):
-                momentum, variance, frequency = moments[i]
-                frequency += 1
-                gradient = sum(n for n, each in enumerate(ids, 1) if each == i) + 0.7 / frequency * rows[i]
-                momentum = 0.9 * momentum + 0.1 * gradient
-                variance = 0.99 * variance + 0.01 * float((gradient**2).mean())
-                moments[i] = momentum, variance, frequency
-                deviation = (variance / (1 - 0.99**frequency)) ** 0.5 + 1e-8
-                rows[i] = rows[i] - 0.1 * momentum / (1 - 0.9**frequency) / deviation
+                frequencies[i] += 1
+                gradient = sum(n for n, each in enumerate(ids, 1) if each == i) + 0.7 / frequencies[i] * rows[i]
+                sums[i] += float((gradient**2).mean())
+                rows[i] = rows[i] - 0.1 * gradient / (sums[i] ** 0.5 + 1e-8)
         for i, row in rows.items():
             torch.testing.assert_close(
                 vectors_of(table, table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0
             )
 
-    @pytest.mark.parametrize("ids", ["rowwise_adam", "adam"])
+    @pytest.mark.parametrize("ids", ["rowwise_adagrad", "adam"])
     def test_tables_that_share_memory_train_as_they_do_alone(self, ids: str) -> None:
         shapes = [TableShape("a", 3, 50, 8), TableShape("b", 2, 20, 8), TableShape("c", 3, 30, 8)]
         together = build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer(ids=ids), dtype=torch.float64)
@@ -172,7 +166,7 @@ class TestTraining:
         with torch.no_grad():
             vectors_of(table, table.serve(np.array([1])))
         move(table, RATES)
-        assert table.rows.parts["steps"].sum() == 0
+        assert table.rows.parts["sum"].sum() == 0
 
     def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:
         table = table_of(rank=9, num_ranks=11)

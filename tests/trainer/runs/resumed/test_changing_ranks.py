@@ -49,7 +49,7 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
     ("optim", "ranks", "last"),
     [
         ({"optim__ids": "adam"}, (TorchRanks(3), 1), "two_ranks"),
-        pytest.param({"optim__ids": "rowwise_adam"}, (4, 1), "two_ranks", marks=pytest.mark.slow),
+        pytest.param({"optim__ids": "rowwise_adagrad"}, (4, 1), "two_ranks", marks=pytest.mark.slow),
         pytest.param({"optim__ids": "adam"}, (3, 1), "two_ranks", marks=pytest.mark.slow),
         pytest.param({"optim__ids": "adam"}, (TorchRanks(3), 2), "two_torch_ranks", marks=pytest.mark.slow),
     ],
