@@ -27,7 +27,7 @@ VERSIONS_DIR ?= data/versions
 NEWEST_PYTHON := 3.13
 OLDEST_PYTHON := 3.11
 OLDEST_TORCH := torch==2.13.0 torchvision==0.28.0
-PACKAGES := featurestore pipeline trainer serving explorer jobs benchmarks tools
+PACKAGES := featurestore pipeline trainer serving explorer jobs crossmedia benchmarks tools
 # horovodrun and dask-submit are looked for on the path.
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
@@ -65,7 +65,7 @@ $(PEERS): $(FOR_TESTS)
 	tools/install_for.sh $(VENV) peers
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, score, write the explorer's pages
-	$(ON_PATH) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
+	$(ON_PATH) $(BIN)/python -m crossmedia demo --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(FOR_TESTS) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser and not pages" $(TEST_ARGS)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from explorer.errors import ExplorerError
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.help import CommandGroup
 from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
@@ -31,7 +31,7 @@ Nets = Annotated[
 ]
 
 
-class ExplorerGroup(TyperGroup):
+class ExplorerGroup(CommandGroup):
     """Runs the command serve if no command is given: `python -m explorer --store data/features`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -43,11 +43,11 @@ class ExplorerGroup(TyperGroup):
 app = CommandApp(
     cls=ExplorerGroup,
     help="Show pages of a store, its images, runs, impressions and a published model, in a browser.\n\n"
-    "Without a command the pages are served: `python -m explorer --store STORE` is "
-    "`python -m explorer serve --store STORE`.",
+    "Without a command the pages are served: `crossmedia explore --store STORE` is "
+    "`crossmedia explore serve --store STORE`.",
     epilog="Examples:\n\n"
-    "- `python -m explorer --store data/features --runs data/runs --images photos`\n\n"
-    "- `python -m explorer export pages --store data/features --runs data/runs --images photos`",
+    "- `crossmedia explore --store data/features --runs data/runs --images photos`\n\n"
+    "- `crossmedia explore export pages --store data/features --runs data/runs --images photos`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -65,10 +65,10 @@ def check_installed() -> None:
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m explorer --store data/features --images photos`\n\n"
-    "- `python -m explorer --store data/features --runs data/runs --samples data/samples --images photos "
+    "- `crossmedia explore --store data/features --images photos`\n\n"
+    "- `crossmedia explore --store data/features --runs data/runs --samples data/samples --images photos "
     "--model data/models/ctr --port 8090`\n\n"
-    "- `python -m explorer --store s3://shop/features --host 0.0.0.0 --tls-cert tls.crt --tls-key tls.key "
+    "- `crossmedia explore --store s3://shop/features --host 0.0.0.0 --tls-cert tls.crt --tls-key tls.key "
     "--token-file tokens.txt`"
 )
 def serve(
@@ -100,7 +100,7 @@ def serve(
     )
 
 
-@app.command(epilog="Example: `python -m explorer export pages --store data/features --runs data/runs --images photos`")
+@app.command(epilog="Example: `crossmedia explore export pages --store data/features --runs data/runs --images photos`")
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; open OUT/index.html.")],
     store: Store = None,

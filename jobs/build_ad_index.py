@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-python jobs/build_ad_index.py
-python jobs/build_ad_index.py --run data/runs/towers
-python jobs/build_ad_index.py --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index
-python jobs/build_ad_index.py --run data/runs/towers --ads new-ads.parquet --add
-python jobs/build_ad_index.py --run data/runs/towers --sync live-ads.parquet
+crossmedia index build
+crossmedia index build --run data/runs/towers
+crossmedia index build --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index
+crossmedia index build --run data/runs/towers --ads new-ads.parquet --add
+crossmedia index build --run data/runs/towers --sync live-ads.parquet
 """
 
 app = CommandApp(report=True, rich_markup_mode="rich")

@@ -2,26 +2,26 @@
 
 from typing import Any
 
-from featurestore.console.commandline import CommandApp, run_app, takes
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary
-from pipeline.options import SampleOptions
+from pipeline.options import SampleOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
 
 \b
-python jobs/build_samples.py --logs logs --samples samples
-python jobs/build_samples.py --window-days 7 --min-dwell-s 10 --max-behaviors 100 --test-days 2
-python jobs/build_samples.py --logs mylogs --mapping mapping.yaml --samples samples
-python jobs/build_samples.py --samples samples --days 2026-03-20
-python jobs/build_samples.py --samples samples --since 2026-03-01
-dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
+crossmedia samples --logs logs --samples samples
+crossmedia samples --window-days 7 --min-dwell-s 10 --max-behaviors 100 --test-days 2
+crossmedia samples --logs mylogs --mapping mapping.yaml --samples samples
+crossmedia samples --samples samples --days 2026-03-20
+crossmedia samples --samples samples --since 2026-03-01
+crossmedia samples --logs s3://shop/logs --samples /shared/samples -n 8 --threads-per-worker 1
 """
 
 app = CommandApp(report=True, rich_markup_mode="rich", may_be_empty=("--user-columns",))
 
 
 @app.command(epilog=EXAMPLES)
-@takes(SampleOptions)
+@takes_on_cluster(SampleOptions)
 def main(options: SampleOptions) -> None:
     """Make sample groups, the trainer's input, from impression and behaviour logs.
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-python jobs/export_embeddings.py
-python jobs/export_embeddings.py --run data/runs/both --out visual.parquet
-python jobs/export_embeddings.py --run data/runs/titles --network titles --checkpoint 1000 --out titles.parquet
-python jobs/export_embeddings.py --run data/runs/exact --table item --out items.parquet
+crossmedia export
+crossmedia export --run data/runs/both --out visual.parquet
+crossmedia export --run data/runs/titles --network titles --checkpoint 1000 --out titles.parquet
+crossmedia export --run data/runs/exact --table item --out items.parquet
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-python jobs/export_model.py
-python jobs/export_model.py --run data/runs/both --out data/models/ctr
-python jobs/export_model.py --run data/runs/daily
-python jobs/export_model.py --run data/runs/both --out s3://shop/models/ctr --id-dtype int8 --compile
-python jobs/export_model.py --run data/runs/both --checkpoint 1000 --no-use
+crossmedia publish
+crossmedia publish --run data/runs/both --out data/models/ctr
+crossmedia publish --run data/runs/daily
+crossmedia publish --run data/runs/both --out s3://shop/models/ctr --id-dtype int8 --compile
+crossmedia publish --run data/runs/both --checkpoint 1000 --no-use
 
 Exit codes: 0 done, 1 failed, 2 wrong options, 3 published but not put in use, as it is worse than the model in use.
 """

@@ -2,25 +2,25 @@
 
 import warnings
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app, takes
+from featurestore.console.commandline import CONTINUES, CommandApp, run_app
 from featurestore.console.output import print_summary, print_warning
-from pipeline.options import ExtractOptions
+from pipeline.options import ExtractOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
 
 \b
-python jobs/extract_features.py --images photos --weights imagenet
-dask-submit -n 4 jobs/extract_features.py --images s3://shop/photos --store s3://shop/features
-python jobs/extract_features.py --images catalogue.parquet --weights random:0
-python jobs/extract_features.py --backbone resnet50:avgpool --store data/features-resnet50
-python jobs/extract_features.py --images all-photos --reduce data/features-256 --store data/features-all-256
+crossmedia extract --images photos --weights imagenet
+crossmedia extract --images s3://shop/photos --store s3://shop/features -n 4
+crossmedia extract --images catalogue.parquet --weights random:0
+crossmedia extract --backbone resnet50:avgpool --store data/features-resnet50
+crossmedia extract --images all-photos --reduce data/features-256 --store data/features-all-256
 """
 
 app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
-@takes(ExtractOptions)
+@takes_on_cluster(ExtractOptions)
 def main(options: ExtractOptions) -> None:
     """Compute the feature of every image once, into the feature store.
 

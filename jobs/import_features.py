@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app, takes
+from featurestore.console.commandline import CONTINUES, CommandApp, run_app
 from featurestore.console.output import print_summary
-from pipeline.options import ImportOptions
+from pipeline.options import ImportOptions, takes_on_cluster
 
 if TYPE_CHECKING:
     from pipeline.vectors.formats import VectorSource
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-python jobs/import_features.py --from images.npy --keys ids.txt --source "our image encoder, v3"
-python jobs/import_features.py --from text.parquet --store data/features-text --name text --source "e5-base, titles"
-python jobs/import_features.py --from video.npy --keys video-ids.txt --store s3://shop/features-video --name video
-dask-submit -n 4 jobs/import_features.py --from xdl-images --store data/features --dim 4096
+crossmedia import --from images.npy --keys ids.txt --source "our image encoder, v3"
+crossmedia import --from text.parquet --store data/features-text --name text --source "e5-base, titles"
+crossmedia import --from video.npy --keys video-ids.txt --store s3://shop/features-video --name video
+crossmedia import --from xdl-images --store data/features --dim 4096 -n 4
 """
 
 app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
-@takes(ImportOptions)
+@takes_on_cluster(ImportOptions)
 def main(options: ImportOptions) -> None:
     """Import vectors that another network or modality made, into a feature store of their own.
 

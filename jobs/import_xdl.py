@@ -6,15 +6,15 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.output import print_summary, progress_bar
-from pipeline.options import XdlOptions, XdlRandomOptions
+from pipeline.options import XdlOptions, XdlRandomOptions, takes_on_cluster
 from trainer.schema.fields import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 
 \b
-python jobs/import_xdl.py random --out data/xdl
-python jobs/import_features.py --from data/xdl/imgs --store data/features-xdl
-python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
+crossmedia import-xdl random --out data/xdl
+crossmedia import --from data/xdl/imgs --store data/features-xdl
+crossmedia import-xdl samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
 """
 SPLITS = ("train", "test")
 
@@ -29,7 +29,7 @@ app = CommandApp(
 
 
 @app.command()
-@takes(XdlOptions)
+@takes_on_cluster(XdlOptions)
 def samples(options: XdlOptions) -> None:
     """Import text samples as sample groups, with a schema and settings for the trainer.
 

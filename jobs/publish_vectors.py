@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-python jobs/publish_vectors.py
-python jobs/publish_vectors.py --model s3://shop/models/ctr --eps 0
-python jobs/publish_vectors.py --model data/models/ctr --store s3://shop/features
-python jobs/publish_vectors.py --model data/models/ctr --store images=s3://shop/features --store titles=data/titles
-python jobs/publish_vectors.py --model data/models/ctr --store-version stable
+crossmedia publish-vectors
+crossmedia publish-vectors --model s3://shop/models/ctr --eps 0
+crossmedia publish-vectors --model data/models/ctr --store s3://shop/features
+crossmedia publish-vectors --model data/models/ctr --store images=s3://shop/features --store titles=data/titles
+crossmedia publish-vectors --model data/models/ctr --store-version stable
 
 Exit codes: 0 done, also where there was nothing to do, 1 failed, 2 wrong options.
 """

@@ -1,22 +1,22 @@
 """Bring a feature store up to date with its images: new, changed and vanished ones, in one commit."""
 
-from featurestore.console.commandline import CONTINUES, CommandApp, run_app, takes
+from featurestore.console.commandline import CONTINUES, CommandApp, run_app
 from featurestore.console.output import print_summary
-from pipeline.options import RefreshOptions
+from pipeline.options import RefreshOptions, takes_on_cluster
 
 EXAMPLES = """Examples:
 
 \b
-dask-submit jobs/refresh_features.py --images s3://shop/photos --store s3://shop/features
-python jobs/refresh_features.py --images photos --store data/features --channel candidate
-python jobs/refresh_features.py --images half-of-them --store data/features --keep-missing
+crossmedia refresh --images s3://shop/photos --store s3://shop/features
+crossmedia refresh --images photos --store data/features --channel candidate
+crossmedia refresh --images half-of-them --store data/features --keep-missing
 """
 
 app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
-@takes(RefreshOptions)
+@takes_on_cluster(RefreshOptions)
 def main(options: RefreshOptions) -> None:
     """Bring a feature store up to date with its images, in one commit.
 

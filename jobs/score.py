@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-python jobs/score.py
-python jobs/score.py --run data/runs/both --samples data/tomorrow --out s3://shop/scores.parquet
-horovodrun -np 4 python jobs/score.py --run data/runs/both
-python jobs/score.py --model data/models/ctr --samples data/tomorrow
+crossmedia score
+crossmedia score --run data/runs/both --samples data/tomorrow --out s3://shop/scores.parquet
+horovodrun -np 4 crossmedia score --run data/runs/both
+crossmedia score --model data/models/ctr --samples data/tomorrow
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """

@@ -1,14 +1,19 @@
 """The options of jobs, each said once: its name, its default, its limits and its help; a command gets one object."""
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import click
 import typer
 
-from featurestore.console.commandline import on_this_machine, power_of_two
+from featurestore.console.commandline import on_this_machine, power_of_two, takes
 from featurestore.lookup.compute_dtype import AutoDType
 from featurestore.text import DType
+from pipeline.cluster.submit import cluster_of_job, submit
 from pipeline.network import DEFAULT_BACKBONE
 
 Options = TypeVar("Options")
@@ -21,6 +26,9 @@ XDL_DIM = 4096
 """Numbers of an image in the files of XDL's example."""
 MAX_DIM = 1 << 20
 """Most numbers of a vector that an option may name."""
+
+_OF_CLUSTER = ("scheduler", "scheduler_file", "workers", "threads_per_worker", "memory_limit")
+"""Options of dask-submit that its jobs have as well."""
 
 DTypeOption = Annotated[
     DType | None,
@@ -63,6 +71,57 @@ KeepDaysOption = Annotated[
         min=1, max=LONGEST_DAYS, help="For an address: days for which replaced files stay for those who read them."
     ),
 ]
+
+
+def takes_on_cluster(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Make a command as `takes` does, with options that name a Dask cluster, which the function then finds."""
+    of_cluster = {str(each.name): each for each in submit.params if each.name in _OF_CLUSTER}
+    hints = {name: _as_typer(option) for name, option in of_cluster.items()}
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        command = takes(kind)(function)
+
+        def on_cluster(**values: Any) -> None:
+            given = {option: values.pop(name) for name, option in of_cluster.items()}
+            words = [word for option, value in given.items() if value is not None for word in (option.opts[-1], value)]
+            with _cluster(words):
+                command(**values)
+
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+            for name, hint in hints.items()
+        ]
+        on_cluster.__name__, on_cluster.__doc__ = command.__name__, command.__doc__
+        on_cluster.__annotations__ = command.__annotations__ | hints
+        on_cluster.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [*inspect.signature(command).parameters.values(), *parameters]
+        )
+        return on_cluster
+
+    return decorate
+
+
+def _as_typer(option: click.Parameter) -> Any:
+    """Make an option of a command of one of dask-submit, which checks its text later."""
+    assert isinstance(option, click.Option)
+    about = typer.Option(*option.opts, metavar=option.metavar, help=option.help, rich_help_panel="Dask cluster")
+    return Annotated[str | None, about]
+
+
+@contextmanager
+def _cluster(words: list[str]) -> Iterator[None]:
+    """Prepare the cluster of these options, where there are some. Raises BadParameter, ClusterError."""
+    if not words:
+        yield
+        return
+    try:
+        with cluster_of_job(words):
+            yield
+    except click.BadParameter as error:
+        hint = error.param.opts[-1] if error.param else None
+        raise typer.BadParameter(error.message, param_hint=hint) from error
+    except click.UsageError as error:
+        raise typer.BadParameter(error.message, param_hint="--scheduler") from error
 
 
 @dataclass(frozen=True, kw_only=True)

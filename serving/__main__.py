@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from typer.core import TyperGroup
-
 from featurestore.console.commandline import USAGE_ERROR, CommandApp, run_app
+from featurestore.console.help import CommandGroup
 from serving import commands
 
 
-class ServingGroup(TyperGroup):
+class ServingGroup(CommandGroup):
     """Serves the model that the first word names if it is not a command: `python -m serving data/models/ctr`.
 
     If the first word is an option of the command serve, serve is assumed: `python -m serving --port 8080 MODEL`.
@@ -36,9 +35,7 @@ app = CommandApp(
     help="Answer requests with a published model, and manage its versions.\n\n"
     "The command serve may be left out: `python -m serving MODEL` is `python -m serving serve MODEL`. "
     "Its options may come before or after it.",
-    epilog="Examples:\n\n"
-    "- `python -m serving data/models/ctr --port 8080`\n\n"
-    "- `python -m serving log data/models/ctr`",
+    epilog="Examples:\n\n- `crossmedia serve data/models/ctr --port 8080`\n\n- `crossmedia model log data/models/ctr`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

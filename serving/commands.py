@@ -38,8 +38,8 @@ Url = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// addre
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m serving data/models/ctr --port 8080`\n\n"
-    "- `python -m serving serve s3://shop/models/ctr --host 0.0.0.0 --workers 4 --tls-cert tls.crt --tls-key tls.key "
+    "- `crossmedia serve data/models/ctr --port 8080`\n\n"
+    "- `crossmedia serve s3://shop/models/ctr --host 0.0.0.0 --workers 4 --tls-cert tls.crt --tls-key tls.key "
     "--token-file tokens.txt`"
 )
 @takes(ServerSettings)
@@ -59,8 +59,8 @@ def serve(settings: ServerSettings) -> None:
 
 
 @app.command(
-    epilog="Examples:\n\n- `python -m serving info data/models/ctr`\n\n"
-    "- `python -m serving info s3://shop/models/ctr --version 3`"
+    epilog="Examples:\n\n- `crossmedia model info data/models/ctr`\n\n"
+    "- `crossmedia model info s3://shop/models/ctr --version 3`"
 )
 def info(
     url: Url,
@@ -103,7 +103,7 @@ def info(
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog="Example: `python -m serving log data/models/ctr --last 20`")
+@app.command(epilog="Example: `crossmedia model log data/models/ctr --last 20`")
 def log(
     url: Url,
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
@@ -137,7 +137,7 @@ def log(
     )
 
 
-@app.command(epilog="Example: `python -m serving use data/models/ctr 3`")
+@app.command(epilog="Example: `crossmedia model use data/models/ctr 3`")
 def use(
     url: Url,
     version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A published version.")],
@@ -254,8 +254,8 @@ def _log_row(version: int, manifest: "BundleManifest | None", in_use: bool, chos
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m serving expire data/models/ctr --dry-run`\n\n"
-    "- `python -m serving expire s3://shop/models/ctr --keep-last 3 --keep-days 7`"
+    "- `crossmedia model expire data/models/ctr --dry-run`\n\n"
+    "- `crossmedia model expire s3://shop/models/ctr --keep-last 3 --keep-days 7`"
 )
 def expire(
     url: Url,
@@ -299,8 +299,8 @@ def _text(report: "BundleExpireReport", dry_run: bool) -> str:
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m serving check data/models/ctr`\n\n"
-    "- `python -m serving check data/models/ctr --samples data/tomorrow --url http://127.0.0.1:8080`"
+    "- `crossmedia model check data/models/ctr`\n\n"
+    "- `crossmedia model check data/models/ctr --samples data/tomorrow --url http://127.0.0.1:8080`"
 )
 def check(
     model: Url,

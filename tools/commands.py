@@ -3,7 +3,6 @@
 import importlib
 import re
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -11,11 +10,14 @@ from typing import Any
 import click
 from typer.main import get_command
 
+from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
+from featurestore.console.help import help_blocks
 from pipeline.cluster.submit import submit
 from tools.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
+    "crossmedia": "The demo",
     "jobs": "Jobs",
     "featurestore": "The store",
     "trainer": "The trainer",
@@ -24,11 +26,11 @@ PARTS = {
     "benchmarks": "Benchmarks",
 }
 OF_OTHERS = ("worker.py", "peer.py", "rivals.py")  # programs that other programs start
-COMMAND_LINE = re.compile("`?(python|dask-submit|dask|horovodrun|torchrun) ")
 HEAD = """# Commands
 
-Every command with its options, as its `--help` has them. Jobs also run under `dask-submit` (on several processes or
-machines), and the trainer's commands on P ranks: `horovodrun -np P python -m …` or `torchrun --nproc-per-node P -m …`.
+Every command with its options, as its `--help` has them. Those that compute on Dask run on a cluster by `-n` or
+`--scheduler`, or under `dask-submit`; those of the trainer run on P ranks: `horovodrun -np P crossmedia …` or
+`torchrun --nproc-per-node P -m crossmedia …`. Where `crossmedia` is not on the path, use `python -m crossmedia`.
 Exit codes: 0 done, 1 failed or found a problem, 2 the command line is wrong or names something that is not there, 130
 stopped by a signal.
 """
@@ -51,13 +53,7 @@ def name_of(path: Path) -> str:
 
 def blocks(text: str) -> Iterator[str]:
     """Yield a help text as Markdown: paragraphs, and the command lines between them as blocks of code."""
-    parts: list[str] = []  # whole paragraphs, and single lines of code
-    for paragraph in re.split(r"\n\s*\n", text.replace("\b", "")):
-        lines = [re.sub(r"^(- |Examples?:\s*)", "", line.strip()) for line in paragraph.splitlines()]
-        is_code = any(COMMAND_LINE.match(line) for line in lines)
-        parts += [line.strip("`") for line in lines] if is_code else [" ".join(lines).strip()]
-    for is_code, group in groupby(filter(None, parts), lambda part: bool(COMMAND_LINE.match(part))):
-        texts = list(group)
+    for is_code, texts in help_blocks(text):
         yield (
             "\n".join(["```", *texts, "```", ""]) if is_code else "\n\n".join(fill(text, 125) for text in texts) + "\n"
         )
@@ -91,11 +87,27 @@ def commands_of(part: str) -> dict[str, Any]:
     return found | ({"dask-submit": submit} if part == "jobs" else {})
 
 
+def sections() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the title of each section of the page, and its commands by the words that start them."""
+    for title, entries in GROUPS.items():
+        yield title, {f"{PROGRAM} {name}": load(name) for name in entries}
+    yield "Dask clusters", {"dask-submit": submit}
+    yield PARTS["benchmarks"], commands_of("benchmarks")
+
+
+def alone(name: str) -> Iterator[str]:
+    """Yield the sentence on how the modules of a command are started without the command crossmedia."""
+    modules = ENTRIES[name].modules if name in ENTRIES else ()
+    if found := [f"`{name_of(Path(module.replace('.', '/') + '.py'))}`" for module in modules]:
+        yield f"The same: {', '.join(found)}.\n"
+
+
 def page() -> str:
     """Write the whole page."""
-    sections = [HEAD]
-    for part, title in PARTS.items():
-        sections.append(f"## {title}\n")
-        for name, command in commands_of(part).items():
-            sections += described(name, command, click.Context(command, info_name=name), "###")
-    return "\n".join(sections)
+    parts = [HEAD]
+    for title, commands in sections():
+        parts.append(f"## {title}\n")
+        for name, command in commands.items():
+            parts += described(name, command, click.Context(command, info_name=name), "###")
+            parts += alone(name.removeprefix(f"{PROGRAM} "))
+    return "\n".join(parts)

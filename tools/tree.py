@@ -14,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools", "tests")
+FOLDERS = (
+    "crossmedia", "featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools", "tests",
+)  # fmt: skip
 SUFFIXES = (".py", ".sh", ".yaml", ".txt")
 MOST_LINES, MOST_MODULES, MOST_OF_A_FUNCTION = 800, 20, 60
 _SENTENCE_ENDS = re.compile(r"(?<!e\.g)\. ")

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from tools.demo_serving import ROOT, running
+from crossmedia.demo_serving import running
 from trainer.launch import free_port
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "TUTORIAL.md"
 QUICK = {"--small": "--items 200 --users 150 --days 4", "random:0": "random:0 --backbone mobilenet_v3_small:avgpool"}
 """Replacements in the commands, for few clicks and features of a small network."""
@@ -38,11 +39,15 @@ def commands_of(text: str) -> list[str]:
     return [text] if "<<" in text else text.splitlines()
 
 
+def environment() -> dict[str, str]:
+    """Make the environment of a command: this checkout, and this environment's programs."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
+
+
 def run(text: str, folder: Path) -> None:
     """Run a command by bash. Raises CalledProcessError."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    subprocess.run(["bash", "-euc", text], cwd=folder, env=environment, check=True)
+    subprocess.run(["bash", "-euc", text], cwd=folder, env=environment(), check=True)
 
 
 def follow(page: str, folder: Path) -> None:
@@ -56,7 +61,7 @@ def follow(page: str, folder: Path) -> None:
                 own = port if str(port) in text else free_port()
                 ready = "/v2/health/ready" if "serving" in text else "/"
                 port_option = [] if own == port else ["--port", str(own)]
-                servers.enter_context(running([*text.split()[1:], *port_option], own, ready, folder))
+                servers.enter_context(running([*text.split()[1:], *port_option], own, ready, folder, environment()))
                 continue
             for command in commands_of(text):
                 print(f"$ {command}", flush=True)

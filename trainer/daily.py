@@ -122,13 +122,13 @@ def _text(value: str | int | float | None) -> str:
 EXAMPLES = """
 Examples:
 
-    python -m trainer.daily
+    crossmedia daily
 
-    horovodrun -np 8 python -m trainer.daily --samples-of-days data/samples --set run.name=daily
+    horovodrun -np 8 crossmedia daily --samples-of-days data/samples --set run.name=daily
 
-    horovodrun -np 8 python -m trainer.daily --first-day 2026-01-18
+    horovodrun -np 8 crossmedia daily --first-day 2026-01-18
 
-    horovodrun -np 8 python -m trainer.daily --continue --warm-start data/runs/both
+    horovodrun -np 8 crossmedia daily --continue --warm-start data/runs/both
 
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31), which trains on all days up to its own, as
 trainer.main does. The first one is that of the newest day that has a next one. With --continue each later run takes all

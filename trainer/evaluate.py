@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:
 
-    python -m trainer.evaluate data/runs/both
+    crossmedia evaluate data/runs/both
 
-    horovodrun -np 4 python -m trainer.evaluate data/runs/both --html evaluation.html
+    horovodrun -np 4 crossmedia evaluate data/runs/both --html evaluation.html
 
-    python -m trainer.evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
+    crossmedia evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
 
-    python -m trainer.evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
+    crossmedia evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
 
-    python -m trainer.evaluate data/runs/both --against data/runs/ids-only
+    crossmedia evaluate data/runs/both --against data/runs/ids-only
 
 Relative places in the run's config.yaml are looked for where this is started. Exit codes: 0 done, 1 failed, 2 wrong
 settings.

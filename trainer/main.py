@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:
 
-    python -m trainer.main
+    crossmedia train
 
-    horovodrun -np 8 python -m trainer.main --set data.global_batch_size=60000
+    horovodrun -np 8 crossmedia train --set data.global_batch_size=60000
 
-    horovodrun -np 2 python -m trainer.main --set model.images=none --set run.name=ids-only
+    horovodrun -np 2 crossmedia train --set model.images=none --set run.name=ids-only
 
-    torchrun --standalone --nproc-per-node 2 -m trainer.main --set run.name=without-horovod
+    torchrun --standalone --nproc-per-node 2 -m crossmedia train --set run.name=without-horovod
 
-    horovodrun -np 2 python -m trainer.main --config own.yaml --set run.name=a --set run.resume=latest
+    horovodrun -np 2 crossmedia train --config own.yaml --set run.name=a --set run.resume=latest
 
-    horovodrun -np 2 python -m trainer.main --warm-start data/runs/yesterday --warm-parts partial
+    horovodrun -np 2 crossmedia train --warm-start data/runs/yesterday --warm-parts partial
 
 Without settings it trains on data/samples and data/features, and writes to data/runs. All settings:
 docs/SETTINGS.md. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a

@@ -24,9 +24,9 @@ from trainer.launch import By, Place, Variables
 EXAMPLES = """
 Examples, as lines of a batch script:
 
-    python -m trainer.slurm -- python -m trainer.main --config run.yaml --set run.name=both --set run.resume=auto
+    crossmedia slurm -- crossmedia train --config run.yaml --set run.name=both --set run.resume=auto
 
-    python -m trainer.slurm --by torch -- python -m trainer.main
+    crossmedia slurm --by torch -- crossmedia train
 
 The job's --nodes and --ntasks-per-node are the ranks. Exit codes: the ranks' own; 1 where one has failed and srun has
 ended the others; 2 for a mistake in the command line, or outside a Slurm job.

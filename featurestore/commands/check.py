@@ -20,10 +20,10 @@ app = CommandApp()
 @app.command(
     findings=True,
     epilog="Examples:\n\n"
-    "- `python -m featurestore verify s3://bucket/features`\n\n"
-    "- `python -m featurestore verify s3://bucket/features --absent takedown.txt`\n\n"
-    "- `python -m featurestore verify --cache`\n\n"
-    "- `python -m featurestore verify --cache /mnt/fast/cache`",
+    "- `crossmedia store verify s3://bucket/features`\n\n"
+    "- `crossmedia store verify s3://bucket/features --absent takedown.txt`\n\n"
+    "- `crossmedia store verify --cache`\n\n"
+    "- `crossmedia store verify --cache /mnt/fast/cache`",
 )
 def verify(
     place: Annotated[
@@ -106,7 +106,7 @@ def _verify_cache(place: str | None) -> NoReturn:
     raise typer.Exit(1 if report.problems else 0)
 
 
-@app.command(epilog="Example: `python -m featurestore repair data/features --dry-run`")
+@app.command(epilog="Example: `crossmedia store repair data/features --dry-run`")
 def repair(url: Url, dry_run: DryRun = False) -> None:
     """Repair what verify finds, in one commit. Rows that are lost with a broken file are computed by the next refresh.
 
@@ -129,7 +129,7 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
     raise typer.Exit(1 if report.left else 0)
 
 
-@app.command(epilog="Example: `python -m featurestore check-backend s3://bucket/features --processes 16`")
+@app.command(epilog="Example: `crossmedia store check-backend s3://bucket/features --processes 16`")
 def check_backend(
     url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address where a store is to be.")],
     processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 4,

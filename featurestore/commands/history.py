@@ -42,7 +42,7 @@ def _snapshot(help_text: str) -> Any:
 PinName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the pin.", callback=_pin_name)]
 
 
-@app.command(epilog="Example: `python -m featurestore log data/features --last 20`")
+@app.command(epilog="Example: `crossmedia store log data/features --last 20`")
 def log(
     url: Url,
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
@@ -61,8 +61,8 @@ def log(
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore diff data/features 12 19`\n\n"
-    "- `python -m featurestore diff data/features stable candidate --keys`"
+    "- `crossmedia store diff data/features 12 19`\n\n"
+    "- `crossmedia store diff data/features stable candidate --keys`"
 )
 def diff(
     url: Url,
@@ -83,7 +83,7 @@ def diff(
     print_summary(f"snapshot {before} to {after}: {counts}")
 
 
-@app.command(epilog="Example: `python -m featurestore restore data/features 12`")
+@app.command(epilog="Example: `crossmedia store restore data/features 12`")
 def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) -> None:
     """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
     from featurestore.store import FeatureStore
@@ -97,8 +97,8 @@ def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) ->
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore pin data/features before-migration`\n\n"
-    "- `python -m featurestore pin data/features quarterly-model 19`"
+    "- `crossmedia store pin data/features before-migration`\n\n"
+    "- `crossmedia store pin data/features quarterly-model 19`"
 )
 def pin(
     url: Url,
@@ -115,7 +115,7 @@ def pin(
     print_summary(f"{name} keeps snapshot {made.version}")
 
 
-@app.command(epilog="Example: `python -m featurestore unpin data/features before-migration`")
+@app.command(epilog="Example: `crossmedia store unpin data/features before-migration`")
 def unpin(url: Url, name: PinName) -> None:
     """Remove a pin. The next `expire` decides about its snapshot."""
     from featurestore.store import FeatureStore
@@ -127,8 +127,8 @@ def unpin(url: Url, name: PinName) -> None:
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore compact data/features --dry-run`\n\n"
-    "- `python -m featurestore compact data/features --force --shard 3 --shard 4`"
+    "- `crossmedia store compact data/features --dry-run`\n\n"
+    "- `crossmedia store compact data/features --force --shard 3 --shard 4`"
 )
 def compact(
     url: Url,
@@ -153,8 +153,8 @@ def compact(
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore expire data/features --dry-run`\n\n"
-    "- `python -m featurestore expire s3://bucket/features --keep-last 5 --keep-days 90`"
+    "- `crossmedia store expire data/features --dry-run`\n\n"
+    "- `crossmedia store expire s3://bucket/features --keep-last 5 --keep-days 90`"
 )
 def expire(
     url: Url,
@@ -251,10 +251,10 @@ def _expire_text(report: "ExpireReport", dry_run: bool) -> str:
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore channel data/features`\n\n"
-    "- `python -m featurestore channel data/features stable 19`\n\n"
-    "- `python -m featurestore channel data/features stable`\n\n"
-    "- `python -m featurestore channel data/features candidate --remove`"
+    "- `crossmedia store channel data/features`\n\n"
+    "- `crossmedia store channel data/features stable 19`\n\n"
+    "- `crossmedia store channel data/features stable`\n\n"
+    "- `crossmedia store channel data/features candidate --remove`"
 )
 def channel(
     url: Url,

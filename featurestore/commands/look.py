@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 app = CommandApp()
 
 
-@app.command(epilog="Example: `python -m featurestore info data/features`")
+@app.command(epilog="Example: `crossmedia store info data/features`")
 def info(url: Url, version: Version = None, at: At = None) -> None:
     """Show the contents of a store."""
     from featurestore.log import utc_text
@@ -54,9 +54,9 @@ def info(url: Url, version: Version = None, at: At = None) -> None:
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore get data/features -7079617629412041231`\n\n"
-    "- `python -m featurestore get data/features --uri shirts/1.jpg --out shirt.npy`\n\n"
-    "- `python -m featurestore get data/features --uri shirts/1.jpg --out shirt.arrow`",
+    "- `crossmedia store get data/features -7079617629412041231`\n\n"
+    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.npy`\n\n"
+    "- `crossmedia store get data/features --uri shirts/1.jpg --out shirt.arrow`",
     context_settings={"ignore_unknown_options": True},  # half of all keys are negative, and look like options
 )
 def get(
@@ -86,7 +86,7 @@ def get(
         sys.stdout.write(f"{key}: {' '.join(f'{value:.6g}' for value in row_D)}\n")
 
 
-@app.command(epilog="Example: `python -m featurestore quarantine data/features`")
+@app.command(epilog="Example: `crossmedia store quarantine data/features`")
 def quarantine(url: Url) -> None:
     """List the images that could not be read or decoded, with the reason of each; a refresh tries them again."""
     from featurestore.log import utc_text
@@ -139,8 +139,8 @@ def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore serve data/features --port 8815`\n\n"
-    "- `python -m featurestore serve s3://bucket/features --host 0.0.0.0 --port 8815"
+    "- `crossmedia store serve data/features --port 8815`\n\n"
+    "- `crossmedia store serve s3://bucket/features --host 0.0.0.0 --port 8815"
     " --tls-cert server.pem --tls-key server.key --token-file tokens.txt`"
 )
 def serve(

@@ -31,8 +31,8 @@ app = CommandApp(stopped=CONTINUES)
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore remake data/features data/features-256 --dims 256`\n\n"
-    "- `python -m featurestore remake s3://bucket/features s3://bucket/features-half --dtype float16`"
+    "- `crossmedia store remake data/features data/features-256 --dims 256`\n\n"
+    "- `crossmedia store remake s3://bucket/features s3://bucket/features-half --dtype float16`"
 )
 def remake(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// address of the store.")],
@@ -93,9 +93,9 @@ def show_remade(report: "RemakeReport") -> None:
 
 @app.command(
     epilog="Examples:\n\n"
-    "- `python -m featurestore purge data/features --uris takedown.txt --dry-run`\n\n"
-    "- `python -m featurestore purge s3://bucket/features --keys takedown-keys.txt`\n\n"
-    "- `python -m featurestore verify data/features --absent takedown.txt`"
+    "- `crossmedia store purge data/features --uris takedown.txt --dry-run`\n\n"
+    "- `crossmedia store purge s3://bucket/features --keys takedown-keys.txt`\n\n"
+    "- `crossmedia store verify data/features --absent takedown.txt`"
 )
 def purge(
     url: Url,

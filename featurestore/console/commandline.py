@@ -29,6 +29,7 @@ import typer
 from typer.main import get_command
 from typer.models import ParameterInfo
 
+from featurestore.console.help import Command, CommandGroup
 from featurestore.console.page import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text import one_line, printable, refusal
@@ -53,7 +54,8 @@ class CommandApp(typer.Typer):
 
     `stopped` is the line for Ctrl-C; `failures` are classes of errors that are not ours and get a line as well;
     `may_be_empty` are options for which no value means something; `report`: the commands take --html FILE, which gets
-    what they print; `on_ranks`: they hand their work to run_on_ranks, which has rank 0 write that file.
+    what they print; `on_ranks`: they hand their work to run_on_ranks, which has rank 0 write that file; `completion`:
+    the app has options that let the shell complete its commands.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class CommandApp(typer.Typer):
         may_be_empty: Collection[str] = (),
         report: bool = False,
         on_ranks: bool = False,
+        completion: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(add_completion=False, pretty_exceptions_enable=False, **options)
+        options = {"cls": CommandGroup, **options}
+        super().__init__(add_completion=completion, pretty_exceptions_enable=False, **options)
         self._stopped, self._failures, self.may_be_empty = stopped, failures, may_be_empty
         self._report, self._on_ranks = report, on_ranks
 
@@ -75,7 +79,7 @@ class CommandApp(typer.Typer):
 
         `findings`: the command takes --html FILE, and writes it also where it ends with 1, as it has found something.
         """
-        add = super().command(*names, **options)
+        add = super().command(*names, **{"cls": Command, **options})
 
         def added(function: Any) -> Any:
             called = function
@@ -137,8 +141,7 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # a name that this terminal cannot show is spelled out
             stream.reconfigure(errors="backslashreplace")
     _check_not_empty(sys.argv[1:], app.may_be_empty)
-    command = cast("click.Command", get_command(app))
-    _check_numbers_of(command)
+    command = command_of(app)
     try:
         with command_end():  # of what is checked before the command's own function begins
             code = command.main(None, prog, standalone_mode=False)
@@ -149,6 +152,13 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
     except typer.Abort:
         sys.exit(STOPPED)
     sys.exit(code if isinstance(code, int) else OK)
+
+
+def command_of(app: CommandApp) -> click.Command:
+    """Make the click command of an app; its numbers are checked."""
+    command = cast("click.Command", get_command(app))
+    _check_numbers_of(command)
+    return command
 
 
 def report_usage(error: click.ClickException) -> int:

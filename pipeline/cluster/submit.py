@@ -23,8 +23,8 @@ import click
 EXAMPLES = """\b
 Examples:
   dask-submit jobs/extract_features.py
-  dask-submit -n 4 --threads-per-worker 1 jobs/build_samples.py --logs data/logs
-  dask-submit --scheduler tls://scheduler:8786 --wait-workers 8 jobs/extract_features.py --images s3://shop/images
+  dask-submit -n 4 --threads-per-worker 1 crossmedia samples --logs data/logs
+  dask-submit --scheduler tls://scheduler:8786 --wait-workers 8 crossmedia extract --images s3://shop/images
   dask-submit --scheduler-file cluster.json --insecure jobs/build_samples.py
 
 Exit codes: the script's own, 128 + n when signal n ended it; 1 when the cluster cannot be used; 2 for a mistake in
@@ -33,6 +33,8 @@ the command line or a scheduler that is refused."""
 LEAST_MEMORY = 128 << 20
 MOST = 1024  # workers of a machine, and threads of a worker
 MEMORY_HELP = "Of one local worker: 4GB, 512MiB, auto, or a share of the machine's memory, as 0.25."
+PROGRAM = "crossmedia"
+"""Stands for a script: the command, whether it is on the path or not."""
 MOST_S = 1e6  # what clocks of operating systems take, and twelve days
 
 
@@ -48,6 +50,13 @@ def _memory_limit(_: click.Context, __: click.Parameter, value: str | None) -> s
     if value == "" or (limit is not None and limit < LEAST_MEMORY):
         raise click.BadParameter(f"{value!r} is below 128 MiB, and a worker does not start with less; try 1GB or auto")
     return value
+
+
+class _Script(click.Path):
+    """A file, or the command crossmedia, also where a folder is called so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Path(PROGRAM) if value == PROGRAM else super().convert(value, param, ctx)
 
 
 def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
@@ -92,7 +101,7 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
     help="Seconds for the scheduler to answer and the workers to come.",
 )
 @click.option("--insecure", is_flag=True, help="Accept a scheduler beyond loopback without TLS.")
-@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("script", type=_Script(exists=True, dir_okay=False, path_type=Path))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def submit(
@@ -110,6 +119,7 @@ def submit(
 ) -> None:
     """Run the Python SCRIPT with its ARGS and a Dask cluster, which `pipeline.cluster.tasks` finds by itself.
 
+    SCRIPT is a file, or the word crossmedia, whose commands take a local cluster's size themselves, too.
     The cluster is the scheduler of --scheduler, --scheduler-file, DASK_SCHEDULER_ADDRESS or DASK_SCHEDULER_FILE.
     Without any of these, or with -n, --threads-per-worker or --memory-limit, it is a local one that ends with the
     script. Our options go before SCRIPT; all that follows is for the script.
@@ -118,16 +128,13 @@ def submit(
     from pipeline.errors import ClusterError
 
     local = LocalSize(workers, threads_per_worker, memory_limit)
-    if (scheduler is not None) + (scheduler_file is not None) + local.is_given > 1:
-        raise click.UsageError(
-            "--scheduler, --scheduler-file, and -n, --threads-per-worker, --memory-limit (a local cluster) exclude "
-            "each other; give one of the three"
-        )
+    _check_one_cluster(scheduler, scheduler_file, local)
     try:
         with ScriptRunner() as runner:
             address = _remote_address(scheduler, scheduler_file, local, timeout_s)
             with _prepared_cluster(address, local, wait_workers, timeout_s, insecure) as address:
-                code = runner.run([sys.executable, str(script), *args], script_environment(address, insecure))
+                program = ["-m", PROGRAM] if str(script) == PROGRAM else [str(script)]
+                code = runner.run([sys.executable, *program, *args], script_environment(address, insecure))
     except ClusterError as error:
         _say(f"error: {error}")
         code = error.exit_code
@@ -135,6 +142,35 @@ def submit(
         _say(STOPPED_BY_USER)
         code = STOPPED
     context.exit(code)
+
+
+@contextlib.contextmanager
+def cluster_of_job(words: Sequence[str]) -> Iterator[None]:
+    """Prepare the cluster of these options of dask-submit for a job in this process, and close it in the end.
+
+    Raises ClusterError, click.ClickException.
+    """
+    options = submit.make_context("dask-submit", [*words, PROGRAM]).params
+    local = LocalSize(options["workers"], options["threads_per_worker"], options["memory_limit"])
+    timeout_s, insecure = options["timeout_s"], options["insecure"]
+    _check_one_cluster(options["scheduler"], options["scheduler_file"], local)
+    address = _remote_address(options["scheduler"], options["scheduler_file"], local, timeout_s)
+    with _prepared_cluster(address, local, options["wait_workers"], timeout_s, insecure) as address:
+        before = dict(os.environ)
+        os.environ.update(script_environment(address, insecure))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _check_one_cluster(scheduler: str | None, scheduler_file: Path | None, local: "LocalSize") -> None:
+    if (scheduler is not None) + (scheduler_file is not None) + local.is_given > 1:
+        raise click.UsageError(
+            "--scheduler, --scheduler-file, and -n, --threads-per-worker, --memory-limit (a local cluster) exclude "
+            "each other; give one of the three"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

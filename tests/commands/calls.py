@@ -16,6 +16,7 @@ from featurestore.console import commandline
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
+    "crossmedia.__main__",
     "benchmarks.quality.fuxi",
     "benchmarks.serve.rivals",
     "benchmarks.store.limit",
@@ -30,13 +31,15 @@ PROGRAMS = {
     "trainer.plan.collectives",
     "trainer.supervise.agent",
 }
-"""Programs that other programs start, or that keep this repository in order: no commands of its users."""
+"""Programs that other programs start, that keep this repository in order, or that call the commands here by a name."""
 
 
 def commands() -> dict[str, str]:
     """Find all commands: the first word of a line, and the module whose `app` it calls."""
     found = {"dask-submit": "pipeline.cluster.submit"}
-    for package in ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools"):
+    for package in (
+        "crossmedia", "featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools",
+    ):  # fmt: skip
         for file in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
             if '\nif __name__ == "__main__":' in file.read_text(encoding="utf-8") and module not in PROGRAMS:

@@ -361,7 +361,7 @@ TRAINER = [
     ("trainer.schema check {empty} {samples}", 2, ""),
     ("trainer.slurm -- true", 2, "this is not a Slurm job"),
     ("trainer.supervise -- python -m trainer.main", 2, "--hosts a:4,b:4"),
-    ("trainer.supervise --max-np 1 -- sleep 5", 2, "is not trainer.main or trainer.daily"),
+    ("trainer.supervise --max-np 1 -- sleep 5", 2, "is not crossmedia train or crossmedia daily"),
     ("trainer.supervise --max-np 1 -- horovodrun -np 2 python -m trainer.main", 2, "horovodrun is not needed"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main --sat x", 2, "--sat"),
@@ -562,7 +562,7 @@ OTHERS = [
     ("tools/real_logs frappe {missing} --out {new}", 2, "{missing}"),
     ("tools/real_logs frappe {emptydir} --out {new}", 1, "frappe.csv"),
     ("tools/real_logs nosuch {emptydir} --out {new}", 2, "nosuch"),
-    ("tools/demo --ranks 0", 2, "--ranks"),
+    ("crossmedia.demo --ranks 0", 2, "--ranks"),
 ]
 
 SERVING = [

@@ -24,7 +24,7 @@ from tests.commands.lines import LINES
 
 HEAVY = ("dask", "distributed", "faiss", "matplotlib", "pandas", "pyarrow", "s3fs", "scipy", "sklearn", "torch")
 """Libraries that take longest to import; a help needs none of them."""
-WITHOUT_PLACES = {"benchmarks.quality", "tools/demo", "trainer.slurm"}
+WITHOUT_PLACES = {"benchmarks.quality", "crossmedia.demo", "trainer.slurm"}
 """Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
 WRITERS = {
     *(f"benchmarks.{name}" for name in ("gpu", "growth", "serve", "store", "train", "workload")),
@@ -37,7 +37,7 @@ FILES = {
     "script", "token_file", "tls_cert", "tls_key", "ca", "scorer_token_file", "scorer_ca", "uris", "absent", "ads",
 }  # fmt: skip
 """Parameters that name a file which a person wrote or chose."""
-TOLD_ELSEWHERE = {("benchmarks.quality", "labels"), ("tools/demo", "labels")}
+TOLD_ELSEWHERE = {("benchmarks.quality", "labels"), ("crossmedia.demo", "labels")}
 """They hand the file to jobs/make_demo_data."""
 WRONG_FILES = ("{garbage}", "{list}", "{unknown}", "{deepyaml}", "{empty}", "{pipe}", "{pipe_yaml}", "{wrongshape}")
 

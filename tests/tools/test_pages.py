@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser
 
+from crossmedia.command import ENTRIES, PROGRAM, load
+from featurestore.console.help import CommandGroup
 from tools import commands as commands_page
 from tools.site import WRITTEN, targets_of, text_of
 from trainer.config.config import load_config
@@ -21,9 +23,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TRANSLATED = {"ValueError", "CsvTextError"}  # which become others before a user meets them
 MOST_FILES_OF_A_STEP, MOST_LINES_OF_A_STEP = 10, 1_800
+NOT_OF_THE_FRONT = {"jobs/make_demo_data.py"}
+"""The first part of `crossmedia demo`."""
 LETTERS = {"keys_U", "feature_QD", "timeout_s"}  # examples of names of arrays
 FOLDERS = "|".join(
     (
+        "crossmedia",
         "featurestore",
         "pipeline",
         "trainer",
@@ -51,14 +56,15 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
         blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text_of(ROOT, page), re.MULTILINE | re.DOTALL)
         for block in (text for language, text in blocks if not language):
             for line in map(str.strip, block.replace("\\\n", " ").splitlines()):
-                if re.match(r"(python|dask-submit|horovodrun|torchrun) ", line):
+                if re.match(r"(crossmedia|python|dask-submit|horovodrun|torchrun) ", line):
                     yield f"{Path(page).name}: {line}", shlex.split(line, comments=True)
 
 
 @cache
 def commands() -> dict[str, Any]:
-    """The command of each file of a job, and of each module that `python -m` runs."""
-    return {
+    """The command of each file of a job, and of each module that `python -m` runs, and the one command of all."""
+    front = CommandGroup(commands={name: load(name) for name in ENTRIES})
+    return {PROGRAM: front} | {
         name.split()[-1]: command
         for part in commands_page.PARTS
         for name, command in commands_page.commands_of(part).items()
@@ -154,6 +160,8 @@ def check_words(line: str, words: list[str]) -> None:
         rest = ["serve", *rest]
     while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]
+        if rest and rest[0].startswith("--") and "serve" in getattr(command, "commands", {}):  # `serve` is left out
+            command = command.commands["serve"]
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in options]
     assert not unknown
@@ -163,7 +171,11 @@ def check_words(line: str, words: list[str]) -> None:
 
 def test_every_job_and_command_is_on_the_page_of_commands_with_its_help() -> None:
     sections = re.findall(r"^###+ `(.*)`\n\n(.*)", text_of(ROOT, "docs/COMMANDS.md"), re.MULTILINE)
-    assert {title.split()[-1] for title, _ in sections} >= commands().keys()
+    titles = {title for title, _ in sections}
+    assert titles >= {f"{PROGRAM} {name}" for name in ENTRIES} | set(commands_page.commands_of("benchmarks"))
+    alone = set(re.findall(r"^The same: `(.*)`\.$", text_of(ROOT, "docs/COMMANDS.md"), re.MULTILINE))
+    named = {each.split()[-1] for line in alone for each in line.split("`, `")}
+    assert named | {title.split()[-1] for title in titles} >= commands().keys() - NOT_OF_THE_FRONT - {PROGRAM}
     assert not [title for title, about in sections if not re.match(r"[A-Z].*", about)]
     assert {path.name for path in (ROOT / "jobs").glob("[a-z]*.py")} <= {Path(name).name for name in commands()}
 
@@ -191,7 +203,7 @@ def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
     quoted = [each for row, _ in rows for each in re.findall('"([^"]+)"', row)]
     files = [
         path
-        for part in ("featurestore", "trainer", "pipeline", "serving", "explorer", "jobs")
+        for part in ("featurestore", "trainer", "pipeline", "serving", "explorer", "jobs", "crossmedia")
         for path in (ROOT / part).rglob("*.py")
     ]
     texts = [text for path in files for text in texts_of(path)]

@@ -74,7 +74,7 @@ def main(
     if program is None:
         raise UserError(f"no Chromium: {WAY_OUT}")
     if not (place / "models/ctr").is_dir():
-        raise UserError(f"{place} holds no finished demo: make it with python -m tools.demo --dir {place}")
+        raise UserError(f"{place} holds no finished demo: make it with crossmedia demo --dir {place}")
     out.mkdir(parents=True, exist_ok=True)
     from playwright.sync_api import sync_playwright
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:
 
-    python -m trainer.compat data/runs/both data/features
+    crossmedia compat data/runs/both data/features
 
-    python -m trainer.compat data/runs/both s3://bucket/features --checkpoint 1000 --version 7 --json compat.json
+    crossmedia compat data/runs/both s3://bucket/features --checkpoint 1000 --version 7 --json compat.json
 
-    python -m trainer.compat data/runs/both data/features --accept
+    crossmedia compat data/runs/both data/features --accept
 
-    python -m trainer.compat data/runs/both data/features --version candidate --promote stable
+    crossmedia compat data/runs/both data/features --version candidate --promote stable
 
 Exit codes: 0 all gates hold, or --force was given; 1 a gate fails; 2 wrong options.
 """

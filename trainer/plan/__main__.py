@@ -15,9 +15,9 @@ from trainer.config.config import load_config
 EXAMPLES = """
 Examples:
 
-    python -m trainer.plan --samples data/samples --store data/features --ranks 8,20,40 --global-batch-size 60000
+    crossmedia plan --samples data/samples --store data/features --ranks 8,20,40 --global-batch-size 60000
 
-    python -m trainer.plan --ranks 1,2 --ranks-per-machine 2 --config own.yaml --json plan.json
+    crossmedia plan --ranks 1,2 --ranks-per-machine 2 --config own.yaml --json plan.json
 
 It draws batches from the samples, measures this machine for a minute or two, and computes the rest.
 Exit codes: 0 done, 1 failed, 2 wrong settings.

@@ -38,8 +38,8 @@ def main() -> None:
 @app.command(
     "eval",
     epilog="Examples:\n\n"
-    "    python -m trainer.prerank eval --run data/runs/towers --k 10,100,1000 --json figures.json\n\n"
-    "    python -m trainer.prerank eval --run data/runs/towers --effort 16",
+    "    crossmedia index eval --run data/runs/towers --k 10,100,1000 --json figures.json\n\n"
+    "    crossmedia index eval --run data/runs/towers --effort 16",
 )
 def evaluate_index(
     run: Run,
@@ -77,7 +77,7 @@ def evaluate_index(
     write_json_option(out, report)
 
 
-@app.command(epilog="Example: `python -m trainer.prerank search --run data/runs/towers --user 17 --k 5`")
+@app.command(epilog="Example: `crossmedia index search --run data/runs/towers --user 17 --k 5`")
 def search(
     run: Run,
     user: Annotated[str, typer.Option(help="A user of the test samples, as the samples have it: a number or a text.")],

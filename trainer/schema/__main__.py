@@ -31,8 +31,8 @@ app = CommandApp(
 
 @app.command(
     epilog="Examples:\n\n"
-    "    python -m trainer.schema inspect data/samples --out schema.yaml\n\n"
-    "    python -m trainer.schema inspect data/mylogs --out mapping.yaml"
+    "    crossmedia schema inspect data/samples --out schema.yaml\n\n"
+    "    crossmedia schema inspect data/mylogs --out mapping.yaml"
 )
 def inspect(
     data: Annotated[
@@ -64,7 +64,7 @@ def inspect(
         _write_new(out, text)
 
 
-@app.command(epilog="Example: `python -m trainer.schema check schema.yaml data/samples`")
+@app.command(epilog="Example: `crossmedia schema check schema.yaml data/samples`")
 def check(
     schema: Annotated[Path, typer.Argument(help="YAML file.")],
     data: Annotated[str, typer.Argument(help="Folder or address of sample groups with train/ and test/.")],
@@ -93,8 +93,8 @@ def check(
 
 @app.command(
     epilog="Examples:\n\n"
-    "    python -m trainer.schema missing data/samples data/features\n\n"
-    "    python -m trainer.schema missing data/samples data/features --out missing.csv"
+    "    crossmedia schema missing data/samples data/features\n\n"
+    "    crossmedia schema missing data/samples data/features --out missing.csv"
 )
 def missing(
     data: Annotated[str, typer.Argument(metavar="SAMPLES", help="Folder or address of sample groups.")],
@@ -130,8 +130,8 @@ def missing(
 
 @app.command(
     epilog="Examples:\n\n"
-    "    python -m trainer.schema lookup data/runs/both -8127164312765119041\n\n"
-    "    python -m trainer.schema lookup data/runs/both sku-17 '[\"shoes\",3]'",
+    "    crossmedia schema lookup data/runs/both -8127164312765119041\n\n"
+    "    crossmedia schema lookup data/runs/both sku-17 '[\"shoes\",3]'",
     context_settings={"ignore_unknown_options": True},  # a negative ID is not an option
 )
 def lookup(

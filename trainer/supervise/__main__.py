@@ -19,13 +19,13 @@ from trainer.supervise.supervisor import Printer, Supervisor
 EXAMPLES = """
 Examples:
 
-    python -m trainer.supervise --max-np 2 -- python -m trainer.main --set run.name=a
+    crossmedia supervise --max-np 2 -- crossmedia train --set run.name=a
 
-    python -m trainer.supervise --min-np 2 --max-np 8 --hosts a:4,b:4 -- python -m trainer.main --set run.name=a
+    crossmedia supervise --min-np 2 --max-np 8 --hosts a:4,b:4 -- crossmedia train --set run.name=a
 
-    python -m trainer.supervise --hosts-file hosts.txt --ssh 'ssh -p 2222' -- python -m trainer.main --set run.name=a
+    crossmedia supervise --hosts-file hosts.txt --ssh 'ssh -p 2222' -- crossmedia train --set run.name=a
 
-    python -m trainer.supervise --max-np 2 -- python -m trainer.daily --samples-of-days data/samples
+    crossmedia supervise --max-np 2 -- crossmedia daily --samples-of-days data/samples
 
 Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
 host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
@@ -48,7 +48,7 @@ app = CommandApp(rich_markup_mode="markdown")
 def main(
     command: Annotated[
         list[str],
-        typer.Argument(metavar="-- COMMAND", help="python -m trainer.main, or trainer.daily, with its arguments."),
+        typer.Argument(metavar="-- COMMAND", help="crossmedia train, or daily, with its arguments."),
     ],
     hosts: Hosts = None,
     hosts_file: HostsFile = None,

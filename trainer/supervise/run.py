@@ -24,12 +24,13 @@ from trainer.main import app, warm_settings
 from trainer.runs.folder import finished
 
 _MAIN, _DAILY = "trainer.main", "trainer.daily"
-_EXAMPLE = f"python -m {_MAIN} --set run.name=NAME"
+_PROGRAM, _COMMANDS = "crossmedia", {"train": _MAIN, "daily": _DAILY}
+_EXAMPLE = f"{_PROGRAM} train --set run.name=NAME"
 
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """`python -m trainer.main ARGUMENTS`, a script with the same arguments, or `python -m trainer.daily ARGUMENTS`."""
+    """`crossmedia train ARGUMENTS`, `crossmedia daily ARGUMENTS`, these by their modules, or a script that trains."""
 
     words: tuple[str, ...]
     folder: RunPath
@@ -47,10 +48,13 @@ class TrainCommand:
     def start(self) -> list[str]:
         """Return the command line that begins the run or, where it has a checkpoint, continues it.
 
-        A bare `python` is this one: a service and ssh have other search paths than a terminal.
+        A bare `python` is this one, and `crossmedia` is of this one: a service and ssh have other search paths than a
+        terminal.
         """
-        program = sys.executable if self.words[0] in ("python", "python3") else self.words[0]
-        return [program, *self.words[1:], *([] if self.is_daily else ["--set", "run.resume=auto"])]
+        first, *words = self.words
+        by_python = {"python": (), "python3": (), _PROGRAM: ("-m", _PROGRAM)}
+        program = [sys.executable, *by_python[first]] if first in by_python else [first]
+        return [*program, *words, *([] if self.is_daily else ["--set", "run.resume=auto"])]
 
 
 def parse_command(words: Sequence[str]) -> TrainCommand:
@@ -75,12 +79,16 @@ def _module_and_arguments(words: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Return the module, that of a script being trainer.main, and what follows it."""
     for place, word in enumerate(words):
         if Path(word).name in ("horovodrun", "torchrun"):
-            raise ConfigError(f"{word} is not needed: trainer.supervise starts the ranks; write -- {_EXAMPLE}")
+            raise ConfigError(f"{word} is not needed: the supervisor starts the ranks; write -- {_EXAMPLE}")
         if word.endswith(".py"):
             return _MAIN, words[place + 1 :]
         if word in (_MAIN, _DAILY) and words[place - 1] == "-m":
             return word, words[place + 1 :]
-    raise ConfigError(f"'{' '.join(words)}' is not {_MAIN} or {_DAILY}; write -- {_EXAMPLE}")
+        if Path(word).name == _PROGRAM and (module := _COMMANDS.get("".join(words[place + 1 : place + 2]))):
+            return module, words[place + 2 :]
+    raise ConfigError(
+        f"'{' '.join(words)}' is not {' or '.join(f'{_PROGRAM} {each}' for each in _COMMANDS)}; write -- {_EXAMPLE}"
+    )
 
 
 def _config_of(command: CommandApp, module: str, arguments: Sequence[str]) -> Config:

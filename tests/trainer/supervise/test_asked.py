@@ -91,6 +91,9 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
     assert train.newest_step() == 100_000_000
     own = parse_command(["python", "-u", "own.py", *settings])
     assert own.folder == train.folder
+    front = parse_command(["crossmedia", "train", *settings])
+    assert front.folder == train.folder and front.start()[:4] == [sys.executable, "-m", "crossmedia", "train"]
+    assert parse_command(["python", "-m", "crossmedia", "train", *settings]).start() == front.start()
     other = parse_command(["/opt/python", "own.py", *settings])
     assert other.start()[:2] == ["/opt/python", "own.py"]
 
@@ -100,6 +103,8 @@ def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None
     train = parse_command([*words, f"run.dir={tmp_path}"])
     assert train.folder == tmp_path / "daily" and train.newest_step() == 0
     assert train.start() == [sys.executable, *words[1:], f"run.dir={tmp_path}"]
+    front = parse_command(["crossmedia", "daily", *words[3:], f"run.dir={tmp_path}"])
+    assert front.folder == train.folder and front.is_daily
     seen = []
     for day, step in (("2026-01-01", 7), ("2026-01-02", 3), ("2026-01-02", 5), ("other", 99), ("2026-01-03", 1)):
         saved.save(SoloComm(), train.folder / day, saved.Trained(), saved.state_at(step), 3)
@@ -114,9 +119,12 @@ def test_days_are_found_and_their_steps_counted_together(tmp_path: Path) -> None
         ([*TRAIN, "run.dir=runs"], "run.name is not set"),
         ([*TRAIN, "run.name=a", "run.resume=1000"], "leave run.resume and run.overwrite out"),
         ([*TRAIN, "run.name=a", "run.overwrite=true"], "leave run.resume and run.overwrite out"),
-        (["horovodrun", "-np", "2", *TRAIN], "horovodrun is not needed: trainer.supervise starts the ranks"),
-        (["python", "-m", "trainer.evaluate"], "'python -m trainer.evaluate' is not trainer.main or trainer.daily"),
-        (["sleep", "5"], "'sleep 5' is not trainer.main or trainer.daily"),
+        (["horovodrun", "-np", "2", *TRAIN], "horovodrun is not needed: the supervisor starts the ranks"),
+        (
+            ["python", "-m", "trainer.evaluate"],
+            "'python -m trainer.evaluate' is not crossmedia train or crossmedia daily",
+        ),
+        (["sleep", "5"], "'sleep 5' is not crossmedia train or crossmedia daily"),
     ],
 )
 def test_commands_that_cannot_be_supervised(words: list[str], message: str) -> None:

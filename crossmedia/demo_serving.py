@@ -3,13 +3,12 @@
 import contextlib
 import http.client
 import json
-import os
 import shlex
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 
 from featurestore.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_CANDIDATES, NUM_REQUESTS = 200, 200
 _READY_S, _SWITCH_S, _STOP_S = 120, 60, 20
 
@@ -52,10 +50,15 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], port: int, ready: str, folder: Path | None = None) -> Iterator[None]:
+def running(
+    command: Sequence[str],
+    port: int,
+    ready: str,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[None]:
     """Run `python COMMAND` from when it answers 200 at the path `ready` to the end of the block. Raises ServerError."""
     shown = f"python {shlex.join(command)}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment)
 
     def is_ready() -> bool:
@@ -82,7 +85,7 @@ def running_scorer(model: Path, say: Callable[[str], None]) -> Iterator[Scorer]:
     from trainer.launch import free_port
 
     port = free_port()
-    command = ["-m", "serving", str(model), "--port", str(port)]
+    command = ["-m", "crossmedia", "serve", str(model), "--port", str(port)]
     say(f"$ python {shlex.join(command)} &")
     with running(command, port, "/v2/health/ready"):
         yield Scorer(http.client.HTTPConnection("127.0.0.1", port, timeout=30))

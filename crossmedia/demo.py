@@ -17,11 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import write_json
-from featurestore.console.output import print_table, text_console
-from featurestore.keys import key_of_uri
-from tools.demo_serving import (
+from crossmedia.demo_serving import (
     NUM_CANDIDATES,
     draw_new_picture,
     latencies_ms,
@@ -29,9 +25,13 @@ from tools.demo_serving import (
     running_scorer,
     wait_for_picture,
 )
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import write_json
+from featurestore.console.output import print_table, text_console
+from featurestore.keys import key_of_uri
 
-ROOT = Path(__file__).resolve().parent.parent
-SUBMIT = ["dask-submit", "-n", "1"]
+CROSSMEDIA = [sys.executable, "-m", "crossmedia"]
+ON_DASK = ["-n", "1"]
 VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}
 METRICS = {"auc": "AUC", "gauc": "GAUC", "new_ad_auc": "AUC, new ads", "logloss": "log loss"}
 PAGES = 600
@@ -39,11 +39,11 @@ PAGES = 600
 EXAMPLES = """
 Examples:
 
-    python -m tools.demo
+    crossmedia demo
 
-    python -m tools.demo --small --dir /tmp/demo
+    crossmedia demo --small --dir /tmp/demo
 
-    python -m tools.demo --images ~/photos --labels ~/photos.csv --dir data/demo-photos
+    crossmedia demo --images ~/photos --labels ~/photos.csv --dir data/demo-photos
 """
 
 console = text_console()
@@ -64,7 +64,7 @@ def run_step(title: str, command: Sequence[str | Path]) -> None:
 
 def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | None, labels: Path | None) -> None:
     """Make the demo data, the feature store and the samples under `place`."""
-    data: list[str | Path] = [ROOT / "jobs/make_demo_data.py", "--out", place, "--seed", str(seed)]
+    data: list[str | Path] = ["-m", "jobs.make_demo_data", "--out", place, "--seed", str(seed)]
     data += ["--small"] if small else []
     data += ["--force"] if force else []
     data += ["--images", images] if images else []
@@ -72,22 +72,11 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
     run_step("Demo data", [sys.executable, *data])
     if force:  # features of other images, or of another network, do not mix with these
         shutil.rmtree(place / "features", ignore_errors=True)
-    extract: list[str | Path] = [
-        ROOT / "jobs/extract_features.py",
-        "--images",
-        images or place / "images",
-        "--store",
-        place / "features",
-    ]
-    run_step("Features: frozen VGG16 once per image", [*SUBMIT, *extract, "--weights", f"random:{seed}"])
-    samples: list[str | Path] = [
-        ROOT / "jobs/build_samples.py",
-        "--logs",
-        place / "logs",
-        "--samples",
-        place / "samples",
-    ]
-    run_step("Samples: image keys only", [*SUBMIT, *samples])
+    extract: list[str | Path] = ["--images", images or place / "images", "--store", place / "features"]
+    extract += ["--weights", f"random:{seed}"]
+    run_step("Features: frozen VGG16 once per image", [*CROSSMEDIA, "extract", *ON_DASK, *extract])
+    samples: list[str | Path] = ["--logs", place / "logs", "--samples", place / "samples"]
+    run_step("Samples: image keys only", [*CROSSMEDIA, "samples", *ON_DASK, *samples])
 
 
 def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
@@ -104,7 +93,7 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
     overrides = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     from trainer.comm.comm import launcher_of
 
-    trainer = [*launcher_of(ranks), "-m", "trainer.main", *overrides]
+    trainer = [*launcher_of(ranks), "-m", "crossmedia", "train", *overrides]
     run_step(f"Training: {VARIANTS[variant]}", trainer)
     report: dict[str, Any] = json.loads((place / "runs" / variant / "report.json").read_text())
     return report
@@ -115,11 +104,11 @@ def serve(place: Path, images: Path | None) -> dict[str, float]:
 
     The picture is drawn into the folder of drawn images, or, if the user gave `images`, into a folder next to them.
     """
-    python, model, store = sys.executable, place / "models/ctr", place / "features"
+    model, store = place / "models/ctr", place / "features"
     pictures = place / ("new-images" if images else "images")
     shutil.rmtree(model, ignore_errors=True)  # of an earlier demo: its run has been replaced, and compares with nothing
-    export: list[str | Path] = [python, ROOT / "jobs/export_model.py", "--run", place / "runs/both", "--out", model]
-    run_step("The model as a bundle: network, ID rows, 12 numbers per image", export)
+    publish: list[str | Path] = ["publish", "--run", place / "runs/both", "--out", model]
+    run_step("The model as a bundle: network, ID rows, 12 numbers per image", [*CROSSMEDIA, *publish])
     console.print("\nScorer", style="bold")
     with running_scorer(model, lambda line: console.print(line, style="cyan")) as scorer:
         request = request_of(place / "samples")
@@ -127,15 +116,9 @@ def serve(place: Path, images: Path | None) -> dict[str, float]:
         name = draw_new_picture(pictures)
         request["candidates"]["ad_image"][0] = key_of_uri(name)
         before = scorer.score(request)
-        refresh: list[str | Path] = [
-            ROOT / "jobs/refresh_features.py",
-            "--images",
-            pictures,
-            "--store",
-            store,
-        ]
-        run_step("A new picture: its features", [*SUBMIT, *refresh, "--keep-missing"])
-        run_step("A new picture: its 12 numbers", [python, ROOT / "jobs/publish_vectors.py", "--model", model])
+        refresh: list[str | Path] = ["--images", pictures, "--store", store, "--keep-missing"]
+        run_step("A new picture: its features", [*CROSSMEDIA, "refresh", *ON_DASK, *refresh])
+        run_step("A new picture: its 12 numbers", [*CROSSMEDIA, "publish-vectors", "--model", model])
         figures["new_picture_score"] = wait_for_picture(scorer, request)
     console.print(
         f"\nthe score of an ad with the new picture {name}: {before['scores'][0]:.4f} while the picture was unknown, "
@@ -149,10 +132,9 @@ def show_pages(place: Path, images: Path | None) -> list[str | Path]:
     """Write the explorer's pages into a folder, and return the command that serves them."""
     places: list[str | Path] = ["--store", place / "features", "--runs", place / "runs", "--samples", place / "samples"]
     places += ["--images", images or place / "images"]
-    explorer: list[str | Path] = [sys.executable, "-m", "explorer"]
-    export = [*explorer, "export", place / "pages", *places, "--most-files", str(PAGES)]
+    export = [*CROSSMEDIA, "explore", "export", place / "pages", *places, "--most-files", str(PAGES)]
     run_step("Pages: the store, its images, the runs and their scores, as files", export)
-    return ["python", *explorer[1:], *places, "--model", place / "models/ctr"]
+    return ["crossmedia", "explore", *places, "--model", place / "models/ctr"]
 
 
 def summarise(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -202,7 +184,7 @@ def main(
     show(summary)
     report = place / "report.json"
     write_json(report, summary | {"serving": serve(place, images)})
-    evaluate: list[str | Path] = [sys.executable, "-m", "trainer.evaluate", place / "runs/both"]
+    evaluate: list[str | Path] = [*CROSSMEDIA, "evaluate", place / "runs/both"]
     run_step("What the run is worth: intervals and slices", [*evaluate, "--html", place / "evaluation.html"])
     explorer = show_pages(place, images)
     console.print(

@@ -1,0 +1,1 @@
+"""CrossMedia in one command, `crossmedia`, and one import, `import crossmedia as cm`."""

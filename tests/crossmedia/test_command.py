@@ -1,0 +1,202 @@
+"""The command crossmedia: every command is found, from any folder, quickly, with examples that can be copied."""
+
+import configparser
+import importlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crossmedia import command
+from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
+from featurestore.console.commandline import run_app
+from featurestore.console.help import end_of_help, help_blocks
+from tests.commands.calls import COMMANDS, ROOT
+
+LISTED = {
+    "demo", "extract", "refresh", "samples", "schema", "train", "evaluate", "daily",
+    "export", "publish", "score", "serve", "explore", "store", "index", "plan",
+}  # fmt: skip
+NOT_OF_THE_FRONT = {"crossmedia.demo", "jobs.make_demo_data", "pipeline.cluster.submit"}
+QUICK_S, BUSY = 0.6, 2  # other tests run beside this one: what takes 0.4 seconds alone may take twice as long
+
+
+def started(*words: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "60", "NO_COLOR": "1", **variables}
+    line = [sys.executable, "-m", PROGRAM, *words]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *words])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def all_commands(found: Any) -> list[Any]:
+    return [found, *(each for sub in getattr(found, "commands", {}).values() for each in all_commands(sub))]
+
+
+def test_the_help_has_eight_groups_and_all_commands(tmp_path: Path) -> None:
+    done = started("--help", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(GROUPS) == 8 and ENTRIES.keys() >= LISTED
+    assert re.findall(r"^╭─ ([A-Z][\w -]+?) ─", done.stdout, re.MULTILINE) == ["Options", *GROUPS]
+    assert re.findall(r"^│ ([a-z][\w-]*) ", done.stdout, re.MULTILINE) == list(ENTRIES)
+
+
+def test_every_command_of_users_is_in_it() -> None:
+    found = {module for entry in ENTRIES.values() for module in entry.modules}
+    modules = {module for module in COMMANDS.values() if module.partition(".")[0] not in ("benchmarks", "tools")}
+    assert modules - found == NOT_OF_THE_FRONT - found
+    of_serving = [entry for entry in ENTRIES.values() if entry.modules == ("serving.__main__",)]
+    taken = [name for entry in of_serving for name in entry.commands]
+    serving = command.command_of(importlib.import_module("serving.__main__").app)
+    assert sorted(taken) == sorted(serving.commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_command_is_that_of_its_module(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, name, "--help") == 0
+    assert f"Usage: {PROGRAM} {name} " in capsys.readouterr().out
+    assert called(monkeypatch, name, "--no-such-option") == 2
+    assert re.match(rf"error: .*\(see {PROGRAM} {name}( serve)? --help\)\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_examples_are_lines_of_their_own_and_lead_to_commands(name: str) -> None:
+    for each in all_commands(load(name)):
+        lines = [line for is_code, lines in help_blocks(each.epilog or "") if is_code for line in lines]
+        assert all(f"  {line}" in end_of_help(each.epilog).splitlines() for line in lines)
+        for line in lines:
+            words = line.split()
+            assert PROGRAM in words, line
+            assert words[words.index(PROGRAM) + 1] in ENTRIES, line
+
+
+def test_the_examples_of_a_help_are_not_wrapped(tmp_path: Path) -> None:
+    done = started("extract", "--help", folder=tmp_path)
+    line = "  crossmedia extract --images all-photos --reduce data/features-256 --store data/features-all-256"
+    assert line in done.stdout.splitlines()
+
+
+def test_a_mistyped_command_and_an_empty_argument(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, "trian") == 2
+    assert capsys.readouterr().err == "error: No such command 'trian'. Did you mean 'train'? (see crossmedia --help)\n"
+    assert called(monkeypatch, "train", "--config", "") == 2
+    assert capsys.readouterr().err == "error: the value of --config is empty: give it a value, or leave it out\n"
+    assert called(monkeypatch, "samples", "--user-columns", "", "--window-days", "many") == 2
+    assert "--window-days" in capsys.readouterr().err, "no user columns is a value"
+
+
+def test_an_error_is_one_line_from_any_folder(tmp_path: Path) -> None:
+    done = started("store", "info", "missing", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_numbers_of_commands_are_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(monkeypatch, "import-xdl", "random", "--out", "new", "--seed", "9" * 20) == 2
+    assert "is beyond 64 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("tra", {"train"}),
+        ("store ver", {"verify"}),
+        ("index ", {"build", "eval", "search"}),
+        ("train --war", {"--warm-start", "--warm-parts"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(words: str, expected: set[str], tmp_path: Path) -> None:
+    line = f"{PROGRAM} {words}"
+    number = len(line.split(" ")) - 1
+    variables = {"_CROSSMEDIA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(number)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    script = "import sys; sys.argv[0] = 'crossmedia'; from crossmedia.command import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_the_console_script_is_the_function_here() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    scripts = dict(
+        line.split(" = ") for line in settings["options.entry_points"]["console_scripts"].strip().splitlines()
+    )
+    module, _, function = scripts[PROGRAM].partition(":")
+    assert getattr(importlib.import_module(module), function) is command.main
+    packages = settings["options.packages.find"]["include"].split()
+    assert {f"{entry.partition('.')[0]}*" for each in ENTRIES.values() for entry in each.modules} <= set(packages)
+
+
+@pytest.mark.long
+def test_a_help_is_quick(tmp_path: Path) -> None:
+    """By the processor's time, of the best of three."""
+    for words in (["--help"], ["train", "--help"], ["extract", "--help"], ["serve", "--help"]):
+        taken = []
+        for _ in range(3):
+            before = os.times()
+            start = time.monotonic()
+            started(*words, folder=tmp_path)
+            after = os.times()
+            used = after.children_user + after.children_system - before.children_user - before.children_system
+            taken.append(min(used, time.monotonic() - start))
+        assert min(taken) < (QUICK_S if words == ["--help"] else QUICK_S * BUSY), (words, taken)
+
+
+@pytest.mark.services
+def test_a_job_runs_on_a_local_cluster_of_its_own_options(tmp_path: Path) -> None:
+    """Its message comes from the function that dask-submit calls, and its own exit code is the command's."""
+    done = started("samples", "-n", "2", "--threads-per-worker", "1", "--logs", "missing", folder=tmp_path)
+    assert re.search(r"scheduler tcp://127\.0\.0\.1:\d+, workers 2, threads 2\n", done.stderr)
+    assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.services
+def test_dask_submit_runs_the_command(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", "from pipeline.cluster.submit import main; main()"]
+    words = ["-n", "1", PROGRAM, "samples", "--logs", "missing"]
+    (tmp_path / PROGRAM).mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*line, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and re.search(r"^error: .*missing", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "text"),
+    [
+        (["-n", "0"], "--workers", "0 is not in the range"),
+        (["--memory-limit", "1B"], "--memory-limit", "below 128 MiB"),
+        (["-n", "2", "--scheduler", "tcp://127.0.0.1:1"], "--scheduler", "exclude each other"),
+    ],
+)
+def test_wrong_options_of_a_cluster(
+    words: list[str], where: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, "extract", *words) == 2
+    message = capsys.readouterr().err
+    assert where in message and text in message and message.count("\n") == 1
+
+
+def test_an_app_without_a_name_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer.plan", "--help"])
+    with pytest.raises(SystemExit):
+        run_app(importlib.import_module("trainer.plan.__main__").app, "python -m trainer.plan")
+    assert "Usage: python -m trainer.plan" in capsys.readouterr().out
