@@ -1,1 +1,60 @@
-"""CrossMedia in one command, `crossmedia`, and one import, `import crossmedia as cm`."""
+"""CrossMedia from Python: `import crossmedia as cm`.
+
+    store = cm.open_store("data/features")
+    store["bag/1.jpg"]  # float32, (4096,)
+    run = cm.train("data/samples", images="both")
+    run.evaluate().table
+    run.score(impressions, behaviors)
+    cm.load_model("data/models/ctr").score(rows)
+    cm.Client("http://127.0.0.1:8080").score(rows)
+
+Each name stands for what the command of the same name does, and errors have the same texts. Tables are pandas
+DataFrames, Arrow tables, or dicts of columns (lists, numpy arrays, torch tensors). A module is loaded when one of its
+names is used first.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossmedia.data import FeatureDataset, SampleDataset
+    from crossmedia.models import Client, Model, load_model
+    from crossmedia.runs import Evaluation, Run, open_run, train
+    from crossmedia.store import Store, open_store
+    from crossmedia.tables import with_behaviors
+
+__all__ = [
+    "Client",
+    "Evaluation",
+    "FeatureDataset",
+    "Model",
+    "Run",
+    "SampleDataset",
+    "Store",
+    "load_model",
+    "open_run",
+    "open_store",
+    "train",
+    "with_behaviors",
+]
+
+_MODULES = {
+    "data": ("FeatureDataset", "SampleDataset"),
+    "models": ("Client", "Model", "load_model"),
+    "runs": ("Evaluation", "Run", "open_run", "train"),
+    "store": ("Store", "open_store"),
+    "tables": ("with_behaviors",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module of a public name when it is asked for first."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion in a notebook."""
+    return __all__

@@ -62,7 +62,7 @@ StoreVersion = Annotated[
 """The option --store-version of a job that reads features."""
 
 
-def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None) -> int:
+def run_on_ranks(work: Callable[["Comm"], object], deadline_s: float | None = None) -> int:
     """Do `work` on the ranks that horovodrun or torchrun started, or on one alone; returns the exit code.
 
     The ranks wait up to `deadline_s` for each other. Only rank 0 prints the error, and fills the page of the command.
@@ -83,7 +83,7 @@ def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None
     return code
 
 
-def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
+def _code_of(comm: "Comm", work: Callable[["Comm"], object]) -> int:
     from trainer.loop.training import StoppedError
 
     try:

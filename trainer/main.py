@@ -20,6 +20,7 @@ from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
 from trainer.errors import ConfigError, RemoteRankError
 
 if TYPE_CHECKING:
+    from featurestore.published.paths import RunPath
     from trainer.comm import Comm
     from trainer.loop.summary import ProgressLog
     from trainer.loop.training import Training
@@ -80,7 +81,7 @@ def main(
     raise typer.Exit(on_ranks(load, train))
 
 
-def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], None]) -> int:
+def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], object]) -> int:
     """Do `work` with the loaded settings on every rank, see `run_on_ranks`; return the exit code."""
     load = functools.cache(load)
     deadline_s = None
@@ -99,10 +100,10 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
     return settings
 
 
-def train(config: Config, comm: "Comm") -> None:
-    """Train one run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError.
+def train(config: Config, comm: "Comm") -> "RunPath":
+    """Train one run from opening to report, and return its folder; every rank calls it.
 
-    Of a run that is continued and finished already, nothing is written again.
+    Of a run that is continued and finished already, nothing is written again. Raises TrainerError, FeatureStoreError.
     """
     from featurestore.console.output import text_console
     from trainer.files import checkpoints_of
@@ -120,7 +121,7 @@ def train(config: Config, comm: "Comm") -> None:
         if comm.on_rank_0(lambda: _is_finished(run)):
             say = f"{run.folder} is finished already: step {run.engine.num_steps} of {total_steps(run)}; nothing to do"
             text_console(quiet=not root).print(say)
-            return
+            return run.folder
         removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
         with ProgressLog(run.local if root else None, run.engine.num_steps, total_steps(run)) as progress:
@@ -159,6 +160,7 @@ def train(config: Config, comm: "Comm") -> None:
                     progress.say(traces_text(run.local, run.folder))
             if copied:
                 run.drop_local()
+        return run.folder
 
 
 def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:

@@ -198,6 +198,11 @@ def _recorded(before: Storage) -> dict[str, Any]:
     raise SampleOptionError(f"{before.url} has no samples of build_samples; make them without --days and --since first")
 
 
+def options_of(samples: Storage) -> SampleOptions:
+    """Return the options that samples were made with. Raises SampleOptionError for those of other programs."""
+    return _as_made(SampleOptions(samples=samples.url), _recorded(samples)["options"])
+
+
 def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
     """Complete the options by those that the samples were made with. Raises SampleOptionError where one differs."""
     made: dict[str, Any] = {

@@ -378,7 +378,7 @@ def group_bucket(
     """
     impressions = read_bucket(folder, IMPRESSIONS, num_pieces[0], bucket)
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
-    table = _table(groups, user_columns, ad_columns).sort_by(SORT)
+    table = table_of_groups(groups, user_columns, ad_columns).sort_by(SORT)
     path = Path(folder, f"groups-{bucket:06d}.arrow")
     batch_of_hour, groups_of_hour = _write_hours(path, table, compress)
     return GroupedBucket(
@@ -401,8 +401,8 @@ def columns_of_groups(layout: TableLayout, rules: GroupRules) -> pa.Schema:
     nobody = {name: np.empty(0, np.float32 if kind == "dense" else np.int64) for name, kind in layout.kinds.items()}
     nobody |= {name: np.empty(0, np.int64) for name in layout.constants}
     nothing = {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
-    schema: pa.Schema = _table(make_groups(nobody, nothing, rules), layout.user_columns, layout.ad_columns).schema
-    return schema
+    empty = make_groups(nobody, nothing, rules)
+    return table_of_groups(empty, layout.user_columns, layout.ad_columns).schema
 
 
 def take_groups(
@@ -449,7 +449,7 @@ def _latest_of_day(groups: LogGroups) -> dict[int, int]:
     return {int(day): int(last_G[day_G == day].max()) for day in np.unique(day_G)}
 
 
-def _table(groups: LogGroups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
+def table_of_groups(groups: LogGroups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
     """Make one row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
     impressions, first_G = groups.impressions, groups.start_G
     columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from featurestore.parsing import parse_json
 from featurestore.text import one_line
 from serving.errors import NotFiniteError, ServerSettingsError, ServingError
 from serving.scoring.request import sizes_of
@@ -94,13 +96,25 @@ class RemoteScorer:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        answer = pa.ipc.open_stream(self._post("/v1/score", sink.getvalue().to_pybytes())).read_all()
+        answer = pa.ipc.open_stream(self._sent("/v1/score", sink.getvalue().to_pybytes())).read_all()
         self.version = int((answer.schema.metadata or {})[b"version"])
         logits: Any = answer["logit"].combine_chunks()
         return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
 
-    def _post(self, path: str, body: bytes) -> bytes:
-        """Post an Arrow body to the server, and return its answer. Raises ServingError."""
+    def depths(self) -> dict[str, int]:
+        """Return the columns of the server's model, and how many lists are around the values of each in a request.
+
+        Raises ServingError.
+        """
+        try:
+            name = parse_json(self._sent("/"))["name"]
+            inputs = parse_json(self._sent(f"/v2/models/{quote(name)}"))["inputs"]
+            return {each["name"]: 0 if each["shape"] == [1] else len(each["shape"]) for each in inputs}
+        except (ValueError, KeyError, TypeError) as failure:
+            raise ServingError(f"{self.url} is not a scorer: its description is another's: {failure!r}") from None
+
+    def _sent(self, path: str, body: bytes | None = None) -> bytes:
+        """Post an Arrow body to the server, or get what is there, and return its answer. Raises ServingError."""
         headers = {"Content-Type": _ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         try:
             request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", body, headers)

@@ -1,0 +1,88 @@
+"""Score with a published model: in this process, or by a server."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from crossmedia.tables import Scores, as_html, requests_of, scores_of
+from serving.scoring.samples import RemoteScorer, ca_context
+from serving.scoring.request import PIECE_REQUESTS
+from serving.scoring.scorer import Scorer
+
+
+def load_model(
+    url: str | os.PathLike[str], version: int | None = None, *, cache_dir: str | Path | None = None
+) -> "Model":
+    """Open a published model, by default its version in use. Raises ServingError, FeatureStoreError."""
+    return Model(Scorer.open(str(url), version, cache_dir=cache_dir))
+
+
+class Model:
+    """A version of a published model in this process; a context manager, or `close` it."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    @property
+    def version(self) -> int:
+        """The version of the model."""
+        return self.scorer.identity.version
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of rows to score, with their types."""
+        return {name: f"{rule.side}: {rule}" for name, rule in self.scorer.columns.items()}
+
+    def score(self, rows: Any) -> Scores:
+        """Score rows: logit and probability of each.
+
+        They have the columns of the samples, an impression each or, with lists of ads, a request each; see
+        `with_behaviors` for a raw log. Raises RequestError.
+        """
+        table, _ = requests_of(rows, {name: rule.depth for name, rule in self.scorer.columns.items()})
+        return scores_of(rows, [each.logits_C for each in self.scorer.score(table)])
+
+    def close(self) -> None:
+        """Close the model."""
+        self.scorer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _about(self) -> dict[str, object]:
+        manifest = self.scorer.bundle.manifest
+        return {"version": self.version, "run": manifest.run, "vectors": dict(self.scorer.identity.vectors)}
+
+    def __repr__(self) -> str:
+        about = ", ".join(f"{name}={value!r}" for name, value in self._about().items())
+        return f"Model({self.scorer.bundle.storage.url!r}, {about})"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.scorer.bundle.storage.url, self._about())
+
+
+class Client:
+    """A server of `crossmedia serve`; it gives the scores of the model that it serves.
+
+    `ca`: a PEM file of certificates to trust, in place of the system's.
+    """
+
+    def __init__(self, url: str, token: str | None = None, ca: str | Path | None = None) -> None:
+        self._remote = RemoteScorer(url, token, ca_context(None if ca is None else Path(ca)))
+
+    def score(self, rows: Any) -> Scores:
+        """Score rows as `Model.score` does. Raises ServingError."""
+        table, _ = requests_of(rows, self._remote.depths())
+        logits = []
+        for start in range(0, table.num_rows, PIECE_REQUESTS):
+            logits += self._remote.score(table.slice(start, PIECE_REQUESTS))
+        return scores_of(rows, logits)
+
+    def __repr__(self) -> str:
+        return f"Client({self._remote.url!r})"

@@ -1,0 +1,63 @@
+"""Impressions of a log as rows to score: each with the behaviours before it, in the columns of samples.
+
+Read and checked as `build_samples` reads logs, but in this process, and no row is left out: a bad one is an error.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.published.versions import open_published
+from pipeline.errors import SampleError
+from pipeline.samples.added import options_of
+from pipeline.samples.build import LogTables, latest_of, open_tables, rules_of
+from pipeline.samples.groups import BEHAVIOR_ORDER, make_groups, table_of_groups
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Columns, read_piece
+
+FILE = "rows.parquet"
+
+
+def requests_of_log(impressions: pa.Table, behaviors: pa.Table, samples: str) -> pa.Table:
+    """Make a row for each impression, in their order, as samples have a row for each group.
+
+    Columns, window and user columns are those that `samples` were made with; labels, sessions and dwell times may be
+    left out. The behaviours of an impression are those before itself, not before its session. Raises SampleError.
+    """
+    options = options_of(open_published(samples))
+    with tempfile.TemporaryDirectory() as folder:
+        tables = open_tables(replace(options, logs=folder))
+        shown, user_columns, ad_columns = _read(tables, IMPRESSIONS, impressions, {"session": 0, "label": 0})
+        done = {name: np.empty(0, np.int64) for name in BEHAVIOR_ORDER}
+        if behaviors.num_rows:
+            done, _, _ = _read(tables, BEHAVIORS, behaviors, {"dwell_s": options.min_dwell_s})
+            is_long_N = done.pop("dwell_s") >= options.min_dwell_s
+            done = {name: values_N[is_long_N] for name, values_N in done.items()}
+    shown["session"] = np.arange(impressions.num_rows)  # a group for each
+    return table_of_groups(make_groups(shown, done, rules_of(options)), user_columns, ad_columns).sort_by("session")
+
+
+def _read(
+    tables: LogTables, log: str, table: pa.Table, filled: dict[str, float]
+) -> tuple[Columns, tuple[str, ...], tuple[str, ...]]:
+    """Read the rows of one log, and name its columns of users and of ads; `filled`: values of columns not there."""
+    layout = tables.layouts[log]
+    for name, value in filled.items():
+        written = layout.names.get(name) if layout else name
+        if written is not None and written not in table.column_names:
+            table = table.append_column(written, pa.array(np.full(table.num_rows, value)))
+    if layout:  # wherever their files are
+        tables.layouts[log] = replace(layout, files=log)
+    place = Path(tables.options.logs, log)
+    place.mkdir()
+    pq.write_table(table, place / FILE)
+    pieces = tables.pieces(log)
+    parts = [read_piece(piece, latest_of(tables.options)) for piece in pieces]
+    for part in parts:
+        if part.bad_reason:
+            raise SampleError(f"row {part.bad_row[0]} of the {log}: {part.bad_reason[0]}")
+    columns = {name: np.concatenate([part.good[name] for part in parts]) for name in parts[0].good}
+    return columns, pieces[0].layout.user_columns, pieces[0].layout.ad_columns
