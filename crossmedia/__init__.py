@@ -17,41 +17,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossmedia.data import FeatureDataset, SampleDataset
     from crossmedia.models import Client, Model, load_model
     from crossmedia.runs import Evaluation, Run, open_run, train
     from crossmedia.store import Store, open_store
     from crossmedia.tables import with_behaviors
-
-__all__ = [
-    "Client",
-    "Evaluation",
-    "FeatureDataset",
-    "Model",
-    "Run",
-    "SampleDataset",
-    "Store",
-    "load_model",
-    "open_run",
-    "open_store",
-    "train",
-    "with_behaviors",
-]
+    from trainer.samples.dataset import FeatureDataset, SampleDataset
 
 _MODULES = {
-    "data": ("FeatureDataset", "SampleDataset"),
-    "models": ("Client", "Model", "load_model"),
-    "runs": ("Evaluation", "Run", "open_run", "train"),
-    "store": ("Store", "open_store"),
-    "tables": ("with_behaviors",),
+    "crossmedia.models": ("Client", "Model", "load_model"),
+    "crossmedia.runs": ("Evaluation", "Run", "open_run", "train"),
+    "crossmedia.store": ("Store", "open_store"),
+    "crossmedia.tables": ("with_behaviors",),
+    "trainer.samples.dataset": ("FeatureDataset", "SampleDataset"),
 }
+__all__ = [
+    "Client", "Evaluation", "FeatureDataset", "Model", "Run", "SampleDataset", "Store", "load_model", "open_run",
+    "open_store", "train", "with_behaviors",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Load the module of a public name when it is asked for first."""
     for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from crossmedia.tables import Scores, as_html, requests_of, scores_of
-from serving.scoring.samples import RemoteScorer, ca_context
+from crossmedia.tables import Scores, Shown, scores_of
 from serving.scoring.request import PIECE_REQUESTS
+from serving.scoring.samples import RemoteScorer, ca_context
 from serving.scoring.scorer import Scorer
+from trainer.samples.rows import groups_of_rows, table_of
 
 
 def load_model(
@@ -18,7 +18,7 @@ def load_model(
     return Model(Scorer.open(str(url), version, cache_dir=cache_dir))
 
 
-class Model:
+class Model(Shown):
     """A version of a published model in this process; a context manager, or `close` it."""
 
     def __init__(self, scorer: Scorer) -> None:
@@ -29,18 +29,13 @@ class Model:
         """The version of the model."""
         return self.scorer.identity.version
 
-    @property
-    def columns(self) -> dict[str, str]:
-        """The columns of rows to score, with their types."""
-        return {name: f"{rule.side}: {rule}" for name, rule in self.scorer.columns.items()}
-
     def score(self, rows: Any) -> Scores:
         """Score rows: logit and probability of each.
 
         They have the columns of the samples, an impression each or, with lists of ads, a request each; see
         `with_behaviors` for a raw log. Raises RequestError.
         """
-        table, _ = requests_of(rows, {name: rule.depth for name, rule in self.scorer.columns.items()})
+        table = groups_of_rows(table_of(rows), {name: rule.depth for name, rule in self.scorer.columns.items()})
         return scores_of(rows, [each.logits_C for each in self.scorer.score(table)])
 
     def close(self) -> None:
@@ -50,24 +45,16 @@ class Model:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _about(self) -> dict[str, object]:
-        manifest = self.scorer.bundle.manifest
-        return {"version": self.version, "run": manifest.run, "vectors": dict(self.scorer.identity.vectors)}
-
-    def __repr__(self) -> str:
-        about = ", ".join(f"{name}={value!r}" for name, value in self._about().items())
-        return f"Model({self.scorer.bundle.storage.url!r}, {about})"
-
-    def _repr_html_(self) -> str:
-        return as_html(self.scorer.bundle.storage.url, self._about())
+    def _about(self) -> tuple[str, dict[str, Any]]:
+        bundle = self.scorer.bundle
+        vectors = dict(self.scorer.identity.vectors)
+        return bundle.storage.url, {"version": self.version, "run": bundle.manifest.run, "vectors": vectors}
 
 
-class Client:
+class Client(Shown):
     """A server of `crossmedia serve`; it gives the scores of the model that it serves.
 
     `ca`: a PEM file of certificates to trust, in place of the system's.
@@ -78,11 +65,11 @@ class Client:
 
     def score(self, rows: Any) -> Scores:
         """Score rows as `Model.score` does. Raises ServingError."""
-        table, _ = requests_of(rows, self._remote.depths())
+        table = groups_of_rows(table_of(rows), self._remote.depths())
         logits = []
         for start in range(0, table.num_rows, PIECE_REQUESTS):
             logits += self._remote.score(table.slice(start, PIECE_REQUESTS))
         return scores_of(rows, logits)
 
-    def __repr__(self) -> str:
-        return f"Client({self._remote.url!r})"
+    def _about(self) -> tuple[str, dict[str, Any]]:
+        return self._remote.url, {}

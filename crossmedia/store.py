@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from crossmedia.tables import as_html, keys_of
+from crossmedia.tables import Shown
 from featurestore import FeatureStore, Snapshot
+from featurestore.keys import keys_of_images
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from crossmedia.data import FeatureDataset
+    from trainer.samples.dataset import FeatureDataset
 
 
 def open_store(url: str | os.PathLike[str], version: int | str | None = None) -> "Store":
@@ -22,7 +23,7 @@ def open_store(url: str | os.PathLike[str], version: int | str | None = None) ->
     return Store(store, store.snapshot(version))
 
 
-class Store:
+class Store(Shown):
     """A feature store at one snapshot, as a mapping from images to features.
 
     `store["bag/1.jpg"]` is float32 (D,), `store[["bag/1.jpg", "bag/2.jpg"]]` float32 (U, D); images are uris or keys.
@@ -42,28 +43,18 @@ class Store:
         """The version of the snapshot."""
         return self.snapshot.version
 
-    @property
-    def dim(self) -> int:
-        """The width of a feature."""
-        return self.features.info.dim
-
-    @property
-    def dtype(self) -> str:
-        """The dtype in which the store keeps features; they are read as float32."""
-        return self.features.info.dtype
-
     def __len__(self) -> int:
         """Count the images."""
         return self.snapshot.num_rows
 
     def __contains__(self, image: object) -> bool:
         """Tell whether an image has a feature."""
-        return bool(self.snapshot.contains(keys_of([image]))[0])
+        return bool(self.snapshot.contains(keys_of_images([image]))[0])
 
     def __getitem__(self, images: Any) -> NDArray[np.float32]:
         """Read the feature of an image, (D,), or of several, (U, D). Raises MissingKeysError."""
         is_one = isinstance(images, str | int | np.integer)
-        values_UD = self.snapshot.codec.decode(self.snapshot.get(keys_of([images] if is_one else images)))
+        values_UD = self.snapshot.codec.decode(self.snapshot.get(keys_of_images([images] if is_one else images)))
         feature: NDArray[np.float32] = values_UD[0] if is_one else values_UD
         return feature
 
@@ -77,16 +68,10 @@ class Store:
 
     def dataset(self, cache_dir: str | None = None) -> "FeatureDataset":
         """Make a torch Dataset of the snapshot."""
-        from crossmedia.data import FeatureDataset
+        from trainer.samples.dataset import FeatureDataset
 
         return FeatureDataset(self.url, self.version, cache_dir)
 
-    def _about(self) -> dict[str, object]:
-        return {"rows": f"{len(self):,}", "version": self.version, "dim": self.dim, "dtype": self.dtype}
-
-    def __repr__(self) -> str:
-        about = ", ".join(f"{name}={value}" for name, value in self._about().items())
-        return f"Store({self.url!r}, {about})"
-
-    def _repr_html_(self) -> str:
-        return as_html(self.url, self._about())
+    def _about(self) -> tuple[str, dict[str, Any]]:
+        info = self.features.info
+        return self.url, {"rows": len(self), "version": self.version, "dim": info.dim, "dtype": info.dtype}

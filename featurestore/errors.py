@@ -15,6 +15,7 @@ FeatureStoreError
 │   ├── DimsError           a width that a compact store of these rows cannot have
 │   ├── KeyCollisionError   two uris under one key
 │   └── KeyFileError        a file of keys or uris that has something else
+├── ImageNameError          an image that is named by neither a uri nor a key
 ├── MissingKeysError        keys without a feature
 ├── CommitConflictError     another writer was in the way: read again and retry
 ├── CorruptFileError        a file is damaged, truncated or replaced
@@ -118,6 +119,10 @@ class KeyFileError(InvalidRowsError):
     """A file of keys or uris that cannot be read, is empty, or has something else."""
 
     exit_code = USAGE
+
+
+class ImageNameError(FeatureStoreError):
+    """An image is named by neither a uri nor a key."""
 
 
 class MissingKeysError(FeatureStoreError):

@@ -4,7 +4,9 @@ Exit codes as of every command (`featurestore.console.commandline`); 130 also fo
 Quick to import: torch and Horovod are loaded when the ranks connect.
 """
 
+import atexit
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -16,7 +18,7 @@ import typer
 from featurestore.commands.common import WHICH, read_version_name
 from featurestore.console.commandline import OK, STOPPED, say_error
 from featurestore.console.page import current_page
-from featurestore.errors import UserError
+from featurestore.errors import FAILED, UserError
 from trainer.errors import LostRankError
 
 if TYPE_CHECKING:
@@ -81,6 +83,22 @@ def run_on_ranks(work: Callable[["Comm"], object], deadline_s: float | None = No
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+@functools.cache
+def joined_ranks() -> "Comm":
+    """Return the ranks of horovodrun or torchrun, or this process alone: for a program, until it ends."""
+    from trainer.comm import connect
+
+    def leave() -> None:
+        comm.close()
+        if comm.is_stuck:
+            sys.stdout.flush()
+            os._exit(FAILED)
+
+    comm = connect()
+    atexit.register(leave)
+    return comm
 
 
 def _code_of(comm: "Comm", work: Callable[["Comm"], object]) -> int:

@@ -17,7 +17,7 @@ A metric that is not defined (no impression, or one class only) is None, JSON's 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,13 @@ class Measured:
     clicks: int
     metrics: dict[str, Estimate]
 
+    def row(self) -> dict[str, Any]:
+        """Return the figures by name; `auc_low` and `auc_high` are the ends of the interval of `auc`."""
+        row: dict[str, Any] = {"impressions": self.impressions, "users": self.users, "clicks": self.clicks}
+        for name, estimate in self.metrics.items():
+            row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        return row
+
 
 @dataclass(frozen=True)
 class SlicedBy:
@@ -78,6 +85,13 @@ class Figures:
     whole: Measured
     sliced_by: dict[str, SlicedBy]
     reliability: list[Bin]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for all impressions and one for each slice; low and high are the ends of an interval."""
+        rows = [{"slicing": "", "slice": "all", **self.whole.row()}]
+        for sliced in self.sliced_by.values():
+            rows += [{"slicing": sliced.title, "slice": name, **each.row()} for name, each in sliced.slices.items()]
+        return rows
 
 
 class Statistic(Protocol):

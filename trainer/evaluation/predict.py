@@ -11,6 +11,7 @@ Columns of a file of scores:
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -41,10 +43,11 @@ from trainer.evaluation.slices import (
 )
 from trainer.files import output_at
 from trainer.runs.export import parquet_file
-from trainer.runs.saved import EvaluatedRun, RunSource, open_source
+from trainer.runs.saved import EvaluatedRun, RunSource, open_source, read_run
 from trainer.samples.columns import Index, decode, rules_of, source_columns, texts_of
 from trainer.samples.index import RowGroup, SampleIndex, known_ads, read_row_group
 from trainer.samples.reader import Batch
+from trainer.samples.rows import sample_groups
 from trainer.schema import Schema
 from trainer.stages import ReadAhead
 
@@ -218,6 +221,29 @@ def score_run(source: RunSource, out: str, comm: Comm) -> Written | None:
             file.add(row_group, logit_N[start : start + row_group.num_samples])
             start += row_group.num_samples
         return file.written((*opened.notes, *notes))
+
+
+def score_rows(source: RunSource, rows: pa.Table) -> list[Float]:
+    """Score rows that are in memory by a run, on this rank alone: the logits of each, see `sample_groups`.
+
+    The samples of `source` do not count. Raises TrainerError, FeatureStoreError.
+    """
+    groups = sample_groups(rows, read_run(source.folder, source.checkpoint).schema)
+    if not len(groups):
+        return []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "test")
+        folder.mkdir()
+        pq.write_table(groups, folder / "rows.parquet")
+        predictions = predict_run(
+            source.folder,
+            checkpoint=source.checkpoint,
+            samples=place,
+            store=source.store,
+            store_version=source.store_version,
+        )
+    ends_G = np.cumsum([len(each) for each in groups[groups.column_names[-1]]])
+    return np.split(predictions.logit_N, ends_G[:-1])
 
 
 class ScoreFile:

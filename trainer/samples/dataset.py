@@ -8,12 +8,13 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from featurestore import Codec, FeaturePartition, FeatureStore
-from pipeline.samples.build import schema_of_samples
+from featurestore.published.versions import open_published
 from trainer.comm import SoloComm
 from trainer.samples.index import open_index
 from trainer.samples.reader import Batch, Jagged, SampleReader
 from trainer.samples.survey import fill_in, measure
 from trainer.schema import load_schema
+from trainer.schema.fields import SCHEMA_FILE
 
 Tensors = dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
@@ -51,9 +52,9 @@ class FeatureDataset(Dataset[tuple[int, torch.Tensor]]):
 class SampleDataset(IterableDataset[Tensors]):
     """Batches of samples, as the trainer reads them; for a DataLoader with batch_size=None.
 
-    A batch is a dict: `label` (B,), `user` (B,), `group_of_sample` (B,), each field of numbers (M, width), and each
-    field of IDs or images as (values, lengths): row m has the next `lengths[m]` of the values. M is a row for each
-    group on the user's side, for each sample on the ads' side. Workers of a DataLoader have a part of each batch.
+    A batch is a dict: `label` (B,), `group_of_sample` (B,), each field of numbers (M, width), and each field of IDs or
+    images as (values, lengths): row m has the next `lengths[m]` of the values. M is a row for each group on the user's
+    side, for each sample on the ads' side. Workers of a DataLoader have a part of each batch.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class SampleDataset(IterableDataset[Tensors]):
         epoch: int = 0,
     ) -> None:
         """Read the footers of the samples; `seed`: their order is random in each epoch. Raises DataError."""
-        comm, found = SoloComm(), load_schema(schema or schema_of_samples(samples))
-        train = open_index(comm, samples, "train", found)
+        comm, storage = SoloComm(), open_published(samples)
+        own = storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None
+        found = load_schema(schema or own)
+        train = open_index(comm, storage, "train", found)
         self.schema = fill_in(found, measure(comm, train, found))
-        self.index = train if split == "train" else open_index(comm, samples, split, self.schema)
+        self.index = train if split == "train" else open_index(comm, storage, split, self.schema)
         self.epoch = epoch
         self._options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
 
@@ -94,7 +97,6 @@ def tensors_of(batch: Batch) -> Tensors:
 
     return {
         "label": torch.from_numpy(batch.label_B),
-        "user": torch.from_numpy(batch.group_id_B),
         "group_of_sample": torch.from_numpy(batch.group_of_sample_B),
         **{name: torch.from_numpy(values) for name, values in batch.dense.items()},
         **{name: pair(rows) for name, rows in batch.fields.items()},

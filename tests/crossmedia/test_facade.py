@@ -1,0 +1,234 @@
+"""The same work from Python as by the commands: stores, runs, models, servers and datasets, on a small run."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import crossmedia as cm
+from featurestore.errors import ImageNameError, MissingKeysError, UserError
+from featurestore.keys import key_of_uri
+from featurestore.store import FeatureStore
+from serving.bundle.export import ExportOptions, export_model, write_network
+from tests.commands.calls import ROOT
+from tests.serving.bundle.conftest import no_scores
+from tests.trainer.conftest import Places, make_places, nothing_drawn
+from trainer.errors import ConfigError, DataError
+from trainer.evaluation.predict import predict_run
+from trainer.samples.rows import table_of
+
+MOST_LINES = 400
+FACADE = ("__init__", "models", "runs", "store", "tables")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    return make_places(tmp_path_factory.mktemp("facade"))
+
+
+@pytest.fixture(scope="module")
+def run(places: Places) -> cm.Run:
+    settings = dict(each.split("=", 1) for each in places.settings(train__max_steps=3, data__missing="zeros"))
+    settings["model.compute_dtype"] = "float32"
+    return cm.train(places.folder / "samples", images="both", name="both", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def model(places: Places, run: cm.Run) -> Iterator[cm.Model]:
+    url = str(places.folder / "models" / "ctr")
+    export_model(url, ExportOptions(run=run.folder), network=write_network, measure=no_scores)
+    with cm.load_model(url) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def groups(places: Places) -> pa.Table:
+    """Test samples, a row for each group."""
+    return pq.read_table(places.folder / "samples" / "test", partitioning=None)
+
+
+@pytest.fixture(scope="module")
+def impressions(groups: pa.Table) -> pa.Table:
+    """The same, a row for each impression, without labels and with a column that no model has."""
+    rows = []
+    for group in groups.drop_columns(["label"]).to_pylist():
+        rows += [
+            {name: value[place] if name.startswith("ad_") else value for name, value in group.items()}
+            for place in range(len(group["ad_item"]))
+        ]
+    return pa.Table.from_pylist(rows).append_column("banner", pa.array(["left"] * len(rows)))
+
+
+def test_the_facade_is_small_and_quick_to_import() -> None:
+    files = [ROOT / "crossmedia" / f"{name}.py" for name in FACADE]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= MOST_LINES
+    code = "import sys, crossmedia; dir(crossmedia); sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert sorted(dir(cm)) == sorted(cm.__all__) and all(getattr(cm, name) for name in cm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = cm.nothing  # type: ignore[attr-defined]
+
+
+def test_features_by_uri_key_and_arrays(places: Places) -> None:
+    store = cm.open_store(places.folder / "features")
+    stored = FeatureStore.open(places.folder / "features").snapshot()
+    assert store[1_003].shape == (16,) and store[1_003].dtype == np.float32
+    wanted = stored.codec.decode(stored.get([1_004, 1_003]))
+    for keys in ([1_004, 1_003], np.array([1_004, 1_003]), pa.array([1_004, 1_003]), torch.tensor([1_004, 1_003])):
+        np.testing.assert_array_equal(store[keys], wanted)
+    assert 1_003 in store and key_of_uri("item/3") not in store and "item/3" not in store
+    assert len(store) == 50 and store.to_arrow().num_rows == 50
+    assert repr(store).endswith("rows=50, version=1, dim=16, dtype=float32)")
+    assert "<th>rows</th><td>50</td>" in store._repr_html_()
+    with pytest.raises(MissingKeysError, match="no feature"):
+        store["item/3"]
+    with pytest.raises(ImageNameError, match="by its uri"):
+        store[[1.5]]
+
+
+def test_a_uri_is_hashed(tmp_path: Path, places: Places) -> None:
+    from featurestore.format.rows import FeatureRows
+
+    info = FeatureStore.open(places.folder / "features").info
+    made = FeatureStore.create(tmp_path / "named", info)
+    made.put(FeatureRows.of(["bag/1.jpg"], np.ones((1, 16), np.float32)))
+    assert cm.open_store(tmp_path / "named")["bag/1.jpg"].tolist() == [1.0] * 16
+
+
+def test_a_run_is_trained_and_found_again(run: cm.Run, places: Places) -> None:
+    assert run.config.model.images == "both" and run.report["global_step"] == 3
+    assert 0 < run.metrics["auc"] < 1 and f"auc={run.metrics['auc']:.4f}" in repr(run)
+    assert "<th>auc</th>" in run._repr_html_()
+    assert cm.open_run(run.folder).metrics == run.metrics
+    with pytest.raises(ConfigError, match="not a run's folder"):
+        cm.open_run(places.folder / "samples")
+    with pytest.raises(ConfigError, match=r"model\.imagse"):
+        cm.train(places.folder / "samples", settings={"model.imagse": "both"})
+
+
+def test_an_evaluation_has_a_row_for_each_slice(run: cm.Run, tmp_path: Path) -> None:
+    with nothing_drawn():
+        found = run.evaluate(resamples=10, out=tmp_path / "evaluation")
+    whole, *slices = found.figures.rows()
+    assert whole["impressions"] == sum(each["impressions"] for each in slices if each["slicing"].startswith("age"))
+    assert whole["auc_low"] <= whole["auc"] <= whole["auc_high"]
+    assert repr(found) == f"Evaluation({whole['impressions']} impressions, {len(slices)} slices)"
+    pytest.importorskip("pandas")
+    assert found.table.loc[("", "all"), "auc"] == whole["auc"]
+    assert "<table" in found._repr_html_()
+
+
+def test_scores_are_those_of_the_run_model_and_kind_of_rows(
+    run: cm.Run, model: cm.Model, groups: pa.Table, impressions: pa.Table
+) -> None:
+    wanted = predict_run(run.folder).logit_N
+    for scored in (run.score(groups), run.score(impressions), model.score(groups), model.score(impressions)):
+        np.testing.assert_allclose(scored["logit"].to_numpy(), wanted, atol=1e-5)
+        np.testing.assert_allclose(scored["probability"].to_numpy(), 1 / (1 + np.exp(-wanted)), atol=1e-5)
+    assert "run=" in repr(model) and "<table>" in model._repr_html_() and model.version == 1
+
+
+def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
+    few = impressions.slice(0, 5)
+    wanted = run.score(few)
+    columns: dict[str, Any] = {
+        name: few[name].to_pylist() if name.startswith("behavior") else few[name].to_numpy(zero_copy_only=False)
+        for name in few.column_names
+    }
+    columns["ad_item"] = torch.tensor(columns["ad_item"])
+    assert run.score(columns).equals(wanted)
+    assert run.score(few.combine_chunks().to_batches()[0]).equals(wanted)
+    assert table_of({"numbers": np.ones((2, 3))})["numbers"].to_pylist() == [[1.0] * 3] * 2
+    assert run.score(few.slice(0, 0)).num_rows == 0
+    with pytest.raises(DataError, match="list is not a table"):
+        run.score([1, 2])
+    with pytest.raises(DataError, match="cannot be read"):
+        run.score({"user": [1], "ad_item": [1, 2]})
+    with pytest.raises(DataError, match="no column of an ad"):
+        run.score({"user": [1]})
+
+
+def test_a_data_frame_keeps_its_index(run: cm.Run, model: cm.Model, impressions: pa.Table, groups: pa.Table) -> None:
+    pd = pytest.importorskip("pandas")
+    frame = impressions.slice(0, 5).to_pandas().set_index(pd.Index(list("abcde")))
+    for scorer in (run, model):
+        scored = scorer.score(frame)
+        assert list(scored.index) == list("abcde") and list(scored.columns) == ["logit", "probability"]
+        np.testing.assert_allclose(scored["logit"], scorer.score(impressions.slice(0, 5))["logit"].to_numpy())
+    lengths = groups["ad_item"].combine_chunks().value_lengths().to_pylist()
+    assert list(run.score(groups.slice(0, 2).to_pandas()).index) == [0] * lengths[0] + [1] * lengths[1]
+    assert cm.open_store(run.config.data.store).to_pandas().shape[0] == 50
+
+
+@pytest.mark.services
+def test_a_server_gives_the_scores_of_its_model(model: cm.Model, impressions: pa.Table, groups: pa.Table) -> None:
+    from crossmedia.demo_serving import running
+    from trainer.launch import free_port
+
+    port = free_port()
+    url = model.scorer.bundle.storage.url
+    with running(["-m", "crossmedia", "serve", url, "--port", str(port)], port, "/v2/health/ready", ROOT):
+        client = cm.Client(f"http://127.0.0.1:{port}")
+        assert client.score(impressions).equals(model.score(impressions))
+        assert client.score(groups).equals(model.score(groups))
+        assert repr(client) == f"Client('http://127.0.0.1:{port}')"
+    with pytest.raises(UserError, match="does not answer"):
+        client.score(groups)
+
+
+def test_a_dataset_of_features(places: Places) -> None:
+    store = cm.open_store(places.folder / "features")
+    dataset = store.dataset(str(places.folder / "cache"))
+    key, feature = dataset[3]
+    np.testing.assert_array_equal(feature.numpy(), store[key])
+    again = pickle.loads(pickle.dumps(dataset))
+    batches = list(DataLoader(again, batch_size=20))
+    assert len(dataset) == 50 and [len(keys) for keys, _ in batches] == [20, 20, 10]
+    np.testing.assert_array_equal(batches[0][1].numpy(), store[batches[0][0]])
+
+
+def test_a_dataset_of_samples(places: Places, groups: pa.Table) -> None:
+    samples = str(places.folder / "samples")
+    test = cm.SampleDataset(samples, "test", batch_size=32)
+    label = torch.cat([batch["label"] for batch in DataLoader(test, batch_size=None)])  # type: ignore[misc]
+    assert label.tolist() == groups["label"].combine_chunks().flatten().to_pylist()
+    assert len(test) == -(-len(label) // 32)
+    batch = next(iter(test))
+    values, lengths = batch["behavior_item"]
+    assert int(lengths.sum()) == len(values) and int(batch["group_of_sample"].max()) + 1 == len(lengths)  # type: ignore[union-attr]
+    shuffled = cm.SampleDataset(samples, "train", batch_size=32, seed=1)
+    assert sum(len(each["label"]) for each in shuffled) == shuffled.index.num_samples
+
+
+RANKS = """
+import sys, json
+import crossmedia as cm
+folder, settings = sys.argv[1], json.loads(sys.argv[2])
+run = cm.train(f"{folder}/samples", images="both", name="two", settings=settings)
+print("rank has", len(run.evaluate(resamples=0).figures.rows()), round(run.metrics["auc"], 6))
+"""
+
+
+@pytest.mark.services
+def test_training_on_two_ranks_gives_each_the_run(places: Places, tmp_path: Path) -> None:
+    import json
+
+    from trainer.comm.comm import launcher_of
+
+    script = tmp_path / "train.py"
+    script.write_text(RANKS)
+    settings = dict(each.split("=", 1) for each in places.settings(train__max_steps=2, data__missing="zeros"))
+    line = [*launcher_of(2), str(script), str(places.folder), json.dumps(settings)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = [each.partition("rank has ")[2] for each in done.stdout.splitlines() if "rank has" in each]
+    assert len(found) == 2 and len(set(found)) == 1
