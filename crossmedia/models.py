@@ -1,8 +1,8 @@
 """Score with a published model: in this process, or by a server."""
 
-import os
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from crossmedia.tables import Scores, Shown, scores_of
 from serving.scoring.request import PIECE_REQUESTS
@@ -11,14 +11,12 @@ from serving.scoring.scorer import Scorer
 from trainer.samples.rows import groups_of_rows, table_of
 
 
-def load_model(
-    url: str | os.PathLike[str], version: int | None = None, *, cache_dir: str | Path | None = None
-) -> "Model":
+def load_model(url: str | Path, version: int | None = None, *, cache_dir: str | Path | None = None) -> "Model":
     """Open a published model, by default its version in use. Raises ServingError, FeatureStoreError."""
     return Model(Scorer.open(str(url), version, cache_dir=cache_dir))
 
 
-class Model(Shown):
+class Model(Shown, AbstractContextManager["Model"]):
     """A version of a published model in this process; a context manager, or `close` it."""
 
     def __init__(self, scorer: Scorer) -> None:
@@ -41,9 +39,6 @@ class Model(Shown):
     def close(self) -> None:
         """Close the model."""
         self.scorer.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from crossmedia.tables import Scores, Shown, scores_of, with_behaviors
 from featurestore.published.paths import RunPath, run_path
@@ -21,7 +21,7 @@ from trainer.schema.fields import SETTINGS_FILE
 if TYPE_CHECKING:
     import pandas as pd
 
-Address = str | os.PathLike[str]
+Address = str | os.PathLike[str] | RunPath
 
 
 def train(
@@ -41,8 +41,8 @@ def train(
     settings.yaml of the samples where it is there. `settings`: any others, as {"optim.lr": 0.01}; docs/SETTINGS.md has
     all. Raises TrainerError, FeatureStoreError.
     """
-    file: RunPath | None = run_path(config) if config is not None else run_path(samples) / SETTINGS_FILE
-    file = file if config is not None or file.is_file() else None
+    settings_file = run_path(samples) / SETTINGS_FILE
+    file = run_path(config) if config is not None else settings_file if settings_file.is_file() else None
     named = {"data.samples": samples, "model.images": images, "data.store": store, "run.name": name}
     given = {field: value for field, value in named.items() if value is not None} | dict(settings or {})
     words = [f"{field}={_written(value)}" for field, value in given.items()]
@@ -54,7 +54,7 @@ def train(
 
 def open_run(folder: Address | None = None, checkpoint: str | None = None) -> "Run":
     """Open a trained run, by default the newest in data/runs. Raises ConfigError, CheckpointError."""
-    run = Run(run_or_newest(None if folder is None else str(folder)), checkpoint)
+    run = Run(run_or_newest(_text(folder)), checkpoint)
     run.saved()
     return run
 
@@ -82,8 +82,7 @@ class Run(Shown):
     @property
     def metrics(self) -> dict[str, Any]:
         """The metrics on the test samples at the end of the training."""
-        metrics: dict[str, Any] = self.report.get("metrics", {})
-        return metrics
+        return cast("dict[str, Any]", self.report.get("metrics", {}))
 
     def evaluate(
         self,
@@ -96,8 +95,9 @@ class Run(Shown):
         """Evaluate as `crossmedia evaluate`, on all ranks, and write the report. Raises TrainerError."""
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
         to = None if out is None else run_path(out)
-        figures = evaluate_run(source, EvaluationOptions(resamples, to), joined_ranks())
-        return Evaluation(joined_ranks().broadcast_object(figures))
+        comm = joined_ranks()
+        figures = evaluate_run(source, EvaluationOptions(resamples, to), comm)
+        return Evaluation(comm.broadcast_object(cast("Figures", figures)))
 
     def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:
         """Score rows on this rank: logit and probability of each, as `crossmedia score` computes them.
@@ -106,9 +106,10 @@ class Run(Shown):
         raw log of impressions, and `behaviors` one of behaviours (`with_behaviors`). Labels may be left out. Features
         are those of the training, or of the newest snapshot of `store`. Raises TrainerError, FeatureStoreError.
         """
+        table = table_of(rows)
         if behaviors is not None:
-            rows = with_behaviors(rows, behaviors, self.config.data.samples)
-        return scores_of(rows, score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table_of(rows)))
+            table = with_behaviors(table, table_of(behaviors), self.config.data.samples)
+        return scores_of(rows, score_rows(RunSource(self.folder, self.checkpoint, store=_text(store)), table))
 
     def _about(self) -> tuple[str, dict[str, Any]]:
         return str(self.folder), {name: value for name, value in self.metrics.items() if isinstance(value, float)}

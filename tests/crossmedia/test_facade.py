@@ -149,6 +149,9 @@ def test_tables_of_all_kinds(run: cm.Run, impressions: pa.Table) -> None:
     assert run.score(few.combine_chunks().to_batches()[0]).equals(wanted)
     assert table_of({"numbers": np.ones((2, 3))})["numbers"].to_pylist() == [[1.0] * 3] * 2
     assert run.score(few.slice(0, 0)).num_rows == 0
+    histories = {name: [[]] for name in few.column_names if name.startswith("behavior")}
+    nobody = {name: few[name].to_pylist()[:1] for name in few.column_names} | histories
+    assert run.score(nobody).num_rows == 1, "a list without a value has no type in Arrow"
     with pytest.raises(DataError, match="list is not a table"):
         run.score([1, 2])
     with pytest.raises(DataError, match="cannot be read"):

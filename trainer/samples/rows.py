@@ -51,6 +51,7 @@ def groups_of_rows(table: pa.Table, depths: Mapping[str, int]) -> pa.Table:
     Of a table with an impression in each row, the columns of its ad lack the list of ads: they get lists of one.
     """
     table = table.select([name for name in table.column_names if name in depths])
+    table = table.cast(pa.schema([pa.field(each.name, _known(each.type)) for each in table.schema]))
     offsets = pa.array(np.arange(table.num_rows + 1), pa.int32())
     for place, field in enumerate(table.schema):
         if _depth(field.type) == depths[field.name] - 1:
@@ -70,6 +71,13 @@ def sample_groups(table: pa.Table, schema: Schema) -> pa.Table:
     offsets = np.concatenate([[0], np.cumsum(lengths_G)])
     labels = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.zeros(offsets[-1], np.int8)))
     return groups.append_column(schema.label, labels)
+
+
+def _known(kind: pa.DataType) -> pa.DataType:
+    """Return a column's type; of one without a value, such as empty lists alone, it is that of IDs."""
+    if _depth(kind):
+        return pa.list_(_known(kind.value_type))
+    return pa.int64() if pa.types.is_null(kind) else kind
 
 
 def _depth(kind: pa.DataType) -> int:

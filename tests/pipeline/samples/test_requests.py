@@ -1,0 +1,58 @@
+"""Impressions of a log as rows to score: the columns and the histories that samples have, in the log's order."""
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from featurestore.errors import UserError
+from pipeline.errors import SampleError
+from pipeline.samples.requests import requests_of_log
+from tests.pipeline.samples.rows import DAY_S, done, random_logs, shown, table
+
+
+@pytest.mark.services
+def test_each_impression_has_the_history_that_its_group_has(build, tmp_path: Path) -> None:
+    """Where each impression is a session of its own, its row is that of the samples."""
+    impressions, behaviors = random_logs(random.Random(3))
+    impressions = [row | {"session": place} for place, row in enumerate(impressions[:60])]
+    samples, _ = build(impressions, behaviors, max_behaviors=4, window_days=5)
+    asked = table([{name: value for name, value in row.items() if name != "label"} for row in impressions])
+    rows = requests_of_log(asked, table(behaviors), str(tmp_path / "samples")).to_pylist()
+    wanted = {row["session"]: row for row in samples}
+    assert [row["ad_item"] for row in rows] == [[row["item"]] for row in impressions]
+    for row in rows:
+        assert row | {"label": wanted[row["session"]]["label"]} == wanted[row["session"]]
+
+
+@pytest.mark.services
+def test_own_names_of_columns_are_those_of_the_mapping(build, tmp_path: Path) -> None:
+    mapping = tmp_path / "mapping.yaml"
+    mapping.write_text("impressions: {columns: {user: person}}\nbehaviors: {columns: {user: person}}\n")
+    impressions, behaviors = [shown(100), shown(DAY_S)], [done(50)]
+
+    def named(rows: pa.Table) -> pa.Table:
+        return rows.rename_columns(["person" if name == "user" else name for name in rows.column_names])
+
+    _, summary = build(impressions, behaviors)
+    options = summary["options"] | {"mapping": str(mapping)}
+    (tmp_path / "samples" / "summary.json").write_text(json.dumps(summary | {"options": options}))
+    rows = requests_of_log(named(table(impressions)), named(table(behaviors)), str(tmp_path / "samples"))
+    assert rows["behavior_item"].to_pylist() == [[6], [6]]
+
+
+@pytest.mark.services
+def test_what_a_job_would_quarantine_is_an_error(build, tmp_path: Path) -> None:
+    build([shown(100)], [done(50)])
+    samples = str(tmp_path / "samples")
+    bad = table([shown(100), shown(200, user=None)])
+    with pytest.raises(SampleError, match="row 1 of the impressions: user is null"):
+        requests_of_log(bad, table([done(50)]), samples)
+    none = table([done(50)]).slice(0, 0)
+    assert requests_of_log(table([shown(100)]), none, samples)["behavior_item"].to_pylist() == [[]]
+    short = table([done(50, dwell_s=1.0)])
+    assert requests_of_log(table([shown(100)]), short, samples)["behavior_item"].to_pylist() == [[]]
+    with pytest.raises(UserError, match="no samples of build_samples"):
+        requests_of_log(table([shown(100)]), none, str(tmp_path))
