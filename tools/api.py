@@ -11,6 +11,20 @@ from tools.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
+    "import crossmedia as cm": [
+        "crossmedia.open_store",
+        "crossmedia.Store",
+        "crossmedia.train",
+        "crossmedia.open_run",
+        "crossmedia.Run",
+        "crossmedia.Evaluation",
+        "crossmedia.load_model",
+        "crossmedia.Model",
+        "crossmedia.Client",
+        "crossmedia.with_behaviors",
+        "crossmedia.FeatureDataset",
+        "crossmedia.SampleDataset",
+    ],
     "The store": [
         "featurestore.FeatureStore",
         "featurestore.Snapshot",
@@ -131,7 +145,7 @@ def section(path: str, each: griffe.Object) -> Iterator[str]:
 def page() -> str:
     """Write the whole page."""
     loader = griffe.GriffeLoader(search_paths=[ROOT], allow_inspection=False)
-    for package in ("featurestore", "trainer", "serving"):
+    for package in ("crossmedia", "featurestore", "trainer", "serving"):
         loader.load(package)
     parts = [HEAD]
     for title, paths in NAMES.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 import griffe
 import pytest
 
+import crossmedia
 import featurestore
 from tools import api
 
@@ -57,7 +58,8 @@ def test_docstrings_are_there_and_what_is_private_is_not(page: str) -> None:
 
 def test_every_public_name_of_the_store_is_on_the_page() -> None:
     named = {name for names in api.NAMES.values() for name in names}
-    assert {f"featurestore.{name}" for name in featurestore.__all__} <= named
+    for package in (crossmedia, featurestore):
+        assert {f"{package.__name__}.{name}" for name in package.__all__} <= named
     text = api.page()
     titles = re.findall(r"^### `(\w+)`", text, re.MULTILINE)
     assert titles == [name.rpartition(".")[2] for names in api.NAMES.values() for name in names]

@@ -231,7 +231,7 @@ class TestTwoRanks:
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-STEP_6 = "python -m trainer.main --config data/samples/settings.yaml --set run.name=both"
+STEP_6 = "crossmedia train --config data/samples/settings.yaml --set run.name=both"
 QUICK = ["data.global_batch_size=64", "train.epochs=1", "train.log_every=1", "model.compute_dtype=float64"]
 
 
@@ -242,7 +242,7 @@ class Shop:
     folder: Path
 
     def words(self, name: str) -> list[str]:
-        """The README's step 6 behind `python`, as quick as 8 ranks need it and the same from every folder."""
+        """The README's step 6 by its module, as quick as 8 ranks need it and the same from every folder."""
         data = self.folder / "data"
         config = ["--config", str(data / "samples" / "settings.yaml"), "--set", f"run.name={name}"]
         places = {"data.store": "features", "data.cache_dir": "cache", "run.dir": "runs"}
@@ -280,7 +280,8 @@ def test_a_launchers_job_is_that_of_one_rank(
     """The README's command by its launchers, from losses to checkpoint; other tests start ranks by themselves."""
     assert f"\nhorovodrun -np 2 {STEP_6}\n" in README
     name = launcher.split(maxsplit=1)[0] + str(num_ranks)
-    words = [*launcher.split(), *STEP_6.replace("python ", "").replace("=both", f"={name}").split(), *QUICK]
+    by_module = STEP_6.replace("crossmedia", "-m crossmedia").replace("=both", f"={name}")
+    words = [*launcher.split(), *by_module.split(), *QUICK]
     where = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         words, cwd=shop.folder, capture_output=True, text=True, check=False, env=environment() | {"PATH": where},
