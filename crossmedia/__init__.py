@@ -9,8 +9,7 @@
     cm.Client("http://127.0.0.1:8080").score(rows)
 
 Each name stands for what the command of the same name does, and errors have the same texts. Tables are pandas
-DataFrames, Arrow tables, or dicts of columns (lists, numpy arrays, torch tensors). A module is loaded when one of its
-names is used first.
+DataFrames, Arrow tables, or dicts of columns (lists, numpy arrays, torch tensors).
 """
 
 import importlib

@@ -73,13 +73,13 @@ def sample_groups(table: pa.Table, schema: Schema) -> pa.Table:
     return groups.append_column(schema.label, labels)
 
 
-def _known(kind: pa.DataType) -> pa.DataType:
+def _known(kind: Any) -> pa.DataType:
     """Return a column's type; of one without a value, such as empty lists alone, it is that of IDs."""
     if _depth(kind):
         return pa.list_(_known(kind.value_type))
     return pa.int64() if pa.types.is_null(kind) else kind
 
 
-def _depth(kind: pa.DataType) -> int:
+def _depth(kind: Any) -> int:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return 1 + _depth(kind.value_type) if is_list else 0
