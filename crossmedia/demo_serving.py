@@ -18,7 +18,7 @@ import numpy as np
 from featurestore.errors import UserError
 
 NUM_CANDIDATES, NUM_REQUESTS = 200, 200
-_READY_S, _SWITCH_S, _STOP_S = 120, 60, 20
+_READY_S, _SWITCH_S, _STOP_S = 300, 60, 20
 
 
 class ServerError(UserError):

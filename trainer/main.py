@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainer.comm import Comm
     from trainer.loop.summary import ProgressLog
     from trainer.loop.training import Training
+    from trainer.runs.folder import Checkpoint
     from trainer.runs.open import Run
 
 EXAMPLES = """
@@ -106,13 +107,10 @@ def train(config: Config, comm: "Comm") -> "RunPath":
     Of a run that is continued and finished already, nothing is written again. Raises TrainerError, FeatureStoreError.
     """
     from featurestore.console.output import text_console
-    from trainer.files import checkpoints_of
     from trainer.loop import summary
     from trainer.loop.summary import PLACE, ProgressLog, traces_text
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.open import claim_folder, open_run
-    from trainer.runs.saving import DAMAGED
-    from trainer.runs.warmstart import not_taken
 
     started = time.time()
     comm.deadline_s = config.run.deadline_s
@@ -130,21 +128,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
                 f"{run.folder}: {readers}, {summary.hardware_text(hardware, comm.size)}, "
                 f"step {run.engine.num_steps} of {total_steps(run)}"
             )
-            for line in run.lacked:
-                progress.say(line)
-            for each in run.passed_over:
-                progress.say(
-                    f"warning: {each.checkpoint.name} is passed over, and kept as {DAMAGED}{each.checkpoint.name} in "
-                    f"{checkpoints_of(run.folder)}: {each.why}; continuing from step {run.engine.num_steps}"
-                )
-            if removed:
-                progress.say(f"removed by run.overwrite=true: {', '.join(each.name for each in removed)}")
-            if run.warm_start:
-                progress.say(
-                    f"warm start from {run.warm_start.checkpoint}: {', '.join(run.warm_start.parts) or 'nothing'}"
-                )
-                if untaken := not_taken(run.origin.model, run.warm_start):
-                    progress.say(f"not taken, as no field of this run has them: ID tables {', '.join(untaken)}")
+            _say_beginning(run, removed, progress)
             training = Training(run, progress, signals)
             training.fit()
             training.totals.missing_by_store = {name: each.missing_count for name, each in run.partitions.items()}
@@ -161,6 +145,27 @@ def train(config: Config, comm: "Comm") -> "RunPath":
             if copied:
                 run.drop_local()
         return run.folder
+
+
+def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressLog") -> None:
+    """Report which images are lacking, and what the run begins with: checkpoints left out or removed, a warm start."""
+    from trainer.files import checkpoints_of
+    from trainer.runs.saving import DAMAGED
+    from trainer.runs.warmstart import not_taken
+
+    for line in run.lacked:
+        progress.say(line)
+    for each in run.passed_over:
+        progress.say(
+            f"warning: {each.checkpoint.name} is passed over, and kept as {DAMAGED}{each.checkpoint.name} in "
+            f"{checkpoints_of(run.folder)}: {each.why}; continuing from step {run.engine.num_steps}"
+        )
+    if removed:
+        progress.say(f"removed by run.overwrite=true: {', '.join(each.name for each in removed)}")
+    if run.warm_start:
+        progress.say(f"warm start from {run.warm_start.checkpoint}: {', '.join(run.warm_start.parts) or 'nothing'}")
+        if untaken := not_taken(run.origin.model, run.warm_start):
+            progress.say(f"not taken, as no field of this run has them: ID tables {', '.join(untaken)}")
 
 
 def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
