@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.report import write_report
+from crossmedia import demo
 from featurestore.console.output import print_rows, text_console
-from tools import demo
 from trainer import daily as daytable
 from trainer.config.config import load_config, save_config
 from trainer.evaluation import report
