@@ -36,7 +36,10 @@ START, IMAGES, SAMPLES, TRAINING = "Start", "Images and features", "Samples", "T
 RESULTS, SERVING, RETRIEVAL, VIEWS = "Results", "Models in use", "Pre-ranking", "Look and plan"
 MODEL_COMMANDS = ("info", "log", "use", "expire", "check")
 GROUPS: dict[str, dict[str, Entry]] = {
-    START: {"demo": Entry("Try all of it on drawn clothes: data, four trainings, a scorer.", ("crossmedia.demo",))},
+    START: {
+        "demo": Entry("Try all of it on drawn clothes: data, four trainings, a scorer.", ("crossmedia.demo",)),
+        "demo-data": Entry("Draw the images and the logs of the demo.", ("jobs.make_demo_data",)),
+    },
     IMAGES: {
         "extract": Entry("Compute the feature of every image once.", ("jobs.extract_features",)),
         "refresh": Entry("Compute the features of new and changed images.", ("jobs.refresh_features",)),

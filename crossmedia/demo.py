@@ -64,12 +64,12 @@ def run_step(title: str, command: Sequence[str | Path]) -> None:
 
 def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | None, labels: Path | None) -> None:
     """Make the demo data, the feature store and the samples under `place`."""
-    data: list[str | Path] = ["-m", "jobs.make_demo_data", "--out", place, "--seed", str(seed)]
+    data: list[str | Path] = ["demo-data", "--out", place, "--seed", str(seed)]
     data += ["--small"] if small else []
     data += ["--force"] if force else []
     data += ["--images", images] if images else []
     data += ["--labels", labels] if labels else []
-    run_step("Demo data", [sys.executable, *data])
+    run_step("Demo data", [*CROSSMEDIA, *data])
     if force:  # features of other images, or of another network, do not mix with these
         shutil.rmtree(place / "features", ignore_errors=True)
     extract: list[str | Path] = ["--images", images or place / "images", "--store", place / "features"]

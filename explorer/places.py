@@ -32,7 +32,7 @@ class Places:
         if self.store is not None:
             FeatureStore.open(self.store)
         if self.runs is not None and not run_path(self.runs).is_dir():
-            raise ExplorerError(f"--runs {self.runs}: there is no such folder; runs are made by python -m trainer.main")
+            raise ExplorerError(f"--runs {self.runs}: there is no such folder; runs are made by crossmedia train")
         if self.samples is not None and not run_path(self.samples).is_dir():
             raise ExplorerError(f"--samples {self.samples}: there is no such folder; name the folder of your samples")
         if self.images is not None:

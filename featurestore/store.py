@@ -134,7 +134,7 @@ class FeatureStore:
             raise AnotherStoreError(
                 f"channel {name} of {self.url} points to snapshot {move.version} of commit {move.commit_id[:8]}, and"
                 f" snapshot {move.version} is commit {manifest.commit_id[:8]} here: the store was put back from a"
-                f" backup, or made again; set the channel again: python -m featurestore channel {self.url} {name} N"
+                f" backup, or made again; set the channel again: crossmedia store channel {self.url} {name} N"
             )
         return Snapshot(self.storage, self.info, manifest)
 
@@ -263,6 +263,6 @@ class Reduction(NamedTuple):
         store = FeatureStore.open(address)
         if store.basis is None:
             raise SpecMismatchError(
-                f"{store.url} is not compact: make a compact store of it with `python -m featurestore remake --dims`"
+                f"{store.url} is not compact: make a compact store of it with `crossmedia store remake --dims`"
             )
         return cls(store.basis, store.info.dtype)

@@ -1,4 +1,4 @@
-"""Publish a trained run as the next version of a model that python -m serving answers requests with."""
+"""Publish a trained run as the next version of a model that crossmedia serve answers requests with."""
 
 import shlex
 import time
@@ -78,7 +78,7 @@ def main(
     gate: Gate = True,
     json_file: JsonOption = None,
 ) -> None:
-    """Publish a trained run as the next version of a model that python -m serving answers requests with.
+    """Publish a trained run as the next version of a model that crossmedia serve answers requests with.
 
     A version has everything for scoring: the network, the ID rows, and the visual vectors of all images of the newest
     snapshot of each feature store. Only the vectors change later: publish_vectors keeps them up to date. Leftovers of
@@ -175,9 +175,9 @@ def summary_text(
             *lines,
             f"time         {seconds:.1f} s",
             f"published    version {manifest.version} of {out}, {'in use' if in_use else 'not in use yet'}",
-            f"next         python -m serving {shlex.quote(out)}"
+            f"next         crossmedia serve {shlex.quote(out)}"
             if in_use
-            else f"next         python -m serving use {shlex.quote(out)} {manifest.version}",
+            else f"next         crossmedia model use {shlex.quote(out)} {manifest.version}",
         ]
     )
 

@@ -81,7 +81,7 @@ def summary_text(summary: dict[str, Any]) -> str:
             *split_lines,
             f"fields       {fields}",
             f"samples      {where}",
-            f"next         python -m trainer.main --config {where.rstrip('/')}/{SETTINGS_FILE} --set data.store=STORE",
+            f"next         crossmedia train --config {where.rstrip('/')}/{SETTINGS_FILE} --set data.store=STORE",
         ]
     )
 

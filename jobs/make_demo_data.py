@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
 \b
-python jobs/make_demo_data.py
-python jobs/make_demo_data.py --small --out /tmp/demo --seed 7
-python jobs/make_demo_data.py --images photos --labels photos.csv --out data/demo-photos
+crossmedia demo-data
+crossmedia demo-data --small --out /tmp/demo --seed 7
+crossmedia demo-data --images photos --labels photos.csv --out data/demo-photos
 """
 app = CommandApp(report=True, rich_markup_mode="rich")
 
@@ -69,9 +69,7 @@ def summary_text(options: DemoOptions, summary: "DemoSummary") -> str:
         lines.append(f"unlabelled   {content['num_unlabelled']:,} images")
     lines.append(f"images       {summary.images}")
     if options.images:  # they stay where they are, so the extraction needs their folder
-        lines.append(
-            f"next         jobs/extract_features.py --images {summary.images} --store {options.out / 'features'}"
-        )
+        lines.append(f"next         crossmedia extract --images {summary.images} --store {options.out / 'features'}")
     return "\n".join([*lines, f"logs         {options.out / 'logs'}"])
 
 

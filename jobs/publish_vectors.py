@@ -105,7 +105,7 @@ def _published(
         )
     print_summary(summary_text(report, eps))
     if report.most_files > 1 + MAX_DELTAS:
-        print_summary(f"next         python -m featurestore compact {url}")
+        print_summary(f"next         crossmedia store compact {url}")
     return report
 
 

@@ -263,7 +263,7 @@ class SampleOptions:
     mapping: Annotated[
         str | None,
         typer.Option(
-            help="YAML file that says how your own tables are called, CSV or Parquet; python -m trainer.schema inspect "
+            help="YAML file that says how your own tables are called, CSV or Parquet; crossmedia schema inspect "
             "LOGS writes a first one."
         ),
     ] = None

@@ -274,7 +274,7 @@ def expire(
     """Remove versions that none of these options keeps, with all of their files.
 
     The version in use and the newest one always stay. Leftovers of killed exports are removed after a day. The grace
-    time must be longer than a scorer takes to switch. To remove snapshots of vectors, use `python -m featurestore
+    time must be longer than a scorer takes to switch. To remove snapshots of vectors, use `crossmedia store
     expire`."""
     from featurestore.storage.storage import Storage
     from serving.bundle.log import expire as expire_versions

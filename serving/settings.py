@@ -94,7 +94,7 @@ class AccessSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(AccessSettings):
-    """The options of `python -m serving serve`."""
+    """The options of `crossmedia serve`."""
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
     name: Annotated[str, typer.Option(help="Name in /v2/models/NAME.", show_default="the last part of MODEL")] = ""

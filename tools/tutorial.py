@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "TUTORIAL.md"
 QUICK = {"--small": "--items 200 --users 150 --days 4", "random:0": "random:0 --backbone mobilenet_v3_small:avgpool"}
 """Replacements in the commands, for few clicks and features of a small network."""
-SERVERS = re.compile(r"python -m (serving data|explorer)")
+SERVERS = re.compile("crossmedia (serve|explore) ")
 
 
 def blocks_of(page: str) -> list[str]:
@@ -59,9 +59,9 @@ def follow(page: str, folder: Path) -> None:
             text = block.replace("8080", str(port))
             if SERVERS.match(text):
                 own = port if str(port) in text else free_port()
-                ready = "/v2/health/ready" if "serving" in text else "/"
+                ready = "/v2/health/ready" if " serve " in text else "/"
                 port_option = [] if own == port else ["--port", str(own)]
-                servers.enter_context(running([*text.split()[1:], *port_option], own, ready, folder, environment()))
+                servers.enter_context(running(["-m", *text.split(), *port_option], own, ready, folder, environment()))
                 continue
             for command in commands_of(text):
                 print(f"$ {command}", flush=True)
@@ -84,7 +84,6 @@ def main() -> int:
     page = quick_page() if parser.parse_args().quick else PAGE.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "jobs").symlink_to(ROOT / "jobs")
         follow(page, folder)
     return 0
 

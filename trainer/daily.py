@@ -1,6 +1,6 @@
-"""Daily training: python -m trainer.daily trains on the days that are new.
+"""Daily training: crossmedia daily trains on the days that are new.
 
-`python -m trainer.daily` is one rank; `horovodrun -np P python -m trainer.daily` is P of them. What is done is in the
+`crossmedia daily` is one rank; `horovodrun -np P crossmedia daily` is P of them. What is done is in the
 runs' folders alone, so a job that was killed at any time continues where it stopped.
 """
 
@@ -394,7 +394,7 @@ def _days_of(samples: str) -> list[str]:
     if not days:
         raise DataNotFoundError(
             f"data.samples={samples} has no file day=DAY*.parquet in train/ or test/; "
-            "write samples with: python jobs/build_samples.py"
+            "write samples with: crossmedia samples"
         )
     return days
 

@@ -1,6 +1,6 @@
-"""python -m trainer.evaluate RUN: measure a trained run on test samples, with intervals, or compare it with another.
+"""crossmedia evaluate RUN: measure a trained run on test samples, with intervals, or compare it with another.
 
-`horovodrun -np P python -m trainer.evaluate RUN` does it on P ranks, whatever number the run was trained on.
+`horovodrun -np P crossmedia evaluate RUN` does it on P ranks, whatever number the run was trained on.
 """
 
 from functools import partial

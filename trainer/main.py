@@ -1,6 +1,6 @@
 """The trainer's command line: parse, connect, open, train, report, always close.
 
-`python -m trainer.main` is one rank; `horovodrun -np P python -m trainer.main` is P of them, and so is
+`crossmedia train` is one rank; `horovodrun -np P crossmedia train` is P of them, and so is
 `torchrun --nproc-per-node P -m trainer.main`.
 """
 

@@ -1,4 +1,4 @@
-"""python -m trainer.slurm -- COMMAND: run a command on the ranks of this Slurm job (docs/RANKS.md).
+"""crossmedia slurm -- COMMAND: run a command on the ranks of this Slurm job (docs/RANKS.md).
 
 srun starts this module again for each rank, which finds its place in Slurm's variables and becomes the command.
 """

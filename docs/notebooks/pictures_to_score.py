@@ -152,7 +152,7 @@ def _(mo):
     mo.md("""
     ## 4. A short training
 
-    On one rank. `horovodrun -np 2 python -m trainer.main ...` trains the same model on two, with the same losses.
+    On one rank. `horovodrun -np 2 crossmedia train ...` trains the same model on two, with the same losses.
     """)
 
 
@@ -280,8 +280,8 @@ def _(PLACE, mo):
     mo.md(f"""
     ## Next
 
-    - The same model over HTTP: `python -m serving {PLACE / "model"} --port 8080`, and docs/SERVE.md for requests.
-    - All of this as pages: `python -m explorer --store {PLACE / "features"} --runs {PLACE / "runs"}
+    - The same model over HTTP: `crossmedia serve {PLACE / "model"} --port 8080`, and docs/SERVE.md for requests.
+    - All of this as pages: `crossmedia explore --store {PLACE / "features"} --runs {PLACE / "runs"}
       --samples {PLACE / "samples"} --images {PLACE / "images"}`
     - Your own data: docs/OWN_DATA.md.
     """)

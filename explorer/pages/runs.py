@@ -124,7 +124,7 @@ class RunPages(PageKind):
             live=live,
             evaluation=evaluation,
             evaluation_problem=problem,
-            command=f"python -m trainer.evaluate {shlex.quote(str(folder))}",
+            command=f"crossmedia evaluate {shlex.quote(str(folder))}",
             settings=[(name, comparing.text_of(value)) for name, value in facts.settings.items()],
             stores=_stores(facts),
             titles=TITLES,
@@ -187,7 +187,7 @@ class RunPages(PageKind):
         places = self.site.places
         folders = [open_run(places, name) for name in names]
         commands = [
-            f"python -m trainer.evaluate {shlex.quote(str(folder))} --against {shlex.quote(str(folders[0]))}"
+            f"crossmedia evaluate {shlex.quote(str(folder))} --against {shlex.quote(str(folders[0]))}"
             for folder in folders[1:]
         ]
         state = [read_facts(folder).checkpoint for folder in folders]
@@ -287,7 +287,7 @@ def _worth_commands(places: Places, runs: Sequence[RunFacts]) -> list[str]:
         free = next(each for each in names if each not in taken)
         settings = [f"run.name={free}", f"model.images={images}", *more]
         options = [*words, *(word for setting in settings for word in ("--set", setting))]
-        commands.append(f"python -m trainer.main {' '.join(map(shlex.quote, options))}")
+        commands.append(f"crossmedia train {' '.join(map(shlex.quote, options))}")
     return commands
 
 

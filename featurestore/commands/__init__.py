@@ -1,1 +1,1 @@
-"""The commands of python -m featurestore, one file for each kind; __main__ combines their `app`s."""
+"""The commands of crossmedia store, one file for each kind; __main__ combines their `app`s."""

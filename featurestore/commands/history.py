@@ -285,7 +285,7 @@ def channel(
         if moves:
             _print_moves(store, moves, ("channel", "snapshot", "moved", "commit", "rows in files", "why", "writer"))
         else:
-            print_summary("no channel yet: set one with python -m featurestore channel URL NAME N")
+            print_summary("no channel yet: set one with crossmedia store channel URL NAME N")
     elif version is None:
         find_channel(store.storage, name)
         moves = read_moves(store.storage, name)[::-1]

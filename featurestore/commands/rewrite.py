@@ -62,7 +62,7 @@ def remake(
         report = remake_store(store, out, dims=dims, dtype=dtype, version=number, progress=progress)
     show_remade(report)
     if dims is not None:
-        print_summary(f"next: python -m trainer.plan --store {out} predicts bytes and time of a step with it")
+        print_summary(f"next: crossmedia plan --store {out} predicts bytes and time of a step with it")
 
 
 def show_remade(report: "RemakeReport") -> None:

@@ -58,7 +58,7 @@ def connect(
     missing: MissingPolicy = "error",
     timeout_s: float = 60.0,
 ) -> "FeatureClient":
-    """Connect to a feature server (`python -m featurestore serve`): `grpc://HOST:PORT`, or `grpc+tls://` over TLS.
+    """Connect to a feature server (`crossmedia store serve`): `grpc://HOST:PORT`, or `grpc+tls://` over TLS.
 
     `token` is one of the server's --token-file; `ca` a file of certificates to trust, by default those of the system.
     The newest snapshot that the server offers is opened, or that of `version`, and stays the same. `missing` is as of

@@ -209,7 +209,7 @@ class ShardReader:
                 # What decided which rows live was read without the file's digest.
                 same = np.array_equal(keys_K, keys_N[here])
                 if not same or not np.array_equal(numpy_column(table, DELETED), deleted_N[here]):
-                    raise CorruptFileError(f"{file.path} changed while it was read: run python -m featurestore verify")
+                    raise CorruptFileError(f"{file.path} changed while it was read: run crossmedia store verify")
                 block_place_K = place_K[start : start + len(table)]
                 start += len(table)
                 live_K = block_place_K >= 0

@@ -276,7 +276,7 @@ def _check_order(hash_M: UInt64Array, reader: ShardReader) -> None:
     if not in_order or not bool((shard_of_hash(hash_M, reader.info.num_shards) == reader.shard).all()):
         raise CorruptFileError(
             f"the files of shard {reader.shard} of {reader.storage.url} are out of order or hold keys of other shards:"
-            " run python -m featurestore verify"
+            " run crossmedia store verify"
         )
 
 

@@ -120,7 +120,7 @@ def _folder(name: str) -> str:
 
 def _read(storage: Storage, name: str, number: int) -> ChannelMove:
     path = manifest_path(number, _folder(name))
-    way_out = f"set the channel again: python -m featurestore channel {storage.url} {name} N"
+    way_out = f"set the channel again: crossmedia store channel {storage.url} {name} N"
     try:
         move = read_sealed(storage, path, ChannelMove)
     except FileNotFoundError as error:

@@ -88,7 +88,7 @@ def refuse_unsafe(storage: Storage) -> None:
     if problems:
         raise UnsafeBackendError(
             f"{storage.url} cannot hold a store, as commits could be lost there: {'; '.join(problems)}. Use a disk or"
-            " a server whose conditional put is atomic; `python -m featurestore check-backend URL` tries it at length"
+            " a server whose conditional put is atomic; `crossmedia store check-backend URL` tries it at length"
         )
 
 

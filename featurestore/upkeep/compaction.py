@@ -175,7 +175,7 @@ class _RowSource:
     def take(self, rows_K: Int64Array) -> pa.Table:
         """Return rows by their numbers, which continue where the last call ended."""
         if rows_K[0] < self._next or (rows_K[1:] <= rows_K[:-1]).any():
-            raise CorruptFileError(f"{self._path} is not in the order of splitmix64: run python -m featurestore verify")
+            raise CorruptFileError(f"{self._path} is not in the order of splitmix64: run crossmedia store verify")
         self._next = int(rows_K[-1]) + 1
         pieces = []
         while len(rows_K):

@@ -214,7 +214,7 @@ class _Expiry:
         try:
             manifest = log.find(self.storage, version, folders)
         except CorruptFileError as error:
-            way_out = f"python -m featurestore repair {self.store.url}, then run expire again"
+            way_out = f"crossmedia store repair {self.store.url}, then run expire again"
             raise CorruptFileError(f"{error}; {way_out}") from error
         if manifest is None:
             raise StorageError(

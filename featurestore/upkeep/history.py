@@ -282,7 +282,7 @@ def read_pins(storage: Storage) -> list[Pin]:
         except FileNotFoundError:
             continue  # unpinned meanwhile
         except CorruptFileError as error:
-            way_out = f"python -m featurestore unpin {storage.url} {pin_name}, and pin the snapshot again"
+            way_out = f"crossmedia store unpin {storage.url} {pin_name}, and pin the snapshot again"
             raise CorruptFileError(f"{error}: {way_out}") from error
     return found
 

@@ -279,7 +279,7 @@ class _Purge:
     def _check_readable(self, newest: Manifest, traces: Sequence[Trace]) -> None:
         unread = {trace.path: trace.text for trace in traces if trace.rows is None}
         for path in _paths(newest) & unread.keys():
-            raise CorruptFileError(f"{unread[path]}: python -m featurestore repair {self.store.url}, and purge again")
+            raise CorruptFileError(f"{unread[path]}: crossmedia store repair {self.store.url}, and purge again")
 
     def _moves(self, affected: dict[int, Manifest], newest: Manifest) -> list[ChannelMove]:
         """Find the channels that follow to the new snapshot.

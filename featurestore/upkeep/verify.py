@@ -143,7 +143,7 @@ def verify(
     report.problems += _damaged(_small_files(store, manifests))
     if version is not None:
         if version not in manifests and not any(version in problem.versions for problem in report.problems):
-            raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see python -m featurestore log")
+            raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see crossmedia store log")
         checked = {number: manifest for number, manifest in manifests.items() if number == version}
     else:
         checked = manifests
@@ -152,7 +152,7 @@ def verify(
 
 
 def _repair(url: str, does: str) -> str:
-    return f"`python -m featurestore repair {url}` {does}"
+    return f"`crossmedia store repair {url}` {does}"
 
 
 def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Manifest]:
@@ -213,14 +213,14 @@ def _small_files(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iter
         yield "quarantine", f"{staging.QUARANTINE}/{name}", check, f"{aside}; the next refresh tries its images again"
     for name in storage.list(history.PINS):
         path, pin = f"{history.PINS}/{name}", name.removesuffix(".json")
-        way_out = f"`python -m featurestore unpin {url} {pin}`, and pin the snapshot again"
+        way_out = f"`crossmedia store unpin {url} {pin}`, and pin the snapshot again"
         yield "pin", path, partial(_check_pin, storage, pin, storage.full(path), manifests), way_out
     for name in storage.list(log.CHANNELS):
         path, way_out = f"{log.CHANNELS}/{name}", "Remove it"
         check = partial(_refuse, storage.full(path), "is not a channel")
         if channels.is_channel_name(name):
             check = partial(_check_channel, storage, name, storage.full(path), manifests)
-            way_out = f"Set it again: `python -m featurestore channel {url} {name} N`"
+            way_out = f"Set it again: `crossmedia store channel {url} {name} N`"
         yield "channel", path, check, way_out
 
 

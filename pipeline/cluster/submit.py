@@ -25,7 +25,7 @@ Examples:
   dask-submit jobs/extract_features.py
   dask-submit -n 4 --threads-per-worker 1 crossmedia samples --logs data/logs
   dask-submit --scheduler tls://scheduler:8786 --wait-workers 8 crossmedia extract --images s3://shop/images
-  dask-submit --scheduler-file cluster.json --insecure jobs/build_samples.py
+  dask-submit --scheduler-file cluster.json --insecure crossmedia samples
 
 Exit codes: the script's own, 128 + n when signal n ended it; 1 when the cluster cannot be used; 2 for a mistake in
 the command line or a scheduler that is refused."""

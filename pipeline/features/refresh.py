@@ -135,7 +135,7 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     try:
         store = FeatureStore.open(options.store)
     except StoreNotFoundError as error:
-        raise StoreNotFoundError(f"{error}; jobs/extract_features.py makes one") from error
+        raise StoreNotFoundError(f"{error}; crossmedia extract makes one") from error
     options = _as_stored(options, store.info)
     listing = list_images(options.images)
     wait_for_worker(client)
@@ -300,7 +300,7 @@ def _spec_of(backbone_name: str, weights: str, compute_dtype: AutoDType) -> Extr
 
 
 def _check_gone(options: RefreshOptions, num_gone: int, comparison: Comparison, fault: str) -> None:
-    advice = "is --images right? In jobs/refresh_features.py --keep-missing keeps them, --max-gone 1 lets them go"
+    advice = "is --images right? In crossmedia refresh --keep-missing keeps them, --max-gone 1 lets them go"
     check_gone(options.store, num_gone, comparison.num_stored, options.max_gone, fault, advice)
 
 

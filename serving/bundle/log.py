@@ -81,17 +81,16 @@ def read_version(storage: Storage, version: int | None = None) -> BundleManifest
     if not known:
         if storage.list("checkpoints"):
             raise BundleNotFoundError(
-                f"{storage.url} is a run, not a published model; publish it with: python jobs/export_model.py --run "
+                f"{storage.url} is a run, not a published model; publish it with: crossmedia publish --run "
                 f"{storage.url} --out {MODELS}"
             )
         raise BundleNotFoundError(
-            f"{storage.url} has no published model; make one with: python jobs/export_model.py --run RUN --out "
-            f"{storage.url}"
+            f"{storage.url} has no published model; make one with: crossmedia publish --run RUN --out {storage.url}"
         )
     if version is None and (version := version_in_use(storage)) is None:
         refuse_store(storage)
         raise BundleNotFoundError(
-            f"no version of {storage.url} is in use; it has {_shown(known)}: choose one with python -m serving use "
+            f"no version of {storage.url} is in use; it has {_shown(known)}: choose one with crossmedia model use "
             f"{storage.url} VERSION"
         )
     if version not in known:

@@ -71,7 +71,7 @@ def warm_up(model: "Scorer") -> int:
     except NotFiniteError as error:
         raise BrokenBundleError(
             f"version {model.identity.version} gives scores that are not finite numbers: export a sound run, or go "
-            "back by `python -m serving use`"
+            "back by `crossmedia model use`"
         ) from error
     return num_rows
 

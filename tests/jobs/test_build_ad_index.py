@@ -322,4 +322,4 @@ def test_nothing_to_add_to(folder: Path, out: str) -> None:
 def test_help_has_examples() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert "python jobs/build_ad_index.py --run data/runs/towers --ads" in result.stdout
+    assert "crossmedia index build --run data/runs/towers --ads" in result.stdout

@@ -187,7 +187,7 @@ def test_own_photographs_stay_where_they_are(photos: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     assert not (out / "images").exists()
     flat = result.output.replace("\n", "")
-    assert f"jobs/extract_features.py --images {photos}" in flat
+    assert f"crossmedia extract --images {photos}" in flat
     assert "1 images left out" in flat
     uris = set(pq.read_table(out / "logs" / "behaviors")["image"].to_pylist())
     assert uris <= {f"photo-{index}.png" for index in range(40)}

@@ -188,7 +188,7 @@ def test_after_many_publishes_the_vectors_want_to_be_compacted(
         return done(publish_vectors.app, "--model", model)
 
     *_, last = [publish(number) for number in range(2)]
-    advice = re.search("next         python -m featurestore compact (.*)", last)
+    advice = re.search("next         crossmedia store compact (.*)", last)
     assert advice is not None
     compact(FeatureStore.open(advice[1]), force=True)
     assert "featurestore compact" not in publish(3.5)

@@ -23,8 +23,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TRANSLATED = {"ValueError", "CsvTextError"}  # which become others before a user meets them
 MOST_FILES_OF_A_STEP, MOST_LINES_OF_A_STEP = 10, 1_800
-NOT_OF_THE_FRONT = {"jobs/make_demo_data.py"}
-"""The first part of `crossmedia demo`."""
 LETTERS = {"keys_U", "feature_QD", "timeout_s"}  # examples of names of arrays
 FOLDERS = "|".join(
     (
@@ -175,7 +173,7 @@ def test_every_job_and_command_is_on_the_page_of_commands_with_its_help() -> Non
     assert titles >= {f"{PROGRAM} {name}" for name in ENTRIES} | set(commands_page.commands_of("benchmarks"))
     alone = set(re.findall(r"^The same: `(.*)`\.$", text_of(ROOT, "docs/COMMANDS.md"), re.MULTILINE))
     named = {each.split()[-1] for line in alone for each in line.split("`, `")}
-    assert named | {title.split()[-1] for title in titles} >= commands().keys() - NOT_OF_THE_FRONT - {PROGRAM}
+    assert named | {title.split()[-1] for title in titles} >= commands().keys() - {PROGRAM}
     assert not [title for title, about in sections if not re.match(r"[A-Z].*", about)]
     assert {path.name for path in (ROOT / "jobs").glob("[a-z]*.py")} <= {Path(name).name for name in commands()}
 

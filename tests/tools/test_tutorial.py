@@ -17,7 +17,6 @@ PICTURES = tutorial.ROOT / "docs" / "pictures"
 @pytest.mark.timeout(900)
 def test_every_command_works(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With few clicks, whose scores nobody needs."""
-    (tmp_path / "jobs").symlink_to(tutorial.ROOT / "jobs")
     tutorial.follow(tutorial.quick_page(), tmp_path)
     assert re.search(r'"scores":\[0\.\d+', capfd.readouterr().out)
     assert (tmp_path / "data" / "tutorial" / "models" / "ctr").is_dir()

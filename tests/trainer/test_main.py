@@ -88,7 +88,7 @@ class TestCommandLine:
             f"{features} lacks 2 images that the samples name ({found[0]:,} of {len(of_ads):,} impressions, "
             f"{found[1]:,} behaviours, 1 of the impressions without any image)"
         )
-        listing = f"list them: python -m trainer.schema missing {samples} {features}"
+        listing = f"list them: crossmedia schema missing {samples} {features}"
         settings = ["--set", *places.settings(train__max_steps=1, run__name="alone")]
         result = CliRunner().invoke(app, settings)
         assert result.exit_code == 0, result.output
@@ -131,9 +131,9 @@ class TestCommandLine:
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(app, [])
         assert result.exit_code == 2
-        assert "python jobs/extract_features.py --store data/features" in result.stderr
-        assert "python jobs/build_samples.py --samples data/samples" in result.stderr
-        assert "python jobs/make_demo_data.py" in result.stderr and result.stderr.count("\n") == 2  # a line for each
+        assert "crossmedia extract --store data/features" in result.stderr
+        assert "crossmedia samples --samples data/samples" in result.stderr
+        assert "crossmedia demo-data" in result.stderr and result.stderr.count("\n") == 2  # a line for each
         assert list(tmp_path.iterdir()) == []
 
     def test_mistakes_are_usage_errors(self) -> None:
@@ -155,7 +155,7 @@ class TestCommandLine:
         code = "import sys, trainer.main; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
         result = CliRunner().invoke(app, ["--help"])
-        assert "horovodrun -np 8 python -m trainer.main" in result.stdout
+        assert "horovodrun -np 8 crossmedia train" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def test_a_launchers_job_is_that_of_one_rank(
 
 @pytest.fixture
 def endless(places: Places, tmp_path: Path, num_ranks: int) -> Iterator[subprocess.Popen[str]]:
-    """`horovodrun -np 2 python -m trainer.main`, or that of torchrun, in the midst of its training."""
+    """`horovodrun -np 2 crossmedia train`, or that of torchrun, in the midst of its training."""
     settings = places.settings(train__epochs=100_000, run__dir=tmp_path)
     command = command_of(num_ranks, "-m", "trainer.main", "--set", *settings)
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Checks whether a run may use a store, or replace a model: one comparison, its gates, and python -m trainer.compat."""
+"""Checks whether a run may use a store, or replace a model: one comparison, its gates, and crossmedia compat."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Check whether a run may use a store that it was not trained on: python -m trainer.compat RUN STORE."""
+"""Check whether a run may use a store that it was not trained on: crossmedia compat RUN STORE."""
 
 from typing import TYPE_CHECKING, Annotated
 

@@ -459,7 +459,7 @@ class Check:
         share = num_found / new.num_images if new.num_images else 1.0
         holds, text = share >= limit, f"{num_found:,} of {new.num_images:,} images of the impressions have a feature"
         if new.num_missing > (0 if old is None else old.num_missing) and self.saved.missing_in_training == "error":
-            holds, text = False, f"{text}, and the run has data.missing=error; add them with jobs/extract_features.py"
+            holds, text = False, f"{text}, and the run has data.missing=error; add them with crossmedia extract"
         return GateResult(gate="coverage", value=share, limit=limit, holds=holds, text=text)
 
     def _other_store(self, place: StorePlace) -> Snapshot:

@@ -85,13 +85,13 @@ class DataConfig(Section):
     """What is read, in which order, and how much of it makes one step."""
 
     samples: Nothing[Place] = "data/samples"
-    """Folder or s3:// url with train/*.parquet and test/*.parquet, from jobs/build_samples.py."""
+    """Folder or s3:// url with train/*.parquet and test/*.parquet, from crossmedia samples."""
     train_days: Positions[Annotated[list[Day], Field(min_length=1)] | None] = None
     """Train on the files day=DAY*.parquet of these days, as [2026-01-01], in train/ or test/; null: all of train/."""
     test_days: Training[list[Day] | None] = None
     """Evaluate on these days; []: no evaluation; null: all of test/."""
     store: Nothing[Place] = "data/features"
-    """Feature store, from jobs/extract_features.py."""
+    """Feature store, from crossmedia extract."""
     store_version: Nothing[Version | None] = None
     """A snapshot's number, or a channel of the store, as stable, looked up when the run begins; null: the newest.
     On resume, null and a channel mean the snapshot that the checkpoint has recorded."""

@@ -171,7 +171,7 @@ class ExactTable(IdTable):
             raise ConfigError(
                 f"model.tables.{self.shape.name}.expire_days={days} counts the days of the training samples, and not "
                 "all of their files are named by day, as day=2026-01-31.parquet; leave it out, or write the samples "
-                "with: python jobs/build_samples.py"
+                "with: crossmedia samples"
             )
         day = self._day = (date_ - date(1970, 1, 1)).days
         self._faded_S[self._faded_S == 0] = day

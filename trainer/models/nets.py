@@ -1,6 +1,6 @@
 """The networks beside DICM: DCN, DIN, FinalMLP, LR and two towers; and how one is built.
 
-So the vectors of all ads can be made ahead and searched (jobs/build_ad_index.py). Letter here: W width of both towers.
+So the vectors of all ads can be made ahead and searched (crossmedia index build). Letter here: W width of both towers.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""Estimates of a run's needs and speed on more machines: python -m trainer.plan."""
+"""Estimates of a run's needs and speed on more machines: crossmedia plan."""

@@ -1,4 +1,4 @@
-"""python -m trainer.plan: estimate a run's needs and speed on more machines, before you rent them."""
+"""crossmedia plan: estimate a run's needs and speed on more machines, before you rent them."""
 
 import sys
 from pathlib import Path

@@ -118,7 +118,7 @@ def recommend(rows: Sequence[RankPlan], memory_bytes: int) -> tuple[int | None, 
         return None, (
             f"None of {', '.join(str(row.ranks) for row in rows)} ranks fits: with {least.ranks} a machine needs "
             f"{least.machine_bytes / 1e9:,.3g} GB and this one has {memory_bytes / 1e9:,.3g} GB. Plan with more "
-            "--ranks, or with a smaller store (python -m featurestore remake)."
+            "--ranks, or with a smaller store (crossmedia store remake)."
         )
     efficient = [row for row in fitting if row.efficiency >= LEAST_EFFICIENCY]
     row = max(efficient, key=lambda row: row.ranks) if efficient else min(fitting, key=lambda row: row.ranks)

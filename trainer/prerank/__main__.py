@@ -1,4 +1,4 @@
-"""python -m trainer.prerank: measure an index of ads, and ask it; the towers are trained by trainer.main."""
+"""crossmedia index: measure an index of ads, and ask it; the towers are trained by trainer.main."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainer.runs.saved import TrainedRun
 
 Run = Annotated[str, typer.Option(help="Folder or address of a run with model.base=two_tower.")]
-Index = Annotated[str, typer.Option(help="Folder or address of the index, from jobs/build_ad_index.py.")]
+Index = Annotated[str, typer.Option(help="Folder or address of the index, from crossmedia index build.")]
 MOST_FOUND = 1_000_000  # ads of one search: a search keeps them all in memory
 
 Samples = Annotated[
@@ -55,7 +55,7 @@ def evaluate_index(
 ) -> None:
     """Measure the recall of the index against exact search, and the time of a search.
 
-    The GAUC of the run itself is in its report, and of other samples in that of `python -m trainer.evaluate`.
+    The GAUC of the run itself is in its report, and of other samples in that of `crossmedia evaluate`.
     """
     if k[-1] > MOST_FOUND:
         raise typer.BadParameter(f"{k[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")

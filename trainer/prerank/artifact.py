@@ -194,7 +194,7 @@ class AdIndex:
         files = open_published(url)
         if not isinstance(files, PublishedFiles) or STATE not in files.list():
             raise AdIndexNotFoundError(
-                f"{url} is not an index of ads; make one with: python jobs/build_ad_index.py --run RUN --out {url}"
+                f"{url} is not an index of ads; make one with: crossmedia index build --run RUN --out {url}"
             )
         try:
             state = read_sealed(files, STATE, IndexState)

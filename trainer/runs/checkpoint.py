@@ -360,7 +360,7 @@ def _what(comm: Comm, failure: DamagedCheckpointError | RemoteRankError) -> str:
 ACCEPTED_FILE = "accepted-stores.json"
 """Stores that a user accepted in the place of the one a run was trained on: computed again after a loss, say.
 
-It lies in the run's folder, so every command that opens one of its checkpoints finds it; `python -m trainer.compat RUN
+It lies in the run's folder, so every command that opens one of its checkpoints finds it; `crossmedia compat RUN
 STORE --accept` writes it."""
 
 
@@ -416,5 +416,5 @@ def _read_accepted(file: RunPath) -> list[AcceptedStore]:
     except (OSError, StorageError, ValidationError) as failure:
         first = first_mistake(failure) if isinstance(failure, ValidationError) else failure
         raise CheckpointError(
-            f"{file} is damaged: {first}; remove it, and accept the store again: python -m trainer.compat RUN STORE"
+            f"{file} is damaged: {first}; remove it, and accept the store again: crossmedia compat RUN STORE"
         ) from failure

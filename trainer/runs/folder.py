@@ -73,9 +73,7 @@ def run_or_newest(run: str | None, folder: Path = Path(RunConfig().dir)) -> RunP
     listed = [finished(each.parent) for each in folder.glob(f"**/{checkpoints_of(Path())}")]
     newest = [checkpoints[-1] for checkpoints in listed if checkpoints]
     if not newest:
-        raise ConfigError(
-            f"{folder} has no run with a checkpoint; train one: python -m trainer.main, or name it by --run"
-        )
+        raise ConfigError(f"{folder} has no run with a checkpoint; train one: crossmedia train, or name it by --run")
     return max(newest, key=lambda each: each.files.published.time_s).run
 
 
@@ -93,7 +91,7 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
             asked = f"{setting}{name}: " if name else ""
             raise CheckpointNotFoundError(
                 f"{asked}{run} has no checkpoint in {checkpoints_of(run)}; train it first, without run.resume: "
-                f"python -m trainer.main --config {run / 'config.yaml'}"
+                f"crossmedia train --config {run / 'config.yaml'}"
             )
         return found[-1]
     wanted = step_name(int(name)) if name.isdecimal() else name

@@ -305,13 +305,13 @@ def open_samples(config: Config, places: list[StorePlace]) -> Storage:
     empty = [split for split, days in splits.items() if days is None and not sample_files(samples, split)]
     if empty:
         samples.check_bucket()
-        job = f"python jobs/build_samples.py --samples {config.data.samples}"
+        job = f"crossmedia samples --samples {config.data.samples}"
         problems.append(
             f"data.samples={config.data.samples} has no {' and no '.join(empty)} samples; make them with: {job}"
         )
     if problems:
         if without_store and empty:
-            problems[-1] += "; without images and logs of your own, draw some first: python jobs/make_demo_data.py"
+            problems[-1] += "; without images and logs of your own, draw some first: crossmedia demo-data"
         raise DataNotFoundError("\n".join(problems))
     return samples
 

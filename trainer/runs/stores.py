@@ -41,8 +41,8 @@ class StorePlace:
 
     def make_it(self) -> str:
         """Name the command that fills it."""
-        job = "extract_features" if self.setting == "data.store" else "import_features"
-        return f"python jobs/{job}.py --store {self.url}"
+        command = "extract" if self.setting == "data.store" else "import"
+        return f"crossmedia {command} --store {self.url}"
 
 
 def store_places(config: Config, schema: Schema) -> list[StorePlace]:
@@ -136,7 +136,7 @@ def check_identity(
         SnapshotId.of(snapshot),
         f"the checkpoint {checkpoint}",
         f"set {place.setting} to the address of that store, or see whether this one will do, and accept it: "
-        f"python -m trainer.compat {checkpoint.run} {place.url}{name}",
+        f"crossmedia compat {checkpoint.run} {place.url}{name}",
     )
 
 
@@ -228,7 +228,7 @@ def _list_command(config: Config, place: StorePlace) -> str:
     is_usual = schema is None or schema == f"{config.data.samples.rstrip('/')}/{SCHEMA_FILE}"
     options = "" if is_usual else f" --schema {schema}"
     options += "" if place.name == DEFAULT_STORE else f" --name {place.name}"
-    return f"python -m trainer.schema missing {config.data.samples} {place.url}{options}"
+    return f"crossmedia schema missing {config.data.samples} {place.url}{options}"
 
 
 def _fields_of(config: Config, schema: Schema, place: StorePlace) -> list[Field]:

@@ -567,7 +567,7 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
         known = f"from {min(by_day)} to {max(by_day)}" if by_day else "not named by day, as day=2026-01-31.parquet"
         raise DataNotFoundError(
             f"{storage.url} has no samples of {', '.join(lacking)}: its files are {known}; "
-            "change data.train_days or data.test_days, or write the samples with: python jobs/build_samples.py"
+            "change data.train_days or data.test_days, or write the samples with: crossmedia samples"
         )
     return [file for day in sorted(set(days)) for file in by_day[day]]
 

@@ -93,7 +93,7 @@ def open_index(
     if index.num_samples == 0 and days != []:
         what = f"has no *.parquet file with samples ({len(parts)} files)"
         where = storage.full(split) if days is None else f"{storage.url}, days {', '.join(days)}"
-        raise DataNotFoundError(f"{where} {what}; write them with: python jobs/build_samples.py")
+        raise DataNotFoundError(f"{where} {what}; write them with: crossmedia samples")
     return index
 
 

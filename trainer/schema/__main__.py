@@ -1,4 +1,4 @@
-"""python -m trainer.schema: suggest a schema for data, and check a schema against samples."""
+"""crossmedia schema: suggest a schema for data, and check a schema against samples."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def inspect(
     group: Annotated[str, typer.Option(help="Column that groups samples for GAUC.")] = "user",
     rows: Annotated[int, typer.Option(min=1, help="Most rows to read.")] = 200_000,
 ) -> None:
-    """Write a first schema of sample groups, or a first mapping of raw logs for jobs/build_samples.py.
+    """Write a first schema of sample groups, or a first mapping of raw logs for crossmedia samples.
 
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments.
     """

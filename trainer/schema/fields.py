@@ -360,9 +360,9 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
 
 
 def settings_text(samples: str, schema_file: str, tables: Mapping[str, int], store: str | None = None) -> str:
-    """Write settings for `python -m trainer.main --config`: where samples and schema are, and rows of each ID table."""
+    """Write settings for `crossmedia train --config`: where samples and schema are, and rows of each ID table."""
     data = {"samples": samples, "schema_file": schema_file} | ({"store": store} if store else {})
-    lines = ["# Over the default preset: python -m trainer.main --config THIS_FILE", "", "data:"]
+    lines = ["# Over the default preset: crossmedia train --config THIS_FILE", "", "data:"]
     lines += [f"  {yaml_line(name, value)}" for name, value in data.items()]
     lines += [
         "",

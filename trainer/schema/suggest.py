@@ -276,7 +276,7 @@ def render_mapping(logs: list[Log], where: str) -> str:
     """Write the mapping as YAML, with the findings as comments."""
     lines = [
         f"# First mapping of {where}: look through it, then make samples of it:",
-        f"# python jobs/build_samples.py --logs {where} --mapping THIS_FILE --samples SAMPLES",
+        f"# crossmedia samples --logs {where} --mapping THIS_FILE --samples SAMPLES",
         "# columns: OURS: THEIRS. user, ad: further columns of the user and of the impression: id (whole numbers,",
         "# text) or dense (real numbers). The job writes a schema and settings next to the samples, tables of IDs with",
         "# them.",
@@ -478,7 +478,7 @@ def suggest(table: TableProfile, label: str) -> Suggestion:
 def render_schema(schema: Schema, made: Suggestion, table: TableProfile, where: str) -> str:
     """Write the schema as YAML, with comments on findings and on columns left out."""
     header = [
-        f"First schema of {where}: look through it, then continue with python -m trainer.schema check.",
+        f"First schema of {where}: look through it, then continue with crossmedia schema check.",
         f"Suggested from {'all' if table.complete else 'the first'} {table.rows:,} sample groups.",
         "side: user (once a group) | ad (one entry an impression). kind: id | multi_id | dense | content (image keys).",
         "Rows of the ID tables, for model.tables of the settings:",

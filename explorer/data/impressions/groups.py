@@ -44,7 +44,7 @@ class GroupPlace(NamedTuple):
 
     @property
     def row_of_file(self) -> int:
-        """Its row in the file, as jobs/score.py counts."""
+        """Its row in the file, as crossmedia score counts."""
         return self.row_group.first_row + self.row
 
 

@@ -1,7 +1,7 @@
 """Open trained runs, at most two; one thread uses them at a time.
 
-Images are looked up in the snapshots that the run was trained on, as in jobs/score.py and evaluations, so that scores
-are equal. Memory of an open run: its ID tables and E; the features are mapped from local files.
+Images are looked up in the snapshots that the run was trained on, as in crossmedia score and evaluations, so that
+scores are equal. Memory of an open run: its ID tables and E; the features are mapped from local files.
 """
 
 import contextlib

@@ -236,7 +236,7 @@ def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
         assert client.get("/impressions/both/0?wait=why").status_code == 400
         listed = client.get("/impressions?wait=list")
         assert listed.status_code == 200
-        assert "jobs/build_samples.py" in listed.text
+        assert "crossmedia samples" in listed.text
 
 
 @pytest.mark.parametrize("run", ["both", "ids-only"])

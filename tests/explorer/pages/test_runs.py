@@ -118,7 +118,7 @@ def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient) ->
 
 def test_a_run_without_evaluation_says_which_command_makes_it(pages: TestClient, world: World) -> None:
     text = text_of(page(pages, "/runs/both-longer"))
-    assert f"python -m trainer.evaluate {world.runs / 'both-longer'}" in text
+    assert f"crossmedia evaluate {world.runs / 'both-longer'}" in text
 
 
 def test_runs_side_by_side_with_verdicts(pages: TestClient) -> None:
@@ -163,7 +163,7 @@ def test_a_first_training_has_the_settings_of_the_samples_where_they_have_some(t
         html = page(client, "/worth")
         assert "--config" not in html and f"--set data.samples={samples}" in html
         (samples / "settings.yaml").write_text("")
-        assert f"python -m trainer.main --config {samples}/settings.yaml --set run.name=ids" in page(client, "/worth")
+        assert f"crossmedia train --config {samples}/settings.yaml --set run.name=ids" in page(client, "/worth")
 
 
 def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClient, changing_world: World) -> None:

@@ -255,7 +255,7 @@ class TestDamage:
     def test_a_damaged_move_is_told_stops_an_expiry_and_is_mended_by_the_next(self, nine: FeatureStore) -> None:
         move_channel(nine, "stable", 4)
         (Path(nine.url) / "channels/stable" / f"{1:020d}.json").write_bytes(b"{}")
-        with pytest.raises(CorruptFileError, match=r"set the channel again: python -m featurestore channel"):
+        with pytest.raises(CorruptFileError, match=r"set the channel again: crossmedia store channel"):
             nine.snapshot("stable")
         with pytest.raises(CorruptFileError):
             expire(nine, keep_last=1, keep_days=0)

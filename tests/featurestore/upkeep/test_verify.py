@@ -87,7 +87,7 @@ def test_files_of_older_snapshots_are_checked_once_and_told_apart(filled: Featur
 def test_the_way_out_names_a_command(filled: FeatureStore) -> None:
     entry = entry_of(filled)
     (Path(filled.url) / entry.path).unlink()
-    way_out = f"`python -m featurestore repair {filled.url}` drops its rows into the refresh list"
+    way_out = f"`crossmedia store repair {filled.url}` drops its rows into the refresh list"
     assert problems_of(filled) == [f"{filled.url}/{entry.path} is missing. {way_out}"]
     with pytest.raises(CorruptFileError, match="is missing"):
         filled.snapshot().keys()

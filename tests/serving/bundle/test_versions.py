@@ -82,7 +82,7 @@ def test_what_is_not_there_is_named(url: str, tmp_path: Path) -> None:
         ModelVersion.open(url, 7)
     with pytest.raises(BundleNotFoundError, match=r"has no version 7"):
         log.use(Storage(url), 7)
-    with pytest.raises(BundleNotFoundError, match=r"make one with: python jobs/export_model\.py"):
+    with pytest.raises(BundleNotFoundError, match=r"make one with: crossmedia publish"):
         ModelVersion.open(str(tmp_path / "nothing"))
     shutil.rmtree(f"{url}/use")
     with pytest.raises(BundleNotFoundError, match=r"no version of .* is in use; it has version 1: choose one"):

@@ -1,4 +1,4 @@
-"""python -m trainer.compat: what it tells of a store that is not, or is, the one that a run was trained on."""
+"""crossmedia compat: what it tells of a store that is not, or is, the one that a run was trained on."""
 
 import json
 import shutil
@@ -177,7 +177,7 @@ class TestWithTheOldOneGone:
     def test_computed_anew_and_accepted(self, lost: Places) -> None:
         features = make_store(lost.folder / "features", lost.folder / "features", rounded)
         again = load_config(settings=settings_of(lost, run__resume="latest", train__max_steps=151))
-        with pytest.raises(AnotherStoreError, match=r"python -m trainer\.compat .*runs/a .*features$"):
+        with pytest.raises(AnotherStoreError, match=r"crossmedia compat .*runs/a .*features$"):
             train(again, SoloComm())
         said, found = compat(lost, features)
         assert (found["outcome"], found["rows"]) == ("compatible", None)

@@ -1,4 +1,4 @@
-"""python -m trainer.evaluate on tiny runs: what it writes, other samples and stores, two ranks."""
+"""crossmedia evaluate on tiny runs: what it writes, other samples and stores, two ranks."""
 
 import json
 import shutil
@@ -214,7 +214,7 @@ class TestRefusals:
         shutil.copy(run / "config.yaml", tmp_path)
         said = evaluate(tmp_path, code=2)
         assert "has no checkpoint" in said
-        assert f"python -m trainer.main --config {tmp_path / 'config.yaml'}" in said
+        assert f"crossmedia train --config {tmp_path / 'config.yaml'}" in said
 
     def test_no_test_day_yet(self, own: Places) -> None:
         days = {"data__train_days": "[2026-01-03]", "data__test_days": "[]"}
@@ -239,7 +239,7 @@ class TestRefusals:
     def test_help_has_examples_and_loads_no_torch(self) -> None:
         code = "import sys, trainer.evaluate; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-        assert "horovodrun -np 4 python -m trainer.evaluate" in CliRunner().invoke(app, ["--help"]).stdout
+        assert "horovodrun -np 4 crossmedia evaluate" in CliRunner().invoke(app, ["--help"]).stdout
 
 
 class TestAgainst:

@@ -175,7 +175,7 @@ def test_damage_is_told(url: str, pattern: str) -> None:
 
 
 def test_a_place_without_an_index(tmp_path: Path) -> None:
-    with pytest.raises(AdIndexError, match=r"is not an index of ads; make one with: python jobs/build_ad_index\.py"):
+    with pytest.raises(AdIndexError, match=r"is not an index of ads; make one with: crossmedia index build"):
         AdIndex.open(str(tmp_path / "nothing"))
 
 

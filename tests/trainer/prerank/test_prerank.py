@@ -256,7 +256,7 @@ class TestMistakes:
 
     def test_help_has_examples(self) -> None:
         done = call("eval", "--help")
-        assert (done.exit_code, "python -m trainer.prerank eval --run data/runs/towers --k" in done.stdout) == (0, True)
+        assert (done.exit_code, "crossmedia index eval --run data/runs/towers --k" in done.stdout) == (0, True)
 
 
 def test_a_run_whose_configuration_was_changed_is_refused(run: Path, tmp_path: Path) -> None:

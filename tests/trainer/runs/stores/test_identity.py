@@ -112,7 +112,7 @@ class TestRebuilt:
             resume(places)
         text = str(refused.value)
         assert all(f"of store {each} at" in text for each in ids)
-        assert "python -m trainer.compat" in text and "set data.store to" in text
+        assert "crossmedia compat" in text and "set data.store to" in text
         with pytest.raises(AnotherStoreError):
             resume(places, data__store_version=1)
 
