@@ -14,7 +14,7 @@ import pytest
 
 from crossmedia import command
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import command_of, run_app
 from featurestore.console.help import end_of_help, help_blocks
 from tests.commands.calls import COMMANDS, ROOT
 
@@ -58,7 +58,7 @@ def test_every_command_of_users_is_in_it() -> None:
     assert modules - found == NOT_OF_THE_FRONT
     of_serving = [entry for entry in ENTRIES.values() if entry.modules == ("serving.__main__",)]
     taken = [name for entry in of_serving for name in entry.commands]
-    serving = command.command_of(importlib.import_module("serving.__main__").app)
+    serving = command_of(importlib.import_module("serving.__main__").app)
     assert sorted(taken) == sorted(serving.commands)  # type: ignore[attr-defined]
 
 

@@ -204,7 +204,7 @@ class TestTwoRanks:
         # The last test sample is in the part that rank 1 alone evaluates.
         assert [text.split(":")[0] for text in seen["broken"]] == ["RemoteRankError", "DataError"]
         assert all("test/day=2026-01-01.parquet, row 59: column label has 2" in text for text in seen["broken"])
-        assert all("build_samples.py" in text for text in seen["empty"])
+        assert all("crossmedia samples" in text for text in seen["empty"])
 
     def test_equals_one_rank(self, job: tuple[Places, dict[str, list[str]]], alone: Path) -> None:
         places, _ = job

@@ -112,7 +112,7 @@ def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient) ->
     text = text_of(html)
     assert "train.max_steps 12" in text
     assert "step-00000012" in text
-    assert "trainer.evaluate" not in text.partition("Stores and checkpoints")[2]
+    assert "crossmedia evaluate" not in text.partition("Stores and checkpoints")[2]
     assert "hx-get" not in html  # it is finished
 
 

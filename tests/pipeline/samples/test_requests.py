@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,7 +15,7 @@ from tests.pipeline.samples.rows import DAY_S, done, random_logs, shown, table
 
 
 @pytest.mark.services
-def test_each_impression_has_the_history_that_its_group_has(build, tmp_path: Path) -> None:
+def test_each_impression_has_the_history_that_its_group_has(build: Any, tmp_path: Path) -> None:
     """Where each impression is a session of its own, its row is that of the samples."""
     impressions, behaviors = random_logs(random.Random(3))
     impressions = [row | {"session": place} for place, row in enumerate(impressions[:60])]
@@ -28,7 +29,7 @@ def test_each_impression_has_the_history_that_its_group_has(build, tmp_path: Pat
 
 
 @pytest.mark.services
-def test_own_names_of_columns_are_those_of_the_mapping(build, tmp_path: Path) -> None:
+def test_own_names_of_columns_are_those_of_the_mapping(build: Any, tmp_path: Path) -> None:
     mapping = tmp_path / "mapping.yaml"
     mapping.write_text("impressions: {columns: {user: person}}\nbehaviors: {columns: {user: person}}\n")
     impressions, behaviors = [shown(100), shown(DAY_S)], [done(50)]
@@ -44,7 +45,7 @@ def test_own_names_of_columns_are_those_of_the_mapping(build, tmp_path: Path) ->
 
 
 @pytest.mark.services
-def test_what_a_job_would_quarantine_is_an_error(build, tmp_path: Path) -> None:
+def test_what_a_job_would_quarantine_is_an_error(build: Any, tmp_path: Path) -> None:
     build([shown(100)], [done(50)])
     samples = str(tmp_path / "samples")
     bad = table([shown(100), shown(200, user=None)])

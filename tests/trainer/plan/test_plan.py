@@ -222,7 +222,7 @@ class TestCommand:
             (["--network-gbit", "0"], "--network-gbit"),
             (["--global-batch-size", "8", "--ranks", "16"], "leaves some of 16 ranks without any"),
             (["--set", "model.images=none"], "model.images=none"),
-            (["--samples", "/nowhere/samples"], "build_samples.py"),
+            (["--samples", "/nowhere/samples"], "crossmedia samples"),
             (["--store", "/nowhere/features"], "/nowhere/features"),
             (["--set", "run.threads=1000000"], "run.threads=1000000"),
         ],
