@@ -167,7 +167,7 @@ def test_a_data_frame_keeps_its_index(run: cm.Run, model: cm.Model, impressions:
         scored = scorer.score(frame)
         assert list(scored.index) == list("abcde") and list(scored.columns) == ["logit", "probability"]
         np.testing.assert_allclose(scored["logit"], scorer.score(impressions.slice(0, 5))["logit"].to_numpy())
-    lengths = [len(ads) for ads in groups["ad_item"].to_pylist()]
+    lengths = [len(ads) for ads in groups.to_pydict()["ad_item"]]
     assert list(run.score(groups.slice(0, 2).to_pandas()).index) == [0] * lengths[0] + [1] * lengths[1]
     assert cm.open_store(run.config.data.store).to_pandas().shape[0] == 50
 
@@ -203,7 +203,7 @@ def test_a_dataset_of_samples(places: Places, groups: pa.Table) -> None:
     samples = str(places.folder / "samples")
     test = cm.SampleDataset(samples, "test", batch_size=32)
     label = torch.cat([batch["label"] for batch in DataLoader(test, batch_size=None)])
-    assert label.tolist() == [each for labels in groups["label"].to_pylist() for each in labels]
+    assert label.tolist() == [each for labels in groups.to_pydict()["label"] for each in labels]
     assert len(test) == -(-len(label) // 32)
     batch = next(iter(test))
     values, lengths = batch["behavior_item"]
