@@ -177,8 +177,6 @@ def test_a_failure_leaves_what_was_there(run: Path, tmp_path: Path, monkeypatch:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-
-
 def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "data/runs has no run with a checkpoint; train one" in failed(code=2)
