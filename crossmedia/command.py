@@ -49,7 +49,6 @@ GROUPS: dict[str, dict[str, Entry]] = {
     SAMPLES: {
         "schema": Entry("Suggest a mapping or schema of data, and check it.", ("trainer.schema.__main__",)),
         "samples": Entry("Make the trainer's input from logs.", ("jobs.build_samples",)),
-        "semantic-ids": Entry("Make codes of images, as ID fields.", ("jobs.build_semantic_ids",)),
         "import-xdl": Entry("Import samples of XDL.", ("jobs.import_xdl",)),
     },
     TRAINING: {

@@ -33,7 +33,7 @@ EXAMPLES = """Examples:
 
 \b
 python tools/real_logs.py movielens ml-100k --out logs/ml
-python jobs/build_samples.py --logs logs/ml --mapping logs/ml/mapping.yaml --samples logs/ml/samples --window-days 300
+crossmedia samples --logs logs/ml --mapping logs/ml/mapping.yaml --samples logs/ml/samples --window-days 300
 python -m benchmarks.quality --logs logs/ml --logs logs/frappe
 """
 

@@ -544,7 +544,7 @@ class TestRefusals:
 
     def test_no_test_samples(self, places: Places, tmp_path: Path) -> None:
         shutil.copytree(places.folder / "samples" / "train", tmp_path / "train")
-        with pytest.raises(DataError, match=r"has no test samples; make them with: python jobs/build_samples\.py"):
+        with pytest.raises(DataError, match=r"has no test samples; make them with: crossmedia samples"):
             run_alone(places, run__name="x", data__samples=tmp_path)
         assert not (places.folder / "runs" / "x").exists(), "nothing is written before all is open"
 

@@ -1,4 +1,4 @@
-"""Schema files and their mistakes, what python -m trainer.schema suggests and finds, and its counts of values."""
+"""Schema files and their mistakes, what crossmedia schema suggests and finds, and its counts of values."""
 
 import runpy
 import shutil
@@ -257,7 +257,7 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     (tmp_path / "a.yaml").write_text(schema_text(schema, ["a: #b"], {"ad_item": "c: d"}))
     assert load_schema(tmp_path / "a.yaml") == schema
     assert settings_text("s", "f", {"a": 1}, "x") == (
-        "# Over the default preset: python -m trainer.main --config THIS_FILE\n\ndata:\n"
+        "# Over the default preset: crossmedia train --config THIS_FILE\n\ndata:\n"
         "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # rows; IDs are hashed into them\n    a: 1\n"
     )
 
