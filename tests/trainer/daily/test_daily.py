@@ -32,6 +32,8 @@ from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 WORKER = Path(__file__).parent / "days.py"
 DAYS = [f"2026-01-0{n}" for n in range(1, 5)]
 Places = Any
@@ -69,7 +71,6 @@ def assert_same_days(found: Path, expected: Path, days: list[str] = DAYS) -> Non
     ]
 
 
-@pytest.mark.long
 def test_plan(tmp_path: Path) -> None:
     def planned(days: list[str], *given: str | None, warm: bool = False) -> list[tuple[str, list[str], str | None]]:
         return [
@@ -108,7 +109,6 @@ def followed(make_places: Callable[[Path], Places], tmp_path_factory: pytest.Tem
     return places
 
 
-@pytest.mark.long
 def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(followed: Places) -> None:
     folder = followed.folder / "runs" / "whole"
     rows = table_of(folder)
@@ -135,7 +135,6 @@ def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(follow
         assert reader.num_samples == sum(len(each) for each in labels.to_pylist())
 
 
-@pytest.mark.long
 def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapshot(days: Places) -> None:
     newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
     kept = newest.read_bytes()
@@ -167,7 +166,6 @@ def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapsh
 
 
 @pytest.mark.parametrize("point", ["claim", "step", "report", "table"])
-@pytest.mark.long
 def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     cut = config_of(followed, run__name=f"cut-{point}", train__checkpoint_every=2)
     place = {
@@ -194,7 +192,6 @@ def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.Mo
     assert_same_days(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole", days)
 
 
-@pytest.mark.long
 def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days: Places) -> None:
     newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
     kept = newest.read_bytes()
@@ -221,7 +218,6 @@ def test_the_first_run_trains_on_all_days_and_later_ones_once_on_their_own(days:
     assert run_of_days(folder / DAYS[3]) == folder / DAYS[3]
 
 
-@pytest.mark.long
 def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
     run = followed.folder / "runs" / "whole" / DAYS[2]
     config = config_of(followed, run__name="warm", run__dir=tmp_path, run__warm_start=run)
@@ -233,7 +229,6 @@ def test_it_begins_with_another_run(followed: Places, tmp_path: Path) -> None:
         run_of_days(tmp_path / "warm")
 
 
-@pytest.mark.long
 def test_mistakes(days: Places) -> None:
     def refused(error: type[Exception], message: str, **changes: Any) -> None:
         with pytest.raises(error, match=message):
@@ -249,7 +244,6 @@ def test_mistakes(days: Places) -> None:
         follow(config_of(days, run__name="n"), SoloComm(), first="2027-01-01")
 
 
-@pytest.mark.long
 def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
     empty = days.folder / "empty" / "train"
     empty.mkdir(parents=True)
@@ -265,7 +259,6 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
         follow(config_of(days, run__name="d", data__samples=empty.parent), SoloComm())
 
 
-@pytest.mark.long
 def test_the_table_has_a_line_for_each_day_in_a_pipe(days: Places, capsys: pytest.CaptureFixture[str]) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[1])
     out = capsys.readouterr().out
@@ -278,7 +271,6 @@ def test_the_table_has_a_line_for_each_day_in_a_pipe(days: Places, capsys: pytes
         assert f"{row['impressions']:,}" in line
 
 
-@pytest.mark.long
 def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     days: Places, sample_table: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,7 +308,6 @@ def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     assert rows[2]["warm_start"] == str(late / DAYS[2])
 
 
-@pytest.mark.long
 def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
     run = days.folder / "runs" / "d" / DAYS[0]
@@ -327,7 +318,6 @@ def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) ->
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
 
 
-@pytest.mark.long
 def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
     (days.folder / "runs" / "d" / DAYS[0] / "report.json").unlink()
@@ -339,7 +329,6 @@ def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
 
 
-@pytest.mark.long
 def test_command(days: Places) -> None:
     settings = [*days.settings(run__name="c", train__epochs=1)]
     options = ["--samples-of-days", str(days.folder / "samples"), "--first-day", DAYS[0], "--last-day", DAYS[1]]
@@ -371,7 +360,6 @@ def job(
     return places, json.loads(out.read_text())
 
 
-@pytest.mark.long
 class TestTwoRanks:
     def test_a_stop_in_the_midst_of_days_changes_nothing(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, seen = job
@@ -427,7 +415,6 @@ class TestTwoRanks:
         assert all(torch.equal(state[name], expected[name]) for name in weights if name != "num_steps")
 
 
-@pytest.mark.long
 def test_days_on_s3_are_those_of_a_disk(
     make_places: Callable[[Path], Places], tmp_path: Path, s3_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

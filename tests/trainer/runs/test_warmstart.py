@@ -278,7 +278,6 @@ def _other_store(places: Places, kind: str) -> Path:
     return path
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "told"),
     [

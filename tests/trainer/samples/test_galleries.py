@@ -111,7 +111,6 @@ def test_pooling() -> None:
     assert vectors_UV.grad.tolist() == [[0.5, 0.5], [1.5, 1.5], [4.0, 4.0]]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_galleries_of_one_image_are_that_image(
     pooling: str, make_places: Callable[[Path], Places], tmp_path: Path
