@@ -195,6 +195,23 @@ def set_of(line: str) -> set[str]:
     return set(line.replace("=", " ").split())
 
 
+UNLIMITED = {"--shard", "--label-threshold", "--seed"}
+LARGEST = {"--port": 65535, "--num-shards": 65536, "--bootstrap": 1_000_000} | dict.fromkeys(
+    ("--max-gone", "--min-coverage", "--max-quarantine", "--min-recall"), 1
+)
+
+
+@pytest.mark.parametrize("line", LEAVES)
+def test_numbers_have_limits(line: str) -> None:
+    """The values above come from the limits: one that was lost would not be missed there."""
+    told = get_params_from_function(LEAVES[line].callback)
+    for each in LEAVES[line].params:
+        about, option = told[each.name], each.opts[0]
+        if each.param_type_name == "option" and kinds_of(about.annotation) & {int, float}:
+            assert about.default.min is not None or option in UNLIMITED, option
+            assert about.default.max == LARGEST.get(option, about.default.max), option
+
+
 @pytest.mark.parametrize("line", LEAVES)
 def test_ctrl_c_is_one_line_and_130(line: str) -> None:
     """The signal comes when the command's own function begins."""
