@@ -410,8 +410,8 @@ def principal_components(
                 values_ND = snapshot.codec.decode(matrix_of(block, info))
                 if not np.isfinite(values_ND).all():
                     raise InvalidRowsError(
-                        f"shard {shard} of {snapshot.storage.url} has numbers that are not finite: python -m"
-                        " featurestore verify names the file"
+                        f"shard {shard} of {snapshot.storage.url} has numbers that are not finite:"
+                        " crossmedia store verify names the file"
                     )
                 moments.add(values_ND)
             if progress is not None:

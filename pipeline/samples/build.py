@@ -52,8 +52,8 @@ FEW_BUCKETS = 64  # which cost nothing worth to speak of
 TASKS_PER_THREAD = 2  # that read logs: few, but one slow file keeps nobody waiting for long
 SHUFFLE_FOLDER = "shuffle"
 HOW_TIMES = (
-    'say in the mapping how times are written, in full: time_format: "%d/%m/%Y %H:%M:%S" (as of strptime; python -m '
-    "trainer.schema inspect suggests some), or time_unit: ms"
+    'say in the mapping how times are written, in full: time_format: "%d/%m/%Y %H:%M:%S" (as of strptime; '
+    "crossmedia schema inspect suggests some), or time_unit: ms"
 )
 FEWER_ROWS = "raise --partitions, or give workers more memory"
 
