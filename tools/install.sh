@@ -67,7 +67,7 @@ fi
 rm -f "$venv/.installed"
 pip=(-m pip install --quiet --disable-pip-version-check)
 # shellcheck disable=SC2086 # TORCH is words, e.g. "torch==2.13.0 torchvision==0.28.0"
-"$venv/bin/python" "${pip[@]}" -e ".[explorer]" ${TORCH:-}
+"$venv/bin/python" "${pip[@]}" -e ".[explorer,notebook]" ${TORCH:-}
 without=$venv/.without-horovod
 if [ "${HOROVOD:-}" = no ] || { [ -z "${HOROVOD:-}${HOROVOD_GPU_OPERATIONS:-}" ] && [ -f "$without" ]; }; then
   touch "$without"
