@@ -341,7 +341,7 @@ def test_the_newest_and_the_oldest_versions_have_environments_of_their_own(tmp_p
 def test_named_releases_of_torch_are_installed(place: Place) -> None:
     place.python("python3", "3.11")
     assert place.install(TORCH="torch==2.13.0 torchvision==0.28.0").returncode == 0
-    assert "-e .[explorer] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
+    assert "-e .[explorer,notebook] torch==2.13.0 torchvision==0.28.0" in (place.venv / "installs").read_text()
 
 
 @pytest.mark.parametrize("version", ["3.12", "3.13"])

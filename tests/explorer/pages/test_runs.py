@@ -149,8 +149,8 @@ def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, c
     assert "/worth" not in page(changing, "/runs")
     command = unescape(re.search(r"<pre[^>]*><code>(.*?)</code></pre>", html, re.S)[1])  # type: ignore[index]
     words = shlex.split(command)
-    assert words[:4] == ["python", "-m", "trainer.main", "--config"] and "model.images=none" in words
-    result = CliRunner().invoke(main, words[3:])  # as it is printed
+    assert words[:3] == ["crossmedia", "train", "--config"] and "model.images=none" in words
+    result = CliRunner().invoke(main, words[2:])  # as it is printed
     assert result.exit_code == 0, result.output
     assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", page(changing, "/worth"))
 
@@ -249,9 +249,9 @@ def test_hostile_names_are_only_text(own_runs: tuple[TestClient, Path], name: st
         each = re.sub(r'<script type="application/json".*?</script>', "", each)  # noqa: PLW2901 - data, never markup
         assert "<script>alert" not in each
         assert "'onclick='alert" not in each
-    assert "trainer.evaluate" in one
+    assert "crossmedia evaluate" in one
     if "`" in name:
-        assert "&#39;" in one.partition("trainer.evaluate")[2].partition("</code>")[0]  # in quotes for a shell
+        assert "&#39;" in one.partition("crossmedia evaluate")[2].partition("</code>")[0]  # in quotes for a shell
 
 
 @pytest.mark.parametrize(
