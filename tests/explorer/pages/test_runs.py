@@ -251,7 +251,7 @@ def test_hostile_names_are_only_text(own_runs: tuple[TestClient, Path], name: st
         assert "'onclick='alert" not in each
     assert "crossmedia evaluate" in one
     if "`" in name:
-        assert "&#39;" in one.partition("crossmedia evaluate")[2].partition("</code>")[0]  # in quotes for a shell
+        assert "&#39;" in one.partition("crossmedia evaluate")[2].partition("</code>")[0]  # quoted
 
 
 @pytest.mark.parametrize(
