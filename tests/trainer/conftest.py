@@ -88,7 +88,7 @@ class Places:
             "data.store": self.folder / "features",
             "data.cache_dir": self.folder / "cache",
             "data.global_batch_size": 32,
-            "data.shuffle_window": 75,
+            "data.shuffle_window": 100,
             "model.embed_hidden": [8, 4],
             "model.mlp": [8, 4],
             "model.tables": "{user: 64, item: 64, image: 64, category: 16, scene: 16}",

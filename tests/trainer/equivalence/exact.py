@@ -51,7 +51,7 @@ class PlainIds:
                 continue
             self.used[shard] += 1
             self.place_of[each] = shard * self.shape.rows_per_shard + self.used[shard]
-            rows.weight.detach()[self.place_of[each]] = self.first(each, 0).to(rows.weight.dtype)
+            rows.weight.detach()[self.place_of[each]] = self.first(each).to(rows.weight.dtype)
 
     def begin_day(self, day: int, rows: PlainRows) -> None:
         """Rows last used more than `expire_days` before go; as often, counts of ids without a row are halved."""
