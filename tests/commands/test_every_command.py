@@ -4,6 +4,7 @@ import enum
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_what_is_required_is_named(line: str) -> None:
 @pytest.mark.parametrize("job", sorted(name for name in COMMANDS if name.startswith("jobs/")))
 def test_the_help_of_a_job_has_an_example(job: str) -> None:
     called = call([job, "--help"])
-    assert called.code == 0 and f"{job}.py" in called.out
+    assert called.code == 0 and re.search(r"Examples?:\s+(crossmedia|dask-submit|horovodrun) ", called.out)
 
 
 def test_values_come_from_all_kinds_of_options() -> None:

@@ -41,7 +41,7 @@ def assert_message(result, code, text):
 
 
 def test_mistakes_are_one_message(job, tmp_path):
-    assert_message(job(), 2, "data/features: store.json is not there; jobs/extract_features.py makes one")
+    assert_message(job(), 2, "data/features: store.json is not there; crossmedia extract makes one")
     assert_message(job("--channel", "19"), 2, "not the name of a channel")
 
 

@@ -479,7 +479,7 @@ class Generation:
         rank, text = line["rank"], line["text"]
         is_word = text.strip() and not self._last.get(rank, "").startswith(_ERROR)
         if line["stream"] == "err" and (text.startswith(_ERROR) or is_word):
-            self._last[rank] = text.strip()
+            self._last[rank] = text.strip().rstrip(":")
         stream = sys.stderr if line["stream"] == "err" else sys.stdout
         self._printer.line(stream, text if rank == 0 else f"[rank {rank}] {text}")
 

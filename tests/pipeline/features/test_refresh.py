@@ -174,7 +174,7 @@ def test_images_that_all_became_garbage_do_not_empty_the_store(make, run, write,
 
 def test_the_network_is_the_stores_own(make, run, write, tmp_path, client):
     folder = write(a=1, b=2)
-    with pytest.raises(StoreNotFoundError, match=r"no store at .*extract_features"):
+    with pytest.raises(StoreNotFoundError, match=r"no store at .*crossmedia extract makes one"):
         run(folder)
     make(folder)
     write(c=3)

@@ -51,7 +51,7 @@ def why_not(run: Path, used: RunInUse) -> str:
 def test_one_as_good_passes_and_a_worse_one_fails(places: Places) -> None:
     other = gate_model(trained(places, "other", train__seed=1), None, in_use(places))
     assert all(each.holds for each in other), other
-    bad = trained(places, "bad", optim__lr=1, optim__ids_lr=1)
+    bad = trained(places, "bad", optim__lr=1, optim__ids_lr=1, model__activation="prelu")
     found = {each.gate: each for each in gate_model(bad, None, in_use(places))}
     assert not found["logloss"].holds
     rows = predict_run(bad)

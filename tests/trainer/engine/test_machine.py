@@ -69,7 +69,7 @@ class TestMemory:
     SHAPES = (TableShape("item", 12, 1_000_000, 64), TableShape("user", 4, 1_000_000_000, 64))
 
     def test_tables_that_fit_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for free in (None, 41_000_000_000):
+        for free in (None, 21_000_000_000):
             monkeypatch.setattr(machine, "free_bytes", lambda free=free: free)
             check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
 
@@ -78,8 +78,8 @@ class TestMemory:
         with pytest.raises(ConfigError) as caught:
             check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
         message = str(caught.value)
-        assert re.match(r"model\.tables\.user=1000000000: 1,000,000,000 rows of 4 .* take 40\.0 GB on ", message)
-        assert "all tables 40.1 GB" in message and "3.0 GB are free" in message
+        assert re.match(r"model\.tables\.user=1000000000: 1,000,000,000 rows of 4 .* take 20\.0 GB on ", message)
+        assert "all tables 20.1 GB" in message and "3.0 GB are free" in message
 
     def test_ranks_of_a_machine_share_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each alone would fit; a rank on another machine does not count."""

@@ -165,9 +165,7 @@ class TestRuns:
         assert run_alone(both, **again)["store_versions"] == {"images": 1, "titles": 1}
 
     def test_a_store_that_is_not_there_is_named(self, both: Places, tmp_path: Path) -> None:
-        with pytest.raises(
-            DataError, match=r"data\.stores\.titles=.*nowhere is no feature store; make it with: python"
-        ):
+        with pytest.raises(DataError, match=r"data\.stores\.titles=.*nowhere is no feature store; make it with: cross"):
             run_alone(both, run__name="x", data__stores=f"{{titles: {tmp_path / 'nowhere'}}}")
 
 
