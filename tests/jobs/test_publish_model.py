@@ -118,7 +118,7 @@ def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: st
 def test_a_worse_model_is_published_and_not_put_in_use(places: Places, tmp_path: Path) -> None:
     out, json_file = tmp_path / "model", tmp_path / "export.json"
     good, bad = places.folder / "runs" / "ids", places.folder / "runs" / "bad"
-    train_run(places, "bad", **VARIANTS["ids_only"], optim__lr=1, optim__ids_lr=1)
+    train_run(places, "bad", **VARIANTS["ids_only"], optim__lr=1, optim__ids_lr=1, model__activation="prelu")
     assert "gate" not in done(export_model.app, "--run", good, "--out", out)  # nothing is in use yet
     refused = job(export_model.app, "--run", bad, "--out", out, "--json", json_file)
     assert refused.exit_code == export_model.REFUSED == 3
