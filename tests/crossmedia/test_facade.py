@@ -20,7 +20,6 @@ from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from serving.bundle.export import ExportOptions, export_model, write_network
 from tests.commands.calls import ROOT
-from tests.serving.bundle.conftest import no_scores
 from tests.trainer.conftest import Places, make_places, nothing_drawn
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.predict import predict_run
@@ -45,7 +44,7 @@ def run(places: Places) -> cm.Run:
 @pytest.fixture(scope="module")
 def model(places: Places, run: cm.Run) -> Iterator[cm.Model]:
     url = str(places.folder / "models" / "ctr")
-    export_model(url, ExportOptions(run=run.folder), network=write_network, measure=no_scores)
+    export_model(url, ExportOptions(run=run.folder), network=write_network)
     with cm.load_model(url) as opened:
         yield opened
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from trainer.comm import SoloComm
 from trainer.config.options import OptimConfig
-from trainer.engine.choices import dense_optimizer
+from trainer.engine.choices import DecayedDense
 from trainer.errors import CheckpointError
 from trainer.ids.shards import check_names
 from trainer.optim import DenseOptimizer, rates_at
@@ -114,7 +114,7 @@ def test_moves_as_adam_does() -> None:
 
 def test_weight_decay_is_adamws_and_of_matrices_alone() -> None:
     config = OptimConfig(lr=0.1, weight_decay=0.3, lr_gamma=0.5, lr_every=2)
-    mine, theirs = dense_optimizer(SoloComm(), parameters(), config), parameters()
+    mine, theirs = DecayedDense(SoloComm(), parameters(), config), parameters()
     matrix, vector = theirs.values()
     adam = torch.optim.AdamW([{"params": [matrix], "weight_decay": 0.3}, {"params": [vector], "weight_decay": 0.0}])
     for number in range(5):
