@@ -310,7 +310,13 @@ def follow(
             kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
             raise kind(f"{failure}\nTo train {day.name} again, remove {day.folder}") from failure
         comm.on_rank_0(lambda: write(folder))
-    comm.on_rank_0(lambda: show(folder))
+    comm.on_rank_0(lambda: _end(folder))
+
+
+def _end(folder: RunPath) -> None:
+    """Write the table once more, as a start that was killed after its last day has not, and print it."""
+    write(folder)
+    show(folder)
 
 
 def _work_on(day: Day, base: Config, *, continues: bool) -> tuple[Config | None, dict[str, Any] | None]:

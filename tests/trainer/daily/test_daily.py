@@ -185,7 +185,7 @@ def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.Mo
         return work(*given, **named)
 
     monkeypatch.setattr(owner, name, killed)
-    days = DAYS[: 3 if point == "table" else 2]  # the table is written again with the next day
+    days = DAYS[:2]
     with pytest.raises(KeyboardInterrupt):
         follow(cut, SoloComm(), first=DAYS[0], last=days[-1])
     follow(cut, SoloComm(), first=DAYS[0], last=days[-1])
