@@ -199,7 +199,7 @@ def _(PLACE, as_png, key_of_uri, mo, names, report, run, sheet, test_rows):
         for row in test_rows
         for place in range(len(row["ad_item"]))
     }
-    items, images, categories = zip(*sorted(shown), strict=True)
+    items, images, categories = map(list, zip(*sorted(shown), strict=True))
     request = Request(
         user={column: value for column, value in user.items() if column == "user" or column.startswith("behavior_")},
         candidates={"ad_item": items, "ad_image": images, "ad_category": categories},
