@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -41,6 +42,12 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DASK_CROSSMEDIA__INSECURE_SCHEDULER", raising=False)
 
 
+def tells_late_heartbeats() -> bool:
+    """Say whether a worker logs that the scheduler has ended before its last heartbeat."""
+    late = logging.makeLogRecord({"msg": "Failed to communicate with scheduler during heartbeat."})
+    return bool(logging.getLogger("distributed.worker").filter(late))
+
+
 def test_local_cluster_has_the_size_asked_for_and_leaves_no_process_when_the_job_fails():
     """Its workers do not profile themselves: on Python 3.11 the profiler can stop the whole worker for ever."""
     with pytest.raises(ZeroDivisionError), connect(workers=2, threads_per_worker=3, memory_limit="1GB") as client:
@@ -54,6 +61,7 @@ def test_local_cluster_has_the_size_asked_for_and_leaves_no_process_when_the_job
         callbacks = client.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
         assert all("profile" not in names and "heartbeat" in names for names in callbacks.values())
         assert set(client.run(os.environ.get, "MALLOC_TRIM_THRESHOLD_").values()) == {str(64 << 20)}
+        assert set(client.run(tells_late_heartbeats).values()) == {False}
         pids = list(client.run(os.getpid).values())
         assert len(set(pids)) == 2
         _ = 1 / 0
