@@ -179,7 +179,8 @@ def test_days_of_trainer_daily_are_listed_opened_and_compared(changing: TestClie
     address = "/runs/compare?run=both-longer&run=daily%2Fboth"
     compared = page(changing, address)
     assert 'href="/runs/daily/both"' in compared
-    assert re.search("“daily/both” (and|is better than|is worse than) “both-longer” in GAUC", text_of(whole(changing, address)))
+    said = text_of(whole(changing, address))
+    assert re.search("“daily/both” (and|is better than|is worse than) “both-longer” in GAUC", said)
 
 
 def test_no_runs_at_all(tmp_path: Path) -> None:
