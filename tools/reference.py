@@ -88,7 +88,6 @@ CONFIGURATIONS = (
     "model.pooling=transformer; model.transformer_width=16",
     "model.pooling=concat; model.pooling_length=8; model.multi_hot=sum",
     "model.pooling=multi_query; model.shared_image_model=false; model.visual_width=8",
-    "model.similarity_tiers=8; model.similarity_top_k=16",
     "model.image_dropout=0.2; model.id_dropout=0.1; model.id_proxy=true",
     "model.tables.item={kind: exact, max_rows: 1000, admit_after: 2, expire_days: 30}; model.table_shards=8",
     "model.activation=prelu; data.global_batch_size=60000; optim.ids=rowwise_adagrad; optim.id_l2=0.1",

@@ -31,8 +31,6 @@ StageAhead = Literal[
     "unique",
     "exchange keys",
     "gather",
-    "exchange signatures",
-    "compare images",
 ]
 Stage = Literal[
     StageAhead,

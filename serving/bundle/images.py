@@ -1,4 +1,4 @@
-"""Rows of a vectors store, computed from features: visual vectors by the networks E, and signatures of images.
+"""Rows of a vectors store: visual vectors, computed from features by the networks E.
 
 An export computes them for all images. A publish computes those of images that are new or changed in a feature store,
 as one commit of the vectors store: its manifest names the snapshot of features that its rows are computed from, and a
@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
-from featurestore.format.codec import Codec
 from featurestore.format.datafile import (
     DELETED,
     FEATURE,
@@ -47,10 +46,9 @@ from featurestore.store import FeatureStore
 from serving.bundle import EPS
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, NetworkColumns, VectorsOf
 from serving.bundle.open import ModelVersion
-from serving.bundle.rows import SIGNATURE_COLUMNS, Float32, columns_of_signatures
+from serving.bundle.rows import Float32
 from serving.errors import BrokenBundleError, ServingError
 from trainer.config.options import ModelConfig
-from trainer.engine.similarity import BITS, Planes, pairs_of_fields
 from trainer.engine.wiring import image_model, networks_of
 from trainer.models.layers import used_fields
 from trainer.runs.export import load_part
@@ -71,9 +69,6 @@ class StoreNetworks:
 
     models: Mapping[str, EmbeddingModel]
     no_image: Mapping[str, Float32]
-    planes: Planes | None
-    """Where the model compares images."""
-    codec: Codec
 
     @classmethod
     def of(
@@ -95,11 +90,7 @@ class StoreNetworks:
             models[name].eval()
             learned = state.get(f"{store}.no_image.{name}") if missing == "learned" else None
             no_image[name] = np.zeros(width, np.float32) if learned is None else learned.float().numpy()
-        planes = None
-        if store in compared_stores(fields, config):
-            first = next(iter(models.values()))
-            planes = Planes((first.mean_D.numpy(), first.inverse_std_D.numpy()))
-        return cls(models, no_image, planes, snapshot.codec)
+        return cls(models, no_image)
 
     @property
     def columns(self) -> tuple[NetworkColumns, ...]:
@@ -115,22 +106,14 @@ class StoreNetworks:
     @property
     def width(self) -> int:
         """Numbers in a row."""
-        return sum(model.out for model in self.models.values()) + (SIGNATURE_COLUMNS if self.planes else 0)
+        return sum(model.out for model in self.models.values())
 
     def rows(self, features_KD: NDArray[np.generic]) -> Float32:
         """Compute the rows (K, V) of stored features. Raises TrainerError if numbers are not finite."""
         features = as_tensor(features_KD)
         with torch.inference_mode():
             parts = [finite(model(features).float().numpy()) for model in self.models.values()]
-        if self.planes is not None:
-            parts.append(columns_of_signatures(self.planes.bits(self.codec.decode(features_KD))))
         return np.concatenate(parts, axis=1)
-
-
-def compared_stores(fields: Sequence[Field], config: ModelConfig) -> set[str]:
-    """List the stores whose images the model compares with each other."""
-    pairs = pairs_of_fields(tuple(fields), config)
-    return {field.store_name for field in fields if field.name in pairs}
 
 
 def networks_for(version: ModelVersion, of: VectorsOf) -> Callable[[Snapshot], StoreNetworks]:
@@ -196,7 +179,6 @@ def export_vectors(
         features=snapshot.info.digest,
         store_id=store.info.store_id,
         networks=networks.columns,
-        signatures=networks.planes is not None,
     )
 
 
@@ -364,8 +346,8 @@ def publish(
 ) -> PublishReport:
     """Update a vectors store to the newest snapshot of its features, or to `source_version`.
 
-    `source_url`: where the features are now. A vector is kept if none of its numbers moved by `eps` or more, nor that
-    share of its signature's bits; with eps=0, if it is identical. Concurrent publishes do not overwrite each other.
+    `source_url`: where the features are now. A vector is kept if none of its numbers moved by `eps` or more; with
+    eps=0, if it is identical. Concurrent publishes do not overwrite each other.
     Cost: reads the files of features added since, and the vectors of the shards that they change; reads all features if
     the previous snapshot is unknown or expired. Raises AnotherStoreError, SpecMismatchError, TrainerError or
     FeatureStoreError without publishing anything.
@@ -429,7 +411,7 @@ class _Delta:
         reader = self._now.shard_reader(shard)
         known = reader.keys()
         old_KV, is_known_K = reader.features(keys_K)
-        distance_K = row_distances(old_KV, new_KV, SIGNATURE_COLUMNS if self._of.signatures else 0)
+        distance_K = np.abs(new_KV - old_KV).max(axis=1, initial=0)
         is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
         place_M = np.flatnonzero(~is_known_K | is_far_K)
         gone = known[~np.isin(known, keys_K)] if gone is None else gone[reader.contains(gone)]
@@ -521,17 +503,3 @@ def _mirrored(source: FeatureStore, now: Snapshot) -> Snapshot | None:
     except SnapshotNotFoundError:
         return None
     return found if found.manifest.commit_id == mirrors.commit_id else None
-
-
-def row_distances(old_KV: Float32, new_KV: Float32, signature_columns: int) -> NDArray[np.float32]:
-    """Return how far rows have moved, (K,): the largest change of a number, or the share of changed signature bits.
-
-    The last `signature_columns` of the V numbers are a signature, 16 bits in each.
-    """
-    end = old_KV.shape[1] - signature_columns
-    distance_K: NDArray[np.float32] = np.abs(new_KV[:, :end] - old_KV[:, :end]).max(axis=1, initial=0)
-    if signature_columns:
-        old_bits, new_bits = (each[:, end:].astype(np.uint16) for each in (old_KV, new_KV))
-        share_K = np.bitwise_count(old_bits ^ new_bits).sum(axis=1, dtype=np.int64) / BITS
-        distance_K = np.maximum(distance_K, share_K.astype(np.float32))
-    return distance_K

@@ -122,8 +122,6 @@ class VectorsOf(Frozen):
     store_id: RandomId
     """Id of the vectors store."""
     networks: tuple[NetworkColumns, ...]
-    signatures: bool
-    """Whether 32 columns with the 512 bits of each image's signature follow."""
 
 
 class BundleManifest(Sealed):

@@ -1,7 +1,7 @@
-"""Rows that a scorer looks up in a bundle, memory-mapped: ID rows, and the visual vectors and signatures of images.
+"""Rows that a scorer looks up in a bundle, memory-mapped: ID rows, and the visual vectors of images.
 
 Letters of shapes: N ids or keys, T consecutive ranges of ids of one table each, R rows of a file, V numbers in an ID
-row or visual vector, D columns of a row of the vectors store, W words of a signature.
+row or visual vector, D columns of a row of the vectors store.
 """
 
 import itertools
@@ -21,7 +21,6 @@ from featurestore.store import FeatureStore
 from serving.bundle import RowDType
 from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows, VectorsOf, row_bytes
 from serving.errors import BrokenBundleError
-from trainer.engine.similarity import BITS, WORDS, Words
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -205,10 +204,6 @@ def _mapped(path: Path, dtype: np.dtype[np.generic]) -> NDArray[Any]:
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-_BITS_OF_A_COLUMN = 16
-SIGNATURE_COLUMNS = BITS // _BITS_OF_A_COLUMN
-
-
 class VectorTable:
     """The vectors of one feature store's images at one snapshot of the vectors store. Lookups are thread-safe."""
 
@@ -235,7 +230,7 @@ class VectorTable:
             if store.info.store_id != of.store_id:
                 raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
             width = max((each.start + each.width for each in of.networks), default=0)
-            if store.info.dim != width + SIGNATURE_COLUMNS * of.signatures:
+            if store.info.dim != width:
                 raise BrokenBundleError(f"{url} has rows of {store.info.dim} numbers; the networks need {width}")
             snapshot = store.snapshot(version)
             partition = FeaturePartition.load(
@@ -266,13 +261,6 @@ class VectorTable:
         """Return the columns of a row with the visual vector of this E."""
         return self._columns[network]
 
-    def words(self, rows_ND: Float32, missing_N: Bool) -> Words:
-        """Return the signatures of rows from `lookup`, (N, W), for `trainer.engine.similarity.cosines`."""
-        words_NW = np.zeros((len(rows_ND), WORDS), np.uint64)
-        words_NW[:, :-1] = rows_ND[:, -SIGNATURE_COLUMNS:].astype("<u2").view(np.uint64)
-        words_NW[:, -1] = ~missing_N
-        return words_NW
-
     def close(self) -> None:
         """Release the mapped rows."""
         self._partition.close()
@@ -300,8 +288,3 @@ class _SnapshotRows:
 
     def close(self) -> None:
         """Do nothing, as nothing is open."""
-
-
-def columns_of_signatures(bits_N64: NDArray[np.uint8]) -> Float32:
-    """Return signatures as columns of rows, (N, 32): each number holds 16 bits, which float32 represents exactly."""
-    return bits_N64.view("<u2").astype(np.float32)

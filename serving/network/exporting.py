@@ -27,7 +27,6 @@ from serving.network.inputs import Slots
 from trainer.config.options import ModelConfig
 from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths
 from trainer.models.ctr import CtrModel
-from trainer.models.layers import chosen_values, nearest_of, tiers_of
 from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field
 
@@ -66,12 +65,6 @@ class OneUser(nn.Module):
             if field.gallery is not None:
                 images, sizes_K = vectors[field.name], given[field.name, "sizes_K"]
                 vectors[field.name] = gallery_vectors(images, sizes_K, images.lengths_M, field.gallery)
-        for name in self.model.aggregators:
-            if (name, "tiers_BT") in given:
-                dense[tiers_of(name)] = given[name, "tiers_BT"]
-            if (name, "nearest_N") in given:
-                places_N, lengths_B = given[name, "nearest_N"], given[name, "lengths_B"]
-                vectors[nearest_of(name)] = chosen_values(vectors[name], places_N, lengths_B)
         vectors = self.model.with_pictures_of_ads(vectors)
         logits_B: Tensor = self.model(vectors, dense, torch.zeros(num_candidates, dtype=torch.int64))
         return logits_B

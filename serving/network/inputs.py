@@ -42,16 +42,6 @@ class FieldRows(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearestRows:
-    """The behaviours nearest to each candidate's image, and the histogram of all (trainer/engine/similarity.py)."""
-
-    tiers_BT: Float32
-    nearest_N: Int64
-    """Places in the behaviour field's `rows_NV`, candidate by candidate, most similar first."""
-    lengths_B: Int64
-
-
-@dataclass(frozen=True, kw_only=True)
 class NetworkInputs:
     """All inputs of one call of the network."""
 
@@ -61,8 +51,6 @@ class NetworkInputs:
     fields: Mapping[str, FieldRows]
     dense: Mapping[str, Float32] = field(default_factory=dict)
     """Every dense field, (M, width), as the model takes it (trainer/samples/reader.py)."""
-    similar: Mapping[str, NearestRows] = field(default_factory=dict)
-    """By behaviour field, where the model compares images."""
 
 
 def split_by_user(
@@ -81,7 +69,6 @@ def split_by_user(
         yield inputs
         return
     fields = {name: _FieldRows.of(field) for name, field in inputs.fields.items()}
-    ends_similar = {name: _ends(each.lengths_B) for name, each in inputs.similar.items()}
     for user, start, end in _blocks(inputs, at_most_G):
         at = {True: (user, user + 1), False: (start, end)}
         yield NetworkInputs(
@@ -89,10 +76,6 @@ def split_by_user(
             num_groups=1,
             fields={name: rows.cut(*at[name in of_user]) for name, rows in fields.items()},
             dense={name: rows_MW[slice(*at[name in of_user])] for name, rows_MW in inputs.dense.items()},
-            similar={
-                name: _nearest(each, ends_similar[name], start, end, int(fields[name].ends_M[user]))
-                for name, each in inputs.similar.items()
-            },
         )
 
 
@@ -132,29 +115,19 @@ class _FieldRows:
         )
 
 
-def _nearest(all_users: NearestRows, ends_B: Int64, start: int, end: int, first_value: int) -> NearestRows:
-    """Cut out the candidates from `start` to `end`, whose behaviours begin at `first_value` of the field."""
-    return NearestRows(
-        tiers_BT=all_users.tiers_BT[start:end],
-        nearest_N=all_users.nearest_N[ends_B[start] : ends_B[end]] - first_value,
-        lengths_B=all_users.lengths_B[start:end],
-    )
-
-
 def _ends(lengths_M: Int64) -> Int64:
     ends_M = np.zeros(len(lengths_M) + 1, np.int64)
     np.cumsum(lengths_M, out=ends_M[1:])
     return ends_M
 
 
-Part = Literal["rows_NV", "weights_N", "sizes_K", "lengths_M", "dense", "tiers_BT", "nearest_N", "lengths_B"]
+Part = Literal["rows_NV", "weights_N", "sizes_K", "lengths_M", "dense"]
 Size = Literal["one", "candidates", "list", "any"]
-_OF_SIMILAR = ("tiers_BT", "nearest_N", "lengths_B")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor: which part of which field, by its name in `FieldRows` or `NearestRows`."""
+    """One tensor: which part of which field, by its name in `FieldRows`."""
 
     field: str
     part: Part
@@ -166,7 +139,7 @@ class Slot:
     @property
     def is_real(self) -> bool:
         """Whether its numbers are float32, and not int64."""
-        return self.part in ("rows_NV", "weights_N", "dense", "tiers_BT")
+        return self.part in ("rows_NV", "weights_N", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +158,6 @@ class Slots:
     def of(cls, model: CtrModel, config: ModelConfig) -> Self:
         """Name the tensors of a model."""
         slots = [slot for field in model.fields for slot in _of_field(field, width_of(field, config))]
-        for name in model.aggregators:
-            if config.similarity_tiers:
-                slots.append(Slot(name, "tiers_BT", "candidates", config.similarity_tiers))
-            if config.similarity_top_k:
-                slots += [Slot(name, "nearest_N", "any"), Slot(name, "lengths_B", "candidates")]
         lists = tuple(f.name for f in model.fields if f.side == "user" and f.kind in ("multi_id", "content"))
         return cls(
             slots=tuple(slots),
@@ -251,8 +219,7 @@ def _num_values(field: FieldRows) -> int:
 def _part(inputs: NetworkInputs, slot: Slot) -> NDArray[Any]:
     if slot.part == "dense":
         return inputs.dense[slot.field]
-    parts = inputs.similar if slot.part in _OF_SIMILAR else inputs.fields
-    array: NDArray[Any] | None = getattr(parts[slot.field], slot.part)
+    array: NDArray[Any] | None = getattr(inputs.fields[slot.field], slot.part)
     assert array is not None, f"field {slot.field} needs {slot.part}"
     return array
 

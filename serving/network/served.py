@@ -25,7 +25,7 @@ from serving.network.exporting import PORTABLE, SLOTS, compiled_name
 from serving.network.inputs import Float32, NetworkInputs, Slots, split_by_user
 
 _BLOCK = 256  # candidates a run, so that intermediate results stay in the processor's cache
-MOST_PAIRS = 1 << 15
+_MOST_PAIRS = 1 << 15
 """Pairs of a candidate and a behaviour a run: some milliseconds, and some megabytes."""
 
 Form = Literal["compiled", "portable"]
@@ -73,7 +73,7 @@ class ServedNetwork:
     def steps(self, inputs: NetworkInputs) -> Steps[Float32]:
         """Score in pieces: 256 candidates of a user at a time, fewer for long histories."""
         logits = []
-        for block in split_by_user(inputs, self._slots.of_user, _BLOCK, MOST_PAIRS):
+        for block in split_by_user(inputs, self._slots.of_user, _BLOCK, _MOST_PAIRS):
             logits.append(self._score(block))
             yield
         return np.concatenate(logits) if logits else np.empty(0, np.float32)

@@ -4,7 +4,6 @@ The ids of all fields are one array: one hash, and one gather for each width. Th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -20,18 +19,15 @@ from serving.bundle.open import Bundle
 from serving.bundle.rows import Float32
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps, run_steps
-from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
-from serving.network.served import MOST_PAIRS
+from serving.network.inputs import FieldRows, NetworkInputs
 from serving.scoring.arrow import check_columns, scorable_rows, table_steps
 from serving.scoring.decode import Bool, DecodedRequests, request_steps
 from serving.scoring.request import Decoded, Places, RequestColumns, Scored, Sizes, sizes_of
-from trainer.engine.similarity import pairs_of_fields, similarity
 from trainer.engine.wiring import model_name
 from trainer.errors import DataError
 from trainer.models.layers import width_of
 from trainer.models.nets import behaviors_of, check_equal_lists
 from trainer.samples.columns import Index, Rule
-from trainer.samples.reader import Batch
 from trainer.schema import Field
 
 _LOOKUP = 20_000
@@ -50,9 +46,8 @@ class Lookups(NamedTuple):
 
 
 class _Images(NamedTuple):
-    """The images of a field: rows of the vectors store, (N, D), which have none, (N,), and the visual vectors."""
+    """The images of a field: which have no vector, (N,), and the visual vectors."""
 
-    rows_ND: Float32
     missing_N: Bool
     visual_NV: Float32
 
@@ -74,7 +69,6 @@ class InputMaker:
             if field.kind == "content":
                 self._fields_of_store.setdefault(field.store_name, []).append(field)
         self._dense = [field.name for field in bundle.fields if field.kind == "dense"]
-        self._pairs = pairs_of_fields(bundle.fields, model)
 
     def make(self, decoded: DecodedRequests) -> Steps[Lookups]:
         """Look up the ids and images of some requests, in pieces."""
@@ -92,15 +86,11 @@ class InputMaker:
             )
             if images.missing_N.any():
                 missing[name] = images.missing_N
-        similar: dict[str, NearestRows] = {}
-        for name, ad in self._pairs.items():
-            similar[name] = yield from self._nearest(batch, name, ad, found)
         inputs = NetworkInputs(
             group_of_sample_B=batch.group_of_sample_B,
             num_groups=len(decoded.counts_G),
             fields=fields,
             dense={name: batch.dense[name] for name in self._dense},
-            similar=similar,
         )
         return Lookups(inputs, unknown, missing)
 
@@ -162,33 +152,8 @@ class InputMaker:
             if is_null_N is not None:
                 visual_NV = np.where(is_null_N[:, None], table.no_image[network], visual_NV)
                 lacks_N = lacks_N | is_null_N
-            found[field.name] = _Images(rows_ND[here], lacks_N, visual_NV)
+            found[field.name] = _Images(lacks_N, visual_NV)
         return found
-
-    def _nearest(self, batch: Batch, behaviors: str, ad: str, found: Mapping[str, _Images]) -> Steps[NearestRows]:
-        """Compare the images of a behaviour field with those of the candidates, as training does; some at a time."""
-        model, stores = self._bundle.model, {field.name: field.store_name for field in self._bundle.fields}
-        words = {
-            name: self._bundle.vectors[stores[name]].words(found[name].rows_ND, found[name].missing_N)
-            for name in (behaviors, ad)
-        }
-        longest = int(batch.fields[behaviors].lengths_M.max(initial=1))
-        count = max(1, MOST_PAIRS // max(1, longest))
-        parts = []
-        for start in range(0, batch.num_samples or 1, count):
-            here = slice(start, start + count)
-            some = replace(batch, group_of_sample_B=batch.group_of_sample_B[here], label_B=batch.label_B[here])
-            parts.append(
-                similarity(
-                    some, behaviors, words[ad][here], words[behaviors], model.similarity_tiers, model.similarity_top_k
-                )
-            )
-            yield
-        return NearestRows(
-            tiers_BT=np.concatenate([each.tiers_BT for each in parts]),
-            nearest_N=np.concatenate([each.nearest_N for each in parts]),
-            lengths_B=np.concatenate([each.lengths_B for each in parts]),
-        )
 
 
 def _slices(lengths_T: Index) -> list[slice]:

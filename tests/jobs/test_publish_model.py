@@ -47,8 +47,7 @@ def done(app: Any, *options: object) -> str:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     places = make_places(tmp_path_factory.mktemp("places"))
-    similarity = {"model__similarity_tiers": 4, "model__similarity_top_k": 2}
-    train_run(places, "both", model__compute_dtype="float32", **similarity)
+    train_run(places, "both", model__compute_dtype="float32")
     train_run(places, "ids", **VARIANTS["ids_only"])
     return places
 

@@ -324,9 +324,7 @@ _DECISIONS: dict[str, Decision] = {
     SAMPLES_DIGEST: "positions",
 }
 _OF_POOLINGS = set[str]().union(*SETTINGS_OF_POOLINGS.values())
-_OF_BEHAVIORS = {"pooling", "image_products", "similarity_tiers", "similarity_top_k", *_OF_POOLINGS} - {
-    "attention_hidden"
-}
+_OF_BEHAVIORS = {"pooling", "image_products", *_OF_POOLINGS} - {"attention_hidden"}
 OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
 """Settings that a model without images does not use."""
 

@@ -199,10 +199,6 @@ class ModelConfig(Section):
     image_products: Parameters[bool] = True
     """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
     two_tower."""
-    similarity_tiers: Parameters[Annotated[int, Field(ge=0, le=256)]] = 0
-    """Tiers of SimTier's histogram of how similar the behaviour images are to the ad's; 0: none."""
-    similarity_top_k: Parameters[Annotated[int, Field(ge=0, le=10_000)]] = 0
-    """Pool only this many behaviours, those whose images are most similar to the ad's; 0: all."""
     shared_image_model: Parameters[bool] = True
     """One E for all content fields of a store, or one for each field."""
     id_width: Rows[Width] = 12
@@ -287,16 +283,6 @@ class ModelConfig(Section):
                 f"and with model.id_init_std={self.id_init_std} trained rows lie there too; set it to "
                 f"{LARGEST_UNTRAINED} or less"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _dropped_pictures_are_nowhere(self) -> "ModelConfig":
-        for name in ("similarity_tiers", "similarity_top_k"):
-            if self.image_dropout and getattr(self, name):
-                raise ValueError(
-                    f"model.image_dropout={self.image_dropout} shows ads without their pictures, and "
-                    f"model.{name}={getattr(self, name)} would compare these all the same; set one of them to 0"
-                )
         return self
 
     @field_validator("table_shards")

@@ -1,7 +1,7 @@
 """The engine: forward, backward and update of one batch."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featurestore.lookup.ondevice import on_device
-from trainer.engine.similarity import Similarity
-from trainer.engine.wiring import EngineParts, Inputs
+from trainer.engine.wiring import EngineParts
 from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.models.nets import check_logits
@@ -30,8 +29,6 @@ class PreparedBatch:
 
     batch: Batch
     request: KeyRequest
-    similarity: Mapping[str, Similarity] = field(default_factory=dict)
-    """How similar the images of each behaviour field are to the ads', where the model asks for that."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,7 @@ class Engine(EngineParts):
                 return
             except Exception as failure:  # any error: the other ranks are blocked on this rank's keys
                 self._exchange.refuse(failure, kind)
-            request = self._exchange.request(batch.fields, kind)
-            prepared = PreparedBatch(batch, request)
-            for step in self._input_steps:
-                step.prepare(prepared)
-            yield prepared
+            yield PreparedBatch(batch, self._exchange.request(batch.fields, kind))
 
     def prepare(self, batch: Batch, kind: Kind = "step") -> PreparedBatch:
         """Prepare one batch like `prepared`; all ranks call it."""
@@ -138,20 +131,21 @@ class Engine(EngineParts):
 
     def _outputs(self, prepared: PreparedBatch, network: NetworkPart, given: Mapping[str, FieldVectors]) -> Tensor:
         batch, place = prepared.batch, self.model.place
-        inputs = self._inputs(prepared)
+        vectors, dense = self._vectors(prepared), self._dense_values(batch)
         group_of_sample_B = self._on_device(batch.group_of_sample_B)
         with self.stages.timed("worker forward", prepared.request.kind):
             place.step, place.place_B = self.num_steps, batch.places
-            for step in self._input_steps:
-                step(prepared, inputs)
-            fields = self.model.with_pictures_of_ads({**inputs.vectors, **given})
-            outputs = network(fields, inputs.dense, group_of_sample_B)
+            self._pool_galleries(batch, vectors)
+            if self.model.training:
+                vectors = self._dropout(vectors, batch, place.step)
+            fields = self.model.with_pictures_of_ads({**vectors, **given})
+            outputs = network(fields, dense, group_of_sample_B)
         if network is self.model:
             check_logits(self._base, outputs, batch.num_samples)
         return outputs
 
-    def _inputs(self, prepared: PreparedBatch) -> Inputs:
-        """Ask the exchange for the vectors of a batch, and put its own numbers beside them."""
+    def _vectors(self, prepared: PreparedBatch) -> dict[str, FieldVectors]:
+        """Ask the exchange for the vectors of a batch, and put its weights and lengths beside them."""
         batch = prepared.batch
         vectors = self._exchange.vectors(prepared.request)
         for name in batch.weights.keys() & vectors.keys():
@@ -160,8 +154,11 @@ class Engine(EngineParts):
             if each.side == "user" and each.name in vectors:
                 lengths_M = batch.fields[each.name].lengths_M
                 vectors[each.name].on_host = HostLengths(lengths_M, batch.group_of_sample_B)
+        return vectors
+
+    def _dense_values(self, batch: Batch) -> dict[str, Tensor]:
         dense = [each.name for each in self.fields if each.kind == "dense"]
-        return Inputs(vectors, {name: self._on_device(batch.dense[name], self._dtype) for name in dense})
+        return {name: self._on_device(batch.dense[name], self._dtype) for name in dense}
 
     def _on_device(self, values: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
         return on_device(values, self._device).to(dtype=dtype)

@@ -3,10 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +17,6 @@ from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
 from trainer.engine.choices import DecayedDense, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
-from trainer.engine.similarity import ImageComparison, Signatures, pairs_of_fields, scaling_of
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
 from trainer.exchange.routing import Int64, unique
@@ -28,16 +25,13 @@ from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
 from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
-from trainer.models.ctr import CtrModel
-from trainer.models.layers import chosen_values, nearest_of, tiers_of, width_of
+from trainer.models.layers import width_of
 from trainer.models.nets import build_model
 from trainer.models.newads import IdDropout
 from trainer.models.pooling import gallery_vectors
+from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
-
-if TYPE_CHECKING:
-    from trainer.engine.engine import PreparedBatch
 
 NO_IMAGES = ".no_image."
 """In the names of the trained vectors of images without a feature, which a run has by its data.missing."""
@@ -76,72 +70,6 @@ class ContentSource:
     def release(self, served: ContentRequest) -> None:
         """Give the features' memory back to the service."""
         self._service.release(served.gathered)
-
-
-@dataclass
-class Inputs:
-    """What the network gets of a batch, by field: vectors of IDs and images, and dense values (M, width)."""
-
-    vectors: dict[str, FieldVectors]
-    dense: dict[str, Tensor]
-
-
-class InputStep:
-    """Something that is off by default, and changes the inputs of the network or adds to them."""
-
-    def prepare(self, prepared: "PreparedBatch") -> None:
-        """Do what needs no weight, after the keys were exchanged; every rank calls it."""
-
-    def __call__(self, prepared: "PreparedBatch", inputs: Inputs) -> None:
-        """Change the inputs; every rank calls it."""
-        raise NotImplementedError
-
-
-class PooledGalleries(InputStep):
-    """Makes one vector of the several images of an ad or behaviour."""
-
-    def __init__(self, fields: Sequence[Field], device: torch.device) -> None:
-        self._fields, self._device = fields, device
-
-    def __call__(self, prepared: "PreparedBatch", inputs: Inputs) -> None:
-        for field in self._fields:
-            assert field.gallery is not None
-            gallery = prepared.batch.galleries[field.name]
-            sizes_K = on_device(gallery.values_N, self._device)
-            lengths_M = on_device(gallery.lengths_M, self._device).to(torch.int64)
-            pooled = gallery_vectors(inputs.vectors[field.name], sizes_K, lengths_M, field.gallery)
-            if field.side == "user":
-                pooled.on_host = HostLengths(gallery.lengths_M, prepared.batch.group_of_sample_B)
-            inputs.vectors[field.name] = pooled
-
-
-class SimilarImages(InputStep):
-    """Adds how similar the images of each behaviour field are to the ads', and the behaviours nearest to each ad."""
-
-    def __init__(self, comparison: ImageComparison, device: torch.device, dtype: torch.dtype) -> None:
-        self._comparison, self._device, self._dtype = comparison, device, dtype
-
-    def prepare(self, prepared: "PreparedBatch") -> None:
-        prepared.similarity = self._comparison.similarities(prepared.batch, prepared.request)
-
-    def __call__(self, prepared: "PreparedBatch", inputs: Inputs) -> None:
-        for name, similar in prepared.similarity.items():
-            inputs.dense[tiers_of(name)] = on_device(similar.tiers_BT, self._device).to(self._dtype)
-            nearest_N, lengths_B = (on_device(each, self._device) for each in (similar.nearest_N, similar.lengths_B))
-            nearest = chosen_values(inputs.vectors[name], nearest_N, lengths_B)
-            nearest.on_host = HostLengths(similar.lengths_B, np.arange(len(similar.lengths_B)))
-            inputs.vectors[nearest_of(name)] = nearest
-
-
-class DroppedInputs(InputStep):
-    """Takes IDs or pictures away from the ads of some samples, in training."""
-
-    def __init__(self, dropout: IdDropout, model: CtrModel) -> None:
-        self._dropout, self._model = dropout, model
-
-    def __call__(self, prepared: "PreparedBatch", inputs: Inputs) -> None:
-        if self._model.training:
-            inputs.vectors = self._dropout(inputs.vectors, prepared.batch, self._model.place.step)
 
 
 class EngineParts:
@@ -204,8 +132,8 @@ class EngineParts:
         self.model.place.comm, self.model.place.seed = comm, seed
         self._dense = DecayedDense(comm, dict(self._modules.named_parameters()), optim)
         self._exchange = self._exchange_of(model)
-        self._input_steps = self._input_steps_of(schema, model, seed)
-        """What changes or adds to the inputs of the network before it gets them; by default nothing."""
+        image_rate = model.image_dropout if self.model.new_ads else 0.0
+        self._dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
         check_same(comm, self.dense_state())
 
     @property
@@ -291,26 +219,18 @@ class EngineParts:
         sources: list[VectorSource] = [*self.id_sources, *content.values()]
         return Exchange(self._comm, sources, source_of_field, self._device, self._dtype, self.stages)
 
-    def _input_steps_of(self, schema: Schema, model: ModelConfig, seed: int) -> list[InputStep]:
-        """Make what the settings and the schema ask for beyond the default."""
-        steps: list[InputStep] = []
-        if galleries := [field for field in self.fields if field.gallery is not None]:
-            steps.append(PooledGalleries(galleries, self._device))
-        if pairs := pairs_of_fields(self.fields, model):
-            steps.append(SimilarImages(self._comparison_of(model, pairs), self._device, self._dtype))
-        image_rate = model.image_dropout if self.model.new_ads else 0.0
-        if model.id_dropout or image_rate:
-            dropout = IdDropout(schema, model.id_dropout, seed, image_rate=image_rate)
-            steps.append(DroppedInputs(dropout, self.model))
-        return steps
-
-    def _comparison_of(self, model: ModelConfig, pairs: Mapping[str, str]) -> ImageComparison:
-        """Make what compares images with each other."""
-        compared = {f.name: self.services[f.store_name] for f in self.fields if f.name in {*pairs, *pairs.values()}}
-        made = {service: Signatures(service.partition, partial(scaling_of, service)) for service in compared.values()}
-        numbers = {name: self._exchange.source_of(name) for name in compared}
-        signatures = {numbers[name]: made[service] for name, service in compared.items()}
-        return ImageComparison(self._comm, model, pairs, numbers, signatures, self.stages)
+    def _pool_galleries(self, batch: Batch, vectors: dict[str, FieldVectors]) -> None:
+        """Put one vector in the place of the several images of an ad or behaviour."""
+        for field in self.fields:
+            if field.gallery is None:
+                continue
+            gallery = batch.galleries[field.name]
+            sizes_K = on_device(gallery.values_N, self._device)
+            lengths_M = on_device(gallery.lengths_M, self._device).to(torch.int64)
+            pooled = gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
+            if field.side == "user":
+                pooled.on_host = HostLengths(gallery.lengths_M, batch.group_of_sample_B)
+            vectors[field.name] = pooled
 
 
 def model_name(field: Field, config: ModelConfig) -> str:

@@ -87,18 +87,15 @@ class WidthPlan:
 class FieldPlaces:
     """Of each value of a field its place among the unique keys that its source was asked for; lengths of its rows."""
 
-    places_N: Int64
     index_N: Tensor
-    """The places on the device."""
     lengths_M: Tensor
 
 
 @dataclass
 class KeyRequest:
-    """Keys asked and received for one batch."""
+    """Keys asked for one batch, and what this rank serves of those that it received."""
 
     asked_S: list[Bucketized]
-    received: KeyBlocks
     served_S: list[Any]
     plans: list[WidthPlan]
     fields: dict[str, FieldPlaces]
@@ -161,7 +158,7 @@ class Exchange:
             error = failure
         widths = sorted(set(self._width_S))
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in widths]
-        return KeyRequest(asked_S, blocks, served_S, plans, self._places_of(asked_S, fields), kind, error)
+        return KeyRequest(asked_S, served_S, plans, self._places_of(asked_S, fields), kind, error)
 
     def refuse(self, error: Exception, kind: Kind) -> NoReturn:
         """Stand in for `request` on a rank that has no batch; raises `error`, on the other ranks RemoteRankError."""
@@ -211,10 +208,6 @@ class Exchange:
             source.release(served)
         request.served_S = []
 
-    def source_of(self, field: str) -> int:
-        """Return the number of the key source that a field belongs to."""
-        return next(source for source, names in enumerate(self._fields_S) if field in names)
-
     def _exchange_keys(
         self, fields: Mapping[str, Jagged], kind: Kind, status: int
     ) -> tuple[list[Bucketized], KeyBlocks]:
@@ -263,9 +256,8 @@ class Exchange:
             start = 0
             for name in names:
                 end = start + len(fields[name].values_N)
-                places_N, lengths_M = asked.inverse_N[start:end], fields[name].lengths_M.astype(np.int64)
-                index_N = on_device(places_N, self._device)
-                places[name] = FieldPlaces(places_N, index_N, on_device(lengths_M, self._device))
+                index_N, lengths_M = asked.inverse_N[start:end], fields[name].lengths_M.astype(np.int64)
+                places[name] = FieldPlaces(on_device(index_N, self._device), on_device(lengths_M, self._device))
                 start = end
         return places
 

@@ -36,8 +36,8 @@ class HostLengths:
     """What a batch itself knows of a field's lengths, so that no size has to be fetched from a GPU."""
 
     lengths_M: NDArray[np.integer[Any]]
-    row_of_sample_B: Int64
-    """Of a field of the user: its row that each sample looks at."""
+    group_of_sample_B: Int64
+    """The row of the field that each sample looks at."""
 
     def num_values(self, at_most: int) -> int:
         """Count the values of all rows, of each the first `at_most`."""
@@ -45,7 +45,7 @@ class HostLengths:
 
     def num_pairs(self, at_most: int | None) -> int:
         """Count the values that all samples look at, each at the first `at_most` of its row."""
-        lengths_B = self.lengths_M[self.row_of_sample_B]
+        lengths_B = self.lengths_M[self.group_of_sample_B]
         return int((lengths_B if at_most is None else np.minimum(lengths_B, at_most)).sum())
 
 

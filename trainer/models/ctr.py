@@ -10,17 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
 from trainer.exchange.vectors import FieldVectors, take_rows
-from trainer.models.layers import (
-    HiddenLayers,
-    Mlp,
-    StepPlace,
-    all_behaviors,
-    nearest_behaviors,
-    tiers_of,
-    used_fields,
-    value_rows,
-    width_of,
-)
+from trainer.models.layers import HiddenLayers, Mlp, StepPlace, used_fields, value_rows, width_of
 from trainer.models.newads import build_id_proxy, build_new_ads
 from trainer.models.pooling import AGGREGATORS, mean_pool, queries_of, sum_pool
 from trainer.samples.reader import Batch
@@ -76,12 +66,9 @@ class CtrModel(nn.Module):
         )
         self.new_ads = build_new_ads(schema, self.fields, config)
         self.id_proxy = build_id_proxy(schema, self.fields, config)
-        self._looked_at = nearest_behaviors if config.similarity_top_k else all_behaviors
-        self._tiers = [tiers_of(name) for name in behaviors] if config.similarity_tiers else []
         taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
         self.input_width += sum(width[name] for name in self.products)
-        self.input_width += config.similarity_tiers * len(self._tiers)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Return logits (B,). `fields`: id, multi_id, content; `dense`: (M, width) each; M = G or B by side."""
@@ -100,17 +87,15 @@ class CtrModel(nn.Module):
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Return all that the model knows of each sample, (B, input_width)."""
         user, ad = self.of_side("user", fields, dense), self.of_side("ad", fields, dense)
-        return self.put_together(user, ad, fields, dense, group_of_sample_B)
+        return self.put_together(user, ad, fields, group_of_sample_B)
 
     def of_side(self, side: Side, fields: Fields, dense: Dense) -> list[Tensor]:
         """Return ID vectors and dense values of one side, (M, W) for each field."""
         return [*self.id_vectors(side, fields), *self.dense_values(side, dense)]
 
-    def put_together(
-        self, user: list[Tensor], ad: list[Tensor], fields: Fields, dense: Dense, group_of_sample_B: Tensor
-    ) -> Tensor:
+    def put_together(self, user: list[Tensor], ad: list[Tensor], fields: Fields, group_of_sample_B: Tensor) -> Tensor:
         """Make `inputs` from the results of `of_side` for both sides."""
-        images = self.images(fields, dense, group_of_sample_B, ad)
+        images = self.images(fields, group_of_sample_B, ad)
         return torch.cat([*self.of_group(user, group_of_sample_B), *ad, *images], dim=1)
 
     def id_vectors(self, side: Side, fields: Fields) -> list[Tensor]:
@@ -125,23 +110,21 @@ class CtrModel(nn.Module):
         """Return dense values of one side, (M, W) for each field."""
         return [dense[field.name] for field in self._of(side, "dense")]
 
-    def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
+    def images(self, fields: Fields, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
         """Collect the image inputs: the ad's visual vectors and the behaviours' aggregated ones, (B, W) a field.
 
-        Then the products of their means with the ad, and tiers of similarity where there are such. `ad`: its `of_side`.
+        Then the products of their means with the ad. `ad`: its `of_side`.
         """
         visual = [value_rows(fields[field.name]) for field in self._of("ad", "content")]
         of_ad = {"images": visual, "ids": ad}
         queries = [torch.cat(of_ad[name], dim=1) for name in self.asks_with]
-        behaviors, row_of_sample_B = self._looked_at(fields, list(self.aggregators), group_of_sample_B)
-        pools = zip(self.aggregators.values(), behaviors, strict=True)
-        pooled = [pool(each, row_of_sample_B, queries) for pool, each in pools]
+        pooled = [pool(fields[name], group_of_sample_B, queries) for name, pool in self.aggregators.items()]
         products = []
         if self.products:
             ad_BW = torch.cat([*visual, *ad], dim=1)
-            means = (take_rows(mean_pool(each), row_of_sample_B) for each in behaviors)
-            products = [each * layer(ad_BW) for each, layer in zip(means, self.products.values(), strict=True)]
-        return [*visual, *pooled, *products, *(dense[name] for name in self._tiers)]
+            means = {name: take_rows(mean_pool(fields[name]), group_of_sample_B) for name in self.products}
+            products = [means[name] * layer(ad_BW) for name, layer in self.products.items()]
+        return [*visual, *pooled, *products]
 
     def of_group(self, user: list[Tensor], group_of_sample_B: Tensor) -> list[Tensor]:
         """Put the user's part (G, W) together once per group, and hand it to the group's samples: (B, W), or none."""

@@ -9,7 +9,7 @@ Under torch.export, which has no compiled form of it, what has uneven lengths go
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,31 +54,6 @@ def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
     if not any(field.is_id or field.kind == "content" for field in fields):
         raise ConfigError("the schema has no field of kind id, multi_id or content; the model needs one")
     return fields
-
-
-def tiers_of(behaviors: str) -> str:
-    """Name the dense input that says how similar a behaviour field's images are to the ad's, (B, T)."""
-    return f"{behaviors}.tiers"
-
-
-def nearest_of(behaviors: str) -> str:
-    """Name the vectors of a behaviour field that are nearest to the ad, a list for each sample, not each group."""
-    return f"{behaviors}.nearest"
-
-
-def all_behaviors(
-    fields: Mapping[str, FieldVectors], names: Sequence[str], group_of_sample_B: Tensor
-) -> tuple[list[FieldVectors], Tensor]:
-    """Return the behaviours that samples look at, and the row of each sample: all of its group."""
-    return [fields[name] for name in names], group_of_sample_B
-
-
-def nearest_behaviors(
-    fields: Mapping[str, FieldVectors], names: Sequence[str], group_of_sample_B: Tensor
-) -> tuple[list[FieldVectors], Tensor]:
-    """Do the same as `all_behaviors` with those nearest to the ad, of which each sample has a row of its own."""
-    row_B = torch.arange(group_of_sample_B.shape[0], device=group_of_sample_B.device)
-    return [fields[nearest_of(name)] for name in names], row_B
 
 
 def _check_names(fields: tuple[Field, ...]) -> None:
@@ -266,11 +241,6 @@ def value_rows(field: FieldVectors, at_N: Tensor | None = None) -> Tensor:
         weights_N = None if weights_N is None else weights_N.index_select(0, at_N)
     rows_NV = take_rows(field.vectors_UV, index_N)
     return rows_NV if weights_N is None else rows_NV * weights_N.unsqueeze(1)
-
-
-def chosen_values(field: FieldVectors, at_N: Tensor, lengths_M: Lengths) -> FieldVectors:
-    """Return a field whose row m has the next `lengths_M[m]` of the values at these places."""
-    return FieldVectors(field.vectors_UV, field.index_N.index_select(0, at_N), lengths_M)
 
 
 def expand_rows(rows_M: Tensor, lengths_M: Tensor, num_values: int) -> Tensor:

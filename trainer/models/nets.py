@@ -185,7 +185,7 @@ class FinalMlp(CtrModel):
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         user, ad = self.of_side("user", fields, dense), self.of_side("ad", fields, dense)
-        input_BW = of_user_BW = of_ad_BW = self.put_together(user, ad, fields, dense, group_of_sample_B)
+        input_BW = of_user_BW = of_ad_BW = self.put_together(user, ad, fields, group_of_sample_B)
         if self.user_gates is not None:
             of_user_BW = input_BW * take_rows(self.user_gates(torch.cat(user, dim=1)), group_of_sample_B)
         if self.ad_gates is not None:
@@ -227,7 +227,7 @@ class Lr(CtrModel):
         others = [
             *self.of_group(self.dense_values("user", dense), group_of_sample_B),
             *dense_of_ad,
-            *self.images(fields, dense, group_of_sample_B, [*ids_of_ad, *dense_of_ad]),
+            *self.images(fields, group_of_sample_B, [*ids_of_ad, *dense_of_ad]),
         ]
         logit_B = self.bias.expand(group_of_sample_B.shape[0])
         if ids:
@@ -252,11 +252,6 @@ class TwoTower(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        if config.similarity_tiers or config.similarity_top_k:
-            raise ConfigError(
-                "model.base=two_tower keeps user and ad apart, and similarity_tiers and similarity_top_k compare them; "
-                "set both to 0, or set model.base=mlp"
-            )
         if config.dropout or config.batch_norm or config.activation == "dice":
             raise ConfigError(
                 "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "

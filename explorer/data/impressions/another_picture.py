@@ -75,8 +75,8 @@ class PictureNames:
 def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes) -> Score:
     """Score an ad with the visual vectors of an uploaded picture and its own IDs.
 
-    Raises ExplorerError if the run sees no pictures of ads, compares pictures with each other, or was trained on
-    features of another kind than those of the store's network; BadImageError.
+    Raises ExplorerError if the run sees no pictures of ads, or was trained on features of another kind than those of
+    the store's network; BadImageError.
     """
     opened = group.columns.opened
     check_sent(opened, group.columns.looks_of_ads, store)
@@ -88,14 +88,8 @@ def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -
     """Raise ExplorerError if a run cannot score an uploaded picture."""
     from trainer.runs.stores import other_features
 
-    config = opened.trained.config.model
     if not looks:
         raise ExplorerError(f"the run {opened.name} sees no pictures of ads")
-    if config.similarity_tiers or config.similarity_top_k:
-        raise ExplorerError(
-            f"the run {opened.name} also compares the ad's picture with those of the history, which needs a picture "
-            "that the store has: choose one by its key or uri"
-        )
     names = {field.store_name for field in opened.trained.engine.fields if field.name in looks}
     for name in names:
         if other_features(store.info, opened.trained.saved.state, name):

@@ -22,7 +22,6 @@ from explorer.errors import NotHereError
 
 if TYPE_CHECKING:
     from trainer.models.pooling import PairWeights
-    from trainer.samples.reader import Batch
 
 
 MOST_BEHAVIORS = 200
@@ -231,7 +230,7 @@ def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], 
     if num == 0:
         return [], False
     alone = group.batch([row])
-    weights = _weights(alone, opened.logits_and_weights(alone)[1], columns, num)
+    weights = _weights(opened.logits_and_weights(alone)[1], columns, num)
     without_L = opened.logits(group.batch([group.without_behavior(row, place) for place in range(num)]))
     picture_L: Sequence[float | None] = [None] * num
     if fields := columns.pictures_of_behaviors:
@@ -250,9 +249,7 @@ def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], 
     return behaviors, weights is not None
 
 
-def _weights(
-    batch: "Batch", noted: dict[str, "PairWeights"], columns: GroupColumns, num: int
-) -> list[list[float]] | None:
+def _weights(noted: dict[str, "PairWeights"], columns: GroupColumns, num: int) -> list[list[float]] | None:
     """Return the weights of the first `num` behaviours of the only sample, one list per behaviour, or None.
 
     Behaviours that the aggregator does not look at have 0.
@@ -260,15 +257,10 @@ def _weights(
     name = next((each for each in columns.pictures_of_behaviors if each in noted), None)
     if name is None:
         return None
-    found = noted[name]
-    places = np.arange(len(found.weight_NC))
-    if columns.opened.trained.config.model.similarity_top_k:
-        prepared = columns.opened.trained.engine.prepare(batch, "eval")
-        places = prepared.similarity[name].nearest_N
-    length = max(num, int(places.max(initial=-1)) + 1)
-    weight_LC = np.zeros((length, found.weight_NC.shape[1]))
-    weight_LC[places] = found.weight_NC.double().numpy()
-    return [list(map(float, each)) for each in weight_LC[:num]]
+    weight_NC = noted[name].weight_NC[:num].double().numpy()
+    weight_LC = np.zeros((num, weight_NC.shape[1]))
+    weight_LC[: len(weight_NC)] = weight_NC
+    return [list(map(float, each)) for each in weight_LC]
 
 
 def _channels(opened: OpenedRun) -> tuple[str, ...]:
@@ -363,7 +355,4 @@ def weighing(opened: OpenedRun) -> str:
         return "This run sees no pictures of behaviours, so none has a weight."
     if model.base == "two_tower":
         return AGGREGATORS["sum"].weighing
-    text = AGGREGATORS[model.pooling].weighing
-    if model.similarity_top_k:
-        text += f" Only the {model.similarity_top_k} behaviours whose pictures are most like the ad's are looked at."
-    return text
+    return AGGREGATORS[model.pooling].weighing

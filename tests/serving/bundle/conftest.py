@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {"data__missing": "learned", "optim__ids": "rowwise_adagrad"},
     "ids_only": {"model__images": "none", "optim__ids": "rowwise_adagrad"},
     "two_networks": {"model__shared_image_model": "false"},
-    "similarity": {"schema": "numbers", "model__similarity_tiers": 4, "model__similarity_top_k": 2},
+    "numbers": {"schema": "numbers"},
     "contents": {"schema": "contents", "data__missing": "learned"},
     "exact": {"model__tables": f"{{user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16}}"},
 }

@@ -14,7 +14,7 @@ IDS = np.arange(200)
 
 
 @pytest.mark.parametrize(("dtype", "bytes_of_row"), [("float16", 24), ("int8", 16)])
-@pytest.mark.parametrize("variant", ["plain", "exact", "similarity"])
+@pytest.mark.parametrize("variant", ["plain", "exact", "numbers"])
 def test_rows_are_near_those_of_float32(
     exported: Callable[[str], Exported], tmp_path: Path, variant: str, dtype: str, bytes_of_row: int
 ) -> None:

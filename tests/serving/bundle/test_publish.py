@@ -11,16 +11,13 @@ import torch
 from featurestore import FeatureRows, FeatureStore
 from featurestore.errors import AnotherStoreError, SpecMismatchError
 from featurestore.format.datafile import open_entry
-from featurestore.lookup.partition import FeaturePartition
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
-from serving.bundle.images import ChangedImages, PublishReport, StoreNetworks, networks_for, publish, row_distances
+from serving.bundle.images import ChangedImages, PublishReport, StoreNetworks, networks_for, publish
 from serving.bundle.open import Bundle
-from serving.bundle.rows import SIGNATURE_COLUMNS
 from tests.serving.bundle.conftest import Exported
 from trainer.comm import SoloComm
-from trainer.engine.similarity import Signatures, scaling_of
 from trainer.runs.saved import open_trained
 
 ALL = np.arange(995, 1_100)
@@ -270,31 +267,6 @@ def test_two_publishes_at_once_make_what_one_makes(world: World, monkeypatch: py
     report = world.publish()
     assert (report.committed, report.snapshot) == (False, 2)
     world.check()
-
-
-@pytest.mark.long
-def test_signatures_are_published_too(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    world = World(exported("similarity"), tmp_path)
-    world.put(1_050, 1_007)
-    assert counts(world.publish(eps=1e-3)) == (1, 1, 0, 0)
-    world.check()
-    trained, bundle = open_trained(world.run, SoloComm()), world.open()
-    service, table = trained.engine.services["images"], bundle.vectors["images"]
-    rows, missing = table.lookup(ALL)
-    partition = FeaturePartition.load(world.source, cache_dir=world.cache, missing="zeros")
-    wanted = Signatures(partition, lambda: scaling_of(service)).of(ALL)
-    np.testing.assert_array_equal(table.words(rows, missing), wanted)
-
-
-def test_bits_of_signatures_count_by_their_share() -> None:
-    """E may make nearly the same vector of two features whose signatures differ."""
-    old = np.zeros((4, 12 + SIGNATURE_COLUMNS), np.float32)
-    new = old.copy()
-    new[1, 3] = -0.25
-    new[2, 12], new[2, -1] = 0b101, 0x8000
-    new[3, 0], new[3, 20] = 0.001, 0xFFFF
-    distances = row_distances(old, new, SIGNATURE_COLUMNS)
-    np.testing.assert_allclose(distances, [0, 0.25, 3 / 512, 16 / 512])
 
 
 @pytest.mark.long

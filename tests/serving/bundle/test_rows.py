@@ -1,4 +1,4 @@
-"""An open bundle has what the trainer reads: ID rows, visual vectors and signatures, for every kind of run."""
+"""An open bundle has what the trainer reads: ID rows, and visual vectors, for every kind of run."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,6 @@ from tests.serving.bundle.conftest import VARIANTS, Exported
 from tests.trainer.conftest import Places
 from tests.trainer.ids.exact_tables import vectors_of
 from trainer.comm import SoloComm
-from trainer.engine.similarity import Signatures, scaling_of
 from trainer.ids.exact import ExactTable
 from trainer.runs.saved import TrainedRun, open_trained
 
@@ -115,16 +114,6 @@ def test_visual_vectors_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) ->
             instead = service.no_image[network].detach().numpy() if network in service.no_image else 0
             assert (rows[missing][:, table.of(network)] == np.float32(instead)).all()
             assert (table.no_image[network] == np.float32(instead)).all()
-
-
-def test_signatures_have_the_bits_of_training(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    made = exported("similarity")
-    trained, bundle = open_trained(made.run, SoloComm()), Bundle.open(made.url, cache_dir=tmp_path)
-    service, table = trained.engine.services["images"], bundle.vectors["images"]
-    wanted = Signatures(service.partition, lambda: scaling_of(service)).of(KEYS)
-    rows, missing = table.lookup(KEYS)
-    np.testing.assert_array_equal(table.words(rows, missing), wanted)
-    assert 0 < (wanted[:, -1] == 0).sum() < len(KEYS)
 
 
 def test_a_missing_image_has_the_trained_vector(exported: Callable[[str], Exported], tmp_path: Path) -> None:

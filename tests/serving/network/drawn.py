@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
+from serving.network.inputs import FieldRows, NetworkInputs
 from trainer.config.options import ModelConfig
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.ctr import CtrModel
-from trainer.models.layers import chosen_values, nearest_of, tiers_of, width_of
+from trainer.models.layers import width_of
 from trainer.models.nets import build_model
 from trainer.models.pooling import gallery_vectors
 from trainer.schema import Field, Schema
@@ -89,14 +89,7 @@ class Drawn:
             elif field.kind == "multi_id":
                 lengths_M = self.rng.integers(0, 4, rows)
             fields[field.name] = self._rows(field, lengths_M)
-        similar = {
-            name: self._nearest(fields[name].lengths_M, group_of_sample_B)
-            for name in self.model.aggregators
-            if self.settings.similarity_tiers or self.settings.similarity_top_k
-        }
-        return NetworkInputs(
-            group_of_sample_B=group_of_sample_B, num_groups=num_groups, fields=fields, dense=dense, similar=similar
-        )
+        return NetworkInputs(group_of_sample_B=group_of_sample_B, num_groups=num_groups, fields=fields, dense=dense)
 
     def _rows(self, field: Field, lengths_M: np.ndarray) -> FieldRows:
         count = int(lengths_M.sum())
@@ -106,21 +99,6 @@ class Drawn:
             rows_NV[::3] *= 1e-7  # new ads, for model.image_dropout
         weights_N = self._reals(count) if field.weights else None
         return FieldRows(rows_NV=rows_NV, lengths_M=lengths_M, weights_N=weights_N, sizes_K=sizes_K)
-
-    def _nearest(self, lengths_G: np.ndarray, group_of_sample_B: np.ndarray) -> NearestRows:
-        starts_G = np.cumsum(lengths_G) - lengths_G
-        lengths_B = np.minimum(lengths_G[group_of_sample_B], self.settings.similarity_top_k)
-        lengths_B = np.maximum(lengths_B - self.rng.integers(0, 2, len(lengths_B)), 0)  # some image has no feature
-        chosen = [
-            starts_G[group] + self.rng.permutation(lengths_G[group])[:length]
-            for group, length in zip(group_of_sample_B, lengths_B, strict=True)
-        ]
-        tiers_BT = self._reals(len(lengths_B), self.settings.similarity_tiers)
-        return NearestRows(
-            tiers_BT=tiers_BT,
-            nearest_N=np.concatenate([*chosen, []]).astype(np.int64),
-            lengths_B=lengths_B.astype(np.int64),
-        )
 
     def _reals(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
@@ -141,8 +119,4 @@ def trainers_logits(model: CtrModel, inputs: NetworkInputs) -> np.ndarray:
             vectors[field.name] = gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
         if given.weights_N is not None:
             vectors[field.name].weights_N = torch.from_numpy(given.weights_N)
-    for name, similar in inputs.similar.items():
-        dense[tiers_of(name)] = torch.from_numpy(similar.tiers_BT)
-        places_N, lengths_B = torch.from_numpy(similar.nearest_N), torch.from_numpy(similar.lengths_B)
-        vectors[nearest_of(name)] = chosen_values(vectors[name], places_N, lengths_B)
     return model(model.with_pictures_of_ads(vectors), dense, torch.from_numpy(inputs.group_of_sample_B)).numpy()

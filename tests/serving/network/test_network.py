@@ -23,11 +23,9 @@ SETTINGS: list[dict] = [
     *({"pooling": pooling} for pooling in POOLINGS),
     *({"images": images} for images in ("none", "ad", "behavior")),
     *({"base": base, "multi_hot": "sum", "image_products": False} for base in ("mlp", "din", "two_tower")),
-    *({"pooling": pooling, "similarity_tiers": 3, "similarity_top_k": 5} for pooling in POOLINGS),
-    {"similarity_tiers": 3},
     {"pooling": "concat", "pooling_length": 4},
     {"pooling": "transformer", "pooling_length": 1},
-    {"pooling": "transformer", "similarity_top_k": 6, "pooling_length": 3},
+    {"pooling": "transformer", "pooling_length": 3},
     *({"base": base, "activation": "dice", "batch_norm": True, "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
     {"activation": "prelu"},
     {"base": "dcn", "cross_structure": "stacked"},
@@ -79,10 +77,10 @@ def drawn_of(settings: dict) -> Drawn:
 
 
 SOME = [
-    {"base": "din", "similarity_tiers": 3, "similarity_top_k": 5},
+    {"base": "din"},
     {"gallery": "mean", "image_dropout": 0.1},
 ]
-"""Lists paired value by value with lists of uneven length a candidate, galleries, and pictures that do not count."""
+"""Lists paired value by value, galleries, and pictures that do not count."""
 
 
 def check_portable(settings: dict, folder: Path) -> None:
@@ -111,7 +109,7 @@ def test_every_network(settings: dict, tmp_path: Path) -> None:
         {"base": "finalmlp", "pooling": "multi_query", "activation": "dice", "batch_norm": True},
         {"base": "two_tower"},
         {"base": "lr", "pooling": "concat"},
-        {"base": "dcn", "pooling": "transformer", "similarity_top_k": 6, "pooling_length": 3},
+        {"base": "dcn", "pooling": "transformer", "pooling_length": 3},
         {"pooling": "transformer", "pooling_length": 1},
         {"gallery": "max", "pooling": "max"},
     ],

@@ -30,19 +30,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr": {"model__base": "lr", "model__pooling": "sum", "model__images": "ad"},
     "mlp_concat": {"model__pooling": "concat", "model__pooling_length": 3}
     | {"model__image_products": "false", "model__multi_hot": "sum"},
-    "din_inputs": {
-        "schema": "inputs",
-        "tables": TABLES_OF_INPUTS,
-        "model__base": "din",
-        "model__pooling": "mean",
-        "model__similarity_top_k": 1,
-    },
-    "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query", "model__similarity_tiers": 5},
+    "din_inputs": {"schema": "inputs", "tables": TABLES_OF_INPUTS, "model__base": "din", "model__pooling": "mean"},
+    "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query"},
     "two_tower": {"model__base": "two_tower", "model__pooling": "sum"}
     | {"model__image_dropout": 0.3, "model__id_dropout": 0.3},
     "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"}
     | {"model__base": "dcn", "model__pooling": "max"},
-    "similar": {"schema": "contents", "model__similarity_tiers": 4, "model__similarity_top_k": 2},
     "gallery_mean": {"schema": "mean", "data__missing": "learned"},
     "gallery_max": {"schema": "max", "model__pooling": "transformer"}
     | {"model__id_proxy": "true", "model__id_dropout": 0.3},

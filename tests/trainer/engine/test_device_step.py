@@ -57,7 +57,6 @@ CASES: dict[str, dict[str, Any]] = {
     "dice": {"activation": "dice", "pooling": "attentive"},
     "id_dropout": {"id_dropout": 0.5},
     "new ads": {"image_dropout": 0.3},
-    "similarity": {"similarity_tiers": 3, "similarity_top_k": 2, "pooling": "attentive"},
     "ids alone": {"images": "none"},
 }
 

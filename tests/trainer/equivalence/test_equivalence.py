@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.ranks import Forks, StandingRanks, TorchRanks
 from tests.trainer.equivalence.packing import packed, unpacked
-from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, STEPS, TOLERANCE, has_other_ways
+from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, TOLERANCE, has_other_ways
 from tests.trainer.standing_ranks import run as run_here
 from trainer.config.options import BaseNet, IdOptimizer, Pooling
 from trainer.engine.choices import state_of
@@ -192,7 +192,7 @@ class TestModels(Equivalence):
 @pytest.mark.parametrize(
     ("num_ranks", "run"),
     [
-        *((2, run) for run in (*FEW, "delayed", "compared")),
+        *((2, run) for run in (*FEW, "delayed")),
         *((4, run) for run in RUNS if run in FEW),
         *(pytest.param(2, run, marks=pytest.mark.slow) for run in (*RUNS, *MODEL_RUNS) if run not in FEW),
     ],
@@ -225,15 +225,6 @@ class TestOverlap:
         delayed, usual = results_of(num_ranks)["delayed"], results_of(num_ranks)["both_attentive/float64"]
         assert delayed["losses_P"] == usual["losses_P"]
         assert all(torch.equal(delayed["trained"][name], value) for name, value in usual["trained"].items())
-
-    def test_compared_images_are_the_same_for_any_number_of_ranks(
-        self, num_ranks: int, results_of: Callable[[int], Results]
-    ) -> None:
-        compared, alone = results_of(num_ranks)["compared"], results_of(1)["compared"]
-        expected, losses = (torch.tensor(each["losses_P"][0], dtype=torch.float64) for each in (alone, compared))
-        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
-        _assert_same(compared["trained"], alone["trained"], 1e-9)
-        assert compared["calls"]["step.signatures.3"] == STEPS
 
     @pytest.mark.parametrize("name", ["both_attentive", "sum_rank_without_data"])
     def test_features_held_on_the_device_change_nothing(

@@ -272,13 +272,11 @@ def main(store_url: str, out: Path, part: str) -> None:
 
 
 def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
-    """Run the usual scenario late, with compared vectors, and with features held in memory."""
+    """Run the usual scenario late, and with features held in memory."""
     results: dict[str, object] = {}
     usual = SCENARIOS["both_attentive"]
     with delays(comm.rank):
         results["delayed"] = {**run(comm, store, usual, "float64"), "initial": None}
-    compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
-    results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
     for name in ("both_attentive", "sum_rank_without_data"):
         results[f"{name} held"] = {**run(comm, store, SCENARIOS[name], "float64", held=True), "initial": None}
     return results

@@ -88,12 +88,6 @@ def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:
         load_config(None, ["model.image_dropout=0.1", "model.id_init_std=0.05"])
 
 
-@pytest.mark.parametrize("other", ["similarity_tiers", "similarity_top_k"])
-def test_dropped_pictures_are_not_compared(other: str) -> None:
-    with pytest.raises(ConfigError, match=rf"image_dropout=0.1 .* model.{other}=3 would compare .* one of them to 0"):
-        load_config(None, ["model.image_dropout=0.1", f"model.{other}=3"])
-
-
 def test_ids_that_wait_for_their_row_cannot_tell_new_ads() -> None:
     def built(admit_after: int, **values: object) -> bool:
         exact = ExactTableConfig(kind="exact", max_rows=9, admit_after=admit_after)

@@ -156,7 +156,6 @@ ONE_POOLING = {"pooling": "sum", "image_products": False}
         ({}, {"multi_hot": "sum"}, "model.multi_hot=mean, this run has model.multi_hot=sum"),
         ({}, {"activation": "prelu"}, "model.activation=relu, this run"),
         (ONE_POOLING, {**ONE_POOLING, "pooling": "mean"}, "model.pooling=sum, this run has model.pooling=mean"),
-        (ONE_POOLING, {**ONE_POOLING, "similarity_top_k": 2}, "model.similarity_top_k=0, this run"),
         ({**ONE_POOLING, "images": "ad"}, {**ONE_POOLING, "images": "behavior"}, "model.images=ad"),
         ({}, {"id_proxy": True}, "model.id_proxy=False, this run has model.id_proxy=True"),
         ({}, {"base": "dcn", "pooling": "sum"}, "model.base=mlp, model.pooling=attentive, this run has"),

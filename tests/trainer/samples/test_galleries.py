@@ -20,7 +20,6 @@ from tests.trainer.samples.reading import rewrite
 from tests.trainer.whole_runs import report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.errors import ConfigError
 from trainer.evaluate import app as evaluate_app
 from trainer.exchange.vectors import FieldVectors
 from trainer.main import train
@@ -132,8 +131,8 @@ def test_an_image_in_many_galleries_is_asked_for_once(make_places: Callable[[Pat
     settings = places.settings(run__name="run", data__schema_file=schema_file(tmp_path))
     with contextlib.closing(open_run(load_config(settings=settings), SoloComm())) as run:
         prepared = run.engine.prepare(next(run.train_reader.batches()))
-        places_N = prepared.request.fields["ad_image"].places_N
-        assert (len(np.unique(places_N)), len(places_N)) == (2, 96)
+        index_N = prepared.request.fields["ad_image"].index_N
+        assert (len(np.unique(index_N)), len(index_N)) == (2, 96)
         run.engine.train_step(prepared)
 
 
@@ -176,14 +175,6 @@ def test_evaluation(trained_towers: Places) -> None:
     sliced = json.loads((run / "evaluation" / "report.json").read_text())["sliced_by"]
     assert "history" in sliced
     assert "image" not in sliced  # known and new are said of single images
-
-
-def test_similarity_is_refused(make_places: Callable[[Path], Places], tmp_path: Path) -> None:
-    places = placed(make_places, tmp_path / "places", gallery_of)
-    for change in ({"model__similarity_tiers": 4}, {"model__similarity_top_k": 2}):
-        settings = places.settings(run__name="run", data__schema_file=schema_file(tmp_path), **change)
-        with pytest.raises(ConfigError, match="compare single images, and behavior_image has a gallery of each ad"):
-            open_run(load_config(settings=settings), SoloComm())
 
 
 def test_inspect_and_check(make_places: Callable[[Path], Places], tmp_path: Path) -> None:

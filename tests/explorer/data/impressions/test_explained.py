@@ -38,7 +38,7 @@ from trainer.schema import DEFAULT_SCHEMA
 pytestmark = pytest.mark.long
 
 TOLERANCE = 2e-5
-KINDS = ["lr", "mlp_concat", "din_inputs", "finalmlp", "two_tower", "contents", "similar", "gallery_mean"]
+KINDS = ["lr", "mlp_concat", "din_inputs", "finalmlp", "two_tower", "contents", "gallery_mean"]
 KINDS += ["gallery_max", "exact", "images_none", "images_behavior"]
 OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
 OF_BEHAVIORS += ["behavior_gallery"]
@@ -94,7 +94,7 @@ def test_scores_are_those_of_the_job(
         )
 
 
-@of_kinds("lr", "contents", "similar", "gallery_max", "images_none", "exact")
+@of_kinds("lr", "contents", "gallery_max", "images_none", "exact")
 def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, trained: Trained, runs: TrainedRuns) -> None:
     opened_run = open_source(RunSource(trained(kind)), SoloComm())
     usual = predict(opened_run)
@@ -131,7 +131,7 @@ def test_a_behaviour_taken_away_is_a_user_without_it(
     np.testing.assert_allclose(found, logit_N[first], atol=TOLERANCE)
 
 
-@of_kinds("lr", "din_inputs", "contents", "similar", "gallery_mean", "exact", "images_behavior")
+@of_kinds("lr", "din_inputs", "contents", "gallery_mean", "exact", "images_behavior")
 def test_another_picture_is_samples_with_that_picture(
     kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
 ) -> None:
@@ -200,10 +200,10 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
     assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
 
 
-@of_kinds("lr", "gallery_max", "finalmlp", "similar", "din_inputs", "images_behavior", "two_tower")
+@of_kinds("lr", "gallery_max", "finalmlp", "din_inputs", "images_behavior", "two_tower")
 def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
     trained(kind)
-    weighed = kind in ("gallery_max", "finalmlp", "similar", "images_behavior")
+    weighed = kind in ("gallery_max", "finalmlp", "images_behavior")
     with runs.use(kind) as opened:
         told = weighing(opened)
         for number in with_history(sample_places):
@@ -212,8 +212,6 @@ def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places
             for channel in range(len(found.channels)):
                 weights = [each.weights[channel] for each in found.behaviors]
                 assert sum(weights) == pytest.approx(1, abs=1e-5)
-                if kind == "similar":
-                    assert sum(weight > 0 for weight in weights) <= 2
             if not weighed:
                 assert all(each.weights == () for each in found.behaviors)
     assert ("has a weight" in told or "weigh the same" in told) == (not weighed)
@@ -228,30 +226,6 @@ def test_behaviours_that_a_transformer_does_not_look_at_weigh_nothing(runs: Trai
     weights = [each.weights[0] for each in found.behaviors]
     assert sum(weights[:2]) == pytest.approx(1, abs=1e-5)
     assert weights[2:] == [0.0] * (len(weights) - 2)
-
-
-def test_only_the_nearest_behaviour_weighs_and_only_its_picture_counts(
-    runs: TrainedRuns, sample_places: Places
-) -> None:
-    changes = {"model__similarity_top_k": 1, "model__image_products": "false", "data__missing": "zeros"}
-    settings = sample_places.settings(run__name="one-nearest", train__max_steps=12, optim__lr=0.05, **changes)
-    train(load_config(settings=settings), SoloComm())
-    histories = rows_of(sample_places)["behavior_item"].to_pylist()
-    places = []
-    with runs.use("one-nearest") as opened:
-        for number, history in enumerate(histories):
-            if len(history) < 3 or len({*history}) < len(history) or len(places) == 12:
-                continue
-            found = explain(opened, number, 0)
-            weights = [each.weights[0] for each in found.behaviors]
-            assert sorted(weights)[:-1] == [0.0] * (len(weights) - 1)
-            places.append(int(np.argmax(weights)))
-            for weight, each in zip(weights, found.behaviors, strict=True):
-                effect = found.effect(each)
-                assert effect is not None
-                if weight == 0:
-                    assert abs(effect) < 1e-6
-    assert len({*places}) > 1
 
 
 def test_the_sentence_says_what_the_table_has(
@@ -335,12 +309,9 @@ def test_a_picture_that_is_sent_for_a_new_ad(
     assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(("kind", "why"), [("similar", "compares"), ("images_none", "sees no pictures")])
-def test_runs_that_take_no_picture(
-    kind: str, why: str, trained: Trained, runs: TrainedRuns, sample_places: Places
-) -> None:
-    trained(kind)
-    with runs.use(kind) as opened, pytest.raises(ExplorerError, match=why):
+def test_a_run_without_pictures_takes_none(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
+    trained("images_none")
+    with runs.use("images_none") as opened, pytest.raises(ExplorerError, match="sees no pictures"):
         another_picture.score_sent(
             explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "features"), b""
         )

@@ -151,7 +151,7 @@ def test_the_mean_of_the_behaviour_images_meets_the_ad_in_products(images: str, 
     assert with_products.input_width == without.input_width + 5 + 2
     fields, dense, group_of_sample = inputs_of(with_products, settings)
     others = [*without.id_vectors("ad", fields), *without.dense_values("ad", dense)]
-    plain, seen = (each.images(fields, dense, group_of_sample, others) for each in (without, with_products))
+    plain, seen = (each.images(fields, group_of_sample, others) for each in (without, with_products))
     ad = torch.cat([*plain[:-2], *others], dim=1)
     assert ad.shape[1] == of_ad
     products = [
