@@ -127,19 +127,6 @@ def unit_interval(words_N: UInt64Array) -> npt.NDArray[np.float64]:
     return (words_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def sampled(keys_N: npt.ArrayLike, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Return which keys are in a random share of all keys, (N,): decided by key and seed alone, so equal on every rank.
-
-    The keys of a smaller share are all in a larger one of the same seed. Independent of the shard: a second hash of the
-    one that places a key. Raises ValueError for a share beyond [0, 1].
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share={share} is not in [0, 1]")
-    salt = splitmix64(np.asarray([seed], np.int64))
-    again_N = splitmix64((splitmix64(keys_N) ^ salt).view(np.int64))
-    return (again_N >> np.uint64(11)) < np.uint64(round(share * 2**53))
-
-
 class HashIndex:
     """The splitmix64 hashes of ascending shards, one shard after the other, which is ascending too: `hash_M`.
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
-from featurestore.keys import sampled
+from featurestore.keys import splitmix64
 
 Kept = NDArray[np.bool_]
 NOISE_DIM = 512
@@ -27,6 +27,13 @@ _IMPRESSIONS = ("ad_item", "ad_image", "ad_category", "ad_scene", "label")
 _DRAWN = ExtractorSpec(
     backbone="drawn", layer="none", weights_digest="none", preprocessing="none", compute_dtype="float32"
 )
+
+
+def sampled(keys_N: NDArray[np.int64], share: float, seed: int) -> Kept:
+    """Return which keys are in a random share of all keys, (N,): decided by key and seed alone."""
+    salt = splitmix64(np.asarray([seed], np.int64))
+    again_N = splitmix64((splitmix64(keys_N) ^ salt).view(np.int64))
+    return (again_N >> np.uint64(11)) < np.uint64(round(share * 2**53))
 
 
 def hold_out(samples: Path, out: Path, share: float, seed: int = 0) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import StorageError
-from featurestore.keys import Int64Array, owned_shards, sampled, shard_of, shard_of_hash, splitmix64
+from featurestore.keys import Int64Array, owned_shards, shard_of, shard_of_hash, splitmix64
 from featurestore.lookup.cache import default_cache_dir, open_or_build
 from featurestore.lookup.hashedrows import HashedRows
 from featurestore.published.channels import VersionName
@@ -26,7 +26,7 @@ _MAX_THREADS = 4
 class FeaturePartition(HashedRows):
     """The rows of the shards that one rank owns. Lookups may run in several threads at once."""
 
-    _hidden_share, _hidden_seed = 0.0, 0  # see `hide`
+    _is_hidden = False  # see `hide`
 
     @classmethod
     def load(
@@ -84,15 +84,14 @@ class FeaturePartition(HashedRows):
         place_U = self._index.places(hash_U, shard_of_hash(hash_U, self.info.num_shards))
         return np.asarray(self.owns(keys_U) & (self._index.hash_M[place_U] == hash_U))
 
-    def hide(self, share: float, seed: int = 0) -> None:
-        """Hide the features of a share of all keys (`featurestore.keys.sampled`) from lookups; 0 ends it.
+    def hide(self, hidden: bool) -> None:
+        """Hide the features of all images from lookups, or show them again.
 
-        For experiments: what is a model worth when images are missing? Needs the policy zeros or learned; ValueError.
+        What is a score worth without images? Needs the policy zeros or learned; ValueError.
         """
-        if share and self.missing_policy == "error":
-            raise ValueError("keys can be hidden under missing=zeros or learned, not under error")
-        sampled([], share, seed)
-        self._hidden_share, self._hidden_seed = share, seed
+        if hidden and self.missing_policy == "error":
+            raise ValueError("images can be hidden under missing=zeros or learned, not under error")
+        self._is_hidden = hidden
 
     def rows(self, block_rows: int) -> Iterator[npt.NDArray[Any]]:
         """Yield all rows held, as they are stored, in the order of `places`; up to `block_rows` at a time."""
@@ -116,8 +115,6 @@ class FeaturePartition(HashedRows):
         return np.where(missing_U, -1, place_U)
 
     def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
-        """Find the keys, less those that are hidden."""
+        """Find the keys; all are missing while they are hidden."""
         place_U, missing_U, shard_U = super()._find(keys_U)
-        if self._hidden_share:
-            missing_U |= sampled(keys_U, self._hidden_share, self._hidden_seed)
-        return place_U, missing_U, shard_U
+        return place_U, missing_U | self._is_hidden, shard_U

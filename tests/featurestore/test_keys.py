@@ -1,7 +1,5 @@
 """Keys, shards and owners: known values, ranges, and that no rank or shard is favoured."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +12,6 @@ from featurestore.keys import (
     keys_of_uris,
     owned_shards,
     owner_of,
-    sampled,
     shard_of,
     splitmix64,
 )
@@ -104,27 +101,3 @@ def test_every_shard_has_one_owner(num_ranks: int) -> None:
     assert sorted(shard for shards in owned for shard in shards) == list(range(8))
     for rank, shards in enumerate(owned):
         assert all(owner_of(shards, num_ranks) == rank)
-
-
-class TestSampled:
-    def test_share_and_nesting(self) -> None:
-        keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 20_000)
-        masks = [sampled(keys, share, seed=3) for share in (0.0, 0.1, 0.5, 1.0)]
-        assert [mask.mean() for mask in masks] == pytest.approx([0, 0.1, 0.5, 1], abs=0.01)
-        assert all((inner <= outer).all() for inner, outer in itertools.pairwise(masks))
-
-    def test_seed_and_key_decide(self) -> None:
-        keys = np.arange(20_000)
-        assert (sampled(keys[::-1], 0.3, seed=1)[::-1] == sampled(keys, 0.3, seed=1)).all()
-        # Of two seeds: chosen by both are 0.3 x 0.3.
-        assert (sampled(keys, 0.3, seed=1) & sampled(keys, 0.3, seed=2)).mean() == pytest.approx(0.09, abs=0.01)
-
-    def test_no_shard_is_hit_harder(self) -> None:
-        keys = np.arange(64_000)
-        shares = [sampled(keys[shard_of(keys, 64) == shard], 0.5, seed=0).mean() for shard in range(64)]
-        assert 0.4 < min(shares) < max(shares) < 0.6
-
-    @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-    def test_share_beyond_its_limits(self, share: float) -> None:
-        with pytest.raises(ValueError, match=r"share=.* is not in \[0, 1\]"):
-            sampled([1], share, seed=0)

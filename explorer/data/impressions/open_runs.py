@@ -114,11 +114,11 @@ class OpenedRun:
         partitions = self.trained.partitions.values()
         try:
             for partition in partitions:
-                partition.hide(1.0)
+                partition.hide(True)
             yield
         finally:
             for partition in partitions:
-                partition.hide(0)
+                partition.hide(False)
 
     def logits_and_weights(self, batch: "Batch") -> tuple[Logits, dict[str, "PairWeights"]]:
         """Predict a batch, and note how the model's aggregators weigh the behaviours of its samples, by field."""

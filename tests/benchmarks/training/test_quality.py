@@ -19,11 +19,11 @@ from benchmarks.quality import cold, compare, days, logs
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
-from benchmarks.quality.heldout import JUDGED, hold_out, make_rare
+from benchmarks.quality.heldout import JUDGED, hold_out, make_rare, sampled
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
 from featurestore.format.rows import FeatureRows
-from featurestore.keys import keys_of_uris, sampled
+from featurestore.keys import keys_of_uris
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from trainer.config.config import load_config
@@ -259,6 +259,15 @@ def test_a_run_is_known_by_the_defaults_too(place: Path, monkeypatch: pytest.Mon
     other = load_config(settings=["optim.lr=0.5"])
     monkeypatch.setattr("benchmarks.quality.runs.load_config", lambda *_: other)
     assert spec.digest() != before
+
+
+def test_key_and_seed_decide_what_is_sampled() -> None:
+    keys = np.arange(20_000)
+    masks = [sampled(keys, share, seed=3) for share in (0.0, 0.1, 0.5, 1.0)]
+    assert [mask.mean() for mask in masks] == pytest.approx([0, 0.1, 0.5, 1], abs=0.01)
+    assert (sampled(keys[::-1], 0.3, seed=1)[::-1] == sampled(keys, 0.3, seed=1)).all()
+    # Of two seeds: chosen by both are 0.3 x 0.3.
+    assert (sampled(keys, 0.3, seed=1) & sampled(keys, 0.3, seed=2)).mean() == pytest.approx(0.09, abs=0.01)
 
 
 def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_a_service_makes_the_same_vectors(tmp_path: Path, dtype: str, missing: s
     assert partition.missing_count == 2 * counted == 2
     assert len(held) > 4 and all(torch.equal(one, other) for one, other in zip(looked_up, held, strict=True))
     assert service.gather(keys[keys < ROWS]).missing_Q is None
-    partition.hide(1.0)
+    partition.hide(True)
     assert service.gather(keys[keys < ROWS]).features_QD.count_nonzero() == 0
 
 

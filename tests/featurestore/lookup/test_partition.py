@@ -17,7 +17,7 @@ from featurestore.errors import (
     StorageError,
     StoreNotFoundError,
 )
-from featurestore.keys import HashIndex, sampled, shard_of_hash, splitmix64
+from featurestore.keys import HashIndex, shard_of_hash, splitmix64
 from featurestore.lookup import rowfiles
 
 
@@ -226,22 +226,19 @@ def test_rows_wider_than_pages_and_groups(tmp_path: Path, cache: Path, info: Sto
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_hidden_keys_have_no_feature_until_the_end(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
+def test_hidden_images_have_no_feature(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
     rows = make_rows(400, store.info)
     store.put(rows)
     for rank in range(num_ranks):
         with FeaturePartition.load(store, rank, num_ranks, cache_dir=cache, missing="zeros") as partition:
             owned = partition.owns(rows.keys_N)
             keys_U, features_UD = rows.keys_N[owned], rows.features_ND[owned]
-            partition.hide(0.3, seed=5)
-            found, hidden_U = partition.lookup(keys_U), sampled(keys_U, 0.3, seed=5)
-            assert 0 < hidden_U.sum() < len(hidden_U)
-            assert (found.missing_U == hidden_U).all()
-            assert not found.features_UD[hidden_U].any()
-            assert np.array_equal(found.features_UD[~hidden_U], features_UD[~hidden_U])
-            assert partition.missing_count == hidden_U.sum()
+            partition.hide(True)
+            found = partition.lookup(keys_U)
+            assert found.missing_U.all() and not found.features_UD.any()
+            assert partition.missing_count == len(keys_U)
             assert partition.contains(keys_U).all()
-            partition.hide(0)
+            partition.hide(False)
             assert np.array_equal(partition.lookup(keys_U).features_UD, features_UD)
 
 
@@ -249,13 +246,8 @@ def test_nothing_can_be_hidden_where_missing_keys_are_errors(store: FeatureStore
     store.put(make_rows(10, store.info))
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         with pytest.raises(ValueError, match="missing=zeros or learned"):
-            partition.hide(0.1)
-        partition.hide(0)
-    with (
-        FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition,
-        pytest.raises(ValueError, match=r"share=1\.5"),
-    ):
-        partition.hide(1.5)
+            partition.hide(True)
+        partition.hide(False)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])

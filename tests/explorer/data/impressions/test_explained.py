@@ -99,7 +99,7 @@ def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, train
     opened_run = open_source(RunSource(trained(kind)), SoloComm())
     usual = predict(opened_run)
     for service in opened_run.engine.services.values():
-        service.partition.hide(1.0)
+        service.partition.hide(True)
     expected = predict(opened_run)
     opened_run.close()
     with runs.use(kind) as opened:
