@@ -1,28 +1,20 @@
 """Commands remake and purge: convert a store, and remove images from its whole history."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from featurestore.commands.common import Version
+from featurestore.commands.common import DryRun, Url, Version
 from featurestore.console.commandline import CONTINUES, CommandApp
-from featurestore.console.output import print_summary, print_table, progress_bar, text_console
-from featurestore.text import DType
-
-if TYPE_CHECKING:
-    from featurestore.upkeep.remake import RemakeReport
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from featurestore.commands.common import DryRun, Url
-from featurestore.console.output import print_problem
+from featurestore.console.output import print_problem, print_summary, print_table, progress_bar, text_console
 from featurestore.errors import FAILED
-from featurestore.text import count_text, printable, ranges_text
+from featurestore.text import DType, count_text, printable, ranges_text
 
 if TYPE_CHECKING:
     from featurestore.upkeep.purge import AbsenceReport, Images, PurgeReport
-
+    from featurestore.upkeep.remake import RemakeReport
 
 _MOST_NAMED = 10
 
@@ -50,16 +42,15 @@ def remake(
 
     Says how large the relative error is, and how many nearest neighbours stay. With `--dims` the new store is
     compact: each row becomes its coordinates along the principal components of all rows. The basis is a file of the new
-    store; extract_features.py --reduce OUT makes rows by it, and refresh_features.py knows it. After an interruption
-    the same command continues with the rows.
+    store; extract_features.py --reduce OUT makes rows by it, and refresh_features.py knows it. OUT is made at the end:
+    after an interruption the same command starts again.
     """
     from featurestore.store import FeatureStore
     from featurestore.upkeep.remake import remake as remake_store
 
     store = FeatureStore.open(source)
-    number = store.snapshot(version).version if isinstance(version, str) else version
     with progress_bar("shards" if dims is None else "shards, each twice") as progress:
-        report = remake_store(store, out, dims=dims, dtype=dtype, version=number, progress=progress)
+        report = remake_store(store, out, dims=dims, dtype=dtype, version=version, progress=progress)
     show_remade(report)
     if dims is not None:
         print_summary(f"next: crossmedia plan --store {out} predicts bytes and time of a step with it")

@@ -1,18 +1,16 @@
 """Stores made of another one: in another dtype, or with fewer numbers a row.
 
-What is done is noted in `staging/remake` of the new store, so a command that was killed continues where it stopped.
+The new store is made after all of its files, so what a kill leaves is no store, and the same command starts again.
 Letters of shapes: N rows (of a block, or compared), D width of the full rows, K components or queries.
 
 Source of the merge of moments: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979. Blocks are
 merged in the order of shards and rows, so neither compaction nor the number of files changes a bit.
 """
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,17 +19,17 @@ import pyarrow as pa
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
-from featurestore import log
+from featurestore import log, staging
 from featurestore.commit import Commit
-from featurestore.errors import CommitConflictError, DimsError, InvalidRowsError, StoreExistsError, StoreNotFoundError
-from featurestore.format.codec import Basis, BasisOrigin, Float64Array, basis_of, write_basis
+from featurestore.errors import DimsError, InvalidRowsError, StoreExistsError, StoreNotFoundError
+from featurestore.format.codec import Basis, BasisOrigin, Codec, Float64Array, write_basis
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard import ShardReader, write_shard_file
 from featurestore.index import nearest
 from featurestore.keys import Int64Array
+from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, Frozen, ModelT, OptionalId, Sealed, StoreInfo, read_sealed, seal
-from featurestore.staging import STAGING
+from featurestore.spec import FileEntry, Frozen, OptionalId, Sealed, StoreInfo, read_sealed, seal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
@@ -40,7 +38,6 @@ from featurestore.text import DType
 from featurestore.upkeep.compaction import merged_blocks
 
 REPORT = "reports/remake.json"
-_REMAKE = "remake"
 _COMPARED_SEED, _COMPARED_ROWS = 1, 5_000
 _NUM_NEIGHBOURS, _MOST_QUERIES = 10, 500
 _THREADS = 4
@@ -85,7 +82,7 @@ def remake(
     *,
     dims: int | None = None,
     dtype: DType | None = None,
-    version: int | None = None,
+    version: VersionName | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> RemakeReport:
@@ -95,36 +92,52 @@ def remake(
     all rows, which takes a second reading; `progress` counts the shards of both. Without `dims` rows keep their
     numbers, and those of a compact store their basis.
 
-    After a kill the same call continues with the shards of the same snapshot; components that were not found yet are
-    computed again. Where all is done it gives the report. Needs the memory of a few blocks for each thread. Raises what
+    After a kill the same call starts again: files of the first one belong to no snapshot, and `expire` removes them.
+    Where all is done it gives the report. Needs the memory of a few blocks for each thread. Raises what
     `principal_components` raises, StoreExistsError where something else is at the place, InvalidRowsError where `dtype`
-    cannot hold a row, CorruptFileError before anything of a damaged file is used.
+    cannot hold a row, CorruptFileError before anything of a damaged file is used, CommitConflictError where another
+    writer made a store at the place meanwhile.
     """
     if dims is not None and source.info.reduction is not None:
         raise InvalidRowsError(
             f"{source.url} is compact already, {_described(source.info)}: reduce the store that it was made of"
         )
-    work = _Remake(source, Storage(target_url, keep_inside=True), dims, dtype or source.info.dtype, version)
-    plan = work.plan()
-    if plan is None:
-        if not work.check_free():
-            return work.finished()
-        snapshot, basis = source.snapshot(version), source.basis
-        if dims is not None:
-            basis = principal_components(snapshot, dims, threads=threads, progress=_part(progress, 0))
-        plan = work.make_plan(snapshot, basis)
-    snapshot = work.planned_snapshot(plan)
-    basis = None if dims is None else basis_of(plan.info, work.storage)
-    counted = progress if dims is None else _part(progress, 1)
-    new = work.make(plan, snapshot, basis, threads or min(_THREADS, len(os.sched_getaffinity(0))), counted)
-    report = _report(plan, snapshot, new, basis)
-    work.end(report)
+    storage, snapshot = Storage(target_url, keep_inside=True), source.snapshot(version)
+    dtype = dtype or source.info.dtype
+    report = _finished(source, snapshot, storage, dims, dtype)
+    if report is not None:
+        return report
+    refuse_unsafe(storage)  # before the work
+    basis, reduced_by, counted = source.basis, None, progress
+    if dims is not None:
+        basis = reduced_by = principal_components(snapshot, dims, threads=threads, progress=_part(progress, 0))
+        counted = _part(progress, 1)
+    changes: dict[str, object] = {"dtype": dtype, "store_id": ""}
+    if basis is not None:
+        changes |= {"dim": basis.dim, "reduction": write_basis(storage, basis)}
+    info = snapshot.info.model_copy(update=changes)
+    threads = threads or min(_THREADS, len(os.sched_getaffinity(0)))
+    commit = Commit(
+        storage=storage,
+        info=info,
+        operation=f"remake of snapshot {snapshot.version} ({snapshot.manifest.commit_id})",
+        entries=_write_shards(snapshot, storage, info, reduced_by, threads, counted),
+        only_after=0,
+    )
+    staging.add(storage, source.quarantine_rows())
+    report = _report(source.url, snapshot, Snapshot(storage, info, commit.manifest_after(log.EMPTY)), reduced_by)
+    storage.write_bytes(REPORT, seal(report))
+    FeatureStore.open_or_create(storage.url, info)
+    commit.publish()
     return report
 
 
 def read_report(storage: Storage) -> RemakeReport | None:
     """Read the report of the remake that made the store at this place, if one did. Raises CorruptFileError."""
-    return _read_or_none(storage, REPORT, RemakeReport)
+    try:
+        return read_sealed(storage, REPORT, RemakeReport)
+    except FileNotFoundError:
+        return None
 
 
 def _part(progress: Progress | None, reading: int) -> Progress | None:
@@ -132,168 +145,61 @@ def _part(progress: Progress | None, reading: int) -> Progress | None:
     return None if progress is None else lambda done, total: progress(reading * total + done, 2 * total)
 
 
-class _Plan(Sealed):
-    """Source and kind of the new store; written before the store itself, and after its basis."""
+def _finished(
+    source: FeatureStore, snapshot: Snapshot, storage: Storage, dims: int | None, dtype: DType
+) -> RemakeReport | None:
+    """Return the report of the store that is there, if the same remake made it; None where there is no store.
 
-    source: str
-    source_version: int
-    source_commit_id: OptionalId
-    dims: int | None  # principal components; None where rows keep their numbers
-    info: StoreInfo
-
-
-class _DoneShard(Sealed):
-    """A shard whose file is written; without an entry where it has no live rows."""
-
-    entry: FileEntry | None
-
-
-@dataclass(frozen=True)
-class _Remake:
-    """One new store at `storage`, as it was asked for."""
-
-    source: FeatureStore
-    storage: Storage
-    dims: int | None
-    dtype: DType
-    version: int | None
-
-    def check_free(self) -> bool:
-        """Return whether a store can be made here; False where one is there already.
-
-        Before anything is written: the new store itself comes after basis and plan. Raises StoreExistsError
-        where the place is that of the source itself, or inside it, UnsafeBackendError."""
-        if self.storage.url == self.source.url:
-            raise StoreExistsError(f"{self.storage.url} is the source itself: name another place for the new store")
-        if self.storage.url.startswith(f"{self.source.url.rstrip('/')}/"):  # what cleans the source up would find it
-            raise StoreExistsError(f"{self.storage.url} is inside the source: name another place for the new store")
-        with contextlib.suppress(StoreNotFoundError):
-            FeatureStore.open(self.storage.url)
-            return False
-        refuse_unsafe(self.storage)
-        return True
-
-    def plan(self) -> _Plan | None:
-        """Read the plan of an earlier call that did not end."""
-        return _read_or_none(self.storage, _PLAN, _Plan)
-
-    def make_plan(self, snapshot: Snapshot, basis: Basis | None) -> _Plan:
-        """Write the basis of the new store and the plan; of several calls at once all follow the first one's."""
-        changes: dict[str, object] = {"dtype": self.dtype, "store_id": ""}
-        if basis is not None:
-            changes |= {"dim": basis.dim, "reduction": write_basis(self.storage, basis)}
-        plan = _Plan(
-            source=self.source.url,
-            source_version=snapshot.version,
-            source_commit_id=snapshot.manifest.commit_id,
-            dims=self.dims,
-            info=snapshot.info.model_copy(update=changes),
-        )
-        self.storage.create_exclusive(_PLAN, seal(plan))
-        first = self.plan()
-        assert first is not None, "the plan was made just now"
-        return first
-
-    def planned_snapshot(self, plan: _Plan) -> Snapshot:
-        """Open the snapshot of the plan. Raises StoreExistsError where the plan is of something else."""
-        asked = self.dims, self.dtype, plan.source_version if self.version is None else self.version
-        snapshot = self.source.snapshot(plan.source_version)
-        is_same = snapshot.manifest.commit_id == plan.source_commit_id
-        if asked != (plan.dims, plan.info.dtype, plan.source_version) or not is_same:
-            raise StoreExistsError(
-                f"{self.storage.url} is becoming a store of snapshot {plan.source_version} of {plan.source} as"
-                f" {_described(plan.info)}: continue with that, name another place, or remove it"
-            )
-        return snapshot
-
-    def finished(self) -> RemakeReport:
-        """Return the report of the store that is there, if the same remake made it. Raises StoreExistsError."""
-        report, wanted = read_report(self.storage), self.source.snapshot(self.version)
-        if report is not None and report.source_commit_id == wanted.manifest.commit_id:
-            dims = None if report.variance_kept is None else report.dim
-            if (dims, report.dtype) == (self.dims, self.dtype):
-                return report
-        made = ""
-        if report is not None:
-            info = FeatureStore.open(self.storage.url).info
-            made = f", made of snapshot {report.source_version} of {report.source} as {_described(info)}"
-        raise StoreExistsError(f"{self.storage.url} is a store already{made}: name another place, or remove it")
-
-    def make(
-        self, plan: _Plan, snapshot: Snapshot, basis: Basis | None, threads: int, progress: Progress | None
-    ) -> Snapshot:
-        """Make all shards that are not done yet, and publish them by one commit.
-
-        A commit that was made before a kill, or by a twin, is found. Raises CommitConflictError, InvalidRowsError,
-        CorruptFileError."""
-        target = FeatureStore.open_or_create(self.storage.url, plan.info)
-        shards = sorted(snapshot.manifest.shards)
-        done = {shard: found for shard in shards if (found := self._done_shard(shard)) is not None}
-        work = [shard for shard in shards if shard not in done]
-
-        def make_shard(shard: int) -> _DoneShard:
-            reader, entry = snapshot.shard_reader(shard), None
-            if reader.num_rows:
-                blocks = _encoded_blocks(reader, snapshot, target, basis)
-                entry = write_shard_file(target.storage, target.info, shard, blocks, "base", 0)
-            made = _DoneShard(entry=entry)
-            target.storage.write_bytes(_done_path(shard), seal(made))
-            return made
-
-        for shard, made in zip(work, in_threads(make_shard, work, threads), strict=True):
-            done[shard] = made
-            if progress is not None:
-                progress(len(done), len(shards))
-        target.add_quarantine(self.source.quarantine_rows())
-        return self._publish(target, plan, done)
-
-    def end(self, report: RemakeReport) -> None:
-        """Store the report, and remove the notes of progress."""
-        self.storage.write_bytes(REPORT, seal(report))
-        FeatureStore.open(self.storage.url).discard_staging(_REMAKE)
-
-    def _done_shard(self, shard: int) -> _DoneShard | None:
-        done = _read_or_none(self.storage, _done_path(shard), _DoneShard)
-        if done is not None and done.entry is not None:
-            with contextlib.suppress(FileNotFoundError):
-                return done if self.storage.size(done.entry.path) == done.entry.bytes else None
-            return None
-        return done
-
-    def _publish(self, target: FeatureStore, plan: _Plan, done: dict[int, _DoneShard]) -> Snapshot:
-        operation = f"{_REMAKE} of snapshot {plan.source_version} ({plan.source_commit_id})"
-        entries = {shard: [each.entry] for shard, each in done.items() if each.entry is not None}
-        storage, info = target.storage, target.info
-        try:
-            return Commit(storage=storage, info=info, operation=operation, entries=entries, only_after=0).publish()
-        except CommitConflictError as error:
-            first = log.find(storage, 1)
-            if first is None or first.operation != operation:
-                message = f"{target.url} got other rows before its remake was done: remove it, and start again"
-                raise CommitConflictError(message) from error
-            return Snapshot(storage, info, first)
+    Raises StoreExistsError where another store is there, or where the place is that of the source, or inside it.
+    """
+    if storage.url == source.url:
+        raise StoreExistsError(f"{storage.url} is the source itself: name another place for the new store")
+    if storage.url.startswith(f"{source.url.rstrip('/')}/"):  # what cleans the source up would find it
+        raise StoreExistsError(f"{storage.url} is inside the source: name another place for the new store")
+    try:
+        made = FeatureStore.open(storage.url)
+    except StoreNotFoundError:
+        return None
+    report, text = read_report(storage), ""
+    if report is not None:
+        made_dims = None if report.variance_kept is None else report.dim
+        asked = snapshot.manifest.commit_id, dims, dtype
+        if asked == (report.source_commit_id, made_dims, report.dtype):
+            return report if made.snapshot().version else None  # none if it was killed right before its commit
+        text = f", made of snapshot {report.source_version} of {report.source} as {_described(made.info)}"
+    raise StoreExistsError(f"{storage.url} is a store already{text}: name another place, or remove it")
 
 
-def _done_path(shard: int) -> str:
-    return f"{STAGING}/{_REMAKE}/shard-{shard:04d}.json"
+def _write_shards(
+    snapshot: Snapshot, storage: Storage, info: StoreInfo, basis: Basis | None, threads: int, progress: Progress | None
+) -> dict[int, list[FileEntry]]:
+    """Write the live rows of all shards as files of the new store. Raises InvalidRowsError, CorruptFileError."""
 
+    def write_shard(shard: int) -> list[FileEntry]:
+        reader = snapshot.shard_reader(shard)
+        if not reader.num_rows:
+            return []
+        return [write_shard_file(storage, info, shard, _encoded_blocks(reader, snapshot, info, basis), "base", 0)]
 
-_PLAN = f"{STAGING}/{_REMAKE}/plan.json"
+    shards = sorted(snapshot.manifest.shards)
+    written = zip(shards, in_threads(write_shard, shards, threads, progress), strict=True)
+    return {shard: entries for shard, entries in written if entries}
 
 
 def _encoded_blocks(
-    reader: ShardReader, snapshot: Snapshot, target: FeatureStore, basis: Basis | None
+    reader: ShardReader, snapshot: Snapshot, info: StoreInfo, basis: Basis | None
 ) -> Iterator[pa.Table]:
     """Yield the live rows of a shard as the new store keeps them."""
+    codec = Codec(info.dtype)
     for block in merged_blocks(reader):
         values_ND = snapshot.codec.decode(matrix_of(block, reader.info))
-        bits, storable_N = target.codec.encode_storable(values_ND if basis is None else basis.project(values_ND))
+        bits, storable_N = codec.encode_storable(values_ND if basis is None else basis.project(values_ND))
         if not storable_N.all():
             uri = block[URI][int(np.flatnonzero(~storable_N)[0])]
             raise InvalidRowsError(
-                f"{uri} and others have numbers that {target.info.dtype} cannot hold: choose bfloat16 or float32"
+                f"{uri} and others have numbers that {info.dtype} cannot hold: choose bfloat16 or float32"
             )
-        yield live_table(block, bits, target.info)
+        yield live_table(block, bits, info)
 
 
 def _described(info: StoreInfo) -> str:
@@ -301,22 +207,14 @@ def _described(info: StoreInfo) -> str:
     return f"{info.dtype}, {info.width_text} numbers" if info.reduction else info.dtype
 
 
-def _read_or_none(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT | None:
-    """Read a sealed file, or return None."""
-    try:
-        return read_sealed(storage, path, model_class)
-    except FileNotFoundError:
-        return None
-
-
-def _report(plan: _Plan, snapshot: Snapshot, new: Snapshot, basis: Basis | None) -> RemakeReport:
+def _report(source: str, snapshot: Snapshot, new: Snapshot, basis: Basis | None) -> RemakeReport:
     """Compare rows that are read back from the new store."""
     keys_N, exact_ND = sample(snapshot, _COMPARED_ROWS, _COMPARED_SEED)
     kept_ND = new.codec.decode(new.get(keys_N))
     return RemakeReport(
-        source=plan.source,
-        source_version=plan.source_version,
-        source_commit_id=plan.source_commit_id,
+        source=source,
+        source_version=snapshot.version,
+        source_commit_id=snapshot.manifest.commit_id,
         source_dtype=snapshot.info.dtype,
         dtype=new.info.dtype,
         source_dim=snapshot.info.dim,

@@ -1,9 +1,8 @@
-"""Stores made of another one, in another dtype or compact: every row, one commit, and one continued after a kill."""
+"""Stores made of another one, in another dtype or compact: every row, one commit, and one begun again after a kill."""
 
 import hashlib
 import json
 import re
-import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +25,7 @@ from featurestore.errors import (
     SpecMismatchError,
     StorageError,
     StoreExistsError,
+    StoreNotFoundError,
     UnsafeBackendError,
 )
 from featurestore.format.codec import basis_of
@@ -314,27 +314,6 @@ def test_verify_finds_a_flipped_bit_and_expiry_keeps_the_basis(source: FeatureSt
     assert verify(a).problems == []
 
 
-def test_a_source_that_was_made_anew_is_not_gone_on_with(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
-    """It has a snapshot of the number, and other rows: half of the new store would be of those."""
-
-    def fails(*_: object) -> None:
-        raise StorageError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_shard_file", fails)
-        with pytest.raises(StorageError, match="full"):
-            remake(source, tmp_path / "new", dims=8, threads=1)
-    shutil.rmtree(tmp_path / "source")
-    anew = FeatureStore.create(tmp_path / "source", source.info.model_copy(update={"store_id": ""}))
-    for seed in range(3):
-        anew.put(rows_of(0, ROWS, seed=seed))
-    assert anew.snapshot().version == 3
-    with pytest.raises(
-        StoreExistsError, match=r"becoming a store of snapshot 3 .* continue with that, name another place"
-    ):
-        remake(anew, tmp_path / "new", dims=8)
-
-
 @pytest.mark.services
 def test_to_an_object_store(source: FeatureStore, s3_url: str, tmp_path: Path) -> None:
     report = remake(source, f"{s3_url}/compact", dims=8, dtype="float16")
@@ -363,26 +342,9 @@ def test_bits_of_a_compact_store_are_bits_of_its_dtype(source: FeatureStore, tmp
     assert source.project(drawn(3)).shape == (3, DIM)
 
 
-CONTINUED = [
-    ({"dtype": "bfloat16"}, [{"dtype": "float16"}, {"dtype": "bfloat16", "version": 1}], "bfloat16", [4, 5, 6, 7, 8]),
-    (
-        {"dims": 8},
-        [{"dims": 7}, {"dims": 8, "dtype": "float16"}, {"dims": 8, "version": 1}],
-        "float32, 8 of 40 numbers",
-        [12, 13, 14, 15, 16],
-    ),
-]
-
-
-@pytest.mark.parametrize(("asked", "others", "described", "counts"), CONTINUED)
-def test_a_remake_that_was_cut_off_continues(
-    asked: dict[str, Any],
-    others: list[dict[str, Any]],
-    described: str,
-    counts: list[int],
-    source: FeatureStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("asked", [{"dtype": "bfloat16"}, {"dims": 8}])
+def test_a_remake_that_was_cut_off_starts_again(
+    asked: dict[str, Any], source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, written = module.write_shard_file, []
 
@@ -392,62 +354,46 @@ def test_a_remake_that_was_cut_off_continues(
         written.append(shard)
         return write(storage, info, shard, *rest)  # type: ignore[arg-type]
 
-    remake(source, tmp_path / "calm", **asked)
     with monkeypatch.context() as patched:
         patched.setattr(module, "write_shard_file", fails_in_the_fifth)
         with pytest.raises(StorageError, match="full"):
             remake(source, tmp_path / "new", threads=1, **asked)
-    new, calm = FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm")
-    assert new.snapshot().version == 0
-    source.put(rows_of(3000, 10, seed=4))  # the snapshot that was begun with is kept to
-    for other in others:
-        with pytest.raises(StoreExistsError, match=rf"becoming a store of snapshot 3 .* as {described}"):
-            remake(source, tmp_path / "new", **other)
-    half, *whole = sorted((tmp_path / "new" / "data").rglob("*.parquet"))
-    half.write_bytes(half.read_bytes()[:-9])  # a disk that lost power may have it so
-    before = {path: path.stat().st_mtime_ns for path in whole}
-    seen: list[int] = []
-    report = remake(source, tmp_path / "new", progress=lambda done, _: seen.append(done), **asked)
-    assert seen == counts and report.source_version == 3 and report.num_rows == ROWS - 30
-    assert len(whole) == 3 and before == {path: path.stat().st_mtime_ns for path in whole}
-    check_same(new, calm)
+    with pytest.raises(StoreNotFoundError):
+        FeatureStore.open(tmp_path / "new")
+    source.put(rows_of(3000, 10, seed=4))  # the second call is of the newest snapshot by then
+    report = remake(source, tmp_path / "new", **asked)
+    assert report.source_version == 4 and report.num_rows == ROWS - 20
+    remake(source, tmp_path / "calm", **asked)
+    check_same(FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm"))
+    files = sorted((tmp_path / "new" / "data").rglob("*.parquet"))
+    expire(FeatureStore.open(tmp_path / "new"), grace_days=0)
+    assert len(files) == 12 and len(sorted((tmp_path / "new" / "data").rglob("*.parquet"))) == 8
 
 
 def check_same(new: FeatureStore, calm: FeatureStore) -> None:
-    """Check that a store that was cut off holds what an undisturbed one does, in one commit, and no notes."""
+    """Check that a store that was cut off holds what an undisturbed one does, in one commit."""
     new, keys = FeatureStore.open(new.url), calm.snapshot().keys()
     assert new.info.reduction == calm.info.reduction and new.snapshot().version == 1
     assert np.array_equal(new.snapshot().keys(), keys)
     assert np.array_equal(new.snapshot().get(keys), calm.snapshot().get(keys))
-    assert new.storage.list("staging/remake") == [] and verify(new).problems == []
+    assert verify(new).problems == []
 
 
-KILLS = [
-    # Before the store is made, between a shard's file and the note of it, and after the commit.
-    ({"dtype": "bfloat16"}, (), [("store.json", 0, 0), ("staging/remake/shard", 3, 3), ("reports", 0, 8)]),
-    # Before the basis and the plan too.
-    (
-        {"dims": 8, "dtype": "float16"},
-        ("write_bytes",),
-        [("basis", 0, 0), ("staging/remake/plan", 0, 0), ("staging/remake/shard", 3, None), ("reports", 0, 8)],
-    ),
-]
+PLACES = [("basis", 0), ("data/", 3), ("reports", 0), ("store.json", 0), ("log", 0)]
+"""Prefixes of what is written, and how often before the kill; what comes before in a store's life comes first."""
 
 
 @pytest.mark.services
-@pytest.mark.parametrize(("asked", "methods", "places"), KILLS)
+@pytest.mark.parametrize(
+    ("asked", "places"), [({"dtype": "bfloat16"}, PLACES[1:]), ({"dims": 8, "dtype": "float16"}, PLACES)]
+)
 def test_kill_9_again_and_again(
-    asked: dict[str, Any],
-    methods: tuple[str, ...],
-    places: list[tuple[str, int, int | None]],
-    source: FeatureStore,
-    tmp_path: Path,
+    asked: dict[str, Any], places: list[tuple[str, int]], source: FeatureStore, tmp_path: Path
 ) -> None:
-    call = partial(remake, threads=1, **asked)
-    for prefix, writes, num_noted in places:
-        kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, ("create_exclusive", "open_output", *methods))
-        assert num_noted in (None, len(list((tmp_path / "new").rglob("shard-*.json"))))
-        assert bool(list((tmp_path / "new" / "log").glob("0*.json"))) == (prefix == "reports")
+    call, methods = partial(remake, threads=1, **asked), ("create_exclusive", "open_output", "write_bytes")
+    for prefix, writes in places:
+        kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
+        assert not list((tmp_path / "new" / "log").glob("0*.json"))
     assert remake(source, tmp_path / "new", **asked).num_rows == ROWS - 30
     remake(source, tmp_path / "calm", **asked)
     check_same(FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm"))
@@ -473,7 +419,7 @@ def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path:
     assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
     same_kind = new.info.model_copy(update={"dtype": "float32"}).kind
     assert same_kind == source.info.kind and new.quarantine_rows() == source.quarantine_rows()
-    assert new.storage.list("staging/remake") == [] and verify(new).problems == []
+    assert verify(new).problems == []
 
 
 def test_the_report_measures_what_was_lost(source: FeatureStore, tmp_path: Path) -> None:
@@ -505,15 +451,19 @@ def test_a_sample_is_of_live_rows_and_reads_from_many_shards(source: FeatureStor
     assert len(sample(snapshot, 5000, seed=1)[0]) == ROWS - 30
 
 
-def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_remake_does_not_finish_one_that_was_killed_before_its_commit(
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(module, "measure_accuracy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(module.Commit, "publish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             remake(source, tmp_path / "new", dtype="bfloat16")
     new = FeatureStore.open(tmp_path / "new")
-    assert new.snapshot().version == 1
+    assert new.snapshot().version == 0
+    with pytest.raises(StoreExistsError, match=r"made of snapshot 3 of .*source as bfloat16"):
+        remake(source, tmp_path / "new", dtype="float16")
     report = remake(source, tmp_path / "new", dtype="bfloat16")
-    assert new.snapshot().version == 1 and report.num_rows == ROWS - 30 and new.storage.list("staging/remake") == []
+    assert new.snapshot().version == 1 and report.num_rows == new.snapshot().num_rows == ROWS - 30
 
 
 def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureStore, tmp_path: Path) -> None:
@@ -540,11 +490,11 @@ def test_rows_put_before_the_end_are_not_overwritten(
 
     def others_put(storage: Storage, info: StoreInfo, shard: int, *arguments: Any) -> FileEntry:
         if shard == 7:
-            FeatureStore.open(storage.url).put(rows_of(0, 5, seed=9))
+            FeatureStore.create(storage.url, info).put(rows_of(0, 5, seed=9))
         return write(storage, info, shard, *arguments)
 
     monkeypatch.setattr(module, "write_shard_file", others_put)
-    with pytest.raises(CommitConflictError, match="other rows before its remake was done"):
+    with pytest.raises(CommitConflictError, match="has snapshot 1, and not 0"):
         remake(source, tmp_path / "new", dtype="bfloat16")
     new = FeatureStore.open(tmp_path / "new")
     assert new.snapshot().num_rows == 5
@@ -565,7 +515,8 @@ def test_what_cannot_be_remade_is_said(source: FeatureStore, tmp_path: Path, inf
     source.storage.write_bytes(entry.path, bytes(data))
     with pytest.raises(CorruptFileError, match=re.escape(entry.path)):
         remake(source, tmp_path / "broken", dtype="bfloat16")
-    assert FeatureStore.open(tmp_path / "broken").snapshot().version == 0
+    with pytest.raises(StoreNotFoundError):
+        FeatureStore.open(tmp_path / "broken")
 
 
 def test_an_unsafe_place_is_refused_before_anything_is_written(
@@ -588,7 +539,7 @@ def test_in_memory_and_rows_of_zeros(memory_url: str, info: StoreInfo) -> None:
     report = remake(source, f"{url}/small", dtype="bfloat16")
     assert report.accuracy.relative_error_p99 is None and report.accuracy.relative_error_mean is None
     new = FeatureStore.open(f"{url}/small")
-    assert new.snapshot().num_rows == 30 and new.storage.list("staging/remake") == []
+    assert new.snapshot().num_rows == 30
     assert not full_rows(new)[1].any() and not new.snapshot().statistics().std_D.any()
     assert remake(source, f"{url}/small", dtype="bfloat16") == report
 
