@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -21,24 +21,16 @@ app = CommandApp()
     findings=True,
     epilog="Examples:\n\n"
     "- `crossmedia store verify s3://bucket/features`\n\n"
-    "- `crossmedia store verify s3://bucket/features --absent takedown.txt`\n\n"
-    "- `crossmedia store verify --cache`\n\n"
-    "- `crossmedia store verify --cache /mnt/fast/cache`",
+    "- `crossmedia store verify s3://bucket/features --absent takedown.txt`",
 )
 def verify(
-    place: Annotated[
-        str | None,
-        typer.Argument(metavar="URL|DIR", help="Folder or s3:// address of the store; with --cache of the cache."),
-    ] = None,
+    url: Url,
     version: Annotated[
         Any,
         typer.Option(
             parser=read_version_name, metavar=WHICH, help="Snapshot whose data to check; by default all kept ones."
         ),
     ] = None,
-    cache: Annotated[
-        bool, typer.Option("--cache", help="Check a cache folder of this machine instead, by default the usual one.")
-    ] = False,
     absent: Annotated[
         Path | None,
         typer.Option("--absent", help="Prove instead that no file of the store has a row of these keys or uris."),
@@ -46,29 +38,23 @@ def verify(
 ) -> None:
     """Check every file of a store: manifests, pins, channels, quarantine, the data of all kept snapshots, or of one.
 
-    With --cache it checks every file of a cache folder instead. Exit code 1 when one is broken: the line names it, what
-    is wrong, and what repairs it. With --absent FILE it reads every file that lies in the store, whether a snapshot
-    names it or not, and exits with 1 where one has a row of these images: a number on each line, or uris.
+    Exit code 1 when one is broken: the line names it, what is wrong, and what repairs it. With --absent FILE it reads
+    every file that lies in the store, whether a snapshot names it or not, and exits with 1 where one has a row of these
+    images: a number on each line, or uris.
     """
-    if absent is not None and (cache or version is not None):
-        raise typer.BadParameter("it reads every file of a store: give no --version, no --cache", param_hint="--absent")
-    if cache and version is not None:
-        raise typer.BadParameter("--version is for a store: a cache is checked whole")
-    if cache:
-        _verify_cache(place)
-    if not place:
-        raise typer.BadParameter("name the store's URL, or --cache")
     if absent is not None:
-        _prove_absent(place, absent)
+        if version is not None:
+            raise typer.BadParameter("it reads every file of a store: give no --version", param_hint="--absent")
+        _prove_absent(url, absent)
         return
     from featurestore.published.channels import find_channel
     from featurestore.storage.storage import Storage
     from featurestore.upkeep.verify import verify as verify_store
 
     if isinstance(version, str):
-        version = find_channel(Storage(place, keep_inside=True), version).version
+        version = find_channel(Storage(url, keep_inside=True), version).version
     with progress_bar("files") as progress:
-        report = verify_store(place, version, progress)
+        report = verify_store(url, version, progress)
     for problem in report.problems:
         print_problem(f"broken: {problem}")
     for problem in report.known:
@@ -87,23 +73,6 @@ def _prove_absent(url: str, file: Path) -> None:
     with progress_bar("files") as progress:
         report = find_traces(store.storage, images, progress)
     show_absence(report, images, store.url)
-
-
-def _verify_cache(place: str | None) -> NoReturn:
-    from featurestore.lookup.cache import default_cache_dir
-    from featurestore.upkeep.verify import verify_cache
-
-    folder = Path(place) if place else default_cache_dir()
-    with progress_bar("shards") as progress:
-        report = verify_cache(folder, progress)
-    for problem in report.problems:
-        print_problem(f"broken: {problem}")
-    if report.num_shards:
-        looked_at = f"{count_text(report.num_shards, 'cached shard')}, {report.num_bytes:,} bytes of {folder}"
-        print_summary(f"{count_text(len(report.problems), 'problem')} in {looked_at}")
-    else:
-        print_summary(f"nothing to check: {folder} has no cached shards")
-    raise typer.Exit(1 if report.problems else 0)
 
 
 @app.command(epilog="Example: `crossmedia store repair data/features --dry-run`")

@@ -16,7 +16,7 @@ The seal holds digests of both, and of the data files that they were made from. 
 may be larger than memory, so they are read through when they may have changed: at the first opening after a restart of
 the machine, known by its boot id (they are not waited for on their way to the disk, which a power cut could use to
 leave zeros), and where the file is not the one that was checked last, by its inode and the time of its last change. A
-bit that the disk itself flips later is found by the next restart, or by `verify --cache` (`featurestore.upkeep`).
+bit that the disk itself flips later is found by the next restart.
 
 The folder belongs to one user (`featurestore.storage.local`). Who can write files as that user is trusted.
 """

@@ -1,4 +1,4 @@
-"""Verification of every file, shard and cache of a store against its log.
+"""Verification of every file of a store against its log.
 
 In `damaged/` are manifests that a repair took out of the log, and notes of data files that only older snapshots still
 name. Such a file can only come back from a backup: it is reported without alarm until its snapshots expire.
@@ -11,17 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import xxhash
-from pydantic import ValidationError
 
 from featurestore import log, staging
-from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
+from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StoreNotFoundError
 from featurestore.format.codec import BASES, basis_of
 from featurestore.format.datafile import (
     DELETED,
@@ -37,7 +34,6 @@ from featurestore.format.datafile import (
 from featurestore.format.rows import finite_rows
 from featurestore.format.shard import read_moments
 from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
-from featurestore.lookup.cache import SEAL, STEM_DIGITS, SUFFIXES, CacheSeal, digest_of_file
 from featurestore.published import channels
 from featurestore.spec import (
     FileEntry,
@@ -48,7 +44,6 @@ from featurestore.spec import (
     read_sealed,
 )
 from featurestore.staging import STAGING
-from featurestore.storage.local import is_private
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
@@ -438,69 +433,3 @@ def _broken_promises(keys: FileKeys, info: StoreInfo, shard: int, entry: FileEnt
     num_deleted = int(np.count_nonzero(keys.deleted_N))
     if num_deleted != entry.num_deleted:
         yield f"has {num_deleted} tombstones instead of {entry.num_deleted}"
-
-
-_KEYS, _ROWS, _ = SUFFIXES
-
-
-@dataclass
-class CacheReport:
-    """Counts of the checked shards, and a line for each damaged one, with the way out."""
-
-    num_shards: int = 0
-    num_bytes: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-def verify_cache(folder: Path, progress: Progress | None = None) -> CacheReport:
-    """Read every file of a cache folder, and compare it with its seal, and the seal with its own name.
-
-    Changes nothing. Files that a run removes meanwhile are not a problem. Raises StorageError where the folder is not
-    there, or cannot be read.
-    """
-    report = CacheReport()
-    try:
-        seals = sorted(path for path in folder.iterdir() if path.name.startswith("shard-") and path.suffix == SEAL)
-        for done, path in enumerate(seals, start=1):
-            _check(path, report)
-            if progress is not None:
-                progress(done, len(seals))
-    except OSError as error:
-        raise StorageError(f"cannot read the cache folder {folder}: {error}") from error
-    return report
-
-
-def _check(path: Path, report: CacheReport) -> None:
-    stem = path.name.removesuffix(SEAL)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return
-    try:
-        seal = CacheSeal.model_validate_json(data)
-    except ValidationError:
-        wrong = "its seal cannot be read"
-    else:
-        wrong = _wrong(path.parent, stem, seal, report)
-    report.num_shards += 1
-    if wrong and path.exists():
-        way_out = f"the next run builds it again, also after rm {path.parent}/{stem}.*"
-        report.problems.append(f"{path.parent / stem}: {wrong}; {way_out}")
-
-
-def _wrong(folder: Path, stem: str, seal: CacheSeal, report: CacheReport) -> str:
-    """Return the problem with the files of a seal, or an empty text."""
-    keys, rows = folder / f"{stem}{_KEYS}", folder / f"{stem}{_ROWS}"
-    if stem.rpartition("-")[2] != seal.made_from[:STEM_DIGITS]:
-        return "its seal is that of another"
-    for path in (keys, rows, folder / f"{stem}{SEAL}"):
-        if not path.exists():
-            return f"{path.name} is missing"
-        if not is_private(path.lstat()):
-            return f"{path.name} is not a regular file of this user's, or others may write to it"
-    report.num_bytes += keys.stat().st_size + rows.stat().st_size
-    if xxhash.xxh3_128_hexdigest(keys.read_bytes()) != seal.keys_xxh3_128:
-        return f"{keys.name} is not what was built"
-    if rows.stat().st_size != seal.num_rows * seal.row_bytes or digest_of_file(rows) != seal.rows_xxh3_128:
-        return f"{rows.name} is not what was built"
-    return ""

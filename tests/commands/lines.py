@@ -110,7 +110,6 @@ FEATURESTORE = [
     ("featurestore verify {store} --absent {missing}", 2, "not a file of keys or uris"),
     ("featurestore verify {store} --absent {pipe}", 2, "{pipe}"),
     ("featurestore verify {store} --absent {script} --version 1", 2, "--absent"),
-    ("featurestore verify --cache --absent {script}", 2, "--absent"),
     ("featurestore purge {missing} --keys {missing}", 2, "not a file of keys"),
     ("featurestore purge {store}", 2, "--keys"),
     ("featurestore purge {store} --keys {empty} --uris {empty}", 2, "--keys"),
