@@ -98,15 +98,15 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
     raise typer.Exit(1 if report.left else 0)
 
 
-@app.command(epilog="Example: `crossmedia store check-backend s3://bucket/features --processes 16`")
+@app.command(epilog="Example: `crossmedia store check-backend s3://bucket/features --writers 16`")
 def check_backend(
     url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address where a store is to be.")],
-    processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 4,
+    writers: Annotated[int, typer.Option("--writers", min=2, max=256, help="Threads that race.")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
 ) -> None:
     """Test whether a place is fit for a store: an exclusive create has one winner, and reads see every write.
 
-    Tries what commits rely on, then lets processes race to create one file, many times. Exit code 1 when the place is
+    Tries what commits rely on, then lets threads race to create one file, many times. Exit code 1 when the place is
     unsafe: commits would be lost there. Exit code 3 when no race overlapped, so that nothing was found out. No race can
     prove that a place is safe: read what its maker promises about conditional puts too.
     """
@@ -115,13 +115,13 @@ def check_backend(
 
     storage = Storage(url)
     with progress_bar("races") as progress:
-        report = race(storage, num_processes=processes, num_rounds=rounds, progress=progress)
+        report = race(storage, num_writers=writers, num_rounds=rounds, progress=progress)
     for problem in report.problems:
         sys.stderr.write(f"unsafe: {problem}\n")
     if report.problems:
         raise UnsafeBackendError(f"{storage.url} cannot hold a store, as commits could be lost there")
-    races = f"{report.num_overlapping:,} of {report.num_rounds:,} races of {report.num_writers} processes overlapped"
+    races = f"{report.num_overlapping:,} of {report.num_rounds:,} races of {report.num_writers} writers overlapped"
     if not report.num_overlapping:
-        print_problem(f"not disproved, and not tried: {races}; try more --rounds and --processes")
+        print_problem(f"not disproved, and not tried: {races}; try more --rounds and --writers")
         raise typer.Exit(NOT_TRIED)
     print_summary(f"not disproved: {races}, each had one winner; a create takes {report.create_s * 1000:.1f} ms")

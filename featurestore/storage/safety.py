@@ -8,35 +8,32 @@ No race proves that a place is safe: the check says what it could not disprove, 
 
 import contextlib
 import hashlib
-import multiprocessing
 import random
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.storage import Storage
-from featurestore.storage.threads import Progress, interrupt_blocked
+from featurestore.storage.threads import Progress
 
-_SHORT_THREADS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
+_SHORT_WRITERS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
 _START_TIMEOUT_S = 300.0
 _LARGE_BYTES = 1 << 20  # as a manifest of 2,000 data files
-_mine = threading.local()
 
 
 class _Outcome(NamedTuple):
-    """Outcome of a race for one racer."""
+    """Outcome of a race for one writer."""
 
     claimed: bool
     seen: bytes  # digest of the file, read as soon as the answer was there
-    begin_s: float  # of the create, by the clock that all processes of this machine share
+    begin_s: float  # of the create
     end_s: float
 
 
@@ -52,39 +49,30 @@ class BackendReport:
 
 
 def check_backend(
-    storage: Storage, *, num_processes: int = 4, num_rounds: int = 50, progress: Progress | None = None
+    storage: Storage,
+    *,
+    num_writers: int = 4,
+    num_rounds: int = 50,
+    large_bytes: int = _LARGE_BYTES,
+    progress: Progress | None = None,
 ) -> BackendReport:
-    """Try what commits rely on at `storage`, then race `num_processes` processes for one file, `num_rounds` times.
+    """Try what commits rely on at `storage`, then race `num_writers` threads for one file, `num_rounds` times.
 
-    The race is left out where the first part fails. All processes have a connection when it begins; every second round
-    is for a file of a megabyte. Writes a folder of its own and removes it. Costs `2 * num_processes` requests a round,
-    and holds `num_rounds / 2` megabytes there. Raises StorageError where the place refuses altogether.
+    The race is left out where the first part fails. Every second round is for a file of `large_bytes`. Writes a folder
+    of its own and removes it. Costs `2 * num_writers` requests a round, and holds `num_rounds / 2` of the large files
+    there. Raises StorageError where the place refuses altogether.
     """
-    context = multiprocessing.get_context("spawn")
     with _folder(storage) as folder:
         problems = _sequential_problems(storage, folder)
         if problems:
-            return BackendReport(tuple(problems), 0, 0, num_processes, 0.0)
-        line: Any = context.Barrier(num_processes)
-        try:
-            with ProcessPoolExecutor(num_processes, context, _prepare, (line,)) as racers:
-                with interrupt_blocked():  # the processes start
-                    connected = [racers.submit(_connect, storage) for _ in range(num_processes)]
-                for each in connected:
-                    each.result()
-                return _race(storage, folder, racers, num_processes, num_rounds, progress, _LARGE_BYTES)
-        except BrokenProcessPool as error:
-            raise StorageError("a racing process ended early") from error
+            return BackendReport(tuple(problems), 0, 0, num_writers, 0.0)
+        with ThreadPoolExecutor(num_writers) as writers:
+            return _race(storage, folder, writers, num_writers, num_rounds, progress, large_bytes)
 
 
 def refuse_unsafe(storage: Storage) -> None:
-    """Check in short, with threads, for the first write to a new place. Raises UnsafeBackendError, StorageError."""
-    with _folder(storage) as folder:
-        problems = _sequential_problems(storage, folder)
-        if not problems:
-            line = threading.Barrier(_SHORT_THREADS)
-            with ThreadPoolExecutor(_SHORT_THREADS, initializer=_prepare, initargs=(line,)) as racers:
-                problems = list(_race(storage, folder, racers, _SHORT_THREADS, _SHORT_ROUNDS, None, 0).problems)
+    """Check in short, for the first write to a new place. Raises UnsafeBackendError, StorageError."""
+    problems = check_backend(storage, num_writers=_SHORT_WRITERS, num_rounds=_SHORT_ROUNDS, large_bytes=0).problems
     if problems:
         raise UnsafeBackendError(
             f"{storage.url} cannot hold a store, as commits could be lost there: {'; '.join(problems)}. Use a disk or"
@@ -131,14 +119,14 @@ def _sequential_problems(storage: Storage, folder: str) -> list[str]:
 def _race(
     storage: Storage,
     folder: str,
-    racers: Executor,
+    writers: ThreadPoolExecutor,
     num_writers: int,
     num_rounds: int,
     progress: Progress | None,
     large_bytes: int,
 ) -> BackendReport:
-    """Let the racers race, and count the rounds that overlapped, and those that went wrong."""
-    chance = random.Random()
+    """Let the writers race, and count the rounds that overlapped, and those that went wrong."""
+    chance, line = random.Random(), threading.Barrier(num_writers)
     seconds: list[float] = []
     several, changed, overlapping = 0, 0, 0
     for number in range(num_rounds):
@@ -147,8 +135,15 @@ def _race(
         padding = bytes(large_bytes if number % 2 else 0)
         contents = [f"{uuid.uuid4().hex} of writer {writer}".encode() + padding for writer in range(num_writers)]
         path = f"{folder}/round-{number:06d}"
-        asked = [racers.submit(_attempt, storage, path, content, chance.uniform(0, spread)) for content in contents]
-        outcomes = [each.result() for each in asked]
+        try:
+            asked = [
+                writers.submit(_attempt, storage, path, content, line, chance.uniform(0, spread))
+                for content in contents
+            ]
+            outcomes = [each.result() for each in asked]
+        except BaseException:  # an interrupt too: nobody else will come to the line
+            line.abort()
+            raise
         seconds += [outcome.end_s - outcome.begin_s for outcome in outcomes]
         final = _digest(_read(storage, path))
         several += sum(outcome.claimed for outcome in outcomes) > 1
@@ -174,18 +169,8 @@ def _overlap(outcomes: Sequence[_Outcome]) -> bool:
     return any(each.begin_s < end_s for end_s in ends_s for each in outcomes if not each.claimed)
 
 
-def _prepare(line: threading.Barrier) -> None:
-    """Make this thread or process a racer, which begins when all have come to the line."""
-    _mine.line = line
-
-
-def _connect(storage: Storage) -> None:
-    _mine.line.wait(_START_TIMEOUT_S)
-    storage.list()
-
-
-def _attempt(storage: Storage, path: str, content: bytes, delay_s: float) -> _Outcome:
-    _mine.line.wait(_START_TIMEOUT_S)
+def _attempt(storage: Storage, path: str, content: bytes, line: threading.Barrier, delay_s: float) -> _Outcome:
+    line.wait(_START_TIMEOUT_S)
     time.sleep(delay_s)
     begin = time.monotonic()
     claimed = storage.create_exclusive(path, content)

@@ -1,10 +1,7 @@
-"""Threads for requests: pools that stop at the first error and at Ctrl-C."""
+"""Threads for requests: a pool that stops at the first error, and a property that lets them not wait for each other."""
 
-import signal
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any, Generic, Self, TypeVar, overload
 
 Progress = Callable[[int, int], None]  # things done, things in all
@@ -52,17 +49,3 @@ class cached_property(Generic[ResultT]):  # noqa: N801 - it takes the place of f
         result: ResultT = self._compute(instance)
         instance.__dict__[self._name] = result
         return result
-
-
-@contextmanager
-def interrupt_blocked() -> Iterator[None]:
-    """Let the threads and processes that start in here never see SIGINT, so that the command ends in its own way.
-
-    The mask is inherited by what they start themselves, also later.
-    """
-    resource_tracker.ensure_running()  # multiprocessing would start it with the first process, and unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

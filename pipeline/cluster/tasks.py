@@ -7,12 +7,14 @@ import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import struct
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ from distributed.security import Security
 
 from featurestore.console.output import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
-from featurestore.storage.threads import interrupt_blocked
 from pipeline.errors import (
     SCHEDULER_LOST,
     ClusterError,
@@ -287,6 +288,20 @@ async def _shake_hands(address: str, timeout_s: float) -> None:
 
 
 @contextlib.contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Let the threads and processes that start in here never see SIGINT, so that the command ends in its own way.
+
+    The mask is inherited by what they start themselves, also later.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it with the first process, and unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def local_cluster(
     workers: int | None = None, threads_per_worker: int | None = None, memory_limit: str | int | None = None
 ) -> Iterator[LocalCluster]:
@@ -297,7 +312,7 @@ def local_cluster(
     """
     num_workers = workers or 1
     limits = {} if memory_limit is None else {"memory_limit": memory_limit}
-    with dask.config.set(WORKER_CONFIG), interrupt_blocked():
+    with dask.config.set(WORKER_CONFIG), _interrupt_blocked():
         cluster = LocalCluster(
             n_workers=num_workers,
             threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from featurestore import FeatureStore, StoreInfo
 from featurestore.__main__ import app
-from featurestore.errors import StorageError, UnsafeBackendError
+from featurestore.errors import UnsafeBackendError
 from featurestore.storage import safety
-from featurestore.storage.safety import BackendReport, check_backend, refuse_unsafe
+from featurestore.storage.safety import check_backend, refuse_unsafe
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Proxy, proxy_before
 from tests.running import spared
@@ -54,15 +54,15 @@ def test_safe_places_pass_the_short_check_and_stay_clean(safe_url: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("place", ["disk", "seaweedfs"])
-def test_processes_race_and_the_command_says_what_it_could_not_disprove(
+def test_writers_race_and_the_command_says_what_it_could_not_disprove(
     place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     url = str(tmp_path / "new" / "place") if place == "disk" else request.getfixturevalue("s3_url")
-    command = [sys.executable, "-m", "featurestore", "check-backend", url, "--processes", "3", "--rounds", "12"]
+    command = [sys.executable, "-m", "featurestore", "check-backend", url, "--writers", "3", "--rounds", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("races: ") for line in done.stderr.splitlines()), "no more than how far it is"
-    assert re.match(r"not disproved: [1-9]\d? of 12 races of 3 processes overlapped, each had one winner", done.stdout)
+    assert re.match(r"not disproved: [1-9]\d? of 12 races of 3 writers overlapped, each had one winner", done.stdout)
     assert Storage(url).entries() == []
 
 
@@ -77,26 +77,23 @@ def test_a_server_whose_create_is_not_atomic_is_refused(
     with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:
         FeatureStore.create(url, info)
     assert reason in str(caught.value)
-    result = CliRunner().invoke(app, ["check-backend", url, "--processes", "3", "--rounds", "5"])
+    result = CliRunner().invoke(app, ["check-backend", url, "--writers", "3", "--rounds", "5"])
     assert result.exit_code == 1
     assert reason in result.stderr and "cannot hold a store" in result.stderr and result.stdout == ""
     assert Storage(url).entries() == [], "neither a store nor files of the check"
     assert careless.faults
 
 
-def race_one_after_the_other(folder: Path) -> BackendReport:
-    """The creates of a round never overlap: one thread does them all."""
-    with ThreadPoolExecutor(1, initializer=safety._prepare, initargs=(threading.Barrier(1),)) as racer:
-        return safety._race(Storage(folder), "x", racer, 2, 6, None, 10)
-
-
 def test_races_that_do_not_overlap_disprove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = race_one_after_the_other(tmp_path)
+    no_line = threading.Barrier(1)
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as one_by_one:
+        patched.setattr(safety.threading, "Barrier", lambda _: no_line)
+        report = safety._race(Storage(tmp_path), "x", one_by_one, 2, 6, None, 10)
     assert (report.problems, report.num_rounds, report.num_overlapping) == ((), 6, 0)
     monkeypatch.setattr(safety, "check_backend", lambda storage, **options: report)
     result = CliRunner().invoke(app, ["check-backend", str(tmp_path)])
     assert result.exit_code == 3 and result.stdout == ""
-    assert "not tried: 0 of 6 races of 2 processes overlapped" in result.stderr
+    assert "not tried: 0 of 6 races of 2 writers overlapped" in result.stderr
 
 
 def test_a_race_counts_where_a_create_lost_that_began_in_time(tmp_path: Path) -> None:
@@ -110,14 +107,8 @@ def test_a_race_counts_where_a_create_lost_that_began_in_time(tmp_path: Path) ->
             return made
 
     both = threading.Barrier(2)
-    with ThreadPoolExecutor(2, initializer=safety._prepare, initargs=(threading.Barrier(2),)) as racers:
-        report = safety._race(Slow(tmp_path), "x", racers, 2, 3, None, 10)
+    report = check_backend(Slow(tmp_path), num_writers=2, num_rounds=3, large_bytes=10)
     assert (report.problems, report.num_overlapping) == ((), 3)
-
-
-def test_files_that_processes_do_not_share_are_refused(memory_url: str) -> None:
-    report = check_backend(Storage(memory_url), num_processes=2, num_rounds=2)
-    assert report.problems[0].startswith("in 2 of 2 races several of 2 writers")
 
 
 class Broken(Storage):
@@ -171,18 +162,6 @@ def test_every_flaw_is_named(tmp_path: Path, flaw: str, reason: str) -> None:
     with pytest.raises(UnsafeBackendError) as caught:
         refuse_unsafe(Broken(str(tmp_path), flaw))
     assert reason in str(caught.value)
-
-
-def test_a_racer_that_dies_ends_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kill_one(done: int, total: int) -> None:
-        children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()
-        racers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(racers) == 2
-        os.kill(int(racers[0]), signal.SIGKILL)
-
-    with pytest.raises(StorageError, match="ended early"):
-        check_backend(Storage(tmp_path), num_processes=2, num_rounds=3, progress=kill_one)
-    assert Storage(tmp_path).entries() == []
 
 
 @pytest.mark.long
