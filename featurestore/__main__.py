@@ -1,6 +1,6 @@
 """python -m featurestore: show a store and its history, check its files, and serve it."""
 
-from featurestore.commands import check, history, look, rewrite
+from featurestore.commands import check, history, look
 from featurestore.console.commandline import CommandApp, run_app
 
 app = CommandApp(
@@ -9,7 +9,7 @@ app = CommandApp(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (look, history, check, rewrite):
+for commands in (look, history, check):
     app.add_typer(commands.app)
 
 
