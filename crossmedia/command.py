@@ -12,8 +12,7 @@ from typing import Any, cast
 
 from typer.core import TyperCommand
 
-from featurestore.console.commandline import CommandApp, command_of, run_app
-from featurestore.console.help import CommandGroup
+from featurestore.console.commandline import CommandApp, CommandGroup, command_of, run_app
 
 PROGRAM = "crossmedia"
 

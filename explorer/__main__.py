@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from explorer.errors import ExplorerError
-from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.help import CommandGroup
+from featurestore.console.commandline import CommandApp, CommandGroup, run_app
 from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path

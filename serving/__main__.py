@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from featurestore.console.commandline import USAGE_ERROR, CommandApp, run_app
-from featurestore.console.help import CommandGroup
+from featurestore.console.commandline import USAGE_ERROR, CommandApp, CommandGroup, run_app
 from serving import commands
 
 

@@ -11,7 +11,7 @@ import click
 from typer.main import get_command
 
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
-from featurestore.console.help import help_blocks
+from featurestore.console.commandline import help_blocks
 from pipeline.cluster.submit import submit
 from tools.tables import table
 

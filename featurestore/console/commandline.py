@@ -1,4 +1,4 @@
-"""Start and end of every command: checks of arguments, and one line for each error.
+"""Start and end of every command: its help, checks of arguments, and one line for each error.
 
 Exit codes:
 0    done
@@ -17,19 +17,22 @@ import inspect
 import io
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 import click
 import typer
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 from typer.models import ParameterInfo
 
-from featurestore.console.help import Command, CommandGroup
 from featurestore.console.page import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text import one_line, printable, refusal
@@ -47,6 +50,24 @@ _OBJECTS_BETWEEN_COLLECTIONS = 50_000  # by Python's 700 it looks at what import
 USAGE_ERROR = cast("type[click.UsageError]", typer.BadParameter.__mro__[1])
 _ROOT_ERROR = cast("type[click.ClickException]", typer.BadParameter.__mro__[2])
 _HELP_INSTEAD = "NoArgsIsHelpError"
+COMMAND_LINE = re.compile("`?(crossmedia|python|dask-submit|dask|horovodrun|torchrun|srun) ")
+_MOST_COLUMNS, _LEAST_COLUMNS = 120, 40
+
+
+class Command(TyperCommand):
+    """A command whose examples are not wrapped."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        format_help(self, super().format_help, ctx, formatter)
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands whose examples are not wrapped."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        format_help(self, super().format_help, ctx, formatter)
 
 
 class CommandApp(typer.Typer):
@@ -263,3 +284,42 @@ def _number_check(then: Callable[..., Any] | None) -> Callable[..., Any]:
         return value if then is None else then(context, parameter, value)
 
     return check
+
+
+def help_blocks(text: str) -> Iterator[tuple[bool, list[str]]]:
+    """Yield the blocks of a text of help: whether it is command lines, and its lines or whole paragraphs.
+
+    Command lines are those of a paragraph that has one; the words Example and Examples before them are left out.
+    """
+    parts: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text.replace("\b", "")):
+        lines = [re.sub(r"^(- |Examples?:\s*)", "", line.strip()) for line in paragraph.splitlines()]
+        is_code = any(COMMAND_LINE.match(line) for line in lines)
+        parts += [line.strip("`") for line in lines] if is_code else [" ".join(lines).strip()]
+    for is_code, group in groupby(filter(None, parts), lambda part: bool(COMMAND_LINE.match(part))):
+        yield is_code, list(group)
+
+
+def end_of_help(text: str) -> str:
+    """Write the last part of a help for a terminal: paragraphs in its width, and each command on one line."""
+    columns = max(_LEAST_COLUMNS, min(_MOST_COLUMNS, shutil.get_terminal_size().columns)) - 2
+    written = []
+    for is_code, parts in help_blocks(text):
+        if is_code:
+            written.append(
+                "\n".join([" Examples:" if len(parts) > 1 else " Example:", "", *(f"  {each}" for each in parts)])
+            )
+        else:
+            written += [fill(each, columns, initial_indent=" ", subsequent_indent=" ") for each in parts]
+    return "\n\n".join(written)
+
+
+def format_help(command: TyperCommand | TyperGroup, write: Any, context: Any, formatter: Any) -> None:
+    """Write a help by `write`, typer's own way, but for its last part (`end_of_help`)."""
+    epilog, command.epilog = command.epilog, None
+    try:
+        write(context, formatter)
+    finally:
+        command.epilog = epilog
+    if epilog:
+        formatter.write(end_of_help(epilog) + "\n")

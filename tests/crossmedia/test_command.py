@@ -14,8 +14,7 @@ import pytest
 
 from crossmedia import command
 from crossmedia.command import ENTRIES, GROUPS, PROGRAM, load
-from featurestore.console.commandline import command_of, run_app
-from featurestore.console.help import end_of_help, help_blocks
+from featurestore.console.commandline import command_of, end_of_help, help_blocks, run_app
 from tests.commands.calls import COMMANDS, ROOT
 
 LISTED = {

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from crossmedia.command import ENTRIES, PROGRAM, load
-from featurestore.console.help import CommandGroup
+from featurestore.console.commandline import CommandGroup
 from tools import commands as commands_page
 from tools.site import WRITTEN, targets_of, text_of
 from trainer.config.config import load_config
