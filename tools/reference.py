@@ -85,7 +85,6 @@ CONFIGURATIONS = (
     "model.base=dcn; model.cross_structure=stacked; model.cross_layers=2",
     "model.base=finalmlp; model.mlp=[64,32]",
     "model.base=two_tower; model.tower_width=16; model.pooling=sum",
-    "model.pooling=transformer; model.transformer_width=16",
     "model.pooling=concat; model.pooling_length=8; model.multi_hot=sum",
     "model.pooling=multi_query; model.shared_image_model=false; model.visual_width=8",
     "model.image_dropout=0.2; model.id_dropout=0.1; model.id_proxy=true",

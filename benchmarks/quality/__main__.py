@@ -103,9 +103,8 @@ def main(
 ) -> None:
     """Measure how good our models are, compared with those of FuxiCTR on the same rows and IDs.
 
-    Our runs with images have model.pooling=transformer, where --set says nothing else. The
-    sections "cold" and "days" are of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs
-    say.
+    The sections "cold" and "days" are of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and
+    --epochs say.
     """
     from benchmarks.quality.cold import cold_section
     from benchmarks.quality.compare import Bench, ids_section, images_section

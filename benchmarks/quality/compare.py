@@ -27,8 +27,6 @@ GRIDS: Mapping[Side, Sequence[Sequence[Mapping[str, Any]]]] = {
 }
 """What is tried of each side, every rate with every penalty: its default rates and twice these; L2 of ID rows, ours
 adaptive and FuxiCTR's of all rows in each step."""
-WITH_IMAGES: Mapping[str, Any] = {"model.pooling": "transformer"}
-"""Of our runs with images, where `--set` says nothing else: what was best (docs/RESULTS.md)."""
 GOALS = {"epoch1": "after the first epoch", "best": "after the best one"}
 
 
@@ -175,7 +173,7 @@ def ids_section(bench: Bench) -> list[Section]:
 
 def images_section(bench: Bench) -> list[Section]:
     """Compare with the images of ads and behaviours: ours trains E, FuxiCTR projects pretrained embeddings."""
-    found = curves(replace(bench, settings={**WITH_IMAGES, **bench.settings}), images=True)
+    found = curves(bench, images=True)
     figures = headline(found, "gauc_images_vs_fuxictr", list(GOALS))
     figures = {"gauc_images_vs_fuxictr": figures["gauc_images_vs_fuxictr_best"], **figures}
     return [Section("with images: ours minus FuxiCTR", figures), table(found, "with images: GAUC", "images_")]

@@ -130,12 +130,11 @@ OwnNet = str
 """A net of the user's own: the dotted path of its class, as mypackage.MyNet."""
 Activation = Literal["relu", "prelu", "dice"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
-Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
+Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 SETTINGS_OF_POOLINGS: Mapping[Pooling, set[str]] = {
     "concat": {"pooling_length"},
     "attentive": {"attention_hidden"},
     "multi_query": {"attention_hidden"},
-    "transformer": {"pooling_length", "transformer_width"},
 }
 """Settings of the model that not every pooling reads, and which ones do."""
 IdOptimizer = Literal["adam", "rowwise_adagrad"]
@@ -191,11 +190,9 @@ class ModelConfig(Section):
     """Which images the model sees; image ids are ID fields in all four."""
     pooling: Parameters[Pooling] = "attentive"
     """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the
-    ad's ids, transformer sees the ad next to each behaviour and costs most; two towers sum."""
+    ad's ids; two towers sum."""
     pooling_length: Parameters[Annotated[int, Field(ge=1, le=1_000)]] = 32
-    """Pooling concat and transformer: behaviours taken, the newest; concat fills fewer up with zeros."""
-    transformer_width: Parameters[Annotated[Width, Field(multiple_of=2)]] = 32
-    """Pooling transformer: hidden width of a behaviour's token, an even number; it gives twice as many numbers."""
+    """Pooling concat: behaviours taken, the newest; fewer are filled up with zeros."""
     image_products: Parameters[bool] = True
     """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
     two_tower."""
@@ -267,11 +264,6 @@ class ModelConfig(Section):
             raise ValueError(
                 "it queries with the ad image and with the ad's IDs; set model.images=both, "
                 "or model.pooling=attentive, which without an ad image queries with the ad's IDs"
-            )
-        if value == "transformer" and info.data.get("base") == "two_tower":
-            raise ValueError(
-                "it looks at the ad next to each behaviour, and base=two_tower keeps user and ad apart; "
-                "set model.base=mlp, or model.pooling=sum"
             )
         return value
 

@@ -43,10 +43,9 @@ class HostLengths:
         """Count the values of all rows, of each the first `at_most`."""
         return int(np.minimum(self.lengths_M, at_most).sum())
 
-    def num_pairs(self, at_most: int | None) -> int:
-        """Count the values that all samples look at, each at the first `at_most` of its row."""
-        lengths_B = self.lengths_M[self.group_of_sample_B]
-        return int((lengths_B if at_most is None else np.minimum(lengths_B, at_most)).sum())
+    def num_pairs(self) -> int:
+        """Count the values that all samples look at."""
+        return int(self.lengths_M[self.group_of_sample_B].sum())
 
 
 @dataclass

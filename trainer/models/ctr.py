@@ -28,7 +28,7 @@ class CtrModel(nn.Module):
     aggregator.
 
     Attentive pooling asks with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
-    and dense values ask. Multi-query pooling asks with both; the transformer takes what there is of the two.
+    and dense values ask. Multi-query pooling asks with both.
 
     With `image_products` there is, for each content field of the behaviours, the mean of their visual vectors times
     M a, element by element: a all vectors of the ad (visual, IDs, dense), M learned. The taste that behaviours show and

@@ -250,24 +250,16 @@ def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], 
 
 
 def _weights(noted: dict[str, "PairWeights"], columns: GroupColumns, num: int) -> list[list[float]] | None:
-    """Return the weights of the first `num` behaviours of the only sample, one list per behaviour, or None.
-
-    Behaviours that the aggregator does not look at have 0.
-    """
+    """Return the weights of the first `num` behaviours of the only sample, one list per behaviour, or None."""
     name = next((each for each in columns.pictures_of_behaviors if each in noted), None)
     if name is None:
         return None
-    weight_NC = noted[name].weight_NC[:num].double().numpy()
-    weight_LC = np.zeros((num, weight_NC.shape[1]))
-    weight_LC[: len(weight_NC)] = weight_NC
-    return [list(map(float, each)) for each in weight_LC]
+    weights: list[list[float]] = noted[name].weight_NC[:num].tolist()
+    return weights
 
 
 def _channels(opened: OpenedRun) -> tuple[str, ...]:
-    model = opened.trained.engine.model
-    if opened.trained.config.model.pooling == "transformer":
-        return ("attention of the last layer",)
-    return tuple(CHANNELS[each] for each in model.asks_with)
+    return tuple(CHANNELS[each] for each in opened.trained.engine.model.asks_with)
 
 
 def has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[PictureName]) -> list[bool]:

@@ -48,7 +48,7 @@ def schema(*, gallery: str | None = None) -> Schema:
 
 def config(**settings: object) -> ModelConfig:
     small = {"id_width": 3, "visual_width": 5, "mlp": [6], "attention_hidden": 4}
-    return ModelConfig.model_validate({**small, "pooling_length": 20, "transformer_width": 6, **settings})
+    return ModelConfig.model_validate({**small, "pooling_length": 20, **settings})
 
 
 def model_of(fields: Schema, settings: ModelConfig) -> CtrModel:

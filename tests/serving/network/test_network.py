@@ -24,14 +24,12 @@ SETTINGS: list[dict] = [
     *({"images": images} for images in ("none", "ad", "behavior")),
     *({"base": base, "multi_hot": "sum", "image_products": False} for base in ("mlp", "din", "two_tower")),
     {"pooling": "concat", "pooling_length": 4},
-    {"pooling": "transformer", "pooling_length": 1},
-    {"pooling": "transformer", "pooling_length": 3},
     *({"base": base, "activation": "dice", "batch_norm": True, "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
     {"activation": "prelu"},
     {"base": "dcn", "cross_structure": "stacked"},
     *({"image_dropout": 0.1, "base": base} for base in ("mlp", "two_tower")),
     *({"gallery": gallery, "image_dropout": 0.1, "pooling": pooling} for gallery, pooling in
-      (("mean", "attentive"), ("max", "transformer"), ("mean", "concat"), ("max", "max"))),
+      (("mean", "attentive"), ("max", "attentive"), ("mean", "concat"), ("max", "max"))),
 ]  # fmt: skip
 USERS: list[tuple[list[int], list[int]]] = [
     *(([candidates], [33]) for candidates in (1, 2, 37, 200, 1000)),
@@ -109,8 +107,7 @@ def test_every_network(settings: dict, tmp_path: Path) -> None:
         {"base": "finalmlp", "pooling": "multi_query", "activation": "dice", "batch_norm": True},
         {"base": "two_tower"},
         {"base": "lr", "pooling": "concat"},
-        {"base": "dcn", "pooling": "transformer", "pooling_length": 3},
-        {"pooling": "transformer", "pooling_length": 1},
+        {"base": "dcn", "pooling": "concat", "pooling_length": 3},
         {"gallery": "max", "pooling": "max"},
     ],
     ids=str,

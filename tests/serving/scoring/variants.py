@@ -37,8 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"}
     | {"model__base": "dcn", "model__pooling": "max"},
     "gallery_mean": {"schema": "mean", "data__missing": "learned"},
-    "gallery_max": {"schema": "max", "model__pooling": "transformer"}
-    | {"model__id_proxy": "true", "model__id_dropout": 0.3},
+    "gallery_max": {"schema": "max", "model__id_proxy": "true", "model__id_dropout": 0.3},
     "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"}
     | {"data__missing": "error", "data__store_version": 1},
     "images_none": {"model__images": "none"},

@@ -124,7 +124,6 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
             "item.admit_after=256: it should be",
         ),
         ("model.tables.item={kind: exact, max_rows: 2147483648}", "max_rows=2147483648: it should be less than"),
-        ("model.transformer_width=31", "model.transformer_width=31: it should be a multiple of 2"),
         ("model.tables.item={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.tables.item={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
@@ -183,11 +182,6 @@ def test_multi_query_needs_the_ad_image() -> None:
     with pytest.raises(ConfigError, match=r"model\.pooling='multi_query': it queries with the ad image .* set model"):
         load_config(settings=["model.images=behavior", "model.pooling=multi_query"])
     assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
-
-
-def test_a_transformer_needs_the_ad() -> None:
-    with pytest.raises(ConfigError, match=r"model\.pooling='transformer': it looks at the ad .* set model\.base=mlp"):
-        load_config(settings=["model.base=two_tower", "model.pooling=transformer"])
 
 
 def test_all_mistakes_are_told_at_once() -> None:
@@ -282,7 +276,7 @@ def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> No
         ("model.base=mlp", "model.cross_structure=stacked", True),
         ("model.base=dcn", "model.cross_structure=stacked", False),
         ("model.base=mine.MyNet", "model.cross_structure=stacked", False),  # it may read any
-        ("model.base=mine.MyNet", "model.transformer_width=4", False),
+        ("model.base=mine.MyNet", "model.pooling_length=4", False),
         ("model.base=lr", "model.mlp=[8]", True),
         ("model.images=none", "model.pooling=sum", True),
         ("model.images=ad", "model.pooling=sum", True),
@@ -290,11 +284,8 @@ def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> No
         ("model.images=behavior", "model.id_proxy=true", True),
         ("model.base=two_tower", "model.pooling=sum", True),
         ("model.base=lr", "model.image_products=false", True),
-        ("model.pooling=sum", "model.transformer_width=4", True),
-        ("model.pooling=transformer", "model.transformer_width=4", False),
         ("model.pooling=sum", "model.pooling_length=4", True),
         ("model.pooling=concat", "model.pooling_length=4", False),
-        ("model.pooling=transformer", "model.pooling_length=4", False),
         ("model.pooling=sum", "model.attention_hidden=4", True),
         ("model.pooling=multi_query", "model.attention_hidden=4", False),
         ("model.pooling=sum", "model.visual_width=4", False),

@@ -142,8 +142,7 @@ def engine_of(partition: FeaturePartition) -> Callable[..., Engine]:
     def make(model: dict[str, Any], optim: OptimConfig | None = None) -> Engine:
         tables = {"user": 64, "item": 64, "place": 8}
         sizes = {"mlp": [6, 6], "embed_hidden": [6], "visual_width": 4, "id_width": 4, "attention_hidden": 4}
-        sizes |= {"transformer_width": 4, "compute_dtype": "float32"}
-        config = ModelConfig(**{"tables": tables, **sizes, **model})
+        config = ModelConfig(**{"tables": tables, **sizes, "compute_dtype": "float32", **model})
         return Engine(SoloComm(), SCHEMA, {"images": partition}, config, optim or OptimConfig(lr=0.01), seed=0)
 
     return make

@@ -165,8 +165,6 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     queries = {"attentive": [torch.cat(of_ad) if of_ad else of_ids]}
     if r.config.pooling == "multi_query":
         queries["multi_query"] = [torch.cat(of_ad), of_ids]
-    if r.config.pooling == "transformer":
-        queries["transformer"] = [torch.cat([*of_ad, of_ids])]
     result = list(of_ad)
     for content in contents:
         vectors = [_shown(r, key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
@@ -212,8 +210,6 @@ def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[
             return sum(vectors, start=nothing) / max(len(vectors), 1)
         case "max":
             return torch.stack([max(v[i] for v in vectors) for i in range(width)]) if vectors else nothing
-        case "transformer":
-            return _transformer(r, f"model.aggregators.{field}", vectors[: r.config.pooling_length], queries[0])
     sums = []
     for channel, query in enumerate(queries):
         unit = f"model.aggregators.{field}.channels.{channel}"
@@ -222,45 +218,6 @@ def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[
         shares = torch.softmax(torch.stack(scores), 0) if scores else []
         sums.append(sum((share * v for share, v in zip(shares, vectors, strict=True)), start=nothing))
     return torch.cat(sums)
-
-
-def _transformer(r: "Reference", name: str, vectors: list[Tensor], query: Tensor) -> Tensor:
-    """Tokens W [v_k, q] + p_k, an encoder layer over them; then [their maximum, the first]."""
-    hidden = r.config.transformer_width
-    if not vectors:
-        return torch.zeros(2 * hidden, dtype=r.dtype)
-    of_query = _linear(r, f"{name}.of_ad", query)
-    places = r.dense[f"{name}.position_LH"]
-    tokens = [r.dense[f"{name}.of_behavior.weight"] @ v + of_query + places[k] for k, v in enumerate(vectors)]
-    tokens = _encoded(r, f"{name}.encoder", tokens)
-    return torch.cat([torch.stack([max(x[i] for x in tokens) for i in range(hidden)]), tokens[0]])
-
-
-def _encoded(r: "Reference", name: str, tokens: list[Tensor]) -> list[Tensor]:
-    """x = norm(x + attention(x)); norm(x + W relu(W' x))."""
-    three = [_linear(r, f"{name}.attention.of_tokens", x).chunk(3) for x in tokens]
-    result = []
-    for token, (asked, _, _) in zip(tokens, three, strict=True):
-        heads = []
-        for head in torch.arange(len(asked)).chunk(2):
-            scores = torch.stack([asked[head] @ key[head] for _, key, _ in three]) / len(head) ** 0.5
-            shares = torch.softmax(scores, 0)
-            heads.append(sum(share * value[head] for share, (_, _, value) in zip(shares, three, strict=True)))
-        attended = token + _linear(r, f"{name}.attention.of_heads", torch.cat(heads))
-        attended = _normalised(r, f"{name}.norm_attended", attended)
-        inner = _linear(r, f"{name}.feed_forward.0", attended).clamp_min(0)
-        fed = attended + _linear(r, f"{name}.feed_forward.2", inner)
-        result.append(_normalised(r, f"{name}.norm_fed", fed))
-    return result
-
-
-def _linear(r: "Reference", name: str, x: Tensor) -> Tensor:
-    return r.dense[f"{name}.weight"] @ x + r.dense[f"{name}.bias"]
-
-
-def _normalised(r: "Reference", name: str, x: Tensor) -> Tensor:
-    standard = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
-    return standard * r.dense[f"{name}.weight"] + r.dense[f"{name}.bias"]
 
 
 def _score(r: "Reference", unit: str, key: Tensor, query: Tensor, matched: Tensor) -> Tensor:

@@ -43,9 +43,6 @@ LEARNED = (
 )
 SCHEMA_OF_LEARNED = Schema(fields=(Field(name="ad_item", side="ad", kind="id", table="item"), *LEARNED))
 
-TRANSFORMER: dict[str, object] = {"pooling": "transformer", "pooling_length": 4, "transformer_width": 6}
-
-
 # A second content of every item, in a store of its own, of another dimension and with visual vectors of another width.
 TEXT_DIM, TEXT_WIDTH = 7, 3
 SCHEMA_WITH_TEXTS = Schema(
@@ -236,9 +233,6 @@ SCENARIOS = {
         {"base": "two_tower", "image_dropout": 0.4, "id_init_std": 1e-4}, most_ranks=2
     ),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
-    # Histories longer than its length, and empty ones; ad image and IDs beside each behaviour, or the IDs alone.
-    "transformer": Scenario({"images": "both", **TRANSFORMER}),
-    "transformer_rank_without_data": Scenario({"images": "behavior", **TRANSFORMER}, deal="starve", most_ranks=3),
     # Every aggregator and base net; histories are empty, short, and longer than pooling_length.
     "concat": Scenario({"pooling": "concat", "pooling_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),

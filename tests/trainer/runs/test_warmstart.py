@@ -174,7 +174,7 @@ def test_without_the_layers_their_settings_may_differ(own: Places, before: Path)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model__transformer_width": 4, "model__cross_structure": "stacked"},  # idle
+        {"model__tower_width": 4, "model__cross_structure": "stacked"},  # idle
         {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__init": "torch", "model__id_init_std": 0.05},
         {"model__image_dropout": 0.1},  # whether pictures count is not decided yet
     ],

@@ -217,17 +217,6 @@ def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places
     assert ("has a weight" in told or "weigh the same" in told) == (not weighed)
 
 
-def test_behaviours_that_a_transformer_does_not_look_at_weigh_nothing(runs: TrainedRuns, sample_places: Places) -> None:
-    changes = {"model__pooling": "transformer", "model__pooling_length": 2, "data__missing": "zeros"}
-    settings = sample_places.settings(run__name="short", train__max_steps=4, **changes)
-    train(load_config(settings=settings), SoloComm())
-    with runs.use("short") as opened:
-        found = explain(opened, with_history(sample_places)[0])
-    weights = [each.weights[0] for each in found.behaviors]
-    assert sum(weights[:2]) == pytest.approx(1, abs=1e-5)
-    assert weights[2:] == [0.0] * (len(weights) - 2)
-
-
 def test_the_sentence_says_what_the_table_has(
     trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,16 +132,6 @@ def test_widths(images: str, pooling: str, inputs: int, queries: list[int]) -> N
         assert [unit.of_query.in_features for unit in getattr(pool, "channels", [])] == queries
 
 
-@pytest.mark.parametrize(
-    ("images", "asks_with"), [("behavior", 4 + 3 + 2), ("both", 5 + 2 + 4 + 3 + 2)], ids=["ids", "image and ids"]
-)
-def test_the_transformer_has_all_of_the_ad_beside_each_behaviour(images: str, asks_with: int) -> None:
-    model = build_model(SCHEMA, config(images=images, pooling="transformer", transformer_width=6, image_products=False))
-    assert [pool.of_ad.in_features for pool in model.aggregators.values()] == [asks_with] * len(model.aggregators)
-    of_ad = 5 + 2 if images == "both" else 0
-    assert model.mlp[0].in_features == IDS_AND_DENSE + of_ad + 2 * 6 * len(model.aggregators)
-
-
 @pytest.mark.parametrize(("images", "of_ad"), [("behavior", 4 + 3 + 2), ("both", 5 + 2 + 4 + 3 + 2)])
 def test_the_mean_of_the_behaviour_images_meets_the_ad_in_products(images: str, of_ad: int) -> None:
     settings = config(images=images, pooling="mean")

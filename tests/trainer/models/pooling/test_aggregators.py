@@ -1,6 +1,5 @@
 """Aggregators of behaviours against plain loops, forward and backward, and the weights that they give to behaviours."""
 
-import math
 from typing import Any, get_args
 
 import pytest
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from trainer.config.options import ModelConfig, Pooling
 from trainer.exchange.vectors import FieldVectors
-from trainer.models import pooling as transformer
 from trainer.models.layers import HiddenLayers, StepPlace
 from trainer.models.nets import noted_weights
 from trainer.models.pooling import (
@@ -18,11 +16,10 @@ from trainer.models.pooling import (
     Aggregator,
     BehaviorAttention,
     PairWeights,
-    TransformerPooling,
     sum_pool,
 )
 
-WIDTH, LENGTH, HIDDEN = 3, 4, 6
+WIDTH, LENGTH = 3, 4
 QUERY_WIDTHS = {
     pooling: {"nothing": [], "images": [2]}.get(aggregator.asks, [2, 5]) for pooling, aggregator in AGGREGATORS.items()
 }
@@ -51,33 +48,6 @@ def score(unit: ActivationUnit, key: Tensor, query: Tensor) -> Tensor:
     return result if unit.score.bias is None else result + unit.score.bias[0]
 
 
-def encoded(pool: TransformerPooling, history: list[Tensor], query: Tensor) -> Tensor:
-    """[maximum over the tokens, the newest one] after the encoder layer, one token at a time."""
-    of_query = pool.of_ad.weight @ query + pool.of_ad.bias
-    tokens = [pool.of_behavior.weight @ v + pool.position_LH[k] + of_query for k, v in enumerate(history)]
-    layer = pool.encoder
-    attended = []
-    weight, bias = layer.attention.of_tokens.weight, layer.attention.of_tokens.bias
-    asked, key, value = ([w @ x + b for x in tokens] for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
-    for q in asked:
-        heads = []
-        for head in torch.arange(HIDDEN).chunk(layer.attention.HEADS):
-            scores = torch.stack([q[head] @ k[head] for k in key]) / len(head) ** 0.5
-            heads.append(sum(s * v[head] for s, v in zip(torch.softmax(scores, 0), value, strict=True)))
-        attended.append(layer.attention.of_heads.weight @ torch.cat(heads) + layer.attention.of_heads.bias)
-    tokens = [normalised(layer.norm_attended, x + y) for x, y in zip(tokens, attended, strict=True)]
-    widen, _, narrow = layer.feed_forward
-    inner = [(widen.weight @ x + widen.bias).clamp_min(0) for x in tokens]
-    outer = [narrow.weight @ x + narrow.bias for x in inner]
-    tokens = [normalised(layer.norm_fed, x + y) for x, y in zip(tokens, outer, strict=True)]
-    return torch.cat([torch.stack([max(x[i] for x in tokens) for i in range(HIDDEN)]), tokens[0]])
-
-
-def normalised(norm: torch.nn.LayerNorm, x: Tensor) -> Tensor:
-    """Mean 0 and variance 1, times the weight, plus the bias."""
-    return (x - x.mean()) / (x.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
-
-
 def plain(pooling: str, pool: torch.nn.Module, history: list[Tensor], queries: list[Tensor]) -> Tensor:
     """One sample's aggregated vector, behaviour by behaviour."""
     if pooling == "concat":
@@ -85,8 +55,6 @@ def plain(pooling: str, pool: torch.nn.Module, history: list[Tensor], queries: l
         return torch.cat(filled)
     if not history:
         return torch.zeros(pool.width, dtype=torch.float64)
-    if pooling == "transformer":
-        return encoded(pool, history[:LENGTH], torch.cat(queries))
     if pooling == "max":
         return torch.stack([max(v[column] for v in history) for column in range(WIDTH)])
     if pooling in ("sum", "mean"):
@@ -115,7 +83,7 @@ def layers() -> HiddenLayers:
 
 def built(pooling: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = ModelConfig(pooling=pooling, attention_hidden=4, pooling_length=LENGTH, transformer_width=HIDDEN)
+    config = ModelConfig(pooling=pooling, attention_hidden=4, pooling_length=LENGTH)
     return AGGREGATORS[pooling](WIDTH, QUERY_WIDTHS[pooling], config, layers()).double()
 
 
@@ -170,26 +138,8 @@ class TestAggregators:
         assert AGGREGATORS[pooling].weighing.startswith("The aggregator ")
 
     def test_width(self, pooling: str) -> None:
-        expected = {"concat": WIDTH * LENGTH, "multi_query": WIDTH * 2, "transformer": HIDDEN * 2}
+        expected = {"concat": WIDTH * LENGTH, "multi_query": WIDTH * 2}
         assert built(pooling).width == expected.get(pooling, WIDTH)
-
-
-def test_attention_on_a_gpu_is_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU takes, plain products, on a CPU."""
-
-    def run() -> list[Tensor]:
-        pool, vectors = built("transformer"), values(6, WIDTH)
-        queries = [torch.ones(len(GROUP_OF_SAMPLE), width).double() for width in QUERY_WIDTHS["transformer"]]
-        pooled = pool(field_of(GROUPS, vectors), torch.tensor(GROUP_OF_SAMPLE), queries)
-        pooled.square().sum().backward()
-        return [pooled, *(parameter.grad for parameter in pool.parameters())]
-
-    usual, kernels, taken = run(), transformer.attention_kernels, []
-    monkeypatch.setattr(transformer, "attention_kernels", lambda device: taken.append(device) or kernels("cuda"))
-    plainly = run()
-    assert set(taken) == {"cpu"}
-    for one, other in zip(usual, plainly, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_sum_pool() -> None:
@@ -259,16 +209,15 @@ def by_sample(found: PairWeights) -> list[torch.Tensor]:
     return list(found.weight_NC.split(found.lengths_B.tolist()))
 
 
-def histories(at_most: int | None = None) -> list[list[int]]:
-    return [GROUPS[group][:at_most] for group in GROUP_OF_SAMPLE]
+def histories() -> list[list[int]]:
+    return [GROUPS[group] for group in GROUP_OF_SAMPLE]
 
 
 @pytest.mark.parametrize("pooling", WEIGHED)
 def test_weights_of_a_sample_sum_to_one(pooling: str) -> None:
     pool = built(pooling)
     found = by_sample(pool.weights(*arguments(pooling)))
-    seen = histories(LENGTH if pooling == "transformer" else None)
-    assert [len(each) for each in found] == [len(each) for each in seen]
+    assert [len(each) for each in found] == [len(each) for each in histories()]
     for each in found:
         assert (each >= 0).all()
         if len(each):
@@ -287,31 +236,6 @@ def test_attention_is_what_the_sum_is_made_with(pooling: str) -> None:
             torch.testing.assert_close(weights[:, channel], scores.double().softmax(0), rtol=1e-5, atol=1e-6)
         summed = (weights.T.unsqueeze(2) * keys).sum(1).flatten()
         torch.testing.assert_close(summed, pooled[sample])
-
-
-def test_a_transformer_looks_at_what_its_encoder_looks_at() -> None:
-    pool, given = built("transformer"), arguments("transformer")
-    field, _, queries = given
-    for sample, (rows, found) in enumerate(zip(histories(LENGTH), by_sample(pool.weights(*given)), strict=True)):
-        if not rows:
-            continue
-        of_ad = pool.of_ad.weight @ torch.cat([query[sample] for query in queries]) + pool.of_ad.bias
-        tokens = torch.stack(
-            [
-                pool.of_behavior.weight @ field.vectors_UV[row] + pool.position_LH[k] + of_ad
-                for k, row in enumerate(rows)
-            ]
-        )
-        attention = pool.encoder.attention
-        query, key, _ = (tokens @ attention.of_tokens.weight.T + attention.of_tokens.bias).chunk(3, dim=1)
-        expected = [0.0] * len(rows)
-        for head in torch.arange(HIDDEN).chunk(attention.HEADS):
-            for asking in range(len(rows)):
-                scores = [(query[asking, head] @ key[k, head]).item() / len(head) ** 0.5 for k in range(len(rows))]
-                total = sum(math.exp(each) for each in scores)
-                for k, each in enumerate(scores):
-                    expected[k] += math.exp(each) / total / attention.HEADS / len(rows)
-        torch.testing.assert_close(found.squeeze(1), torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("pooling", AGGREGATORS)
