@@ -337,15 +337,15 @@ def evaluate_trained(day: Day, report: Mapping[str, Any], comm: "Comm") -> None:
     TrainerError, FeatureStoreError.
     """
     from trainer.evaluation.predict import measure_test
-    from trainer.loop.summary import TENSORBOARD, ProgressLog, write_report
-    from trainer.runs.open import local_folder, upload_new
+    from trainer.loop.summary import ProgressLog, write_report
+    from trainer.runs.open import EventsFolder
     from trainer.runs.saved import RunSource, open_source
 
     comm.on_rank_0(partial(_set_test_day, day))
     step = report["global_step"]
     with contextlib.closing(open_source(RunSource(day.folder), comm)) as opened:
-        local = comm.on_rank_0(lambda: local_folder(day.folder, opened.config.data.cache_dir))
-        with ProgressLog(local if comm.rank == 0 else None, step, step) as progress:
+        events = comm.on_rank_0(lambda: EventsFolder(day.folder, opened.config.data.cache_dir))
+        with ProgressLog(events.path if comm.rank == 0 else None, step, step) as progress:
             progress.say(f"{day.folder}: {opened.test.num_samples:,} test samples of {day.test_day}, trained before")
             metrics = measure_test(opened)
             progress.metrics(step, metrics)
@@ -360,7 +360,7 @@ def evaluate_trained(day: Day, report: Mapping[str, Any], comm: "Comm") -> None:
         "missing_lookups": sum(missing.values()),
         "samples_changed": opened.samples_changed,
     }
-    comm.on_rank_0(lambda: upload_new(local, (TENSORBOARD,), day.folder, {}))
+    comm.on_rank_0(events.copy)
     comm.on_rank_0(lambda: write_report(day.folder / "report.json", {**report, **added}))
 
 

@@ -17,7 +17,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import run_on_ranks
 from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
-from trainer.errors import ConfigError, RemoteRankError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from featurestore.published.paths import RunPath
@@ -108,7 +108,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
     """
     from featurestore.console.output import text_console
     from trainer.loop import summary
-    from trainer.loop.summary import PLACE, ProgressLog, traces_text
+    from trainer.loop.summary import ProgressLog
     from trainer.loop.training import StopSignals, Training, total_steps
     from trainer.runs.open import claim_folder, open_run
 
@@ -122,7 +122,7 @@ def train(config: Config, comm: "Comm") -> "RunPath":
             return run.folder
         removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
-        with ProgressLog(run.local if root else None, run.engine.num_steps, total_steps(run)) as progress:
+        with ProgressLog(run.events.path if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
                 f"{run.folder}: {readers}, {summary.hardware_text(hardware, comm.size)}, "
@@ -136,14 +136,10 @@ def train(config: Config, comm: "Comm") -> "RunPath":
             digest = config_digest(config.model_dump(mode="json"))
             measured = {**hardware, **figures, "config_digest": digest, "wall_s": time.time() - started}
             report = _report(run, training, measured)
-            copied = _copy_logs(run, progress)
             if root:
+                _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
-                if config.run.profile and PLACE not in progress.warned:
-                    progress.say(traces_text(run.local, run.folder))
-            if copied:
-                run.drop_local()
         return run.folder
 
 
@@ -168,20 +164,12 @@ def _say_beginning(run: "Run", removed: "list[Checkpoint]", progress: "ProgressL
             progress.say(f"not taken, as no field of this run has them: ID tables {', '.join(untaken)}")
 
 
-def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
-    """Copy TensorBoard's files and traces of this machine to the run's address; return whether all ranks could.
-
-    Where one cannot, that is reported: the report matters more. Every rank calls it.
-    """
-    from trainer.loop.summary import PLACE, TENSORBOARD
-
-    names = (TENSORBOARD, PLACE) if run.comm.rank == 0 else (PLACE,)
+def _end_events(run: "Run", progress: "ProgressLog") -> None:
+    """Copy TensorBoard's files to the run's address. Where that fails, it is reported: the report matters more."""
     try:
-        run.comm.on_all(lambda: run.copy_local(*names))
-    except (OSError, StorageError, RemoteRankError) as failure:
-        progress.say(f"warning: not all of TensorBoard's files and traces came to {run.folder}: {failure}")
-        return False
-    return True
+        run.events.end()
+    except (OSError, StorageError) as failure:
+        progress.say(f"warning: not all of TensorBoard's files came to {run.folder}: {failure}")
 
 
 def _is_finished(run: "Run") -> bool:

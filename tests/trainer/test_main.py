@@ -435,13 +435,6 @@ class TestAlone:
         assert list((alone / "tensorboard").glob("events*"))
         assert steps_of(alone) == [30]
 
-    def test_a_profiled_run_has_a_trace_that_names_the_stages(self, places: Places) -> None:
-        run = run_alone(places, run__name="traced", run__profile=True, train__max_steps=12)
-        events = json.loads((run / "profile/trace-rank-0.json").read_text())["traceEvents"]
-        threads = {event["name"]: event["tid"] for event in events if "name" in event and "tid" in event}
-        assert set(Stage.__args__) - {"rest"} <= set(threads)
-        assert threads["gather"] != threads["embed images"]
-
     def test_waits_of_an_evaluation_are_no_part_of_the_steps(
         self, places: Places, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -173,8 +173,6 @@ class RunConfig(Section):
     """Threads of torch, for each rank; null: processor cores / ranks on this machine."""
     deadline_s: Nothing[Annotated[float, Field(gt=0)]] = 600
     """Seconds; a collective that takes longer ends the run and names the rank that did not come."""
-    profile: Nothing[bool] = False
-    """Write a trace of a few steps, for chrome://tracing, into the run's folder."""
 
     @field_validator("warm_parts", mode="before")
     @classmethod

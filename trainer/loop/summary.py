@@ -1,4 +1,4 @@
-"""What a run tells: progress, events and profiles on its way, and what it did at its end, as report.json.
+"""What a run tells: progress and events on its way, and what it did at its end, as report.json.
 
 Events are not written by torch's SummaryWriter: its thread dies of a full disk, and every call after that raises. It
 leaves half of a record too, behind which TensorBoard reads nothing.
@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.tensorboard.summary import scalar
 
 from featurestore.console.output import figure, print_table, print_warning, progress_bars, text_column, text_console
@@ -39,19 +38,15 @@ from trainer.stages import AHEAD, WAIT, Stages
 
 _LINE_EVERY_S = 5.0
 
-TENSORBOARD = "tensorboard"
-"""The folder of a run that has TensorBoard's files."""
-
 
 class ProgressLog:
-    """Rank 0's log of a run of `total` steps. Without a folder (other ranks) it says and writes nothing."""
+    """Rank 0's log of a run of `total` steps; `folder` is for TensorBoard's files. Without it it does nothing."""
 
     def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
         self.console = text_console(quiet=folder is None)
         self._total = total
-        self._events = EventsFile(folder / TENSORBOARD, first_step) if folder else None
-        self.warned: set[str] = set()
-        """What a warning was printed about."""
+        self._events = EventsFile(folder, first_step) if folder else None
+        self._warned: set[str] = set()
         self._next_line_s = 0.0
         self._bar = progress_bars(
             text_column(),
@@ -97,19 +92,19 @@ class ProgressLog:
             try:
                 self._events.add(step, drawn)
             except OSError as failure:
-                self.warn("events", f"figures for TensorBoard cannot be written: {failure}; the training continues")
+                self._warn("events", f"figures for TensorBoard cannot be written: {failure}; the training continues")
 
     def say(self, text: str) -> None:
         """Print one line; training continues where it cannot be written, as on a full disk."""
         try:
             self.console.print(text)
         except OSError as failure:
-            self.warn("stdout", f"output cannot be printed: {failure}; the run continues")
+            self._warn("stdout", f"output cannot be printed: {failure}; the run continues")
 
-    def warn(self, what: str, text: str) -> None:
+    def _warn(self, what: str, text: str) -> None:
         """Print a warning on stderr, once for each thing that it is about."""
-        if what not in self.warned:
-            self.warned.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             with contextlib.suppress(OSError):
                 print_warning(text)
 
@@ -155,52 +150,6 @@ def _records(events: Iterable[Event]) -> bytes:
     for event in events:
         records.write(event.SerializeToString())
     return buffer.getvalue()
-
-
-SKIPPED_STEPS, TRACED_STEPS = 5, 5
-"""The first steps pay for buffers and caches; one more warms the profiler itself up."""
-
-PLACE = "profile"
-"""The folder of a run that has the traces."""
-
-
-def traces_text(local: Path, run: RunPath) -> str:
-    """Say where the traces of a run are, which were written to `local`, or why there are none."""
-    if any((local / PLACE).glob("trace-*.json")):
-        return f"traces, for chrome://tracing or Perfetto: {run / PLACE}"
-    return f"no trace was written: it begins after {SKIPPED_STEPS + 1} steps, and this run had no more"
-
-
-@contextmanager
-def tracing(folder: Path | None, rank: int, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Trace some steps into `folder`/trace-rank-N.json: call what it yields after each; without a folder, do nothing.
-
-    A run of fewer steps than are skipped and traced has a trace of those that it had, or none. `warn` is called
-    where it cannot be written.
-    """
-    if folder is None:
-        yield lambda: None
-        return
-    path = folder / f"trace-rank-{rank}.json"
-
-    def write(done: profile) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            done.export_chrome_trace(str(path))
-        except (OSError, RuntimeError) as failure:
-            warn(f"the trace {path} cannot be written: {failure}; the training continues")
-
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    with profile(
-        activities=activities,
-        schedule=schedule(wait=SKIPPED_STEPS, warmup=1, active=TRACED_STEPS, repeat=1),
-        on_trace_ready=write,
-        # The next step is prepared in a thread of its own.
-        experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
-    ) as profiler:
-        yield profiler.step
 
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]

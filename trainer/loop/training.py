@@ -28,7 +28,7 @@ from trainer.evaluation.bootstrap import Float, Metrics
 from trainer.evaluation.predict import evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import summary
-from trainer.loop.summary import PLACE, TENSORBOARD, ProgressLog, tracing
+from trainer.loop.summary import ProgressLog
 from trainer.models.newads import NewAds
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.open import Run
@@ -175,7 +175,7 @@ class Training:
         """Of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
         train = run.config.train
-        self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, lambda: run.copy_local(TENSORBOARD))
+        self._saves = Checkpointer(run.comm, run.place, train.checkpoint_every_s, run.events.copy)
         self.checkpoints = {"written": 0, "failed": 0}
         """Since the run, or its resumption, began."""
         self._failed_in_a_row = 0
@@ -185,14 +185,12 @@ class Training:
 
         On a signal: a checkpoint, then StoppedError.
         """
-        folder = self._run.local / PLACE if self._config.run.profile else None
         try:
             if self._was_stopped_in_evaluation():
                 self._between_steps()
-            warn = partial(self._progress.warn, PLACE)
-            with tracing(folder, self._run.comm.rank, warn) as trace_step, objects_frozen():
+            with objects_frozen():
                 for epoch in range(self._run.position.epoch, self._config.train.epochs):
-                    self._epoch(epoch, trace_step)
+                    self._epoch(epoch)
             self.evaluate()
         except StoppedError:
             path = self._save()
@@ -234,7 +232,7 @@ class Training:
             metrics = evaluate(run.comm, predicted(), run.known_ads, run.schema.new_ad_field)
         return metrics, np.concatenate(logits)
 
-    def _epoch(self, epoch: int, trace_step: Callable[[], None]) -> None:
+    def _epoch(self, epoch: int) -> None:
         if self._is_over():
             return
         reader, first_step = self._run.train_reader, self._run.position.step
@@ -245,7 +243,6 @@ class Training:
                 self._step(prepared)
                 last = step + 1 == reader.steps_per_epoch
                 self._run.position = BatchPosition(epoch + 1, 0) if last else BatchPosition(epoch, step + 1)
-                trace_step()
                 self._between_steps()
                 if self._is_over():
                     break

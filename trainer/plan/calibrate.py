@@ -292,7 +292,7 @@ def config_of_runs(sampled: SampledKeys, folder: Path) -> Config:
         "data": {**places, "store_version": None, "missing": "zeros", "train_days": None, "test_days": []},
         "model": {"tables": {name: _as_small(each) for name, each in model.tables.items()}},
         "train": {"epochs": _STEPS, "max_steps": _STEPS, **never},
-        "run": {"resume": None, "warm_start": None, "overwrite": False, "profile": False},
+        "run": {"resume": None, "warm_start": None, "overwrite": False},
     }
     return sampled.config.changed(**changes)
 

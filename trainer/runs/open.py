@@ -4,7 +4,6 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +48,9 @@ from trainer.samples.order import streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
 from trainer.samples.survey import fill_in, samples_digest, with_statistics
 from trainer.schema import Schema, load_schema
+
+TENSORBOARD = "tensorboard"
+"""The folder of a run that has TensorBoard's files."""
 
 
 @dataclass(kw_only=True)
@@ -108,46 +110,44 @@ class Run(OpenRun):
         """Where the run's checkpoints are published."""
         return CheckpointPlace(self.folder)
 
-    def copy_local(self, *names: str) -> None:
-        """Copy new files of these folders of `local` to the run's address; nothing to do where that is a disk."""
-        upload_new(self.local, names, self.folder, self._copied)
-
-    def drop_local(self) -> None:
-        """Remove `local`, once it was copied for the last time, where it is not the run's own folder."""
-        if isinstance(self.folder, FarPath):
-            remove_all(self.local)
-
     @cached_property
-    def _copied(self) -> dict[str, int]:
-        return {}
-
-    @cached_property
-    def local(self) -> Path:
-        """The folder of this machine for traces and TensorBoard's files: the run's own, but for an address."""
-        return local_folder(self.folder, self.config.data.cache_dir)
+    def events(self) -> "EventsFolder":
+        """Where TensorBoard's files are written."""
+        return EventsFolder(self.folder, self.config.data.cache_dir)
 
 
-def local_folder(path: RunPath, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return a folder of this machine for what belongs to a run: its own, or of an address one in the cache folder."""
-    if not isinstance(path, FarPath):
-        return path
-    folder = cache_folder(cache_dir) / f"{path.name}-{xxhash.xxh3_64_hexdigest(path.url.encode())}"
-    folder.mkdir(exist_ok=True)
-    return folder
+class EventsFolder:
+    """A run's TensorBoard files on this machine: in the run's own folder, or in the cache folder for one at an address.
 
+    What goes wrong with the copies at the address is a StorageError.
+    """
 
-def upload_new(folder: Path, names: tuple[str, ...], to: RunPath, known: dict[str, int]) -> None:
-    """Copy files of these folders below `folder` to an address, but for those whose size is that in `known`.
+    def __init__(self, run: RunPath, cache_dir: str | None) -> None:
+        self._run = run
+        self._copied: dict[str, int] = {}
+        if isinstance(run, FarPath):
+            folder = cache_folder(cache_dir) / f"{run.name}-{xxhash.xxh3_64_hexdigest(run.url.encode())}"
+            folder.mkdir(exist_ok=True)
+            self.path: Path = folder / TENSORBOARD
+        else:
+            self.path = run / TENSORBOARD
 
-    Does nothing where the run is on a disk. Raises OSError, StorageError."""
-    if not isinstance(to, FarPath):
-        return
-    storage = Storage(to.url)
-    for file in sorted(each for name in names for each in (folder / name).rglob("*") if each.is_file()):
-        name, data = str(file.relative_to(folder)), file.read_bytes()
-        if known.get(name) != len(data):
-            storage.write_bytes(name, data)
-            known[name] = len(data)
+    def copy(self) -> None:
+        """Copy files that are new, or have grown, to the run's address; does nothing for a run on a disk."""
+        if not isinstance(self._run, FarPath):
+            return
+        storage = Storage(self._run.url)
+        for file in sorted(each for each in self.path.rglob("*") if each.is_file()):
+            name, data = f"{TENSORBOARD}/{file.relative_to(self.path)}", file.read_bytes()
+            if self._copied.get(name) != len(data):
+                storage.write_bytes(name, data)
+                self._copied[name] = len(data)
+
+    def end(self) -> None:
+        """Copy for the last time, and remove what was copied from the cache folder."""
+        self.copy()
+        if isinstance(self._run, FarPath):
+            remove_all(self.path.parent)
 
 
 def open_run(config: Config, comm: Comm) -> Run:
@@ -446,8 +446,8 @@ def _overwrite(run: Run) -> list[Checkpoint]:
     (run.folder / "report.json").unlink(missing_ok=True)
     run.place.remove(removed)
     if not finished(run.folder):
-        remove_all(run.folder / "tensorboard")
-        remove_all(run.local / "tensorboard")
+        remove_all(run.folder / TENSORBOARD)
+        remove_all(run.events.path)
         (run.folder / checkpoint.ACCEPTED_FILE).unlink(missing_ok=True)
     return removed
 

@@ -1,4 +1,4 @@
-"""What a run tells: progress and TensorBoard's file, also on a full disk, traces, and the figures of its report."""
+"""What a run tells: progress and TensorBoard's file, also on a full disk, and the figures of its report."""
 
 import io
 import json
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from featurestore.console.output import figure
 from tests.commands.calls import call
@@ -15,15 +14,10 @@ from tests.trainer.whole_runs import drawn_scalars
 from trainer.comm import SoloComm
 from trainer.engine.engine import StepResult
 from trainer.loop.summary import (
-    PLACE,
-    SKIPPED_STEPS,
-    TENSORBOARD,
-    TRACED_STEPS,
     EventsFile,
     ProgressLog,
     StepTotals,
     gather,
-    tracing,
 )
 from trainer.stages import Stages
 
@@ -59,8 +53,8 @@ def test_one_warning_for_all_that_cannot_be_written(tmp_path: Path, capsys: pyte
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
-    (tmp_path / TENSORBOARD).touch()  # where a folder is needed
-    with ProgressLog(tmp_path, 0, 3) as progress:
+    (tmp_path / "events").touch()  # where a folder is needed
+    with ProgressLog(tmp_path / "events", 0, 3) as progress:
         progress.step(1, {"loss": 0.5}, {"auc": 0.5})
         progress.step(2, {"loss": 0.5}, {"auc": 0.5})
         progress.console.file = Full()
@@ -73,39 +67,16 @@ def test_one_warning_for_all_that_cannot_be_written(tmp_path: Path, capsys: pyte
     ]
 
 
-def _traced(folder: Path) -> list[str]:
-    """Trace some steps; return the warnings."""
-    warnings: list[str] = []
-    with tracing(folder, 1, warnings.append) as after_step:
-        for _ in range(1 + SKIPPED_STEPS + TRACED_STEPS):
-            torch.ones(3, 3) @ torch.ones(3, 3)
-            after_step()
-    return warnings
-
-
-def test_a_trace_is_written_or_told_why_not(tmp_path: Path) -> None:
-    folder = tmp_path / PLACE
-    folder.touch()
-    (warning,) = _traced(folder)
-    assert warning.startswith(f"the trace {folder}/trace-rank-1.json cannot be written: ")
-    folder.unlink()
-    assert _traced(folder) == []
-    (written,) = folder.iterdir()
-    assert written.name == "trace-rank-1.json" and json.loads(written.read_text())["traceEvents"]
-
-
 @pytest.mark.long
-def test_a_run_without_a_place_for_figures_and_trace_is_trained_to_its_end(places: Any, tmp_path: Path) -> None:
+def test_a_run_without_a_place_for_figures_is_trained_to_its_end(places: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    for name in (TENSORBOARD, PLACE):
-        (tmp_path / "a" / name).touch()
-    changes = {"run__profile": True, "train__max_steps": 12, "train__log_every": 1}
+    (tmp_path / "a" / "tensorboard").touch()
+    changes = {"train__max_steps": 3, "train__log_every": 1}
     settings = places.settings(run__dir=tmp_path, run__name="a", **changes)
     called = call(["trainer.main", *(f"--set={each}" for each in settings)])
     assert (called.code, called.trace) == (0, ""), called.err
-    assert [called.err.count(f"warning: {each}") for each in ("figures", "the trace ")] == [1, 1], called.err
-    assert json.loads((tmp_path / "a" / "report.json").read_text())["global_step"] == 12
-    assert "no trace was written" not in called.out
+    assert called.err.count("warning: figures") == 1, called.err
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["global_step"] == 3
 
 
 STEP = StepResult(loss=0.5, num_samples=100, num_references=0, learning_rate=0.1)
