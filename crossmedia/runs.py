@@ -10,7 +10,7 @@ from featurestore.published.paths import RunPath, run_path
 from trainer.cli import joined_ranks
 from trainer.config.config import Config, load_config
 from trainer.evaluation.bootstrap import Figures
-from trainer.evaluation.predict import EvaluationOptions, evaluate_run, score_rows
+from trainer.evaluation.predict import evaluate_run, score_rows
 from trainer.main import train as train_run
 from trainer.main import warm_settings
 from trainer.runs.folder import report_of, run_or_newest
@@ -96,7 +96,7 @@ class Run(Shown):
         source = RunSource(self.folder, self.checkpoint, _text(samples), _text(store))
         to = None if out is None else run_path(out)
         comm = joined_ranks()
-        figures = evaluate_run(source, EvaluationOptions(resamples, to), comm)
+        figures = evaluate_run(source, comm, resamples=resamples, out=to)
         return Evaluation(comm.broadcast_object(cast("Figures", figures)))
 
     def score(self, rows: Any, behaviors: Any = None, *, store: Address | None = None) -> Scores:

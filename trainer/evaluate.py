@@ -77,7 +77,7 @@ def main(
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import check_bucket, run_path
         from trainer.evaluation.compare import compare_runs
-        from trainer.evaluation.predict import EvaluationOptions, evaluate_run
+        from trainer.evaluation.predict import evaluate_run
         from trainer.runs.saved import RunSource
 
         source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
@@ -88,7 +88,7 @@ def main(
             other = run_path(against)
             compare_runs(source, other, comm, resamples=bootstrap, out=to, json_file=json_file)
             return
-        evaluate_run(source, EvaluationOptions(bootstrap, to, json_file), comm)
+        evaluate_run(source, comm, resamples=bootstrap, out=to, json_file=json_file)
 
     raise typer.Exit(run_on_ranks(work))
 

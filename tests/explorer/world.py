@@ -180,7 +180,7 @@ def _train(world: World) -> None:
     """Train two variants that are evaluated, and one of them for twice as many steps with another seed."""
     from trainer.comm import SoloComm
     from trainer.config.config import load_config
-    from trainer.evaluation.predict import EvaluationOptions, evaluate_run
+    from trainer.evaluation.predict import evaluate_run
     from trainer.main import train
     from trainer.runs.saved import RunSource
 
@@ -193,7 +193,7 @@ def _train(world: World) -> None:
         train(load_config(settings=Places(world.folder).settings(run__name=name, **common, **changes)), SoloComm())
     with nothing_drawn():  # no page has the plots of a report
         for name in ("both", "ids-only"):
-            evaluate_run(RunSource(world.runs / name), EvaluationOptions(resamples=50), SoloComm())
+            evaluate_run(RunSource(world.runs / name), SoloComm(), resamples=50)
 
 
 def _publish(world: World) -> None:

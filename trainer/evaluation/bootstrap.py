@@ -7,7 +7,7 @@ sum of the weights of those without a click. All of it is exact, ties included. 
 to the Bootstrap", 1993, chapter 13.
 
 Letters of shapes: N impressions, U users of the whole, V users of a set of impressions, R resamples, B of them at once,
-C sums of a user, K bins, M metrics.
+C sums of a user, K = NUM_BINS bins, M metrics.
 
 AUC of a set of impressions = (sum of the positives' mid-ranks - p (p + 1) / 2) / (p n), the Mann-Whitney form, with
 mid-ranks for ties. GAUC ("Image Matters", arXiv 1711.06505) = sum over users of impressions x AUC of that user
@@ -17,7 +17,7 @@ A metric that is not defined (no impression, or one class only) is None, JSON's 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,6 @@ LEAST_USERS = 10
 LEVEL = 0.95
 _BLOCK_ELEMENTS = 1 << 20
 _LEAST_DEFINED = 0.5
-_LOSS, _CLICKS, _PROBABILITY, _COUNT, _GAUC_WEIGHT, _GAUC_SUM, _FIXED = range(7)
 
 
 @dataclass(frozen=True)
@@ -94,44 +93,6 @@ class Figures:
         return rows
 
 
-class Statistic(Protocol):
-    """The interface of statistics of resamples."""
-
-    def at(self, weight_BU: Float) -> Float:
-        """Compute values (B, M) with user u counted `weight_BU[b, u]` times; NaN where one is not defined."""
-
-
-@dataclass(frozen=True)
-class Replicates:
-    """Values (M,) of the sample itself, and (R, M) of the resamples."""
-
-    value_M: Float
-    draws_RM: Float
-
-
-def bootstrap(statistics: Sequence[Statistic], num_users: int, resamples: int, seed: int) -> list[Replicates]:
-    """Measure each statistic on the same resamples, so that differences between them are paired.
-
-    Cost: a gather of every impression for each resample and AUC, about 1 s for 1,000 resamples of 100,000 impressions.
-    """
-    values = [each.at(np.ones((1, num_users)))[0] for each in statistics]
-    blocks: list[list[Float]] = [[value[None][:0]] for value in values]
-    for weight_BU in draws(num_users, resamples, seed):
-        for block, each in zip(blocks, statistics, strict=True):
-            block.append(each.at(weight_BU))
-    return [Replicates(value, np.concatenate(block)) for value, block in zip(values, blocks, strict=True)]
-
-
-def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -> Iterator[Float]:
-    """Draw how often each user counts, (B, U), `resamples` times: equal for equal seeds, whatever the block."""
-    random = np.random.default_rng(seed)
-    block = block or max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        drawn_BU = random.integers(num_users, size=(size, num_users)) + np.arange(size)[:, None] * num_users
-        yield np.bincount(drawn_BU.ravel(), minlength=size * num_users).reshape(size, num_users).astype(np.float64)
-
-
 def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False) -> Estimate:
     """Return the central `LEVEL` interval of the resamples; None if the value, or half of the resamples, are undefined.
 
@@ -156,7 +117,7 @@ def probability(logit_N: Float) -> Float:
 
 
 class MetricSums:
-    """The contributions of each user to the metrics of a set of impressions.
+    """The contributions of each user to the metrics of a set of impressions, and to its reliability.
 
     calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. ECE, the expected
     calibration error (Naeini et al., AAAI 2015): the mean over impressions of |mean prediction - click rate| of their
@@ -167,36 +128,41 @@ class MetricSums:
     def __init__(self, logit_N: Float, label_N: Float, user_N: Int) -> None:
         """`user_N`: in [0, U). Order N log N."""
         self._users_V, of_N = np.unique(user_N, return_inverse=True)
-        probability_N = probability(logit_N)
-        bin_N = bins_of(logit_N)
-        num_users, num_bins = len(self._users_V), int(bin_N.max(initial=-1)) + 1
-        self.sums_VC = np.zeros((num_users, _FIXED + num_bins))
-        loss_N = np.logaddexp(0, logit_N) - logit_N * label_N
-        for column, values_N in {_LOSS: loss_N, _CLICKS: label_N, _PROBABILITY: probability_N, _COUNT: None}.items():
-            self.sums_VC[:, column] = np.bincount(of_N, values_N, num_users)
+        num_users = len(self._users_V)
+        loss_V = np.bincount(of_N, np.logaddexp(0, logit_N) - logit_N * label_N, num_users)
         groups = auc_of_groups(logit_N, label_N, of_N)
-        self.sums_VC[groups.group_G, _GAUC_WEIGHT] = groups.impressions_G
-        self.sums_VC[groups.group_G, _GAUC_SUM] = groups.impressions_G * groups.auc_G
-        excess_N = np.bincount(of_N * num_bins + bin_N, probability_N - label_N, num_users * num_bins)
-        self.sums_VC[:, _FIXED:] = excess_N.reshape(num_users, num_bins)
+        ranked_2V = np.zeros((2, num_users))
+        ranked_2V[:, groups.group_G] = groups.impressions_G, groups.impressions_G * groups.auc_G
+        at_N = of_N * NUM_BINS + bins_of(logit_N)
+        count_VK, predicted_VK, clicked_VK = (
+            np.bincount(at_N, values_N, num_users * NUM_BINS).reshape(num_users, NUM_BINS)
+            for values_N in (None, probability(logit_N), label_N)
+        )
+        self._sums_VC = np.column_stack([loss_V, *ranked_2V, count_VK, predicted_VK, clicked_VK])
         self._auc = _WeightedAuc(logit_N, label_N, user_N)
         self.num_impressions, self.num_clicks, self.num_users = len(label_N), int(label_N.sum()), num_users
         self.users_M = (num_users, num_users, len(groups.group_G), num_users, num_users)
         """How many users contribute to each of the METRICS."""
+        self.count_K, self.users_K = count_VK.sum(axis=0), (count_VK > 0).sum(axis=0)
+        """Impressions of each bin, and the users that they are of."""
 
     def at(self, weight_BU: Float) -> Float:
-        """Compute the METRICS of resamples, (B, M)."""
-        sums_BC = weight_BU[:, self._users_V] @ self.sums_VC
-        return np.stack(
-            [
-                ratio(sums_BC[:, _LOSS], sums_BC[:, _COUNT]),
-                self._auc.at(weight_BU),
-                ratio(sums_BC[:, _GAUC_SUM], sums_BC[:, _GAUC_WEIGHT]),
-                ratio(sums_BC[:, _PROBABILITY], sums_BC[:, _CLICKS]),
-                ratio(np.abs(sums_BC[:, _FIXED:]).sum(axis=1), sums_BC[:, _COUNT]),
-            ],
-            axis=1,
-        )
+        """Compute values of resamples: the METRICS, then the mean prediction and the click rate of each bin.
+
+        `weight_BU`: how often each user counts. The result is (B, M + 2 K), NaN where a value is not defined.
+        """
+        sums_BC = weight_BU[:, self._users_V] @ self._sums_VC
+        loss_B, ranked_B, gauc_B = sums_BC[:, :3].T
+        count_BK, predicted_BK, clicked_BK = np.split(sums_BC[:, 3:], 3, axis=1)
+        count_B = count_BK.sum(axis=1)
+        metrics = [
+            ratio(loss_B, count_B),
+            self._auc.at(weight_BU),
+            ratio(gauc_B, ranked_B),
+            ratio(predicted_BK.sum(axis=1), clicked_BK.sum(axis=1)),
+            ratio(np.abs(predicted_BK - clicked_BK).sum(axis=1), count_B),
+        ]
+        return np.column_stack([*metrics, ratio(predicted_BK, count_BK), ratio(clicked_BK, count_BK)])
 
 
 class _WeightedAuc:
@@ -223,23 +189,35 @@ class _WeightedAuc:
         return auc_B
 
 
-class ReliabilitySums:
-    """The mean prediction and the click rate of each bin; all bins have equally many impressions."""
+@dataclass(frozen=True)
+class Replicates:
+    """Values of `MetricSums.at`: (M + 2 K,) of the sample itself, and (R, M + 2 K) of the resamples."""
 
-    def __init__(self, logit_N: Float, label_N: Float, user_N: Int, num_users: int) -> None:
-        probability_N = probability(logit_N)
-        bin_N = bins_of(logit_N)
-        self.num_bins = int(bin_N.max(initial=-1)) + 1
-        at_N, size = user_N * self.num_bins + bin_N, num_users * self.num_bins
-        columns = [np.bincount(at_N, values_N, size) for values_N in (None, probability_N, label_N)]
-        self._sums_U3K = np.stack([each.reshape(num_users, self.num_bins) for each in columns], axis=1)
-        self.count_K = self._sums_U3K[:, 0].sum(axis=0).astype(np.int64)
-        self.users_K = (self._sums_U3K[:, 0] > 0).sum(axis=0)
+    value_M: Float
+    draws_RM: Float
 
-    def at(self, weight_BU: Float) -> Float:
-        """Compute mean predictions and then click rates, (B, 2 K)."""
-        sums_B3K = np.asarray(np.tensordot(weight_BU, self._sums_U3K, axes=1), np.float64)
-        return np.concatenate([ratio(sums_B3K[:, 1], sums_B3K[:, 0]), ratio(sums_B3K[:, 2], sums_B3K[:, 0])], axis=1)
+
+def bootstrap(sets: Sequence[MetricSums], num_users: int, resamples: int, seed: int) -> list[Replicates]:
+    """Measure each set of impressions on the same resamples, so that differences between them are paired.
+
+    Cost: a gather of every impression for each resample and AUC, about 1 s for 1,000 resamples of 100,000 impressions.
+    """
+    values = [each.at(np.ones((1, num_users)))[0] for each in sets]
+    blocks: list[list[Float]] = [[value[None][:0]] for value in values]
+    for weight_BU in draws(num_users, resamples, seed):
+        for block, each in zip(blocks, sets, strict=True):
+            block.append(each.at(weight_BU))
+    return [Replicates(value, np.concatenate(block)) for value, block in zip(values, blocks, strict=True)]
+
+
+def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -> Iterator[Float]:
+    """Draw how often each user counts, (B, U), `resamples` times: equal for equal seeds, whatever the block."""
+    random = np.random.default_rng(seed)
+    block = block or max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        drawn_BU = random.integers(num_users, size=(size, num_users)) + np.arange(size)[:, None] * num_users
+        yield np.bincount(drawn_BU.ravel(), minlength=size * num_users).reshape(size, num_users).astype(np.float64)
 
 
 def bins_of(score_N: Float) -> Int:

@@ -141,19 +141,12 @@ def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: In
     return comm.broadcast_object(metrics)
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Options of an evaluation; the report goes to RUN/evaluation by default, without a further JSON file."""
-
-    resamples: int = 1000
-    out: RunPath | None = None
-    json_file: Path | None = None
-
-
-def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> Figures | None:
+def evaluate_run(
+    source: RunSource, comm: Comm, *, resamples: int = 1000, out: RunPath | None = None, json_file: Path | None = None
+) -> Figures | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
-    Raises TrainerError or FeatureStoreError.
+    The report goes to `out`, by default RUN/evaluation, and to `json_file`. Raises TrainerError or FeatureStoreError.
     """
     console = text_console(quiet=comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
@@ -162,12 +155,12 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
         impressions = read_impressions(comm, opened.test, opened.schema)
         cuts = _slicings(opened, impressions)
         logit_N = predict(opened)
-        about = report.about(opened, options.resamples)
+        about = report.about(opened, resamples)
     if comm.rank != 0:
         return None
-    figures = measure_all(logit_N, impressions, cuts, options.resamples)
-    out = options.out or source.folder / "evaluation"
-    report.write_report(out, "report.json", {**about, **asdict(figures)}, options.json_file, draw_all(figures))
+    figures = measure_all(logit_N, impressions, cuts, resamples)
+    out = out or source.folder / "evaluation"
+    report.write_report(out, "report.json", {**about, **asdict(figures)}, json_file, draw_all(figures))
     report.show(console, about, figures, out)
     return figures
 

@@ -20,13 +20,13 @@ from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import (
     LEVEL,
     METRICS,
+    NUM_BINS,
     Bin,
     Estimate,
     Figures,
     Float,
     Measured,
     MetricSums,
-    ReliabilitySums,
     Replicates,
     SlicedBy,
     bootstrap,
@@ -215,17 +215,16 @@ def measure_all(logit_N: Float, impressions: Impressions, slicings: Sequence[Sli
     """Measure all impressions, each slice and the bins of reliability, with intervals."""
     users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
     label_N = impressions.label_N.astype(np.float64)
-    reliability = ReliabilitySums(logit_N, label_N, user_N, len(users_U))
     whole = MetricSums(logit_N, label_N, user_N)
     chosen = [(each, name, each.slice_N == at) for each in slicings for at, name in enumerate(each.names)]
     chosen = [(slicing, name, in_N) for slicing, name, in_N in chosen if in_N.any()]
     slices = [MetricSums(logit_N[in_N], label_N[in_N], user_N[in_N]) for _, _, in_N in chosen]
-    of_bins, of_whole, *of_slices = bootstrap([reliability, whole, *slices], len(users_U), resamples, SEED)
+    of_whole, *of_slices = bootstrap([whole, *slices], len(users_U), resamples, SEED)
 
     sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
     for (slicing, name, _), sums, replicates in zip(chosen, slices, of_slices, strict=True):
         sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
-    return Figures(_measured(whole, of_whole), sliced_by, _bins(reliability, of_bins))
+    return Figures(_measured(whole, of_whole), sliced_by, _bins(whole, of_whole))
 
 
 def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
@@ -238,13 +237,11 @@ def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
     return Measured(sums.num_impressions, sums.num_users, sums.num_clicks, metrics)
 
 
-def _bins(sums: ReliabilitySums, replicates: Replicates) -> list[Bin]:
-    count = sums.num_bins
-    return [
-        Bin(
-            int(sums.count_K[at]),
-            float(replicates.value_M[at]),
-            interval(replicates.value_M[count + at], replicates.draws_RM[:, count + at], users=int(sums.users_K[at])),
-        )
-        for at in range(count)
-    ]
+def _bins(sums: MetricSums, replicates: Replicates) -> list[Bin]:
+    """Describe the bins that have impressions."""
+    bins = []
+    for at in np.flatnonzero(sums.count_K).tolist():
+        predicted, clicked = len(METRICS) + at, len(METRICS) + NUM_BINS + at
+        rate = interval(replicates.value_M[clicked], replicates.draws_RM[:, clicked], users=int(sums.users_K[at]))
+        bins.append(Bin(int(sums.count_K[at]), float(replicates.value_M[predicted]), rate))
+    return bins

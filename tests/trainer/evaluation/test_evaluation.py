@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,38 +159,34 @@ class TestOtherPlaces:
         assert report["samples"] == str(tmp_path / "day" / "test")
         assert report["notes"] == []
 
-    def test_other_samples_replace_the_test_split_alone(
+    def test_places_that_change_after_the_training(
         self, make_places: Callable[[Path], Places], write_samples: Callable[..., Any], tmp_path: Path
     ) -> None:
-        """Neither the run's test samples are needed any more, nor are other training samples looked at."""
-        places = make_places(tmp_path / "places")
-        run = train_run(places, "a", train__max_steps=3)
-        shutil.rmtree(places.folder / "samples" / "test")
-        write_samples(tmp_path / "day" / "test", [30], seed=70, items=50)
-        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "a")
-        write_samples(tmp_path / "day" / "train", [30], seed=3, items=50)
-        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "b")
-        assert report_of(tmp_path / "a") == report_of(tmp_path / "b")
-        assert report_of(tmp_path / "a")["notes"] == []
+        places, day = make_places(tmp_path / "places"), tmp_path / "day"
+        run, samples = train_run(places, "a", train__max_steps=3), places.folder / "samples"
+        trained = report_of(run)["metrics"]["auc"]
+        moved = shutil.copytree(samples, tmp_path / "moved")
 
-    def test_changed_training_samples_are_told(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
-        places = make_places(tmp_path / "places")
-        run = train_run(places, "a", train__max_steps=3)
-        next((places.folder / "samples" / "train").iterdir()).unlink()
-        evaluate(run, "--bootstrap", 0)
-        assert "not, or no longer, those of the checkpoint" in report_of(run / "evaluation")["notes"][0]
+        def evaluated(out: str, *options: Any) -> dict[str, Any]:
+            evaluate(run, "--bootstrap", 0, "--out", tmp_path / out, *options)
+            return report_of(tmp_path / out)
 
-    def test_moved_samples(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
-        places = make_places(tmp_path / "places")
-        run = train_run(places, "a", train__max_steps=3)
-        (places.folder / "samples").rename(tmp_path / "moved")
+        shutil.rmtree(samples / "test")  # other samples replace them, and nothing else
+        write_samples(day / "test", [30], seed=70, items=50)
+        first = evaluated("a", "--samples", day)
+        write_samples(day / "train", [30], seed=3, items=50)
+        assert evaluated("b", "--samples", day) == first and first["notes"] == []
+        next((samples / "train").iterdir()).unlink()
+        assert "not, or no longer, those of the checkpoint" in evaluated("c", "--samples", day)["notes"][0]
+        shutil.rmtree(samples)
         said = evaluate(run, code=2)
-        assert "has no train and no test samples" in said
-        assert "name others by --samples and --store" in said
-        evaluate(run, "--bootstrap", 0, "--samples", tmp_path / "moved")
-        report = report_of(run / "evaluation")
-        assert report["notes"] == []
-        assert report["whole"]["metrics"]["auc"]["value"] == alike("auc", report_of(run)["metrics"]["auc"])
+        assert "has no train and no test samples" in said and "name others by --samples and --store" in said
+        report = evaluated("d", "--samples", moved)
+        assert report["notes"] == [] and report["whole"]["metrics"]["auc"]["value"] == alike("auc", trained)
+        shutil.rmtree(places.folder / "features")
+        assert "is no feature store" in evaluate(run, "--samples", moved, code=2)
+        assert "--store" in evaluate(run, "--samples", moved, "--store", tmp_path / "nothing", code=2)
+        assert not (run / "evaluation").exists()
 
     def test_newer_snapshot_is_told(self, run: Path, own: Places, tmp_path: Path) -> None:
         shutil.copytree(own.folder / "features", tmp_path / "features")
@@ -206,10 +200,6 @@ class TestOtherPlaces:
 
 
 class TestRefusals:
-    def test_folder_that_is_no_run(self, run: Path, tmp_path: Path) -> None:
-        assert f"{tmp_path} is not a run's folder" in evaluate(tmp_path, code=2)
-        assert "it holds the runs " in evaluate(run.parent, code=2)
-
     def test_no_checkpoint(self, run: Path, tmp_path: Path) -> None:
         shutil.copy(run / "config.yaml", tmp_path)
         said = evaluate(tmp_path, code=2)
@@ -221,25 +211,9 @@ class TestRefusals:
         run = train_run(own, "newest", train__max_steps=2, data__missing="zeros", **days)
         assert "no test samples of its own (data.test_days=[]); name some by --samples" in evaluate(run, code=2)
 
-    def test_unknown_checkpoint_names_those_there_are(self, run: Path) -> None:
-        assert "has step-00000010, step-00000020, step-00000024" in evaluate(run, "--checkpoint", 21, code=2)
-
-    def test_store_gone(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
-        places = make_places(tmp_path / "places")
-        run = train_run(places, "a", train__max_steps=3)
-        shutil.rmtree(places.folder / "features")
-        assert "is no feature store" in evaluate(run, code=2)
-        assert "--store" in evaluate(run, "--store", tmp_path / "nothing", code=2)
-        assert not (run / "evaluation").exists()
-
     def test_out_that_is_a_file(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         assert "choose another by --out" in evaluate(run, "--bootstrap", 0, "--out", tmp_path / "file", code=1)
-
-    def test_help_has_examples_and_loads_no_torch(self) -> None:
-        code = "import sys, trainer.evaluate; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-        assert "horovodrun -np 4 crossmedia evaluate" in CliRunner().invoke(app, ["--help"]).stdout
 
 
 class TestAgainst:
@@ -257,11 +231,6 @@ class TestAgainst:
             assert each["low"] < each["value"] < each["high"] and 0 < each["p_value"] <= 1
             assert f"{each['value']:.4f}" in said and f"{each['low']:.4f} to {each['high']:.4f}" in said
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "comparison.json"]
-
-    def test_a_run_does_not_differ_from_itself(self, run: Path, tmp_path: Path) -> None:
-        evaluate(run, "--against", run, "--bootstrap", 50, "--out", tmp_path)
-        found = json.loads((tmp_path / "comparison.json").read_text())["differences"]["auc"]
-        assert (found["value"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
 
     def test_other_test_samples_are_refused(
         self, run: Path, own: Places, write_samples: Callable[..., Any], tmp_path: Path

@@ -96,6 +96,7 @@ def test_slices_equal_a_loop(samples: Callable[..., Any], tmp_path: Path) -> Non
     impressions, seen = read(tmp_path)
     has_feature_I = seen.image_I % 3 != 0
     by_age, by_count, by_history, by_image = slicings(impressions, seen, has_feature_I)
+    assert set(names_of(slicings(impressions, seen, None)[-1])) == {"known", "new"}, "without a store none is missing"
     train = rows(tables["train"])
     shown = [[row["time"] for row in train if row["ad"] == each["ad"]] for each in rows(tables["test"])]
     met = {row["image"] for row in train} | {image for row in train for image in row["history"]}
@@ -141,12 +142,6 @@ def test_limits_of_the_ranges() -> None:
     )
 
 
-def test_without_a_store_no_image_is_missing(samples: Callable[..., Any], tmp_path: Path) -> None:
-    samples()
-    by_image = slicings(*read(tmp_path), None)[-1]
-    assert set(names_of(by_image)) == {"known", "new"}
-
-
 def test_without_times_an_ad_is_new_or_not(samples: Callable[..., Any], tmp_path: Path) -> None:
     samples(None)
     impressions, seen = read(tmp_path)
@@ -172,13 +167,16 @@ def test_timestamps_of_any_unit(samples: Callable[..., Any], tmp_path: Path, uni
     assert found.tolist() == expected.tolist()
 
 
-def test_times_of_another_type_are_refused(samples: Callable[..., Any], tmp_path: Path) -> None:
-    samples(lambda table, _: pa.array(["noon"] * len(table)))
-    with pytest.raises(SchemaError, match=r"day=.*: column timestamp is string, expected a timestamp or whole seconds"):
-        read(tmp_path)
-
-
-def test_times_with_a_null_are_refused(samples: Callable[..., Any], tmp_path: Path) -> None:
-    samples(lambda table, _: pa.array([None, *range(1, len(table))], pa.int64()))
-    with pytest.raises(DataError, match=r"row 0: column timestamp is null"):
+@pytest.mark.parametrize(
+    ("first", "error", "problem"),
+    [
+        ("noon", SchemaError, r"day=.*: column timestamp is string, expected a timestamp or whole seconds"),
+        (None, DataError, r"row 0: column timestamp is null"),
+    ],
+)
+def test_times_that_are_refused(
+    samples: Callable[..., Any], tmp_path: Path, first: str | None, error: type[Exception], problem: str
+) -> None:
+    samples(lambda table, _: pa.array([first, *(["noon"] if first else [1]) * (len(table) - 1)]))
+    with pytest.raises(error, match=problem):
         read(tmp_path)
