@@ -16,7 +16,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import StorageError, UserError
 from trainer.cli import run_on_ranks
-from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
+from trainer.config.config import WARM_PARTS, Config, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -131,11 +131,8 @@ def train(config: Config, comm: "Comm") -> "RunPath":
             _say_beginning(run, removed, progress)
             training = Training(run, progress, signals)
             training.fit()
-            training.totals.missing_by_store = {name: each.missing_count for name, each in run.partitions.items()}
             figures = summary.gather(comm, training.totals, run.engine.stages)
-            digest = config_digest(config.model_dump(mode="json"))
-            measured = {**hardware, **figures, "config_digest": digest, "wall_s": time.time() - started}
-            report = _report(run, training, measured)
+            report = _report(run, training, {**hardware, **figures, "wall_s": time.time() - started})
             if root:
                 _end_events(run, progress)
                 summary.write_report(run.folder / "report.json", report)
@@ -186,13 +183,19 @@ def _is_finished(run: "Run") -> bool:
 
 
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
-    """Put together what report.json says of a run."""
+    """Put together what report.json says of a run; every rank calls it.
+
+    `missing_lookups`: of images without a feature, those of evaluations included.
+    """
+    missing = run.missing_by_store()
     return {
         "name": run.folder.name,
         "folder": str(run.folder),
         "metrics": training.metrics,
         "new_ad_pictures_count": training.new_ad_pictures_count,
         **measured,
+        "missing_lookups": sum(missing.values()),
+        "missing_by_store": missing,
         "tables": {name: each.as_report() for name, each in training.tables.items()},
         "global_step": run.engine.num_steps,
         "checkpoints": training.checkpoints,
@@ -200,7 +203,6 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
         "store_version": run.partition.snapshot_version if run.partition else None,
-        "store_versions": {name: store.version for name, store in run.stores.items()},
         "stores": {name: store.model_dump() for name, store in run.stores.items()},
     }
 

@@ -4,6 +4,8 @@ Runs are planned before the first one, made once, and found again by all that th
 """
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
@@ -20,7 +22,7 @@ from featurestore.snapshot import SnapshotId
 from featurestore.spec import flat
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config.config import Config, config_digest, load_config, settings_that_decide
+from trainer.config.config import Config, load_config, settings_that_decide
 from trainer.errors import DataError, DataNotFoundError, TrainerError
 from trainer.files import read_mapping
 from trainer.runs.folder import report_of
@@ -135,7 +137,8 @@ class Runner:
             "stores": stores,
             "warm_start": config.run.warm_start if warm is None else warm.folder.name,
         }
-        return config, config_digest(depends_on)[:_DIGITS]
+        digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        return config, digest[:_DIGITS]
 
     def _samples(self, config: Config, schema: Schema, split: str) -> str:
         """The digest of the files that a run learns from, or is tested on: of names, counts and bytes."""

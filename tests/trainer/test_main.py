@@ -217,7 +217,7 @@ class TestTwoRanks:
         assert report["images_per_step"] == report_of(alone)["images_per_step"], (
             "an image is computed once, whoever asks"
         )
-        assert report["bytes_sent_per_step"] == report["bytes_received_per_step"] > 0
+        assert report["bytes_sent_per_step"] > 0
 
     def test_checkpoint_loads_at_one_rank(self, job: tuple[Places, dict[str, list[str]]]) -> None:
         places, _ = job

@@ -7,9 +7,7 @@ say which kinds of differences they accept. `presets/dicm.yaml` and docs/SETTING
 `python -m tools.settings`.
 """
 
-import hashlib
 import io
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -271,11 +269,6 @@ def _lay_over(below: dict[Any, Any], above: Any) -> None:
 def save_config(config: Config, path: RunPath) -> None:
     """Write the resolved configuration atomically as YAML; `load_config(path)` returns an equal one."""
     write_file(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
-
-
-def config_digest(values: dict[str, Any]) -> str:
-    """Compute the sha256 of a configuration (or a section of it) in canonical JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _text(path: RunPath) -> str:

@@ -160,15 +160,13 @@ class StepTotals:
     """Sums over the training steps of one rank since the run, or its resumption, began.
 
     `image_references`, `images`: the sums of `count_images`; over all ranks `images` is the number of unique images of
-    the global batches. `missing_by_store`: lookups of images without a feature, those of evaluations
-    included. `warm_up_*`: the first step, which also pays for buffers and caches.
+    the global batches. `warm_up_*`: the first step, which also pays for buffers and caches.
     """
 
     steps: int = 0
     samples: int = 0
     image_references: int = 0
     images: int = 0
-    missing_by_store: dict[str, int] = field(default_factory=dict)
     warm_up_samples: int = 0
     warm_up_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -247,7 +245,6 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
     ranks = [StepTotals(**values) for values, *_ in everyone]
     steps = own.steps
     sent = {name: sum(each[name]["sent"] for _, each, _ in everyone) for name in sorted(traffic)}
-    received = sum(each["received"] for _, traffics, _ in everyone for each in traffics.values())
     served = [each.images for each in ranks]
     steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
     references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
@@ -264,13 +261,8 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
         "images_per_step": per_step(images),
         "image_references_per_step": per_step(references),
         "bytes_sent_per_step": per_step(sum(sent.values())),
-        "bytes_received_per_step": per_step(received),
         "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
         "owner_skew": max(served) * len(served) / images if images else None,
-        "missing_lookups": sum(sum(each.missing_by_store.values()) for each in ranks),
-        "missing_by_store": {
-            store: sum(each.missing_by_store[store] for each in ranks) for store in own.missing_by_store
-        },
         "seconds": {
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
             for phase in Phase.__args__  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from trainer.comm import Comm
-from trainer.config.config import RunConfig, config_digest
+from trainer.config.config import RunConfig
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.machine import objects_frozen
 from trainer.errors import CheckpointError, RemoteRankError, TrainerError
@@ -414,7 +414,6 @@ class Training:
             num_ranks=run.comm.size,
             origin=run.origin,
             stores=run.stores,
-            config_digest=config_digest(self._config.model_dump(mode="json")),
             history=[*run.history],
             files={},
         )

@@ -120,7 +120,6 @@ class CheckpointState(Sealed):
     origin: Origin
     stores: dict[str, SnapshotId]
     """The snapshot of every store by name."""
-    config_digest: str
     history: list[dict[str, Any]]
     files: dict[FileName, str]
     """xxh3-128 of each file's bytes."""

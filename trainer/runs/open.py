@@ -177,9 +177,8 @@ def _open_run(
     )
     digest = samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest, recorded, warm)
-    origin = _origin(
-        config, schema, digest, streams_of(config.data, len(train.row_groups), train.num_samples), partitions
-    )
+    reader = train_reader(config, train, schema, comm.rank, comm.size)
+    origin = _origin(config, schema, digest, reader.num_streams, partitions)
     if resumed:
         origin.check_same(resumed[1].origin, resumed[0])
     engine = engine_of(config, comm, schema, partitions, device, statistics)
@@ -202,7 +201,7 @@ def _open_run(
         device=device,
         partitions=partitions,
         stores=records(places, partitions),
-        train_reader=(reader := train_reader(config, train, schema, comm.rank, comm.size)),
+        train_reader=reader,
         test_reader=test_reader(config, comm, test, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,

@@ -9,9 +9,8 @@ import pytest
 
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
-from trainer.config.config import load_config
 from trainer.engine.engine import Engine
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import TrainerError
 from trainer.loop import training as train_module
 from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of
 from trainer.runs.checkpoint import read_state
@@ -187,10 +186,3 @@ def test_what_is_left_to_do_of_a_run_with_a_report(changes: dict[str, Any], fini
     values = {"step": 4, "total_steps": 4, "patience": None, "tested": True, "metrics": {"gauc": 0.6}} | changes
     report = {"global_step": 4, "history": history, "metrics": values.pop("metrics")}
     assert has_finished(report, **values) is finished
-
-
-def test_settings_that_do_not_fit() -> None:
-    with pytest.raises(ConfigError, match=r"early_stopping counts evaluations; set train\.eval_every"):
-        load_config(settings=["train.early_stopping=2"])
-    with pytest.raises(ConfigError, match="needs test samples"):
-        load_config(settings=["train.early_stopping=2", "train.eval_every=5", "data.test_days=[]"])

@@ -117,7 +117,6 @@ def state_at(step: int) -> CheckpointState:
         num_ranks=1,
         origin=origin_of(),
         stores={},
-        config_digest="0",
         history=[{"step": 4, "auc": None, "logloss": 0.25}],
         files={},
     )
