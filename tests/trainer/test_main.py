@@ -1,6 +1,5 @@
 """The command line, runs of one rank and of two, and how a run ends when something goes wrong on one rank or on all."""
 
-import errno
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ import torch
 from pyarrow import csv
 from typer.testing import CliRunner
 
-from featurestore.errors import MissingKeysError
 from featurestore.keys import NO_IMAGE
 from featurestore.staging import QuarantineRow
 from featurestore.store import FeatureStore
@@ -44,7 +42,7 @@ from tests.trainer.standing_ranks import run as run_here
 from tests.trainer.whole_runs import SHARED, Places, all_alike, assert_same, drawn_scalars, report_of, run_alone
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
-from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
+from trainer.errors import DataError, TrainerError
 from trainer.loop.summary import StepTotals
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
@@ -136,11 +134,6 @@ class TestCommandLine:
         assert "crossmedia demo-data" in result.stderr and result.stderr.count("\n") == 2  # a line for each
         assert list(tmp_path.iterdir()) == []
 
-    def test_mistakes_are_usage_errors(self) -> None:
-        result = CliRunner().invoke(app, ["--set", "train.epoch=1"])
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == "error: configuration: train.epoch is unknown; did you mean train.epochs?\n"
-
     def test_several_settings_may_follow_one_set(self, places: Places) -> None:
         result = CliRunner().invoke(app, ["--set", *places.settings(run__name="cli", train__max_steps=1)])
         assert result.exit_code == 0, result.output
@@ -150,12 +143,6 @@ class TestCommandLine:
         items = report["tables"]["item"]  # 40 at most, in 64 rows
         warning = f"warning: table item: {items['share']:.0%} of {items['ids']} different ids share one of its 64 rows "
         assert items["share"] > 0.25 and " ".join(result.stdout.split()).count(warning) == 1
-
-    def test_help_has_examples_and_loads_no_torch(self) -> None:
-        code = "import sys, trainer.main; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-        result = CliRunner().invoke(app, ["--help"])
-        assert "horovodrun -np 8 crossmedia train" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -456,35 +443,6 @@ class TestAlone:
         assert [entry["step"] for entry in report_of(run)["history"]] == [25, 27, 30]
         assert report_of(run)["steps"] == 5
 
-    def test_checkpoints_on_the_way(self, places: Places) -> None:
-        run = run_alone(
-            places, run__name="often", train__max_steps=9, train__checkpoint_every=2, train__keep_checkpoints=2
-        )
-        assert steps_of(run) == [8, 9]
-
-    def test_seed_decides(self, places: Places) -> None:
-        runs = [run_alone(places, run__name=f"seed-{s}", train__max_steps=2, train__seed=s) for s in (1, 2)]
-        with pytest.raises(AssertionError):
-            assert_same(*runs)
-
-    @pytest.mark.parametrize("images", ["none", "ad", "behavior"])
-    def test_variants(self, places: Places, images: str) -> None:
-        report = report_of(run_alone(places, run__name=images, model__images=images, train__max_steps=4))
-        assert (report["unique_ratio"] is None) == (images == "none")
-        assert report["metrics"]["auc"] is not None
-
-    def test_missing_images_are_refused_or_counted(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
-        places = make_places(tmp_path)
-        for key, lacks in ((1_000, "1 image"), (1_001, "2 images")):
-            FeatureStore.open(tmp_path / "features").delete([key])
-            with pytest.raises(MissingKeysError, match=f"lacks {lacks} that the samples name"):
-                run_alone(places, run__name="tried", data__missing="error")
-        # The failed run holds no checkpoint: its name is free.
-        report = report_of(run_alone(places, run__name="tried", data__missing="zeros", train__max_steps=5))
-        assert report["missing_lookups"] > 0
-        with pytest.raises(ConfigError, match="holds a run already"):
-            run_alone(places, run__name="tried", data__missing="zeros")
-
     def test_a_vector_for_missing_images_is_harmless_where_none_is_missing(self, places: Places) -> None:
         settings = {"train__max_steps": 3, "train__checkpoint_every": 2, "model__compute_dtype": "float64"}
         of = {
@@ -508,21 +466,6 @@ class TestAlone:
 
 @pytest.mark.long
 class TestRefusals:
-    def test_name_in_use(self, alone: Path, places: Places) -> None:
-        with pytest.raises(ConfigError, match=r"holds a run already; continue it by run\.resume=latest"):
-            run_alone(places, run__name="alone")
-        changes = {"run__name": "replaced", "train__max_steps": 2, "run__overwrite": "true"}
-        run_alone(places, **{**changes, "train__max_steps": 3})
-        run = run_alone(places, **changes)
-        assert steps_of(run) == [2]
-
-    def test_resumption_with_other_settings(self, alone: Path, places: Places) -> None:
-        changes = {"run__name": "alone", "run__resume": "latest", "data__global_batch_size": 8, "model__mlp": [9]}
-        with pytest.raises(CheckpointError) as caught:
-            run_alone(places, **changes)
-        assert "data.global_batch_size is 8 here, 32 in the checkpoint" in str(caught.value)
-        assert "model.mlp is [9] here, [8, 4] in the checkpoint" in str(caught.value)
-
     def test_loss_that_is_no_number(self, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
         step = Engine.train_step
 
@@ -546,16 +489,6 @@ class TestRefusals:
         (tmp_path / "file").touch()
         with pytest.raises(TrainerError, match=r"run\.dir=.*file is not a folder that this user can write to"):
             run_alone(places, run__name="x", run__dir=tmp_path / "file" / below)
-
-    def test_run_dir_on_a_disk_that_refuses(
-        self, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refuse(*_: Any, **__: Any) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr("trainer.runs.open.save_config", refuse)
-        with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*No space left"):
-            run_alone(places, run__name="x", run__dir=tmp_path)
 
 
 @pytest.fixture(scope="module")

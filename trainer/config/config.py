@@ -25,7 +25,6 @@ from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.spec import MissingPolicy, differing
 from featurestore.text import one_line, without_passwords
 from trainer.config.options import (
-    SETTINGS_OF_POOLINGS,
     Count,
     Decision,
     ModelConfig,
@@ -314,10 +313,11 @@ _DECISIONS: dict[str, Decision] = {
     },
     SAMPLES_DIGEST: "positions",
 }
-_OF_POOLINGS = set[str]().union(*SETTINGS_OF_POOLINGS.values())
-_OF_BEHAVIORS = {"pooling", "image_products", *_OF_POOLINGS} - {"attention_hidden"}
-OF_IMAGES = _OF_BEHAVIORS | {"shared_image_model", "visual_width", "embed_hidden", "id_proxy", "image_dropout"}
-"""Settings that a model without images does not use."""
+OF_IMAGES = (
+    *("pooling", "pooling_length", "image_products", "shared_image_model", "visual_width", "embed_hidden"),
+    *("id_proxy", "image_dropout"),
+)
+"""Settings of the model that one without images does not use."""
 
 
 @dataclass(frozen=True)
@@ -347,12 +347,10 @@ def differences(
 
     A record is a mapping of sections (data, model, optim, ...) to values by name. That of a checkpoint's origin has not
     only settings, but also the digest of the samples, the fields of the schema, and the kind of the stores' features.
-    A setting that is unused in both records, because of other settings of the model, counts as equal. Values that are
-    not settings are of kind `parameters`, except the samples.
+    Values that are not settings are of kind `parameters`, except the samples.
     """
-    idle = {f"model.{name}" for name in _idle(here.get("model", {})) & _idle(there.get("model", {}))}
     found = [Difference(*each, decides_of(each[0])) for each in differing(here, there)]
-    return [each for each in found if each.decides not in accepted and each.setting not in idle]
+    return [each for each in found if each.decides not in accepted]
 
 
 def decides_of(name: str) -> Decision:
@@ -368,25 +366,3 @@ def settings_that_decide(*kinds: Decision) -> dict[str, set[str]]:
             section, _, setting = name.partition(".")
             found.setdefault(section, set()).add(setting)
     return found
-
-
-def _idle(model: Mapping[str, Any]) -> set[str]:
-    """List the settings of a model that others make unused; none if its net is a user's, which may read any."""
-    base, images, pooling = (model.get(name, "") for name in ("base", "images", "pooling"))
-    if not base or "." in base:
-        return set()
-    pools = images in ("behavior", "both") and base != "two_tower"
-    read_by_pooling = SETTINGS_OF_POOLINGS.get(pooling, set()) if pools else set()
-    is_used = {
-        **dict.fromkeys(OF_IMAGES, images != "none"),
-        **dict.fromkeys(_OF_BEHAVIORS, pools),
-        **{name: name in read_by_pooling for name in _OF_POOLINGS},
-        "attention_hidden": base == "din" or "attention_hidden" in read_by_pooling,
-        "image_products": pools and base != "lr",
-        "id_proxy": images not in ("none", "behavior"),
-        "mlp": base != "lr",
-        "tower_width": base == "two_tower",
-        "cross_layers": base == "dcn",
-        "cross_structure": base == "dcn",
-    }
-    return {name for name, used in is_used.items() if not used}

@@ -131,12 +131,6 @@ OwnNet = str
 Activation = Literal["relu", "prelu", "dice"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
-SETTINGS_OF_POOLINGS: Mapping[Pooling, set[str]] = {
-    "concat": {"pooling_length"},
-    "attentive": {"attention_hidden"},
-    "multi_query": {"attention_hidden"},
-}
-"""Settings of the model that not every pooling reads, and which ones do."""
 IdOptimizer = Literal["adam", "rowwise_adagrad"]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]

@@ -11,18 +11,19 @@ steps counted on; only the schedule begins anew, so that rates do not shrink for
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from featurestore.published.paths import run_path
 from trainer.comm import Comm
 from trainer.config.config import WarmPart, differences
+from trainer.engine.engine import Engine
 from trainer.engine.wiring import NO_IMAGES
 from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.ids.shards import check_names
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, Loadable, Origin
+from trainer.runs.checkpoint import CheckpointState, Origin
 from trainer.runs.folder import Checkpoint, checkpoint_at, find_checkpoint
 from trainer.samples.survey import DECLARED, FOUND
 
@@ -37,15 +38,6 @@ _OTHER_LAYERS = {
     *("model.fields", "model.label"),  # of the schema: what layers read of its fields is compared by itself
 }
 """What decides on parameters, and may differ where layers are taken."""
-
-
-class Warmable(Loadable, Protocol):
-    """What of the engine a warm start needs."""
-
-    def dense_state(self) -> dict[str, Tensor]: ...
-    def begin_dense_with(self, values: Mapping[str, Tensor]) -> None: ...
-    def warm_names(self) -> list[str]: ...
-    def begin_with(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
     return WarmStart(found, checkpoint.read_state(found), tuple(parts))
 
 
-def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable, cache_dir: str | None = None) -> None:
+def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Engine, cache_dir: str | None = None) -> None:
     """Copy the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
 
     Raises CheckpointError on all ranks where a file is damaged, where E would see features of another kind than those
@@ -92,7 +84,7 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable, cache_d
 class _Chosen:
     """The chosen groups of an engine, as something that a checkpoint can be loaded into."""
 
-    def __init__(self, warm: WarmStart, trained: Warmable) -> None:
+    def __init__(self, warm: WarmStart, trained: Engine) -> None:
         self._warm, self._trained, self._dense = warm, trained, trained.dense_state()
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -19,9 +19,6 @@ from trainer.config.config import (
 )
 from trainer.config.options import (
     LONGEST_NAME,
-    SETTINGS_OF_POOLINGS,
-    ModelConfig,
-    Pooling,
     near_match,
 )
 from trainer.errors import ConfigError
@@ -232,41 +229,6 @@ def test_what_is_not_a_setting_decides_on_parameters_but_for_the_samples() -> No
         "model.label": "parameters",
         "store.dim": "parameters",
     }
-
-
-@pytest.mark.parametrize(
-    ("model", "setting", "is_idle"),
-    [
-        ("model.base=mlp", "model.cross_structure=stacked", True),
-        ("model.base=dcn", "model.cross_structure=stacked", False),
-        ("model.base=mine.MyNet", "model.cross_structure=stacked", False),  # it may read any
-        ("model.base=mine.MyNet", "model.pooling_length=4", False),
-        ("model.base=lr", "model.mlp=[8]", True),
-        ("model.images=none", "model.pooling=sum", True),
-        ("model.images=ad", "model.pooling=sum", True),
-        ("model.images=ad", "model.id_proxy=true", False),
-        ("model.images=behavior", "model.id_proxy=true", True),
-        ("model.base=two_tower", "model.pooling=sum", True),
-        ("model.base=lr", "model.image_products=false", True),
-        ("model.pooling=sum", "model.pooling_length=4", True),
-        ("model.pooling=concat", "model.pooling_length=4", False),
-        ("model.pooling=sum", "model.attention_hidden=4", True),
-        ("model.pooling=multi_query", "model.attention_hidden=4", False),
-        ("model.pooling=sum", "model.visual_width=4", False),
-    ],
-)
-def test_a_setting_that_the_others_make_idle_counts_as_equal(model: str, setting: str, is_idle: bool) -> None:
-    assert (differences(_record(model, setting), _record(model)) == []) == is_idle
-
-
-def test_what_a_pooling_reads_are_settings_of_the_model() -> None:
-    assert SETTINGS_OF_POOLINGS.keys() <= set(get_args(Pooling))
-    assert set().union(*SETTINGS_OF_POOLINGS.values()) <= ModelConfig.model_fields.keys()
-
-
-def test_an_idle_setting_counts_where_one_of_the_two_uses_it() -> None:
-    found = differences(_record("model.base=dcn", "model.cross_structure=stacked"), _record())
-    assert [each.name for each in found] == ["model.base", "model.cross_structure"]
 
 
 def test_settings_are_listed_by_what_they_decide() -> None:

@@ -62,18 +62,6 @@ def test_loads_at_any_number_of_ranks(run: RunPath, written: int, read: int) -> 
     assert all((trained.dense["layer.weight"] == 7.0).all() for trained in loaded)
 
 
-def test_failed_save_leaves_no_checkpoint_and_all_ranks_raise(run: RunPath) -> None:
-    _save(run, step=40, size=2)
-    raised = on_ranks(
-        2, lambda comm: saved.save(comm, run, Trained(comm.rank, 2, fail=comm.rank == 1), state_at(50), 3)
-    )
-    assert [type(each) for each in raised] == [CheckpointError] * 2
-    assert all("No space left" in str(each) for each in raised)
-    assert finished(run)[-1].name == "step-00000040"
-    assert _save(run, step=60, size=2) == finished(run)[-1]
-    assert [each.step for each in finished(run)] == [40, 60]
-
-
 def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
     trained = Trained()
     trained.dense = {"layer.weight": torch.zeros(1_000, 100)}

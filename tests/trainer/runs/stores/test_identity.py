@@ -123,29 +123,19 @@ class TestRebuilt:
         with pytest.raises(AnotherStoreError, match=f"This is snapshot 0 .* of store {ids[1]}"):
             resume(places)
 
-    def test_evaluate(self, places: Places, ids: tuple[str, str]) -> None:
-        run = places.folder / "runs" / "a"
-        for words in ((run,), (run, "--store", places.folder / "features")):
-            said = invoke(evaluate_app, *words, "--bootstrap", 0, code=1)
-            assert all(f"of store {each} at" in said for each in ids)
-        assert not (run / "evaluation").exists()
-
-    def test_export(self, places: Places, ids: tuple[str, str], tmp_path: Path) -> None:
-        out = tmp_path / "visual.parquet"
-        said = invoke(export_app, "--run", places.folder / "runs" / "a", "--out", out, code=1)
-        assert all(f"of store {each} at" in said for each in ids)
-        assert not out.exists()
-
-    def test_prerank(self, places: Places, ids: tuple[str, str], tmp_path: Path) -> None:
-        words = ("--run", places.folder / "runs" / "a")
-        for app, more in (
-            (index_app, ("--out", tmp_path / "index")),
-            (prerank_app, ("--index", tmp_path / "index")),
-            (prerank_app, ("--index", tmp_path / "index", "--user", 3)),
+    def test_commands(self, places: Places, ids: tuple[str, str], tmp_path: Path) -> None:
+        run, features, index = places.folder / "runs" / "a", places.folder / "features", tmp_path / "index"
+        for app, *words in (
+            (evaluate_app, run, "--bootstrap", 0),
+            (evaluate_app, run, "--bootstrap", 0, "--store", features),
+            (export_app, "--run", run, "--out", tmp_path / "visual.parquet"),
+            (index_app, "--run", run, "--out", index),
+            (prerank_app, "eval", "--run", run, "--index", index),
+            (prerank_app, "search", "--run", run, "--index", index, "--user", 3),
         ):
-            command = () if app is index_app else ("search",) if "--user" in more else ("eval",)
-            said = invoke(app, *command, *words, *more, code=1)
-            assert all(f"of store {each} at" in said for each in ids)
+            said = invoke(app, *words, code=1)
+            assert all(f"of store {each} at" in said for each in ids), words
+        assert not (run / "evaluation").exists() and not (tmp_path / "visual.parquet").exists()
 
     def test_two_ranks(self, places: Places, ids: tuple[str, str], two_ranks: StandingRanks) -> None:
         settings = settings_of(places, run__resume="latest", train__max_steps=3)

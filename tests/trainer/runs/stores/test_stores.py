@@ -1,6 +1,5 @@
 """Runs on two contents an item, each in a store of its own; on channels, compact stores and imported vectors."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,14 +19,13 @@ from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import move_channel
 from featurestore.upkeep.remake import remake
-from jobs import import_features
 from jobs.export_embeddings import app as export_app
 from tests.ranks import StandingRanks
-from tests.trainer.whole_runs import all_alike, report_of
+from tests.trainer.whole_runs import all_alike
 from tests.trainer.whole_runs import run_alone as run_here
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app as compat_app
-from trainer.config.config import Config, load_config
+from trainer.config.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import app as evaluate_app
 from trainer.main import train
@@ -117,10 +115,6 @@ class TestRuns:
         assert [services["images"].width("ad_image"), services["titles"].width("ad_title")] == [12, 6]
         trained.close()
 
-    def test_ad_side_alone(self, both: Places) -> None:
-        report = run_alone(both, run__name="ad", model__images="ad")
-        assert report["metrics"]["auc"] is not None
-
     def test_missing_features_are_counted_by_store(self, both: Places, tmp_path: Path) -> None:
         titles = make_titles(tmp_path / "titles")
         titles.delete(list(range(0, 50, 2)))
@@ -179,32 +173,36 @@ class TestPlaces:
         (tmp_path / "schema.yaml").write_text(SCHEMA)
         return load_schema(tmp_path / "schema.yaml")
 
-    def config(self, *settings: str) -> Config:
-        return load_config(settings=settings)
+    @pytest.mark.parametrize(
+        ("settings", "places"),
+        [
+            ("data.store=a data.stores.titles=b data.store_version=3", [("images", "a", 3), ("titles", "b", None)]),
+            ("model.images=none data.stores.titles=b", []),
+        ],
+    )
+    def test_data_store_is_that_of_the_images(self, schema: Schema, settings: str, places: list[Any]) -> None:
+        found = store_places(load_config(settings=settings.split()), schema)
+        assert [(each.name, each.url, each.version) for each in found] == places
 
-    def test_data_store_is_that_of_the_images(self, schema: Schema) -> None:
-        config = self.config("data.store=a", "data.stores.titles=b", "data.store_version=3")
-        places = store_places(config, schema)
-        assert [(p.name, p.url, p.version) for p in places] == [("images", "a", 3), ("titles", "b", None)]
-        assert store_places(self.config("model.images=none", "data.stores.titles=b"), schema) == []
-
-    def test_the_only_store_may_have_any_name(self, schema: Schema) -> None:
+    @pytest.mark.parametrize("settings", ["data.store=a", "data.store=b data.stores.titles=a"])
+    def test_the_only_store_may_have_any_name(self, schema: Schema, settings: str) -> None:
         fields = tuple(field for field in schema.fields if field.store_name == "titles" or field.kind != "content")
-        only = schema.model_copy(update={"fields": fields})
-        assert [(p.name, p.url) for p in store_places(self.config("data.store=a"), only)] == [("titles", "a")]
-        named = self.config("data.store=a", "data.stores.titles=b")
-        assert [(p.name, p.url) for p in store_places(named, only)] == [("titles", "b")]
+        found = store_places(load_config(settings=settings.split()), schema.model_copy(update={"fields": fields}))
+        assert [(each.name, each.url) for each in found] == [("titles", "a")]
 
-    def test_a_store_without_an_address(self, schema: Schema) -> None:
-        with pytest.raises(ConfigError, match=r"titles has no address: set data\.stores\.titles"):
-            store_places(self.config(), schema)
-
-    def test_an_address_that_no_field_needs(self, schema: Schema) -> None:
-        settings = ("data.stores.titles=b", "data.stores.tiles=c")
-        with pytest.raises(
-            ConfigError, match=r"data\.stores\.tiles: no content field .* names store tiles, only images"
-        ):
-            store_places(self.config(*settings), schema)
+    @pytest.mark.parametrize(
+        ("settings", "problem"),
+        [
+            ("data.store=a", r"titles has no address: set data\.stores\.titles"),
+            (
+                "data.stores.titles=b data.stores.tiles=c",
+                r"data\.stores\.tiles: no content field .* names store tiles, only images",
+            ),
+        ],
+    )
+    def test_addresses_that_do_not_fit_the_fields(self, schema: Schema, settings: str, problem: str) -> None:
+        with pytest.raises(ConfigError, match=problem):
+            store_places(load_config(settings=settings.split()), schema)
 
 
 @pytest.fixture
@@ -328,18 +326,3 @@ def test_components_in_float16_are_as_good_and_scaled_alike(reduced: Places, who
     assert scales(runs["half"])[0] == pytest.approx(float(scales(runs["compact"])[0]), rel=0.01)
     full = run(reduced, "full", "features", train__max_steps=1)
     assert len(set(scales(full).tolist())) > 1, "features of all numbers are scaled each by its own"
-
-
-def test_a_run_on_imported_vectors(make_places, tmp_path, monkeypatch, client):
-    places = make_places(tmp_path)
-    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32))
-    np.save(tmp_path / "keys.npy", np.arange(1_000, 1_050))
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(client))
-    options = ["--keys", str(tmp_path / "keys.npy"), "--store", str(tmp_path / "features-text"), "--name", "text"]
-    result = CliRunner().invoke(import_features.app, ["--from", str(tmp_path / "text.npy"), *options])
-    assert result.exit_code == 0, result.output
-    assert [FeatureStore.open(tmp_path / name).info.dim for name in ("features", "features-text")] == [16, 64]
-    store = tmp_path / "features-text"
-    report = report_of(run_here(places, run__name="text", data__store=store, train__max_steps=2, model__images="both"))
-    assert report["global_step"] == 2
-    assert np.isfinite(report["metrics"]["logloss"])
