@@ -1,6 +1,7 @@
 """Parsing of untrusted JSON and YAML files: any mistake is a ValueError with a message of one line."""
 
 import json
+import re
 from typing import Any
 
 import yaml
@@ -21,7 +22,28 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(_TOO_DEEP) from error
 
 
-class _WithoutAliases(yaml.SafeLoader):
+_EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 has it, 1e-3 is a number, and a date is a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for numbers."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(*_EXPONENT)
+
+
+class _WithoutAliases(_Loader):
     """Aliases are refused: a few lines of them stand for more values than a machine can hold."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -35,11 +57,17 @@ def parse_yaml(text: str, aliases: bool = True) -> Any:
 
     `aliases`: whether it may have some; not so for a file of somebody else's, as they can stand for endless values."""
     try:
-        return yaml.load(text, yaml.SafeLoader if aliases else _WithoutAliases)
+        return yaml.load(text, _Loader if aliases else _WithoutAliases)
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from error
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
+
+
+def format_yaml(values: Any) -> str:
+    """Format plain values as YAML; `parse_yaml` returns them."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from featurestore.errors import StorageError
 from featurestore.parsing import parse_yaml
-from featurestore.published.paths import FarPath, read_text, run_path
+from featurestore.published.paths import FarPath, RunPath, read_text, run_path
 from featurestore.storage.storage import Storage, file_at
 from trainer.errors import TrainerError
 
@@ -17,14 +17,19 @@ PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
 
 
 def read_mapping(
-    path: Path | str, setting: str, error: type[TrainerError], wanted: str = "a mapping"
+    path: RunPath | str,
+    setting: str,
+    error: type[TrainerError],
+    wanted: str = "a mapping",
+    *,
+    aliases: bool = True,
 ) -> dict[str, Any]:
     """Read a YAML file; `setting` is the option with its = or space, for messages. Raises `error`.
 
-    The file may be at an address, as s3://shop/samples/schema.yaml.
+    The file may be at an address, as s3://shop/samples/schema.yaml. `aliases`: see `parse_yaml`.
     """
     try:
-        values = parse_yaml(read_text(run_path(path)))
+        values = parse_yaml(read_text(run_path(path)), aliases)
     except FileNotFoundError as failure:
         raise error(f"{setting}{path}: there is no such file") from failure
     except (OSError, ValueError, StorageError) as failure:

@@ -1,29 +1,24 @@
 """The configuration of a run: its settings, how they are given, checked and saved, and how two records differ.
 
 The way of a setting: its class, here or in `options.py`, has its type, limits, default, text, and the kind of what it
-decides. `load_config` lays a file and `--set` over the defaults (OmegaConf) and checks the result (pydantic).
+decides. `load_config` lays a file and `--set` over the defaults and checks the result (pydantic).
 `differences` compares two records of settings; resuming, warm starts, evaluation, `trainer.daily` and `trainer.compat`
 say which kinds of differences they accept. `presets/dicm.yaml` and docs/SETTINGS.md are written from the classes by
 `python -m tools.settings`.
 """
 
-import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
-from yaml import YAMLError
 
-from featurestore.errors import StorageError
-from featurestore.parsing import parse_yaml
+from featurestore.parsing import format_yaml, parse_yaml
 from featurestore.published.channels import CHANNEL_RULE, is_channel_name
-from featurestore.published.paths import RunPath, read_text, write_file
+from featurestore.published.paths import RunPath, write_file
 from featurestore.spec import MissingPolicy, differing
-from featurestore.text import one_line, without_passwords
+from featurestore.text import without_passwords
 from trainer.config.options import (
     Count,
     Decision,
@@ -37,6 +32,7 @@ from trainer.config.options import (
     validated,
 )
 from trainer.errors import ConfigError
+from trainer.files import read_mapping
 
 Device = Literal["auto", "cpu", "cuda"]
 WarmPart = Literal["images", "model", "ids", "optimizers"]
@@ -226,38 +222,30 @@ class Config(Section):
         return self
 
 
+_WANTED = "a mapping of sections, as data and model"
+
+
 def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
     """Merge the defaults, over them `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
-    layers = [] if file is None else [_parsed(_text(file), file)]
-    return _checked([*layers, *map(_parse_setting, settings)])
+    given = [] if file is None else [read_mapping(file, "--config ", ConfigError, _WANTED)]
+    return _checked([*given, *map(_parse_setting, settings)])
 
 
 def load_saved(file: RunPath) -> Config:
     """Read the configuration in a run's folder, which may be somebody else's. Raises ConfigError."""
-    text = _text(file)
-    if not text.strip():  # as a file of settings it would be the defaults
-        raise ConfigError(f"{file} is empty, so the settings of the run are lost; restore it from a copy")
-    try:
-        parse_yaml(text, aliases=False)
-    except ValueError as failure:
-        raise _unreadable(file, failure) from failure
-    return _checked([_parsed(text, file)])
+    return _checked([read_mapping(file, "", ConfigError, _WANTED, aliases=False)])
 
 
-def _checked(layers: Iterable[DictConfig]) -> Config:
-    """Merge layers over the defaults, resolve interpolations, and check the result."""
+def _checked(layers: Iterable[dict[Any, Any]]) -> Config:
+    """Merge layers over the defaults, and check the result."""
     values = Config().model_dump(mode="json")
     for layer in layers:
-        _lay_over(values, OmegaConf.to_container(layer))
-    try:
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
-    except OmegaConfBaseException as failure:
-        raise ConfigError(f"unresolved ${{...}} reference in the configuration: {one_line(failure)}") from failure
-    return validated(Config, {str(name): value for name, value in resolved.items()}, "configuration", ConfigError)
+        _lay_over(values, layer)
+    return validated(Config, {str(name): value for name, value in values.items()}, "configuration", ConfigError)
 
 
-def _lay_over(below: dict[Any, Any], above: Any) -> None:
-    """Update the mapping `below` with the values `above`, merging nested mappings; OmegaConf refuses other types."""
+def _lay_over(below: dict[Any, Any], above: dict[Any, Any]) -> None:
+    """Update the mapping `below` with the values `above`, merging nested mappings."""
     for name, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(name), dict):
             _lay_over(below[name], value)
@@ -267,41 +255,21 @@ def _lay_over(below: dict[Any, Any], above: Any) -> None:
 
 def save_config(config: Config, path: RunPath) -> None:
     """Write the resolved configuration atomically as YAML; `load_config(path)` returns an equal one."""
-    write_file(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    write_file(path, format_yaml(config.model_dump(mode="json")))
 
 
-def _text(path: RunPath) -> str:
-    try:
-        return read_text(path)
-    except FileNotFoundError as failure:
-        raise ConfigError(f"--config {path}: there is no such file") from failure
-    except (OSError, StorageError, UnicodeDecodeError) as failure:
-        raise _unreadable(path, failure) from failure
-
-
-def _parsed(text: str, path: RunPath) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(io.StringIO(text))
-    except (OSError, YAMLError, OmegaConfBaseException, RecursionError) as failure:
-        raise _unreadable(path, failure) from failure
-    if not isinstance(loaded, DictConfig):
-        sections = ", ".join(Config.model_fields)
-        raise ConfigError(f"{path} has to be a mapping of sections ({sections}), found a list")
-    return loaded
-
-
-def _unreadable(path: RunPath, failure: Exception) -> ConfigError:
-    return ConfigError(f"{path} is not a readable YAML file: {one_line(failure)}")
-
-
-def _parse_setting(setting: str) -> DictConfig:
-    name, equals, _ = setting.partition("=")
+def _parse_setting(setting: str) -> dict[Any, Any]:
+    name, equals, text = setting.partition("=")
     if not equals or "." not in name:
         raise ConfigError(f"--set {setting}: write it as section.field=value, e.g. train.epochs=1")
     try:
-        return OmegaConf.from_dotlist([setting])
-    except (YAMLError, OmegaConfBaseException, RecursionError) as failure:
-        raise ConfigError(f"--set {setting}: the value is not readable as YAML: {one_line(failure)}") from failure
+        value: Any = parse_yaml(text)
+    except ValueError as failure:
+        raise ConfigError(f"--set {setting}: the value is not readable as YAML: {failure}") from failure
+    section, *inner = name.split(".")
+    for part in reversed(inner):
+        value = {part: value}
+    return {section: value}
 
 
 SAMPLES_DIGEST = "data.samples_digest"
