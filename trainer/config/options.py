@@ -317,8 +317,6 @@ class OptimConfig(Section):
     """Adam: the same of their squares."""
     eps: Rows[Annotated[float, Field(gt=0)]] = 1e-8
     """Adam: added to the root of the latter."""
-    id_l2: Training[Annotated[float, Field(ge=0, le=1)]] = 0.0
-    """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
 
     @property
     def alpha(self) -> float:

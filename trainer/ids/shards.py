@@ -228,7 +228,7 @@ class TableShards:
         if lacking := [name for name in name_of.values() if name not in state]:
             raise CheckpointError(
                 f"{lacking[0]} is not in the checkpoint; was it written with another model.tables.{self.shape.name}, "
-                "model.table_shards or optim.ids, or without optim.id_l2?"
+                "model.table_shards or optim.ids?"
             )
         return {part: state[name] for part, name in name_of.items()}
 

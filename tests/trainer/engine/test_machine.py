@@ -20,7 +20,6 @@ from trainer.comm.horovod import WITHOUT_NCCL
 from trainer.config.config import Device, load_config
 from trainer.config.options import OptimConfig
 from trainer.engine import machine
-from trainer.engine.choices import state_of
 from trainer.engine.machine import (
     RankPlace,
     check_memory,
@@ -33,6 +32,7 @@ from trainer.engine.machine import (
     uses_cuda,
 )
 from trainer.errors import ConfigError
+from trainer.ids.optimizers import state_of
 from trainer.ids.shards import TableShape
 from trainer.loop.summary import hardware_of, hardware_text
 from trainer.main import app

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from featurestore.keys import shard_of
 from trainer.config.options import ExactTableConfig, IdOptimizer, OptimConfig
-from trainer.engine.choices import row_optimizer
 from trainer.engine.wiring import build_tables
 from trainer.ids.exact import ExactShape, ExactTable
+from trainer.ids.optimizers import row_optimizer
 from trainer.ids.shards import TableShape
 from trainer.ids.tables import IdTable, RowRequest
 from trainer.optim import Rates

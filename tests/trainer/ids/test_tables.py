@@ -9,11 +9,10 @@ import torch
 from tests.trainer.ids.exact_tables import move, vectors_of
 from trainer.comm import SoloComm
 from trainer.config.options import OptimConfig
-from trainer.engine.choices import row_optimizer
 from trainer.engine.wiring import build_tables
 from trainer.errors import CheckpointError
 from trainer.ids.figures import Collisions, collisions_of, gather_figures, rows_for
-from trainer.ids.optimizers import RowOptimizer
+from trainer.ids.optimizers import RowOptimizer, row_optimizer
 from trainer.ids.shards import TableShape, initial_rows, owned_bytes
 from trainer.ids.tables import IdTable
 from trainer.optim import Rates
@@ -105,24 +104,6 @@ class TestTraining:
         before = table.rows.weight.clone()
         train(table, [5])
         assert torch.allclose(before - table.rows.weight, torch.full((1, 3), 0.1, dtype=torch.float64))
-
-    def test_adaptive_l2_equals_a_plain_loop(self) -> None:
-        """Zhou et al., arXiv 1706.06978, 5.1, with the steps that touched a row as its frequency."""
-        steps = [[5, 6], [5], [5, 7], [], [7, 7, 5]]
-        table = table_of(id_l2=0.7)
-        rows = {i: row.clone() for i in (5, 6, 7) for row in vectors_of(table, table.serve(np.array([i]))).detach()}
-        sums, frequencies = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0)
-        for ids in steps:
-            train(table, ids)
-            for i in set(ids):
-                frequencies[i] += 1
-                gradient = sum(n for n, each in enumerate(ids, 1) if each == i) + 0.7 / frequencies[i] * rows[i]
-                sums[i] += float((gradient**2).mean())
-                rows[i] = rows[i] - 0.1 * gradient / (sums[i] ** 0.5 + 1e-8)
-        for i, row in rows.items():
-            torch.testing.assert_close(
-                vectors_of(table, table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0
-            )
 
     @pytest.mark.parametrize("ids", ["rowwise_adagrad", "adam"])
     def test_tables_that_share_memory_train_as_they_do_alone(self, ids: str) -> None:
