@@ -205,7 +205,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "metrics": training.metrics,
         "new_ad_pictures_count": training.new_ad_pictures_count,
         **measured,
-        "tables": {name: each.as_report() for name, each in training.tables.items()},
+        "tables": training.tables,
         "global_step": run.engine.num_steps,
         "checkpoints": training.checkpoints,
         "checkpoint_stall_ms": training.checkpoint_stall_ms,

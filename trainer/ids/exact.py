@@ -126,8 +126,6 @@ class ExactTable(IdTable):
     def serve(self, ids_R: Int64, kind: str = "step") -> ExactRequest:
         """Find the unique ids, their hashes and slots, ahead of the steps; `settle` finds their rows in the step."""
         ids_Q, inverse_R = unique(ids_R)
-        if kind == "step":
-            self.seen = self.seen.with_values(ids_Q)
         hash_Q = splitmix64(ids_Q)
         slot_Q = self._slot_of_shard[shard_of_hash(hash_Q, self.shape.num_shards)]
         assert (slot_Q >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
@@ -156,7 +154,7 @@ class ExactTable(IdTable):
         return rows_UV if len(rows_UV) == request.num_unique else take_rows(rows_UV, self._on_device(request.inverse_Q))
 
     def tally(self) -> dict[str, int]:
-        return {"rows": int(self.map.used_S.sum()), **asdict(self.counts)}
+        return {"used_rows": int(self.map.used_S.sum()), **asdict(self.counts)}
 
     def begin_day(self, date_: date | None) -> None:
         """Use rows on this day from now on, and free those that were last used more than `expire_days` before.

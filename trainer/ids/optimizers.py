@@ -26,6 +26,8 @@ class RowOptimizer:
 
     state: tuple[StatePart, ...] = ()
     """What is kept of a row together with its weights."""
+    mark = ""
+    """The part of the state that is zero in rows that no step has touched, and in no others."""
     lags = False
     """Whether weights in memory may be others than what a checkpoint is to have."""
 
@@ -64,7 +66,7 @@ class Adam(RowOptimizer):
     """
 
     state = (StatePart("momentum", "vector"), StatePart("variance", "vector"), StatePart("last_step", "count"))
-    lags = True
+    mark, lags = "last_step", True
 
     def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         """Raises ConfigError for betas that do not fit the type."""
@@ -106,7 +108,7 @@ def _power(beta: float, steps_Q: Tensor, dtype: torch.dtype) -> Tensor:
 class RowwiseAdagrad(RowOptimizer):
     """Adagrad with one sum a row, of the mean squared gradient over it (FBGEMM's EXACT_ROWWISE_ADAGRAD)."""
 
-    state = (StatePart("sum", "number"),)
+    state, mark = (StatePart("sum", "number"),), "sum"
 
     def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         sum_Q = rows.parts["sum"].add_(gradient_QV.square().mean(1))

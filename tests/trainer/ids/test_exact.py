@@ -71,7 +71,6 @@ class TestAdmission:
             with torch.no_grad():
                 vectors_of(table, table.serve(np.array([5, 9]), "step"))
         assert_same(state_of(table), before)
-        assert table.seen.estimate == 2  # what "step" brought
         assert (table.counts.served, table.counts.cold) == (1, 1)
 
     def test_ids_without_a_row_are_counted_once_a_step(self) -> None:
@@ -128,7 +127,14 @@ class TestRows:
         train(table, np.arange(60))
         assert have_rows(table, range(30)) == first
         late = 90 - 2 * 8
-        assert table.tally() == {"rows": 8, "served": 90, "cold": late, "refused": late, "evicted": 0, "expired": 0}
+        assert table.tally() == {
+            "used_rows": 8,
+            "served": 90,
+            "cold": late,
+            "refused": late,
+            "evicted": 0,
+            "expired": 0,
+        }
 
     @pytest.mark.parametrize("when_full", ["evict", "refuse"])
     def test_bytes_are_those_of_the_arrays(self, when_full: str) -> None:
@@ -181,7 +187,7 @@ class TestRanks:
         table = table_of(shape_of(admit_after=2), rank=9, num_ranks=11)
         table.begin_day(day_of(20_000))
         train(table, [])
-        assert table.names() == [] and table.tally()["rows"] == 0
+        assert table.names() == [] and table.tally()["used_rows"] == 0
 
 
 class TestExpiry:
