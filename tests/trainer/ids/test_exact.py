@@ -338,7 +338,7 @@ class TestRoom:
         train(table, [IDS[ROWS]])
         assert have_rows(table, IDS) == {*IDS[: ROWS + 1]} - {IDS[1], IDS[3]}
         train(table, [IDS[ROWS + 1]])  # there is one left
-        assert table.tally() == {"rows": 32, "served": 36, "cold": 0, "refused": 0, "evicted": 2, "expired": 0}
+        assert table.tally() == {"used_rows": 32, "served": 36, "cold": 0, "refused": 0, "evicted": 2, "expired": 0}
 
     def test_rows_that_moved_keep_the_step_of_their_last_use(self) -> None:
         """The newest rows take the places of the oldest, which go first, and not also their steps."""
