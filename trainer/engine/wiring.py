@@ -97,7 +97,7 @@ class EngineParts:
         """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
         self.num_steps = self.first_step = 0  # first_step: where the run begins that continues another one's steps
         self.stages = Stages()
-        self._comm, self._optim, self._base = comm, optim, model.base
+        self._comm, self._optim = comm, optim
         self._device, self._dtype = torch.device(device), dtype
         model = with_compute_dtype(model, comm, self._device, None)
         with torch.random.fork_rng(devices=[]):
