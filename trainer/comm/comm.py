@@ -132,7 +132,7 @@ class Comm(ABC):
     def _gathered(self, rows_N: Tensor, name: str) -> list[Tensor]:
         """Return the rows of each rank, which sends them to all, by way of the CPU."""
         copies = rows_N.cpu().repeat(self.size, *[1] * (rows_N.ndim - 1))
-        rows, counts_P = self.alltoall(copies, torch.full((self.size,), len(rows_N), dtype=torch.int32), name)
+        rows, counts_P = self.alltoall(copies, torch.full((self.size,), len(rows_N), dtype=torch.int32), name=name)
         return list(torch.split(rows.to(rows_N.device), counts_P.tolist()))
 
     def _count_alltoall(self, rows_N: Tensor, sent_P: Tensor, received_P: Tensor, name: str) -> None:
