@@ -128,7 +128,7 @@ def _model_inside(annotation: Any) -> type[BaseModel] | None:
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
 OwnNet = str
 """A net of the user's own: the dotted path of its class, as mypackage.MyNet."""
-Activation = Literal["relu", "prelu", "dice"]
+Activation = Literal["relu", "prelu"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
 SETTINGS_OF_POOLINGS: Mapping[Pooling, set[str]] = {

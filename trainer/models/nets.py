@@ -250,10 +250,10 @@ class TwoTower(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        if config.dropout or config.batch_norm or config.activation == "dice":
+        if config.dropout or config.batch_norm:
             raise ConfigError(
                 "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "
-                "sample; set model.dropout=0, model.batch_norm=false and model.activation=relu or prelu"
+                "sample; set model.dropout=0 and model.batch_norm=false"
             )
         super().__init__(schema, config.model_copy(update={"pooling": "sum", "image_products": False}))
         self.width = config.tower_width

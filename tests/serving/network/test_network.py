@@ -26,7 +26,7 @@ SETTINGS: list[dict] = [
     {"pooling": "concat", "pooling_length": 4},
     {"pooling": "transformer", "pooling_length": 1},
     {"pooling": "transformer", "pooling_length": 3},
-    *({"base": base, "activation": "dice", "batch_norm": True, "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
+    *({"base": base, "activation": "prelu", "batch_norm": True, "dropout": 0.5} for base in ("mlp", "din", "finalmlp")),
     {"activation": "prelu"},
     {"base": "dcn", "cross_structure": "stacked"},
     *({"image_dropout": 0.1, "base": base} for base in ("mlp", "two_tower")),
@@ -106,7 +106,7 @@ def test_every_network(settings: dict, tmp_path: Path) -> None:
     "settings",
     [
         *SOME,
-        {"base": "finalmlp", "pooling": "multi_query", "activation": "dice", "batch_norm": True},
+        {"base": "finalmlp", "pooling": "multi_query", "activation": "prelu", "batch_norm": True},
         {"base": "two_tower"},
         {"base": "lr", "pooling": "concat"},
         {"base": "dcn", "pooling": "transformer", "pooling_length": 3},

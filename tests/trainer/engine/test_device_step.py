@@ -54,7 +54,6 @@ CASES: dict[str, dict[str, Any]] = {
     **{base: {"base": base} for base in ("lr", "din", "dcn", "finalmlp")},
     "two_tower": {"base": "two_tower"},
     "batch_norm": {"batch_norm": True, "dropout": 0.2},
-    "dice": {"activation": "dice", "pooling": "attentive"},
     "id_dropout": {"id_dropout": 0.5},
     "new ads": {"image_dropout": 0.3},
     "ids alone": {"images": "none"},

@@ -262,8 +262,6 @@ SCENARIOS = {
     "batch_norm_rank_without_data": Scenario(
         {"base": "dcn", "images": "ad", "batch_norm": True, "init": "torch"}, deal="starve"
     ),
-    "dice": Scenario({"base": "din", "images": "both", "activation": "dice"}),
-    "dice_rank_without_data": Scenario({"base": "din", "images": "none", "activation": "dice"}, deal="starve"),
     "dropout": Scenario({"images": "none", "dropout": 0.5}, deal="starve"),
     "dropout_streams": Scenario(
         {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
@@ -273,7 +271,7 @@ SCENARIOS = {
     ),
     "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
     "finalmlp": Scenario(
-        {"base": "finalmlp", "dropout": 0.2, "activation": "dice"},
+        {"base": "finalmlp", "dropout": 0.2, "batch_norm": True, "init": "torch"},
         deal="starve",
         most_ranks=2,
     ),

@@ -1,4 +1,4 @@
-"""Layers of the networks: pooling and softmax against plain loops, norms and Dice against torch's, dropout, starts."""
+"""Layers of the networks: pooling and softmax against plain loops, norms against torch's, dropout, starts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from trainer.config.options import ModelConfig
 from trainer.exchange.vectors import take_rows
 from trainer.models.layers import (
-    Dice,
     GlobalBatchNorm,
     HiddenLayers,
     Mlp,
@@ -111,8 +110,8 @@ def drawn_rows(count: int, width: int = 3, seed: int = 0) -> Tensor:
     return (2 + 3 * torch.randn(count, width, generator=generator, dtype=torch.float64)).requires_grad_()
 
 
-def norm_of(width: int = 3, *, affine: bool = True) -> GlobalBatchNorm:
-    return GlobalBatchNorm(width, StepPlace(), "step.norm.1", eps=1e-5, momentum=0.1, affine=affine).double()
+def norm_of() -> GlobalBatchNorm:
+    return GlobalBatchNorm(3, StepPlace(), "step.norm.1").double()
 
 
 class TestBatchNorm:
@@ -145,13 +144,6 @@ class TestBatchNorm:
         norm = norm_of()
         assert norm(drawn_rows(1)).tolist() == [[0, 0, 0]]
         assert norm.running_var.isfinite().all()
-
-
-def test_dice_is_its_formula() -> None:
-    dice = Dice(3, norm_of(affine=False)).double()
-    nn.init.normal_(dice.alpha)
-    p = torch.sigmoid(nn.BatchNorm1d(3, affine=False).double()(drawn_rows(6)))
-    torch.testing.assert_close(dice(drawn_rows(6)), p * drawn_rows(6) + (1 - p) * dice.alpha * drawn_rows(6))
 
 
 class TestDropout:

@@ -109,7 +109,7 @@ def test_logits_of_a_plain_loop(images: str, multi_hot: str) -> None:
     torch.testing.assert_close(model(fields, dense, GROUPS), torch.stack(plain(model, images, multi_hot)))
 
 
-@pytest.mark.parametrize("setting", [{"dropout": 0.1}, {"batch_norm": True}, {"activation": "dice"}])
+@pytest.mark.parametrize("setting", [{"dropout": 0.1}, {"batch_norm": True}])
 def test_layers_that_need_a_row_for_each_sample_are_refused(setting: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"two_tower makes the user's vector once .*set model\.dropout=0"):
         TwoTower(Schema(fields=FIELDS), config(**setting))
