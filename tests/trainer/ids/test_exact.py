@@ -136,9 +136,8 @@ class TestRows:
             "expired": 0,
         }
 
-    @pytest.mark.parametrize("when_full", ["evict", "refuse"])
-    def test_bytes_are_those_of_the_arrays(self, when_full: str) -> None:
-        shape = shape_of(1000, admit_after=3, when_full=when_full)
+    def test_bytes_are_those_of_the_arrays(self) -> None:
+        shape = shape_of(1000, admit_after=3)
         for rank in range(3):
             table = table_of(shape, rank, 3)
             assert table.filter is not None
@@ -449,21 +448,3 @@ class TestGoingOn:
         )
         assert_same(mine, theirs)
         assert have_rows(after, IDS) == {IDS[0], *IDS[6 : ROWS + 5]}
-
-    def test_after_a_run_in_which_rows_made_no_room_days_tell_the_order(self) -> None:
-        before = table_of(shape_of(ROWS * SHARDS, when_full="refuse"))
-        for day, ids in ((20, IDS[:ROWS]), (21, IDS[10:ROWS]), (22, IDS[:3])):
-            before.begin_day(day_of(day))
-            train(before, ids)
-        assert not [name for name in before.names() if name.endswith(("used_at", "clock"))]
-        after = table_of(shape_of(ROWS * SHARDS))
-        assert set(before.warm_names()) < set(after.warm_names())
-        after.begin_with(state_of(before))
-        train(after, IDS[ROWS : ROWS + 7])
-        assert have_rows(after, IDS) == {*IDS[:3], *IDS[10 : ROWS + 7]}
-
-    def test_a_table_that_refuses_counts_no_steps(self) -> None:
-        table = table_of(shape_of(40, when_full="refuse"))
-        for ids in STEPS:
-            train(table, ids)
-        assert len(table.used_at) == 0 and table.counts.evicted == 0 < table.counts.refused
