@@ -1,4 +1,4 @@
-"""Weights of ids: from the samples' columns to the pooled vectors, the same offline as online, and what is refused."""
+"""Weights of ids: read with their ids, found by a look at samples, and the same in an ad index as in training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.trainer.models.pooling.test_aggregators import field_of
 from tests.trainer.whole_runs import run_alone
 from trainer.comm import SoloComm
-from trainer.config.options import ModelConfig
-from trainer.exchange.vectors import FieldVectors
-from trainer.models.nets import build_model
-from trainer.models.pooling import mean_pool, sum_pool
 from trainer.prerank.vectors import (
     ad_vectors,
     ads_of_samples,
@@ -75,72 +70,6 @@ def weighted(make_places: Callable[[Path], Any], tmp_path_factory: pytest.TempPa
     settings["model__tables"] = "{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_words: 128}"
     run_alone(places, run__name="towers", model__base="two_tower", train__max_steps=12, **settings)
     return places
-
-
-class TestPooling:
-    groups, weights = ((1, 1), (), (0, 3, 1), (2,)), (0.5, -1.0, 2.0, 0.0, 1.5, -2.0)
-
-    def field(self, vectors: torch.Tensor) -> FieldVectors:
-        field = field_of([list(group) for group in self.groups], vectors)
-        field.weights_N = torch.tensor(self.weights, dtype=torch.float64)
-        return field
-
-    def test_a_sum_is_that_of_an_embedding_bag(self) -> None:
-        vectors = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-        indices, offsets = torch.tensor([row for group in self.groups for row in group]), torch.tensor([0, 2, 2, 5])
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        expected = torch.nn.functional.embedding_bag(indices, vectors, offsets, mode="sum", per_sample_weights=weights)
-        mine = sum_pool(self.field(vectors))
-        torch.testing.assert_close(mine, expected)
-        gradients = [torch.autograd.grad((each**2).sum(), vectors, retain_graph=True)[0] for each in (mine, expected)]
-        torch.testing.assert_close(*gradients)
-
-    def test_a_mean_divides_by_the_absolute_weights(self) -> None:
-        vectors = torch.randn(4, 3, dtype=torch.float64)
-        field = self.field(vectors)
-        expected = torch.stack(
-            [
-                (0.5 * vectors[1] - vectors[1]) / 1.5,
-                torch.zeros(3).double(),
-                (2 * vectors[0] + 1.5 * vectors[1]) / 3.5,
-                -vectors[2],
-            ]
-        )
-        torch.testing.assert_close(mean_pool(field), expected)
-        field.weights_N = torch.full((6,), 7.0, dtype=torch.float64)
-        plain = field_of([list(group) for group in self.groups], vectors)
-        torch.testing.assert_close(mean_pool(field), mean_pool(plain))
-        field.weights_N = torch.zeros(6, dtype=torch.float64)
-        assert not mean_pool(field).any()
-
-    @pytest.mark.parametrize("base", ["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"])
-    def test_every_base_net_multiplies(self, base: str) -> None:
-        torch.manual_seed(0)
-        fields = (
-            Field(name="tags", side="user", kind="multi_id", table="t"),
-            Field(name="ad_tag", side="ad", kind="id", table="t"),
-        )
-        config = ModelConfig(base=base, images="none", id_width=3, mlp=[4], tables={"t": 8}, multi_hot="sum")
-        model = build_model(Schema(fields=fields, new_ad_field="ad_tag"), config).double()
-        width = 1 if base == "lr" else 3
-        tags, ads = torch.randn(3, width, dtype=torch.float64), torch.randn(2, width, dtype=torch.float64)
-        lengths, places = torch.tensor([2, 1]), torch.arange(3)
-
-        def logit(tags: FieldVectors, ads: FieldVectors) -> torch.Tensor:
-            result: torch.Tensor = model({"tags": tags, "ad_tag": ads}, {}, torch.tensor([0, 1]))
-            return result
-
-        weights, ad_weights = torch.tensor([2.0, -1.0, 0.5]).double(), torch.tensor([3.0, 0.0]).double()
-        mine = logit(
-            FieldVectors(tags, places, lengths, weights),
-            FieldVectors(ads, places[:2], torch.ones(2).long(), ad_weights),
-        )
-        multiplied = tags * weights[:, None], ads * ad_weights[:, None]
-        expected = logit(
-            FieldVectors(multiplied[0], places, lengths),
-            FieldVectors(multiplied[1], places[:2], torch.ones(2).long()),
-        )
-        torch.testing.assert_close(mine, expected)
 
 
 class TestReading:
