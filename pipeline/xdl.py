@@ -269,9 +269,9 @@ def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField]) -
             side |= {"table": table, "column": each.column}
         made.append(Field(name=name, kind="id" if each.is_single else "multi_id", weights=weights, **side))
         column = profile.columns[each.column]
-        num_ids, most = column.distinct.estimate, 1 if each.is_single else column.longest
+        num_ids, most = column.num_different, 1 if each.is_single else column.longest
         tables[table] = max(tables.get(table, 0), table_rows(num_ids))
-        notes[name] = f"about {num_ids:,} ids, {most} a line at most"
+        notes[name] = f"{num_ids:,} ids, {most} a line at most"
     new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
     schema = Schema(fields=tuple(made), new_ad_field=new_ad)
     header = "Fields of XDL's text samples, as they were found.", "kind: id | multi_id | dense | content (image keys)."

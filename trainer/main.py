@@ -196,7 +196,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         **measured,
         "missing_lookups": sum(missing.values()),
         "missing_by_store": missing,
-        "tables": {name: each.as_report() for name, each in training.tables.items()},
+        "tables": training.tables,
         "global_step": run.engine.num_steps,
         "checkpoints": training.checkpoints,
         "checkpoint_stall_ms": training.checkpoint_stall_ms,

@@ -17,16 +17,16 @@ from benchmarks.seeds import seed_mean
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
 GRIDS: Mapping[Side, Sequence[Sequence[Mapping[str, Any]]]] = {
     "ours": (
-        ({"optim.lr": 0.001, "optim.ids_lr": 0.006}, {"optim.lr": 0.002, "optim.ids_lr": 0.012}),
-        ({"optim.id_l2": 0.0}, {"optim.id_l2": 1e-5}),
+        ({"optim.lr": 0.001}, {"optim.lr": 0.002}),
+        ({"optim.ids_lr": 0.006}, {"optim.ids_lr": 0.012}),
     ),
     "fuxictr": (
         ({"learning_rate": 0.001}, {"learning_rate": 0.002}),
         ({"embedding_regularizer": 0.0}, {"embedding_regularizer": 1e-6}),
     ),
 }
-"""What is tried of each side, every rate with every penalty: its default rates and twice these; L2 of ID rows, ours
-adaptive and FuxiCTR's of all rows in each step."""
+"""What is tried of each side, each with each: ours the default rates and twice these, of dense parameters and ID rows;
+FuxiCTR's its default rate and twice that, without and with L2 of all ID rows in each step."""
 GOALS = {"epoch1": "after the first epoch", "best": "after the best one"}
 
 

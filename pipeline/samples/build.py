@@ -372,8 +372,8 @@ def write_suggested(folder: Path, samples: str) -> None:
 
     Raises SchemaError.
     """
-    schema, made, table = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
-    write_schema(folder, samples, render_schema(schema, made, table, samples), made.tables)
+    schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
+    write_schema(folder, samples, render_schema(schema, made, samples), made.tables)
 
 
 def write_schema(

@@ -56,10 +56,10 @@ from serving.bundle.rows import Bool, Float32, encoded
 from serving.errors import BrokenBundleError, ServingError
 from serving.network.exporting import export_network
 from trainer.comm import SoloComm
-from trainer.engine.choices import state_of
 from trainer.engine.wiring import table_shapes
 from trainer.errors import TrainerError
 from trainer.ids.exact import IDS, ExactShape
+from trainer.ids.optimizers import state_of
 from trainer.ids.shards import WEIGHT, TableShape, initial_rows
 from trainer.models.layers import used_fields
 from trainer.models.nets import build_model

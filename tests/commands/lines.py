@@ -205,7 +205,6 @@ SETTINGS = [
     (f"train.seed={HUGE}", "train.seed"),
     ("train.seed=-1", "train.seed"),
     ("train.early_stopping=1", "train.eval_every"),
-    ("optim.id_l2=nan", "optim.id_l2"),
     ("run.name=../x", "run.name"),
     ("run.name=[/x]", "run.name"),
     ("run.name=.", "run.name"),

@@ -15,7 +15,6 @@ from trainer import daily as daytable
 from trainer.config.config import load_config, save_config
 from trainer.evaluation import report
 from trainer.evaluation.bootstrap import METRICS, Estimate, Figures, Measured, SlicedBy
-from trainer.ids.figures import Collisions, ExactFigures
 from trainer.loop import summary
 
 LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90
@@ -33,11 +32,11 @@ def of_training(_: Path) -> list[str]:
     figures |= {"samples_per_s": 1234567.8, "bytes_sent_per_step": 98765432, "bytes_by_collective_per_step": {}}
     figures |= {"name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040, "metrics": {"gauc": 0.654321}}
     figures |= {"missing_lookups": 7, "missing_by_store": {}, "seconds": {"wait": 12.5}, "stages": stages}
-    exact = ExactFigures(1255, True, 1221, 9876543, served=5000, cold=720, refused=0, evicted=0, expired=0)
-    hashed = Collisions(123456, 7654321, 120000, 0.5678, False)
-    figures["tables"] = {"item": hashed.as_report(), "user": exact.as_report()}
+    exact = {"kind": "exact", "rows": 9876543, "used_rows": 1221, "share": 0.144}
+    hashed = {"kind": "hashed", "rows": 7654321, "used_rows": 123456, "share": 0.5678}
+    figures["tables"] = {"item": hashed, "user": exact}
     summary.show(text_console(), figures)
-    shown = ["1,234,568", "98,765,432", "0.6543", "123456.7", "25%", "about 123,456", "56.8%", LONG]
+    shown = ["1,234,568", "98,765,432", "0.6543", "123456.7", "25%", "123,456", "56.8%", LONG]
     return [*shown, "14.4%", "lookups", "cold"]  # the last three of the exact table
 
 

@@ -43,6 +43,7 @@ from tests.trainer.whole_runs import SHARED, Places, all_alike, assert_same, dra
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import DataError, TrainerError
+from trainer.ids.figures import num_ids
 from trainer.loop.summary import StepTotals
 from trainer.main import app
 from trainer.runs.checkpoint import read_state
@@ -141,7 +142,7 @@ class TestCommandLine:
         report = report_of(places.folder / "runs" / "cli")
         assert report["steps"] == 1
         items = report["tables"]["item"]  # 40 at most, in 64 rows
-        warning = f"warning: table item: {items['share']:.0%} of {items['ids']} different ids share one of its 64 rows "
+        warning = f"warning: table item: about {items['share']:.0%} of its ids share one of its 64 rows "
         assert items["share"] > 0.25 and " ".join(result.stdout.split()).count(warning) == 1
 
 
@@ -409,11 +410,10 @@ class TestAlone:
         assert report["owner_skew"] == 1.0
         met = set(train_ads.tolist())  # in 30 steps, all of them
         items = report["tables"]["item"]
-        assert items["is_exact"] and len(met) <= items["ids"] < 4096
-        assert items["used_rows"] <= items["ids"] <= items["used_rows"] * (1 + items["share"])
+        assert num_ids(64, items["used_rows"]) == pytest.approx(len(met), rel=0.3)
         curves = drawn_scalars(alone / "tensorboard")
         for name in ("user", "item", "image"):
-            step, share = curves[f"tables/{name}/collisions"][-1]
+            step, share = curves[f"tables/{name}/share"][-1]
             assert (step, share) == (30, pytest.approx(report["tables"][name]["share"], rel=1e-6))
 
     def test_files(self, alone: Path, places: Places) -> None:

@@ -8,10 +8,9 @@ from torch import nn
 
 from trainer.comm import SoloComm
 from trainer.config.options import OptimConfig
-from trainer.engine.choices import DecayedDense
 from trainer.errors import CheckpointError
 from trainer.ids.shards import check_names
-from trainer.optim import DenseOptimizer, rates_at
+from trainer.optim import DecayedDense, DenseOptimizer, rates_at
 
 
 class DoublingComm(SoloComm):

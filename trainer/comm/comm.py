@@ -76,17 +76,18 @@ class Comm(ABC):
         self.start_allreduce_sum_(values, name=name)()
         return values
 
-    @abstractmethod
     def allgather(self, rows_N: Tensor, name: str) -> Tensor:
         """Return the rows of all ranks, in the order of ranks; their numbers may differ."""
+        return torch.cat(self._gathered(rows_N, name))
 
-    @abstractmethod
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
         """Return one value from each rank, in the order of ranks."""
+        return [cast("Object", _unpickled(data_N)) for data_N in self._gathered(_pickled(value), name)]
 
-    @abstractmethod
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
         """Return the value of rank `root`."""
+        data_N = _pickled(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
+        return cast("Object", _unpickled(self._gathered(data_N, "broadcast")[root]))
 
     @abstractmethod
     def carrier(self, device: torch.device) -> str | None:
@@ -128,6 +129,12 @@ class Comm(ABC):
         result: Object | None = self.on_all(work if self.rank == 0 else lambda: None)
         return cast("Object", self.broadcast_object(result))
 
+    def _gathered(self, rows_N: Tensor, name: str) -> list[Tensor]:
+        """Return the rows of each rank, which sends them to all, by way of the CPU."""
+        copies = rows_N.cpu().repeat(self.size, *[1] * (rows_N.ndim - 1))
+        rows, counts_P = self.alltoall(copies, torch.full((self.size,), len(rows_N), dtype=torch.int32), name=name)
+        return list(torch.split(rows.to(rows_N.device), counts_P.tolist()))
+
     def _count_alltoall(self, rows_N: Tensor, sent_P: Tensor, received_P: Tensor, name: str) -> None:
         """Count the rows sent to and received from other ranks."""
         row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
@@ -151,13 +158,13 @@ def check_splits(rows_N: Tensor, splits_P: Tensor, name: str) -> None:
         raise ValueError(f"{name}: splits {splits_P.tolist()} ({splits_P.dtype}) do not cut {len(rows_N)} rows")
 
 
-def pickled(value: object) -> Tensor:
+def _pickled(value: object) -> Tensor:
     """Serialize a value to bytes (N,) uint8, for the same program on another rank."""
     return torch.from_numpy(np.frombuffer(pickle.dumps(value), np.uint8).copy())
 
 
-def unpickled(data_N: Tensor) -> object:
-    """Deserialize a value that `pickled` has just sent from another rank; never use it on files."""
+def _unpickled(data_N: Tensor) -> object:
+    """Deserialize a value that `_pickled` has just sent from another rank; never use it on files."""
     value: object = pickle.loads(data_N.numpy().tobytes())
     return value
 
@@ -174,9 +181,6 @@ class SoloComm(Comm):
 
     def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
         return _nothing
-
-    def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        return rows_N
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
         return [value]

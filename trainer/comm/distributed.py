@@ -33,17 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from trainer.comm.comm import (
-    DEADLINE_S,
-    Board,
-    Comm,
-    Object,
-    check_splits,
-    in_time,
-    loss,
-    pickled,
-    unpickled,
-)
+from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, in_time, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
 Carrier = Literal["gloo", "nccl"]
@@ -284,8 +274,6 @@ def _first_line(error: Exception) -> str:
 _MAIN = "lane.start"
 _LOOK_S = 0.2
 """Seconds between checks of the deadline and of signals during a wait, which ends at once with its collective."""
-_UNEVEN = 1.5
-"""Rows are gathered in parts padded to the longest, unless that sends this many times their bytes."""
 
 
 class TorchComm(Comm):
@@ -331,16 +319,6 @@ class TorchComm(Comm):
             self._count_allreduce(values, name)
 
         return finish
-
-    def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        return torch.cat(self._gathered(rows_N.cpu(), name)).to(rows_N.device)
-
-    def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        return [cast("Object", unpickled(piece)) for piece in self._gathered(pickled(value), name)]
-
-    def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        data = pickled(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
-        return cast("Object", unpickled(self._gathered(data, "broadcast")[root]))
 
     def carrier(self, device: torch.device) -> str | None:
         carrier = "NCCL" if device.type == "cuda" and self.moves_cuda_tensors else "Gloo"
@@ -392,29 +370,6 @@ class TorchComm(Comm):
         astray = (heard_P2[:, 1] != kind).nonzero().flatten().tolist()
         assert not astray, f"ranks {astray} are in another collective than {key} of rank {self.rank}"
         return heard_P2[:, 0].int()
-
-    def _gathered(self, rows_N: Tensor, name: str) -> list[Tensor]:
-        """Return the rows of each rank."""
-        key, rows_N = f"allgather.{name}", rows_N.detach().contiguous()
-        lane = self._lane_of(key)
-        counts_P = self._tell(lane, torch.full((self.size,), len(rows_N)), key).tolist()
-        total, longest = sum(counts_P), max(counts_P)
-        if longest * self.size <= _UNEVEN * total:
-            padded_N = torch.cat([rows_N, rows_N.new_zeros((longest - len(rows_N), *rows_N.shape[1:]))])
-            gathered_PN = rows_N.new_empty((self.size, *padded_N.shape))
-            self._wait(key, lane._allgather_base(_bytes(gathered_PN), _bytes(padded_N)))
-            pieces_P = [gathered_PN[rank, :count] for rank, count in enumerate(counts_P)]
-        else:
-            pieces_P = [rows_N.new_empty((count, *rows_N.shape[1:])) for count in counts_P]
-            pieces_P[self.rank] = rows_N
-            for rank, piece_N in enumerate(pieces_P):
-                if len(piece_N):
-                    options = dist.BroadcastOptions()
-                    options.rootRank = rank
-                    self._wait(key, lane.broadcast([_bytes(piece_N)], options))
-        row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
-        self._count(name, rows_N.nbytes * (self.size - 1), row_bytes * total - rows_N.nbytes)
-        return pieces_P
 
     def _wait(self, key: str, work: dist.Work) -> None:
         """Wait for the end of a collective. Raises LostRankError, LateRankError."""

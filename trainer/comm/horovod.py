@@ -10,21 +10,12 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.comm.comm import (
-    DEADLINE_S,
-    Board,
-    Comm,
-    Object,
-    check_splits,
-    loss,
-    pickled,
-    unpickled,
-)
+from trainer.comm.comm import DEADLINE_S, Board, Comm, check_splits, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
 _SETTINGS = {"HOROVOD_CYCLE_TIME": "2"}
@@ -82,22 +73,6 @@ class HorovodComm(Comm):
             self._count_allreduce(values, name)
 
         return finish
-
-    def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        with self._named(name):
-            handle = self._hvd.allgather_async(rows_N.contiguous(), name=f"allgather.{name}")
-        gathered: Tensor = self._wait(handle, name)
-        self._count(name, rows_N.nbytes * (self.size - 1), gathered.nbytes - rows_N.nbytes)
-        return gathered
-
-    def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        data = pickled(value)
-        sizes_P = self.allgather(torch.tensor([len(data)]), name=f"{name}.sizes").tolist()
-        pieces = torch.split(self.allgather(data, name=name), sizes_P)
-        return [cast("Object", unpickled(piece)) for piece in pieces]
-
-    def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        return cast("Object", self.allgather_object(value if self.rank == root else None, name="broadcast")[root])
 
     def carrier(self, device: torch.device) -> str | None:
         if device.type == "cuda" and self.moves_cuda_tensors:

@@ -128,7 +128,7 @@ def _model_inside(annotation: Any) -> type[BaseModel] | None:
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
 OwnNet = str
 """A net of the user's own: the dotted path of its class, as mypackage.MyNet."""
-Activation = Literal["relu", "prelu", "dice"]
+Activation = Literal["relu", "prelu"]
 SeenImages = Literal["none", "ad", "behavior", "both"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 IdOptimizer = Literal["adam", "rowwise_adagrad"]
@@ -303,8 +303,6 @@ class OptimConfig(Section):
     """Adam: the same of their squares."""
     eps: Rows[Annotated[float, Field(gt=0)]] = 1e-8
     """Adam: added to the root of the latter."""
-    id_l2: Training[Annotated[float, Field(ge=0, le=1)]] = 0.0
-    """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
 
     @property
     def alpha(self) -> float:

@@ -14,7 +14,6 @@ from featurestore.lookup.ondevice import on_device
 from trainer.engine.wiring import EngineParts
 from trainer.exchange.exchange import KeyRequest
 from trainer.exchange.vectors import FieldVectors, HostLengths
-from trainer.models.nets import check_logits
 from trainer.optim import Rates, rates_at
 from trainer.samples.reader import Batch
 from trainer.stages import Kind
@@ -139,10 +138,7 @@ class Engine(EngineParts):
             if self.model.training:
                 vectors = self._dropout(vectors, batch, place.step)
             fields = self.model.with_pictures_of_ads({**vectors, **given})
-            outputs = network(fields, dense, group_of_sample_B)
-        if network is self.model:
-            check_logits(self._base, outputs, batch.num_samples)
-        return outputs
+            return network(fields, dense, group_of_sample_B)
 
     def _vectors(self, prepared: PreparedBatch) -> dict[str, FieldVectors]:
         """Ask the exchange for the vectors of a batch, and put its weights and lengths beside them."""

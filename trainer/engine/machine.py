@@ -47,12 +47,11 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     threads = config.run.threads or threads_of(comm.rank, places)
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
-    have_gpu = [each.has_gpu for each in places]
     without_cuda = None if comm.moves_cuda_tensors else comm.without_cuda
-    warning = idle_gpus(config.run.device, have_gpu, without_cuda)
+    on_gpus, warning = choose_gpus(config.run.device, [each.has_gpu for each in places], without_cuda)
     if warning and comm.rank == 0:
         print_warning(warning)
-    if not uses_cuda(config.run.device, all(have_gpu), without_cuda):
+    if not on_gpus:
         return torch.device("cpu")
     here = [rank for rank, each in enumerate(places) if each.host == place.host]
     device = torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
@@ -73,31 +72,21 @@ def threads_of(rank: int, places: Sequence[RankPlace]) -> int:
     return max(1, len(mine.cores) // sharing)
 
 
-def uses_cuda(device: Device, available: bool, without_cuda: str | None) -> bool:
-    """Return whether the ranks compute on GPUs. `available`: every rank has one.
+def choose_gpus(device: Device, have_gpu: Sequence[bool], without_cuda: str | None) -> tuple[bool, str | None]:
+    """Decide whether the ranks compute on GPUs; also warn, with the way out, where some stay idle by run.device=auto.
 
-    `without_cuda`: as in Comm, why collectives do not take tensors of a GPU; None where they do.
-
-    Raises ConfigError where run.device=cuda asks for what is not there.
+    `have_gpu`: of each rank, whether it has one. `without_cuda`: as in Comm, why collectives do not take tensors of a
+    GPU; None where they do. Raises ConfigError where run.device=cuda asks for what is not there.
     """
-    if device == "cuda" and not available:
+    if device == "cpu" or (all(have_gpu) and without_cuda is None):
+        return device != "cpu", None
+    if device == "cuda" and not all(have_gpu):
         raise ConfigError("run.device=cuda: PyTorch finds no GPU on every rank; take run.device=auto or cpu")
-    if device == "cuda" and without_cuda is not None:
+    if device == "cuda":
         raise ConfigError(f"run.device=cuda: {without_cuda}, start one rank alone, or take run.device=cpu")
-    return device != "cpu" and available and without_cuda is None
-
-
-def idle_gpus(device: Device, have_gpu: Sequence[bool], without_cuda: str | None) -> str | None:
-    """Explain why GPUs are not used, and what to do; None if none is idle, or run.device chose the device.
-
-    `have_gpu`: of each rank, whether it has a GPU. `without_cuda`: as for `uses_cuda`.
-    """
-    if device != "auto" or not any(have_gpu) or uses_cuda(device, all(have_gpu), without_cuda):
-        return None
+    reason = without_cuda or "not every rank has one. Start ranks only on hosts with GPUs"
     found = f"{sum(have_gpu)} of {len(have_gpu)} ranks found a GPU, but all compute on the CPU"
-    if without_cuda is not None:
-        return f"{found}: {without_cuda}, or set run.device=cpu"
-    return f"{found}: not every rank has one. Start ranks only on hosts with GPUs; or set run.device=cpu"
+    return False, f"{found}: {reason}; or set run.device=cpu" if any(have_gpu) else None
 
 
 def check_memory(

@@ -15,20 +15,20 @@ from featurestore.lookup.ondevice import Gathered, held_bytes, on_device
 from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig, near_match
-from trainer.engine.choices import DecayedDense, row_optimizer
 from trainer.engine.machine import check_memory, check_same, holds_features, with_compute_dtype
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import Exchange, VectorSource
 from trainer.exchange.routing import Int64, unique
 from trainer.exchange.vectors import FieldVectors, HostLengths
 from trainer.ids.exact import ExactShape, ExactTable
-from trainer.ids.optimizers import SHARED_STATE, RowOptimizer
+from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.shards import IdRows, TableShape, check_names, owned_rows
 from trainer.ids.tables import IdSource, IdTable
 from trainer.models.layers import width_of
 from trainer.models.nets import build_model
 from trainer.models.newads import IdDropout
 from trainer.models.pooling import gallery_vectors
+from trainer.optim import DecayedDense
 from trainer.samples.reader import Batch
 from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
@@ -97,7 +97,7 @@ class EngineParts:
         """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
         self.num_steps = self.first_step = 0  # first_step: where the run begins that continues another one's steps
         self.stages = Stages()
-        self._comm, self._optim, self._base = comm, optim, model.base
+        self._comm, self._optim = comm, optim
         self._device, self._dtype = torch.device(device), dtype
         model = with_compute_dtype(model, comm, self._device, None)
         with torch.random.fork_rng(devices=[]):

@@ -40,8 +40,9 @@ from trainer.exchange.vectors import take_rows
 from trainer.ids.shards import WEIGHT, IdRows, TableShape, uniform
 from trainer.ids.tables import IdTable, RowRequest
 
-IDS, LAST_USE, COUNTS, FADED = "ids", "last_use", "counts", "faded"
-_WARM = (IDS, WEIGHT, LAST_USE, COUNTS, FADED)
+IDS, LAST_USE, USED_AT, CLOCK, COUNTS, FADED = "ids", "last_use", "used_at", "clock", "counts", "faded"
+"""Names in a checkpoint of what a shard has beside rows and their optimiser's state."""
+_WARM = (IDS, WEIGHT, LAST_USE, USED_AT, CLOCK, COUNTS, FADED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,8 @@ class ExactShape(TableShape):
         return f"model.tables.{self.name}.max_rows={self.num_rows}"
 
     @property
-    def evicts(self) -> bool:
-        """Whether rows make room for new ids in a full shard."""
-        return self.rules.when_full == "evict"
-
-    @property
     def index_bytes(self) -> int:
-        marks = 2 if self.evicts else 1
-        return map_bytes(self.rows_per_shard) + marks * 4 * self.rows_per_shard + self.counters_per_shard
+        return map_bytes(self.rows_per_shard) + 2 * 4 * self.rows_per_shard + self.counters_per_shard
 
 
 @dataclass
@@ -114,7 +109,7 @@ class ExactTable(IdTable):
         self.filter = CountingFilter(num_slots, shape.counters_per_shard) if shape.counters_per_shard else None
         self.last_use: NDArray[np.int32] = np.zeros(num_slots * shape.rows_per_shard, np.int32)
         """The day on which each place was last used in training, in days since 1970-01-01."""
-        self.used_at: NDArray[np.int32] = np.zeros(len(self.last_use) if shape.evicts else 0, np.int32)
+        self.used_at: NDArray[np.int32] = np.zeros(len(self.last_use), np.int32)
         """The step in which each place was last used in training, by the shard's clock."""
         self._clock_S = np.zeros(num_slots, np.int32)
         """Training steps that a shard has been through, those of the runs before included that a warm start took."""
@@ -126,8 +121,6 @@ class ExactTable(IdTable):
     def serve(self, ids_R: Int64, kind: str = "step") -> ExactRequest:
         """Find the unique ids, their hashes and slots, ahead of the steps; `settle` finds their rows in the step."""
         ids_Q, inverse_R = unique(ids_R)
-        if kind == "step":
-            self.seen = self.seen.with_values(ids_Q)
         hash_Q = splitmix64(ids_Q)
         slot_Q = self._slot_of_shard[shard_of_hash(hash_Q, self.shape.num_shards)]
         assert (slot_Q >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
@@ -156,7 +149,7 @@ class ExactTable(IdTable):
         return rows_UV if len(rows_UV) == request.num_unique else take_rows(rows_UV, self._on_device(request.inverse_Q))
 
     def tally(self) -> dict[str, int]:
-        return {"rows": int(self.map.used_S.sum()), **asdict(self.counts)}
+        return {"used_rows": int(self.map.used_S.sum()), **asdict(self.counts)}
 
     def begin_day(self, date_: date | None) -> None:
         """Use rows on this day from now on, and free those that were last used more than `expire_days` before.
@@ -184,15 +177,11 @@ class ExactTable(IdTable):
                 self._faded_S[slot] = day
 
     def warm_names(self) -> list[str]:
-        """List names of the tensors that `begin_with` takes; those of `used_at` and `clock` may be lacking."""
-        parts = (*_WARM, USED_AT, CLOCK) if self.shape.evicts else _WARM
-        return [self._name(shard, part) for shard in self.shards for part in parts]
+        return [self._name(shard, part) for shard in self.shards for part in _WARM]
 
     def _warm_parts(self, slot: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Ids, weights and days of last use; and counts, where there are as many counters here."""
+        """Ids, weights and when rows were used; and counts, where there are as many counters here."""
         parts = super()._warm_parts(slot, state) | self._parts_of(slot, state, _WARM)
-        if self.shape.evicts:
-            parts |= order_of_use(state, self._name(self.shards[slot], ""), parts[LAST_USE])
         if len(parts[COUNTS]) != self.shape.counters_per_shard:
             del parts[COUNTS], parts[FADED]
         return parts
@@ -216,8 +205,7 @@ class ExactTable(IdTable):
     def _mark(self, slot_Q: Int64, place_Q: Int64, which_M: Int64) -> None:
         """Notes that these places are used today, in this step."""
         self.last_use[place_Q[which_M]] = self._day
-        if self.shape.evicts:
-            self.used_at[place_Q[which_M]] = self._clock_S[slot_Q[which_M]]
+        self.used_at[place_Q[which_M]] = self._clock_S[slot_Q[which_M]]
 
     def _admit(self, slot_M: Int64, hash_M: UInt64Array, ids_M: Int64) -> Int64:
         """Counts ids that have no row, and gives rows to those that have occurred often enough; the places of all."""
@@ -227,7 +215,7 @@ class ExactTable(IdTable):
             wanting_M = np.flatnonzero(self.filter.add(slot_M, hash_M) >= self.shape.rules.admit_after)
         if not len(wanting_M):
             return place_M
-        if self.shape.evicts:
+        if self.shape.rules.when_full == "evict":
             self._make_room(slot_M[wanting_M])
         place_M[wanting_M] = self.map.insert(slot_M[wanting_M], hash_M[wanting_M], ids_M[wanting_M])
         new_M = wanting_M[place_M[wanting_M] % self.shape.rows_per_shard != 0]
@@ -261,7 +249,7 @@ class ExactTable(IdTable):
         if not len(gone_K):
             return
         parts = self._of_slot(slot).parts.values()
-        marks = [self._of_rows(each, slot) for each in self._marks().values()]
+        marks = [self._of_rows(each, slot) for each in (self.last_use, self.used_at)]
         from_M, to_M = self.map.remove(slot, gone_K)
         free = 1 + int(self.map.used_S[slot])
         for values in parts:
@@ -290,18 +278,13 @@ class ExactTable(IdTable):
         start = slot * self.shape.rows_per_shard
         return each[start : start + 1 + int(self.map.used_S[slot])]
 
-    def _marks(self) -> dict[str, NDArray[np.int32]]:
-        """When each place was used, by the last part of the name in a checkpoint."""
-        return {LAST_USE: self.last_use, **({USED_AT: self.used_at} if self.shape.evicts else {})}
-
     def _kept_of(self, slot: int) -> dict[str, Tensor]:
-        marks = {part: torch.from_numpy(self._of_rows(each, slot)) for part, each in self._marks().items()}
-        if self.shape.evicts:
-            marks[CLOCK] = torch.from_numpy(self._clock_S[slot : slot + 1])
         counts = self.filter.counts_SC[slot] if self.filter else np.empty(0, np.uint8)
         return super()._kept_of(slot) | {
             IDS: torch.from_numpy(self.map.ids_of(slot)),
-            **marks,
+            LAST_USE: torch.from_numpy(self._of_rows(self.last_use, slot)),
+            USED_AT: torch.from_numpy(self._of_rows(self.used_at, slot)),
+            CLOCK: torch.from_numpy(self._clock_S[slot : slot + 1]),
             COUNTS: torch.from_numpy(counts),
             FADED: torch.from_numpy(self._faded_S[slot : slot + 1]),
         }
@@ -527,8 +510,6 @@ def counters_for(rows: int) -> int:
     return 1 << (_COUNTERS_A_ROW * rows - 1).bit_length()
 
 
-USED_AT, CLOCK = "used_at", "clock"
-"""Names in a checkpoint: the step in which each row was last used, and how many steps there were."""
 _AT_ONCE = 1 / 16
 
 
@@ -550,12 +531,3 @@ def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64, most: int, now: i
     older, tied = np.flatnonzero(used_at_N < limit), np.flatnonzero(used_at_N == limit)
     tied = tied[np.argsort(ids_N[tied])[: most - len(older)]]
     return np.sort(np.concatenate([older, tied]))
-
-
-def order_of_use(state: Mapping[str, Tensor], shard: str, last_use_N: Tensor) -> dict[str, Tensor]:
-    """Read the order in which a shard's rows were used out of the checkpoint that a run begins with.
-
-    It is by steps, or by days where rows did not make room then. `shard` is how its names begin."""
-    if shard + CLOCK in state:
-        return {part: state[shard + part] for part in (USED_AT, CLOCK)}
-    return {USED_AT: last_use_N, CLOCK: last_use_N.max().reshape(1)}

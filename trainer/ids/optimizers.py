@@ -1,4 +1,4 @@
-"""The optimiser of ID rows: Adam, whose decay of rows not seen is exact.
+"""The optimisers of ID rows: Adam, whose decay of rows not seen is exact, and row-wise Adagrad.
 
 Q rows touched, V numbers in each; all work on copies of these rows alone. The row's `gradient_QV` is the sum over all
 ranks, of the mean loss over the global batch.
@@ -26,6 +26,8 @@ class RowOptimizer:
 
     state: tuple[StatePart, ...] = ()
     """What is kept of a row together with its weights."""
+    mark = ""
+    """The part of the state that is zero in rows that no step has touched, and in no others."""
     lags = False
     """Whether weights in memory may be others than what a checkpoint is to have."""
 
@@ -64,7 +66,7 @@ class Adam(RowOptimizer):
     """
 
     state = (StatePart("momentum", "vector"), StatePart("variance", "vector"), StatePart("last_step", "count"))
-    lags = True
+    mark, lags = "last_step", True
 
     def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         """Raises ConfigError for betas that do not fit the type."""
@@ -101,3 +103,24 @@ class Adam(RowOptimizer):
 def _power(beta: float, steps_Q: Tensor, dtype: torch.dtype) -> Tensor:
     """beta^steps (Q, 1), by float64's exp, which is quick; a base rounded to float32 would tell after some steps."""
     return torch.exp(steps_Q * (math.log(beta) if beta else -math.inf)).to(dtype).unsqueeze(1)
+
+
+class RowwiseAdagrad(RowOptimizer):
+    """Adagrad with one sum a row, of the mean squared gradient over it (FBGEMM's EXACT_ROWWISE_ADAGRAD)."""
+
+    state, mark = (StatePart("sum", "number"),), "sum"
+
+    def _move(self, rows: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        sum_Q = rows.parts["sum"].add_(gradient_QV.square().mean(1))
+        step_Q = rates.ids_lr / sum_Q.sqrt().add_(self._config.eps)
+        return weight_QV - gradient_QV * step_Q.unsqueeze(1)
+
+
+def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RowOptimizer:
+    """Make the optimiser of ID rows that `optim` names. Raises ConfigError where it cannot have these settings."""
+    return Adam(config, dtype, device) if config.ids == "adam" else RowwiseAdagrad(config)
+
+
+def state_of(config: OptimConfig) -> tuple[StatePart, ...]:
+    """List what the optimiser that `optim` names keeps of a row."""
+    return Adam.state if config.ids == "adam" else RowwiseAdagrad.state

@@ -146,20 +146,13 @@ class TableShape:
         """Find shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
         if self.direct:
             return ids_N % self.num_shards, ids_N // self.num_shards
-        return self._place_of_hash(splitmix64(ids_N))
+        hash_N = splitmix64(ids_N)
+        low_bits_N = hash_N & np.uint64(0xFFFFFFFF)
+        return shard_of_hash(hash_N, self.num_shards), (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
 
     def shards_of(self, ids_N: Int64) -> Int64:
         """Find the shard of each id."""
         return ids_N % self.num_shards if self.direct else shard_of(ids_N, self.num_shards)
-
-    def rows_of_hashes(self, hash_N: UInt64Array) -> Int64:
-        """Find the row of each splitmix64 hash of an id, by its place in the whole table, shard by shard."""
-        shard_N, row_N = self._place_of_hash(hash_N)
-        return shard_N * self.rows_per_shard + row_N
-
-    def _place_of_hash(self, hash_N: UInt64Array) -> tuple[Int64, Int64]:
-        low_bits_N = hash_N & np.uint64(0xFFFFFFFF)
-        return shard_of_hash(hash_N, self.num_shards), (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
 
 
 class TableShards:
@@ -228,7 +221,7 @@ class TableShards:
         if lacking := [name for name in name_of.values() if name not in state]:
             raise CheckpointError(
                 f"{lacking[0]} is not in the checkpoint; was it written with another model.tables.{self.shape.name}, "
-                "model.table_shards or optim.ids, or without optim.id_l2?"
+                "model.table_shards or optim.ids?"
             )
         return {part: state[name] for part, name in name_of.items()}
 

@@ -16,7 +16,6 @@ from trainer.exchange.routing import Int64, unique_below
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.shards import IdRows, TableShape, TableShards, owned_rows
 from trainer.optim import Rates
-from trainer.schema.fields import DistinctCount
 
 
 @dataclass
@@ -40,20 +39,13 @@ class IdTable(TableShards):
         source.key_sources[shape.name] = self
         rows = source.rows.narrow(self.first_row, source.num_taken - self.first_row)
         super().__init__(shape, rank, num_ranks, seed=seed, scale=scale, optimizer=source.optimizer, rows=rows)
-        self.seen = DistinctCount()
-        """Different ids that this rank has served in training."""
 
     def owner_of(self, ids_U: Int64) -> Int64:
         """Find the rank that has the row of each id."""
         return owner_of(self.shape.shards_of(ids_U), self._num_ranks)
 
     def serve(self, ids_R: Int64, kind: str = "step") -> RowRequest:
-        """Find the unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight.
-
-        The ids of a training step, which comes in the order of steps, are noted in `seen`.
-        """
-        if kind == "step":
-            self.seen = self.seen.with_values(ids_R)
+        """Find the unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight."""
         shard_R, row_R = self.shape.place_of(ids_R)
         slot_R = self._slot_of_shard[shard_R]
         assert (slot_R >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
@@ -73,8 +65,8 @@ class IdTable(TableShards):
         return rows_UV
 
     def tally(self) -> dict[str, int]:
-        """Return this rank's counts besides `seen`, to be summed over ranks."""
-        return {}
+        """Count the rows that training has touched; what ranks count adds up to the table's."""
+        return {"used_rows": int(self.rows.parts[self.optimizer.mark].count_nonzero())}
 
 
 @dataclass(frozen=True)

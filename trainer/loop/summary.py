@@ -367,13 +367,11 @@ def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
 
 
 def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:
-    shown = _table("ID table", "different ids", "rows", "ids that share a row")
+    shown = _table("ID table", "rows", "rows in use", "ids that share a row")
     for name, row in tables.items():
-        about = "" if row["is_exact"] else "about "
-        rows = f"{row['rows']:,}" + (f" of {row['max_rows']:,}" if row["kind"] == "exact" else "")
         of_lookups = " of lookups got the cold row" if row["kind"] == "exact" else ""
         share = "-" if row["share"] is None else f"{row['share']:.1%}{of_lookups}"
-        shown.add_row(name, f"{about}{row['ids']:,}", rows, share)
+        shown.add_row(name, f"{row['rows']:,}", f"{row['used_rows']:,}", share)
     return shown
 
 

@@ -26,7 +26,7 @@ from trainer.engine.machine import objects_frozen
 from trainer.errors import CheckpointError, RemoteRankError, TrainerError
 from trainer.evaluation.bootstrap import Float, Metrics
 from trainer.evaluation.predict import evaluate
-from trainer.ids.figures import TableFigures, gather_figures
+from trainer.ids.figures import Figures, gather_figures, warning_of
 from trainer.loop import summary
 from trainer.loop.summary import ProgressLog
 from trainer.models.newads import NewAds
@@ -171,7 +171,7 @@ class Training:
         self._patience = run.config.train.early_stopping
         self.totals = summary.StepTotals()
         self.metrics: Metrics = {}
-        self.tables: dict[str, TableFigures] = {}
+        self.tables: dict[str, Figures] = {}
         """Of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
         train = run.config.train
@@ -380,9 +380,9 @@ class Training:
         tables = {name: table for name, table in self._engine.tables.items() if not table.shape.direct}
         self.tables = gather_figures(self._run.comm, tables)
         for name, figures in self.tables.items():
-            scalars = {f"tables/{name}/{what}": value for what, value in figures.scalars().items()}
+            scalars = {f"tables/{name}/{what}": value for what, value in figures.items() if what != "kind"}
             self._progress.details(self._engine.num_steps, scalars)
-            if name not in self._warned and (warning := figures.warning(name)):
+            if name not in self._warned and (warning := warning_of(name, figures)):
                 self._warned.add(name)
                 self._progress.say(f"warning: {warning}")
 

@@ -78,8 +78,8 @@ def width_of(field: Field, config: ModelConfig) -> int:
     return config.visual_width if field.kind == "content" else config.id_width
 
 
-# Of FuxiCTR and torch: eps and the share of a step in the running values.
-_NORM, _DICE = (1e-5, 0.1), (1e-9, 0.01)
+# Torch's: eps, and the share of a step in the running values.
+_EPS, _MOMENTUM = 1e-5, 0.1
 
 
 @dataclass
@@ -100,15 +100,9 @@ class HiddenLayers:
         self._config, self._place = config, place
         self._num_norms = self._num_dropouts = 0
 
-    def activation(self, width: int) -> nn.Module:
-        """Make `model.activation` for a layer of `width` units."""
-        match self._config.activation:
-            case "relu":
-                return nn.ReLU()
-            case "prelu":
-                return PReLU()
-            case "dice":
-                return Dice(width, self._norm(width, *_DICE, affine=False))
+    def activation(self) -> nn.Module:
+        """Make `model.activation`."""
+        return PReLU() if self._config.activation == "prelu" else nn.ReLU()
 
     def after(self, layer: int, width: int) -> Iterator[tuple[str, nn.Module]]:
         """Return names and modules that follow linear layer number `layer`.
@@ -116,16 +110,12 @@ class HiddenLayers:
         The activation's name is the same with any setting: a checkpoint of a model without dropout fits one with it.
         """
         if self._config.batch_norm:
-            yield f"norm{layer}", self._norm(width, *_NORM, affine=True)
-        yield str(2 * layer + 1), self.activation(width)
+            self._num_norms += 1
+            yield f"norm{layer}", GlobalBatchNorm(width, self._place, f"step.norm.{self._num_norms}")
+        yield str(2 * layer + 1), self.activation()
         if self._config.dropout:
             self._num_dropouts += 1
             yield f"dropout{layer}", PlacedDropout(self._config.dropout, self._place, self._num_dropouts)
-
-    def _norm(self, width: int, eps: float, momentum: float, *, affine: bool) -> "GlobalBatchNorm":
-        self._num_norms += 1
-        name = f"step.norm.{self._num_norms}"
-        return GlobalBatchNorm(width, self._place, name, eps=eps, momentum=momentum, affine=affine)
 
 
 class GlobalBatchNorm(nn.Module):
@@ -138,21 +128,18 @@ class GlobalBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, width: int, place: StepPlace, name: str, *, eps: float, momentum: float, affine: bool) -> None:
+    def __init__(self, width: int, place: StepPlace, name: str) -> None:
         super().__init__()
-        self._place, self._name, self._eps, self._momentum = place, name, eps, momentum
+        self._place, self._name = place, name
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, input_MW: Tensor) -> Tensor:
         """Return the normalised inputs, (M, W)."""
         mean_W, variance_W = self._of_step(input_MW) if self.training else (self.running_mean, self.running_var)
-        output_MW = (input_MW - mean_W) * torch.rsqrt(variance_W + self._eps)
-        if self.weight is None or self.bias is None:
-            return output_MW
-        return output_MW * self.weight + self.bias
+        return (input_MW - mean_W) * torch.rsqrt(variance_W + _EPS) * self.weight + self.bias
 
     def _of_step(self, input_MW: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance over all ranks' rows; move the running values, whose variance is unbiased."""
@@ -164,28 +151,11 @@ class GlobalBatchNorm(nn.Module):
         count = sums[0].detach()
         mean_W, square_W = (sums[1:] / count.clamp_min(1)).chunk(2)
         variance_W = (square_W - mean_W.square()).clamp_min(0)
-        share = (count > 0).to(count.dtype) * self._momentum  # without rows nothing moves
+        share = (count > 0).to(count.dtype) * _MOMENTUM  # without rows nothing moves
         unbiased_W = variance_W.detach() * (count / (count - 1).clamp_min(1))
         self.running_mean.lerp_(start_W + mean_W.detach(), share)
         self.running_var.lerp_(unbiased_W, share)
         return start_W + mean_W, variance_W
-
-
-class Dice(nn.Module):
-    """p x + (1 - p) alpha x, p = sigmoid of the standardised x, alpha a number for each unit, 0 at first.
-
-    Zhou et al., KDD 2018, section 5.3; eps 1e-9 and running values that move by a hundredth, as in FuxiCTR.
-    """
-
-    def __init__(self, width: int, norm: GlobalBatchNorm) -> None:
-        super().__init__()
-        self.norm = norm
-        self.alpha = nn.Parameter(torch.zeros(width))
-
-    def forward(self, input_MW: Tensor) -> Tensor:
-        """Return the activations, (M, W)."""
-        share_MW = torch.sigmoid(self.norm(input_MW))
-        return input_MW * torch.lerp(self.alpha, torch.ones_like(self.alpha), share_MW)
 
 
 class PlacedDropout(nn.Module):

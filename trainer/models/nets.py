@@ -5,9 +5,7 @@ So the vectors of all ads can be made ahead and searched (crossmedia index build
 
 import contextlib
 import importlib
-import inspect
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -252,10 +250,10 @@ class TwoTower(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        if config.dropout or config.batch_norm or config.activation == "dice":
+        if config.dropout or config.batch_norm:
             raise ConfigError(
                 "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "
-                "sample; set model.dropout=0, model.batch_norm=false and model.activation=relu or prelu"
+                "sample; set model.dropout=0 and model.batch_norm=false"
             )
         super().__init__(schema, config.model_copy(update={"pooling": "sum", "image_products": False}))
         self.width = config.tower_width
@@ -315,7 +313,6 @@ _BASE_NETS: dict[BaseNet | OwnNet, type[CtrModel]] = {
     "finalmlp": FinalMlp,
     "two_tower": TwoTower,
 }
-_CONTRACT = "see docs/CODE.md, A net of your own"
 
 
 def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
@@ -336,56 +333,20 @@ def net_class(base: str) -> type[CtrModel]:
     if base in _BASE_NETS:
         return _BASE_NETS[base]
     module_name, _, name = base.rpartition(".")
-    found = getattr(_imported(base, module_name), name, None)
-    if not isinstance(found, type) or not issubclass(found, CtrModel):
-        what = "is not a class" if found is not None else f"is not there: {module_name} has no {name}"
-        if isinstance(found, type):
-            what = "does not extend trainer.models.ctr.CtrModel"
-        raise ConfigError(f"model.base={base} {what}; {_CONTRACT}")
-    _check_call(base, found, "schema", "config")
-    if found.forward is CtrModel.forward:
-        raise ConfigError(f"model.base={base} has no forward; {_CONTRACT}")
-    _check_call(base, found.forward, "self", "fields", "dense", "group_of_sample_B")
-    return found
-
-
-def check_logits(base: str, logit_B: Tensor, num_samples: int) -> None:
-    """Raise ConfigError where a net's answer is not one real number for each sample, (B,): alike on all ranks."""
-    if not isinstance(logit_B, Tensor):
-        kind = type(logit_B).__name__
-        raise ConfigError(f"model.base={base}: its forward returned {kind}, not a tensor; {_CONTRACT}")
-    if logit_B.shape != (num_samples,) or not logit_B.is_floating_point():
-        kind = str(logit_B.dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"model.base={base}: its forward returned {tuple(logit_B.shape)} {kind} for {num_samples} samples, "
-            f"not a real number for each, (B,); {_CONTRACT}"
-        )
-
-
-def _imported(base: str, module_name: str) -> Any:
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise ConfigError(f"model.base={base} is of Python's own library, which has no nets; {_CONTRACT}")
     try:
-        return importlib.import_module(module_name)
+        found = getattr(importlib.import_module(module_name), name, None)
     except Exception as failure:  # a module may raise any error while it is imported
-        if isinstance(failure, ModuleNotFoundError) and f"{module_name}.".startswith(f"{failure.name}."):
-            raise ConfigError(
-                f"model.base={base}: there is no module {failure.name}; install the package, or set PYTHONPATH to the "
-                "folder that has it, on every host"
-            ) from failure
-        reason = " ".join(str(failure).split())
+        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         raise ConfigError(
-            f"model.base={base}: importing {module_name} fails: {type(failure).__name__}: {reason}"
+            f"model.base={base}: importing {module_name} fails: {reason}; install the package, or set PYTHONPATH to "
+            "the folder that has it, on every host"
         ) from failure
-
-
-def _check_call(base: str, function: Callable[..., Any], *arguments: str) -> None:
-    """Raise ConfigError where a function does not take these arguments by position."""
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError as failure:
-        name, given = getattr(function, "__name__", base), ", ".join(arguments)
-        raise ConfigError(f"model.base={base}: {name}({given}) cannot be called: {failure}; {_CONTRACT}") from failure
+    if not (isinstance(found, type) and issubclass(found, CtrModel)):
+        raise ConfigError(
+            f"model.base={base}: {module_name} has no class {name} that extends trainer.models.ctr.CtrModel; "
+            "see docs/CODE.md, A net of your own"
+        )
+    return found
 
 
 def _start_by_xavier(module: nn.Module) -> None:

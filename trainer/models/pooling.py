@@ -109,7 +109,7 @@ class ActivationUnit(nn.Module):
         self.of_query = nn.Linear(query_width, hidden)
         self.match = nn.Linear(query_width, key_width, bias=False) if match else nn.Identity()
         self.of_product = nn.Linear(key_width, hidden, bias=False)
-        self.activation = layers.activation(hidden)
+        self.activation = layers.activation()
         self.score = nn.Linear(hidden, 1, bias=bias)
 
     def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:

@@ -31,11 +31,11 @@ from trainer.comm import SoloComm
 from trainer.comm.comm import launcher_of
 from trainer.config.config import Config, save_config
 from trainer.config.options import TableConfig
-from trainer.engine.choices import state_of
 from trainer.engine.machine import check_threads
 from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError, PlanError
 from trainer.exchange.routing import Int64
+from trainer.ids.optimizers import state_of
 from trainer.ids.shards import owned_bytes
 from trainer.models.layers import used_fields, width_of
 from trainer.models.nets import build_model

@@ -7,7 +7,6 @@ them, one row group after the other. So a rank holds `HELD` texts and rank 0 a 6
 
 import contextlib
 import itertools
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -150,33 +149,18 @@ def write_part(path: Path, held: Mapping[int, str]) -> None:
 
 def _merge(parts: list[RunPath], folder: RunPath) -> None:
     """Merge the parts into `folder`/ids.parquet, which is there when it is complete."""
-    with (
-        _near(parts) as near,
-        written_locally(folder) as local,
-        replaced_file(local / FILE) as part,
-        _writer(part) as writer,
-    ):
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_opened(part)) for part in sorted(parts, key=str)]
+        local = stack.enter_context(written_locally(folder))
+        writer = stack.enter_context(_writer(stack.enter_context(replaced_file(local / FILE))))
         for bucket in range(1 << _BUCKET_BITS):
-            table = pa.concat_tables([_read_bucket(path, bucket) for path in near]).sort_by("id")
+            table = pa.concat_tables([file.read_row_group(bucket) for file in files]).sort_by("id")
             ids_N, texts = table["id"].to_numpy(), cast("Any", table["text"])
             again_K = np.flatnonzero(ids_N[1:] == ids_N[:-1]) + 1
             differing_K = pc.not_equal(texts.take(again_K - 1), texts.take(again_K)).to_numpy()
             for place in again_K[differing_K].tolist():
                 _check_one(int(ids_N[place]), texts[place - 1].as_py(), texts[place].as_py())
             _write_bucket(writer, table.take(np.setdiff1d(np.arange(len(ids_N)), again_K)))
-
-
-@contextlib.contextmanager
-def _near(parts: list[RunPath]) -> Iterator[list[Path]]:
-    """The parts as files of this machine: each is read once for every row group."""
-    with tempfile.TemporaryDirectory() as folder:
-        near = []
-        for number, part in enumerate(sorted(parts, key=str)):
-            copy = Path(folder) / f"{number}.parquet"
-            if isinstance(part, FarPath):
-                copy.write_bytes(part.read_bytes())
-            near.append(copy if isinstance(part, FarPath) else part)
-        yield near
 
 
 def _entries(table: pa.Table) -> list[tuple[int, str]]:
@@ -190,11 +174,6 @@ def _writer(path: Path) -> pq.ParquetWriter:
 
 def _write_bucket(writer: Any, table: pa.Table) -> None:
     writer.write_table(table, row_group_size=max(1, len(table)))
-
-
-def _read_bucket(path: RunPath, bucket: int) -> pa.Table:
-    with _opened(path) as file:
-        return file.read_row_group(bucket)
 
 
 def _opened(path: RunPath) -> pq.ParquetFile:

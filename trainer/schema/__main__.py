@@ -54,8 +54,8 @@ def inspect(
     folder, file = place_of_file(data)
     storage = open_published(folder)
     if file is None and has_lists(storage):
-        schema, made, table = inspect_samples(storage, label, group, rows)
-        text = render_schema(schema, made, table, data)
+        schema, made = inspect_samples(storage, label, group, rows)
+        text = render_schema(schema, made, data)
     else:
         text = render_mapping(inspect_logs(storage, rows, file), folder)
     if out is None:

@@ -1,7 +1,4 @@
-"""A look at data: profiles of its columns, and a schema or a mapping suggested from them.
-
-Letters of shapes: N values.
-"""
+"""A look at data: profiles of its columns, and a schema or a mapping suggested from them."""
 
 import dataclasses
 import re
@@ -9,63 +6,96 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
 from featurestore.errors import StorageError
-from featurestore.keys import id_of_text
 from featurestore.storage.storage import Storage
 from featurestore.text import STYLE_BYTES, CsvTextError, find_style, long_rows
 from trainer.errors import DataError, DataNotFoundError, SchemaError
-from trainer.schema.fields import (
-    LOG2,
-    DistinctCount,
-    Field,
-    GalleryPooling,
-    Kind,
-    Schema,
-    Side,
-    schema_text,
-    table_rows,
-    yaml_line,
-)
+from trainer.schema.fields import LOG2, Field, Schema, Side, schema_text, table_rows, yaml_line
 
 CSV_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (".parquet", *CSV_SUFFIXES)
 Content = Literal["integer", "real", "text", "time", "other"]
+_TYPES: Mapping[Content, pa.DataType] = {"integer": pa.int64(), "real": pa.float64(), "text": pa.large_string()}
 
 
 @dataclass
 class Column:
-    """One column, as far as it was read. `depth` lists around the values."""
+    """One column, as far as it was read."""
 
     name: str
     type: str
     content: Content
     depth: int
+    """Lists around a value."""
     rows: int = 0
     nulls: int = 0
-    missing: int = 0  # values that are null or NaN, those in lists too
-    values: int = 0
-    distinct: DistinctCount = dataclasses.field(default_factory=DistinctCount)
-    shortest: int | None = None  # of the innermost lists
+    missing: int = 0
+    """Values that are null or NaN, those in lists too."""
+    different: Any = None
+    """The different values, in the order in which they came; None of dates and other types that no field reads."""
+    shortest: int | None = None
+    """Of the innermost lists."""
     longest: int = 0
-    like_label: bool = True  # the outer lists are as long as the labels'
-    is_binary: bool = True  # all values are 0 or 1
-    smallest: float | None = None
-    largest: float | None = None
-    example: str | None = None  # a text
+    like_label: bool = True
+    """Whether the outer lists are as long as the labels'."""
 
     @property
-    def fixed_width(self) -> int | None:
-        """Length of all innermost lists, where it is one."""
-        return self.longest if self.depth and self.shortest == self.longest else None
+    def num_different(self) -> int:
+        """The number of different values."""
+        return 0 if self.different is None else len(self.different)
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether all values are 0 or 1, as numbers or as text."""
+        return self.num_different <= 2 and {str(each) for each in self.different.to_pylist()} <= {
+            "0",
+            "1",
+            "0.0",
+            "1.0",
+        }
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The smallest and the largest number."""
+        if not self.num_different:
+            return None
+        found = pc.min_max(self.different)
+        return float(found["min"].as_py()), float(found["max"].as_py())
+
+    def add(self, array: Any, label_lengths: Any) -> None:
+        """Take in the rows of one more part of a table. Raises DataError."""
+        self.rows += len(array)
+        self.nulls += array.null_count
+        if self.depth:
+            self.like_label &= label_lengths is not None and pc.list_value_length(array).equals(label_lengths)
+        for level in range(self.depth):
+            lengths = pc.list_value_length(array).drop_null()
+            array = array.flatten()
+            if level == self.depth - 1 and len(lengths):
+                bounds = pc.min_max(lengths)
+                shortest = int(bounds["min"].as_py())
+                self.shortest = shortest if self.shortest is None else min(self.shortest, shortest)
+                self.longest = max(self.longest, int(bounds["max"].as_py()))
+        if self.content not in _TYPES:
+            self.missing += array.null_count
+            return
+        array = array.cast(_TYPES[self.content], safe=False)
+        if self.content == "real":
+            array = pc.if_else(pc.is_nan(array), None, array)
+        self.missing += array.null_count
+        more = pc.unique(array.drop_null())
+        try:
+            more.validate(full=True)
+        except pa.ArrowInvalid as failure:
+            raise DataError(f"column {self.name} has text that is not UTF-8; write the file in UTF-8") from failure
+        self.different = more if self.different is None else pc.unique(pa.concat_arrays([self.different, more]))
 
 
 @dataclass
@@ -129,63 +159,15 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
             if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
                 raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them")
             found.rows += len(table)
-            _add_table(found, table, label)
+            lengths = None
+            if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
+                lengths = pc.list_value_length(table.column(label).combine_chunks())
+            for name in table.column_names:
+                array: Any = table.column(name).combine_chunks()
+                kind, depth = inner_type(array.type)
+                column = found.columns.setdefault(name, Column(name, str(array.type), content_of(kind), depth))
+                column.add(array, lengths)
     return found
-
-
-def _add_table(found: TableProfile, table: pa.Table, label: str | None) -> None:
-    label_lengths = None
-    if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
-        label_lengths = pc.list_value_length(table.column(label).combine_chunks())
-    for name in table.column_names:
-        array: Any = table.column(name).combine_chunks()
-        kind, depth = inner_type(array.type)
-        column = found.columns.setdefault(name, Column(name, str(array.type), content_of(kind), depth))
-        column.rows += len(array)
-        column.nulls += array.null_count
-        if depth:
-            same = label_lengths is not None and pc.list_value_length(array).equals(label_lengths)
-            column.like_label &= same
-        _add_values(column, _innermost(column, array))
-
-
-def _innermost(column: Column, array: Any) -> Any:
-    while is_list(array.type):
-        lengths = pc.list_value_length(array).drop_null()
-        array = array.flatten()
-        if not is_list(array.type) and len(lengths):
-            bounds = pc.min_max(lengths)
-            shortest = int(bounds["min"].as_py())
-            column.shortest = shortest if column.shortest is None else min(column.shortest, shortest)
-            column.longest = max(column.longest, int(bounds["max"].as_py()))
-    return array
-
-
-def _add_values(column: Column, array: Any) -> None:
-    column.missing += array.null_count
-    array = array.drop_null()
-    column.values += len(array)
-    if column.content == "text":
-        try:
-            texts = pc.unique(array.cast(pa.string())).to_pylist()
-        except UnicodeDecodeError as failure:
-            raise DataError(f"column {column.name} has text that is not UTF-8; write the file in UTF-8") from failure
-        column.distinct = column.distinct.with_values(np.array([id_of_text(text) for text in texts], np.int64))
-        column.example = column.example or next(iter(texts), None)
-        column.is_binary &= all(text in ("0", "1") for text in islice(texts, 3))
-    elif column.content in ("integer", "real") and len(array):
-        values_N = array.to_numpy(zero_copy_only=False)
-        if column.content == "real":
-            is_nan_N = np.isnan(values_N)
-            column.missing += int(is_nan_N.sum())
-            values_N = values_N[~is_nan_N]
-            if not len(values_N):
-                return
-        column.is_binary &= bool(((values_N == 0) | (values_N == 1)).all())
-        column.smallest = min(float(values_N.min()), column.smallest if column.smallest is not None else np.inf)
-        column.largest = max(float(values_N.max()), column.largest if column.largest is not None else -np.inf)
-        bits_N = values_N.astype(np.float64).view(np.int64) if column.content == "real" else values_N.astype(np.int64)
-        column.distinct = column.distinct.with_values(bits_N)
 
 
 def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
@@ -389,7 +371,7 @@ def _extras(log: Log, side: str) -> list[str]:
 
 def _note(column: Column, kind: str) -> str:
     is_id = kind not in ("timestamp", "label", "dwell_s", "dense")
-    return column_note(column) + (f", table of {table_rows(column.distinct.estimate):,} rows" if is_id else "")
+    return column_note(column) + (f", table of {table_rows(column.num_different):,} rows" if is_id else "")
 
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
@@ -403,8 +385,9 @@ USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 
 @dataclass
 class Suggestion:
-    """Fields with a comment each, rows of their tables, and why other columns are left out."""
+    """Fields with a comment each, IDs of their tables, why other columns are left out, and the table that was read."""
 
+    table: TableProfile
     fields: list[Field] = dataclasses.field(default_factory=list)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     ids_of_table: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -429,9 +412,7 @@ def sample_files(storage: Storage) -> list[str]:
     return split or files
 
 
-def inspect_samples(
-    storage: Storage, label: str, group: str, most_rows: int
-) -> tuple[Schema, Suggestion, TableProfile]:
+def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) -> tuple[Schema, Suggestion]:
     """Suggest a schema that fits sample files from at most `most_rows` groups. Raises SchemaError, DataError."""
     table = look(storage, sample_files(storage), label, most_rows)
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
@@ -450,36 +431,33 @@ def inspect_samples(
     if not ad_ids:
         raise SchemaError(f"{storage.url}: no column has one id for each impression, by which new ads are known")
     new_ad = next((name for name in ("ad_item", "ad", "ad_id") if name in ad_ids), ad_ids[0])
-    return Schema(fields=tuple(suggestion.fields), label=label, group=group, new_ad_field=new_ad), suggestion, table
+    return Schema(fields=tuple(suggestion.fields), label=label, group=group, new_ad_field=new_ad), suggestion
 
 
 def suggest(table: TableProfile, label: str) -> Suggestion:
     """Suggest fields of every column that a field can read."""
-    made = Suggestion()
+    made = Suggestion(table)
     for column in table.columns.values():
         ids = table.columns.get(column.name.removesuffix(WEIGHT_SUFFIX))
         if column.name == label or (ids is not None and _weights_of(ids, table) == column.name):
             continue
-        reason = _unfit(column)
-        if reason is None:
-            side = side_of(column)
-            kind, width, reason = _kind(column, side)
-        if reason is not None:
+        side = side_of(column)
+        if (reason := _unfit(column, side)) is not None:
             made.left_out[column.name] = reason
-            continue
-        if kind == "dense":
+        elif column.content == "real":
+            width = column.longest if column.depth > (side == "ad") else None
             fill = "mean" if column.missing else None
-            made.add(column, side=side, kind=kind, width=width, transform=_transform(column), fill=fill)
+            made.add(column, side=side, kind="dense", width=width, transform=_transform(column), fill=fill)
         else:
-            _add_ids(made, table, column, side, kind)
+            _add_ids(made, column, side)
     return made
 
 
-def render_schema(schema: Schema, made: Suggestion, table: TableProfile, where: str) -> str:
+def render_schema(schema: Schema, made: Suggestion, where: str) -> str:
     """Write the schema as YAML, with comments on findings and on columns left out."""
     header = [
         f"First schema of {where}: look through it, then continue with crossmedia schema check.",
-        f"Suggested from {'all' if table.complete else 'the first'} {table.rows:,} sample groups.",
+        f"Suggested from {'all' if made.table.complete else 'the first'} {made.table.rows:,} sample groups.",
         "side: user (once a group) | ad (one entry an impression). kind: id | multi_id | dense | content (image keys).",
         "Rows of the ID tables, for model.tables of the settings:",
         *(f"  {name}: {rows}" for name, rows in made.tables.items()),
@@ -497,79 +475,64 @@ def side_of(column: Column) -> Side:
 
 def column_note(column: Column) -> str:
     """Describe type, different values, nulls and lengths, in a few words."""
-    about = "" if column.distinct.is_exact else "about "
-    parts = [column.type, f"{about}{column.distinct.estimate:,} different"]
+    parts = [column.type, f"{column.num_different:,} different"]
     if column.nulls:
         parts.append(f"{column.nulls:,} of {column.rows:,} null")
-    if column.content == "real" and column.smallest is not None:
-        parts.append(f"{column.smallest:g} to {column.largest:g}")
+    if column.content == "real" and column.limits:
+        parts.append("{:g} to {:g}".format(*column.limits))
     if column.depth and column.shortest is not None:
         parts.append(f"lists of {column.shortest} to {column.longest}")
-    if column.example is not None:
-        parts.append(f"as {column.example[:40]!r}")
+    if column.content == "text" and column.num_different:
+        parts.append(f"as {column.different[0].as_py()[:40]!r}")
     return ", ".join(parts)
 
 
-def _unfit(column: Column) -> str | None:
-    if NO_FIELDS.search(column.name):
-        return f"{column.type}, kept for people; add it by hand if the model should see it"
-    if column.content not in ("integer", "real", "text"):
-        return f"{column.type}; a field reads numbers and texts"
-    if column.nulls and not (column.content == "real" and not column.depth):
-        return f"{column.nulls:,} of {column.rows:,} rows are null; a field has none"
-    if column.rows > 1 and column.distinct.estimate < 2 and column.content != "real":
-        return "one value in all rows" if column.values else "no value in any row"
-    return None
+def _unfit(column: Column, side: Side) -> str | None:
+    """Say why no field of this side can read the column; None where one can."""
+    inner, is_real = column.depth - (side == "ad"), column.content == "real"
+    several = "one value in all rows" if column.num_different else "no value in any row"
+    widths = f"{column.shortest} to {column.longest} numbers"
+    problems = {
+        f"{column.type}, kept for people; add it by hand if the model should see it": NO_FIELDS.search(column.name),
+        f"{column.type}; a field reads numbers and texts": column.content not in _TYPES,
+        f"{column.nulls:,} of {column.rows:,} rows are null; a field has none": column.nulls
+        and (not is_real or column.depth),
+        several: column.rows > 1 and column.num_different < 2 and not is_real,
+        f"{column.type} is nested too deep for side {side}": inner not in (0, 1) and not _is_gallery(column),
+        f"{column.type} of {widths}; dense needs one width": is_real and inner and column.shortest != column.longest,
+    }
+    return next((reason for reason, is_so in problems.items() if is_so), None)
 
 
-def _kind(column: Column, side: Side) -> tuple[Kind, int | None, str | None]:
-    """Kind, width of a dense one, and why no field can read the column."""
-    inner = column.depth - (side == "ad")
-    if _is_gallery(column):
-        return "content", None, None
-    if inner not in (0, 1):
-        return "id", None, f"{column.type} is nested too deep for side {side}"
-    if column.content != "real":
-        return ("multi_id" if inner else "id"), None, None
-    if not inner:
-        return "dense", None, None
-    if not column.fixed_width:
-        return "dense", None, f"{column.type} of {column.shortest} to {column.longest} numbers; dense needs one width"
-    return "dense", column.fixed_width, None
-
-
-def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, kind: Kind) -> None:
-    """An ID field; of images their content too."""
-    name = column.name
-    images = _has_images(column) and kind in ("content", "id" if side == "ad" else "multi_id")
-    if images:
-        gallery: GalleryPooling | None = "mean" if kind == "content" else None
-        made.fields.append(Field(name=name, side=side, kind="content", store="images", gallery=gallery))
+def _add_ids(made: Suggestion, column: Column, side: Side) -> None:
+    """Add an ID field; of images their content too."""
+    name, kind = column.name, "multi_id" if column.depth > (side == "ad") else "id"
+    values: dict[str, Any] = {"side": side, "kind": kind, "table": _table_name(name, made.table)}
+    values["weights"] = _weights_of(column, made.table)
+    if name == AGES and kind == "multi_id":
+        beside = next((each.name for each in made.fields if each.name == "behavior_item" and each.kind == kind), None)
+        made.add(column, **values | {"table": None, "buckets": LOG2, "beside": beside})
+        return
+    if _is_gallery(column) or (_has_images(column) and kind == ("id" if side == "ad" else "multi_id")):
+        gallery = "mean" if _is_gallery(column) else None
+        content = {"name": name, "side": side, "kind": "content", "store": "images", "gallery": gallery}
+        made.fields.append(Field.model_validate(content))
         if gallery and side == "user":  # no kind of ID field has two levels of lists there
             made.notes[name] = column_note(column)
             return
-    kind = "multi_id" if kind == "content" else kind
-    values: dict[str, Any] = {"side": side, "kind": kind, "table": _table_name(name, table)}
-    values["weights"] = _weights_of(column, table)
-    if name == AGES and kind == "multi_id":
-        items = [each for each in made.fields if each.name == "behavior_item" and each.kind == "multi_id"]
-        values |= {"table": None, "buckets": LOG2, "beside": items[0].name if items else None}
-        made.add(column, **values)
-        return
-    if images:
         values |= {"column": name, "name": f"{name}_id"}
     elif side == "ad" and CONTEXT_NAME.search(name):
         values["context"] = True
     made.add(column, **values)
-    count = made.ids_of_table.get(values["table"], 0)
-    made.ids_of_table[values["table"]] = max(count, column.distinct.estimate)
+    made.ids_of_table[values["table"]] = max(made.ids_of_table.get(values["table"], 0), column.num_different)
 
 
 def _transform(column: Column) -> str | None:
     """Choose the scaling of numbers by their range: large non-negative numbers have a long tail."""
-    if column.smallest is None or column.largest is None or -1 <= column.smallest <= column.largest <= 1:
+    smallest, largest = column.limits or (0.0, 0.0)
+    if -1 <= smallest <= largest <= 1:
         return None
-    return "log_standardize" if column.smallest >= 0 and column.largest >= LONG_TAIL else "standardize"
+    return "log_standardize" if smallest >= 0 and largest >= LONG_TAIL else "standardize"
 
 
 def _has_images(column: Column) -> bool:

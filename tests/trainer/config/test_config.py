@@ -117,7 +117,6 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
         ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
-        ("optim.id_l2=-1", "optim.id_l2=-1: it should be greater than or equal to 0"),
         (
             "run.warm_parts=half",
             "run.warm_parts='half': it should be none, partial, full, all, or a list of images, model",

@@ -54,7 +54,6 @@ CASES: dict[str, dict[str, Any]] = {
     **{base: {"base": base} for base in ("lr", "din", "dcn", "finalmlp")},
     "two_tower": {"base": "two_tower"},
     "batch_norm": {"batch_norm": True, "dropout": 0.2},
-    "dice": {"activation": "dice", "pooling": "attentive"},
     "id_dropout": {"id_dropout": 0.5},
     "new ads": {"image_dropout": 0.3},
     "ids alone": {"images": "none"},
@@ -195,8 +194,7 @@ def test_one_wait_and_no_atomic_add_with_exact_tables(engine_of: Callable[..., E
 
 @pytest.mark.parametrize("ids", get_args(IdOptimizer))
 def test_one_wait_and_no_atomic_add_with_every_optimizer(ids: Any, engine_of: Callable[..., Engine]) -> None:
-    id_l2 = 0.0 if ids == "adam" else 0.1
-    check(engine_of({}, optim=OptimConfig(lr=0.01, ids=ids, id_l2=id_l2)))
+    check(engine_of({}, optim=OptimConfig(lr=0.01, ids=ids)))
 
 
 def test_what_waits_is_noticed() -> None:

@@ -20,19 +20,18 @@ from trainer.comm.horovod import WITHOUT_NCCL
 from trainer.config.config import Device, load_config
 from trainer.config.options import OptimConfig
 from trainer.engine import machine
-from trainer.engine.choices import state_of
 from trainer.engine.machine import (
     RankPlace,
     check_memory,
+    choose_gpus,
     device_name,
     holds_features,
-    idle_gpus,
     objects_frozen,
     share_machine,
     threads_of,
-    uses_cuda,
 )
 from trainer.errors import ConfigError
+from trainer.ids.optimizers import state_of
 from trainer.ids.shards import TableShape
 from trainer.loop.summary import hardware_of, hardware_text
 from trainer.main import app
@@ -45,24 +44,22 @@ def place(host: str, *cores: int) -> RankPlace:
 
 
 class TestThreads:
-    def test_ranks_that_may_run_anywhere_share_the_cores(self) -> None:
-        places = [place("a", *range(8))] * 3 + [place("b", *range(8))]
-        assert [threads_of(rank, places) for rank in range(4)] == [2, 2, 2, 8]
-
-    def test_a_rank_bound_to_cores_of_its_own_takes_all_of_them(self) -> None:
-        places = [place("a", 0, 1, 2, 3), place("a", 4, 5, 6, 7)]
-        assert [threads_of(rank, places) for rank in range(2)] == [4, 4]
-
-    def test_ranks_bound_to_the_same_socket_share_it(self) -> None:
-        places = [place("a", 0, 1, 2, 3)] * 2 + [place("a", 4, 5, 6, 7)] * 2
-        assert [threads_of(rank, places) for rank in range(4)] == [2, 2, 2, 2]
+    @pytest.mark.parametrize(
+        ("places", "threads"),
+        [
+            ([place("a", *range(8))] * 3 + [place("b", *range(8))], [2, 2, 2, 8]),
+            ([place("a", 0, 1, 2, 3), place("a", 4, 5, 6, 7)], [4, 4]),
+            ([place("a", 0, 1, 2, 3)] * 2 + [place("a", 4, 5, 6, 7)] * 2, [2, 2, 2, 2]),
+            ([place("a", 0, 1)] * 4, [1, 1, 1, 1]),
+        ],
+        ids=["anywhere", "cores of their own", "sockets", "more ranks than cores"],
+    )
+    def test_ranks_share_the_cores_that_they_may_run_on(self, places: list[RankPlace], threads: list[int]) -> None:
+        assert [threads_of(rank, places) for rank in range(len(places))] == threads
 
     def test_threads_without_end_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"run\.threads=1000000: a rank may run on \d+ cores"):
             share_machine(load_config(None, ["run.threads=1000000"]), SoloComm())
-
-    def test_more_ranks_than_cores_have_a_thread_each(self) -> None:
-        assert threads_of(2, [place("a", 0, 1)] * 4) == 1
 
 
 class TestMemory:
@@ -124,41 +121,29 @@ class TestFeatures:
 
 class TestDevice:
     @pytest.mark.parametrize(
-        ("device", "available", "moves", "expected"),
+        ("device", "have_gpu", "moves", "on_gpus", "warning"),
         [
-            ("auto", True, True, True),
-            ("auto", True, False, False),
-            ("auto", False, True, False),
-            ("cpu", True, True, False),
-            ("cpu", False, False, False),
-            ("cuda", True, True, True),
+            ("auto", [True, True], True, True, None),
+            ("cuda", [True, True], True, True, None),
+            ("cpu", [True, True], True, False, None),
+            ("auto", [False, False], True, False, None),
+            ("auto", [True, True], False, False, "2 of 2 ranks found a GPU, .* without NCCL; .*=NCCL make install; or"),
+            ("auto", [True, False], False, False, "1 of 2 ranks found a GPU, .* without NCCL"),
+            ("auto", [True, False], True, False, "1 of 2 ranks found a GPU, .* not every rank has one"),
+            ("cuda", [True, False], True, None, "finds no GPU"),
+            ("cuda", [True, True], False, None, "without NCCL.*HOROVOD_GPU_OPERATIONS=NCCL make install"),
         ],
     )
-    def test_choice(self, device: Device, available: bool, moves: bool, expected: bool) -> None:
-        assert uses_cuda(device, available, None if moves else WITHOUT_NCCL) is expected
-
-    def test_cuda_that_is_not_there_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="finds no GPU"):
-            uses_cuda("cuda", available=False, without_cuda=None)
-        with pytest.raises(ConfigError, match=r"without NCCL.*HOROVOD_GPU_OPERATIONS=NCCL make install"):
-            uses_cuda("cuda", available=True, without_cuda=WITHOUT_NCCL)
-
-    @pytest.mark.parametrize(
-        ("device", "have_gpu", "moves", "expected"),
-        [
-            ("auto", [True, True], False, "2 of 2 ranks found a GPU, .* without NCCL. .*=NCCL make install"),
-            ("auto", [True, False], False, "1 of 2 ranks found a GPU, .* without NCCL"),
-            ("auto", [True, False], True, "1 of 2 ranks found a GPU, .* not every rank has one"),
-            ("auto", [True, True], True, None),
-            ("auto", [False, False], False, None),
-            ("cpu", [True, True], False, None),
-        ],
-    )
-    def test_gpus_that_stay_idle_are_told(
-        self, device: Device, have_gpu: list[bool], moves: bool, expected: str | None
+    def test_choice(
+        self, device: Device, have_gpu: list[bool], moves: bool, on_gpus: bool | None, warning: str | None
     ) -> None:
-        warning = idle_gpus(device, have_gpu, None if moves else WITHOUT_NCCL)
-        assert warning is None if expected is None else re.match(expected, warning or "")
+        without_cuda = None if moves else WITHOUT_NCCL
+        if on_gpus is None:
+            with pytest.raises(ConfigError, match=warning):
+                choose_gpus(device, have_gpu, without_cuda)
+            return
+        chosen, said = choose_gpus(device, have_gpu, without_cuda)
+        assert chosen is on_gpus and (said is None if warning is None else re.match(warning, said or ""))
 
     def test_rank_0_warns_of_gpus_without_nccl(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

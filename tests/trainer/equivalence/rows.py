@@ -11,7 +11,6 @@ class PlainRows:
 
     def __init__(self, weight: Tensor, optim: OptimConfig) -> None:
         self.weight, self.optim = weight, optim
-        self.counts = torch.zeros(len(weight), dtype=torch.int32)
         self.state = self.fresh()
         self.adam = self.dense_adam()
 
@@ -19,8 +18,9 @@ class PlainRows:
         """The state of rows that nothing has touched."""
         like = self.weight.detach()
         each, one = torch.zeros_like(like), torch.zeros(len(like), dtype=like.dtype)
+        none = torch.zeros(len(like), dtype=torch.int32)
         parts = {
-            "adam": {"momentum": each, "variance": each, "last_step": self.counts, "last_weight": like},
+            "adam": {"momentum": each, "variance": each, "last_step": none, "last_weight": like},
             "rowwise_adagrad": {"sum": one},
         }
         return {name: part.clone() for name, part in parts[self.optim.ids].items()}
@@ -42,19 +42,11 @@ class PlainRows:
     def everything(self) -> list[Tensor]:
         """Weights, what is kept beside them, and the moments of torch's Adam, all by row."""
         of_adam = [value for value in self.adam.state[self.weight].values() if value.shape == self.weight.shape]
-        return [
-            self.weight.detach(),
-            self.counts,
-            *self.state.values(),
-            *of_adam,
-        ]
+        return [self.weight.detach(), *self.state.values(), *of_adam]
 
     def step(self, touched: list[int], lr: float) -> Tensor:
-        """Adds the adaptive L2 to the gradient in `weight.grad`, moves the rows, returns that gradient."""
+        """Moves the rows by the gradient in `weight.grad`, and returns that."""
         assert self.weight.grad is not None
-        for row in touched:
-            self.counts[row] += 1
-            self.weight.grad[row] += self.optim.id_l2 / int(self.counts[row]) * self.weight.detach()[row]
         gradient = self.weight.grad.clone()
         with torch.no_grad():
             if self.optim.ids == "adam":
@@ -79,5 +71,4 @@ class PlainRows:
 
     def parts(self) -> dict[str, Tensor]:
         """Weights and state, as a checkpoint has them."""
-        steps = {"steps": self.counts} if self.optim.id_l2 > 0 else {}
-        return {"weight": self.weight.detach(), **self.state, **steps}
+        return {"weight": self.weight.detach(), **self.state}

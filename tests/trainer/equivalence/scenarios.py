@@ -79,7 +79,6 @@ class Scenario:
     one_shard: bool = False
     standardized: bool = False
     compact: bool = False
-    id_l2: float = 0.0
     optimizers: dict[str, object] = field(default_factory=dict)
     steps_of_day: int | None = None
     texts: bool = False
@@ -120,7 +119,7 @@ class Scenario:
     @property
     def optim(self) -> OptimConfig:
         """The optimisers' settings."""
-        return OptimConfig(**{**OPTIM.model_dump(), "id_l2": self.id_l2, **self.optimizers})
+        return OptimConfig(**{**OPTIM.model_dump(), **self.optimizers})
 
     def config(self, dtype: str) -> ModelConfig:
         """The model's settings; products in the same type as the weights."""
@@ -162,28 +161,24 @@ SCENARIOS = {
     "missing_zeros": Scenario({"images": "both", "init": "torch"}, missing="zeros", lacking=True),
     # The components of a compact store, all scaled by one number.
     "compact": Scenario({"images": "both"}, standardized=True, compact=True),
-    # Many ids in one row, which its owner shrinks once a step; samples whose ad is taken for a new one.
-    "l2_and_dropout": Scenario(
-        {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 8, "item": 3, "image": 200}
-    ),
-    "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
+    # Many ids in one row; samples whose ad is taken for a new one.
+    "dropped_ids": Scenario({"images": "both", "id_dropout": 0.4}, tables={"user": 8, "item": 3, "image": 200}),
+    "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, deal="starve"),
     # Both optimisers of ID rows; few rows are in every step, some in one; rates of their own, decay and warm-up.
     "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 3}),
     "adam_rank_without_data": Scenario(
         {"images": "none", "id_init_std": 1e-3},
         optimizers={"ids": "adam", "weight_decay": 0.2},
-        id_l2=0.3,
         deal="starve",
         dtypes=("float64", "float32"),
     ),
     "rowwise_adagrad": Scenario(
-        {"images": "none"}, optimizers={"ids": "rowwise_adagrad", "warmup_steps": 30}, id_l2=0.3, most_ranks=2
+        {"images": "none"}, optimizers={"ids": "rowwise_adagrad", "warmup_steps": 30}, most_ranks=2
     ),
     # A row for each user, and for items that have come three times; the others share the cold row of their shard. Rows
     # that a whole day, of two steps, has not used are gone after it, and counts are halved.
     "exact": Scenario(
         {"images": "both", "id_dropout": 0.4},
-        id_l2=0.3,
         tables={"user": exact(64, 1, expire_days=1), "item": exact(96, 3, expire_days=1), "image": 200},
         steps_of_day=2,
     ),
@@ -203,7 +198,6 @@ SCENARIOS = {
     # A rank may own the only shard, and three rows or more make room at once.
     "exact_evicting_rank_without_data": Scenario(
         {"images": "none"},
-        id_l2=0.3,
         tables={"user": exact(20, 1), "item": exact(24, 2), "image": exact(40, 1)},
         deal="starve",
         one_shard=True,
@@ -262,8 +256,6 @@ SCENARIOS = {
     "batch_norm_rank_without_data": Scenario(
         {"base": "dcn", "images": "ad", "batch_norm": True, "init": "torch"}, deal="starve"
     ),
-    "dice": Scenario({"base": "din", "images": "both", "activation": "dice"}),
-    "dice_rank_without_data": Scenario({"base": "din", "images": "none", "activation": "dice"}, deal="starve"),
     "dropout": Scenario({"images": "none", "dropout": 0.5}, deal="starve"),
     "dropout_streams": Scenario(
         {"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams", most_ranks=2
@@ -273,7 +265,7 @@ SCENARIOS = {
     ),
     "finalmlp_ids_only": Scenario({"base": "finalmlp", "images": "none"}, most_ranks=2),
     "finalmlp": Scenario(
-        {"base": "finalmlp", "dropout": 0.2, "activation": "dice"},
+        {"base": "finalmlp", "dropout": 0.2, "batch_norm": True, "init": "torch"},
         deal="starve",
         most_ranks=2,
     ),
@@ -311,7 +303,7 @@ SCENARIOS |= {
         if name not in _POOLINGS
     },
     **{
-        name: Scenario({"images": "none"}, optimizers={"ids": name}, id_l2=0.3, deal="starve", most_ranks=2)
+        name: Scenario({"images": "none"}, optimizers={"ids": name}, deal="starve", most_ranks=2)
         for name in get_args(IdOptimizer)
         if name not in _OPTIMIZERS
     },

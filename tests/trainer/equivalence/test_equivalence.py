@@ -20,7 +20,7 @@ from tests.trainer.equivalence.packing import packed, unpacked
 from tests.trainer.equivalence.scenarios import FEW, SCENARIOS, TOLERANCE, has_other_ways
 from tests.trainer.standing_ranks import run as run_here
 from trainer.config.options import BaseNet, IdOptimizer, Pooling
-from trainer.engine.choices import state_of
+from trainer.ids.optimizers import state_of
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
 
@@ -31,7 +31,7 @@ ALL_RUNS = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype 
 RUNS = [run for run in ALL_RUNS if SCENARIOS[run.partition("/")[0]].most_ranks >= 8]
 MODEL_RUNS = [run for run in ALL_RUNS if run not in RUNS]
 # Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
-NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
+NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "finalmlp": 4}
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
 TORCH_2, TORCH_4 = TorchRanks(2), TorchRanks(4)

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from featurestore.keys import shard_of
 from trainer.config.options import ExactTableConfig, IdOptimizer, OptimConfig
-from trainer.engine.choices import row_optimizer
 from trainer.engine.wiring import build_tables
 from trainer.ids.exact import ExactShape, ExactTable
+from trainer.ids.optimizers import row_optimizer
 from trainer.ids.shards import TableShape
 from trainer.ids.tables import IdTable, RowRequest
 from trainer.optim import Rates
 
 RATES = Rates(lr=0.1, ids_lr=0.1)
+OPTIM = OptimConfig(lr=0.1, ids_lr=None)
+SEED = 7  # that of tests/trainer/equivalence, whose reference draws first values too
 SHARDS = 8
 STEPS = [np.random.default_rng(step).integers(-60, 60, 50) for step in range(8)]
 
@@ -29,8 +31,8 @@ def shape_of(max_rows: int = 4000, **rules: Any) -> ExactShape:
 def tables_of(
     shape: TableShape, rank: int = 0, num_ranks: int = 1, ids: IdOptimizer = "rowwise_adagrad", **own: Any
 ) -> Any:
-    own = {"seed": 1, "scale": 0.05, "dtype": torch.float64, **own}
-    optimizer = row_optimizer(OptimConfig(lr=0.1, ids_lr=None, ids=ids), torch.float64)
+    own = {"seed": SEED, "scale": 0.05, "dtype": torch.float64, **own}
+    optimizer = row_optimizer(OPTIM.model_copy(update={"ids": ids}), torch.float64)
     return build_tables([shape], rank, num_ranks, optimizer=optimizer, **own)
 
 

@@ -67,9 +67,9 @@ def test_resumed_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
 def test_figures(trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained("figures")
     items, images = table_of(run, "item"), table_of(run, "image")
-    assert items["rows"] == len(ids_of(run, "item")) == 40 and items["max_rows"] == 80
+    assert items["used_rows"] == len(ids_of(run, "item")) == 40 and items["rows"] == 80
     assert 0 < items["cold"] < items["served"] and items["refused"] == 0
-    assert images["rows"] < 40 and images["refused"] == images["cold"] > 0
+    assert images["used_rows"] < 40 and images["refused"] == images["cold"] > 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning: table image: ") == said.count(" times an id stayed at the cold row") == 1
 
@@ -78,7 +78,7 @@ def test_rows_that_make_room_are_told(trained: Train, capsys: pytest.CaptureFixt
     """In the figures, and in a warning where they are more than there are rows."""
     settings: dict[str, Any] = {"model__tables": EVICTING, "data__global_batch_size": 8, "train__max_steps": 30}
     images = table_of(trained("evicting", **settings), "image")
-    assert images["evicted"] > images["max_rows"] == 20
+    assert images["evicted"] > images["rows"] == 20
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning: table image: ") == said.count(" rows made room for other ids, so few are trained") == 1
 

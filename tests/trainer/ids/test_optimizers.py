@@ -1,17 +1,16 @@
 """Optimisers of ID rows: each against its plain form on the whole table, step by step; Adam against torch's own."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.options import IdOptimizer, OptimConfig
-from trainer.engine.choices import row_optimizer, state_of
+from trainer.config.options import OptimConfig
 from trainer.errors import ConfigError
-from trainer.ids.optimizers import RowOptimizer
+from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
 from trainer.ids.shards import IdRows, row_bytes
 from trainer.optim import rates_at
 
@@ -176,17 +175,6 @@ class TestPlainForms:
 
         self.compare(table, move)
 
-    @pytest.mark.parametrize("ids", get_args(IdOptimizer))
-    def test_adaptive_l2_is_a_part_of_the_gradient(self, ids: str) -> None:
-        table, plain = Table(ids=ids, id_l2=0.2), Table(ids=ids)
-        counts = torch.zeros(ROWS, dtype=torch.float64)
-        for rows_Q, gradient_QV in drawn_steps(0, 60):
-            counts[rows_Q] += 1
-            more_QV = 0.2 / counts[rows_Q, None] * plain.now()[rows_Q]
-            table.step(rows_Q, gradient_QV)
-            plain.step(rows_Q, gradient_QV + more_QV)
-            torch.testing.assert_close(table.now(), plain.now(), rtol=0, atol=1e-12)
-
 
 @pytest.mark.parametrize(
     ("ids", "numbers", "counts"),
@@ -199,10 +187,8 @@ def test_each_keeps_what_it_needs(ids: Any, numbers: int, counts: int) -> None:
     config = OptimConfig(ids=ids)
     assert row_bytes(12, state_of(config), torch.float32) == 4 * (numbers + counts)
     assert row_optimizer(config, torch.float32).state == state_of(config)
-    with_l2 = row_bytes(12, state_of(config.model_copy(update={"id_l2": 0.1})), torch.float32)
-    assert with_l2 == 4 * (numbers + counts + 1)
 
 
 def test_what_only_reads_has_no_state_and_moves_nothing() -> None:
-    reader = RowOptimizer(OptimConfig(id_l2=0.1))
+    reader = RowOptimizer(OptimConfig())
     assert reader.state == () and reader.shared_state() == {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore.keys import owned_shards, shard_of, splitmix64
-from trainer.ids.exact import CountingFilter, Int64, RowMap, counters_for, map_bytes
+from trainer.ids.exact import CountingFilter, Int64, RowMap, counters_for
 
 SHARDS = 8
 
@@ -69,21 +69,6 @@ def test_rows_are_those_of_a_dict(num_ranks: int, rows_per_shard: int) -> None:
             assert owned.map.ids_of(slot).tolist() == sorted(ids, key=expected.__getitem__)
 
 
-def test_ids_of_a_checkpoint_take_the_place_of_those_that_were_there() -> None:
-    owned, again = Owned(2000), Owned(2000)
-    for batch in steps(5, 400, 900):
-        owned.learn(batch)
-    again.learn(np.arange(500))
-    for slot in range(SHARDS):
-        again.map.set_ids(slot, owned.map.ids_of(slot))
-    asked = np.unique(np.concatenate([np.arange(500), *steps(5, 400, 900)]))
-    assert again.rows(asked) == owned.rows(asked)
-    more = np.arange(10_000, 11_000)
-    owned.learn(more)
-    again.learn(more)
-    assert again.rows(more) == owned.rows(more)
-
-
 def test_rows_are_removed_and_the_last_ones_take_their_numbers() -> None:
     """Against lists, many times over."""
     draw, owned = np.random.default_rng(5), Owned(60)
@@ -107,32 +92,12 @@ def test_rows_are_removed_and_the_last_ones_take_their_numbers() -> None:
         assert owned.rows(every) == [row_of.get(each, 0) for each in every.tolist()]
 
 
-def test_no_ids_are_no_matter() -> None:
-    owned = Owned(5)
-    owned.learn(np.empty(0, np.int64))
-    assert owned.rows(np.empty(0, np.int64)) == []
-
-
-def test_bytes_are_those_of_the_arrays() -> None:
-    for rows in (2, 3, 100, 1025):
-        of_map = RowMap(1, rows)
-        assert map_bytes(rows) == of_map.id_of_place.nbytes + of_map.row_of_entry.nbytes
-
-
 def add(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
     return counts.add(shard_of(ids, SHARDS), splitmix64(ids))
 
 
 def seen(counts: CountingFilter, ids: np.ndarray) -> np.ndarray:
     return counts.counts(shard_of(ids, SHARDS), splitmix64(ids))
-
-
-def test_few_ids_are_counted_exactly() -> None:
-    counts, ids = CountingFilter(SHARDS, 1 << 16), np.arange(50)
-    for step in range(1, 6):
-        assert add(counts, ids[: 10 * step]).tolist() == [step - i // 10 for i in range(10 * step)]
-    assert seen(counts, ids).tolist() == [5 - i // 10 for i in range(50)]
-    assert seen(counts, np.arange(1000, 1100)).sum() == 0
 
 
 def test_a_count_is_never_too_low_and_seldom_too_high() -> None:
@@ -155,28 +120,3 @@ def test_counts_end_at_255() -> None:
     for _ in range(300):
         last = add(counts, ids)
     assert last.tolist() == [255] and counts.counts_SC.max() == 255
-
-
-@pytest.mark.parametrize("counters", [4, 64])
-def test_order_does_not_matter(counters: int) -> None:
-    one, other = CountingFilter(SHARDS, counters), CountingFilter(SHARDS, counters)
-    draw = np.random.default_rng(1)
-    for _ in range(10):
-        ids = np.unique(draw.integers(0, 500, 200))
-        mixed = draw.permutation(len(ids))
-        assert add(one, ids)[mixed].tolist() == add(other, ids[mixed]).tolist()
-    assert (one.counts_SC == other.counts_SC).all()
-
-
-def test_fading_halves() -> None:
-    counts, ids = CountingFilter(SHARDS, 1024), np.arange(3)
-    for most in (3, 2, 2, 1):
-        add(counts, ids[:most])
-    slots = shard_of(ids, SHARDS)
-    before = seen(counts, ids)
-    counts.fade(slots[0])
-    assert seen(counts, ids).tolist() == np.where(slots == slots[0], [2, 1, 0], before).tolist()
-
-
-def test_counters_are_a_power_of_two_and_enough() -> None:
-    assert [counters_for(rows) for rows in (1, 2, 3, 100)] == [8, 16, 32, 1024]

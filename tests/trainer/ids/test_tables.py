@@ -9,15 +9,15 @@ import torch
 from tests.trainer.ids.exact_tables import move, vectors_of
 from trainer.comm import SoloComm
 from trainer.config.options import OptimConfig
-from trainer.engine.choices import row_optimizer
 from trainer.engine.wiring import build_tables
 from trainer.errors import CheckpointError
-from trainer.ids.figures import Collisions, collisions_of, gather_figures, rows_for
-from trainer.ids.optimizers import RowOptimizer
+from trainer.ids.figures import figures_of, gather_figures, rows_for, warning_of
+from trainer.ids.figures import num_ids as num_ids_of
+from trainer.ids.optimizers import RowOptimizer, row_optimizer
 from trainer.ids.shards import TableShape, initial_rows, owned_bytes
 from trainer.ids.tables import IdTable
 from trainer.optim import Rates
-from trainer.schema.fields import DistinctCount, table_rows
+from trainer.schema.fields import table_rows
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
 OPTIM = OptimConfig(lr=0.1, ids_lr=None, ids="rowwise_adagrad")
@@ -106,24 +106,6 @@ class TestTraining:
         train(table, [5])
         assert torch.allclose(before - table.rows.weight, torch.full((1, 3), 0.1, dtype=torch.float64))
 
-    def test_adaptive_l2_equals_a_plain_loop(self) -> None:
-        """Zhou et al., arXiv 1706.06978, 5.1, with the steps that touched a row as its frequency."""
-        steps = [[5, 6], [5], [5, 7], [], [7, 7, 5]]
-        table = table_of(id_l2=0.7)
-        rows = {i: row.clone() for i in (5, 6, 7) for row in vectors_of(table, table.serve(np.array([i]))).detach()}
-        sums, frequencies = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0)
-        for ids in steps:
-            train(table, ids)
-            for i in set(ids):
-                frequencies[i] += 1
-                gradient = sum(n for n, each in enumerate(ids, 1) if each == i) + 0.7 / frequencies[i] * rows[i]
-                sums[i] += float((gradient**2).mean())
-                rows[i] = rows[i] - 0.1 * gradient / (sums[i] ** 0.5 + 1e-8)
-        for i, row in rows.items():
-            torch.testing.assert_close(
-                vectors_of(table, table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0
-            )
-
     @pytest.mark.parametrize("ids", ["rowwise_adagrad", "adam"])
     def test_tables_that_share_memory_train_as_they_do_alone(self, ids: str) -> None:
         shapes = [TableShape("a", 3, 50, 8), TableShape("b", 2, 20, 8), TableShape("c", 3, 30, 8)]
@@ -200,10 +182,6 @@ class TestCheckpoint:
             table_of().import_shards(saved)
 
 
-READER = RowOptimizer(OptimConfig())
-IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)
-
-
 class OneOfMany(SoloComm):
     """Hands out what the ranks of `everyone` have to say."""
 
@@ -214,83 +192,56 @@ class OneOfMany(SoloComm):
         return self._everyone
 
 
-def shape_of_rows(rows: int) -> TableShape:
-    return TableShape("item", 2, rows, 64)
+IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)
 
 
-def counted(shape: TableShape, ids: np.ndarray) -> tuple[int, float]:
+def counted(rows: int, ids: np.ndarray) -> tuple[int, float]:
     """Rows used and share of ids in shared rows, by counting."""
+    shape = TableShape("item", 2, rows, 64)
     shard, row = shape.place_of(ids)
     ids_of_row = np.unique(shard * shape.rows_per_shard + row, return_counts=True)[1]
     return len(ids_of_row), float(ids_of_row[ids_of_row > 1].sum()) / len(ids)
 
 
-@pytest.mark.parametrize(("num_ids", "rows"), [(1, 1), (2, 64), (100, 256), (4000, 4096), (4000, 1_000_000)])
-def test_few_ids_are_counted(num_ids: int, rows: int) -> None:
-    shape = shape_of_rows(rows)
-    found = collisions_of(shape, DistinctCount().with_values(IDS[:num_ids]))
-    assert found == Collisions(num_ids, shape.size, *counted(shape, IDS[:num_ids]), True)
+class TestFigures:
+    @pytest.mark.parametrize("ids", ["rowwise_adagrad", "adam"])
+    @pytest.mark.parametrize("num_ranks", [1, 3])
+    @pytest.mark.parametrize(("num_ids", "rows"), [(0, 10), (1, 64), (2, 64), (3_000, 1_000), (50_000, 200_000)])
+    def test_rows_in_use_tell_ids_and_shares(self, num_ids: int, rows: int, num_ranks: int, ids: str) -> None:
+        shape, everyone = TableShape("item", 2, rows, 64), []
+        for rank in range(num_ranks):
+            table = table_of(rank, num_ranks, shape, ids=ids)
+            for step_ids in np.array_split(IDS[:num_ids], 3):
+                train(table, step_ids[table.owner_of(step_ids) == rank].tolist())
+            vectors_of(table, table.serve(IDS[-100:][table.owner_of(IDS[-100:]) == rank], "eval"))  # notes nothing
+            everyone.append({"item": table.tally()})
+        found = gather_figures(OneOfMany(everyone), {"item": table})["item"]
+        if not num_ids:
+            assert found == {"kind": "hashed", "rows": shape.size, "used_rows": 0, "share": None}
+            assert warning_of("item", found) is None
+            return
+        used, share = counted(rows, IDS[:num_ids])
+        assert (found["rows"], found["used_rows"]) == (shape.size, used)
+        assert found["share"] == pytest.approx(share, abs=0.03)
+        assert num_ids_of(shape.size, used) == pytest.approx(num_ids, rel=0.1)
 
+    def test_a_hundred_thousand_ids_in_the_presets_table_are_warned_of(self) -> None:
+        used, share = counted(65_536, IDS)
+        found = figures_of(TableShape("item", 2, 65_536, 64), {"used_rows": used})
+        warning = warning_of("item", found) or ""
+        assert share == pytest.approx(0.78, abs=0.02) and warning.startswith("table item: about 78% of its ids share")
+        rows = rows_for(num_ids_of(65_536, used))
+        assert rows is not None and f"model.tables.item={rows} " in warning
+        assert counted(rows, IDS)[1] == pytest.approx(0.01, abs=0.001)
 
-@pytest.mark.parametrize("rows", [1000, 65_536, 1_000_000])
-def test_many_ids_are_estimated_closely(rows: int) -> None:
-    shape = shape_of_rows(rows)
-    found = collisions_of(shape, DistinctCount().with_values(IDS))
-    used, share = counted(shape, IDS)
-    assert not found.is_exact
-    assert found.ids == pytest.approx(100_000, rel=0.06)
-    assert found.used_rows == pytest.approx(used, rel=0.06)
-    assert found.share == pytest.approx(share, rel=0.06)
+    def test_no_rows_are_named_that_a_table_cannot_have(self) -> None:
+        assert [rows_for(0), rows_for(1), rows_for(2), rows_for(10**11)] == [1, 1, 100, None]
+        assert num_ids_of(64, 64) > 64 * 4  # full: at least so many
 
-
-def test_the_preset_holds_a_hundred_thousand_ids_badly() -> None:
-    found = collisions_of(shape_of_rows(65_536), DistinctCount().with_values(IDS))
-    assert found.share == pytest.approx(0.78, abs=0.02)
-    warning = found.warning("item")
-    assert warning is not None
-    assert warning.startswith(f"table item: {found.share:.0%} of {found.ids:,} different ids share one of its 65,536 ")
-    assert f"model.tables.item={rows_for(found.ids)} " in warning
-
-
-def test_the_rows_that_the_warning_names_would_do() -> None:
-    rows = rows_for(len(IDS))
-    assert rows is not None
-    assert counted(shape_of_rows(rows), IDS)[1] == pytest.approx(0.01, abs=0.001)
-    assert rows_for(10**11) is None
-    assert [rows_for(0), rows_for(1), rows_for(2)] == [1, 1, 100]
-
-
-def test_no_warning_where_few_ids_meet() -> None:
-    assert collisions_of(shape_of_rows(1_000_000), DistinctCount().with_values(IDS)).warning("item") is None
-    none = collisions_of(shape_of_rows(10), DistinctCount())
-    assert (none.ids, none.share, none.warning("item")) == (0, None, None)
-
-
-@pytest.mark.parametrize("num_ids", [4095, 65_536])
-def test_no_warning_at_the_rows_that_we_suggest(num_ids: int) -> None:
-    """At the numbers of ids that get four rows each and no more."""
-    rows = table_rows(num_ids)
-    found = collisions_of(shape_of_rows(rows), DistinctCount().with_values(IDS[:num_ids]))
-    assert rows / num_ids == pytest.approx(4, abs=0.01) and found.share == pytest.approx(0.22, abs=0.02)
-    assert found.warning("item") is None
-
-
-@pytest.mark.parametrize("num_ids", [3000, 100_000])
-@pytest.mark.parametrize("num_ranks", [1, 3, 8])
-def test_ranks_know_together_what_one_knows(num_ranks: int, num_ids: int) -> None:
-    shape, ids = shape_of_rows(5000), IDS[:num_ids]
-    own = []
-    for rank in range(num_ranks):
-        table = build_tables([shape], rank, num_ranks, seed=0, scale=0.05, optimizer=READER)["item"]
-        for step_ids in np.array_split(ids, 7):
-            table.serve(step_ids[table.owner_of(step_ids) == rank], "step")
-        own.append({"item": table})
-    everyone = [{"item": (each["item"].seen.hashes_K, {})} for each in own]
-    alone = collisions_of(shape, DistinctCount().with_values(ids))
-    assert all(gather_figures(OneOfMany(everyone), each) == {"item": alone} for each in own)
-
-
-def test_evaluation_notes_no_ids() -> None:
-    table = build_tables([shape_of_rows(100)], 0, 1, seed=0, scale=0.05, optimizer=READER, dtype=torch.float32)["item"]
-    table.serve(IDS[:10], "eval")
-    assert table.seen.estimate == 0
+    @pytest.mark.parametrize("num_ids", [4095, 65_536])
+    def test_no_warning_at_the_rows_that_we_suggest(self, num_ids: int) -> None:
+        """At the numbers of ids that get four rows each and no more."""
+        rows = table_rows(num_ids)
+        found = figures_of(TableShape("item", 2, rows, 64), {"used_rows": counted(rows, IDS[:num_ids])[0]})
+        assert rows / num_ids == pytest.approx(4, abs=0.01) and found["share"] == pytest.approx(0.22, abs=0.02)
+        assert warning_of("item", found) is None

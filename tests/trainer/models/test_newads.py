@@ -1,4 +1,4 @@
-"""New ads: which they are, their vectors, what pictures say of their IDs, and which IDs training drops."""
+"""New ads: which they are, whether their pictures count, which IDs are their own, and refusals."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,7 @@ from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.nets import build_model
-from trainer.models.newads import IdDropout, NewAds, build_id_proxy, build_new_ads, dropped, own_ids_of_ads
-from trainer.samples.reader import Batch
+from trainer.models.newads import NewAds, build_new_ads, dropped, own_ids_of_ads
 from trainer.schema import Field, Schema, load_schema
 
 ITEM = Field(name="ad_item", side="ad", kind="id", table="item")
@@ -55,13 +54,6 @@ def test_training_sees_all_pictures_that_are_not_dropped() -> None:
     gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())
     gate.decide(pictures_count=False)
     assert torch.equal(gate.train()(fields)["ad_image"].vectors_UV, fields["ad_image"].vectors_UV)
-
-
-def test_a_rank_without_samples() -> None:
-    fields = _fields([], [])
-    fields = {name: FieldVectors(v.vectors_UV.reshape(-1, 3), v.index_N, v.lengths_M) for name, v in fields.items()}
-    given = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config()).eval()(fields)["ad_image"]
-    assert given.vectors_UV.shape == (0, 3)
 
 
 @pytest.mark.parametrize("values", [{"images": "none"}, {"image_dropout": 0.0}])
@@ -114,18 +106,6 @@ DROPPING = Schema(
 )
 
 
-def _batch(samples: int, first_place: int = 0) -> Batch:
-    none = np.zeros(0)
-    places_B = np.arange(first_place, first_place + samples)
-    return Batch({}, {}, none, np.zeros(samples, np.float32), none, 100, place_B=places_B)
-
-
-def _field(values: list[list[int]], rows: int = 5) -> FieldVectors:
-    vectors_UV = torch.arange(1.0, 1 + 2 * rows).reshape(rows, 2).requires_grad_()
-    lengths_M = torch.tensor([len(row) for row in values], dtype=torch.int64)
-    return FieldVectors(vectors_UV, torch.tensor([v for row in values for v in row], dtype=torch.int64), lengths_M)
-
-
 def test_own_ids_are_those_that_are_new_with_a_new_ad() -> None:
     assert own_ids_of_ads(load_schema()) == ("ad_item", "ad_image_id")
     assert own_ids_of_ads(DROPPING) == ("ad_item", "ad_picture_ids")
@@ -144,108 +124,12 @@ def test_share_of_samples() -> None:
     assert dropped(3, 0, np.arange(0), 0.3).shape == (0,)
 
 
-def test_ranks_drop_what_one_rank_drops() -> None:
-    whole = dropped(3, 7, np.arange(100), 0.5)
-    for places_B in (np.arange(33), np.arange(0), np.r_[40:60, 90:100, 3]):
-        assert dropped(3, 7, places_B, 0.5).tolist() == whole[places_B].tolist()
-
-
-def test_vectors_of_dropped_samples_are_zero_and_get_no_gradient() -> None:
-    dropout = IdDropout(DROPPING, 0.5, seed=1)
-    items = [[0], [1], [2], [3], [4], [0]]
-    pictures = [[0, 1], [], [2], [3, 3, 4], [], [1]]
-    vectors = {"ad_item": _field(items), "ad_picture_ids": _field(pictures), "ad_category": _field(items)}
-    given = dropout(vectors, _batch(6, first_place=10), step=4)
-    gone = dropped(1, 4, np.arange(10, 16), 0.5)
-    assert 0 < gone.sum() < 6
-    assert given["ad_category"] is vectors["ad_category"]
-    for name, rows in (("ad_item", items), ("ad_picture_ids", pictures)):
-        taken = given[name].vectors_UV[given[name].index_N]
-        before = vectors[name].vectors_UV[vectors[name].index_N]
-        keep = torch.tensor([not g for g, row in zip(gone, rows, strict=True) for _ in row], dtype=torch.bool)
-        assert torch.equal(taken[keep], before[keep])
-        assert (taken[~keep] == 0).all()
-        taken.sum().backward()
-        counts = torch.bincount(vectors[name].index_N[keep], minlength=5).float()
-        assert torch.equal(vectors[name].vectors_UV.grad, counts.unsqueeze(1).expand(5, 2))
-
-
-def test_pictures_are_dropped_by_a_draw_of_their_own() -> None:
-    vectors = {"ad_item": _field([[0]] * 400), "ad_image": _field([[1]] * 400), "seen_image": _field([[2]] * 400)}
-    given = IdDropout(DROPPING, 0.5, seed=1, image_rate=0.25)(vectors, _batch(400, first_place=10), step=4)
-    places_B = np.arange(10, 410)
-    gone = {"ad_item": dropped(1, 4, places_B, 0.5), "ad_image": dropped(1, 4, places_B, 0.25, "image_dropout")}
-    assert 0.15 < gone["ad_image"].mean() < 0.35
-    assert 0 < (gone["ad_item"] & gone["ad_image"]).sum() < gone["ad_image"].sum()
-    for name, gone_B in gone.items():
-        taken = given[name].vectors_UV[given[name].index_N]
-        assert ((taken == 0).all(1).numpy() == gone_B).all()
-    assert given["seen_image"] is vectors["seen_image"]
-
-
-def test_none_dropped_at_zero() -> None:
-    vectors = {"ad_item": _field([[0], [1]])}
-    assert IdDropout(DROPPING, 0.0, seed=1)(vectors, _batch(2), 0) == vectors
-
-
-def test_dropout_on_a_rank_without_samples() -> None:
-    given = IdDropout(DROPPING, 0.5, seed=1)({"ad_item": _field([])}, _batch(0), 0)
-    assert given["ad_item"].index_N.shape == (0,)
-
-
 SCENE = Field(name="ad_scene_item", side="ad", kind="id", columns=("ad_item", "scene"), context=True)
 WITH_SCENE = Schema(fields=(ITEM, PICTURES, SCENE, IMAGE))
 
 
 def _proxy_config(**values: object) -> ModelConfig:
     return ModelConfig(**{"images": "ad", "id_proxy": True, "id_width": 2, **values})
-
-
-def _proxy_fields(lengths: list[int]) -> dict[str, FieldVectors]:
-    """Ads that share two items and two pictures; the IDs of ad m's pictures are `lengths[m]` values."""
-    num_ads, num_ids = len(lengths), sum(lengths)
-    ones = torch.ones(num_ads, dtype=torch.int64)
-    return {
-        "ad_item": FieldVectors(torch.randn(2, 2).requires_grad_(), torch.arange(num_ads) % 2, ones),
-        "ad_picture_ids": FieldVectors(
-            torch.randn(3, 2), torch.arange(num_ids) % 3, torch.tensor(lengths, dtype=torch.int64)
-        ),
-        "ad_scene_item": FieldVectors(torch.randn(1, 2), torch.zeros(num_ads, dtype=torch.int64), ones),
-        "ad_image": FieldVectors(torch.randn(2, 3).requires_grad_(), torch.arange(num_ads) // 2 % 2, ones),
-    }
-
-
-def _rows(field: FieldVectors) -> torch.Tensor:
-    return field.vectors_UV[field.index_N]
-
-
-def test_each_own_id_of_an_ad_gets_what_its_picture_says() -> None:
-    proxy = build_id_proxy(WITH_SCENE, WITH_SCENE.fields, _proxy_config())
-    assert proxy is not None and sorted(proxy.nets) == ["ad_item", "ad_picture_ids"]  # not that of the context
-    fields = _proxy_fields([2, 0, 1, 3])
-    given = proxy(fields)
-    pictures = _rows(fields["ad_image"])
-    torch.testing.assert_close(
-        _rows(given["ad_item"]), _rows(fields["ad_item"]) + proxy.nets["ad_item"](pictures), rtol=1e-6, atol=1e-6
-    )
-    of_ad_N = torch.tensor([0, 0, 2, 3, 3, 3])
-    expected = _rows(fields["ad_picture_ids"]) + proxy.nets["ad_picture_ids"](pictures)[of_ad_N]
-    torch.testing.assert_close(_rows(given["ad_picture_ids"]), expected, rtol=1e-6, atol=1e-6)
-    assert given["ad_scene_item"] is fields["ad_scene_item"] and given["ad_image"] is fields["ad_image"]
-    _rows(given["ad_item"]).sum().backward()
-    assert all(fields[name].vectors_UV.grad.abs().sum() > 0 for name in ("ad_item", "ad_image"))
-
-
-def test_a_proxy_on_a_rank_without_samples() -> None:
-    proxy = build_id_proxy(WITH_SCENE, WITH_SCENE.fields, _proxy_config())
-    assert proxy is not None
-    fields = {
-        name: FieldVectors(field.vectors_UV[:0], field.index_N, field.lengths_M)
-        for name, field in _proxy_fields([]).items()
-    }
-    given = proxy({**fields, "ad_picture_ids": _proxy_fields([])["ad_picture_ids"]})
-    assert given["ad_item"].vectors_UV.shape == (0, 2) and given["ad_picture_ids"].vectors_UV.shape == (0, 2)
-    given["ad_item"].vectors_UV.sum().backward()
 
 
 @pytest.mark.parametrize("values", [{"images": "none"}, {"images": "behavior"}, {"id_proxy": False}])
@@ -258,3 +142,9 @@ def test_there_is_none_without_pictures_of_ads_or_unasked(values: dict[str, obje
 def test_there_is_none_without_ids_of_ads() -> None:
     schema = Schema(fields=(Field(name="user", side="user", kind="id"), IMAGE))
     assert build_model(schema, _proxy_config()).id_proxy is None
+
+
+def test_ranks_drop_what_one_rank_drops() -> None:
+    whole = dropped(3, 7, np.arange(100), 0.5)
+    for places_B in (np.arange(33), np.arange(0), np.r_[40:60, 90:100, 3]):
+        assert dropped(3, 7, places_B, 0.5).tolist() == whole[places_B].tolist()

@@ -385,12 +385,3 @@ def test_lookup_shows_the_first(run: Path, wordy: Places) -> None:
     ids = sorted(expected(wordy))
     assert f"{run / FILE}: {len(ids):,} texts of the training samples and their ids; the first of them:" in output
     assert output.splitlines()[1:] == [f"{number}  {expected(wordy)[number]}" for number in ids[:10]]
-
-
-@pytest.mark.long
-def test_inspect_and_check_of_samples_with_texts(wordy: Places, tmp_path: Path) -> None:
-    said("inspect", wordy.folder / "samples", "--out", tmp_path / "schema.yaml")
-    found = {field.name: field for field in load_schema(tmp_path / "schema.yaml").fields}
-    assert (found["ad_item"].kind, found["behavior_item"].kind, found["user"].kind) == ("id", "multi_id", "id")
-    assert "different, lists of 1 to 6, as 'item ü" in (tmp_path / "schema.yaml").read_text()
-    assert "fit the schema" in said("check", tmp_path / "schema.yaml", wordy.folder / "samples")

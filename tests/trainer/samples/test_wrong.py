@@ -9,36 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.trainer.conftest import sample_table
-from tests.trainer.models.test_weights import weighted_schema, with_weights
+from tests.trainer.samples.kinds import SCHEMA, with_every_kind
 from tests.trainer.samples.reading import reader_of, replaced
-from tests.trainer.samples.test_galleries import gallery_of, nested
 from trainer.comm import SoloComm
 from trainer.errors import DataError, SchemaError
 from trainer.samples.index import open_index
-from trainer.schema import Field, Schema
 
 ROW, FILE = 17, "day=2026-01-02.parquet"
-MORE = (
-    Field(name="behavior_age", side="user", kind="multi_id", buckets="log2", beside="behavior_item"),
-    Field(name="ad_gallery", side="ad", kind="content", gallery="mean"),
-    Field(name="behavior_gallery", side="user", kind="content", gallery="mean"),
-    Field(name="height", side="user", kind="dense"),
-    Field(name="ad_pair", side="ad", kind="id", columns=("ad_item", "ad_scene")),
-    Field(name="ad_tags", side="ad", kind="multi_id", columns=("ad_first", "ad_second")),
-)
-EVERY_KIND = Schema(fields=(*weighted_schema().fields, *MORE))
-"""With weights, galleries, ages, numbers and crossed columns."""
 
 
 def right() -> pa.Table:
     """Samples with a column of every kind."""
-    table = nested(with_weights(sample_table(20)), gallery_of)
-    behaviors, ads = (table[name].to_pylist() for name in ("behavior_item", "ad_item"))
-    pairs = pa.array([[[1, 2] for _ in row] for row in ads], pa.list_(pa.list_(pa.int64())))
-    columns = {"behavior_age": pa.array([[60] * len(row) for row in behaviors]), "height": pa.array([1.5] * 20)}
-    for name, values in {**columns, "ad_first": pairs, "ad_second": pairs}.items():
-        table = table.append_column(name, values)
-    return table
+    return with_every_kind(sample_table(20))
 
 
 def written(folder: Path, table: pa.Table) -> Path:
@@ -61,7 +43,7 @@ def as_column(name: str, other: str) -> Callable[[pa.Table], pa.Table]:
 
 def test_samples_of_every_kind_are_read(tmp_path: Path) -> None:
     """So that what is wrong below is what the row says."""
-    (batch,) = reader_of(written(tmp_path, right()), schema=EVERY_KIND, batch_size=1_000).batches()
+    (batch,) = reader_of(written(tmp_path, right()), schema=SCHEMA, batch_size=1_000).batches()
     assert batch.num_samples == len(right()["label"].combine_chunks().flatten())
 
 
@@ -69,19 +51,19 @@ def test_samples_of_every_kind_are_read(tmp_path: Path) -> None:
     ("change", "told"),
     [
         (lambda table: table.drop_columns(["user", "ad_scene"]), "column ad_scene is missing, expected list<integer>"),
-        (lambda table: table.drop_columns(["ad_gallery"]), "ad_gallery is missing, expected list<list<integer>> (or"),
+        (lambda table: table.drop_columns(["ad_photos"]), "ad_photos is missing, expected list<list<integer>> (or"),
         (cast("user", pa.bool_()), "column user is bool, expected integer (or string)"),
         (cast("user", pa.float64()), "column user is double"),
         (as_column("ad_item", "user"), "column ad_item is int64, expected list<integer>"),
         (as_column("user", "ad_item"), "column user is list<"),
-        (as_column("ad_gallery", "ad_item"), "column ad_gallery is list<element: int64>, expected"),
+        (as_column("ad_photos", "ad_item"), "column ad_photos is list<element: int64>, expected"),
         (as_column("ad_category_weight", "ad_words"), "column ad_category_weight is list<element: list<"),
         (lambda table: table.append_column("user", table["user"]), "column user is in it 2 times"),
     ],
 )
 def test_columns_are_refused_before_reading(tmp_path: Path, change: Callable[[pa.Table], pa.Table], told: str) -> None:
     with pytest.raises(SchemaError) as caught:
-        open_index(SoloComm(), str(written(tmp_path, change(right()))), "train", EVERY_KIND)
+        open_index(SoloComm(), str(written(tmp_path, change(right()))), "train", SCHEMA)
     assert told in str(caught.value) and FILE in str(caught.value)
 
 
@@ -97,9 +79,9 @@ VALUES: list[tuple[str, Callable[[Any], Any], str]] = [
     ("behavior_category", lambda row: [1] * 9, "each behaviour needs one entry in both"),
     ("behavior_item", lambda row: [1, None], "column behavior_item has a null in its list"),
     ("user", lambda row: None, "column user is null"),
-    ("ad_gallery", lambda row: [*row, []], "column ad_gallery has"),
-    ("ad_gallery", lambda row: [None, *row[1:]], "column ad_gallery has a null in its list"),
-    ("behavior_gallery", lambda row: [*row, []], "each behaviour needs one entry in both"),
+    ("ad_photos", lambda row: [*row, []], "column ad_photos has"),
+    ("ad_photos", lambda row: [None, *row[1:]], "column ad_photos has a null in its list"),
+    ("behavior_photos", lambda row: [*row, []], "each behaviour needs one entry in both"),
     ("behavior_age", lambda row: [*row, 5], "entries, behavior_item has"),
     ("behavior_item_weight", lambda row: [*row, 1.0], "each value needs one entry in both"),
     ("ad_words_weight", lambda row: [[*row[0], 1.0], *row[1:]], "entries, ad_words has"),
@@ -119,7 +101,7 @@ def told_of(folder: Path, table: pa.Table, column: str, value: Callable[[Any], A
     values[ROW] = value(values[ROW])
     table = with_column(table, column, pa.array(values, table.schema.field(column).type))
     with pytest.raises(DataError) as caught:
-        list(reader_of(written(folder, table), schema=EVERY_KIND).batches())
+        list(reader_of(written(folder, table), schema=SCHEMA).batches())
     return str(caught.value)
 
 

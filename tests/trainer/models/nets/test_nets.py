@@ -10,7 +10,7 @@ from trainer.config.options import BaseNet, ModelConfig, Pooling, SeenImages
 from trainer.errors import ConfigError, DataError
 from trainer.exchange.vectors import FieldVectors
 from trainer.models.layers import used_fields, width_of
-from trainer.models.nets import CrossNetwork, Din, build_model
+from trainer.models.nets import Din, build_model
 from trainer.samples.reader import Batch, Jagged
 from trainer.schema import Field, Schema
 
@@ -92,66 +92,6 @@ class TestEveryBaseNet:
         for name in dense:
             assert not torch.equal(model(fields, {**dense, name: 1 + dense[name]}, group_of_sample), before), name
 
-    def test_looks_its_ids_up_once(self, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        settings = config(base=base)
-        model = build_model(SCHEMA, settings)
-        sides = []
-        id_vectors = model.id_vectors
-        monkeypatch.setattr(model, "id_vectors", lambda side, fields: sides.append(side) or id_vectors(side, fields))
-        model(*inputs_of(model, settings))
-        assert sorted(sides) == ["ad", "user"]
-
-    def test_a_sample_does_not_see_the_others(self, base: str) -> None:
-        settings = config(base=base)
-        model = build_model(SCHEMA, settings)
-        fields, dense, group_of_sample = inputs_of(model, settings)
-        changed = fields["ad_item"].vectors_UV.detach().clone()
-        changed[4] += 1
-        before = model(fields, dense, group_of_sample)
-        after = model({**fields, "ad_item": FieldVectors(changed, *_places(fields["ad_item"]))}, dense, group_of_sample)
-        assert torch.equal(before[:4], after[:4])
-        assert before[4] != after[4]
-
-
-@pytest.mark.parametrize(
-    ("images", "pooling", "inputs", "queries"),
-    [
-        ("none", "attentive", 0, []),
-        ("none", "multi_query", 0, []),
-        ("ad", "multi_query", 5 + 2, []),
-        ("behavior", "attentive", 5 + 2, [4 + 3 + 2]),
-        ("both", "attentive", 2 * (5 + 2), [5 + 2]),
-        ("both", "multi_query", 3 * (5 + 2), [5 + 2, 4 + 3 + 2]),
-        ("behavior", "concat", 2 * (5 + 2), []),
-    ],
-)
-def test_widths(images: str, pooling: str, inputs: int, queries: list[int]) -> None:
-    model = build_model(SCHEMA, config(images=images, pooling=pooling, image_products=False))
-    assert model.mlp[0].in_features == model.input_width == IDS_AND_DENSE + inputs
-    for pool in model.aggregators.values():
-        assert [unit.of_query.in_features for unit in getattr(pool, "channels", [])] == queries
-
-
-@pytest.mark.parametrize(("images", "of_ad"), [("behavior", 4 + 3 + 2), ("both", 5 + 2 + 4 + 3 + 2)])
-def test_the_mean_of_the_behaviour_images_meets_the_ad_in_products(images: str, of_ad: int) -> None:
-    settings = config(images=images, pooling="mean")
-    with_products, without = (
-        build_model(SCHEMA, settings.model_copy(update={"image_products": each})) for each in (True, False)
-    )
-    assert with_products.input_width == without.input_width + 5 + 2
-    fields, dense, group_of_sample = inputs_of(with_products, settings)
-    others = [*without.id_vectors("ad", fields), *without.dense_values("ad", dense)]
-    plain, seen = (each.images(fields, group_of_sample, others) for each in (without, with_products))
-    ad = torch.cat([*plain[:-2], *others], dim=1)
-    assert ad.shape[1] == of_ad
-    products = [
-        pooled * (ad @ of_ad.weight.T)
-        for pooled, of_ad in zip(plain[-2:], with_products.products.values(), strict=True)
-    ]
-    assert all(product.any() for product in products)
-    for mine, expected in zip(seen, [*plain, *products], strict=True):
-        torch.testing.assert_close(mine, expected)
-
 
 @pytest.mark.parametrize(
     "settings", [{"base": "lr"}, {"images": "ad"}, {"images": "none"}], ids=["lr", "no behaviour images", "no images"]
@@ -160,72 +100,7 @@ def test_no_products_where_nothing_is_to_multiply(settings: dict[str, str]) -> N
     assert not build_model(SCHEMA, config(**settings)).products
 
 
-def fitted_loss(image_products: bool) -> float:
-    """Log loss on fresh samples after 200 steps: a click says how the mean of the behaviours meets the look of the ad,
-    which is to be learned by the ad's ID."""
-    generator = torch.Generator().manual_seed(0)
-    schema = Schema(
-        fields=(
-            Field(name="behavior_image", side="user", kind="content"),
-            Field(name="ad_item", side="ad", kind="id", width=6),
-        )
-    )
-    torch.manual_seed(0)
-    settings = config(images="behavior", pooling="attentive", mlp=[20, 8], image_products=image_products)
-    model = build_model(schema, settings)
-    look_AV = torch.randn(20, 5, generator=generator)
-    item_AW = (0.01 * torch.randn(20, 6, generator=generator)).requires_grad_()
-    optimizer = torch.optim.Adam([*model.parameters(), item_AW], lr=0.01)
-    for step in range(201):
-        behavior_N = torch.randn(4 * 256, 5, generator=generator)
-        ad_B = torch.randint(0, 20, (256,), generator=generator)
-        mean_BV = behavior_N.view(256, 4, 5).mean(1)
-        label_B = (3 * (mean_BV * look_AV[ad_B]).sum(1) > torch.randn(256, generator=generator)).float()
-        fields = {
-            "behavior_image": FieldVectors(0.1 * behavior_N, torch.arange(4 * 256), torch.full((256,), 4)),
-            "ad_item": FieldVectors(item_AW, ad_B, torch.ones(256, dtype=torch.int64)),
-        }
-        logit_B = model(fields, {}, torch.arange(256))
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logit_B, label_B)
-        if step < 200:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return float(loss.detach())
-
-
-@pytest.mark.long
-def test_products_let_an_mlp_learn_what_behaviours_and_ad_tell_together() -> None:
-    assert fitted_loss(image_products=True) < 0.85 * fitted_loss(image_products=False)
-
-
 class TestLr:
-    @pytest.mark.parametrize("multi_hot", ["mean", "sum"])
-    def test_is_a_sum_of_weights(self, multi_hot: str) -> None:
-        settings = config(base="lr", images="ad", multi_hot=multi_hot)
-        model = build_model(SCHEMA, settings)
-        torch.nn.init.normal_(model.weight)
-        torch.nn.init.normal_(model.bias)
-        assert {field.name: field.width for field in model.fields if field.is_id} == dict.fromkeys(
-            ["user", "behavior_item", "behavior_shop", "ad_item", "ad_shop"], 1
-        )
-        fields, dense, group_of_sample = inputs_of(model, settings)
-        logit = model(fields, dense, group_of_sample)
-        starts = [0, 2, 2, 5]
-        for sample, group in enumerate(group_of_sample.tolist()):
-            expected = model.bias + fields["user"].vectors_UV[group, 0]
-            for name in ("behavior_item", "behavior_shop"):
-                for behavior in range(starts[group], starts[group + 1]):
-                    share = 1 / LENGTHS[group] if multi_hot == "mean" else 1
-                    expected = expected + share * fields[name].vectors_UV[behavior, 0]
-            for name in ("ad_item", "ad_shop"):
-                expected = expected + fields[name].vectors_UV[sample, 0]
-            others = [dense["age"][group], dense["price"][sample]]
-            others += [fields["ad_image"].vectors_UV[sample], fields["ad_title"].vectors_UV[sample]]
-            for weight, value in zip(model.weight, torch.cat(others), strict=True):
-                expected = expected + weight * value
-            torch.testing.assert_close(logit[sample], expected)
-
     def test_ids_alone(self) -> None:
         schema = Schema(fields=(Field(name="ad", side="ad", kind="id"),))
         model = build_model(schema, config(base="lr", images="none"))
@@ -259,33 +134,6 @@ class TestDin:
         schema = Schema(fields=(SCHEMA.fields[0], SCHEMA.fields[2]))
         with pytest.raises(ConfigError, match=r"model\.base=din needs a multi_id field .* set model\.base=mlp"):
             build_model(schema, config(base="din", images="none"))
-
-
-class TestDcn:
-    def test_cross_network_equals_the_formula(self) -> None:
-        torch.manual_seed(0)
-        cross, start = CrossNetwork(4, 3), torch.randn(5, 4)
-        for sample in range(5):
-            x = start[sample]
-            for layer in cross.layers:
-                product = [sum(layer.weight[i, j] * x[j] for j in range(4)) + layer.bias[i] for i in range(4)]
-                x = torch.stack([start[sample, i] * product[i] + x[i] for i in range(4)])
-            torch.testing.assert_close(cross(start)[sample], x)
-
-    def test_structures(self) -> None:
-        torch.manual_seed(0)
-        for structure in ("parallel", "stacked"):
-            settings = config(base="dcn", cross_structure=structure, cross_layers=2)
-            model = build_model(SCHEMA, settings)
-            inputs = inputs_of(model, settings)
-            x = model.inputs(*inputs)
-            crossed = model.cross(x)
-            if structure == "stacked":
-                expected = model.mlp(crossed)
-            else:
-                expected = crossed @ model.of_cross.weight.T + model.mlp(x)
-            torch.testing.assert_close(model(*inputs), expected.squeeze(1))
-            assert len(model.cross.layers) == 2
 
 
 class TestRefusals:

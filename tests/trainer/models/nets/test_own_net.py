@@ -106,25 +106,18 @@ def test_a_run_whose_package_is_gone_is_one_line(own: Path, package: Path, monke
     monkeypatch.delitem(sys.modules, "mypackage")
     done = CliRunner().invoke(evaluate, [str(own)])
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
-    assert "there is no module mypackage; install the package" in done.stderr
+    assert "No module named 'mypackage'; install the package" in done.stderr
 
 
 WRONG = """
 import torch
 from torch import nn
 from trainer.models.ctr import CtrModel
-def function(schema, config): ...
 class Plain(nn.Module): ...
-class NoForward(CtrModel): ...
-class Constructor(CtrModel):
-    def __init__(self, width): ...
-class Forward(CtrModel):
-    def forward(self, input_BW): ...
 class Fixed(CtrModel):
     def __init__(self, schema, config):
         super().__init__(schema, config)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
-    def forward(self, fields, dense, group_of_sample_B): ...
 class Right(CtrModel):
     def __init__(self, schema, config):
         super().__init__(schema, config)
@@ -134,8 +127,6 @@ class Right(CtrModel):
 class Shape(Right):
     def forward(self, *given):
         return super().forward(*given)[:, None]
-class Nothing(Right):
-    def forward(self, *given): ...
 class Nan(Right):
     def forward(self, *given):
         return super().forward(*given) * float("nan")
@@ -151,16 +142,11 @@ def wrong(package: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("nopackage.MyNet", "there is no module nopackage; install the package"),
-        ("mypackage.nothing.MyNet", "there is no module mypackage.nothing"),
-        ("mypackage.wrong.NoNet", "mypackage.wrong has no NoNet"),
+        ("nopackage.MyNet", "importing nopackage fails: .* install the package"),
         ("mypackage.broken.MyNet", "importing mypackage.broken fails: ModuleNotFoundError: No module named 'no_such"),
-        ("os.path", "is of Python's own library"),
-        ("mypackage.wrong.function", "is not a class"),
-        ("mypackage.wrong.Plain", "does not extend trainer.models.ctr.CtrModel"),
-        ("mypackage.wrong.NoForward", "has no forward"),
-        ("mypackage.wrong.Constructor", r"Constructor\(schema, config\) cannot be called: too many"),
-        ("mypackage.wrong.Forward", r"forward\(self, fields, dense, group_of_sample_B\) cannot be called: too many"),
+        ("mypackage.wrong.NoNet", "mypackage.wrong has no class NoNet that extends trainer.models.ctr.CtrModel"),
+        ("mypackage.wrong.torch", "has no class torch that extends"),
+        ("mypackage.wrong.Plain", "has no class Plain that extends"),
         ("mypackage.wrong.Fixed", "its parameter scale has no gradient; make it a buffer"),
     ],
 )
@@ -172,18 +158,13 @@ def test_a_class_that_does_not_fit_is_one_line(path: str, says: str, wrong: None
 
 @pytest.mark.parametrize(
     ("name", "error", "says"),
-    [
-        ("Shape", ConfigError, r"its forward returned \(\d+, 1\) float32 for \d+ samples, not a real number for each"),
-        ("Nothing", ConfigError, "its forward returned NoneType, not a tensor"),
-        ("Nan", TrainerError, "the loss of step 1 is nan"),
-    ],
+    [("Shape", ValueError, "must be the same as input size"), ("Nan", TrainerError, "the loss of step 1 is nan")],
 )
-def test_an_answer_that_does_not_fit_is_one_line(
+def test_an_answer_that_does_not_fit_trains_nothing(
     name: str, error: type[Exception], says: str, wrong: None, places: SamplePlaces, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=says) as raised:
+    with pytest.raises(error, match=says):
         run_alone(places, run__dir=tmp_path, model__base=f"mypackage.wrong.{name}", model__compute_dtype="float32")
-    assert "\n" not in str(raised.value)
 
 
 def test_a_net_that_rank_1_alone_lacks_is_told_by_rank_0(

@@ -44,7 +44,6 @@ def comparable_settings(
         "model__compute_dtype": "float64",
         "model__id_dropout": 0.2,
         "model__tables__serial": 64,
-        "optim__id_l2": 0.01,
         "optim__lr_gamma": 0.8,
         "optim__lr_every": 30,
         "train__epochs": 10_000,
