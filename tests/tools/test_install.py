@@ -181,7 +181,7 @@ class TestWhatTargetsAdd:
         assert done.returncode == 0, done.stderr
         assert "FuxiCTR could not be installed (.venv/fuxictr.log says why); the benchmarks leave it out" in done.stdout
         assert "no wheel" in (installed.venv / "fuxictr.log").read_text()
-        assert not (installed.venv / "fuxictr").exists(), "where it is, benchmarks.train takes it"
+        assert not (installed.venv / "fuxictr").exists(), "where it is, benchmarks.quality takes it"
 
     def test_an_unknown_purpose_is_one_line(self, installed: Place) -> None:
         done = self.add(installed, "fun")
