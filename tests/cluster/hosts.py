@@ -137,7 +137,7 @@ class Host:
     def start(self, *words: object, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a command whose output, of both kinds, is added to `log`.
 
-        kill() of what is returned ends the command by SIGKILL; a gentler signal goes to `process_of` it.
+        kill() of what is returned ends the command by SIGKILL.
         """
         with log.open("ab") as out:
             started = subprocess.Popen(
@@ -266,12 +266,6 @@ def network(folder: Path, names: Sequence[str], ssh: bool = True) -> Iterator[Ne
         yield net
     finally:
         net.close()
-
-
-def process_of(started: subprocess.Popen[bytes]) -> psutil.Process:
-    """The command that `Host.start` has started, as the machine sees it: to signal it or to stop it."""
-    (process,) = psutil.Process(started.pid).children()
-    return process
 
 
 def python_words(*arguments: object) -> list[str]:
