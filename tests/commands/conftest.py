@@ -34,7 +34,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     towers = load_config(settings=places.settings(run__name="towers", train__max_steps=2, model__base="two_tower"))
     train(towers, SoloComm())
     folders = f"--run {folder}/good/runs/towers --samples {folder}/good/samples --out {folder}/index"
-    assert call(shlex.split(f"jobs/build_ad_index {folders}")).code == 0
+    assert call(shlex.split(f"trainer.prerank build {folders}")).code == 0
     model = ExportOptions(run=folder / "good" / "runs" / "run")
     export_model(str(folder / "model"), model, network=no_network)
     found: dict[str, object] = {

@@ -230,7 +230,7 @@ class TestRecall:
 
     @pytest.mark.long
     def test_of_two_graphs_the_better_one_is_kept(self, tmp_path: Path) -> None:
-        """The plain one of vectors of very unequal lengths; tests/jobs/test_build_ad_index.py has the other case."""
+        """The plain one of vectors of very unequal lengths; test_build.py has the other case."""
         numbers, users = two_towers(8_000, 32, shared=4, norms=0.8)
         keys, queries = np.arange(8_000), Queries(users, "users")
         lifted, exact = VectorIndex.build("hnsw", keys, numbers, lifted=True), VectorIndex.build("flat", keys, numbers)

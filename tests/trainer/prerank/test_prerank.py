@@ -143,9 +143,9 @@ def test_recall_is_the_share_of_the_best_that_an_index_finds(index: str) -> None
     figures = search_figures(ads, queries, [5, 20])
     for count in (5, 20):
         best = np.argsort(-(queries @ vectors.T), axis=1)[:, :count]
-        assert figures.recall[count] == pytest.approx(half[best].mean())
-        assert 0.2 < figures.recall[count] < 0.8
-    assert figures.queries == 40
+        assert figures["recall"][count] == pytest.approx(half[best].mean())
+        assert 0.2 < figures["recall"][count] < 0.8
+    assert figures["queries"] == 40
 
 
 def test_ads_of_equal_vectors_are_no_misses(index: str) -> None:
@@ -154,7 +154,7 @@ def test_ads_of_equal_vectors_are_no_misses(index: str) -> None:
     vectors = np.ones_like(vectors)
     ads.vectors = lambda: (keys, vectors)  # type: ignore[method-assign]
     ads.index = VectorIndex.build("flat", keys[::-1].copy(), vectors)
-    assert search_figures(ads, np.ones((4, vectors.shape[1]), np.float32), [5]).recall == {5: 1.0}
+    assert search_figures(ads, np.ones((4, vectors.shape[1]), np.float32), [5])["recall"] == {5: 1.0}
 
 
 def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: Places) -> None:

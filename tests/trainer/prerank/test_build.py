@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore
-from jobs.build_ad_index import app
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
+from trainer.prerank.__main__ import app
 from trainer.prerank.artifact import AdIndex
 from trainer.prerank.vectors import user_queries
 from trainer.runs.saved import open_trained
@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> str:
 
 
 def job(folder: Path, *options: object) -> Result:
-    return CliRunner().invoke(app, ["--run", str(folder / "runs" / "towers"), *map(str, options)])
+    return CliRunner().invoke(app, ["build", "--run", str(folder / "runs" / "towers"), *map(str, options)])
 
 
 def done(folder: Path, *options: object) -> str:
@@ -189,7 +189,7 @@ def run_on_tastes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_best_ads_of_a_trained_run_are_found(run_on_tastes: Path, out: str) -> None:
-    result = CliRunner().invoke(app, ["--run", str(run_on_tastes), "--out", out, "--index", "hnsw"])
+    result = CliRunner().invoke(app, ["build", "--run", str(run_on_tastes), "--out", out, "--index", "hnsw"])
     assert result.exit_code == 0, result.stderr
     ads = AdIndex.open(out)
     assert ads.state.queries == "users"
