@@ -160,20 +160,6 @@ def test_the_programs_take_the_command_lines(name: str) -> None:
             assert inside or path.startswith(FROM_OUTSIDE), f"{who}: {path} is in no volume"
 
 
-def test_a_misspelt_option_is_found() -> None:
-    for words in (
-        ["python", "-m", "featurestore", "expire", "s3://a/b", "--keep-lasts=1"],
-        ["horovodrun", "--gloo", "-np", "2", "--network-interface-of", "lo", "python", "-m", "trainer.daily"],
-        ["torchrun", "--nnode-count=2", "-m", "trainer.daily"],
-        ["horovodrun", "-np", "2", "python", "-m", "trainer.daily", "--set=run.dri=x"],
-        ["dask", "worker", "--no-dash", "tls://a:1"],
-        ["dask-submit", "--tls", "jobs/extract_features.py"],
-        ["/usr/sbin/sshd", "-De", "-f", "/dev/null", "-oPorts=2"],
-    ):
-        with pytest.raises((Exception, SystemExit)):
-            parse(words)
-
-
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_pod_is_closed_in(name: str) -> None:
     """Its labels are those of the policy that lets nobody in, and of the one that opens what its component needs."""
