@@ -16,10 +16,10 @@ from urllib.request import urlopen
 import psutil
 
 from featurestore.errors import UserError
-from trainer.launch import free_port
+from trainer.launch import ended, free_port
 
 _POLL_S = 0.25
-_START_S, _STOP_S = 180.0, 30.0
+_START_S = 180.0
 _LINES = 15
 
 
@@ -41,25 +41,11 @@ def run_to_end(command: Sequence[str], log: Path, environment: Mapping[str, str]
     """Run a program to its end, its output in `log`; return its memory four times a second. Raises RunFailedError."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        with _ended(process), _watched(process.pid) as memory:
+        with ended(process), _watched(process.pid) as memory:
             code = process.wait()
     if code:
         raise RunFailedError(f"{' '.join(command)}\nended with {code}:\n{_tail(log)}")
     return memory
-
-
-@contextmanager
-def _ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """The process is gone behind the block, also after Ctrl-C; horovodrun ends its ranks at SIGTERM."""
-    try:
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 @contextmanager
@@ -102,18 +88,13 @@ def serving(arguments: Sequence[str], log: Path) -> Iterator[int]:
     In the block this process, its client, keeps to the other cores. Raises RunFailedError where the server ends.
     """
     port = free_port()
-    command = [*on_first_core(), sys.executable, *arguments, "--port", str(port)]
+    command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, *arguments, "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        with _ended(process), _on_other_cores():
+        with ended(process), _on_other_cores():
             _wait(process, f"http://127.0.0.1:{port}/v2/health/ready", log)
             yield port
-
-
-def on_first_core() -> list[str]:
-    """Return the words before a command line that keep its process to the first core."""
-    return ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
 
 
 @contextmanager

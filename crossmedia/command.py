@@ -77,7 +77,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     RETRIEVAL: {
         "index": Entry(
             "Make an index of ads, measure it, and search it.",
-            ("jobs.build_ad_index", "trainer.prerank.__main__"),
+            ("trainer.prerank.__main__",),
             is_group=True,
             help="Make an index of ads of a run with two towers, measure it, and search it.",
         )
@@ -88,8 +88,6 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
 }
 ENTRIES = {name: entry for group in GROUPS.values() for name, entry in group.items()}
-NAMES = {"jobs.build_ad_index": "build"}
-"""Names that the one command of a module gets in a group."""
 EXAMPLES = """
 Examples:
 
@@ -115,14 +113,11 @@ def load(name: str) -> Any:
     """Return the click command with this name, of the apps of its modules. Raises KeyError."""
     entry = ENTRIES[name]
     found: dict[str, Any] = {}
-    for module, app in zip(entry.modules, apps_of(entry), strict=True):
+    for app in apps_of(entry):
         command = command_of(app)
         if not entry.commands and not entry.is_group:
             return command
-        subcommands = getattr(command, "commands", None)
-        if subcommands is None:
-            command.name = NAMES[module]
-            subcommands = {command.name: command}
+        subcommands = getattr(command, "commands", {})
         found |= {each: subcommands[each] for each in entry.commands or subcommands}
     if not entry.is_group:
         (command,) = found.values()

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from featurestore.errors import UserError
+from trainer.launch import ended, free_port
 
 NUM_CANDIDATES, NUM_REQUESTS = 200, 200
-_READY_S, _SWITCH_S, _STOP_S = 300, 60, 20
+_READY_S, _SWITCH_S = 300, 60
 
 
 class ServerError(UserError):
@@ -68,22 +69,14 @@ def running(
             return True
         return False
 
-    try:
+    with ended(process):
         _wait(is_ready, _READY_S, f"{shown} is not ready")
         yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 @contextlib.contextmanager
 def running_scorer(model: Path, say: Callable[[str], None]) -> Iterator[Scorer]:
     """Run a scorer on a free port of loopback."""
-    from trainer.launch import free_port
-
     port = free_port()
     command = ["-m", "crossmedia", "serve", str(model), "--port", str(port)]
     say(f"$ python {shlex.join(command)} &")

@@ -146,6 +146,11 @@ class XdlField:
             return self.width == 1
         return self.kind == "id" or (self.kind == "content" and self.part == "ad")
 
+    @property
+    def columns(self) -> list[str]:
+        """Its column, and that of its weights."""
+        return [self.column, *([self.column + WEIGHT_SUFFIX] if self.is_weighted else [])]
+
     def type_of(self, number: pa.DataType) -> pa.DataType:
         """Choose the type of a column of such numbers: lists for several numbers a line, and for the lines of ads."""
         for _ in range((not self.is_single) + (self.part == "ad")):
@@ -153,30 +158,8 @@ class XdlField:
         return number
 
 
-@dataclass
-class SeenFields:
-    """Counts of good lines, by the fields in the order in which they come."""
-
-    num_lines: int = 0
-    lengths: defaultdict[Key, Counter[int]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
-    with_weights: Counter[Key] = dataclasses.field(default_factory=Counter)  # lines of id:weight
-    other_weights: Counter[Key] = dataclasses.field(default_factory=Counter)  # lines with a weight that is not 1
-
-    def add(self, key: Key, tokens: Tokens) -> None:
-        """Add one line's values of a field."""
-        self.lengths[key][len(tokens)] += 1
-        if any(":" in token for token in tokens):
-            self.with_weights[key] += 1
-            with contextlib.suppress(BadLineError):  # reported when the line is read again
-                self.other_weights[key] += any(weight != 1 for weight in read_ids("", tokens)[1])
-
-    def merge(self, other: "SeenFields") -> None:
-        """Add the counts of another file."""
-        self.num_lines += other.num_lines
-        for key, lengths in other.lengths.items():
-            self.lengths[key] += lengths
-        self.with_weights += other.with_weights
-        self.other_weights += other.other_weights
+Seen = Counter[tuple[Key, int, bool, bool]]
+"""Good lines by field, number of its values, whether these are id:weight, and whether some weight is not 1."""
 
 
 @dataclass(frozen=True)
@@ -193,26 +176,56 @@ class TextFile:
             yield from file
 
 
-def scan_file(file: TextFile) -> SeenFields:
-    """Count the good lines of a file, and their values of each field."""
-    seen = SeenFields()
+def scan_file(file: TextFile) -> tuple[int, Seen]:
+    """Count the good lines of a file, and those of each field in the order in which the fields come."""
+    num_lines, seen = 0, Seen()
     for data in file.lines():
         with contextlib.suppress(BadLineError):  # reported when the file is read again
             line = parse_line(data)
-            seen.num_lines += 1
+            num_lines += 1
             for part, fields in line.parts.items():
                 for name, tokens in fields.items():
-                    seen.add((part, name), tokens)
-    return seen
+                    has_weights, is_weighted = any(":" in token for token in tokens), False
+                    with contextlib.suppress(BadLineError):
+                        is_weighted = has_weights and any(weight != 1 for weight in read_ids("", tokens)[1])
+                    seen[(part, name), len(tokens), has_weights, is_weighted] += 1
+    return num_lines, seen
 
 
-def decide(options: XdlOptions, seen: SeenFields) -> list[XdlField]:
+def decide(options: XdlOptions, num_lines: int, seen: Seen) -> list[XdlField]:
     """Decide the kind of every field: an option says it, else the part and the weights show it.
 
     Fields of the user part are sparse, as XDL takes them; those of the ad part are where most lines have weights.
     Raises SampleError for names that no line has, and for samples without an id of the ad.
     """
-    names = {name for _, name in seen.lengths}
+    lengths: defaultdict[Key, Counter[int]] = defaultdict(Counter)
+    with_weights, weighted = Counter[Key](), set[Key]()
+    for (key, length, has_weights, is_weighted), count in seen.items():
+        lengths[key][length] += count
+        with_weights[key] += has_weights * count
+        weighted |= {key} if is_weighted else set()
+    images, sparse, dense = _named(options, {name for _, name in lengths})
+    fields = []
+    for (key, counts), column in zip(lengths.items(), _columns(list(lengths)), strict=True):
+        part, name = key
+        is_sparse = part == "user" or 2 * with_weights[key] > counts.total() or not max(counts)
+        kind: Kind = "dense"
+        if name in images:
+            kind = "content"
+        elif name in sparse or (name not in dense and is_sparse):
+            kind = "id" if counts == {1: num_lines} else "multi_id"
+        width = max(counts, key=lambda length: (length > 0, counts[length]))
+        fields.append(XdlField(part, name, kind, width, column, kind != "dense" and key in weighted))
+    if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
+        raise SampleError(
+            "no field of the ad part has one id in each line; the trainer knows new ads by such a field: name the ad's "
+            "image with --images, or add one"
+        )
+    return fields
+
+
+def _named(options: XdlOptions, names: set[str]) -> list[tuple[str, ...]]:
+    """Return the fields that --images, --sparse and --dense name, of the `names` that there are. Raises SampleError."""
     images, sparse, dense = (names_in(text) for text in (options.images, options.sparse, options.dense))
     if options.images == XdlOptions.images:  # of the example's names those that are there
         images = tuple(name for name in images if name in names)
@@ -220,23 +233,7 @@ def decide(options: XdlOptions, seen: SeenFields) -> list[XdlField]:
         raise SampleError(f"no line has a field {', '.join(unknown)}; there are {', '.join(sorted(names))}")
     if both := set(dense) & {*images, *sparse}:
         raise SampleError(f"{', '.join(sorted(both))} cannot be dense and sparse (or an image) at once")
-    fields = []
-    for (key, lengths), column in zip(seen.lengths.items(), _columns(list(seen.lengths)), strict=True):
-        part, name = key
-        is_sparse = part == "user" or 2 * seen.with_weights[key] > lengths.total() or not max(lengths)
-        kind: Kind = "dense"
-        if name in images:
-            kind = "content"
-        elif name in sparse or (name not in dense and is_sparse):
-            kind = "id" if lengths == {1: seen.num_lines} else "multi_id"
-        width = max(lengths, key=lambda length: (length > 0, lengths[length]))
-        fields.append(XdlField(part, name, kind, width, column, kind != "dense" and seen.other_weights[key] > 0))
-    if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
-        raise SampleError(
-            "no field of the ad part has one id in each line; the trainer knows new ads by such a field: name the ad's "
-            "image with --images, or add one"
-        )
-    return fields
+    return [images, sparse, dense]
 
 
 def _columns(keys: Sequence[Key]) -> list[str]:
@@ -288,38 +285,30 @@ def schema_of(fields: Iterable[XdlField]) -> pa.Schema:
     return pa.schema(types, metadata={"format": FORMAT})
 
 
-@dataclass(frozen=True)
-class XdlSample:
-    """One line, read: values by column."""
-
-    skey: str
-    gkey: str
-    label: int
-    ts: int
-    user: dict[str, Any]
-    ad: dict[str, Any]
+Sample = dict[str, Any]
+"""One line, read: skey, gkey, label and timestamp, and values by column."""
 
 
-def read_sample(line: XdlLine, fields: Iterable[XdlField], options: XdlOptions) -> XdlSample:
+def read_sample(line: XdlLine, fields: Iterable[XdlField], options: XdlOptions) -> Sample:
     """Read the line's values as the columns want them. Raises BadLineError."""
-    values: dict[PartName, dict[str, Any]] = {"user": {}, "ad": {}}
+    sample: Sample = {"skey": line.skey, "gkey": line.gkey}
     for each in fields:
         tokens = line.parts[each.part].get(each.name)
-        values[each.part] |= (_dense if each.kind == "dense" else _sparse)(each, tokens)
-    return XdlSample(line.skey, line.gkey, _label(line.label, options), read_int("ts", line.ts), **values)
+        sample |= (_dense if each.kind == "dense" else _sparse)(each, tokens)
+    return {**sample, "label": _label(line.label, options), "timestamp": read_int("ts", line.ts)}
 
 
-def _sparse(each: XdlField, tokens: Tokens | None) -> dict[str, Any]:
+def _sparse(each: XdlField, tokens: Tokens | None) -> Sample:
     ids, weights = read_ids(each.name, tokens or [])
     if each.is_single and len(ids) != 1:
         raise BadLineError(f"{each.name} has not one id")
-    values: dict[str, Any] = {each.column: ids[0] if each.is_single else ids}
+    values: Sample = {each.column: ids[0] if each.is_single else ids}
     if each.is_weighted:
         values[each.column + WEIGHT_SUFFIX] = weights[0] if each.is_single else weights
     return values
 
 
-def _dense(each: XdlField, tokens: Tokens | None) -> dict[str, Any]:
+def _dense(each: XdlField, tokens: Tokens | None) -> Sample:
     """Read the numbers of a field; a line without the field has zeros there, as in XDL."""
     numbers = [0.0] * each.width if tokens is None else [read_number(each.name, token) for token in tokens]
     if len(numbers) != each.width:
@@ -341,13 +330,12 @@ def _label(tokens: Tokens, options: XdlOptions) -> int:
     return int(value)
 
 
-def row_of(group: Sequence[XdlSample]) -> dict[str, Any]:
+def row_of(group: Sequence[Sample], ad_columns: Sequence[str]) -> Sample:
     """Make the row of a group; `user` is the hash of its key, `timestamp` that of the first line."""
     first = group[0]
-    lists = {column: [sample.ad[column] for sample in group] for column in first.ad}
-    lists |= {name: [getattr(sample, name) for sample in group] for name in ("skey", "label")}
-    lists["ad_timestamp"] = [sample.ts for sample in group]
-    return {"user": key_of_uri(first.gkey), "gkey": first.gkey, "timestamp": first.ts, **first.user, **lists}
+    lists = {column: [sample[column] for sample in group] for column in (*ad_columns, "skey", "label")}
+    lists["ad_timestamp"] = [sample["timestamp"] for sample in group]
+    return {**first, **lists, "user": key_of_uri(first["gkey"])}
 
 
 @dataclass
@@ -364,25 +352,26 @@ def write_file(
 ) -> WrittenGroups:
     """Write the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
     result, schema = WrittenGroups(), schema_of(fields)
+    user, ad = ([name for each in fields if each.part == part for name in each.columns] for part in ("user", "ad"))
     samples = _read(file, fields, options, result)
-    groups = (list(group) for _, group in groupby(samples, lambda sample: (sample.gkey, sample.user)))
+    groups = (list(group) for _, group in groupby(samples, lambda sample: [sample[name] for name in ("gkey", *user)]))
     scratch = Path(folder, f".part-{number}-{uuid.uuid4().hex}")  # a task may run twice
     scratch.mkdir()
     writers: dict[str, pq.ParquetWriter] = {}
     try:
         with contextlib.ExitStack() as stack:
             while batch := list(islice(groups, ROW_GROUP_SIZE)):
-                of_split: dict[str, list[list[XdlSample]]] = {}
+                of_split: dict[str, list[list[Sample]]] = {}
                 for group in batch:
-                    split = file.split or split_of(group[0].gkey, options.test_share)
+                    split = file.split or split_of(group[0]["gkey"], options.test_share)
                     of_split.setdefault(split, []).append(group)
                 for split, here in of_split.items():
                     if split not in writers:
                         place = scratch / split
                         writer = pq.ParquetWriter(place, schema, compression="zstd", write_page_checksum=True)
                         writers[split] = stack.enter_context(writer)
-                    writers[split].write_table(pa.Table.from_pylist([row_of(group) for group in here], schema))
-                    labels = [sample.label for group in here for sample in group]
+                    writers[split].write_table(pa.Table.from_pylist([row_of(group, ad) for group in here], schema))
+                    labels = [sample["label"] for group in here for sample in group]
                     result.counts[split].update(groups=len(here), samples=len(labels), clicks=sum(labels))
         for split in writers:
             (scratch / split).replace(Path(folder, split, f"part-{number:05d}.parquet"))
@@ -397,9 +386,7 @@ def split_of(gkey: str, test_share: float) -> str:
     return "test" if place < test_share * (1 << 32) else "train"
 
 
-def _read(
-    file: TextFile, fields: Sequence[XdlField], options: XdlOptions, result: WrittenGroups
-) -> Iterator[XdlSample]:
+def _read(file: TextFile, fields: Sequence[XdlField], options: XdlOptions, result: WrittenGroups) -> Iterator[Sample]:
     for data in file.lines():
         result.num_lines += 1
         try:
@@ -420,12 +407,13 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
     with replaced_files(options.samples, scratch=options.scratch, keep_days=options.keep_days) as new:
         for name in SPLITS:
             (new.folder / name).mkdir()
-        seen = SeenFields()
-        for each in run_all(client, "looking through lines", scan_file, [(file,) for file in files], SMALLER):
-            seen.merge(each)
-        if not seen.num_lines:
+        num_lines, seen = 0, Seen()
+        for count, found in run_all(client, "looking through lines", scan_file, [(file,) for file in files], SMALLER):
+            num_lines += count
+            seen.update(found)
+        if not num_lines:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
-        fields = decide(options, seen)
+        fields = decide(options, num_lines, seen)
         calls = [(file, number, fields, options, str(new.folder.absolute())) for number, file in enumerate(files)]
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
         summary = _summary(options, fields, written)

@@ -1,6 +1,7 @@
-"""The interface of launchers to a rank: variables and rendezvous."""
+"""The interface of launchers to a rank: variables and rendezvous; and the end of a process that was started."""
 
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,20 @@ def horovod_rendezvous(hosts: Sequence[str], ranks: Sequence[int], address: str 
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def ended(process: "subprocess.Popen[bytes]", patience_s: float = 30.0) -> Iterator[None]:
+    """End a process after the block: by SIGTERM, at which horovodrun ends its ranks too, and later by SIGKILL."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def free_port() -> int:

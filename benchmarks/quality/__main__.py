@@ -29,12 +29,11 @@ python -m benchmarks.quality --users 8000 --only images --net dnn
 python -m benchmarks.quality --data ml=data/ml/samples --batch-size 512 --only ids --net dnn
 python -m benchmarks.quality --data photos=photos/samples:photos/features --only images --seeds 1 --no-tune
 python -m benchmarks.quality --only ids --set model.multi_hot=sum
-python -m benchmarks.quality --data shop=data/samples:data/features --batch-size 512 --only days
 python -m benchmarks.quality --logs logs/frappe --logs logs/journey --seeds 5
 
 A run that has ended is not made again: its figures are kept in DIR/figures.
 """
-SECTIONS = ("ids", "images", "cold", "days")
+SECTIONS = ("ids", "images", "cold")
 Name = StrEnum("Name", SECTIONS)  # type: ignore[misc]
 Net = StrEnum("Net", NETS)  # type: ignore[misc]
 
@@ -103,17 +102,14 @@ def main(
 ) -> None:
     """Measure how good our models are, compared with those of FuxiCTR on the same rows and IDs.
 
-    The sections "cold" and "days" are of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and
-    --epochs say.
+    The section "cold" is of ours alone: Embedding&MLP with the preset, two epochs, whatever --net and --epochs say.
     """
     from benchmarks.quality.cold import cold_section
     from benchmarks.quality.compare import Bench, ids_section, images_section
-    from benchmarks.quality.days import days_section
     from benchmarks.quality.logs import logs_section
     from benchmarks.quality.runs import QualityRunError, fuxictr_python
 
-    made = {"ids": ids_section, "images": images_section, "cold": cold_section, "days": days_section}
-    made |= {"logs": logs_section}
+    made = {"ids": ids_section, "images": images_section, "cold": cold_section, "logs": logs_section}
     chosen = ["logs"] if logs else [str(name) for name in only or SECTIONS]
     if {"ids", "images", "logs"} & set(chosen) and not fuxictr_python().exists():
         raise QualityRunError(

@@ -1,14 +1,13 @@
-"""Items that training has never or seldom seen: what images bring there, what features that say nothing take away."""
+"""Items that training has never or seldom seen: what images bring there."""
 
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet
-from benchmarks.quality.heldout import JUDGED, hold_out, make_noise, make_rare
+from benchmarks.quality.heldout import JUDGED, hold_out, make_rare
 from benchmarks.quality.runs import Spec, curve_of
 from benchmarks.report import Figure, Section
 from benchmarks.seeds import seed_mean
@@ -19,19 +18,16 @@ from trainer.schema import load_schema
 SHARE, EPOCHS, RARE = 0.2, 2, 10
 METRICS = {"cold": "judged_auc", "rare": "auc"}
 """Of the items held out, and of those with 1 to RARE training impressions."""
-CHECKED: Mapping[str, Any] = {"model.image_dropout": 0.1}
-"""Lets a run decide, on held-out items, whether pictures count on the others."""
 _DIGITS = 16
 
 
 def cold_section(bench: Bench) -> list[Section]:
     """Measure the AUC of items held out, and of seldom seen ones, with images and with IDs alone.
 
-    Items held out also with features that are drawn, and with images and drawn features each also with `CHECKED`. Ours,
-    Embedding&MLP.
+    Ours, Embedding&MLP.
     """
     data = [each for each in bench.data if each.store]
-    task = bench.progress.add_task("items held out", total=7 * len(data) * len(bench.seeds))
+    task = bench.progress.add_task("items held out", total=2 * len(METRICS) * len(data) * len(bench.seeds))
     figures: dict[str, Figure] = {}
     grid: dict[str, dict[str, Figure]] = {}
     gains: dict[str, list[float]] = {}
@@ -55,20 +51,16 @@ def cold_section(bench: Bench) -> list[Section]:
 
 
 def specs(bench: Bench, data: DataSet) -> Mapping[tuple[str, str], Spec]:
-    """List the runs of a data set by case and name; make their samples and the store of noise unless they are there."""
+    """List the runs of a data set by case and name; make their samples unless they are there."""
     index = open_index(SoloComm(), data.samples, "train", load_schema())  # other samples may have had this name
     folder = bench.folder / "held-out" / f"{data.name}-{index.layout_digest[:_DIGITS]}"
     made = _made(Path(data.samples), folder)
     spec = replace(bench.spec(data, "ours", "dnn", images=False), epochs=EPOCHS)
     cold, rare = (replace(spec, samples=str(made[case])) for case in METRICS)
     cold = replace(cold, judged=str(made["cold"] / JUDGED))
-    images, noise = (replace(cold, store=str(store)) for store in (data.store, made["noise"]))
     return {
         ("cold", "ids"): cold,
-        ("cold", "images"): images,
-        ("cold", "noise"): noise,
-        ("cold", "images_checked"): replace(images, settings={**images.settings, **CHECKED}),
-        ("cold", "noise_checked"): replace(noise, settings={**noise.settings, **CHECKED}),
+        ("cold", "images"): replace(cold, store=data.store),
         ("rare", "ids"): rare,
         ("rare", "images"): replace(rare, store=data.store),
     }
@@ -78,7 +70,6 @@ def _made(samples: Path, folder: Path) -> Mapping[str, Path]:
     """Each is written under another name first: what is there is whole."""
     makers: Mapping[str, Callable[[Path], None]] = {
         "cold": lambda out: hold_out(samples, out, SHARE),
-        "noise": lambda out: make_noise(samples, out),
         "rare": lambda out: make_rare(samples, out, SHARE, RARE),
     }
     for name, make in makers.items():

@@ -1,4 +1,4 @@
-"""Samples in which training has never or seldom seen a share of the items, and features that say nothing.
+"""Samples in which training has never or seldom seen a share of the items.
 
 Where items are held out, they are shown in the test rows, and stand in histories there, as new items do in life: half
 of them in the test split, by which a run may decide something (model.image_dropout), the others in a second one,
@@ -15,18 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import splitmix64
 
 Kept = NDArray[np.bool_]
-NOISE_DIM = 512
 JUDGED = "judged"
 """Folder of samples below those with held-out items."""
 _BEHAVIORS = ("behavior_item", "behavior_image", "behavior_category")
 _IMPRESSIONS = ("ad_item", "ad_image", "ad_category", "ad_scene", "label")
-_DRAWN = ExtractorSpec(
-    backbone="drawn", layer="none", weights_digest="none", preprocessing="none", compute_dtype="float32"
-)
 
 
 def sampled(keys_N: NDArray[np.int64], share: float, seed: int) -> Kept:
@@ -71,16 +66,6 @@ def make_rare(samples: Path, out: Path, share: float, most: int, seed: int = 0) 
     for file in _files(samples, "test"):
         seen_N = _items(file, "behavior_item")
         _write(file, out / "test", np.isin(_items(file, "ad_item"), rare), np.ones(len(seen_N), bool))
-
-
-def make_noise(samples: Path, store: Path, seed: int = 0) -> None:
-    """Make a store with drawn features, independent of everything, for every image of `samples`."""
-    tables = [pq.read_table(file, columns=["ad_image", "behavior_image"]) for file in samples.glob("*/*.parquet")]
-    lists: list[Any] = [column.combine_chunks() for table in tables for column in table.columns]
-    keys = np.unique(np.concatenate([np.asarray(each.flatten()) for each in lists]))
-    features = np.random.default_rng(seed).standard_normal((len(keys), NOISE_DIM), np.float32)
-    made = FeatureStore.create(str(store), StoreInfo(num_shards=64, name="images", dim=NOISE_DIM, extractor=_DRAWN))
-    made.put(FeatureRows.of([str(key) for key in keys], features, keys=keys))
 
 
 def _files(samples: Path, split: str) -> list[Path]:

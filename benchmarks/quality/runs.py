@@ -8,6 +8,8 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -96,9 +98,7 @@ def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
 
 def fuxictr_python() -> Path:
     """Find the Python of FuxiCTR's environment, which tools/install_for.sh makes where FuxiCTR can be had."""
-    from benchmarks.train.sections import fuxictr_python as found
-
-    return found()
+    return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 
 def ours_settings(spec: Spec) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""Measure the scorer over HTTP against the trainer's engine, eager torch behind FastAPI, and itself without images.
+"""Measure the scorer over HTTP against eager torch behind FastAPI, and against itself without images.
 
 python -m benchmarks.serve --json data/bench/serve.json
 
 A model of the paper-shaped workload is trained for a few steps, with images and without, and published for this
 machine. The server has the first core, the client the others; a user has 33 behaviours. Goals: http_p50_ms_200 2,
-http_p99_ms_200 6, images_vs_none 1.05, vs_engine_rps 5, vs_fastapi_eager_rps 2, delta_share .03.
+http_p99_ms_200 6, images_vs_none 1.05, vs_fastapi_eager_rps 2.
 """
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +18,6 @@ from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
 
-
-class Part(StrEnum):
-    """A part of the benchmark."""
-
-    SPEED = "speed"
-    DELTA = "delta"
-
-
 app = CommandApp(report=True, failures=(OSError,))
 
 
@@ -36,7 +27,6 @@ def main(
     folder: Annotated[Path, typer.Option("--dir", help="Of the workload and the models, kept.")] = Path(
         "data/bench/serve"
     ),
-    only: Annotated[list[Part] | None, typer.Option(help="May be repeated. Default: all.")] = None,
     images: Annotated[int, typer.Option(help="Of the store.", min=100)] = Knobs.images,
     dim: Annotated[int, typer.Option(help="Width of a feature.", min=2)] = Knobs.dim,
     steps: Annotated[int, typer.Option(help="That each model is trained for.", min=2)] = 6,
@@ -44,30 +34,21 @@ def main(
     requests: Annotated[int, typer.Option(help="Of each number of candidates and round.", min=10)] = 1000,
     rounds: Annotated[int, typer.Option(help="Of all servers.", min=1)] = 3,
 ) -> None:
-    """Measure the scorer over HTTP against the engine, FastAPI, and itself without images."""
-    from benchmarks.serve.sections import Rounds, measure_delta, measure_speed
+    """Measure the scorer over HTTP against FastAPI, and against itself without images."""
+    from benchmarks.serve.sections import measure_speed
     from benchmarks.serve.world import World
 
-    chosen = only or list(Part)
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples, steps=steps, test_samples=samples)
     with progress_bars() as progress:
         world = World(make(folder / "workload", knobs, progress), folder.absolute(), steps)
-        task = progress.add_task("models", total=1 + len(chosen))
-        world.train("both")
-        world.publish("both")
-        if Part.SPEED in chosen:
-            world.train("none", "model.images=none")
-            world.publish("none")
-        progress.advance(task)
-        sections: list[Section] = []
-        for part in chosen:
-            progress.update(task, description=part.value)
-            match part:
-                case Part.SPEED:
-                    sections += measure_speed(world, Rounds(requests, rounds))
-                case Part.DELTA:
-                    sections += measure_delta(world)
+        task = progress.add_task("models", total=3)
+        for name, *own in (("both",), ("none", "model.images=none")):
+            world.train(name, *own)
+            world.publish(name)
             progress.advance(task)
+        progress.update(task, description="requests")
+        sections = measure_speed(world, requests, rounds)
+        progress.advance(task)
     run = {"images": images, "dim": dim, "requests": requests, "rounds": rounds}
     write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
 

@@ -1,64 +1,29 @@
-"""The rivals: the trainer's engine asked request by request, and eager torch behind FastAPI as one writes it in a day.
+"""The rival: eager torch behind FastAPI as one writes it in a day.
 
-    python -m benchmarks.serve.rivals engine RUN --bodies FILE --json FILE
-    python -m benchmarks.serve.rivals fastapi RUN MODEL --port PORT
+    python -m benchmarks.serve.rivals RUN MODEL --port PORT
 
-The engine opens the store of features and runs E for each request, and has no HTTP. The FastAPI server has the visual
-vectors in a dict, made once, ID rows in memory, and the trainer's model in eager mode; requests and answers are those
-of the scorer, but that unknown and missing values are not reported.
+The server has the visual vectors in a dict, made once, ID rows in memory, and the trainer's model in eager mode;
+requests and answers are those of the scorer, but that unknown and missing values are not reported.
 """
 
-import json
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import orjson
 import torch
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import SoloComm
 from trainer.exchange.vectors import FieldVectors
-from trainer.runs.saved import TrainedRun, open_trained
-from trainer.samples.reader import Batch, Jagged
+from trainer.runs.saved import open_trained
 from trainer.schema import Field
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 app = CommandApp()
-Run = Annotated[Path, typer.Argument(help="Folder of a trained run.")]
-
-
-@app.command()
-def engine(
-    run: Run, bodies: Annotated[Path, typer.Option()], json_path: Annotated[Path, typer.Option("--json")]
-) -> None:
-    """Time the engine on the requests of a file, one a line, over and over for three seconds."""
-    torch.set_num_threads(1)
-    opened = open_trained(run, SoloComm())
-    requests = bodies.read_bytes().splitlines()
-    logits = [_logits(opened, each).tolist() for each in requests[:2]]
-    latency_s: list[float] = []
-    begin = time.perf_counter()
-    while (start := time.perf_counter()) - begin < 3:
-        _logits(opened, requests[len(latency_s) % len(requests)])
-        latency_s.append(time.perf_counter() - start)
-    figures = {"rps": len(latency_s) / (time.perf_counter() - begin), "p50_ms": 1e3 * float(np.median(latency_s))}
-    json_path.write_text(json.dumps({**figures, "logits": logits}))
-    opened.close()
-
-
-def _logits(opened: TrainedRun, body: bytes) -> Any:
-    request = orjson.loads(body)
-    num = len(next(iter(request["candidates"].values())))
-    fields = {field.name: _jagged(field, _values(request, field), num) for field in opened.engine.fields}
-    group_B = np.zeros(num, np.int64)
-    batch = Batch(fields, {}, group_B, group_B.astype(np.float32), group_B, num)
-    return opened.engine.predict(opened.engine.prepare(batch))
 
 
 def _values(request: Mapping[str, Any], field: Field) -> Any:
@@ -66,15 +31,9 @@ def _values(request: Mapping[str, Any], field: Field) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _jagged(field: Field, values: Iterable[int], num_candidates: int) -> Jagged:
-    values_N = np.array(values, np.int64)
-    lengths_M = np.full(1, len(values_N)) if field.side == "user" else np.ones(num_candidates)
-    return Jagged(values_N, lengths_M.astype(np.int32))
-
-
 @app.command()
 def fastapi(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
     model: Annotated[Path, typer.Argument(help="Folder of the run's published model, for its tables and vectors.")],
     port: Annotated[int, typer.Option()],
 ) -> None:

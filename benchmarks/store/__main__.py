@@ -1,4 +1,4 @@
-"""Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow; ratios are of one run.
+"""Measure the store against numpy.take, LMDB, Lance and plain pyarrow; ratios are of one run.
 
 python -m benchmarks.store --json build/bench/store.json
 """
@@ -27,7 +27,6 @@ _HEADLINE = [
     "lookup_vs_numpy_take_10_deltas",
     "lookup_vs_lmdb",
     "lookup_vs_lance",
-    "lookup_vs_rocksdb",
     "warm_open_s",
     "cache_build_vs_list_column",
     "store_over_limit",
@@ -88,7 +87,7 @@ def main(
         list[Part] | None, typer.Option(help="Measure this part; may be repeated.", show_default="all")
     ] = None,
 ) -> None:
-    """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
+    """Measure the store against numpy.take, LMDB, Lance and plain pyarrow."""
     columns = text_column(), BarColumn(), TimeElapsedColumn()
     from benchmarks.store.data import DIM, Bench, cores
 

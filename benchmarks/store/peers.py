@@ -4,8 +4,6 @@ All find rows by keys, but for Lance, which takes row numbers and leaves the way
 into a given buffer, in the order asked, in one thread.
 
 - LMDB: one read transaction, values are views into its map. Filled in the order of its tree.
-- RocksDB through rocksdict: no compression (the numbers hardly compress), compacted, and its files mapped, which is
-  faster than any size of its block cache; a `get` of each key, which is faster than `multi_get` of them all.
 - Lance: `take`, which is faster than a filter on the key with a scalar index. Its own threads all share one core.
 """
 
@@ -20,7 +18,6 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 from rich.progress import Progress
-from rocksdict import BlockBasedOptions, DBCompressionType, Options, Rdict, WriteBatch
 
 from benchmarks.store.data import Held, Indices, Matrix
 from featurestore import FeaturePartition
@@ -81,35 +78,6 @@ class LmdbPeer:
         self._environment.close()
 
 
-class RocksPeer:
-    """RocksDB by the key's eight bytes."""
-
-    def __init__(self, held: Held, folder: Path, progress: Progress) -> None:
-        self._keys, self._dtype = key_bytes(held), held.matrix_ND.dtype
-        database = Rdict(str(folder), _rocks_options())
-        order_N = np.argsort(held.keys_N.view(np.uint64))
-        for start in progress.track(range(0, len(order_N), _BATCH_ROWS), description="fill RocksDB"):
-            batch = WriteBatch(raw_mode=True)
-            for row in order_N[start : start + _BATCH_ROWS]:
-                batch.put(self._keys[row], held.matrix_ND[row].tobytes())
-            database.write(batch)
-        database.flush()
-        database.compact_range(None, None)
-        database.close()
-        self._database = Rdict(str(folder), _rocks_options())
-
-    def lookup(self, index_U: Indices, out_UD: Matrix) -> None:
-        """Look up by a `get` of each key."""
-        database, keys, dtype = self._database, self._keys, self._dtype
-        for place, row in enumerate(index_U.tolist()):
-            value: Any = database.get(keys[row])
-            out_UD[place] = np.frombuffer(value, dtype)
-
-    def close(self) -> None:
-        """Close."""
-        self._database.close()
-
-
 class LancePeer:
     """Lance with the feature as fixed-size binary."""
 
@@ -158,7 +126,6 @@ def fill_peers(held: Held, folder: Path, progress: Progress) -> Mapping[str, Pee
     folder.mkdir()
     return {
         "LMDB": LmdbPeer(held, folder / "lmdb", progress),
-        "RocksDB": RocksPeer(held, folder / "rocksdb", progress),
         "Lance": LancePeer(held, folder / "lance", progress),
     }
 
@@ -175,14 +142,3 @@ def _pin(allowed: set[int]) -> None:
             os.sched_setaffinity(int(thread), allowed)
         except ProcessLookupError:  # it has ended
             continue
-
-
-def _rocks_options() -> Options:
-    options = Options(raw_mode=True)
-    options.create_if_missing(True)
-    options.set_compression_type(DBCompressionType.none())
-    options.set_allow_mmap_reads(True)
-    table = BlockBasedOptions()
-    table.set_bloom_filter(10, False)
-    options.set_block_based_table_factory(table)
-    return options

@@ -7,8 +7,7 @@ rounds: where the two differ much, other processes had the cores.
 
 Cache builds all make the same files, from a warm page cache, in as many threads; the plain ones from Parquet files with
 the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,
-the plain ones check page checksums. "binary" is a column of the store's own type, read and written with no more than
-pyarrow: the price of the store's proofs. A list column of bfloat16 is one of its bits in uint16. Ratios are of fastest
+the plain ones check page checksums. "plain" has a list column of the features' bits in uint16. Ratios are of fastest
 rounds (see `benchmarks.timing.Timings`), those of medians beside them as `*_median`.
 """
 
@@ -38,15 +37,10 @@ _COLUMNS = {  # what is timed, and what the JSON calls it
     "store": "lookup",
     "store into buffer": "lookup_out",
     "LMDB": "lmdb_out",
-    "RocksDB": "rocksdb_get",
     "Lance": "lance_take",
 }
 _ROW_BYTES = DIM * 2
 _BATCH_BYTES = 2 << 20  # as the store reads: larger ones are slower for lists too
-_TYPES: dict[str, pa.DataType] = {
-    "binary": pa.binary(_ROW_BYTES),
-    "list_uint16": pa.list_(pa.uint16(), DIM),
-}
 
 
 def warm_figures(bench: Bench, held: Held, peers: Mapping[str, Peer], cache: Path) -> Section:
@@ -56,7 +50,6 @@ def warm_figures(bench: Bench, held: Held, peers: Mapping[str, Peer], cache: Pat
         "lookup_vs_numpy_take": _vs_numpy(timings.speedup),
         "lookup_vs_numpy_take_fastest": _vs_numpy(timings.fastest_speedup),
         "lookup_vs_lmdb": timings.speedup("store into buffer", over="LMDB"),
-        "lookup_vs_rocksdb": timings.speedup("store into buffer", over="RocksDB"),
         "lookup_vs_lance": timings.speedup("store into buffer", over="Lance"),
     }
     grid = {name: {"rows_per_s": bench.num_keys / timings.median(timed)} for timed, name in _COLUMNS.items()}
@@ -120,11 +113,11 @@ def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
     """Measure builds of the cache without and with deltas, and its opening when it is there."""
     shards = held.store.info.num_shards
     scratch = bench.folder / "scratch"
-    sources = {kind: _plain_store(bench, held, kind) for kind in _TYPES}
+    plain = _plain_store(bench, held)
     variants: dict[str, Callable[[], object]] = {
         "store": partial(_build, bench, held, scratch),
         "store_10_deltas": partial(_build, bench, newest, scratch),
-        **{kind: partial(cache_from_plain, path, scratch, shards, bench.threads) for kind, path in sources.items()},
+        "plain": partial(cache_from_plain, plain, scratch, shards, bench.threads),
     }
 
     def begin() -> None:
@@ -140,26 +133,20 @@ def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
         FeaturePartition.load(held.store, cache_dir=scratch, version=held.version).close()
 
     opened = interleaved({"load": load}, max(5, bench.rounds // 6), bench.progress, "warm opening")
-    for path in [scratch, *sources.values()]:
+    for path in (scratch, plain):
         shutil.rmtree(path)
     figures = {
         "warm_open_s": opened.median("load"),
-        **_against(built, "store", "list_uint16", "cache_build_vs_list_column"),
-        **_against(built, "store", "binary", "cache_build_vs_binary_column"),
+        "cache_build_vs_list_column": built.fastest_speedup("store", over="plain"),
+        "cache_build_vs_list_column_median": built.speedup("store", over="plain"),
     }
     return Section("cache builds", figures, _speeds(built, bench.num_rows), prefix="cache_build_")
 
 
-def write_plain_file(path: Path, rows: FeatureRows, kind: str) -> None:
-    """Write what a user of pyarrow would: keys, and features in a column of one of `_TYPES`."""
-    features = np.ascontiguousarray(rows.features_ND)
-    feature: Any
-    if kind == "binary":
-        buffers = [None, pa.py_buffer(features.reshape(-1).data)]
-        feature = pa.FixedSizeBinaryArray.from_buffers(_TYPES[kind], len(features), buffers)
-    else:
-        values = pa.array(features.reshape(-1)).view(_TYPES[kind].value_type)  # type: ignore[attr-defined]
-        feature = pa.FixedSizeListArray.from_arrays(values, DIM)
+def write_plain_file(path: Path, rows: FeatureRows) -> None:
+    """Write what a user of pyarrow would: keys, and features in a list column."""
+    values = pa.array(np.ascontiguousarray(rows.features_ND).reshape(-1))
+    feature: Any = pa.FixedSizeListArray.from_arrays(values, DIM)
     pq.write_table(
         pa.table({"key": pa.array(rows.keys_N), "feature": feature}),
         path,
@@ -180,12 +167,7 @@ def cache_from_plain(source: Path, target: Path, num_shards: int, threads: int) 
         with file, (target / f"{shard}.rows.bin").open("xb", buffering=0) as rows:
             for batch in file.iter_batches(_BATCH_BYTES // _ROW_BYTES, use_threads=False):
                 column: Any = batch["feature"]
-                if pa.types.is_fixed_size_binary(column.type):
-                    start, size = column.offset * DIM, len(column) * DIM
-                else:
-                    column = column.flatten()
-                    start, size = column.offset, len(column)
-                append_rows(rows, np.frombuffer(column.buffers()[1], np.uint16)[start : start + size])
+                append_rows(rows, column.flatten().to_numpy())
                 keys.append(batch["key"].to_numpy())
         np.save(target / f"{shard}.keys.npy", np.concatenate(keys))
 
@@ -202,12 +184,12 @@ def touch_memory(size_bytes: int) -> None:
     np.ones(size_bytes // 8)
 
 
-def _plain_store(bench: Bench, held: Held, kind: str) -> Path:
-    folder = bench.folder / kind
+def _plain_store(bench: Bench, held: Held) -> Path:
+    folder = bench.folder / "plain"
     folder.mkdir()
     snapshot = held.store.snapshot(held.version)
-    for shard in bench.progress.track(range(held.store.info.num_shards), description=f"write {kind} files"):
-        write_plain_file(folder / f"{shard}.parquet", snapshot.read_shard(shard), kind)
+    for shard in bench.progress.track(range(held.store.info.num_shards), description="write plain files"):
+        write_plain_file(folder / f"{shard}.parquet", snapshot.read_shard(shard))
     return folder
 
 
@@ -215,10 +197,6 @@ def _build(bench: Bench, held: Held, folder: Path) -> None:
     snapshot = held.store.snapshot(held.version)
     readers = [snapshot.shard_reader(shard) for shard in range(held.store.info.num_shards)]
     open_or_build(readers, folder, bench.threads)
-
-
-def _against(timings: Timings, name: str, other: str, key: str) -> dict[str, Figure]:
-    return {key: timings.fastest_speedup(name, over=other), f"{key}_median": timings.speedup(name, over=other)}
 
 
 def _speeds(timings: Timings, num_rows: int) -> dict[str, dict[str, Figure]]:

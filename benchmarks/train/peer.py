@@ -14,14 +14,13 @@ from typing import Annotated, Any, Literal, Protocol
 
 import typer
 
+from benchmarks.train import rivals
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import Comm, connect
 from trainer.config.config import load_config
 from trainer.engine.machine import objects_frozen
 from trainer.runs.open import Run, open_run
 from trainer.stages import prepare_ahead
-
-_PIECES = 16
 
 
 class Variant(Protocol):
@@ -49,32 +48,16 @@ class Seen:
     bytes_sent: int = 0
 
 
-Name = Literal[
-    "compute",
-    "compute_from_numbers",
-    "worker",
-    "worker_grouped",
-    "server",
-    "server_in_turn",
-    "server_in_pieces",
-    "fuxictr",
-    "fuxictr_grouped",
-]
+Name = Literal["compute", "worker", "worker_grouped", "server"]
 
 
 def variant_of(name: Name, run: Run, folder: Path) -> Variant:
-    """Make the variant of this name, which may keep files in `folder`; FuxiCTR is in an environment of its own."""
-    if name in ("fuxictr", "fuxictr_grouped"):
-        from benchmarks.train.fuxi import FuxiCtr
-
-        return FuxiCtr(run, grouped=name == "fuxictr_grouped")
-    from benchmarks.train import rivals
-
-    if name in ("compute", "compute_from_numbers"):
-        return rivals.Compute(run, from_numbers=name == "compute_from_numbers")
-    if name in ("worker", "worker_grouped"):
-        return rivals.StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
-    return rivals.StoreInServer(run, name != "server_in_turn", _PIECES if name == "server_in_pieces" else 1)
+    """Make the variant of this name, which may keep files in `folder`."""
+    if name == "compute":
+        return rivals.Compute(run)
+    if name == "server":
+        return rivals.StoreInServer(run)
+    return rivals.StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
 
 
 def train(variant: Variant, steps: int, run: Run) -> Seen:

@@ -1,14 +1,13 @@
 """Other ways to bring images into the model: E and the model alone, features in the samples, features from a server.
 
 - `Compute`: the work that no trainer can avoid, in isolation. E takes the rows as the store has them: to make numbers
-  of them that its products can take is its part, unless `from_numbers` has that done before the clock runs, as the
-  trainer does it ahead of the step.
+  of them that its products can take is its part.
 - `StoreInWorker`: features travel in the samples, E runs once per occurrence, PyTorch's DataLoader reads ahead. The
   batches are those of the trainer, written to Parquet with the features in the rows: fixed-size bytes, uncompressed, as
   drawn features do not shrink. `grouped`: the images that a group has seen stand in its row once; else each sample is a
   row of its own.
 - `StoreInServer`: features lie with their owners as with ours, but travel raw, and E runs where they are asked for. A
-  rank asks for each image of its part of the batch once.
+  rank asks for each image of its part of the batch once; those of the next step come while this one computes.
 
 Letters of shapes as in trainer/samples/reader.py.
 """
@@ -47,11 +46,11 @@ class Compute:
 
     ahead = False
 
-    def __init__(self, run: Run, from_numbers: bool = False) -> None:
+    def __init__(self, run: Run) -> None:
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
         self._batches = self.model.batches()
-        self._stored, self._from_numbers = StoredFeatures(self._service), from_numbers
+        self._stored = StoredFeatures(self._service)
         self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
 
     def prepare(self) -> Batch:
@@ -65,8 +64,6 @@ class Compute:
             fields = [field for field, of in self._names.items() if of == name]
             keys_U, inverse_N = unique(np.concatenate([batch.fields[field].values_N for field in fields]))
             features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
-            if self._from_numbers:
-                features_UD = self._stored.numbers(name, features_UD, name)
             asked[name] = (features_UD, fields, torch.from_numpy(inverse_N))
         request = self.model.request(batch)
         ids = self.model.ids.vectors(request)
@@ -208,18 +205,16 @@ class Fetched:
 
 
 class StoreInServer:
-    """The way "store in server": features come from a server in each step.
+    """One rank. The features of a step come in one alltoall, after that of their keys."""
 
-    `ahead`: the features of the next step come in a thread while this one computes. `pieces`: the number of alltoalls,
-    between which the collectives of the step may pass; Horovod runs one after the other.
-    """
+    ahead = True
 
-    def __init__(self, run: Run, ahead: bool, pieces: int = 1) -> None:
+    def __init__(self, run: Run) -> None:
         assert run.partition is not None
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
         self._partition: FeaturePartition = run.partition
-        self._comm, self.ahead, self._pieces = run.comm, ahead, pieces
+        self._comm = run.comm
         self._batches = self.model.batches()
         names = {model_name(field, run.config.model) for field in self.model.content}
         (self._name,) = names  # one E for both sides, so that an image in both is sent once
@@ -252,24 +247,13 @@ class StoreInServer:
         if len(self._memory[0]) < len(keys_U):
             self._memory[0] = torch.empty(len(keys_U) * 9 // 8, self._partition.dim, dtype=self._network.compute_dtype)
         numbers_UD = self._memory[0][: len(keys_U)]
-        to_send = _pieces(counts_P.numpy().astype(np.int64), self._pieces)
-        to_come = _pieces(asked.send_counts_P, self._pieces)
-        for sent_P, coming_P in zip(to_send, to_come, strict=True):
-            self._exchange(keys_R.numpy(), sent_P, coming_P, numbers_UD)
+        if len(self._looked_up) < len(keys_R):
+            self._looked_up = np.empty((len(keys_R) * 9 // 8, self._partition.dim), self._looked_up.dtype)
+        features_RD = self._partition.lookup(keys_R.numpy(), out=self._looked_up[: len(keys_R)]).features_UD
+        bits_RD = torch.from_numpy(features_RD.view(np.uint8))
+        received, _ = self._comm.alltoall(bits_RD, counts_P, name="raw.features")
+        self._network.numbers(as_tensor(received.numpy().view(self._looked_up.dtype)), out=numbers_UD)
         return numbers_UD, torch.from_numpy(asked.inverse_N)
-
-    def _exchange(self, keys_R: Int64, sent_P: list[slice], coming_P: list[slice], numbers_UD: Tensor) -> None:
-        """One piece for every rank: of `keys_R` the rows of `sent_P` go out, and numbers come for `coming_P`."""
-        keys_C = np.concatenate([keys_R[each] for each in sent_P])
-        if len(self._looked_up) < len(keys_C):
-            self._looked_up = np.empty((len(keys_C) * 9 // 8, self._partition.dim), self._looked_up.dtype)
-        features_CD = self._partition.lookup(keys_C, out=self._looked_up[: len(keys_C)]).features_UD
-        splits_P = _splits(np.array([each.stop - each.start for each in sent_P]))
-        bits_CD = torch.from_numpy(features_CD.view(np.uint8))
-        received, counts_P = self._comm.alltoall(bits_CD, splits_P, name="raw.features")
-        features = as_tensor(received.numpy().view(self._looked_up.dtype))
-        for rows, part in zip(coming_P, torch.split(features, counts_P.tolist()), strict=True):
-            self._network.numbers(part, out=numbers_UD[rows])
 
     def _images(self, fetched: Fetched) -> Images:
         visual_UV = self._service.embed(self._name, Gathered(fetched.numbers_UD, None))
@@ -279,17 +263,6 @@ class StoreInServer:
             name: FieldVectors(visual_UV, index_N, torch.from_numpy(jagged.lengths_M.astype(np.int64)))
             for (name, jagged), index_N in zip(fields, places, strict=True)
         }
-
-
-def _pieces(counts_P: Int64, pieces: int) -> list[list[slice]]:
-    """Of rows that lie rank by rank, `counts_P` of each: which rows of every rank are in each piece."""
-    ends_P = np.cumsum(counts_P)
-    starts_P = ends_P - counts_P
-    cuts = [starts_P + counts_P * piece // pieces for piece in range(pieces + 1)]
-    return [
-        [slice(int(first), int(end)) for first, end in zip(before_P, after_P, strict=True)]
-        for before_P, after_P in itertools.pairwise(cuts)
-    ]
 
 
 def _splits(counts_P: Int64) -> Tensor:

@@ -1,24 +1,15 @@
-"""Runs of the trainer and of its peers as processes of their own, on one host or two, and rounds of them.
+"""Runs of the trainer and of its peers as processes of their own, and rounds of them.
 
 Of the rounds: medians, spread, and the proof that all of them trained the same model.
-
-Two hosts are those of the tests (`tests/cluster/hosts.py`): network namespaces, as near to two machines as one comes;
-they need root and iproute2. Each has a core of its own, and a link of a given speed joins them. horovodrun starts the
-second rank by ssh; the script that it finds under this name enters the other host's network instead, so no sshd is
-needed.
 """
 
-import contextlib
 import json
-import os
-import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.progress import Progress
@@ -31,22 +22,6 @@ from featurestore.errors import UserError
 
 _CHECKED_LOSSES = 2  # "store in worker" has no more batches on its disk
 _LOSS_TOLERANCE = 2e-3
-_DEVICE = "eth0"
-_SSH = """#!/bin/sh
-# ssh [options] HOST [options] COMMAND: runs COMMAND in the network of HOST.
-host=
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -o | -p | -i | -l) shift 2 ;;
-    -*) shift ;;
-    *) [ -z "$host" ] || break; host=$1; shift ;;
-  esac
-done
-case "$host" in
-  {host}) exec {enter} sh -c "$*" ;;
-  *) echo "there is no host $host" >&2; exit 255 ;;
-esac
-"""
 
 
 class DifferentLossesError(UserError):
@@ -66,13 +41,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts ranks. `prefix`: what `horovodrun -np P` is called by, where the ranks do not all stand on this host."""
+    """Starts a number of ranks on this host."""
 
     workload: Workload
     scratch: Path
-    ranks: int = 1
-    prefix: Sequence[str] = ()
-    environment: Mapping[str, str] | None = None
+    ranks: int
 
     def trainer(self, name: str, steps: int, settings: Sequence[str] = ()) -> Outcome:
         """Run `python -m trainer.main` on the real files; no checkpoint but the last. Losses: those that are logged."""
@@ -85,12 +58,12 @@ class Launcher:
         shutil.rmtree(self.scratch / name)
         return Outcome(report["samples_per_s"], losses, report, resident)
 
-    def peer(self, variant: str, steps: int, settings: Sequence[str] = (), python: str | None = None) -> Outcome:
+    def peer(self, variant: str, steps: int, settings: Sequence[str] = ()) -> Outcome:
         """Run a variant of benchmarks.train.peer, with the same settings."""
         out = self.scratch / f"{variant}.json"
         command = ["-m", "benchmarks.train.peer", variant, "--config", str(self.workload.config)]
         extra = ["--steps", str(steps), "--json", str(out), *self._set(settings)]
-        resident = self._run([*command, *extra], python)
+        resident = self._run([*command, *extra])
         report = json.loads(out.read_text())
         out.unlink()
         return Outcome(report["samples_per_s"], report["losses"], report, resident)
@@ -98,13 +71,13 @@ class Launcher:
     def _set(self, settings: Sequence[str]) -> list[str]:
         return [word for each in (*self.workload.settings(self.ranks), *settings) for word in ("--set", each)]
 
-    def _run(self, arguments: Sequence[str], python: str | None = None) -> list[int]:
+    def _run(self, arguments: Sequence[str]) -> list[int]:
         """Runs the ranks to their end; resident bytes of the largest. Raises RunFailedError."""
-        command = [*self.prefix, python or sys.executable, *arguments]
-        if self.ranks > 1 and not self.prefix:
+        command = [sys.executable, *arguments]
+        if self.ranks > 1:
             horovodrun = str(Path(sys.executable).with_name("horovodrun"))
             command = [horovodrun, "-np", str(self.ranks), *command]
-        memory = run_to_end(command, self.scratch / "output.txt", self.environment)
+        memory = run_to_end(command, self.scratch / "output.txt")
         return [each.largest_resident for each in memory]
 
 
@@ -176,46 +149,3 @@ def check_losses(outcomes: Mapping[str, Sequence[Outcome]], same: Sequence[str])
                 f"{name} and {first_name} do not train the same model: their first losses are {losses} and {first}, "
                 f"{worst:.2g} apart where {_LOSS_TOLERANCE} is allowed; no figure is reported"
             )
-
-
-class LinkError(Exception):
-    """This machine cannot join namespaces by a link; the text says why."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """How to start two ranks over the link, one on each host."""
-
-    prefix: list[str]
-    environment: dict[str, str]
-
-
-@contextlib.contextmanager
-def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
-    """Make the link; it is gone after the block, or with this process. `rate`: as tc writes it.
-
-    Raises LinkError where the machine has no namespaces.
-    """
-    from tests.cluster.hosts import lacking, network
-
-    if missing := lacking():
-        raise LinkError(f"hosts of one machine need {missing}")
-    with TemporaryDirectory(dir=folder) as files, network(Path(files), ["a", "b"], rate, ssh=False) as net:
-        here, there = net["a"], net["b"]
-        script = Path(files) / "ssh"
-        script.write_text(_SSH.format(host=there.address, enter=shlex.join(there.command_here())))
-        script.chmod(0o755)
-        horovodrun = str(Path(sys.executable).with_name("horovodrun"))
-        launcher = [
-            horovodrun,
-            "-np",
-            "2",
-            "-H",
-            f"{here.address}:1,{there.address}:1",
-            "--network-interfaces",
-            _DEVICE,
-        ]
-        # Horovod adds the loopback device to those it was given, and then takes any one of them.
-        each_rank = ["env", f"HOROVOD_GLOO_IFACE={_DEVICE}"]
-        search = f"{script.parent}:{os.environ['PATH']}"
-        yield Link(here.command_here(*launcher, *each_rank), {**os.environ, "PATH": search})

@@ -1,31 +1,22 @@
 """What is measured: the variants, where and for how long each of them runs, and the figures that come of it."""
 
 import statistics
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from benchmarks.report import Figure, Section
-from benchmarks.train.runs import Launcher, LinkError, Outcome, Rounds, Run, check_losses, link, rounds_of
+from benchmarks.train.runs import Launcher, Outcome, Rounds, Run, check_losses, rounds_of
 from benchmarks.workload import Workload
 
 _CHECKED_STEPS = 3
-_SERVERS = ("server", "server_in_turn", "server_in_pieces")
-_SAME_MODEL = (
-    ("ours", "compute", "compute_from_numbers", "worker", "worker_grouped"),
-    ("ours_2_ranks", *_SERVERS),
-)
+_SAME_MODEL = (("ours", "compute", "worker", "worker_grouped"), ("ours_2_ranks", "server"))
 _MEMORY_SAMPLES = 600  # the steps continue into a third epoch
-_COMPUTE = ("compute", "compute_from_numbers")
-FUXICTR = ("fuxictr", "fuxictr_grouped")
-SECTIONS = ("link", "traffic", "memory", "compact")
-VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
+SECTIONS = ("traffic", "memory")
+VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1])
 PAPER_RANKS = 20
 _KEY_BYTES = 8
 _BF16_BYTES = 2
@@ -34,17 +25,13 @@ _PARTS = ("step.keys", "step.vectors", "step.gradients", "step.dense")
 
 @dataclass(frozen=True)
 class Bench:
-    """What all sections share.
-
-    `steps`: of a run of the trainer at one rank; slower variants make fewer. `dims`: numbers of a compact row.
-    """
+    """What all sections share. `steps`: of a run of the trainer at one rank; slower variants make fewer."""
 
     workload: Workload
     scratch: Path
     rounds: int
     steps: int
     memory_steps: int
-    dims: int
     settings: Sequence[str]
     progress: Progress
 
@@ -61,27 +48,15 @@ class Bench:
         """Return all variants that take part in the rounds, by name."""
         one, two, few = self.launcher(1), self.launcher(2), max(3, self.steps // 3)
         large = [*self.workload.settings(2), *self.settings]
-        runs: dict[str, Run] = {
+        return {
             "ours": lambda: one.trainer("ours", self.steps, self.settings),
             "ours_large_batch": lambda: one.trainer("ours", self.steps_2_ranks, large),
             "compute": lambda: one.peer("compute", max(3, self.steps // 2), self.settings),
-            "compute_from_numbers": lambda: one.peer("compute_from_numbers", max(3, self.steps // 2), self.settings),
             "worker": lambda: one.peer("worker", few, self.settings),
             "worker_grouped": lambda: one.peer("worker_grouped", few, self.settings),
             "ours_2_ranks": lambda: two.trainer("ours", self.steps_2_ranks, self.settings),
             "server": lambda: two.peer("server", self.steps_2_ranks, self.settings),
-            "server_in_turn": lambda: two.peer("server_in_turn", self.steps_2_ranks, self.settings),
-            "server_in_pieces": lambda: two.peer("server_in_pieces", self.steps_2_ranks, self.settings),
         }
-        if (python := fuxictr_python()).exists():
-            runs["fuxictr"] = lambda: one.peer("fuxictr", few, self.settings, python=str(python))
-            runs["fuxictr_grouped"] = lambda: one.peer("fuxictr_grouped", few, self.settings, python=str(python))
-        return runs
-
-
-def fuxictr_python() -> Path:
-    """Find the interpreter of the environment that tools/install_for.sh makes for FuxiCTR."""
-    return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
 
 
 def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
@@ -93,28 +68,21 @@ def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
         check_losses(rounds.outcomes | checked, same)
     sections = [Section("samples per second", beside(rounds), rounds.grid())]
     wanted = [name for name in SECTIONS if not only or name in only]
-    if "link" in wanted:
-        sections.append(link_section(bench))
     if "traffic" in wanted:
         sections.append(_traffic(bench))
     if "memory" in wanted:
         sections.append(memory_section(bench, rounds))
-    if "compact" in wanted:
-        sections.append(compact_section(bench))
     found = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", headline(rounds, found)), *sections]
 
 
 def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
-    """Return the figures that have a target. "Store in server" is the fastest of its forms."""
-    servers = [ratio for name in _SERVERS if (ratio := rounds.ratio("ours_2_ranks", name))]
+    """Return the figures that have a target."""
     return {
         "step_vs_compute": rounds.ratio("compute", "ours"),
         "two_ranks_vs_one": rounds.ratio("ours_2_ranks", "ours"),
         "vs_store_in_worker": rounds.ratio("ours", "worker"),
-        "vs_store_in_server": min(servers, default=None),
-        "vs_store_in_server_1gbit": found.get("vs_store_in_server_1gbit"),
-        "vs_fuxictr": rounds.ratio("ours", "fuxictr"),
+        "vs_store_in_server": rounds.ratio("ours_2_ranks", "server"),
         "image_bytes_reduction": found.get("image_bytes_reduction"),
         "rss_over_features_gb": found.get("rss_over_features_gb"),
         "samples_per_s": rounds.speed("ours") if "ours" in rounds else None,
@@ -124,35 +92,10 @@ def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
 def beside(rounds: Rounds) -> dict[str, Figure]:
     """Return what to read next to the headline: the same ratios under conditions that are less kind to us."""
     figures = {
-        "step_vs_compute_from_numbers": rounds.ratio("compute_from_numbers", "ours"),
         "two_ranks_vs_one_of_the_same_batch": rounds.ratio("ours_2_ranks", "ours_large_batch"),
         "vs_store_in_worker_grouped": rounds.ratio("ours", "worker_grouped"),
-        "vs_fuxictr_grouped": rounds.ratio("ours", "fuxictr_grouped"),
     }
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def link_section(bench: Bench) -> Section:
-    """Measure ours and all forms of "store in server" over 1 Gbit/s; no figure, and why, where there cannot be one."""
-    try:
-        with link(bench.scratch) as over:
-            ranks = Launcher(bench.workload, bench.scratch, 2, over.prefix, over.environment)
-            few = max(3, bench.steps // 3)
-            runs: dict[str, Run] = {
-                "ours": lambda: ranks.trainer("ours", bench.steps_2_ranks, bench.settings),
-                "server": lambda: ranks.peer("server", few, bench.settings),
-                "server_in_turn": lambda: ranks.peer("server_in_turn", few, bench.settings),
-                "server_in_pieces": lambda: ranks.peer("server_in_pieces", few, bench.settings),
-            }
-            rounds = rounds_of(runs, bench.rounds, bench.progress, "1 Gbit/s")
-    except LinkError as failure:
-        return Section("two ranks over 1 Gbit/s", {"vs_store_in_server_1gbit": None, "link_reason": str(failure)})
-    ratios = {name: rounds.ratio("ours", name) or 0.0 for name in _SERVERS}
-    figures = {
-        "vs_store_in_server_1gbit": min(ratios.values()),
-        **{f"vs_{name}_1gbit": ratio for name, ratio in ratios.items()},
-    }
-    return Section("two ranks over 1 Gbit/s", figures, rounds.grid(), prefix="1gbit_")
 
 
 def memory_section(bench: Bench, rounds: Rounds) -> Section:
@@ -171,40 +114,6 @@ def memory_section(bench: Bench, rounds: Rounds) -> Section:
     ]
     worst = max([*over, max(sizes) - bench.workload.store_bytes])
     return Section("memory", {"rss_over_features_gb": worst / 1e9, f"rss_growth_mb_{steps}_steps": growth / 1e6})
-
-
-def compact_section(bench: Bench) -> Section:
-    """Measure the trainer on compact rows over the full width, and over its own products and FuxiCTR on the same rows.
-
-    What compact rows keep of GAUC is a table of stores (benchmarks/tables/beyond.yaml).
-    """
-    from featurestore.store import FeatureStore
-    from featurestore.upkeep.remake import remake
-
-    place = bench.workload.folder / f"features-{bench.dims}-bfloat16"
-    report = remake(FeatureStore.open(bench.workload.store), place, dims=bench.dims, dtype="bfloat16")
-    one, few, compact = bench.launcher(1), max(3, bench.steps // 2), [*bench.settings, f"data.store={place}"]
-    runs: dict[str, Run] = {
-        "full": partial(one.trainer, "full", bench.steps, bench.settings),
-        "compact": partial(one.trainer, "compact", bench.steps, compact),
-        **{name: partial(one.peer, name, few, compact) for name in _COMPUTE},
-    }
-    if (python := fuxictr_python()).exists():
-        runs |= {name: partial(one.peer, name, few, compact, python=str(python)) for name in FUXICTR}
-    checked = one.trainer("check", _CHECKED_STEPS, [*compact, "train.log_every=1"])
-    rounds = rounds_of(runs, bench.rounds, bench.progress, "compact rows")
-    check_losses({**rounds.outcomes, "compact": [checked]}, ("compact", *_COMPUTE))
-    figures: dict[str, Figure] = {
-        "compact_vs_full": rounds.ratio("compact", "full"),
-        "step_vs_compute_compact": rounds.ratio("compute", "compact"),
-        "step_vs_compute_compact_from_numbers": rounds.ratio("compute_from_numbers", "compact"),
-        "samples_per_s_compact": rounds.speed("compact"),
-        "vs_fuxictr_compact": rounds.ratio("compact", "fuxictr"),
-        "vs_fuxictr_compact_grouped": rounds.ratio("compact", "fuxictr_grouped"),
-        "compact_bytes_share": report.row_bytes_share,
-        "compact_files_share": report.bytes / report.source_bytes,
-    }
-    return Section(f"rows of {bench.dims} numbers", figures, rounds.grid(), prefix="compact_rows_")
 
 
 def _traffic(bench: Bench) -> Section:

@@ -22,8 +22,6 @@ def test_figures_are_written(tmp_path: Path) -> None:
     figures = json.loads(out.read_text())
     assert 0 < figures["http_p50_ms_200"] <= figures["http_p99_ms_200"]
     assert figures["vs_fastapi_eager_rps"] == figures["http_scorer_rps_200"] / figures["http_fastapi_rps_200"]
-    assert figures["vs_engine_rps"] == figures["http_scorer_rps_100"] / figures["http_engine_rps_100"]
-    assert figures["delta_images"] == 3 and 0 < figures["delta_bytes_share"] < 1
 
 
 class Slow(BaseHTTPRequestHandler):

@@ -14,7 +14,6 @@ HEADLINE = [
     "lookup_vs_numpy_take_10_deltas",
     "lookup_vs_lmdb",
     "lookup_vs_lance",
-    "lookup_vs_rocksdb",
     "warm_open_s",
     "cache_build_vs_list_column",
 ]
@@ -31,7 +30,7 @@ def test_all_variants_at_a_tiny_size(tmp_path, monkeypatch):
     assert all(figures[name] > 0 for name in HEADLINE)
     assert figures["store_over_limit"] == pytest.approx(5, rel=0.01)
     assert 0 < figures["limit_cache_build_peak_mb"] < figures["memory_limit_mb"]
-    for peer in ("lookup", "numpy_take", "lmdb_out", "rocksdb_get", "lance_take"):
+    for peer in ("lookup", "numpy_take", "lmdb_out", "lance_take"):
         assert figures[f"{peer}_rows_per_s"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name != "store.json"], "nothing is left behind"
 

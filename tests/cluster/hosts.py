@@ -113,15 +113,6 @@ class Host:
         enter = ["nsenter", f"--target={self.pid}", *NAMESPACES, f"--wdns={ROOT}", "setpriv", "--pdeathsig", "KILL"]
         return ["taskset", "--cpu-list", str(self.core), *enter, "--", *map(str, words)]
 
-    def command_here(self, *words: object) -> list[str]:
-        """The command line that runs `words` in this host's network alone, by its name and /etc/hosts.
-
-        They are processes of the machine, and so can enter another host in the same way; they do not end with this one.
-        """
-        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "unshare", "--mount", "sh", "-c"]
-        with_names = ['mount --bind "$0" /etc/hosts && exec "$@"', str(self.folder / "hosts")]
-        return ["taskset", "--cpu-list", str(self.core), *enter, *with_names, *map(str, words)]
-
     def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
         """The variables of a command on this host: this process's own, root's home on the host, and `env`.
 
@@ -146,7 +137,7 @@ class Host:
     def start(self, *words: object, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a command whose output, of both kinds, is added to `log`.
 
-        kill() of what is returned ends the command by SIGKILL; a gentler signal goes to `process_of` it.
+        kill() of what is returned ends the command by SIGKILL.
         """
         with log.open("ab") as out:
             started = subprocess.Popen(
@@ -187,7 +178,7 @@ class Host:
 class Network:
     """Hosts that are joined by one switch; made by `network`."""
 
-    def __init__(self, folder: Path, names: Sequence[str], rate: str | None, ssh: bool) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], ssh: bool) -> None:
         cores = sorted(os.sched_getaffinity(0))
         self.hosts = {
             name: Host(name, f"{SUBNET}{10 + number}", cores[number % len(cores)], folder / name)
@@ -195,7 +186,7 @@ class Network:
         }
         self.folder = folder
         """Where the hosts' files lie."""
-        self._rate, self._ssh = rate, ssh
+        self._ssh = ssh
         self._switch = Host("switch", "", cores[-1], folder / "switch")
         self._ports: dict[str, str] = {}
 
@@ -229,10 +220,9 @@ class Network:
         self._on_switch("ip", "link", "set", port, "master", "bridge", "up")
         host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
-        if self._rate:
-            limit = ["root", "tbf", "rate", self._rate, "burst", "256kb", "latency", "50ms"]
-            host.run("tc", "qdisc", "add", "dev", "eth0", *limit)
-            self._on_switch("tc", "qdisc", "add", "dev", port, *limit)
+        limit = ["root", "tbf", "rate", RATE, "burst", "256kb", "latency", "50ms"]
+        host.run("tc", "qdisc", "add", "dev", "eth0", *limit)
+        self._on_switch("tc", "qdisc", "add", "dev", port, *limit)
         if self._ssh:
             _start_sshd(host)
 
@@ -265,23 +255,17 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(folder: Path, names: Sequence[str], rate: str | None = RATE, ssh: bool = True) -> Iterator[Network]:
-    """Start hosts of these names, at most 200, with a link of `rate` each; all of them are gone at the end.
+def network(folder: Path, names: Sequence[str], ssh: bool = True) -> Iterator[Network]:
+    """Start hosts of these names, at most 200, with a link of RATE each; all of them are gone at the end.
 
     `folder` is for their logs and keys. Without `ssh` they start in a fifth of a second each, and need no package.
     """
-    net = Network(folder, names, rate, ssh)
+    net = Network(folder, names, ssh)
     try:
         net.open()
         yield net
     finally:
         net.close()
-
-
-def process_of(started: subprocess.Popen[bytes]) -> psutil.Process:
-    """The command that `Host.start` has started, as the machine sees it: to signal it or to stop it."""
-    (process,) = psutil.Process(started.pid).children()
-    return process
 
 
 def python_words(*arguments: object) -> list[str]:

@@ -61,13 +61,6 @@ def of_days(folder: Path) -> list[str]:
     return ["1,234,567", "7,654,321", "2026-01-01", "2026-01-02", *(f"{value:.4f}" for value in metrics.values())]
 
 
-def of_prerank(_: Path) -> list[str]:
-    print_rows(
-        ["a measure with a long name", "hnsw", "exact"], [("queries per s", "1,234,567", "0.1234")], ["hnsw", "exact"]
-    )
-    return ["1,234,567", "0.1234"]
-
-
 def of_benchmarks(_: Path) -> list[str]:
     write_report({"samples_per_s_" + "of_all_" * 9: 1234567.0, "ratio": 0.12345})
     return ["1,234,567", "0.1235"]
@@ -81,7 +74,7 @@ def of_the_demo(_: Path) -> list[str]:
 
 
 COMMANDS = [
-    of_store, of_training, of_evaluation, of_days, of_prerank, of_benchmarks, of_the_demo,
+    of_store, of_training, of_evaluation, of_days, of_benchmarks, of_the_demo,
 ]  # fmt: skip
 
 

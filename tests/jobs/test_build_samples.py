@@ -85,13 +85,6 @@ def test_options_reach_the_samples(inside, place):
     assert summary["options"]["partitions"] == 3
 
 
-def test_mistake_is_one_message(inside, place):
-    code, line = inside("--logs", "nowhere")
-    assert code == 2
-    assert "nowhere/impressions: no .parquet files in it" in line
-    assert not (place / "data/samples").exists()
-
-
 @pytest.mark.parametrize("samples", ["file/samples", "/proc/samples"])
 def test_a_place_that_cannot_be_written_is_one_message(samples, inside, place):
     (place / "file").write_text("mine")
@@ -119,14 +112,6 @@ def test_a_folder_that_cannot_be_replaced_is_refused(samples, inside, place):
         assert "is the folder that this command runs in, or one above it" in line or "is no name of a folder" in line
         (place / "summary.json").touch()
     assert (place / "data/logs/behaviors/day=1.parquet").is_file()
-
-
-def test_a_circle_of_links_is_told(inside, place):
-    (place / "a").symlink_to(place / "b")
-    (place / "b").symlink_to(place / "a")
-    code, line = inside("--samples", "a")
-    assert code == 1
-    assert line.startswith("error: cannot make the samples in a")
 
 
 def test_logs_in_the_samples_folder_stay(inside, place):

@@ -18,8 +18,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
 from trainer.runs import export
-from trainer.runs.checkpoint import DENSE
-from trainer.runs.saved import find_checkpoint, open_trained
+from trainer.runs.saved import open_trained
 
 pytestmark = pytest.mark.long  # they train whole runs
 
@@ -147,11 +146,6 @@ def test_components_of_a_compact_store_are_taken_as_the_run_took_them(places: Pl
     assert len(found) == 49 and len({tuple(vector) for vector in found.values()}) == 49
 
 
-def test_the_folder_of_the_file_is_made(run: Path, tmp_path: Path) -> None:
-    done("--run", run, "--out", tmp_path / "no" / "such" / "v.parquet")
-    assert len(read(tmp_path / "no" / "such" / "v.parquet")) == 49
-
-
 def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shard gives a block at least."""
     monkeypatch.setattr(export, "_BATCH_ROWS", 25)
@@ -204,20 +198,3 @@ class TestMistakes:
         assert f"{has}; choose one by --network" in failed(*two, code=2)
         assert f"{has}, and --network images names 2 of them" in failed(*two, "--network", "images", code=2)
         assert "--network text names 0 of them" in failed("--run", run, "--network", "text", "--out", two[-1], code=2)
-
-    def test_damage(self, places: Places, tmp_path: Path) -> None:
-        run = train_run(places, "damaged", train__max_steps=1)
-        file = Path(find_checkpoint(run).path(DENSE))
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
-        assert "dense.safetensors is damaged" in failed("--run", run, "--out", tmp_path / "v.parquet")
-
-    def test_features_of_another_kind(self, tmp_path: Path) -> None:
-        places = make_places(tmp_path)
-        run = train_run(places, "a", train__max_steps=1)
-        store = FeatureStore.open(tmp_path / "features")
-        (tmp_path / "features").rename(tmp_path / "old")
-        info = store.info.model_copy(update={"dim": 8, "store_id": ""})
-        FeatureStore.create(tmp_path / "features", info)
-        assert "features of another kind" in failed("--run", run, "--out", tmp_path / "v.parquet")

@@ -48,16 +48,6 @@ def assert_message(result, code, text):
     assert not result.stdout
 
 
-def test_mistakes_are_one_message(job, tmp_path):
-    assert_message(job(), 2, "error: there is no folder data/images: give the folder (or table) of your images")
-    (tmp_path / "data/images").mkdir(parents=True)
-    assert_message(job(), 2, "error: no images in data/images")
-    Image.new("RGB", (9, 9)).save(tmp_path / "data/images/a.jpg")
-    assert_message(job(), 1, "nowhere")
-    assert_message(job("--weights", "random:x"), 2, "error: weights 'random:x': the seed of random weights is a number")
-    assert_message(job("--weights", "none.pth"), 2, "error: weights 'none.pth': neither imagenet")
-
-
 def test_weights_are_looked_at_before_a_cluster_starts(job, tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)

@@ -140,15 +140,6 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
     assert rows(tmp_path / "s")[-1]["price"] == [[0.0, 0.0]]  # as in XDL
 
 
-def test_weights_other_than_one_are_kept(job, lines, tmp_path):
-    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
-    assert rows(tmp_path / "s")[0]["item_weight"] == [1, 2.5]
-    assert "brand_weight" not in rows(tmp_path / "s")[0]  # all are 1
-    weights = {field.name: field.weights for field in load_schema(tmp_path / "s/schema.yaml").fields}
-    assert {name for name, column in weights.items() if column} == {"item"}
-    assert weights["item"] == "item_weight"
-
-
 def test_nothing_is_written_where_no_line_is_good(job, lines, tmp_path):
     bad = [line.replace("|1|", "|2|").replace("|0|", "|3|") for line in LINES[:2]]
     text = job("samples", "--from", lines(bad), "--samples", tmp_path / "s", code=1)
@@ -206,16 +197,6 @@ def test_images_are_imported_as_they_are(job, tmp_path):
     assert record[:8] == (7).to_bytes(8, "little")
     (vector_D,) = store.codec.decode(store.snapshot().get([7]))
     np.testing.assert_allclose(vector_D, np.frombuffer(record[8:], "<f4"), rtol=2**-8)
-
-
-def test_more_images_than_ids_are_drawn_as_asked(job, tmp_path):
-    job("random", "--out", tmp_path / "x", "--lines", 50, "--images", 5, "--dim", 2, "--ids", 2)
-    words = (tmp_path / "x/data.txt").read_text().replace("|", ";").split(";")
-    images = [word.partition("@")[2].split(",") for word in words if word.startswith(("user_img@", "ad_img@"))]
-    assert {token.partition(":")[0] for tokens in images for token in tokens} == {"1", "2"}
-    assert {file.name for file in (tmp_path / "x/imgs").iterdir() if file.stat().st_size} == {
-        f"data.{key}" for key in range(1, 6)
-    }
 
 
 def test_random_data_is_that_of_the_example():

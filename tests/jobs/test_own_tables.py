@@ -254,11 +254,6 @@ def test_bytes_that_are_not_of_the_encoding_are_told(job, place):
     assert "encoding nonsense is unknown" in job(changed(csv={"encoding": "nonsense"}), code=1)
 
 
-def test_inspect_reads_one_file_and_names_a_folder_that_is_not_there(place):
-    assert "user: uid" in inspect("inspect", place / "logs/visits.csv")
-    assert "nowhere is not there" in inspect("inspect", place / "nowhere", code=2)
-
-
 def test_units_and_delimiters_are_those_of_the_mapping(job, place):
     lines = SHOWS.replace('"Acme, Inc"', "Acme").replace(",", ";").replace("1767261610", "1767261610000")
     (place / "logs/shows/a.csv").write_text(lines)
@@ -293,15 +288,6 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
 def test_mistakes_in_a_mapping_are_told(job, place, mapping, message):
     assert message in job(mapping, code=2)
     assert not (place / "samples").exists()
-
-
-def test_user_columns_and_a_mapping_exclude_each_other(job):
-    assert "with a mapping they are named in it" in job(MAPPING, "--user-columns", "age", code=2)
-
-
-def test_empty_csv_is_told(job, place):
-    (place / "logs/shows/a.csv").write_text(SHOWS.splitlines()[0] + "\n")
-    assert "the impressions have not one row" in job(code=1)
 
 
 def draw_tables(place: Path) -> None:

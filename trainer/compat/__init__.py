@@ -1,18 +1,21 @@
 """Checks whether a run may use a store, or replace a model: one comparison, its gates, and crossmedia compat."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import typer
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateLimits:
     """Limits of the gates; defined here so that a command's help needs no other imports."""
 
-    min_coverage: float = 0.99
-    """Least share of the impressions' images with a feature."""
-    max_quarantine: float = 0.01
-    """Largest share of unreadable images in the store."""
-    max_gauc_loss: float = 0.002
-    max_logloss_rise: float = 0.002
+    min_coverage: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the impressions' images with a feature.")
+    ] = 0.99
+    max_quarantine: Annotated[float, typer.Option(min=0, max=1, help="Share of images in quarantine.")] = 0.01
+    max_gauc_loss: Annotated[float, typer.Option(min=0, help="By how much GAUC may fall, beyond noise.")] = 0.002
+    max_logloss_rise: Annotated[float, typer.Option(min=0, help="By how much log loss may rise, beyond noise.")] = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
 """Check whether a run may use a store that it was not trained on: crossmedia compat RUN STORE."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.commands.common import Version
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.files import JsonOption, write_json_option
 from featurestore.console.output import print_problem, print_rows, print_summary, progress_bar
 from featurestore.errors import FAILED
@@ -29,44 +30,41 @@ Examples:
 
 Exit codes: 0 all gates hold, or --force was given; 1 a gate fails; 2 wrong options.
 """
-LIMITS = GateLimits()
 
-Name = Annotated[
-    str | None, typer.Option(help="Which store of the run, by its name in the schema.", show_default="the first")
-]
-Samples = Annotated[str | None, typer.Option(help="Samples whose test/ is scored.", show_default="those of the run")]
-MinCoverage = Annotated[float, typer.Option(min=0, max=1, help="Share of the impressions' images with a feature.")]
-MaxQuarantine = Annotated[float, typer.Option(min=0, max=1, help="Share of images in quarantine.")]
-MaxGaucLoss = Annotated[float, typer.Option(min=0, help="By how much GAUC may fall, beyond noise.")]
-MaxLoglossRise = Annotated[float, typer.Option(min=0, help="By how much log loss may rise, beyond noise.")]
-Accept = Annotated[
-    bool, typer.Option("--accept", help="Let RUN's commands use STORE instead of the store that it was trained on.")
-]
-Promote = Annotated[
-    str | None, typer.Option(metavar="CHANNEL", help="Compare with the snapshot of this channel instead, and move it.")
-]
-Force = Annotated[str | None, typer.Option(metavar="REASON", help="Reason to ignore failed gates; it is recorded.")]
+
+@dataclass(frozen=True, kw_only=True)
+class CompatOptions(GateLimits):
+    """Which snapshot is checked for which run, and what follows."""
+
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")]
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")]
+    checkpoint: WhichCheckpoint = None
+    version: Version = None
+    name: Annotated[
+        str | None, typer.Option(help="Which store of the run, by its name in the schema.", show_default="the first")
+    ] = None
+    samples: Annotated[
+        str | None, typer.Option(help="Samples whose test/ is scored.", show_default="those of the run")
+    ] = None
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Let RUN's commands use STORE instead of the store that it was trained on.")
+    ] = False
+    promote: Annotated[
+        str | None,
+        typer.Option(metavar="CHANNEL", help="Compare with the snapshot of this channel instead, and move it."),
+    ] = None
+    force: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Reason to ignore failed gates; it is recorded.")
+    ] = None
+    json_file: JsonOption = None
+
 
 app = CommandApp(report=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
-def main(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")],
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
-    checkpoint: WhichCheckpoint = None,
-    version: Version = None,
-    name: Name = None,
-    samples: Samples = None,
-    min_coverage: MinCoverage = LIMITS.min_coverage,
-    max_quarantine: MaxQuarantine = LIMITS.max_quarantine,
-    max_gauc_loss: MaxGaucLoss = LIMITS.max_gauc_loss,
-    max_logloss_rise: MaxLoglossRise = LIMITS.max_logloss_rise,
-    accept: Accept = False,
-    promote: Promote = None,
-    force: Force = None,
-    json_file: JsonOption = None,
-) -> None:
+@takes(CompatOptions)
+def main(options: CompatOptions) -> None:
     """Compare a snapshot with the one that a run was trained on: network, rows, features, and the run's scores.
 
     A store that was deleted and computed again may be as good as before, but runs that were trained on the old one
@@ -76,28 +74,25 @@ def main(
     from featurestore.published.paths import run_path
     from trainer.compat.check import Check
 
-    if accept and promote is not None:
+    if options.accept and options.promote is not None:
         raise typer.BadParameter("give --accept or --promote, not both", param_hint="--promote")
-    limits = GateLimits(
-        min_coverage=min_coverage,
-        max_quarantine=max_quarantine,
-        max_gauc_loss=max_gauc_loss,
-        max_logloss_rise=max_logloss_rise,
-    )
+    which, samples, name = options.checkpoint, options.samples, options.name
     with progress_bar("shards") as progress:
-        check = Check(run_path(run), store, limits, which=checkpoint, samples=samples, name=name, progress=progress)
-        candidate = check.store.snapshot(version)
-        if promote is not None:
-            found, outcome = check.promote(version, promote, force)
+        check = Check(
+            run_path(options.run), options.store, options, which=which, samples=samples, name=name, progress=progress
+        )
+        candidate = check.store.snapshot(options.version)
+        if options.promote is not None:
+            found, outcome = check.promote(options.version, options.promote, options.force)
         else:
             found = check.compare(candidate)
             outcome = "not compatible" if found.failures else "compatible"
     _print(check, candidate, found)
-    if accept:
-        outcome = f"accepted: {check.accept(candidate, found, force)}"
+    if options.accept:
+        outcome = f"accepted: {check.accept(candidate, found, options.force)}"
     print_summary(outcome)
-    write_json_option(json_file, check.report(candidate, found) | {"outcome": outcome})
-    if found.failures and force is None:
+    write_json_option(options.json_file, check.report(candidate, found) | {"outcome": outcome})
+    if found.failures and options.force is None:
         raise typer.Exit(FAILED)
 
 

@@ -1,38 +1,185 @@
-"""crossmedia index: measure an index of ads, and ask it; the towers are trained by trainer.main."""
+"""crossmedia index: make an index of ads of a run with two towers, measure it, and ask it."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.commandline import CommandApp, run_app, takes
 from featurestore.console.files import JsonOption, write_json_option
-from featurestore.console.output import figure, print_rows, print_summary
+from featurestore.console.output import figure, print_rows, print_summary, print_warning, progress_bar
 from featurestore.published.paths import run_path
-from trainer.cli import WhichCheckpoint, counts_of
-from trainer.prerank import INDEX
+from featurestore.spec import IndexKind
+from featurestore.storage.storage import Storage
+from trainer.cli import StoreVersion, WhichCheckpoint, counts_of
+from trainer.prerank import MIN_RECALL
 
 if TYPE_CHECKING:
-    from trainer.prerank.artifact import AdIndex
+    from trainer.prerank.artifact import AdChanges, AdIndex, Vectors
+    from trainer.prerank.vectors import Ads
     from trainer.runs.saved import TrainedRun
+
+INDEX = "data/ad-index"
+_BATCH_SIZE = 8192  # ads whose vectors are computed at once
+MOST_FOUND = 1_000_000  # ads of one search: a search keeps them all in memory
 
 Run = Annotated[str, typer.Option(help="Folder or address of a run with model.base=two_tower.")]
 Index = Annotated[str, typer.Option(help="Folder or address of the index, from crossmedia index build.")]
-MOST_FOUND = 1_000_000  # ads of one search: a search keeps them all in memory
-
 Samples = Annotated[
     str | None,
     typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
 ]
 
-app = CommandApp(rich_markup_mode="markdown", no_args_is_help=True)
+app = CommandApp(report=True, rich_markup_mode="markdown", no_args_is_help=True)
 
 
 @app.callback()
 def main() -> None:
-    """Measure and ask an index of ads that a two-tower run made."""
+    """Make an index of ads of a run with two towers, measure it, and search it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Which ads to index, and where."""
+
+    run: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or address of a run with model.base=two_tower.", show_default="the newest in data/runs"
+        ),
+    ] = None
+    ads: Annotated[
+        str | None, typer.Option(help="A .parquet file, or a folder of them, with the ad's columns, one row an ad.")
+    ] = None
+    samples: Annotated[
+        str | None,
+        typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run"),
+    ] = None
+    out: Annotated[str, typer.Option(help="Folder or address of the index; an index there is replaced.")] = INDEX
+    kind: Annotated[
+        IndexKind | None, typer.Option("--index", help="flat is exact; hnsw is faster.", show_default="flat")
+    ] = None
+    add: Annotated[bool, typer.Option("--add", help="Add to the existing index, without rebuilding it.")] = False
+    sync: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
+    ] = None
+    max_gone: Annotated[float, typer.Option(min=0, max=1, help="Share of the index's ads that --sync may remove.")] = (
+        0.5
+    )
+    min_recall: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Recall@10 that hnsw should reach; less is a warning.", show_default=f"{MIN_RECALL:g}"
+        ),
+    ] = None
+    checkpoint: WhichCheckpoint = None
+    store_version: StoreVersion = None
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "    crossmedia index build\n\n"
+    "    crossmedia index build --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index\n\n"
+    "    crossmedia index build --run data/runs/towers --ads new-ads.parquet --add\n\n"
+    "    crossmedia index build --run data/runs/towers --sync live-ads.parquet"
+)
+@takes(BuildOptions)
+def build(options: BuildOptions) -> None:
+    """Compute the vectors of ads with a trained two-tower run, and index them for pre-ranking.
+
+    The key of an ad is its value of the schema's new_ad_field. Columns with context: true are not needed. OUT gets the
+    vectors as Parquet, the index, and a JSON file about both; --add and --sync write its next version. Recall
+    is measured with users of the run's samples; the search effort is raised until --min-recall is reached.
+    """
+    from trainer.comm import SoloComm
+    from trainer.prerank.artifact import AdChanges, AdIndex
+    from trainer.prerank.vectors import origin_of, user_queries
+    from trainer.runs.folder import run_or_newest
+    from trainer.runs.saved import open_trained
+
+    _check_options(options)
+    start = time.monotonic()
+    Storage(options.out).check_bucket()  # before the work
+    opened = open_trained(
+        run_or_newest(options.run), SoloComm(), which=options.checkpoint, store_version=options.store_version
+    )
+    with contextlib.closing(opened) as trained:
+        origin, known = origin_of(trained), AdIndex.open(options.out) if options.add or options.sync else None
+        if known:
+            known.check_origin(origin)  # before the work
+        chosen, vectors_NW = _vectors(trained, options)
+        num_missing = trained.missing_lookups()  # before lookups of users' images are counted too
+        if known:
+            max_gone = options.max_gone if options.sync else None
+            index, changes = known.update(chosen.keys_N, vectors_NW, origin, max_gone)
+        else:
+            kind = options.kind or "flat"
+            queries = user_queries(trained) if kind == "hnsw" else None
+            min_recall = MIN_RECALL if options.min_recall is None else options.min_recall
+            index = AdIndex.build(options.out, kind, chosen.keys_N, vectors_NW, origin, queries, min_recall)
+            changes = AdChanges(num_new=len(chosen.keys_N))
+    features = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
+    if num_missing:
+        features += f"; {num_missing:,} lookups of images that have none"
+    lines = [
+        f"run          {trained.saved.folder}, {trained.saved.checkpoint.name}",
+        f"features     {features}",
+        *summary_text(index, changes),
+        f"time         {time.monotonic() - start:.1f} s",
+        f"written to   {options.out}, version {index.version}",
+        *(f"note         {note}" for note in trained.saved.notes_on_missing(num_missing)),
+    ]
+    print_summary("\n".join(lines))
+    if index.warning:
+        print_warning(index.warning)
+
+
+def summary_text(index: "AdIndex", changes: "AdChanges") -> list[str]:
+    """Write what is printed of the index and its ads."""
+    state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
+    ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
+    structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
+    if changes.is_rebuilt:
+        structure += "; rebuilt, as many unused vectors lower its recall"
+    elif state.num_unused:
+        structure += f"; {state.num_unused:,} unused vectors, removed by the next build"
+    recall = "exact"
+    if state.queries:
+        recall = f"{state.recall:.4f} for vectors of {state.queries}, effort {index.index.effort}"
+    return [f"ads          {ads}", f"index        {structure}", f"recall@10    {recall}"]
+
+
+def _check_options(options: BuildOptions) -> None:
+    """Raise BadParameter for options that do not go together."""
+    if options.ads and options.samples:
+        raise typer.BadParameter("give one of --ads and --samples", param_hint="--samples")
+    kept = {"--index": options.kind, "--min-recall": options.min_recall}
+    sources = {"--add": options.add or None, "--ads": options.ads, "--samples": options.samples}
+    for way, others, why in (
+        ("--sync", sources, "does not go with {}"),
+        ("--sync", kept, "keeps the kind and the limit of the index"),
+        ("--add", kept, "keeps the kind and the limit of the index"),
+    ):
+        wrong = next((name for name, value in others.items() if value is not None), None)
+        if wrong and (options.sync if way == "--sync" else options.add):
+            raise typer.BadParameter(f"{way} {why.format(wrong)}; leave {wrong} out", param_hint=wrong)
+
+
+def _vectors(trained: "TrainedRun", options: BuildOptions) -> "tuple[Ads, Vectors]":
+    """Read the ads of a table, else of samples, and compute their vectors."""
+    from trainer.prerank.vectors import ad_vectors, ads_of_samples, ads_of_table, towers
+
+    fields = towers(trained).ad_fields
+    if table := options.sync or options.ads:
+        chosen = ads_of_table(table, trained.schema, fields)
+    else:
+        chosen = ads_of_samples(options.samples or trained.config.data.samples, trained.schema, fields)
+    with progress_bar("ads") as progress:
+        return chosen, ad_vectors(trained, chosen, _BATCH_SIZE, progress)
 
 
 @app.command(
@@ -70,7 +217,7 @@ def evaluate_index(
             "checkpoint": trained.saved.checkpoint.name,
             "store_version": trained.store_version,
             "index": {"version": ads.version, **ads.state.model_dump(include={"kind", "dim", "num_ads", "num_unused"})},
-            "search": asdict(search_figures(ads, users_KW, k, effort)),
+            "search": search_figures(ads, users_KW, k, effort),
             "notes": [*notes, *([ads.warning] if ads.warning else [])],
         }
     _show(report)
@@ -127,12 +274,11 @@ def _show(report: Mapping[str, Any]) -> None:
     )
     rows = [(f"recall@{count}", f"{recall:.4f}") for count, recall in figures["recall"].items()]
     print_rows(["measure", "value"], rows, numbers=["value"])
-    names = ("queries_per_s", "p50_ms", "p95_ms", "p99_ms", "batched_queries_per_s")
     exact, mine = figures["exact"], figures["index"]
     kinds = (index["kind"], "exact")
     print_rows(
         [f"search for {max(figures['recall'])}", *kinds],
-        [(name.replace("_", " "), figure(mine[name]), figure(exact[name])) for name in names],
+        [(name.replace("_", " "), figure(mine[name]), figure(exact[name])) for name in mine],
         numbers=kinds,
     )
     _print_notes(report["notes"])

@@ -375,48 +375,28 @@ def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
     return table[KEY].to_numpy(), vector.flatten().to_numpy().reshape(-1, width)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Searches one by one, each on one thread, and all of them together on that thread."""
-
-    queries_per_s: float
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    batched_queries_per_s: float
-
-
-@dataclass(frozen=True)
-class SearchFigures:
-    """Results of K searches. `recall`: by number of candidates, the share of the best ads that the index found."""
-
-    queries: int
-    effort: int | None
-    recall: dict[int, float]
-    index: Timing
-    exact: Timing
-
-
 def search_figures(
     ads: AdIndex, queries_KW: Vectors, counts: Sequence[int], effort: int | None = None
-) -> SearchFigures:
+) -> dict[str, Any]:
     """Measure recall and time of searches for these users; K >= 1.
 
-    Exact is a flat index over the exported vectors. Times are of the largest of `counts`.
+    `recall`: by number of candidates, the share of the best ads that the index finds. Times are of the largest of
+    `counts`, of `index` and `exact`, a flat index over the exported vectors: of searches one by one, each on one
+    thread, and of all of them together on that thread.
     """
     exact = VectorIndex.build("flat", *ads.vectors())
     use_threads(1)
     most = max(counts)
-    return SearchFigures(
-        queries=len(queries_KW),
-        effort=effort or ads.index.effort,
-        recall={count: recall_at(ads.index, exact, queries_KW, count, effort) for count in sorted(set(counts))},
-        index=_timed(ads.index, queries_KW, most, effort),
-        exact=_timed(exact, queries_KW, most, None),
-    )
+    return {
+        "queries": len(queries_KW),
+        "effort": effort or ads.index.effort,
+        "recall": {count: recall_at(ads.index, exact, queries_KW, count, effort) for count in sorted(set(counts))},
+        "index": _timed(ads.index, queries_KW, most, effort),
+        "exact": _timed(exact, queries_KW, most, None),
+    }
 
 
-def _timed(index: VectorIndex, queries_KW: Vectors, count: int, effort: int | None) -> Timing:
+def _timed(index: VectorIndex, queries_KW: Vectors, count: int, effort: int | None) -> dict[str, float]:
     seconds = []
     for query_W in queries_KW:
         start = time.perf_counter()
@@ -425,5 +405,6 @@ def _timed(index: VectorIndex, queries_KW: Vectors, count: int, effort: int | No
     start = time.perf_counter()
     index.search(queries_KW, count, effort)
     batched_s = time.perf_counter() - start
-    p50, p95, p99 = np.percentile(np.array(seconds) * 1000, [50, 95, 99]).tolist()
-    return Timing(len(seconds) / sum(seconds), p50, p95, p99, len(seconds) / batched_s)
+    percentiles = {f"p{each}_ms": float(np.percentile(seconds, each)) * 1e3 for each in (50, 95, 99)}
+    count_K = len(seconds)
+    return {"queries_per_s": count_K / sum(seconds), **percentiles, "batched_queries_per_s": count_K / batched_s}

@@ -4,6 +4,7 @@ Ads become sample groups with one ad each and nothing else, so the engine takes 
 opened by one rank. Letters of shapes: as in trainer/prerank/artifact.py, and B samples, G groups, U unique keys.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,16 +221,12 @@ def user_queries(trained: TrainedRun) -> Queries | None:
     """
     data = trained.config.data
     for split, days in ((TEST, data.test_days), (TRAIN, data.train_days)):
-        if days == []:
-            continue
-        try:
-            index = open_index(trained.comm, data.samples, split, trained.schema, days)
-            reader = test_reader(trained.config, trained.comm, index, trained.schema)
-            users_KW = _first_users(trained, reader, _GROUPS_PER_QUERY * NUM_QUERIES)
-        except (DataError, SchemaError):
-            continue
-        if len(users_KW):
-            return sample_of(users_KW, "users")
+        if days != []:
+            with contextlib.suppress(DataError, SchemaError):
+                index = open_index(trained.comm, data.samples, split, trained.schema, days)
+                reader = test_reader(trained.config, trained.comm, index, trained.schema)
+                if len(users_KW := _first_users(trained, reader, _GROUPS_PER_QUERY * NUM_QUERIES)):
+                    return sample_of(users_KW, "users")
     return None
 
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,22 +58,18 @@ def parse_hosts(lines: Sequence[str], source: str) -> list[HostSlots]:
     return list(found.values())
 
 
-def hosts_of(hosts: str | None, file: Path | None, ranks: int | None) -> Callable[[], list[HostSlots]]:
-    """Return the function that reads the hosts again, from the one source that is given, or from none: this machine."""
+def read_hosts(hosts: str | None, file: Path | None, ranks: int | None) -> list[HostSlots]:
+    """Read the hosts from the one source that is given, or from none: this machine. Raises ConfigError."""
     if hosts is not None and file is not None:
         raise ConfigError("give one of --hosts and --hosts-file")
-    if hosts is None and file is None and ranks is None:
-        raise ConfigError("--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine")
-
-    def read() -> list[HostSlots]:
-        if file is None:
-            return parse_hosts((hosts or f"localhost:{ranks}").split(","), "--hosts")
-        try:
-            return parse_hosts(read_text(file).splitlines(), f"--hosts-file {file}")
-        except (OSError, UnicodeDecodeError) as failure:
-            raise ConfigError(f"--hosts-file {file} cannot be read: {failure}") from failure
-
-    return read
+    if file is None:
+        if hosts is None and ranks is None:
+            raise ConfigError("--hosts a:4,b:4 says where ranks may run, or --max-np how many run on this machine")
+        return parse_hosts((hosts or f"localhost:{ranks}").split(","), "--hosts")
+    try:
+        return parse_hosts(read_text(file).splitlines(), f"--hosts-file {file}")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise ConfigError(f"--hosts-file {file} cannot be read: {failure}") from failure
 
 
 def is_here(host: str) -> bool:
@@ -232,23 +228,19 @@ class Reach:
     interface: str | None
 
 
-def reach_of(ssh_connection: str | None, interfaces: Mapping[str, str], head: str | None) -> Reach:
-    """Tell addresses from what sshd says on a host; of this machine, `head` is that by which other hosts reach it.
-
-    `ssh_connection`: addresses and ports of both ends, None on this machine.
-    """
-    if ssh_connection is None:
-        here = head or LOOPBACK
-        return Reach(here, here, interfaces.get(here))
-    client, _, own, _ = ssh_connection.split()
-    return Reach(own, client, interfaces.get(own))
-
-
 def reach_of_all(links: Sequence[Link]) -> dict[str, Reach]:
-    """Return the addresses of hosts that answer, by their names."""
-    told = {each.host: (None if each.is_here else hello.get("ssh"), hello) for each in links if (hello := each.hello)}
-    head = next((ssh.split()[0] for ssh, _ in told.values() if ssh), None)
-    return {host: reach_of(ssh, hello.get("interfaces", {}), head) for host, (ssh, hello) in told.items()}
+    """Return the addresses of hosts that answer, by their names: what sshd says there of both ends of a connection.
+
+    Other hosts reach this machine by the address from which it has reached one of them.
+    """
+    ssh = {each.host: each.hello.get("ssh") for each in links if each.hello and not each.is_here}
+    head = next((both.split()[0] for both in ssh.values() if both), LOOPBACK)
+    found = {}
+    for each in links:
+        if each.hello:
+            client, _, own, _ = (ssh.get(each.host) or f"{head} 0 {head} 0").split()
+            found[each.host] = Reach(own, client, each.hello["interfaces"].get(own))
+    return found
 
 
 @contextmanager

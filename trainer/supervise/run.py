@@ -139,44 +139,43 @@ def _lock(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lease(file: FarPath, lease_s: float) -> Iterator[None]:
-    storage, name, ended = Storage(file.parent.url), file.name, threading.Event()
-    holder = _holder(storage, name, lease_s)
-    if holder not in (None, _me()) and not _is_gone(str(holder)):
-        raise _held(file, f"{holder}, or was until less than {lease_s:g} s ago")
-    storage.delete_files([name])
-    if not storage.create_exclusive(name, _me().encode()):
-        raise _held(file, "one that began at the same moment")
-    renewing = threading.Thread(target=_renew, args=(storage, name, lease_s, ended), daemon=True)
+def _lease(folder: FarPath, lease_s: float) -> Iterator[None]:
+    """Hold the claim of the highest number in `folder`; it is renewed in a thread, and ends after the block."""
+    storage, ended = Storage(folder.url), threading.Event()
+    claims = storage.list()
+    if claims and (holder := _holder(storage, claims[-1], lease_s)):
+        raise _held(folder, f"{holder}, or was until less than {lease_s:g} s ago")
+    mine = f"{int(claims[-1]) + 1 if claims else 1:020}"
+    if not storage.create_exclusive(mine, _me().encode()):
+        raise _held(folder, "one that began at the same moment")
+
+    def renew() -> None:
+        while not ended.wait(lease_s / 4):
+            with suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
+                if (newest := storage.list()[-1:]) != [mine]:
+                    other = storage.read_bytes(newest[0]).decode(errors="replace") if newest else "another one"
+                    say_error(f"the run is supervised by {printable(other)} now: this supervisor stops")
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                storage.write_bytes(mine, _me().encode())
+
+    renewing = threading.Thread(target=renew, daemon=True)
     renewing.start()
     try:
         yield
     finally:
         ended.set()
         renewing.join()
-        if _holder(storage, name, lease_s) == _me():
-            storage.delete_files([name])
+        storage.delete_files([*claims, mine])
 
 
-def _renew(storage: Storage, name: str, lease_s: float, ended: threading.Event) -> None:
-    while not ended.wait(lease_s / 4):
-        with suppress(OSError, StorageError):  # the store is away: nobody else can take the run either
-            holder = _holder(storage, name, lease_s)
-            if holder not in (None, _me()):
-                say_error(f"the run is supervised by {holder} now: this supervisor stops")
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            storage.write_bytes(name, _me().encode())
-
-
-def _holder(storage: Storage, name: str, lease_s: float) -> str | None:
-    """Return the holder of the lease; None if it is free or has expired, by the store's clock."""
-    try:
-        if storage.now() - storage.entry(name).mtime_s >= lease_s:
-            return None
-        return printable(storage.read_bytes(name).decode(errors="replace")[:200])
-    except FileNotFoundError:
-        return None
+def _holder(storage: Storage, claim: str, lease_s: float) -> str | None:
+    """Return who holds a claim; None if it has expired, by the store's clock, or its process here has ended."""
+    with suppress(FileNotFoundError):
+        holder = printable(storage.read_bytes(claim).decode(errors="replace")[:200])
+        if storage.now() - storage.entry(claim).mtime_s < lease_s and not _is_gone(holder):
+            return holder
+    return None
 
 
 def _me() -> str:
@@ -184,9 +183,11 @@ def _me() -> str:
 
 
 def _is_gone(holder: str) -> bool:
-    """Return whether the holder was a process of this machine that has ended."""
+    """Return whether the holder was a process of this machine that has ended, perhaps with this one's number."""
     match = re.fullmatch(r"process (\d{1,10}) on (.+)", holder)
-    return match is not None and match[2] == os.uname().nodename and not Path(f"/proc/{match[1]}").exists()
+    if match is None or match[2] != os.uname().nodename:
+        return False
+    return holder == _me() or not Path(f"/proc/{match[1]}").exists()
 
 
 def _held(file: RunPath, holder: str) -> ConfigError:

@@ -9,20 +9,24 @@ import contextlib
 import itertools
 import os
 import queue
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
+
+import typer
 
 from featurestore.console.commandline import OK, STOPPED
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text import count_text, printable
+from trainer.errors import ConfigError
 from trainer.launch import By, Variables
-from trainer.supervise.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all
+from trainer.supervise.hosts import HostSlots, Link, News, count_slots, environments, reach_of_all, read_hosts
 from trainer.supervise.run import TrainCommand
 
 NUMBER = "SUPERVISE_GENERATION"
@@ -196,26 +200,70 @@ class Printer:
                 stream.flush()
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class SuperviseOptions:
+    """What a user asks of the supervisor."""
+
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND", help="crossmedia train, or daily, with its arguments.")
+    ]
+    hosts: Annotated[
+        str | None, typer.Option(metavar="HOST:SLOTS,...", help="Where ranks may run.", show_default="localhost:MAX_NP")
+    ] = None
+    hosts_file: Annotated[
+        Path | None, typer.Option(help="A file with a line HOST:SLOTS for each; it is read again now and then.")
+    ] = None
+    min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1
+    max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None
+    by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD
+    ssh: Annotated[str, typer.Option(help="The command that reaches other hosts.")] = "ssh"
+    most_fruitless: Annotated[
+        int,
+        typer.Option("--max-restarts-without-progress", min=0, help="In a row, without a newer checkpoint between."),
+    ] = 5
+    backoff_s: Annotated[
+        float, typer.Option(min=0, help="Before the first restart without progress; doubled up to 60.")
+    ] = 5
+    rejoin_after_s: Annotated[
+        float, typer.Option(min=0, help="From a start to a stop that takes more hosts in, at least.")
+    ] = 300
+    wait_for_hosts_s: Annotated[
+        float, typer.Option(min=0, help="Give up after so long with fewer than --min-np slots.")
+    ] = 600
+    stop_grace_s: Annotated[
+        float, typer.Option(min=0, help="For ranks to write a checkpoint when they are stopped.")
+    ] = 300
+    lease_s: Annotated[
+        float, typer.Option(min=1, help="A host that does not hear from here for so long ends its ranks itself.")
+    ] = 20
+
+    def read_hosts(self) -> list[HostSlots]:
+        """Read the hosts, which may have changed. Raises ConfigError."""
+        return read_hosts(self.hosts, self.hosts_file, self.max_np)
+
+    def check(self) -> None:
+        """Raise ConfigError where there never can be enough slots."""
+        if self.max_np is not None and self.max_np < self.min_np:
+            raise ConfigError(f"--max-np {self.max_np} is less than --min-np {self.min_np}")
+        slots = count_slots(self.read_hosts())
+        if slots < self.min_np and self.hosts_file is None:
+            raise ConfigError(f"--min-np {self.min_np}: --hosts {self.hosts} has {slots} slots")
+
+    def slots(self, hosts: Sequence[HostSlots]) -> int:
+        """Count the slots of these hosts, at most as many as there may be ranks."""
+        return count_slots(hosts, self.max_np or sys.maxsize)
+
+
+@dataclass
 class Supervisor:
-    """The supervision of one run, as its user has asked for it; `past`: the generations that are over.
+    """The supervision of one run; `past`: the generations that are over.
 
     `stop` is set when a signal has come; then the ranks write a checkpoint, or end at once by a second one.
     """
 
+    options: SuperviseOptions
     command: TrainCommand
-    read_hosts: Callable[[], list[HostSlots]]
     printer: Printer
-    min_ranks: int
-    max_ranks: int
-    by: By
-    ssh: Sequence[str]
-    most_fruitless: int
-    backoff_s: float
-    rejoin_after_s: float
-    wait_for_hosts_s: float
-    stop_grace_s: float
-    lease_s: float
     past: list[Past] = field(default_factory=list)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     stops_at_once: bool = False
@@ -229,7 +277,7 @@ class Supervisor:
             if signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
             asyncio.get_running_loop().add_signal_handler(number, self.on_signal)
-        self._wanted = self.read_hosts()
+        self._wanted = self.options.read_hosts()
         self._keep_links()
         looking = asyncio.create_task(self._look_for_hosts())
         try:
@@ -242,7 +290,7 @@ class Supervisor:
         """Let the training stop after a checkpoint or, by a second signal, at once."""
         if not self.stop.is_set():
             self.printer.say(
-                f"stopping: the ranks may write a checkpoint, for {self.stop_grace_s:g} s (--stop-grace-s); "
+                f"stopping: the ranks may write a checkpoint, for {self.options.stop_grace_s:g} s (--stop-grace-s); "
                 "a second signal ends them at once"
             )
         elif not self.stops_at_once:
@@ -259,7 +307,7 @@ class Supervisor:
             self._drain()
             if any(self._links[each.host].hello is None for each in hosts):
                 continue  # lost while the checkpoints were examined
-            self.printer.say(start_text(step, hosts, count_slots(self._available(), self.max_ranks), self._slots()))
+            self.printer.say(start_text(step, hosts, self.options.slots(self._available()), self._slots()))
             if any(link.hello is None for link in self._links.values()):
                 self.printer.say(f"without {self._troubles()}")
             self.past.append(await self._generation(hosts, step))
@@ -268,13 +316,13 @@ class Supervisor:
                 self.printer.say(self._last_words(code))
                 return code
             self.printer.say(past_text(self.past[-1]))
-            if (tries := fruitless(self.past)) > self.most_fruitless:
+            if (tries := fruitless(self.past)) > self.options.most_fruitless:
                 self.printer.say(
                     f"{tries} starts in a row came to no checkpoint after step {self.past[-1].step_after:,}; "
                     "giving up (--max-restarts-without-progress)"
                 )
                 return FAILED
-            pause_s = back_off_s(self.past, self.backoff_s)
+            pause_s = back_off_s(self.past, self.options.backoff_s)
             if pause_s >= 1:
                 self.printer.say(f"starting again in {pause_s:.0f} s")
             await self._pause(pause_s)
@@ -283,21 +331,21 @@ class Supervisor:
         """Run one generation to its end."""
         links = {each.host: self._links[each.host] for each in hosts}
         generation, asked = Generation(hosts, links, self._news, self.printer), False
-        with environments(self.by, hosts, reach_of_all(list(links.values()))) as variables:
+        with environments(self.options.by, hosts, reach_of_all(list(links.values()))) as variables:
             generation.start(self.command.start(), variables, len(self.past))
             while not generation.is_over:
                 await generation.next_news(1.0)
                 if self.stop.is_set():
-                    generation.stop(0 if self.stops_at_once else self.stop_grace_s)
+                    generation.stop(0 if self.stops_at_once else self.options.stop_grace_s)
                 elif asked or self._may_grow(hosts, generation.started_s):
                     asked = True
-                    generation.stop(self.stop_grace_s)
+                    generation.stop(self.options.stop_grace_s)
         after = await self._newest_step()
         return Past(step_before=step, step_after=after, ends=tuple(generation.ends), asked=asked)
 
     def _may_grow(self, hosts: Sequence[HostSlots], started_s: float) -> bool:
         """Return whether more ranks could run than do, and the last start was long enough ago."""
-        if time.monotonic() - started_s < self.rejoin_after_s:
+        if time.monotonic() - started_s < self.options.rejoin_after_s:
             return False
         count, now = count_slots(self._placed() or ()), count_slots(hosts)
         if count > now:
@@ -307,7 +355,7 @@ class Supervisor:
     async def _hosts(self) -> tuple[HostSlots, ...] | None:
         """Wait until enough hosts are available; None if a user stopped the wait, or it took too long."""
         start_s, settled_s, is_reported = time.monotonic(), float("inf"), False
-        while (waited_s := time.monotonic() - start_s) < self.wait_for_hosts_s and not self.stop.is_set():
+        while (waited_s := time.monotonic() - start_s) < self.options.wait_for_hosts_s and not self.stop.is_set():
             self._drain()
             is_quiet = not any(link.may_have_ranks for link in self._links.values())
             if is_quiet and (chosen := self._placed()):
@@ -316,7 +364,7 @@ class Supervisor:
                     return chosen
             elif is_quiet and not is_reported and waited_s > _SETTLE_S:
                 is_reported = True
-                self.printer.say(f"waiting for {count_text(self.min_ranks, 'slot')}: {self._troubles()}")
+                self.printer.say(f"waiting for {count_text(self.options.min_np, 'slot')}: {self._troubles()}")
             await self._pause(0.1)
         return None
 
@@ -325,7 +373,7 @@ class Supervisor:
             self.printer.say("stopped; the same command continues the run")
             return STOPPED
         self.printer.say(
-            f"fewer than --min-np {self.min_ranks} slots for {self.wait_for_hosts_s:g} s "
+            f"fewer than --min-np {self.options.min_np} slots for {self.options.wait_for_hosts_s:g} s "
             f"(--wait-for-hosts-s): {self._troubles()}; giving up"
         )
         return FAILED
@@ -334,10 +382,10 @@ class Supervisor:
         return [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
 
     def _placed(self) -> tuple[HostSlots, ...] | None:
-        return place(self._available(), self.min_ranks, self.max_ranks)
+        return place(self._available(), self.options.min_np, self.options.max_np or sys.maxsize)
 
     def _slots(self) -> int:
-        return count_slots(self._wanted, self.max_ranks)
+        return self.options.slots(self._wanted)
 
     def _troubles(self) -> str:
         away = [link for link in self._links.values() if link.hello is None]
@@ -346,7 +394,7 @@ class Supervisor:
     def _keep_links(self) -> None:
         for each in self._wanted:
             if each.host not in self._links:
-                link = Link(each.host, self.ssh, self.lease_s, self._news)
+                link = Link(each.host, shlex.split(self.options.ssh), self.options.lease_s, self._news)
                 self._links[each.host] = link
                 self._keepers[each.host] = asyncio.create_task(link.keep())
 
@@ -355,7 +403,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_LOOK_S)
             with contextlib.suppress(UserError):
-                self._wanted = await asyncio.to_thread(self.read_hosts)
+                self._wanted = await asyncio.to_thread(self.options.read_hosts)
                 self._keep_links()
 
     async def _close_links(self) -> None:
@@ -372,7 +420,7 @@ class Supervisor:
 
     async def _newest_step(self) -> int:
         """Return the step to continue from; while the run's place cannot be read, wait as for hosts."""
-        end_s = time.monotonic() + self.wait_for_hosts_s
+        end_s = time.monotonic() + self.options.wait_for_hosts_s
         while True:
             try:
                 return await asyncio.to_thread(self.command.newest_step)
@@ -381,7 +429,7 @@ class Supervisor:
                 if typed or time.monotonic() > end_s or self.stop.is_set():
                     raise
                 self.printer.say(f"cannot read the checkpoints: {failure}; trying again")
-                await self._pause(self.backoff_s)
+                await self._pause(self.options.backoff_s)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -1,8 +1,6 @@
 """benchmarks.train as `make bench` calls it, at a tiny size: every way to train runs, and trains the same model."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,12 +8,11 @@ import pytest
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from benchmarks.train.__main__ import app, check_fuxictr
-from benchmarks.train.runs import DifferentLossesError, Outcome, check_losses, link
-from benchmarks.train.sections import FUXICTR, VARIANTS, fuxictr_python, traffic_section
+from benchmarks.train.__main__ import app
+from benchmarks.train.runs import DifferentLossesError, Outcome, check_losses
+from benchmarks.train.sections import VARIANTS, traffic_section
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore import FeatureStore
-from tests.cluster.hosts import lacking
 from trainer.schema import load_schema
 
 TINY = ["--images", "200", "--dim", "16", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
@@ -30,40 +27,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_peers_train_the_same_model(folder: Path) -> None:
     out = folder / "train.json"
-    names = [name for name in VARIANTS if name not in FUXICTR or fuxictr_python().exists()]
-    only = [word for name in names for word in ("--only", name)]
+    only = [word for name in VARIANTS for word in ("--only", name)]
     result = CliRunner().invoke(app, [*TINY, *only, "--dir", str(folder / "workload"), "--json", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
-    for name in names:
+    for name in VARIANTS:
         assert figures[f"{name}_samples_per_s"] > 0
     assert figures["step_vs_compute"] == figures["compute_samples_per_s"] / figures["ours_samples_per_s"]
     assert figures["vs_store_in_worker"] == figures["ours_samples_per_s"] / figures["worker_samples_per_s"]
     assert figures["two_ranks_vs_one"] == figures["ours_2_ranks_samples_per_s"] / figures["ours_samples_per_s"]
-    assert figures["vs_store_in_server_1gbit"] is None, "was not asked for"
-    if len(names) < len(VARIANTS):
-        pytest.skip("FuxiCTR is not installed here: make bench installs it; all other variants ran")
-
-
-@pytest.mark.slow
-def test_compact_rows(folder: Path) -> None:
-    out = folder / "compact.json"
-    compact = ["--only", "compact", "--dims", "4", "--dir", str(folder / "workload"), "--json", str(out)]
-    result = CliRunner().invoke(app, [*TINY, *compact])
-    assert result.exit_code == 0, result.output
-    figures = json.loads(out.read_text())
-    assert figures["compact_bytes_share"] == 8 / 32
-
-    def speed(name: str) -> float | None:
-        return figures.get(f"compact_rows_{name}_samples_per_s")
-
-    ours = figures["samples_per_s_compact"]
-    assert ours == speed("compact") == figures["compact_vs_full"] * speed("full") > 0
-    assert figures["step_vs_compute_compact"] == speed("compute") / ours > 0
-    assert figures["step_vs_compute_compact_from_numbers"] == speed("compute_from_numbers") / ours
-    for name, figure in (("fuxictr", "vs_fuxictr_compact"), ("fuxictr_grouped", "vs_fuxictr_compact_grouped")):
-        rival = speed(name)  # none where FuxiCTR could not be installed
-        assert figures[figure] == (rival and ours / rival)
 
 
 class TestWorkload:
@@ -133,48 +105,7 @@ def test_table_of_the_paper() -> None:
     assert figures["mb_20_ranks_ours_all"] == pytest.approx(sum(figures[f"mb_20_ranks_ours_{part}"] for part in parts))
 
 
-@pytest.mark.skipif(lacking() is not None, reason=f"needs {lacking()}")
-def test_two_hosts_are_joined_and_gone(tmp_path: Path) -> None:
-    with link(tmp_path) as over:
-        at = over.prefix.index(next(word for word in over.prefix if word.endswith("/horovodrun")))
-        here, address = over.prefix[:at], "10.77.0.11"
-        beyond = [*here, "ssh", "-o", "StrictHostKeyChecking=no", address, "-p", "22"]
-
-        def said(*command: str) -> str:
-            return subprocess.run(command, env=over.environment, capture_output=True, text=True, check=True).stdout
-
-        seen = said(*beyond, "ip", "-br", "address")
-        assert f"{address}/24" in seen and "10.77.0.10/24" not in seen
-        assert "10.77.0.10/24" in said(*here, "ip", "-br", "address")
-        assert (
-            said(*beyond, "hostname").split() == ["b"]
-            and said(*here, "getent", "hosts", "a").split()[0] == "10.77.0.10"
-        )
-        cores = sorted(os.sched_getaffinity(0))
-        ask = ["python3", "-c", "'import os; print(*os.sched_getaffinity(0))'"]
-        assert said(*beyond, *ask).split() == [str(cores[1 % len(cores)])]
-        assert said(*here, "sh", "-c", " ".join(ask)).split() == [str(cores[0])]
-    assert subprocess.run([*here, "true"], capture_output=True, check=False).returncode != 0
-    with link(tmp_path):
-        assert len(list(tmp_path.iterdir())) == 1, "a second section, and nothing is left of the first"
-
-
 def test_an_unknown_name_is_one_message() -> None:
     result = CliRunner().invoke(app, ["--only", "theirs"])
     assert result.exit_code == 2
     assert "theirs" in result.output
-
-
-def test_a_missing_fuxictr_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("benchmarks.train.__main__.fuxictr_python", lambda: tmp_path / "python")
-    result = CliRunner().invoke(app, ["--only", "ours", "--only", "fuxictr", "--dir", str(tmp_path / "workload")])
-    assert result.exit_code == 1
-    assert result.stderr == "error: fuxictr: FuxiCTR is not installed in this environment (make bench installs it)\n"
-    check_fuxictr([])
-    assert capsys.readouterr().err.startswith("note: FuxiCTR is not installed")
-    check_fuxictr(["ours"])
-    (tmp_path / "python").touch()
-    check_fuxictr(["fuxictr"])
-    assert capsys.readouterr().err == ""

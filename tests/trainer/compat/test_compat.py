@@ -216,10 +216,3 @@ class TestWithTheOldOneGone:
         compat(lost, features, "--accept", "--force", "the same pictures")
         kept = (lost.folder / "runs" / "a" / "accepted-stores.json").read_text()
         assert json.loads(kept)["accepted"][0]["figures"]["forced"] == "the same pictures"
-
-
-def test_a_limit_that_is_no_number(places: Places) -> None:
-    """Nothing is larger than nan: every store would pass."""
-    words = [str(places.folder / "runs" / "a"), str(places.folder / "features"), "--max-logloss-rise", "nan"]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 2 and "--max-logloss-rise" in result.output, result.output

@@ -1,7 +1,6 @@
 """Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -257,18 +256,6 @@ def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
     assert len(table_of(days.folder / "runs" / "d")) == 1
     with pytest.raises(ConfigError, match=r"data\.samples is '.*/empty' here, '.*/samples' there"):
         follow(config_of(days, run__name="d", data__samples=empty.parent), SoloComm())
-
-
-def test_the_table_has_a_line_for_each_day_in_a_pipe(days: Places, capsys: pytest.CaptureFixture[str]) -> None:
-    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[1])
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and "…" not in out
-    for row in table_of(days.folder / "runs" / "d"):
-        (line,) = [
-            each for each in out.splitlines() if re.match(rf"\W*{row['day']}\s", each) and row["test_day"] in each
-        ]
-        assert all(f"{row[name]:.4f}" in line for name in ("logloss", "auc", "gauc"))
-        assert f"{row['impressions']:,}" in line
 
 
 def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(

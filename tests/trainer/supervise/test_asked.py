@@ -1,14 +1,11 @@
 """What a person gives to trainer.supervise: hosts, and a command whose run can be found and gone on with"""
 
-import asyncio
 import os
 import signal
 import socket
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,12 +22,12 @@ from trainer.supervise.hosts import (
     Reach,
     agent_command,
     environments,
-    hosts_of,
     parse_hosts,
-    reach_of,
+    reach_of_all,
+    read_hosts,
 )
 from trainer.supervise.run import claimed, parse_command
-from trainer.supervise.supervisor import Supervisor, inherited
+from trainer.supervise.supervisor import SuperviseOptions, Supervisor, inherited
 
 TRAIN = ["python", "-m", "trainer.main"]
 
@@ -58,20 +55,17 @@ def test_hosts_that_are_none(lines: list[str], message: str) -> None:
 
 
 def test_where_hosts_come_from(tmp_path: Path) -> None:
-    assert hosts_of(None, None, 3)() == [HostSlots("localhost", 3)]
-    assert hosts_of("a:1,b:2", None, None)() == [HostSlots("a", 1), HostSlots("b", 2)]
+    assert read_hosts(None, None, 3) == [HostSlots("localhost", 3)]
+    assert read_hosts("a:1,b:2", None, None) == [HostSlots("a", 1), HostSlots("b", 2)]
     file = tmp_path / "hosts"
     file.write_text("a:1\n")
-    read = hosts_of(None, file, None)
-    assert read() == [HostSlots("a", 1)]
-    file.write_text("a:1\nb:1\n")
-    assert len(read()) == 2, "it is read again"
+    assert read_hosts(None, file, None) == [HostSlots("a", 1)]
     with pytest.raises(ConfigError, match="cannot be read"):
-        hosts_of(None, tmp_path / "nowhere", None)()
+        read_hosts(None, tmp_path / "nowhere", None)
     with pytest.raises(ConfigError, match="give one of"):
-        hosts_of("a:1", file, None)
+        read_hosts("a:1", file, None)
     with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
-        hosts_of(None, None, None)
+        read_hosts(None, None, None)
 
 
 def test_the_agent_of_another_host_is_started_by_ssh() -> None:
@@ -148,40 +142,48 @@ def test_one_supervisor_for_a_run(tmp_path: Path) -> None:
 
 def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_path(f"{s3_url}/runs/a")
-    lease = f"{s3_url}/runs/.a.supervised"
+    claims, elsewhere = Storage(f"{s3_url}/runs/.a.supervised"), b"process 1 on another-machine"
+    first, second = (f"{number:020}" for number in (1, 2))
     with claimed(run):
-        storage = Storage(f"{s3_url}/runs")
-        elsewhere = b"process 1 on another-machine"
+        assert claims.list() == [first]
         with claimed(run_path(f"{s3_url}/runs/b")):
             pass
-    assert storage.list() == [], f"{lease} is given back"
-    storage.write_bytes(".a.supervised", elsewhere)
+    assert claims.list() == [], "it is given back"
+    claims.write_bytes(first, elsewhere)
     with pytest.raises(ConfigError, match="a is supervised already, by process 1 on another-machine"), claimed(run):
         pass
     time.sleep(2.5)  # S3 has whole seconds
     with claimed(run, lease_s=0.5):
-        assert b"another-machine" not in storage.read_bytes(".a.supervised")
+        assert b"another-machine" not in claims.read_bytes(second)
     gone = f"process 4194305 on {os.uname().nodename}"  # a number that no process has
-    storage.write_bytes(".a.supervised", gone.encode())
-    with claimed(run):
-        pass
+    claims.write_bytes(first, gone.encode())
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "create_exclusive", lambda *_: False)
+        with pytest.raises(ConfigError, match="by one that began at the same moment"), claimed(run):
+            pass
     ended: list[int] = []
     monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
     with claimed(run, lease_s=4):
+        claims.write_bytes(f"{3:020}", elsewhere)
         until_s = time.monotonic() + 60
-        while not ended and time.monotonic() < until_s:  # a renewal that has begun may write once more
-            storage.write_bytes(".a.supervised", elsewhere)
+        while not ended and time.monotonic() < until_s:
             time.sleep(0.2)
     assert ended == [signal.SIGTERM], "it was taken over"
-    assert storage.read_bytes(".a.supervised") == elsewhere
+    assert claims.list() == [f"{3:020}"] and claims.read_bytes(f"{3:020}") == elsewhere
 
 
 def test_addresses_by_which_hosts_reach_each_other() -> None:
-    assert reach_of(None, {"127.0.0.1": "lo"}, None) == Reach("127.0.0.1", "127.0.0.1", "lo")
-    assert reach_of(None, {"10.0.0.1": "eth0"}, "10.0.0.1") == Reach("10.0.0.1", "10.0.0.1", "eth0")
-    sshd = "10.0.0.1 50000 10.0.0.2 22"
-    assert reach_of(sshd, {"10.0.0.2": "eth1"}, "10.0.0.1") == Reach("10.0.0.2", "10.0.0.1", "eth1")
-    assert reach_of(sshd, {}, None).interface is None
+    here = mock.Mock(host="here", is_here=True, hello={"interfaces": {"127.0.0.1": "lo", "10.0.0.1": "eth0"}})
+    away = mock.Mock(host="b", is_here=False)
+    away.hello = {"ssh": "10.0.0.1 50000 10.0.0.2 22", "interfaces": {"10.0.0.2": "eth1"}}
+    nameless = mock.Mock(host="c", is_here=False, hello={"ssh": "10.0.0.1 50000 10.0.0.3 22", "interfaces": {}})
+    lost = mock.Mock(host="d", is_here=False, hello=None)
+    assert reach_of_all([here]) == {"here": Reach("127.0.0.1", "127.0.0.1", "lo")}
+    assert reach_of_all([lost, here, away, nameless]) == {
+        "here": Reach("10.0.0.1", "10.0.0.1", "eth0"),
+        "b": Reach("10.0.0.2", "10.0.0.1", "eth1"),
+        "c": Reach("10.0.0.3", "10.0.0.1", None),
+    }
 
 
 @pytest.mark.services  # the rendezvous is a server
@@ -208,8 +210,7 @@ def test_variables_of_ranks() -> None:
 def test_a_stop_is_announced_and_a_second_one_is_at_once() -> None:
     said: list[str] = []
     printer = mock.Mock(say=said.append)
-    others: dict[str, Any] = dict.fromkeys(each.name for each in fields(Supervisor) if each.default is not False)
-    supervisor = Supervisor(**{**others, "printer": printer, "stop_grace_s": 300, "stop": asyncio.Event()})
+    supervisor = Supervisor(SuperviseOptions(command=[]), mock.Mock(), printer)
     supervisor.on_signal()
     (first,) = said
     assert "write a checkpoint, for 300 s (--stop-grace-s); a second signal ends them at once" in first

@@ -18,7 +18,6 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.repair import repair
-from jobs.build_ad_index import app as index_app
 from jobs.export_embeddings import app as export_app
 from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
@@ -129,7 +128,7 @@ class TestRebuilt:
             (evaluate_app, run, "--bootstrap", 0),
             (evaluate_app, run, "--bootstrap", 0, "--store", features),
             (export_app, "--run", run, "--out", tmp_path / "visual.parquet"),
-            (index_app, "--run", run, "--out", index),
+            (prerank_app, "build", "--run", run, "--out", index),
             (prerank_app, "eval", "--run", run, "--index", index),
             (prerank_app, "search", "--run", run, "--index", index, "--user", 3),
         ):
@@ -185,21 +184,21 @@ class TestIndex:
     def test_is_of_one_store(self, places: Places, tmp_path: Path) -> None:
         run, index = places.folder / "runs" / "a", tmp_path / "index"
         words = ("--run", run, "--out", index)
-        invoke(index_app, *words)
+        invoke(prerank_app, "build", *words)
         FeatureStore.open(places.folder / "features").put(
             FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7]))
         )
-        invoke(index_app, *words, "--add")  # another snapshot of the same store
+        invoke(prerank_app, "build", *words, "--add")  # another snapshot of the same store
         path = find_checkpoint(run)
         recorded = checkpoint.read_recorded(path).stores["images"]
         made = rebuild(places.folder / "features")
         found = SnapshotId.of(made.snapshot())
         checkpoint.accept(path, checkpoint.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={}))
-        said = invoke(index_app, *words, "--add", code=1)
+        said = invoke(prerank_app, "build", *words, "--add", code=1)
         assert f"the index {index} belongs to" in said and "build the index again, without --add" in said
         assert recorded.store_id[:8] in said and found.store_id[:8] in said
-        invoke(index_app, *words)
-        invoke(index_app, *words, "--add")
+        invoke(prerank_app, "build", *words)
+        invoke(prerank_app, "build", *words, "--add")
 
 
 class TestTheSame:

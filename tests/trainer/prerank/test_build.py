@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore
-from jobs.build_ad_index import app
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
+from trainer.prerank.__main__ import app
 from trainer.prerank.artifact import AdIndex
 from trainer.prerank.vectors import user_queries
 from trainer.runs.saved import open_trained
@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> str:
 
 
 def job(folder: Path, *options: object) -> Result:
-    return CliRunner().invoke(app, ["--run", str(folder / "runs" / "towers"), *map(str, options)])
+    return CliRunner().invoke(app, ["build", "--run", str(folder / "runs" / "towers"), *map(str, options)])
 
 
 def done(folder: Path, *options: object) -> str:
@@ -189,7 +189,7 @@ def run_on_tastes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_best_ads_of_a_trained_run_are_found(run_on_tastes: Path, out: str) -> None:
-    result = CliRunner().invoke(app, ["--run", str(run_on_tastes), "--out", out, "--index", "hnsw"])
+    result = CliRunner().invoke(app, ["build", "--run", str(run_on_tastes), "--out", out, "--index", "hnsw"])
     assert result.exit_code == 0, result.stderr
     ads = AdIndex.open(out)
     assert ads.state.queries == "users"
@@ -234,23 +234,6 @@ def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
     assert by_key(out)[77] != as_zeros
 
 
-def test_an_index_of_another_checkpoint_is_left_alone(folder: Path, out: str, tmp_path: Path) -> None:
-    table = ads_table([1, 2], tmp_path / "a.parquet")
-    done(folder, "--out", out, "--ads", table)
-    state = AdIndex.open(out).state
-    assert state.origin.checkpoint == "step-00000002"
-    other = folder / "runs" / "longer"
-    places = Places(folder)
-    towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "longer"}
-    train(load_config(settings=places.settings(**towers, train__max_steps=3, run__overwrite=True)), SoloComm())
-    result = CliRunner().invoke(app, ["--run", str(other), "--out", out, "--ads", str(table), "--add"])
-    assert result.exit_code == 1
-    assert (
-        "has vectors of checkpoint step-00000002 of run towers, and not of step-00000003 of run longer" in result.stderr
-    )
-    assert (AdIndex.open(out).state, AdIndex.open(out).version) == (state, 1)
-
-
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
@@ -269,21 +252,6 @@ def test_wrong_tables(
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert not Path(out).exists()
-
-
-def test_without_a_run_it_is_the_newest_one(
-    folder: Path, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = str(ads_table([1, 2], tmp_path / "ads.parquet"))
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["--ads", table])
-    assert (result.exit_code, "data/runs has no run with a checkpoint" in result.stderr) == (2, True)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "runs").symlink_to(folder / "runs")
-    result = CliRunner().invoke(app, ["--ads", table])
-    assert result.exit_code == 0, result.stderr
-    assert "run          data/runs/" in result.stdout
-    assert set(by_key("data/ad-index")) == {1, 2}
 
 
 def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
@@ -312,14 +280,3 @@ def test_options_that_do_not_go_together(options: list[str], message: str, folde
     result = job(folder, *options)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
-
-
-def test_nothing_to_add_to(folder: Path, out: str) -> None:
-    result = job(folder, "--out", out, "--add")
-    assert (result.exit_code, f"error: {out} is not an index of ads" in result.stderr) == (2, True)
-
-
-def test_help_has_examples() -> None:
-    result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0
-    assert "crossmedia index build --run data/runs/towers --ads" in result.stdout
