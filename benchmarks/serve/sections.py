@@ -38,7 +38,7 @@ class Rounds:
 
 def scorer(world: World, name: str) -> list[str]:
     """Return the command of a scorer of a model, which lets requests wait however long it takes."""
-    return ["-m", "serving", str(world.model(name)), "--max-wait-ms", "60000"]
+    return ["-m", "serving", "serve", str(world.model(name)), "--max-wait-ms", "60000"]
 
 
 def measure_speed(world: World, rounds: Rounds) -> list[Section]:

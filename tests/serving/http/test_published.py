@@ -39,7 +39,7 @@ USERS = ("user", "behavior_item", "behavior_image", "behavior_category")
 
 def start(published: Published, folder: Path, *options: str) -> ServerProcess:
     words = [published.url, "--port", "0", "--poll-s", "0.1", "--cache-dir", str(folder / "cache"), *options]
-    server = ServerProcess([sys.executable, "-m", "serving", *words], folder)
+    server = ServerProcess([sys.executable, "-m", "serving", "serve", *words], folder)
     server.wait_until_ready()
     return server
 
@@ -271,7 +271,7 @@ def test_the_server_scores_on_while_the_place_of_its_files_is_away(
 
 
 def test_no_bundle_is_one_line_before_the_server_listens(published: Published) -> None:
-    command = [sys.executable, "-m", "serving", str(published.folder / "nothing"), "--port", "0"]
+    command = [sys.executable, "-m", "serving", "serve", str(published.folder / "nothing"), "--port", "0"]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1)
     assert "nothing has no published model" in ended.stderr
