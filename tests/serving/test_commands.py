@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from serving.__main__ import app
 from serving.network.served import ServedNetwork
-from tests.serving.bundle.conftest import Exported, export, forge
+from tests.serving.bundle.conftest import export, forge
+from tests.serving.scoring.variants import Exported
 
 
 @pytest.fixture(autouse=True)
