@@ -70,7 +70,7 @@ def main(
         typer.Option(
             min=0,
             max=10_000,
-            help="Groups of the run's test samples to include, for measuring changes of scores; 0: none.",
+            help="Groups of the run's test samples to include, by which a scorer judges the version; 0: none.",
         ),
     ] = SAMPLE_GROUPS,
     store_version: StoreVersion = None,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from serving.bundle.images import PublishReport
     from serving.bundle.manifest import VectorsOf
     from serving.bundle.open import ModelVersion
-    from serving.scoring.drift import LogitDrift
 
 EXAMPLES = """Examples:
 
@@ -56,32 +55,23 @@ def main(
     """Update the visual vectors of a published model to the newest images of its feature stores.
 
     Processes only images that are new, changed or removed since the last time. Their vectors become one commit, which
-    running scorers load by themselves. A second run changes nothing. The change of scores is measured on the model's
-    sample.
+    running scorers load by themselves. A second run changes nothing.
     """
-    from serving.bundle.open import Bundle, ModelVersion
-    from serving.scoring.drift import publish_drift
+    from serving.bundle.open import ModelVersion
 
     opened = ModelVersion.open(model, version)
     places = store_places(store or [], [of.store for of in opened.manifest.vectors])
     figures: list[dict[str, Any]] = []
-    reports, start = [], time.monotonic()
+    start = time.monotonic()
     if not opened.manifest.vectors:
         print_summary("vectors      none: the model sees no images, there is nothing to do")
     for of in opened.manifest.vectors:
         began = time.monotonic()
         chosen = store_version if of is opened.manifest.vectors[0] else None
-        reports.append(_published(opened, of, places.get(of.store), chosen, eps))
-        figures.append({**reports[-1].summary(), "seconds": time.monotonic() - began})
-    change, moved = None, [report for report in reports if len(report.moved_keys)]
-    if moved:
-        change = publish_drift(Bundle(opened.storage, opened.manifest, None, verify=False), moved)
-        print_summary(describe_change(change))
+        report = _published(opened, of, places.get(of.store), chosen, eps)
+        figures.append({**asdict(report), "seconds": time.monotonic() - began})
     print_summary(f"time         {time.monotonic() - start:.1f} s")
-    write_json_option(
-        json_file,
-        {"version": opened.manifest.version, "stores": figures, "change": asdict(change) if change else None},
-    )
+    write_json_option(json_file, {"version": opened.manifest.version, "stores": figures})
 
 
 def _published(
@@ -124,15 +114,6 @@ def summary_text(report: "PublishReport", eps: float) -> str:
             f"published    {rows:,} rows, {report.num_bytes:,} bytes, as snapshot {report.snapshot} of the vectors",
         ]
     )
-
-
-def describe_change(change: "LogitDrift | None") -> str:
-    """Write what the job prints of scores."""
-    if change is None:
-        return "scores       not measured: the model was exported without a sample"
-    if change.num_scores and not change.worst:
-        return f"scores       none of {change.num_scores:,} moves: the model's sample has none of these images"
-    return f"scores       {change.worst:.2g} of a logit at worst, {change.mean:.2g} on average of {change.num_scores:,}"
 
 
 def store_places(given: list[str], names: list[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal as bytes_text
@@ -19,9 +19,8 @@ from serving.bundle import GRACE_DAYS, KEEP_DAYS, KEEP_LAST
 from serving.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from featurestore.storage.storage import Storage
     from serving.bundle.log import BundleExpireReport
-    from serving.bundle.manifest import BundleManifest, VectorsOf
+    from serving.bundle.published import ListedVersion, NewestVectors
     from serving.scoring.drift import LogitsCompared
 
 app = CommandApp()
@@ -75,12 +74,13 @@ def info(
     from featurestore.storage.storage import Storage
     from serving.bundle.files import find_damage
     from serving.bundle.log import read_version, version_in_use
+    from serving.bundle.published import newest_vectors
 
     storage = Storage(url)
     manifest = read_version(storage, version)
     in_use = version_in_use(storage) == manifest.version
     damage = find_damage(storage, manifest)
-    vectors = {of.store: _vectors_of(storage, manifest, of) for of in manifest.vectors}
+    vectors = dict(newest_vectors(storage, manifest))
     rows_bytes = sum(file.bytes for file in manifest.files if file.name in {each.name for each in manifest.rows})
     lines = {
         "model": storage.url,
@@ -97,7 +97,8 @@ def info(
     width = max(24, *map(len, lines))
     for name, value in [*lines.items(), *(("damage", each) for each in damage)]:
         print_summary(f"{name:<{width}} {value}")
-    values = {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": vectors, "damage": damage}
+    now = {name: each and asdict(each) for name, each in vectors.items()}
+    values = {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": now, "damage": damage}
     write_json_option(json_file, values)
     if damage:
         raise typer.Exit(FAILED)
@@ -111,28 +112,22 @@ def log(
 ) -> None:
     """List the published versions, newest first, with the time when each was last put in use."""
     from featurestore.storage.storage import Storage
-    from serving.bundle.log import choices, known_versions, read_version, version_in_use
+    from serving.bundle.log import choices, version_in_use
+    from serving.bundle.published import list_versions
 
     storage = Storage(url)
-    known = known_versions(storage)
-    if not known:
-        read_version(storage)  # says what is wrong
-    in_use, chosen = version_in_use(storage), choices(storage)
-    found = {version: _readable(storage, version) for version in known[::-1][:last]}
-    rows = [
-        _log_row(version, manifest, version == in_use, [each.time_s for each in chosen if each.version == version])
-        for version, manifest in found.items()
-    ]
+    found = list_versions(storage, last)
+    rows = [_log_row(each) for each in found]
     print_rows(
         ("version", "published", "run", "checkpoint", "id rows", "bytes", "in use"), rows, numbers=("version", "bytes")
     )
     write_json_option(
         json_file,
         {
-            "in_use": in_use,
-            "versions": [manifest.model_dump(mode="json") for manifest in found.values() if manifest],
-            "damaged": [version for version, manifest in found.items() if not manifest],
-            "choices": [each.model_dump(mode="json") for each in chosen],
+            "in_use": version_in_use(storage),
+            "versions": [each.manifest.model_dump(mode="json") for each in found if each.manifest],
+            "damaged": [each.version for each in found if not each.manifest],
+            "choices": [each.model_dump(mode="json") for each in choices(storage)],
         },
     )
 
@@ -191,58 +186,23 @@ def _problem_of_opening(url: str, version: int) -> list[str]:
     return []
 
 
-def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any] | None:
-    """Return the newest snapshot of a vectors store, and the snapshot of features that it matches; None if damaged."""
-    from featurestore.errors import FeatureStoreError, StorageError
-    from featurestore.store import FeatureStore
-
-    try:
-        snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
-        num_images = snapshot.num_rows
-    except StorageError:
-        raise
-    except FeatureStoreError:
-        return None
-    mirrors = snapshot.manifest.mirrors
-    return {
-        "snapshot": snapshot.version,
-        "images": num_images,
-        "bytes": snapshot.manifest.file_bytes,
-        "committed_s": snapshot.manifest.time_s,
-        "mirrors": mirrors.model_dump() if mirrors else None,
-    }
-
-
-def _vectors_text(found: dict[str, Any] | None) -> str:
+def _vectors_text(found: "NewestVectors | None") -> str:
     if found is None:
         return "damaged"
-    of = (
-        f"of snapshot {found['mirrors']['version']} of {found['mirrors']['url']}"
-        if found["mirrors"]
-        else "of unknown features"
+    return (
+        f"snapshot {found.snapshot}: {found.images:,} images of snapshot {found.source_version} of {found.source}, "
+        f"{found.bytes:,} bytes"
     )
-    return f"snapshot {found['snapshot']}: {found['images']:,} images {of}, {found['bytes']:,} bytes"
 
 
-def _readable(storage: "Storage", version: int) -> "BundleManifest | None":
-    """Read the manifest of a version; None if it is damaged."""
-    from serving.bundle.log import read_version
-    from serving.errors import BrokenBundleError
-
-    try:
-        return read_version(storage, version)
-    except BrokenBundleError:
-        return None
-
-
-def _log_row(version: int, manifest: "BundleManifest | None", in_use: bool, chosen_s: Sequence[float]) -> Sequence[str]:
+def _log_row(each: "ListedVersion") -> Sequence[str]:
     from featurestore.log import utc_text
 
-    since = f"{'since' if in_use else 'was,'} {utc_text(chosen_s[-1])}" if chosen_s else ""
-    if manifest is None:
-        return f"{version}", "damaged", "", "", "", "", since
+    since = f"{'since' if each.in_use else 'was,'} {utc_text(each.chosen_s[-1])}" if each.chosen_s else ""
+    if (manifest := each.manifest) is None:
+        return f"{each.version}", "damaged", "", "", "", "", since
     return (
-        f"{version}",
+        f"{each.version}",
         utc_text(manifest.time_s),
         manifest.run,
         manifest.checkpoint,

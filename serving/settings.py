@@ -1,4 +1,5 @@
-"""The settings of a server, and the budget of a request body: limits that hold before anything of that size is built.
+"""The settings of a server, among them the budget of a request body: limits that hold before anything of that size is
+built.
 
 The settings are frozen objects that are also sent to worker processes. docs/SECURITY.md has the budget as a table;
 serving/scoring/request.py measures what a body holds.
@@ -15,16 +16,13 @@ from featurestore.published.paths import run_path
 from serving.errors import RequestTooLargeError
 
 _DAY_S = 86_400
-
+_MORE = "let the server take more by --max-"
 _WORDS = {
-    "requests": ("requests", "send several bodies, or let the server take more by --max-requests"),
-    "candidates": ("candidates", "send several bodies, or let the server take more by --max-candidates"),
-    "behaviors": ("behaviours in one list", "send the newest ones, or let the server take more by --max-behaviors"),
-    "pairs": (
-        "pairs of a candidate and a behaviour",
-        "send fewer candidates or behaviours, or let the server take more by --max-pairs",
-    ),
-    "values": ("values", "send several bodies, or let the server take more by --max-values"),
+    "requests": ("requests", f"send several bodies, or {_MORE}requests"),
+    "candidates": ("candidates", f"send several bodies, or {_MORE}candidates"),
+    "behaviors": ("behaviours in one list", f"send the newest ones, or {_MORE}behaviors"),
+    "pairs": ("pairs of a candidate and a behaviour", f"send fewer candidates or behaviours, or {_MORE}pairs"),
+    "values": ("values", f"send several bodies, or {_MORE}values"),
     "depth": ("lists and objects inside each other", "send lists as deep as the model's columns are"),
     "name_length": ("characters in a name", "send the model's columns"),
     "text_bytes": ("bytes of texts in its dictionaries", "write fewer record batches, or plain texts"),
@@ -37,29 +35,28 @@ _WORDS = {
 class Budget:
     """The limits of a body's content; its bytes are limited while they are read."""
 
-    requests: int = 1_000
-    candidates: int = 10_000
-    """Of all requests together."""
-    behaviors: int = 10_000
-    """Values in one list of a user."""
-    pairs: int = 2_000_000
-    """Candidates times behaviours, of all requests together."""
-    values: int = 200_000
+    max_requests: Annotated[int, typer.Option(min=1, help="Most requests in a body; above it 413.")] = 1_000
+    max_candidates: Annotated[int, typer.Option(min=1, help="Most candidates in a body; above it 413.")] = 10_000
+    max_behaviors: Annotated[int, typer.Option(min=1, help="Most values in one list of a user; above it 413.")] = 10_000
+    max_pairs: Annotated[
+        int, typer.Option(min=1, help="Most pairs of candidate and behaviour in a body; above it 413.")
+    ] = 2_000_000
+    max_values: Annotated[int, typer.Option(min=1, help="Most values and names in a body; above it 413.")] = 200_000
     """Numbers, texts, lists and names of a JSON body; elements of a tensor, and of all columns of a table."""
-    depth: int = 32
+    max_depth: int = 32
     """Lists and objects inside each other, in JSON."""
-    name_length: int = 200
+    max_name_length: int = 200
     """Characters in the name of a column."""
-    text_bytes: int = 16_000_000
+    max_text_bytes: int = 16_000_000
     """Of the dictionaries of all record batches of an Arrow stream, whether batches share them or not."""
-    messages: int = 256
+    max_messages: int = 256
     """Record batches and dictionaries of an Arrow stream."""
-    schema_bytes: int = 256 << 10
+    max_schema_bytes: int = 256 << 10
     """Of an Arrow stream."""
 
     def check(self, limit: str, value: int) -> None:
         """Raise RequestTooLargeError if the value exceeds the limit of this name."""
-        if value > (most := getattr(self, limit)):
+        if value > (most := getattr(self, f"max_{limit}")):
             what, way_out = _WORDS[limit]
             raise RequestTooLargeError(f"the body has {value:,} {what}; this server takes at most {most:,}: {way_out}")
 
@@ -93,26 +90,13 @@ class AccessSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings(AccessSettings):
+class ServerSettings(Budget, AccessSettings):
     """The options of `crossmedia serve`."""
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
     name: Annotated[str, typer.Option(help="Name in /v2/models/NAME.", show_default="the last part of MODEL")] = ""
     workers: Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the port.")] = 1
     max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")] = 8.0
-    max_requests: Annotated[int, typer.Option(min=1, help="Most requests in a body; above it 413.")] = Budget.requests
-    max_candidates: Annotated[int, typer.Option(min=1, help="Most candidates in a body; above it 413.")] = (
-        Budget.candidates
-    )
-    max_behaviors: Annotated[int, typer.Option(min=1, help="Most values in one list of a user; above it 413.")] = (
-        Budget.behaviors
-    )
-    max_pairs: Annotated[
-        int, typer.Option(min=1, help="Most pairs of candidate and behaviour in a body; above it 413.")
-    ] = Budget.pairs
-    max_values: Annotated[int, typer.Option(min=1, help="Most values and names in a body; above it 413.")] = (
-        Budget.values
-    )
     max_wait_ms: Annotated[
         float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")
     ] = 50.0
@@ -138,14 +122,3 @@ class ServerSettings(AccessSettings):
     def max_body_bytes(self) -> int:
         """The largest body that is read."""
         return round(self.max_body_mb * 1e6)
-
-    @property
-    def budget(self) -> Budget:
-        """The limits of a body's content."""
-        return Budget(
-            requests=self.max_requests,
-            candidates=self.max_candidates,
-            behaviors=self.max_behaviors,
-            pairs=self.max_pairs,
-            values=self.max_values,
-        )

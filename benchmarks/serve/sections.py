@@ -14,7 +14,7 @@ _TRIES = 6
 
 def scorer(world: World, name: str) -> list[str]:
     """Return the command of a scorer of a model, which lets requests wait however long it takes."""
-    return ["-m", "serving", str(world.model(name)), "--max-wait-ms", "60000"]
+    return ["-m", "serving", "serve", str(world.model(name)), "--max-wait-ms", "60000"]
 
 
 def measure_speed(world: World, requests: int, rounds: int) -> list[Section]:

@@ -7,16 +7,13 @@ import numpy as np
 
 from explorer.data.map import Colour, MapPoints, drawn, folder_of, groups
 from explorer.data.runs.comparing import TITLES, Evaluation, RunDifference
-from explorer.data.runs.curves import ScalarCurve, StageTime
+from explorer.data.runs.curves import ScalarCurve
 from featurestore.keys import Int64Array
 from trainer.evaluation.bootstrap import Estimate, SlicedBy
 
 Figure = dict[str, Any]
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """Lines of up to six runs, distinguished without colours too."""
-
-_STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c6bb1")
-"""Distinguished without seeing all colours: Okabe and Ito, "Color Universal Design", 2008; violet for their black."""
 
 
 def curves(by_name: Mapping[str, ScalarCurve], title: str) -> Figure:
@@ -34,45 +31,6 @@ def curves(by_name: Mapping[str, ScalarCurve], title: str) -> Figure:
     ]
     layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": title}}, "showlegend": len(traces) > 1}
     return {"data": traces, "layout": layout}
-
-
-def stages(times: Sequence[StageTime]) -> Figure:
-    """Draw the stages of a step as two stacked bars: the step, and the stages that run ahead at the same time.
-
-    The longest stages have a colour and a pattern each; all others of a bar are combined.
-    """
-    largest = sorted(times, key=lambda each: -each.ms)[: len(_STAGE_COLOURS)]
-    shown = [each for each in times if each in largest]
-    others = {
-        is_ahead: sum(each.ms for each in times if each not in largest and each.is_ahead == is_ahead)
-        for is_ahead in (True, False)
-    }
-    traces = [
-        _stage(each.name, {each.is_ahead: each.ms}, {"color": colour, "pattern": {"shape": "/" if number % 2 else ""}})
-        for number, (each, colour) in enumerate(zip(shown, _STAGE_COLOURS, strict=False))
-    ]
-    if len(shown) < len(times):
-        traces.append(_stage("other", {key: ms for key, ms in others.items() if ms}, {"color": "#8a8f96"}))
-    layout = {
-        "barmode": "stack",
-        "xaxis": {"title": {"text": "ms"}},
-        "yaxis": {"categoryorder": "array", "categoryarray": ["the step", "ahead, at the same time"]},
-        "showlegend": True,
-    }
-    return {"data": traces, "layout": layout}
-
-
-def _stage(name: str, ms: Mapping[bool, float], marker: Figure) -> Figure:
-    """Make a part of the bars; `ms` by whether the stage runs ahead."""
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": plain(name),
-        "y": ["ahead, at the same time" if is_ahead else "the step" for is_ahead in ms],
-        "x": list(ms.values()),
-        "marker": marker,
-        "hovertemplate": "%{x:.2f} ms",
-    }
 
 
 def slices(sliced: SlicedBy, whole: Estimate, metric: str) -> Figure:
@@ -159,25 +117,24 @@ def map_figure(points: MapPoints, colour: Colour, link: Link | None) -> Figure:
     """Draw points in the colours of a quantity; a click on one opens `link` of its key, if there is one."""
     link = link or (lambda key: None)
     chosen = drawn(points)
-    if colour in ("folder", "category"):
-        names = points.category_N if colour == "category" else [folder_of(uri) or "no folder" for uri in points.uris_N]
+    if colour == "folder":
+        names = [folder_of(uri) or "no folder" for uri in points.uris_N]
         traces = [
             _trace(points, group.points, link, group.name, {"symbol": _SYMBOLS[number % len(_SYMBOLS)]})
             for number, group in enumerate(groups(names, chosen))
         ]
     else:
-        values_N = points.ctr_N if colour == "ctr" else points.error_N
-        known = np.isfinite(values_N[chosen])
-        low, high = np.quantile(values_N[chosen[known]], [0.02, 0.98]) if known.any() else (0.0, 1.0)
+        known = np.isfinite(points.ctr_N[chosen])
+        low, high = np.quantile(points.ctr_N[chosen[known]], [0.02, 0.98]) if known.any() else (0.0, 1.0)
         scale = {"colorscale": "Cividis", "cmin": float(low), "cmax": float(high), "showscale": True}
-        marker = {"color": [round(float(each), 4) for each in values_N[chosen[known]]], **scale}
+        marker = {"color": [round(float(each), 4) for each in points.ctr_N[chosen[known]]], **scale}
         rest = {"color": "#8a8f96", "symbol": "circle-open"}
         traces = [
             _trace(points, chosen[~known], link, "nothing known", rest),
             _trace(points, chosen[known], link, colour, marker),
         ]
     layout = {"xaxis": _AXIS, "yaxis": _AXIS, "hovermode": "closest", "margin": {"l": 8, "r": 8, "t": 8, "b": 8}}
-    return {"data": traces, "layout": {**layout, "showlegend": colour in ("folder", "category")}, "links": True}
+    return {"data": traces, "layout": {**layout, "showlegend": colour == "folder"}, "links": True}
 
 
 def _trace(
@@ -197,10 +154,6 @@ def _trace(
 
 
 def described(points: MapPoints, point: int) -> str:
-    """Describe an image: its uri, CTR, error and impressions."""
-    known = [points.uris_N[point][-80:]]
-    if np.isfinite(points.ctr_N[point]):
-        known.append(f"CTR {points.ctr_N[point]:.3f} of {points.impressions_N[point]:,} impressions")
-    if np.isfinite(points.error_N[point]):
-        known.append(f"error {points.error_N[point]:.3f}")
-    return ", ".join(known)
+    """Describe an image: its uri, CTR and impressions."""
+    uri, ctr = points.uris_N[point][-80:], points.ctr_N[point]
+    return f"{uri}, CTR {ctr:.3f} of {points.impressions_N[point]:,} impressions" if np.isfinite(ctr) else uri

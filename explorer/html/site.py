@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from explorer.data.background import Background, Task
+from explorer.data.images.visual import ImageRuns
 from explorer.data.impressions.open_runs import TrainedRuns
 from explorer.data.pictures import Pictures
 from explorer.html.filters import FILTERS
@@ -126,6 +127,11 @@ class Site:
     def trained_runs(self) -> TrainedRuns:
         """The open runs, shared by the pages; the pages of impressions close them."""
         return TrainedRuns(self.places)
+
+    @cached_property
+    def image_runs(self) -> ImageRuns:
+        """The runs whose models use images, and their vectors."""
+        return ImageRuns(self.places)
 
     @cached_property
     def templates(self) -> jinja2.Environment:

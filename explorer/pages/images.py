@@ -22,7 +22,7 @@ from explorer.data.images.neighbours import (
     shared,
 )
 from explorer.data.images.rows import ImageNames, find_exactly, find_key, find_part
-from explorer.data.images.visual import MOST_BYTES, ImageRuns, blocks_of, embed, feature_of_picture, vector_of
+from explorer.data.images.visual import MOST_BYTES, blocks_of, embed, feature_of_picture, vector_of
 from explorer.data.pictures import shrunk
 from explorer.data.store.listing import name_of, open_snapshot
 from explorer.errors import ExplorerError, NotHereError
@@ -58,7 +58,7 @@ class ImagePages(PageKind):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._names, self._runs = ImageNames(), ImageRuns(site.places)
+        self._names, self._runs = ImageNames(), site.image_runs
         self._features: LruCache[Neighbours] = LruCache(500)
         self._network = Lock()
 

@@ -11,17 +11,13 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from explorer.data.background import Task
-from explorer.data.map import COLOURS, COLUMNS, Cell, Colour, MapPoints, cells, drawn, has, make_map
-from explorer.data.runs.comparing import shown_first
-from explorer.data.runs.folders import list_runs, open_run, read_facts
+from explorer.data.map import COLOURS, Cell, Colour, MapPoints, cells, drawn, has, make_map
+from explorer.data.runs.folders import open_run, read_facts
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html import charts
 from explorer.html.site import NavItem, PageKind, Question
 from featurestore.errors import UserError
 from featurestore.text import one_line
-
-_MOST_RUNS = 30
-"""Number of runs whose maps are offered: those that changed last."""
 
 
 class MapPages(PageKind):
@@ -39,7 +35,7 @@ class MapPages(PageKind):
             Question(
                 "What has a run learned of all images?",
                 "/map",
-                "Images in a plane, near where they are alike; by click-through rate, category or error.",
+                "Images in a plane, near where they are alike, by folder or click-through rate.",
             )
         ]
 
@@ -54,7 +50,7 @@ class MapPages(PageKind):
 
     def map(self, request: Request) -> Response:
         """Show the requested map; one that is not computed yet is loaded later."""
-        runs = self._runs()
+        runs = self.site.image_runs.names()
         if "run" not in request.query_params and not runs:
             return self.site.page(request, "map/none.html", title="Map")
         run, network, colour = self._asked(request, runs)
@@ -87,14 +83,6 @@ class MapPages(PageKind):
     def _image_link(self, key: int) -> str | None:
         """Write the address of an image's page; None in an export, which would get a page for every point."""
         return None if self.site.frozen or self.site.places.store is None else self.site.url(f"/images/{key}")
-
-    def _runs(self) -> list[str]:
-        """List the runs that see images and have a checkpoint, the default one first."""
-        if self.site.places.runs is None:
-            return []
-        runs, _ = list_runs(self.site.places, 1, _MOST_RUNS)
-        seeing = [run for run in runs if run.checkpoints and run.images not in ("", "none")]
-        return [run.name for run in sorted(seeing, key=lambda run: shown_first(run.name, run.images))]
 
     def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str, str | None, Colour]:
         """Read the requested run, by default the first of `runs`, its E, and the colour."""
@@ -167,11 +155,6 @@ class MapPart:
     def cells(self) -> list[Cell]:
         """The images of the grid."""
         return [] if self.shown is None else cells(self.shown)
-
-    @property
-    def columns(self) -> int:
-        """Columns of the grid."""
-        return COLUMNS
 
     @property
     def num_drawn(self) -> int:

@@ -6,11 +6,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.published import read_model
 from explorer.data.runs.comparing import TITLES
 from explorer.html.site import NavItem, PageKind, Question
+from featurestore.errors import FeatureStoreError
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from serving.bundle.log import known_versions, read_version
+from serving.bundle.published import list_versions, newest_vectors
 
 MODEL = "/model"
+_MOST_VERSIONS = 50
 _METRICS = ("auc", "gauc", "logloss", "new_ad_auc")
 
 
@@ -40,11 +45,26 @@ class ModelPages(PageKind):
     def model(self, request: Request) -> Response:
         """Show the versions and the vectors of the one in use."""
         assert self.site.places.model is not None
+        storage = Storage(self.site.places.model)
+        in_use = read_version(storage)
         return self.site.page(
             request,
             "model.html",
             title="Model",
-            model=read_model(self.site.places.model),
+            url_of_model=storage.url,
+            in_use=in_use,
+            vectors=list(newest_vectors(storage, in_use)),
+            versions=list_versions(storage, _MOST_VERSIONS),
+            num_versions=len(known_versions(storage)),
+            newest_of=_newest_of,
             metrics=_METRICS,
             titles=TITLES,
         )
+
+
+def _newest_of(url: str) -> int | None:
+    """Return the number of a feature store's newest snapshot; None if it cannot be read."""
+    try:
+        return FeatureStore.open(url).snapshot().version
+    except FeatureStoreError:
+        return None

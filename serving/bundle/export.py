@@ -152,7 +152,7 @@ def export_model(
     if report_of(saved.folder) is None:
         notes.append(f"the run has not ended (it has no report.json): what is published is its {saved.checkpoint.name}")
     if no_sample:
-        notes.append(f"the bundle has no test samples, so changes of scores cannot be measured: {no_sample}")
+        notes.append(f"the bundle has no test samples, so a scorer does not judge it: {no_sample}")
     return Exported(manifest=published, num_images=num_images, notes=notes)
 
 

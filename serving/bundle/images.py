@@ -8,7 +8,7 @@ Letters of shapes: K images of a block, M live rows of a shard, D feature width,
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -326,12 +326,6 @@ class PublishReport:
     """Bytes of the files written."""
     most_files: int = 0
     """Largest number of files of a vectors shard; every publish adds one."""
-    moved_keys: Int64Array = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
-    """Keys of images added, changed and removed."""
-
-    def summary(self) -> dict[str, Any]:
-        """Return all fields but the keys, for a JSON file."""
-        return {name: value for name, value in vars(self).items() if name != "moved_keys"}
 
 
 def publish(
@@ -401,7 +395,6 @@ class _Delta:
         self._networks, self._changes, self._eps = networks, changes, eps
         self.entries: dict[int, FileEntry] = {}
         self._added = self._changed = self._removed = self._stayed = 0
-        self._moved: list[Int64Array] = [np.empty(0, np.int64)]
 
     def add(self, shard: int) -> None:
         """Write the changes of one shard: new vectors, and tombstones of removed images."""
@@ -428,7 +421,6 @@ class _Delta:
             keys=np.concatenate([keys_M, gone]),
         )
         self.entries |= self._vectors.write(replace(rows, deleted_N=np.arange(len(rows)) >= len(keys_M)))
-        self._moved += [keys_M, gone]
 
     def report(self, mirrored: Snapshot | None) -> PublishReport:
         """Return the report; its snapshot is the one before the commit."""
@@ -439,7 +431,6 @@ class _Delta:
             before=self._now.version,
             snapshot=self._now.version,
             num_bytes=sum(entry.bytes for entry in self.entries.values()),
-            moved_keys=np.concatenate(self._moved),
             added=self._added,
             changed=self._changed,
             removed=self._removed,

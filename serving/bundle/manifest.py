@@ -10,7 +10,7 @@ data/models/ctr/
     ids-<table>.hashes.bin           for an exact table: the hashes of the ids that have rows, ascending
     ids-trained.bin                  one bit for each row of all tables: whether training has touched it
     images.safetensors               the networks E, for the vectors of later images
-    sample.parquet                   some test samples, to measure changes of scores
+    sample.parquet                   some test samples, by which a scorer judges it
     vectors/<store>/                 the visual vectors of all images of a feature store, again as a store
 """
 

@@ -13,10 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore.errors import CorruptFileError, StoreNotFoundError
-from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of, shard_of_hash, splitmix64
-from featurestore.lookup.hashedrows import Lookup
+from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.lookup.partition import FeaturePartition
-from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle import RowDType
 from serving.bundle.manifest import SCALE_BYTES, RowsFile, TableRows, VectorsOf, row_bytes
@@ -53,9 +51,7 @@ class BundleIdRows:
         An id without a row in an exact table gets the cold row of its shard and counts as unknown. In a hashed table an
         id counts as known if it, or another id with the same row, was in training.
         """
-        number = self._number[table]
-        rows_N = self._tables[number].rows(ids_N)
-        return rows_N, self._known(rows_N + self._first_bit_T[number])
+        return self.bulk_finder([table]).find(ids_N, np.array([len(ids_N)]))
 
     def bulk_finder(self, tables: Sequence[str]) -> "BulkFinder":
         """Return a finder for ids of several tables, always in this order."""
@@ -207,8 +203,8 @@ def _mapped(path: Path, dtype: np.dtype[np.generic]) -> NDArray[Any]:
 class VectorTable:
     """The vectors of one feature store's images at one snapshot of the vectors store. Lookups are thread-safe."""
 
-    def __init__(self, of: VectorsOf, partition: "FeaturePartition | _SnapshotRows", time_s: float) -> None:
-        """Use `open` or `of_snapshot`."""
+    def __init__(self, of: VectorsOf, partition: FeaturePartition, time_s: float) -> None:
+        """Use `open`."""
         self._partition = partition
         self.time_s = time_s
         """When the snapshot was committed, in seconds since 1970."""
@@ -240,11 +236,6 @@ class VectorTable:
             raise BrokenBundleError(str(error)) from error
         return cls(of, partition, snapshot.manifest.time_s)
 
-    @classmethod
-    def of_snapshot(cls, of: VectorsOf, snapshot: Snapshot) -> "VectorTable":
-        """Read rows directly from the files of a snapshot, for a few lookups: nothing is copied or mapped."""
-        return cls(of, _SnapshotRows(snapshot), snapshot.manifest.time_s)
-
     @property
     def snapshot(self) -> int:
         """Number of the vectors store's snapshot."""
@@ -264,27 +255,3 @@ class VectorTable:
     def close(self) -> None:
         """Release the mapped rows."""
         self._partition.close()
-
-
-class _SnapshotRows:
-    """The rows of a snapshot, read from its files at each lookup."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-        self.snapshot_version = snapshot.version
-
-    @property
-    def dim(self) -> int:
-        return self._snapshot.info.dim
-
-    def lookup(self, keys_U: Int64Array) -> Lookup:
-        features_UD = np.zeros((len(keys_U), self.dim), np.float32)
-        found_U = np.zeros(len(keys_U), np.bool_)
-        shard_U = shard_of(keys_U, self._snapshot.info.num_shards)
-        for shard in np.unique(shard_U).tolist():
-            here_U = shard_U == shard
-            features_UD[here_U], found_U[here_U] = self._snapshot.shard_reader(shard).features(keys_U[here_U])
-        return Lookup(features_UD, ~found_U)
-
-    def close(self) -> None:
-        """Do nothing, as nothing is open."""

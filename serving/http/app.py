@@ -58,7 +58,7 @@ class Scoring:
     def __post_init__(self) -> None:
         settings = self.settings
         self.live = LiveModel(self.source, self.metrics, settings.poll_s)
-        self.queue = ScoringQueue(self.live, settings.budget, settings.max_body_bytes, settings.max_wait_ms / 1000)
+        self.queue = ScoringQueue(self.live, settings, settings.max_body_bytes, settings.max_wait_ms / 1000)
         self.stopping = False
 
     def app(self) -> ASGIApp:

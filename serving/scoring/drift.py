@@ -1,22 +1,16 @@
-"""How far logits differ: a bundle's from its run's, and by a publish of vectors."""
+"""How far a bundle's logits differ from those of its run."""
 
 import contextlib
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from featurestore.published.paths import RunPath, run_path
 from featurestore.store import FeatureStore
-from serving.bundle.images import PublishReport
-from serving.bundle.manifest import SAMPLE
-from serving.bundle.open import Bundle, ModelVersion
-from serving.bundle.rows import Float32, VectorTable
+from serving.bundle.open import ModelVersion
 from serving.errors import BrokenBundleError
 from serving.scoring.request import RequestColumns
 from serving.scoring.samples import ScoreTable, score_samples
-from serving.scoring.scorer import Scorer
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig
 from trainer.runs.saved import TrainedRun, open_test, open_trained
@@ -28,15 +22,6 @@ TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 0.01
 """Largest difference of a logit if E multiplies in bfloat16. The order of the sums of an image depends on the number of
 images in the product; this may round a number of its vector differently, by up to 2 ** -8 of its value."""
-
-
-@dataclass(frozen=True)
-class LogitDrift:
-    """How far a publish of vectors moves the logits of the sample."""
-
-    num_scores: int
-    worst: float
-    mean: float
 
 
 @dataclass(frozen=True)
@@ -136,41 +121,3 @@ def _place(index: SampleIndex, impression: int) -> str:
             return f"impression {impression} of the row group from row {row_group.first_row} of {row_group.file}"
         impression -= row_group.num_samples
     raise AssertionError("an impression of the index")
-
-
-def publish_drift(bundle: Bundle, reports: Sequence[PublishReport]) -> LogitDrift | None:
-    """Measure how far a publish has moved logits; None if the bundle has no sample. `bundle`: without vectors.
-
-    Reads only the vectors of the sample's images from the snapshots' files. Raises BrokenBundleError,
-    SnapshotNotFoundError, StorageError."""
-    if bundle.manifest.file(SAMPLE) is None:
-        return None
-    bundle.network  # noqa: B018 (loaded once for both)
-    before = _with_vectors(bundle, {each.store: each.before for each in reports})
-    after = _with_vectors(bundle, {each.store: each.snapshot for each in reports})
-    return _drift(_logits(before), _logits(after))
-
-
-def _with_vectors(bundle: Bundle, snapshots: dict[str, int]) -> Bundle:
-    """Open the bundle with these snapshots of its vectors, the newest ones by default, for a few lookups."""
-    other = copy.copy(bundle)
-    other.vectors = {
-        of.store: VectorTable.of_snapshot(
-            of, FeatureStore.open(bundle.vectors_url(of)).snapshot(snapshots.get(of.store))
-        )
-        for of in bundle.manifest.vectors
-    }
-    return other
-
-
-def _logits(bundle: Bundle) -> Float32:
-    """Score the bundle's sample."""
-    scorer = Scorer(bundle)
-    sample = scorer.sample()
-    assert sample is not None
-    return np.concatenate([each.logits_C for each in scorer.score(sample)])
-
-
-def _drift(one: Float32, other: Float32) -> LogitDrift:
-    moved = np.abs(one.astype(np.float64) - other)
-    return LogitDrift(num_scores=len(moved), worst=float(moved.max()), mean=float(moved.mean()))

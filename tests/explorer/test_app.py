@@ -1,5 +1,6 @@
 """Tests of the application: errors as pages, and the headers of every answer."""
 
+import configparser
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from explorer import __main__ as command
 from explorer import server as app_module
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.site import NavItem, PageKind, Site
@@ -94,6 +96,31 @@ def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPat
     with TestClient(application(Site(Places(images=str(tmp_path))))):
         assert FailingPages.closed == before
     assert FailingPages.closed == before + 1
+
+
+def test_the_first_page_has_the_questions_that_its_places_answer() -> None:
+    texts = [TestClient(application(Site(places))).get("/").text for places in (Places(store="x"), Places(runs="x"))]
+    for path, (with_store, with_runs) in {
+        "/store/arrived": (True, False),
+        "/store/broken": (True, False),
+        "/worth": (False, True),
+        "/impressions": (False, True),
+    }.items():
+        assert [f'href="{path}"' in text for text in texts] == [with_store, with_runs]
+    assert "--runs" in texts[0]
+
+
+def test_packages_that_are_missing_are_named_and_are_those_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    command.check_installed()
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "sklearn" else object())
+    with pytest.raises(ExplorerError, match=r"\(sklearn\).*crossmedia\[explorer\]"):
+        command.check_installed()
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    extra = parser["options.extras_require"]["explorer"]
+    distributions = {"python_multipart": "python-multipart", "sklearn": "scikit-learn"}
+    needed = sorted(distributions.get(name, name) for name in command.NEEDED)
+    assert sorted(line.partition(">")[0] for line in extra.split()) == needed
 
 
 def test_servers_start_without_torch() -> None:

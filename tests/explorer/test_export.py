@@ -81,26 +81,19 @@ def test_beyond_the_limit_links_lead_to_a_page_that_says_so(world: World, tmp_pa
     assert "at most 10 files" in (tmp_path / "pages" / LEFT_OUT).read_text()
 
 
-def test_nothing_asks_a_server(
+def test_pages_have_what_needs_no_server(
     exported_world: tuple[ExportedPages, Path], exported_shop: tuple[ExportedPages, Path]
 ) -> None:
-    for _, folder in (exported_world, exported_shop):
+    for exported, folder in (exported_world, exported_shop):
+        assert exported.errors == []
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert all(re.fullmatch(r"[A-Za-z0-9./-]+", str(path.relative_to(folder))) for path in files)
         for page in folder.rglob("*.html"):
             text = page.read_text()
             assert "<form" not in text and "hx-" not in text and "htmx" not in text, page
-
-
-def test_pictures_have_their_neighbours(exported_shop: tuple[ExportedPages, Path]) -> None:
-    exported, folder = exported_shop
-    assert exported.errors == []
-    assert "exactly, among all 28 images" in "".join(_pages_of(folder))
-
-
-def test_pictures_are_found_by_when_they_came(exported_shop: tuple[ExportedPages, Path]) -> None:
-    assert any("28</a>" in page or "28 added" in page for page in _pages_of(exported_shop[1]))
-
-
-def test_groups_are_those_of_the_list(exported_world: tuple[ExportedPages, Path]) -> None:
+    shop = _pages_of(exported_shop[1])
+    assert "exactly, among all 28 images" in "".join(shop)
+    assert any("28</a>" in page or "28 added" in page for page in shop)
     groups = _pages_of(exported_world[1], "impressions-both-")
     assert len(groups) >= 12 - 6
     assert all("Why this ad got this score" in text for text in groups)
@@ -108,18 +101,8 @@ def test_groups_are_those_of_the_list(exported_world: tuple[ExportedPages, Path]
     first = next(text for text in lists if "impressions scored by run" in text)
     assert first.count("Why ") == 12
     assert "This copy of the pages has the first 12;" in first
-
-
-def test_maps_have_the_grid(exported_world: tuple[ExportedPages, Path]) -> None:
-    """Not what only a server has: the file of the map."""
     maps = _pages_of(exported_world[1], "map-")
-    assert maps
-    for text in maps:
-        assert "mapgrid" in text
-        assert "parquet" not in text
-
-
-def test_what_images_are_worth_is_measured(exported_world: tuple[ExportedPages, Path]) -> None:
+    assert maps and all("mapgrid" in text and "parquet" not in text for text in maps)
     (worth,) = _pages_of(exported_world[1], "worth-")
     assert "Measured now on" in worth
 

@@ -65,7 +65,7 @@ def all_ready(folder: Path, count: int) -> Callable[[str], bool]:
 
 
 def test_the_scorer(model: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "serving", model, "--port", "0", "--workers", "2"]
+    words = [sys.executable, "-m", "serving", "serve", model, "--port", "0", "--workers", "2"]
     with started(words, tmp_path, lambda log: "listening on" in log) as server:
         found = listening(server)
         assert found and set(found) <= set(LOOPBACK), found

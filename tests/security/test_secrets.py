@@ -150,7 +150,7 @@ class TestKeysOfAnObjectStore:
     @pytest.mark.cluster
     def test_servers_that_find_nothing(self, work: Work) -> None:
         work.fails(*python("-m", "featurestore", "serve", "s3://bucket/x", "--port", "0"), because="s3://bucket/x")
-        work.fails(*python("-m", "serving", "s3://bucket/m", "--port", "0"), because="s3://bucket/m")
+        work.fails(*python("-m", "serving", "serve", "s3://bucket/m", "--port", "0"), because="s3://bucket/m")
         work.check(SECRET, SESSION)
 
 
@@ -199,7 +199,7 @@ class TestTokensAndKeys:
 
     def test_of_a_scorer_that_answers(self, work: Work, model: Path, files: dict[str, Path]) -> None:
         """Right and wrong tokens, a body that is none, figures, and the end: nothing of them is in log or figures."""
-        words: list[str | Path] = [sys.executable, "-m", "serving", model, "--port", "0", "--slow-ms", "0"]
+        words: list[str | Path] = [sys.executable, "-m", "serving", "serve", model, "--port", "0", "--slow-ms", "0"]
         words += ["--token-file", files["tokens"], "--tls-cert", files["cert"], "--tls-key", files["key"]]
         with started(words, work.folder, lambda log: "listening on" in log) as server:
             line = next(each for each in (work.folder / "log.txt").read_text().split() if each.startswith("https://"))
@@ -220,8 +220,7 @@ class TestTokensAndKeys:
     def test_that_are_wrong(
         self, command: str, work: Work, places: Places, model: Path, files: dict[str, Path]
     ) -> None:
-        server = ["serving", model] if command == "serving" else ["featurestore", "serve", places.folder / "features"]
-        server += ["--port", "0"]
+        server = [command, "serve", model if command == "serving" else places.folder / "features", "--port", "0"]
         work.fails_here(*server, "--token-file", files["short"], because="characters and can be guessed")
         work.fails_here(*server, "--tls-cert", files["cert"], "--tls-key", files["half"], because="half")
         work.fails_here(*server, "--token-file", files["key"], because="token")

@@ -1,6 +1,6 @@
 """Tests of serving have a cache of their own, and share published models."""
 
 from tests.running.shared import own_cache
-from tests.serving.bundle.conftest import bundle_places, exported
+from tests.serving.bundle.conftest import exported
 
-__all__ = ["bundle_places", "exported", "own_cache"]
+__all__ = ["exported", "own_cache"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serving.__main__ import app, main
+from serving.__main__ import app
 from serving.network.served import ServedNetwork
-from tests.serving.bundle.conftest import Exported, export, forge
+from tests.serving.bundle.conftest import export, forge
+from tests.serving.scoring.variants import Exported
 
 
 @pytest.fixture(autouse=True)
@@ -168,32 +169,3 @@ def test_info_writes_plain_words(url: str, exported: Callable[[str], Exported]) 
     assert "missing images count as the vector that training has learned for them\n" in done("info", url)
     assert "test gauc impressions " in done("info", url)
     assert "missing images count as zeros\n" in done("info", exported("plain").url)
-
-
-def test_a_mistyped_command_is_not_taken_for_a_model(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for word, said in (("infos", "No such command 'infos'. Did you mean 'info'"), ("scor", "No such command 'scor'")):
-        monkeypatch.setattr("sys.argv", ["serving", word, url])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 2
-        errors = capsys.readouterr().err
-        assert said in errors and f"Nor is {word} a folder here" in errors
-    # A folder of that name, and an address, are models.
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "infos").mkdir()
-    for word in ("infos", f"{tmp_path}/info"):
-        monkeypatch.setattr("sys.argv", ["serving", word])
-        with pytest.raises(SystemExit):
-            main()
-        assert "has no published model" in capsys.readouterr().err
-
-
-def test_options_of_the_server_may_come_before_its_model(tmp_path: Path) -> None:
-    for words in (["--port", 8080, tmp_path / "x"], ["--port=8080", tmp_path / "x"], [tmp_path / "x", "--port", 8080]):
-        code, _, said = refused(*words)
-        assert (code, f"error: {tmp_path}/x has no published model" in said) == (2, True), said
-    assert "No such option" in refused("--prot", 8080, tmp_path / "x")[2]
-    assert "Missing argument 'MODEL'" in refused("--port", 8080)[2]
-    assert "Commands" in refused("--help")[1]

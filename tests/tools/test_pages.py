@@ -154,7 +154,7 @@ def check_words(line: str, words: list[str]) -> None:
         assert (ROOT / words[1]).is_file(), line
         return
     command, rest = known[words[start]], words[start + 1 :]
-    if words[start] in ("serving", "explorer") and rest[0] not in command.commands:  # `serve` is left out
+    if words[start] == "explorer" and rest[0] not in command.commands:  # `serve` is left out
         rest = ["serve", *rest]
     while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from explorer.data.background import Background, Task
 from explorer.data.cache import LruCache
 from explorer.data.runs.comparing import shown_first
+from explorer.data.runs.folders import run_names
 from explorer.data.store.listing import name_of
 from explorer.data.vectors import Progress, VisualVectors, visual_vectors
 from explorer.errors import ExplorerError
@@ -23,7 +24,7 @@ from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
 from featurestore.parsing import parse_yaml
-from featurestore.published.paths import RunPath, read_text, run_path
+from featurestore.published.paths import RunPath, read_text
 from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
@@ -46,13 +47,13 @@ class ImageRuns:
         self._vectors: LruCache[VisualVectors] = LruCache(8)
 
     def names(self) -> list[str]:
-        """List the names of the runs, at most MOST_RUNS, in the order of the pages.
+        """List the names of the runs and days of trainer.daily, at most MOST_RUNS, in the order of the pages.
 
         Reads a few small files of a new one.
         """
         if self._places.runs is None:
             return []
-        images = {run.name: self._images_of(run.name) for run in run_path(self._places.runs).iterdir()}
+        images = {name: self._images_of(name) for name in run_names(self._places)}
         seeing = [name for name, seen in images.items() if seen not in ("", "none")]
         return sorted(seeing, key=lambda name: shown_first(name, images[name]))[:MOST_RUNS]
 

@@ -1,4 +1,4 @@
-"""Maps: every image or an even sample, what the test samples say of each, and Parquet files."""
+"""Maps: every image or an even sample, how often the test samples show and click each, and Parquet files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from explorer.data import map as maps
-from explorer.data import predictions
 from explorer.data.background import Task
-from explorer.data.map import MapPoints, evenly, make_map, of_run, read_ads
+from explorer.data.map import MapPoints, count_ads, evenly, make_map
 from explorer.places import Places
 from featurestore import FeatureStore
 from tests.explorer.world import World
@@ -26,67 +25,49 @@ def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
     return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
 
 
-def test_every_image_has_its_place_and_what_the_samples_say(places: Places, world: World) -> None:
+def test_every_image_has_its_place_and_the_click_rate_of_the_samples(places: Places, world: World) -> None:
+    """In a file that embedding-atlas takes, which is made once, and again where it is damaged."""
     found = make_map(places, "both", Task())
-    keys = FeatureStore.open(world.store).snapshot().keys()
-    assert sorted(found.keys_N.tolist()) == keys.tolist()
-    predicted = predict_run(world.runs / "both")
-    loss_N = np.logaddexp(0, predicted.logit_N) - predicted.logit_N * predicted.impressions.label_N
+    assert sorted(found.keys_N.tolist()) == FeatureStore.open(world.store).snapshot().keys().tolist()
+    impressions = predict_run(world.runs / "both").impressions
     for point, key in enumerate(found.keys_N.tolist()):
-        mine_N = predicted.impressions.image_N == key
+        mine_N = impressions.image_N == key
         assert found.impressions_N[point] == mine_N.sum()
-        if mine_N.any():
-            assert found.ctr_N[point] == pytest.approx(predicted.impressions.label_N[mine_N].mean())
-            assert found.error_N[point] == pytest.approx(loss_N[mine_N].mean(), rel=1e-4)
-            assert found.category_N[point].isdecimal()
-        else:
-            assert np.isnan([found.ctr_N[point], found.error_N[point]]).all()
+        expected = impressions.label_N[mine_N].mean() if mine_N.any() else np.nan
+        assert found.ctr_N[point] == pytest.approx(expected, nan_ok=True)
     assert found.about["notes"] == []
+    table = pq.read_table(found.file)
+    assert table.column_names == ["key", "uri", "x", "y", "ctr", "impressions", "vector"]
+    assert np.array_equal(maps.principal(np.stack(table["vector"].to_numpy()))[:, 0], found.x_N)
     time_ns = found.file.stat().st_mtime_ns
     assert make_map(places, "both", Task()).x_N.tolist() == found.x_N.tolist()
     assert found.file.stat().st_mtime_ns == time_ns
-
-
-def test_the_file_has_the_columns_that_embedding_atlas_takes(places: Places) -> None:
-    found = make_map(places, "both", Task())
-    table = pq.read_table(found.file)
-    assert table.column_names == ["key", "uri", "x", "y", "ctr", "category", "error", "impressions", "vector"]
-    assert len(table) == len(found.keys_N)
-    vectors_NV = np.stack(table["vector"].to_numpy())
-    assert np.array_equal(maps.principal(vectors_NV)[:, 0], found.x_N)
-    assert table["x"].null_count == table["y"].null_count == 0
     found.file.write_bytes(b"PAR1")
     assert make_map(places, "both", Task()).x_N.tolist() == found.x_N.tolist()
 
 
-def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_stores_are_sampled_evenly_and_samples_that_are_away_are_told(
+    places: Places, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(maps, "MOST_POINTS", 10)
-    some = of_run(places, "both", Task())
-    assert some.count == 10
-    assert some.num_images == FeatureStore.open(world.store).snapshot().num_rows
+    (tmp_path / "empty").mkdir()
+    some = make_map(Places(store=places.store, runs=places.runs, samples=str(tmp_path / "empty")), "both", Task())
+    assert len(some.keys_N) == 10
+    assert some.about["num_images"] == FeatureStore.open(world.store).snapshot().num_rows
+    assert some.about["notes"][0].startswith("CTR cannot be shown: ")
+    assert np.isnan(some.ctr_N).all()
     assert evenly(1000).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
     assert evenly(3).tolist() == [0, 1, 2]
 
 
-def test_what_is_not_known_is_told(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictions, "MOST_IMPRESSIONS", 1)
-    found = make_map(places, "both", Task())
-    assert found.about["notes"][0].startswith("The error cannot be shown: there are ")
-    assert np.isfinite(found.ctr_N).any()
-
-
 def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     index = open_index(SoloComm(), str(world.samples), "test", load_schema())
-    whole = read_ads(index, load_schema())
-    assert whole is not None
-    assert whole.impressions_I.sum() == index.num_samples
-    assert not whole.is_sampled
+    _, counts_I2, is_sampled = count_ads(index, load_schema())
+    assert (counts_I2[:, 0].sum(), is_sampled) == (index.num_samples, False)
     monkeypatch.setattr(maps, "MOST_IMPRESSIONS", index.num_samples // 2)
-    part = read_ads(index, load_schema())
-    assert part is not None
-    assert part.is_sampled
-    assert 0.3 < part.impressions_I.sum() / index.num_samples < 0.7
-    assert whole.at(np.array([whole.keys_I[2], 5, whole.keys_I[0]])).tolist() == [2, -1, 0]
+    _, part_I2, is_sampled = count_ads(index, load_schema())
+    assert is_sampled
+    assert 0.3 < part_I2[:, 0].sum() / index.num_samples < 0.7
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (2, 5), (5, 1), (3, 2)])
@@ -96,26 +77,22 @@ def test_principal_components_of_little(shape: tuple[int, int]) -> None:
     assert np.isfinite(plane_N2).all()
 
 
-def points(x: list[float], y: list[float], **more: Any) -> MapPoints:
-    count = len(x)
-    values: dict[str, Any] = {
-        "keys_N": np.arange(count),
-        "uris_N": [f"{'ab'[number % 2]}/{number}.jpg" for number in range(count)],
-        "x_N": np.array(x, np.float32),
-        "y_N": np.array(y, np.float32),
-        "ctr_N": np.full(count, np.nan, np.float32),
-        "category_N": ["unknown"] * count,
-        "error_N": np.full(count, np.nan, np.float32),
-        "impressions_N": np.zeros(count, np.int64),
-        "about": {},
-        "file": Path("map.parquet"),
-    }
-    return MapPoints(**{**values, **more})
+def points(x: Any, y: Any, ctr: float = np.nan) -> MapPoints:
+    return MapPoints(
+        keys_N=np.arange(len(x)),
+        uris_N=[f"{'ab'[number % 2]}/{number}.jpg" for number in range(len(x))],
+        x_N=np.array(x, np.float32),
+        y_N=np.array(y, np.float32),
+        ctr_N=np.full(len(x), ctr, np.float32),
+        impressions_N=np.zeros(len(x), np.int64),
+        about={},
+        file=Path("map.parquet"),
+    )
 
 
 def test_each_cell_of_the_grid_has_the_image_nearest_to_its_middle() -> None:
     random = np.random.default_rng(0)
-    found = points(random.uniform(0, 12, 5000).tolist(), random.uniform(0, 9, 5000).tolist())
+    found = points(random.uniform(0, 12, 5000), random.uniform(0, 9, 5000))
     grid = maps.cells(found)
     assert len({(cell.row, cell.column) for cell in grid}) == len(grid) == maps.ROWS * maps.COLUMNS
     assert sum(cell.images for cell in grid) == 5000
@@ -125,14 +102,11 @@ def test_each_cell_of_the_grid_has_the_image_nearest_to_its_middle() -> None:
     assert [cell.row for cell in maps.cells(points([1.0], [1.0]))] == [maps.ROWS // 2 + 1]
 
 
-def test_groups_are_the_largest_and_the_others() -> None:
+def test_colours_are_of_the_largest_folders_and_of_what_is_known() -> None:
     names = [f"g{number}" for number in range(20) for _ in range(20 - number)]
     found = maps.groups(names, np.arange(len(names)))
     assert [group.name for group in found] == [*(f"g{number}" for number in range(9)), maps.OTHERS]
     assert sum(len(group.points) for group in found) == len(names)
-
-
-def test_colours_that_nothing_is_known_of() -> None:
-    found = points([0.0, 1.0], [0.0, 1.0], ctr_N=np.array([np.nan, 0.5], np.float32))
-    assert [maps.has(found, colour) for colour in maps.COLOURS] == [True, False, True, False]
+    assert [maps.has(points([0, 1], [0, 1]), colour) for colour in maps.COLOURS] == [True, False]
+    assert maps.has(points([0, 1], [0, 1], ctr=0.5), "ctr")
     assert [maps.folder_of(uri) for uri in ("a/b/c.jpg", "c.jpg", "s3://bag/x.jpg")] == ["a", "", "bag"]

@@ -56,6 +56,11 @@ def test_sizes_are_rounded_up_to_few(folder, asked, given):
         "pipe",
         "~root/x.jpg",
         "http://127.0.0.1/x.jpg",
+        "..\\outside.jpg",
+        "%2e%2e/outside.jpg",
+        "%252e%252e%252foutside.jpg",
+        "a/1.jpg/../../../outside.jpg",
+        "/proc/self/environ",
     ],
 )
 def test_nothing_but_a_picture_below_the_place_is_given(folder, tmp_path, uri):

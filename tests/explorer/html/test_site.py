@@ -1,8 +1,8 @@
-"""Tests of what all pages share: escaping, cutting into pages, and JSON inside of pages."""
+"""What all pages share: escaping, addresses and the files that stand for them, and pages of a list."""
 
 import json
 
-from explorer.html.site import LEFT_OUT, NavItem, Site, pages_of, script_json
+from explorer.html.site import LEFT_OUT, NavItem, Site, address, file_of, pages_of, relative, script_json
 from explorer.places import Places
 
 HOSTILE = "</script><script>alert(1)</script>&\u2028"
@@ -38,3 +38,15 @@ def test_a_frozen_site_lists_each_address_once_and_no_more_than_its_limit() -> N
     text = site.text("/", "home.html", title="x")
     assert site.linked == ["/", "/static/style.css", "/a"]
     assert LEFT_OUT in text
+
+
+def test_addresses_are_quoted_and_each_has_a_plain_file_of_its_own() -> None:
+    assert address("/store", {"b": 2, "a": "x y&z", "c": None}) == "/store?a=x+y%26z&b=2"
+    names = ["../../etc/passwd", HOSTILE, "a\"b'c&d", "\u202egpj.exe", "ü/ö.png", "x" * 5000, "a b\nc", "a/b", "a-b"]
+    files = [file_of(address("/picture", {"uri": uri, "size": size})) for uri in names for size in (96, 160)]
+    assert len(set(files)) == len(files)
+    assert all(file.startswith("pictures/") and file.endswith(".jpg") and file.isascii() for file in files)
+    assert all(len(file) < 100 and ".." not in file and file.count("/") == 1 for file in files)
+    assert relative("static/style.css", "pages/a.html") == "../static/style.css"
+    assert relative("pages/b.html", "pages/a.html") == "b.html"
+    assert relative("pages/b.html", "index.html") == "pages/b.html"

@@ -21,8 +21,9 @@ def fill(url: str) -> None:
         files.pipe_file(f"{root}/images/a/{number}.jpg", encode_image(draw_photo(number)))
 
 
-def look_at_all(url: str) -> None:
-    reader = Reader(store=f"{url}/features", images=f"{url}/images")
+def test_on_s3(s3_url):
+    fill(s3_url)
+    reader = Reader(store=f"{s3_url}/features", images=f"{s3_url}/images")
     texts = {path: reader.read(path) for path in PAGES}
     assert "Images 4" in texts["/store"].text
     assert {*texts["/store/arrived"].uris()} == {"a/1.jpg", "a/2.jpg", "a/3.jpg", "none.jpg"}
@@ -34,17 +35,6 @@ def look_at_all(url: str) -> None:
         assert reader.client.get("/picture", params={"uri": uri}).headers["x-picture-problem"] == problem
 
 
-def test_on_s3(s3_url):
-    fill(s3_url)
-    look_at_all(s3_url)
-
-
-def test_on_any_place_that_fsspec_opens():
-    url = "memory://far-places-of-test"
-    fill(url)
-    look_at_all(url)
-
-
 @pytest.mark.parametrize("dims", [2, 5])
 def test_a_compact_store_says_so_and_compares_its_own_numbers(tmp_path, dims):
     remake(storied(tmp_path / "store"), tmp_path / "compact", dims=dims)
@@ -52,16 +42,3 @@ def test_a_compact_store_says_so_and_compares_its_own_numbers(tmp_path, dims):
     assert f"{dims} of {DIM} numbers" in reader.read("/store").text
     page = reader.client.get(f"/images/{key_of_uri('a/5.jpg')}", params={"wait": "spaces"})
     assert f"features of {dims} of {DIM} numbers, exactly, among all 44 images" in page.text
-
-
-def test_uris_may_be_whole_addresses(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "1.jpg").write_bytes(encode_image(draw_photo(1)))
-    store = make_store(tmp_path / "store")
-    uri = f"{folder}/1.jpg"
-    store.put(rows([uri], 1))
-    reader = Reader(store=store.url, images=folder)
-    page = reader.read("/images")
-    assert page.uris() == [uri]
-    assert "x-picture-problem" not in reader.client.get(page.pictures[0]).headers

@@ -2,11 +2,13 @@
 
 import datetime
 import re
+import threading
 
 import pytest
 
 from featurestore.keys import key_of_uri
 from featurestore.staging import QuarantineRow
+from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import move_channel, pin
 from tests.explorer.pages.reading import Reader
@@ -172,3 +174,34 @@ def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
     reader = Reader(store=store.url)
     for path in ("/store", "/store/snapshots/2"):
         assert "bytes instead of" in reader.read(path).text
+
+
+def test_no_page_fails_while_a_writer_commits_compacts_and_expires(tmp_path):
+    store, ended, failures = storied(tmp_path / "store"), threading.Event(), []
+
+    def write() -> None:
+        number = 0
+        while not ended.wait(0.02):
+            try:
+                number += 1
+                store.put(rows([f"new/{number}"], number))
+                store.delete([key_of_uri(f"new/{number - 3}")])
+                if number % 3 == 0:
+                    compact(store, force=True)
+                    expire(store, keep_last=2, keep_days=0, grace_days=5 / 86_400)
+            except Exception as error:
+                failures.append(error)
+                return
+
+    writer = threading.Thread(target=write)
+    reader = Reader(store=store.url)
+    writer.start()
+    try:
+        for number in range(16):
+            path = (*PAGES, "/images")[number % 4]
+            assert reader.client.get(path, params={"wait": ("line", "changes")[number % 2]}).status_code == 200
+            assert reader.client.get("/store/snapshots/5", params={"wait": "changes"}).status_code in (200, 404)
+    finally:
+        ended.set()
+        writer.join()
+    assert failures == []

@@ -8,13 +8,14 @@ import pytest
 
 from serving.bundle.open import Bundle
 from serving.bundle.rows import decoded, encoded
-from tests.serving.bundle.conftest import Exported, export
+from tests.serving.bundle.conftest import export
+from tests.serving.scoring.variants import Exported
 
 IDS = np.arange(200)
 
 
 @pytest.mark.parametrize(("dtype", "bytes_of_row"), [("float16", 24), ("int8", 16)])
-@pytest.mark.parametrize("variant", ["plain", "exact", "numbers"])
+@pytest.mark.parametrize("variant", ["plain", "exact", "din_inputs"])
 def test_rows_are_near_those_of_float32(
     exported: Callable[[str], Exported], tmp_path: Path, variant: str, dtype: str, bytes_of_row: int
 ) -> None:

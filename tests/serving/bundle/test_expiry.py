@@ -17,7 +17,8 @@ from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, FaultyStorage
-from tests.serving.bundle.conftest import Exported, export, forge
+from tests.serving.bundle.conftest import export, forge
+from tests.serving.scoring.variants import Exported
 
 DAY_S = 24 * 3600
 
@@ -76,28 +77,33 @@ def test_old_versions_go_with_their_files(versions: Versions, tmp_path: Path) ->
         log.use(versions.storage, 2)
 
 
-def test_the_last_ones_and_the_newest_stay(versions: Versions) -> None:
-    assert versions.expire(keep_last=3).expired == (1,)
-    versions.use(2, 50)
-    # The newest stays although nobody uses it: the next export gets a number that was never given.
-    assert versions.expire(keep_last=0, grace_days=0).expired == (3,)
-    assert versions.there == [2, 4]
-
-
-def test_a_version_stays_for_scorers_that_have_not_switched_from_it_yet(versions: Versions) -> None:
-    versions.use(2, 60)
-    versions.use(4, 0.5)
-    assert versions.expire(grace_days=1).expired == (1, 3)
-    assert versions.expire(grace_days=0.4).expired == (2,)
-
-
-def test_versions_of_the_last_days_stay(versions: Versions) -> None:
-    versions.use(2, 60)
-    versions.use(4, 20)
-    versions.age(versions.folder / "log" / f"{1:020}.json", 10)
-    assert versions.expire(keep_days=30).expired == (3,)
-    assert versions.expire(keep_days=15).expired == (2,)
-    assert versions.there == [1, 4]
+@pytest.mark.parametrize(
+    ("used", "aged", "options", "expired", "there"),
+    [
+        ({}, {}, {"keep_last": 3}, (1,), [2, 3, 4]),
+        # The newest stays although nobody uses it: the next export gets a number that was never given.
+        ({2: 50}, {}, {"keep_last": 0, "grace_days": 0}, (1, 3), [2, 4]),
+        # For scorers that have not switched from it yet.
+        ({2: 60, 4: 0.5}, {}, {"grace_days": 1}, (1, 3), [2, 4]),
+        ({2: 60, 4: 0.5}, {}, {"grace_days": 0.4}, (1, 2, 3), [4]),
+        ({2: 60, 4: 20}, {1: 10}, {"keep_days": 30}, (3,), [1, 2, 4]),
+        ({2: 60, 4: 20}, {1: 10}, {"keep_days": 15}, (2, 3), [1, 4]),
+    ],
+)
+def test_the_last_ones_and_those_of_the_last_days_stay(
+    versions: Versions,
+    used: dict[int, float],
+    aged: dict[int, float],
+    options: dict[str, float],
+    expired: tuple[int, ...],
+    there: list[int],
+) -> None:
+    for version, days_ago in used.items():
+        versions.use(version, days_ago)
+    for version, days in aged.items():
+        versions.age(versions.folder / "log" / f"{version:020}.json", days)
+    assert versions.expire(**options).expired == expired
+    assert versions.there == there
 
 
 def test_a_dry_run_changes_nothing(versions: Versions) -> None:

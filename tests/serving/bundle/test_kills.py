@@ -17,9 +17,10 @@ from serving.bundle.log import remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from tests.fuse import FORK, Fuse
-from tests.serving.bundle.conftest import Exported, export
+from tests.serving.bundle.conftest import export
 from tests.serving.bundle.test_expiry import Versions
 from tests.serving.bundle.test_publish import World
+from tests.serving.scoring.variants import Exported
 
 pytestmark = pytest.mark.services
 EVERY = pytest.mark.parametrize(

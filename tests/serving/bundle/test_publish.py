@@ -15,12 +15,17 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from serving.bundle.images import ChangedImages, PublishReport, StoreNetworks, networks_for, publish
+from serving.bundle.manifest import VectorsOf
 from serving.bundle.open import Bundle
-from tests.serving.bundle.conftest import Exported
+from tests.serving.scoring.variants import Exported
 from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
 
 ALL = np.arange(995, 1_100)
+
+
+def of_images(bundle: Bundle) -> VectorsOf:
+    return next(of for of in bundle.manifest.vectors if of.store == "images")
 
 
 class World:
@@ -38,7 +43,7 @@ class World:
     @property
     def vectors(self) -> FeatureStore:
         bundle = self.open()
-        url = bundle.vectors_url(bundle.manifest.vectors[0])
+        url = bundle.vectors_url(of_images(bundle))
         bundle.close()
         return FeatureStore.open(url)
 
@@ -47,7 +52,7 @@ class World:
 
     def publish(self, **options: object) -> PublishReport:
         bundle = self.open()
-        (of,) = bundle.manifest.vectors
+        of = of_images(bundle)
         report = publish(
             FeatureStore.open(bundle.vectors_url(of)),
             of,
@@ -97,7 +102,6 @@ def test_new_changed_and_removed_images_in_one_commit(world: World) -> None:
     report = world.publish()
     assert counts(report) == (2, 1, 1, 0)
     assert (report.mirrored, report.source, report.snapshot, report.committed) == (2, 4, 2, True)
-    assert set(report.moved_keys.tolist()) == {1_050, 1_051, 1_007, 1_010}
     world.check()
     manifest = world.vectors.snapshot().manifest
     assert (manifest.operation, manifest.version) == ("publish", 2)
@@ -271,7 +275,7 @@ def test_two_publishes_at_once_make_what_one_makes(world: World, monkeypatch: py
 
 @pytest.mark.long
 def test_every_network_of_a_store_is_published(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    world = World(exported("two_networks"), tmp_path)
+    world = World(exported("contents"), tmp_path)
     world.put(1_050, 1_007)
     world.publish()
     for network in ("behavior_image", "ad_image"):

@@ -1,7 +1,6 @@
 """An open bundle has what the trainer reads: ID rows, and visual vectors, for every kind of run."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from serving.bundle.open import Bundle
-from tests.serving.bundle.conftest import VARIANTS, Exported
+from tests.serving.scoring.variants import Exported
 from tests.trainer.conftest import Places
 from tests.trainer.ids.exact_tables import vectors_of
 from trainer.comm import SoloComm
@@ -21,11 +20,11 @@ IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]
 KEYS = np.arange(995, 1_055)
 
 
-# Each trains a run of its own: make test-fast has one.
-@pytest.fixture(
-    scope="module",
-    params=["plain", *(pytest.param(name, marks=pytest.mark.long) for name in VARIANTS if name != "plain")],
-)
+OTHERS = ("lr", "images_none", "contents", "din_inputs", "exact")
+"""E in float64, no E, several with trained vectors of missing images, many tables, and exact ones."""
+
+
+@pytest.fixture(scope="module", params=["plain", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def pair(
     request: pytest.FixtureRequest, exported: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Bundle, TrainedRun]]:
@@ -58,23 +57,25 @@ def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun
 
 
 def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
-    """The ids that training samples have of each hashed table."""
+    """The ids that training samples have of each hashed table that is not of texts."""
     files = sorted((places.folder / "samples" / "train").glob("*.parquet"))
     samples = pa.concat_tables([pq.read_table(file) for file in files])
     found: dict[str, list[np.ndarray]] = {}
     for field in bundle.fields:
-        if field.is_id and not field.is_bucketed:
+        if field.is_id and not field.is_bucketed and not field.columns:
             column = samples[field.column_name].combine_chunks()
-            values = column if pa.types.is_integer(column.type) else column.flatten()
-            found.setdefault(field.table_name, []).append(values.to_numpy())
+            while not pa.types.is_integer(column.type) and not pa.types.is_string(column.type):
+                column = column.flatten()
+            if pa.types.is_integer(column.type):
+                found.setdefault(field.table_name, []).append(column.to_numpy())
     return {name: np.unique(np.concatenate(values)) for name, values in found.items()}
 
 
 def test_an_id_is_known_where_training_has_touched_its_row(
-    pair: tuple[Bundle, TrainedRun], bundle_places: Places
+    pair: tuple[Bundle, TrainedRun], exported: Callable[[str], Exported]
 ) -> None:
     bundle, trained = pair
-    for name, ids_in_training in trained_ids(bundle_places, bundle).items():
+    for name, ids_in_training in trained_ids(exported("plain").places, bundle).items():
         table = trained.engine.tables[name]
         rows, known = bundle.ids.find(name, IDS)
         if isinstance(table, ExactTable):
@@ -114,11 +115,8 @@ def test_visual_vectors_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) ->
             instead = service.no_image[network].detach().numpy() if network in service.no_image else 0
             assert (rows[missing][:, table.of(network)] == np.float32(instead)).all()
             assert (table.no_image[network] == np.float32(instead)).all()
-
-
-def test_a_missing_image_has_the_trained_vector(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    bundle = Bundle.open(exported("learned").url, cache_dir=tmp_path)
-    assert np.abs(bundle.vectors["images"].no_image["shared"]).max() > 0
+            is_learned = store == "images" and trained.config.data.missing == "learned"
+            assert (table.no_image[network] != 0).any() == is_learned
 
 
 def test_schema_and_model_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) -> None:

@@ -16,7 +16,8 @@ from serving.bundle.images import networks_for, publish
 from serving.bundle.log import BundleIdentity, expire, remove_leftovers
 from serving.bundle.open import Bundle
 from serving.errors import BrokenBundleError
-from tests.serving.bundle.conftest import Exported, export, forge
+from tests.serving.bundle.conftest import export, forge
+from tests.serving.scoring.variants import Exported
 
 IDS, KEYS = np.arange(200), np.arange(995, 1_055)
 

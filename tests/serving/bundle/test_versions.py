@@ -23,7 +23,8 @@ from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.faulty import Fault, fails, opened_faulty
-from tests.serving.bundle.conftest import Exported, export, no_network
+from tests.serving.bundle.conftest import export, no_network
+from tests.serving.scoring.variants import Exported
 from trainer.runs.folder import finished
 
 DAY_S = 24 * 3600
@@ -45,36 +46,19 @@ def open_bundle(url: str, tmp_path: Path, version: int | None = None) -> Bundle:
     return Bundle.open(url, version, cache_dir=tmp_path / "cache")
 
 
-@pytest.mark.long
-def test_an_export_is_the_next_version_and_is_in_use(url: str, made: Exported, tmp_path: Path) -> None:
-    manifest = export(url, made.run)
-    assert manifest.version == 2
+def test_exports_are_numbered_and_use_goes_back_and_forth(url: str, made: Exported, tmp_path: Path) -> None:
+    storage, (newest,) = Storage(url), finished(made.run)
+    assert export(url, made.run, use=False).version == 2
+    assert (log.known_versions(storage), log.version_in_use(storage)) == ([1, 2], 1)
+    manifest = export(url, made.run, checkpoint=newest.name)
+    assert (manifest.version, manifest.checkpoint) == (3, newest.name)
     assert open_bundle(url, tmp_path).manifest == manifest
     first = open_bundle(url, tmp_path, 1)
-    assert first.manifest == made.manifest
-    assert first.identity == BundleIdentity(1, {"images": 1})
-
-
-def test_an_export_may_leave_the_choice_alone(url: str, made: Exported) -> None:
-    export(url, made.run, use=False)
-    storage = Storage(url)
-    assert log.known_versions(storage) == [1, 2]
-    assert log.version_in_use(storage) == 1
-
-
-def test_use_goes_back_and_forth(url: str, made: Exported) -> None:
-    export(url, made.run)
-    storage = Storage(url)
-    log.use(storage, 1)
-    assert ModelVersion.open(url).manifest.version == 1
-    log.use(storage, 2)
-    assert ModelVersion.open(url).manifest.version == 2
-    assert [each.version for each in log.choices(storage)] == [1, 2, 1, 2]
-
-
-def test_another_checkpoint_is_exported_by_name(url: str, made: Exported) -> None:
-    (newest,) = finished(made.run)
-    assert export(url, made.run, checkpoint=newest.name).checkpoint == newest.name
+    assert (first.manifest, first.identity) == (made.manifest, BundleIdentity(1, {"images": 1}))
+    for version in (1, 3):
+        log.use(storage, version)
+        assert ModelVersion.open(url).manifest.version == version
+    assert [each.version for each in log.choices(storage)] == [1, 3, 1, 3]
 
 
 def test_what_is_not_there_is_named(url: str, tmp_path: Path) -> None:
@@ -105,9 +89,13 @@ def test_a_feature_store_is_no_place_for_a_model(made: Exported, tmp_path: Path)
     assert FeatureStore.open(url).snapshot().num_rows
 
 
-def test_a_run_is_found_from_any_folder(made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_from_any_folder_and_is_no_model(
+    made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(made.run.parent)
     assert export(tmp_path / "model", Path(made.run.name)).run == str(made.run)
+    with pytest.raises(BundleNotFoundError, match="is a run, not a published model; publish it with"):
+        log.read_version(Storage(made.run))
 
 
 def test_two_exports_at_once_both_get_a_version(url: str, made: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +243,6 @@ def test_a_run_that_has_not_ended_is_told(url: str, made: Exported, tmp_path: Pa
         exported = export_model(url, ExportOptions(run=each), network=no_network)
         assert any("the run has not ended" in note for note in exported.notes) == told
         assert "auc" in exported.manifest.metrics and "step" not in exported.manifest.metrics
-
-
-def test_a_run_is_no_model(made: Exported) -> None:
-    with pytest.raises(BundleNotFoundError, match="is a run, not a published model; publish it with"):
-        log.read_version(Storage(made.run))
 
 
 def test_metrics_that_are_no_numbers_are_published_once(url: str, made: Exported, tmp_path: Path) -> None:

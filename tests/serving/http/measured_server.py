@@ -1,4 +1,4 @@
-"""`python -m serving` on an event loop that writes down how long each of its rounds holds it.
+"""`python -m serving serve` on an event loop that writes down how long each of its rounds holds it.
 
     python -m tests.serving.http.measured_server FILE MODEL OPTIONS...
 

@@ -46,7 +46,7 @@ class Attacked:
 def attacked(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     folder = tmp_path_factory.mktemp("attacked")
     file = folder / "held"
-    words = [str(file), bundle.url, "--port", "0", "--cache-dir", str(folder / "cache")]
+    words = [str(file), "serve", bundle.url, "--port", "0", "--cache-dir", str(folder / "cache")]
     with ended(ServerProcess([sys.executable, "-m", "tests.serving.http.measured_server", *words], folder)) as server:
         server.wait_until_ready()
         yield Attacked(server, file)

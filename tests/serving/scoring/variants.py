@@ -13,7 +13,10 @@ import pytest
 import yaml
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.storage.storage import Storage
 from serving.bundle.export import ExportOptions, export_model, write_network
+from serving.bundle.log import read_version
+from serving.bundle.manifest import BundleManifest
 from tests.running.shared import made_once, shared_folder
 from tests.trainer.conftest import Places, make_places
 from tests.trainer.samples.reading import rewrite
@@ -27,7 +30,8 @@ EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
 TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16"
 TABLES_OF_INPUTS = f"{TABLES}, shop: 32, both: 64, scene_item: 64, tags: 32"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "lr": {"model__base": "lr", "model__pooling": "sum", "model__images": "ad"},
+    "plain": {},
+    "lr": {"model__base": "lr", "model__pooling": "sum", "model__images": "ad", "model__compute_dtype": "float64"},
     "mlp_concat": {"model__pooling": "concat", "model__pooling_length": 3}
     | {"model__image_products": "false", "model__multi_hot": "sum"},
     "din_inputs": {"schema": "inputs", "tables": TABLES_OF_INPUTS, "model__base": "din", "model__pooling": "mean"},
@@ -40,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gallery_max": {"schema": "max", "model__id_proxy": "true", "model__id_dropout": 0.3},
     "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"}
     | {"data__missing": "error", "data__store_version": 1},
-    "images_none": {"model__images": "none"},
+    "images_none": {"model__images": "none", "optim__ids": "rowwise_adagrad"},
     "images_behavior": {"model__images": "behavior"},
 }
 """Settings of a run, by name; `schema` names what its schema has besides the packaged fields.
@@ -81,6 +85,11 @@ class Exported:
     run: Path
     url: str
     places: Places
+
+    @property
+    def manifest(self) -> BundleManifest:
+        """Of the first version."""
+        return read_version(Storage(self.url), 1)
 
     @property
     def test_file(self) -> Path:
@@ -150,7 +159,7 @@ def train_run(places: Places, name: str, schema: str | None = None, tables: str 
     write_schema(path, schema)
     own: dict[str, Any] = {
         "run__name": name,
-        "train__max_steps": 12,
+        "train__max_steps": 23,  # all training samples once
         "optim__lr": 0.02,
         "data__missing": "zeros",
         "data__schema_file": path,

@@ -25,10 +25,18 @@ FRAGMENTS = """[...document.querySelectorAll('a[href^="#"]')].map(link => link.g
     .filter(id => id && !document.getElementById(id))"""
 
 
+INJECTED = """[...document.querySelectorAll(
+    "script:not([src]):not([type='application/json']), img[src='x'], [onclick], [onerror], [onmouseover], "
+    + "a[href^='javascript:'], b")].filter(each => each.localName != 'b' || /png|alert/.test(each.textContent))
+    .map(each => each.outerHTML)"""
+"""Elements that only a name of the shop's can have brought into a page."""
+
+
 @dataclass
 class Site:
-    """What a crawl has found: the pages of each kind in the order found, and what is wrong with links."""
+    """What a crawl has found: the pages of each kind in the order found, and what is wrong with them."""
 
+    start: str
     kinds: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
 
@@ -65,10 +73,10 @@ def settle(page: Page) -> None:
     page.wait_for_load_state("networkidle")
 
 
-def crawl(page: Page, start: str, *more: str) -> Site:
-    """Follow all links from `start`, and from `more`, where only forms lead; open MOST_OPENED of each kind."""
-    site, origin = Site(), origin_of(start)
-    waiting, known = deque([start, *more]), {start, *more}
+def crawl(page: Page, site: Site, *more: str) -> None:
+    """Follow all links from the start, and from `more`, where only forms lead; open MOST_OPENED of each kind."""
+    origin, known = origin_of(site.start), {site.start, *more}
+    waiting = deque([site.start, *more])
     asked = Counter[str]()
     while waiting:
         url = waiting.popleft()
@@ -82,6 +90,7 @@ def crawl(page: Page, start: str, *more: str) -> Site:
         page.goto(url)
         settle(page)
         site.problems += [f"{url}: no element #{name} for a link" for name in page.evaluate(FRAGMENTS)]
+        site.problems += [f"{url}: a name became {element}" for element in page.evaluate(INJECTED)]
         for link in page.evaluate(LINKS):
             target = urldefrag(link).url
             if origin_of(target) != origin:
@@ -89,7 +98,6 @@ def crawl(page: Page, start: str, *more: str) -> Site:
             elif target not in known:
                 known.add(target)
                 waiting.append(target)
-    return site
 
 
 def missing(page: Page, url: str) -> list[str]:

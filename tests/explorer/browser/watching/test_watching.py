@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-from tests.explorer.browser.watching.chromium import NARROW, WIDE, too_wide, violations
+from tests.explorer.browser.watching.chromium import NARROW, too_wide, violations
 from tests.explorer.serving import in_thread
 
 GOOD = """<!doctype html><html lang="en"><head><title>Good</title><link rel="icon" href="data:,"></head>
@@ -36,10 +36,8 @@ def tiny() -> Iterator[str]:
         yield f"{url}/"
 
 
-@pytest.mark.parametrize("width", [NARROW, WIDE])
-def test_a_good_page_is_good(tiny, tab, width):
-    page = tab(tiny, width=width)
-    assert page.title() == "Good"
+def test_a_good_page_is_good(tiny, tab):
+    page = tab(tiny, width=NARROW)
     assert too_wide(page) == []
     assert violations(page) == ""
 

@@ -1,9 +1,9 @@
-"""Images by key, uri and a part of it, against a loop over all uris; and browsing, each image once."""
+"""Images by key, uri and a part of it, against a loop over all uris."""
 
 import pytest
 
 from explorer.data.images import rows as image_rows
-from explorer.data.images.rows import ImageNames, find_exactly, find_key, find_part
+from explorer.data.images.rows import find_exactly, find_key, find_part
 from featurestore import key_of_uri
 from tests.explorer.stores import make_store, rows, storied
 
@@ -64,16 +64,3 @@ def test_a_long_search_stops_and_goes_on_where_it_stopped(store, monkeypatch):
     assert {image.uri for image in found} == uris(snapshot)
     monkeypatch.setattr(image_rows, "_LOOKS_S", -1)
     assert find_part(snapshot, "nothing").next_shard == 1
-
-
-def test_browsing_shows_each_image_once(store):
-    snapshot, names, found = store.snapshot(), ImageNames(), []
-    for shard in range(4):
-        _, count = names.page(snapshot, shard, 0, 1)
-        for first in range(0, count, 3):
-            page, _ = names.page(snapshot, shard, first, 3)
-            assert len(page) == min(3, count - first)
-            found += page
-    assert len(found) == 44
-    assert {image.uri for image in found} == uris(snapshot)
-    assert names.page(snapshot, 77, 0, 3) == ([], 0)

@@ -6,31 +6,22 @@ from featurestore.upkeep.history import move_channel, pin
 from tests.explorer.stores import storied
 
 
-def test_lines_say_what_commits_wrote(tmp_path):
-    store = storied(tmp_path / "store")
+def test_lines_say_what_commits_wrote_and_who_points_to_them(tmp_path):
+    """Pins and channels also on lines that were read before."""
+    store, timeline = storied(tmp_path / "store"), Timeline()
+    assert [line.pins + line.channels for line in timeline.lines(store, [4, 3, 2, 1])] == [()] * 4
     pin(store, "before", 2)
-    lines = Timeline().lines(store, [4, 3, 2, 1])
+    move_channel(store, "stable", 1)
+    move_channel(store, "candidate", 3)
+    move_channel(store, "stable", 3, "promoted")
+    lines = timeline.lines(store, [4, 3, 2, 1])
     assert [line.version for line in lines] == [4, 3, 2, 1]
     assert [line.operation for line in lines] == ["refresh", "delete", "refresh", "extract"]
     assert [line.rows_written for line in lines] == [1, 0, 8, 40]
     assert [line.rows_deleted for line in lines] == [0, 2, 0, 0]
-    assert [line.pins for line in lines] == [(), (), ("before",), ()]
     assert [line.file_rows for line in lines] == [51, 50, 48, 40]
-
-
-def test_a_pin_is_seen_on_a_line_that_was_read_before(tmp_path):
-    store, timeline = storied(tmp_path / "store"), Timeline()
-    assert timeline.lines(store, [2])[0].pins == ()
-    pin(store, "later", 2)
-    assert timeline.lines(store, [2])[0].pins == ("later",)
-
-
-def test_channels_stand_on_their_lines(tmp_path):
-    store = storied(tmp_path / "store")
-    move_channel(store, "stable", 1)
-    move_channel(store, "candidate", 3)
-    move_channel(store, "stable", 3, "promoted")
-    assert [line.channels for line in Timeline().lines(store, [4, 3, 2, 1])] == [(), ("candidate", "stable"), (), ()]
+    assert [line.pins for line in lines] == [(), (), ("before",), ()]
+    assert [line.channels for line in lines] == [(), ("candidate", "stable"), (), ()]
 
 
 def test_a_damaged_manifest_is_a_line_and_an_expired_one_is_none(tmp_path):

@@ -95,7 +95,7 @@ def test_exported_and_served_without_the_package_as_evaluated(own: Path, tmp_pat
     url = str(tmp_path / "model")
     export(own, url)
     assert np.ptp(predict_run(own).logit_N) > 0.01
-    with ended(ServerProcess([sys.executable, "-m", "serving", url, "--port", "0"], tmp_path)) as server:
+    with ended(ServerProcess([sys.executable, "-m", "serving", "serve", url, "--port", "0"], tmp_path)) as server:
         server.wait_until_ready()  # PYTHONPATH of that process has no mypackage
         checked = CliRunner().invoke(serving, ["check", url, "--url", server.url])  # against the trainer's logits
     assert checked.exit_code == 0, checked.output
