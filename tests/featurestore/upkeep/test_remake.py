@@ -498,6 +498,10 @@ def test_rows_put_before_the_end_are_not_overwritten(
         remake(source, tmp_path / "new", dtype="bfloat16")
     new = FeatureStore.open(tmp_path / "new")
     assert new.snapshot().num_rows == 5
+    with pytest.raises(
+        StoreExistsError, match=r"new is a store already: name"
+    ):  # though the report says what was asked
+        remake(source, tmp_path / "new", dtype="bfloat16")
 
 
 def test_what_cannot_be_remade_is_said(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
