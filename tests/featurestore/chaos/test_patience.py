@@ -10,7 +10,6 @@ import pytest
 from featurestore import FeaturePartition, key_of_uri
 from featurestore.errors import CorruptFileError, FeatureStoreError
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.history import pin
 from tests.faulty import faulty, preceded_by
 
 DAY_S = 86400.0
@@ -75,15 +74,6 @@ def test_a_snapshot_held_beyond_the_grace_is_an_error_and_never_other_rows(arena
     arena.check()
 
 
-def test_a_pinned_snapshot_is_kept_for_good(arena, contents_of) -> None:
-    pinned = arena.store.snapshot()
-    contents = contents_of(pinned)
-    pin(arena.store, "model-7")
-    much_happens(arena, "others", days=400)
-    assert contents_of(arena.store.snapshot(pinned.version)) == contents
-    arena.check()
-
-
 def test_a_partition_serves_on_when_its_snapshot_is_gone(make_arena, tmp_path) -> None:
     arena = make_arena()
     begin(arena)
@@ -118,13 +108,3 @@ def test_a_writer_that_pauses_longer_commits_or_says_why_not_and_breaks_nothing(
     arena.check()
     arena.actor("after").put(["x"])
     arena.check()
-
-
-def test_a_reader_and_a_writer_with_patience_on_s3(s3_url: str, make_arena, contents_of) -> None:
-    arena = make_arena(f"{s3_url}/store")
-    begin(arena)
-    held = arena.store.snapshot()
-    contents = contents_of(held)
-    write_with_pause(arena, "manifest", lambda: much_happens(arena, "others", days=6))
-    assert arena.check()[-1].operation.startswith("put slow")
-    assert contents_of(held) == contents

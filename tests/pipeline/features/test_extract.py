@@ -1,32 +1,25 @@
 """Images to rows: equal to torchvision's forward for any network, nothing computed twice, compact stores."""
 
 import contextlib
-import json
 import shutil
-import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import models
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 from typer.testing import CliRunner
 
-from featurestore import FeaturePartition
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.format.rows import FeatureRows, to_float32
+from featurestore.format.rows import to_float32
 from featurestore.keys import key_of_uri
 from featurestore.lookup.compute_dtype import VARIABLE
-from featurestore.storage import remote
-from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.verify import verify
 from jobs import extract_features
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
-from pipeline.features.part import PartSettings, extract_part, in_order
+from pipeline.features.part import PartSettings, extract_part
 from pipeline.features.refresh import describe_network, extract
 from pipeline.network.backbone import backbone
 from pipeline.options import ExtractOptions
@@ -173,20 +166,6 @@ def test_bad_images_are_quarantined_with_their_reason_and_counted(extract_to, mi
     assert len(list((tmp_path / "features/quarantine").iterdir())) == 1
 
 
-def test_images_of_web_servers_that_are_gone_are_quarantined(extract_to, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "HTTP_PATIENCE_S", 0.2)
-    monkeypatch.setattr(remote, "_unreached_until_s", {})
-    gone = [f"http://127.0.0.1:{port}/{number}.jpg" for port in (1, 2) for number in range(20)]
-    (photos / "table.csv").write_text("\n".join(["uri", "0.jpg", *gone]))
-    summary = extract_to(photos / "table.csv")
-    assert (summary.num_new, len(summary.bad)) == (1, 40)
-    rows = FeatureStore.open(tmp_path / "features").quarantine_rows()
-    assert {row.uri for row in rows} == set(gone)
-    assert {row.reason for row in rows} == {
-        f"127.0.0.1:{port} was not reached a moment ago; it is not asked again so soon" for port in (1, 2)
-    }
-
-
 def test_only_bad_images_are_an_error_and_no_commit(extract_to, tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
@@ -271,45 +250,6 @@ def test_mistakes_in_options_are_refused_before_any_work(extract_to, photos, tmp
     assert not (tmp_path / "features").exists()
 
 
-def test_results_come_in_order_and_not_too_far_ahead():
-    started, lock = [], threading.Lock()
-
-    def work(item):
-        with lock:
-            started.append(item)
-        time.sleep(0.002 * (item % 3))
-        return item * item
-
-    results = in_order(work, range(50), num_threads=4, ahead=6)
-    assert next(results) == 0
-    time.sleep(0.1)
-    assert len(started) <= 7
-    assert list(results) == [item * item for item in range(1, 50)]
-
-
-def test_images_and_store_on_s3_give_what_a_disk_gives(client, extract_to, photos, tmp_path, s3_url):
-    for path in photos.iterdir():
-        Storage(f"{s3_url}/photos").write_bytes(path.name, path.read_bytes())
-    extract_to(photos)
-    options = ExtractOptions(
-        images=f"{s3_url}/photos",
-        store=f"{s3_url}/features",
-        backbone=NETWORK,
-        weights="random:0",
-        dtype="float32",
-        compute_dtype="float32",
-        num_shards=4,
-    )
-    assert extract(options, client).num_computed == 4
-    assert extract(options, client).num_unchanged == 4
-    keys = [key_of_uri(path.name) for path in photos.iterdir()]
-    with (
-        FeaturePartition.load(f"{s3_url}/features", cache_dir=tmp_path / "s3") as remote,
-        FeaturePartition.load(tmp_path / "features", cache_dir=tmp_path / "disk") as local,
-    ):
-        np.testing.assert_array_equal(remote.lookup(keys).features_UD, local.lookup(keys).features_UD)
-
-
 @pytest.fixture
 def job(client, tmp_path, monkeypatch):
     """Runs the job on the tests' cluster, into a store beside the images."""
@@ -322,39 +262,6 @@ def job(client, tmp_path, monkeypatch):
         return result.output
 
     return extract_to
-
-
-def stored_by(path, uris):
-    store = FeatureStore.open(path)
-    return store.codec.decode(store.snapshot().get([key_of_uri(uri) for uri in uris]))
-
-
-@torch.inference_mode()
-def resnet18_pooled(paths):
-    """torchvision's whole resnet18 around the seeded weights, up to its pooling, on its own transform."""
-    network = models.resnet18(weights=None)
-    state = backbone("resnet18:avgpool", "random:3", "float32").network.extractor.state_dict()
-    assert not network.load_state_dict(state, strict=False).unexpected_keys
-    network.fc = torch.nn.Identity()
-    own = models.ResNet18_Weights.DEFAULT.transforms()
-    return network.eval()(torch.stack([own(Image.open(path).convert("RGB")) for path in paths])).numpy()
-
-
-def test_a_store_of_resnet18(job, photos, tmp_path):
-    assert "new          4\n" in job(photos, "--backbone", "resnet18:avgpool", "--dtype", "float32")
-    info = FeatureStore.open(tmp_path / "features").info
-    assert (info.dim, info.extractor.backbone, info.extractor.layer) == (512, "torchvision resnet18", "avgpool")
-    assert json.loads(info.extractor.preprocessing)["preset"] == "torchvision ResNet18_Weights.IMAGENET1K_V1"
-    paths = sorted(photos.iterdir())
-    expected_BD = resnet18_pooled(paths)
-    rows_BD = stored_by(tmp_path / "features", [path.name for path in paths])
-    np.testing.assert_allclose(rows_BD, expected_BD, rtol=1e-3, atol=1e-4 * expected_BD.max())
-
-    refused = job(photos, "--backbone", "resnet18:flatten", code=1)
-    assert "extractor.layer is 'avgpool' instead of 'flatten'" in " ".join(refused.split())
-    refused = job(photos, "--backbone", "mobilenet_v3_small:avgpool", code=1)
-    assert "dim is 512 instead of 576" in " ".join(refused.split())
-    assert "unchanged    4\n" in job(photos, "--backbone", "resnet18:avgpool")  # dtype: as the store has it
 
 
 def test_a_wrong_name_is_a_usage_error_before_a_cluster_starts(job, photos, monkeypatch):
@@ -432,22 +339,3 @@ def test_a_compact_store_is_refreshed_by_its_own_basis(make, run, write, folder,
     write(later=40)
     assert make(folder, "features").num_computed == 1, "an extraction into it needs no --reduce either"
     assert verify(FeatureStore.open(tmp_path / "features")).problems == []
-
-
-def test_another_basis_is_refused(make, run, folder, full, tmp_path):
-    remake(full, tmp_path / "features", dims=DIMS)
-    full.put(FeatureRows.of(["mine.jpg"], np.ones((1, full.info.dim), np.float32)))
-    remake(full, tmp_path / "other", dims=DIMS)
-    with pytest.raises(SpecMismatchError, match=r"reduction\.sha256 is .* instead of"):
-        make(folder, "features", reduce=str(tmp_path / "other"))
-    with pytest.raises(SpecMismatchError, match="takes rows of 576 numbers"):
-        make(folder, "features", backbone="resnet18:avgpool", reduce=None)
-
-
-def test_a_recoded_compact_store_is_refreshed_too(run, write, folder, full, tmp_path):
-    remake(full, tmp_path / "small", dims=DIMS, dtype="float32")
-    remake(FeatureStore.open(tmp_path / "small"), tmp_path / "features", dtype="float16")
-    write(h=8)
-    assert run(folder).num_new == 1
-    store = FeatureStore.open(tmp_path / "features")
-    assert store.info.dtype == "float16" and store.snapshot().num_rows == 8 and verify(store).problems == []
