@@ -3,22 +3,19 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, log
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
 from featurestore.spec import ReductionSpec, seal
-from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
-from featurestore.upkeep.history import Pin, pin, restore
+from featurestore.upkeep.history import Pin, pin
 from featurestore.upkeep.repair import repair
 from tests.featurestore.staged import build_shard, run
 from tests.featurestore.upkeep.damaged import needs
@@ -314,107 +311,6 @@ class TestCommand:
     def test_one_that_was_too_slow_says_so(self, merged: FeatureStore) -> None:
         result = run("expire", merged.url, "--grace-days", 1e-12)
         assert "run it again" in result.stderr and result.exit_code == 1
-
-
-@contextmanager
-def at_write(number: int, work: Callable[[], object]) -> Iterator[list[int]]:
-    """Does `work` before write number `number` of what runs inside; gives the count of writes and deletes."""
-    count = [0]
-    originals = {name: getattr(DiskFiles, name) for name in ("create_exclusive", "open_output", "delete")}
-
-    def step() -> None:
-        count[0] += 1
-        if count[0] == number:
-            work()
-
-    def delete_files(self: DiskFiles, paths: Any) -> None:
-        for path in paths:
-            step()
-            self.path(path).unlink(missing_ok=True)
-
-    @contextmanager
-    def open_output(self: DiskFiles, path: str) -> Iterator[IO[bytes]]:
-        with originals["open_output"](self, path) as file:
-            yield file
-            step()  # before it gets its name
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("create_exclusive", "delete"):
-            patch.setattr(DiskFiles, name, lambda *arguments, original=originals[name]: step() or original(*arguments))
-        patch.setattr(DiskFiles, "open_output", open_output)
-        patch.setattr(DiskFiles, "delete_files", delete_files)
-        yield count
-
-
-class TestCutOffOrDisturbedAnywhere:
-    """Expired before: 1, 2. Now 3 to 5 leave and 6, 7 stay; files of 1 and 2 alone, and those of dead writers, go."""
-
-    @pytest.fixture
-    def template(self, tmp_path: Path, info: StoreInfo, make_rows) -> FeatureStore:
-        store = FeatureStore.create(tmp_path / "template", info.model_copy(update={"num_shards": 2}))
-        store.put(make_rows(12, store.info, seed=1))
-        store.put(make_rows(4, store.info, seed=2))
-        compact(store, force=True)
-        expire_to(store, 1)
-        store.stage_part("dead", "p", make_rows(3, store.info))
-        build_shard(store, "dead", 0, ["p"])
-        store.storage.write_bytes("data/0000/.tmp-1", b"x")
-        store.put(make_rows(4, store.info, seed=4))
-        age(store, 8)
-        store.put(make_rows(4, store.info, seed=5))
-        compact(store, force=True)
-        store.put(make_rows(4, store.info, seed=7))
-        return store
-
-    @pytest.fixture
-    def copies(self, template: FeatureStore, tmp_path: Path) -> Iterator[FeatureStore]:
-        def fresh() -> Iterator[FeatureStore]:
-            while True:
-                folder = tmp_path / "copy"
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(template.url, folder)
-                yield FeatureStore.open(folder)
-
-        return fresh()
-
-    @pytest.fixture
-    def num_writes(self, copies: Iterator[FeatureStore]) -> int:
-        with at_write(0, lambda: None) as count:
-            report = expire_to(next(copies), 2)
-        assert (report.expired, report.kept, report.runs) == ((3, 4, 5), (6, 7), ("dead",))
-        assert report.num_files > 4 and count[0] > 16
-        return count[0]
-
-    @pytest.mark.parametrize("rival", ["put", "restore", "compact", "expire", "pin"])
-    def test_others_may_do_anything_anywhere(
-        self, copies: Iterator[FeatureStore], num_writes: int, make_rows, rival: str
-    ) -> None:
-        for number in range(1, num_writes + 1, 3):
-            store = next(copies)
-            readers = [store.snapshot(version) for version in range(3, 8)]
-            work = {
-                "put": lambda store=store: store.put(make_rows(9, store.info, seed=9)),
-                "restore": lambda store=store: restore(store, 6),
-                "compact": lambda store=store: compact(store, force=True),
-                "expire": lambda store=store: expire_to(store, 1),
-                "pin": lambda store=store: pin_if_possible(store, 4),
-            }[rival]
-            with at_write(number, work):
-                expire_to(store, 2)
-            for snapshot in [*readers, store.snapshot()]:
-                assert needs(snapshot) <= files_of(store), f"write {number}: version {snapshot.version}"
-            assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
-            for version in log.versions(store.storage):
-                assert store.snapshot(version).num_rows == 12
-
-
-def pin_if_possible(store: FeatureStore, version: int) -> None:
-    """And if the pin is made, its snapshot must be there ever after: see the check of its files."""
-    try:
-        pin(store, "rival", version)
-    except SnapshotNotFoundError:
-        return
-    assert version in log.versions(store.storage)
 
 
 def test_a_copy_that_another_expiry_takes_away_is_made_again(

@@ -1,17 +1,15 @@
 """What a run plans: new, changed, moved and equal images beside those stored, in bounded memory."""
 
 import tracemalloc
-import types
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import xxhash
-from fsspec import AbstractFileSystem
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import KeyCollisionError
-from featurestore.keys import keys_of_uris
+from featurestore.keys import key_of_uri, keys_of_uris
 from pipeline.features import diff as plan
 from pipeline.features import refresh
 from pipeline.features import refresh as staged_run
@@ -30,7 +28,6 @@ from pipeline.features.diff import (
 )
 from pipeline.features.part import PartReport, PartSettings
 from pipeline.images.imagetable import ImageRef, ImageTable
-from pipeline.images.source import list_images
 
 
 def ref(key, size_bytes=10, tag="tag"):
@@ -191,32 +188,6 @@ BATCH_ROWS = 3000  # as large beside COUNT as the real one beside 100,000
 MOST_BYTES_PER_IMAGE = 350  # at the peak: it is 180, most of it one batch; with an object for each image above 430
 
 
-class Drawn(AbstractFileSystem):
-    """A bucket of drawn names, in pages as S3 gives them."""
-
-    protocol = ("s3", "s3a")
-    req_kw = types.MappingProxyType({})
-
-    def info(self, path, **kwargs):
-        return {"name": path, "type": "directory", "size": 0}
-
-    def split_path(self, path):
-        return "photos", "in", None
-
-    def call_s3(self, method, Bucket, Prefix, ContinuationToken="0"):
-        start = int(ContinuationToken)
-        entries = [
-            {
-                "Key": f"{Prefix}{uri_of(number)}",
-                "ETag": tag_of(number),
-                "Size": 10_000 + number % 999,
-                "LastModified": 1.0,
-            }
-            for number in range(start, min(start + 1000, COUNT))
-        ]
-        return {"Contents": entries, "IsTruncated": start + 1000 < COUNT, "NextContinuationToken": str(start + 1000)}
-
-
 def uri_of(number):
     return f"{number // 1000:05d}/{number:09d}.jpg"
 
@@ -261,7 +232,6 @@ def large_store(request, tmp_path):
 
 @pytest.mark.long
 def test_no_object_is_held_for_an_image(large_store, monkeypatch):
-    monkeypatch.setattr("featurestore.storage.remote._client", lambda protocol, server: Drawn())
     monkeypatch.setattr("pipeline.images.imagetable.BATCH_ROWS", BATCH_ROWS)
     monkeypatch.setattr(staged_run, "run_tasks", answers)
     settings = PartSettings(large_store.url, "run", "", "", "", "float32", "float32", 1)
@@ -269,7 +239,11 @@ def test_no_object_is_held_for_an_image(large_store, monkeypatch):
     in_arrow = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
-        images = list_images("s3://photos/in").images
+        names = map(uri_of, range(COUNT))
+        images = ImageTable.of(
+            ImageRef(key_of_uri(name), name, f"s3://photos/{name}", tag_of(number), 10_000 + number % 999)
+            for number, name in enumerate(names)
+        )
         plan = refresh.make_plan(None, images, refresh.compare(images, snapshot), snapshot)
         run = staged_run.ImageRun(None, large_store, settings, snapshot, [], 64)
         reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: None)

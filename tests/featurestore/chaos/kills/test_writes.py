@@ -4,10 +4,9 @@ Here the calls of a storage die; test_machine.py and test_crew.py let processes 
 """
 
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,19 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore, QuarantineRow, StoreInfo, key_of_uri, keys_of_uris
+from featurestore.errors import SnapshotNotFoundError
 from featurestore.log import EXPIRED, manifest_path, versions
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from featurestore.upkeep.history import move_channel, restore
+from featurestore.upkeep.history import move_channel, pin, restore
 from featurestore.upkeep.purge import Images, find_traces, purge
 from featurestore.upkeep.remake import remake
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from tests.featurestore.staged import build_shard
-from tests.featurestore.upkeep.damaged import SHARD, everything, leave_in_expired, spoil
+from tests.featurestore.upkeep.damaged import SHARD, everything, leave_in_expired, needs, spoil
 
 pytestmark = pytest.mark.long
 
@@ -41,25 +41,25 @@ class Killed(BaseException):
 
 
 @contextmanager
-def dying(at: int, after: bool = False) -> Iterator[list[str]]:
+def dying(at: int, after: bool = False, rival: Callable[[], object] | None = None) -> Iterator[list[str]]:
     """Let all storages die at a write, before it or right after it; of files deleted together half are gone then.
 
-    Gives the writes that were begun, each as its kind and the folders that it is about. At 0 nobody dies.
+    With a `rival` nobody dies, and it does its work right before the write. Gives the writes that were begun. At 0
+    nothing happens.
     """
     begun: list[str] = []
-
-    def writes(name: str, paths: Sequence[str]) -> None:
-        begun.append(" ".join([name, *sorted({re.sub(r"/.*|-[0-9a-f]{32}$", "", path) for path in paths})]))
 
     def dies(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def method(storage: Storage, where: Any, *rest: Any) -> Any:
             paths = [where] if isinstance(where, str) else list(where)
-            writes(name, paths)
-            is_late = 0 < at < len(begun)
-            if at and at <= len(begun):
-                if name == "delete_files" and not is_late:
+            begun.append(f"{name} {min(paths, default='')}")
+            is_now = len(begun) == at
+            if rival is not None and is_now:
+                rival()
+            elif rival is None and 0 < at <= len(begun):
+                if is_now and name == "delete_files":
                     call(storage, paths[: len(paths) // 2])
-                elif after and not is_late and name != "open_output":
+                elif is_now and after and name != "open_output":
                     call(storage, where, *rest)
                 raise Killed
             return call(storage, where if isinstance(where, str) else paths, *rest)
@@ -69,7 +69,6 @@ def dying(at: int, after: bool = False) -> Iterator[list[str]]:
     names = ("write_bytes", "create_exclusive", "create_or_read", "delete", "delete_files", "open_output")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featurestore.upkeep.remake.refuse_unsafe", lambda storage: None)  # tried elsewhere
-        patch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
         for name in names:
             patch.setattr(Storage, name, dies(name, getattr(Storage, name)))
         yield begun
@@ -129,8 +128,7 @@ def with_old_snapshots(store: FeatureStore, make_rows: Any) -> None:
 
 def readers_go_on(dead: FeatureStore, before: FeatureStore, calm: FeatureStore) -> None:
     for version in versions(before.storage):
-        for entry in before.snapshot(version).manifest.entries:
-            assert dead.storage.size(entry.path) == entry.bytes
+        assert needs(before.snapshot(version)) <= paths_of(dead), f"version {version}"
     assert contents(dead) == contents(before)
 
 
@@ -342,6 +340,42 @@ def test_on_s3(work: str, every: bool, s3_url: str, info: StoreInfo, make_rows: 
     last_of_kind = {each.partition(" ")[0]: place for place, each in enumerate(whole, 1)}
     for at in range(1, len(whole) + 1) if every else sorted(last_of_kind.values()):
         check_death(WORKS[work], copied(f"{at}"), before, calm, at, False, make_rows)
+
+
+RIVALS: dict[str, Callable[[FeatureStore, Any], object]] = {
+    "put": lambda store, make_rows: store.put(make_rows(9, store.info, seed=9)),
+    "restore": lambda store, make_rows: restore(store, 6),
+    "compact": lambda store, make_rows: compact(store, force=True),
+    "expire": lambda store, make_rows: expire(store, keep_last=1, keep_days=0),
+    "pin": lambda store, make_rows: pin_if_possible(store, 4),
+}
+
+
+def pin_if_possible(store: FeatureStore, version: int) -> None:
+    """And if the pin is made, its snapshot must be there ever after: see the check of its files."""
+    with suppress(SnapshotNotFoundError):
+        pin(store, "rival", version)
+        assert version in versions(store.storage)
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_others_may_do_anything_while_an_expiry_is_at_work(
+    rival: str, tmp_path: Path, info: StoreInfo, make_rows: Any
+) -> None:
+    """Before each third of its writes; readers of all snapshots that there were find all of their files."""
+    before = FeatureStore.create(tmp_path / "before", info.model_copy(update={"num_shards": 2}))
+    with_old_snapshots(before, make_rows)
+    for at in range(1, 100, 3):
+        store = FeatureStore.open(shutil.copytree(before.url, tmp_path / f"{at}"))
+        with dying(at, rival=lambda store=store: RIVALS[rival](store, make_rows)) as begun:
+            WORKS["expire"].work(store, make_rows)
+        if len(begun) < at:
+            break
+        for snapshot in [*(before.snapshot(version) for version in range(3, 8)), store.snapshot()]:
+            assert needs(snapshot) <= paths_of(store), f"write {at}: version {snapshot.version}"
+        assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
+        assert all(store.snapshot(version).num_rows == 12 for version in versions(store.storage))
+    assert at > 9
 
 
 def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(
