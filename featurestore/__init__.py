@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from featurestore.format.rows import FeatureRows, to_bits, to_float32
     from featurestore.format.statistics import FeatureStatistics
     from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
-    from featurestore.lookup.partition import FeaturePartition, Lookup
+    from featurestore.lookup.hashedrows import Lookup
+    from featurestore.lookup.partition import FeaturePartition
     from featurestore.snapshot import Snapshot
     from featurestore.spec import ExtractorSpec, StoreInfo
     from featurestore.staging import QuarantineRow
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 _MODULES = (
-    "format.codec", "format.rows", "format.statistics", "keys", "lookup.partition", "snapshot",
+    "format.codec", "format.rows", "format.statistics", "keys", "lookup.hashedrows", "lookup.partition", "snapshot",
     "spec", "staging", "store",
 )  # fmt: skip
 _CLIENT, _OF_CLIENT = "flight.client", ("FeatureClient", "connect")  # nobody else needs to load Arrow Flight

@@ -33,7 +33,7 @@ from featurestore.flight.protocol import (
 from featurestore.format.codec import Codec
 from featurestore.format.datafile import matrix_of, numpy_column
 from featurestore.keys import Int64Array
-from featurestore.lookup.partition import Lookup
+from featurestore.lookup.hashedrows import Lookup
 from featurestore.lookup.rowfiles import output_for
 from featurestore.snapshot import missing_message
 from featurestore.spec import MissingPolicy

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from featurestore.errors import CorruptFileError, StoreNotFoundError
 from featurestore.keys import HashIndex, Int64Array, UInt64Array, shard_of, shard_of_hash, splitmix64
-from featurestore.lookup.partition import FeaturePartition, Lookup
+from featurestore.lookup.hashedrows import Lookup
+from featurestore.lookup.partition import FeaturePartition
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle import RowDType
