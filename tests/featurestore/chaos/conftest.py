@@ -107,14 +107,12 @@ class Actor:
         name, text = self._begin("put", uris)
         self._done(text, self.store.put(rows_of(name, uris), text))
 
-    def extract(self, uris: Sequence[str], before: Callable[[str], None] = lambda step: None) -> None:
-        """What the pipeline does: two parts staged, shards built of them, one commit. `before` is told the steps."""
+    def extract(self, uris: Sequence[str]) -> None:
+        """What the pipeline does: two parts staged, shards built of them, one commit."""
         name, text = self._begin("put", uris)
         for part in range(2):
             self.store.stage_part(name, f"{part}", rows_of(name, uris[part::2]))
-        before("build")
         built = {s: build_shard(self.store, name, s, ["0", "1"]) for s in range(self.store.info.num_shards)}
-        before("commit")
         self._done(text, self.store.commit({s: entry for s, entry in built.items() if entry}, text))
         self.store.discard_staging(name)
 
@@ -295,18 +293,6 @@ def check_order(notes: Sequence[dict], manifests: Sequence[Manifest]) -> None:
 def rows_of_fixture() -> Callable[..., FeatureRows]:
     """Rows of an operation."""
     return rows_of
-
-
-@pytest.fixture(name="contents_of")
-def contents_of_fixture() -> Callable[[Snapshot], Contents]:
-    """What a snapshot holds, checked."""
-    return contents_of
-
-
-@pytest.fixture(name="replay")
-def replay_fixture() -> Callable[[Sequence[Manifest]], list[Contents]]:
-    """Contents after each version, from the operations' texts alone."""
-    return replay
 
 
 @pytest.fixture

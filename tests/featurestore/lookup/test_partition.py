@@ -212,6 +212,17 @@ def test_contains_tells_the_rows_of_this_rank(store: FeatureStore, cache: Path, 
     assert seen.tolist() == [0] * 10 + [1] * 90 + [0] * 50
 
 
+def test_a_partition_serves_on_when_its_snapshot_and_its_cache_are_gone(
+    store: FeatureStore, cache: Path, make_rows
+) -> None:
+    rows = make_rows(50, store.info, seed=1)
+    store.put(rows)
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        for path in [*cache.iterdir(), *Path(store.url, "data").rglob("*.parquet")]:
+            path.unlink()  # mapped files live on
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
 def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None:
     with FeaturePartition.load(store, cache_dir=cache, missing="learned") as partition:
         found = partition.lookup([1, 2])

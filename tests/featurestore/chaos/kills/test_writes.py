@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore, QuarantineRow, StoreInfo, key_of_uri, keys_of_uris
-from featurestore.errors import SnapshotNotFoundError
+from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
 from featurestore.log import EXPIRED, manifest_path, versions
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
@@ -83,6 +83,12 @@ def days_later(days: float) -> Iterator[None]:
         yield
 
 
+def age(store: FeatureStore, days: float) -> None:
+    """Let time pass: every file is so much older."""
+    for path in Path(store.url).rglob("*"):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - days * DAY_S))
+
+
 @dataclass(frozen=True)
 class Work:
     """What is done to a store, and what has to hold: right after a death, and after the next run."""
@@ -119,8 +125,7 @@ def with_old_snapshots(store: FeatureStore, make_rows: Any) -> None:
     build_shard(store, "dead", 0, ["p"])
     store.storage.write_bytes("data/0000/.tmp-1", b"x")
     store.put(make_rows(4, store.info, seed=4))
-    for path in Path(store.url).rglob("*"):
-        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 8 * DAY_S))
+    age(store, 8)
     store.put(make_rows(4, store.info, seed=5))
     compact(store, force=True)
     store.put(make_rows(4, store.info, seed=7))
@@ -376,6 +381,46 @@ def test_others_may_do_anything_while_an_expiry_is_at_work(
         assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
         assert all(store.snapshot(version).num_rows == 12 for version in versions(store.storage))
     assert at > 9
+
+
+def much_happens(store: FeatureStore, make_rows: Any, days: float) -> None:
+    """Others write, compact and expire: nothing of the store of before is needed by the newest snapshot."""
+    for seed in range(3):
+        store.put(make_rows(20, store.info, seed=seed, first=200))
+    store.delete(make_rows(5, store.info, first=20).keys_N)
+    compact(store, force=True)
+    store.put(make_rows(1, store.info, first=300))
+    with days_later(days):
+        for _ in range(2):
+            expire(store, keep_last=1, keep_days=0)
+
+
+@pytest.mark.parametrize("days", [6, 8])
+@pytest.mark.parametrize("work", ["put", "extract"])
+def test_a_writer_pauses_before_any_write(
+    work: str, days: int, tmp_path: Path, info: StoreInfo, make_rows: Any
+) -> None:
+    """For less than the grace time it commits; after more it does so, or says why not; and it breaks nothing."""
+    before = FeatureStore.create(tmp_path / "before", info.model_copy(update={"num_shards": 2}))
+    with_rows(before, make_rows)
+    age(before, 30)
+    calm = FeatureStore.open(shutil.copytree(before.url, tmp_path / "calm"))
+    much_happens(calm, make_rows, days)
+    rows = make_rows(NEWER, info, seed=9)
+    mine = {uri: rows.features_ND[n].tobytes() for n, uri in enumerate(rows.uris)}
+    for at in range(1, 100):
+        store, is_done = FeatureStore.open(shutil.copytree(before.url, tmp_path / f"{at}")), False
+        with dying(at, rival=lambda store=store: much_happens(store, make_rows, days)) as begun:
+            try:
+                WORKS[work].work(store, make_rows)
+                is_done = True
+            except FeatureStoreError:
+                assert days > 7
+        if len(begun) < at:
+            break
+        assert contents(store) == (contents(calm) | mine if is_done else contents(calm)), f"write {at}"
+        assert verify(store).problems == []
+    assert at > 3
 
 
 def test_a_remake_is_of_the_newest_snapshot_when_it_starts_again(
