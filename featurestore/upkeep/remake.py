@@ -64,6 +64,7 @@ class RemakeReport(Sealed):
     source_version: int
     source_commit_id: OptionalId
     source_dtype: DType
+    commit_id: OptionalId  # of the first snapshot of the new store
     dtype: DType
     source_dim: int
     dim: int
@@ -125,7 +126,8 @@ def remake(
         only_after=0,
     )
     staging.add(storage, source.quarantine_rows())
-    report = _report(source.url, snapshot, Snapshot(storage, info, commit.manifest_after(log.EMPTY)), reduced_by)
+    new = Snapshot(storage, info, commit.manifest_after(log.EMPTY))
+    report = _report(source.url, snapshot, new, reduced_by)
     storage.write_bytes(REPORT, seal(report))
     FeatureStore.open_or_create(storage.url, info)
     commit.publish()
@@ -160,8 +162,9 @@ def _finished(
         made = FeatureStore.open(storage.url)
     except StoreNotFoundError:
         return None
-    report, text = read_report(storage), ""
-    if report is not None:
+    report, first, text = read_report(storage), log.find(storage, 1), ""
+    # Where another writer's commit was first, the report is of rows that are not there.
+    if report is not None and (first is None or first.commit_id == report.commit_id):
         made_dims = None if report.variance_kept is None else report.dim
         asked = snapshot.manifest.commit_id, dims, dtype
         if asked == (report.source_commit_id, made_dims, report.dtype):
@@ -216,6 +219,7 @@ def _report(source: str, snapshot: Snapshot, new: Snapshot, basis: Basis | None)
         source_version=snapshot.version,
         source_commit_id=snapshot.manifest.commit_id,
         source_dtype=snapshot.info.dtype,
+        commit_id=new.manifest.commit_id,
         dtype=new.info.dtype,
         source_dim=snapshot.info.dim,
         dim=new.info.dim,
