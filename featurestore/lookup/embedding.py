@@ -78,11 +78,11 @@ class EmbeddingModel(nn.Module):
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
             assert isinstance(layer, nn.Linear)
             hidden_QH = self._product(activation(hidden_QH), layer.weight, layer.bias)
-        return hidden_QH
+        return hidden_QH.to(first.weight.dtype)
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = self.compute_dtype
-        return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype)).to(weight.dtype)
+        return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 class EmbeddingService(nn.Module):

@@ -17,9 +17,15 @@ from featurestore.lookup.partition import FeaturePartition
 
 
 class PReLU(nn.PReLU):
-    """torch's PReLU of one weight, whose backward goes block by block on a CPU, in the processor's cache."""
+    """torch's PReLU of one weight, of numbers in any dtype, computed in that of the weight and rounded once.
+
+    On a CPU it is a leaky ReLU, whose kernels take numbers in bfloat16 as they are: a copy in float32 of E's hidden
+    numbers costs as much as a product.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return functional.prelu(input, self.weight)
         output: Tensor = _PReLU.apply(input, self.weight)  # type: ignore[no-untyped-call]
         return output
 
@@ -28,19 +34,30 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(input, weight)
-        return functional.prelu(input, weight)
+        if input.device.type == "cpu":
+            return functional.leaky_relu(input, _slope(weight))
+        return functional.prelu(input.to(weight.dtype), weight).to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         input, weight = ctx.saved_tensors
-        passed, of_weight = torch.empty_like(gradient), gradient.new_zeros(())
-        num_rows = BLOCK_ROWS if input.device.type == "cpu" else max(1, len(input))
-        for rows in zip(*(each.split(num_rows) for each in (input, gradient, passed)), strict=True):
-            input_block, gradient_block, passed_block = rows
-            where_positive = torch.ops.aten.threshold_backward(gradient_block, input_block, 0.0)
-            torch.lerp(where_positive, gradient_block, weight, out=passed_block)  # the gradient, or weight times it
-            of_weight += input_block.clamp_max(0).mul_(gradient_block).sum()
+        if input.device.type == "cpu":
+            passed = torch.ops.aten.leaky_relu_backward(gradient, input, _slope(weight), False)
+            num_rows = BLOCK_ROWS  # they stay in the processor's cache
+        else:
+            passed = torch.where(input > 0, gradient, (gradient * weight).to(gradient.dtype))
+            num_rows = max(1, len(input))
+        of_weight = weight.new_zeros(())
+        for input_block, gradient_block in zip(
+            *(torch.split(each, num_rows) for each in (input, gradient)), strict=True
+        ):
+            of_weight += input_block.clamp_max(0).to(weight.dtype).mul_(gradient_block).sum()
         return passed, of_weight.reshape(weight.shape)
+
+
+def _slope(weight: Tensor) -> float:
+    """Read the weight of a PReLU that is on a CPU."""
+    return float(weight.detach().numpy().item())
 
 
 class Copies:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.exchange.routing import Int64
 
@@ -70,21 +71,37 @@ def take_rows(vectors_UV: Tensor, index_N: Tensor) -> Tensor:
     return taken
 
 
+def pool_rows(vectors_UV: Tensor, index_N: Tensor, lengths_M: Tensor) -> Tensor:
+    """Sum `vectors_UV[index_N]`, the next `lengths_M[m]` for each m, (M, V), without a copy of the N rows."""
+    pooled: Tensor = _PoolRows.apply(vectors_UV, index_N, lengths_M)  # type: ignore[no-untyped-call]
+    return pooled
+
+
 def sum_rows(rows_NV: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
     """Return the sums (num_rows, V) of the rows that have the same number in `index_N`, in the order of N."""
-    if len(index_N) == 0:
-        return rows_NV.new_zeros(num_rows, *rows_NV.shape[1:])
+    order_N, counts_U = _order_and_counts(index_N, num_rows)
+    return sum_in_order(rows_NV, order_N, counts_U)
+
+
+def sum_in_order(rows_R: Tensor, index_N: Tensor, lengths_M: Tensor) -> Tensor:
+    """Sum `rows_R[index_N]`, the next `lengths_M[m]` for each m, (M, V), one after the other; without autograd.
+
+    The lengths have to add up to N: that is not checked, as the check would wait for the GPU. Cost: the rows are read
+    once; of float32 a half to a fifth of the time of `torch.segment_reduce`, with the same bits.
+    """
+    start_M = torch.zeros(len(lengths_M) + 1, dtype=index_N.dtype, device=index_N.device)
+    torch.cumsum(lengths_M, 0, out=start_M[1:])
+    of_row = rows_R.shape[1:]
+    rows_RV = rows_R.reshape(len(rows_R), of_row.numel())
+    summed_MV = functional.embedding_bag(index_N, rows_RV, start_M, mode="sum", include_last_offset=True)
+    return summed_MV.view(len(lengths_M), *of_row)
+
+
+def _order_and_counts(index_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return the places of `index_N` by their number, equal ones in the order of N, and how many have each number."""
     counts_U = torch.zeros(num_rows, dtype=torch.int64, device=index_N.device)
     counts_U.scatter_add_(0, index_N, torch.ones_like(index_N))  # torch.bincount asks the GPU for the largest number
-    return reduce_segments(rows_NV.index_select(0, _stable_order(index_N, num_rows)), "sum", counts_U)
-
-
-def reduce_segments(rows_N: Tensor, reduction: str, lengths_M: Tensor) -> Tensor:
-    """Reduce the next `lengths_M[m]` rows for each m, (M, V).
-
-    The lengths have to add up to N: that is not checked, as the check would wait for the GPU.
-    """
-    return torch.segment_reduce(rows_N, reduction, lengths=lengths_M, axis=0, unsafe=True)
+    return _stable_order(index_N, num_rows), counts_U
 
 
 def _stable_order(index_N: Tensor, num_rows: int) -> Tensor:
@@ -100,6 +117,21 @@ def _stable_order(index_N: Tensor, num_rows: int) -> Tensor:
         high_N = (numbers_N >> 16).astype(np.uint16)
         order_N = order_N[np.argsort(high_N[order_N], kind="stable")]
     return torch.from_numpy(order_N)
+
+
+class _PoolRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vectors_UV: Tensor, index_N: Tensor, lengths_M: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N, lengths_M)
+        ctx.num_rows = vectors_UV.shape[0]
+        return sum_in_order(vectors_UV, index_N, lengths_M)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_MV: Tensor) -> tuple[Tensor, None, None]:
+        index_N, lengths_M = ctx.saved_tensors
+        row_N = torch.repeat_interleave(lengths_M, output_size=len(index_N))
+        order_N, counts_U = _order_and_counts(index_N, ctx.num_rows)
+        return sum_in_order(gradient_MV, row_N.index_select(0, order_N), counts_U), None, None
 
 
 class _TakeRows(torch.autograd.Function):

@@ -110,7 +110,7 @@ class Drift:
     def moved(self, weight_QV: Tensor, momentum_QV: Tensor, variance_QV: Tensor, last_Q: Tensor) -> Tensor:
         """Compute today's weights of rows that step `last_Q` has left with these weights and moments."""
         poly_QN = self._table.index_select(0, last_Q)
-        scaled_QV = variance_QV.sqrt() * poly_QN[:, -1:]
+        scaled_QV = variance_QV.contiguous().sqrt() * poly_QN[:, -1:]  # a row's numbers lie side by side: strided
         deviation_QV = scaled_QV + self._eps
         place_QV = (scaled_QV - self._eps).div_(deviation_QV)  # 2 q - 1
         sum_QV = poly_QN[:, self.degree, None]

@@ -85,7 +85,7 @@ class Adam(RowOptimizer):
         variance_QV = parts["variance"].mul_(_power(config.beta2, steps_Q, weight_QV.dtype))
         variance_QV.addcmul_(gradient_QV, gradient_QV, value=1 - config.beta2)
         parts["last_step"].fill_(number)
-        deviation_QV = variance_QV.sqrt().mul_(1 / math.sqrt(1 - config.beta2**number)).add_(config.eps)
+        deviation_QV = variance_QV.contiguous().sqrt().mul_(1 / math.sqrt(1 - config.beta2**number)).add_(config.eps)
         return torch.addcdiv(weight_QV, momentum_QV, deviation_QV, value=-rates.ids_lr / (1 - config.beta1**number))
 
     def end_step(self, rates: Rates) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig, Pooling
 from trainer.errors import ConfigError
-from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, take_rows
+from trainer.exchange.vectors import EvenLengths, FieldVectors, Lengths, pool_rows, take_rows
 from trainer.models.layers import (
     HiddenLayers,
     expand_rows,
@@ -250,7 +250,10 @@ def gallery_vectors(images: FieldVectors, sizes_K: Tensor, lengths_M: Lengths, p
 
 def sum_pool(field: FieldVectors) -> Tensor:
     """Sum each row's vectors, each times its weight, (M, V); a row without values is zero."""
-    return segment_sum(value_rows(field), field.lengths_M)
+    lengths_M = field.lengths_M
+    if field.weights_N is None and not isinstance(lengths_M, EvenLengths) and not torch.compiler.is_exporting():
+        return pool_rows(field.vectors_UV, field.index_N, lengths_M)
+    return segment_sum(value_rows(field), lengths_M)
 
 
 def mean_pool(field: FieldVectors) -> Tensor:
