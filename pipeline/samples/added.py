@@ -195,7 +195,7 @@ def _recorded(before: Storage) -> dict[str, Any]:
             raise
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise SampleOptionError(f"{before.url} has no samples of build_samples; make them without --days and --since first")
+    raise SampleOptionError(f"{before.url} has no samples that crossmedia samples made; make all of them first")
 
 
 def options_of(samples: Storage) -> SampleOptions:

@@ -305,5 +305,5 @@ class TestAddDays:
         for summary in (None, {"options": ["window_days"]}, *(options | each for each in forged)):
             if summary is not None:
                 (tmp_path / "summary.json").write_text(json.dumps(summary))
-            with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
+            with pytest.raises(SampleOptionError, match="has no samples that crossmedia samples made"):
                 add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)

@@ -55,5 +55,5 @@ def test_what_a_job_would_quarantine_is_an_error(build: Any, tmp_path: Path) -> 
     assert requests_of_log(table([shown(100)]), none, samples)["behavior_item"].to_pylist() == [[]]
     short = table([done(50, dwell_s=1.0)])
     assert requests_of_log(table([shown(100)]), short, samples)["behavior_item"].to_pylist() == [[]]
-    with pytest.raises(UserError, match="no samples of build_samples"):
+    with pytest.raises(UserError, match="no samples that crossmedia samples made"):
         requests_of_log(table([shown(100)]), none, str(tmp_path))
