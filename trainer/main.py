@@ -199,7 +199,6 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "tables": training.tables,
         "global_step": run.engine.num_steps,
         "checkpoints": training.checkpoints,
-        "checkpoint_stall_ms": training.checkpoint_stall_ms,
         "history": run.history,
         "warm_start": str(run.warm_start.checkpoint) if run.warm_start else None,
         "store_version": run.partition.snapshot_version if run.partition else None,

@@ -254,11 +254,6 @@ class Training:
         new_ads = self._engine.model.new_ads
         return new_ads.pictures_count if new_ads is not None else None
 
-    @property
-    def checkpoint_stall_ms(self) -> float | None:
-        """Return how long the training stopped for a checkpoint that was written during it, in the mean."""
-        return self._saves.stall_s / self._saves.num_begun * 1e3 if self._saves.num_begun else None
-
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
         """Yield `count` batches, read ahead, each one prepared during the step of the one before."""

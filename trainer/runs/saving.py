@@ -373,9 +373,6 @@ class Checkpointer:
         self._next_look = 0
         self._cost_s = 0.0
         self._thread: threading.Thread | None = None
-        self.num_begun = 0
-        self.stall_s = 0.0
-        """What this rank's training stood still for the checkpoints of `begin`."""
 
     @property
     def is_writing(self) -> bool:
@@ -389,33 +386,24 @@ class Checkpointer:
         wanted = self.is_writing or self._every_s is not None
         return wanted and step >= self._next_look
 
-    def begin(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> Outcome | None:
-        """Copy the state and begin to write it, unless the checkpoint is there already.
-
-        Nothing may be under way. Returns an outcome where it failed at once.
-
-        Where memory has no room for copies, it is written before this returns.
-        """
-        start_s = time.perf_counter()
-        self.num_begun += 1
-        outcome = self._start(trained, state, keep, best, in_background=True)
-        self.stall_s += time.perf_counter() - start_s
-        return outcome
-
     def save(self, trained: Trained, state: CheckpointState, keep: int, best: int | None) -> str:
         """Write a checkpoint without copies, unless it is there already, wait for its end, and return its address.
 
         Nothing may be under way. Raises CheckpointError on all ranks where one cannot write.
         """
-        outcome = self._start(trained, state, keep, best, in_background=False) or self._ended()
+        outcome = self.begin(trained, state, keep, best, beside=False) or self.wait()
         if outcome is not None and outcome.error:
             raise CheckpointError(f"cannot write {self._place.address(state.step)}: {outcome.error}")
         return self._place.address(state.step)
 
-    def _start(
-        self, trained: Trained, state: CheckpointState, keep: int, best: int | None, in_background: bool
+    def begin(
+        self, trained: Trained, state: CheckpointState, keep: int, best: int | None, *, beside: bool = True
     ) -> Outcome | None:
-        """Write or begin to write this rank's parts. Returns an outcome where that failed at once."""
+        """Begin to write a checkpoint, unless it is there already. Nothing may be under way.
+
+        `beside`: the state is copied, and written during the next steps. Else, and where memory has no room for copies,
+        this rank's parts are written before this returns. Returns an outcome where it failed at once.
+        """
         start_s, self._begun_s = time.perf_counter(), time.monotonic()
         step = state.step
         content, error = self._prepared(step, trained)
@@ -428,7 +416,7 @@ class Checkpointer:
         self._step, self._mine = step, _Progress(Phase.WRITING)
         self._publish = lambda parts: self._published(state, parts, keep, best)
         self._next_look = step + 1
-        if in_background and _fits(everyone):
+        if beside and _fits(everyone):
             write = self._with_copies(step, content)
             self._mine.cost_s = time.perf_counter() - start_s
             self._thread = _in_thread(write)
@@ -443,25 +431,16 @@ class Checkpointer:
         Returns how a checkpoint ended, if one did, and whether the next is due by the clock. Raises CheckpointError on
         all ranks where the run may not continue.
         """
-        start_s = time.perf_counter()
         mine, now_s = self._mine, time.monotonic()
         mine.clock_s = now_s - self._begun_s
         mine.step_s = (now_s - self._looked_s) / max(1, step - (self._looked_step or 0))
         everyone = self._comm.allgather_object(mine, name="checkpoint.look")
         self._looked_s, self._looked_step = now_s, step
         outcome = self._settled(everyone)
-        is_due = self._schedule(step, everyone[0])
-        self.stall_s += time.perf_counter() - start_s
-        return outcome, is_due
+        return outcome, self._schedule(step, everyone[0])
 
     def wait(self) -> Outcome | None:
         """Let all ranks wait for the end of what is under way. Returns how it ended; None where nothing was."""
-        start_s = time.perf_counter()
-        outcome = self._ended()
-        self.stall_s += time.perf_counter() - start_s
-        return outcome
-
-    def _ended(self) -> Outcome | None:
         outcome = None
         while self.is_writing:
             outcome = self._settled(self._comm.allgather_object(self._mine, name="checkpoint.look"))

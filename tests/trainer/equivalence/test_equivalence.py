@@ -29,7 +29,6 @@ OF_ATTENTION = ".channels."
 LEAST_OF_ATTENTION = 1e-4  # before a softmax, gradients cancel: a query's bias moves by what rounding leaves of them
 ALL_RUNS = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
 RUNS = [run for run in ALL_RUNS if SCENARIOS[run.partition("/")[0]].most_ranks >= 8]
-MODEL_RUNS = [run for run in ALL_RUNS if run not in RUNS]
 # Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
 NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "finalmlp": 4}
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
@@ -40,18 +39,17 @@ RANKS = [1, 2, 4, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each
 OTHER_WAYS_RANKS = [1, 2, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 8, TORCH_4))]
 
 
-def _on_ranks(num_ranks: int, runs: list[str]) -> list[Any]:
-    """Parameters of a test: each run on so many ranks, in `make test` or not."""
-    all_slow = str(num_ranks) in (str(8), str(TORCH_4))
-    few = str(num_ranks) in IN_TWO_PARTS
-    return [
-        pytest.param(num_ranks, run, marks=pytest.mark.slow if all_slow or (few and run not in FEW) else ())
-        for run in runs
-    ]
-
-
-RUNS_ON_RANKS = [each for num_ranks in (1, 2, 4, 8, TORCH_2, TORCH_4) for each in _on_ranks(num_ranks, RUNS)]
-MODEL_RUNS_ON_RANKS = [each for num_ranks in (1, 2, TORCH_2) for each in _on_ranks(num_ranks, MODEL_RUNS)]
+RUNS_ON_RANKS = [
+    pytest.param(
+        num_ranks,
+        run,
+        marks=pytest.mark.slow
+        if str(num_ranks) in (str(8), str(TORCH_4)) or (str(num_ranks) in IN_TWO_PARTS and run not in FEW)
+        else (),
+    )
+    for num_ranks in (1, 2, 4, 8, TORCH_2, TORCH_4)
+    for run in (RUNS if num_ranks > 2 else ALL_RUNS)
+]
 
 Results = Mapping[str, dict]
 Fixture = Callable[[str], Any]
@@ -126,67 +124,41 @@ def test_every_choice_has_a_scenario() -> None:
     assert {scenario.optim.ids for scenario in SCENARIOS.values()} == {*get_args(IdOptimizer)}
 
 
-class Equivalence:
-    def test_losses(self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
-        losses_P = torch.tensor(results_of(num_ranks)[run]["losses_P"], dtype=torch.float64)
-        assert losses_P.shape == (num_ranks, SCENARIOS[run.partition("/")[0]].steps)
-        assert (losses_P == losses_P[0]).all()
-        expected = torch.tensor(reference[run]["losses"], dtype=torch.float64)
-        torch.testing.assert_close(losses_P[0], expected, rtol=_tolerance(run), atol=0)
-
-    def test_first_gradients(
-        self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
-    ) -> None:
-        found, expected = results_of(num_ranks)[run]["gradients"], reference[run]["gradients"]
-        if "momentum" not in {part.name for part in state_of(SCENARIOS[run.partition("/")[0]].optim)}:
-            # The first gradients of ID rows are not to be seen.
-            expected = {name: value for name, value in expected.items() if name in found}
-        _assert_same(found, expected, _tolerance(run))
-
-    def test_parameters_and_optimisers_after_the_last_step(
-        self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
-    ) -> None:
-        known = ("_D", "num_steps", "learning_rates", *OF_FILTERS)
-        trained = {n: v for n, v in results_of(num_ranks)[run]["trained"].items() if not n.endswith(known)}
-        _assert_same(trained, reference[run]["trained"], _tolerance(run), of_attention=LEAST_OF_ATTENTION)
-
-    def test_counts_of_ids_without_a_row_are_those_of_one_rank(
-        self, run: str, num_ranks: int, results_of: Callable[[int], Results]
-    ) -> None:
-        mine, alone = (results_of(each)[run]["trained"] for each in (num_ranks, 1))
-        names = [name for name in alone if name.endswith(OF_FILTERS)]
-        assert all(torch.equal(mine[name], alone[name]) for name in names)
-        assert bool(names) == run.startswith("exact")
-
-    def test_rows_expire_as_in_the_reference(
-        self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
-    ) -> None:
-        found, expected = (each[run]["expired"] for each in (results_of(num_ranks), reference))
-        assert found == expected
-        assert (min(found.values(), default=0) >= 2) == (run == "exact/float64"), found
-
-    def test_two_collectives_forward_and_one_backward(
-        self, run: str, num_ranks: int, results_of: Callable[[int], Results]
-    ) -> None:
-        name = run.partition("/")[0]
-        widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
-        widths = [3, 5] if "texts" in name else widths
-        dense = ("model",) if SCENARIOS[name].model.get("images") == "none" else ("model", "stores")
-        names = ["keys", *(f"vectors.{w}" for w in widths), *(f"gradients.{w}" for w in widths)]
-        names += [f"dense.{part}" for part in dense]
-        norms = [f"norm.{number + 1}" for number in range(NORMS.get(name, 0))]
-        names += [*norms, *(f"{norm}.gradients" for norm in norms)]
-        assert results_of(num_ranks)[run]["calls"] == {f"step.{each}": SCENARIOS[name].steps for each in names}
-
-
 @pytest.mark.parametrize(("num_ranks", "run"), RUNS_ON_RANKS)
-class TestEquivalence(Equivalence):
-    """The exchange, the sharding and the reductions, on any number of ranks."""
+def test_ranks_equal_one_process(
+    num_ranks: int, run: str, results_of: Callable[[int], Results], reference: Results
+) -> None:
+    """Losses, first gradients, parameters and optimisers after the last step, rows that expire, and the collectives."""
+    scenario, found, expected = SCENARIOS[run.partition("/")[0]], results_of(num_ranks)[run], reference[run]
+    losses_P = torch.tensor(found["losses_P"], dtype=torch.float64)
+    assert losses_P.shape == (num_ranks, scenario.steps) and (losses_P == losses_P[0]).all()
+    losses = torch.tensor(expected["losses"], dtype=torch.float64)
+    torch.testing.assert_close(losses_P[0], losses, rtol=_tolerance(run), atol=0)
+    gradients = expected["gradients"]
+    if "momentum" not in {part.name for part in state_of(scenario.optim)}:
+        # The first gradients of ID rows are not to be seen.
+        gradients = {name: value for name, value in gradients.items() if name in found["gradients"]}
+    _assert_same(found["gradients"], gradients, _tolerance(run))
+    known = ("_D", "num_steps", "learning_rates", *OF_FILTERS)
+    trained = {name: value for name, value in found["trained"].items() if not name.endswith(known)}
+    _assert_same(trained, expected["trained"], _tolerance(run), of_attention=LEAST_OF_ATTENTION)
+    alone = results_of(1)[run]["trained"]  # counts of ids without a row
+    counts = [name for name in alone if name.endswith(OF_FILTERS)]
+    assert all(torch.equal(found["trained"][name], alone[name]) for name in counts)
+    assert bool(counts) == run.startswith("exact")
+    assert found["expired"] == expected["expired"]
+    assert (min(found["expired"].values(), default=0) >= 2) == (run == "exact/float64"), found["expired"]
+    assert found["calls"] == {f"step.{each}": scenario.steps for each in _collectives(run.partition("/")[0])}
 
 
-@pytest.mark.parametrize(("num_ranks", "run"), MODEL_RUNS_ON_RANKS)
-class TestModels(Equivalence):
-    """Every aggregator, every base net, and two contents an item, each in a store of its own."""
+def _collectives(name: str) -> list[str]:
+    """List those of a step: two forward and one backward, and those of layers that take statistics."""
+    widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
+    widths = [3, 5] if "texts" in name else widths
+    dense = ("model",) if SCENARIOS[name].model.get("images") == "none" else ("model", "stores")
+    norms = [f"norm.{number + 1}" for number in range(NORMS.get(name, 0))]
+    names = ["keys", *(f"vectors.{width}" for width in widths), *(f"gradients.{width}" for width in widths)]
+    return [*names, *(f"dense.{part}" for part in dense), *norms, *(f"{norm}.gradients" for norm in norms)]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +166,7 @@ class TestModels(Equivalence):
     [
         *((2, run) for run in (*FEW, "delayed")),
         *((4, run) for run in RUNS if run in FEW),
-        *(pytest.param(2, run, marks=pytest.mark.slow) for run in (*RUNS, *MODEL_RUNS) if run not in FEW),
+        *(pytest.param(2, run, marks=pytest.mark.slow) for run in ALL_RUNS if run not in FEW),
     ],
 )
 def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: Callable[[int], Results]) -> None:

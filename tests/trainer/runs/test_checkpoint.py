@@ -1,6 +1,5 @@
 """Checkpoints: whole or absent, read at any number of ranks, refused when damaged or of another run; a run's folder."""
 
-import contextlib
 import resource
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 
 from featurestore.published.paths import RunPath
 from featurestore.published.versions import PublishedFile
-from tests.trainer.checkpoints import damage, files_of, of_step
+from tests.trainer.checkpoints import damage, files_of
 from tests.trainer.runs import saved
 from tests.trainer.runs.saved import SHARDS, Trained, on_ranks, origin_of, state_at
 from tests.trainer.whole_runs import run_alone
@@ -73,13 +72,6 @@ def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert finished(tmp_path) == []
-
-
-def test_newest_are_kept_and_order_is_by_number(run: RunPath) -> None:
-    for step in (70, 99_999_999, 100_000_000):
-        _save(run, step=step, keep=2)
-    saved.save(SoloComm(), run, Trained(), state_at(50), 2)  # and is removed at once
-    assert [each.name for each in finished(run)] == ["step-99999999", "step-100000000"]
 
 
 def test_same_step_is_written_once(run: RunPath) -> None:
@@ -204,12 +196,6 @@ def three_steps(make_places: Callable[[Path], Places], tmp_path_factory: pytest.
 def copy(three_steps: Path, tmp_path: Path) -> Path:
     """The same, to be changed."""
     return shutil.copytree(three_steps, tmp_path / "a")
-
-
-def test_an_earlier_checkpoint_is_opened_by_its_step(three_steps: Path) -> None:
-    with contextlib.closing(open_trained(three_steps, SoloComm(), which="2")) as trained:
-        assert trained.saved.checkpoint == of_step(three_steps, 2)
-        assert trained.engine.num_steps == trained.saved.state.step == 2
 
 
 def test_a_folder_of_runs_is_not_a_run(three_steps: Path) -> None:

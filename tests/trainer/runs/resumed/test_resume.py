@@ -1,6 +1,5 @@
 """Going on from an earlier checkpoint: later ones are refused or replaced as a whole, damaged ones are passed over."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -102,13 +101,8 @@ def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
     link.symlink_to(runs.folder / "a")
     run = runs.train("a", run__resume=link / "checkpoints" / "step-00000007", train__max_steps=8)
     assert steps_of(run) == [6, 7, 8]
-
-
-def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
-    run = runs.branch(
-        "a", run__overwrite=True, train__max_steps=4, train__checkpoint_every=1, train__keep_checkpoints=3
-    )
-    assert steps_of(run) == [2, 3, 4]
+    changes = {"run__overwrite": True, "train__checkpoint_every": 1, "train__keep_checkpoints": 3}
+    assert steps_of(runs.branch("a", 6, **changes, train__max_steps=8)) == [6, 7, 8], "it is not the first to go"
 
 
 def test_a_checkpoint_of_another_run_replaces_all(runs: Runs, expected: Path) -> None:
@@ -212,15 +206,12 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(
     assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in " ".join(capsys.readouterr().out.split("\n"))
 
 
-def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
+def test_a_run_without_its_report_gets_one_and_trains_longer_where_it_is_to(runs: Runs) -> None:
     file = runs.folder / "a" / "report.json"
-    metrics = json.loads(file.read_text())["metrics"]
+    metrics = report_of(runs.folder / "a")["metrics"]
     file.unlink()
     runs.train("a", run__resume="auto")
-    assert metrics and json.loads(file.read_text())["metrics"] == metrics
-
-
-def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
+    assert metrics and report_of(runs.folder / "a")["metrics"] == metrics
     run = runs.train("a", run__resume="auto", train__max_steps=7)
     assert report_of(run)["global_step"] == 7 and steps_of(run)[-1] == 7
 
