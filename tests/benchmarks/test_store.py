@@ -16,7 +16,7 @@ HEADLINE = [
     "warm_open_s",
     "cache_build_vs_list_column",
 ]
-TINY = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--limit-mb", "32"]
+TINY = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--limit-mb", "96"]
 
 
 @pytest.mark.slow
