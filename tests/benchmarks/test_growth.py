@@ -4,14 +4,10 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks.growth.__main__ import app
-from benchmarks.growth.stages import DAYS, SESSION, Shop
 from benchmarks.process import RunFailedError, run_to_end
 
 STAGES = ["samples", "store", "train", "evaluate", "export_vectors", "export_model"]
@@ -32,21 +28,6 @@ def test_figures_are_written(tmp_path: Path) -> None:
     assert "seconds_store_6000" not in figures
     of_all = [figures[f"seconds_exponent_{stage}"] for stage in STAGES]
     assert figures["seconds_exponent"] == max(of_all)
-
-
-def test_the_drawn_shop_has_what_was_asked_for(tmp_path: Path) -> None:
-    shop = Shop(5_000, dims=4)
-    shop.write_logs(tmp_path / "logs")
-    shop.write_vectors(tmp_path / "vectors")
-    shown, done = (pq.read_table(tmp_path / "logs" / log) for log in ("impressions", "behaviors"))
-    assert (shown.num_rows, done.num_rows) == (5_000, 10_000)
-    assert len(list((tmp_path / "logs" / "impressions").iterdir())) == DAYS
-    sizes = shown.group_by("session").aggregate([("label", "count")])["label_count"]
-    assert pc.all(pc.equal(sizes, SESSION)).as_py()
-    images = set(pq.read_table(tmp_path / "vectors")["id"].to_pylist())
-    assert len(images) == shop.users == 500
-    assert images.issuperset(shown["image"].to_pylist() + done["image"].to_pylist())
-    assert 0.05 < np.mean(shown["label"].to_numpy()) < 0.5
 
 
 def test_a_program_that_fails_is_told_with_its_last_lines(tmp_path: Path) -> None:

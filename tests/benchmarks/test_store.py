@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,7 +16,7 @@ HEADLINE = [
     "warm_open_s",
     "cache_build_vs_list_column",
 ]
-TINY = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--limit-mb", "32"]
+TINY = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--limit-mb", "96"]
 
 
 @pytest.mark.slow
@@ -33,11 +32,3 @@ def test_all_variants_at_a_tiny_size(tmp_path, monkeypatch):
     for peer in ("lookup", "numpy_take", "lmdb_out", "lance_take"):
         assert figures[f"{peer}_rows_per_s"] > 0
     assert not [path for path in tmp_path.iterdir() if path.name != "store.json"], "nothing is left behind"
-
-
-def test_rows_of_the_large_store_hold_their_keys():
-    keys_U = limit.large_keys(100)
-    features_UD = limit.features_of(keys_U)
-    assert features_UD.shape == (100, 4096)
-    found = sum(features_UD[:, place].astype(np.uint64) << np.uint64(14 * place) for place in range(5))
-    assert np.array_equal(found, keys_U.view(np.uint64))

@@ -1,6 +1,5 @@
 """Report pages of commands: which have --html, a wrong path is refused, and a page has the figures of its command."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -139,25 +138,3 @@ def test_the_summary_of_a_job_is_its_page(line: str, names: dict[str, object], t
     told = lines_of(called.out)
     assert told and len(told) >= 2
     assert all(each in read.rows for each in told)
-
-
-CLUSTER_JOBS = [
-    "jobs/extract_features --images {photos} --store {new} --backbone mobilenet_v3_small:avgpool --weights random:0",
-    "jobs/import_features --from {matrix} --keys {ids} --store {new}",
-    "jobs/import_xdl samples --from {drawn}/data.txt --samples {new} --label-threshold 0.5",
-]
-
-
-@pytest.mark.services
-@pytest.mark.parametrize("line", CLUSTER_JOBS)
-def test_the_summary_of_a_job_on_a_cluster_is_its_page(
-    line: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    monkeypatch.setattr(
-        "pipeline.cluster.tasks.connect", lambda *_, **__: contextlib.nullcontext(request.getfixturevalue("client"))
-    )
-    (tmp_path / "ids.txt").write_text("a\nb\n<script>\n")
-    drawn = tmp_path / "drawn"
-    draw_options = ["--lines", "40", "--images", "20", "--ids", "10", "--dim", "4"]
-    assert call(["jobs/import_xdl", "random", "--out", str(drawn), *draw_options]).code == 0
-    test_the_summary_of_a_job_is_its_page(line, {**names, "ids": tmp_path / "ids.txt", "drawn": drawn}, tmp_path)

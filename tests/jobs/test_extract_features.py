@@ -1,4 +1,4 @@
-"""The job as a person types it: what it prints, its exit codes, its errors."""
+"""The jobs that extract and refresh as a person types them: what they print, exit codes, errors."""
 
 import contextlib
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from featurestore.spec import ExtractorSpec, NetworkName, StoreInfo
 from featurestore.store import FeatureStore
-from jobs import extract_features
+from jobs import extract_features, refresh_features
 from pipeline.errors import PipelineError
 from pipeline.features.refresh import RefreshSummary
 from pipeline.store_run import BadRow
@@ -19,40 +20,35 @@ from pipeline.store_run import BadRow
 JOB = Path(extract_features.__file__)
 
 
-@pytest.fixture
-def job(tmp_path, monkeypatch):
-    """Runs the job without a cluster: what is refused before the work."""
-
-    def run(*args):
-        return CliRunner().invoke(extract_features.app, args)
-
-    class NoScheduler:
-        def scheduler_info(self):
-            return {"address": "nowhere"}
-
-        def wait_for_workers(self, count, timeout):
-            raise TimeoutError
-
-        def nthreads(self):
-            return {}
-
-    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(NoScheduler()))
-    monkeypatch.chdir(tmp_path)
-    return run
-
-
-def assert_message(result, code, text):
+def refused(app, code, text, *args):
+    result = CliRunner().invoke(app, args)
     assert result.exit_code == code
     assert text in " ".join(result.stderr.split())
     assert isinstance(result.exception, SystemExit)  # no traceback
     assert not result.stdout
 
 
-def test_weights_are_looked_at_before_a_cluster_starts(job, tmp_path, monkeypatch):
+def test_weights_are_looked_at_before_a_cluster_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pth").write_text("no weights")
     monkeypatch.setattr("pipeline.cluster.tasks.connect", None)
     message = "text.pth: not a state dict that torch can load safely (UnpicklingError); one is"
-    assert_message(job("--weights", "text.pth"), 2, message)
+    refused(extract_features.app, 2, message, "--weights", "text.pth")
+
+
+def test_what_does_not_fit_the_store_of_a_refresh_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.cluster.tasks.connect", lambda **kwargs: contextlib.nullcontext(None))
+    computed = dict.fromkeys(ExtractorSpec.model_fields, "x") | {"compute_dtype": "float32"}
+    network = NetworkName(backbone="vgg16:classifier.1", weights=str(tmp_path / "weights.pth"))
+    info = StoreInfo(dim=8, extractor=ExtractorSpec.model_validate(computed), network=network)
+    FeatureStore.create(tmp_path / "data/features", info)
+    for code, text, *args in (
+        (2, "weights.pth': neither imagenet, random:SEED, nor a file"),
+        (2, "there is no folder data/images", "--weights", "random:0"),
+        (1, "were computed in float32: leave the option away", "--compute-dtype", "bfloat16"),
+    ):
+        refused(refresh_features.app, code, text, *args)
 
 
 def test_the_summary_names_what_was_bad():

@@ -131,10 +131,3 @@ def test_samples_are_made_of_each_log(kind: str, tmp_path: Path, client: Any, mo
     samples = pq.read_table(tmp_path / "samples" / "train", partitioning=None)
     assert pc.sum(pc.list_value_length(samples["label"])).as_py() > impressions.num_rows / 2
     assert {*mapping["user"], *(f"ad_{name}" for name in mapping["ad"])} <= set(samples.column_names)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_missing_files_are_named(kind: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, [kind, str(tmp_path), "--out", str(tmp_path / "log")])
-    assert result.exit_code == 1
-    assert f"files of a {kind} log" in result.stderr

@@ -77,13 +77,6 @@ def test_a_first_line_that_needs_the_second_is_refused(
     ]
 
 
-def test_a_summary_ends_with_its_sentence_and_not_at_an_abbreviation(write) -> None:
-    assert tree.summary_of(write('"""Shelves, e.g. of wood. They hold things."""')) == "Shelves, e.g. of wood"
-    assert (
-        tree.summary_of(write("# Fill shelves, e.g. with books.\n", "tools/fill.sh")) == "Fill shelves, e.g. with books"
-    )
-
-
 def test_a_file_that_says_nothing_is_refused(write, monkeypatch, capsys) -> None:
     path = write("width_cm = 40\n")
     assert checked(monkeypatch, capsys) == (1, [f"{path} needs a first line with its purpose"])

@@ -20,7 +20,7 @@ from benchmarks.quality.__main__ import app
 from benchmarks.quality.compare import Bench
 from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import JUDGED, hold_out, make_rare, sampled
-from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
+from benchmarks.quality.rows import Layout, Rows, Vocabulary, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import keys_of_uris
@@ -28,7 +28,6 @@ from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from trainer.config.config import load_config
 from trainer.errors import DataError
-from trainer.samples.reader import Jagged
 from trainer.schema import load_schema
 
 ITEMS, USERS = 30, 40
@@ -213,10 +212,6 @@ class TestRows:
         known = Vocabulary.of([np.array([7, 3]), np.array([3])])
         assert known.numbers(np.array([3, 7, 5, 9])).tolist() == [1, 2, 3, 3]
         assert known.size == 4
-
-    def test_padding(self) -> None:
-        jagged = Jagged(np.array([1, 2, 3]), np.array([2, 0, 1], np.int32))
-        assert padded(jagged).tolist() == [[1, 2], [0, 0], [3, 0]]
 
 
 def test_runs_on_different_rows_are_refused() -> None:

@@ -45,10 +45,3 @@ def test_two_stores_of_other_shards(tmp_path: Path, info: StoreInfo) -> None:
     same = compare_rows(old.snapshot(), old.snapshot(), most=20)
     assert 0 < same.num_compared < 50
     assert (same.num_other, same.mean_difference, same.is_same) == (0, 0, True)
-
-
-def test_nothing_in_common(tmp_path: Path, info: StoreInfo) -> None:
-    features_KD = np.ones((50, info.dim), np.float32)
-    old = put(tmp_path / "old", info, KEYS, features_KD, [NONE] * 50)
-    found = compare_rows(old.snapshot(), FeatureStore.create(tmp_path / "new", info).snapshot())
-    assert (found.num_common, found.num_compared, found.mean_difference, found.is_same) == (0, 0, None, False)
