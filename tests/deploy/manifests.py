@@ -12,7 +12,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from tests.deploy.schemas import predictor_fields, validators
+from tests.deploy.schemas import fields_of, validators
 
 KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
@@ -61,8 +61,8 @@ def check(manifest: Manifest) -> None:
 def pods(manifest: Manifest) -> Iterator[Manifest]:
     """Every pod template of an object, or of a part of one, wherever it is in it."""
     if manifest.get("kind") == "InferenceService":
-        predictor = manifest["spec"]["predictor"]
-        spec = {name: value for name, value in predictor.items() if name not in predictor_fields()}
+        of_kserve, predictor = fields_of("V1beta1ComponentExtensionSpec"), manifest["spec"]["predictor"]
+        spec = {name: value for name, value in predictor.items() if name not in of_kserve}
         yield {"metadata": {"labels": predictor["labels"]}, "spec": spec}
         return
 
