@@ -1,20 +1,25 @@
-"""deploy/docker: what hadolint says to it, that its pins are enough and, where Docker is, that its image trains."""
+"""deploy/docker: what hadolint says to it, that its pins are enough, and its steps, run where there is no Docker."""
 
 import configparser
+import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-ROOT = Path(__file__).parents[2]
-FILE = ROOT / "deploy" / "docker" / "Dockerfile"
+from tests.deploy.dockerfile import FILE, ROOT, Built
+
 PINS = FILE.with_name("requirements.txt")
 
 
@@ -37,19 +42,6 @@ def test_every_image_ends_as_a_user_without_rights() -> None:
             user = step["value"]
         users[name] = user
     assert {target: users[target] for target in ("cpu", "mpi")} == {"cpu": "1000:1000", "mpi": "1000:1000"}
-
-
-def test_what_is_copied_is_there_and_reaches_docker() -> None:
-    """.dockerignore keeps all from Docker but what it names."""
-    lines = (ROOT / ".dockerignore").read_text().splitlines()
-    assert lines[1] == "*"
-    let_through = {line[1:] for line in lines if line.startswith("!")}
-    steps = [step["value"].split() for step in DockerfileParser(str(FILE)).structure if step["instruction"] == "COPY"]
-    copied = {name for words in steps if not words[0].startswith("--from=") for name in words[:-1]}
-    assert len(copied) > 8 and copied <= let_through
-    assert not [name for name in copied if not (ROOT / name).exists()]
-    packages = set(re.findall(r"^    (\w+)\*$", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
-    assert "trainer" in packages and packages - {"explorer"} <= copied
 
 
 def pinned() -> dict[str, Version]:
@@ -80,25 +72,98 @@ def test_all_that_we_need_is_pinned() -> None:
     assert len(installs) == 2 and all("--no-deps --require-hashes" in install for install in installs)
 
 
-TRAINS = """
-python -m jobs.make_demo_data --out /tmp/demo --items 60 --users 40 --days 3
-dask-submit -n 1 jobs/extract_features.py --images /tmp/demo/images --store /tmp/features \
-    --backbone resnet18:avgpool --weights random:0
-python -m jobs.build_samples --logs /tmp/demo/logs --samples /tmp/samples --scratch /tmp
-horovodrun --gloo -np 2 python -m trainer.main --set=data.samples=/tmp/samples --set=data.store=/tmp/features \
-    --set=run.dir=/tmp/runs --set=run.name=a --set=train.max_steps=3 --set=data.global_batch_size=64
-! command -v pip gcc cmake
-"""
-"""From drawn clothes to a trained run, by the commands of the manifests; no tool of the build is left."""
+def torch_of(machine: dict[str, str], folder: Path) -> Path:
+    """torch.txt; where this machine has the CPU build, as torch.txt says to make it for that."""
+    if "+cpu" not in metadata.version("torch"):
+        return PINS.with_name("torch.txt")
+    asked = [f"{name}=={pinned()[name]}" for name in ("torch", "torchvision")]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder / "wheels", *asked]
+    subprocess.run(command, env=os.environ | machine, check=True)
+    lines = []
+    for wheel in (folder / "wheels").iterdir():
+        name, version, *_ = parse_wheel_filename(wheel.name)
+        lines.append(f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+    (folder / "torch.txt").write_text("".join(lines))
+    return folder / "torch.txt"
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[Built]:
+    """The target cpu, in a folder that every user may look into.
+
+    pip finds packages as on this machine, and Horovod is built once per machine, as for `make install`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="image-"))
+    folder.chmod(0o755)
+    machine = {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "http", "HTTP"))}
+    wheels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossmedia"
+    try:
+        yield Built(
+            folder,
+            "cpu",
+            machine
+            | {"HOME": str(folder), "PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip"), "PIP_NO_CACHE_DIR": "0"},
+            {"/build/cache": str(wheels), "deploy/docker/torch.txt": str(torch_of(machine, folder))},
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
+def call(image: Built, *words: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command of the image as its user, with its environment and nothing of ours."""
+    user = int(image.final.user.partition(":")[0])
+    identity = {"user": user, "group": user, "extra_groups": []} if os.geteuid() == 0 else {}
+    environment = image.environment(image.final) | ({"HOME": str(home), "TMPDIR": str(home)} if home else {})
+    return subprocess.run(
+        words,
+        cwd=image.inside(image.final.workdir),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        **identity,  # type: ignore[call-overload]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.timeout(3000)
-@pytest.mark.skipif(shutil.which("docker") is None, reason="the image was not built: there is no docker here")
-def test_two_ranks_train_in_the_image_as_its_user() -> None:
-    build = ["docker", "build", "--file", FILE, "--target", "cpu", "--quiet", ROOT]
-    image = subprocess.run(build, capture_output=True, text=True, check=True).stdout.strip()
-    run = ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--env", "HOME=/tmp", image, "sh", "-ec", TRAINS]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+@pytest.mark.timeout(1500)
+class TestSteps:
+    def test_the_image_starts(self, image: Built) -> None:
+        done = call(image, *image.final.command)
+        assert done.returncode == 0 and "serve" in done.stdout, done.stderr
+        asked = image.asked.read_text()
+        assert "apt-get install --yes --no-install-recommends g++ make" in asked
+        assert "useradd --uid 1000" in asked
+
+    def test_no_tool_of_the_build_and_no_cache_is_left(self, image: Built) -> None:
+        packages = call(
+            image, "python", "-c", "import importlib.metadata as m; print(*[d.name for d in m.distributions()])"
+        )
+        names = packages.stdout.split()
+        assert {"crossmedia", "horovod", "torch", "dask"} <= set(names)
+        assert not {"pip", "cmake", "wheel", "pytest", "mypy"} & set(names)
+        assert not list(image.inside("/opt").rglob("*.whl")) and not image.inside("/build").exists()
+
+    def test_two_ranks_train_as_its_user(self, image: Built) -> None:
+        """From drawn clothes to a trained run, by the commands of the manifests, and the root stays as it was."""
+        home = Path(tempfile.mkdtemp(prefix="home-"))
+        os.chown(home, 1000 if os.geteuid() == 0 else -1, -1)
+        try:
+            before = {path for path in image.root.rglob("*") if "__pycache__" not in path.parts}
+            for line in (
+                "python -m jobs.make_demo_data --out {home}/demo --items 60 --users 40 --days 3",
+                "dask-submit -n 1 jobs/extract_features.py --images {home}/demo/images --store {home}/features"
+                " --backbone resnet18:avgpool --weights random:0",
+                "python -m jobs.build_samples --logs {home}/demo/logs --samples {home}/samples --scratch {home}",
+                "horovodrun --gloo -np 2 python -m trainer.main --set=data.samples={home}/samples"
+                " --set=data.store={home}/features --set=run.dir={home}/runs --set=run.name=a --set=train.max_steps=3"
+                " --set=data.global_batch_size=64",
+            ):
+                done = call(image, *line.format(home=home).split(), home=home)
+                assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            assert (home / "runs" / "a" / "report.json").is_file()
+            assert {path for path in image.root.rglob("*") if "__pycache__" not in path.parts} == before
+        finally:
+            shutil.rmtree(home)
