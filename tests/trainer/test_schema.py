@@ -147,7 +147,7 @@ def test_a_schema_of_samples_is_the_packaged_one(places, tmp_path):
     assert mine == theirs
     assert (found.label, found.group, found.new_ad_field) == ("label", "user", "ad_item")
     text = (tmp_path / "schema.yaml").read_text()
-    assert "#   item: 256\n" in text
+    assert "#   item: {kind: exact, max_rows: 4096}\n" in text
     assert "#   session: int64, kept for people" in text
     items = {
         item
@@ -247,9 +247,18 @@ def test_columns_are_known_by_their_usual_names():
     assert match_columns(["item", "item_id"], "impressions") == {"item": "item"}
 
 
-@pytest.mark.parametrize(("num_distinct", "rows"), [(0, 256), (64, 256), (65, 512), (1_000, 4_096), (1_024, 4_096)])
-def test_tables_have_four_rows_for_each_id(num_distinct, rows):
+@pytest.mark.parametrize(
+    ("num_distinct", "rows"), [(0, 4_096), (2_048, 4_096), (2_049, 8_192), (10**6, 1 << 21), (10**9, 1 << 24)]
+)
+def test_tables_have_room_for_twice_the_ids_up_to_a_bound(num_distinct, rows):
     assert table_rows(num_distinct) == rows
+
+
+def test_a_table_has_rows_for_the_ids_of_all_its_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.schema.fields.SMALLEST_TABLE", 1)
+    columns = {"user": [1, 2], "behavior_item": [[3], [4, 5]], "ad_item": [[1], [2]], "label": [[1], [0]]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert "#   item: {kind: exact, max_rows: 16}\n" in called("inspect", tmp_path)
 
 
 def test_a_written_schema_reads_as_it_was(tmp_path):
@@ -258,7 +267,8 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     assert load_schema(tmp_path / "a.yaml") == schema
     assert settings_text("s", "f", {"a": 1}, "x") == (
         "# Over the default preset: crossmedia train --config THIS_FILE\n\ndata:\n"
-        "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # rows; IDs are hashed into them\n    a: 1\n"
+        "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # a row for each id, as it comes; "
+        "max_rows: twice the ids of these samples or more\n    a: {kind: exact, max_rows: 1}\n"
     )
 
 

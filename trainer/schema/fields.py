@@ -286,14 +286,21 @@ SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 IMAGES_FILE = "images.parquet"
 """Next to samples: key and uri of each image that the logs name, in 256 row groups by the top bits of the key."""
 
-SMALLEST_TABLE = 256
-ROWS_PER_ID = 4  # at least: IDs are hashed to rows, and of n IDs in 4 n rows 22 % share theirs with another
+SMALLEST_TABLE, LARGEST_TABLE = 4_096, 1 << 24
+"""Of `table_rows`: in 4,096 rows no shard of 64 is full while the others are empty; 16.8 million rows of 12 numbers,
+with Adam's state and the map from id to row, take 3 GB."""
+ROWS_PER_ID = 2
+"""At least: as many ids again may come on later days before those that were unused for longest make room."""
 _ENDLESS = 1 << 30  # a field stays on its line
 
 
 def table_rows(num_distinct: int) -> int:
-    """Choose the rows of an ID table for `num_distinct` IDs: a power of two, at least `ROWS_PER_ID` for each."""
-    return max(SMALLEST_TABLE, 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length())
+    """Choose the most rows of an exact ID table for `num_distinct` ids: a power of two, `ROWS_PER_ID` for each or more.
+
+    Rows take memory as they come, so many of them cost nothing; `LARGEST_TABLE` is a bound for very many ids.
+    """
+    rows = 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length()
+    return min(max(SMALLEST_TABLE, rows), LARGEST_TABLE)
 
 
 _KEPT = 4096
@@ -360,17 +367,25 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
 
 
 def settings_text(samples: str, schema_file: str, tables: Mapping[str, int], store: str | None = None) -> str:
-    """Write settings for `crossmedia train --config`: where samples and schema are, and rows of each ID table."""
+    """Write settings for `crossmedia train --config`: where samples and schema are, and the ID tables.
+
+    `tables`: by name the most rows of each. They are exact: in hashed ones ids that share a row cost GAUC.
+    """
     data = {"samples": samples, "schema_file": schema_file} | ({"store": store} if store else {})
     lines = ["# Over the default preset: crossmedia train --config THIS_FILE", "", "data:"]
     lines += [f"  {yaml_line(name, value)}" for name, value in data.items()]
     lines += [
         "",
         "model:",
-        "  tables:  # rows; IDs are hashed into them",
-        *(f"    {yaml_line(name, rows)}" for name, rows in tables.items()),
+        "  tables:  # a row for each id, as it comes; max_rows: twice the ids of these samples or more",
+        *(f"    {line}" for line in table_lines(tables)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def table_lines(tables: Mapping[str, int]) -> list[str]:
+    """Write a line of YAML for each exact table by its most rows, for model.tables."""
+    return [_flow({name: {"kind": "exact", "max_rows": rows}})[1:-1] for name, rows in tables.items()]
 
 
 def yaml_line(name: str, value: Any) -> str:

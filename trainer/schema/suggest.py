@@ -32,6 +32,7 @@ from trainer.schema.fields import (
     Schema,
     Side,
     schema_text,
+    table_lines,
     table_rows,
     yaml_line,
 )
@@ -365,7 +366,7 @@ def _columns(log: Log) -> list[str]:
     lines = []
     for name in OF_LOG[log.name]:
         if name in log.ours:
-            lines.append(f"    {yaml_line(name, log.ours[name])}  # {_note(log.table.columns[log.ours[name]], name)}")
+            lines.append(f"    {yaml_line(name, log.ours[name])}  # {column_note(log.table.columns[log.ours[name]])}")
         elif name in REQUIRED:
             lines.append(f"    # {name}: which column? it is needed")
         else:
@@ -383,13 +384,8 @@ def _extras(log: Log, side: str) -> list[str]:
     lines = [f"  {side}:"] if usable else []
     for column in usable:
         kind = "dense" if column.content == "real" else "id"
-        lines.append(f"    {yaml_line(column.name, kind)}  # {_note(column, kind)}")
+        lines.append(f"    {yaml_line(column.name, kind)}  # {column_note(column)}")
     return lines + [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
-
-
-def _note(column: Column, kind: str) -> str:
-    is_id = kind not in ("timestamp", "label", "dwell_s", "dense")
-    return column_note(column) + (f", table of {table_rows(column.distinct.estimate):,} rows" if is_id else "")
 
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
@@ -407,13 +403,13 @@ class Suggestion:
 
     fields: list[Field] = dataclasses.field(default_factory=list)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
-    ids_of_table: dict[str, int] = dataclasses.field(default_factory=dict)
+    ids_of_table: dict[str, DistinctCount] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def tables(self) -> dict[str, int]:
-        """Rows of each ID table."""
-        return {name: table_rows(count) for name, count in self.ids_of_table.items()}
+        """The most rows of each ID table."""
+        return {name: table_rows(count.estimate) for name, count in self.ids_of_table.items()}
 
     def add(self, column: Column, /, **values: Any) -> None:
         """Add a field that reads this column, called as the column unless `values` has a name."""
@@ -430,10 +426,15 @@ def sample_files(storage: Storage) -> list[str]:
 
 
 def inspect_samples(
-    storage: Storage, label: str, group: str, most_rows: int
+    storage: Storage, label: str, group: str, most_rows: int, ids: Mapping[str, DistinctCount] | None = None
 ) -> tuple[Schema, Suggestion, TableProfile]:
-    """Suggest a schema that fits sample files from at most `most_rows` groups. Raises SchemaError, DataError."""
+    """Suggest a schema that fits sample files from at most `most_rows` groups.
+
+    `ids`: by column, different values that were counted in all groups. Raises SchemaError, DataError.
+    """
     table = look(storage, sample_files(storage), label, most_rows)
+    for name, count in (ids or {}).items():
+        table.columns[name].distinct = count
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
         (label, 1, "a list of 0 and 1 in each group", ("integer",)),
         (group, 0, "one whole number or text a group", ("integer", "text")),
@@ -481,8 +482,8 @@ def render_schema(schema: Schema, made: Suggestion, table: TableProfile, where: 
         f"First schema of {where}: look through it, then continue with crossmedia schema check.",
         f"Suggested from {'all' if table.complete else 'the first'} {table.rows:,} sample groups.",
         "side: user (once a group) | ad (one entry an impression). kind: id | multi_id | dense | content (image keys).",
-        "Rows of the ID tables, for model.tables of the settings:",
-        *(f"  {name}: {rows}" for name, rows in made.tables.items()),
+        "ID tables, for model.tables of the settings:",
+        *(f"  {line}" for line in table_lines(made.tables)),
     ]
     if made.left_out:
         header += ["Left out:", *(f"  {name}: {reason}" for name, reason in made.left_out.items())]
@@ -561,8 +562,8 @@ def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, 
     elif side == "ad" and CONTEXT_NAME.search(name):
         values["context"] = True
     made.add(column, **values)
-    count = made.ids_of_table.get(values["table"], 0)
-    made.ids_of_table[values["table"]] = max(count, column.distinct.estimate)
+    count = made.ids_of_table.get(values["table"], DistinctCount())
+    made.ids_of_table[values["table"]] = count.merged(column.distinct)
 
 
 def _transform(column: Column) -> str | None:
