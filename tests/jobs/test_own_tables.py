@@ -114,10 +114,8 @@ def test_csv_tables_become_samples(job, place):
     fields = {field.name: (field.side, field.kind) for field in load_schema(place / "samples/schema.yaml").fields}
     assert fields == {
         "user": ("user", "id"), "age": ("user", "dense"), "city": ("user", "id"),
-        "behavior_item": ("user", "multi_id"),
-        "behavior_image": ("user", "content"), "behavior_image_id": ("user", "multi_id"), "ad_item": ("ad", "id"),
-        "ad_image": ("ad", "content"), "ad_image_id": ("ad", "id"), "ad_price": ("ad", "dense"),
-        "ad_maker": ("ad", "id"),
+        "behavior_item": ("user", "multi_id"), "behavior_image": ("user", "content"), "ad_item": ("ad", "id"),
+        "ad_image": ("ad", "content"), "ad_price": ("ad", "dense"), "ad_maker": ("ad", "id"),
     }  # fmt: skip
 
 
@@ -373,7 +371,7 @@ def test_tables_have_rows_for_the_ids_of_all_samples(job, place, monkeypatch):
     monkeypatch.setattr("trainer.schema.fields.SMALLEST_TABLE", 1)
     draw_tables(place)
     job(inspect("inspect", place / "raw"), "--logs", place / "raw")
-    rows = {"user": 64, "city": 8, "item": 32, "image": 32, "category": 8, "scene": 4}
+    rows = {"user": 64, "city": 8, "item": 32, "category": 8, "scene": 4}
     tables = load_config(place / "samples/settings.yaml").model.tables
     defaults = load_config().model.tables
     assert {name: table.max_rows for name, table in tables.items() if table != defaults.get(name)} == rows

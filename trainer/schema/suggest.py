@@ -394,6 +394,8 @@ CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($
 WEIGHT_SUFFIX = "_weight"
 LONG_TAIL = 100
 AGES = "behavior_age"
+SAME_COUNT = 0.05
+"""Two numbers of different values that differ by less are taken as one; estimates of them are off by 1.6 %."""
 USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 
 
@@ -410,6 +412,21 @@ class Suggestion:
     def tables(self) -> dict[str, int]:
         """The most rows of each ID table."""
         return {name: table_rows(count.estimate) for name, count in self.ids_of_table.items()}
+
+    def leave_out_ids_of_images(self, ad: str) -> None:
+        """Leave out the ids of images where there are as many images as ads: they would repeat the ad's own id."""
+        table_of = {field.name: field.table_name for field in self.fields if field.is_id}
+        num_ads = self.ids_of_table[table_of[ad]].estimate
+        images = {field.name for field in self.fields if field.kind == "content"}
+        for field in self.fields[:]:
+            if not field.is_id or field.column_name not in images:
+                continue
+            num_images = self.ids_of_table[field.table_name].estimate
+            if abs(num_images - num_ads) <= SAME_COUNT * num_ads:
+                self.fields.remove(field)
+                self.left_out[field.name] = f"about as many images as of {ad}, which says the same"
+        kept = {field.table_name for field in self.fields if field.is_id}
+        self.ids_of_table = {name: count for name, count in self.ids_of_table.items() if name in kept}
 
     def add(self, column: Column, /, **values: Any) -> None:
         """Add a field that reads this column, called as the column unless `values` has a name."""
@@ -451,6 +468,7 @@ def inspect_samples(
     if not ad_ids:
         raise SchemaError(f"{storage.url}: no column has one id for each impression, by which new ads are known")
     new_ad = next((name for name in ("ad_item", "ad", "ad_id") if name in ad_ids), ad_ids[0])
+    suggestion.leave_out_ids_of_images(new_ad)
     return Schema(fields=tuple(suggestion.fields), label=label, group=group, new_ad_field=new_ad), suggestion, table
 
 
