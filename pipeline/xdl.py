@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
+import sys
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,14 +30,14 @@ from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError
 from pipeline.options import XdlOptions, XdlRandomOptions
-from pipeline.samples.build import LOOKED_AT, bad_reasons, write_schema
+from pipeline.samples.build import bad_reasons, write_schema
 from pipeline.samples.groups import FORMAT, ROW_GROUP_SIZE
 from pipeline.samples.mapping import names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, SPLITS, FolderContent, replaced_files, replaced_folder
 from pipeline.vectors.formats import NUM_FILES, find_files, record_dtype
 from trainer.schema import Field, Kind, Schema
 from trainer.schema.fields import schema_text, table_rows
-from trainer.schema.suggest import WEIGHT_SUFFIX, look, sample_files
+from trainer.schema.suggest import WEIGHT_SUFFIX, Column, look, num_ids, sample_files
 
 RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
@@ -249,9 +250,9 @@ def _columns(keys: Sequence[Key]) -> list[str]:
 def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField]) -> None:
     """Write schema and settings for imported fields; an image field gives its content, and its ids as an ID field."""
     storage = Storage(folder)
-    profile = look(storage, sample_files(storage), "label", LOOKED_AT)
+    profile = look(storage, sample_files(storage), "label", sys.maxsize)
     made: list[Field] = []
-    tables: dict[str, int] = {}
+    columns_of_table: dict[str, list[Column]] = {}
     notes: dict[str, str] = {}
     for each in fields:
         side: dict[str, Any] = {"side": each.part, "column": None}
@@ -266,12 +267,12 @@ def write_field_schema(folder: Path, samples: str, fields: Sequence[XdlField]) -
             side |= {"table": table, "column": each.column}
         made.append(Field(name=name, kind="id" if each.is_single else "multi_id", weights=weights, **side))
         column = profile.columns[each.column]
-        num_ids, most = column.num_different, 1 if each.is_single else column.longest
-        tables[table] = max(tables.get(table, 0), table_rows(num_ids))
-        notes[name] = f"{num_ids:,} ids, {most} a line at most"
+        columns_of_table.setdefault(table, []).append(column)
+        notes[name] = f"{column.num_different:,} ids, {1 if each.is_single else column.longest} a line at most"
     new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
     schema = Schema(fields=tuple(made), new_ad_field=new_ad)
     header = "Fields of XDL's text samples, as they were found.", "kind: id | multi_id | dense | content (image keys)."
+    tables = {name: table_rows(num_ids(columns)) for name, columns in columns_of_table.items()}
     write_schema(folder, samples, schema_text(schema, header, notes), tables)
 
 

@@ -28,11 +28,13 @@ DAY_S = 86_400
 JOURNEY_END = datetime(2017, 1, 29)
 FRAPPE_START_S, FRAPPE_DAYS = 1_420_070_400, 20
 CHECKINS_START_S = 1_333_238_400
+SPREAD_START_S = 1_499_990_400
 BEHAVIOR = ("timestamp", "user", "item", "image", "category")
 EXAMPLES = """Examples:
 
 \b
 python tools/real_logs.py movielens ml-100k --out logs/ml
+python tools/real_logs.py checkins nyc --out logs/nyc --days 40
 crossmedia samples --logs logs/ml --mapping logs/ml/mapping.yaml --samples logs/ml/samples --window-days 300
 python -m benchmarks.quality --logs logs/ml --logs logs/frappe
 """
@@ -177,6 +179,14 @@ def journey(folder: Path) -> Events:
     )
 
 
+def spread(events: Events, days: int) -> Events:
+    """Give all days about as many events, in their order: thousands of small days take minutes to build."""
+    times, counts = np.unique(events.time_N, return_counts=True)
+    share = (np.cumsum(counts) - counts) / counts.sum()
+    place_N = np.searchsorted(times, events.time_N)
+    return replace(events, time_N=SPREAD_START_S + (share[place_N] * days * DAY_S).astype(np.int64))
+
+
 READERS = movielens, movielens_small, grocery, frappe, checkins, journey
 KINDS: Mapping[str, Callable[[Path], Events]] = {read.__name__.replace("_", "-"): read for read in READERS}
 Kind = StrEnum("Kind", list(KINDS))  # type: ignore[misc]
@@ -226,6 +236,7 @@ def main(
     kind: Annotated[Kind, typer.Argument(help="Which log it is.")],
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Where its files are.")],
     out: Annotated[Path, typer.Option(help="Folder for impressions/, behaviors/ and mapping.yaml.")],
+    days: Annotated[int | None, typer.Option(help="Spread the events evenly over this many days.", min=3)] = None,
 ) -> None:
     """Write impression and behaviour logs of a real log, and their mapping."""
     import pyarrow as pa
@@ -234,6 +245,7 @@ def main(
 
     try:
         events = KINDS[kind.value](folder)
+        events = spread(events, days) if days else events
         for name, table in zip(("impressions", "behaviors"), tables := tables_of(events), strict=True):
             (out / name).mkdir(parents=True, exist_ok=True)
             pq.write_table(table, out / name / f"{name}.parquet")

@@ -83,7 +83,7 @@ def preset() -> str:
             for number, part in enumerate(text):
                 lines.append(f"{'' if number else value:{COLUMN - 1}} # {part}")
             if block:
-                lines += [f"    {key}: {_yaml(each)}" for key, each in field.default.items()]
+                lines += [f"    {key}: {_yaml(_plain(each))}" for key, each in field.default.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -111,8 +111,15 @@ def page() -> str:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {key: _plain(each) for key, each in value.items()}
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _plain(value: Any) -> Any:
+    """Give a section inside a value as a mapping of what it says itself."""
+    return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
 
 
 def _words(schema: dict[str, Any]) -> list[str]:

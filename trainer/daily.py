@@ -380,6 +380,7 @@ def _check_base(base: Config) -> None:
         "run.overwrite": base.run.overwrite or None,
         "data.train_days": base.data.train_days,
         "data.test_days": base.data.test_days,
+        "data.validation_days": base.data.validation_days or None,
         "run.warm_parts": None if base.run.warm_parts == RunConfig().warm_parts else base.run.warm_parts,
     }
     for name, value in given.items():

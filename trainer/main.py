@@ -124,6 +124,8 @@ def train(config: Config, comm: "Comm") -> "RunPath":
         hardware = summary.hardware_of(comm, run.device, run.config.model.compute_dtype)
         with ProgressLog(run.events.path if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
+            if run.validation_reader is not None:
+                readers = f"{run.validation_reader.num_samples:,} validation, {readers}"
             progress.say(
                 f"{run.folder}: {readers}, {summary.hardware_text(hardware, comm.size)}, "
                 f"step {run.engine.num_steps} of {total_steps(run)}"

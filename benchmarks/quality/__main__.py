@@ -41,15 +41,21 @@ app = CommandApp(report=True, failures=(OSError,), rich_markup_mode="rich")
 
 
 def data_sets(
-    folder: Path, logs: list[Path], texts: list[str], users: int, pictures: tuple[Path | None, Path | None], size: int
+    folder: Path,
+    logs: list[Path],
+    texts: list[str],
+    users: int,
+    pictures: tuple[Path | None, Path | None],
+    size: int,
+    train_rows: int | None = None,
 ) -> list[DataSet]:
-    """List real logs, a person's own data sets, or the simulated ones: drawn clothes and, if given, photographs."""
+    """List real logs, a user's own data sets, or the simulated ones: drawn clothes and, if given, photographs."""
     from benchmarks.quality.logs import real_log
 
     place = folder / f"{users}-users"
     try:
         if logs or texts:
-            return [*(real_log(each, size) for each in logs), *(parse(text, size) for text in texts)]
+            return [*(real_log(each, size, train_rows) for each in logs), *(parse(text, size) for text in texts)]
         made = [simulated(place / "drawn", users, None, None, size)]
         return made + ([simulated(place / "photos", users, *pictures, size)] if pictures[0] else [])
     except ValueError as error:
@@ -90,6 +96,7 @@ def main(
             exists=True, file_okay=False, help="A log of tools/real_logs.py, in place of all else; repeat it."
         ),
     ] = None,
+    train_rows: Annotated[int | None, typer.Option(help="Newest impressions of a log to train on.", min=1)] = None,
     only: Annotated[list[Name] | None, typer.Option(help="Sections; repeat it. Default: all.")] = None,
     nets: Annotated[list[Net] | None, typer.Option("--net", help="Nets; repeat it. Default: all.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each, of which the mean is taken.", min=1)] = 3,
@@ -117,9 +124,8 @@ def main(
         )
     given = settings_of(settings or [])
     count = users or (SMALL_USERS if small else USERS)
-    sets = data_sets(folder, logs or [], data or [], count, (photos, labels), batch_size)
-    columns = text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with progress_bars(*columns) as progress:
+    sets = data_sets(folder, logs or [], data or [], count, (photos, labels), batch_size, train_rows)
+    with progress_bars(text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
         sections = [section for name in made if name in chosen for section in made[name](bench)]
     write_sections(sections, json_path)

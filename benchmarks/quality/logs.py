@@ -30,8 +30,10 @@ SHARE = 0.1
 WINDOW_DAYS = 3650
 
 
-def real_log(folder: Path, batch_size: int) -> DataSet:
+def real_log(folder: Path, batch_size: int, train_rows: int | None = None) -> DataSet:
     """Make the samples of a log unless they are there, and cut their days into three parts.
+
+    Training has the newest days of its part with `train_rows` impressions at most, but one day at least.
 
     Raises subprocess.CalledProcessError, DataError.
     """
@@ -41,7 +43,7 @@ def real_log(folder: Path, batch_size: int) -> DataSet:
         options += ["--window-days", WINDOW_DAYS, "--test-days", 0]
         command = [sys.executable, str(JOBS / "build_samples.py"), *map(str, options)]
         subprocess.run(command, check=True, stdout=sys.stderr)
-    train, validation, left_out = cut_days(samples)
+    train, validation, left_out = cut_days(samples, train_rows)
     return DataSet(
         name=folder.resolve().name.replace("-", "_"),
         samples=str(samples),
@@ -54,7 +56,7 @@ def real_log(folder: Path, batch_size: int) -> DataSet:
     )
 
 
-def cut_days(samples: Path) -> tuple[list[str], list[str], list[str]]:
+def cut_days(samples: Path, train_rows: int | None = None) -> tuple[list[str], list[str], list[str]]:
     """Cut the days of samples into those of training, validation and those left out. Raises DataError."""
     by_day = files_by_day(open_published(str(samples)))
     days = list(by_day)
@@ -64,7 +66,9 @@ def cut_days(samples: Path) -> tuple[list[str], list[str], list[str]]:
     middle = int(np.searchsorted(before_D, before_D[last] - SHARE, "right")) - 1
     if not 0 < middle < last:
         raise DataError(f"{samples} has {len(days)} days; days for training, validation and judging need more of them")
-    return days[:middle], days[middle:last], days[last:]
+    newest_D = np.cumsum(counts_D[:middle][::-1])
+    kept = middle if train_rows is None else max(1, int(np.searchsorted(newest_D, train_rows, "right")))
+    return days[middle - kept : middle], days[middle:last], days[last:]
 
 
 def _impressions(file: Path) -> int:

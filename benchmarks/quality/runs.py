@@ -32,8 +32,8 @@ Side = Literal["ours", "fuxictr"]
 Epoch = Mapping[str, Any]
 """Metrics of the test rows after an epoch, as trainer.evaluation names them, and the `seconds` of its training; after
 the last one `judged_…`, where the run has such samples."""
-TABLE_ROWS = 1 << 18
-"""Of our hashed ID tables, so that nearly every id has a row of its own, as with FuxiCTR."""
+EXACT_TABLE = "{kind: exact, max_rows: 1048576}"
+"""Our ID tables: every id has a row of its own, as with FuxiCTR and in the settings of samples."""
 _BASES = {"dnn": "mlp", "dcnv2": "dcn"}
 _DIGITS = 16
 
@@ -120,7 +120,7 @@ def ours_settings(spec: Spec) -> dict[str, Any]:
         "train.checkpoint_every": "null",
         "run.threads": spec.threads,
         **{f"data.{name}": f"[{','.join(value)}]" for name, value in days.items() if value is not None},
-        **{f"model.tables.{field.table_name}": TABLE_ROWS for field in schema.of_kind("id", "multi_id")},
+        **{f"model.tables.{field.table_name}": EXACT_TABLE for field in schema.of_kind("id", "multi_id")},
     }
     settings |= {"data.store": spec.store} if spec.store else {}
     settings |= {"data.schema_file": spec.schema} if spec.schema else {}

@@ -42,7 +42,7 @@ from pipeline.samples.groups import (
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.publish import MARK, QUARANTINE_FILE, replaced_files
-from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, settings_text
+from trainer.schema.fields import IMAGES_FILE, SCHEMA_FILE, SETTINGS_FILE, DistinctCount, settings_text
 from trainer.schema.suggest import inspect_samples, render_schema
 
 DAY_S = 86_400
@@ -91,7 +91,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         written = write(client, grouped, plans, folder)
         shutil.rmtree(scratch)
         if options.mapping:
-            write_suggested(folder, options.samples)
+            write_suggested(folder, options.samples, written)
         recorded = dataclasses.asdict(options) | {"user_columns": layout.user_columns}
         summary = summarise(recorded, shown, done, grouped, written)
         write_json(folder / MARK, summary)
@@ -367,12 +367,15 @@ def _share(part: int, whole: int) -> float | None:
 LOOKED_AT = 200_000  # groups from which a schema is suggested
 
 
-def write_suggested(folder: Path, samples: str) -> None:
+def write_suggested(folder: Path, samples: str, written: Sequence[WrittenFile] = ()) -> None:
     """Suggest a schema from the samples in `folder`, which will be at `samples`, and write it there.
 
-    Raises SchemaError.
+    `written`: files whose ids were all counted. Raises SchemaError.
     """
-    schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
+    ids: dict[str, DistinctCount] = {}
+    for part in written:
+        ids |= {name: ids.get(name, DistinctCount()).merged(count) for name, count in part.ids.items()}
+    schema, made = inspect_samples(Storage(folder), "label", "user", LOOKED_AT, ids)
     write_schema(folder, samples, render_schema(schema, made, samples), made.tables)
 
 

@@ -28,6 +28,8 @@ from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS, NAMES, Columns, LogPiece, read_piece
 from pipeline.samples.mapping import TableLayout
+from trainer.schema.fields import DistinctCount
+from trainer.schema.suggest import is_list
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -492,6 +494,8 @@ class WrittenFile:
     num_clicks: int
     items: npt.NDArray[np.int64]  # ads' items, distinct
     impressions_of_item: npt.NDArray[np.int64]
+    ids: Mapping[str, DistinctCount]
+    """The different values of each column of whole numbers, in lists or not."""
 
 
 def plan_files(
@@ -542,4 +546,14 @@ def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) ->
     )
     items, counts = np.unique(pc.list_flatten(table.column("ad_item")).to_numpy(), return_counts=True)
     clicks = pc.list_flatten(table.column("label")).to_numpy()
-    return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), items, counts)
+    return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), items, counts, _ids(table))
+
+
+def _ids(table: pa.Table) -> dict[str, DistinctCount]:
+    counts = {}
+    for name in table.schema.names:
+        column: Any = table.column(name)
+        values = pc.list_flatten(column) if is_list(column.type) else column
+        if pa.types.is_integer(values.type):
+            counts[name] = DistinctCount().with_values(values.to_numpy())
+    return counts

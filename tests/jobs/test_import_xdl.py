@@ -228,6 +228,7 @@ def test_random_data_trains(job, tmp_path):
     assert report["global_step"] == 3
     assert report["metrics"]["impressions"] == sum(len(row["label"]) for row in rows(tmp_path / "samples", "test"))
     assert np.isfinite(report["metrics"]["logloss"])
+    assert {table["kind"] for table in report["tables"].values()} == {"exact"}
 
 
 def test_mistakes_are_one_message(job, lines, tmp_path):

@@ -114,10 +114,8 @@ def test_csv_tables_become_samples(job, place):
     fields = {field.name: (field.side, field.kind) for field in load_schema(place / "samples/schema.yaml").fields}
     assert fields == {
         "user": ("user", "id"), "age": ("user", "dense"), "city": ("user", "id"),
-        "behavior_item": ("user", "multi_id"),
-        "behavior_image": ("user", "content"), "behavior_image_id": ("user", "multi_id"), "ad_item": ("ad", "id"),
-        "ad_image": ("ad", "content"), "ad_image_id": ("ad", "id"), "ad_price": ("ad", "dense"),
-        "ad_maker": ("ad", "id"),
+        "behavior_item": ("user", "multi_id"), "behavior_image": ("user", "content"), "ad_item": ("ad", "id"),
+        "ad_image": ("ad", "content"), "ad_price": ("ad", "dense"), "ad_maker": ("ad", "id"),
     }  # fmt: skip
 
 
@@ -337,7 +335,7 @@ def test_from_raw_tables_to_a_trained_model(job, place):
                         "category": "cate", "dwell_s": "dwell_seconds"},
         },
     }  # fmt: skip
-    assert "user: member_id  # string, 20 different, as 'm17', table of 256 rows" in text
+    assert "user: member_id  # string, 20 different, as 'm17'" in text
     job(text, "--logs", place / "raw", "--test-days", 1)
     assert "fit the schema" in inspect("check", place / "samples/schema.yaml", place / "samples")
     settings = [
@@ -349,3 +347,17 @@ def test_from_raw_tables_to_a_trained_model(job, place):
     report = json.loads((place / "runs/own/report.json").read_text())
     assert report["global_step"] == 3
     assert np.isfinite(report["metrics"]["logloss"])
+    tables = report["tables"].values()
+    assert all(table["kind"] == "exact" and table["cold"] == table["evicted"] == 0 for table in tables)
+
+
+def test_tables_have_rows_for_the_ids_of_all_samples(job, place, monkeypatch):
+    """Also where the schema is suggested from a few of the sample groups."""
+    monkeypatch.setattr("pipeline.samples.build.LOOKED_AT", 2)
+    monkeypatch.setattr("trainer.schema.fields.SMALLEST_TABLE", 1)
+    draw_tables(place)
+    job(inspect("inspect", place / "raw"), "--logs", place / "raw")
+    rows = {"user": 64, "city": 8, "item": 32, "category": 8, "scene": 4}
+    tables = load_config(place / "samples/settings.yaml").model.tables
+    defaults = load_config().model.tables
+    assert {name: table.max_rows for name, table in tables.items() if table != defaults.get(name)} == rows

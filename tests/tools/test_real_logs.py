@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs.build_samples import app as build_samples
-from tools.real_logs import KINDS, app
+from tools.real_logs import DAY_S, KINDS, SPREAD_START_S, Events, app, spread
 
 
 def _lines(path: Path, rows: list[str]) -> None:
@@ -116,6 +116,14 @@ def test_what_is_drawn_was_taken_by_others_and_not_in_the_session(tmp_path: Path
     drawn = [(row["user"], row["session"], row["item"]) for row in rows if not row["label"]]
     assert len(drawn) > 40
     assert not taken & set(drawn)
+
+
+def test_times_are_spread_over_days_in_their_order() -> None:
+    time_N = np.array([7, 3, 3, 1_000_000, 8, 9])
+    nothing = np.zeros(6, np.int64)
+    events = spread(Events(user_N=nothing, item_N=nothing, time_N=time_N, session_N=nothing, label_N=nothing), 3)
+    assert ((events.time_N - SPREAD_START_S) // DAY_S).tolist() == [1, 0, 0, 2, 1, 2]
+    assert (np.argsort(events.time_N, kind="stable") == np.argsort(time_N, kind="stable")).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

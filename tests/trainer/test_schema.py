@@ -138,15 +138,16 @@ def by_name(schema: Schema):
     return {field.name: field.model_dump(exclude_defaults=True) for field in schema.fields}
 
 
-def test_a_schema_of_samples_is_the_packaged_one(places, tmp_path):
+def test_a_schema_of_samples_is_the_packaged_one_without_the_ids_of_images(places, tmp_path):
+    """Each item has an image of its own."""
     called("inspect", places.folder / "samples", "--out", tmp_path / "schema.yaml")
     found, packaged = load_schema(tmp_path / "schema.yaml"), load_schema()
     mine, theirs = by_name(found), by_name(packaged)
     assert mine.pop("ad_serial")["kind"] == "id"  # the tests' own column
-    assert mine == theirs
+    assert mine == {name: theirs[name] for name in theirs if not name.endswith("image_id")}
     assert (found.label, found.group, found.new_ad_field) == ("label", "user", "ad_item")
     text = (tmp_path / "schema.yaml").read_text()
-    assert "#   item: 256\n" in text
+    assert "#   item: {kind: exact, max_rows: 4096}\n" in text
     assert "#   session: int64, kept for people" in text
     items = {
         item
@@ -246,9 +247,37 @@ def test_columns_are_known_by_their_usual_names():
     assert match_columns(["item", "item_id"], "impressions") == {"item": "item"}
 
 
-@pytest.mark.parametrize(("num_distinct", "rows"), [(0, 256), (64, 256), (65, 512), (1_000, 4_096), (1_024, 4_096)])
-def test_tables_have_four_rows_for_each_id(num_distinct, rows):
+@pytest.mark.parametrize(
+    ("num_distinct", "rows"), [(0, 4_096), (2_048, 4_096), (2_049, 8_192), (10**6, 1 << 21), (10**9, 1 << 24)]
+)
+def test_tables_have_room_for_twice_the_ids_up_to_a_bound(num_distinct, rows):
     assert table_rows(num_distinct) == rows
+
+
+def test_a_table_has_rows_for_the_ids_of_all_its_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.schema.fields.SMALLEST_TABLE", 1)
+    columns = {"user": [1, 2], "behavior_item": [[3], [4, 5]], "ad_item": [[1], [2]], "label": [[1], [0]]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert "#   item: {kind: exact, max_rows: 16}\n" in called("inspect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "fields"),
+    [(100, []), (97, []), (90, ["behavior_image_id", "ad_image_id"]), (200, ["behavior_image_id", "ad_image_id"])],
+)
+def test_ids_of_images_are_fields_unless_they_repeat_those_of_the_ads(tmp_path, num_images, fields):
+    items = [[each % 100, each // 2] for each in range(200)]
+    images = [[each % num_images] * 2 for each in range(200)]
+    sides = {
+        f"{side}_{name}": values for side in ("behavior", "ad") for name, values in (("item", items), ("image", images))
+    }
+    pq.write_table(pa.table({"user": range(200), **sides, "label": [[1, 0]] * 200}), tmp_path / "a.parquet")
+    (tmp_path / "schema.yaml").write_text(text := called("inspect", tmp_path))
+    names = by_name(load_schema(tmp_path / "schema.yaml")).keys()
+    assert {"ad_image", "behavior_image", "ad_item", "behavior_item"} < names
+    assert [name for name in ("behavior_image_id", "ad_image_id") if name in names] == fields
+    assert ("#   ad_image_id: about as many images as of ad_item, which says the same\n" in text) == (not fields)
+    assert ("#   image: {kind: exact" in text) == bool(fields)
 
 
 def test_a_written_schema_reads_as_it_was(tmp_path):
@@ -257,7 +286,8 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     assert load_schema(tmp_path / "a.yaml") == schema
     assert settings_text("s", "f", {"a": 1}, "x") == (
         "# Over the default preset: crossmedia train --config THIS_FILE\n\ndata:\n"
-        "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # rows; IDs are hashed into them\n    a: 1\n"
+        "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # a row for each id, as it comes; "
+        "max_rows: twice the ids of these samples or more\n    a: {kind: exact, max_rows: 1}\n"
     )
 
 

@@ -83,6 +83,9 @@ class DataConfig(Section):
     """Train on the files day=DAY*.parquet of these days, as [2026-01-01], in train/ or test/; null: all of train/."""
     test_days: Training[list[Day] | None] = None
     """Evaluate on these days; []: no evaluation; null: all of test/."""
+    validation_days: Positions[Annotated[int, Field(ge=0)] | list[Day]] = 0
+    """Do not train on this number of the last training days, or on these days: evaluate on them after each epoch, and
+    end with the best one, by GAUC."""
     store: Nothing[Place] = "data/features"
     """Feature store, from crossmedia extract."""
     store_version: Nothing[Version | None] = None
@@ -123,7 +126,7 @@ class TrainConfig(Section):
     log_every: Nothing[Count] = 10
     """Steps between two entries of TensorBoard and of the log."""
     eval_every: Training[Count | None] = None
-    """Steps between two evaluations on the test samples; null: at the end only."""
+    """Steps between two evaluations, on the test samples unless there are validation days; null: at the end only."""
     eval_batch_size: Training[Count] = 8192
     """Samples of one step of an evaluation, over all ranks."""
     early_stopping: Training[Count | None] = None
@@ -213,10 +216,13 @@ class Config(Section):
             )
         if self.run.name is None and (resume in ("latest", "auto") or resume.isdecimal()):
             raise ValueError(f"run.resume={resume} needs the run's name; add run.name=NAME")
-        if self.train.early_stopping and self.train.eval_every is None:
-            raise ValueError("train.early_stopping counts evaluations; set train.eval_every=STEPS too")
-        if self.train.early_stopping and self.data.test_days == []:
-            raise ValueError("train.early_stopping needs test samples to evaluate on; data.test_days=[] names none")
+        if self.train.early_stopping and not self.data.validation_days:
+            if self.train.eval_every is None:
+                raise ValueError(
+                    "train.early_stopping counts evaluations; set data.validation_days=1 or train.eval_every=STEPS too"
+                )
+            if self.data.test_days == []:
+                raise ValueError("train.early_stopping needs samples to evaluate on; data.test_days=[] names none")
         if both := set(self.data.train_days or []) & set(self.data.test_days or []):
             raise ValueError(f"data.train_days and data.test_days share {', '.join(sorted(both))}; a day is for one")
         return self

@@ -236,10 +236,13 @@ class ModelConfig(Section):
     table_shards: Rows[Annotated[int, Field(ge=1, le=1 << 20)]] = 64
     """Shards of every ID table, a power of two; a checkpoint needs the same number, at any number of ranks."""
     tables: Rows[dict[str, TableConfig]] = Field(
-        default={"user": 65_536, "item": 65_536, "image": 65_536, "category": 4_096, "scene": 256}
+        default={
+            name: ExactTableConfig(kind="exact", max_rows=1 << 20)
+            for name in ("user", "item", "image", "category", "scene")
+        }
     )
-    """Each ID table by name: a number of rows into which ids are hashed, rounded up to fill every shard; or a row for
-    each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30} (docs/CHOICES.md)."""
+    """Each ID table by name: a row for each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30};
+    or a number of rows into which ids are hashed, rounded up to fill every shard (docs/CHOICES.md)."""
 
     @field_validator("base", mode="before")
     @classmethod

@@ -13,8 +13,7 @@ from trainer.ids.tables import IdTable
 Figures = dict[str, Any]
 """Of one table, as report.json has them."""
 WARNED_SHARE = 0.25
-"""Of the ids of a table: where more of them share a row, the run warns. More than the 22 % of tables with
-`trainer.schema.fields.ROWS_PER_ID` rows for each id, as we suggest them."""
+"""Of the ids of a table: where more of them share a row, the run warns; with four rows for each id 22 % do."""
 _GOOD_SHARE = 0.01
 _MOST_ROWS = 10**12  # of the configuration
 

@@ -78,12 +78,15 @@ class ProgressLog:
             self._next_line_s = time.monotonic() + _LINE_EVERY_S
             self.say(f"step {step}/{self._total}  {text}")
 
-    def metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Show an evaluation at `step`; a metric that is not defined is printed as such, and not drawn."""
+    def metrics(self, step: int, metrics: Mapping[str, float | int | None], split: str = "test") -> None:
+        """Show an evaluation at `step`, of test or validation samples.
+
+        A metric that is not defined is printed as such, and not drawn.
+        """
         names = ("logloss", "auc", "gauc", "new_ad_auc")
         text = "  ".join(f"{n} {'undefined' if metrics[n] is None else format(metrics[n], '.4f')}" for n in names)
-        self.say(f"step {step}  test: {text}")
-        self.details(step, {f"test/{name}": value for name, value in metrics.items()})
+        self.say(f"step {step}  {split}: {text}")
+        self.details(step, {f"{split}/{name}": value for name, value in metrics.items()})
 
     def details(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Write values for TensorBoard alone; one that is not defined is not drawn."""

@@ -47,8 +47,9 @@ def best_step(history: History) -> int | None:
     for entry in history:
         if entry["gauc"] is None:
             raise TrainerError(
-                f"train.early_stopping goes by GAUC, which the evaluation after step {entry['step']} has not: no user "
-                "of the test samples has both a click and an impression without; give more of them, or set it to null"
+                f"the best epoch goes by GAUC, which the evaluation after step {entry['step']} has not: no user "
+                "of its samples has both a click and an impression without; give more of them, or leave out "
+                "train.early_stopping and data.validation_days"
             )
     best = max(history, key=lambda entry: (entry["gauc"], -entry["step"]), default=None)
     return None if best is None else int(best["step"])
@@ -65,11 +66,11 @@ def has_ended(history: History, patience: int | None) -> bool:
 def has_finished(report: Mapping[str, Any], step: int, total_steps: int, patience: int | None, tested: bool) -> bool:
     """Return whether the run that wrote this report has nothing left to do after `step`, its newest checkpoint.
 
-    With early stopping that is the best step, which may be long before the last. `tested`: there are test samples.
+    Where the best one is chosen, that may be long before the last. `tested`: there are test samples.
     """
     if report["global_step"] != step or (tested and not report["metrics"]):
         return False
-    last = max([step, *(entry["step"] for entry in report["history"])]) if patience is not None else step
+    last = max([step, *(entry["step"] for entry in report["history"])])
     return last >= total_steps or has_ended(report["history"], patience)
 
 
@@ -169,6 +170,8 @@ class Training:
         self._run, self._engine, self._config = run, run.engine, run.config
         self._progress, self._signals = progress, signals
         self._patience = run.config.train.early_stopping
+        self._chooses = self._patience is not None or run.validation_reader is not None
+        self._measured_reader = run.validation_reader or run.test_reader
         self.totals = summary.StepTotals()
         self.metrics: Metrics = {}
         self.tables: dict[str, Figures] = {}
@@ -181,7 +184,7 @@ class Training:
         self._failed_in_a_row = 0
 
     def fit(self) -> None:
-        """Do all remaining steps, the last evaluation and checkpoint; with early stopping, end with the best one.
+        """Do all remaining steps, the last evaluation and checkpoint; where the best one is chosen, end with it.
 
         On a signal: a checkpoint, then StoppedError.
         """
@@ -200,14 +203,20 @@ class Training:
             self._saves.close()
             raise
         self._finish()
+        if self._run.validation_reader is not None:
+            self._measured_reader, self.metrics = self._run.test_reader, {}
+            if self._run.test_reader.num_samples:
+                with self.totals.timed("evaluate"):
+                    self.metrics, _ = self._measured()
+                self._progress.metrics(self._engine.num_steps, self.metrics)
 
     def evaluate(self) -> None:
-        """Measure the parameters unless that was just done; without test samples, do nothing."""
+        """Measure the parameters unless that was just done; without samples to do so, do nothing."""
         run = self._run
         if self._is_evaluated():
             self.metrics = metrics_of(run.history, self._engine.num_steps)
             return
-        if run.test_reader.num_samples == 0:
+        if self._measured_reader.num_samples == 0:
             return
 
         new_ads = self._engine.model.new_ads
@@ -217,12 +226,13 @@ class Training:
             else:
                 self.metrics, _ = self._measured()
         run.history.append({"step": self._engine.num_steps, **self.metrics})
-        self._progress.metrics(self._engine.num_steps, self.metrics)
+        split = "test" if run.validation_reader is None else "validation"
+        self._progress.metrics(self._engine.num_steps, self.metrics, split)
 
     def _measured(self) -> tuple[Metrics, Float]:
-        """Predict and measure the test samples; return the logits of this rank's, too."""
-        run, logits = self._run, [np.empty(0)]
-        with self._prepared(run.test_reader.batches(), run.test_reader.steps_per_epoch, "eval") as coming:
+        """Predict and measure the validation or test samples; return the logits of this rank's, too."""
+        run, reader, logits = self._run, self._measured_reader, [np.empty(0)]
+        with self._prepared(reader.batches(), reader.steps_per_epoch, "eval") as coming:
 
             def predicted() -> Iterator[tuple[Batch, Float]]:
                 for each in coming:
@@ -290,7 +300,7 @@ class Training:
     def _between_steps(self) -> None:
         if self._engine.num_steps == total_steps(self._run):
             return
-        if self._is_due(self._config.train.eval_every):
+        if self._is_evaluation_due():
             self.evaluate()
             if self._best() == self._engine.num_steps:
                 self._save()
@@ -339,7 +349,7 @@ class Training:
     def _was_stopped_in_evaluation(self) -> bool:
         """Return whether this step's evaluation was due when a signal stopped the run that is resumed."""
         evaluated = [entry["step"] for entry in self._run.history[-1:]]
-        due = self._engine.num_steps > 0 and self._is_due(self._config.train.eval_every)
+        due = self._engine.num_steps > 0 and self._is_evaluation_due()
         return due and evaluated != [self._engine.num_steps]
 
     def _is_over(self) -> bool:
@@ -347,16 +357,16 @@ class Training:
         return at_end or (self._is_evaluated() and has_ended(self._run.history, self._patience))
 
     def _is_evaluated(self) -> bool:
-        """Return whether early stopping has just evaluated these parameters."""
+        """Return whether these parameters were just evaluated, where the best ones are chosen."""
         history = self._run.history
-        return self._patience is not None and bool(history) and history[-1]["step"] == self._engine.num_steps
+        return self._chooses and bool(history) and history[-1]["step"] == self._engine.num_steps
 
     def _best(self) -> int | None:
-        """Return the step whose parameters early stopping ends with."""
-        return None if self._patience is None else best_step(self._run.history)
+        """Return the step whose parameters the run ends with, where the best ones are chosen."""
+        return best_step(self._run.history) if self._chooses else None
 
     def _finish(self) -> None:
-        """Save a checkpoint; or, where early stopping saw better parameters before, let theirs become the last."""
+        """Save a checkpoint; or, where an evaluation saw better parameters before, let theirs become the last."""
         run, best = self._run, self._best()
         with self.totals.timed("checkpoint"):
             self._note_outcome(self._saves.wait())
@@ -380,6 +390,10 @@ class Training:
             if name not in self._warned and (warning := warning_of(name, figures)):
                 self._warned.add(name)
                 self._progress.say(f"warning: {warning}")
+
+    def _is_evaluation_due(self) -> bool:
+        at_end_of_epoch = self._run.validation_reader is not None and self._run.position.step == 0
+        return at_end_of_epoch or self._is_due(self._config.train.eval_every)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._engine.num_steps % every == 0

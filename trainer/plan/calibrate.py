@@ -289,7 +289,14 @@ def config_of_runs(sampled: SampledKeys, folder: Path) -> Config:
     places = {"samples": str(folder / "samples"), "store": str(folder / "features"), "cache_dir": str(folder / "cache")}
     never = {"eval_every": None, "early_stopping": None, "checkpoint_every": None, "checkpoint_every_s": None}
     changes: dict[str, dict[str, Any]] = {
-        "data": {**places, "store_version": None, "missing": "zeros", "train_days": None, "test_days": []},
+        "data": {
+            **places,
+            "store_version": None,
+            "missing": "zeros",
+            "train_days": None,
+            "test_days": [],
+            "validation_days": 0,
+        },
         "model": {"tables": {name: _as_small(each) for name, each in model.tables.items()}},
         "train": {"epochs": _STEPS, "max_steps": _STEPS, **never},
         "run": {"resume": None, "warm_start": None, "overwrite": False},

@@ -25,7 +25,7 @@ from trainer.config.config import Config, save_config, settings_that_decide
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine, with_compute_dtype
 from trainer.engine.wiring import check_tables
-from trainer.errors import CheckpointError, DataNotFoundError
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
 from trainer.runs import checkpoint, warmstart
 from trainer.runs.checkpoint import Origin, PassedOver, Resumed, cache_folder, continued
 from trainer.runs.folder import Checkpoint, check_folder, finished, in_the_way, naming_run_dir
@@ -42,7 +42,7 @@ from trainer.runs.stores import (
 )
 from trainer.runs.warmstart import WarmStart
 from trainer.samples import dictionary
-from trainer.samples.columns import Index, newest_day, rules_of, sample_files
+from trainer.samples.columns import Index, files_by_day, newest_day, rules_of, sample_files
 from trainer.samples.index import SampleIndex, known_ads, open_index
 from trainer.samples.order import streams_of
 from trainer.samples.reader import Batch, BatchPosition, SampleReader, Span
@@ -93,6 +93,8 @@ class Run(OpenRun):
     device: torch.device
     train_reader: SampleReader
     test_reader: SampleReader
+    validation_reader: SampleReader | None
+    """Of the days on which the best epoch is chosen."""
     known_ads: Index
     origin: Origin
     position: BatchPosition
@@ -170,6 +172,7 @@ def _open_run(
     device = share_machine(config, comm)
     dtype = recorded.model.get("compute_dtype") if recorded else None
     config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})
+    config = comm.on_rank_0(lambda: with_validation(config, samples))
     train = open_index(comm, samples, "train", schema, config.data.train_days)
     test = open_index(comm, samples, "test", schema, config.data.test_days)
     partitions, statistics = open_stores(
@@ -203,6 +206,7 @@ def _open_run(
         stores=records(places, partitions),
         train_reader=reader,
         test_reader=test_reader(config, comm, test, schema),
+        validation_reader=_validation_reader(config, comm, samples, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,
         position=_begin(engine, reader, resumed),
@@ -212,6 +216,34 @@ def _open_run(
         warm_start=warm,
         lacked=lacking_images(config, comm, schema, places, partitions, [train, test]),
     )
+
+
+def with_validation(config: Config, samples: Storage) -> Config:
+    """Name the days that are trained on, and those that choose the best epoch, where there are any.
+
+    Raises ConfigError where no day would be left to train on.
+    """
+    held: int | list[str] = config.data.validation_days
+    if not held:
+        return config.changed(data={"validation_days": 0})
+    days = config.data.train_days or [
+        day for day, files in files_by_day(samples).items() if any(file.startswith("train/") for file in files)
+    ]
+    held = sorted(days)[-held:] if isinstance(held, int) else held
+    kept = sorted(set(days) - set(held))
+    if not kept:
+        raise ConfigError(
+            f"data.validation_days={config.data.validation_days} leaves none of the {len(days)} training days of "
+            f"{samples.url} to train on; give fewer, or 0"
+        )
+    return config.changed(data={"train_days": kept, "validation_days": held})
+
+
+def _validation_reader(config: Config, comm: Comm, samples: Storage, schema: Schema) -> SampleReader | None:
+    days = config.data.validation_days
+    if not isinstance(days, list):
+        return None
+    return test_reader(config, comm, open_index(comm, samples, "train", schema, days), schema)
 
 
 def _begin(engine: Engine, reader: SampleReader, resumed: Resumed | None) -> BatchPosition:

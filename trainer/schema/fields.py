@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_validator
 
+from featurestore.keys import UInt64Array, splitmix64
 from trainer.config.options import near_match, validated
 from trainer.errors import SchemaError
 from trainer.files import read_mapping
@@ -281,14 +286,69 @@ SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 IMAGES_FILE = "images.parquet"
 """Next to samples: key and uri of each image that the logs name, in 256 row groups by the top bits of the key."""
 
-SMALLEST_TABLE = 256
-ROWS_PER_ID = 4  # at least: IDs are hashed to rows, and of n IDs in 4 n rows 22 % share theirs with another
+SMALLEST_TABLE, LARGEST_TABLE = 4_096, 1 << 24
+"""Of `table_rows`: in 4,096 rows no shard of 64 is full while the others are empty; 16.8 million rows of 12 numbers,
+with Adam's state and the map from id to row, take 3 GB."""
+ROWS_PER_ID = 2
+"""At least: as many ids again may come on later days before those that were unused for longest make room."""
 _ENDLESS = 1 << 30  # a field stays on its line
 
 
 def table_rows(num_distinct: int) -> int:
-    """Choose the rows of an ID table for `num_distinct` IDs: a power of two, at least `ROWS_PER_ID` for each."""
-    return max(SMALLEST_TABLE, 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length())
+    """Choose the most rows of an exact ID table for `num_distinct` ids: a power of two, `ROWS_PER_ID` for each or more.
+
+    Rows take memory as they come, so many of them cost nothing; `LARGEST_TABLE` is a bound for very many ids.
+    """
+    rows = 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length()
+    return min(max(SMALLEST_TABLE, rows), LARGEST_TABLE)
+
+
+_KEPT = 4096
+
+
+@dataclass(frozen=True)
+class DistinctCount:
+    """The smallest 4,096 hashes of all values: exact up to that number, then with an error of about 1.6 %.
+
+    Source: Bar-Yossef et al., "Counting distinct elements in a data stream", 2002: the k-th smallest of n hashes that
+    are spread evenly over [0, 1) is about k / n. The standard error is 1 / sqrt(k - 2).
+    """
+
+    hashes_K: UInt64Array = dataclass_field(default_factory=lambda: np.empty(0, np.uint64))  # ascending
+
+    def with_values(self, values_N: npt.ArrayLike) -> "DistinctCount":
+        """Add these int64 values."""
+        return self._kept(splitmix64(values_N) if np.size(values_N) else np.empty(0, np.uint64))
+
+    def merged(self, other: "DistinctCount") -> "DistinctCount":
+        """Merge what both saw."""
+        return self._kept(other.hashes_K)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `estimate` is exact."""
+        return len(self.hashes_K) < _KEPT
+
+    @property
+    def estimate(self) -> int:
+        """The estimated number of different values seen."""
+        if self.is_exact:
+            return len(self.hashes_K)
+        return round((_KEPT - 1) * 2.0**64 / (float(self.hashes_K[-1]) + 1))
+
+    def _kept(self, more_N: UInt64Array) -> "DistinctCount":
+        if not self.is_exact:
+            more_N = more_N[more_N < self.hashes_K[-1]]  # the others are not among the smallest
+        if len(self.hashes_K):  # most of a stream was seen before
+            place_N = np.searchsorted(self.hashes_K, more_N).clip(max=len(self.hashes_K) - 1)
+            more_N = more_N[self.hashes_K[place_N] != more_N]
+        if not len(more_N):
+            return self
+        every_N = np.concatenate([self.hashes_K, more_N])
+        every_N.sort(kind="stable")  # quicker than others, as most are in order
+        is_first_N = np.ones(len(every_N), np.bool_)
+        np.not_equal(every_N[1:], every_N[:-1], out=is_first_N[1:])
+        return DistinctCount(every_N[is_first_N][:_KEPT])
 
 
 def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[str, str] | None = None) -> str:
@@ -307,17 +367,25 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
 
 
 def settings_text(samples: str, schema_file: str, tables: Mapping[str, int], store: str | None = None) -> str:
-    """Write settings for `crossmedia train --config`: where samples and schema are, and rows of each ID table."""
+    """Write settings for `crossmedia train --config`: where samples and schema are, and the ID tables.
+
+    `tables`: by name the most rows of each. They are exact: in hashed ones ids that share a row cost GAUC.
+    """
     data = {"samples": samples, "schema_file": schema_file} | ({"store": store} if store else {})
     lines = ["# Over the default preset: crossmedia train --config THIS_FILE", "", "data:"]
     lines += [f"  {yaml_line(name, value)}" for name, value in data.items()]
     lines += [
         "",
         "model:",
-        "  tables:  # rows; IDs are hashed into them",
-        *(f"    {yaml_line(name, rows)}" for name, rows in tables.items()),
+        "  tables:  # a row for each id, as it comes; max_rows: twice the ids of these samples or more",
+        *(f"    {line}" for line in table_lines(tables)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def table_lines(tables: Mapping[str, int]) -> list[str]:
+    """Write a line of YAML for each exact table by its most rows, for model.tables."""
+    return [_flow({name: {"kind": "exact", "max_rows": rows}})[1:-1] for name, rows in tables.items()]
 
 
 def yaml_line(name: str, value: Any) -> str:

@@ -1,9 +1,10 @@
 """A look at data: profiles of its columns, and a schema or a mapping suggested from them."""
 
 import dataclasses
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -17,7 +18,17 @@ from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
 from featurestore.text import STYLE_BYTES, CsvTextError, find_style, long_rows
 from trainer.errors import DataError, DataNotFoundError, SchemaError
-from trainer.schema.fields import LOG2, Field, Schema, Side, schema_text, table_rows, yaml_line
+from trainer.schema.fields import (
+    LOG2,
+    DistinctCount,
+    Field,
+    Schema,
+    Side,
+    schema_text,
+    table_lines,
+    table_rows,
+    yaml_line,
+)
 
 CSV_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (".parquet", *CSV_SUFFIXES)
@@ -40,6 +51,8 @@ class Column:
     """Values that are null or NaN, those in lists too."""
     different: Any = None
     """The different values, in the order in which they came; None of dates and other types that no field reads."""
+    counted: DistinctCount | None = None
+    """The different values of all rows, where they were counted although not all rows were read."""
     shortest: int | None = None
     """Of the innermost lists."""
     longest: int = 0
@@ -347,7 +360,7 @@ def _columns(log: Log) -> list[str]:
     lines = []
     for name in OF_LOG[log.name]:
         if name in log.ours:
-            lines.append(f"    {yaml_line(name, log.ours[name])}  # {_note(log.table.columns[log.ours[name]], name)}")
+            lines.append(f"    {yaml_line(name, log.ours[name])}  # {column_note(log.table.columns[log.ours[name]])}")
         elif name in REQUIRED:
             lines.append(f"    # {name}: which column? it is needed")
         else:
@@ -365,13 +378,8 @@ def _extras(log: Log, side: str) -> list[str]:
     lines = [f"  {side}:"] if usable else []
     for column in usable:
         kind = "dense" if column.content == "real" else "id"
-        lines.append(f"    {yaml_line(column.name, kind)}  # {_note(column, kind)}")
+        lines.append(f"    {yaml_line(column.name, kind)}  # {column_note(column)}")
     return lines + [f"  # not used: {column.name} ({column.type})" for column in further if column not in usable]
-
-
-def _note(column: Column, kind: str) -> str:
-    is_id = kind not in ("timestamp", "label", "dwell_s", "dense")
-    return column_note(column) + (f", table of {table_rows(column.num_different):,} rows" if is_id else "")
 
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
@@ -380,6 +388,8 @@ CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($
 WEIGHT_SUFFIX = "_weight"
 LONG_TAIL = 100
 AGES = "behavior_age"
+SAME_COUNT = 0.05
+"""Two numbers of different values that differ by less are taken as one; estimates of them are off by 1.6 %."""
 USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 
 
@@ -390,19 +400,44 @@ class Suggestion:
     table: TableProfile
     fields: list[Field] = dataclasses.field(default_factory=list)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
-    ids_of_table: dict[str, int] = dataclasses.field(default_factory=dict)
+    columns_of_table: dict[str, list[Column]] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def tables(self) -> dict[str, int]:
-        """Rows of each ID table."""
-        return {name: table_rows(count) for name, count in self.ids_of_table.items()}
+        """The most rows of each ID table."""
+        return {name: table_rows(num_ids(columns)) for name, columns in self.columns_of_table.items()}
+
+    def leave_out_ids_of_images(self, ad: str) -> None:
+        """Leave out the ids of images where there are as many images as ads: they would repeat the ad's own id."""
+        table_of = {field.name: field.table_name for field in self.fields if field.is_id}
+        num_ads = num_ids(self.columns_of_table[table_of[ad]])
+        images = {field.name for field in self.fields if field.kind == "content"}
+        for field in self.fields[:]:
+            if not field.is_id or field.column_name not in images:
+                continue
+            if abs(num_ids(self.columns_of_table[field.table_name]) - num_ads) <= SAME_COUNT * num_ads:
+                self.fields.remove(field)
+                self.left_out[field.name] = f"about as many images as of {ad}, which says the same"
+        kept = {field.table_name for field in self.fields if field.is_id}
+        self.columns_of_table = {name: columns for name, columns in self.columns_of_table.items() if name in kept}
 
     def add(self, column: Column, /, **values: Any) -> None:
         """Add a field that reads this column, called as the column unless `values` has a name."""
         field = Field.model_validate({"name": column.name} | values)
         self.fields.append(field)
         self.notes[field.name] = column_note(column)
+
+
+def num_ids(columns: Sequence[Column]) -> int:
+    """Count the different ids of the columns that share a table."""
+    counts = [each.counted for each in columns if each.counted is not None]
+    if len(counts) == len(columns):
+        return functools.reduce(DistinctCount.merged, counts).estimate
+    read = [each.different for each in columns if each.different is not None]
+    is_mixed = len({each.type for each in read}) > 1
+    alike = [each.cast(pa.large_string()) if is_mixed else each for each in read]
+    return len(pc.unique(pa.concat_arrays(alike))) if alike else 0
 
 
 def sample_files(storage: Storage) -> list[str]:
@@ -412,9 +447,16 @@ def sample_files(storage: Storage) -> list[str]:
     return split or files
 
 
-def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) -> tuple[Schema, Suggestion]:
-    """Suggest a schema that fits sample files from at most `most_rows` groups. Raises SchemaError, DataError."""
+def inspect_samples(
+    storage: Storage, label: str, group: str, most_rows: int, counted: Mapping[str, DistinctCount] | None = None
+) -> tuple[Schema, Suggestion]:
+    """Suggest a schema that fits sample files from at most `most_rows` groups.
+
+    `counted`: by column, the different values of all groups. Raises SchemaError, DataError.
+    """
     table = look(storage, sample_files(storage), label, most_rows)
+    for name, count in (counted or {}).items():
+        table.columns[name].counted = count
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
         (label, 1, "a list of 0 and 1 in each group", ("integer",)),
         (group, 0, "one whole number or text a group", ("integer", "text")),
@@ -431,6 +473,7 @@ def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) ->
     if not ad_ids:
         raise SchemaError(f"{storage.url}: no column has one id for each impression, by which new ads are known")
     new_ad = next((name for name in ("ad_item", "ad", "ad_id") if name in ad_ids), ad_ids[0])
+    suggestion.leave_out_ids_of_images(new_ad)
     return Schema(fields=tuple(suggestion.fields), label=label, group=group, new_ad_field=new_ad), suggestion
 
 
@@ -459,8 +502,8 @@ def render_schema(schema: Schema, made: Suggestion, where: str) -> str:
         f"First schema of {where}: look through it, then continue with crossmedia schema check.",
         f"Suggested from {'all' if made.table.complete else 'the first'} {made.table.rows:,} sample groups.",
         "side: user (once a group) | ad (one entry an impression). kind: id | multi_id | dense | content (image keys).",
-        "Rows of the ID tables, for model.tables of the settings:",
-        *(f"  {name}: {rows}" for name, rows in made.tables.items()),
+        "ID tables, for model.tables of the settings:",
+        *(f"  {line}" for line in table_lines(made.tables)),
     ]
     if made.left_out:
         header += ["Left out:", *(f"  {name}: {reason}" for name, reason in made.left_out.items())]
@@ -524,7 +567,7 @@ def _add_ids(made: Suggestion, column: Column, side: Side) -> None:
     elif side == "ad" and CONTEXT_NAME.search(name):
         values["context"] = True
     made.add(column, **values)
-    made.ids_of_table[values["table"]] = max(made.ids_of_table.get(values["table"], 0), column.num_different)
+    made.columns_of_table.setdefault(values["table"], []).append(column)
 
 
 def _transform(column: Column) -> str | None:

@@ -145,6 +145,16 @@ class TestRealLogs:
         with pytest.raises(DataError, match="has 1 days"):
             logs.cut_days(_days(place, DAYS[:1]))
 
+    def test_training_has_the_newest_days_with_so_many_impressions(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ten days of ten impressions each: the last is left out, the one before it is for validation."""
+        days = [f"2026-01-{day:02}" for day in range(1, 11)]
+        monkeypatch.setattr(logs, "files_by_day", lambda _: {day: [day] for day in days})
+        monkeypatch.setattr(logs, "_impressions", lambda _: 10)
+        assert logs.cut_days(place / "samples") == (days[:8], days[8:9], days[9:])
+        assert [logs.cut_days(place / "samples", rows)[0] for rows in (3, 25, 1000)] == [days[7:8], days[6:8], days[:8]]
+
     def test_the_best_epoch_is_that_of_the_validation_days(self) -> None:
         curve = [{"gauc": gauc, "left_out_gauc": other} for gauc, other in ((0.6, 0.7), (0.8, 0.5), (0.7, 0.9))]
         assert compare.of_goal(curve, "best", logs.METRIC) == 0.5

@@ -17,13 +17,11 @@ from trainer.config.config import (
     save_config,
     settings_that_decide,
 )
-from trainer.config.options import (
-    LONGEST_NAME,
-    near_match,
-)
+from trainer.config.options import LONGEST_NAME, ExactTableConfig, near_match
 from trainer.errors import ConfigError
 
 PRESET = Path(__file__).parents[3] / "trainer/presets/dicm.yaml"
+ITEMS = ExactTableConfig(kind="exact", max_rows=1 << 20)
 
 
 def test_the_preset_is_the_default_configuration() -> None:
@@ -40,21 +38,21 @@ def test_set_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
     file.write_text("train: {epochs: 5, seed: 7}\nmodel: {mlp: [10]}\n")
     config = load_config(file, ["train.epochs=3", "optim.lr=1e-2", "model.tables.user=99"])
     assert (config.train.epochs, config.train.seed, config.model.mlp) == (3, 7, [10])
-    assert (config.optim.lr, config.model.tables["user"], config.model.tables["item"]) == (0.01, 99, 65_536)
+    assert (config.optim.lr, config.model.tables["user"], config.model.tables["item"]) == (0.01, 99, ITEMS)
     assert config.data == load_config().data
 
 
 @pytest.mark.parametrize(
     ("settings", "added"),
     [
-        (["model.tables={a: 1}", "model.tables.a=2"], {"item": 65_536, "a": 2}),
-        (["model.tables.a=2", "model.tables={a: 1}"], {"item": 65_536, "a": 1}),
-        (["model.tables.a=1", "model.tables.a=2"], {"item": 65_536, "a": 2}),
+        (["model.tables={a: 1}", "model.tables.a=2"], {"item": ITEMS, "a": 2}),
+        (["model.tables.a=2", "model.tables={a: 1}"], {"item": ITEMS, "a": 1}),
+        (["model.tables.a=1", "model.tables.a=2"], {"item": ITEMS, "a": 2}),
         (["model.tables={a: 1}", "model.tables=null", "model.tables={b: 2}"], {"b": 2}),
-        (["model.tables.a=1", "optim.lr=0.5", "model.tables.b=2"], {"item": 65_536, "a": 1, "b": 2}),
+        (["model.tables.a=1", "optim.lr=0.5", "model.tables.b=2"], {"item": ITEMS, "a": 1, "b": 2}),
     ],
 )
-def test_the_last_setting_wins(settings: list[str], added: dict[str, int]) -> None:
+def test_the_last_setting_wins(settings: list[str], added: dict[str, object]) -> None:
     tables = load_config(settings=settings).model.tables
     assert {name: tables.get(name) for name in ("item", "a", "b")} == {"item": None, "a": None, "b": None} | added
     assert load_config() == Config()
@@ -91,7 +89,7 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
-        ("model.tables.item={kind: exact}", "model.tables.item.max_rows is missing"),
+        ("model.tables.own={kind: exact}", "model.tables.own.max_rows is missing"),
         (
             "model.tables.item={kind: exact, max_rows: 9, expire: 3}",
             "tables.item.expire is unknown; did you mean",
@@ -101,8 +99,8 @@ def test_a_name_of_any_length_is_not_compared_with_all_others() -> None:
             "item.admit_after=256: it should be",
         ),
         ("model.tables.item={kind: exact, max_rows: 2147483648}", "max_rows=2147483648: it should be less than"),
-        ("model.tables.item={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
-        ("model.tables.item={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
+        ("model.tables.own={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
+        ("model.tables.own={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
         ("model.pooling_length=0", "model.pooling_length=0: it should be greater than or equal to 1"),
         ("data.global_batch_size=-4", "data.global_batch_size=-4"),
@@ -201,17 +199,18 @@ def _record(*settings: str) -> dict[str, Any]:
 
 
 def test_a_difference_has_both_values_and_what_it_decides() -> None:
-    changed = ("data.shuffle=false", "model.tables.item=9", "optim.lr=0.5", "run.name=x", "model.mlp=[8]")
+    changed = ("data.shuffle=false", "model.tables.item.max_rows=9", "optim.lr=0.5", "run.name=x", "model.mlp=[8]")
     found = {each.name: each for each in differences(_record(*changed), _record())}
     assert {name: each.decides for name, each in found.items()} == {
         "data.shuffle": "positions",
-        "model.tables.item": "rows",
+        "model.tables.item.max_rows": "rows",
         "model.mlp": "parameters",
         "optim.lr": "training",
         "run.name": "nothing",
     }
-    assert found["model.tables.item"].text("there") == "model.tables.item is 9 here, 65536 there"
-    assert found["model.tables.item"].setting == "model.tables"
+    text = found["model.tables.item.max_rows"].text("there")
+    assert text == "model.tables.item.max_rows is 9 here, 1048576 there"
+    assert found["model.tables.item.max_rows"].setting == "model.tables"
     assert differences(_record(), _record()) == []
 
 

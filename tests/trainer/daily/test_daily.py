@@ -236,6 +236,7 @@ def test_mistakes(days: Places) -> None:
     refused(ConfigError, r"data\.test_days=\['2026-01-02'\]: trainer\.daily chooses it", data__test_days=f"[{DAYS[1]}]")
     refused(ConfigError, r"run\.resume=latest: trainer\.daily chooses it", run__resume="latest")
     refused(ConfigError, "run.warm_parts=.*: trainer.daily chooses it", run__warm_parts="full")
+    refused(ConfigError, "data.validation_days=1: trainer.daily chooses", data__validation_days=1)
     refused(ConfigError, "early_stopping=2: a day is trained before", train__early_stopping=2, train__eval_every=5)
     refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
     assert not (days.folder / "runs" / "m").exists() or not list((days.folder / "runs" / "m").glob("2026*"))

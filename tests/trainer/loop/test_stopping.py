@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from featurestore.storage.storage import Storage
 from tests.trainer.checkpoints import steps_of
 from tests.trainer.whole_runs import assert_same, report_of, run_alone
+from trainer.config.config import load_config
 from trainer.engine.engine import Engine
-from trainer.errors import TrainerError
+from trainer.errors import ConfigError, TrainerError
+from trainer.evaluation import predict
 from trainer.loop import training as train_module
 from trainer.loop.training import StoppedError, best_step, has_ended, has_finished, metrics_of
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
+from trainer.runs.open import with_validation
 
 Places = Any
 GAUC = {2: 0.5, 4: 0.6, 6: 0.7, 8: 0.65, 10: 0.7, 12: 0.6, 14: 0.9}
@@ -186,3 +191,96 @@ def test_what_is_left_to_do_of_a_run_with_a_report(changes: dict[str, Any], fini
     values = {"step": 4, "total_steps": 4, "patience": None, "tested": True, "metrics": {"gauc": 0.6}} | changes
     report = {"global_step": 4, "history": history, "metrics": values.pop("metrics")}
     assert has_finished(report, **values) is finished
+
+
+@contextlib.contextmanager
+def _scored(*gaucs: float) -> Iterator[list[int]]:
+    """Let the first evaluations find these GAUCs, within the block; gives the impressions that each one measured."""
+    script, measured = iter(gaucs), list[int]()
+
+    def scored(*given: Any) -> Any:
+        metrics = predict.evaluate(*given)
+        measured.append(int(metrics["impressions"] or 0))
+        return metrics | {"gauc": next(script, metrics["gauc"])}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.loop.training.evaluate", scored)
+        yield measured
+
+
+VALIDATED = {"data__validation_days": 1, "train__epochs": 3, "train__checkpoint_every": 2}
+KEPT = ["2026-01-01", "2026-01-02"]
+
+
+@pytest.fixture(scope="module")
+def validated(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose second epoch is the best one on the last training day."""
+    with _scored(0.5, 0.7, 0.6):
+        return run_alone(places, run__name="validated", run__dir=tmp_path_factory.mktemp("validated"), **VALIDATED)
+
+
+def test_a_run_ends_with_the_best_epoch_on_days_that_it_is_not_trained_on(
+    places: Places, validated: Path, tmp_path: Path
+) -> None:
+    plain = run_alone(places, run__name="two", run__dir=tmp_path, data__train_days=f"[{','.join(KEPT)}]")
+    assert_same(validated, plain, metrics=True)
+    report, steps = report_of(validated), report_of(plain)["global_step"]
+    assert (report["global_step"], [entry["step"] for entry in report["history"]]) == (
+        steps,
+        [steps // 2, steps, 3 * steps // 2],
+    )
+    labels = pq.read_table(places.folder / "samples/train/day=2026-01-03.parquet")["label"].to_pylist()
+    held = sum(len(row or ()) for row in labels)
+    assert [entry["impressions"] for entry in report["history"]] == [held] * 3
+    config = load_config(validated / "config.yaml")
+    assert (config.data.train_days, config.data.validation_days) == (KEPT, ["2026-01-03"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("at", ["first epoch", "last epoch"])
+def test_an_interrupted_run_chooses_the_same_epoch(
+    places: Places, validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    step, steps = Engine.train_step, report_of(validated)["history"][0]["step"]
+    last = steps - 1 if at == "first epoch" else 3 * steps - 1
+
+    def killed(engine: Engine, prepared: Any) -> Any:
+        if engine.num_steps == last:
+            raise KeyboardInterrupt
+        return step(engine, prepared)
+
+    changes = {"run__name": "halves", "run__dir": tmp_path, **VALIDATED}
+    with _scored(0.5, 0.7, 0.6) as measured:
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, "train_step", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_alone(places, **changes)
+        halves = run_alone(places, run__resume="latest", **changes)
+        assert_same(halves, validated, metrics=True)
+        assert report_of(halves)["history"] == report_of(validated)["history"]
+        measured.clear()
+        run_alone(places, run__resume="auto", **changes)
+        assert measured == []  # it is finished
+
+
+def test_days_are_named_once(places: Places) -> None:
+    samples = Storage(str(places.folder / "samples"))
+
+    def of(*settings: str) -> tuple[Any, Any]:
+        data = with_validation(load_config(settings=list(settings)), samples).data
+        return data.train_days, data.validation_days
+
+    assert of() == (None, 0) and of("data.validation_days=[]") == (None, 0)
+    assert of("data.validation_days=1") == (KEPT, ["2026-01-03"])
+    assert of("data.validation_days=1", f"data.train_days=[{','.join(KEPT)}]") == (KEPT[:1], KEPT[1:])
+    assert of("data.validation_days=[2026-01-03]", f"data.train_days=[{','.join(KEPT)}]") == (KEPT, ["2026-01-03"])
+    with pytest.raises(ConfigError, match="validation_days=3 leaves none of the 3 training days of"):
+        of("data.validation_days=3")
+
+
+def test_settings_that_do_not_fit() -> None:
+    assert load_config(settings=["train.early_stopping=2", "data.validation_days=1"]).train.early_stopping == 2
+    with pytest.raises(ConfigError, match=r"early_stopping counts evaluations; set data\.validation_days"):
+        load_config(settings=["train.early_stopping=2"])
+    with pytest.raises(ConfigError, match="needs samples to evaluate"):
+        load_config(settings=["train.early_stopping=2", "train.eval_every=5", "data.test_days=[]"])
