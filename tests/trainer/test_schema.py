@@ -1,8 +1,6 @@
 """Schema files and their mistakes, what crossmedia schema suggests and finds, and its counts of values."""
 
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +11,7 @@ from typer.testing import CliRunner
 from trainer.errors import SchemaError
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import schema_text, settings_text, table_rows
+from trainer.schema.fields import schema_text, settings_text
 from trainer.schema.suggest import match_columns
 
 OWN = """
@@ -23,23 +21,6 @@ fields:
   - {name: ad, side: ad, kind: id, column: ad_number}
   - {name: picture, side: ad, kind: content, store: covers}
 """
-
-
-def test_packaged_schema_has_both_images_and_their_ids() -> None:
-    schema = load_schema()
-    columns = {field.name: (field.side, field.kind, field.column_name) for field in schema.fields}
-    assert columns["behavior_image"] == ("user", "content", "behavior_image")
-    assert columns["ad_image"] == ("ad", "content", "ad_image")
-    assert columns["behavior_image_id"] == ("user", "multi_id", "behavior_image")
-    assert columns["ad_image_id"] == ("ad", "id", "ad_image")
-
-
-def test_own_schema(tmp_path: Path) -> None:
-    path = tmp_path / "schema.yaml"
-    path.write_text(OWN)
-    schema = load_schema(path)
-    assert [(field.column_name, field.store_name) for field in schema.of_kind("content")] == [("picture", "covers")]
-    assert (schema.label, schema.group, schema.new_ad_field) == ("label", "user", "ad")
 
 
 @pytest.mark.parametrize(
@@ -246,11 +227,6 @@ def test_columns_are_known_by_their_usual_names():
     assert match_columns(["item", "item_id"], "impressions") == {"item": "item"}
 
 
-@pytest.mark.parametrize(("num_distinct", "rows"), [(0, 256), (64, 256), (65, 512), (1_000, 4_096), (1_024, 4_096)])
-def test_tables_have_four_rows_for_each_id(num_distinct, rows):
-    assert table_rows(num_distinct) == rows
-
-
 def test_a_written_schema_reads_as_it_was(tmp_path):
     schema = load_schema()
     (tmp_path / "a.yaml").write_text(schema_text(schema, ["a: #b"], {"ad_item": "c: d"}))
@@ -259,14 +235,3 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
         "# Over the default preset: crossmedia train --config THIS_FILE\n\ndata:\n"
         "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # rows; IDs are hashed into them\n    a: 1\n"
     )
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_it_runs_as_a_module(places, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["", "check", str(DEFAULT_SCHEMA), str(places.folder / "samples")])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("trainer.schema", run_name="__main__", alter_sys=True)
-    out, err = capsys.readouterr()
-    assert not end.value.code and err == ""
-    assert "test   " in out
