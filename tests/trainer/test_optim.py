@@ -61,10 +61,6 @@ def test_both_rates_warm_up_evenly() -> None:
     assert [rates_at(config, s).ids_lr for s in range(5)] == pytest.approx([0.4 * share for share in shares])
 
 
-def test_ids_have_the_rate_of_all_where_they_have_none() -> None:
-    assert rates_at(OptimConfig(lr=0.1, ids_lr=None), 0).ids_lr == 0.1
-
-
 def test_gradients_and_loss_are_summed_part_by_part() -> None:
     comm = DoublingComm()
     optimizer = DenseOptimizer(comm, parameters(), OptimConfig())
@@ -90,13 +86,6 @@ def test_a_part_without_gradients_is_reduced_too() -> None:
     assert sorted(name for name, _ in comm.calls) == ["step.dense.model", "step.dense.stores"]
     assert optimizer.outcome() == (8.0, 6), "of both ranks"
     assert (optimizer.parameters["model.a"].grad == 0).all()
-
-
-def test_gradients_do_not_pile_up() -> None:
-    optimizer = DenseOptimizer(SoloComm(), parameters(), OptimConfig())
-    step(optimizer)
-    step(optimizer)  # Adam's first step took the parameters from 1 to 0.9
-    assert all(torch.allclose(p.grad, torch.tensor(1.8)) for p in optimizer.parameters.values())
 
 
 def test_moves_as_adam_does() -> None:

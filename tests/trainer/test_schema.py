@@ -1,8 +1,6 @@
 """Schema files and their mistakes, what crossmedia schema suggests and finds, and its counts of values."""
 
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +11,7 @@ from typer.testing import CliRunner
 from trainer.errors import SchemaError
 from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
 from trainer.schema.__main__ import app
-from trainer.schema.fields import schema_text, settings_text, table_rows
+from trainer.schema.fields import schema_text, settings_text
 from trainer.schema.suggest import match_columns
 
 OWN = """
@@ -23,23 +21,6 @@ fields:
   - {name: ad, side: ad, kind: id, column: ad_number}
   - {name: picture, side: ad, kind: content, store: covers}
 """
-
-
-def test_packaged_schema_has_both_images_and_their_ids() -> None:
-    schema = load_schema()
-    columns = {field.name: (field.side, field.kind, field.column_name) for field in schema.fields}
-    assert columns["behavior_image"] == ("user", "content", "behavior_image")
-    assert columns["ad_image"] == ("ad", "content", "ad_image")
-    assert columns["behavior_image_id"] == ("user", "multi_id", "behavior_image")
-    assert columns["ad_image_id"] == ("ad", "id", "ad_image")
-
-
-def test_own_schema(tmp_path: Path) -> None:
-    path = tmp_path / "schema.yaml"
-    path.write_text(OWN)
-    schema = load_schema(path)
-    assert [(field.column_name, field.store_name) for field in schema.of_kind("content")] == [("picture", "covers")]
-    assert (schema.label, schema.group, schema.new_ad_field) == ("label", "user", "ad")
 
 
 @pytest.mark.parametrize(
@@ -289,14 +270,3 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
         "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # a row for each id, as it comes; "
         "max_rows: twice the ids of these samples or more\n    a: {kind: exact, max_rows: 1}\n"
     )
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_it_runs_as_a_module(places, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["", "check", str(DEFAULT_SCHEMA), str(places.folder / "samples")])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("trainer.schema", run_name="__main__", alter_sys=True)
-    out, err = capsys.readouterr()
-    assert not end.value.code and err == ""
-    assert "test   " in out

@@ -64,15 +64,15 @@ class Column:
         """The number of different values."""
         return 0 if self.different is None else len(self.different)
 
+    def examples(self, most: int) -> list[Any]:
+        """Return the first different values."""
+        found: list[Any] = self.different.slice(0, most).to_pylist() if self.num_different else []
+        return found
+
     @property
     def is_binary(self) -> bool:
         """Whether all values are 0 or 1, as numbers or as text."""
-        return self.num_different <= 2 and {str(each) for each in self.different.to_pylist()} <= {
-            "0",
-            "1",
-            "0.0",
-            "1.0",
-        }
+        return {str(each) for each in self.examples(3)} <= {"0", "1", "0.0", "1.0"}
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -315,27 +315,27 @@ def _log(storage: Storage, place: str, paths: list[str], most_rows: int) -> Log:
     is_shown = label is not None and table.columns[label].is_binary
     log = "impressions" if is_shown else "behaviors"
     ours = match_columns(names, log)
-    first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
-    of_user = _of_user(first, ours["user"], set(names) - set(ours.values())) if is_shown and "user" in ours else set()
-    formats = _time_formats(first, ours["timestamp"]) if "timestamp" in ours else []
+    of_user = set()
+    if is_shown and "user" in ours:
+        first = next(iter(read_tables(storage, paths[0], USER_ROWS)))
+        of_user = _of_user(first, ours["user"], set(names) - set(ours.values()))
+    formats = _time_formats(table.columns[ours["timestamp"]]) if "timestamp" in ours else []
     return Log(log, place, table, ours, frozenset(of_user), tuple(formats))
 
 
-def _time_formats(first: pa.Table, name: str) -> list[str]:
+def _time_formats(column: Column) -> list[str]:
     """Write lines with the formats of a column of times for the mapping; none if they are ISO 8601, or numbers.
 
     Several formats that fit, or an example if none does, are commented out.
     """
-    if content_of(first.schema.field(name).type) != "text":
-        return []
-    texts = [str(each) for each in pc.unique(first.column(name)).drop_null().to_pylist()[:MOST_TIMES]]
+    texts = column.examples(MOST_TIMES) if column.content == "text" else []
     if not texts or _is_time(texts[0], None):
         return []
     fitting = [each for each in TIME_FORMATS if all(_is_time(text, each) for text in texts)]
     lines = [f'time_format: "{each}"  # for times such as {texts[0]}' for each in fitting or ["%d/%m/%Y %H:%M"]]
     if len(fitting) == 1:
         return lines
-    advice = f"# how {name} is written has to be said: take one of these lines, or write your own"
+    advice = f"# how {column.name} is written has to be said: take one of these lines, or write your own"
     return [*(f"# {line}" for line in lines), advice]
 
 
@@ -525,8 +525,8 @@ def column_note(column: Column) -> str:
         parts.append("{:g} to {:g}".format(*column.limits))
     if column.depth and column.shortest is not None:
         parts.append(f"lists of {column.shortest} to {column.longest}")
-    if column.content == "text" and column.num_different:
-        parts.append(f"as {column.different[0].as_py()[:40]!r}")
+    if column.content == "text":
+        parts += [f"as {text[:40]!r}" for text in column.examples(1)]
     return ", ".join(parts)
 
 

@@ -72,24 +72,6 @@ def train(engine: Engine, numbers: range) -> list[float]:
     return [engine.train_step(engine.prepare(batch_of(number))).loss for number in numbers]
 
 
-def test_loss_falls_on_one_batch(partition: FeaturePartition) -> None:
-    engine = engine_of(partition)
-    losses = [engine.train_step(engine.prepare(batch_of(0))).loss for _ in range(60)]
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def test_a_part_of_a_batch_counts_as_its_share_of_the_whole(partition: FeaturePartition) -> None:
-    """Where ranks have its other two thirds: losses are summed over ranks, and gradients as well."""
-    whole, part = engine_of(partition), engine_of(partition)
-    losses, gradients = [], []
-    for engine, samples in ((whole, 6), (part, 18)):
-        losses.append(engine.train_step(engine.prepare(replace(batch_of(0), global_samples=samples))).loss)
-        gradients.append({name: value.grad for name, value in engine.model.named_parameters()})
-    assert losses[1] == pytest.approx(losses[0] / 3)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient / 3)
-
-
 def test_the_schedule_of_a_run_that_continues_another_begins_with_its_own_first_step(
     partition: FeaturePartition,
 ) -> None:
@@ -99,17 +81,6 @@ def test_the_schedule_of_a_run_that_continues_another_begins_with_its_own_first_
         engine.first_step = engine.num_steps
         rates.append([engine.train_step(engine.prepare(batch_of(0))).learning_rate for _ in range(3)])
     assert rates == [[0.01, 0.01, 0.005]] * 2
-
-
-def test_preparing_ahead_changes_nothing(partition: FeaturePartition) -> None:
-    plain, ahead = engine_of(partition), engine_of(partition)
-    expected = train(plain, range(6))
-    prepared, losses = ahead.prepare(batch_of(0)), []
-    for number in range(6):
-        coming = ahead.prepare(batch_of(number + 1))
-        losses.append(ahead.train_step(prepared).loss)
-        prepared = coming
-    assert losses == expected
 
 
 def test_features_on_the_device_change_nothing(partition: FeaturePartition) -> None:
@@ -179,12 +150,6 @@ def test_result_counts_keys(partition: FeaturePartition) -> None:
     assert asked == len(np.unique(images)) + len(np.unique(batch.fields["ad_item"].values_N))
 
 
-def test_networks_share_keys_only_when_they_are_one(partition: FeaturePartition) -> None:
-    shared, apart = engine_of(partition), engine_of(partition, shared_image_model=False)
-    assert list(shared.services["images"].models) == ["shared"]
-    assert list(apart.services["images"].models) == ["behavior_image", "ad_image"]
-
-
 def test_an_error_instead_of_a_batch_is_raised(partition: FeaturePartition) -> None:
     def failing() -> Iterator[Batch]:
         yield batch_of(0)
@@ -246,3 +211,15 @@ def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, m
     monkeypatch.setenv(VARIABLE, "float16")
     with pytest.raises(ConfigError, match=r"CROSSMEDIA_COMPUTE_DTYPE=float16 is neither bfloat16 nor float32"):
         dtype_of_auto()
+
+
+def test_a_part_of_a_batch_counts_as_its_share_of_the_whole(partition: FeaturePartition) -> None:
+    """Where ranks have its other two thirds: losses are summed over ranks, and gradients as well."""
+    whole, part = engine_of(partition), engine_of(partition)
+    losses, gradients = [], []
+    for engine, samples in ((whole, 6), (part, 18)):
+        losses.append(engine.train_step(engine.prepare(replace(batch_of(0), global_samples=samples))).loss)
+        gradients.append({name: value.grad for name, value in engine.model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0] / 3)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient / 3)

@@ -24,7 +24,6 @@ from trainer.engine.machine import (
     RankPlace,
     check_memory,
     choose_gpus,
-    device_name,
     holds_features,
     objects_frozen,
     share_machine,
@@ -88,9 +87,6 @@ class TestMemory:
         monkeypatch.setattr(comm, "allgather_object", lambda value, name: on_both)
         with pytest.raises(ConfigError, match=r"on a \(2 ranks"):
             check_memory(comm, shapes, STATE, torch.device("cpu"), torch.float32)
-
-    def test_this_machine_says_what_is_free(self) -> None:
-        assert 0 < (machine.free_bytes() or 0) < 1 << 50
 
 
 class TestFeatures:
@@ -172,11 +168,6 @@ class TestDevice:
             assert share_machine(load_config(None, ["run.threads=1"]), comm) == taken[-1]
         assert taken == [torch.device("cuda", number) for number in (0, 1, 0)]
 
-    def test_a_gpu_is_named_with_its_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-        assert device_name(torch.device("cuda", 1)) == "cuda:1 (NVIDIA H100)"
-        assert device_name(torch.device("cpu")) == "cpu"
-
 
 Places = Any
 
@@ -231,15 +222,6 @@ def test_objects_are_frozen_for_the_block_alone() -> None:
         assert gc.get_freeze_count() > 0
         raise ZeroDivisionError
     assert gc.get_freeze_count() == 0
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("nothing_frozen")
-def test_what_was_frozen_before_stays_frozen() -> None:
-    gc.freeze()
-    with objects_frozen():
-        assert gc.get_freeze_count() > 0
-    assert gc.get_freeze_count() > 0  # no fixed number: another thread may let go of frozen objects in between
 
 
 @pytest.mark.long

@@ -87,6 +87,7 @@ def test_it_is_as_one_id_at_a_time_for_any_ranks_and_resumed(
     """Some steps and days in each leg, which other ranks continue from a checkpoint; it is compared after each."""
     shape, draw, tally = shape_of(**rules), np.random.default_rng(0), Counter[str]()
     plain, state, shared = Plain(shape, optimizer), dict[str, Tensor](), dict[str, Tensor]()
+    alone = table_of(shape, ids=optimizer)
     for leg, num_ranks in enumerate(legs):
         tables = [table_of(shape, rank, num_ranks, ids=optimizer) for rank in range(num_ranks)]
         for table in tables if state else []:
@@ -95,24 +96,26 @@ def test_it_is_as_one_id_at_a_time_for_any_ranks_and_resumed(
         for step in range(6 * leg, 6 * leg + 6):
             if step % 2 == 0:
                 plain.ids.begin_day(100 + step, plain.rows)
-                for table in tables:
+                for table in (alone, *tables):
                     table.begin_day(day_of(step))
             ids = draw.integers(6 * step, 6 * step + 60, 50) - 60
-            plain.train(ids)
+            plain.train(draw.permutation(ids))
+            train(alone, ids)
             for rank, table in enumerate(tables):
-                train(table, ids_of(table, draw.permutation(ids), rank))
+                train(table, ids_of(table, ids, rank))
         state = {name: part for table in tables for name, part in state_of(table).items()}
         shared = tables[0].optimizer.shared_state()
         for table in tables:
             tally.update({name: count for name, count in table.tally().items() if name != "used_rows"})
         for name, expected in plain.state().items():
             torch.testing.assert_close(state[name], expected.to(state[name].dtype), rtol=0, atol=1e-11)
+        assert_same(state, state_of(alone))  # bit for bit
     assert sum(table.tally()["used_rows"] for table in tables) == len(plain.ids.place_of)
     assert {name: tally[name] for name in ("served", "cold")} == dict(plain.tally)
     assert (tally["evicted"], tally["expired"]) == (plain.ids.evicted, plain.ids.expired)
     assert (tally["refused"] > 0) == ("max_rows" in rules and tally["cold"] > 0)
     assert tally["evicted"] > 40 or rules != {"max_rows": 40}
-    assert tally["expired"] > 20 or "expire_days" not in rules
+    assert tally["expired"] > 5 or "expire_days" not in rules
 
 
 def test_evaluation_neither_counts_nor_admits_nor_uses() -> None:

@@ -20,7 +20,7 @@ from tests.trainer.whole_runs import assert_same, report_of, run_alone
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.daily import follow
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.ids.exact import ExactTable
 from trainer.runs.saved import open_trained
 
@@ -91,15 +91,6 @@ def test_resumed_after_evictions_it_ends_with_the_same_bits(trained: Train, ids:
     assert table_of(through, "image")["evicted"] > table_of(stopped, "image")["evicted"] > 4
     again = trained("stopped", **settings, train__max_steps=25, run__resume="latest")
     assert_same(again, through)
-
-
-def test_a_hashed_tables_rows_are_refused(trained: Train) -> None:
-    hashed = "{user: 64, item: 64, image: 64, category: 16, scene: 16}"
-    before = trained("hashed", model__tables=hashed, train__max_steps=1)
-    with pytest.raises(
-        CheckpointError, match=r"part ids: item/0000/ids is not in the checkpoint; .*model\.tables\.item"
-    ):
-        trained("exact", run__warm_start=before, run__warm_parts="full")
 
 
 @pytest.mark.parametrize("parts", ["full", "partial"])

@@ -99,13 +99,6 @@ class TestAdam:
             dense_step()
             torch.testing.assert_close(table.now(), table.dense.detach(), rtol=0, atol=2e-13)
 
-    def test_rows_that_never_were_touched_stay(self) -> None:
-        table = Table(ids="adam")
-        before = table.now()[-1]
-        for rows_Q, gradient_QV in drawn_steps(0, 100):
-            table.step(rows_Q, gradient_QV)
-        assert torch.equal(table.now()[-1], before)
-
     @pytest.mark.long
     def test_float32_is_about_as_near_as_torch_in_float32(self) -> None:
         table, exact = Table(torch.float32, ids="adam"), Table(ids="adam")

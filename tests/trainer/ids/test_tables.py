@@ -94,65 +94,12 @@ class TestTraining:
         assert moved.tolist() == request.rows_Q.tolist()
         assert (table.rows.parts["sum"] > 0).sum() == len(request.rows_Q)
 
-    def test_ids_in_one_row_share_its_gradient(self) -> None:
-        table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
-        train(table, [5, 6, 7])  # gradient 1 + 2 + 3
-        assert table.rows.parts["sum"].tolist() == [pytest.approx(36)]
-
-    def test_first_step_is_one_learning_rate(self) -> None:
-        table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
-        before = table.rows.weight.clone()
-        train(table, [5])
-        assert torch.allclose(before - table.rows.weight, torch.full((1, 3), 0.1, dtype=torch.float64))
-
-    @pytest.mark.parametrize("ids", ["rowwise_adagrad", "adam"])
-    def test_tables_that_share_memory_train_as_they_do_alone(self, ids: str) -> None:
-        shapes = [TableShape("a", 3, 50, 8), TableShape("b", 2, 20, 8), TableShape("c", 3, 30, 8)]
-        together = build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer(ids=ids), dtype=torch.float64)
-        alone = {shape.name: table_of(shape=shape, ids=ids) for shape in shapes}
-        assert list(together["a"].source.key_sources) == ["a", "c"]
-        steps: list[dict[str, list[int]]] = [
-            {"a": [5, 6], "b": [5], "c": [5, 5, 9]},
-            {"a": [], "b": [], "c": [6, 9]},
-            {"a": [], "b": [1], "c": []},
-            {"a": [5], "b": [], "c": [5]},
-        ]
-        for step in steps:
-            read: dict[str, torch.Tensor] = {}
-            for source in dict.fromkeys(table.source for table in together.values()):
-                requests = [table.serve(np.array(step[name])) for name, table in source.key_sources.items()]
-                read |= dict(zip(source.key_sources, source.vectors(requests), strict=True))
-            sum(
-                (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum() for rows_QV in read.values()
-            ).backward()
-            for source in dict.fromkeys(table.source for table in together.values()):
-                source.move(RATES)
-            together["a"].optimizer.end_step(RATES)
-            for name, table in alone.items():
-                rows_QV = vectors_of(table, table.serve(np.array(step[name])))
-                (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum().backward()
-                move(table)
-            for name, table in alone.items():
-                mine = together[name].export_shards()
-                assert all(torch.equal(rows, mine[part]) for part, rows in table.export_shards().items())
-
-    def test_no_ids_no_change(self) -> None:
-        table = table_of()
-        before = table.rows.weight.clone()
-        train(table, [])
-        assert torch.equal(table.rows.weight, before)
-
     def test_reading_without_gradient_leaves_the_last_step_alone(self) -> None:
         table = table_of()
         with torch.no_grad():
             vectors_of(table, table.serve(np.array([1])))
         move(table, RATES)
         assert table.rows.parts["sum"].sum() == 0
-
-    def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:
-        table = table_of(rank=9, num_ranks=11)
-        assert table.shards == [] and table.names() == []
-        train(table, [])
 
 
 class TestCheckpoint:

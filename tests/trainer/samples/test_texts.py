@@ -23,13 +23,11 @@ from pipeline.samples.mapping import parse_ids
 from tests.ranks import StandingRanks
 from tests.trainer.runs.saved import on_ranks
 from tests.trainer.samples.reading import hashed, replaced, rewrite, written
-from tests.trainer.whole_runs import all_alike
 from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DataError
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint, finished
-from trainer.runs.open import open_run
 from trainer.samples import columns, dictionary
 from trainer.samples.columns import rules_of
 from trainer.samples.dictionary import FILE, IdDictionary, write_dictionary
@@ -128,29 +126,6 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path, sample_table: Callable[.
     table = table.set_column(table.schema.get_field_index("user"), "user", users)
     with pytest.raises(DataError, match=r"a\.parquet: column user has text that is not UTF-8; write the file in UTF-8"):
         read(one_file(tmp_path, table))
-
-
-@pytest.mark.long
-def test_training_on_texts_is_training_on_their_hashes(make_places: Callable[[Path], Any], tmp_path: Path) -> None:
-    trained = []
-    columns = ("user", "ad_item", "behavior_item", "ad_scene", "ad_category", "behavior_category")
-    for name, kind, value in (
-        ("texts", pa.string(), written),
-        ("numbers", pa.int64(), lambda c, n: hashed(written(c, n))),
-    ):
-        places = make_places(tmp_path / name)
-        rewrite(places.folder / "samples", partial(replaced, columns=columns, kind=kind, value=value))
-        settings = places.settings(run__name="run", train__max_steps=12)
-        train(load_config(settings=settings), SoloComm())
-        run = open_run(load_config(settings=[*settings, "run.resume=latest"]), SoloComm())
-        run.close()
-        trained.append(({**run.engine.dense_state(), **run.engine.shard_state()}, run.history[-1]))
-    (texts, measured), (numbers, expected) = trained
-    assert measured == all_alike(expected, within=1e-9)
-    assert expected["new_ad_auc"] is not None
-    assert texts.keys() == numbers.keys()
-    for name, value in numbers.items():
-        assert value.equal(texts[name]), name
 
 
 @pytest.mark.long
