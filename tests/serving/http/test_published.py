@@ -224,7 +224,7 @@ def test_what_the_page_shows_works(server: ServerProcess, published: Published, 
     request = json.loads(blocks("json")[0])
     expected = server.client.post("/v1/score", json=request).json()
     assert expected.keys() == json.loads(blocks("json")[1]).keys()
-    assert expected["missing"] == {"ad_image": [2]}
+    assert expected["missing"] == {"behavior_image": [0], "ad_image": [2]}  # image 1003 is gone here
     (tmp_path / "request.json").write_text(json.dumps(request))
     curl = blocks("sh")[0].replace("localhost:8080", f"{server.host}:{server.port}")
     shell = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, check=True)
