@@ -2,32 +2,19 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from explorer.errors import ExplorerError
-from featurestore.console.commandline import CommandApp, CommandGroup, run_app
+from explorer.places import ExplorerSettings, ExportSettings
+from featurestore.console.commandline import CommandApp, CommandGroup, run_app, takes
 from featurestore.console.output import print_problem, print_summary, progress_bar
 from featurestore.errors import FAILED
 from featurestore.published.paths import run_path
 
 NEEDED = ("httpx2", "plotly", "python_multipart", "sklearn")
 """Packages that only the explorer needs."""
-
-Store = Annotated[str | None, typer.Option(help="Feature store: a folder or s3:// address.")]
-Runs = Annotated[str | None, typer.Option(help="Folder or address that holds runs.")]
-Samples = Annotated[str | None, typer.Option(help="Samples; by default each run's own.")]
-Images = Annotated[str | None, typer.Option(help="Pictures: the folder or address that the store was made of.")]
-Model = Annotated[str | None, typer.Option(help="Published model: a folder or s3:// address.")]
-Nets = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PACKAGE",
-        help="Package whose classes runs may use as model.base. A page that opens such a run imports it.",
-        show_default="none is imported",
-    ),
-]
 
 
 class ExplorerGroup(CommandGroup):
@@ -70,60 +57,30 @@ def check_installed() -> None:
     "- `crossmedia explore --store s3://shop/features --host 0.0.0.0 --tls-cert tls.crt --tls-key tls.key "
     "--token-file tokens.txt`"
 )
-def serve(
-    store: Store = None,
-    runs: Runs = None,
-    samples: Samples = None,
-    images: Images = None,
-    model: Model = None,
-    nets: Nets = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8090,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")] = None,
-    token_file: Annotated[
-        Path | None, typer.Option(help="File with one token per line; visitors enter one of them first.")
-    ] = None,
-) -> None:
+@takes(ExplorerSettings)
+def serve(settings: ExplorerSettings) -> None:
     """Show pages of a store, its images, runs, impressions and a published model, in a browser. Read-only."""
     check_installed()
-    from explorer.places import Places
     from explorer.server import serve as listen_and_answer
-    from serving.settings import AccessSettings
 
-    places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
-    places.check()
-    listen_and_answer(
-        AccessSettings(host=host, port=port, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file, drain_s=5),
-        places,
-    )
+    settings.check()
+    listen_and_answer(settings)
 
 
 @app.command(epilog="Example: `crossmedia explore export pages --store data/features --runs data/runs --images photos`")
-def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; open OUT/index.html.")],
-    store: Store = None,
-    runs: Runs = None,
-    samples: Samples = None,
-    images: Images = None,
-    model: Model = None,
-    nets: Nets = None,
-    most_files: Annotated[
-        int, typer.Option(min=10, help="Most pages and pictures; further links lead to a page that says so.")
-    ] = 2000,
-) -> None:
+@takes(ExportSettings)
+def export(settings: ExportSettings) -> None:
     """Write the same pages into a folder, following all links from the first page. Leaves out forms and live parts."""
     check_installed()
+    out, most_files = settings.out, settings.most_files
     if not isinstance(run_path(out), Path):
         raise typer.BadParameter(f"{out} is an address: give a folder of this machine", param_hint="OUT")
     from explorer.export import export as write
     from explorer.html.filters import size
-    from explorer.places import Places
 
-    places = Places(store=store, runs=runs, samples=samples, images=images, model=model, nets=nets)
-    places.check()
+    settings.check()
     with progress_bar("pages and pictures") as bar:
-        exported = write(places, out, most_files, bar, bar.doing)
+        exported = write(settings, out, most_files, bar, bar.doing)
     print_summary(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
     if exported.num_left_out:
         print_summary(

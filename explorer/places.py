@@ -2,34 +2,42 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from explorer.errors import ExplorerError
 from featurestore.published.paths import RunPath, run_path
-from featurestore.store import FeatureStore
+from serving.settings import AccessSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
     """Addresses as given by the user. A part without an address has no pages."""
 
-    store: str | None = None
-    """Folder or s3:// address of a feature store."""
-    runs: str | None = None
-    """Folder or address that holds runs, one folder each."""
-    samples: str | None = None
-    """Folder or address of samples; by default each run's own."""
-    images: str | None = None
-    """Folder or address of the pictures, below which a store's uris are."""
-    model: str | None = None
-    """Folder or address of a published model."""
-    nets: str | None = None
-    """Package whose classes runs may use as model.base."""
+    store: Annotated[str | None, typer.Option(help="Feature store: a folder or s3:// address.")] = None
+    runs: Annotated[str | None, typer.Option(help="Folder or address that holds runs.")] = None
+    samples: Annotated[str | None, typer.Option(help="Samples; by default each run's own.")] = None
+    images: Annotated[str | None, typer.Option(help="Pictures: the folder or address that the store was made of.")] = (
+        None
+    )
+    model: Annotated[str | None, typer.Option(help="Published model: a folder or s3:// address.")] = None
+    nets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE",
+            help="Package whose classes runs may use as model.base. A page that opens such a run imports it.",
+            show_default="none is imported",
+        ),
+    ] = None
 
     def check(self) -> None:
         """Check that the places exist, before a server listens. Raises ExplorerError, FeatureStoreError."""
         if not any((self.store, self.runs, self.samples, self.images, self.model)):
             raise ExplorerError("nothing to show: give --store, --runs, --samples, --images or --model")
         if self.store is not None:
+            from featurestore.store import FeatureStore
+
             FeatureStore.open(self.store)
         if self.runs is not None and not run_path(self.runs).is_dir():
             raise ExplorerError(f"--runs {self.runs}: there is no such folder; runs are made by crossmedia train")
@@ -71,3 +79,25 @@ class Places:
         for part in parts:
             folder = folder / part
         return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplorerSettings(AccessSettings, Places):
+    """The options of `crossmedia explore`."""
+
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8090
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with one token per line; visitors enter one of them first.")
+    ] = None
+    read_timeout_s: float = 30.0
+    drain_s: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Places):
+    """The options of `crossmedia explore export`."""
+
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; open OUT/index.html.")]
+    most_files: Annotated[
+        int, typer.Option(min=10, help="Most pages and pictures; further links lead to a page that says so.")
+    ] = 2000

@@ -32,7 +32,7 @@ from explorer.pages.maps import MapPages
 from explorer.pages.model import ModelPages
 from explorer.pages.runs import RunPages
 from explorer.pages.store import StorePages
-from explorer.places import Places
+from explorer.places import ExplorerSettings
 from featurestore.errors import UserError
 from featurestore.text import one_line
 from serving.http.access import (
@@ -47,7 +47,6 @@ from serving.http.access import (
     uvicorn_config,
 )
 from serving.http.limits import BODIES_AT_ONCE, BodyLimits, RefusedError, allow_connections
-from serving.settings import AccessSettings
 
 logger = logging.getLogger("explorer")
 
@@ -303,14 +302,14 @@ def _refused(status: int, message: str, headers: dict[str, str] | None = None) -
     return Response(message, status, headers=HEADERS | (headers or {}), media_type="text/plain")
 
 
-def serve(settings: AccessSettings, places: Places) -> None:
+def serve(settings: ExplorerSettings) -> None:
     """Listen and answer until a signal.
 
     Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError if the port is taken.
     """
     configure_logging("explorer")
     check_files(settings)
-    site = Site(places)
+    site = Site(settings)
     app = application(site)
     credentials = Credentials(settings)
     guarded = (

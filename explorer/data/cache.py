@@ -17,9 +17,14 @@ ValueT = TypeVar("ValueT")
 class LruCache(Generic[ValueT]):
     """Least recently used cache. A name must include everything that determines the value. Thread-safe."""
 
-    def __init__(self, most: int, size: Callable[[ValueT], int] = lambda value: 1) -> None:
-        """`most`: largest sum of the `size` of all values; the least recently used one is dropped first."""
-        self._most, self._size, self._lock = most, size, Lock()
+    def __init__(
+        self,
+        most: int,
+        size: Callable[[ValueT], int] = lambda value: 1,
+        close: Callable[[ValueT], object] = lambda value: None,
+    ) -> None:
+        """`most`: largest sum of the `size` of all values; the least recently used one is dropped first, by `close`."""
+        self._most, self._size, self._close, self._lock = most, size, close, Lock()
         self._values: OrderedDict[Hashable, ValueT] = OrderedDict()
         self._gates: dict[Hashable, Lock] = {}
         self.size = 0
@@ -50,14 +55,30 @@ class LruCache(Generic[ValueT]):
 
     def put(self, name: Hashable, value: ValueT) -> None:
         """Cache a value."""
+        self.discard(name)
+        dropped = []
         with self._lock:
-            if (before := self._values.pop(name, None)) is not None:
-                self.size -= self._size(before)
             self._values[name] = value
             self.size += self._size(value)
             while self.size > self._most:
-                _, oldest = self._values.popitem(last=False)
-                self.size -= self._size(oldest)
+                dropped.append(self._values.popitem(last=False)[1])
+                self.size -= self._size(dropped[-1])
+        for each in dropped:
+            self._close(each)
+
+    def discard(self, name: Hashable) -> None:
+        """Drop a value, if it is cached."""
+        with self._lock:
+            dropped = self._values.pop(name, None)
+            if dropped is None:
+                return
+            self.size -= self._size(dropped)
+        self._close(dropped)
+
+    def clear(self) -> None:
+        """Drop all values."""
+        for name in list(self._values):
+            self.discard(name)
 
 
 @dataclass(frozen=True)

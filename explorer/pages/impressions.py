@@ -27,9 +27,9 @@ from explorer.data.impressions.explained import (
 )
 from explorer.data.impressions.groups import PictureName, SampleGroup
 from explorer.data.impressions.impression_list import CLICKED, ORDERS, Clicked, Order, score_user, scored_of
-from explorer.data.impressions.open_runs import AskableRun, At, OpenedRun
+from explorer.data.impressions.open_runs import At, OpenedRun
 from explorer.data.pictures import shrunk
-from explorer.data.runs.comparing import shown_first
+from explorer.data.runs.folders import RunSummary
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.query import number_of, read_upload
 from explorer.html.site import NavItem, PageKind, Question, Site, pages_of
@@ -158,12 +158,12 @@ class ImpressionPages(PageKind):
             points=points,
         )
 
-    def _question(self, request: Request, runs: Sequence[AskableRun]) -> ListQuestion:
+    def _question(self, request: Request, runs: Sequence[RunSummary]) -> ListQuestion:
         params = request.query_params
         order, clicked = params.get("order", "effect"), params.get("clicked", "any")
         if order not in ORDERS or clicked not in CLICKED:
             raise ExplorerError("the list has no such order")
-        run = params.get("run") or default_run(runs)
+        run = params.get("run") or runs[0].name
         if run not in {each.name for each in runs}:
             raise NotHereError(f"there is no run {run[:60]!r} with a checkpoint")
         page = params.get("page", "1")
@@ -308,11 +308,6 @@ def _shown(explanation: Explanation) -> list[Candidate]:
     best = sorted(explanation.candidates, key=lambda each: each.rank)
     shown = best[:_MOST_ADS]
     return shown if explanation.chosen in shown else [*shown, explanation.chosen]
-
-
-def default_run(runs: Sequence[AskableRun]) -> str:
-    """Choose the default run: one that sees all images, else some, else none."""
-    return min(runs, key=lambda each: shown_first(each.name, each.images)).name
 
 
 def _snapshot(request: Request) -> At:

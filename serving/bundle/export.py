@@ -30,6 +30,7 @@ from featurestore.keys import UInt64Array, splitmix64
 from featurestore.log import writer_name
 from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
+from featurestore.published.versions import append_numbered
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
@@ -42,6 +43,7 @@ from serving.bundle.log import remove_leftovers
 from serving.bundle.manifest import (
     BUNDLES,
     IMAGES,
+    LOG,
     MODEL,
     SAMPLE,
     SCHEMA,
@@ -146,7 +148,7 @@ def export_model(
         files=tuple(files.files),
     )
     num_images = _count_images(storage, draft)
-    published = log.publish(storage, lambda version: draft.model_copy(update={"version": version}))
+    published = append_numbered(storage, LOG, lambda version: draft.model_copy(update={"version": version}))
     if options.use:
         log.use(storage, published.version)
     if report_of(saved.folder) is None:

@@ -7,8 +7,9 @@ publish reads only the differences between that snapshot and the newest one.
 Letters of shapes: K images of a block, M live rows of a shard, D feature width, V columns of a row.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -352,16 +353,17 @@ def publish(
         newest = source.snapshot(source_version)
         _check_source(of, now, newest)
         mirrored = _mirrored(source, now)
+        report = PublishReport(
+            store=of.store,
+            source=newest.version,
+            mirrored=mirrored.version if mirrored else None,
+            before=now.version,
+            snapshot=now.version,
+            committed=False,
+        )
         if mirrored is not None and mirrored.version == newest.version:
-            return PublishReport(
-                store=of.store,
-                source=newest.version,
-                mirrored=newest.version,
-                before=now.version,
-                snapshot=now.version,
-                committed=False,
-            )
-        delta = _Delta(vectors, of, now, networks_for(newest), ChangedImages(mirrored, newest), eps)
+            return report
+        delta = _Delta(vectors, now, networks_for(newest), ChangedImages(mirrored, newest), eps)
         for shard in range(now.info.num_shards):
             delta.add(shard)
             if progress is not None:
@@ -372,29 +374,30 @@ def publish(
             )
         except CommitConflictError:
             continue
-        most_files = max(map(len, made.manifest.shards.values()), default=0)
-        return replace(delta.report(mirrored), snapshot=made.version, most_files=most_files)
+        return replace(
+            report,
+            snapshot=made.version,
+            committed=True,
+            num_bytes=sum(entry.bytes for entry in delta.entries.values()),
+            most_files=max(map(len, made.manifest.shards.values()), default=0),
+            **dict[str, Any](delta.counts),
+        )
     raise ServingError(
         f"other writers committed to {vectors.url} at the same time, {_MAX_ATTEMPTS} times in a row: run it again"
     )
 
 
+@dataclass
 class _Delta:
-    """The files with the rows that a publish changes, shard by shard of the vectors store, and counts."""
+    """The files with the rows that a publish changes, shard by shard of the vectors store, and counts of images."""
 
-    def __init__(
-        self,
-        vectors: FeatureStore,
-        of: VectorsOf,
-        now: Snapshot,
-        networks: StoreNetworks,
-        changes: ChangedImages,
-        eps: float,
-    ) -> None:
-        self._vectors, self._of, self._now = vectors, of, now
-        self._networks, self._changes, self._eps = networks, changes, eps
-        self.entries: dict[int, FileEntry] = {}
-        self._added = self._changed = self._removed = self._stayed = 0
+    _vectors: FeatureStore
+    _now: Snapshot
+    _networks: StoreNetworks
+    _changes: ChangedImages
+    _eps: float
+    entries: dict[int, FileEntry] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, shard: int) -> None:
         """Write the changes of one shard: new vectors, and tombstones of removed images."""
@@ -408,10 +411,10 @@ class _Delta:
         is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
         place_M = np.flatnonzero(~is_known_K | is_far_K)
         gone = known[~np.isin(known, keys_K)] if gone is None else gone[reader.contains(gone)]
-        self._added += int((~is_known_K).sum())
-        self._changed += int((is_known_K & is_far_K).sum())
-        self._stayed += int((is_known_K & ~is_far_K).sum())
-        self._removed += len(gone)
+        self.counts["added"] += int((~is_known_K).sum())
+        self.counts["changed"] += int((is_known_K & is_far_K).sum())
+        self.counts["stayed"] += int((is_known_K & ~is_far_K).sum())
+        self.counts["removed"] += len(gone)
         if not len(place_M) and not len(gone):
             return
         keys_M = keys_K[place_M]
@@ -421,21 +424,6 @@ class _Delta:
             keys=np.concatenate([keys_M, gone]),
         )
         self.entries |= self._vectors.write(replace(rows, deleted_N=np.arange(len(rows)) >= len(keys_M)))
-
-    def report(self, mirrored: Snapshot | None) -> PublishReport:
-        """Return the report; its snapshot is the one before the commit."""
-        return PublishReport(
-            store=self._of.store,
-            source=self._changes.newest.version,
-            mirrored=mirrored.version if mirrored else None,
-            before=self._now.version,
-            snapshot=self._now.version,
-            num_bytes=sum(entry.bytes for entry in self.entries.values()),
-            added=self._added,
-            changed=self._changed,
-            removed=self._removed,
-            stayed=self._stayed,
-        )
 
     def _examine(self, shard: int) -> tuple[Int64Array, list[str], Float32, Int64Array | None]:
         """Return keys, uris and new rows of a shard's images that may have changed, and keys of those that may be gone.

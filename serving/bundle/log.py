@@ -8,9 +8,8 @@ clock.
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from featurestore.errors import CorruptFileError, FeatureStoreError, StorageError
 from featurestore.log import manifest_path, version_of, versions, writer_name
@@ -38,14 +37,6 @@ def refuse_others(storage: Storage) -> None:
         raise BundleNotFoundError(
             f"{storage.url} has files that do not belong to a model ({names[0]}): name a new or empty folder"
         )
-
-
-def publish(storage: Storage, manifest_of: Callable[[int], BundleManifest]) -> BundleManifest:
-    """Publish a manifest as the next version, with the next free number.
-
-    Raises StorageError, CommitConflictError.
-    """
-    return append_numbered(storage, LOG, manifest_of)
 
 
 def use(storage: Storage, version: int) -> Choice:
@@ -203,8 +194,9 @@ def expire(
     now_s = storage.now()  # writes a file, so only where there is a model
     uses = choices(storage)
     wanted = set(list(manifests)[-max(1, keep_last) :])
-    for version, times in _times(storage, [each.version for each in uses]).items():
-        if now_s - times.used_s < max(keep_days, grace_days) * _DAY_S or now_s - times.made_s < keep_days * _DAY_S:
+    wanted |= {version for version, made_s in _numbers_and_times(storage, LOG) if now_s - made_s < keep_days * _DAY_S}
+    for version, end_s in _used_until(storage, [each.version for each in uses]):
+        if now_s - end_s < max(keep_days, grace_days) * _DAY_S:
             wanted.add(version)
     leaving = [version for version in manifests if version not in wanted]
     if not dry_run:
@@ -238,23 +230,13 @@ def remove_leftovers(storage: Storage, grace_s: float = LEFTOVER_S) -> list[str]
     return dead
 
 
-@dataclass
-class _Times:
-    """When a version was published, and until when it was in use, in seconds since 1970; infinite if it still is."""
+def _used_until(storage: Storage, chosen: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """Yield until when each choice held, in seconds since 1970; infinite if it still does.
 
-    made_s: float = float("-inf")
-    used_s: float = float("-inf")
-
-
-def _times(storage: Storage, chosen: Sequence[int]) -> Mapping[int, _Times]:
-    """Return the times of all versions; `chosen`: the version of each choice, oldest first."""
-    found: dict[int, _Times] = defaultdict(_Times)
-    for version, made_s in _numbers_and_times(storage, LOG):
-        found[version].made_s = made_s
+    `chosen`: the version of each choice, oldest first.
+    """
     begins_s = [made_s for _, made_s in _numbers_and_times(storage, USE)][: len(chosen)]
-    for version, (_, end_s) in zip(chosen, pairwise([*begins_s, float("inf")]), strict=True):
-        found[version].used_s = max(found[version].used_s, end_s)
-    return found
+    yield from zip(chosen, [*begins_s, float("inf")][1:], strict=True)
 
 
 def _numbers_and_times(storage: Storage, folder: str) -> list[tuple[int, float]]:

@@ -22,6 +22,7 @@ from serving.errors import BrokenBundleError
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
+FindRows = Callable[[Int64Array], Int64Array]
 LARGEST_CODE = 127
 
 
@@ -41,7 +42,8 @@ class BundleIdRows:
         self._rows = {each.width: map_rows(paths[each.name], each, dtype) for each in rows}
         self._trained = _mapped(trained, np.dtype(np.uint8))
         self._number = {table.name: number for number, table in enumerate(tables)}
-        self._tables = [_finder(table, paths) for table in tables]
+        self._tables = tables
+        self._finders = [_finder(table, paths) for table in tables]
         first_bit = {each.width: each.first_bit for each in rows}
         self._first_bit_T = np.array([first_bit[table.width] for table in tables], np.int64)
 
@@ -57,9 +59,10 @@ class BundleIdRows:
         """Return a finder for ids of several tables, always in this order."""
         numbers = [self._number[table] for table in tables]
         return BulkFinder(
-            finders=[self._tables[number] for number in numbers],
-            first_bit_T=self._first_bit_T[numbers],
-            known=self._known,
+            [self._tables[number] for number in numbers],
+            [self._finders[number] for number in numbers],
+            self._first_bit_T[numbers],
+            self._known,
         )
 
     def gather(self, width: int, rows_N: Int64Array) -> Float32:
@@ -76,18 +79,18 @@ class BulkFinder:
 
     def __init__(
         self,
-        finders: Sequence["_HashedTable | _DirectTable | _ExactTable"],
+        tables: Sequence[TableRows],
+        finders: Sequence[FindRows],
         first_bit_T: Int64Array,
         known: Callable[[Int64Array], Bool],
     ) -> None:
         """Use `BundleIdRows.bulk_finder`."""
         self._finders, self._first_bit_T, self._is_known = finders, first_bit_T, known
-        hashed = [each.table for each in finders if isinstance(each, _HashedTable)]
-        shards = {table.num_shards for table in hashed}
-        self._num_shards = shards.pop() if len(hashed) == len(finders) and len(shards) == 1 else None
+        shards = {table.num_shards if table.kind == "hashed" else None for table in tables}
+        self._num_shards = shards.pop() if len(shards) == 1 else None
         """The same for all tables, if all are hashed."""
-        self._first_row_T = np.array([table.first_row for table in hashed], np.int64)
-        self._rows_per_shard_T = np.array([table.rows_per_shard for table in hashed], np.uint32)
+        self._first_row_T = np.array([table.first_row for table in tables], np.int64)
+        self._rows_per_shard_T = np.array([table.rows_per_shard for table in tables], np.uint32)
 
     def find(self, ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
         """Find rows as `BundleIdRows.find` does; the first `lengths_T[0]` ids belong to the first table, and so on."""
@@ -100,54 +103,47 @@ class BulkFinder:
             ends_T = np.cumsum(lengths_T)
             rows_N = np.empty(len(ids_N), np.int64)
             for finder, start, end in zip(self._finders, ends_T - lengths_T, ends_T, strict=True):
-                rows_N[start:end] = finder.rows(ids_N[start:end])
+                rows_N[start:end] = finder(ids_N[start:end])
         return rows_N, self._is_known(rows_N + np.repeat(self._first_bit_T, lengths_T))
 
 
-class _HashedTable:
-    """A table that maps an id to a row by its hash."""
+def _finder(table: TableRows, paths: Mapping[str, Path]) -> FindRows:
+    """Return a function that finds the rows of ids in one table, by its kind (serving/bundle/manifest.py)."""
 
-    def __init__(self, table: TableRows) -> None:
-        self.table = table
-
-    def rows(self, ids_N: Int64Array) -> Int64Array:
+    def hashed(ids_N: Int64Array) -> Int64Array:
         hash_N = splitmix64(ids_N)
-        shard_N = shard_of_hash(hash_N, self.table.num_shards)
-        return _hashed_row(hash_N, shard_N, np.uint32(self.table.rows_per_shard)) + self.table.first_row
+        shard_N = shard_of_hash(hash_N, table.num_shards)
+        return _hashed_row(hash_N, shard_N, np.uint32(table.rows_per_shard)) + table.first_row
 
-
-class _DirectTable:
-    """A table with a row for each id, starting at 0."""
-
-    def __init__(self, table: TableRows) -> None:
-        self._table = table
-
-    def rows(self, ids_N: Int64Array) -> Int64Array:
-        shard_N, row_N = ids_N % self._table.num_shards, ids_N // self._table.num_shards
-        rows_N: Int64Array = shard_N * self._table.rows_per_shard + row_N + self._table.first_row
+    def direct(ids_N: Int64Array) -> Int64Array:
+        shard_N, row_N = ids_N % table.num_shards, ids_N // table.num_shards
+        rows_N: Int64Array = shard_N * table.rows_per_shard + row_N + table.first_row
         return rows_N
 
+    if table.hashes is not None:
+        return _exact_finder(table, paths[table.hashes])
+    return direct if table.kind == "direct" else hashed
 
-class _ExactTable:
-    """A table with rows for a list of ids, and a cold row in each shard for all others."""
 
-    def __init__(self, table: TableRows, hashes: Path) -> None:
-        self._table = table
-        hash_M: UInt64Array = _mapped(hashes, np.dtype("<u8"))
-        shards = np.arange(table.num_shards)
-        start_S = np.searchsorted(shard_of_hash(hash_M, table.num_shards), np.append(shards, table.num_shards))
-        self._cold_S = start_S[:-1] + shards + table.first_row
-        parts = [hash_M[start:end] for start, end in itertools.pairwise(start_S.tolist())]
-        self._index = HashIndex(range(table.num_shards), parts, table.num_shards)
+def _exact_finder(table: TableRows, hashes: Path) -> FindRows:
+    """Return a finder in a table with rows for a list of ids, and a cold row in each shard for all others."""
+    hash_M: UInt64Array = _mapped(hashes, np.dtype("<u8"))
+    shards = np.arange(table.num_shards)
+    start_S = np.searchsorted(shard_of_hash(hash_M, table.num_shards), np.append(shards, table.num_shards))
+    cold_S = start_S[:-1] + shards + table.first_row
+    parts = [hash_M[start:end] for start, end in itertools.pairwise(start_S.tolist())]
+    index = HashIndex(range(table.num_shards), parts, table.num_shards)
 
-    def rows(self, ids_N: Int64Array) -> Int64Array:
+    def exact(ids_N: Int64Array) -> Int64Array:
         hash_N = splitmix64(ids_N)
-        shard_N = shard_of_hash(hash_N, self._table.num_shards)
-        if not len(self._index):
-            return self._cold_S[shard_N]
-        place_N = self._index.places(hash_N, shard_N)
-        own_N = place_N + shard_N + 1 + self._table.first_row  # each shard begins with its cold row
-        return np.where(self._index.hash_M[place_N] == hash_N, own_N, self._cold_S[shard_N])
+        shard_N = shard_of_hash(hash_N, table.num_shards)
+        if not len(index):
+            return cold_S[shard_N]
+        place_N = index.places(hash_N, shard_N)
+        own_N = place_N + shard_N + 1 + table.first_row  # each shard begins with its cold row
+        return np.where(index.hash_M[place_N] == hash_N, own_N, cold_S[shard_N])
+
+    return exact
 
 
 def row_type(dtype: RowDType) -> np.dtype[np.generic]:
@@ -178,12 +174,6 @@ def map_rows(path: Path, file: RowsFile, dtype: RowDType) -> NDArray[np.generic]
     """Map a file of rows into memory, read-only."""
     number = row_type(dtype)
     return _mapped(path, number).reshape(file.num_rows, row_bytes(file.width, dtype) // number.itemsize)
-
-
-def _finder(table: TableRows, paths: dict[str, Path]) -> "_HashedTable | _DirectTable | _ExactTable":
-    if table.hashes is not None:
-        return _ExactTable(table, paths[table.hashes])
-    return _DirectTable(table) if table.kind == "direct" else _HashedTable(table)
 
 
 def _hashed_row(hash_N: UInt64Array, shard_N: Int64Array, rows_per_shard: NDArray[np.uint32] | np.uint32) -> Int64Array:

@@ -176,12 +176,6 @@ def request_of(value: Any, where: str, budget: Budget) -> Request:
         budget.check_names(columns)
     if "candidates" not in value:
         raise RequestError(f"{where} has no candidates; send {_EXAMPLE}, with empty lists where there are none")
-    for column, values in value["candidates"].items():
-        if not isinstance(values, list):
-            raise RequestError(
-                f"{where}: candidates.{short_repr(column)} is {short_repr(values)}, and has to be a list with an entry "
-                "for each candidate; what is the same for all goes into context"
-            )
     return Request(user=value.get("user", {}), context=value.get("context", {}), candidates=value["candidates"])
 
 

@@ -16,7 +16,7 @@ Inference-Header-Content-Length has the length of the JSON.
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from math import prod
@@ -183,26 +183,6 @@ def _texts(data: memoryview, count: int, where: str) -> Steps[list[str]]:
     return texts
 
 
-def encode(
-    outputs: Sequence[tuple[str, NDArray[Any], bool]], answer: dict[str, Any]
-) -> tuple[list[bytes], dict[str, Any]]:
-    """Add output tensors (name, FP32 or INT32 values, whether as binary data) to an answer.
-
-    Returns the binary parts, and the answer with its outputs."""
-    parts: list[bytes] = []
-    written: list[dict[str, Any]] = []
-    for name, values, as_binary in outputs:
-        datatype = "FP32" if values.dtype == np.float32 else "INT32"
-        tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": [len(values)]}
-        if as_binary:
-            parts.append(values.astype(DTYPES[datatype]).tobytes())
-            tensor["parameters"] = {"binary_data_size": len(parts[-1])}
-        else:
-            tensor["data"] = values
-        written.append(tensor)
-    return parts, answer | {"outputs": written}
-
-
 def metadata(columns: Mapping[str, Rule]) -> list[dict[str, Any]]:
     """Describe the input tensors of a model for the protocol's metadata; -1 is a variable size."""
     return [{"name": name, "datatype": _datatype(rule), "shape": _shape(rule)} for name, rule in columns.items()]
@@ -316,8 +296,17 @@ class TensorBody:
         fields: dict[str, Any] = {"model_name": self.name, "model_version": str(identity.version)}
         fields |= {"id": self._id} if self._id is not None else {}
         fields["parameters"] = {f"vectors.{store}": snapshot for store, snapshot in identity.vectors.items()}
-        parts, answer = encode([(name, outputs[name], binary) for name, binary in self._asked.items()], fields)
-        head = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        parts: list[bytes] = []
+        written: list[dict[str, Any]] = []
+        for name, as_binary in self._asked.items():
+            values, datatype = outputs[name], OUTPUTS[name]
+            written.append({"name": name, "datatype": datatype, "shape": [len(values)]})
+            if as_binary:
+                parts.append(values.astype(DTYPES[datatype]).tobytes())
+                written[-1]["parameters"] = {"binary_data_size": len(parts[-1])}
+            else:
+                written[-1]["data"] = values
+        head = orjson.dumps(fields | {"outputs": written}, option=orjson.OPT_SERIALIZE_NUMPY)
         if not parts:
             return WrittenAnswer(head, JSON)
         return WrittenAnswer(b"".join([head, *parts]), BINARY, {HEADER: str(len(head))})

@@ -41,12 +41,12 @@ def decode_table(columns: RequestColumns, table: pa.Table) -> DecodedRequests:
 
     Raises RequestError that names the column and the row.
     """
+    check_columns(columns, table)
     return run_steps(table_steps(columns, table))
 
 
 def table_steps(columns: RequestColumns, table: pa.Table, first_row: int = 0) -> Steps[DecodedRequests]:
-    """Decode a table in pieces; `first_row`: the number of its first row in the body."""
-    check_columns(columns, table)
+    """Decode a table of the model's columns in pieces; `first_row`: the number of its first row in the body."""
     try:
         reader = _TableReader(columns, table)
         yield from reader.read()
@@ -80,23 +80,6 @@ def check_columns(columns: RequestColumns, table: pa.Table) -> None:
         check_types(table.schema, columns.rules, _TABLE)
     except SchemaError as failure:
         raise RequestError(str(failure)) from None
-
-
-def scorable_rows(columns: RequestColumns, table: pa.Table) -> pa.Table:
-    """Leave out the rows with a number that its field's transform makes infinite: no version can score them."""
-    try:
-        decode_table(columns, table)
-        return table
-    except OverflowingInputError:
-        return table.filter(pa.array([_is_scorable(columns, table.slice(row, 1)) for row in range(table.num_rows)]))
-
-
-def _is_scorable(columns: RequestColumns, row: pa.Table) -> bool:
-    try:
-        decode_table(columns, row)
-    except OverflowingInputError:
-        return False
-    return True
 
 
 class _TableReader:

@@ -344,7 +344,7 @@ class RequestColumns:
         if not isinstance(values, list):
             raise RequestError(
                 f"{where}candidates.{column} is {short_repr(values)}, and has to be a list with an entry for each"
-                " candidate"
+                " candidate; what is the same for all goes into context"
             )
         return len(values)
 

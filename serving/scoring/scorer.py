@@ -20,7 +20,7 @@ from serving.bundle.rows import Float32
 from serving.errors import NotFiniteError, RequestError
 from serving.network import Steps, run_steps
 from serving.network.inputs import FieldRows, NetworkInputs
-from serving.scoring.arrow import check_columns, scorable_rows, table_steps
+from serving.scoring.arrow import check_columns, table_steps
 from serving.scoring.decode import Bool, DecodedRequests, request_steps
 from serving.scoring.request import Decoded, Places, RequestColumns, Scored, Sizes, sizes_of
 from trainer.engine.wiring import model_name
@@ -224,10 +224,9 @@ class Scorer:
         return {name: table.time_s for name, table in self._bundle.vectors.items()}
 
     def sample(self) -> pa.Table | None:
-        """Read the bundle's own sample, without rows that no version can score; None if it has no sample."""
-        if self._bundle.manifest.file(SAMPLE) is None:
-            return None
-        return scorable_rows(self._columns, pq.read_table(self._bundle.files.path(SAMPLE)))
+        """Read the bundle's own sample; None if it has none."""
+        has_one = self._bundle.manifest.file(SAMPLE) is not None
+        return pq.read_table(self._bundle.files.path(SAMPLE)) if has_one else None
 
     def score(self, decoded: Decoded) -> list[Scored]:
         """Score requests, or a table with the columns of sample files, whose labels are optional.

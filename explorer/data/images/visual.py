@@ -15,16 +15,14 @@ import numpy.typing as npt
 
 from explorer.data.background import Background, Task
 from explorer.data.cache import LruCache
-from explorer.data.runs.comparing import shown_first
-from explorer.data.runs.folders import run_names
+from explorer.data.runs.folders import trained_runs
 from explorer.data.store.listing import name_of
 from explorer.data.vectors import Progress, VisualVectors, visual_vectors
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
-from featurestore.parsing import parse_yaml
-from featurestore.published.paths import RunPath, read_text
+from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
@@ -43,7 +41,6 @@ class ImageRuns:
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._images: LruCache[str] = LruCache(1_000)
         self._vectors: LruCache[VisualVectors] = LruCache(8)
 
     def names(self) -> list[str]:
@@ -51,11 +48,8 @@ class ImageRuns:
 
         Reads a few small files of a new one.
         """
-        if self._places.runs is None:
-            return []
-        images = {name: self._images_of(name) for name in run_names(self._places)}
-        seeing = [name for name, seen in images.items() if seen not in ("", "none")]
-        return sorted(seeing, key=lambda name: shown_first(name, images[name]))[:MOST_RUNS]
+        seeing = [run.name for run in trained_runs(self._places) if run.images != "none"]
+        return seeing[:MOST_RUNS]
 
     def begin(self, name: str, snapshot: Snapshot, background: Background) -> Task[VisualVectors]:
         """Start `vectors` in the background, one run at a time, unless it was started before.
@@ -88,27 +82,11 @@ class ImageRuns:
         """Return a text of everything that the vectors depend on."""
         return name, _newest_checkpoint(self._places.run(name)), name_of(snapshot)
 
-    def _images_of(self, name: str) -> str:
-        """Return which images the model of a run sees; empty if it is not a run, or has no checkpoint."""
-        try:
-            run = self._places.run(name)
-            return "" if _newest_checkpoint(run) is None else self._images.get(name, lambda: _images_setting(run))
-        except (UserError, OSError):  # not a run, or one that has not saved anything yet
-            return ""
-
 
 def _newest_checkpoint(run: RunPath) -> str | None:
     """Tell the newest checkpoint from any other, also of a run of the same name."""
     found = finished(run)
     return found[-1].identity if found else None
-
-
-def _images_setting(run: RunPath) -> str:
-    """Read only the setting `model.images`, as loading the whole configuration would import the trainer."""
-    try:
-        return str(parse_yaml(read_text(run / "config.yaml"), aliases=False)["model"]["images"])
-    except (ValueError, KeyError, TypeError):
-        return ""
 
 
 def blocks_of(vectors: VisualVectors) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:

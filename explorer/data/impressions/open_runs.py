@@ -5,8 +5,7 @@ scores are equal. Memory of an open run: its ID tables and E; the features are m
 """
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import RLock
@@ -16,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.data.cache import LruCache
+from explorer.data.runs.folders import RunSummary, trained_runs
 from explorer.errors import ExplorerError, NotHereError
 from explorer.places import Places
-from featurestore.errors import FeatureStoreError, StoreNotFoundError
-from featurestore.published.paths import RunPath, read_file, run_path
+from featurestore.errors import StoreNotFoundError
+from featurestore.published.paths import RunPath
 from trainer.config.config import load_saved
-from trainer.config.options import SeenImages
-from trainer.errors import DataError, TrainerError
-from trainer.runs.folder import finished
+from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from trainer.models.pooling import PairWeights
@@ -34,26 +32,11 @@ if TYPE_CHECKING:
 
 
 Logits = NDArray[np.float64]
-_MOST_OPEN, _MOST_NAMES, _MOST_KEPT = 2, 500, 8
+_MOST_OPEN, _MOST_KEPT = 2, 8
 
 
 At = int | Literal["trained", "newest"]
 """A snapshot of a run's (first) feature store: by number, that of the training, or the newest."""
-
-
-@dataclass(frozen=True)
-class AskableRun:
-    """A run with a checkpoint, and the settings that pages show."""
-
-    name: str
-    images: SeenImages
-    base: str
-    pooling: str
-
-    @property
-    def summary(self) -> str:
-        """Describe the run in a few words."""
-        return f"{self.base}, IDs alone" if self.images == "none" else f"{self.base}, images={self.images}"
 
 
 @dataclass
@@ -105,17 +88,11 @@ class OpenedRun:
 
         Each feature is replaced by `zeros` or the trained vector. IDs of images stay.
         """
-        with self.no_images():
-            return self.logits(batch)
-
-    @contextlib.contextmanager
-    def no_images(self) -> Iterator[None]:
-        """Hide the features of all images."""
         partitions = self.trained.partitions.values()
         try:
             for partition in partitions:
                 partition.hide(True)
-            yield
+            return self.logits(batch)
         finally:
             for partition in partitions:
                 partition.hide(False)
@@ -138,31 +115,12 @@ class TrainedRuns:
 
     def __init__(self, places: Places) -> None:
         self._places, self._lock = places, RLock()
-        self._opened: OrderedDict[tuple[str, At], OpenedRun] = OrderedDict()
-        self._described: LruCache[AskableRun] = LruCache(2 * _MOST_NAMES)
+        self._opened: LruCache[OpenedRun] = LruCache(_MOST_OPEN, close=OpenedRun.close)
         self._kept: LruCache[dict[str, Any]] = LruCache(_MOST_KEPT)
 
-    def names(self) -> Sequence[AskableRun]:
-        """List the runs with a checkpoint, by name; leave out folders that are not runs or cannot be read."""
-        if self._places.runs is None:
-            return []
-        folder = run_path(self._places.runs)
-        found = []
-        below: list[RunPath] = sorted(folder.iterdir(), key=lambda path: path.name)
-        for each in below[:_MOST_NAMES]:
-            with contextlib.suppress(TrainerError, FeatureStoreError, OSError):
-                if (each / "config.yaml").is_file() and finished(each):
-                    found.append(self._describe(each))
-        return found
-
-    def _describe(self, folder: RunPath) -> AskableRun:
-        """Read a run's settings, again only if its file has changed."""
-
-        def described() -> AskableRun:
-            model = load_saved(folder / "config.yaml").model
-            return AskableRun(folder.name, model.images, model.base, model.pooling)
-
-        return self._described.get((folder.name, read_file(folder / "config.yaml")), described)
+    def names(self) -> list[RunSummary]:
+        """List the runs with a checkpoint, without days of trainer.daily, those first that see most images."""
+        return [run for run in trained_runs(self._places) if "/" not in run.name]
 
     def check(self, name: str) -> None:
         """Raise NotHereError if there is no such run; a small read."""
@@ -171,11 +129,11 @@ class TrainedRuns:
 
     def is_open(self, name: str, at: At = "trained") -> bool:
         """Return whether the run is open already."""
-        return (name, at) in self._opened
+        return self._opened.peek((name, at)) is not None
 
     def is_listed(self, name: str) -> bool:
         """Return whether the run's impressions have been scored."""
-        opened = self._opened.get((name, "trained"))
+        opened = self._opened.peek((name, "trained"))
         return opened is not None and "scored" in opened.kept
 
     @contextlib.contextmanager
@@ -189,32 +147,20 @@ class TrainedRuns:
         with self._lock:
             self.check(name)
             digest = _digest_of(folder, name)
-            opened = self._opened.get((name, at))
-            if opened is not None and opened.digest != digest:
-                self._forget(name, at)
-                opened = None
-            if opened is None:
-                opened = self._open(folder, name, at)
-                self._opened[name, at] = opened
-                while len(self._opened) > _MOST_OPEN:
-                    self._opened.popitem(last=False)[1].close()
-            self._opened.move_to_end((name, at))
+            known = self._opened.peek((name, at))
+            if known is not None and known.digest != digest:
+                self._opened.discard((name, at))
             try:
-                yield opened
+                yield self._opened.get((name, at), lambda: self._open(folder, name, at))
             except DataError:  # the samples may have changed: the next call opens it again
-                self._forget(name, at)
+                self._opened.discard((name, at))
                 self._kept = LruCache(_MOST_KEPT)
                 raise
 
     def close(self) -> None:
         """Close all runs."""
         with self._lock:
-            while self._opened:
-                self._opened.popitem()[1].close()
-
-    def _forget(self, name: str, at: At) -> None:
-        if (opened := self._opened.pop((name, at), None)) is not None:
-            opened.close()
+            self._opened.clear()
 
     def _open(self, folder: RunPath, name: str, at: At) -> OpenedRun:
         from trainer.comm import SoloComm

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from explorer.data.background import Task
 from explorer.data.predictions import predictions_of
-from explorer.data.runs.folders import RunFacts
+from explorer.data.runs.folders import ORDER, RunFacts
 from explorer.errors import ExplorerError
 from explorer.places import Places
 from featurestore.errors import StorageError, UserError
@@ -28,19 +28,9 @@ IMAGES = "model.images"
 SAMPLES = "data.samples"
 _STORES = ("data.store", "data.stores", "data.store_version", "data.store_versions")
 """Settings for the lookup of images; a finished run that reads a store has recorded its snapshot."""
-ORDER = ("none", "ad", "behavior", "both")
-"""Values of model.images, from none to all images."""
 WITHOUT_IMAGES_IDLE = {"data.missing", *map("model.{}".format, OF_IMAGES)}
 """Settings that a run without images does not use."""
 _MISSING = object()
-
-
-def shown_first(name: str, images: str) -> tuple[int, str]:
-    """Return the sort key of runs on pages: those that see most images first, then by name.
-
-    The days of one trainer.daily have equal keys, and so keep their order.
-    """
-    return -ORDER.index(images) if images in ORDER else 1, name.partition("/")[0]
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ An incomplete record is read again later.
 
 import contextlib
 import tempfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+from explorer.data.cache import LruCache
 from explorer.data.runs.folders import TENSORBOARD
 from featurestore.published.paths import FarPath, RunPath
 
@@ -73,26 +73,18 @@ class CurveReader:
     """Reads the curves of runs, continuing where it stopped for those requested last."""
 
     def __init__(self) -> None:
-        self._readers: OrderedDict[str, _OneRun] = OrderedDict()
-        self._lock = Lock()
+        self._readers: LruCache[_OneRun] = LruCache(_KEPT_RUNS, close=_OneRun.close)
 
     def read(self, folder: RunPath) -> Curves:
         """Read new records, and return all curves; a run without such files has none. Raises OSError, StorageError.
 
         Cost: about a second for 100,000 figures at the first time.
         """
-        with self._lock:
-            reader = self._readers.pop(str(folder), None) or _OneRun(folder)
-            self._readers[str(folder)] = reader
-            while len(self._readers) > _KEPT_RUNS:
-                self._readers.popitem(last=False)[1].close()
-        return reader.read()
+        return self._readers.get(str(folder), lambda: _OneRun(folder)).read()
 
     def close(self) -> None:
         """Remove copies of files from addresses."""
-        with self._lock:
-            while self._readers:
-                self._readers.popitem()[1].close()
+        self._readers.clear()
 
 
 class _OneRun:

@@ -27,6 +27,8 @@ State = Literal["finished", "running", "unfinished", "unreadable"]
 
 METRICS = ("gauc", "auc", "logloss", "new_ad_auc")
 """Metrics in the list of runs, the main one first."""
+ORDER = ("none", "ad", "behavior", "both")
+"""Values of model.images, from none to all images."""
 TENSORBOARD = "tensorboard"
 _QUIET_S = 600.0
 """A run that has written nothing for this long does not count as running."""
@@ -103,6 +105,42 @@ def run_names(places: Places) -> list[str]:
         found |= _with_file(days, "config.yaml", threads)[0]
     names = sorted(name for name in found if _is_text(name))
     return sorted(names, key=lambda name: -(_changed_s(found[name]) or 0.0))
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run with a checkpoint, and the settings by which pages name it."""
+
+    name: str
+    images: str
+    base: str
+
+    @property
+    def text(self) -> str:
+        """Describe the run in a few words."""
+        return f"{self.base}, IDs alone" if self.images == "none" else f"{self.base}, images={self.images}"
+
+
+def trained_runs(places: Places) -> list[RunSummary]:
+    """List the runs with a checkpoint whose settings can be read, those first that see most images, then by name.
+
+    The days of one trainer.daily stay in the order of their last change.
+    """
+    from trainer.runs.folder import finished
+
+    found = []
+    for name in run_names(places) if places.runs is not None else []:
+        folder = places.run(name)
+        with contextlib.suppress(UserError, OSError, ValueError):
+            settings = _settings(folder / "config.yaml")
+            if settings.get("model.images") in ORDER and finished(folder):
+                found.append(RunSummary(name, settings["model.images"], str(settings.get("model.base"))))
+    return sorted(found, key=lambda run: shown_first(run.name, run.images))
+
+
+def shown_first(name: str, images: str) -> tuple[int, str]:
+    """Return the sort key of runs on pages: those that see most images first, then by name."""
+    return -ORDER.index(images), name.partition("/")[0]
 
 
 def _with_file(

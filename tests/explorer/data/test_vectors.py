@@ -84,15 +84,6 @@ def test_a_computation_that_fails_leaves_nothing(run: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_those_used_last_are_kept(run: Path, tmp_path: Path) -> None:
-    for number in range(20):
-        (tmp_path / f"vectors-{number}").mkdir()
-    found = visual_vectors(run, cache=tmp_path)
-    left = sorted(each.name for each in tmp_path.iterdir())
-    assert len(left) == 16
-    assert f"vectors-{found.digest}" in left
-
-
 def test_a_run_without_images_says_so(places: Places, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no E for images"):
         visual_vectors(places.folder / "runs" / "none", cache=tmp_path)

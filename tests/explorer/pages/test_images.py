@@ -5,7 +5,6 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
-from explorer.data.cache import explorer_cache
 from explorer.data.images import visual
 from explorer.html.site import Site
 from explorer.pages import images as pages
@@ -181,14 +180,6 @@ def test_an_export_waits_for_visual_vectors(world, slow):
     assert "computes the visual vectors of both (3 of 28)" in told
 
 
-def test_visual_vectors_are_computed_once(everything):
-    key = key_of_uri(PLAIN[0])
-    spaces_of(everything, f"/images/{key}", run="both")
-    folders = sorted((each.name, each.stat().st_ino) for each in explorer_cache().iterdir())
-    spaces_of(everything, f"/images/{key_of_uri(PLAIN[1])}", run="both")
-    assert sorted((each.name, each.stat().st_ino) for each in explorer_cache().iterdir()) == folders
-
-
 def test_a_store_without_pictures_and_an_empty_one_have_the_pages(tmp_path):
     storied(tmp_path / "store")
     reader = Reader(store=tmp_path / "store")
@@ -244,7 +235,10 @@ def test_what_is_no_picture_or_too_large_is_refused(reader, data, message):
     assert message in Reading(answer.text).text
 
 
-def test_who_asks_for_the_page_of_a_picture_is_told_to_send_one(reader):
+def test_forms_of_another_kind_and_who_asks_for_the_page_are_told(reader):
+    form = {"content": b"x", "headers": {"content-type": "multipart/form-data"}}
+    for sent in ({"data": {"picture": "x"}}, form):
+        assert reader.client.post("/images/like", **sent).status_code == 400
     assert "a picture has to be sent: choose one on the page Images" in reader.read("/images/like", 405).text
 
 
@@ -252,14 +246,6 @@ def test_a_shard_that_the_store_has_not_is_not_there(reader, shop):
     shards = FeatureStore.open(shop.store).info.num_shards
     reader.read("/images", shard=shards - 1)
     assert f"there is no shard {shards}: the store has" in reader.read("/images", 404, shard=shards).text
-
-
-def test_a_form_of_another_kind_is_refused(reader):
-    assert reader.client.post("/images/like", data={"picture": "x"}).status_code == 400
-    assert (
-        reader.client.post("/images/like", content=b"x", headers={"content-type": "multipart/form-data"}).status_code
-        == 400
-    )
 
 
 def test_nothing_of_a_picture_reaches_the_disk(reader, shop, monkeypatch):

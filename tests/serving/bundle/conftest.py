@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +24,12 @@ def no_network(saved: SavedRun, files: WrittenFiles) -> None:
     files.write(NETWORK, b"none")
 
 
-def export(url: object, run: object, **options: object) -> BundleManifest:
+def export(url: object, run: Path, **options: Any) -> BundleManifest:
     """Export a run without its network."""
     return export_model(str(url), ExportOptions(run=run, **options), network=no_network).manifest
 
 
-def forge(url: object, version: int, **fields: object) -> None:
+def forge(url: object, version: int, **fields: Any) -> None:
     """Seal the manifest of a version again, with other values in some of its fields."""
     storage, path = Storage(str(url)), manifest_path(version)
     values = {**parse_json(storage.read_bytes(path)), **fields}

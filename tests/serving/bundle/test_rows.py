@@ -1,6 +1,7 @@
 """An open bundle has what the trainer reads: ID rows, and visual vectors, for every kind of run."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +64,7 @@ def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {}
     for field in bundle.fields:
         if field.is_id and not field.is_bucketed and not field.columns:
-            column = samples[field.column_name].combine_chunks()
+            column: Any = samples[field.column_name].combine_chunks()
             while not pa.types.is_integer(column.type) and not pa.types.is_string(column.type):
                 column = column.flatten()
             if pa.types.is_integer(column.type):

@@ -1,5 +1,6 @@
 """A bundle of a small trained run, with a second version and newer vectors to switch to."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from tests.running.shared import made_once, shared_folder
-from tests.trainer.conftest import make_places
+from tests.serving.scoring.variants import export, exported, shared_places, trained
 
 NEW_IMAGE = 1_050
 
@@ -53,25 +54,17 @@ class Published:
 
 @pytest.fixture(scope="session")
 def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train two runs and publish both, once a test run."""
-    folder = shared_folder(tmp_path_factory, "published")
-    made_once(folder, "published", lambda: _publish(folder))
+    """A variant as version 1, and another one as version 2, with their store and samples; made once a test run."""
+    folder, places = shared_folder(tmp_path_factory, "published"), shared_places(tmp_path_factory)
+
+    def publish() -> None:
+        for name in ("features", "samples"):
+            shutil.copytree(places.folder / name, folder / name)
+        shutil.copytree(exported(places, "plain").url, folder / "models" / "ctr")
+        export(trained(places, "mlp_concat"), str(folder / "models" / "ctr"), use=False)
+
+    made_once(folder, "published", publish)
     return folder
-
-
-def _publish(folder: Path) -> None:
-    from serving.bundle.export import ExportOptions, export_model, write_network
-    from trainer.comm import SoloComm
-    from trainer.config.config import load_config
-    from trainer.main import train
-
-    places = make_places(folder)
-    for number in (1, 2):
-        changes = {"train__seed": number, "train__max_steps": 20, "train__epochs": 1, "data__missing": "zeros"}
-        config = load_config(settings=places.settings(run__name=f"run{number}", **changes))
-        train(config, SoloComm())
-        options = ExportOptions(run=Path(config.run.dir) / f"run{number}", use=number == 1)
-        export_model(str(places.folder / "models" / "ctr"), options, network=write_network)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -166,38 +165,6 @@ def test_a_model_whose_sample_has_no_finite_scores_is_refused() -> None:
         model.judge = pa.table({"ad_item": items})
         with contextlib.nullcontext() if is_sound else pytest.raises(BrokenBundleError, match="not finite numbers"):
             warm_up(model)
-
-
-@pytest.mark.long
-def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_path: Path) -> None:
-    async def run() -> None:
-        source = FakeSource(write_state(tmp_path, version=1))
-        scoring = scoring_of(source, poll_s=0.005, max_wait_ms=10_000)
-        switched, answered = 0, 0
-        async with client_of(scoring) as client:
-            body = [{"candidates": {"ad_item": [0, 1]}}, {"candidates": {"ad_item": [2]}}]
-
-            async def ask() -> None:
-                nonlocal answered
-                while switched < 15:
-                    answer = (await client.post("/v1/score?logits=true", json=body)).json()
-                    logits = [logit for each in answer["answers"] for logit in each["logits"]]
-                    np.testing.assert_allclose(logits, answer["version"] + np.arange(3) / 1000, rtol=1e-6)
-                    answered += 1
-
-            async def switch() -> None:
-                nonlocal switched
-                for switched in range(1, 16):
-                    write_state(tmp_path, version=1 + switched)
-                    while scoring.live.model.identity.version != 1 + switched or answered < 4 * switched:
-                        await asyncio.sleep(0.005)
-
-            await asyncio.gather(switch(), *(ask() for _ in range(8)))
-            assert answered >= 60
-            assert [model.closed for model in source.opened] == [True] * 15 + [False]
-        assert all(model.closed for model in source.opened)
-
-    asyncio.run(run())
 
 
 def test_a_model_that_fails_its_warm_up_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

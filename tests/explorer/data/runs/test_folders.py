@@ -112,10 +112,6 @@ def test_days_of_trainer_daily_are_runs_of_two_names(runs: Path) -> None:
     assert open_run(places, day.name) == runs / "daily" / "2026-01-03"
 
 
-def test_no_runs_are_an_empty_list(tmp_path: Path) -> None:
-    assert list_runs(Places(runs=str(tmp_path)), 1, 10) == ([], 0)
-
-
 @pytest.mark.parametrize(
     "name", ["..", ".", "", "a/b", "/etc", "nothing", "a\0b", "x" * 300, "../both", "x/..", "/..", "../.", "a//b"]
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from explorer.data.runs.comparing import differing, image_groups, shown_first, snapshots, text_of
+from explorer.data.runs.comparing import differing, image_groups, snapshots, text_of
 from explorer.data.runs.folders import RunFacts, State
 
 
@@ -20,12 +20,6 @@ def test_those_that_change_figures_come_first_and_images_at_the_top() -> None:
         ("run.name", ("a", "b"), False),
         ("train.log_every", ("1", "–"), False),
     ]
-
-
-def test_pages_show_first_a_run_that_sees_most_images() -> None:
-    runs = [("ids", "none"), ("ad", "ad"), ("odd", "?"), ("full", "both"), ("behaviour", "behavior"), ("all", "both")]
-    ranked = sorted(runs, key=lambda run: shown_first(*run))
-    assert [name for name, _ in ranked] == ["all", "full", "behaviour", "ad", "ids", "odd"]
 
 
 def test_a_seed_changes_figures() -> None:

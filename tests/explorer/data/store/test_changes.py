@@ -42,15 +42,6 @@ def test_pages_of_changes_hold_each_image_once_as_a_plain_comparison_finds_it(tm
     assert plainly(store, 1, 2) == {"added": {*ADDED}, "changed": {*CHANGED}, "removed": set()}
 
 
-def test_counts_are_there_at_once_the_second_time(tmp_path):
-    store, changes = storied(tmp_path / "store"), Changes()
-    old, new = store.snapshot(1), store.snapshot(2)
-    assert changes.peek(old, new) is None
-    counted = changes.count(old, new)
-    assert changes.peek(store.snapshot(1), store.snapshot(2)) is counted
-    assert changes.peek(new, old) is None
-
-
 def test_a_shard_with_the_same_files_is_not_looked_at(tmp_path):
     store = make_store(tmp_path / "store", num_shards=8)
     store.put(rows([f"{number}" for number in range(100)], 1))
